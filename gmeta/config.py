@@ -1,0 +1,200 @@
+"""The configuration of every command: frozen dataclasses that check themselves.
+
+Values come from YAML (`--config`) and dotted overrides (`--meta.inner_lr 0.05`). A value out of range
+is a ValueError of one form: `section.key is VALUE: what it must be`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+LossName = Literal["bce", "mse", "l1", "huber"]
+METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
+"""Metrics that early stopping may watch, all measured after adaptation."""
+
+
+def _require(ok: bool, key: str, value: object, rule: str) -> None:
+    if not ok:
+        raise ValueError(f"{key} is {value!r}: {rule}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model: which file of gmeta/models, and its sizes."""
+
+    name: str = "melu"
+    """Model to train: melu or dlrm (one file each under gmeta/models)."""
+    features: list[str] = field(default_factory=list)
+    """Categorical features to use; empty means all in the pack."""
+    numeric: bool = True
+    """Use the pack's numeric columns."""
+    embedding_dim: int = 16
+    """Width of every embedding row."""
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    """Widths of the hidden layers on top of the embeddings."""
+    bottom: list[int] = field(default_factory=lambda: [64])
+    """Widths of dlrm's bottom MLP over numeric columns; the embedding dimension is appended."""
+    layer_norm: bool = False
+    """Layer norm after each hidden layer."""
+    dropout: float = 0.0
+    """Dropout after each hidden layer, seeded per (seed, step, task)."""
+
+    def __post_init__(self) -> None:
+        _require(self.embedding_dim > 0, "model.embedding_dim", self.embedding_dim, "must be at least 1")
+        _require(all(w > 0 for w in self.hidden), "model.hidden", self.hidden, "widths must be at least 1")
+        _require(all(w > 0 for w in self.bottom), "model.bottom", self.bottom, "widths must be at least 1")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """The inner loop. `adapt: []` is plain training on support and query together."""
+
+    adapt: list[str] = field(default_factory=lambda: ["embeddings", "dense"])
+    """What a task adapts: embeddings, dense, head, decision, or globs of parameter names
+    (embeddings.item_id, layers.0.*). Empty: plain training."""
+    order: Literal["first", "second"] = "second"
+    """second differentiates through the inner loop (exact MAML); first does not."""
+    inner_steps: int = 1
+    """SGD steps on the support."""
+    inner_lr: float = 0.1
+    """Inner learning rate (its start, when learned)."""
+    learn_inner_lr: bool = False
+    """Learn one inner rate per adapted layer and step."""
+    inner_loss: LossName | None = None
+    """Loss of the inner loop; the training loss when unset."""
+    engine: Literal["auto", "factored", "reference"] = "auto"
+    """auto takes the factored engine where it can and says so where it cannot."""
+
+    def __post_init__(self) -> None:
+        _require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
+        _require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """Sharded embedding tables and their row-wise optimizer."""
+
+    optimizer: Literal["sgd", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
+    """Row optimizer; only rows that took part in a step change."""
+    lr: float = 0.05
+    """Learning rate of embedding rows."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the rows that took part in a step."""
+    init_std: float = 0.05
+    """Standard deviation of the initial rows."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
+        _require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
+        _require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """AdamW for dense layers and learned inner rates, and the schedule of all learning rates."""
+
+    lr: float = 1e-3
+    """Peak learning rate of dense layers."""
+    inner_lr_lr: float = 1e-3
+    """Learning rate of learned inner rates."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (not applied to biases, norms and inner rates)."""
+    clip_norm: float = 0.0
+    """Clip gradients to this global norm, over all ranks, dense and rows together; 0 is off."""
+    warmup_steps: int = 0
+    """Linear warm-up of every learning rate (dense and embedding)."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """Decay of every learning rate to zero at the last step."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
+        _require(self.inner_lr_lr >= 0, "dense.inner_lr_lr", self.inner_lr_lr, "must not be negative")
+        _require(self.weight_decay >= 0, "dense.weight_decay", self.weight_decay, "must not be negative")
+        _require(self.clip_norm >= 0, "dense.clip_norm", self.clip_norm, "must not be negative")
+        _require(self.warmup_steps >= 0, "dense.warmup_steps", self.warmup_steps, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How tasks are ordered and batched. The order is a function of the seed, never of the world size."""
+
+    tasks_per_batch: int = 64
+    """Tasks of one global batch, over all ranks (G)."""
+    window_batches: int = 64
+    """Batches per shuffle window: larger mixes better, smaller reads closer to sequentially."""
+    prefetch: int = 2
+    """Batches prepared ahead in a background thread; 0 is off."""
+    resample: bool = False
+    """Redraw each training task's support/query cut every epoch, at random with the stored sizes."""
+
+    def __post_init__(self) -> None:
+        _require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        _require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
+        _require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """When training validates, saves and ends."""
+
+    epochs: int = 10
+    """Passes over the training tasks."""
+    max_steps: int = 0
+    """Stop after this many steps; 0 means epochs decide."""
+    eval_every: int = 0
+    """Validate every n steps; 0 means once an epoch."""
+    metric: str = "loss"
+    """Validation metric of early stopping and of the best checkpoint: auc, gauc, logloss, mae, rmse, loss."""
+    patience: int = 0
+    """Stop after this many validations without a better metric; 0 is off."""
+    checkpoint_every: int = 0
+    """Save every n steps; 0 means at each validation."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "eval_every", "patience", "checkpoint_every"):
+            _require(getattr(self, key) >= 0, f"schedule.{key}", getattr(self, key), "must not be negative")
+        _require(self.epochs >= 1, "schedule.epochs", self.epochs, "must be at least 1")
+        _require(self.keep_last >= 1, "schedule.keep_last", self.keep_last, "must be at least 1")
+        _require(self.metric in METRICS, "schedule.metric", self.metric, f"must be one of {', '.join(METRICS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model on a task pack; writes a run directory with checkpoints, metrics and config."""
+
+    pack: str
+    """Task pack directory, made by `gmeta prepare`."""
+    run_dir: str
+    """Run directory to create (or to resume)."""
+    loss: LossName = "bce"
+    """Outer loss, on the query."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    """The inner loop."""
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    """Embedding tables."""
+    dense: DenseConfig = field(default_factory=DenseConfig)
+    """Dense layers' optimizer."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Batches."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """When to validate, save and end."""
+    seed: int = 0
+    """Seed of initialisation, order and dropout."""
+    precision: Literal["float32", "bf16", "float64"] = "float32"
+    """float64 is for parity tests; bf16 is autocast."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    timeout_s: int = 300
+    """Seconds after which ranks give up on one that does not answer."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        _require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
