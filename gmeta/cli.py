@@ -1,0 +1,189 @@
+"""The command line: one parser per command, made from its config dataclass by jsonargparse.
+
+Heavy imports (torch, duckdb) happen inside the commands, so that `--help` answers at once.
+Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 75 stopped on request and saved.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from gmeta import config as configs
+
+EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its config dataclass, what runs it, and whether it takes `--nproc`."""
+
+    config: type
+    run: Callable[[Any], int]
+    distributed: bool = False
+
+
+def _prepare(config: configs.PrepareConfig) -> int:
+    from gmeta.data.prepare import prepare, print_summary
+
+    print_summary(prepare(config))
+    return 0
+
+
+def _synth(config: configs.SynthConfig) -> int:
+    from gmeta.data.synthetic import print_summary, synthesize
+
+    print_summary(synthesize(config))
+    return 0
+
+
+def _train(config: configs.TrainConfig) -> int:
+    from gmeta.train import train
+
+    return train(config)
+
+
+def _evaluate(config: configs.EvaluateConfig) -> int:
+    from gmeta.evaluate import evaluate
+
+    return evaluate(config)
+
+
+def _predict(config: configs.PredictConfig) -> int:
+    from gmeta.predict import predict
+
+    return predict(config)
+
+
+def _report(config: configs.ReportConfig) -> int:
+    from gmeta.report import build_report
+
+    print(build_report(config.run_dir))
+    return 0
+
+
+def _doctor(config: configs.DoctorConfig) -> int:
+    from gmeta.doctor import diagnose, print_checks
+
+    return print_checks(diagnose(config.timeout_s))
+
+
+COMMANDS: dict[str, Command] = {
+    "prepare": Command(configs.PrepareConfig, _prepare),
+    "train": Command(configs.TrainConfig, _train, distributed=True),
+    "evaluate": Command(configs.EvaluateConfig, _evaluate, distributed=True),
+    "predict": Command(configs.PredictConfig, _predict),
+    "report": Command(configs.ReportConfig, _report),
+    "synth": Command(configs.SynthConfig, _synth),
+    "doctor": Command(configs.DoctorConfig, _doctor),
+}
+
+
+def _summary(command: Command) -> str:
+    return (command.config.__doc__ or "").strip().split("\n")[0]
+
+
+def overview() -> ArgumentParser:
+    """The top-level parser: lists the commands and knows nothing of their options."""
+    parser = ArgumentParser(
+        prog="gmeta",
+        exit_on_error=False,
+        description="Meta-learned recommenders that adapt to new users, items and scenarios.",
+        epilog="`gmeta COMMAND --help` explains a command.",
+    )
+    commands = parser.add_subcommands(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, ArgumentParser(exit_on_error=False), help=_summary(command))
+    return parser
+
+
+def command_parser(name: str) -> ArgumentParser:
+    """The parser of one command, from the fields and docstrings of its dataclass."""
+    command = COMMANDS[name]
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"gmeta {name}",
+        exit_on_error=False,
+        description=command.config.__doc__,
+        usage=f"gmeta {name} [--config FILE] [--key VALUE] [--section.key VALUE] ...",
+    )
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(command.config)
+    if command.distributed:
+        parser.add_argument(
+            "--nproc", type=int, default=1, help="Processes to start on this machine (torchrun does it on clusters)."
+        )
+    return parser
+
+
+def _keys(parser: ArgumentParser) -> list[str]:
+    return [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+
+
+def _with_suggestion(message: str, parser: ArgumentParser) -> str:
+    """Append the nearest known key to a complaint about an unknown one."""
+    message = message.removeprefix("Parser key ")
+    found = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
+    known = _keys(parser)
+    if found and found[1] not in known:
+        unknown = found[1]
+        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
+        near = near or [k for k in known if k.rsplit(".", 1)[-1] == unknown.rsplit(".", 1)[-1]]
+        hint = f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the keys"
+        return f"unknown key {unknown}: {hint}"
+    return message
+
+
+def _fail(prog: str, message: str) -> int:
+    from gmeta.parallel.launch import report_error
+
+    report_error(f"{prog}: error: {message}")
+    return EXIT_USER_ERROR
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line; returns its exit code."""
+    if not argv or argv[0] not in COMMANDS:
+        try:
+            overview().parse_args(argv or ["--help"])
+        except ArgumentError as error:
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`gmeta --help` lists the commands"
+            print(f"gmeta: error: {str(error).splitlines()[0]}; {hint}", file=sys.stderr)
+            return EXIT_USER_ERROR
+    name, rest = argv[0], argv[1:]
+    parser = command_parser(name)
+    try:
+        values = parser.parse_args(rest)
+        nproc = values.pop("nproc", 1)
+        values.pop("config", None)
+        config = parser.instantiate(values)
+        config = COMMANDS[name].config(**{key: config[key] for key in vars(config)})
+    except ArgumentError as error:
+        return _fail(parser.prog, _with_suggestion(str(error), parser))
+    except (ValueError, TypeError) as error:
+        return _fail(parser.prog, str(error))
+    if nproc != 1:
+        return _launch(parser.prog, nproc, argv)
+    try:
+        return COMMANDS[name].run(config)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        return _fail(parser.prog, str(error))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _launch(prog: str, nproc: int, argv: list[str]) -> int:
+    if nproc < 1:
+        return _fail(prog, f"nproc is {nproc}: must be at least 1")
+    from gmeta.parallel.launch import launch
+
+    at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--nproc")
+    width = 1 if "=" in argv[at] else 2
+    return launch(nproc, argv[:at] + argv[at + width :])
