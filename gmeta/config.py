@@ -12,6 +12,8 @@ from typing import Literal
 LossName = Literal["bce", "mse", "l1", "huber"]
 METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
 """Metrics that early stopping may watch, all measured after adaptation."""
+CLICK_METRICS = ("auc", "gauc", "logloss")
+"""Those that need 0/1 labels and probabilities."""
 
 
 def _require(ok: bool, key: str, value: object, rule: str) -> None:
@@ -198,6 +200,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        metric = self.schedule.metric
+        _require(
+            self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

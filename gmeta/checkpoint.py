@@ -1,0 +1,194 @@
+"""Checkpoints: tensors through torch.distributed.checkpoint as safetensors, the rest as JSON.
+
+    checkpoints/step-00001000/
+        shard-00001-model-00001-of-00001.safetensors …   one a rank: dense tensors once, each rank's table rows
+        state.json       step, loader position, schedule, best metric, config, schema
+        checksums.json   size and xxh3 of every other file
+
+A checkpoint is whole or absent: it is written beside its place, synced and renamed. It loads on any world
+size, because tables are `DTensor`s and everything else is replicated. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from gmeta.parallel.mesh import Mesh, barrier
+
+FORMAT_VERSION = 1
+
+
+def step_dir(root: Path, step: int) -> Path:
+    """Directory of the checkpoint after `step` steps."""
+    return root / f"step-{step:08d}"
+
+
+def steps_saved(root: Path) -> list[int]:
+    """Steps that have a whole checkpoint under `root`, ascending."""
+    return sorted(int(path.name[5:]) for path in root.glob("step-*") if path.name[5:].isdigit())
+
+
+def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], mesh: Mesh) -> Path:
+    """Save a checkpoint; collective. Returns its directory once it is whole on disk.
+
+    Raises OSError where the disk refuses (full, read-only); the half-written directory is removed.
+    """
+    final = step_dir(root, step)
+    partial = root / f".partial-{final.name}"
+    if mesh.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier(mesh)
+    failure = ""
+    try:
+        _dcp_save(partial, tensors, mesh)
+    except Exception as error:
+        if not _is_disk_error(error):
+            raise
+        failure = f"cannot save {final}: {_root_cause(error)}"
+    if mesh.rank == 0:
+        if not failure:
+            failure = _seal(partial, final, {"format_version": FORMAT_VERSION, "step": step, **state})
+        if failure:
+            shutil.rmtree(partial, ignore_errors=True)
+    barrier(mesh)
+    if failure:
+        raise OSError(f"{failure}. Free space, then continue from the last checkpoint with --resume")
+    return final
+
+
+def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
+    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+    with _single_process_is_fine():
+        dcp.save(dict(tensors), storage_writer=writer, process_group=mesh.control_group, no_dist=mesh.control_group is None)
+
+
+def _seal(partial: Path, final: Path, state: dict[str, Any]) -> str:
+    """Write state and checksums, sync, rename; the complaint if the disk refuses."""
+    try:
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        sums = {path.name: {"bytes": path.stat().st_size, "xxh3": file_checksum(path)} for path in files}
+        (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
+        for path in [*files, partial / "checksums.json", partial]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        sync(final.parent)
+    except OSError as error:
+        return f"cannot save {final}: {error}"
+    return ""
+
+
+def sync(path: Path) -> None:
+    """fsync a file or directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def file_checksum(path: Path) -> str:
+    """xxh3-64 of a file, hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return str(digest.hexdigest())
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_disk_error(error: BaseException) -> bool:
+    # DCP wraps what a rank raised in CheckpointException, whose text is all that survives of it.
+    text = str(error)
+    return isinstance(_root_cause(error), OSError) or "OSError" in text or "No space left" in text or "I/O error" in text
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, after every file's size and checksum has been verified.
+
+    Raises ValueError naming the damaged file.
+    """
+    cure = "delete this checkpoint and resume from an older one"
+    try:
+        sums = json.loads((path / "checksums.json").read_text())
+        for name, expected in sums.items():
+            file = path / name
+            if file.stat().st_size != expected["bytes"]:
+                raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}: {cure}")
+            if file_checksum(file) != expected["xxh3"]:
+                raise ValueError(f"{file} is damaged (its checksum differs): {cure}")
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"checkpoint {path} is not whole ({error}): {cure}") from error
+    if state["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"checkpoint {path} has format {state['format_version']}; this gmeta reads up to {FORMAT_VERSION}: upgrade gmeta"
+        )
+    return state
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
+    """Fill `tensors` in place from a checkpoint; collective.
+
+    Raises ValueError naming the tensors that are missing or have another shape (a checkpoint of another model).
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    saved = reader.read_metadata().state_dict_metadata
+    differences = [
+        f"{name} is missing" if name not in saved else f"{name} is {list(saved[name].size)}, expected {list(t.shape)}"
+        for name, t in tensors.items()
+        if name not in saved or tuple(saved[name].size) != tuple(t.shape)
+    ]
+    if differences:
+        shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
+        raise ValueError(f"checkpoint {path} is of another model: {shown}")
+    with _single_process_is_fine():
+        dcp.load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)
+
+
+class _single_process_is_fine(warnings.catch_warnings):  # noqa: N801
+    """DCP warns when there is no process group; world size 1 is an ordinary case here."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+def prune(root: Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the last `keep_last` checkpoints and the best one."""
+    steps = steps_saved(root)
+    for step in steps[: max(0, len(steps) - keep_last)]:
+        if step != best:
+            shutil.rmtree(step_dir(root, step))
+
+
+def resolve(root: Path, which: str) -> Path:
+    """Directory of checkpoint `which`: best, last, or a step number. ValueError lists what exists."""
+    steps = steps_saved(root)
+    if not steps:
+        raise ValueError(f"{root} holds no checkpoint: train the run first, or name another run_dir")
+    if which == "last":
+        return step_dir(root, steps[-1])
+    if which == "best":
+        best = json.loads((step_dir(root, steps[-1]) / "state.json").read_text()).get("best_step")
+        return step_dir(root, best if best in steps else steps[-1])
+    if which.isdigit() and int(which) in steps:
+        return step_dir(root, int(which))
+    raise ValueError(f"checkpoint is {which!r}: must be best, last or one of {steps}")

@@ -1,0 +1,98 @@
+"""Builds what a config describes: model, learner and tables, on this rank. Shared by train, evaluate and predict."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gmeta.batch import EmbeddedRows, TaskBatch, to_device
+from gmeta.config import TrainConfig
+from gmeta.data.schema import PackSchema
+from gmeta.embedding.exchange import LookupPlan, fetch, plan_lookup
+from gmeta.embedding.table import ShardedTables, TableSpec
+from gmeta.meta.learner import MetaLearner
+from gmeta.models import build_model
+from gmeta.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class System:
+    """A model, its learner and its tables on this rank."""
+
+    learner: MetaLearner
+    tables: ShardedTables
+    mesh: Mesh
+    dtype: torch.dtype
+    autocast: bool
+
+    def plan(self, batch: TaskBatch) -> tuple[TaskBatch, LookupPlan]:
+        """The batch on this rank's device, and its lookup plan; runs in the loader's thread."""
+        plan = plan_lookup(self.tables, batch)
+        return to_device(batch, self.mesh.device, self.dtype), plan
+
+    def fetch(self, plan: LookupPlan, stop: bool = False) -> tuple[EmbeddedRows, bool]:
+        """Fetch the plan's rows; collective. Also whether any rank asked to stop."""
+        rows, stops = fetch(self.tables, plan, self.mesh, stop)
+        return rows, stops
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Autocast for forward passes, where configured."""
+        if self.autocast:
+            return torch.autocast(self.mesh.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of model, learned rates and tables, by name, for checkpoints."""
+        dense = {f"dense.{name}": p.detach() for name, p in self.learner.named_parameters()}
+        return {**dense, **{f"tables.{name}": t for name, t in self.tables.state_dict().items()}}
+
+
+def table_specs(schema: PackSchema, features: tuple[str, ...], dim: int) -> list[TableSpec]:
+    """One table per vocabulary that the model's features read; features of one vocabulary share it."""
+    specs: dict[str, TableSpec] = {}
+    for name in features:
+        feature = schema.feature(name)
+        pooling = None if feature.kind == "categorical" else feature.pooling
+        spec = specs.setdefault(feature.table, TableSpec(feature.table, feature.num_ids, dim, {}))
+        specs[feature.table] = replace(spec, features={**spec.features, name: pooling})
+    return list(specs.values())
+
+
+def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: list[str] | None = None) -> System:
+    """Build model, learner and tables with the config's seed; `adapt` overrides the adapted set.
+
+    Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
+    """
+    if config.loss == "bce" and not schema.binary_label:
+        raise ValueError(
+            f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
+            "prepare with --label_threshold, or train with --loss mse, l1 or huber"
+        )
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    model = build_model(config.model, schema, seed=config.seed).to(mesh.device, dtype)
+    features = model.features
+    learner = MetaLearner(
+        model,
+        embedding_features=features,
+        adapt=config.meta.adapt if adapt is None else adapt,
+        order=config.meta.order,
+        inner_steps=config.meta.inner_steps,
+        inner_lr=config.meta.inner_lr,
+        learn_inner_lr=config.meta.learn_inner_lr,
+        loss=config.loss,
+        inner_loss=config.meta.inner_loss,
+        engine=config.meta.engine,
+        seed=config.seed,
+    ).to(mesh.device, dtype)
+    tables = ShardedTables(
+        table_specs(schema, features, config.model.embedding_dim),
+        mesh=mesh,
+        seed=config.seed,
+        init_std=config.embedding.init_std,
+        dtype=dtype,
+        optimizer=config.embedding.optimizer,
+    )
+    return System(learner=learner, tables=tables, mesh=mesh, dtype=dtype, autocast=config.precision == "bf16")

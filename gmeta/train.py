@@ -1,0 +1,379 @@
+"""Training: wires all rooms together. Read `train_step` first; it is the whole algorithm, top to bottom.
+
+Every rank runs this same file and makes the same collectives every step, also with no task of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmeta import checkpoint
+from gmeta.batch import TaskBatch
+from gmeta.config import TrainConfig
+from gmeta.data.loader import TaskLoader, padding_share
+from gmeta.data.pack import TaskPack, open_pack
+from gmeta.embedding.exchange import LookupPlan, RowGradients, return_gradients
+from gmeta.optim.dense import clip_scale, dense_optimizer, global_norm, lr_scale
+from gmeta.optim.sparse import SparseOptimizer
+from gmeta.parallel.collectives import GradientBuckets, all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
+from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
+from gmeta.rundir import prepare_run_dir, run_lock
+from gmeta.scoring import score, validation_metrics
+from gmeta.system import System, build_system
+from gmeta.tracking import RunLog
+
+EXIT_STOPPED = 75
+"""Exit code after a requested stop (SIGTERM, Ctrl-C): saved, continue with --resume. EX_TEMPFAIL."""
+
+LOWER_IS_BETTER = ("loss", "logloss", "mae", "rmse")
+
+
+@dataclass
+class Progress:
+    """What advances besides weights, optimizers and loader; saved in every checkpoint."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    bad_validations: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Run:
+    """Everything one rank holds while training."""
+
+    config: TrainConfig
+    system: System
+    dense: torch.optim.Optimizer
+    sparse: SparseOptimizer
+    buckets: GradientBuckets
+    loader: TaskLoader[tuple[TaskBatch, LookupPlan]]
+    pack: TaskPack
+    log: RunLog
+    total_steps: int
+    stop: threading.Event
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's mesh."""
+        return self.system.mesh
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the run's checkpoints."""
+        return Path(self.config.run_dir) / "checkpoints"
+
+
+class Stopwatch:
+    """Seconds spent per phase of a step; waits for the device so that kernels count where they run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap on `phase`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+
+def train_step(run: Run, batch: TaskBatch, plan: LookupPlan, watch: Stopwatch) -> tuple[dict[str, float], bool]:
+    """One optimizer step on one global batch; returns its global statistics and whether a rank asked to stop.
+
+    ids -> rows (AlltoAll) -> inner and outer loop -> gradients home (AlltoAll, AllReduce) -> one update a row.
+    """
+    system, mesh = run.system, run.mesh
+    rows, stop = system.fetch(plan, run.stop.is_set())
+    watch.lap("exchange")
+
+    with system.precision():
+        loss, output = system.learner(rows, batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    watch.lap("compute")
+
+    row_gradients = return_gradients(system.tables, plan, rows, mesh)
+    run.buckets.finish()
+    sums = _batch_sums(loss, output.support_loss, batch)
+    sums = all_reduce_sum(sums, mesh)
+    norm = global_norm(_dense_gradients(run), row_gradients, mesh)
+    watch.lap("exchange")
+
+    stats = dict(zip(("loss", "support_loss", "samples", "cells"), sums.tolist(), strict=True))
+    stats["grad_norm"] = norm
+    _require_finite(run, batch, stats, output.query_loss)
+
+    lr = lr_scale(run.progress.step, run.config.dense.warmup_steps, run.total_steps, run.config.dense.decay)
+    _apply(run, row_gradients, clip_scale(norm, run.config.dense.clip_norm), lr)
+    stats["lr"] = run.config.dense.lr * lr
+    run.progress.step += 1
+    watch.lap("compute")
+    return stats, stop
+
+
+def _dense_gradients(run: Run) -> list[Tensor]:
+    return [p.grad for p in run.system.learner.parameters() if p.grad is not None]
+
+
+def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
+    """[loss, support loss, examples, padded cells] of this rank; the losses are already per global task."""
+    examples = batch.support.mask.sum() + batch.query.mask.sum()
+    cells = batch.support.mask.numel() + batch.query.mask.numel()
+    support = support_loss.sum() / batch.num_tasks_global
+    return torch.stack([v.double() for v in (loss.detach(), support, examples, examples.new_tensor(cells))])
+
+
+def _apply(run: Run, row_gradients: dict[str, RowGradients], clip: float, lr: float) -> None:
+    """Exactly one update of every dense parameter and of every row that took part."""
+    if clip != 1.0:
+        for gradient in _dense_gradients(run):
+            gradient.mul_(clip)
+    for group in run.dense.param_groups:
+        group["lr"] = group["peak_lr"] * lr
+    run.dense.step()
+    run.dense.zero_grad(set_to_none=False)
+    run.sparse.step(run.system.tables, row_gradients, lr_scale=lr, grad_scale=clip)
+
+
+def _require_finite(run: Run, batch: TaskBatch, stats: dict[str, float], query_loss: Tensor) -> None:
+    """Stop before the update when the loss or the gradient is not finite; the batch's tasks are saved."""
+    if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
+        return
+    step = run.progress.step
+    tasks = gather_to_rank_0(batch.task_id.cpu().numpy(), run.mesh)
+    losses = gather_to_rank_0(query_loss.double().cpu().numpy(), run.mesh)
+    file = Path(run.config.run_dir) / f"not-finite-step-{step:08d}.json"
+    if run.mesh.rank == 0:
+        found = {"step": step, "epoch": batch.epoch, "index": batch.index, "task_id": tasks.tolist()}
+        found["query_loss"] = [v if math.isfinite(v) else str(v) for v in losses.tolist()]
+        file.write_text(json.dumps(found, indent=1))
+    raise ValueError(
+        f"step {step}: loss is {stats['loss']}, gradient norm is {stats['grad_norm']}. The batch's task ids are in {file}; "
+        "no weights were changed. Lower meta.inner_lr, dense.lr or embedding.lr, or set dense.clip_norm, "
+        "and continue from the last checkpoint or start again"
+    )
+
+
+def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
+    """Build everything a rank needs; raises ValueError for what does not fit, before anything is written."""
+    pack = open_pack(config.pack)
+    split = pack.split("train")
+    system = build_system(config, pack.schema, mesh)
+    loader: TaskLoader[tuple[TaskBatch, LookupPlan]] = TaskLoader(
+        split,
+        tasks_per_batch=config.loader.tasks_per_batch,
+        seed=config.seed,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        window_batches=config.loader.window_batches,
+        prefetch=config.loader.prefetch,
+        resample=config.loader.resample,
+        transform=system.plan,
+    )
+    total = config.schedule.epochs * loader.batches_per_epoch
+    if config.schedule.max_steps:
+        total = min(total, config.schedule.max_steps)
+    return Run(
+        config=config,
+        system=system,
+        dense=dense_optimizer(
+            system.learner,
+            lr=config.dense.lr,
+            inner_lr_lr=config.dense.inner_lr_lr,
+            weight_decay=config.dense.weight_decay,
+        ),
+        sparse=SparseOptimizer(
+            config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
+        ),
+        buckets=GradientBuckets(list(system.learner.parameters()), mesh),
+        loader=loader,
+        pack=pack,
+        log=RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total),
+        total_steps=total,
+        stop=stop,
+    )
+
+
+def _checkpoint_tensors(run: Run) -> dict[str, Tensor]:
+    """Weights, tables and the dense optimizer's moments, by name; 0-dim tensors go as [1]."""
+    tensors = run.system.tensors()
+    for name, parameter in run.system.learner.named_parameters():
+        state = run.dense.state.get(parameter) or _fresh_state(run.dense, parameter)
+        for key, value in state.items():
+            tensors[f"optimizer.{name}.{key}"] = value if value.dim() else value.view(1)
+    return tensors
+
+
+def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state before its first step, so that a checkpoint has a place to load it into."""
+    state = {
+        "step": torch.zeros(()),
+        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
+    }
+    optimizer.state[parameter] = state
+    return state
+
+
+def save_checkpoint(run: Run) -> None:
+    """Save and prune; collective."""
+    state = {
+        "progress": asdict(run.progress),
+        "best_step": run.progress.best_step,
+        "loader": run.loader.state_dict(),
+        "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
+        "config": asdict(run.config),
+        "schema": run.pack.schema.to_json(),
+    }
+    checkpoint.save(run.checkpoints, run.progress.step, _checkpoint_tensors(run), state, run.mesh)
+    if run.mesh.rank == 0:
+        checkpoint.prune(run.checkpoints, run.config.schedule.keep_last, run.progress.best_step)
+
+
+def load_checkpoint(run: Run, path: Path) -> None:
+    """Restore everything from `path`; collective."""
+    state = checkpoint.read_state(path)
+    checkpoint.load_tensors(path, _checkpoint_tensors(run), run.mesh)
+    run.progress = Progress(**state["progress"])
+    run.loader.load_state_dict(state["loader"])
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
+    run.log.cut_back(run.progress.step)
+
+
+def validate(run: Run) -> bool:
+    """Measure the valid split, log it, update the best; True when patience has run out. Collective."""
+    schedule = run.config.schedule
+    if "valid" not in run.pack.splits:
+        return False
+    scores = score(run.system, run.pack.split("valid"), tasks_per_batch=max(256, run.config.loader.tasks_per_batch))
+    metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
+    value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), run.mesh)
+    if run.mesh.rank == 0:
+        run.log.valid({"step": run.progress.step, **metrics})
+    better_sign = 1 if schedule.metric in LOWER_IS_BETTER else -1
+    best = run.progress.best
+    if best is None or better_sign * value < better_sign * best:
+        run.progress.best, run.progress.best_step, run.progress.bad_validations = value, run.progress.step, 0
+        return False
+    run.progress.bad_validations += 1
+    return bool(schedule.patience and run.progress.bad_validations >= schedule.patience)
+
+
+def training_loop(run: Run) -> bool:
+    """Train until the steps are done, patience runs out or a stop is requested; True when stopped on request."""
+    schedule = run.config.schedule
+    eval_every = schedule.eval_every or run.loader.batches_per_epoch
+    save_every = schedule.checkpoint_every or eval_every
+    watch = Stopwatch(run.mesh.device)
+    batches = iter(run.loader)
+    while run.progress.step < run.total_steps:
+        watch = Stopwatch(run.mesh.device)
+        batch, plan = next(batches)
+        watch.lap("input")
+        stats, stop = train_step(run, batch, plan, watch)
+        _log_step(run, batch, stats, watch)
+
+        step = run.progress.step
+        last = step == run.total_steps
+        patience_out = (step % eval_every == 0 or last) and validate(run)
+        is_best = run.progress.best_step == step
+        if step % save_every == 0 or last or is_best or stop or patience_out:
+            save_checkpoint(run)
+        if patience_out or stop:
+            return stop and not last and not patience_out
+    return False
+
+
+def _log_step(run: Run, batch: TaskBatch, stats: dict[str, float], watch: Stopwatch) -> None:
+    total = sum(watch.seconds.values())
+    run.progress.seconds += total
+    run.log.train(
+        {
+            "step": run.progress.step,
+            "epoch": batch.epoch,
+            "loss": stats["loss"],
+            "support_loss": stats["support_loss"],
+            "lr": stats["lr"],
+            "grad_norm": stats["grad_norm"],
+            "tasks_per_s": batch.num_tasks_global / total,
+            "samples_per_s": stats["samples"] / total,
+            "padding": 1 - stats["samples"] / max(1.0, stats["cells"]),
+            **{f"{phase}_share": seconds / total for phase, seconds in watch.seconds.items()},
+            "time_s": run.progress.seconds,
+        }
+    )
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once."""
+    event = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(config: TrainConfig) -> int:
+    """Run `gmeta train` on this rank; returns the exit code (0, or 75 when stopped on request and saved)."""
+    with stop_on_signals() as stop:
+        mesh = open_mesh(config.device, config.timeout_s)
+        try:
+            with run_lock(Path(config.run_dir), mesh):
+                return _train(config, mesh, stop)
+        finally:
+            close_mesh(mesh)
+
+
+def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> int:
+    resume_from = prepare_run_dir(config, mesh)
+    run = build_run(config, mesh, stop)
+    try:
+        if resume_from is not None:
+            load_checkpoint(run, resume_from)
+        run.log.start(_banner(run))
+        stopped = training_loop(run)
+    finally:
+        run.loader.close()
+        run.log.close()
+    if stopped and mesh.rank == 0:
+        print(f"stopped after step {run.progress.step} and saved; continue with --resume")
+    return EXIT_STOPPED if stopped else 0
+
+
+def _banner(run: Run) -> list[str]:
+    """What a user wants to know before the first step."""
+    train_split: Any = run.pack.split("train")
+    parameters = sum(p.numel() for p in run.system.learner.parameters())
+    return [
+        f"{train_split.num_tasks:,} tasks, {train_split.num_rows:,} rows; {run.total_steps:,} steps of "
+        f"{run.config.loader.tasks_per_batch} tasks on {run.mesh.world_size} process(es), {run.mesh.device}",
+        f"{parameters:,} dense parameters; engine {run.system.learner.engine_reason}",
+        run.system.tables.memory_report(),
+    ]
