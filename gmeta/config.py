@@ -278,6 +278,49 @@ class ReportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SynthConfig:
+    """Generate a click log whose truth is known: raw Parquet files, a schema for `gmeta prepare`, and reference AUCs."""
+
+    out: str
+    """Directory to create: log/, schema.yaml, truth/ and summary.json."""
+    users: int = 20_000
+    """Users, each of them a task."""
+    items: int = 800
+    """Items, drawn by Zipf popularity."""
+    rows_per_user: int = 30
+    """Mean rows of a user; each user's number is uniform between half and one and a half of it."""
+    latent_dim: int = 3
+    """Dimensions of the taste and of the item latents (the exact posterior is a grid in this many dimensions)."""
+    taste_std: float = 2.5
+    """Standard deviation of the logit's part that only a user's own rows reveal."""
+    side_std: float = 1.0
+    """Standard deviation of the logit's part that user features and items explain together."""
+    item_std: float = 0.7
+    """Standard deviation of the logit's part that the item alone explains."""
+    item_side_share: float = 0.3
+    """Share of the item latents' variance that category and brand tell; the rest only clicks do."""
+    bias: float = -0.5
+    """Logit of the average row: sets the click rate."""
+    zipf: float = 0.8
+    """Exponent of item popularity: probability is proportional to rank ** -zipf; 0 is uniform."""
+    num_query: int = 10
+    """Last rows of a user, by time, that count as the query where the summary's AUCs are measured."""
+    seed: int = 0
+    """Seed; the same seed and sizes give the same files."""
+
+    def __post_init__(self) -> None:
+        _require(self.users >= 1, "users", self.users, "must be at least 1")
+        _require(self.items >= 1, "items", self.items, "must be at least 1")
+        _require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")
+        _require(1 <= self.latent_dim <= 4, "latent_dim", self.latent_dim, "must be in [1, 4]")
+        for key in ("taste_std", "side_std", "item_std", "zipf"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        _require(0 <= self.item_side_share <= 1, "item_side_share", self.item_side_share, "must be in [0, 1]")
+        _require(self.num_query >= 1, "num_query", self.num_query, "must be at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """Check this machine: versions, devices, a two-process collective self-test, memory and disk."""
 
