@@ -1,0 +1,165 @@
+"""Baselines against hand-computed means and dense-Gaussian references."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gmeta.baselines import BASELINES, BaselineRows, baseline_scores, fit_factors, fold_in
+
+torch.set_num_threads(1)
+
+
+def rows(task, item, label, is_query):
+    return BaselineRows(
+        np.array(task), np.array(label, float), np.array(is_query, bool), None if item is None else np.array(item)
+    )
+
+
+TRAIN = rows([7, 7, 9, 9], [3, 5, 3, 5], [1, 2, 3, 5], [0, 1, 0, 1])
+
+
+def test_means_match_hand_computation_in_row_order():
+    # Item means 2 and 3.5, global mean 2.75; item 99 is unknown, task 40 has no support.
+    test = rows([20, 40, 20, 20, 20], [3, 3, 99, 5, 5], [4.0, 0, 3.0, 0, 0], [0, 1, 0, 1, 1])
+    scores = baseline_scores(TRAIN, test, seed=0)
+    assert tuple(scores) == BASELINES
+    bias = ((4 - 2) + (3 - 2.75)) / 2
+    np.testing.assert_allclose(scores["global-mean"], [2.75] * 3)
+    np.testing.assert_allclose(scores["task-mean"], [2.75, 3.5, 3.5])
+    np.testing.assert_allclose(scores["item-mean"], [2, 3.5, 3.5])
+    np.testing.assert_allclose(scores["item-mean+task-bias"], [2, 3.5 + bias, 3.5 + bias])
+
+
+def test_predictions_stay_in_the_range_of_training_labels():
+    test = rows([1, 1], [3, 5], [50.0, 0], [0, 1])
+    scores = baseline_scores(TRAIN, test, seed=0)
+    assert scores["task-mean"] == [5.0]
+    assert all(1 <= score[0] <= 5 for score in scores.values())
+
+
+def test_unknown_items_get_the_global_mean_from_item_baselines():
+    test = rows([1, 1], [3, 99], [4.0, 0], [0, 1])
+    scores = baseline_scores(TRAIN, test, seed=0)
+    assert scores["item-mean"] == [2.75]
+    assert scores["factor-analysis"] == [2.75]
+
+
+def test_item_baselines_are_left_out_without_items():
+    test = rows([1, 1], None, [4.0, 0], [0, 1])
+    assert tuple(baseline_scores(TRAIN, test, seed=0)) == ("global-mean", "task-mean")
+
+
+def test_no_training_rows_is_an_error():
+    with pytest.raises(ValueError, match="need training rows"):
+        baseline_scores(rows([], [], [], []), TRAIN, seed=0)
+
+
+def test_columns_of_different_length_are_an_error():
+    with pytest.raises(ValueError, match="different lengths"):
+        rows([1, 2], [1], [1.0, 2.0], [0, 1])
+
+
+def low_rank(num_tasks=60, num_items=25, rank=2, seed=0):
+    """Ratings of a rank-2 model with noise .1, about 60 % observed, in shuffled row order."""
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(num_tasks, rank)) @ rng.normal(size=(rank, num_items)) + rng.normal(size=num_items)
+    table += 0.1 * rng.normal(size=table.shape)
+    task, item = np.nonzero(rng.random(table.shape) < 0.6)
+    order = rng.permutation(len(task))
+    task, item = task[order], item[order]
+    label = table[task, item]
+    return task, item, label - label.mean()
+
+
+def log_likelihood(model, task, item, label):
+    """Slow reference: each task's rows are jointly Gaussian with covariance W Wᵀ + s² I."""
+    total = 0.0
+    for t in np.unique(task):
+        mine = task == t
+        loadings = model.loadings[item[mine]].numpy()
+        covariance = loadings @ loadings.T + model.variance * np.eye(mine.sum())
+        residual = label[mine] - model.mean[item[mine]].numpy()
+        total -= 0.5 * (np.linalg.slogdet(2 * np.pi * covariance)[1] + residual @ np.linalg.solve(covariance, residual))
+    return total
+
+
+def test_em_never_lowers_the_likelihood():
+    data = low_rank()
+    fits = [fit_factors(*data, seed=1, num_factors=3, num_iterations=n, ridge=1e-9) for n in range(0, 12, 2)]
+    values = [log_likelihood(model, *data) for model in fits]
+    assert all(later > earlier for earlier, later in zip(values, values[1:], strict=False))
+
+
+def test_one_em_step_matches_loops_over_tasks_and_items():
+    task, item, label = low_rank(num_tasks=12, num_items=6)
+    k, ridge = 2, 0.7
+    start = fit_factors(task, item, label, seed=3, num_factors=k, num_iterations=0, ridge=ridge)
+    step = fit_factors(task, item, label, seed=3, num_factors=k, num_iterations=1, ridge=ridge)
+    first, second = np.zeros((12, k + 1)), np.zeros((12, k + 1, k + 1))
+    for t in range(12):
+        mine = item[task == t]
+        loadings, residual = start.loadings[mine].numpy(), label[task == t] - start.mean[mine].numpy()
+        inverse = np.linalg.inv(loadings.T @ loadings + start.variance * np.eye(k))
+        first[t] = [*(inverse @ loadings.T @ residual), 1.0]
+        second[t] = np.outer(first[t], first[t])
+        second[t, :k, :k] += start.variance * inverse
+    error = 0.0
+    for i in range(6):
+        users, value = task[item == i], label[item == i]
+        moment, target = second[users].sum(0), value @ first[users]
+        weights = np.linalg.solve(moment + ridge * np.eye(k + 1), target)
+        np.testing.assert_allclose([*step.loadings[i], step.mean[i]], weights, atol=1e-12)
+        error += value @ value - 2 * weights @ target + weights @ moment @ weights
+    assert step.variance == pytest.approx(error / len(label))
+
+
+def test_fold_in_is_the_gaussian_conditional():
+    data = low_rank()
+    model = fit_factors(*data, seed=0, num_factors=3, num_iterations=5)
+    item, label = np.array([2, 7, 7, 11]), np.array([0.3, -1.0, 0.5, 2.0])
+    latent = fold_in(model, np.array([1, 1, 1, 1]), item, label, num_tasks=3)
+    assert not latent[[0, 2]].any()  # tasks without support keep the prior's mean
+    seen, target = model.loadings[item].numpy(), model.loadings[4].numpy()
+    covariance = seen @ seen.T + model.variance * np.eye(4)
+    expected = model.mean[4] + target @ seen.T @ np.linalg.solve(covariance, label - model.mean[item].numpy())
+    assert model.score(latent[1:2], np.array([4]))[0] == pytest.approx(float(expected))
+
+
+def test_factor_analysis_beats_the_means_on_low_rank_data():
+    task, item, label = low_rank(num_tasks=200)
+    is_query = np.random.default_rng(0).random(len(task)) < 0.3
+    held = task >= 150
+    train = BaselineRows(task[~held], label[~held], is_query[~held], item[~held])
+    test = BaselineRows(task[held], label[held], is_query[held], item[held])
+    scores = baseline_scores(train, test, seed=0)
+    mae = {name: np.abs(score - test.label[test.is_query]).mean() for name, score in scores.items()}
+    assert mae["factor-analysis"] < 0.5 * mae["item-mean+task-bias"]
+    again = baseline_scores(train, test, seed=0)
+    np.testing.assert_array_equal(scores["factor-analysis"], again["factor-analysis"])
+
+
+@pytest.mark.data
+def test_floors_of_ml_1m():
+    path = Path(os.environ.get("GMETA_DATA", "../shared/data")) / "ml-1m-subset" / "ratings.csv"
+    if not path.exists():
+        pytest.skip(f"{path} is absent: set GMETA_DATA to the folder that holds ml-1m-subset")
+    columns = np.genfromtxt(path, delimiter=",", skip_header=1, dtype=str)
+    user, movie, rating = columns[:, 0].astype(int), columns[:, 1].astype(int), columns[:, 2].astype(float)
+    is_train, is_test = columns[:, 3] == "item_cold", columns[:, 3] == "user_item_cold"
+    count = np.bincount(user[is_test], minlength=user.max() + 1)[user]
+    is_test &= (count >= 13) & (count <= 100)
+    order = np.lexsort((np.random.default_rng(0).random(len(user)), user))
+    order = order[is_test[order]]
+    position = np.arange(len(order)) - np.searchsorted(user[order], user[order])
+    train = BaselineRows(user[is_train], rating[is_train], np.zeros(is_train.sum(), bool), movie[is_train])
+    test = BaselineRows(user[order], rating[order], position < 10, movie[order])
+    scores = baseline_scores(train, test, seed=0)
+    mae = {name: np.abs(score - test.label[test.is_query]).mean() for name, score in scores.items()}
+    # The cut into support and query is random: another seed moves these by about .005.
+    assert mae["task-mean"] == pytest.approx(0.888, abs=0.012)
+    assert mae["item-mean"] == pytest.approx(0.838, abs=0.008)
+    assert mae["item-mean+task-bias"] == pytest.approx(0.784, abs=0.008)
+    assert mae["factor-analysis"] == pytest.approx(0.760, abs=0.008)
