@@ -1,0 +1,123 @@
+"""Which tasks batch (seed, epoch, index) holds, and who computes them: pure functions, no state.
+
+Blocks of consecutive tasks are permuted by (seed, epoch), so that reads stay near-sequential. The permuted stream is
+cut into windows of `window_batches` batches; a window is shuffled, bucketed by size and cut into batches of
+`tasks_per_batch` tasks (G). Nothing here depends on the number of workers. Randomness is a hash, not a generator:
+numpy may change its generators' streams between releases, an order that checkpoints refer to may not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, reduce
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tasks = NDArray[np.int64]
+Sizes = Callable[[Tasks], tuple[Tasks, Tasks]]
+"""Tasks -> (support rows, query rows) of each."""
+
+BLOCK_TASKS = 64
+
+
+def num_batches(num_tasks: int, tasks_per_batch: int) -> int:
+    """Batches of an epoch; the last may be short."""
+    return -(-num_tasks // tasks_per_batch)
+
+
+def stored_batch(num_tasks: int, tasks_per_batch: int, index: int) -> Tasks:
+    """Batch `index` of a pass in stored order (evaluation)."""
+    return np.arange(index * tasks_per_batch, min((index + 1) * tasks_per_batch, num_tasks))
+
+
+def window_of_batches(
+    num_tasks: int, sizes: Sizes, *, tasks_per_batch: int, window_batches: int, seed: int, epoch: int, window: int
+) -> list[Tasks]:
+    """The batches of one window of an epoch: batch k of the epoch is number k % window_batches of window
+    k // window_batches.
+
+    Every task is in exactly one batch of an epoch. Only the epoch's last batch may be short, and the tasks in it
+    are a random draw of its window, because a task of a short batch weighs more.
+    """
+    length = tasks_per_batch * window_batches
+    stream = _stream(num_tasks, seed, epoch, window * length, min((window + 1) * length, num_tasks))
+    tasks = stream[permutation(len(stream), seed, epoch, window)]
+    num_full = len(tasks) // tasks_per_batch * tasks_per_batch
+    full, short = tasks[:num_full], tasks[num_full:]
+    batches = [full[slots] for slots in bucket_by_size(*sizes(full), tasks_per_batch)]
+    shuffled = [batches[i] for i in permutation(len(batches), seed, epoch, window, 1)]
+    return [*shuffled, short] if len(short) else shuffled
+
+
+def bucket_by_size(num_support: Tasks, num_query: Tasks, size: int) -> list[Tasks]:
+    """Cut tasks (a multiple of `size`) into groups of `size` with little padding; returns positions.
+
+    A batch is padded to its largest support and its largest query, so groups must be narrow in both: halve along the
+    side with the wider range until one group is left. Ties keep their order.
+    """
+
+    def halve(slots: Tasks) -> list[Tasks]:
+        if len(slots) <= size:
+            return [slots] if len(slots) else []
+        support, query = num_support[slots], num_query[slots]
+        wider = support if np.ptp(support) >= np.ptp(query) else query
+        ranked = slots[np.argsort(wider, kind="stable")]
+        middle = (len(slots) // size + 1) // 2 * size
+        return halve(ranked[:middle]) + halve(ranked[middle:])
+
+    return halve(np.arange(len(num_support)))
+
+
+def split_slots(cost: Tasks, world_size: int, shares: Sequence[float] | None = None) -> list[slice]:
+    """Each rank's slots of a batch: consecutive, of about equal cost, or in proportion to `shares` (one a rank).
+
+    A slot goes to the rank in whose part of the total cost its middle lies, so a rank's cost is off by at most one
+    slot's, and a rank may get none. Slots of similar size are neighbours, so consecutive ones pad least.
+    """
+    weights = np.ones(world_size) if shares is None else np.asarray(shares, dtype=np.float64)
+    if len(weights) != world_size or (weights < 0).any() or not weights.sum() > 0:
+        raise ValueError(f"shares are {shares}: must be {world_size} numbers, not negative, not all 0")
+    middle = np.cumsum(cost) - cost / 2
+    ends = np.cumsum(weights) * (cost.sum() / weights.sum())
+    cuts = [0, *np.searchsorted(middle, ends[:-1], side="left").tolist(), len(cost)]
+    return [slice(a, b) for a, b in pairwise(cuts)]
+
+
+def permutation(n: int, *key: int) -> Tasks:
+    """A permutation of n that is a function of the key alone."""
+    return np.argsort(keyed_hash(np.arange(n), *key), kind="stable")
+
+
+def keyed_hash(values: Tasks, *key: int) -> NDArray[np.uint64]:
+    """A 64-bit hash of each value under a key of non-negative integers."""
+    start = reduce(lambda state, k: _mix(state + np.uint64(k)), key, np.zeros(1, np.uint64))
+    return _mix(start + values.astype(np.uint64))
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The output function of splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit words."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
+    return mixed
+
+
+@lru_cache(maxsize=4)
+def _blocks(num_tasks: int, seed: int, epoch: int) -> tuple[Tasks, Tasks]:
+    """The epoch's blocks in their permuted order: (first task of each, its end in the stream)."""
+    starts = np.arange(0, num_tasks, BLOCK_TASKS)
+    starts = starts[permutation(len(starts), seed, epoch)]
+    return starts, np.cumsum(np.minimum(BLOCK_TASKS, num_tasks - starts))
+
+
+def _stream(num_tasks: int, seed: int, epoch: int, first: int, last: int) -> Tasks:
+    """Tasks at places [first, last) of the epoch's block-permuted stream."""
+    starts, ends = _blocks(num_tasks, seed, epoch)
+    place = np.arange(first, last)
+    block = np.searchsorted(ends, place, side="right")
+    # A block ends at task min(start + BLOCK_TASKS, num_tasks); count back from there.
+    tasks: Tasks = np.minimum(starts[block] + BLOCK_TASKS, num_tasks) - (ends[block] - place)
+    return tasks
