@@ -1,0 +1,175 @@
+"""`gmeta evaluate`: before and after adaptation, beside the same model trained plainly and network-free baselines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gmeta import checkpoint
+from gmeta.baselines import BaselineRows, baseline_scores
+from gmeta.config import EvaluateConfig, TrainConfig
+from gmeta.data.pack import PackSplit, TaskPack, open_pack
+from gmeta.data.schema import PackSchema, schema_difference
+from gmeta.meta.learner import MetaLearner
+from gmeta.parallel.collectives import broadcast_from_rank_0
+from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
+from gmeta.rundir import read_config, read_schema
+from gmeta.scoring import Floats, Scores, score, to_predictions, validation_metrics
+from gmeta.slices import evaluation_records, print_headline, write_evaluation
+from gmeta.system import System, build_system
+
+FINETUNE_STEPS = (1, 3, 10)
+FINETUNE_LR = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""The grid on which fine-tuning of the plainly trained model is tuned, on the valid split."""
+
+
+def load_system(
+    run_dir: Path, which: str, mesh: Mesh, *, pack_schema: PackSchema | None = None, adapt: list[str] | None = None
+) -> tuple[System, TrainConfig]:
+    """Build a run's system and load checkpoint `which`; collective.
+
+    Raises ValueError with the difference when `pack_schema` does not fit the run's.
+    """
+    config = read_config(run_dir)
+    schema, _ = read_schema(run_dir)
+    if pack_schema is not None and (lines := schema_difference(schema, pack_schema)):
+        raise ValueError(f"the data does not fit the run {run_dir}: " + "; ".join(lines))
+    path = checkpoint.resolve(run_dir / "checkpoints", which)
+    checkpoint.read_state(path)
+    system = build_system(config, schema, mesh, adapt=adapt)
+    checkpoint.load_tensors(path, system.tensors(), mesh)
+    return system, config
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """Run `gmeta evaluate` on this rank; rank 0 prints a table and writes evaluation.json and predictions.parquet."""
+    mesh = open_mesh(config.device, config.timeout_s)
+    try:
+        _evaluate(config, mesh)
+    finally:
+        close_mesh(mesh)
+    return 0
+
+
+def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
+    run_dir = Path(config.run_dir)
+    pack = open_pack(config.pack or read_config(run_dir).pack)
+    split = pack.split(config.split)
+    system, trained = load_system(run_dir, config.checkpoint, mesh, pack_schema=pack.schema)
+    scores = score(
+        system, split, tasks_per_batch=config.tasks_per_batch, steps=config.steps, inner_lr=config.inner_lr
+    )
+    variants: dict[str, Floats] = {}
+    if scores is not None:
+        variants = {"before": scores.before, "after": scores.after}
+        if not trained.meta.adapt:
+            variants.pop("after")
+    notes: dict[str, Any] = {"checkpoint": config.checkpoint, "split": config.split, "pack": str(pack.path)}
+    if config.plain_run is not None:
+        variants |= _plain_variants(config, trained, pack, mesh, notes)
+    if scores is None:
+        return
+    predictions = {name: to_predictions(logits, trained.loss) for name, logits in variants.items()}
+    if config.baselines:
+        predictions |= network_free(pack, split, config.seed)
+    _write(config, trained, split, scores, predictions, notes)
+
+
+def _plain_variants(
+    config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, mesh: Mesh, notes: dict[str, Any]
+) -> dict[str, Floats]:
+    """Logits of the plainly trained model, and of the same fine-tuned on the support as the run adapts."""
+    assert config.plain_run is not None
+    plain, plain_config = load_system(Path(config.plain_run), config.checkpoint, mesh, pack_schema=pack.schema)
+    if plain_config.meta.adapt:
+        raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
+    tuned = replace(trained.meta, learn_inner_lr=False, order="first")
+    learner = MetaLearner(
+        plain.learner.model,
+        embedding_features=plain.learner.model.features,
+        adapt=tuned.adapt,
+        order=tuned.order,
+        inner_steps=tuned.inner_steps,
+        inner_lr=tuned.inner_lr,
+        learn_inner_lr=False,
+        loss=plain_config.loss,
+        inner_loss=None,
+        engine=tuned.engine,
+        seed=plain_config.seed,
+    ).to(mesh.device, plain.dtype)
+    steps, rate = _tune(config, plain, learner, plain_config, pack, mesh)
+    notes["plain-finetuned"] = {"adapt": tuned.adapt, "steps": steps, "inner_lr": rate}
+    scores = score(
+        plain,
+        pack.split(config.split),
+        tasks_per_batch=config.tasks_per_batch,
+        learner=learner,
+        steps=steps,
+        inner_lr=rate,
+    )
+    return {} if scores is None else {"plain": scores.before, "plain-finetuned": scores.after}
+
+
+def _tune(
+    config: EvaluateConfig, plain: System, learner: MetaLearner, trained: TrainConfig, pack: TaskPack, mesh: Mesh
+) -> tuple[int, float]:
+    """Inner steps and rate that minimise the loss on the valid split; collective."""
+    if "valid" not in pack.splits:
+        raise ValueError(f"plain-finetuned is tuned on the valid split, and {pack.path} has none: prepare with one")
+    best = (float("inf"), FINETUNE_STEPS[0], 0.0)
+    for steps, rate in product(FINETUNE_STEPS, FINETUNE_LR):
+        scores = score(
+            plain,
+            pack.split("valid"),
+            tasks_per_batch=config.tasks_per_batch,
+            learner=learner,
+            steps=steps,
+            inner_lr=rate,
+        )
+        loss = float("nan") if scores is None else validation_metrics(scores, trained.loss)["loss_after"]
+        best = min(best, (broadcast_from_rank_0(loss, mesh), steps, rate))
+    return best[1], best[2]
+
+
+def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Floats]:
+    """Predictions of the baselines for the split's query rows, fitted on the train split."""
+    item = pack.schema.item
+    features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
+    sides = []
+    for part in (pack.split("train"), split):
+        columns = part.columns(features)
+        ids = columns.ids[item] if features and item is not None else None
+        sides.append(BaselineRows(task=columns.task, item=ids, label=columns.label, is_query=columns.is_query))
+    return baseline_scores(sides[0], sides[1], seed=seed)
+
+
+def _write(
+    config: EvaluateConfig,
+    trained: TrainConfig,
+    split: PackSplit,
+    scores: Scores,
+    predictions: dict[str, Floats],
+    notes: dict[str, Any],
+) -> None:
+    run_dir = Path(config.run_dir)
+    evaluation = evaluation_records(
+        predictions,
+        label=scores.label,
+        task=scores.task,
+        support_size=np.asarray(split.num_support)[scores.task],
+        item_cold=split.columns(()).item_cold[scores.row],
+        task_cold=config.split != "train",
+        binary=trained.loss == "bce",
+        resamples=config.resamples,
+        seed=config.seed,
+    )
+    write_evaluation(run_dir / "evaluation.json", evaluation, notes)
+    table = {"task_id": split.task_id[scores.task], "row": scores.row, "label": scores.label, **predictions}
+    pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), run_dir / "predictions.parquet")
+    print_headline(evaluation)
