@@ -6,6 +6,7 @@ is a ValueError of one form: `section.key is VALUE: what it must be`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -165,6 +166,78 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn raw ratings or click logs into a task pack. Settings left unset take the named data set's own value."""
+
+    out: str
+    """Task pack directory to create."""
+    input: list[str] = field(default_factory=list)
+    """Parquet or CSV files, globs or directories."""
+    schema: str | None = None
+    """YAML file that says what the columns of `input` mean (docs/data.md)."""
+    dataset: str | None = None
+    """Named data set, in place of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu."""
+    root: str | None = None
+    """Directory that holds the named data set's files."""
+    label_threshold: float | None = None
+    """Labels of at least this become 1, others 0; unset: the schema's, or labels as they are."""
+    split_query: Literal["last", "random"] | None = None
+    """Query rows of a task: its last by time, or random ones. Unset: last where the schema names a time."""
+    query_size: int | None = None
+    """Query rows of a task (10 when unset); tasks without a row left for the support are left out and counted."""
+    query_ratio: float | None = None
+    """Share of a task's rows that are query, in place of query_size."""
+    min_task_rows: int | None = None
+    """Smaller tasks are left out and counted (2 when unset)."""
+    max_task_rows: int | None = None
+    """Larger tasks are left out and counted; unset: no limit."""
+    task_split: Literal["user", "time", "column"] | None = None
+    """Who is train, valid and test: random tasks, tasks by their first time, or the schema's partition column.
+    Unset: column where the schema names a partition, else user."""
+    partitions: dict[str, str] = field(default_factory=dict)
+    """Partition value to split, for task_split column; other values are left out and counted.
+    Unset: train, valid and test are called so."""
+    valid_fraction: float | None = None
+    """Share of the tasks (with task_split column: of the training users) held out as valid; 0.1 when unset
+    and no partition is called valid."""
+    test_fraction: float | None = None
+    """Share of the tasks held out as test; 0.1 when unset. Not for task_split column."""
+    on_bad_rows: Literal["fail", "quarantine"] = "fail"
+    """Rows that cannot be used stop the command, or go to rejects.parquet in the pack with their reason."""
+    memory_limit: str = "2GB"
+    """Memory that DuckDB may use before it spills to disk beside `out`."""
+    threads: int = 0
+    """DuckDB threads; 0 is one a core. The pack does not depend on it."""
+    shard_mb: int = 128
+    """Size of a shard in megabytes; one shard is worked on at a time."""
+    seed: int = 0
+    """Seed of random splits and of the stored order."""
+
+    def __post_init__(self) -> None:
+        _require(self.query_size is None or self.query_size >= 1, "query_size", self.query_size, "must be at least 1")
+        ratio, valid, test = self.query_ratio, self.valid_fraction, self.test_fraction
+        _require(ratio is None or 0 < ratio < 1, "query_ratio", ratio, "must be above 0 and below 1")
+        _require(ratio is None or self.query_size is None, "query_ratio", ratio, "unset query_size to use it")
+        _require(valid is None or 0 <= valid < 1, "valid_fraction", valid, "must be in [0, 1)")
+        _require(test is None or 0 <= test < 1, "test_fraction", test, "must be in [0, 1)")
+        _require((valid or 0) + (test or 0) < 1, "test_fraction", test, "must leave tasks to train on")
+        low, high = self.min_task_rows, self.max_task_rows
+        _require(low is None or low >= 2, "min_task_rows", low, "must be at least 2 (one support and one query row)")
+        _require(high is None or high >= (low or 2), "max_task_rows", high, f"must be at least {low or 2}")
+        for value in self.partitions.values():
+            _require(value in ("train", "valid", "test"), "partitions", value, "splits are train, valid and test")
+        _require(
+            re.fullmatch(r"[0-9.]+ ?([KMGT]i?)?B", self.memory_limit, re.IGNORECASE) is not None,
+            "memory_limit",
+            self.memory_limit,
+            "must be a size such as 500MB or 2GB",
+        )
+        _require(self.threads >= 0, "threads", self.threads, "must not be negative")
+        _require(1 <= self.shard_mb <= 4096, "shard_mb", self.shard_mb, "must be in [1, 4096]")
+        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Train a model on a task pack; writes a run directory with checkpoints, metrics and config."""
 
@@ -279,7 +352,7 @@ class ReportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
-    """Generate a click log whose truth is known: raw Parquet files, a schema for `gmeta prepare`, and reference AUCs."""
+    """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs."""
 
     out: str
     """Directory to create: log/, schema.yaml, truth/ and summary.json."""

@@ -5,8 +5,13 @@ This module imports neither torch nor DuckDB, so that command lines and error pa
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean"]
@@ -88,3 +93,207 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     if ours.binary_label != theirs.binary_label:
         lines.append(f"binary_label is {theirs.binary_label}, expected {ours.binary_label}")
     return lines
+
+
+# ------------------------------------------------------------------------------------------- raw columns
+
+
+ITEM_STATISTICS = "item_statistics"
+"""Schema key, and the name of the file beside the vocabularies."""
+STATISTICS_COLUMNS = ("item_mean", "item_log_count")
+
+_FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
+    "categorical": ("name", "table", "min_count", "hash_buckets", "nulls"),
+    "multi": ("name", "table", "min_count", "hash_buckets", "nulls", "separator", "pooling"),
+    "sequence": ("name", "table", "min_count", "hash_buckets", "nulls", "separator", "pooling", "max_length"),
+}
+_NUMERIC_KEYS = ("name", "log", "nulls")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawFeature:
+    """A raw column that becomes embedding ids."""
+
+    name: str
+    kind: Kind
+    table: str  # features of one table share one vocabulary
+    min_count: int = 1  # rarer values are out of vocabulary
+    hash_buckets: int | None = None  # hash into this many ids in place of a vocabulary
+    nulls: Literal["error", "oov"] = "error"  # oov: out of vocabulary, or an empty list
+    separator: str | None = None  # splits a text column into many values
+    pooling: Pooling = "mean"
+    max_length: int | None = None  # keeps the last values of a sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawNumeric:
+    """A raw numeric column; it is stored standardised by the training rows' mean and standard deviation."""
+
+    name: str
+    log: bool = False  # log1p first
+    nulls: Literal["error", "mean"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSchema:
+    """What the raw columns mean. docs/data.md explains every key."""
+
+    task: str
+    label: str
+    time: str | None = None
+    item: str | None = None
+    partition: str | None = None
+    label_threshold: float | None = None  # label >= threshold becomes 1, other labels 0
+    features: tuple[RawFeature, ...] = ()
+    numeric: tuple[RawNumeric, ...] = ()
+    item_statistics: bool = False  # adds STATISTICS_COLUMNS, from training rows
+    hash_seed: int = 0  # of every feature with hash_buckets
+
+    def __post_init__(self) -> None:
+        for names in ([f.name for f in self.features], self.numeric_names()):
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"schema: feature {name!r} is listed twice")
+        if not self.features:
+            raise ValueError("schema: no feature is listed: name columns under categorical, multi or sequence")
+        if self.item_statistics and self.item is None:
+            raise ValueError("schema: item_statistics needs the key item: name the item column")
+        for feature in self.features:
+            if feature.table == ITEM_STATISTICS:
+                raise ValueError(f"schema: table {ITEM_STATISTICS!r} is a reserved name: choose another")
+        for first, *others in self.tables().values():
+            for other in others:
+                if (first.min_count, first.hash_buckets) != (other.min_count, other.hash_buckets):
+                    raise ValueError(
+                        f"schema: {first.name!r} and {other.name!r} share table {first.table!r} but differ in min_count "
+                        "or hash_buckets: give both the same values"
+                    )
+
+    def numeric_names(self) -> list[str]:
+        """Names of the stored numeric columns, in stored order."""
+        return [c.name for c in self.numeric] + (list(STATISTICS_COLUMNS) if self.item_statistics else [])
+
+    def tables(self) -> dict[str, list[RawFeature]]:
+        """Table -> the features that share it."""
+        out: dict[str, list[RawFeature]] = {}
+        for feature in self.features:
+            out.setdefault(feature.table, []).append(feature)
+        return out
+
+    def columns(self, *, label: bool = True, partition: bool = True) -> list[str]:
+        """Raw columns that must exist, each once; without the label and the partition where those are not needed."""
+        names = [self.task, self.label if label else None, self.time, self.item]
+        names += [self.partition if partition else None]
+        names += [f.name for f in self.features] + [c.name for c in self.numeric]
+        return list(dict.fromkeys(n for n in names if n is not None))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable dict; `data_schema_from_json` reads it back."""
+        return asdict(self)
+
+
+def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
+    """Inverse of `DataSchema.to_json`."""
+    features = tuple(RawFeature(**f) for f in data["features"])
+    numeric = tuple(RawNumeric(**c) for c in data["numeric"])
+    return DataSchema(**{**data, "features": features, "numeric": numeric})
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean x?`, or the list of what there is."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(map(repr, names))}"
+
+
+def load_data_schema(path: str | Path) -> DataSchema:
+    """Read a schema from YAML. ValueError names the file, the key and the cure."""
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"schema file {file} does not exist: docs/data.md shows how to write one")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return parse_data_schema(values)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def parse_data_schema(values: Any) -> DataSchema:
+    """A DataSchema from the mapping that a YAML schema holds."""
+    keys = ("task", "label", "time", "item", "partition", "label_threshold", "categorical", "multi", "sequence")
+    known = (*keys, "numeric", ITEM_STATISTICS, "hash_seed")
+    entry = _mapping(values, "schema", known)
+    for key in ("task", "label"):
+        if entry.get(key) is None:
+            raise ValueError(f"schema: key {key!r} is missing: name the column")
+    features = [
+        _feature(item, kind, f"schema.{kind}[{i}]")
+        for kind in _FEATURE_KEYS
+        for i, item in enumerate(_list(entry.pop(kind, None), f"schema.{kind}"))
+    ]
+    numeric = [_numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry.pop("numeric", None), "numeric"))]
+    for key in ("task", "label", "time", "item", "partition"):
+        _check(entry, key, (str, type(None)), "schema", "a column name")
+    _check(entry, "label_threshold", (int, float, type(None)), "schema", "a number")
+    _check(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
+    _check(entry, "hash_seed", (int,), "schema", "a whole number")
+    return DataSchema(features=tuple(features), numeric=tuple(numeric), **entry)
+
+
+def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
+    entry = _mapping({"name": value} if isinstance(value, str) else value, where, _FEATURE_KEYS[kind])
+    _check(entry, "name", (str,), where, "a column name", required=True)
+    _check(entry, "table", (str,), where, "a table name")
+    for key in ("min_count", "hash_buckets", "max_length"):
+        _check(entry, key, (int,), where, "a whole number of at least 1")
+        if entry.get(key, 1) < 1:
+            raise ValueError(f"{where}.{key} is {entry[key]!r}: must be at least 1")
+    if entry.get("hash_buckets", 1) >= 2**31 - 1:
+        raise ValueError(f"{where}.hash_buckets is {entry['hash_buckets']!r}: must be below 2^31 - 1")
+    if "hash_buckets" in entry and "min_count" in entry:
+        raise ValueError(f"{where}: min_count has no effect with hash_buckets: remove one")
+    _check(entry, "separator", (str,), where, "a text such as '|'")
+    _choice(entry, "nulls", ("error", "oov"), where)
+    _choice(entry, "pooling", ("mean", "sum"), where)
+    return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
+
+
+def _numeric(value: Any, where: str) -> RawNumeric:
+    entry = _mapping({"name": value} if isinstance(value, str) else value, where, _NUMERIC_KEYS)
+    _check(entry, "name", (str,), where, "a column name", required=True)
+    _check(entry, "log", (bool,), where, "true or false")
+    _choice(entry, "nulls", ("error", "mean"), where)
+    return RawNumeric(**entry)
+
+
+def _mapping(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r}: must be a mapping with the keys {', '.join(known)}")
+    for key in value:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
+    return dict(value)
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {value!r}: must be a list of columns")
+    return value
+
+
+def _check(
+    entry: dict[str, Any], key: str, types: tuple[type, ...], where: str, rule: str, required: bool = False
+) -> None:
+    if key not in entry and not required:
+        return
+    value = entry.get(key)
+    # YAML's true is an int to Python.
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or value == "":
+        raise ValueError(f"{where}.{key} is {value!r}: must be {rule}")
+
+
+def _choice(entry: dict[str, Any], key: str, choices: tuple[str, ...], where: str) -> None:
+    if entry.get(key, choices[0]) not in choices:
+        raise ValueError(f"{where}.{key} is {entry[key]!r}: must be {' or '.join(choices)}")
