@@ -1,0 +1,317 @@
+"""Every collective of gmeta: AlltoAll of rows, bucketed AllReduce, and small helpers.
+
+All ranks must call the same functions in the same order, a rank without work with empty tensors. Without a process
+group (world size 1) each is the identity. A peer that died or hangs is a `PeerLost`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gmeta.parallel.mesh import Mesh, PeerLost
+
+_LOST = (
+    "timed out",
+    "timeout",
+    "connection",
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "remote process",
+    "socket",
+)
+
+
+@contextmanager
+def _naming_lost_peers(mesh: Mesh) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error).lower() for word in _LOST):
+            raise
+        raise PeerLost(
+            f"rank {mesh.rank} lost its peers: one of the {mesh.world_size} workers died, or did not answer within "
+            f"{mesh.timeout_s} s (timeout_s). See the other workers' messages, then resume from the last checkpoint. "
+            f"[{str(error).strip().splitlines()[0][:200]}]"
+        ) from error
+
+
+@dataclass
+class Traffic:
+    """Bytes of one kind of message that this worker asked for or sent, its own share included, and AlltoAll calls."""
+
+    bytes: int = 0
+    remote_bytes: int = 0  # to or from other workers
+    calls: int = 0
+
+    def add(self, row_bytes: int, rows: Sequence[int], rank: int) -> None:
+        """Count one AlltoAll that moves `rows[peer]` rows of `row_bytes` bytes."""
+        self.bytes += row_bytes * sum(rows)
+        self.remote_bytes += row_bytes * (sum(rows) - rows[rank])
+        self.calls += 1
+
+
+@dataclass
+class CommStats:
+    """What the embedding exchange moved so far, seen from the worker that needs the rows.
+
+    For U fetched rows of width d in float32: ids 8U bytes, rows 4dU, gradients 4dU.
+    """
+
+    counts: Traffic = field(default_factory=Traffic)
+    ids: Traffic = field(default_factory=Traffic)
+    rows: Traffic = field(default_factory=Traffic)
+    gradients: Traffic = field(default_factory=Traffic)
+
+
+# AlltoAll
+
+
+@dataclass
+class Pending:
+    """A collective in flight; `wait` returns its result."""
+
+    result: Tensor
+    work: dist.Work | None
+    mesh: Mesh
+
+    def wait(self) -> Tensor:
+        """The result, once it is there."""
+        if self.work is not None:
+            with _naming_lost_peers(self.mesh):
+                self.work.wait()
+        return self.result
+
+
+def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], mesh: Mesh) -> Pending:
+    """Start an AlltoAll of rows: `rows` [sum(send), ...] is cut by `send` over ranks.
+
+    The result is [sum(receive), ...], in the order of the sending ranks.
+    """
+    assert rows.shape[0] == sum(send), (rows.shape, send)
+    if mesh.row_group is None:
+        return Pending(rows, None, mesh)
+    out = rows.new_empty((sum(receive), *rows.shape[1:]))
+    with _naming_lost_peers(mesh):
+        work = dist.all_to_all_single(
+            out, rows.contiguous(), list(receive), list(send), group=mesh.row_group, async_op=True
+        )
+    return Pending(out, work, mesh)
+
+
+def exchange_counts(counts: Tensor, flags: Sequence[int], mesh: Mesh) -> tuple[list[list[int]], list[int]]:
+    """Tell every peer how many rows of each group to expect, and spread flags on the same message.
+
+    counts: int64 [world_size, groups], rows that this rank asks of each owner.
+    Returns what each peer asks of this rank, [groups][world_size], and the flags' maximum over all ranks,
+    the same on every rank: a stop request costs no collective of its own.
+    """
+    world_size, groups = counts.shape
+    message = torch.cat([counts, torch.tensor([list(flags)], dtype=torch.int64).expand(world_size, -1)], dim=1)
+    ones = [1] * world_size
+    heard = all_to_all(message.to(mesh.device), ones, ones, mesh).wait().cpu()
+    return heard[:, :groups].T.tolist(), heard[:, groups:].amax(0).tolist()
+
+
+# AllReduce
+
+
+class GradientBuckets:
+    """Sums dense gradients over ranks while backward still runs.
+
+    Gradients are packed into flat buckets in the reverse order of the parameters, roughly the order in which
+    backward makes them. A bucket is launched when it and all before it are complete, so that every rank launches
+    the same buckets in the same order, whatever its own graph looks like. A parameter without a gradient counts
+    as zeros.
+
+        loss.backward()       # hooks launch the buckets that fill up
+        buckets.flush()       # launches the rest; before any other collective
+        ...
+        buckets.finish()      # waits; every p.grad now holds the sum over ranks
+    """
+
+    def __init__(self, params: Iterable[torch.nn.Parameter], mesh: Mesh, bucket_mb: float = 4.0) -> None:
+        self._mesh = mesh
+        self._buckets = _cut(list(params)[::-1], int(bucket_mb * 2**20))
+        self._flat = [bucket[0].new_zeros(sum(p.numel() for p in bucket)) for bucket in self._buckets]
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._pending: list[Pending] = []
+        self._hooks = [_hook(p, partial(self._ready, i)) for i, bucket in enumerate(self._buckets) for p in bucket]
+
+    def _ready(self, index: int, _param: Tensor) -> None:
+        assert self._missing[index] > 0, "one backward a step: finish() was not called"
+        self._missing[index] -= 1
+        while len(self._pending) < len(self._buckets) and self._missing[len(self._pending)] == 0:
+            self._launch()
+
+    def _launch(self) -> None:
+        index = len(self._pending)
+        flat = self._flat[index]
+        for param, part in _parts(self._buckets[index], flat):
+            if param.grad is None:
+                part.zero_()
+            else:
+                part.copy_(param.grad)
+        self._missing[index] = 0
+        self._pending.append(_all_reduce(flat, dist.ReduceOp.SUM, self._mesh.dense_group, self._mesh))
+
+    def flush(self) -> None:
+        """Launch the buckets that backward did not complete."""
+        while len(self._pending) < len(self._buckets):
+            self._launch()
+
+    def finish(self) -> None:
+        """Wait for all buckets and put the sums into `p.grad`, on every rank for every parameter."""
+        self.flush()
+        for bucket, pending in zip(self._buckets, self._pending, strict=True):
+            for param, part in _parts(bucket, pending.wait()):
+                if param.grad is None:
+                    param.grad = part.clone()
+                else:
+                    param.grad.copy_(part)
+        self._pending.clear()
+        self._missing = [len(bucket) for bucket in self._buckets]
+
+    def close(self) -> None:
+        """Take the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _hook(param: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    assert isinstance(handle, RemovableHandle)
+    return handle
+
+
+def _cut(params: Sequence[torch.nn.Parameter], bucket_bytes: int) -> list[list[torch.nn.Parameter]]:
+    """Consecutive parameters of one dtype, cut where a bucket would outgrow `bucket_bytes`."""
+    buckets: list[list[torch.nn.Parameter]] = []
+    size = 0
+    for param in params:
+        new = param.numel() * param.element_size()
+        if not buckets or buckets[-1][0].dtype != param.dtype or size + new > bucket_bytes:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(param)
+        size += new
+    return buckets
+
+
+def _parts(bucket: Sequence[torch.nn.Parameter], flat: Tensor) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
+    for param, part in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
+        yield param, part.view_as(param)
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None, mesh: Mesh) -> Pending:
+    if group is None:
+        return Pending(tensor, None, mesh)
+    with _naming_lost_peers(mesh):
+        return Pending(tensor, dist.all_reduce(tensor, op, group=group, async_op=True), mesh)
+
+
+def all_reduce_sum(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The sum of `tensor` over ranks, bitwise the same on all of them."""
+    return _all_reduce(tensor.clone(), dist.ReduceOp.SUM, mesh.dense_group, mesh).wait()
+
+
+def all_reduce_max(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The maximum of `tensor` over ranks."""
+    return _all_reduce(tensor.clone(), dist.ReduceOp.MAX, mesh.dense_group, mesh).wait()
+
+
+# values, arrays, errors
+
+
+def broadcast_(tensors: Iterable[Tensor], mesh: Mesh) -> None:
+    """Overwrite `tensors` (parameters, buffers) with rank 0's, in place."""
+    if mesh.dense_group is None:
+        return
+    with _naming_lost_peers(mesh), torch.no_grad():
+        for tensor in tensors:
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, src=0, group=mesh.dense_group)
+            tensor.copy_(value)
+
+
+def broadcast_from_rank_0(value: float, mesh: Mesh) -> float:
+    """Rank 0's number, exactly, on every rank."""
+    if mesh.control_group is None:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    with _naming_lost_peers(mesh):
+        dist.broadcast(tensor, src=0, group=mesh.control_group)
+    return tensor.item()
+
+
+def gather_to_rank_0(array: NDArray[Any], mesh: Mesh) -> NDArray[Any]:
+    """The ranks' arrays joined along the first axis, in rank order, on rank 0; an empty array elsewhere.
+
+    Lengths may differ, a rank may have none; the other axes and the dtype (numbers or booleans, else ValueError)
+    must agree. Sent as plain bytes.
+    """
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"cannot gather an array of dtype {array.dtype}: only numbers and booleans are sent")
+    payload = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8).copy())
+    parts = _gather_bytes(payload, mesh)
+    tail = array.shape[1:]
+    arrays = [part.numpy().view(array.dtype).reshape(-1, *tail) if part.numel() else array[:0] for part in parts]
+    return np.concatenate([array[:0], *arrays])
+
+
+def _gather_bytes(payload: Tensor, mesh: Mesh) -> list[Tensor]:
+    """Every rank's uint8 [n] on rank 0, nothing elsewhere."""
+    if mesh.control_group is None:
+        return [payload]
+    parts = []
+    with _naming_lost_peers(mesh):
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
+        dist.all_gather(sizes, torch.tensor([payload.numel()]), group=mesh.control_group)
+        if mesh.rank != 0:
+            if payload.numel():
+                dist.send(payload, dst=0, group=mesh.control_group)
+            return []
+        for rank, size in enumerate(sizes):
+            part = payload if rank == 0 else torch.empty(int(size), dtype=torch.uint8)
+            if rank != 0 and part.numel():
+                dist.recv(part, src=rank, group=mesh.control_group)
+            parts.append(part)
+    return parts
+
+
+_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError)
+_MAX_ERROR_BYTES = 4096
+
+
+def raise_together(error: Exception | None, mesh: Mesh) -> None:
+    """Raise on every rank if any rank has an error; collective.
+
+    A rank with an error raises its own, the others one of the same kind (ValueError, OSError, else RuntimeError)
+    with the text of the lowest rank that has one.
+    """
+    if mesh.control_group is not None:
+        kind = next((i for i, cls in enumerate(_ERRORS) if isinstance(error, cls)), len(_ERRORS) - 1)
+        text = b"" if error is None else str(error).encode()[:_MAX_ERROR_BYTES]
+        mine = torch.zeros(2 + _MAX_ERROR_BYTES, dtype=torch.uint8)
+        if error is not None:
+            mine[: 2 + len(text)] = torch.tensor([1, kind, *text], dtype=torch.uint8)
+        heard = [torch.empty_like(mine) for _ in range(mesh.world_size)]
+        with _naming_lost_peers(mesh):
+            dist.all_gather(heard, mine, group=mesh.control_group)
+        if error is None:
+            for failed, kind, *rest in (message.tolist() for message in heard):
+                if failed:
+                    raise _ERRORS[kind](bytes(rest).rstrip(b"\0").decode(errors="replace"))
+    if error is not None:
+        raise error

@@ -1,0 +1,121 @@
+"""Ranks, process groups and the device of this worker. The only file of gmeta that reads the environment.
+
+torchrun, or `gmeta.parallel.launch`, sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Without them, or with a
+world of one, there is no process group: the group fields are None and every collective is the identity,
+so that one process runs the same code as many.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class PeerLost(RuntimeError):
+    """Another worker died or did not answer in time; nothing that was in flight can be trusted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This worker's place among the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1  # workers on this machine
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout_s: int = 300
+    row_group: dist.ProcessGroup | None = None  # AlltoAll of embedding rows
+    dense_group: dist.ProcessGroup | None = None  # AllReduce of dense gradients
+    control_group: dist.ProcessGroup | None = None  # gloo: barriers, small objects, checkpoints
+    row_mesh: DeviceMesh | None = None  # of row_group, for DTensor
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes logs and files that are not sharded."""
+        return self.rank == 0
+
+
+def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 300) -> Mesh:
+    """Join the other workers, if there are any.
+
+    gloo on CPU, NCCL on CUDA. AlltoAll and AllReduce get a group each, because both are in flight at once
+    during backward. ValueError when CUDA is asked for and there is none, or fewer devices than workers.
+    """
+    rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
+    local_rank, local_world_size = _environment_int("LOCAL_RANK", 0), _environment_int("LOCAL_WORLD_SIZE", 1)
+    place = _device(device, local_rank)
+    if world_size == 1:
+        return Mesh(device=place, timeout_s=timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    row_group = dist.new_group(backend=backend, timeout=timeout)
+    return Mesh(
+        rank=rank,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        device=place,
+        timeout_s=timeout_s,
+        row_group=row_group,
+        dense_group=dist.new_group(backend=backend, timeout=timeout),
+        control_group=dist.group.WORLD,
+        row_mesh=DeviceMesh.from_group(row_group, place.type),
+    )
+
+
+def close_mesh(mesh: Mesh) -> None:
+    """Leave the process groups. Only after a clean end: a worker that gives up on its peers just exits."""
+    if mesh.control_group is not None:
+        dist.destroy_process_group()
+
+
+def barrier(mesh: Mesh, timeout_s: int | None = None) -> None:
+    """Wait for all ranks; `PeerLost` names those that did not come within `timeout_s` (the mesh's by default)."""
+    if mesh.control_group is None:
+        return
+    wait = timedelta(seconds=timeout_s or mesh.timeout_s)
+    try:
+        dist.monitored_barrier(mesh.control_group, timeout=wait, wait_all_ranks=True)
+    except RuntimeError as error:
+        raise PeerLost(f"rank {mesh.rank} waited {wait.seconds} s in a barrier: {error}") from error
+
+
+def error_file() -> Path | None:
+    """The file in which the launcher looks for this worker's last words; None without a launcher."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(path) if path else None
+
+
+def launch_environment(nproc: int) -> dict[str, str]:
+    """What the launcher sets for its workers: OpenMP threads, unless the user chose them."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"environment variable {name} is {text!r}: it must be a number, as torchrun sets it")
+    return int(text)
+
+
+def _device(device: str, local_rank: int) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= count:
+        raise ValueError(
+            f"device is {device!r} and this machine has {count} CUDA devices, too few for local rank {local_rank}: "
+            "start fewer workers, or set device to cpu"
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place
