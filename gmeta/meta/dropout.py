@@ -1,0 +1,90 @@
+"""Dropout whose mask depends on (seed, epoch, batch, task, inner step, row, unit) and on nothing else.
+
+The same task drops the same units whatever rank, slot or padding it gets, and in both engines: a counter-based hash
+(the finaliser of splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)
+replaces the generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+QUERY_PASS = 0
+"""Number of the query's forward pass; inner step k (from 0) is pass k + 1."""
+
+_UNSEEDED = {
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+}
+
+
+def batch_key(seed: int, epoch: int, index: int) -> int:
+    """Key of one batch of one run."""
+    key = torch.zeros((), dtype=torch.int64)
+    for number in (seed, epoch, index):
+        key = _mix(key + number)
+    return int(key)
+
+
+def row_keys(key: int, task_id: Tensor, pass_number: int, positions: Tensor) -> Tensor:
+    """A key for each row: task ids int64 [T] (or a scalar), positions inside the task int64 [S] -> [T, S] (or [S])."""
+    task_keys = _mix(_mix(task_id + key) + pass_number)
+    return _mix(task_keys.unsqueeze(-1) + positions)
+
+
+class SeededDropout(TorchFunctionMode):
+    """Replaces `F.dropout` by a mask hashed from one key per row; without keys, dropout does nothing.
+
+    `keys` int64 has the shape of the leading dimensions that the model is called with.
+    """
+
+    def __init__(self, keys: Tensor | None) -> None:
+        super().__init__()
+        self.keys = keys
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return self._dropout(*args, **kwargs)
+        if func in _UNSEEDED and kwargs.get("training", True) and self.keys is not None:
+            raise ValueError(f"F.{func.__name__} cannot be seeded per task: use torch.nn.Dropout")
+        return func(*args, **kwargs)
+
+    def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if not training or p == 0.0 or self.keys is None:
+            return input
+        self.calls += 1
+        if input.shape[: self.keys.dim()] != self.keys.shape:
+            raise ValueError(
+                f"dropout input has shape {list(input.shape)}, expected leading dimensions {list(self.keys.shape)}: "
+                "a model must keep the dimensions of tasks and rows first"
+            )
+        width = input.shape[self.keys.dim() :].numel()
+        units = torch.arange(width, device=input.device)
+        hashed = _mix(_mix(self.keys + self.calls).unsqueeze(-1) + units)
+        keep = (hashed & 0xFFFFFF) >= int(p * 0x1000000)
+        return torch.where(keep.view(input.shape), input / (1 - p), 0)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _mix(z: Tensor) -> Tensor:
+    """splitmix64: int64 [...] -> int64 [...], with wrapping multiplication and logical shifts."""
+    z = z + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    return z ^ (z >> 31 & (1 << 33) - 1)

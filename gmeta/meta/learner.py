@@ -1,0 +1,179 @@
+"""MetaLearner: adapt to each task's support, judge on its query, differentiate through it. Knows no collective."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gmeta.batch import EmbeddedRows, TaskBatch
+from gmeta.meta import factored, reference
+from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
+from gmeta.meta.dropout import SeededDropout, batch_key, row_keys
+from gmeta.meta.losses import row_loss, task_mean
+from gmeta.meta.rows import Plan, by_feature, plan_rows, shared_rows
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerOutput:
+    """What a step is judged by; nothing here holds a graph."""
+
+    query_logits: Tensor  # [T, Q]
+    query_loss: Tensor  # [T], mean over the task's query rows, after adaptation
+    support_loss: Tensor  # [T], before adaptation
+
+
+class MetaLearner(nn.Module):
+    """A model and its inner loop.
+
+    `adapt` names what a task adapts (see `gmeta.meta.adapt.resolve`); empty is plain training, whose task loss is the
+    mean over support and query rows. `inner_lr` is one number, or with `learn_inner_lr` the start of a parameter
+    [inner_steps, groups], one group for each module with adapted parameters and one for all embeddings
+    (`rate_names`). `engine` is factored, reference, or auto: factored where it can adapt the model, which the first
+    batch decides; `engine_reason` then says what was taken and why.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        embedding_features: Sequence[str],
+        adapt: Sequence[str],
+        order: Literal["first", "second"] = "second",
+        inner_steps: int = 1,
+        inner_lr: float = 0.1,
+        learn_inner_lr: bool = False,
+        loss: str = "bce",
+        inner_loss: str | None = None,
+        engine: Literal["auto", "factored", "reference"] = "auto",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        refuse_batch_norm(model)
+        self.model = model
+        self.embedding_features = tuple(embedding_features)
+        self.adapted = resolve(adapt, model, embedding_features)
+        self.second_order = order == "second"
+        self.inner_steps = inner_steps
+        self.initial_inner_lr = inner_lr
+        self.loss = row_loss(loss)
+        self.inner_loss = row_loss(inner_loss or loss)
+        self.seed = seed
+        self.engine: str = engine
+        self.engine_reason = "not chosen before the first batch" if engine == "auto" else f"{engine}, as configured"
+        learned = None
+        if learn_inner_lr and self.adapted:
+            learned = nn.Parameter(torch.full((inner_steps, len(self.adapted.rates)), inner_lr))
+        self.inner_lr = learned
+
+    @property
+    def rate_names(self) -> tuple[str, ...]:
+        """Names of the columns of `inner_lr`."""
+        return self.adapted.rates
+
+    def plan(self, rows: EmbeddedRows, batch: TaskBatch) -> Plan:
+        """Index work of a batch; needs only `rows`' lookups and sizes, so it can be made ahead of time."""
+        num_rows = {group: weight.shape[0] for group, weight in rows.weights.items()}
+        shapes = ((batch.num_tasks, batch.support.mask.shape[1]), (batch.num_tasks, batch.query.mask.shape[1]))
+        features, adapted = self.embedding_features, self.adapted.features
+        return plan_rows(rows.support, rows.query, num_rows, shapes, features, adapted)
+
+    def forward(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan | None = None) -> tuple[Tensor, LearnerOutput]:
+        """(loss, output). The loss is the sum over this rank's tasks of a task's mean loss / num_tasks_global.
+
+        A task without support adapts nothing; a task without query rows contributes 0. With no task at all the loss
+        is 0 and backward gives zero or no gradients.
+        """
+        plan = plan or self.plan(rows, batch)
+        key = batch_key(self.seed, batch.epoch, batch.index) if self.training else None
+        if not self.adapted:
+            return self._plain(rows, batch, plan, key)
+        loop = self._loop(self.inner_steps, None, key, rows)
+        logits, support_loss = self._run(loop, rows, batch, plan)
+        query_loss = task_mean(self.loss(logits, batch.query.label), batch.query.mask)
+        loss = query_loss.sum() / batch.num_tasks_global
+        return loss, LearnerOutput(logits.detach(), query_loss.detach(), support_loss)
+
+    def predict(
+        self,
+        rows: EmbeddedRows,
+        batch: TaskBatch,
+        steps: int | None = None,
+        inner_lr: float | None = None,
+        plan: Plan | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Query logits [T, Q] before and after adaptation, without dropout; no graph is left behind.
+
+        `steps` and `inner_lr` override what was trained; learned rates repeat their last step beyond `inner_steps`.
+        """
+        plan = plan or self.plan(rows, batch)
+        if not self.adapted:
+            with torch.no_grad():
+                logits, _ = self._flat_logits(rows, batch, plan, None)[::-1]
+            return logits, logits
+        loop = replace(self._loop(steps or self.inner_steps, inner_lr, None, rows), second_order=False)
+        loop = replace(loop, rates=loop.rates.detach())
+        with torch.no_grad():
+            before, _ = self._run(replace(loop, rates=loop.rates[:0]), rows, batch, plan)
+        with torch.enable_grad():
+            after, _ = self._run(loop, rows, batch, plan)
+        return before, after.detach()
+
+    def _loop(self, steps: int, inner_lr: float | None, key: int | None, rows: EmbeddedRows) -> InnerLoop:
+        if self.inner_lr is None or inner_lr is not None:
+            like = next(iter(rows.weights.values()))
+            rate = self.initial_inner_lr if inner_lr is None else inner_lr
+            rates = like.new_full((steps, len(self.adapted.rates)), rate)
+        elif steps <= self.inner_steps:
+            rates = self.inner_lr[:steps]
+        else:
+            rates = torch.cat([self.inner_lr, self.inner_lr[-1:].expand(steps - self.inner_steps, -1)])
+        return InnerLoop(self.adapted, self.inner_loss, self.second_order, rates, key)
+
+    def _run(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
+        if self.engine == "auto":
+            self._choose_engine(loop, rows, batch, plan)
+        if self.engine == "reference":
+            return reference.run(self.model, loop, rows, batch)
+        return factored.run(self.model, loop, rows, batch, plan)
+
+    def _choose_engine(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> None:
+        try:
+            factored.check(self.model, loop, rows, batch, plan)
+        except factored.Unsupported as reason:
+            self.engine, self.engine_reason = "reference", f"reference: {reason}"
+        else:
+            self.engine, self.engine_reason = "factored", "factored: it can adapt every adapted parameter"
+
+    def _plain(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: int | None) -> tuple[Tensor, LearnerOutput]:
+        sides = (batch.support, batch.query)
+        logits = self._flat_logits(rows, batch, plan, key)
+        losses = [self.loss(part, side.label) for part, side in zip(logits, sides, strict=True)]
+        together = task_mean(torch.cat(losses, 1), torch.cat([side.mask for side in sides], 1))
+        support_loss, query_loss = (
+            task_mean(part.detach(), side.mask) for part, side in zip(losses, sides, strict=True)
+        )
+        return together.sum() / batch.num_tasks_global, LearnerOutput(logits[1].detach(), query_loss, support_loss)
+
+    def _flat_logits(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: int | None) -> tuple[Tensor, Tensor]:
+        """Logits of support [T, S] and query [T, Q] from one call of the unadapted model."""
+        sides = (batch.support, batch.query)
+        keys = None
+        if key is not None:
+            keys = torch.cat(
+                [self._keys(key, batch, i, side.mask.shape[1]) for i, side in enumerate(sides[::-1])][::-1]
+            )
+        values = shared_rows(rows, plan)
+        num_rows = sum(side.mask.numel() for side in sides)
+        with SeededDropout(keys):
+            dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
+            logits = self.model(dense, by_feature(values, plan, (num_rows,)))
+        support, query = logits.split([side.mask.numel() for side in sides])
+        return support.view(batch.support.mask.shape), query.view(batch.query.mask.shape)
+
+    def _keys(self, key: int, batch: TaskBatch, pass_number: int, length: int) -> Tensor:
+        positions = torch.arange(length, device=batch.task_id.device)
+        return row_keys(key, batch.task_id, pass_number, positions).flatten()

@@ -1,0 +1,49 @@
+"""Losses of one row, the scores that go with them, and the mean over the rows of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+
+_LOSSES: dict[str, RowLoss] = {
+    "bce": lambda logits, label: F.binary_cross_entropy_with_logits(logits, label, reduction="none"),
+    "mse": lambda logits, label: F.mse_loss(logits, label, reduction="none"),
+    "l1": lambda logits, label: F.l1_loss(logits, label, reduction="none"),
+    "huber": lambda logits, label: F.huber_loss(logits, label, reduction="none"),
+}
+
+
+def row_loss(name: str) -> RowLoss:
+    """The loss called `name`: (logits [...], label [...]) -> [...], in at least float32.
+
+    bce takes logits; huber has delta 1. ValueError for an unknown name.
+    """
+    _require_known(name)
+    loss = _LOSSES[name]
+    return lambda logits, label: loss(widen(logits), label)
+
+
+def prediction(name: str) -> Callable[[Tensor], Tensor]:
+    """What a model trained with the loss `name` predicts from logits: a probability for bce, the logit otherwise."""
+    _require_known(name)
+    return torch.sigmoid if name == "bce" else lambda logits: logits
+
+
+def task_mean(loss: Tensor, mask: Tensor) -> Tensor:
+    """Mean over a task's real rows: [T, S], bool [T, S] -> [T]; 0 for tasks without rows."""
+    return torch.where(mask, loss, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def widen(values: Tensor) -> Tensor:
+    """Half precision to float32; wider types as they are."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+
+
+def _require_known(name: str) -> None:
+    if name not in _LOSSES:
+        raise ValueError(f"loss is {name!r}: must be one of {', '.join(_LOSSES)}")

@@ -1,0 +1,74 @@
+"""DLRM: a bottom network over numeric columns, dot products between all embeddings, a top network.
+
+Maxim Naumov et al., "Deep Learning Recommendation Model for Personalization and Recommendation Systems",
+arXiv 1906.00091.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class DLRM(nn.Module):
+    """Top network over [bottom output, pairwise dot products of bottom output and embeddings] -> one logit.
+
+    Without numeric columns there is no bottom network.
+    """
+
+    head = "output"
+    decision_layers = ("top", "output")
+
+    def __init__(
+        self,
+        features: Sequence[str],
+        *,
+        embedding_dim: int,
+        num_numeric: int,
+        bottom: Sequence[int],
+        hidden: Sequence[int],
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.features = tuple(features)
+        num_vectors = len(self.features) + (1 if num_numeric else 0)
+        if num_vectors < 2:
+            raise ValueError(
+                f"dlrm has {num_vectors} vectors to multiply: it needs two features, or one and numeric columns"
+            )
+        self.bottom = _network([num_numeric, *bottom, embedding_dim], layer_norm, dropout) if num_numeric else None
+        num_products = num_vectors * (num_vectors - 1) // 2
+        widths = [num_products + (embedding_dim if num_numeric else 0), *hidden]
+        self.top = _network(widths, layer_norm, dropout)
+        self.output = nn.Linear(widths[-1], 1)
+        self.pairs: Tensor
+        left, right = torch.triu_indices(num_vectors, num_vectors, 1)
+        self.register_buffer("pairs", left * num_vectors + right, persistent=False)
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        """Dense [..., F] and one [..., d] for each feature -> logits [...]."""
+        vectors = [embedded[name] for name in self.features]
+        parts = []
+        if self.bottom is not None:
+            parts.append(self.bottom(dense))
+        stacked = torch.stack(parts + vectors, -2)  # [..., n, d]
+        products = (stacked @ stacked.mT).flatten(-2)  # [..., n * n]
+        x = torch.cat([*parts, products[..., self.pairs]], -1)
+        logits: Tensor = self.output(self.top(x)).squeeze(-1)
+        return logits
+
+
+def _network(widths: Sequence[int], layer_norm: bool, dropout: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for num_in, num_out in itertools.pairwise(widths):
+        layers.append(nn.Linear(num_in, num_out))
+        if layer_norm:
+            layers.append(nn.LayerNorm(num_out))
+        layers.append(nn.ReLU())
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)

@@ -1,0 +1,187 @@
+"""Small random problems for the engines, and an independent textbook implementation through torch.func.
+
+The textbook version reads embeddings as dense products with [T, S, U] matrices, adapts whole tables, and runs all tasks
+under `vmap`; it shares no code with either engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from gmeta.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
+
+DIMS = {"wide": 6, "narrow": 3}
+NUM_ROWS = {"wide": 9, "narrow": 5}
+FEATURES = {  # feature -> (group, pooling of a bag or None); item and history share rows
+    "user": ("wide", None),
+    "item": ("wide", None),
+    "history": ("wide", "mean"),
+    "city": ("narrow", None),
+    "tags": ("narrow", "sum"),
+}
+NUM_NUMERIC = 2
+
+
+@dataclass(frozen=True)
+class Problem:
+    rows: EmbeddedRows
+    batch: TaskBatch
+
+
+def make_problem(
+    dtype: torch.dtype = torch.float64,
+    support: tuple[int, ...] = (4, 2, 0, 3),
+    query: tuple[int, ...] = (2, 3, 2, 0),
+    seed: int = 0,
+    binary: bool = True,
+    features: tuple[str, ...] = tuple(FEATURES),
+) -> Problem:
+    """Ragged tasks (one without support, one without query), few rows, so that tasks and sides share them."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        group: torch.randn(NUM_ROWS[group], dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for group, dim in DIMS.items()
+        if any(FEATURES[name][0] == group for name in features)
+    }
+    sides = [_side(sizes, features, generator, dtype, binary) for sizes in (support, query)]
+    lookups = [
+        {
+            name: (
+                Lookup(FEATURES[name][0], side.ids[name])
+                if FEATURES[name][1] is None
+                else Lookup(FEATURES[name][0], side.bags[name].values, side.bags[name].lengths, FEATURES[name][1])
+            )
+            for name in features
+        }
+        for side in sides
+    ]
+    task_id = torch.arange(len(support)) * 7 + 3
+    batch = TaskBatch(*sides, task_id=task_id, num_tasks_global=len(support) + 1, epoch=2, index=5)
+    return Problem(EmbeddedRows(weights, *lookups), batch)
+
+
+def _side(
+    sizes: tuple[int, ...],
+    features: tuple[str, ...],
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    binary: bool,
+) -> Examples:
+    tasks, longest = len(sizes), max(sizes, default=0)
+    mask = torch.arange(longest).expand(tasks, longest) < torch.tensor(sizes, dtype=torch.int64).unsqueeze(-1)
+    ids, bags = {}, {}
+    for name in features:
+        group, pooling = FEATURES[name]
+        if pooling is None:
+            index = torch.randint(0, NUM_ROWS[group], (tasks, longest), generator=generator)
+            ids[name] = torch.where(mask, index, 0)
+        else:
+            lengths = torch.where(mask, torch.randint(0, 4, (tasks, longest), generator=generator), 0)
+            values = torch.randint(0, NUM_ROWS[group], (int(lengths.sum()),), generator=generator)
+            bags[name] = Bag(values, lengths)
+    dense = torch.randn(tasks, longest, NUM_NUMERIC, generator=generator, dtype=torch.float64).to(dtype)
+    label = torch.randn(tasks, longest, generator=generator, dtype=torch.float64).to(dtype)
+    label = (label > 0).to(dtype) if binary else label
+    return Examples(
+        ids,
+        bags,
+        torch.where(mask.unsqueeze(-1), dense, 0),
+        torch.where(mask, label, 0),
+        mask,
+        torch.where(mask, 0, -1),
+        torch.zeros_like(mask),
+    )
+
+
+def leaves(problem: Problem, module: nn.Module) -> dict[str, Tensor]:
+    """Everything that receives a gradient, by name."""
+    tables = {f"table {group}": weight for group, weight in problem.rows.weights.items()}
+    return {**dict(module.named_parameters()), **tables}
+
+
+def gradients(problem: Problem, module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradient of `loss` for every leaf; zero where there is none."""
+    named = leaves(problem, module)
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, grads, strict=True))
+
+
+def poison_padding(problem: Problem) -> Problem:
+    """The same problem with other numbers, labels and ids in the padding, which must not matter."""
+
+    def spoil(side: Examples) -> Examples:
+        return replace(
+            side,
+            dense=torch.where(side.mask.unsqueeze(-1), side.dense, 3.0),
+            label=torch.where(side.mask, side.label, 1.0),
+        )
+
+    batch = replace(problem.batch, support=spoil(problem.batch.support), query=spoil(problem.batch.query))
+    return Problem(problem.rows, batch)
+
+
+def _matrix(lookup: Lookup, num_rows: int, dtype: torch.dtype) -> Tensor:
+    """The lookup as a dense matrix [T, S, U]."""
+    shape = lookup.index.shape if lookup.lengths is None else lookup.lengths.shape
+    matrix = torch.zeros(*shape, num_rows, dtype=dtype)
+    start = 0
+    for t in range(shape[0]):
+        for s in range(shape[1]):
+            if lookup.lengths is None:
+                matrix[t, s, lookup.index[t, s]] = 1
+                continue
+            length = int(lookup.lengths[t, s])
+            for u in lookup.index[start : start + length].tolist():
+                matrix[t, s, u] += 1 / length if lookup.pooling == "mean" else 1
+            start += length
+    return matrix
+
+
+def textbook(
+    problem: Problem,
+    model: nn.Module,
+    parameters: tuple[str, ...],
+    features: tuple[str, ...],
+    rates: Tensor,
+    rate_of: dict[str, int],
+    second_order: bool,
+    loss: nn.Module,
+    inner_loss: nn.Module,
+) -> Tensor:
+    """Sum over tasks of the mean query loss after adaptation / num_tasks_global, as in the papers."""
+    rows, batch = problem.rows, problem.batch
+    tables = dict(rows.weights)
+    dtype = batch.support.dense.dtype
+
+    def side_inputs(side: Examples, lookups: dict[str, Lookup]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        matrices = {n: _matrix(lo, tables[lo.group].shape[0], dtype) for n, lo in lookups.items()}
+        return matrices, side.dense, side.label, side.mask.to(dtype)
+
+    def objective(fast: dict[str, Tensor], inputs: tuple[dict[str, Tensor], Tensor, Tensor, Tensor], which: nn.Module):
+        matrices, dense, label, mask = inputs
+        embedded = {}
+        for name, matrix in matrices.items():
+            group = rows.support[name].group
+            table = fast.get(f"table {group}", tables[group]) if name in features else tables[group]
+            embedded[name] = matrix @ table
+        logits = functional_call(model, {n: v for n, v in fast.items() if not n.startswith("table ")}, (dense, embedded))
+        return (which(logits, label) * mask).sum() / mask.sum().clamp(min=1)
+
+    start = {name: dict(model.named_parameters())[name] for name in parameters}
+    start |= {f"table {rows.support[name].group}": tables[rows.support[name].group] for name in features}
+
+    def task_loss(support, query) -> Tensor:
+        fast = start
+        for step in range(len(rates)):
+            steps = grad(objective)(fast, support, inner_loss)
+            if not second_order:
+                steps = {name: value.detach() for name, value in steps.items()}
+            fast = {name: value - rates[step, rate_of[name]] * steps[name] for name, value in fast.items()}
+        return objective(fast, query, loss)
+
+    per_task = vmap(task_loss)(side_inputs(batch.support, rows.support), side_inputs(batch.query, rows.query))
+    return per_task.sum() / batch.num_tasks_global
