@@ -355,18 +355,18 @@ class SynthConfig:
     """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs."""
 
     out: str
-    """Directory to create: log/, schema.yaml, truth/ and summary.json."""
+    """Directory to create: the log's Parquet files, schema.yaml, summary.json and truth/."""
     users: int = 20_000
     """Users, each of them a task."""
-    items: int = 800
+    items: int = 500
     """Items, drawn by Zipf popularity."""
-    rows_per_user: int = 30
+    rows_per_user: int = 24
     """Mean rows of a user; each user's number is uniform between half and one and a half of it."""
-    latent_dim: int = 3
-    """Dimensions of the taste and of the item latents (the exact posterior is a grid in this many dimensions)."""
-    taste_std: float = 2.5
+    latent_dim: int = 2
+    """Dimensions of the taste and of the item latents, 1 to 3: the exact posterior is a grid in as many."""
+    taste_std: float = 2.2
     """Standard deviation of the logit's part that only a user's own rows reveal."""
-    side_std: float = 1.0
+    side_std: float = 1.5
     """Standard deviation of the logit's part that user features and items explain together."""
     item_std: float = 0.7
     """Standard deviation of the logit's part that the item alone explains."""
@@ -385,7 +385,7 @@ class SynthConfig:
         _require(self.users >= 1, "users", self.users, "must be at least 1")
         _require(self.items >= 1, "items", self.items, "must be at least 1")
         _require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")
-        _require(1 <= self.latent_dim <= 4, "latent_dim", self.latent_dim, "must be in [1, 4]")
+        _require(1 <= self.latent_dim <= 3, "latent_dim", self.latent_dim, "must be in [1, 3]")
         for key in ("taste_std", "side_std", "item_std", "zipf"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         _require(0 <= self.item_side_share <= 1, "item_side_share", self.item_side_share, "must be in [0, 1]")

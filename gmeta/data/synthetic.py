@@ -1,0 +1,427 @@
+"""Click logs whose truth is known, and the AUCs that frame any model trained on them.
+
+A user's latent vector is told in part by the user's features; the rest is a Gaussian *taste*:
+
+    w_u = m(age, gender, city) + taste_u,        taste_u ~ N(0, taste_std² I)
+    logit(u, i) = bias + e_i + w_u · v_i,        label ~ Bernoulli(sigmoid(logit))
+
+`v_i` (E|v|² = 1) is told in part by category and brand, `e_i` in part by price. A cold user's features fix the
+prior of w_u; only the support narrows it. docs/synthetic.md explains the three reference AUCs.
+
+Users are drawn in blocks, each from its own seed: memory is bounded by a block, and a log of fewer users is a prefix
+of a log of more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from gmeta.config import SynthConfig
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+BLOCK_USERS = 8192
+"""Users drawn from one seed and written as one file."""
+SUMMARY_USERS = 1000
+"""Users on which `synthesize` measures the reference AUCs."""
+
+REFERENCES = {
+    "prior": "only the features, the best without support",
+    "posterior": "features and support, the best with it",
+    "oracle": "the taste itself",
+}
+"""What each reference knows of a cold user; all know the items' truth."""
+
+GENDERS = ("f", "m")
+NUM_CITIES, NUM_CATEGORIES, NUM_BRANDS = 40, 20, 60
+AGES = (18, 79)
+START, DAYS = 1_700_000_000, 90
+"""First second of the log (Unix time), and the days within which users arrive."""
+
+SCHEMA = {
+    "task": "user_id",
+    "label": "label",
+    "time": "timestamp",
+    "item": "item_id",
+    "categorical": ["item_id", "gender", "city", "category", "brand"],
+    "numeric": ["age", "price"],
+}
+"""The data schema that `gmeta prepare` reads. user_id is no feature: a cold user's would be out of vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Every item: its features, popularity, and truth."""
+
+    category: Ints  # [I]
+    brand: Ints  # [I]
+    price: Floats  # [I]
+    popularity: Floats  # [I], cumulative, last is 1
+    effect: Floats  # [I]: bias + e_i
+    latent: Floats  # [I, K]: v_i
+
+
+@dataclass(frozen=True, slots=True)
+class UserTables:
+    """How user features add up to the prior mean of a user's latent vector."""
+
+    gender: Floats  # [2, K]
+    city: Floats  # [cities, K]
+    age: Floats  # [K], per standard deviation of age
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive users and their rows, in user and time order."""
+
+    first_user: int
+    gender: Ints  # [U]
+    city: Ints  # [U]
+    age: Ints  # [U]
+    mean: Floats  # [U, K]
+    taste: Floats  # [U, K]
+    counts: Ints  # [U], rows of each user
+    item: Ints  # [R]
+    time: Ints  # [R], strictly increasing within a user
+    label: npt.NDArray[np.int8]  # [R]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Raw rows of a split: which user met which item, and whether they clicked."""
+
+    user_id: Ints  # [R]
+    item_id: Ints  # [R]
+    label: Ints  # [R]
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def _vectors(rng: np.random.Generator, num: int, dim: int, norm: float) -> Floats:
+    """Random vectors [num, dim], centred, of root mean square norm `norm` (zero where num is 1)."""
+    x = rng.standard_normal((num, dim))
+    x -= x.mean(axis=0)
+    return x * (norm / max(float(np.sqrt((x**2).sum(axis=1).mean())), 1e-12))
+
+
+def _draw_items(config: SynthConfig) -> Items:
+    rng = np.random.default_rng([config.seed, 0])
+    num, dim, share = config.items, config.latent_dim, config.item_side_share
+    category = rng.integers(NUM_CATEGORIES, size=num)
+    brand = rng.integers(NUM_BRANDS, size=num)
+    log_price = rng.standard_normal(num)
+    told = _vectors(rng, NUM_CATEGORIES, dim, (share / 2) ** 0.5)[category]
+    told += _vectors(rng, NUM_BRANDS, dim, (share / 2) ** 0.5)[brand]
+    latent = told + _vectors(rng, num, dim, (1 - share) ** 0.5)
+    effect = config.item_std * (0.8 * rng.standard_normal(num) - 0.6 * log_price)
+    weight = np.arange(1, num + 1, dtype=np.float64) ** -config.zipf
+    popularity = np.cumsum(weight / weight.sum())
+    popularity[-1] = 1.0
+    price = np.exp(3 + 0.8 * log_price).round(2)
+    return Items(category, brand, price, popularity, config.bias + effect, latent)
+
+
+def _draw_user_tables(config: SynthConfig) -> UserTables:
+    rng = np.random.default_rng([config.seed, 1])
+    # A latent of norm side_std * sqrt(K) has standard deviation side_std along an item latent of norm 1.
+    norm = config.side_std * config.latent_dim**0.5 / 3**0.5
+    age = rng.standard_normal(config.latent_dim)
+    return UserTables(
+        gender=_vectors(rng, len(GENDERS), config.latent_dim, norm),
+        city=_vectors(rng, NUM_CITIES, config.latent_dim, norm),
+        age=age * (norm / float(np.linalg.norm(age))),
+    )
+
+
+def _draw_block(config: SynthConfig, items: Items, tables: UserTables, index: int) -> Block:
+    """Block `index` of the log, the same whatever the number of users: a full block is drawn, then cut."""
+    rng = np.random.default_rng([config.seed, 2, index])
+    num = min(BLOCK_USERS, config.users - index * BLOCK_USERS)
+    gender = rng.integers(len(GENDERS), size=BLOCK_USERS)
+    city = rng.integers(NUM_CITIES, size=BLOCK_USERS)
+    age = rng.integers(AGES[0], AGES[1] + 1, size=BLOCK_USERS)
+    taste = config.taste_std * rng.standard_normal((BLOCK_USERS, config.latent_dim))
+    half = config.rows_per_user // 2
+    counts = rng.integers(config.rows_per_user - half, config.rows_per_user + half + 1, size=BLOCK_USERS)
+    start = START + rng.integers(DAYS * 86_400, size=BLOCK_USERS)
+    rows = int(counts.sum())
+    choice, gap, chance = rng.random(rows), 1 + rng.exponential(3600, rows).astype(np.int64), rng.random(rows)
+
+    num_ages = AGES[1] - AGES[0] + 1
+    age_z = (age - (AGES[0] + AGES[1]) / 2) / ((num_ages**2 - 1) / 12) ** 0.5
+    mean = tables.gender[gender] + tables.city[city] + age_z[:, None] * tables.age
+    item = np.searchsorted(items.popularity, choice, side="right")
+    user = np.repeat(np.arange(BLOCK_USERS), counts)
+    logit = items.effect[item] + ((mean + taste)[user] * items.latent[item]).sum(axis=1)
+    label = (chance < _sigmoid(logit)).astype(np.int8)
+    elapsed = np.cumsum(gap)
+    first = np.cumsum(counts) - counts
+    time = start[user] + elapsed - elapsed[first][user]
+    u, r = slice(num), slice(int(counts[:num].sum()))
+    return Block(
+        index * BLOCK_USERS, gender[u], city[u], age[u], mean[u], taste[u], counts[u], item[r], time[r], label[r]
+    )
+
+
+def _names(codes: Ints, names: Iterable[str]) -> pa.Array:
+    return pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(list(names)))
+
+
+def _numbered(prefix: str, num: int) -> list[str]:
+    return [f"{prefix}-{i:02d}" for i in range(num)]
+
+
+def _log_table(block: Block, items: Items) -> pa.Table:
+    user = np.repeat(np.arange(len(block.counts)), block.counts)
+    return pa.table(
+        {
+            "user_id": block.first_user + user,
+            "item_id": block.item,
+            "gender": _names(block.gender[user], GENDERS),
+            "age": pa.array(block.age[user], pa.int32()),
+            "city": _names(block.city[user], _numbered("city", NUM_CITIES)),
+            "category": _names(items.category[block.item], _numbered("category", NUM_CATEGORIES)),
+            "brand": _names(items.brand[block.item], _numbered("brand", NUM_BRANDS)),
+            "price": pa.array(items.price[block.item], pa.float32()),
+            "timestamp": block.time,
+            "label": block.label,
+        }
+    )
+
+
+def _user_table(block: Block) -> pa.Table:
+    columns: dict[str, Any] = {"user_id": block.first_user + np.arange(len(block.counts))}
+    columns |= {f"mean_{k}": block.mean[:, k] for k in range(block.mean.shape[1])}
+    columns |= {f"taste_{k}": block.taste[:, k] for k in range(block.taste.shape[1])}
+    return pa.table(columns)
+
+
+def _item_table(items: Items) -> pa.Table:
+    latent = {f"latent_{k}": items.latent[:, k] for k in range(items.latent.shape[1])}
+    return pa.table({"item_id": np.arange(len(items.effect)), "effect": items.effect, **latent})
+
+
+def synthesize(config: SynthConfig) -> dict[str, Any]:
+    """Write the log, its schema and its truth to `config.out`; returns what summary.json holds.
+
+    The directory appears whole or not at all. Memory is bounded by a block of users, whatever their number.
+    ValueError when the directory exists.
+    """
+    out = Path(config.out)
+    if out.exists():
+        raise ValueError(f"out is {str(out)!r}, which exists: remove it or name another directory")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        summary = _write(config, work)
+        os.replace(work, out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return summary
+
+
+def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
+    truth = root / "truth"
+    (truth / "users").mkdir(parents=True)
+    items, tables = _draw_items(config), _draw_user_tables(config)
+    pq.write_table(_item_table(items), truth / "items.parquet")
+    (root / "schema.yaml").write_text(yaml.safe_dump(SCHEMA, sort_keys=False), encoding="utf-8")
+    rows = clicks = 0
+    console = Console(stderr=True)
+    blocks = range(-(-config.users // BLOCK_USERS))
+    for index in track(blocks, "synth", console=console, disable=not console.is_terminal):
+        block = _draw_block(config, items, tables, index)
+        pq.write_table(_log_table(block, items), root / f"part-{index:05d}.parquet")
+        pq.write_table(_user_table(block), truth / "users" / f"part-{index:05d}.parquet")
+        rows, clicks = rows + len(block.label), clicks + int(block.label.sum())
+    (truth / "truth.json").write_text(json.dumps({"taste_std": config.taste_std}), encoding="utf-8")
+    measured = range(min(config.users, SUMMARY_USERS))
+    support, query = last_rows(root, measured, config.num_query)
+    summary = {
+        "settings": {key: value for key, value in asdict(config).items() if key != "out"},
+        "rows": rows,
+        "click_rate": clicks / rows,
+        "measured_users": len(measured),
+        "reference": reference_aucs(root, support, query),
+    }
+    (root / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return summary
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print what `synthesize` returned as two tables."""
+    settings = summary["settings"]
+    console = Console()
+    console.print(
+        f"{settings['users']:,} users, {settings['items']:,} items, {summary['rows']:,} rows, "
+        f"{summary['click_rate']:.1%} clicks"
+    )
+    table = Table(title=f"reference AUCs: last {settings['num_query']} rows of {summary['measured_users']:,} users")
+    for heading in ("what is known of the user", "AUC", "GAUC"):
+        table.add_column(heading, justify="left" if heading.startswith("what") else "right")
+    for name, meaning in REFERENCES.items():
+        value = summary["reference"][name]
+        table.add_row(f"{name}: {meaning}", f"{value['auc']:.4f}", f"{value['gauc']:.4f}")
+    console.print(table)
+
+
+def last_rows(out: Path, users: Iterable[int], num_query: int) -> tuple[Rows, Rows]:
+    """Support and query of the given users of the log at `out`: a user's last `num_query` rows by time are the query.
+
+    Both come in (user, time) order; time is strict within a user, so this is the split `gmeta prepare` makes.
+    """
+    wanted = pa.array(users, pa.int64())
+    columns = ["user_id", "timestamp", "item_id", "label"]
+    table = pads.dataset(sorted(out.glob("part-*.parquet"))).to_table(
+        columns=columns, filter=pads.field("user_id").isin(wanted)
+    )
+    user, time, item, label = (table[name].to_numpy().astype(np.int64) for name in columns)
+    order = np.lexsort((time, user))
+    user, item, label = user[order], item[order], label[order]
+    _, start, counts = np.unique(user, return_index=True, return_counts=True)
+    to_end = np.repeat(start + counts, counts) - np.arange(len(user))
+    is_query = to_end <= num_query
+    support, query = (Rows(user[part], item[part], label[part]) for part in (~is_query, is_query))
+    return support, query
+
+
+def reference_aucs(out: Path, support: Rows, query: Rows) -> dict[str, dict[str, float]]:
+    """`{"oracle" | "posterior" | "prior": {"auc", "gauc"}}` on the query rows; see `reference_scores`.
+
+    `auc` is over all rows; `gauc` is the mean of the users' AUCs weighted by their rows, over users with both labels.
+    Either is NaN where no pair of labels differs.
+    """
+    return {
+        name: {"auc": auc(score, query.label), "gauc": grouped_auc(score, query.label, query.user_id)}
+        for name, score in reference_scores(out, support, query).items()
+    }
+
+
+def reference_scores(out: Path, support: Rows, query: Rows) -> dict[str, Floats]:
+    """Click probability of every query row, in its order, under what each reference knows; `out` holds the log.
+
+    `prior` averages over the taste's prior, `posterior` over its exact posterior given the user's support rows
+    (none is allowed), `oracle` knows the taste. All know the item's truth and what the user's features tell.
+    ValueError names a user or item of another log.
+    """
+    base, coefficient, taste = _truth_of(out / "truth", query)
+    support_base, support_coefficient, _ = _truth_of(out / "truth", support)
+    grid = lattice(coefficient.shape[1])
+    nothing = np.empty(0, dtype=np.int64)
+    support_of = {int(support.user_id[rows[0]]): rows for rows in _groups(support.user_id)}
+    scores = {name: np.empty(len(query.label)) for name in REFERENCES}
+    scores["oracle"] = _sigmoid(base + (coefficient * taste).sum(axis=1))
+    for rows in _groups(query.user_id):
+        known = support_of.get(int(query.user_id[rows[0]]), nothing)
+        for name, part in (("prior", nothing), ("posterior", known)):
+            evidence = support_base[part], support_coefficient[part], support.label[part]
+            scores[name][rows] = posterior_predictive(*evidence, base[rows], coefficient[rows], grid)
+    return scores
+
+
+def _groups(key: Ints) -> list[Ints]:
+    """Positions of each distinct key, in ascending order of the key."""
+    order = np.argsort(key, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
+    return [part for part in parts if len(part)]
+
+
+def _truth_of(truth: Path, rows: Rows) -> tuple[Floats, Floats, Floats]:
+    """Of every row: the logit without taste [R], its gradient by the standardised taste [R, K], that taste [R, K]."""
+    taste_std = float(json.loads((truth / "truth.json").read_text(encoding="utf-8"))["taste_std"])
+    unique, user_at = np.unique(rows.user_id, return_inverse=True)
+    keep = pads.field("user_id").isin(pa.array(unique))
+    users = pads.dataset(truth / "users").to_table(filter=keep).sort_by("user_id")
+    items = pq.read_table(truth / "items.parquet")
+    _check_known("user_id", unique, users["user_id"].to_numpy())
+    _check_known("item_id", np.unique(rows.item_id), items["item_id"].to_numpy())
+    dim = items.num_columns - 2
+    latent = _matrix(items, "latent", dim)[rows.item_id]
+    mean, taste = _matrix(users, "mean", dim)[user_at], _matrix(users, "taste", dim)[user_at]
+    base = items["effect"].to_numpy()[rows.item_id] + (mean * latent).sum(axis=1)
+    return base, taste_std * latent, taste / taste_std if taste_std else taste
+
+
+def _matrix(table: pa.Table, prefix: str, dim: int) -> Floats:
+    return np.stack([table[f"{prefix}_{k}"].to_numpy() for k in range(dim)], axis=1)
+
+
+def _check_known(column: str, wanted: Ints, known: Ints) -> None:
+    missing = np.setdiff1d(wanted, known)
+    if len(missing):
+        raise ValueError(f"{column} {missing[0]} is not in the truth: the rows are of another log")
+
+
+def lattice(dim: int, spacing: float = 0.4, radius: float = 8.0) -> Floats:
+    """Points [P, dim] of the cubic lattice of that spacing inside a ball: the nodes of a trapezoidal rule.
+
+    For smooth integrands that decay, the rule converges exponentially as the spacing shrinks (Trefethen and Weideman,
+    The exponentially convergent trapezoidal rule, 2014); the tests compare it with a finer one.
+    """
+    half = np.arange(-int(radius / spacing), int(radius / spacing) + 1) * spacing
+    points = np.stack(np.meshgrid(*[half] * dim, indexing="ij"), axis=-1).reshape(-1, dim)
+    inside: Floats = points[(points**2).sum(axis=1) <= radius**2]
+    return inside
+
+
+def posterior_predictive(
+    base: Floats, coefficient: Floats, label: Ints, query_base: Floats, query_coefficient: Floats, grid: Floats
+) -> Floats:
+    """P(click) [Q] of query rows given support rows, for z ~ N(0, I_K) and logit = base + coefficient · z.
+
+    Support: base [S], coefficient [S, K], label [S]; S may be 0. The posterior of z is log-concave; `grid` (see
+    `lattice`) is laid over it, centred at its mode and scaled by its curvature there, and the predictive is the
+    ratio of two trapezoidal sums. Mode and scale only place the nodes: they do not enter the integrand.
+    """
+    dim = grid.shape[1]
+    mode, precision = np.zeros(dim), np.eye(dim)
+    for _ in range(12):  # Newton's method, its steps cut short: far from the mode the curvature misleads
+        p = _sigmoid(base + coefficient @ mode)
+        precision = np.eye(dim) + (coefficient.T * (p * (1 - p))) @ coefficient
+        step = np.linalg.solve(precision, coefficient.T @ (label - p) - mode)
+        mode = mode + step * min(1.0, 2.0 / max(float(np.linalg.norm(step)), 1e-12))
+    nodes = mode + grid @ np.linalg.inv(np.linalg.cholesky(precision))  # [P, K]
+    logit = base + nodes @ coefficient.T  # [P, S]
+    log_density = logit @ label - np.logaddexp(0, logit).sum(axis=1) - 0.5 * (nodes**2).sum(axis=1)
+    weight = np.exp(log_density - log_density.max())
+    predicted: Floats = weight @ _sigmoid(query_base + nodes @ query_coefficient.T) / weight.sum()
+    return predicted
+
+
+def auc(score: Floats, label: Ints) -> float:
+    """Area under the ROC curve by the rank-sum statistic, ties counted half; NaN without both labels."""
+    _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    num_clicks = int(label.sum())
+    pairs = num_clicks * (len(label) - num_clicks)
+    if pairs == 0:
+        return float("nan")
+    return float((rank[label == 1].sum() - num_clicks * (num_clicks + 1) / 2) / pairs)
+
+
+def grouped_auc(score: Floats, label: Ints, group: Ints) -> float:
+    """Mean of the groups' AUCs weighted by their rows, over groups with both labels; NaN without any."""
+    parts = _groups(group)
+    values = np.array([auc(score[rows], label[rows]) for rows in parts])
+    weights = np.array([len(rows) for rows in parts], dtype=np.float64)
+    both = ~np.isnan(values)
+    return float(np.average(values[both], weights=weights[both])) if both.any() else float("nan")
