@@ -20,9 +20,12 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
+from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 
 FORMAT_VERSION = 1
@@ -41,7 +44,7 @@ def steps_saved(root: Path) -> list[int]:
 def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], mesh: Mesh) -> Path:
     """Save a checkpoint; collective. Returns its directory once it is whole on disk.
 
-    Raises OSError where the disk refuses (full, read-only); the half-written directory is removed.
+    Raises ValueError where the disk refuses (full, read-only); the half-written directory is removed.
     """
     final = step_dir(root, step)
     partial = root / f".partial-{final.name}"
@@ -49,31 +52,30 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier(mesh)
-    failure = ""
+    error: Exception | None = None
     try:
         _dcp_save(partial, tensors, mesh)
-    except Exception as error:
-        if not _is_disk_error(error):
-            raise
-        failure = f"cannot save {final}: {_root_cause(error)}"
-    if mesh.rank == 0:
-        if not failure:
-            failure = _seal(partial, final, {"format_version": FORMAT_VERSION, "step": step, **state})
-        if failure:
-            shutil.rmtree(partial, ignore_errors=True)
-    barrier(mesh)
-    if failure:
-        raise OSError(f"{failure}. Free space, then continue from the last checkpoint with --resume")
+    except OSError as problem:
+        error = problem
+    except CheckpointException as problem:  # a BaseException; on all ranks alike
+        error = _first_failure(problem)
+    if mesh.rank == 0 and error is None:
+        error = _seal(partial, final, {"format_version": FORMAT_VERSION, "step": step, **state})
+    if mesh.rank == 0 and error is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    if error is not None:
+        error = ValueError(f"cannot save {final}: {error}; free space there, then go on from the last checkpoint with --resume true")
+    raise_together(error, mesh)
     return final
 
 
 def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
     with _single_process_is_fine():
-        dcp.save(dict(tensors), storage_writer=writer, process_group=mesh.control_group, no_dist=mesh.control_group is None)
+        dcp.save({name: t.contiguous() for name, t in sorted(tensors.items())}, storage_writer=writer, process_group=mesh.control_group, no_dist=mesh.control_group is None)
 
 
-def _seal(partial: Path, final: Path, state: dict[str, Any]) -> str:
+def _seal(partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
     """Write state and checksums, sync, rename; the complaint if the disk refuses."""
     try:
         (partial / "state.json").write_text(json.dumps(state, indent=1))
@@ -86,8 +88,8 @@ def _seal(partial: Path, final: Path, state: dict[str, Any]) -> str:
         os.rename(partial, final)
         sync(final.parent)
     except OSError as error:
-        return f"cannot save {final}: {error}"
-    return ""
+        return error
+    return None
 
 
 def sync(path: Path) -> None:
@@ -108,16 +110,12 @@ def file_checksum(path: Path) -> str:
     return str(digest.hexdigest())
 
 
-def _root_cause(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _is_disk_error(error: BaseException) -> bool:
-    # DCP wraps what a rank raised in CheckpointException, whose text is all that survives of it.
-    text = str(error)
-    return isinstance(_root_cause(error), OSError) or "OSError" in text or "No space left" in text or "I/O error" in text
+def _first_failure(error: CheckpointException) -> Exception:
+    """What the lowest failing rank raised, if that is the disk's fault; anything else is ours and goes up."""
+    cause = error.failures[min(error.failures)][0]
+    if isinstance(cause, OSError | SafetensorError) or "I/O error" in str(cause):
+        return ValueError(str(cause))
+    raise error
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from gmeta import checkpoint
 from gmeta.baselines import BaselineRows, baseline_scores
 from gmeta.config import EvaluateConfig, TrainConfig
-from gmeta.data.pack import PackSplit, TaskPack, open_pack
+from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import PackSchema, schema_difference
+from gmeta.data.shards import PackSplit
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gmeta import metrics
 from gmeta.batch import TaskBatch
-from gmeta.config import LossName
+from gmeta.config import CLICK_METRICS, LossName
 from gmeta.data.loader import TaskLoader
-from gmeta.data.pack import PackSplit
+from gmeta.data.shards import PackSplit
 from gmeta.embedding.exchange import LookupPlan
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss
+from gmeta.metrics import metric
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.system import System
 
@@ -96,13 +96,10 @@ def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName) ->
 def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
     """`<metric>_before` and `<metric>_after` of every metric that fits the loss."""
     out: dict[str, float] = {}
+    names = (*CLICK_METRICS, "mae", "rmse") if loss == "bce" else ("mae", "rmse")
     for when, logits in (("before", scores.before), ("after", scores.after)):
-        predicted = to_predictions(logits, loss)
         out[f"loss_{when}"] = task_mean_loss(logits, scores.label, scores.task, loss)
-        if loss == "bce":
-            out[f"auc_{when}"] = metrics.auc(predicted, scores.label)
-            out[f"gauc_{when}"] = metrics.gauc(predicted, scores.label, scores.task)
-            out[f"logloss_{when}"] = metrics.logloss(predicted, scores.label)
-        out[f"mae_{when}"] = metrics.mae(predicted, scores.label)
-        out[f"rmse_{when}"] = metrics.rmse(predicted, scores.label)
+        predicted = to_predictions(logits, loss)
+        for name in names:
+            out[f"{name}_{when}"] = metric(name, predicted, scores.label, scores.task)
     return out

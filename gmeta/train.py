@@ -23,7 +23,7 @@ from torch import Tensor
 from gmeta import checkpoint
 from gmeta.batch import TaskBatch
 from gmeta.config import TrainConfig
-from gmeta.data.loader import TaskLoader, padding_share
+from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.embedding.exchange import LookupPlan, RowGradients, return_gradients
 from gmeta.optim.dense import clip_scale, dense_optimizer, global_norm, lr_scale
@@ -110,6 +110,7 @@ def train_step(run: Run, batch: TaskBatch, plan: LookupPlan, watch: Stopwatch) -
     loss.backward()  # type: ignore[no-untyped-call]
     watch.lap("compute")
 
+    run.buckets.flush()
     row_gradients = return_gradients(system.tables, plan, rows, mesh)
     run.buckets.finish()
     sums = _batch_sums(loss, output.support_loss, batch)
