@@ -6,21 +6,22 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Generic, TypeVar, cast
 
 from gmeta.batch import TaskBatch
 from gmeta.data.order import Tasks, num_batches, split_slots, stored_batch, window_of_batches
 from gmeta.data.shards import PackSplit
 
+_T = TypeVar("_T")
 _Position = tuple[int, int]  # epoch, index of the batch in it
 
 
-class TaskLoader:
+class TaskLoader(Generic[_T]):
     """Iterator over this rank's share of every global batch of `tasks_per_batch` tasks.
 
     With `shuffle` it never ends: epoch after epoch, each in its own order. Without, it makes one pass in stored order
     and is then back at its start. `for batch in loader` goes on where the last loop stopped. `resample` draws the
-    support of every task anew each epoch. `transform(batch)`, if given, is what the loader hands out.
+    support of every task anew each epoch. The loader hands out `transform(batch)`, or the TaskBatch without one.
 
     With `prefetch` > 0 that many batches are made ahead, transform included, in one background thread; an error there
     is raised by the `next` that asks for its batch. `close`, or leaving the loader's `with` block, ends the thread.
@@ -40,7 +41,7 @@ class TaskLoader:
         window_batches: int = 64,
         prefetch: int = 2,
         resample: bool = False,
-        transform: Callable[[TaskBatch], Any] | None = None,
+        transform: Callable[[TaskBatch], _T] | None = None,
     ) -> None:
         if tasks_per_batch < world_size:
             raise ValueError(
@@ -61,13 +62,13 @@ class TaskLoader:
         self._position: _Position = (0, 0)  # of the batch that `next` hands out
         self._window: tuple[_Position, list[Tasks]] | None = None  # the last window made, with its (epoch, window)
         self._pool: ThreadPoolExecutor | None = None
-        self._ahead: deque[Future[Any]] = deque()
+        self._ahead: deque[Future[_T]] = deque()
         self._next_ahead: _Position = (0, 0)
 
-    def __iter__(self) -> TaskLoader:
+    def __iter__(self) -> TaskLoader[_T]:
         return self
 
-    def __next__(self) -> Any:
+    def __next__(self) -> _T:
         if self._ended(self._position):
             self.close()
             self._position = (0, 0)
@@ -99,7 +100,7 @@ class TaskLoader:
         self._pool = None
         self._ahead.clear()
 
-    def __enter__(self) -> TaskLoader:
+    def __enter__(self) -> TaskLoader[_T]:
         return self
 
     def __exit__(
@@ -114,7 +115,7 @@ class TaskLoader:
         epoch, index = position
         return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
 
-    def _take_ahead(self) -> Any:
+    def _take_ahead(self) -> _T:
         """The batch at the position, from the thread, which is kept `prefetch` batches ahead."""
         if self._pool is None:
             self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gmeta-loader")
@@ -134,7 +135,7 @@ class TaskLoader:
             self._ahead.append(self._pool.submit(self._make, self._next_ahead))
             self._next_ahead = self._after(self._next_ahead)
 
-    def _make(self, position: _Position) -> Any:
+    def _make(self, position: _Position) -> _T:
         epoch, index = position
         tasks = self._tasks(epoch, index)
         num_support, num_query = self._split.sizes(tasks)
@@ -142,7 +143,7 @@ class TaskLoader:
         redraw = (self._seed, epoch) if self._resample else None
         support, query, task_id = self._split.examples(mine, redraw)
         batch = TaskBatch(support, query, task_id, num_tasks_global=len(tasks), epoch=epoch, index=index)
-        return batch if self._transform is None else self._transform(batch)
+        return cast(_T, batch) if self._transform is None else self._transform(batch)
 
     def _tasks(self, epoch: int, index: int) -> Tasks:
         """Tasks of the global batch, as positions in the split."""

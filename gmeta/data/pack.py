@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -83,6 +83,7 @@ class PackWriter:
         self._refuse_existing()
         with _disk_errors(self._partial):
             self._lock: int | None = _lock_directory(self._partial)
+            (self._partial / "vocab").mkdir()
 
     def __enter__(self) -> PackWriter:
         return self
@@ -97,10 +98,17 @@ class PackWriter:
         if self._lock is None:
             return
         if self._tasks is not None:
-            self._tasks.close()
-        shutil.rmtree(self._partial)
+            with suppress(OSError):  # a full disk refuses the footer too, of a file that goes anyway
+                self._tasks.close()
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
         os.close(self._lock)
         self._lock = None
+
+    @property
+    def directory(self) -> Path:
+        """Where the pack grows until `finish` renames it: a file put here becomes part of the pack."""
+        return self._partial
 
     def add_shard(self, split: str, arrays: Mapping[str, Array]) -> None:
         """Write one shard of whole tasks of `split`; `shard_layout` gives the arrays, their dtypes and shapes.
@@ -126,7 +134,6 @@ class PackWriter:
         ids = pa.array(np.arange(1, len(values) + 1, dtype=np.int64))
         columns = {"value": values, "id": ids, "count": pa.array(np.asarray(counts, dtype=np.int64))}
         with _disk_errors(path):
-            path.parent.mkdir(exist_ok=True)
             pq.write_table(pa.table(columns), path)
             self._vocab[table] = _file_entry(self._partial, path)
 
@@ -154,9 +161,8 @@ class PackWriter:
             self._tasks.close()
             path.write_text(json.dumps(self._manifest(counts or {}), sort_keys=True, indent=1) + "\n")
             _sync(path)
-            for directory in (self._partial / "vocab", self._partial):
-                if directory.exists():
-                    _sync(directory)
+            _sync(self._partial / "vocab")
+            _sync(self._partial)
             self._refuse_existing()
             os.rename(self._partial, self.path)
             _sync(self.path.absolute().parent)

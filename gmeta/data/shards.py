@@ -324,19 +324,22 @@ def _gather(pieces: list[_Piece], like: Tensor, name: str, num_cells: int) -> Te
 
 
 def _bag(pieces: list[_Piece], name: str, pad: Tensor, shape: tuple[int, int]) -> Bag:
-    """A many-valued feature: values flat in cell order, lengths [T, S] with 0 on padding."""
-    num_cells = shape[0] * shape[1]
-    lengths, source = torch.zeros(2, num_cells, dtype=torch.int64)
+    """A many-valued feature: values flat in cell order, lengths [T, S] with 0 on padding.
+
+    In numpy, because torch.repeat_interleave wakes all threads however small its input (5 ms on a busy machine).
+    """
+    lengths, source = np.zeros((2, shape[0] * shape[1]), np.int64)
     for cells, shard, local in pieces:
-        offsets = shard.read(f"{name}.offsets")
-        source[cells] = offsets[local]
-        lengths[cells] = offsets[local + 1] - offsets[local]
-    lengths.index_fill_(0, pad, 0)
-    first = lengths.cumsum(0) - lengths
-    values = torch.empty(int(lengths.sum()), dtype=torch.int64)
+        offsets, row = shard.numpy(f"{name}.offsets"), local.numpy()
+        source[cells.numpy()] = offsets[row]
+        lengths[cells.numpy()] = offsets[row + 1] - offsets[row]
+    lengths[pad.numpy()] = 0
+    first = np.cumsum(lengths) - lengths
+    values = np.empty(int(lengths.sum()), np.int64)
     for cells, shard, _ in pieces:
-        length = lengths[cells]
-        step = torch.arange(int(length.sum())) - torch.repeat_interleave(length.cumsum(0) - length, length)
-        stored = shard.read(f"{name}.values")[step + torch.repeat_interleave(source[cells], length)]
-        values.index_copy_(0, step + torch.repeat_interleave(first[cells], length), stored.to(torch.int64))
-    return Bag(values, lengths.view(shape))
+        at = cells.numpy()
+        length = lengths[at]
+        step = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
+        stored = shard.numpy(f"{name}.values")[step + np.repeat(source[at], length)]
+        values[step + np.repeat(first[at], length)] = stored
+    return Bag(torch.from_numpy(values), torch.from_numpy(lengths).view(shape))

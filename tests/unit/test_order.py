@@ -1,0 +1,153 @@
+"""The order of tasks: every task once an epoch, the same for any number of workers, and never another one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gmeta.data.order import (
+    BLOCK_TASKS,
+    Tasks,
+    bucket_by_size,
+    keyed_hash,
+    num_batches,
+    permutation,
+    split_slots,
+    stored_batch,
+    window_of_batches,
+)
+
+
+def random_sizes(num_tasks: int, seed: int = 0) -> tuple[Tasks, Tasks]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 40, num_tasks), rng.integers(1, 40, num_tasks)
+
+
+def epoch_batches(num_tasks: int, size: int, window_batches: int, seed: int = 0, epoch: int = 0) -> list[Tasks]:
+    support, query = random_sizes(num_tasks)
+    batches: list[Tasks] = []
+    for window in range(num_batches(num_batches(num_tasks, size), window_batches)):
+        batches += window_of_batches(
+            num_tasks,
+            lambda tasks: (support[tasks], query[tasks]),
+            tasks_per_batch=size,
+            window_batches=window_batches,
+            seed=seed,
+            epoch=epoch,
+            window=window,
+        )
+    return batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_tasks=st.integers(1, 700),
+    size=st.integers(1, 50),
+    window_batches=st.integers(1, 9),
+    seed=st.integers(0, 2**63),
+    epoch=st.integers(0, 1000),
+)
+def test_every_task_once_an_epoch_and_short_only_at_its_end(num_tasks, size, window_batches, seed, epoch) -> None:
+    batches = epoch_batches(num_tasks, size, window_batches, seed, epoch)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(num_tasks))
+    assert len(batches) == num_batches(num_tasks, size)
+    assert {len(batch) for batch in batches[:-1]} <= {size}
+    assert len(batches[-1]) == (num_tasks - 1) % size + 1
+
+
+def test_stored_batches_are_the_stored_order() -> None:
+    batches = [stored_batch(10, 4, i).tolist() for i in range(num_batches(10, 4))]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_order_depends_on_seed_and_epoch() -> None:
+    first, *others = (
+        [batch.tolist() for batch in epoch_batches(300, 8, 4, seed, epoch)] for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    )
+    assert first == [batch.tolist() for batch in epoch_batches(300, 8, 4)]
+    assert all(first != other for other in others)
+
+
+def test_order_is_the_one_that_checkpoints_refer_to() -> None:
+    """A change here makes every saved loader position mean another batch: raise the checkpoint format with it."""
+    assert permutation(10, 3, 1).tolist() == GOLDEN_PERMUTATION
+    assert [batch.tolist() for batch in epoch_batches(11, 3, 2, seed=7, epoch=2)] == GOLDEN_BATCHES
+
+
+GOLDEN_PERMUTATION = [2, 0, 9, 6, 3, 7, 4, 5, 1, 8]
+GOLDEN_BATCHES = [[5, 3, 4], [2, 1, 0], [9, 10, 7], [8, 6]]
+
+
+def test_a_window_reads_few_blocks() -> None:
+    batches = epoch_batches(10_000, 32, 8)
+    window = np.concatenate(batches[8:16])
+    assert len(np.unique(window // BLOCK_TASKS)) <= 8 * 32 // BLOCK_TASKS + 1
+    # The blocks are not neighbours, so the window still mixes the pack.
+    assert np.ptp(window) > 3000
+
+
+def test_permutations_are_fair() -> None:
+    counts = np.zeros((6, 6))
+    for epoch in range(3000):
+        counts[np.arange(6), permutation(6, 11, epoch)] += 1
+    assert np.abs(counts / 3000 - 1 / 6).max() < 0.035  # standard deviation 0.0068
+    assert len(set(keyed_hash(np.arange(10_000), 5).tolist())) == 10_000
+
+
+def test_tasks_of_a_short_batch_are_a_fair_draw() -> None:
+    """They weigh more, so they must not be the largest ones."""
+    support, query = random_sizes(70)
+    last = [epoch_batches(70, 16, 8, epoch=epoch)[-1] for epoch in range(200)]
+    means = np.array([(support + query)[tasks].mean() for tasks in last])
+    assert abs(means.mean() - (support + query).mean()) < 2  # of about 40; largest six: about 67
+
+
+def padding(support: Tasks, query: Tasks, batches: list[Tasks]) -> float:
+    cells = sum(len(b) * (support[b].max() + query[b].max()) for b in batches)
+    return 1 - float(support.sum() + query.sum()) / float(cells)
+
+
+@pytest.mark.parametrize("shape", ["independent", "ratio", "fixed query", "fixed support"])
+def test_buckets_pad_little(shape: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.clip(rng.lognormal(3.5, 0.8, 4096), 10, 100).astype(np.int64)
+    support, query = {
+        "independent": (rng.integers(5, 60, 4096), rng.integers(5, 60, 4096)),
+        "ratio": (rows * 4 // 5, rows - rows * 4 // 5),
+        "fixed query": (rows, np.full(4096, 10)),
+        "fixed support": (np.full(4096, 10), rows),
+    }[shape]
+    batches = bucket_by_size(support, query, 64)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(4096))
+    assert {len(b) for b in batches} == {64}
+    assert padding(support, query, batches) < 0.1
+    assert padding(support, query, list(np.arange(4096).reshape(-1, 64))) > 0.3
+
+
+@settings(max_examples=100, deadline=None)
+@given(cost=st.lists(st.integers(1, 100), max_size=40), world_size=st.integers(1, 8), data=st.data())
+def test_slots_are_dealt_once_and_about_evenly(cost, world_size, data) -> None:
+    shares = data.draw(
+        st.none() | st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=world_size, max_size=world_size)
+    )
+    if shares is not None and sum(shares) == 0:
+        with pytest.raises(ValueError, match=f"must be {world_size} numbers, not negative, not all 0"):
+            split_slots(np.array(cost, np.int64), world_size, shares)
+        return
+    costs = np.array(cost, np.int64)
+    slots = split_slots(costs, world_size, shares)
+    assert np.concatenate([np.arange(len(cost))[s] for s in slots]).tolist() == list(range(len(cost)))
+    weights = np.array(shares or [1.0] * world_size)
+    for part, weight in zip(slots, weights, strict=True):
+        load, ideal = costs[part].sum(), costs.sum() * weight / weights.sum()
+        assert abs(load - ideal) <= max(cost, default=0) + 1e-9
+        assert weight > 0 or load == 0
+
+
+def test_equal_tasks_are_dealt_equally() -> None:
+    assert split_slots(np.full(8, 20), 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert split_slots(np.full(2, 20), 4)[1:3] == [slice(0, 1), slice(1, 1)]
+    with pytest.raises(ValueError, match="must be 2 numbers"):
+        split_slots(np.full(8, 20), 2, [1.0])
