@@ -1,0 +1,68 @@
+# Every target makes the environment it needs, from Python >= 3.10 and pip alone.
+# A CPU build of torch is enough; PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL tell pip where to find one.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+WHEEL_PYTHON := $(CURDIR)/build/wheel-venv/bin/python
+# Tests and benchmarks of real data skip, saying so, where this folder is absent.
+export GMETA_DATA ?= $(abspath ../shared/data)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev demo test lint wheel check bench docs soak clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+venv: $(VENV)/.runtime ## make .venv with what gmeta needs to run
+
+dev: $(VENV)/.dev ## add what tests, lint and docs need
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"gmeta needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: name another with PYTHON=")'
+	@echo "making $(VENV) (about two minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	$(PIP) --no-build-isolation -e '.[dev,docs]'
+	@touch $@
+
+demo: venv ## raw logs to report, under 5 minutes on 2 cores
+	$(BIN)/python examples/demo.py
+
+test: lint check docs ## lint, tests of the built wheel, docs: what CI runs
+
+lint: dev ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+wheel: dev ## build dist/*.whl and install it into an environment of its own
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --no-isolation
+	$(PYTHON) -m venv --without-pip build/wheel-venv
+	@# The dependencies come from .venv; its editable gmeta does not, because a path in a .pth file is not searched for others.
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(WHEEL_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(BIN)/python -m pip --disable-pip-version-check --python $(WHEEL_PYTHON) install --quiet --no-deps --no-index dist/*.whl
+
+check: wheel ## run the tests on the built wheel, outside the source tree
+	@set -e; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
+	cp -r tests examples benchmarks pyproject.toml "$$copy"; cd "$$copy"; \
+	GMETA_SOURCE_TREE='$(CURDIR)' $(WHEEL_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' --durations=15
+
+bench: dev ## run every benchmark in full
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+docs: dev ## build the site, links checked
+	$(BIN)/mkdocs build --quiet --strict
+
+soak: dev ## the long fault and rank matrices
+	$(BIN)/python -m pytest -m slow --timeout 3600 --durations=15
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist site runs *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
