@@ -1,0 +1,358 @@
+"""Exact metrics of scored query rows, and paired bootstrap confidence intervals over tasks.
+
+Every metric takes flat arrays over rows: `score` and `label` [N], and `task` [N], a dense index in [0, num_tasks).
+All arithmetic is float64. A metric that the rows do not define (AUC of one class) is nan. Each metric but `auc` is a
+function of sums over tasks, which is what makes the bootstrap a matrix product. Definitions: docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+
+BINARY_METRICS = ("auc", "gauc", "logloss", "rmse", "calibration", "ece", "ndcg@5", "ndcg@10")
+"""Metrics of 0/1 labels, whose scores are probabilities."""
+RATING_METRICS = ("mae", "task_mae", "rmse", "calibration", "ndcg@5", "ndcg@10")
+"""Metrics of other labels."""
+HIGHER_IS_BETTER = frozenset({"auc", "gauc", "ndcg@5", "ndcg@10"})
+"""Of the other metrics lower is better, except `calibration`, whose best value is 1."""
+
+LOGLOSS_CLIP = 1e-7
+"""Probabilities are clipped to [c, 1 - c]: a float32 sigmoid saturates at 1 - 6e-8, by rounding and not by claim."""
+MAX_NDCG_LABEL = 30.0
+"""nDCG's gain 2^label - 1 is meant for grades; labels outside [0, 30] have no nDCG."""
+CALIBRATION_BINS = 20
+_MIN_TASKS = 2  # one task says nothing about the spread over tasks
+_BLOCK_VALUES = 1 << 23  # bootstrap weights formed at a time (64 MiB)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a metric is taken over."""
+
+    score: FloatArray  # [N]
+    label: FloatArray  # [N]
+    task: NDArray[np.int64]  # [N], in [0, num_tasks)
+    num_tasks: int
+
+    def sum_by_task(self, value: NDArray[Any]) -> FloatArray:
+        """Sums of a column [N] over each task's rows, [num_tasks]."""
+        return np.bincount(self.task, value, minlength=self.num_tasks).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class TaskSums:
+    """A metric as a function of sums over tasks: value = combine(sum over tasks of `columns`)."""
+
+    columns: FloatArray  # [num_tasks, c]
+    combine: Callable[[FloatArray], FloatArray]  # [..., c] -> [...]
+    counted: NDArray[np.bool_]  # [num_tasks], tasks that take part
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; `low` and `high` are nan where there are fewer than two tasks."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # tasks that took part
+
+
+def metric(name: str, score: NDArray[Any], label: NDArray[Any], task: NDArray[Any]) -> float:
+    """Value of one metric; `task` holds any integers. Names: BINARY_METRICS and RATING_METRICS.
+
+    Raises:
+        ValueError: unknown name, arrays of different lengths, values that are not finite, or labels that the metric
+            does not take.
+    """
+    rows = make_rows(score, label, task)
+    if name == "auc":
+        return auc(score, label)
+    sums = task_sums(name, rows)
+    return float(sums.combine(sums.columns.sum(axis=0)))
+
+
+def make_rows(score: NDArray[Any], label: NDArray[Any], task: NDArray[Any]) -> Rows:
+    """Rows in float64, with tasks numbered densely in the order of their keys."""
+    if not len(score) == len(label) == len(task):
+        raise ValueError(f"score, label and task have {len(score)}, {len(label)} and {len(task)} rows: must be equal")
+    for column, values in (("score", score), ("label", label)):
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"{column} is not finite in row {np.flatnonzero(~np.isfinite(values))[0]}: cannot measure it"
+            )
+    keys, index = np.unique(task, return_inverse=True)
+    return Rows(score.astype(np.float64), label.astype(np.float64), index.astype(np.int64), len(keys))
+
+
+def task_sums(name: str, rows: Rows) -> TaskSums:
+    """Per-task sums of every metric but `auc`, which is not a function of such sums."""
+    error = rows.score - rows.label
+    if name == "gauc":
+        return _gauc(rows)
+    if name.startswith("ndcg@"):
+        return _ndcg(rows, int(name.removeprefix("ndcg@")))
+    if name == "ece":
+        return _ece(rows)
+    if name == "calibration":
+        return _by_rows(rows, rows.score, rows.label, combine=_ratio)
+    if name == "logloss":
+        _require_binary(name, rows.label)
+        return _by_rows(rows, _row_logloss(rows), np.ones(len(error)), combine=_ratio)
+    if name == "mae":
+        return _by_rows(rows, np.abs(error), np.ones(len(error)), combine=_ratio)
+    if name == "rmse":
+        return _by_rows(rows, error**2, np.ones(len(error)), combine=lambda sums: np.sqrt(_ratio(sums)))
+    if name == "task_mae":
+        count = rows.sum_by_task(np.ones(len(error)))
+        mean = rows.sum_by_task(np.abs(error)) / np.maximum(count, 1)
+        return _by_tasks(mean, count > 0, np.ones(rows.num_tasks))
+    known = ", ".join(dict.fromkeys(BINARY_METRICS + RATING_METRICS))
+    raise ValueError(f"metric {name!r} is unknown: must be one of {known}")
+
+
+def auc(score: NDArray[Any], label: NDArray[Any]) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half."""
+    _require_binary("auc", label)
+    ranking = _Ranking.build(score, label, np.zeros(len(score), dtype=np.int64))
+    return float(ranking.weighted_auc(np.ones((1, 1)))[0])
+
+
+def gauc(score: NDArray[Any], label: NDArray[Any], task: NDArray[Any]) -> float:
+    """Mean of the tasks' AUCs weighted by their rows; tasks with one class are left out."""
+    return metric("gauc", score, label, task)
+
+
+def logloss(score: NDArray[Any], label: NDArray[Any]) -> float:
+    """Mean binary cross-entropy of probabilities clipped to [LOGLOSS_CLIP, 1 - LOGLOSS_CLIP]."""
+    return metric("logloss", score, label, np.zeros(len(score)))
+
+
+def mae(score: NDArray[Any], label: NDArray[Any]) -> float:
+    """Mean absolute error over rows."""
+    return metric("mae", score, label, np.zeros(len(score)))
+
+
+def rmse(score: NDArray[Any], label: NDArray[Any]) -> float:
+    """Root of the mean squared error over rows."""
+    return metric("rmse", score, label, np.zeros(len(score)))
+
+
+def calibration_curve(score: NDArray[Any], label: NDArray[Any], num_bins: int = 10) -> list[dict[str, float | int]]:
+    """Mean prediction and mean label of (nearly) equally many rows a bin, by rising prediction.
+
+    Equal scores never part: a bin ends at the last row of its score, so there may be fewer bins.
+    """
+    order = np.argsort(score, kind="stable")
+    score, label = score[order].astype(np.float64), label[order].astype(np.float64)
+    cuts = np.arange(1, num_bins) * len(score) // num_bins
+    ends = np.unique(np.append(np.searchsorted(score, score[cuts - 1], side="right"), len(score)))
+    ends = ends[ends > 0]
+    bins = zip(np.append(0, ends[:-1]), ends, strict=True)
+    return [
+        {"predicted": float(score[a:b].mean()), "observed": float(label[a:b].mean()), "n": int(b - a)} for a, b in bins
+    ]
+
+
+def _ratio(sums: FloatArray) -> FloatArray:
+    """sums[..., 0] / sums[..., 1]; nan where the denominator is 0."""
+    bottom = sums[..., 1]
+    return np.where(bottom != 0, sums[..., 0] / np.where(bottom != 0, bottom, 1.0), np.nan)
+
+
+def _by_rows(
+    rows: Rows, top: FloatArray, bottom: FloatArray, *, combine: Callable[[FloatArray], FloatArray]
+) -> TaskSums:
+    columns = np.stack([rows.sum_by_task(top), rows.sum_by_task(bottom)], axis=1)
+    return TaskSums(columns, combine, rows.sum_by_task(np.ones(len(rows.score))) > 0)
+
+
+def _by_tasks(value: FloatArray, counted: NDArray[np.bool_], weight: FloatArray) -> TaskSums:
+    """Weighted mean of one value a task, over the tasks that count."""
+    weight = np.where(counted, weight, 0.0)
+    return TaskSums(np.stack([np.where(counted, value, 0.0) * weight, weight], axis=1), _ratio, counted)
+
+
+def _require_binary(name: str, label: NDArray[Any]) -> None:
+    wrong = label[(label != 0) & (label != 1)]
+    if len(wrong):
+        raise ValueError(f"{name} needs labels 0 or 1, found {wrong[0]:g}: use mae or rmse, or binarise the label")
+
+
+def _row_logloss(rows: Rows) -> FloatArray:
+    score = np.clip(rows.score, LOGLOSS_CLIP, 1 - LOGLOSS_CLIP)
+    return np.asarray(-np.log(np.where(rows.label == 1, score, 1 - score)), dtype=np.float64)
+
+
+def _ece(rows: Rows) -> TaskSums:
+    """Expected calibration error over equally wide bins of the prediction in [0, 1]."""
+    bins = np.clip((rows.score * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
+    cell = rows.task * CALIBRATION_BINS + bins
+    gap = np.bincount(cell, rows.score - rows.label, minlength=rows.num_tasks * CALIBRATION_BINS)
+    count = rows.sum_by_task(np.ones(len(rows.score)))
+
+    def combine(sums: FloatArray) -> FloatArray:
+        return _ratio(np.stack([np.abs(sums[..., :-1]).sum(axis=-1), sums[..., -1]], axis=-1))
+
+    return TaskSums(np.column_stack([gap.reshape(rows.num_tasks, -1), count]), combine, count > 0)
+
+
+def _group_starts(*keys: NDArray[Any]) -> NDArray[np.bool_]:
+    """True where any of the sorted keys differs from the row before."""
+    start = np.ones(len(keys[0]), dtype=np.bool_)
+    if len(start):
+        start[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    return start
+
+
+def _gauc(rows: Rows) -> TaskSums:
+    """Per-task AUC (by midranks) weighted by the task's rows; tasks with one class are left out."""
+    _require_binary("gauc", rows.label)
+    order = np.lexsort((rows.score, rows.task))
+    task, score, label = rows.task[order], rows.score[order], rows.label[order]
+    start = _group_starts(task, score)
+    group = np.cumsum(start) - 1
+    first = np.flatnonzero(start)
+    size = np.diff(np.append(first, len(task)))
+    # Midranks over all rows; the task's own offset leaves with the mean rank of its rows below.
+    midrank = (first + (size - 1) / 2 + 1)[group]
+    count, positive = rows.sum_by_task(np.ones(len(task))), rows.sum_by_task(rows.label)
+    offset = np.cumsum(count) - count
+    rank_sum = np.bincount(task, label * (midrank - offset[task]), minlength=rows.num_tasks)
+    pairs = positive * (count - positive)
+    value = (rank_sum - positive * (positive + 1) / 2) / np.maximum(pairs, 1)
+    return _by_tasks(value, pairs > 0, count)
+
+
+def _ndcg(rows: Rows, k: int) -> TaskSums:
+    """Mean over tasks of nDCG@k, gain 2^label - 1, discount 1 / log2(rank + 1).
+
+    Tied scores get the expected gain over their orders (McSherry & Najork 2008), so that a constant score earns what
+    chance earns. Tasks whose ideal DCG is 0 (no label above 0) are left out.
+    """
+    bad = rows.label[(rows.label < 0) | (rows.label > MAX_NDCG_LABEL)]
+    if len(bad):
+        raise ValueError(f"ndcg needs labels in [0, {MAX_NDCG_LABEL:g}], found {bad[0]:g}")
+    gain = np.exp2(rows.label) - 1
+    dcg = _dcg(rows, -rows.score, gain, k)
+    ideal = _dcg(rows, -gain, gain, k)
+    return _by_tasks(dcg / np.where(ideal > 0, ideal, 1.0), ideal > 0, np.ones(rows.num_tasks))
+
+
+def _dcg(rows: Rows, key: FloatArray, gain: FloatArray, k: int) -> FloatArray:
+    """DCG@k of each task's rows by rising key, gains averaged over equal keys, [num_tasks]."""
+    order = np.lexsort((key, rows.task))
+    task, key, gain = rows.task[order], key[order], gain[order]
+    count = np.bincount(task, minlength=rows.num_tasks)
+    rank = np.arange(len(task)) - (np.cumsum(count) - count)[task]
+    discount = np.where(rank < k, 1 / np.log2(rank + 2), 0.0)
+    group = np.cumsum(_group_starts(task, key)) - 1
+    size = np.bincount(group)
+    tied_gain = np.bincount(group, gain) / size
+    return np.bincount(task, discount * tied_gain[group], minlength=rows.num_tasks).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """Rows sorted once by score, so that AUC under any task weights costs one pass."""
+
+    positive: NDArray[np.int64]  # task of each positive row, by rising score
+    negative: NDArray[np.int64]  # task of each negative row, by rising score
+    below: NDArray[np.int64]  # for each positive, negatives that score lower
+    upto: NDArray[np.int64]  # for each positive, negatives that score lower or equal
+
+    @staticmethod
+    def build(score: NDArray[Any], label: NDArray[Any], task: NDArray[np.int64]) -> _Ranking:
+        order = np.argsort(score, kind="stable")
+        score, task, is_positive = score[order], task[order], label[order] == 1
+        low, high = score[~is_positive], score[is_positive]
+        below, upto = np.searchsorted(low, high, side="left"), np.searchsorted(low, high, side="right")
+        return _Ranking(task[is_positive], task[~is_positive], below, upto)
+
+    def weighted_auc(self, weights: FloatArray) -> FloatArray:
+        """AUC with each row weighted by its task, for each row of `weights` [R, tasks] -> [R]; nan without pairs."""
+        out = np.full(len(weights), np.nan)
+        below = np.zeros(len(self.negative) + 1)
+        for i, weight in enumerate(weights):
+            np.cumsum(weight[self.negative], out=below[1:])
+            positive = weight[self.positive]
+            pairs = positive.sum() * below[-1]
+            if pairs > 0:
+                out[i] = 0.5 * (positive @ below[self.below] + positive @ below[self.upto]) / pairs
+        return out
+
+
+class Bootstrap:
+    """Resamples of one set of tasks, drawn with replacement; the same draws for every metric and variant.
+
+    Metrics are registered by `add`, then `run` draws each block of resamples once for all of them. Intervals are the
+    2.5 % and 97.5 % quantiles of the resampled values; the difference of two entries is taken within each resample,
+    which pairs the two variants on tasks.
+    """
+
+    def __init__(self, num_tasks: int, *, resamples: int, seed: int) -> None:
+        self.num_tasks = num_tasks
+        self.resamples = resamples
+        self.seed = seed
+        self._sums: dict[Any, TaskSums] = {}
+        self._rankings: dict[Any, tuple[_Ranking, Rows]] = {}
+        self._values: dict[Any, FloatArray] = {}  # first the value itself, then the resamples
+
+    def add(self, key: Any, name: str, rows: Rows) -> None:
+        """Register metric `name` of `rows` under `key`."""
+        if rows.num_tasks != self.num_tasks:
+            raise ValueError(f"rows have {rows.num_tasks} tasks, the bootstrap {self.num_tasks}: must be equal")
+        if name == "auc":
+            _require_binary(name, rows.label)
+            self._rankings[key] = (_Ranking.build(rows.score, rows.label, rows.task), rows)
+        else:
+            self._sums[key] = task_sums(name, rows)
+
+    def run(self) -> None:
+        """Value and resampled values of everything registered."""
+        values: dict[Any, list[FloatArray]] = {key: [] for key in (*self._sums, *self._rankings)}
+        columns = [sums.columns for sums in self._sums.values()]
+        table = np.concatenate(columns, axis=1) if columns else np.zeros((self.num_tasks, 0))
+        ends = np.cumsum([column.shape[1] for column in columns])
+        for weights in self._weights():
+            parts = np.split(weights @ table, ends[:-1], axis=1) if columns else []
+            for (key, sums), part in zip(self._sums.items(), parts, strict=True):
+                values[key].append(sums.combine(part))
+            for key, (ranking, _) in self._rankings.items():
+                values[key].append(ranking.weighted_auc(weights))
+        self._values = {key: np.concatenate(parts) for key, parts in values.items()}
+
+    def estimate(self, key: Any, against: Any = None) -> Estimate:
+        """The metric registered under `key`, or its difference to the one under `against`."""
+        values = self._values[key] if against is None else self._values[key] - self._values[against]
+        n = self._num_counted(key)
+        resampled = values[1:][np.isfinite(values[1:])]
+        if n < _MIN_TASKS or not math.isfinite(values[0]) or len(resampled) == 0:
+            return Estimate(float(values[0]), math.nan, math.nan, n)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        return Estimate(float(values[0]), float(low), float(high), n)
+
+    def _num_counted(self, key: Any) -> int:
+        if key in self._sums:
+            return int(self._sums[key].counted.sum())
+        return len(np.unique(self._rankings[key][1].task))
+
+    def _weights(self) -> Iterator[FloatArray]:
+        """Blocks [R, tasks] of how often each task was drawn; the very first row is all ones, the sample itself."""
+        rng = np.random.default_rng(self.seed)
+        block = max(1, _BLOCK_VALUES // max(self.num_tasks, 1))
+        yield np.ones((1, self.num_tasks))
+        for begin in range(0, self.resamples, block):
+            count = min(block, self.resamples - begin)
+            weights = np.empty((count, self.num_tasks))
+            for row in weights:
+                row[:] = np.bincount(rng.integers(self.num_tasks, size=self.num_tasks), minlength=self.num_tasks)
+            yield weights
