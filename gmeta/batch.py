@@ -77,6 +77,14 @@ class EmbeddedRows:
     query: dict[str, Lookup]
 
 
+@dataclass(frozen=True, slots=True)
+class RowGradients:
+    """Summed gradients of the rows of one group that took part in a step, at the worker that owns them."""
+
+    rows: Tensor  # int64 [R] positions in the worker's shard, unique, ascending
+    grad: Tensor  # [R, d]
+
+
 def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
     """Copy of a (nested) dataclass, dict, list or tuple with `function` applied to every tensor."""
     out: Any
