@@ -1,0 +1,215 @@
+"""`gmeta doctor`: what this machine has, what is wrong with it, and what to do about it.
+
+The collective self-test runs in processes of its own under a time limit, so that a broken backend is a line in the
+table and not a hang.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the diagnosis; `cure` is empty where nothing needs doing."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    found: str
+    cure: str = ""
+
+
+def diagnose(timeout_s: int) -> list[Check]:
+    """Check this machine; the self-tests of collectives get `timeout_s` seconds each."""
+    checks = [check_python(), *check_dependencies(), check_cpu(), check_threads(), check_gpus(), check_backends()]
+    checks.append(check_collectives("gloo", timeout_s))
+    if torch.cuda.device_count() >= 2:
+        checks.append(check_collectives("nccl", timeout_s))
+    checks.append(check_memory(psutil.virtual_memory().available))
+    folders = {"disk here": Path.cwd(), "temporary disk": Path(tempfile.gettempdir()), "/dev/shm": Path("/dev/shm")}
+    return checks + [check_space(name, folder) for name, folder in folders.items() if folder.is_dir()]
+
+
+def print_checks(checks: list[Check]) -> int:
+    """Print the diagnosis as a table; returns the exit code, 1 where a check failed."""
+    console = Console()
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    table = Table(title="gmeta doctor")
+    for heading in ("check", "", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        table.add_row(check.name, Text(check.status, colours[check.status]), Text(check.found), Text(check.cure))
+    console.print(table)
+    failed = sum(check.status == "fail" for check in checks)
+    console.print(f"{failed} failed" if failed else "gmeta can run here")
+    return 1 if failed else 0
+
+
+def check_python() -> Check:
+    """The interpreter; too old a one cannot import gmeta in the first place."""
+    return Check("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
+
+
+def check_dependencies() -> list[Check]:
+    """gmeta's runtime dependencies, as its own metadata declares them."""
+    requirements = importlib.metadata.requires("gmeta") or []
+    return [check_dependency(line) for line in requirements if "extra ==" not in line]
+
+
+def check_dependency(requirement: str) -> Check:
+    """One requirement, a name with an optional least version such as `torch>=2.13`."""
+    found = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", requirement.replace(" ", ""))
+    assert found, f"requirement {requirement!r} is neither NAME nor NAME>=VERSION"
+    name, least = found[1], found[2]
+    cure = f"python -m pip install '{requirement}'"
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, "fail", "not installed", cure)
+    if least and _release(version) < _release(least):
+        return Check(name, "fail", f"{version}, older than {least}", cure)
+    return Check(name, "ok", version)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in leading[0].split(".")) if leading else ()
+
+
+def check_cpu() -> Check:
+    """Processors this process may use."""
+    usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
+    return Check("cpu", "ok", f"{usable} usable of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
+
+
+def check_threads() -> Check:
+    """OMP_NUM_THREADS, which every process of `--nproc N` inherits."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    cpus = os.cpu_count() or 1
+    if threads.isdigit() and int(threads) > cpus:
+        cure = f"set OMP_NUM_THREADS to at most {cpus} divided by the processes of this machine"
+        return Check("OMP_NUM_THREADS", "warn", f"{threads}, more than the {cpus} processors", cure)
+    return Check("OMP_NUM_THREADS", "ok", threads or "not set")
+
+
+def check_gpus() -> Check:
+    """CUDA devices, and whether torch can compute on them."""
+    count = torch.cuda.device_count()
+    if count == 0:
+        if shutil.which("nvidia-smi"):
+            cure = "install a CUDA build of torch that the driver supports, or train on the CPU with --device cpu"
+            return Check("gpu", "warn", f"a driver, but torch {torch.__version__} sees no device", cure)
+        return Check("gpu", "ok", "none; gmeta runs on the CPU")
+    names = ", ".join(torch.cuda.get_device_name(i) for i in range(count))
+    try:
+        for index in range(count):
+            torch.ones(1, device=f"cuda:{index}").add_(1).item()
+    except RuntimeError as error:
+        cure = "check the driver with nvidia-smi, or train on the CPU with --device cpu"
+        return Check("gpu", "fail", f"{names}: {_last_line(str(error))}", cure)
+    return Check("gpu", "ok", names)
+
+
+def check_backends() -> Check:
+    """Backends of torch.distributed that this build has."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        return Check("backends", "fail", "no gloo", "install a build of torch with torch.distributed")
+    names = ["gloo"] + ["nccl"] * dist.is_nccl_available() + ["mpi"] * dist.is_mpi_available()
+    if torch.cuda.is_available() and not dist.is_nccl_available():
+        return Check("backends", "warn", ", ".join(names), "install a build of torch with NCCL to train on GPUs")
+    return Check("backends", "ok", ", ".join(names))
+
+
+_SELF_TEST = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+backend, rank, store, timeout_s = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+if backend == "nccl":
+    torch.cuda.set_device(device)
+dist.init_process_group(backend, init_method="file://" + store, rank=rank, world_size=2,
+                        timeout=datetime.timedelta(seconds=timeout_s))
+total = torch.full((3,), float(rank + 1), device=device)
+dist.all_reduce(total)
+assert total.tolist() == [3.0] * 3, f"AllReduce of 1 and 2 gave {total.tolist()}"
+sent = torch.arange(3, device=device) + 10 * rank
+sizes = [1, 2]
+got = torch.empty(2 * sizes[rank], dtype=torch.int64, device=device)
+dist.all_to_all_single(got, sent, [sizes[rank]] * 2, sizes)
+want = [0, 10] if rank == 0 else [1, 2, 11, 12]
+assert got.tolist() == want, f"AlltoAll gave {got.tolist()} instead of {want}"
+dist.destroy_process_group()
+"""
+
+
+def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program: str = _SELF_TEST) -> Check:
+    """AllReduce and AlltoAll between two processes of this machine; both are killed at the time limit."""
+    name = f"{backend} self-test"
+    cure = {
+        "gloo": "see that the host name resolves and no firewall blocks local ports; "
+        "GLOO_SOCKET_IFNAME=lo uses the loopback interface",
+        "nccl": "NCCL_DEBUG=INFO shows where it stops; NCCL_P2P_DISABLE=1 avoids direct GPU to GPU copies",
+    }[backend]
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [Path(folder) / f"rank{rank}.txt" for rank in range(2)]
+        processes = []
+        for rank, path in enumerate(errors):
+            command = [sys.executable, "-c", program, backend, str(rank), f"{folder}/store", str(timeout_s)]
+            with path.open("wb") as stderr:
+                processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr))
+        _, alive = psutil.wait_procs([psutil.Process(p.pid) for p in processes], timeout=timeout_s)
+        for process in processes:
+            process.kill()
+            process.wait()
+        if alive:
+            return Check(name, "fail", f"no answer in {timeout_s} s", cure)
+        for rank, process in enumerate(processes):
+            if process.returncode:
+                message = _last_line(errors[rank].read_text(errors="replace"))
+                return Check(name, "fail", f"rank {rank} exited with {process.returncode}: {message}", cure)
+    return Check(name, "ok", "AllReduce and AlltoAll between 2 processes")
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else "no message"
+
+
+def check_memory(available: int) -> Check:
+    """Free memory, in bytes."""
+    found = f"{available / GIB:.1f} GiB free"
+    if available < 2 * GIB:
+        return Check("memory", "warn", found, "close other programs; prepare takes --memory_limit")
+    return Check("memory", "ok", found)
+
+
+def check_space(name: str, folder: Path) -> Check:
+    """Free space of the file system that holds `folder`."""
+    free = shutil.disk_usage(folder).free
+    found = f"{free / GIB:.1f} GiB free at {folder}"
+    if name == "/dev/shm":
+        if free < GIB // 16:
+            return Check(name, "warn", found, "give it 64 MiB or more (docker run --shm-size=1g): NCCL needs it")
+        return Check(name, "ok", found)
+    if free < GIB:
+        return Check(name, "fail" if free < GIB // 16 else "warn", found, "free some space, or work on another disk")
+    return Check(name, "ok", found)
