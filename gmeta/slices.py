@@ -92,7 +92,7 @@ def evaluation_records(
         task,
         support_size,
         item_cold.astype(np.bool_),
-        np.broadcast_to(np.asarray(task_cold, dtype=np.bool_), np.shape(label)),
+        task_cold if isinstance(task_cold, np.ndarray) else np.full(len(label), task_cold),
         reference="after" if "after" in scores else next(iter(scores)),
     )
     metrics, notes = _metrics_for(label, binary)

@@ -1,0 +1,220 @@
+"""Metrics against scikit-learn and slow references; the bootstrap against repeated rows."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from gmeta.metrics import (
+    BINARY_METRICS,
+    RATING_METRICS,
+    Bootstrap,
+    auc,
+    calibration_curve,
+    gauc,
+    logloss,
+    mae,
+    make_rows,
+    metric,
+    rmse,
+)
+
+
+def clicks(num_tasks=40, seed=0, levels=7):
+    """Ragged tasks with many tied scores; some tasks hold one class only."""
+    rng = np.random.default_rng(seed)
+    task = np.sort(rng.integers(num_tasks, size=num_tasks * 6)) * 3 + 5
+    label = (rng.random(len(task)) < rng.choice([0.0, 0.3, 0.6], num_tasks * 3 + 5)[task - 5]).astype(float)
+    score = (rng.integers(levels, size=len(task)) + label) / (levels + 1)
+    order = rng.permutation(len(task))
+    return score[order], label[order], task[order]
+
+
+def ratings(num_tasks=30, seed=0):
+    rng = np.random.default_rng(seed)
+    task = rng.integers(num_tasks, size=num_tasks * 8)
+    label = rng.integers(0, 6, size=len(task)).astype(float)
+    return np.round(label + rng.normal(size=len(task)) * 2), label, task
+
+
+def test_row_metrics_match_scikit_learn():
+    score, label, task = clicks()
+    assert auc(score, label) == pytest.approx(sk.roc_auc_score(label, score), abs=1e-14)
+    assert metric("auc", score, label, task) == auc(score, label)
+    assert logloss(score, label) == pytest.approx(sk.log_loss(label, np.clip(score, 1e-7, 1 - 1e-7)), abs=1e-14)
+    assert mae(score, label) == pytest.approx(sk.mean_absolute_error(label, score), abs=1e-14)
+    assert rmse(score, label) == pytest.approx(sk.root_mean_squared_error(label, score), abs=1e-14)
+    assert metric("calibration", score, label, task) == pytest.approx(score.sum() / label.sum())
+
+
+def test_auc_of_float32_scores_is_exact():
+    rng = np.random.default_rng(1)
+    score, label = rng.random(5000).astype(np.float32), rng.integers(2, size=5000).astype(np.float32)
+    assert auc(score, label) == pytest.approx(sk.roc_auc_score(label, score), abs=1e-14)
+
+
+def test_gauc_weighs_tasks_by_rows_and_leaves_out_one_class():
+    score, label, task = clicks()
+    top = bottom = 0.0
+    skipped = 0
+    for key in np.unique(task):
+        mine = task == key
+        if len(np.unique(label[mine])) == 1:
+            skipped += 1
+            continue
+        top += mine.sum() * sk.roc_auc_score(label[mine], score[mine])
+        bottom += mine.sum()
+    assert skipped > 0
+    assert gauc(score, label, task) == pytest.approx(top / bottom, abs=1e-13)
+
+
+def test_task_mae_is_the_mean_of_the_tasks():
+    score, label, task = ratings()
+    expected = np.mean([np.abs(score - label)[task == key].mean() for key in np.unique(task)])
+    assert metric("task_mae", score, label, task) == pytest.approx(expected, abs=1e-14)
+
+
+@pytest.mark.parametrize("k", [5, 10])
+def test_ndcg_matches_scikit_learn_with_ties(k):
+    score, label, task = ratings()
+    label[task == 3] = 0  # nothing to find: scikit-learn says 0, we leave the task out
+    values = [
+        sk.ndcg_score([2 ** label[task == key] - 1], [score[task == key]], k=k) for key in np.unique(task) if key != 3
+    ]
+    assert metric(f"ndcg@{k}", score, label, task) == pytest.approx(np.mean(values), abs=1e-13)
+
+
+def test_ece_matches_a_loop_over_bins():
+    score, label, task = clicks(levels=50)
+    bins = np.clip((score * 20).astype(int), 0, 19)
+    expected = sum(abs((score - label)[bins == b].sum()) for b in range(20)) / len(score)
+    assert metric("ece", score, label, task) == pytest.approx(expected, abs=1e-14)
+
+
+def test_what_is_undefined_is_nan():
+    ones, task = np.ones(4), np.arange(4)
+    for name in ("auc", "gauc"):
+        assert math.isnan(metric(name, ones, ones, task))
+    assert math.isnan(metric("ndcg@5", ones, 0 * ones, task))
+    assert math.isnan(metric("calibration", ones, 0 * ones, task))
+
+
+@pytest.mark.parametrize("name", ["auc", "gauc", "logloss"])
+def test_binary_metrics_refuse_other_labels(name):
+    with pytest.raises(ValueError, match=f"{name} needs labels 0 or 1, found 3"):
+        metric(name, np.array([0.1, 0.2]), np.array([1.0, 3.0]), np.array([0, 0]))
+
+
+def test_bad_input_is_named():
+    one = np.ones(2)
+    with pytest.raises(ValueError, match="'mea' is unknown: must be one of auc, gauc"):
+        metric("mea", one, one, one)
+    with pytest.raises(ValueError, match="2, 2 and 1 rows"):
+        metric("mae", one, one, one[:1])
+    with pytest.raises(ValueError, match="score is not finite in row 1"):
+        metric("mae", np.array([0.0, np.nan]), one, one)
+    with pytest.raises(ValueError, match="ndcg needs labels in"):
+        metric("ndcg@5", one, -one, one)
+
+
+rows_strategy = st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=40).map(
+    lambda rows: tuple(np.array(column, float) for column in zip(*rows, strict=True))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_strategy)
+def test_ranking_metrics_do_not_depend_on_scale_or_order(columns):
+    task, label, score = columns
+    order = np.random.default_rng(0).permutation(len(task))
+    for name in ("auc", "gauc", "ndcg@5"):
+        value = metric(name, score, label, task)
+        rescaled = metric(name, np.exp(score[order]) / 100, label[order], task[order])
+        np.testing.assert_allclose(rescaled, value, atol=1e-12)
+        if name != "ndcg@5":
+            np.testing.assert_allclose(metric(name, -score, label, task), 1 - value, atol=1e-12)
+        assert math.isnan(value) or -1e-12 <= value <= 1 + 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows_strategy, st.integers(1, 12))
+def test_calibration_curve_parts_the_rows(columns, num_bins):
+    _, label, score = columns
+    curve = calibration_curve(score, label, num_bins)
+    assert sum(b["n"] for b in curve) == len(score)
+    assert len(curve) <= num_bins
+    predicted = [b["predicted"] for b in curve]
+    assert predicted == sorted(set(predicted))
+    assert sum(b["n"] * b["observed"] for b in curve) == pytest.approx(label.sum())
+
+
+def repeated(task, weight):
+    """Row indices of a resample that draws task t weight[t] times, and the drawn copies' task keys."""
+    index, copy = [], []
+    for t, count in enumerate(weight):
+        for _ in range(int(count)):
+            mine = np.flatnonzero(task == t)
+            index.append(mine)
+            copy.append(np.full(len(mine), len(copy)))
+    return np.concatenate(index), np.concatenate(copy)
+
+
+@pytest.mark.parametrize("name", BINARY_METRICS + RATING_METRICS)
+def test_resampled_values_are_those_of_repeated_tasks(name):
+    score, label, task = clicks(num_tasks=15) if name in BINARY_METRICS else ratings(num_tasks=15)
+    rows = make_rows(score, label, task)
+    bootstrap = Bootstrap(rows.num_tasks, resamples=5, seed=2)
+    bootstrap.add("x", name, rows)
+    bootstrap.run()
+    weights = np.concatenate(list(bootstrap._weights()))
+    assert (weights.sum(axis=1) == rows.num_tasks).all()
+    for value, weight in zip(bootstrap._values["x"], weights, strict=True):
+        index, copy = repeated(rows.task, weight)
+        assert value == pytest.approx(metric(name, rows.score[index], rows.label[index], copy), abs=1e-12)
+
+
+def test_intervals_cover_at_their_rate_and_pair_variants():
+    covered = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        task = np.repeat(np.arange(60), 4)
+        error = rng.normal(size=60)[task] + rng.normal(size=240)  # rows of a task share an error
+        rows = make_rows(np.abs(error), np.zeros(240), task)
+        bootstrap = Bootstrap(60, resamples=300, seed=seed)
+        bootstrap.add("a", "mae", rows)
+        bootstrap.add("b", "mae", make_rows(rows.score + 0.1, rows.label, task))
+        bootstrap.run()
+        estimate = bootstrap.estimate("a")
+        covered += estimate.low <= math.sqrt(2 * 2 / math.pi) <= estimate.high
+        paired = bootstrap.estimate("b", against="a")
+        assert (paired.value, paired.low, paired.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert 180 <= covered <= 199
+
+
+def test_estimates_repeat_with_their_seed_and_count_their_tasks():
+    score, label, task = clicks()
+    rows = make_rows(score, label, task)
+    both = {key for key in np.unique(task) if len(np.unique(label[task == key])) == 2}
+
+    def estimate(seed, name):
+        bootstrap = Bootstrap(rows.num_tasks, resamples=50, seed=seed)
+        bootstrap.add("x", name, rows)
+        bootstrap.run()
+        return bootstrap.estimate("x")
+
+    assert estimate(1, "gauc") == estimate(1, "gauc")
+    assert estimate(1, "gauc").low != estimate(2, "gauc").low
+    assert estimate(1, "gauc").n == len(both)
+    assert estimate(1, "auc").n == rows.num_tasks
+
+
+def test_one_task_has_no_interval():
+    bootstrap = Bootstrap(1, resamples=10, seed=0)
+    bootstrap.add("x", "mae", make_rows(np.ones(3), np.zeros(3), np.zeros(3)))
+    bootstrap.run()
+    estimate = bootstrap.estimate("x")
+    assert (estimate.value, estimate.n) == (1.0, 1)
+    assert math.isnan(estimate.low)

@@ -1,0 +1,135 @@
+"""The evaluation document: slices, paired differences, JSON form."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gmeta.metrics import metric
+from gmeta.slices import evaluation_records, headline_rows, print_headline, write_evaluation
+
+
+def columns(binary=True, num_tasks=80, seed=0):
+    rng = np.random.default_rng(seed)
+    task = np.repeat(np.arange(num_tasks), 6)
+    truth = rng.normal(size=len(task))
+    label = (truth > 0).astype(float) if binary else np.clip(np.round(3 + truth), 1, 5)
+    noisy = {"before": 2.0, "after": 0.7, "global-mean": 0.0}
+    scale = (lambda x: 1 / (1 + np.exp(-x))) if binary else (lambda x: 3 + x)
+    scores = {name: scale(truth + s * rng.normal(size=len(task)) if s else 0 * truth) for name, s in noisy.items()}
+    return {
+        "scores": scores,
+        "label": label,
+        "task": task * 10 + 3,
+        "support_size": (task % 30)[:],
+        "item_cold": rng.random(len(task)) < 0.3,
+        "task_cold": task % 2 == 0,
+        "binary": binary,
+        "resamples": 100,
+        "seed": 0,
+    }
+
+
+def record(document, **keys):
+    found = [r for r in document["records"] if all(r[k] == v for k, v in keys.items())]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_cold_slices_and_support_sizes_part_the_rows():
+    document = evaluation_records(**columns())
+    rows = {case["case"]: case["rows"] for case in document["cases"]}
+    assert rows["all"] == 480
+    assert sum(rows[case] for case in ("warm", "user_cold", "item_cold", "both_cold")) == 480
+    assert sum(count for case, count in rows.items() if case.startswith("support_")) == 480
+    assert rows["support_51+"] == 0
+    assert not [r for r in document["records"] if r["case"] == "support_51+"]
+
+
+@pytest.mark.parametrize(("binary", "name"), [(True, "gauc"), (True, "auc"), (False, "mae"), (False, "ndcg@5")])
+def test_records_hold_the_metric_of_the_slice(binary, name):
+    data = columns(binary)
+    document = evaluation_records(**data)
+    mask = data["task_cold"] & data["item_cold"]
+    expected = metric(name, data["scores"]["after"][mask], data["label"][mask], data["task"][mask])
+    found = record(document, case="both_cold", variant="after", metric=name)
+    assert found["value"] == pytest.approx(expected, abs=1e-14)
+    assert found["low"] < found["value"] < found["high"]
+    assert set(found) == {"case", "variant", "metric", "value", "unit", "low", "high", "n"}
+
+
+def test_differences_are_after_minus_each_other_variant():
+    document = evaluation_records(**columns())
+    for difference in document["differences"]:
+        keys = {"case": difference["case"], "metric": difference["metric"]}
+        after = record(document, variant="after", **keys)["value"]
+        other = record(document, variant=difference["against"], **keys)["value"]
+        if after is not None and other is not None:
+            assert difference["value"] == pytest.approx(after - other, abs=1e-15)
+    assert {d["against"] for d in document["differences"]} == {"before", "global-mean"}
+    assert document["baselines"] == ["global-mean"]
+
+
+def test_headline_judges_by_the_paired_interval():
+    for binary in (True, False):
+        document = evaluation_records(**columns(binary))
+        verdicts = {row.variant: row.verdict for row in headline_rows(document)}
+        assert verdicts == {"before": "better", "after": "", "global-mean": "better"}
+        same = columns(binary)
+        same["scores"]["before"] = same["scores"]["after"]
+        assert headline_rows(evaluation_records(**same))[0].verdict == "not distinguishable"
+        worse = columns(binary)
+        worse["scores"]["before"], worse["scores"]["after"] = worse["scores"]["after"], worse["scores"]["before"]
+        assert headline_rows(evaluation_records(**worse))[0].verdict == "worse"
+
+
+def test_without_after_the_first_variant_is_the_reference():
+    data = columns()
+    del data["scores"]["after"]
+    document = evaluation_records(**data)
+    assert document["reference"] == "before"
+    assert {d["variant"] for d in document["differences"]} == {"before"}
+
+
+def test_undefined_values_are_null_in_strict_json(tmp_path):
+    data = columns()
+    data["label"][data["item_cold"] & data["task_cold"]] = 1.0
+    data["task_cold"] = True
+    data["label"][data["item_cold"]] = 1.0
+    document = evaluation_records(**data)
+    assert record(document, case="both_cold", variant="after", metric="auc")["value"] is None
+    write_evaluation(tmp_path / "evaluation.json", document, {"split": "test"})
+    text = (tmp_path / "evaluation.json").read_text()
+    assert json.loads(text)["settings"] == {"split": "test"}
+    assert "NaN" not in text
+    assert [p.name for p in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_ndcg_is_left_out_with_a_note_where_labels_are_no_grades():
+    data = columns(binary=False)
+    data["label"] = data["label"] - 3
+    document = evaluation_records(**data)
+    assert "nDCG is left out: labels span -2 to 2" in document["notes"][0]
+    assert not [r for r in document["records"] if r["metric"].startswith("ndcg")]
+
+
+def test_print_headline_shows_every_variant():
+    out = io.StringIO()
+    print_headline(evaluation_records(**columns()), Console(file=out, width=140))
+    text = out.getvalue()
+    assert all(word in text for word in ("before", "after", "global-mean", "better", "480 query rows of 80 tasks"))
+
+
+def test_mistakes_are_named():
+    data = columns()
+    data["label"] = data["label"][:-1]
+    with pytest.raises(ValueError, match="different lengths"):
+        evaluation_records(**data)
+    empty = {k: v[:0] if isinstance(v, np.ndarray) else v for k, v in columns().items()}
+    empty["scores"] = {"after": np.zeros(0)}
+    with pytest.raises(ValueError, match="no query rows"):
+        evaluation_records(**empty)
+    with pytest.raises(ValueError, match="no scores"):
+        evaluation_records(**{**columns(), "scores": {}})
