@@ -1,0 +1,185 @@
+"""The loader: restored at every step, the same batches for any number of workers, no thread left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import chain, islice
+
+import numpy as np
+import pytest
+import torch
+from random_packs import random_tasks, schema, write_pack
+
+from gmeta.batch import TaskBatch, map_tensors
+from gmeta.data.loader import TaskLoader, padding_share
+from gmeta.data.pack import PackSplit, open_pack
+
+NUM_TASKS = 43
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> PackSplit:
+    tasks = random_tasks(np.random.default_rng(5), schema(), NUM_TASKS, first_id=100, max_rows=12)
+    path = write_pack(
+        tmp_path_factory.mktemp("packs") / "pack", schema(), [("train", tasks[:20]), ("train", tasks[20:])]
+    )
+    return open_pack(path).split("train")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [t.name for t in threading.enumerate() if t.name.startswith("gmeta-loader")] == []
+
+
+def loader(split: PackSplit, **changes: object) -> TaskLoader[TaskBatch]:
+    settings: dict[str, object] = {"tasks_per_batch": 6, "seed": 9, "window_batches": 3, "prefetch": 0}
+    return TaskLoader(split, **{**settings, **changes})  # type: ignore[arg-type]
+
+
+def same(a: TaskBatch, b: TaskBatch) -> bool:
+    tensors: list[list[torch.Tensor]] = [[], []]
+    for batch, into in zip((a, b), tensors, strict=True):
+        map_tensors(batch, lambda t, into=into: (into.append(t), t)[1])  # type: ignore[misc]
+    equal = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(*tensors, strict=True))
+    return equal and (a.epoch, a.index, a.num_tasks_global) == (b.epoch, b.index, b.num_tasks_global)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("resample", [False, True])
+def test_restored_at_every_step_the_tail_is_the_same(split: PackSplit, prefetch: int, resample: bool) -> None:
+    whole = loader(split, resample=resample)
+    states, batches = [], []
+    for _ in range(19):  # an epoch has 8 batches: two and a bit
+        states.append(whole.state_dict())
+        batches.append(next(whole))
+    assert (states[8], states[18]) == ({"epoch": 1, "index": 0}, {"epoch": 2, "index": 2})
+    for step, state in enumerate(states):
+        with loader(split, resample=resample, prefetch=prefetch) as restored:
+            restored.load_state_dict(state)
+            assert restored.state_dict() == state
+            assert all(same(batch, next(restored)) for batch in batches[step:])
+
+
+def test_restoring_amid_iteration_drops_what_was_prefetched(split: PackSplit) -> None:
+    expected = list(islice(loader(split), 10))
+    with loader(split, prefetch=3) as moved:
+        assert all(same(batch, next(moved)) for batch in expected[:5])
+        assert moved.state_dict() == {"epoch": 0, "index": 5}
+        moved.load_state_dict({"epoch": 0, "index": 1})
+        assert all(same(batch, next(moved)) for batch in expected[1:])
+
+
+def test_a_state_of_another_epoch_length_is_refused(split: PackSplit) -> None:
+    with pytest.raises(ValueError, match="epoch 0, index 8: an epoch has 8 batches; it was saved with another pack"):
+        loader(split).load_state_dict({"epoch": 0, "index": 8})
+    with pytest.raises(ValueError, match="epoch -1, index 0"):
+        loader(split).load_state_dict({"epoch": -1, "index": 0})
+
+
+def test_epochs_differ_and_hold_every_task(split: PackSplit) -> None:
+    epochs = [[next(batches).task_id.tolist() for _ in range(8)] for batches in [loader(split)] for _ in range(2)]
+    for epoch in epochs:
+        assert sorted(chain.from_iterable(epoch)) == list(range(100, 100 + NUM_TASKS))
+        assert [len(batch) for batch in epoch] == [6] * 7 + [1]
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one_process(split: PackSplit, shuffle: bool, world_size: int) -> None:
+    alone = loader(split, shuffle=shuffle)
+    ranks = [loader(split, shuffle=shuffle, rank=r, world_size=world_size) for r in range(world_size)]
+    for _ in range(8):
+        whole, parts = next(alone), [next(r) for r in ranks]
+        assert torch.cat([part.task_id for part in parts]).tolist() == whole.task_id.tolist()
+        assert {part.num_tasks_global for part in parts} == {len(whole.task_id)}
+        for side in ("support", "query"):
+            rows = torch.cat([getattr(part, side).row[getattr(part, side).mask] for part in parts])
+            assert torch.equal(rows, getattr(whole, side).row[getattr(whole, side).mask])
+
+
+def test_a_rank_may_get_no_task(split: PackSplit) -> None:
+    parts = []
+    for rank in range(4):
+        ranked = loader(split, rank=rank, world_size=4, shuffle=False)
+        parts.append(list(ranked)[-1])  # the last batch has one task
+    assert sorted(part.num_tasks for part in parts) == [0, 0, 0, 1]
+    empty = next(part for part in parts if part.num_tasks == 0)
+    assert set(empty.support.ids) == {"f0", "f1"}
+    assert empty.query.dense.shape == (0, 0, 1)
+    assert padding_share(empty) == 0
+
+
+def test_fewer_tasks_than_workers_are_refused(split: PackSplit) -> None:
+    with pytest.raises(ValueError, match=r"loader\.tasks_per_batch is 2, world size is 4: .*to 4 or more"):
+        loader(split, tasks_per_batch=2, world_size=4)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_evaluation_is_one_pass_in_stored_order(split: PackSplit, prefetch: int) -> None:
+    once = loader(split, shuffle=False, prefetch=prefetch)
+    for _ in range(2):  # and again from its start
+        batches = list(once)
+        assert torch.cat([b.task_id for b in batches]).tolist() == list(range(100, 100 + NUM_TASKS))
+        assert [(b.epoch, b.index) for b in batches] == [(0, i) for i in range(8)]
+
+
+def test_transform_runs_in_the_thread_and_only_so_far_ahead(split: PackSplit) -> None:
+    made: list[tuple[int, str]] = []
+
+    def note(batch: TaskBatch) -> int:
+        made.append((batch.index, threading.current_thread().name))
+        return batch.index
+
+    with TaskLoader(split, tasks_per_batch=6, seed=0, prefetch=2, transform=note) as ahead:
+        assert made == []
+        assert list(islice(ahead, 3)) == [0, 1, 2]
+        assert ahead.state_dict() == {"epoch": 0, "index": 3}
+        deadline = time.monotonic() + 10
+        while len(made) < 5 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert [index for index, _ in made] == [0, 1, 2, 3, 4]
+        assert all(name.startswith("gmeta-loader") for _, name in made)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_reaches_the_consumer_at_its_batch(split: PackSplit, prefetch: int) -> None:
+    broken = [True]
+
+    def fail_at_2(batch: TaskBatch) -> int:
+        if batch.index == 2 and broken[0]:
+            raise ValueError("item 17 is cursed")
+        return batch.index
+
+    batches = TaskLoader(split, tasks_per_batch=6, seed=0, prefetch=prefetch, transform=fail_at_2)
+    assert [next(batches), next(batches)] == [0, 1]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="item 17 is cursed"):
+            next(batches)
+        assert batches.state_dict() == {"epoch": 0, "index": 2}
+    broken[0] = False
+    assert next(batches) == 2
+    batches.close()
+
+
+def test_leaving_a_loop_early_leaves_no_thread_after_close(split: PackSplit) -> None:
+    early = loader(split, prefetch=4)
+    for batch in early:
+        if batch.index == 3:
+            break
+    assert [t for t in threading.enumerate() if t.name.startswith("gmeta-loader")]
+    early.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("gmeta-loader")]
+    assert next(early).index == 4  # closing is no end
+    early.close()
+
+
+def test_padding_share_counts_cells(split: PackSplit) -> None:
+    batch = next(loader(split))
+    cells = batch.support.mask.numel() + batch.query.mask.numel()
+    assert padding_share(batch) == pytest.approx(float(1 - (batch.support.mask.sum() + batch.query.mask.sum()) / cells))
+    assert 0 < padding_share(batch) < 1
