@@ -28,7 +28,7 @@ class Adapted:
 
     def rate_of(self, parameter: str) -> int:
         """Position of a parameter's inner rate."""
-        return self.rates.index(_owner(parameter))
+        return self.rates.index(rate_group(parameter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def resolve(adapt: Sequence[str], model: nn.Module, embedding_features: Sequence
         if not found:
             raise ValueError(_no_match(pattern, names, embedding_features))
     ordered = tuple(name for name in names if name in parameters)
-    owners = dict.fromkeys(_owner(name) for name in ordered)
+    owners = dict.fromkeys(rate_group(name) for name in ordered)
     return Adapted(
         tuple(name for name in embedding_features if name in features),
         ordered,
@@ -80,8 +80,8 @@ def refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
-def _owner(parameter: str) -> str:
-    """Module that owns a parameter; parameters of the model itself share the group `parameters`."""
+def rate_group(parameter: str) -> str:
+    """The module that owns a parameter; parameters of the model itself share the group `parameters`."""
     return parameter.rpartition(".")[0] or "parameters"
 
 

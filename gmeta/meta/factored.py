@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gmeta.batch import EmbeddedRows, Examples, TaskBatch
-from gmeta.meta.adapt import InnerLoop
+from gmeta.meta.adapt import Adapted, InnerLoop, rate_group
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
 from gmeta.meta.losses import task_mean, widen
 from gmeta.meta.rows import Plan, by_feature, changed, shared_rows, split_sides
@@ -84,11 +84,19 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch,
     return logits, support_loss
 
 
-def check(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> None:
-    """`Unsupported` if this engine cannot adapt the model: one forward pass over the support."""
-    with torch.no_grad():
-        support, _ = split_sides(shared_rows(rows, plan), plan)
-        _forward(model, loop, Fast(), batch.support, support, batch, plan, 1)
+def check(model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numeric: int) -> None:
+    """`Unsupported` if this engine cannot adapt the model, found by one forward pass over zeros.
+
+    `dims` is the embedding dimension of each feature. Tasks and rows get different numbers, so that a model that
+    moves these dimensions is found out.
+    """
+    leading = (2, 3)
+    like = next(model.parameters())
+    taped = AdaptedPass(model, adapted.parameters, Fast(), leading)
+    embedded = {name: like.new_zeros(*leading, dim) for name, dim in dims.items()}
+    with torch.no_grad(), SeededDropout(None), taped:
+        model(like.new_zeros(*leading, num_numeric), embedded)
+    taped.require_all_seen()
 
 
 def _inner_step(
@@ -115,8 +123,8 @@ def _inner_step(
         )
         rates, adapted = -loop.rates[step], loop.adapted
         sites, values, deltas = {}, {}, {}
-        for site, (inputs, _) in taped.sites.items():
-            gradient = next(grads).reshape(*inputs.shape[:2], -1) * rates[adapted.rate_of(site.name)]
+        for site, (inputs, out) in taped.sites.items():
+            gradient = next(grads).reshape(*inputs.shape[:2], out.shape[-1]) * rates[adapted.rate_of(site.name)]
             kept = inputs if loop.second_order else inputs.detach()
             sites[site] = (*fast.sites.get(site, ()), Step(kept, gradient))
         for name, value in taped.values.items():
@@ -147,7 +155,7 @@ def _forward(
     with SeededDropout(keys), taped:
         logits = model(examples.dense, by_feature(values, plan, (tasks, length)))
     taped.require_all_seen()
-    return logits, taped
+    return widen(logits), taped
 
 
 _ELEMENTWISE = {
@@ -260,6 +268,8 @@ class AdaptedPass(TorchFunctionMode):
         for name in site:
             if name is not None:
                 self._see(name)
+        if site.weight and site.bias and rate_group(site.weight) != rate_group(site.bias):
+            raise Unsupported(site.bias, f"it belongs to another module than its layer's weight {site.weight!r}")
         steps = self.fast.sites.get(site, ())
         with _no_autocast(input):
             inputs = widen(input).reshape(self.leading[0], input.shape[1:-1].numel(), input.shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gmeta.batch import EmbeddedRows, TaskBatch
 from gmeta.meta import factored, reference
 from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
-from gmeta.meta.dropout import SeededDropout, batch_key, row_keys
-from gmeta.meta.losses import row_loss, task_mean
+from gmeta.meta.dropout import QUERY_PASS, SeededDropout, batch_key, row_keys
+from gmeta.meta.losses import row_loss, task_mean, widen
 from gmeta.meta.rows import Plan, by_feature, plan_rows, shared_rows
 
 
@@ -63,7 +63,9 @@ class MetaLearner(nn.Module):
         self.inner_loss = row_loss(inner_loss or loss)
         self.seed = seed
         self.engine: str = engine
-        self.engine_reason = "not chosen before the first batch" if engine == "auto" else f"{engine}, as configured"
+        self.engine_reason = "auto: not chosen yet" if engine == "auto" else f"{engine}, as configured"
+        if not self.adapted:
+            self.engine_reason = "none: plain training"
         learned = None
         if learn_inner_lr and self.adapted:
             learned = nn.Parameter(torch.full((inner_steps, len(self.adapted.rates)), inner_lr))
@@ -73,6 +75,20 @@ class MetaLearner(nn.Module):
     def rate_names(self) -> tuple[str, ...]:
         """Names of the columns of `inner_lr`."""
         return self.adapted.rates
+
+    def choose_engine(self, dims: Mapping[str, int], num_numeric: int) -> None:
+        """Decide what `engine: auto` means for this model; called by the first batch if nobody did before.
+
+        `dims` is the embedding dimension of each feature, `num_numeric` the number of numeric columns.
+        """
+        if self.engine != "auto":
+            return
+        try:
+            factored.check(self.model, self.adapted, dims, num_numeric)
+        except factored.Unsupported as reason:
+            self.engine, self.engine_reason = "reference", f"reference, because {reason}"
+        else:
+            self.engine, self.engine_reason = "factored", "factored"
 
     def plan(self, rows: EmbeddedRows, batch: TaskBatch) -> Plan:
         """Index work of a batch; needs only `rows`' lookups and sizes, so it can be made ahead of time."""
@@ -112,9 +128,11 @@ class MetaLearner(nn.Module):
         plan = plan or self.plan(rows, batch)
         if not self.adapted:
             with torch.no_grad():
-                logits, _ = self._flat_logits(rows, batch, plan, None)[::-1]
+                _, logits = self._flat_logits(rows, batch, plan, None)
             return logits, logits
-        loop = replace(self._loop(steps or self.inner_steps, inner_lr, None, rows), second_order=False)
+        loop = replace(
+            self._loop(self.inner_steps if steps is None else steps, inner_lr, None, rows), second_order=False
+        )
         loop = replace(loop, rates=loop.rates.detach())
         with torch.no_grad():
             before, _ = self._run(replace(loop, rates=loop.rates[:0]), rows, batch, plan)
@@ -134,19 +152,11 @@ class MetaLearner(nn.Module):
         return InnerLoop(self.adapted, self.inner_loss, self.second_order, rates, key)
 
     def _run(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
-        if self.engine == "auto":
-            self._choose_engine(loop, rows, batch, plan)
+        dims = {name: rows.weights[lookup.group].shape[1] for name, lookup in rows.support.items()}
+        self.choose_engine(dims, batch.support.dense.shape[-1])
         if self.engine == "reference":
             return reference.run(self.model, loop, rows, batch)
         return factored.run(self.model, loop, rows, batch, plan)
-
-    def _choose_engine(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> None:
-        try:
-            factored.check(self.model, loop, rows, batch, plan)
-        except factored.Unsupported as reason:
-            self.engine, self.engine_reason = "reference", f"reference: {reason}"
-        else:
-            self.engine, self.engine_reason = "factored", "factored: it can adapt every adapted parameter"
 
     def _plain(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: int | None) -> tuple[Tensor, LearnerOutput]:
         sides = (batch.support, batch.query)
@@ -163,17 +173,17 @@ class MetaLearner(nn.Module):
         sides = (batch.support, batch.query)
         keys = None
         if key is not None:
-            keys = torch.cat(
-                [self._keys(key, batch, i, side.mask.shape[1]) for i, side in enumerate(sides[::-1])][::-1]
-            )
+            passes = zip(sides, (QUERY_PASS + 1, QUERY_PASS), strict=True)
+            keys = torch.cat([_keys(key, batch, number, side.mask.shape[1]) for side, number in passes])
         values = shared_rows(rows, plan)
         num_rows = sum(side.mask.numel() for side in sides)
         with SeededDropout(keys):
             dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
             logits = self.model(dense, by_feature(values, plan, (num_rows,)))
-        support, query = logits.split([side.mask.numel() for side in sides])
+        support, query = widen(logits).split([side.mask.numel() for side in sides])
         return support.view(batch.support.mask.shape), query.view(batch.query.mask.shape)
 
-    def _keys(self, key: int, batch: TaskBatch, pass_number: int, length: int) -> Tensor:
-        positions = torch.arange(length, device=batch.task_id.device)
-        return row_keys(key, batch.task_id, pass_number, positions).flatten()
+
+def _keys(key: int, batch: TaskBatch, pass_number: int, length: int) -> Tensor:
+    positions = torch.arange(length, device=batch.task_id.device)
+    return row_keys(key, batch.task_id, pass_number, positions).flatten()

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.meta.adapt import InnerLoop
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
+from gmeta.meta.losses import widen
 
 State = dict[tuple[str, str], Tensor]
 """What a task adapts: ("parameter", name) -> value, ("table", group) -> the group's rows [U, d]."""
@@ -101,7 +102,7 @@ def _score(
         keys = row_keys(loop.dropout_key, batch.task_id[side.task], pass_number, side.positions)
     with SeededDropout(keys):
         dense = side.examples.dense[side.task, side.positions]
-        return functional_call(model, parameters, (dense, embedded))  # type: ignore[no-any-return]
+        return widen(functional_call(model, parameters, (dense, embedded)))
 
 
 def _read(table: Tensor, lookup: Lookup, side: _Side) -> Tensor:

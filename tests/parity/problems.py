@@ -174,7 +174,9 @@ def textbook(
             group = rows.support[name].group
             table = fast.get(f"table {group}", tables[group]) if name in features else tables[group]
             embedded[name] = matrix @ table
-        logits = functional_call(model, {n: v for n, v in fast.items() if not n.startswith("table ")}, (dense, embedded))
+        logits = functional_call(
+            model, {n: v for n, v in fast.items() if not n.startswith("table ")}, (dense, embedded)
+        )
         return (which(logits, label) * mask).sum() / mask.sum().clamp(min=1)
 
     start = {name: dict(model.named_parameters())[name] for name in parameters}

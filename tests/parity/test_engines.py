@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from problems import DIMS, FEATURES, NUM_NUMERIC, Problem, gradients, make_problem, poison_padding, textbook
 from torch import Tensor, nn
 
+from gmeta.batch import map_tensors
+from gmeta.meta import factored
 from gmeta.meta.learner import MetaLearner
+from gmeta.models.dlrm import DLRM
+from gmeta.models.melu import MeLU
 
 
 class Net(nn.Module):
@@ -103,3 +109,223 @@ def test_engines_agree_with_torch_func(adapt: list[str], steps: int, order: str)
     fast, slow = both(problem, model, **settings)
     assert_same(fast, slow)
     assert_same(fast, by_textbook(problem, learner_of(model, **settings)))
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_float32(order: str, steps: int) -> None:
+    problem, model = make_problem(torch.float32), Net()
+    fast, slow = both(problem, model, inner_steps=steps, order=order)
+    assert_same(fast, slow, 1e-5)
+
+
+def test_second_order_is_material() -> None:
+    """The parity tests would notice a first-order engine: gradients differ by far more than their tolerance."""
+    problem, model = make_problem(), Net().double()
+    second, _ = both(problem, model, order="second")
+    first, _ = both(problem, model, order="first")
+    assert_same(first, {"loss": second["loss"]})
+    for name in ("model.first.weight", "table wide", "table narrow"):
+        assert (first[name] - second[name]).norm() > 0.05 * second[name].norm(), name
+
+
+def test_finite_differences() -> None:
+    problem, learner = make_problem(), learner_of(Net().double(), inner_steps=2, learn_inner_lr=True)
+    loss, _ = learner(problem.rows, problem.batch)
+    generator = torch.Generator().manual_seed(1)
+    for name, grad in gradients(problem, learner, loss).items():
+        leaf = {**dict(learner.named_parameters()), **{f"table {g}": w for g, w in problem.rows.weights.items()}}[name]
+        way = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                leaf.add_(way, alpha=step)
+            values.append(learner(problem.rows, problem.batch)[0].item())
+            with torch.no_grad():
+                leaf.sub_(way, alpha=step)
+        assert (values[0] - values[1]) / 2e-5 == pytest.approx((grad * way).sum().item(), rel=1e-6, abs=1e-9), name
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_learned_rates_have_exact_gradients(order: str) -> None:
+    problem, model = make_problem(), Net().double()
+    settings = {"inner_steps": 3, "learn_inner_lr": True, "order": order}
+    fast, slow = both(problem, model, **settings)
+    assert fast["inner_lr"].abs().min() > 1e-7
+    assert_same(fast, slow)
+    assert_same(fast, by_textbook(problem, learner_of(model, **settings)))
+
+
+def test_tasks_share_rows_and_sides_overlap() -> None:
+    """Every lookup is row 1: all tasks, both sides and all features of a group meet in one row."""
+    problem = make_problem()
+    rows = map_tensors(problem.rows, lambda t: t if t.is_floating_point() else torch.ones_like(t))
+    lengths = {
+        side: {n: replace(lo, lengths=getattr(problem.rows, side)[n].lengths) for n, lo in getattr(rows, side).items()}
+        for side in ("support", "query")
+    }
+    weights = {group: weight.detach().requires_grad_() for group, weight in problem.rows.weights.items()}
+    problem = Problem(replace(rows, weights=weights, **lengths), problem.batch)
+    model = Net().double()
+    fast, slow = both(problem, model, inner_steps=3)
+    assert_same(fast, slow)
+    assert_same(fast, by_textbook(problem, learner_of(model, inner_steps=3)))
+    assert fast["table wide"][0].abs().sum() == 0 < fast["table wide"][1].abs().sum()
+
+
+@pytest.mark.parametrize(("loss", "inner_loss"), [("mse", None), ("l1", "mse"), ("huber", "l1"), ("bce", "huber")])
+def test_losses(loss: str, inner_loss: str | None) -> None:
+    fast, slow = both(make_problem(binary=loss == "bce"), Net().double(), loss=loss, inner_loss=inner_loss)
+    assert_same(fast, slow)
+
+
+@pytest.mark.parametrize("adapt", [["embeddings", "dense"], []])
+def test_dropout_is_the_same_in_any_slot_and_engine(adapt: list[str]) -> None:
+    problem, model = make_problem(), Net(dropout=0.4).double()
+    fast, slow = both(problem, model, adapt=adapt, inner_steps=2)
+    assert_same(fast, slow)
+    alone = make_problem(support=(4, 2, 0, 3, 6), query=(2, 3, 2, 0, 5))  # other numbers: only the masks can agree
+    masks = [_dropped_units(p, adapt) for p in (problem, alone)]
+    for task in range(4):
+        for side in range(2):
+            length = masks[0][side].shape[1]
+            assert torch.equal(masks[0][side][task], masks[1][side][task, :length])
+    assert 0.2 < masks[1][0].double().mean() < 0.6
+    learner = learner_of(model, adapt=adapt)
+    again = replace(problem.batch, index=problem.batch.index + 1)
+    assert learner(problem.rows, problem.batch)[0] != learner(problem.rows, again)[0]
+    learner.eval()
+    assert learner(problem.rows, problem.batch)[0] == learner(problem.rows, again)[0]
+
+
+def _dropped_units(problem: Problem, adapt: list[str]) -> list[Tensor]:
+    """Which units dropout zeroed: [T, S, width] of the support's and of the query's pass."""
+    model, dropped = Net(dropout=0.4).double(), []
+    model.dropout.register_forward_hook(lambda _module, _args, out: dropped.append(out == 0))
+    learner_of(model, adapt=adapt, engine="factored")(problem.rows, problem.batch)
+    if adapt:
+        return dropped
+    shapes = [side.mask.shape for side in (problem.batch.support, problem.batch.query)]
+    parts = dropped[0].split([shape.numel() for shape in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+
+
+@pytest.mark.parametrize("engine", ["factored", "reference"])
+@pytest.mark.parametrize("adapt", [["embeddings", "dense"], []])
+@pytest.mark.parametrize("support", [(), (0, 0)])
+def test_no_tasks_or_no_support(engine: str, adapt: list[str], support: tuple[int, ...]) -> None:
+    problem = make_problem(support=support, query=(0,) * len(support))
+    learner = learner_of(Net().double(), engine=engine, adapt=adapt, inner_steps=2, learn_inner_lr=True)
+    loss, out = learner(problem.rows, problem.batch)
+    loss.backward()
+    assert loss == 0
+    assert out.query_logits.shape == (len(support), 0)
+    assert out.query_loss.shape == out.support_loss.shape == (len(support),)
+    for leaf in (*learner.parameters(), *problem.rows.weights.values()):
+        assert leaf.grad is None or not leaf.grad.any()
+
+
+def test_a_task_without_support_is_not_adapted() -> None:
+    problem, learner = make_problem(), learner_of(Net().double(), inner_steps=2)
+    before, after = learner.predict(problem.rows, problem.batch)
+    mask = problem.batch.query.mask
+    assert torch.equal(before[2][mask[2]], after[2][mask[2]])
+    assert (before[0] - after[0])[mask[0]].abs().min() > 1e-4
+
+
+def test_plain_training_is_the_mean_over_support_and_query() -> None:
+    problem, model = make_problem(), Net().double()
+    learner = learner_of(model, adapt=[])
+    loss, out = learner(problem.rows, problem.batch)
+    adapting = learner_of(model, engine="reference")
+    _, by_side = adapting(problem.rows, problem.batch)
+    sizes = [side.mask.sum(1) for side in (problem.batch.support, problem.batch.query)]
+    expected = (out.support_loss * sizes[0] + out.query_loss * sizes[1]) / (sizes[0] + sizes[1])
+    assert loss.item() == pytest.approx(expected.sum().item() / problem.batch.num_tasks_global, rel=1e-12)
+    torch.testing.assert_close(out.support_loss, by_side.support_loss)
+    before, after = learner.predict(problem.rows, problem.batch)
+    assert torch.equal(before, after)
+    torch.testing.assert_close(before, out.query_logits)
+
+
+@pytest.mark.parametrize("engine", ["factored", "reference"])
+def test_predict(engine: str) -> None:
+    problem, model = make_problem(), Net(dropout=0.4).double()
+    mask = problem.batch.query.mask
+    learner = learner_of(model, engine=engine, inner_steps=2)
+    with torch.no_grad():
+        before, after = learner.predict(problem.rows, problem.batch)
+    assert not before.requires_grad
+    assert not after.requires_grad
+    assert all(weight.grad is None for weight in problem.rows.weights.values())
+    trained = learner.eval()(problem.rows, problem.batch)[1].query_logits
+    torch.testing.assert_close(after[mask], trained[mask], rtol=0, atol=1e-12)
+    unadapted = learner_of(model, adapt=[]).eval()(problem.rows, problem.batch)[1].query_logits
+    torch.testing.assert_close(before[mask], unadapted[mask], rtol=0, atol=1e-12)
+    more, one = (
+        learner_of(model, engine=engine, inner_steps=n, inner_lr=0.05).predict(problem.rows, problem.batch)[1]
+        for n in (4, 1)
+    )
+    torch.testing.assert_close(learner.predict(problem.rows, problem.batch, steps=4, inner_lr=0.05)[1], more)
+    torch.testing.assert_close(learner.predict(problem.rows, problem.batch, steps=1, inner_lr=0.05)[1], one)
+    frozen = Problem(replace(problem.rows, weights={g: w.detach() for g, w in problem.rows.weights.items()}), None)
+    torch.testing.assert_close(learner.requires_grad_(False).predict(frozen.rows, problem.batch)[1], after)
+
+
+def test_learned_rates_repeat_beyond_their_last_step() -> None:
+    problem = make_problem()
+    learner = learner_of(Net().double(), inner_steps=2, learn_inner_lr=True)
+    with torch.no_grad():
+        learner.inner_lr[1] *= 0.5
+    longer = learner_of(learner.model, inner_steps=4, learn_inner_lr=True)
+    with torch.no_grad():
+        longer.inner_lr.copy_(learner.inner_lr[[0, 1, 1, 1]])
+    expected = longer.predict(problem.rows, problem.batch)[1]
+    torch.testing.assert_close(learner.predict(problem.rows, problem.batch, steps=4)[1], expected)
+
+
+def test_forming_weights_is_exact_and_chosen_by_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, model = make_problem(), Net().double()
+    chosen: list[bool] = []
+    count = factored.forming_is_cheaper
+    monkeypatch.setattr(factored, "forming_is_cheaper", lambda *args: chosen.append(count(*args)) or chosen[-1])
+    as_counted, _ = both(problem, model, inner_steps=3)
+    assert any(chosen)
+    assert not all(chosen)
+    for always in (True, False):
+        monkeypatch.setattr(factored, "forming_is_cheaper", lambda *args, always=always: always)
+        assert_same(as_counted, both(problem, model, inner_steps=3)[0])
+
+
+def test_bf16_autocast_stays_near_float32() -> None:
+    """Losses within 2 %, gradients within 5 % of their norm; what the inner loop differentiates stays float32."""
+    problem, model = make_problem(torch.float32), Net()
+    exact, _ = both(problem, model, inner_steps=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        learner = learner_of(model, torch.float32, inner_steps=2, engine="factored")
+        steps: list[Tensor] = []
+        hook = learner.model.first.register_forward_hook(lambda _module, _args, out: steps.append(out))
+        loss, out = learner(problem.rows, problem.batch)
+    hook.remove()
+    assert all(step.dtype == torch.float32 for step in steps)
+    assert out.query_logits.dtype == loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact["loss"].item(), rel=0.02)
+    assert loss.item() != exact["loss"].item()
+    for name, grad in gradients(problem, learner, loss).items():
+        assert (grad - exact[name]).norm() <= 0.05 * exact[name].norm() + 1e-3, name
+
+
+@pytest.mark.parametrize("name", ["melu", "dlrm"])
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_models(name: str, order: str) -> None:
+    """The models of gmeta/models, with everything switched on."""
+    features = ("user", "item", "history")
+    problem = make_problem(features=features)
+    sizes = {"embedding_dim": DIMS["wide"], "num_numeric": NUM_NUMERIC, "hidden": [8, 5]}
+    extras = {"layer_norm": True, "dropout": 0.2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = MeLU(features, **sizes, **extras) if name == "melu" else DLRM(features, bottom=[4], **sizes, **extras)
+    for adapt in (["embeddings", "dense"], ["decision"], ["head"]):
+        settings = {"adapt": adapt, "embedding_features": features, "order": order, "inner_steps": 2}
+        assert_same(*both(problem, model.double(), **settings))
