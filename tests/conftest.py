@@ -1,0 +1,35 @@
+"""Fixtures of every tier: one thread, real data where there is some, repeatable property tests."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, and for the processes that tests start: two cores are shared by several ranks.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import torch
+
+torch.set_num_threads(1)
+
+# No deadline: a shared machine is slow at times. No examples kept: tests run in a copy that is thrown away.
+hypothesis.settings.register_profile("gmeta", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("gmeta")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """`real_data("ml-100k")` is that folder under GMETA_DATA (default ../shared/data); skips where it is absent."""
+    root = Path(os.environ.get("GMETA_DATA") or REPOSITORY.parent / "shared" / "data")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        if not path.is_dir():
+            pytest.skip(f"no real data at {path}: set GMETA_DATA to a folder that holds {name}/")
+        return path
+
+    return folder
