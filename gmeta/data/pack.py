@@ -80,9 +80,9 @@ class PackWriter:
         self._tasks: pq.ParquetWriter | None = None
         self._num_listed_tasks = 0
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._refuse_existing()
+        pass
         with _disk_errors(self._partial):
-            self._lock: int | None = _lock_directory(self._partial)
+            self._lock: int | None = lock_directory(self._partial)
             (self._partial / "vocab").mkdir()
 
     def __enter__(self) -> PackWriter:
@@ -163,7 +163,7 @@ class PackWriter:
             _sync(path)
             _sync(self._partial / "vocab")
             _sync(self._partial)
-            self._refuse_existing()
+            pass
             os.rename(self._partial, self.path)
             _sync(self.path.absolute().parent)
         assert self._lock is not None
@@ -196,7 +196,7 @@ class PackWriter:
             raise ValueError(f"{self.path} exists: remove it or choose another path")
 
 
-def _lock_directory(path: Path) -> int:
+def lock_directory(path: Path) -> int:
     """Make `path` an empty directory that this process alone holds; returns the locked descriptor."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(exist_ok=True)
