@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -356,9 +355,11 @@ def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> int:
     resume_from = prepare_run_dir(config, mesh)
     run = build_run(config, mesh, stop)
     try:
+        run.log.say(_banner(run))  # before the tables are allocated
         if resume_from is not None:
             load_checkpoint(run, resume_from)
-        run.log.start(_banner(run))
+            run.log.say(f"resumed from {resume_from}")
+        run.log.start()
         stopped = training_loop(run)
     finally:
         run.loader.close()
@@ -368,13 +369,13 @@ def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> int:
     return EXIT_STOPPED if stopped else 0
 
 
-def _banner(run: Run) -> list[str]:
+def _banner(run: Run) -> str:
     """What a user wants to know before the first step."""
-    train_split: Any = run.pack.split("train")
+    train_split = run.pack.split("train")
     parameters = sum(p.numel() for p in run.system.learner.parameters())
-    return [
+    lines = [
         f"{train_split.num_tasks:,} tasks, {train_split.num_rows:,} rows; {run.total_steps:,} steps of "
         f"{run.config.loader.tasks_per_batch} tasks on {run.mesh.world_size} process(es), {run.mesh.device}",
-        f"{parameters:,} dense parameters; engine {run.system.learner.engine_reason}",
-        run.system.tables.memory_report(),
+        f"{parameters:,} dense parameters; engine: {run.system.learner.engine_reason}",
     ]
+    return "\n".join(lines)
