@@ -80,7 +80,7 @@ class PackWriter:
         self._tasks: pq.ParquetWriter | None = None
         self._num_listed_tasks = 0
         self._partial = self.path.with_name(self.path.name + ".partial")
-        pass
+        self._refuse_existing()
         with _disk_errors(self._partial):
             self._lock: int | None = lock_directory(self._partial)
             (self._partial / "vocab").mkdir()
@@ -163,7 +163,7 @@ class PackWriter:
             _sync(path)
             _sync(self._partial / "vocab")
             _sync(self._partial)
-            pass
+            self._refuse_existing()
             os.rename(self._partial, self.path)
             _sync(self.path.absolute().parent)
         assert self._lock is not None
