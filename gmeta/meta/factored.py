@@ -94,8 +94,9 @@ def check(model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numer
     like = next(model.parameters())
     taped = AdaptedPass(model, adapted.parameters, Fast(), leading)
     embedded = {name: like.new_zeros(*leading, dim) for name, dim in dims.items()}
+    dense = like.new_zeros(*leading, num_numeric)
     with torch.no_grad(), SeededDropout(None), taped:
-        model(like.new_zeros(*leading, num_numeric), embedded)
+        model(dense, embedded)
     taped.require_all_seen()
 
 
@@ -166,7 +167,10 @@ _ELEMENTWISE = {
     )
     for name in names
 }
-_METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous}
+_METADATA = {  # functions that read only shape, type or place
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_contiguous),
+    *(Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty),
+}
 
 
 class AdaptedPass(TorchFunctionMode):

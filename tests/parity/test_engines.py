@@ -329,3 +329,31 @@ def test_models(name: str, order: str) -> None:
     for adapt in (["embeddings", "dense"], ["decision"], ["head"]):
         settings = {"adapt": adapt, "embedding_features": features, "order": order, "inner_steps": 2}
         assert_same(*both(problem, model.double(), **settings))
+
+
+class Tied(Net):
+    """Uses one layer twice, which the factored engine refuses."""
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        x = torch.tanh(self.first(torch.cat([*embedded.values(), dense], -1)))
+        x = torch.tanh(self.norm(self.square(torch.tanh(self.square(x)))))
+        return self.out(self.second(x) * self.scale + self.context).squeeze(-1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Linear(7, 7)
+        with torch.no_grad():
+            self.square.weight.copy_(torch.eye(7).roll(1, 0))
+
+
+def test_auto_takes_the_reference_for_what_factored_cannot() -> None:
+    problem, learner = make_problem(), learner_of(Tied().double(), inner_steps=2)
+    loss, _ = learner(problem.rows, problem.batch)
+    assert "cannot adapt 'square.weight'" in learner.engine_reason
+    assert_same({"loss": loss} | gradients(problem, learner, loss), by_textbook(problem, learner))
+    with pytest.raises(factored.Unsupported, match=r"square.weight.* twice.*set meta.engine to 'reference'"):
+        learner_of(Tied().double(), engine="factored")(problem.rows, problem.batch)
+    untied = learner_of(Tied().double(), adapt=["embeddings", "head", "first.*"], inner_steps=2)
+    loss, _ = untied(problem.rows, problem.batch)
+    assert untied.engine_reason == "factored"
+    assert_same({"loss": loss} | gradients(problem, untied, loss), by_textbook(problem, untied))

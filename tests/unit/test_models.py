@@ -1,0 +1,87 @@
+"""The models: shapes, what they declare, seeds, and errors of `build_model`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gmeta.config import ModelConfig
+from gmeta.data.schema import Feature, NumericColumn, PackSchema
+from gmeta.models import build_model
+from gmeta.models.dlrm import DLRM
+
+FEATURES = tuple(Feature(name=n, kind="categorical", num_ids=9, table=n) for n in ("user_id", "item_id", "genre"))
+
+
+def schema(num_numeric: int = 2, features: tuple[Feature, ...] = FEATURES) -> PackSchema:
+    numeric = tuple(NumericColumn(name=f"x{i}") for i in range(num_numeric))
+    return PackSchema(features=features, numeric=numeric, label="y", binary_label=True, task="user_id")
+
+
+def inputs(*leading: int, num_numeric: int = 2, dim: int = 4) -> tuple[Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    embedded = {f.name: torch.randn(*leading, dim, generator=generator) for f in FEATURES}
+    return torch.randn(*leading, num_numeric, generator=generator), embedded
+
+
+@pytest.mark.parametrize("name", ["melu", "dlrm"])
+@pytest.mark.parametrize("extras", [{}, {"layer_norm": True, "dropout": 0.5}])
+@pytest.mark.parametrize("numeric", [True, False])
+def test_any_leading_dimensions(name: str, extras: dict, numeric: bool) -> None:
+    config = ModelConfig(name=name, embedding_dim=4, hidden=[8], numeric=numeric, **extras)
+    model = build_model(config, schema()).eval()
+    dense, embedded = inputs(2, 3)
+    logits = model(dense, embedded)
+    assert logits.shape == (2, 3)
+    for t in range(2):
+        for s in range(3):
+            one = model(dense[t, s], {n: e[t, s] for n, e in embedded.items()})
+            torch.testing.assert_close(one, logits[t, s])
+    assert model(*inputs(0, 5)).shape == (0, 5)
+    assert torch.equal(model(dense + 1, embedded), logits) is not numeric
+
+
+@pytest.mark.parametrize("name", ["melu", "dlrm"])
+def test_declared_layers_exist(name: str) -> None:
+    model = build_model(ModelConfig(name=name, embedding_dim=4), schema())
+    assert model.features == ("user_id", "item_id", "genre")
+    for layer in (model.head, *model.decision_layers):
+        assert list(model.get_submodule(layer).parameters()) or layer == "norms"
+    assert model.get_submodule(model.head).out_features == 1
+
+
+@pytest.mark.parametrize("name", ["melu", "dlrm"])
+def test_initialisation_is_seeded_and_leaves_global_state_alone(name: str) -> None:
+    state = torch.random.get_rng_state()
+    one, same, other = (build_model(ModelConfig(name=name), schema(), seed=s).state_dict() for s in (1, 1, 2))
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(one[k], same[k]) for k in one)
+    assert not all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_dlrm_multiplies_every_pair_once() -> None:
+    model = DLRM(["a", "b", "c"], embedding_dim=2, num_numeric=0, bottom=[], hidden=[])
+    vectors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 5.0]), "c": torch.tensor([-1.0, 4.0])}
+    with torch.no_grad():
+        model.output.weight.copy_(torch.tensor([[1.0, 100.0, 10000.0]]))
+        model.output.bias.zero_()
+    assert model(torch.zeros(0), vectors).item() == 13 + 100 * 7 + 10000 * 17
+
+
+def test_a_subset_of_features() -> None:
+    model = build_model(ModelConfig(features=["genre"], embedding_dim=4), schema())
+    assert model.features == ("genre",)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="'item', which is not in the pack; the nearest is 'item_id' of user_id, it"):
+        build_model(ModelConfig(features=["user_id", "item"]), schema())
+    with pytest.raises(ValueError, match="'genre' twice"):
+        build_model(ModelConfig(features=["genre", "genre"]), schema())
+    with pytest.raises(ValueError, match=r"model\.name is 'mlp': must be one of melu, dlrm"):
+        build_model(ModelConfig(name="mlp"), schema())
+    with pytest.raises(ValueError, match="no categorical feature"):
+        build_model(ModelConfig(), schema(features=()))
+    with pytest.raises(ValueError, match="has 1 vectors to multiply"):
+        build_model(ModelConfig(name="dlrm", features=["genre"], numeric=False), schema())
