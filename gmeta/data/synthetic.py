@@ -113,7 +113,8 @@ class Rows:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return 0.5 * (1 + np.tanh(0.5 * x))
+    y: Floats = 1 / (1 + np.exp(np.minimum(-x, 700)))  # beyond, exp overflows
+    return y
 
 
 def _vectors(rng: np.random.Generator, num: int, dim: int, norm: float) -> Floats:
@@ -326,16 +327,16 @@ def reference_scores(out: Path, support: Rows, query: Rows) -> dict[str, Floats]
     base, coefficient, taste = _truth_of(out / "truth", query)
     support_base, support_coefficient, _ = _truth_of(out / "truth", support)
     grid = lattice(coefficient.shape[1])
-    nothing = np.empty(0, dtype=np.int64)
+    prior = prior_predictive(base, coefficient)
+    posterior = prior.copy()
     support_of = {int(support.user_id[rows[0]]): rows for rows in _groups(support.user_id)}
-    scores = {name: np.empty(len(query.label)) for name in REFERENCES}
-    scores["oracle"] = _sigmoid(base + (coefficient * taste).sum(axis=1))
     for rows in _groups(query.user_id):
-        known = support_of.get(int(query.user_id[rows[0]]), nothing)
-        for name, part in (("prior", nothing), ("posterior", known)):
-            evidence = support_base[part], support_coefficient[part], support.label[part]
-            scores[name][rows] = posterior_predictive(*evidence, base[rows], coefficient[rows], grid)
-    return scores
+        known = support_of.get(int(query.user_id[rows[0]]))
+        if known is not None:
+            evidence = support_base[known], support_coefficient[known], support.label[known]
+            posterior[rows] = posterior_predictive(*evidence, base[rows], coefficient[rows], grid)
+    oracle = _sigmoid(base + (coefficient * taste).sum(axis=1))
+    return {"prior": prior, "posterior": posterior, "oracle": oracle}
 
 
 def _groups(key: Ints) -> list[Ints]:
@@ -383,28 +384,49 @@ def lattice(dim: int, spacing: float = 0.4, radius: float = 8.0) -> Floats:
     return inside
 
 
+def prior_predictive(base: Floats, coefficient: Floats) -> Floats:
+    """P(click) [Q] for z ~ N(0, I_K) and logit = base [Q] + coefficient [Q, K] · z: a one-dimensional integral."""
+    nodes = lattice(1, spacing=0.1)[:, 0]
+    weights = np.exp(-0.5 * nodes**2)
+    width = np.linalg.norm(coefficient, axis=1)
+    total = sum((w * _sigmoid(base + x * width) for w, x in zip(weights, nodes, strict=True)), np.zeros(len(base)))
+    return np.asarray(total / weights.sum(), dtype=np.float64)
+
+
 def posterior_predictive(
     base: Floats, coefficient: Floats, label: Ints, query_base: Floats, query_coefficient: Floats, grid: Floats
 ) -> Floats:
     """P(click) [Q] of query rows given support rows, for z ~ N(0, I_K) and logit = base + coefficient · z.
 
-    Support: base [S], coefficient [S, K], label [S]; S may be 0. The posterior of z is log-concave; `grid` (see
+    Support: base [S], coefficient [S, K], label [S], S at least 1. The posterior of z is log-concave; `grid` (see
     `lattice`) is laid over it, centred at its mode and scaled by its curvature there, and the predictive is the
     ratio of two trapezoidal sums. Mode and scale only place the nodes: they do not enter the integrand.
     """
-    dim = grid.shape[1]
-    mode, precision = np.zeros(dim), np.eye(dim)
-    for _ in range(12):  # Newton's method, its steps cut short: far from the mode the curvature misleads
-        p = _sigmoid(base + coefficient @ mode)
-        precision = np.eye(dim) + (coefficient.T * (p * (1 - p))) @ coefficient
-        step = np.linalg.solve(precision, coefficient.T @ (label - p) - mode)
-        mode = mode + step * min(1.0, 2.0 / max(float(np.linalg.norm(step)), 1e-12))
+    mode, precision = _mode(base, coefficient, label)
     nodes = mode + grid @ np.linalg.inv(np.linalg.cholesky(precision))  # [P, K]
-    logit = base + nodes @ coefficient.T  # [P, S]
-    log_density = logit @ label - np.logaddexp(0, logit).sum(axis=1) - 0.5 * (nodes**2).sum(axis=1)
+    likelihood = _sigmoid((base + nodes @ coefficient.T) * (2 * label - 1))  # [P, S]
+    # Logarithms are dear: one of 16 rows' product, which is far from underflow wherever there is any mass.
+    with np.errstate(divide="ignore", under="ignore"):
+        log_density = np.log(np.multiply.reduceat(likelihood, np.arange(0, len(label), 16), axis=1)).sum(axis=1)
+    log_density -= 0.5 * (nodes**2).sum(axis=1)
     weight = np.exp(log_density - log_density.max())
     predicted: Floats = weight @ _sigmoid(query_base + nodes @ query_coefficient.T) / weight.sum()
     return predicted
+
+
+def _mode(base: Floats, coefficient: Floats, label: Ints) -> tuple[Floats, Floats]:
+    """Mode [K] of the taste's posterior and minus the second derivative of its log density there [K, K]."""
+    dim = coefficient.shape[1]
+    mode, precision = np.zeros(dim), np.eye(dim)
+    for _ in range(20):
+        p = _sigmoid(base + coefficient @ mode)
+        precision = np.eye(dim) + (coefficient.T * (p * (1 - p))) @ coefficient
+        step = np.linalg.solve(precision, coefficient.T @ (label - p) - mode)
+        length = float(np.linalg.norm(step))
+        mode = mode + step * min(1.0, 2.0 / max(length, 1e-12))  # far from the mode the curvature misleads
+        if length < 1e-4:
+            break
+    return mode, precision
 
 
 def auc(score: Floats, label: Ints) -> float:
