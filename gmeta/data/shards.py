@@ -227,7 +227,8 @@ class PackSplit:
         task_id = np.empty(len(tasks), np.int64)
         for slots, shard, local in parts:
             task_id[slots] = self._shards[shard].numpy("task_id")[local]
-        return self._side(parts, support_row), self._side(parts, query_row), torch.from_numpy(task_id)
+        support_side, query_side = self._sides(parts, support_row, query_row)
+        return support_side, query_side, torch.from_numpy(task_id)
 
     def _column(self, name: str) -> Array:
         return _joined([shard.numpy(name) for shard in self._shards])
@@ -257,31 +258,47 @@ class PackSplit:
             support[slots] = self._shards[shard].numpy("num_support")[local]
         return start, support, rows
 
-    def _side(self, parts: list[_Part], row: Array) -> Examples:
-        """Examples of the rows in `row` [T, S], -1 on padding."""
-        T, S = row.shape
-        mask = torch.from_numpy(row >= 0)
-        pad = torch.from_numpy(np.flatnonzero(row < 0))
+    def _sides(self, parts: list[_Part], support_row: Array, query_row: Array) -> tuple[Examples, Examples]:
+        """Examples of the rows in `support_row` [T, S] and `query_row` [T, Q], -1 on padding.
+
+        Both are gathered at once: their cells, T * S of support and T * Q of query, form one flat line.
+        """
+        T, S = support_row.shape
+        Q = query_row.shape[1]
+        row = np.concatenate([support_row.reshape(-1), query_row.reshape(-1)])
         pieces: list[_Piece] = []
         for slots, shard, _ in parts:
-            # Padding reads the shard's first row, which is blanked below.
-            local = np.maximum(row[slots] - self._row_bounds[shard], 0).reshape(-1)
-            cells = (slots[:, None] * S + np.arange(S)).reshape(-1)
+            cells = np.concatenate([_cells_of(slots, S), T * S + _cells_of(slots, Q)])
+            # Padding reads the shard's first row, which is blanked when all are gathered.
+            local = np.maximum(row[cells] - self._row_bounds[shard], 0)
             pieces.append((torch.from_numpy(cells), self._shards[shard], torch.from_numpy(local)))
-
-        def take(name: str) -> Tensor:
-            return _gather(pieces, self._shards[0].tensors[name], name, T * S).index_fill_(0, pad, 0)
-
-        ids = take("ids").t().to(torch.int64, memory_format=torch.contiguous_format).view(len(self._one_valued), T, S)
-        return Examples(
-            ids=dict(zip(self._one_valued, ids, strict=True)),
-            bags={name: _bag(pieces, name, pad, (T, S)) for name in self._many_valued},
-            dense=take("dense").view(T, S, self._num_numeric),
-            label=take("label").view(T, S),
-            mask=mask,
-            row=torch.from_numpy(row),
-            item_cold=take("item_cold").view(T, S).bool(),
+        pad = torch.from_numpy(np.flatnonzero(row < 0))
+        ids, dense, label, item_cold = (
+            _gather(pieces, self._shards[0].tensors[name], name, len(row)).index_fill_(0, pad, 0)
+            for name in ("ids", "dense", "label", "item_cold")
         )
+        bags = {name: _gather_bags(pieces, name, pad, len(row)) for name in self._many_valued}
+
+        def side(rows: Array, cells: slice) -> Examples:
+            shape = rows.shape
+            by_feature = ids[cells].t().to(torch.int64, memory_format=torch.contiguous_format)
+            return Examples(
+                ids=dict(zip(self._one_valued, by_feature.view(len(self._one_valued), *shape), strict=True)),
+                bags={name: _cut_bag(*bag, cells, shape) for name, bag in bags.items()},
+                dense=dense[cells].view(*shape, self._num_numeric),
+                label=label[cells].view(shape),
+                mask=torch.from_numpy(rows >= 0),
+                row=torch.from_numpy(rows),
+                item_cold=item_cold[cells].view(shape).bool(),
+            )
+
+        return side(support_row, slice(0, T * S)), side(query_row, slice(T * S, len(row)))
+
+
+def _cells_of(slots: Array, width: int) -> Array:
+    """Flat cells of whole tasks in a [T, width] matrix."""
+    cells: Array = (slots[:, None] * width + np.arange(width)).reshape(-1)
+    return cells
 
 
 def _joined(arrays: Sequence[Array]) -> Array:
@@ -323,12 +340,12 @@ def _gather(pieces: list[_Piece], like: Tensor, name: str, num_cells: int) -> Te
     return out
 
 
-def _bag(pieces: list[_Piece], name: str, pad: Tensor, shape: tuple[int, int]) -> Bag:
-    """A many-valued feature: values flat in cell order, lengths [T, S] with 0 on padding.
+def _gather_bags(pieces: list[_Piece], name: str, pad: Tensor, num_cells: int) -> tuple[Array, Array]:
+    """A many-valued feature: (values flat in cell order, lengths [num_cells], 0 on padding).
 
     In numpy, because torch.repeat_interleave wakes all threads however small its input (5 ms on a busy machine).
     """
-    lengths, source = np.zeros((2, shape[0] * shape[1]), np.int64)
+    lengths, source = np.zeros((2, num_cells), np.int64)
     for cells, shard, local in pieces:
         offsets, row = shard.numpy(f"{name}.offsets"), local.numpy()
         source[cells.numpy()] = offsets[row]
@@ -342,4 +359,11 @@ def _bag(pieces: list[_Piece], name: str, pad: Tensor, shape: tuple[int, int]) -
         step = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
         stored = shard.numpy(f"{name}.values")[step + np.repeat(source[at], length)]
         values[step + np.repeat(first[at], length)] = stored
-    return Bag(torch.from_numpy(values), torch.from_numpy(lengths).view(shape))
+    return values, lengths
+
+
+def _cut_bag(values: Array, lengths: Array, cells: slice, shape: tuple[int, ...]) -> Bag:
+    """The bag of a run of cells."""
+    first = int(lengths[: cells.start].sum())
+    own = lengths[cells]
+    return Bag(torch.from_numpy(values[first : first + int(own.sum())]), torch.from_numpy(own).view(shape))

@@ -101,7 +101,7 @@ def test_a_manifest_that_is_none_is_refused(path: Path, text: str) -> None:
         open_pack(path)
 
 
-def test_every_flipped_bit_of_the_manifest_is_refused(path: Path) -> None:
+def test_flipped_bits_of_the_manifest_are_refused(path: Path) -> None:
     size = (path / "manifest.json").stat().st_size
     for at in range(0, size, 7):
         flip(path / "manifest.json", at)
@@ -270,6 +270,23 @@ def test_a_full_disk_is_one_clear_error_and_no_pack(tmp_path: Path, monkeypatch:
             fill_and_finish(writer)
         monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_is_synced_before_the_pack_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    with PackWriter(tmp_path / "pack", SCHEMA) as writer:
+        fill_and_finish(writer)
+    partial = tmp_path / "pack.partial"
+    written = {partial / p.relative_to(tmp_path / "pack") for p in (tmp_path / "pack").rglob("*")}
+    assert set(synced) == {*written, partial, tmp_path}
+    assert synced[-2:] == [partial, tmp_path]  # the rename is last
 
 
 def test_a_disk_that_refuses_for_real(tmp_path: Path) -> None:
