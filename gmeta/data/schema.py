@@ -98,6 +98,8 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
 # ------------------------------------------------------------------------------------------- raw columns
 
 
+Role = Literal["task", "label", "time", "item", "partition"]
+
 ITEM_STATISTICS = "item_statistics"
 """Schema key, and the name of the file beside the vocabularies."""
 STATISTICS_COLUMNS = ("item_mean", "item_log_count")
@@ -165,8 +167,8 @@ class DataSchema:
             for other in others:
                 if (first.min_count, first.hash_buckets) != (other.min_count, other.hash_buckets):
                     raise ValueError(
-                        f"schema: {first.name!r} and {other.name!r} share table {first.table!r} but differ in min_count "
-                        "or hash_buckets: give both the same values"
+                        f"schema: {first.name!r} and {other.name!r} share table {first.table!r} but differ in "
+                        "min_count or hash_buckets: give both the same values"
                     )
 
     def numeric_names(self) -> list[str]:
@@ -180,10 +182,9 @@ class DataSchema:
             out.setdefault(feature.table, []).append(feature)
         return out
 
-    def columns(self, *, label: bool = True, partition: bool = True) -> list[str]:
-        """Raw columns that must exist, each once; without the label and the partition where those are not needed."""
-        names = [self.task, self.label if label else None, self.time, self.item]
-        names += [self.partition if partition else None]
+    def columns(self, roles: Iterable[Role]) -> list[str]:
+        """Raw columns that must exist for features and these roles, each once."""
+        names = [getattr(self, role) for role in roles]
         names += [f.name for f in self.features] + [c.name for c in self.numeric]
         return list(dict.fromkeys(n for n in names if n is not None))
 
