@@ -1,4 +1,4 @@
-"""Ranks, process groups and the device of this worker. The only file of gmeta that reads the environment.
+"""Ranks, process groups and the device of this worker, from the environment that a launcher sets.
 
 torchrun, or `gmeta.parallel.launch`, sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Without them, or with a
 world of one, there is no process group: the group fields are None and every collective is the identity,
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -85,19 +84,6 @@ def barrier(mesh: Mesh, timeout_s: int | None = None) -> None:
         dist.monitored_barrier(mesh.control_group, timeout=wait, wait_all_ranks=True)
     except RuntimeError as error:
         raise PeerLost(f"rank {mesh.rank} waited {wait.seconds} s in a barrier: {error}") from error
-
-
-def error_file() -> Path | None:
-    """The file in which the launcher looks for this worker's last words; None without a launcher."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(path) if path else None
-
-
-def launch_environment(nproc: int) -> dict[str, str]:
-    """What the launcher sets for its workers: OpenMP threads, unless the user chose them."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
 
 
 def _environment_int(name: str, default: int) -> int:

@@ -1,0 +1,170 @@
+"""Several workers on this machine, through torch's elastic process contexts; torchrun does the same on clusters.
+
+Workers get the variables that torchrun sets and meet at a store on the loopback interface that this process holds,
+so that no port is guessed. torch is imported late: commands that launch nothing use `report_error` too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import SubprocessContext
+    from torch.distributed.elastic.multiprocessing.api import RunProcsResult
+
+EXIT_USER_ERROR = 2
+"""A worker's exit code for a user's mistake, told through `report_error`."""
+EXIT_STOPPED = 75
+"""A worker's exit code after a requested stop: saved (EX_TEMPFAIL)."""
+EXIT_PEER_LOST = 76
+"""A worker's exit code after `PeerLost`: it is a witness, not the cause."""
+
+_LAUNCHED = "GMETA_LAUNCHED"
+_POLL_S = 0.1
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def report_error(message: str) -> None:
+    """Tell the user, once whatever the number of workers, why this process is about to exit.
+
+    A worker leaves the message for its launcher; a process without a launcher, and rank 0 under torchrun, print it.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
+    if _LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
+
+
+def launch(nproc: int, argv: Sequence[str], *, module: str = "gmeta", grace_s: float = 120.0) -> int:
+    """Run `python -m module argv` in `nproc` workers; returns the exit code.
+
+    0 when all workers end well; 2 after a user's mistake, 75 after a requested stop, as the workers say; 128 + n when
+    signal n killed one. When one fails the others are stopped. SIGTERM, SIGHUP and Ctrl-C are passed on, and
+    workers have `grace_s` seconds to finish their step and save; a second one kills them.
+    """
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line of our own
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    with tempfile.TemporaryDirectory(prefix="gmeta-launch-") as folder:
+        context = SubprocessContext(
+            name=module,
+            entrypoint=sys.executable,
+            args=dict.fromkeys(range(nproc), ("-m", module, *argv)),
+            envs={rank: worker_environment(rank, nproc, store.port) for rank in range(nproc)},
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            context.start()
+            return _verdict(context, _supervise(context, grace_s))
+        finally:
+            _kill(context)
+
+
+def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+    """What `open_mesh` reads in worker `rank` of `nproc`, whose store listens on loopback `port`."""
+    threads = (
+        {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
+    )
+    return {
+        **threads,
+        _LAUNCHED: "1",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # workers are clients of the launcher's store
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
+@contextmanager
+def _recorded_signals() -> Iterator[list[signal.Signals]]:
+    """Signals that arrive are noted, instead of raising somewhere."""
+    received: list[signal.Signals] = []
+    before = {s: signal.signal(s, lambda number, _frame: received.append(signal.Signals(number))) for s in _FORWARDED}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _supervise(context: SubprocessContext, grace_s: float) -> RunProcsResult | None:
+    """Wait for the workers; None when they ended because this process was told to stop."""
+    with _recorded_signals() as received:
+        # a poll that finds a failed worker also ends the others: SIGTERM, after 30 s SIGKILL
+        while (result := context.wait(timeout=0)) is None:
+            if received:
+                print("stopping: workers finish their step and save; once more kills them", file=sys.stderr, flush=True)
+                _forward(context, received, grace_s)
+                return None
+            time.sleep(_POLL_S)
+    return result
+
+
+def _forward(context: SubprocessContext, received: list[signal.Signals], grace_s: float) -> None:
+    number = signal.SIGINT if received[0] == signal.SIGINT else signal.SIGTERM
+    for handler in context.subprocess_handlers.values():
+        if handler.proc.poll() is None:
+            handler.close(death_sig=number)
+    end = time.monotonic() + grace_s
+    while len(received) == 1 and time.monotonic() < end:
+        if all(handler.proc.poll() is not None for handler in context.subprocess_handlers.values()):
+            return
+        time.sleep(_POLL_S)
+    _kill(context)
+
+
+def _kill(context: SubprocessContext) -> None:
+    for handler in context.subprocess_handlers.values():
+        if handler.proc.poll() is None:
+            handler.close(death_sig=signal.SIGKILL)
+            handler.proc.wait()
+
+
+def _verdict(context: SubprocessContext, result: RunProcsResult | None) -> int:
+    """The exit code of the whole, and one message where something failed."""
+    failed = {rank: h.proc.returncode for rank, h in context.subprocess_handlers.items() if h.proc.returncode != 0}
+    if not failed:
+        return 0
+    # ended by us, or witnesses of another's end: not the cause, where there is another
+    causes = {rank: code for rank, code in failed.items() if code not in (-signal.SIGTERM, EXIT_PEER_LOST)} or failed
+    found_first = [*(result.failures if result else ()), *causes]
+    first = next(rank for rank in found_first if rank in causes)
+    code = causes[first]
+    messages = list(dict.fromkeys(text for rank in causes if (text := _last_words(context, rank))))
+    expected = code == EXIT_STOPPED or (code == EXIT_USER_ERROR and messages)
+    asked_for = result is None and code in (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
+    if not (expected or asked_for):
+        pid = context.subprocess_handlers[first].proc.pid
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+        if code == -signal.SIGKILL:
+            how += " (out of memory, or it did not end in time)"
+        messages.append(
+            f"gmeta: error: rank {first} (pid {pid}) {how}; the other workers were stopped. "
+            "Run it again; training continues from its last checkpoint with --resume true"
+        )
+    if messages:
+        print("\n".join(messages), file=sys.stderr, flush=True)
+    return 128 - code if code < 0 else code
+
+
+def _last_words(context: SubprocessContext, rank: int) -> str:
+    file = Path(context.error_files[rank])
+    return str(json.loads(file.read_text())["message"]) if file.exists() else ""

@@ -1,0 +1,111 @@
+import os
+import signal
+import sys
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import CONTEXT
+
+from gmeta.parallel.launch import launch
+
+pytestmark = pytest.mark.dist
+
+
+def _launcher(behaviour: str, folder: Path, environment: dict[str, str]) -> None:
+    sys.stderr = (folder / "stderr").open("w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)  # the workers inherit it
+    os.environ.pop("OMP_NUM_THREADS", None)
+    os.environ.update({"PYTHONPATH": str(Path(__file__).parent), **environment})
+    sys.exit(launch(2, [behaviour, str(folder)], module="launch_target"))
+
+
+def start(behaviour: str, folder: Path, **environment: str) -> BaseProcess:
+    process = CONTEXT.Process(target=_launcher, args=(behaviour, folder, environment))
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, folder: Path) -> tuple[int, str]:
+    process.join(60)
+    assert process.exitcode is not None, "the launcher hangs"
+    return process.exitcode, (folder / "stderr").read_text()
+
+
+def wait_for(folder: Path, pattern: str, count: int) -> list[Path]:
+    for _ in range(1500):
+        found = sorted(folder.glob(pattern))
+        if len(found) == count:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} x {pattern} in {folder}")
+
+
+def test_workers_meet_and_end_well(tmp_path):
+    threads = str(max(1, (os.cpu_count() or 1) // 2))
+    assert finish(start("collectives", tmp_path), tmp_path) == (0, "")
+    assert [f.read_text() for f in sorted(tmp_path.glob("rank-*"))] == [f"2.0 2 {threads}"] * 2
+
+
+def test_a_killed_rank_is_named_once(tmp_path):
+    code, err = finish(start("killed", tmp_path, OMP_NUM_THREADS="3"), tmp_path)
+    assert code == 128 + signal.SIGKILL
+    assert err.startswith("gmeta: error: rank 1 (pid ")
+    assert "was killed by SIGKILL" in err
+    assert "--resume true" in err
+    assert len(err.splitlines()) == 1, err
+    assert (tmp_path / "rank-0").read_text() == "2.0 2 3"  # the user's own choice of threads stays
+
+
+@pytest.mark.parametrize("behaviour", ["mistake", "mistake-on-1"])
+def test_a_users_mistake_is_told_once(tmp_path, behaviour):
+    assert finish(start(behaviour, tmp_path), tmp_path) == (
+        2,
+        "gmeta train: error: dense.lr is -1: must not be negative\n",
+    )
+
+
+def test_a_failing_rank_takes_the_others_down(tmp_path):
+    code, err = finish(start("bug", tmp_path), tmp_path)
+    assert code == 3
+    assert "rank 1" in err
+    assert "exit code 3" in err
+    for file in tmp_path.glob("pid-0"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_lets_workers_save(tmp_path, number):
+    process = start("stoppable", tmp_path)
+    wait_for(tmp_path, "ready-*", 2)
+    os.kill(process.pid, number)
+    code, err = finish(process, tmp_path)
+    assert code == 75
+    assert err == "stopping: workers finish their step and save; once more kills them\n"
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_a_second_signal_kills(tmp_path):
+    process = start("stubborn", tmp_path)
+    wait_for(tmp_path, "ready-*", 2)
+    os.kill(process.pid, signal.SIGINT)
+    while "stopping" not in (tmp_path / "stderr").read_text():
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    code, err = finish(process, tmp_path)
+    assert code == 128 + signal.SIGKILL
+    assert "was killed by SIGKILL" in err
+
+
+def test_one_worker_told_to_stop_stops_the_run_cleanly(tmp_path):
+    # rank 0 leaves with 75 first; rank 1 is then told to end, and has saved too
+    process = start("stoppable", tmp_path)
+    wait_for(tmp_path, "ready-*", 2)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    workers[0].terminate()
+    assert finish(process, tmp_path) == (75, "")
+    assert len(list(tmp_path.glob("saved-*"))) == 2
