@@ -107,7 +107,7 @@ class PackWriter:
 
     @property
     def directory(self) -> Path:
-        """Where the pack grows until `finish` renames it: a file put here becomes part of the pack."""
+        """Where the pack grows until `finish` renames it: a file put here becomes part of the pack, with a checksum."""
         return self._partial
 
     def add_shard(self, split: str, arrays: Mapping[str, Array]) -> None:
@@ -189,6 +189,13 @@ class PackWriter:
             "vocab": self._vocab,
             "tasks": _file_entry(self._partial, self._partial / "tasks.parquet"),
         }
+        known = {entry["file"] for entry in (*self._shards, *self._vocab.values(), manifest["tasks"])}
+        present = sorted(path for path in self._partial.rglob("*") if path.is_file())
+        manifest["others"] = [
+            _file_entry(self._partial, path)
+            for path in present
+            if path.relative_to(self._partial).as_posix() not in known
+        ]
         return {**manifest, "xxh3": _manifest_checksum(manifest)}
 
     def _refuse_existing(self) -> None:
@@ -309,7 +316,7 @@ def open_pack(path: str | Path) -> TaskPack:
     splits = {}
     for name, entry in manifest["splits"].items():
         splits[name] = PackSplit(name, [open_shard(root, shard, schema) for shard in entry["shards"]], schema)
-    for entry in (*manifest["vocab"].values(), manifest["tasks"]):
+    for entry in (*manifest["vocab"].values(), manifest["tasks"], *manifest["others"]):
         check_size(root, entry)
     return TaskPack(root, manifest, schema, splits)
 
@@ -322,6 +329,8 @@ def verify_pack(path: str | Path) -> None:
     for table in pack.manifest["vocab"]:
         pack.vocab_file(table)
     pack.tasks_file()
+    for entry in pack.manifest["others"]:
+        verified_file(pack.path, entry)
 
 
 class TaskPack:

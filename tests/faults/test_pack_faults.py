@@ -52,6 +52,7 @@ def fill(writer: PackWriter) -> None:
     writer.add_shard("train", shard(first_task=10))
     writer.write_vocab("item", pa.array([f"i{i}" for i in range(8)]), np.ones(8))
     writer.write_tasks(np.arange(20), pa.array(np.arange(20)), ["train"] * 20)
+    (writer.directory / "rejects.parquet").write_bytes(bytes(100))
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_flipped_bits_of_the_manifest_are_refused(path: Path) -> None:
     open_pack(path)
 
 
-@pytest.mark.parametrize("file", ["shard-00001.safetensors", "vocab/item.parquet", "tasks.parquet"])
+@pytest.mark.parametrize("file", ["shard-00001.safetensors", "vocab/item.parquet", "tasks.parquet", "rejects.parquet"])
 def test_missing_truncated_and_longer_files_are_named_at_opening(path: Path, file: str) -> None:
     target = path / file
     whole = target.read_bytes()
@@ -155,7 +156,7 @@ def test_a_flipped_bit_in_a_header_is_found(path: Path) -> None:
     verify_pack(path)
 
 
-@pytest.mark.parametrize("file", ["vocab/item.parquet", "tasks.parquet"])
+@pytest.mark.parametrize("file", ["vocab/item.parquet", "tasks.parquet", "rejects.parquet"])
 def test_flipped_bits_beside_the_shards_are_found_by_verify(path: Path, file: str) -> None:
     flip(path / file, 40)
     open_pack(path)
