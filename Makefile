@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 WHEEL_PYTHON := $(CURDIR)/build/wheel-venv/bin/python
 # Tests and benchmarks of real data skip, saying so, where this folder is absent.
 export GMETA_DATA ?= $(abspath ../shared/data)
