@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gmeta import config as configs
-
-EXIT_USER_ERROR = 2
 
 
 @dataclass(frozen=True)
@@ -126,22 +123,28 @@ def _keys(parser: ArgumentParser) -> list[str]:
     return [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
 
 
-def _with_suggestion(message: str, parser: ArgumentParser) -> str:
-    """Append the nearest known key to a complaint about an unknown one."""
-    message = message.removeprefix("Parser key ")
-    found = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """jsonargparse's complaint in gmeta's form: `key is VALUE: what it must be`, and the nearest known key."""
+    named = re.match(r'Parser key "([^"]+)":', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if named and value:
+        choices = re.search(r"typing\.Literal\[(.*?)\]", message)
+        kinds = re.search(r"(?:Expected an? |Subtypes: \[)(.+?)(?:\. Got value|\]\n|\n)", message)
+        kind = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]) if kinds else "another type"
+        rule = f"one of {choices[1]}" if choices else f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
+        return f"{named[1]} is {value[1]!r}: must be {rule}"
+    found_key = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
     known = _keys(parser)
-    if found and found[1] not in known:
-        unknown = found[1]
+    if found_key and found_key[1] not in known:
+        unknown = found_key[1]
         near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
-        near = near or [k for k in known if k.rsplit(".", 1)[-1] == unknown.rsplit(".", 1)[-1]]
         hint = f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the keys"
         return f"unknown key {unknown}: {hint}"
     return message
 
 
 def _fail(prog: str, message: str) -> int:
-    from gmeta.parallel.launch import report_error
+    from gmeta.parallel.launch import EXIT_USER_ERROR, report_error
 
     report_error(f"{prog}: error: {message}")
     return EXIT_USER_ERROR
@@ -152,11 +155,11 @@ def run(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         try:
             overview().parse_args(argv or ["--help"])
+            return 0
         except ArgumentError as error:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else "`gmeta --help` lists the commands"
-            print(f"gmeta: error: {str(error).splitlines()[0]}; {hint}", file=sys.stderr)
-            return EXIT_USER_ERROR
+            return _fail("gmeta", f"{str(error).splitlines()[0]}; {hint}")
     name, rest = argv[0], argv[1:]
     parser = command_parser(name)
     try:
@@ -166,7 +169,7 @@ def run(argv: list[str]) -> int:
         config = parser.instantiate(values)
         config = COMMANDS[name].config(**{key: config[key] for key in vars(config)})
     except ArgumentError as error:
-        return _fail(parser.prog, _with_suggestion(str(error), parser))
+        return _fail(parser.prog, _explain(str(error), parser))
     except (ValueError, TypeError) as error:
         return _fail(parser.prog, str(error))
     if nproc != 1:
@@ -177,6 +180,19 @@ def run(argv: list[str]) -> int:
         return _fail(parser.prog, str(error))
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        return _peer_lost(parser.prog, error)
+
+
+def _peer_lost(prog: str, error: RuntimeError) -> int:
+    """A worker whose peers are gone tells so and ends; any other RuntimeError is a bug and goes up."""
+    from gmeta.parallel.launch import EXIT_PEER_LOST, report_error
+    from gmeta.parallel.mesh import PeerLost
+
+    if not isinstance(error, PeerLost):
+        raise error
+    report_error(f"{prog}: error: {error}")
+    return EXIT_PEER_LOST
 
 
 def _launch(prog: str, nproc: int, argv: list[str]) -> int:

@@ -92,6 +92,8 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume true, or name another run_dir")
     if file.exists():
         _require_same(read_config(run_dir), config)
+    for leftover in (run_dir / "checkpoints").glob(".partial-*"):  # of a process that was killed in a save
+        shutil.rmtree(leftover)
     file.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     (run_dir / "schema.json").write_text(
         json.dumps({"pack": pack.schema.to_json(), "data": pack.manifest["data_schema"]}, indent=1)

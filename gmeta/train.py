@@ -342,6 +342,7 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 def train(config: TrainConfig) -> int:
     """Run `gmeta train` on this rank; returns the exit code (0, or 75 when stopped on request and saved)."""
+    open_pack(config.pack)  # before anything is created
     with stop_on_signals() as stop:
         mesh = open_mesh(config.device, config.timeout_s)
         try:

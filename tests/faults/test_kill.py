@@ -1,0 +1,135 @@
+"""Kill a two-process run at random moments, resume it, and end bit-equal to a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from packs import make_pack
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.faults
+
+STEPS = 60
+
+
+def command(pack: Path, run_dir: Path, resume: bool, nproc: int = 2) -> list[str]:
+    words = ["train", "--pack", pack, "--run_dir", run_dir, "--nproc", nproc, "--resume", str(resume).lower()]
+    words += ["--schedule.epochs", 1000, "--schedule.max_steps", STEPS, "--schedule.eval_every", 20]
+    words += ["--schedule.checkpoint_every", 6, "--schedule.patience", 50, "--meta.learn_inner_lr", "true"]
+    words += ["--loader.tasks_per_batch", 8, "--model.hidden", "[16]", "--model.dropout", 0.2, "--dense.warmup_steps", 9]
+    words += ["--embedding.optimizer", "adam", "--dense.decay", "cosine", "--timeout_s", 20]
+    return [sys.executable, "-m", "gmeta", *map(str, words)]
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0, out + err
+    return out + err
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The launcher's workers that run gmeta."""
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in children if "gmeta" in " ".join(child.cmdline())]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Until metrics.jsonl holds the step, or the run has ended."""
+    metrics = run_dir / "metrics.jsonl"
+    while process.poll() is None:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.02)
+
+
+def final_state(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, float]]]:
+    """Bytes of every tensor of the last checkpoint, and the losses of every step."""
+    last = run_dir / "checkpoints" / f"step-{STEPS:08d}"
+    tensors = {}
+    for file in sorted(last.glob("*.safetensors")):
+        tensors |= {f"{file.name}:{key}": value.numpy().tobytes() for key, value in load_file(file).items()}
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    timed = ("tasks_per_s", "samples_per_s", "time_s", "input_share", "exchange_share", "compute_share")
+    return tensors, [{key: value for key, value in record.items() if key not in timed} for record in records]
+
+
+def kill_and_compare(tmp_path: Path, kills: int, seed: int) -> None:
+    pack = make_pack(tmp_path / "pack")
+    finish(start(command(pack, tmp_path / "undisturbed", resume=False)))
+    rng = random.Random(seed)
+    disturbed = tmp_path / "disturbed"
+    for number in range(kills):
+        process = start(command(pack, disturbed, resume=number > 0))
+        # Kills spread over the run; some land in a save, because every sixth step saves.
+        wait_for_step(process, disturbed, int(STEPS * (number + rng.random()) / kills) + 1)
+        time.sleep(rng.random() * 0.1)
+        victims = workers(process)
+        if victims:
+            rng.choice(victims).send_signal(signal.SIGKILL)
+            _, err = process.communicate(timeout=120)
+            assert process.returncode not in (0, 2), err
+            assert "Traceback" not in err, err
+            assert "rank" in err and "SIGKILL" in err, err
+        else:
+            process.communicate(timeout=120)
+    finish(start(command(pack, disturbed, resume=True)))
+    ours, theirs = final_state(disturbed), final_state(tmp_path / "undisturbed")
+    assert ours[0].keys() == theirs[0].keys()
+    assert ours[0] == theirs[0]
+    assert ours[1] == theirs[1]
+
+
+def test_three_kills(tmp_path: Path) -> None:
+    kill_and_compare(tmp_path, kills=3, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ten_kills(tmp_path: Path) -> None:
+    kill_and_compare(tmp_path, kills=10, seed=2)
+
+
+def test_sigterm_saves_after_the_step_and_resumes_bit_equal(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path / "pack")
+    finish(start(command(pack, tmp_path / "undisturbed", resume=False)))
+    run_dir = tmp_path / "stopped"
+    process = start(command(pack, run_dir, resume=False))
+    wait_for_step(process, run_dir, 20)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, out + err
+    assert "Traceback" not in err
+    assert "--resume" in out + err
+    finish(start(command(pack, run_dir, resume=True)))
+    assert final_state(run_dir) == final_state(tmp_path / "undisturbed")
+
+
+def test_resume_on_another_world_size(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path / "pack")
+    finish(start(command(pack, tmp_path / "undisturbed", resume=False, nproc=1)))
+    run_dir = tmp_path / "moved"
+    process = start(command(pack, run_dir, resume=False))
+    wait_for_step(process, run_dir, 20)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    finish(start(command(pack, run_dir, resume=True, nproc=1)))
+    losses = [[r["loss"] for r in final_state(d)[1] if r["kind"] == "train"] for d in (run_dir, tmp_path / "undisturbed")]
+    assert len(losses[0]) == STEPS
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
