@@ -1,0 +1,222 @@
+"""The report of a made-up but realistic run, and of runs that lack pieces."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from gmeta.report import build_report
+from gmeta.slices import evaluation_records, write_evaluation
+from gmeta.tracking import write_environment
+
+CONFIG = {
+    "pack": "packs/clicks",
+    "run_dir": "runs/<demo>",
+    "loss": "bce",
+    "model": {"name": "melu", "features": [], "embedding_dim": 16, "hidden": [64, 64]},
+    "meta": {"adapt": ["embeddings", "decision"], "order": "second", "inner_steps": 1, "inner_lr": 0.1},
+    "seed": 0,
+}
+
+
+def make_scores(binary, rng, task):
+    """Labels with a taste of each task that the support partly shows, and scores of every usual variant."""
+    taste = rng.normal(size=task.max() + 1)[task]
+    item = rng.normal(size=len(task))
+    noise = rng.normal(size=(6, len(task)))
+    truth = 0.9 * item + taste * item[::-1]
+    known = {
+        "before": 0.7 * item,
+        "after": 0.8 * item + 0.8 * taste * item[::-1] + 0.3 * noise[0],
+        "plain": 0.75 * item + 0.2 * noise[1],
+        "plain-finetuned": 0.75 * item + 0.4 * taste * item[::-1] + 0.3 * noise[2],
+        "global-mean": 0 * item,
+        "task-mean": 0.2 * taste,
+        "item-mean": 0.6 * item + 0.2 * noise[3],
+        "item-mean+task-bias": 0.6 * item + 0.2 * taste,
+        "factor-analysis": 0.6 * item + 0.5 * taste * item[::-1] + 0.5 * noise[4],
+    }
+    if binary:
+        label = (rng.random(len(task)) < 1 / (1 + np.exp(-2 * truth))).astype(float)
+        return label, {name: 1 / (1 + np.exp(-2 * value)) for name, value in known.items()}
+    label = np.clip(np.round(3.5 + 0.8 * truth + 0.5 * noise[5]), 1, 5)
+    return label, {name: np.clip(3.5 + 0.8 * value, 1, 5) for name, value in known.items()}
+
+
+def write_metrics(run_dir, num_steps, binary):
+    rng = np.random.default_rng(1)
+    lines, clock = [], 0.0
+    for step in range(1, num_steps + 1):
+        seconds = 0.05 * (1 + 0.2 * rng.random())
+        clock += seconds
+        loss = 0.45 + 0.25 * np.exp(-step / (num_steps / 5)) + 0.03 * rng.normal()
+        lines.append(
+            {
+                **{"kind": "train", "step": step, "epoch": step * 10 // (num_steps + 1), "loss": loss},
+                **{"support_loss": loss + 0.05, "lr": 0.001 * min(1, step / 50), "grad_norm": 1 + rng.random()},
+                **{"tasks_per_s": 64 / seconds, "samples_per_s": 1280 / seconds, "padding": 0.06},
+                **{"input_share": 0.08, "exchange_share": 0.12 + 0.05 * rng.random(), "time_s": clock},
+            }
+        )
+        lines[-1]["compute_share"] = 0.92 - lines[-1]["exchange_share"]
+        if step % max(1, num_steps // 10) == 0:
+            record = {"kind": "valid", "step": step}
+            for name in ("loss", "auc", "gauc") if binary else ("loss", "mae"):
+                gain = 0.1 * (1 - np.exp(-step / (num_steps / 4)))
+                sign = -1 if name in ("loss", "mae") else 1
+                record |= {f"{name}_before": 0.6 + sign * gain / 3, f"{name}_after": 0.6 + sign * gain}
+            lines.append(record)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make_run(run_dir, *, binary=True, num_tasks=150, num_steps=400, resamples=100):
+    """A run directory with everything a report reads."""
+    run_dir = Path(run_dir)
+    run_dir.mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(CONFIG, sort_keys=False))
+    write_environment(run_dir / "environment.json", ranks=2, backend="gloo")
+    write_metrics(run_dir, num_steps, binary)
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(num_tasks), 10)
+    label, scores = make_scores(binary, rng, task)
+    document = evaluation_records(
+        scores,
+        label=label,
+        task=task,
+        support_size=rng.integers(2, 60, size=num_tasks)[task],
+        item_cold=rng.random(len(task)) < 0.15,
+        task_cold=True,
+        binary=binary,
+        resamples=resamples,
+        seed=0,
+    )
+    write_evaluation(run_dir / "evaluation.json", document, {"split": "test", "checkpoint": "best"})
+    return run_dir
+
+
+class Page(HTMLParser):
+    """Checks that tags nest; collects ids, references and text."""
+
+    VOID = frozenset({"meta", "br", "link", "img", "path", "use", "rect"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.ids, self.links, self.words = [], [], [], []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values[key] for key in ("href", "src", "xlink:href") if key in values]
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["clicks", "ratings"])
+def page(request, tmp_path_factory):
+    path = build_report(make_run(tmp_path_factory.mktemp("runs") / "demo", binary=request.param))
+    return path.read_text(encoding="utf-8"), json.loads((path.parent / "evaluation.json").read_text())
+
+
+def test_page_is_self_contained_and_well_formed(page):
+    parsed = Page(page[0])
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert all(link.startswith("#") and link[1:] in parsed.ids for link in parsed.links)
+    assert set(re.findall(r"url\(#([^)]*)\)", page[0])) <= set(parsed.ids)
+    assert "<script" not in page[0]
+    assert not re.findall(r"""(?:url\(|@import|src=)["']?(?:https?:)?//""", page[0])
+
+
+def test_numbers_on_the_page_are_those_of_the_evaluation(page):
+    html, evaluation = page
+    metric = evaluation["headline"]["metric"]
+    for record in evaluation["records"]:
+        if record["case"] == "all":
+            assert f"{record['value']:.4f}".replace("-", "−") in html
+    difference = next(d for d in evaluation["differences"] if (d["case"], d["metric"]) == ("all", metric))
+    assert f"{difference['value']:+.4f}".replace("-", "−") in html
+    text = " ".join(Page(html).words)
+    assert f"adapting to the support set improves {metric.upper()}" in text
+    assert "best baseline, factor-analysis" in text
+
+
+def test_page_has_every_part(page):
+    text = " ".join(Page(page[0]).words)
+    for part in (
+        *("Every variant", "By support size", "By coldness", "Calibration", "Training loss", "Validation loss"),
+        *("Where the time went", "All metrics", "meta.inner_lr", "packages.torch", "both-cold", "mean prediction"),
+        *("Each point averages 2 steps", "No query rows here with: task and item seen in training"),
+    ):
+        assert part in text, part
+    assert "runs/&lt;demo&gt;" in page[0]
+
+
+def test_reports_repeat_byte_for_byte(tmp_path):
+    run = make_run(tmp_path / "demo", num_tasks=20, num_steps=0, resamples=10)
+    first = build_report(run).read_bytes()
+    assert build_report(run).read_bytes() == first
+
+
+def test_what_is_missing_names_its_command(tmp_path):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    text = " ".join(Page(build_report(tmp_path).read_text()).words)
+    assert f"gmeta evaluate --run_dir {tmp_path}" in text
+    assert "No step has been logged yet" in text
+
+
+def test_one_step_and_one_validation_are_enough(tmp_path):
+    run = make_run(tmp_path / "demo", num_tasks=4, num_steps=1, resamples=5)
+    assert "Validation AUC" in build_report(run).read_text()
+
+
+def test_plain_run_without_after(tmp_path):
+    run = make_run(tmp_path / "demo", num_tasks=20, num_steps=0, resamples=5)
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(20), 10)
+    label, scores = make_scores(True, rng, task)
+    zeros = np.zeros(len(task))
+    document = evaluation_records(
+        {name: scores[name] for name in ("before", "global-mean")},
+        **{"label": label, "task": task, "support_size": zeros + 5, "item_cold": zeros},
+        **{"task_cold": False, "binary": True, "resamples": 5, "seed": 0},
+    )
+    write_evaluation(run / "evaluation.json", document, {})
+    assert "AUC of before" in build_report(run).read_text()
+
+
+def test_undefined_metrics_are_said(tmp_path):
+    run = make_run(tmp_path / "demo", num_tasks=20, num_steps=0, resamples=5)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for record in (*evaluation["records"], *evaluation["differences"]):
+        record |= {"value": None, "low": None, "high": None}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "AUC is undefined on these rows" in build_report(run).read_text()
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no run"):
+        build_report(tmp_path / "nowhere")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (tmp_path / "evaluation.json").write_text("{torn")
+    with pytest.raises(ValueError, match=r"evaluation\.json is not JSON .*run `gmeta evaluate` again"):
+        build_report(tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"records": []}')
+    with pytest.raises(ValueError, match=r"lacks headline, .*run `gmeta evaluate` again"):
+        build_report(tmp_path)
