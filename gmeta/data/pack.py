@@ -189,7 +189,8 @@ class PackWriter:
             "vocab": self._vocab,
             "tasks": _file_entry(self._partial, self._partial / "tasks.parquet"),
         }
-        known = {entry["file"] for entry in (*self._shards, *self._vocab.values(), manifest["tasks"])}
+        listed = (*self._shards, *self._vocab.values(), manifest["tasks"])
+        known = {"manifest.json", *(entry["file"] for entry in listed)}
         present = sorted(path for path in self._partial.rglob("*") if path.is_file())
         manifest["others"] = [
             _file_entry(self._partial, path)
