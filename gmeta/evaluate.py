@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from gmeta import checkpoint
 from gmeta.baselines import BaselineRows, baseline_scores
@@ -79,7 +81,7 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     predictions = {name: to_predictions(logits, trained.loss) for name, logits in variants.items()}
     if config.baselines:
         predictions |= network_free(pack, split, config.seed)
-    _write(config, trained, split, scores, predictions, notes)
+    _write(config, trained, pack, scores, predictions, notes)
 
 
 def _plain_variants(
@@ -153,19 +155,19 @@ def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Float
 def _write(
     config: EvaluateConfig,
     trained: TrainConfig,
-    split: PackSplit,
+    pack: TaskPack,
     scores: Scores,
     predictions: dict[str, Floats],
     notes: dict[str, Any],
 ) -> None:
-    run_dir = Path(config.run_dir)
+    run_dir, split = Path(config.run_dir), pack.split(config.split)
     evaluation = evaluation_records(
         predictions,
         label=scores.label,
         task=scores.task,
         support_size=np.asarray(split.num_support)[scores.task],
         item_cold=split.columns(()).item_cold[scores.row],
-        task_cold=config.split != "train",
+        task_cold=_cold_tasks(pack, split)[scores.task],
         binary=trained.loss == "bce",
         resamples=config.resamples,
         seed=config.seed,
@@ -174,3 +176,11 @@ def _write(
     table = {"task_id": split.task_id[scores.task], "row": scores.row, "label": scores.label, **predictions}
     pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), run_dir / "predictions.parquet")
     print_headline(evaluation)
+
+
+def _cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
+    """Whether each task's key names no training task, [num_tasks]: a partition may repeat a user."""
+    tasks = pq.read_table(pack.tasks_file())
+    in_train = set(tasks.filter(pc.field("split") == "train")["key"].to_pylist())
+    key_of = dict(zip(tasks["task_id"].to_pylist(), tasks["key"].to_pylist(), strict=True))
+    return np.array([key_of[task] not in in_train for task in split.task_id.tolist()])
