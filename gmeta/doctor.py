@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -176,17 +177,27 @@ def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program:
             command = [sys.executable, "-c", program, backend, str(rank), f"{folder}/store", str(timeout_s)]
             with path.open("wb") as stderr:
                 processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr))
-        _, alive = psutil.wait_procs([psutil.Process(p.pid) for p in processes], timeout=timeout_s)
-        for process in processes:
-            process.kill()
-            process.wait()
-        if alive:
-            return Check(name, "fail", f"no answer in {timeout_s} s", cure)
-        for rank, process in enumerate(processes):
-            if process.returncode:
+        codes = _wait(processes, timeout_s)
+        for rank, code in enumerate(codes):
+            if code:
                 message = _last_line(errors[rank].read_text(errors="replace"))
-                return Check(name, "fail", f"rank {rank} exited with {process.returncode}: {message}", cure)
+                return Check(name, "fail", f"rank {rank} exited with {code}: {message}", cure)
+        if None in codes:
+            return Check(name, "fail", f"no answer in {timeout_s} s", cure)
     return Check(name, "ok", "AllReduce and AlltoAll between 2 processes")
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: int) -> list[int | None]:
+    """Exit codes once all have ended, one has failed, or time is up (None: still running); none runs on after."""
+    deadline = time.monotonic() + timeout_s
+    codes = [process.poll() for process in processes]
+    while None in codes and not any(codes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
+        process.wait()
+    return codes
 
 
 def _last_line(text: str) -> str:
