@@ -59,7 +59,8 @@ bench: dev ## run every benchmark in full
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
 
 docs: dev ## build the site, links checked
-	$(BIN)/mkdocs build --quiet --strict
+	@# Silences a notice about a successor of mkdocs, not a warning about these docs.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 soak: dev ## the long fault and rank matrices
 	$(BIN)/python -m pytest -m slow --timeout 3600 --durations=15
