@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from gmeta.metrics import (
 SUPPORT_SIZES = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 """Inclusive ranges of the number of support rows, one slice each."""
 
+_PIPE_WIDTH = 110
 _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"}
 
 
@@ -157,19 +158,23 @@ def _verdict(difference: dict[str, Any], sign: int) -> str:
     return "better" if sign * low > 0 else "worse"
 
 
-def print_headline(evaluation: dict[str, Any], console: Console | None = None) -> None:
-    """Table of the headline metric: every variant, and the reference's paired difference to it."""
+def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> None:
+    """Table of the headline metric: every variant, and the reference's paired difference to it (on standard output)."""
     metric, reference = evaluation["headline"]["metric"], evaluation["reference"]
     case = evaluation["cases"][0]
     better = "higher" if evaluation["headline"]["higher_is_better"] else "lower"
     table = Table(title=f"{metric} ({better} is better), {case['rows']:,} query rows of {case['tasks']:,} tasks")
     for name in ("variant", metric, "95 %", f"{reference} - variant", "95 %", f"{reference} is"):
-        table.add_column(name, justify="left" if name in ("variant", f"{reference} is") else "right")
+        table.add_column(name, justify="left" if name in ("variant", f"{reference} is") else "right", no_wrap=True)
     for row in headline_rows(evaluation):
         cells = [row.variant, *_cells(row.record, "")]
         cells += _cells(row.difference, "+") if row.difference else ["", ""]
         table.add_row(*cells, row.verdict, style="bold" if row.variant == reference else "")
-    (console or Console()).print(table)
+    console = Console(file=file)
+    if not console.is_terminal:
+        # A pipe has no width of its own; the 80 columns that rich assumes would cut the table.
+        console.width = max(console.width, _PIPE_WIDTH)
+    console.print(table)
 
 
 def _cells(record: dict[str, Any], sign: str) -> list[str]:

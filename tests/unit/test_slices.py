@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from gmeta.metrics import metric
 from gmeta.slices import evaluation_records, headline_rows, print_headline, write_evaluation
@@ -117,8 +116,11 @@ def test_ndcg_is_left_out_with_a_note_where_labels_are_no_grades():
 
 def test_print_headline_shows_every_variant():
     out = io.StringIO()
-    print_headline(evaluation_records(**columns()), Console(file=out, width=140))
+    document = evaluation_records(**columns())
+    print_headline(document, out)
     text = out.getvalue()
+    difference = next(row.difference for row in headline_rows(document) if row.variant == "global-mean")
+    assert f"{difference['low']:+.4f} … {difference['high']:+.4f}" in text  # not cut, though there is no terminal
     assert all(word in text for word in ("before", "after", "global-mean", "better", "480 query rows of 80 tasks"))
 
 
