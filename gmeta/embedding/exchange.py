@@ -133,7 +133,7 @@ def fetch(
         rows = asking[name].wait() - tables.layouts[name].local_range(mesh.rank).start
         plan.asked[name] = Asked(rows, asked)
         weight = tables.groups[name].weight
-        coming[name] = all_to_all(weight[rows], asked, group.counts, mesh)
+        coming[name] = all_to_all(weight.index_select(0, rows), asked, group.counts, mesh)
         stats.rows.add(weight.shape[1] * weight.element_size(), group.counts, mesh.rank)
 
     weights = {name: _leaf(pending.wait()) for name, pending in coming.items()}

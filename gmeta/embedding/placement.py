@@ -1,6 +1,6 @@
 """Where ids live and what their rows start as: pure functions of the seed, never of the number of workers.
 
-Integer arithmetic only, on values that never leave 63 bits, so that every machine and device gets the same bits.
+Integer arithmetic only, exact or modulo 2**64, so that every machine gets the same bits.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 4  # a Feistel network of 4 rounds is a pseudo-random permutation (Luby and Rackoff, 1988)
 _Step = Callable[[Tensor], Tensor]
-_UNIFORMS = 8  # 16-bit uniforms summed for one approximately normal number
+_U16, _U32, _LANES = np.uint64(16), np.uint64(32), np.uint64(0x0000FFFF0000FFFF)
 
 
 def keys_from(*parts: object) -> list[int]:
@@ -87,23 +89,32 @@ class Permutation:
         return a * right + b
 
 
-def normal_rows(ids: Tensor, dim: int, *, table: str, seed: int) -> Tensor:
-    """Initial rows float64 [n, dim] of `ids` int64 [n], about standard normal, each a function of (seed, table, id).
+def table_key(seed: int, table: str) -> int:
+    """A 64-bit key for the initial rows of a table."""
+    low, high = keys_from("rows", seed, table)[:2]
+    return low | high << 32
 
-    A number is the centred sum of eight 16-bit uniforms (Irwin-Hall): integers until the last division, because
-    log and cos differ in the last bit between vector widths, and rows must not depend on how they were chunked.
+
+def normal_rows(ids: Tensor, keys: Tensor, dim: int) -> Tensor:
+    """Initial rows float64 [n, dim], about standard normal: each is a function of its id and its table's key only.
+
+    ids int64 [n], keys int64 [n] (the bits of `table_key`). Each row is a splitmix64 stream (Steele, Lea and Flood,
+    OOPSLA 2014). A number is the centred sum of the four 16-bit parts of a word (Irwin-Hall): integers until the
+    last division, because log and cos differ in the last bit between vector widths, and rows must not depend on
+    how they were chunked.
     """
-    keys = keys_from("rows", seed, table)
-    low, high = ids & _MASK, ids >> 32
-    first = _mix(_mix(low, keys[0]) ^ high, keys[1])[:, None]  # [n, 1]
-    second = _mix(_mix(low, keys[2]) ^ high, keys[3])[:, None]
-    counter = torch.arange(dim * _UNIFORMS // 2, dtype=torch.int64, device=ids.device)
-    columns = _mix(counter, keys[4]).view(_UNIFORMS // 2, dim)
-    total = torch.zeros(ids.shape[0], dim, dtype=torch.int64, device=ids.device)
-    for column in columns:
-        # two independent 32-bit hashes a row: two rows are equal only where both collide
-        word = _mix(((first ^ column) + second) & _MASK, keys[5])
-        total += (word & 0xFFFF) + (word >> 16)
-    mean = _UNIFORMS * 65535 / 2
-    std = math.sqrt(_UNIFORMS * (65536**2 - 1) / 12)
-    return (total.double() - mean) / std
+    start = _splitmix64(ids.numpy().view(np.uint64) + keys.numpy().view(np.uint64))
+    step = np.arange(1, dim + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    word = _splitmix64(start[:, None] + step)
+    pairs = (word & _LANES) + ((word >> _U16) & _LANES)
+    total = (pairs & np.uint64(_MASK)) + (pairs >> _U32)
+    return torch.from_numpy((total.astype(np.float64) - 2 * 65535) / math.sqrt(4 * (65536**2 - 1) / 12))
+
+
+def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64, a bijection of 64-bit words."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x

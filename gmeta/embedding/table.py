@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from gmeta.batch import Pooling
-from gmeta.embedding.placement import Permutation, normal_rows
+from gmeta.embedding.placement import Permutation, normal_rows, table_key
 from gmeta.parallel.mesh import Mesh
 
 # Optimizer state by name: whether a row has one value per column (True) or one in all, and its dtype (None: the rows').
@@ -136,16 +137,15 @@ class ShardedTables:
     def _allocate(self, layout: GroupLayout) -> TableGroup:
         rows = layout.local_range(self.mesh.rank)
         weight = torch.empty(len(rows), layout.dim, dtype=self.dtype, device=self.mesh.device)
+        offsets = torch.tensor(list(layout.offsets.values()))
+        table_keys = torch.from_numpy(
+            np.array([table_key(self.seed, t.name) for t in layout.tables], np.uint64).view(np.int64)
+        )
         for start in range(0, len(rows), _FILL_ROWS):
-            part = weight[start : start + _FILL_ROWS]
-            physical = torch.arange(rows.start + start, rows.start + start + part.shape[0], device=self.mesh.device)
-            keys = layout.permutation.inverse(physical)
-            for table in layout.tables:
-                ids = keys - layout.offsets[table.name]
-                here = (ids >= 0) & (ids < table.num_ids)
-                part[here] = (normal_rows(ids[here], layout.dim, table=table.name, seed=self.seed) * self.init_std).to(
-                    self.dtype
-                )
+            end = min(start + _FILL_ROWS, len(rows))
+            keys = layout.permutation.inverse(torch.arange(rows.start + start, rows.start + end))
+            table = torch.searchsorted(offsets, keys, right=True) - 1
+            weight[start:end] = normal_rows(keys - offsets[table], table_keys[table], layout.dim) * self.init_std
         state = {
             name: torch.zeros(
                 (len(rows), layout.dim) if wide else (len(rows),), dtype=dtype or self.dtype, device=self.mesh.device

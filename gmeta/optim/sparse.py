@@ -96,9 +96,10 @@ class SparseOptimizer:
                 self._update(tables.groups[name], found.rows, found.grad * grad_scale, self.lr * lr_scale)
 
     def _update(self, group: Rows, index: Tensor, grad: Tensor, lr: float) -> None:
-        rows = group.weight[index] * (1 - lr * self.weight_decay)
-        state = {key: value[index] for key, value in group.state.items()}
+        # index_select is 10 times as fast as [index] on CPU
+        rows = group.weight.index_select(0, index) * (1 - lr * self.weight_decay)
+        state = {key: value.index_select(0, index) for key, value in group.state.items()}
         rows, state = UPDATES[self.name](rows, grad, state, lr)
-        group.weight[index] = rows
+        group.weight.index_copy_(0, index, rows)
         for key, value in state.items():
-            group.state[key][index] = value
+            group.state[key].index_copy_(0, index, value)

@@ -53,6 +53,8 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "gmeta", grace_s: f
     signal n killed one. When one fails the others are stopped. SIGTERM, SIGHUP and Ctrl-C are passed on, and
     workers have `grace_s` seconds to finish their step and save; a second one kills them.
     """
+    if nproc < 1:
+        raise ValueError(f"nproc is {nproc}: must be at least 1")
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
 

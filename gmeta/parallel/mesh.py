@@ -53,7 +53,10 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
     if world_size == 1:
         return Mesh(device=place, timeout_s=timeout_s)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:
+        raise PeerLost(f"rank {rank} of {world_size} waited {timeout_s} s for the others to start: {error}") from error
     backend = "nccl" if place.type == "cuda" else "gloo"
     row_group = dist.new_group(backend=backend, timeout=timeout)
     return Mesh(
