@@ -10,6 +10,7 @@ its backward 0.3 ms (`index_add` 2.0).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,27 @@ class _Product(torch.autograd.Function):
 def product(values: Tensor, selection: Selection) -> Tensor:
     """S @ values: [num_columns, d] -> [num_rows, d]."""
     return _Product.apply(values.contiguous(), selection)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Cat(torch.autograd.Function):
+    """torch.cat whose second derivative is one cat: the built-in one pads every part to the size of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, *parts: Tensor) -> Tensor:
+        ctx.dim, ctx.sizes = dim, [part.shape[dim] for part in parts]
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *torch.split(grads[0], ctx.sizes, ctx.dim))
+
+
+def cat(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """torch.cat for graphs that are differentiated twice. Parts have one dtype and number of dimensions.
+
+    Measured on 20 parts of [128, 10, 16]: a factored second-order step took 83 ms of CPU with torch.cat, 62 with this.
+    """
+    return _Cat.apply(dim, *parts)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gather_rows(weight: Tensor, index: Tensor) -> Tensor:

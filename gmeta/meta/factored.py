@@ -27,7 +27,7 @@ from gmeta.meta.adapt import Adapted, InnerLoop, rate_group
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
 from gmeta.meta.losses import task_mean, widen
 from gmeta.meta.rows import Plan, by_feature, changed, shared_rows, split_sides
-from gmeta.ops import product
+from gmeta.ops import cat, product
 
 
 class Unsupported(ValueError):
@@ -195,7 +195,7 @@ class AdaptedPass(TorchFunctionMode):
         kwargs = kwargs or {}
         found = list(self._names_in((*args, *kwargs.values())))
         if not found:
-            return func(*args, **kwargs)
+            return (_faster(func, *args, **kwargs) or func)(*args, **kwargs)
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.layer_norm:
@@ -286,6 +286,13 @@ class AdaptedPass(TorchFunctionMode):
         out = _differentiable(out)
         self.sites[site] = (inputs, out)
         return out.view(*input.shape[:-1], weight.shape[0])
+
+
+def _faster(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function that gives the same and is faster to differentiate twice, if there is one for this call."""
+    if func is torch.cat and torch.is_grad_enabled() and len({(p.dtype, p.dim()) for p in args[0]}) == 1:
+        return cat if kwargs.keys() <= {"dim"} else None
+    return None
 
 
 def forming_is_cheaper(steps: Sequence[Step], inputs: Tensor, weight: Tensor) -> bool:

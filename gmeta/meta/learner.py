@@ -180,7 +180,7 @@ class MetaLearner(nn.Module):
         with SeededDropout(keys):
             dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
             logits = self.model(dense, by_feature(values, plan, (num_rows,)))
-        support, query = widen(logits).split([side.mask.numel() for side in sides])
+        support, query = torch.split(widen(logits), [side.mask.numel() for side in sides])
         return support.view(batch.support.mask.shape), query.view(batch.query.mask.shape)
 
 

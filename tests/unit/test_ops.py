@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmeta.ops import bags, gather_rows, pool, product, segment_sum, select
+from gmeta.ops import bags, cat, gather_rows, pool, product, segment_sum, select
 
 
 def slow_segment_sum(values: Tensor, segments: Tensor, num: int) -> Tensor:
@@ -68,6 +68,14 @@ def test_derivatives_to_second_order(pooling: str) -> None:
     ):
         assert torch.autograd.gradcheck(function, value)
         assert torch.autograd.gradgradcheck(function, value)
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_cat(dim: int) -> None:
+    parts = randn(2, 3), randn(2, 3)
+    assert torch.equal(cat(parts, dim), torch.cat(parts, dim))
+    assert torch.autograd.gradcheck(lambda *p: cat(p, dim).tanh(), parts)
+    assert torch.autograd.gradgradcheck(lambda *p: cat(p, dim).tanh(), parts)
 
 
 def test_gather_and_segment_sum_are_adjoint() -> None:

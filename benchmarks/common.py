@@ -1,0 +1,133 @@
+"""What benchmarks share: arguments, alternating timing, the table, and result files of flat records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number."""
+
+    case: str
+    variant: str
+    metric: str
+    value: float
+    unit: str
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """`--quick` (no result files, few repetitions) and `--json FILE`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="few repetitions, under 50 s; writes no result files")
+    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    return parser.parse_args()
+
+
+def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each run of each function, in turn, so that what disturbs one disturbs all; one warm-up each."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for repetition in range(repetitions + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repetition:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def hardware() -> str:
+    """What the numbers were measured on: the GPU's name, or the CPU's with the cores that this process may use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{_cpu_name()} {len(os.sched_getaffinity(0))} cores"
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware, for result files."""
+    return {
+        "hardware": hardware(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "numpy", "gmeta")},
+        "commit": _commit(),
+    }
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in (header, *rows)
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def publish(
+    theme: str, body: str, records: Sequence[Record], config: Mapping[str, Any], arguments: argparse.Namespace
+) -> None:
+    """Print `body`; write records to `--json`; a full run also writes `results/<theme>_<hardware>_<date>.md, .json`."""
+    print(body)
+    flat = json.dumps([asdict(record) for record in records], indent=1)
+    if arguments.json:
+        arguments.json.write_text(flat + "\n")
+    if arguments.quick:
+        return
+    stem = f"{theme}_{_slug(hardware())}_{date.today().isoformat()}"
+    facts = {**environment(), **config}
+    lines = [
+        f"# {theme}",
+        "",
+        body,
+        "",
+        "## Configuration",
+        "",
+        *(f"- {name}: {value}" for name, value in facts.items()),
+    ]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{stem}.md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{stem}.json").write_text(flat + "\n")
+    print(f"\nwrote {RESULTS / stem}.md and .json")
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _commit() -> str:
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return git.stdout.strip() or "unknown"
