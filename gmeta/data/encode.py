@@ -74,10 +74,13 @@ def stage(con: Connection, part: RawPart, file: int, schema: DataSchema, roles: 
     column = " ".join(f"WHEN {i} THEN {literal(column)}" for i, (column, _, _) in enumerate(checks))
     value = " ".join(f"WHEN {i} THEN CAST({identifier(column)} AS VARCHAR)" for i, (column, _, _) in enumerate(checks))
     con.execute(f"SET preserve_insertion_order={str(part.ordered).lower()}")
+    # A Parquet file's minimum and maximum pass over NaN; DuckDB 2.0 concludes that there is none and drops isnan().
+    con.execute("SET disabled_optimizers='statistics_propagation'")
     con.execute(f"""
         INSERT INTO staged SELECT {file}, __row, CASE __problem {reason} END, CASE __problem {column} END,
             CASE __problem {value} END, {", ".join(values)}
         FROM (SELECT *, CASE {problem} END AS __problem FROM ({part.query}))""")
+    con.execute("SET disabled_optimizers=''")
     _stage_broken_lines(con, file)
 
 
@@ -152,7 +155,7 @@ def _id(part: RawPart, column: str, nulls: str, used_as: str) -> tuple[str, _Che
             part, column, used_as, "it needs one text or whole number a row (lists go under multi or sequence)"
         )
     text, checks = found
-    return text, ([(f"({text}) IS NULL", "is missing")] if nulls == "error" else []) + checks
+    return text, checks + ([(f"({text}) IS NULL", "is missing")] if nulls == "error" else [])
 
 
 def _list(part: RawPart, feature: RawFeature) -> tuple[str, _Checks]:
@@ -172,7 +175,7 @@ def _list(part: RawPart, feature: RawFeature) -> tuple[str, _Checks]:
     if found is None:
         raise _unfit(part, feature.name, feature.kind, "its elements must be texts or whole numbers")
     text, element_checks = found
-    bad = [(f"({text}) IS NULL", "has a missing element"), *element_checks]
+    bad = [*element_checks, (f"({text}) IS NULL", "has a missing element")]
     checks += [(f"len(list_filter({elements}, lambda x: {condition})) > 0", reason) for condition, reason in bad]
     ids = f"list_transform({elements}, lambda x: {text})"
     if feature.max_length is not None:

@@ -136,16 +136,15 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     """Turn a full disk, or a memory limit that is too low, into a ValueError that says what to do."""
     try:
         yield
-    except duckdb.OutOfMemoryException as error:
-        text = str(error).splitlines()[0]
-        if "max_temp_directory_size" in str(error):
-            raise _no_space(directory, text) from error
-        raise ValueError(f"memory_limit is too low ({text}): raise it, or lower threads or shard_mb") from error
-    except duckdb.IOException as error:
+    except duckdb.Error as error:
         text = str(error)
-        if "No space left" not in text and "Could not write" not in text and "File too large" not in text:
+        if any(sign in text for sign in ("max_temp_directory_size", "No space left", "File too large", "Disk quota")):
+            raise _no_space(directory, text.splitlines()[0]) from error
+        if not isinstance(error, duckdb.OutOfMemoryException):
             raise
-        raise _no_space(directory, text.splitlines()[0]) from error
+        raise ValueError(
+            f"memory_limit is too low ({text.splitlines()[0]}): raise it, or lower threads or shard_mb"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -344,18 +343,18 @@ def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[N
     def one_row(expressions: list[str]) -> list[Any]:
         return list(con.execute(f"SELECT {', '.join(expressions)} FROM {relation}").fetchall()[0])
 
-    def mean_of(values: list[str]) -> list[float]:
-        largest = one_row([f"max(abs({v}))" for v in values])
-        scales = [_fixed_point(x) for x in largest]
-        sums = one_row([_exact_sum(v, s) for v, s in zip(values, scales, strict=True)])
-        counts = one_row([f"count({v})" for v in values])
-        return [float(t or 0) / s / max(n, 1) for t, s, n in zip(sums, scales, counts, strict=True)]
+    def means_of(values: list[str], scales: list[float]) -> list[float]:
+        sums = one_row([_exact_sum(value, scale) for value, scale in zip(values, scales, strict=True)])
+        return [float(total or 0) / scale / max(n, 1) for total, scale, n in zip(sums, scales, counts, strict=True)]
 
     values = numeric_values(con, schema)
     if not values:
         return ()
-    means = mean_of(values)
-    variances = mean_of([f"(({v}) - {m!r}) * (({v}) - {m!r})" for v, m in zip(values, means, strict=True)])
+    found = one_row([f"count({value})" for value in values] + [f"max(abs({value}))" for value in values])
+    counts, largest = found[: len(values)], [float(x or 0) for x in found[len(values) :]]
+    means = means_of(values, [_fixed_point(x) for x in largest])
+    squares = [f"(({value}) - {mean!r}) * (({value}) - {mean!r})" for value, mean in zip(values, means, strict=True)]
+    variances = means_of(squares, [_fixed_point((2 * x) ** 2) for x in largest])
     logs = [c.log for c in schema.numeric] + [False] * (len(values) - len(schema.numeric))
     return tuple(
         NumericColumn(name=name, mean=mean, std=math.sqrt(variance) or 1.0, log=log)
