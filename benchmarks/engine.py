@@ -253,7 +253,7 @@ def render(records: list[Record]) -> str:
 
 def main() -> None:
     args = arguments("Meta-learning engines against plain training, a loop of tasks, and vmap.")
-    repetitions = 3 if args.quick else 15
+    repetitions = 2 if args.quick else 15
     records = [record for case in CASES for record in measure(case, repetitions)]
     config = {
         "repetitions": f"{repetitions}, median",

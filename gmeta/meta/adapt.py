@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gmeta.meta.dropout import BatchKey
 from gmeta.meta.losses import RowLoss
 
 EMBEDDINGS = "embeddings"
@@ -39,7 +40,7 @@ class InnerLoop:
     loss: RowLoss
     second_order: bool
     rates: Tensor
-    dropout_key: int | None  # None: dropout is off
+    dropout_key: BatchKey | None  # None: dropout is off
 
 
 def resolve(adapt: Sequence[str], model: nn.Module, embedding_features: Sequence[str]) -> Adapted:

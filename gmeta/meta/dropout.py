@@ -7,7 +7,7 @@ replaces the generator.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,29 +27,28 @@ _UNSEEDED = {
 }
 
 
-def batch_key(seed: int, epoch: int, index: int) -> int:
-    """Key of one batch of one run."""
-    key = torch.zeros((), dtype=torch.int64)
-    for number in (seed, epoch, index):
-        key = _mix(key + number)
-    return int(key)
+BatchKey = tuple[int, int, int]
+"""(seed, epoch, index) of a batch."""
 
 
-def row_keys(key: int, task_id: Tensor, pass_number: int, positions: Tensor) -> Tensor:
+def row_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tensor) -> Tensor:
     """A key for each row: task ids int64 [T] (or a scalar), positions inside the task int64 [S] -> [T, S] (or [S])."""
-    task_keys = _mix(_mix(task_id + key) + pass_number)
-    return _mix(task_keys.unsqueeze(-1) + positions)
+    key = task_id
+    for number in (*batch, pass_number):
+        key = _mix(key + number)
+    return _mix(key.unsqueeze(-1) + positions)
 
 
 class SeededDropout(TorchFunctionMode):
     """Replaces `F.dropout` by a mask hashed from one key per row; without keys, dropout does nothing.
 
-    `keys` int64 has the shape of the leading dimensions that the model is called with.
+    `make_keys()`, called once a model has dropout, gives int64 of the leading dimensions that the model is called with.
     """
 
-    def __init__(self, keys: Tensor | None) -> None:
+    def __init__(self, make_keys: Callable[[], Tensor] | None) -> None:
         super().__init__()
-        self.keys = keys
+        self.make_keys = make_keys
+        self.keys: Tensor | None = None
         self.calls = 0
 
     def __torch_function__(
@@ -58,13 +57,15 @@ class SeededDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
-        if func in _UNSEEDED and kwargs.get("training", True) and self.keys is not None:
+        if func in _UNSEEDED and kwargs.get("training", True) and self.make_keys is not None:
             raise ValueError(f"F.{func.__name__} cannot be seeded per task: use torch.nn.Dropout")
         return func(*args, **kwargs)
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        if not training or p == 0.0 or self.keys is None:
+        if not training or p == 0.0 or self.make_keys is None:
             return input
+        if self.keys is None:
+            self.keys = self.make_keys()
         self.calls += 1
         if input.shape[: self.keys.dim()] != self.keys.shape:
             raise ValueError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -148,12 +149,12 @@ def _forward(
     pass_number: int,
 ) -> tuple[Tensor, AdaptedPass]:
     tasks, length = examples.mask.shape
-    keys = None
+    make_keys = None
     if loop.dropout_key is not None:
         positions = torch.arange(length, device=batch.task_id.device)
-        keys = row_keys(loop.dropout_key, batch.task_id, pass_number, positions)
+        make_keys = partial(row_keys, loop.dropout_key, batch.task_id, pass_number, positions)
     taped = AdaptedPass(model, loop.adapted.parameters, fast, (tasks, length))
-    with SeededDropout(keys), taped:
+    with SeededDropout(make_keys), taped:
         logits = model(examples.dense, by_feature(values, plan, (tasks, length)))
     taped.require_all_seen()
     return widen(logits), taped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from gmeta.batch import EmbeddedRows, TaskBatch
 from gmeta.meta import factored, reference
 from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
-from gmeta.meta.dropout import QUERY_PASS, SeededDropout, batch_key, row_keys
+from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
 from gmeta.meta.losses import row_loss, task_mean, widen
 from gmeta.meta.rows import Plan, by_feature, plan_rows, shared_rows
 
@@ -104,7 +105,7 @@ class MetaLearner(nn.Module):
         is 0 and backward gives zero or no gradients.
         """
         plan = plan or self.plan(rows, batch)
-        key = batch_key(self.seed, batch.epoch, batch.index) if self.training else None
+        key = (self.seed, batch.epoch, batch.index) if self.training else None
         if not self.adapted:
             return self._plain(rows, batch, plan, key)
         loop = self._loop(self.inner_steps, None, key, rows)
@@ -140,7 +141,7 @@ class MetaLearner(nn.Module):
             after, _ = self._run(loop, rows, batch, plan)
         return before, after.detach()
 
-    def _loop(self, steps: int, inner_lr: float | None, key: int | None, rows: EmbeddedRows) -> InnerLoop:
+    def _loop(self, steps: int, inner_lr: float | None, key: BatchKey | None, rows: EmbeddedRows) -> InnerLoop:
         if self.inner_lr is None or inner_lr is not None:
             like = next(iter(rows.weights.values()))
             rate = self.initial_inner_lr if inner_lr is None else inner_lr
@@ -158,7 +159,9 @@ class MetaLearner(nn.Module):
             return reference.run(self.model, loop, rows, batch)
         return factored.run(self.model, loop, rows, batch, plan)
 
-    def _plain(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: int | None) -> tuple[Tensor, LearnerOutput]:
+    def _plain(
+        self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: BatchKey | None
+    ) -> tuple[Tensor, LearnerOutput]:
         sides = (batch.support, batch.query)
         logits = self._flat_logits(rows, batch, plan, key)
         losses = [self.loss(part, side.label) for part, side in zip(logits, sides, strict=True)]
@@ -168,22 +171,24 @@ class MetaLearner(nn.Module):
         )
         return together.sum() / batch.num_tasks_global, LearnerOutput(logits[1].detach(), query_loss, support_loss)
 
-    def _flat_logits(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: int | None) -> tuple[Tensor, Tensor]:
+    def _flat_logits(
+        self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: BatchKey | None
+    ) -> tuple[Tensor, Tensor]:
         """Logits of support [T, S] and query [T, Q] from one call of the unadapted model."""
         sides = (batch.support, batch.query)
-        keys = None
-        if key is not None:
-            passes = zip(sides, (QUERY_PASS + 1, QUERY_PASS), strict=True)
-            keys = torch.cat([_keys(key, batch, number, side.mask.shape[1]) for side, number in passes])
         values = shared_rows(rows, plan)
         num_rows = sum(side.mask.numel() for side in sides)
-        with SeededDropout(keys):
+        with SeededDropout(None if key is None else partial(_flat_keys, key, batch)):
             dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
             logits = self.model(dense, by_feature(values, plan, (num_rows,)))
         support, query = torch.split(widen(logits), [side.mask.numel() for side in sides])
         return support.view(batch.support.mask.shape), query.view(batch.query.mask.shape)
 
 
-def _keys(key: int, batch: TaskBatch, pass_number: int, length: int) -> Tensor:
-    positions = torch.arange(length, device=batch.task_id.device)
-    return row_keys(key, batch.task_id, pass_number, positions).flatten()
+def _flat_keys(key: BatchKey, batch: TaskBatch) -> Tensor:
+    """Dropout keys of all support rows, then all query rows: int64 [T*S + T*Q]."""
+    keys = []
+    for side, pass_number in ((batch.support, QUERY_PASS + 1), (batch.query, QUERY_PASS)):
+        positions = torch.arange(side.mask.shape[1], device=batch.task_id.device)
+        keys.append(row_keys(key, batch.task_id, pass_number, positions).flatten())
+    return torch.cat(keys)

@@ -7,6 +7,7 @@ cut off, bags are pooled in a loop, and an adapted feature reads the task's own 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -97,10 +98,10 @@ def _score(
             table = state["table", lookup.group]
         embedded[name] = _read(table, lookup, side)
     parameters = {name: value for (kind, name), value in state.items() if kind == "parameter"}
-    keys = None
+    make_keys = None
     if loop.dropout_key is not None:
-        keys = row_keys(loop.dropout_key, batch.task_id[side.task], pass_number, side.positions)
-    with SeededDropout(keys):
+        make_keys = partial(row_keys, loop.dropout_key, batch.task_id[side.task], pass_number, side.positions)
+    with SeededDropout(make_keys):
         dense = side.examples.dense[side.task, side.positions]
         return widen(functional_call(model, parameters, (dense, embedded)))
 
