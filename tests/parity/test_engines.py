@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -357,3 +358,35 @@ def test_auto_takes_the_reference_for_what_factored_cannot() -> None:
     loss, _ = untied(problem.rows, problem.batch)
     assert untied.engine_reason == "factored"
     assert_same({"loss": loss} | gradients(problem, untied, loss), by_textbook(problem, untied))
+
+
+def test_memory_grows_by_a_constant_for_each_inner_step() -> None:
+    """What the graph keeps alive, in bytes, for K = 1..5: a copy of all earlier steps in each would grow faster."""
+    problem = make_problem(torch.float32, support=(6,) * 8, query=(6,) * 8, features=("user", "item", "history"))
+    model = MeLU(problem.rows.support, embedding_dim=DIMS["wide"], num_numeric=NUM_NUMERIC, hidden=[64, 32])
+    layer_inputs = 4 * 8 * 6 * sum(layer.in_features for layer in (*model.layers, model.output))
+    sizes = []
+    for steps in range(1, 6):
+        learner = learner_of(model, torch.float32, embedding_features=model.features, inner_steps=steps)
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            learner(problem.rows, problem.batch)
+        sizes.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values()))
+    slopes = [(after - before) / layer_inputs for before, after in itertools.pairwise(sizes)]
+    assert max(slopes) < 1.4 * min(slopes)
+    assert max(slopes) < 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("adapt", [["embeddings", "dense"], []])
+def test_cuda_matches_cpu(adapt: list[str]) -> None:
+    problem, model = make_problem(), Net(dropout=0.3).double()
+    settings = {"adapt": adapt, "inner_steps": 2, "engine": "factored"}
+    loss, _ = (learner := learner_of(model, **settings))(problem.rows, problem.batch)
+    on_cpu = {"loss": loss.detach()} | gradients(problem, learner, loss)
+    moved = map_tensors(problem, lambda t: t.detach().cuda().requires_grad_(t.requires_grad))
+    learner = learner_of(model.cuda(), **settings).cuda()
+    loss, _ = learner(moved.rows, moved.batch)
+    on_gpu = {"loss": loss.detach()} | gradients(moved, learner, loss)
+    assert_same({name: value.cpu() for name, value in on_gpu.items()}, on_cpu)
