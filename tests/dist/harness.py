@@ -27,7 +27,14 @@ from gmeta.parallel.mesh import Mesh, open_mesh
 Function = Callable[..., Any]
 # A server that has imported torch once; workers are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed.elastic.multiprocessing", "gmeta.embedding.exchange"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch._dynamo",  # torch.optim imports it at the first step
+        "torch.distributed.checkpoint",
+        "torch.distributed.elastic.multiprocessing",
+        "gmeta.embedding.exchange",
+    ]
+)
 
 
 def _worker(environment: dict[str, str], timeout_s: int, tasks: Connection) -> None:

@@ -25,6 +25,7 @@ def _collectives(folder: Path) -> int:
             all_reduce_sum(torch.ones(1), mesh)
         except PeerLost as error:
             report_error(str(error))
+            close_mesh(mesh)  # must not wait for the dead
             return EXIT_PEER_LOST
     close_mesh(mesh)
     return 0
