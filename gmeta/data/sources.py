@@ -307,7 +307,17 @@ DATA_SETS: dict[str, DataSet] = {
                 "label": "rating",
                 "item": "item_id",
                 "partition": "partition",
-                "categorical": ["user_id", "item_id", "rate", "year", "gender", "age", "occupation", "zip"],
+                "categorical": [
+                    "user_id",
+                    "item_id",
+                    # Two films have no facts; their ratings are in no partition.
+                    {"name": "rate", "nulls": "oov"},
+                    {"name": "year", "nulls": "oov"},
+                    "gender",
+                    "age",
+                    "occupation",
+                    "zip",
+                ],
                 "multi": [{"name": name, "nulls": "oov"} for name in ("genre", "director", "actor")],
                 "item_statistics": True,
             }

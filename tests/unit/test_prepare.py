@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -17,6 +18,7 @@ from gmeta.config import PrepareConfig
 from gmeta.data.encode import encode_tables
 from gmeta.data.pack import open_pack, verify_pack
 from gmeta.data.prepare import prepare
+from gmeta.data.schema import data_schema_from_json, load_data_schema, parse_data_schema
 
 SCHEMA = {
     "task": "user",
@@ -450,3 +452,18 @@ def test_dates_are_times(tmp_path: Path):
     prepare(config := simple(tmp_path, rows, SIMPLE), quiet)
     (shard,) = read_shards(config.out)["train"]
     assert shard["time"][:2].tolist() == [1_704_103_200_000_000, 1_704_189_600_000_000]
+
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+@pytest.mark.parametrize("name", ["schema-clicks", "schema-ratings"])
+def test_example_schemas_are_valid_and_survive_json(name: str):
+    schema = load_data_schema(EXAMPLES / f"{name}.yaml")
+    assert data_schema_from_json(json.loads(json.dumps(schema.to_json()))) == schema
+
+
+def test_documented_schema_is_valid():
+    text = (EXAMPLES.parent / "docs" / "data.md").read_text()
+    schema = parse_data_schema(yaml.safe_load(text.split("```yaml")[1].split("```")[0]))
+    assert [f.name for f in schema.features] == ["gender", "item_id", "device", "genres", "last_items"]
