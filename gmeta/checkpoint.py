@@ -15,15 +15,19 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh, barrier
@@ -64,7 +68,9 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
     if mesh.rank == 0 and error is not None:
         shutil.rmtree(partial, ignore_errors=True)
     if error is not None:
-        error = ValueError(f"cannot save {final}: {error}; free space there, then go on from the last checkpoint with --resume true")
+        error = ValueError(
+            f"cannot save {final}: {error}; free space there, then go on from the last checkpoint with --resume true"
+        )
     raise_together(error, mesh)
     return final
 
@@ -72,7 +78,12 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
 def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
     with _single_process_is_fine():
-        dcp.save({name: t.contiguous() for name, t in sorted(tensors.items())}, storage_writer=writer, process_group=mesh.control_group, no_dist=mesh.control_group is None)
+        dcp_save(
+            {name: t.contiguous() for name, t in sorted(tensors.items())},
+            storage_writer=writer,
+            process_group=mesh.control_group,
+            no_dist=mesh.control_group is None,
+        )
 
 
 def _seal(partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
@@ -137,7 +148,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} is not whole ({error}): {cure}") from error
     if state["format_version"] > FORMAT_VERSION:
         raise ValueError(
-            f"checkpoint {path} has format {state['format_version']}; this gmeta reads up to {FORMAT_VERSION}: upgrade gmeta"
+            f"checkpoint {path} has format {state['format_version']}; this gmeta reads up to {FORMAT_VERSION}: "
+            "upgrade gmeta"
         )
     return state
 
@@ -148,7 +160,8 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     Raises ValueError naming the tensors that are missing or have another shape (a checkpoint of another model).
     """
     reader = HuggingFaceStorageReader(str(path))
-    saved = reader.read_metadata().state_dict_metadata
+    stored = reader.read_metadata().state_dict_metadata
+    saved = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     differences = [
         f"{name} is missing" if name not in saved else f"{name} is {list(saved[name].size)}, expected {list(t.shape)}"
         for name, t in tensors.items()
@@ -158,15 +171,15 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
         shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
         raise ValueError(f"checkpoint {path} is of another model: {shown}")
     with _single_process_is_fine():
-        dcp.load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)
+        dcp_load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)
 
 
-class _single_process_is_fine(warnings.catch_warnings):  # noqa: N801
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
     """DCP warns when there is no process group; world size 1 is an ordinary case here."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+        yield
 
 
 def prune(root: Path, keep_last: int, best: int | None) -> None:

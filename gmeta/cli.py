@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -131,7 +131,9 @@ def _explain(message: str, parser: ArgumentParser) -> str:
         choices = re.search(r"typing\.Literal\[(.*?)\]", message)
         kinds = re.search(r"(?:Expected an? |Subtypes: \[)(.+?)(?:\. Got value|\]\n|\n)", message)
         kind = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]) if kinds else "another type"
-        rule = f"one of {choices[1]}" if choices else f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
+        rule = (
+            f"one of {choices[1]}" if choices else f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
+        )
         return f"{named[1]} is {value[1]!r}: must be {rule}"
     found_key = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
     known = _keys(parser)
@@ -166,8 +168,9 @@ def run(argv: list[str]) -> int:
         values = parser.parse_args(rest)
         nproc = values.pop("nproc", 1)
         values.pop("config", None)
-        config = parser.instantiate(values)
-        config = COMMANDS[name].config(**{key: config[key] for key in vars(config)})
+        made = parser.instantiate(values)
+        cls = COMMANDS[name].config
+        config = cls(**{f.name: made[f.name] for f in fields(cls)})
     except ArgumentError as error:
         return _fail(parser.prog, _explain(str(error), parser))
     except (ValueError, TypeError) as error:

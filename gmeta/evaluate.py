@@ -65,9 +65,7 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     pack = open_pack(config.pack or read_config(run_dir).pack)
     split = pack.split(config.split)
     system, trained = load_system(run_dir, config.checkpoint, mesh, pack_schema=pack.schema)
-    scores = score(
-        system, split, tasks_per_batch=config.tasks_per_batch, steps=config.steps, inner_lr=config.inner_lr
-    )
+    scores = score(system, split, tasks_per_batch=config.tasks_per_batch, steps=config.steps, inner_lr=config.inner_lr)
     variants: dict[str, Floats] = {}
     if scores is not None:
         variants = {"before": scores.before, "after": scores.after}
@@ -95,7 +93,7 @@ def _plain_variants(
     tuned = replace(trained.meta, learn_inner_lr=False, order="first")
     learner = MetaLearner(
         plain.learner.model,
-        embedding_features=plain.learner.model.features,
+        embedding_features=plain.learner.embedding_features,
         adapt=tuned.adapt,
         order=tuned.order,
         inner_steps=tuned.inner_steps,
@@ -174,7 +172,9 @@ def _write(
     )
     write_evaluation(run_dir / "evaluation.json", evaluation, notes)
     table = {"task_id": split.task_id[scores.task], "row": scores.row, "label": scores.label, **predictions}
-    pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), run_dir / "predictions.parquet")
+    pq.write_table(
+        pa.table({name: pa.array(values) for name, values in table.items()}), run_dir / "predictions.parquet"
+    )
     print_headline(evaluation)
 
 

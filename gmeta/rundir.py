@@ -1,6 +1,6 @@
 """A run directory: one run, one writer, self-contained.
 
-    config.yaml  environment.json  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
+config.yaml  environment.json  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gmeta.data.pack import open_pack
 from gmeta.data.schema import PackSchema, pack_schema_from_json
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh
-from gmeta.tracking import write_environment
+from gmeta.tracking import METRICS_FILE, write_environment
 
 FIXED_ON_RESUME = (
     "loss",
@@ -88,9 +88,10 @@ def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
 def _prepare(config: TrainConfig, run_dir: Path) -> None:
     file = run_dir / "config.yaml"
     pack = open_pack(config.pack)
-    if file.exists() and not config.resume:
+    has_run = file.exists() and (run_dir / METRICS_FILE).exists()
+    if has_run and not config.resume:
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume true, or name another run_dir")
-    if file.exists():
+    if has_run:
         _require_same(read_config(run_dir), config)
     for leftover in (run_dir / "checkpoints").glob(".partial-*"):  # of a process that was killed in a save
         shutil.rmtree(leftover)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: 
         )
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model = build_model(config.model, schema, seed=config.seed).to(mesh.device, dtype)
-    features = model.features
+    features = cast(tuple[str, ...], model.features)
     learner = MetaLearner(
         model,
         embedding_features=features,
@@ -87,6 +88,7 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: 
         engine=config.meta.engine,
         seed=config.seed,
     ).to(mesh.device, dtype)
+    learner.choose_engine(dict.fromkeys(features, config.model.embedding_dim), len(schema.numeric))
     tables = ShardedTables(
         table_specs(schema, features, config.model.embedding_dim),
         mesh=mesh,

@@ -106,7 +106,7 @@ def train_step(run: Run, batch: TaskBatch, plan: LookupPlan, watch: Stopwatch) -
 
     with system.precision():
         loss, output = system.learner(rows, batch)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     watch.lap("compute")
 
     run.buckets.flush()
@@ -166,8 +166,9 @@ def _require_finite(run: Run, batch: TaskBatch, stats: dict[str, float], query_l
         found["query_loss"] = [v if math.isfinite(v) else str(v) for v in losses.tolist()]
         file.write_text(json.dumps(found, indent=1))
     raise ValueError(
-        f"step {step}: loss is {stats['loss']}, gradient norm is {stats['grad_norm']}. The batch's task ids are in {file}; "
-        "no weights were changed. Lower meta.inner_lr, dense.lr or embedding.lr, or set dense.clip_norm, "
+        f"step {step}: loss is {stats['loss']}, gradient norm is {stats['grad_norm']}. "
+        f"The batch's task ids are in {file}; no weights were changed. "
+        "Lower meta.inner_lr, dense.lr or embedding.lr, or set dense.clip_norm, "
         "and continue from the last checkpoint or start again"
     )
 

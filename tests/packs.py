@@ -8,9 +8,20 @@ import numpy as np
 import pyarrow as pa
 
 from gmeta.data.pack import PackWriter
-from gmeta.data.schema import Feature, NumericColumn, PackSchema
+from gmeta.data.schema import Feature, NumericColumn, PackSchema, parse_data_schema
 
 USERS, ITEMS, TAGS = 7, 40, 9
+
+DATA_SCHEMA = parse_data_schema(
+    {
+        "task": "user",
+        "label": "click",
+        "item": "item",
+        "categorical": ["group", "item"],
+        "multi": ["tags"],
+        "numeric": ["age", "price"],
+    }
+)
 
 SCHEMA = PackSchema(
     features=(
@@ -53,7 +64,7 @@ def _arrays(rng: np.random.Generator, num_tasks: int, first_task: int) -> dict[s
 def make_pack(path: Path, train: int = 60, valid: int = 20, test: int = 20, seed: int = 1) -> Path:
     """Write a pack of three splits at `path`."""
     rng = np.random.default_rng(seed)
-    with PackWriter(path, SCHEMA, settings={}, data_schema={}) as writer:
+    with PackWriter(path, SCHEMA, settings={}, data_schema=DATA_SCHEMA.to_json()) as writer:
         for table, num in (("group", USERS), ("item", ITEMS), ("tags", TAGS)):
             writer.write_vocab(table, pa.array([f"{table}{i}" for i in range(1, num)]), np.ones(num - 1, np.int64))
         first = 0

@@ -25,7 +25,8 @@ def command(pack: Path, run_dir: Path, resume: bool, nproc: int = 2) -> list[str
     words = ["train", "--pack", pack, "--run_dir", run_dir, "--nproc", nproc, "--resume", str(resume).lower()]
     words += ["--schedule.epochs", 1000, "--schedule.max_steps", STEPS, "--schedule.eval_every", 20]
     words += ["--schedule.checkpoint_every", 6, "--schedule.patience", 50, "--meta.learn_inner_lr", "true"]
-    words += ["--loader.tasks_per_batch", 8, "--model.hidden", "[16]", "--model.dropout", 0.2, "--dense.warmup_steps", 9]
+    words += ["--loader.tasks_per_batch", 8, "--dense.warmup_steps", 9]
+    words += ["--model.hidden", "[16]", "--model.dropout", 0.2]
     words += ["--embedding.optimizer", "adam", "--dense.decay", "cosine", "--timeout_s", 20]
     return [sys.executable, "-m", "gmeta", *map(str, words)]
 
@@ -86,7 +87,8 @@ def kill_and_compare(tmp_path: Path, kills: int, seed: int) -> None:
             _, err = process.communicate(timeout=120)
             assert process.returncode not in (0, 2), err
             assert "Traceback" not in err, err
-            assert "rank" in err and "SIGKILL" in err, err
+            assert "rank" in err, err
+            assert "SIGKILL" in err, err
         else:
             process.communicate(timeout=120)
     finish(start(command(pack, disturbed, resume=True)))
@@ -130,6 +132,8 @@ def test_resume_on_another_world_size(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     finish(start(command(pack, run_dir, resume=True, nproc=1)))
-    losses = [[r["loss"] for r in final_state(d)[1] if r["kind"] == "train"] for d in (run_dir, tmp_path / "undisturbed")]
+    losses = [
+        [r["loss"] for r in final_state(d)[1] if r["kind"] == "train"] for d in (run_dir, tmp_path / "undisturbed")
+    ]
     assert len(losses[0]) == STEPS
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

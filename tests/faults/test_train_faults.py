@@ -1,0 +1,244 @@
+"""Users' mistakes and broken disks around train, evaluate and predict: one message, exit code 2, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from packs import make_pack
+from safetensors.torch import load_file
+
+from gmeta import checkpoint
+from gmeta.cli import run
+
+pytestmark = pytest.mark.faults
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("data") / "pack")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, pack: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    assert run(train_words(pack, run_dir)) == 0
+    return run_dir
+
+
+@pytest.fixture
+def trained_copy(tmp_path: Path, trained: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def train_words(pack: Path, run_dir: Path, *more: object) -> list[str]:
+    words = ["train", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20, "--model.hidden", "[8]"]
+    return [str(word) for word in [*words, "--schedule.epochs", 2, *more]]
+
+
+def fails(words: list[object], capsys: Capture, *expected: str) -> str:
+    """The command ends with code 2 and one message that holds all of `expected`."""
+    assert run([str(word) for word in words]) == 2
+    message = capsys.readouterr().err
+    assert message.count(": error: ") == 1, message
+    assert "Traceback" not in message
+    for text in expected:
+        assert text in message, message
+    return message
+
+
+def test_a_pack_that_is_none_creates_nothing(tmp_path: Path, capsys: Capture) -> None:
+    fails(train_words(tmp_path, tmp_path / "run"), capsys, "is no task pack", "gmeta prepare")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--meta.iner_lr", 1], "did you mean meta.inner_lr?"),
+        (["--meta.inner_lr", "abc"], "meta.inner_lr is 'abc': must be of type float"),
+        (["--meta.inner_lr", -1], "meta.inner_lr is -1.0: must not be negative"),
+        (["--meta.inner_steps", 0], "meta.inner_steps is 0: must be at least 1"),
+        (["--loss", "mes"], "loss is 'mes': must be one of 'bce', 'mse'"),
+        (["--meta.inner_loss", "mes"], "meta.inner_loss is 'mes': must be one of"),
+        (["--schedule.metric", "acc"], "schedule.metric is 'acc': must be one of auc"),
+        (["--loss", "mse", "--schedule.metric", "auc"], "schedule.metric is 'auc': needs loss bce"),
+        (["--model.features", "[itm]"], "'itm', which is not in the pack; the nearest is 'item'"),
+        (["--model.name", "mellu"], "model.name is 'mellu': must be one of melu, dlrm"),
+        (["--meta.adapt", "[embedings]"], "the nearest name is 'embeddings'"),
+        (["--seed", -1], "seed is -1"),
+        (["--nproc", 0], "nproc is 0"),
+        (["--device", "cuda"], "0 CUDA devices"),
+    ],
+)
+def test_config_mistakes(pack: Path, tmp_path: Path, capsys: Capture, words: list[object], expected: str) -> None:
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    fails([*train_words(pack, tmp_path / "run"), *words], capsys, expected)
+
+
+def test_unknown_key_in_yaml(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"pack: {pack}\nrun_dir: {tmp_path}/run\nembedding: {{learning_rate: 1}}\n")
+    fails(["train", "--config", file], capsys, "learning_rate")
+
+
+def test_labels_that_are_no_clicks(tmp_path: Path, capsys: Capture, pack: Path) -> None:
+    from gmeta.data.schema import pack_schema_from_json
+    from gmeta.parallel.mesh import Mesh
+    from gmeta.rundir import read_config
+    from gmeta.system import build_system
+
+    schema = json.loads((pack / "manifest.json").read_text())["schema"]
+    file = tmp_path / "config.yaml"
+    file.write_text(f"pack: {pack}\nrun_dir: x\n")
+    (tmp_path / "run").mkdir()
+    shutil.copy(file, tmp_path / "run" / "config.yaml")
+    with pytest.raises(ValueError, match="loss is 'bce' but label 'click' has values other than 0 and 1"):
+        build_system(read_config(tmp_path / "run"), pack_schema_from_json({**schema, "binary_label": False}), Mesh())
+
+
+def test_damaged_shard(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    broken = tmp_path / "pack"
+    shutil.copytree(pack, broken)
+    shard = broken / "shard-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-10] ^= 4
+    shard.write_bytes(content)
+    fails(train_words(broken, tmp_path / "run"), capsys, "shard-00000.safetensors is damaged")
+
+
+def test_an_existing_run_is_not_overwritten(pack: Path, trained: Path, capsys: Capture) -> None:
+    fails(train_words(pack, trained), capsys, "already holds a run", "--resume")
+
+
+def test_two_runs_in_one_directory(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with (run_dir / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        fails(train_words(pack, run_dir), capsys, "is being written by another run")
+
+
+def test_resume_with_another_model(pack: Path, trained_copy: Path, capsys: Capture) -> None:
+    words = train_words(pack, trained_copy, "--resume", "true", "--model.hidden", "[9]")
+    fails(words, capsys, "model is", "start a new run_dir")
+
+
+def test_checkpoint_of_another_model(trained_copy: Path, capsys: Capture) -> None:
+    config = trained_copy / "config.yaml"
+    config.write_text(config.read_text().replace("embedding_dim: 16", "embedding_dim: 12"))
+    fails(["evaluate", "--run_dir", trained_copy], capsys, "is of another model", "expected")
+
+
+def test_data_of_another_schema(trained_copy: Path, capsys: Capture) -> None:
+    file = trained_copy / "schema.json"
+    schema = json.loads(file.read_text())
+    schema["pack"]["features"][1]["num_ids"] += 5
+    file.write_text(json.dumps(schema))
+    fails(["evaluate", "--run_dir", trained_copy], capsys, "feature 'item': num_ids is 40, expected 45")
+
+
+def test_damaged_checkpoint(trained_copy: Path, capsys: Capture) -> None:
+    last = checkpoint.resolve(trained_copy / "checkpoints", "last")
+    (file,) = last.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-10] ^= 4
+    file.write_bytes(content)
+    fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "is damaged", str(file))
+    file.write_bytes(content[:-100])
+    fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "bytes, expected", str(file))
+    file.unlink()
+    fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "is not whole")
+
+
+def test_no_such_checkpoint(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    fails(["evaluate", "--run_dir", trained, "--checkpoint", "7"], capsys, "must be best, last or one of [3, 6]")
+    fails(["evaluate", "--run_dir", tmp_path], capsys, "holds no run")
+
+
+def test_full_disk_in_a_save(pack: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second save fails; the first stays, and a resume goes on from it."""
+    saves = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if "checkpoints" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            saves.append(descriptor)
+            if (run_dir / "checkpoints" / "step-00000003").exists() and len(saves) > 8:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(os, "fsync", fsync)
+    fails(train_words(pack, run_dir), capsys, "cannot save", "No space left on device", "--resume")
+    monkeypatch.undo()
+    assert checkpoint.steps_saved(run_dir / "checkpoints") == [3]
+    assert not list((run_dir / "checkpoints").glob(".partial-*"))
+    assert run(train_words(pack, run_dir, "--resume", "true")) == 0
+    assert checkpoint.steps_saved(run_dir / "checkpoints")[-1] == 6
+
+
+def test_a_loss_that_is_not_finite(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    run_dir = tmp_path / "run"
+    words = train_words(pack, run_dir, "--loss", "mse", "--meta.inner_lr", 1e30, "--meta.inner_steps", 4)
+    fails(words, capsys, "gradient norm is", "no weights were changed", "not-finite-step-00000000.json")
+    found = json.loads((run_dir / "not-finite-step-00000000.json").read_text())
+    assert len(found["task_id"]) == 20
+    assert not (run_dir / "checkpoints").exists()
+
+
+def test_resume_is_bit_equal_in_one_process(pack: Path, tmp_path: Path, trained: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run(train_words(pack, run_dir, "--schedule.max_steps", 4, "--schedule.checkpoint_every", 4)) == 0
+    assert run(train_words(pack, run_dir, "--resume", "true")) == 0
+    (ours,) = checkpoint.step_dir(run_dir / "checkpoints", 6).glob("*.safetensors")
+    (theirs,) = checkpoint.step_dir(trained / "checkpoints", 6).glob("*.safetensors")
+    expected = load_file(theirs)
+    for name, value in load_file(ours).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def raw_files(folder: Path) -> tuple[Path, Path]:
+    """Support and query files that fit the pack of `make_pack`."""
+    rows = {
+        "user": ["a", "a", "b"],
+        "group": ["group1", "group2", "new"],
+        "item": ["item1", "item2", "item3"],
+        "tags": [["tags1"], [], ["tags2", "tags3"]],
+        "age": [0.1, 0.2, 0.3],
+        "price": [1.0, 2.0, 3.0],
+    }
+    support, query = folder / "support.parquet", folder / "query.parquet"
+    pq.write_table(pa.table({**rows, "click": [1, 0, 1]}), support)
+    pq.write_table(pa.table({name: values[::-1] for name, values in rows.items()}), query)
+    return support, query
+
+
+def test_predict(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    support, query = raw_files(tmp_path)
+    out = tmp_path / "scores.parquet"
+    words = ["predict", "--run_dir", trained, "--support", support, "--query", query, "--out", out]
+    assert run([str(word) for word in words]) == 0
+    found = pq.read_table(out)
+    assert found["item"].to_pylist() == ["item3", "item2", "item1"]
+    assert all(0 < score < 1 for score in found["score"].to_pylist())
+    assert found["score"].to_pylist() != found["score_before"].to_pylist()
+    fails([*words[:-1], tmp_path / "x.json"], capsys, "must end in .parquet or .csv")
+    fails([*words[:3], "--support", tmp_path / "nope.csv", *words[5:]], capsys, "nope.csv")
+    pq.write_table(pq.read_table(query).drop(["item"]), query)
+    fails(words, capsys, "no column 'item'")
+    support, query = raw_files(tmp_path)
+    table = pq.read_table(support)
+    pq.write_table(table.set_column(table.schema.get_field_index("click"), "click", [[1, 0, 3]]), support)
+    fails(words, capsys, "label 3", "0 or 1")
