@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gmeta.batch import EmbeddedRows, TaskBatch
+from gmeta.batch import EmbeddedRows, Lookup, TaskBatch
 from gmeta.meta import factored, reference
 from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
@@ -91,12 +91,23 @@ class MetaLearner(nn.Module):
         else:
             self.engine, self.engine_reason = "factored", "factored"
 
-    def plan(self, rows: EmbeddedRows, batch: TaskBatch) -> Plan:
-        """Index work of a batch; needs only `rows`' lookups and sizes, so it can be made ahead of time."""
-        num_rows = {group: weight.shape[0] for group, weight in rows.weights.items()}
+    def plan(
+        self,
+        support: Mapping[str, Lookup],
+        query: Mapping[str, Lookup],
+        num_rows: Mapping[str, int],
+        batch: TaskBatch,
+    ) -> Plan:
+        """Index work of a batch: what `forward` otherwise does itself. Needs no rows, so a loader's thread can do it.
+
+        `num_rows[group]` is the number of rows U that will be fetched.
+        """
         shapes = ((batch.num_tasks, batch.support.mask.shape[1]), (batch.num_tasks, batch.query.mask.shape[1]))
         features, adapted = self.embedding_features, self.adapted.features
-        return plan_rows(rows.support, rows.query, num_rows, shapes, features, adapted)
+        return plan_rows(support, query, num_rows, shapes, features, adapted)
+
+    def _plan(self, rows: EmbeddedRows, batch: TaskBatch) -> Plan:
+        return self.plan(rows.support, rows.query, {g: weight.shape[0] for g, weight in rows.weights.items()}, batch)
 
     def forward(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan | None = None) -> tuple[Tensor, LearnerOutput]:
         """(loss, output). The loss is the sum over this rank's tasks of a task's mean loss / num_tasks_global.
@@ -104,7 +115,7 @@ class MetaLearner(nn.Module):
         A task without support adapts nothing; a task without query rows contributes 0. With no task at all the loss
         is 0 and backward gives zero or no gradients.
         """
-        plan = plan or self.plan(rows, batch)
+        plan = plan or self._plan(rows, batch)
         key = (self.seed, batch.epoch, batch.index) if self.training else None
         if not self.adapted:
             return self._plain(rows, batch, plan, key)
@@ -126,7 +137,7 @@ class MetaLearner(nn.Module):
 
         `steps` and `inner_lr` override what was trained; learned rates repeat their last step beyond `inner_steps`.
         """
-        plan = plan or self.plan(rows, batch)
+        plan = plan or self._plan(rows, batch)
         if not self.adapted:
             with torch.no_grad():
                 _, logits = self._flat_logits(rows, batch, plan, None)
