@@ -171,8 +171,8 @@ class PrepareConfig:
 
     out: str
     """Task pack directory to create."""
-    input: list[str] = field(default_factory=list)
-    """Parquet or CSV files, globs or directories."""
+    input: list[str] | str = field(default_factory=list)
+    """Parquet or CSV file, glob or directory, or a list of them: [a.csv, logs/]."""
     schema: str | None = None
     """YAML file that says what the columns of `input` mean (docs/data.md)."""
     dataset: str | None = None
@@ -212,6 +212,11 @@ class PrepareConfig:
     """Size of a shard in megabytes; one shard is worked on at a time."""
     seed: int = 0
     """Seed of random splits and of the stored order."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """`input` as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
 
     def __post_init__(self) -> None:
         _require(self.query_size is None or self.query_size >= 1, "query_size", self.query_size, "must be at least 1")

@@ -88,7 +88,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         _deal(con, scratch, settings.seed, tell)
         pack_schema = _learn(con, schema, scratch, shards, tell)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
-        made_with = {**asdict(settings), "input": config.input, "dataset": config.dataset}
+        made_with = {**asdict(settings), "input": config.inputs, "dataset": config.dataset}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             _write_vocabularies(con, writer, schema)
             _write_shards(con, writer, schema, pack_schema, settings, scratch, shards, counts, tell)
@@ -229,7 +229,7 @@ def _parts(con: Connection, config: PrepareConfig) -> Iterator[tuple[RawPart, in
         return
     if config.root is not None:
         raise ValueError("root has no effect without dataset: leave it out")
-    files = find_files(config.input)
+    files = find_files(config.inputs)
     for file in files:
         yield open_file(con, file), len(files)
 

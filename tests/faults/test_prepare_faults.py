@@ -262,7 +262,7 @@ def test_a_missing_data_set_says_where_to_get_it(tmp_path: Path, name: str):
 
 def test_command_line_mistakes_exit_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config = make(tmp_path, [*lines(), BAD_ROWS["label NaN"][0]])
-    argv = ["prepare", "--input", str(config.input), "--schema", str(config.schema), "--out", config.out]
+    argv = ["prepare", "--input", config.inputs[0], "--schema", str(config.schema), "--out", config.out]
     assert run([*argv, "--query_size", "1"]) == 2
     assert "row 25, column 'click': 'nan' is missing" in capsys.readouterr().err
     assert run([*argv, "--query_size", "0"]) == 2
@@ -279,7 +279,7 @@ def test_predict_refuses_bad_rows_and_columns(tmp_path: Path):
 
     def encode(text: str) -> None:
         query.write_text(text)
-        encode_tables(config.input[0], str(query), pack.manifest["data_schema"], pack.path / "vocab", pack.schema)
+        encode_tables(config.inputs[0], str(query), pack.manifest["data_schema"], pack.path / "vocab", pack.schema)
 
     with pytest.raises(ValueError, match=r"query\.csv has no column 'price'"):
         encode("user,item,city,tags\nu1,3,Rome,a\n")
@@ -336,7 +336,7 @@ prepare(PrepareConfig(out=out, input=[file], schema=schema, query_size=1, thread
 
 
 def start(config: PrepareConfig, limit: int = 0, pause: str = "") -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-c", RUN, str(limit), pause, config.out, config.input[0], str(config.schema)]
+    argv = [sys.executable, "-c", RUN, str(limit), pause, config.out, config.inputs[0], str(config.schema)]
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
