@@ -92,7 +92,7 @@ def check(model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numer
     moves these dimensions is found out.
     """
     leading = (2, 3)
-    like = next(model.parameters())
+    like = next(model.parameters(), torch.zeros(()))
     taped = AdaptedPass(model, adapted.parameters, Fast(), leading)
     embedded = {name: like.new_zeros(*leading, dim) for name, dim in dims.items()}
     dense = like.new_zeros(*leading, num_numeric)
