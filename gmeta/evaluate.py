@@ -13,41 +13,21 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gmeta import checkpoint
 from gmeta.baselines import BaselineRows, baseline_scores
 from gmeta.config import EvaluateConfig, TrainConfig
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.data.shards import PackSplit
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
-from gmeta.rundir import read_config, read_schema
+from gmeta.rundir import read_config
 from gmeta.scoring import Floats, Scores, score, to_predictions, validation_metrics
 from gmeta.slices import evaluation_records, print_headline, write_evaluation
-from gmeta.system import System, build_system
+from gmeta.system import System, load_system
 
 FINETUNE_STEPS = (1, 3, 10)
-FINETUNE_LR = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+FINETUNE_LR = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """The grid on which fine-tuning of the plainly trained model is tuned, on the valid split."""
-
-
-def load_system(
-    run_dir: Path, which: str, mesh: Mesh, *, pack_schema: PackSchema | None = None, adapt: list[str] | None = None
-) -> tuple[System, TrainConfig]:
-    """Build a run's system and load checkpoint `which`; collective.
-
-    Raises ValueError with the difference when `pack_schema` does not fit the run's.
-    """
-    config = read_config(run_dir)
-    schema, _ = read_schema(run_dir)
-    if pack_schema is not None and (lines := schema_difference(schema, pack_schema)):
-        raise ValueError(f"the data does not fit the run {run_dir}: " + "; ".join(lines))
-    path = checkpoint.resolve(run_dir / "checkpoints", which)
-    checkpoint.read_state(path)
-    system = build_system(config, schema, mesh, adapt=adapt)
-    checkpoint.load_tensors(path, system.tensors(), mesh)
-    return system, config
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -100,7 +80,8 @@ def _plain_variants(
         inner_lr=tuned.inner_lr,
         learn_inner_lr=False,
         loss=plain_config.loss,
-        inner_loss=None,
+        inner_loss=tuned.inner_loss,
+        inner_prior=tuned.inner_prior,
         engine=tuned.engine,
         seed=plain_config.seed,
     ).to(mesh.device, plain.dtype)

@@ -14,10 +14,10 @@ from gmeta.config import PredictConfig
 from gmeta.data.encode import encode_tables
 from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import find_files, literal, open_file
-from gmeta.evaluate import load_system
 from gmeta.parallel.mesh import open_mesh
 from gmeta.rundir import read_config, read_schema
 from gmeta.scoring import Floats, score, to_predictions
+from gmeta.system import load_system
 
 SCORES = ("score", "score_before")
 

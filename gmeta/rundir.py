@@ -28,7 +28,7 @@ from gmeta.config import (
     TrainConfig,
 )
 from gmeta.data.pack import open_pack
-from gmeta.data.schema import PackSchema, pack_schema_from_json
+from gmeta.data.schema import PackSchema, pack_schema_from_json, schema_difference
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.tracking import METRICS_FILE, write_environment
@@ -93,6 +93,8 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume true, or name another run_dir")
     if has_run:
         _require_same(read_config(run_dir), config)
+        if lines := schema_difference(read_schema(run_dir)[0], pack.schema):
+            raise ValueError(f"{config.pack} does not fit the run to resume: " + "; ".join(lines))
     for leftover in (run_dir / "checkpoints").glob(".partial-*"):  # of a process that was killed in a save
         shutil.rmtree(leftover)
     file.write_text(yaml.safe_dump(asdict(config), sort_keys=False))

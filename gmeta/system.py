@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from gmeta import checkpoint
 from gmeta.batch import EmbeddedRows, TaskBatch, to_device
 from gmeta.config import TrainConfig
-from gmeta.data.schema import PackSchema
+from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.embedding.exchange import LookupPlan, fetch, plan_lookup
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models import build_model
 from gmeta.parallel.mesh import Mesh
+from gmeta.rundir import read_config, read_schema
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: 
         learn_inner_lr=config.meta.learn_inner_lr,
         loss=config.loss,
         inner_loss=config.meta.inner_loss,
+        inner_prior=config.meta.inner_prior,
         engine=config.meta.engine,
         seed=config.seed,
     ).to(mesh.device, dtype)
@@ -98,3 +102,21 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: 
         optimizer=config.embedding.optimizer,
     )
     return System(learner=learner, tables=tables, mesh=mesh, dtype=dtype, autocast=config.precision == "bf16")
+
+
+def load_system(
+    run_dir: Path, which: str, mesh: Mesh, *, pack_schema: PackSchema | None = None, adapt: list[str] | None = None
+) -> tuple[System, TrainConfig]:
+    """Build a run's system and load checkpoint `which`; collective.
+
+    Raises ValueError with the difference when `pack_schema` does not fit the run's.
+    """
+    config = read_config(run_dir)
+    schema, _ = read_schema(run_dir)
+    if pack_schema is not None and (lines := schema_difference(schema, pack_schema)):
+        raise ValueError(f"the data does not fit the run {run_dir}: " + "; ".join(lines))
+    path = checkpoint.resolve(run_dir / "checkpoints", which)
+    checkpoint.read_state(path)
+    system = build_system(config, schema, mesh, adapt=adapt)
+    checkpoint.load_tensors(path, system.tensors(), mesh)
+    return system, config
