@@ -374,9 +374,11 @@ def encode_tables(
         create_staged(con, schema)
         files = []
         for index, (path, needed) in enumerate(((support_path, [*roles, "label"]), (query_path, roles))):
-            (file,) = find_files([path])
-            files.append(str(file))
-            stage(con, open_file(con, file), index, schema, needed)
+            found = find_files([path])
+            if len(found) != 1:
+                raise ValueError(f"{path} stands for {len(found)} files: give one Parquet or CSV file")
+            files.append(path)
+            stage(con, open_file(con, found[0]), index, schema, needed)
         if counts := reject_counts(con):
             raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")
         load_vocabularies(con, schema, vocab_dir)

@@ -438,6 +438,26 @@ def test_predict_encodes_as_prepare_did(config: PrepareConfig, tmp_path: Path):
         assert arrays["label"][start : start + num].tolist() == [r["rating"] for r in rows[:-2]]
 
 
+def test_predict_knows_the_item_statistics(tmp_path: Path):
+    rows = large_rows(30, 6)
+    config = simple(tmp_path, rows, {**SIMPLE, "item_statistics": True})
+    prepare(config, quiet)
+    pack = open_pack(config.out)
+    (shard,) = read_shards(config.out)["test"]
+    tasks = pq.read_table(pack.tasks_file()).to_pydict()
+    users = [k for k, s in zip(tasks["key"], tasks["split"], strict=True) if s == "test"]
+    of_user = {u: [r for r in rows if str(r["user"]) == u] for u in users}
+    support = write_csv(tmp_path / "support.csv", [r for u in users for r in of_user[u][:4]])
+    query = write_csv(tmp_path / "query.csv", [r for u in users for r in of_user[u][4:]])
+    schema = pack.manifest["data_schema"]
+    encoded = encode_tables(str(support), str(query), schema, pack.path / "vocab", pack.schema)
+    assert encoded.keys == users
+    for name in ("ids", "dense", "row_start", "num_support"):
+        np.testing.assert_array_equal(encoded.arrays[name], shard[name])
+    with pytest.raises(ValueError, match="stands for 2 files"):
+        encode_tables(str(support), str(tmp_path / "[qs]*.csv"), schema, pack.path / "vocab", pack.schema)
+
+
 def test_rows_of_a_large_csv_keep_their_number_and_order(tmp_path: Path):
     rows = [{"user": i % 2, "item": i % 3, "at": 5, "rating": i} for i in range(40_000)]
     config = simple(tmp_path, rows, SIMPLE, valid_fraction=0.0, test_fraction=0.0, threads=2)
