@@ -1,0 +1,56 @@
+"""Scores of a split are the same whoever computes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import run_ranks
+from packs import make_pack
+
+from gmeta.config import MetaConfig, ModelConfig, TrainConfig
+from gmeta.data.pack import open_pack
+from gmeta.parallel.mesh import Mesh
+from gmeta.scoring import score, validation_metrics
+from gmeta.system import build_system
+
+pytestmark = pytest.mark.dist
+
+
+def scores_of(mesh: Mesh, settings: TrainConfig, tasks_per_batch: int) -> dict[str, Any] | None:
+    pack = open_pack(settings.pack)
+    found = score(build_system(settings, pack.schema, mesh), pack.split("test"), tasks_per_batch=tasks_per_batch)
+    if found is None:
+        return None
+    columns = {name: getattr(found, name) for name in ("row", "task", "label", "before", "after")}
+    return {**columns, **validation_metrics(found, "bce")}
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -> None:
+    settings = TrainConfig(
+        pack=str(make_pack(tmp_path / "pack", test=33)),
+        run_dir="unused",
+        precision="float64",
+        model=ModelConfig(hidden=[8], dropout=0.5),
+        meta=MetaConfig(inner_steps=3, inner_lr=0.5),
+    )
+    alone = scores_of(Mesh(), settings, 256)
+    together, *others = run_ranks(nproc, scores_of, settings, 5)
+    assert alone is not None
+    assert others == [None] * (nproc - 1)
+    for name, value in alone.items():
+        np.testing.assert_allclose(together[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
+    assert not np.allclose(alone["before"], alone["after"])
+
+
+def test_rows_labels_and_tasks_are_those_of_the_pack(tmp_path: Path) -> None:
+    settings = TrainConfig(pack=str(make_pack(tmp_path / "pack")), run_dir="unused")
+    found = scores_of(Mesh(), settings, 7)
+    assert found is not None
+    columns = open_pack(settings.pack).split("test").columns()
+    np.testing.assert_array_equal(found["row"], np.flatnonzero(columns.is_query))
+    np.testing.assert_array_equal(found["label"], columns.label[columns.is_query])
+    np.testing.assert_array_equal(found["task"], columns.task[columns.is_query])

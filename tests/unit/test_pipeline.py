@@ -1,0 +1,113 @@
+"""The main job through the command line, small: logs, pack, training, evaluation, prediction, report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from gmeta.cli import COMMANDS, run
+
+
+def gmeta(*words: object) -> None:
+    assert run([str(word) for word in words]) == 0
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a log, a pack, a run and its plain twin."""
+    out = tmp_path_factory.mktemp("pipeline")
+    gmeta("synth", "--out", out / "log", "--users", 300, "--items", 30)
+    schema = out / "log" / "schema.yaml"
+    gmeta("prepare", "--input", f"[{out}/log/*.parquet]", "--schema", schema, "--out", out / "pack")
+    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--model.hidden", "[8]"]
+    train += ["--schedule.epochs", 2, "--schedule.eval_every", 2]
+    gmeta(*train, "--run_dir", out / "run")
+    gmeta(*train, "--run_dir", out / "plain", "--meta.adapt", "[]")
+    return out
+
+
+def test_a_run_directory_holds_all_of_a_run(out: Path) -> None:
+    run_dir = out / "run"
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["model"]["hidden"] == [8]
+    assert json.loads((run_dir / "environment.json").read_text())["packages"]["torch"]
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in train] == list(range(1, len(train) + 1))
+    shares = [r["input_share"] + r["exchange_share"] + r["compute_share"] for r in train]
+    assert shares == pytest.approx([1.0] * len(train))
+    assert {"loss_before", "loss_after", "auc_after", "gauc_after"} <= {k for r in records for k in r}
+    assert list((run_dir / "tensorboard").iterdir())
+
+
+def test_the_resolved_config_trains_the_same_model(out: Path, tmp_path: Path) -> None:
+    gmeta("train", "--config", out / "run" / "config.yaml", "--run_dir", tmp_path / "again")
+    lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (out / "run", tmp_path / "again")]
+    losses = [[json.loads(line).get("loss") for line in found] for found in lines]
+    assert losses[0] == losses[1]
+
+
+def test_evaluate_and_report(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gmeta("evaluate", "--run_dir", out / "run", "--plain_run", out / "plain", "--resamples", 50)
+    table = capsys.readouterr().out
+    evaluation = json.loads((out / "run" / "evaluation.json").read_text())
+    for variant in ("before", "after", "plain", "plain-finetuned", "item-mean+task-bias", "factor-analysis"):
+        assert variant in table
+        assert variant in evaluation["variants"]
+    assert {"case", "variant", "metric", "value", "unit", "low", "high", "n"} <= evaluation["records"][0].keys()
+    assert evaluation["settings"]["plain-finetuned"]["steps"] in (1, 3, 10)
+    predictions = pq.read_table(out / "run" / "predictions.parquet")
+    assert predictions.num_rows == 30 * 10
+    gmeta("report", "--run_dir", out / "run")
+    page = (out / "run" / "report.html").read_text()
+    assert "plain-finetuned" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_more_steps_at_evaluation_than_in_training(out: Path) -> None:
+    gmeta("evaluate", "--run_dir", out / "run", "--steps", 5, "--inner_lr", 0.3, "--baselines", "false")
+    assert set(json.loads((out / "run" / "evaluation.json").read_text())["variants"]) == {"before", "after"}
+
+
+def test_predict_equals_evaluate(out: Path, tmp_path: Path) -> None:
+    """The same support and query as raw files give the same scores as the pack."""
+    tasks = pq.read_table(out / "pack" / "tasks.parquet").to_pydict()
+    users = {int(k) for k, split in zip(tasks["key"], tasks["split"], strict=True) if split == "test"}
+    log = [row for row in pq.read_table(out / "log" / "part-00000.parquet").to_pylist() if row["user_id"] in users]
+    log.sort(key=lambda row: (row["user_id"], row["timestamp"]))
+    by_user = {user: [row for row in log if row["user_id"] == user] for user in sorted(users)}
+    sides = {"support": slice(None, -10), "query": slice(-10, None)}
+    for name, part in sides.items():
+        rows = [row for found in by_user.values() for row in found[part]]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    files = ("--support", tmp_path / "support.parquet", "--query", tmp_path / "query.parquet")
+    gmeta("predict", "--run_dir", out / "run", *files, "--out", tmp_path / "scores.csv")
+    gmeta("predict", "--run_dir", out / "run", *files, "--out", tmp_path / "scores.parquet")
+    found = pq.read_table(tmp_path / "scores.parquet")
+    gmeta("evaluate", "--run_dir", out / "run", "--baselines", "false")
+    expected = pq.read_table(out / "run" / "predictions.parquet")
+    for ours, theirs in (("score", "after"), ("score_before", "before")):
+        # The order of tasks differs, and with it padding and rounding.
+        assert sorted(found[ours].to_pylist()) == pytest.approx(sorted(expected[theirs].to_pylist()), abs=1e-5)
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == found.num_rows + 1
+
+
+def test_help_does_not_import_torch() -> None:
+    for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
+        code = f"import sys; from gmeta.cli import run\ntry: run({words})\nexcept SystemExit: pass\n"
+        code += "assert not {'torch', 'duckdb', 'pyarrow'} & set(sys.modules), 'heavy import'"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        assert "usage: gmeta" in result.stdout
+
+
+def test_a_wrong_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
