@@ -64,7 +64,7 @@ def resolve(config: PrepareConfig) -> tuple[DataSchema, Settings]:
     task_split = pick("task_split", "user" if schema.partition is None else "column")
     partitions = config.partitions or usual.get("partitions") or {name: name for name in SPLITS}
     by_column = task_split == "column"
-    given_valid = by_column and "valid" in partitions.values() and bool(config.partitions or usual.get("partitions"))
+    given_valid = by_column and "valid" in partitions.values()
     settings = Settings(
         split_query=pick("split_query", "random" if schema.time is None else "last"),
         query_size=None if config.query_ratio is not None else pick("query_size", 10),
@@ -73,7 +73,7 @@ def resolve(config: PrepareConfig) -> tuple[DataSchema, Settings]:
         max_task_rows=pick("max_task_rows", None),
         task_split=task_split,
         partitions=partitions if by_column else {},
-        valid_fraction=pick("valid_fraction", 0.0 if given_valid else 0.1),
+        valid_fraction=(config.valid_fraction or 0.0) if given_valid else pick("valid_fraction", 0.1),
         test_fraction=0.0 if by_column else pick("test_fraction", 0.1),
         shard_mb=config.shard_mb,
         seed=config.seed,

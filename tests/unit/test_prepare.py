@@ -1,6 +1,7 @@
 """gmeta prepare against a slow reference in plain Python, and by what it promises of order, ids and splits."""
 
 import csv
+import gzip
 import hashlib
 import json
 import math
@@ -315,6 +316,34 @@ def test_partition_column_makes_a_task_of_each_user_and_partition(tmp_path: Path
     assert summary["dropped_tasks"] == {"partition b is not in partitions": 15}
     assert summary["splits"]["test"]["cold_tasks"] == pytest.approx(1 - 12 / 30)
     assert not set(by_split["train"]) & set(by_split["valid"])
+
+
+def test_partitions_called_like_the_splits_need_no_mapping(tmp_path: Path):
+    rows = [{**r, "part": ("train", "train", "valid", "test")[int(str(r["user"])) % 4]} for r in large_rows(20, 4)]
+    prepare(config := simple(tmp_path, rows, {**SIMPLE, "partition": "part"}), quiet)
+    assert Counter(splits_of(config.out).values()) == {"train": 10, "valid": 5, "test": 5}
+
+
+@pytest.mark.parametrize("kind", ["crlf", "bom", "gz", "tsv", "quoted"])
+def test_dialects_of_csv_give_the_same_rows(tmp_path: Path, kind: str):
+    config = simple(tmp_path, large_rows(12, 4), SIMPLE)
+    text = (tmp_path / "rows.csv").read_text().replace("\r\n", "\n")
+    (tmp_path / "rows.csv").write_text(text)
+    prepare(config, quiet)
+    other = tmp_path / {"gz": "b.csv.gz", "tsv": "b.tsv"}.get(kind, "b.csv")
+    lines = [",".join(f'"{v}"' for v in line.split(",")) for line in text.splitlines()]
+    data = {
+        "crlf": text.replace("\n", "\r\n").encode(),
+        "bom": text.encode("utf-8-sig"),
+        "gz": gzip.compress(text.encode()),
+        "tsv": text.replace(",", "\t").encode(),
+        "quoted": "\n".join(lines).encode(),
+    }
+    other.write_bytes(data[kind])
+    again = replace(config, input=[str(other)], out=str(tmp_path / "again"))
+    prepare(again, quiet)
+    ours, theirs = tree_bytes(Path(config.out)), tree_bytes(Path(again.out))
+    assert {k for k in ours if ours[k] != theirs[k]} == {"manifest.json"}
 
 
 def test_random_query_is_a_seeded_draw_with_rows_in_time_order(tmp_path: Path):
