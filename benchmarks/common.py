@@ -40,14 +40,13 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each run of each function, in turn, so that what disturbs one disturbs all; one warm-up each."""
+    """Seconds of each run of each function, in turn, so that what disturbs one disturbs all. No warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for repetition in range(repetitions + 1):
+    for _ in range(repetitions):
         for name, function in functions.items():
             start = time.perf_counter()
             function()
-            if repetition:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
