@@ -107,6 +107,7 @@ def command_parser(name: str) -> ArgumentParser:
     parser = ArgumentParser(
         prog=f"gmeta {name}",
         exit_on_error=False,
+        allow_abbrev=False,
         description=command.config.__doc__,
         usage=f"gmeta {name} [--config FILE] [--key VALUE] [--section.key VALUE] ...",
     )
@@ -179,7 +180,7 @@ def run(argv: list[str]) -> int:
         return _launch(parser.prog, nproc, argv)
     try:
         return COMMANDS[name].run(config)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         return _fail(parser.prog, str(error))
     except KeyboardInterrupt:
         return 130

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gmeta.baselines import BaselineRows, baseline_scores
 from gmeta.config import EvaluateConfig, TrainConfig
 from gmeta.data.pack import TaskPack, open_pack
+from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
+from gmeta.data.synthetic import Rows, reference_scores
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -59,6 +60,8 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     predictions = {name: to_predictions(logits, trained.loss) for name, logits in variants.items()}
     if config.baselines:
         predictions |= network_free(pack, split, config.seed)
+    if config.truth is not None:
+        predictions |= truth_scores(pack, split, Path(config.truth))
     _write(config, trained, pack, scores, predictions, notes)
 
 
@@ -131,6 +134,29 @@ def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Float
     return baseline_scores(sides[0], sides[1], seed=seed)
 
 
+def truth_scores(pack: TaskPack, split: PackSplit, log: Path) -> dict[str, Floats]:
+    """What the prior, the posterior and the oracle of a synthetic log score on the split's query rows.
+
+    Raises ValueError where the pack's rows are not of that log, or its vocabulary left items out.
+    """
+    columns = split.columns(("item_id",))
+    values = pq.read_table(pack.vocab_file("item_id")).sort_by("id")["value"].to_numpy().astype(np.int64)
+    if (columns.ids["item_id"] == OOV).any():
+        raise ValueError(f"{pack.path} has items out of vocabulary: the truth of those rows cannot be looked up")
+    item = values[columns.ids["item_id"] - 1]
+    keys = _task_keys(pack)
+    user = np.array([int(keys[task]) for task in split.task_id.tolist()])[columns.task]
+    label = columns.label.astype(np.int64)
+    query = columns.is_query
+    support, asked = (Rows(user[part], item[part], label[part]) for part in (~query, query))
+    return reference_scores(log, support, asked)
+
+
+def _task_keys(pack: TaskPack) -> dict[int, str]:
+    tasks = pq.read_table(pack.tasks_file())
+    return dict(zip(tasks["task_id"].to_pylist(), tasks["key"].to_pylist(), strict=True))
+
+
 def _write(
     config: EvaluateConfig,
     trained: TrainConfig,
@@ -161,7 +187,6 @@ def _write(
 
 def _cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
     """Whether each task's key names no training task, [num_tasks]: a partition may repeat a user."""
-    tasks = pq.read_table(pack.tasks_file())
-    in_train = set(tasks.filter(pc.field("split") == "train")["key"].to_pylist())
-    key_of = dict(zip(tasks["task_id"].to_pylist(), tasks["key"].to_pylist(), strict=True))
-    return np.array([key_of[task] not in in_train for task in split.task_id.tolist()])
+    keys = _task_keys(pack)
+    in_train = {keys[task] for task in pack.split("train").task_id.tolist()}
+    return np.array([keys[task] not in in_train for task in split.task_id.tolist()])

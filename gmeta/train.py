@@ -379,5 +379,6 @@ def _banner(run: Run) -> str:
         f"{train_split.num_tasks:,} tasks, {train_split.num_rows:,} rows; {run.total_steps:,} steps of "
         f"{run.config.loader.tasks_per_batch} tasks on {run.mesh.world_size} process(es), {run.mesh.device}",
         f"{parameters:,} dense parameters; engine: {run.system.learner.engine_reason}",
+        run.system.tables.memory_report(),
     ]
     return "\n".join(lines)

@@ -62,7 +62,7 @@ def test_evaluate_and_report(out: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert variant in table
         assert variant in evaluation["variants"]
     assert {"case", "variant", "metric", "value", "unit", "low", "high", "n"} <= evaluation["records"][0].keys()
-    assert evaluation["settings"]["plain-finetuned"]["steps"] in (1, 3, 10)
+    assert evaluation["settings"]["plain-finetuned"]["steps"] in (1, 3, 10, 30)
     predictions = pq.read_table(out / "run" / "predictions.parquet")
     assert predictions.num_rows == 30 * 10
     gmeta("report", "--run_dir", out / "run")
