@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gmeta.batch import TaskBatch
 from gmeta.config import CLICK_METRICS, LossName
 from gmeta.data.loader import TaskLoader
 from gmeta.data.shards import PackSplit
-from gmeta.embedding.exchange import LookupPlan
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss
 from gmeta.metrics import metric
 from gmeta.parallel.collectives import gather_to_rank_0
-from gmeta.system import System
+from gmeta.system import Prepared, System
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -49,22 +48,23 @@ def score(
     """
     mesh = system.mesh
     learner = learner or system.learner
-    loader: TaskLoader[tuple[TaskBatch, LookupPlan]] = TaskLoader(
+    loader: TaskLoader[Prepared] = TaskLoader(
         split,
         tasks_per_batch=max(tasks_per_batch, mesh.world_size),
         seed=0,
         rank=mesh.rank,
         world_size=mesh.world_size,
         shuffle=False,
-        transform=system.plan,
+        transform=partial(system.prepare, learner=learner),
     )
     parts: list[tuple[torch.Tensor, ...]] = []
     learner.eval()
     with loader:
-        for batch, plan in loader:
-            rows, _ = system.fetch(plan)
+        for prepared in loader:
+            batch = prepared.batch
+            rows, _ = system.fetch(prepared.lookup)
             with system.precision():
-                before, after = learner.predict(rows, batch, steps=steps, inner_lr=inner_lr)
+                before, after = learner.predict(rows, batch, steps=steps, inner_lr=inner_lr, plan=prepared.index)
             mask = batch.query.mask
             values = (batch.query.row, batch.query.label, before, after)
             parts.append(tuple(v[mask].cpu() for v in values))

@@ -11,15 +11,25 @@ import torch
 from torch import Tensor
 
 from gmeta import checkpoint
-from gmeta.batch import EmbeddedRows, TaskBatch, to_device
+from gmeta.batch import EmbeddedRows, TaskBatch, map_tensors, to_device
 from gmeta.config import TrainConfig
 from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.embedding.exchange import LookupPlan, fetch, plan_lookup
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
+from gmeta.meta.rows import Plan
 from gmeta.models import build_model
 from gmeta.parallel.mesh import Mesh
 from gmeta.rundir import read_config, read_schema
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch on this rank's device, and the index work done ahead of its step."""
+
+    batch: TaskBatch
+    lookup: LookupPlan  # which rows to fetch, from whom
+    index: Plan  # which of them each feature of each task reads
 
 
 @dataclass(frozen=True)
@@ -32,10 +42,16 @@ class System:
     dtype: torch.dtype
     autocast: bool
 
-    def plan(self, batch: TaskBatch) -> tuple[TaskBatch, LookupPlan]:
-        """The batch on this rank's device, and its lookup plan; runs in the loader's thread."""
-        plan = plan_lookup(self.tables, batch)
-        return to_device(batch, self.mesh.device, self.dtype), plan
+    def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Prepared:
+        """All index work of a batch, for its own learner or another; needs no rows, so the loader's thread does it."""
+        lookup = plan_lookup(self.tables, batch)
+        num_rows = {name: max(1, group.rows.numel()) for name, group in lookup.groups.items()}
+        index = (learner or self.learner).plan(lookup.support, lookup.query, num_rows, batch)
+        return Prepared(
+            to_device(batch, self.mesh.device, self.dtype),
+            lookup,
+            map_tensors(index, lambda t: t.to(self.mesh.device, non_blocking=True)),
+        )
 
     def fetch(self, plan: LookupPlan, stop: bool = False) -> tuple[EmbeddedRows, bool]:
         """Fetch the plan's rows; collective. Also whether any rank asked to stop."""

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from gmeta import checkpoint
-from gmeta.batch import TaskBatch
+from gmeta.batch import RowGradients, TaskBatch
 from gmeta.config import TrainConfig
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.embedding.exchange import LookupPlan, RowGradients, return_gradients
+from gmeta.embedding.exchange import return_gradients
 from gmeta.optim.dense import clip_scale, dense_optimizer, global_norm, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.collectives import GradientBuckets, all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.rundir import prepare_run_dir, run_lock
 from gmeta.scoring import score, validation_metrics
-from gmeta.system import System, build_system
+from gmeta.system import Prepared, System, build_system
 from gmeta.tracking import RunLog
 
 EXIT_STOPPED = 75
@@ -60,7 +60,7 @@ class Run:
     dense: torch.optim.Optimizer
     sparse: SparseOptimizer
     buckets: GradientBuckets
-    loader: TaskLoader[tuple[TaskBatch, LookupPlan]]
+    loader: TaskLoader[Prepared]
     pack: TaskPack
     log: RunLog
     total_steps: int
@@ -95,22 +95,22 @@ class Stopwatch:
         self.last = now
 
 
-def train_step(run: Run, batch: TaskBatch, plan: LookupPlan, watch: Stopwatch) -> tuple[dict[str, float], bool]:
+def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> tuple[dict[str, float], bool]:
     """One optimizer step on one global batch; returns its global statistics and whether a rank asked to stop.
 
     ids -> rows (AlltoAll) -> inner and outer loop -> gradients home (AlltoAll, AllReduce) -> one update a row.
     """
-    system, mesh = run.system, run.mesh
-    rows, stop = system.fetch(plan, run.stop.is_set())
+    system, mesh, batch = run.system, run.mesh, prepared.batch
+    rows, stop = system.fetch(prepared.lookup, run.stop.is_set())
     watch.lap("exchange")
 
     with system.precision():
-        loss, output = system.learner(rows, batch)
+        loss, output = system.learner(rows, batch, prepared.index)
     loss.backward()
     watch.lap("compute")
 
     run.buckets.flush()
-    row_gradients = return_gradients(system.tables, plan, rows, mesh)
+    row_gradients = return_gradients(system.tables, prepared.lookup, rows, mesh)
     run.buckets.finish()
     sums = _batch_sums(loss, output.support_loss, batch)
     sums = all_reduce_sum(sums, mesh)
@@ -178,7 +178,7 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
     pack = open_pack(config.pack)
     split = pack.split("train")
     system = build_system(config, pack.schema, mesh)
-    loader: TaskLoader[tuple[TaskBatch, LookupPlan]] = TaskLoader(
+    loader: TaskLoader[Prepared] = TaskLoader(
         split,
         tasks_per_batch=config.loader.tasks_per_batch,
         seed=config.seed,
@@ -187,7 +187,7 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         window_batches=config.loader.window_batches,
         prefetch=config.loader.prefetch,
         resample=config.loader.resample,
-        transform=system.plan,
+        transform=system.prepare,
     )
     total = config.schedule.epochs * loader.batches_per_epoch
     if config.schedule.max_steps:
@@ -287,10 +287,10 @@ def training_loop(run: Run) -> bool:
     batches = iter(run.loader)
     while run.progress.step < run.total_steps:
         watch = Stopwatch(run.mesh.device)
-        batch, plan = next(batches)
+        prepared = next(batches)
         watch.lap("input")
-        stats, stop = train_step(run, batch, plan, watch)
-        _log_step(run, batch, stats, watch)
+        stats, stop = train_step(run, prepared, watch)
+        _log_step(run, prepared.batch, stats, watch)
 
         step = run.progress.step
         last = step == run.total_steps

@@ -47,7 +47,7 @@ def run_steps(mesh: Mesh, settings: TrainConfig, steps: int) -> dict[str, Any]:
     trace = []
     with run.loader:
         for _ in range(steps):
-            stats, _ = train_step(run, *next(run.loader), Stopwatch(mesh.device))
+            stats, _ = train_step(run, next(run.loader), Stopwatch(mesh.device))
             trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
     run.buckets.close()
     dense = {name: p.detach().numpy().copy() for name, p in run.system.learner.named_parameters()}
