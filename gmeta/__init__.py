@@ -1,0 +1,74 @@
+"""gmeta: recommendation models that adapt to new users, items and scenarios. The command line is `gmeta --help`.
+
+Names are imported when they are first used, so that `import gmeta` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gmeta.batch import Bag, EmbeddedRows, Examples, TaskBatch
+    from gmeta.config import TrainConfig
+    from gmeta.data.loader import TaskLoader
+    from gmeta.data.pack import PackWriter, open_pack, verify_pack
+    from gmeta.data.schema import Feature, NumericColumn, PackSchema
+    from gmeta.embedding.exchange import fetch, plan_lookup, return_gradients
+    from gmeta.embedding.table import ShardedTables, TableSpec
+    from gmeta.meta.learner import MetaLearner
+    from gmeta.models import build_model
+    from gmeta.optim.sparse import SparseOptimizer
+    from gmeta.parallel.collectives import all_reduce_sum
+    from gmeta.parallel.mesh import close_mesh, open_mesh
+
+_HOMES = {
+    "gmeta.batch": ("Bag", "EmbeddedRows", "Examples", "TaskBatch"),
+    "gmeta.config": ("TrainConfig",),
+    "gmeta.data.loader": ("TaskLoader",),
+    "gmeta.data.pack": ("PackWriter", "open_pack", "verify_pack"),
+    "gmeta.data.schema": ("Feature", "NumericColumn", "PackSchema"),
+    "gmeta.embedding.exchange": ("fetch", "plan_lookup", "return_gradients"),
+    "gmeta.embedding.table": ("ShardedTables", "TableSpec"),
+    "gmeta.meta.learner": ("MetaLearner",),
+    "gmeta.models": ("build_model",),
+    "gmeta.optim.sparse": ("SparseOptimizer",),
+    "gmeta.parallel.collectives": ("all_reduce_sum",),
+    "gmeta.parallel.mesh": ("close_mesh", "open_mesh"),
+}
+
+__all__ = [
+    "Bag",
+    "EmbeddedRows",
+    "Examples",
+    "Feature",
+    "MetaLearner",
+    "NumericColumn",
+    "PackSchema",
+    "PackWriter",
+    "ShardedTables",
+    "SparseOptimizer",
+    "TableSpec",
+    "TaskBatch",
+    "TaskLoader",
+    "TrainConfig",
+    "all_reduce_sum",
+    "build_model",
+    "close_mesh",
+    "fetch",
+    "open_mesh",
+    "open_pack",
+    "plan_lookup",
+    "return_gradients",
+    "verify_pack",
+]
+
+__version__ = version("gmeta")
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'gmeta' has no attribute {name!r}")
