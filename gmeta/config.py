@@ -27,9 +27,11 @@ class ModelConfig:
     """The model: which file of gmeta/models, and its sizes."""
 
     name: str = "melu"
-    """Model to train: melu or dlrm (one file each under gmeta/models)."""
+    """Model to train: melu, dlrm or taste (one file each under gmeta/models)."""
     features: list[str] = field(default_factory=list)
     """Categorical features to use; empty means all in the pack."""
+    task_features: list[str] = field(default_factory=list)
+    """Those of them that describe the task (such as a user's age), for taste; all others describe the item."""
     numeric: bool = True
     """Use the pack's numeric columns."""
     embedding_dim: int = 16
@@ -37,11 +39,11 @@ class ModelConfig:
     hidden: list[int] = field(default_factory=lambda: [64, 64])
     """Widths of the hidden layers on top of the embeddings."""
     bottom: list[int] = field(default_factory=lambda: [64])
-    """Widths of dlrm's bottom MLP over numeric columns; the embedding dimension is appended."""
+    """Widths of dlrm's network over numeric columns, or of taste's over items; the embedding dimension is appended."""
     layer_norm: bool = False
-    """Layer norm after each hidden layer."""
+    """Layer norm after each hidden layer (melu, dlrm)."""
     dropout: float = 0.0
-    """Dropout after each hidden layer, seeded per (seed, step, task)."""
+    """Dropout after each hidden layer (taste: on the item's embeddings), seeded per (seed, step, task)."""
 
     def __post_init__(self) -> None:
         _require(self.embedding_dim > 0, "model.embedding_dim", self.embedding_dim, "must be at least 1")
@@ -67,12 +69,16 @@ class MetaConfig:
     """Learn one inner rate per adapted layer and step."""
     inner_loss: LossName | None = None
     """Loss of the inner loop; the training loss when unset."""
+    inner_prior: float = 0.0
+    """Pseudo-rows: the inner loss is the sum of a task's support losses / (rows + inner_prior), so that small
+    supports move less."""
     engine: Literal["auto", "factored", "reference"] = "auto"
     """auto takes the factored engine where it can and says so where it cannot."""
 
     def __post_init__(self) -> None:
         _require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
         _require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
+        _require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +309,8 @@ class EvaluateConfig:
     plain_run: str | None = None
     """A run of the same model trained with `meta.adapt: []`: adds the variants plain and plain-finetuned,
     the latter with steps and rate tuned on the valid split."""
+    truth: str | None = None
+    """Directory made by `gmeta synth`: adds what its prior, posterior and oracle score, the frame of any model."""
     baselines: bool = True
     """Measure the baselines too."""
     resamples: int = 1000

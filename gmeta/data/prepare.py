@@ -311,13 +311,21 @@ def _learn(con: Connection, schema: DataSchema, scratch: Path, shards: list[Shar
         task=schema.task,
         item=schema.item,
         time=schema.time,
+        label_mean=_label_mean(con, train),
     )
+
+
+def _label_mean(con: Connection, train: str) -> float:
+    """Mean training label, the same bits whatever order the rows come in."""
+    scale = _label_scale(con, train)
+    query = f"SELECT {_exact_sum('CAST(label AS DOUBLE)', scale)}, count(*) FROM {train}"
+    total, count = con.execute(query).fetchall()[0]
+    return float(total or 0) / scale / max(int(count), 1)
 
 
 def _item_statistics(con: Connection, train: str) -> None:
     """Tables `item_folds` and `item_totals`: rows and label sum of every item, by fold and in all (NULL: all items)."""
-    largest = scalar(con, f"SELECT max(abs(CAST(label AS DOUBLE))) FROM {train}")
-    scale = _fixed_point(largest)
+    scale = _label_scale(con, train)
     con.execute(f"""
         CREATE TABLE item_sums AS SELECT item AS value, fold, {_exact_sum("CAST(label AS DOUBLE)", scale)} AS total,
             count(*) AS count FROM {train} GROUP BY ALL""")
@@ -325,6 +333,10 @@ def _item_statistics(con: Connection, train: str) -> None:
     con.execute(f"CREATE TABLE item_folds AS SELECT value, fold, {sums} GROUP BY value, fold")
     con.execute(f"""CREATE TABLE item_totals AS SELECT value, {sums} GROUP BY value
                     UNION ALL SELECT NULL, {sums}""")
+
+
+def _label_scale(con: Connection, train: str) -> float:
+    return _fixed_point(float(scalar(con, f"SELECT max(abs(CAST(label AS DOUBLE))) FROM {train}") or 0.0))
 
 
 def _fixed_point(largest: float | None) -> float:

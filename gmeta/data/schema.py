@@ -52,6 +52,7 @@ class PackSchema:
     task: str
     item: str | None = None
     time: str | None = None
+    label_mean: float = 0.0  # over training rows: where a model's output starts
 
     def feature(self, name: str) -> Feature:
         """The feature called `name`; ValueError naming the known ones otherwise."""

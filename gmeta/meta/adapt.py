@@ -41,6 +41,7 @@ class InnerLoop:
     second_order: bool
     rates: Tensor
     dropout_key: BatchKey | None  # None: dropout is off
+    prior: float = 0.0  # pseudo-rows: a step follows (sum of row losses) / (rows + prior)
 
 
 def resolve(adapt: Sequence[str], model: nn.Module, embedding_features: Sequence[str]) -> Adapted:

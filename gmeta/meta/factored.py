@@ -117,10 +117,15 @@ def _inner_step(
     logits, taped = _forward(model, loop, fast, batch.support, {**seen, **read}, batch, plan, step + 1)
     with _no_autocast(logits):
         loss = task_mean(loop.loss(logits, batch.support.label), batch.support.mask)
+        num_rows = batch.support.mask.sum(-1).clamp(min=1).to(loss.dtype)
         targets = [out for _, out in taped.sites.values()] + list(taped.values.values()) + list(read.values())
         grads: Iterator[Tensor] = iter(
             torch.autograd.grad(
-                loss.sum(), targets, create_graph=loop.second_order, materialize_grads=True, allow_unused=True
+                (loss * (num_rows / (num_rows + loop.prior))).sum(),
+                targets,
+                create_graph=loop.second_order,
+                materialize_grads=True,
+                allow_unused=True,
             )
         )
         rates, adapted = -loop.rates[step], loop.adapted

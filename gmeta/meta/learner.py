@@ -34,7 +34,8 @@ class MetaLearner(nn.Module):
     mean over support and query rows. `inner_lr` is one number, or with `learn_inner_lr` the start of a parameter
     [inner_steps, groups], one group for each module with adapted parameters and one for all embeddings
     (`rate_names`). `engine` is factored, reference, or auto: factored where it can adapt the model, which the first
-    batch decides; `engine_reason` then says what was taken and why.
+    batch decides; `engine_reason` then says what was taken and why. With `inner_prior` pseudo-rows, the inner loss is
+    the sum of a task's support losses / (its rows + inner_prior), so that a small support moves less.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class MetaLearner(nn.Module):
         learn_inner_lr: bool = False,
         loss: str = "bce",
         inner_loss: str | None = None,
+        inner_prior: float = 0.0,
         engine: Literal["auto", "factored", "reference"] = "auto",
         seed: int = 0,
     ) -> None:
@@ -62,6 +64,7 @@ class MetaLearner(nn.Module):
         self.initial_inner_lr = inner_lr
         self.loss = row_loss(loss)
         self.inner_loss = row_loss(inner_loss or loss)
+        self.inner_prior = inner_prior
         self.seed = seed
         self.engine: str = engine
         self.engine_reason = "auto: not chosen yet" if engine == "auto" else f"{engine}, as configured"
@@ -161,7 +164,7 @@ class MetaLearner(nn.Module):
             rates = self.inner_lr[:steps]
         else:
             rates = torch.cat([self.inner_lr, self.inner_lr[-1:].expand(steps - self.inner_steps, -1)])
-        return InnerLoop(self.adapted, self.inner_loss, self.second_order, rates, key)
+        return InnerLoop(self.adapted, self.inner_loss, self.second_order, rates, key, self.inner_prior)
 
     def _run(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
         dims = {name: rows.weights[lookup.group].shape[1] for name, lookup in rows.support.items()}

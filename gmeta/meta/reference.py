@@ -69,15 +69,20 @@ def _adapt(
     for step, rates in enumerate(loop.rates):
         logits = _score(model, loop, rows, batch, side, state, step + 1)
         with torch.autocast(logits.device.type, enabled=False):
-            loss = loop.loss(logits, side.label).mean()
+            losses = loop.loss(logits, side.label)
+            objective = losses.sum() / (len(losses) + loop.prior)
             grads = torch.autograd.grad(
-                loss, list(state.values()), create_graph=loop.second_order, allow_unused=True, materialize_grads=True
+                objective,
+                list(state.values()),
+                create_graph=loop.second_order,
+                allow_unused=True,
+                materialize_grads=True,
             )
         state = {
             key: value - (rates[0] if key[0] == "table" else rates[loop.adapted.rate_of(key[1])]) * grad
             for (key, value), grad in zip(state.items(), grads, strict=True)
         }
-        first = loss.detach() if step == 0 else first
+        first = losses.detach().mean() if step == 0 else first
     return state, first
 
 

@@ -32,6 +32,7 @@ class DLRM(nn.Module):
         hidden: Sequence[int],
         layer_norm: bool = False,
         dropout: float = 0.0,
+        base_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.features = tuple(features)
@@ -45,6 +46,7 @@ class DLRM(nn.Module):
         widths = [num_products + (embedding_dim if num_numeric else 0), *hidden]
         self.top = _network(widths, layer_norm, dropout)
         self.output = nn.Linear(widths[-1], 1)
+        nn.init.constant_(self.output.bias, base_rate)
         self.pairs: Tensor
         left, right = torch.triu_indices(num_vectors, num_vectors, 1)
         self.register_buffer("pairs", left * num_vectors + right, persistent=False)

@@ -27,6 +27,7 @@ class MeLU(nn.Module):
         hidden: Sequence[int],
         layer_norm: bool = False,
         dropout: float = 0.0,
+        base_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.features = tuple(features)
@@ -36,6 +37,7 @@ class MeLU(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) if layer_norm else nn.Identity() for width in hidden)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(widths[-1], 1)
+        nn.init.constant_(self.output.bias, base_rate)
         self.decision_layers = ("layers", "norms", "output")
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:

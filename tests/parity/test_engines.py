@@ -218,6 +218,24 @@ def test_losses(loss: str, inner_loss: str | None) -> None:
     assert_same(fast, slow)
 
 
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_pseudo_rows(order: str) -> None:
+    problem, model = make_problem(), Net().double()
+    fast, slow = both(problem, model, inner_prior=2.5, inner_steps=3, order=order)
+    assert_same(fast, slow)
+    without, _ = both(problem, model, inner_steps=3, order=order)
+    assert_same({"first": fast["support_loss"]}, {"first": without["support_loss"]})
+    assert (fast["loss"] - without["loss"]).abs() > 1e-4
+
+
+def test_pseudo_rows_scale_a_tasks_steps_by_its_rows() -> None:
+    """n / (n + prior) of the rate: with n = 4 rows everywhere, a prior of 4 halves it."""
+    problem, model = make_problem(support=(4, 4, 4, 4)), Net().double()
+    half, _ = both(problem, model, inner_lr=0.15)
+    same, _ = both(problem, model, inner_prior=4.0)
+    assert_same(same, half)
+
+
 @pytest.mark.parametrize("adapt", [["embeddings", "dense"], []])
 def test_dropout_is_the_same_in_any_slot_and_engine(adapt: list[str]) -> None:
     problem, model = make_problem(), Net(dropout=0.4).double()

@@ -1,0 +1,122 @@
+"""A factor model whose user factors are adapted: items become vectors, a task weighs them.
+
+The tower that turns an item's features into a vector is shared by all tasks. What a task adapts is small and enters
+linearly or nearly so: weights over the item vector, an offset, and the last layer of a small network that corrects the
+product. The support thereby acts like the fold-in of a new user into a matrix factorisation, and a few inner steps
+solve for it, while the outer loop learns item vectors for which that works.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Shift(nn.Module):
+    """Adds a vector that starts at 0. A module of its own, so that it has an inner rate of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return x + self.value
+
+
+class Taste(nn.Module):
+    """Item vector x in `embedding_dim` dimensions, weights w, and a ReLU network over [x, w * x, their product].
+
+        z = [embeddings of item features, numeric columns]    t = [embeddings of `task_features`, numeric columns]
+        x = norm(tower(z) + skip(z))                          [..., d]
+        w = taste + prior(t)                                  [..., d]
+        y = item_bias(z) + offset + prior_bias(t) + sum(w * x) / sqrt(d)
+        logit = y + output(relu(shift(correction([x, w * x, y - base_rate]))))
+
+    `taste`, `offset`, `shift` and `output` are what `decision` adapts. The first two start at 0 and, like `prior`,
+    leave it to the item bias to predict what the average task would say. `features` that are not in `task_features`
+    describe the item; numeric columns may describe either and go both ways. Dropout is on the item's embeddings.
+    """
+
+    head = "output"
+    decision_layers = ("taste", "offset", "shift", "output")
+
+    def __init__(
+        self,
+        features: Sequence[str],
+        *,
+        task_features: Sequence[str],
+        embedding_dim: int,
+        num_numeric: int,
+        bottom: Sequence[int],
+        hidden: Sequence[int],
+        dropout: float = 0.0,
+        base_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.features = tuple(features)
+        self.task_features = tuple(name for name in self.features if name in task_features)
+        self.item_features = tuple(name for name in self.features if name not in task_features)
+        if not self.item_features:
+            raise ValueError("model.task_features names every feature: taste needs some that describe the item")
+        if not hidden:
+            raise ValueError("model.hidden is []: taste needs at least one hidden layer")
+        self.num_numeric = num_numeric
+        self.base_rate = base_rate
+        num_inputs = len(self.item_features) * embedding_dim + num_numeric
+        self.dropout = nn.Dropout(dropout)
+        self.tower = _network([num_inputs, *bottom, embedding_dim])
+        self.skip = nn.Linear(num_inputs, embedding_dim, bias=False)
+        self.norm = nn.LayerNorm(embedding_dim)
+        self.item_bias = _zero(nn.Linear(num_inputs, 1))
+        num_task_inputs = len(self.task_features) * embedding_dim + num_numeric
+        self.prior = _zero(nn.Linear(num_task_inputs, embedding_dim + 1, bias=False)) if num_task_inputs else None
+        self.taste = Shift(embedding_dim)
+        self.offset = Shift(1)
+        widths = [2 * embedding_dim + 1, *hidden]
+        self.correction = _network(widths)
+        self.shift = Shift(widths[-1])
+        self.gain = nn.Parameter(torch.ones(widths[-1]))
+        self.output = nn.Linear(widths[-1], 1, bias=False)
+        nn.init.normal_(self.output.weight, std=0.05)
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        """Dense [..., F] and one [..., d] for each feature -> logits [...]."""
+        z = self.dropout(torch.cat([embedded[name] for name in self.item_features], -1))
+        if self.num_numeric:
+            z = torch.cat([z, dense], -1)
+        x = self.norm(self.tower(z) + self.skip(z))
+        prior, prior_bias = self._prior(x, dense, embedded)
+        product = x * self.taste(prior)
+        y = self.item_bias(z) + self.offset(prior_bias) + product.sum(-1, keepdim=True) / math.sqrt(x.shape[-1])
+        h = F.relu(self.shift(self.correction(torch.cat([x, product, y], -1)))) * self.gain
+        logits: Tensor = (y + self.output(h)).squeeze(-1) + self.base_rate
+        return logits
+
+    def _prior(self, x: Tensor, dense: Tensor, embedded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """What the task's features say of its weights [..., d] and its offset [..., 1]; 0 without any."""
+        if self.prior is None:
+            return torch.zeros_like(x), torch.zeros_like(x[..., :1])
+        parts = [embedded[name] for name in self.task_features] + ([dense] if self.num_numeric else [])
+        out = self.prior(torch.cat(parts, -1))
+        return out[..., :-1], out[..., -1:]
+
+
+def _network(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers with ReLU between them, none after the last."""
+    layers: list[nn.Module] = []
+    for num_in, num_out in itertools.pairwise(widths):
+        layers += [nn.ReLU(), nn.Linear(num_in, num_out)]
+    return nn.Sequential(*layers[1:])
+
+
+def _zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
