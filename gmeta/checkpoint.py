@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from gmeta.parallel.collectives import raise_together
+from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 
 FORMAT_VERSION = 1
@@ -77,7 +77,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
 
 def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-    with _single_process_is_fine():
+    with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_save(
             {name: t.contiguous() for name, t in sorted(tensors.items())},
             storage_writer=writer,
@@ -170,7 +170,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     if differences:
         shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
         raise ValueError(f"checkpoint {path} is of another model: {shown}")
-    with _single_process_is_fine():
+    with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)
 
 

@@ -34,7 +34,8 @@ _LOST = (
 
 
 @contextmanager
-def _naming_lost_peers(mesh: Mesh) -> Iterator[None]:
+def naming_lost_peers(mesh: Mesh) -> Iterator[None]:
+    """Turns the backend's complaint about a peer that is gone into `PeerLost`, with the cure."""
     try:
         yield
     except RuntimeError as error:
@@ -89,7 +90,7 @@ class Pending:
     def wait(self) -> Tensor:
         """The result, once it is there."""
         if self.work is not None:
-            with _naming_lost_peers(self.mesh):
+            with naming_lost_peers(self.mesh):
                 self.work.wait()
         return self.result
 
@@ -103,7 +104,7 @@ def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], mesh: 
     if mesh.row_group is None:
         return Pending(rows, None, mesh)
     out = rows.new_empty((sum(receive), *rows.shape[1:]))
-    with _naming_lost_peers(mesh):
+    with naming_lost_peers(mesh):
         work = dist.all_to_all_single(
             out, rows.contiguous(), list(receive), list(send), group=mesh.row_group, async_op=True
         )
@@ -217,7 +218,7 @@ def _parts(bucket: Sequence[torch.nn.Parameter], flat: Tensor) -> Iterator[tuple
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None, mesh: Mesh) -> Pending:
     if group is None:
         return Pending(tensor, None, mesh)
-    with _naming_lost_peers(mesh):
+    with naming_lost_peers(mesh):
         return Pending(tensor, dist.all_reduce(tensor, op, group=group, async_op=True), mesh)
 
 
@@ -238,7 +239,7 @@ def broadcast_(tensors: Iterable[Tensor], mesh: Mesh) -> None:
     """Overwrite `tensors` (parameters, buffers) with rank 0's, in place."""
     if mesh.dense_group is None:
         return
-    with _naming_lost_peers(mesh), torch.no_grad():
+    with naming_lost_peers(mesh), torch.no_grad():
         for tensor in tensors:
             value = tensor.detach().contiguous()
             dist.broadcast(value, src=0, group=mesh.dense_group)
@@ -250,7 +251,7 @@ def broadcast_from_rank_0(value: float, mesh: Mesh) -> float:
     if mesh.control_group is None:
         return value
     tensor = torch.tensor([value], dtype=torch.float64)
-    with _naming_lost_peers(mesh):
+    with naming_lost_peers(mesh):
         dist.broadcast(tensor, src=0, group=mesh.control_group)
     return tensor.item()
 
@@ -275,7 +276,7 @@ def _gather_bytes(payload: Tensor, mesh: Mesh) -> list[Tensor]:
     if mesh.control_group is None:
         return [payload]
     parts = []
-    with _naming_lost_peers(mesh):
+    with naming_lost_peers(mesh):
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(mesh.world_size)]
         dist.all_gather(sizes, torch.tensor([payload.numel()]), group=mesh.control_group)
         if mesh.rank != 0:
@@ -307,7 +308,7 @@ def raise_together(error: Exception | None, mesh: Mesh) -> None:
         if error is not None:
             mine[: 2 + len(text)] = torch.tensor([1, kind, *text], dtype=torch.uint8)
         heard = [torch.empty_like(mine) for _ in range(mesh.world_size)]
-        with _naming_lost_peers(mesh):
+        with naming_lost_peers(mesh):
             dist.all_gather(heard, mine, group=mesh.control_group)
         if error is None:
             for failed, kind, *rest in (message.tolist() for message in heard):

@@ -162,6 +162,8 @@ def _verdict(context: SubprocessContext, result: RunProcsResult | None) -> int:
             f"gmeta: error: rank {first} (pid {pid}) {how}; the other workers were stopped. "
             "Run it again; training continues from its last checkpoint with --resume true"
         )
+        witnesses = [text for rank in failed if rank not in causes and (text := _last_words(context, rank))]
+        messages += witnesses[:1]
     if messages:
         print("\n".join(messages), file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code

@@ -55,7 +55,7 @@ def test_a_killed_rank_is_named_once(tmp_path):
     assert err.startswith("gmeta: error: rank 1 (pid ")
     assert "was killed by SIGKILL" in err
     assert "--resume true" in err
-    assert len(err.splitlines()) == 1, err
+    assert err.count("gmeta: error") == 1, err
     assert (tmp_path / "rank-0").read_text() == "2.0 2 3"  # the user's own choice of threads stays
 
 

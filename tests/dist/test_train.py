@@ -101,3 +101,22 @@ def test_fewer_tasks_than_workers_is_refused(tmp_path: Path) -> None:
     settings = config(make_pack(tmp_path / "pack"), loader=LoaderConfig(tasks_per_batch=1))
     with pytest.raises(AssertionError, match=r"tasks_per_batch is 1, world size is 2"):
         run_ranks(2, run_steps, settings, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 3, 4])
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("adapt", [["embeddings", "dense"], ["dense"], ["head"], ["embeddings.item"], ["decision"], []])
+@pytest.mark.parametrize("model", ["melu", "dlrm", "taste"])
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+def test_matrix_equals_one_process(
+    tmp_path: Path, engine: str, model: str, adapt: list[str], order: str, nproc: int
+) -> None:
+    settings = config(
+        make_pack(tmp_path / "pack"),
+        model=ModelConfig(name=model, hidden=[6], bottom=[6], embedding_dim=4, dropout=0.1, task_features=["group"]),
+        meta=MetaConfig(inner_steps=2, inner_lr=0.3, learn_inner_lr=True, adapt=adapt, order=order, engine=engine),
+        loader=LoaderConfig(tasks_per_batch=7, window_batches=3, resample=True),
+    )
+    steps = 4 if engine == "reference" else 20
+    assert_same(run_ranks(nproc, run_steps, settings, steps)[0], run_steps(Mesh(), settings, steps), 1e-9)

@@ -16,6 +16,8 @@ import pytest
 from packs import make_pack
 from safetensors.torch import load_file
 
+from gmeta import checkpoint
+
 pytestmark = pytest.mark.faults
 
 STEPS = 60
@@ -137,3 +139,21 @@ def test_resume_on_another_world_size(tmp_path: Path) -> None:
     ]
     assert len(losses[0]) == STEPS
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_rank_that_hangs_ends_the_run_in_time(tmp_path: Path) -> None:
+    """A stopped process answers nothing: the others give up after timeout_s, and the message says what to do."""
+    pack = make_pack(tmp_path / "pack")
+    run_dir = tmp_path / "run"
+    words = [*command(pack, run_dir, resume=False), "--timeout_s", "5", "--schedule.max_steps", "100000"]
+    process = start(words)
+    wait_for_step(process, run_dir, 10)
+    saved = checkpoint.steps_saved(run_dir / "checkpoints")
+    victim = workers(process)[-1]
+    victim.suspend()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode not in (0, 2, 75)
+    assert "Traceback" not in err
+    assert "did not answer within 5 s" in err, err
+    assert checkpoint.steps_saved(run_dir / "checkpoints")[: len(saved)] == saved
+    assert not victim.is_running()
