@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from gmeta.data.shards import checksum_file
 from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 
@@ -91,7 +91,7 @@ def _seal(partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
     try:
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         files = sorted(path for path in partial.iterdir() if path.is_file())
-        sums = {path.name: {"bytes": path.stat().st_size, "xxh3": file_checksum(path)} for path in files}
+        sums = {path.name: {"bytes": path.stat().st_size, "xxh3": checksum_file(path)} for path in files}
         (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
         for path in [*files, partial / "checksums.json", partial]:
             sync(path)
@@ -110,15 +110,6 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3-64 of a file, hexadecimal."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return str(digest.hexdigest())
 
 
 def _first_failure(error: CheckpointException) -> Exception:
@@ -141,7 +132,7 @@ def read_state(path: Path) -> dict[str, Any]:
             file = path / name
             if file.stat().st_size != expected["bytes"]:
                 raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}: {cure}")
-            if file_checksum(file) != expected["xxh3"]:
+            if checksum_file(file) != expected["xxh3"]:
                 raise ValueError(f"{file} is damaged (its checksum differs): {cure}")
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:

@@ -24,7 +24,7 @@ from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.rundir import read_config
 from gmeta.scoring import Floats, Scores, score, to_predictions, validation_metrics
 from gmeta.slices import evaluation_records, print_headline, write_evaluation
-from gmeta.system import System, load_system
+from gmeta.system import System, build_learner, load_system
 
 FINETUNE_STEPS = (1, 3, 10)
 FINETUNE_LR = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -74,20 +74,7 @@ def _plain_variants(
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
     tuned = replace(trained.meta, learn_inner_lr=False, order="first")
-    learner = MetaLearner(
-        plain.learner.model,
-        embedding_features=plain.learner.embedding_features,
-        adapt=tuned.adapt,
-        order=tuned.order,
-        inner_steps=tuned.inner_steps,
-        inner_lr=tuned.inner_lr,
-        learn_inner_lr=False,
-        loss=plain_config.loss,
-        inner_loss=tuned.inner_loss,
-        inner_prior=tuned.inner_prior,
-        engine=tuned.engine,
-        seed=plain_config.seed,
-    ).to(mesh.device, plain.dtype)
+    learner = build_learner(plain.learner.model, plain_config, tuned).to(mesh.device, plain.dtype)
     steps, rate = _tune(config, plain, learner, plain_config, pack, mesh)
     notes["plain-finetuned"] = {"adapt": tuned.adapt, "steps": steps, "inner_lr": rate}
     scores = score(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmeta import checkpoint
 from gmeta.batch import EmbeddedRows, TaskBatch, map_tensors, to_device
-from gmeta.config import TrainConfig
+from gmeta.config import MetaConfig, TrainConfig
 from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.embedding.exchange import LookupPlan, fetch, plan_lookup
 from gmeta.embedding.table import ShardedTables, TableSpec
@@ -81,8 +81,8 @@ def table_specs(schema: PackSchema, features: tuple[str, ...], dim: int) -> list
     return list(specs.values())
 
 
-def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: list[str] | None = None) -> System:
-    """Build model, learner and tables with the config's seed; `adapt` overrides the adapted set.
+def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
+    """Build model, learner and tables with the config's seed.
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
@@ -93,21 +93,8 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: 
         )
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     model = build_model(config.model, schema, seed=config.seed).to(mesh.device, dtype)
-    features = cast(tuple[str, ...], model.features)
-    learner = MetaLearner(
-        model,
-        embedding_features=features,
-        adapt=config.meta.adapt if adapt is None else adapt,
-        order=config.meta.order,
-        inner_steps=config.meta.inner_steps,
-        inner_lr=config.meta.inner_lr,
-        learn_inner_lr=config.meta.learn_inner_lr,
-        loss=config.loss,
-        inner_loss=config.meta.inner_loss,
-        inner_prior=config.meta.inner_prior,
-        engine=config.meta.engine,
-        seed=config.seed,
-    ).to(mesh.device, dtype)
+    learner = build_learner(model, config, config.meta).to(mesh.device, dtype)
+    features = learner.embedding_features
     learner.choose_engine(dict.fromkeys(features, config.model.embedding_dim), len(schema.numeric))
     tables = ShardedTables(
         table_specs(schema, features, config.model.embedding_dim),
@@ -120,8 +107,26 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, adapt: 
     return System(learner=learner, tables=tables, mesh=mesh, dtype=dtype, autocast=config.precision == "bf16")
 
 
+def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig) -> MetaLearner:
+    """The learner of a model that gmeta built, with the run's losses and the inner loop of `meta`."""
+    return MetaLearner(
+        model,
+        embedding_features=cast(tuple[str, ...], model.features),
+        adapt=meta.adapt,
+        order=meta.order,
+        inner_steps=meta.inner_steps,
+        inner_lr=meta.inner_lr,
+        learn_inner_lr=meta.learn_inner_lr,
+        loss=config.loss,
+        inner_loss=meta.inner_loss,
+        inner_prior=meta.inner_prior,
+        engine=meta.engine,
+        seed=config.seed,
+    )
+
+
 def load_system(
-    run_dir: Path, which: str, mesh: Mesh, *, pack_schema: PackSchema | None = None, adapt: list[str] | None = None
+    run_dir: Path, which: str, mesh: Mesh, *, pack_schema: PackSchema | None = None
 ) -> tuple[System, TrainConfig]:
     """Build a run's system and load checkpoint `which`; collective.
 
@@ -133,6 +138,6 @@ def load_system(
         raise ValueError(f"the data does not fit the run {run_dir}: " + "; ".join(lines))
     path = checkpoint.resolve(run_dir / "checkpoints", which)
     checkpoint.read_state(path)
-    system = build_system(config, schema, mesh, adapt=adapt)
+    system = build_system(config, schema, mesh)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config
