@@ -363,12 +363,22 @@ def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> int:
             run.log.say(f"resumed from {resume_from}")
         run.log.start()
         stopped = training_loop(run)
+        run.log.say(_farewell(run, stopped))
     finally:
         run.loader.close()
         run.log.close()
-    if stopped and mesh.rank == 0:
-        print(f"stopped after step {run.progress.step} and saved; continue with --resume")
     return EXIT_STOPPED if stopped else 0
+
+
+def _farewell(run: Run, stopped: bool) -> str:
+    """Where the run stands, and what to do next."""
+    step, best = run.progress.step, run.progress
+    if stopped:
+        return f"stopped after step {step} and saved; continue with --resume true"
+    found = ""
+    if best.best is not None:
+        found = f"; best {run.config.schedule.metric} on valid {best.best:.4f} at step {best.best_step}"
+    return f"done after step {step}{found}\nnext: gmeta evaluate --run_dir {run.config.run_dir}"
 
 
 def _banner(run: Run) -> str:
