@@ -340,6 +340,10 @@ class Bootstrap:
         low, high = np.quantile(resampled, [0.025, 0.975])
         return Estimate(float(values[0]), float(low), float(high), n)
 
+    def values(self, key: Any) -> FloatArray:
+        """The metric registered under `key`: its value, then every resampled one, [1 + resamples]."""
+        return self._values[key]
+
     def _num_counted(self, key: Any) -> int:
         if key in self._sums:
             return int(self._sums[key].counted.sum())
