@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data"))
 UNITS = {"mae": "label", "logloss": "nat"}
 RESAMPLES = 1000
+EARLY = ("--schedule.patience", "4")  # plain training ends when the valid metric no longer improves
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ CASES = (
         folder="ml-1m-subset",
         prepare="ml-1m-melu-prepare.yaml",
         models={"taste": "ml-1m-melu.yaml", "melu": "ml-1m-melu-own-features.yaml"},
-        plain={"plain": (), "plain-huber": ("--loss", "huber")},
+        plain={"plain": EARLY, "plain-huber": ("--loss", "huber", *EARLY)},
         metrics=("mae",),
     ),
     Case(
@@ -65,7 +66,7 @@ CASES = (
         folder="ml-100k",
         prepare="ml-100k-prepare.yaml",
         models={"taste": "ml-100k.yaml"},
-        plain={"plain": ()},
+        plain={"plain": EARLY},
         metrics=("auc", "gauc", "logloss"),
     ),
 )
