@@ -235,14 +235,12 @@ def main() -> None:
     bodies, records = [], []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
         started = {
-            case.name: [
-                pool.submit(run_seed, case, seed, Path(scratch) / case.folder / str(seed), extra)
-                for seed in range(seeds)
-            ]
+            (case.name, seed): pool.submit(run_seed, case, seed, Path(scratch) / case.folder / str(seed), extra)
+            for seed in range(seeds)
             for case in present
         }
         for case in present:
-            found, differences = measure(case, [job.result() for job in started[case.name]])
+            found, differences = measure(case, [started[case.name, seed].result() for seed in range(seeds)])
             records += found
             bodies.append(render(case, found, differences))
     if args.quick:
