@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch, map_tensors
-from gmeta.config import ModelConfig
-from gmeta.data.schema import Feature, NumericColumn, PackSchema
+from gmeta.config import ModelConfig, PrepareConfig
+from gmeta.data.pack import open_pack
+from gmeta.data.prepare import prepare
+from gmeta.data.schema import Feature, NumericColumn, PackSchema, schema_difference
 from gmeta.meta.learner import MetaLearner
 from gmeta.models import base_rate, build_model
 
@@ -70,6 +75,28 @@ def test_the_output_starts_at_the_base_rate() -> None:
         assert torch.allclose(high(*inputs(2, 3)), low(*inputs(2, 3)) + 3.5, atol=1e-5), name
     assert base_rate(schema(0.8, binary=True)) == pytest.approx(math.log(4))
     assert base_rate(schema(1.0, binary=True)) == base_rate(schema(0.0, binary=True)) == 0.0
+
+
+def test_prepare_stores_the_mean_of_training_labels(tmp_path: Path) -> None:
+    rows = [(user, item, (user * 7 + item) % 5 + 1) for user in range(20) for item in range(4)]
+    lines = "".join(f"{user},{item},{label}\n" for user, item, label in rows)
+    (tmp_path / "rows.csv").write_text("user,item,label\n" + lines)
+    (tmp_path / "schema.yaml").write_text("task: user\nlabel: label\ncategorical: [item]\n")
+    config = PrepareConfig(
+        out=str(tmp_path / "pack"),
+        input=[str(tmp_path / "rows.csv")],
+        schema=str(tmp_path / "schema.yaml"),
+        query_size=1,
+        split_query="random",
+        test_fraction=0.3,
+    )
+    prepare(config, report=lambda *_: None)
+    pack = open_pack(tmp_path / "pack")
+    train, every = pack.split("train").columns().label.mean(), np.mean([label for *_, label in rows])
+    assert pack.schema.label_mean == pytest.approx(float(train), abs=1e-12)
+    assert abs(pack.schema.label_mean - every) > 1e-3
+    other = replace(pack.schema, label_mean=0.0)
+    assert schema_difference(pack.schema, other) == []
 
 
 def one_group() -> tuple[EmbeddedRows, TaskBatch]:
