@@ -219,7 +219,14 @@ def _describe_step(record: dict[str, Any]) -> str:
 
 
 def _describe_metrics(record: dict[str, Any]) -> str:
-    return "  ".join(f"{key} {value:.4f}" for key, value in record.items() if isinstance(value, float))
+    """Each metric before -> after adaptation; one number where they are the same (plain training)."""
+    parts = []
+    for key, after in record.items():
+        if key.endswith("_after"):
+            name = key.removesuffix("_after")
+            shown = [f"{v:.4f}" if isinstance(v, float) else "n/a" for v in (record.get(f"{name}_before"), after)]
+            parts.append(f"{name} {' -> '.join(dict.fromkeys(shown))}")
+    return "  ".join(parts)
 
 
 def _version(package: str) -> str | None:

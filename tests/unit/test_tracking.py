@@ -47,7 +47,7 @@ def test_files_and_console_hold_the_same(tmp_path):
     line = "step 1/9  loss 0.5000  1,200 tasks/s  24,000 samples/s  padding 5%  input 10%  exchange 20%  compute 70%"
     assert line in text
     assert "step 2/9" not in text  # plain lines come every ten seconds
-    assert "step 2  valid  auc_before 0.6100" in text
+    assert "step 2  valid  auc 0.6100 -> n/a" in text
 
 
 def test_terminal_gets_a_progress_bar(tmp_path):
