@@ -218,3 +218,18 @@ def test_one_task_has_no_interval():
     estimate = bootstrap.estimate("x")
     assert (estimate.value, estimate.n) == (1.0, 1)
     assert math.isnan(estimate.low)
+
+
+def test_values_are_what_estimates_come_from():
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(12), 3)
+    label = rng.integers(1, 6, size=36).astype(float)
+    bootstrap = Bootstrap(12, resamples=40, seed=3)
+    for variant in ("one", "other"):
+        bootstrap.add(variant, "mae", make_rows(label + rng.normal(size=36), label, task))
+    bootstrap.run()
+    difference = bootstrap.values("one") - bootstrap.values("other")
+    estimate = bootstrap.estimate("one", against="other")
+    assert difference.shape == (41,)
+    assert difference[0] == estimate.value
+    assert np.quantile(difference[1:], [0.025, 0.975]).tolist() == [estimate.low, estimate.high]
