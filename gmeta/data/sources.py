@@ -27,6 +27,8 @@ Connection: TypeAlias = duckdb.DuckDBPyConnection
 PARQUET = (".parquet", ".pq")
 CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 DELIMITERS = ",\t;|"
+RESERVED = ("__row", "__problem", "file_row_number")
+"""Columns that reading and staging add: DuckDB would take a file's own column of the name, in any case, for ours."""
 NEW_USER_SHARE = 0.2
 """MeLU's share of new users: 1,208 of 6,040."""
 
@@ -101,10 +103,11 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
 
 
 def open_file(con: Connection, path: Path) -> RawPart:
-    """A Parquet or CSV file as raw rows. ValueError where it is empty, unreadable, or repeats a column."""
+    """A Parquet or CSV file as raw rows. ValueError where it is empty, unreadable, or its columns clash."""
     is_parquet = path.name.lower().endswith(PARQUET)
     names, query = _parquet(path) if is_parquet else _csv(path)
     _require_distinct(names, path)
+    require_free(names, RESERVED, path)
     return _part(con, str(path), query, ordered=not is_parquet)
 
 
@@ -155,6 +158,14 @@ def _require_distinct(names: list[str], path: Path) -> None:
         if name.lower() in seen:
             raise ValueError(f"{path} has two columns called {seen[name.lower()]!r} and {name!r}: rename one")
         seen[name.lower()] = name
+
+
+def require_free(names: Iterable[str], ours: Iterable[str], path: Path) -> None:
+    """ValueError where a column of the file has, in any case, the name of one that is to be added."""
+    taken = {name.lower(): name for name in names}
+    for name in ours:
+        if name in taken:
+            raise ValueError(f"{path} has a column {taken[name]!r}, a name that gmeta uses itself: rename the column")
 
 
 # --------------------------------------------------------------------------------------- named data sets
