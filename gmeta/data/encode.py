@@ -261,15 +261,24 @@ def describe_rejects(con: Connection, files: Sequence[str]) -> str:
 
 
 def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> None:
-    """Load what `encode` looks values up in from a pack's (or run's) vocabulary directory."""
+    """Load what `encode` looks values up in from a run's vocabulary directory.
+
+    Raises ValueError for a file that is missing or damaged, with its name.
+    """
     for index, (table, features) in enumerate(schema.tables().items()):
         if features[0].hash_buckets is None:
-            file = vocab_dir / f"{quote(table, safe='')}.parquet"
-            con.execute(f"CREATE TABLE vocab_{index} AS SELECT value, id FROM read_parquet({literal(str(file))})")
+            _load(con, f"vocab_{index}", "value, id", vocab_dir / f"{quote(table, safe='')}.parquet")
     if schema.item_statistics:
-        file = vocab_dir / f"{ITEM_STATISTICS}.parquet"
-        con.execute(f"CREATE TABLE item_totals AS FROM read_parquet({literal(str(file))})")
+        _load(con, "item_totals", "value, label_sum, count", vocab_dir / f"{ITEM_STATISTICS}.parquet")
         con.execute("CREATE TABLE item_folds (value VARCHAR, fold INTEGER, label_sum DOUBLE, count BIGINT)")
+
+
+def _load(con: Connection, table: str, columns: str, file: Path) -> None:
+    try:
+        con.execute(f"CREATE TABLE {table} AS SELECT {columns} FROM read_parquet({literal(str(file))})")
+    except duckdb.Error as error:
+        cure = "copy it again from the pack, or train again"
+        raise ValueError(f"{file} is missing or damaged ({error}): {cure}") from None
 
 
 def numeric_values(con: Connection, schema: DataSchema) -> list[str]:
