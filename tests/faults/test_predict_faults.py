@@ -1,0 +1,193 @@
+"""Users' mistakes and broken files around `gmeta predict`: one message, exit code 2, the user's data untouched."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from packs import make_pack
+
+from gmeta.cli import run
+from gmeta.data.sources import open_file
+from gmeta.parallel.launch import launch
+
+pytestmark = pytest.mark.faults
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    pack, run_dir = make_pack(folder / "pack"), folder / "run"
+    words = ["train", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20, "--model.hidden", "[8]"]
+    assert run([str(word) for word in [*words, "--schedule.epochs", 1]]) == 0
+    return run_dir
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A directory with support.parquet and query.parquet, which fit the run."""
+    rows = {
+        "user": ["a", "a", "b"],
+        "group": ["group1", "group2", "new"],
+        "item": ["item1", "item2", "item3"],
+        "tags": [["tags1"], [], ["tags2", "tags3"]],
+        "age": [0.1, 0.2, 0.3],
+        "price": [1.0, 2.0, 3.0],
+    }
+    pq.write_table(pa.table({**rows, "click": [1, 0, 1]}), tmp_path / "support.parquet")
+    pq.write_table(pa.table(rows), tmp_path / "query.parquet")
+    return tmp_path
+
+
+def predict_words(run_dir: Path, files: Path, out: Path) -> list[str]:
+    inputs = ["--support", str(files / "support.parquet"), "--query", str(files / "query.parquet")]
+    return ["predict", "--run_dir", str(run_dir), *inputs, "--out", str(out)]
+
+
+def fails(words: list[str], capsys: Capture, *expected: str) -> None:
+    """The command ends with code 2 and one message that holds all of `expected`."""
+    assert run(words) == 2
+    message = capsys.readouterr().err
+    assert message.count(": error: ") == 1, message
+    assert "Traceback" not in message
+    for text in expected:
+        assert text in message, message
+
+
+def rename(file: Path, old: str, new: str) -> None:
+    """Give a column of a Parquet file another name; where there is none of the old name, add one."""
+    table = pq.read_table(file)
+    if old not in table.column_names:
+        table = table.append_column(old, pa.array(range(table.num_rows)))
+    pq.write_table(table.rename_columns([new if name == old else name for name in table.column_names]), file)
+
+
+def same(folder: Path, file: Path) -> Path:
+    return file
+
+
+def dotted(folder: Path, file: Path) -> Path:
+    return folder / ".." / folder.name / file.name
+
+
+def symlink(folder: Path, file: Path) -> Path:
+    (folder / "link.parquet").symlink_to(file)
+    return folder / "link.parquet"
+
+
+def hard_link(folder: Path, file: Path) -> Path:
+    os.link(file, folder / "link.parquet")
+    return folder / "link.parquet"
+
+
+def unfinished(folder: Path, file: Path) -> Path:
+    """The input is where the output lies until it is whole."""
+    os.link(file, folder / ".partial-scores.parquet")
+    return folder / "scores.parquet"
+
+
+@pytest.mark.parametrize("side", ["support", "query"])
+@pytest.mark.parametrize("out", [same, dotted, symlink, hard_link, unfinished])
+def test_an_input_is_never_overwritten(
+    files: Path, capsys: Capture, side: str, out: Callable[[Path, Path], Path]
+) -> None:
+    file = files / f"{side}.parquet"
+    before = file.read_bytes()
+    # There is no run: the refusal comes before anything is read.
+    fails(predict_words(files / "no_run", files, out(files, file)), capsys, f"would overwrite {side} {file}", "another")
+    assert file.read_bytes() == before
+
+
+def test_an_earlier_output_is_overwritten(trained: Path, files: Path) -> None:
+    out = files / "scores.parquet"
+    out.write_text("old")
+    assert run(predict_words(trained, files, out)) == 0
+    assert pq.read_table(out).column_names[-2:] == ["score", "score_before"]
+
+
+def test_several_processes(trained: Path, files: Path, capfd: Capture) -> None:
+    out = files / "scores.parquet"
+    assert launch(2, predict_words(trained, files, out)) == 2
+    message = capfd.readouterr().err
+    assert "predict runs in one process, found 2: start it without torchrun" in message
+    assert "Traceback" not in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["score", "Score", "SCORE_BEFORE", "__row", "__ROW", "__Problem", "File_Row_Number"])
+def test_a_column_called_as_one_of_ours(files: Path, capsys: Capture, name: str) -> None:
+    query = files / "query.parquet"
+    rename(query, "extra", name)
+    words = predict_words(files / "no_run", files, files / "scores.parquet")
+    fails(words, capsys, f"{query} has a column {name!r}", "rename the column")
+
+
+@pytest.mark.parametrize("name", ["__row", "__ROW", "__problem", "FILE_ROW_NUMBER"])
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_no_raw_file_has_a_reserved_column(tmp_path: Path, name: str, suffix: str) -> None:
+    file = tmp_path / f"raw.{suffix}"
+    if suffix == "csv":
+        file.write_text(f"user,{name}\na,1\n")
+    else:
+        pq.write_table(pa.table({"user": ["a"], name: [1]}), file)
+    with duckdb.connect() as con, pytest.raises(ValueError, match=f"has a column '{name}'.*rename the column"):
+        open_file(con, file)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut", "other columns", "missing"])
+def test_a_damaged_vocabulary(trained: Path, files: Path, capsys: Capture, damage: str) -> None:
+    run_dir = files / "run"
+    shutil.copytree(trained, run_dir)
+    file = run_dir / "vocab" / "item.parquet"
+    content = file.read_bytes()
+    if damage == "garbage":
+        file.write_bytes(b"garbage" * 100)
+    elif damage == "cut":
+        file.write_bytes(content[:-20])
+    elif damage == "other columns":
+        rename(file, "id", "number")
+    else:
+        file.unlink()
+    fails(
+        predict_words(run_dir, files, files / "scores.parquet"),
+        capsys,
+        str(file),
+        "copy it again from the pack, or train again",
+    )
+    assert not (files / "scores.parquet").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_full_disk_leaves_nothing(trained: Path, files: Path, capsys: Capture, suffix: str) -> None:
+    """The unfinished file lies on a full device; the earlier output stays."""
+    out = files / f"scores.{suffix}"
+    out.write_text("old")
+    (files / f".partial-scores.{suffix}").symlink_to("/dev/full")
+    fails(predict_words(trained, files, out), capsys, f"cannot write {out}", "No space left on device", "free space")
+    assert out.read_text() == "old"
+    assert {path.name for path in files.iterdir()} == {"support.parquet", "query.parquet", out.name}
+
+
+def test_an_interrupt_leaves_nothing(trained: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Path, target: Path) -> None:
+        if Path(source).name == ".partial-scores.csv":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    real = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    assert run(predict_words(trained, files, files / "scores.csv")) == 130
+    assert {path.name for path in files.iterdir()} == {"support.parquet", "query.parquet"}
+
+
+def test_an_out_below_a_file(trained: Path, files: Path, capsys: Capture) -> None:
+    out = files / "query.parquet" / "scores.csv"
+    fails(predict_words(trained, files, out), capsys, f"cannot write {out}")
