@@ -2,12 +2,17 @@
 
 import sys
 
-from gmeta.cli import run
-
 
 def main() -> None:
     """Console entry point."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        from gmeta.cli import run
+        from gmeta.parallel.launch import follow_launcher
+
+        follow_launcher()
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gmeta.data.shards import checksum_file
+from gmeta.files import read_mapping
 from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 
@@ -120,27 +121,39 @@ def _first_failure(error: CheckpointException) -> Exception:
     raise error
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint, after every file's size and checksum has been verified.
+CURE = "delete this checkpoint and resume from an older one"
 
-    Raises ValueError naming the damaged file.
-    """
-    cure = "delete this checkpoint and resume from an older one"
-    try:
-        sums = json.loads((path / "checksums.json").read_text())
-        for name, expected in sums.items():
-            file = path / name
-            if file.stat().st_size != expected["bytes"]:
-                raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected['bytes']}: {cure}")
-            if checksum_file(file) != expected["xxh3"]:
-                raise ValueError(f"{file} is damaged (its checksum differs): {cure}")
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(f"checkpoint {path} is not whole ({error}): {cure}") from error
-    if state["format_version"] > FORMAT_VERSION:
+
+def verify(path: Path) -> None:
+    """Check size and checksum of every file of a checkpoint; ValueError names the damaged one."""
+    for name, expected in read_mapping(path / "checksums.json", CURE).items():
+        file = path / name
+        if not isinstance(expected, dict) or not file.is_file():
+            raise ValueError(f"checkpoint {path} is not whole ({name} is missing): {CURE}")
+        if file.stat().st_size != expected.get("bytes"):
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected.get('bytes')}: {CURE}")
+        if checksum_file(file) != expected.get("xxh3"):
+            raise ValueError(f"{file} is damaged (its checksum differs): {CURE}")
+
+
+def verify_together(path: Path, mesh: Mesh) -> None:
+    """`verify` on rank 0, its error on all; collective."""
+    error: Exception | None = None
+    if mesh.rank == 0:
+        try:
+            verify(path)
+        except ValueError as problem:
+            error = problem
+    raise_together(error, mesh)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. ValueError where it cannot be read or is of a newer format."""
+    state = read_mapping(path / "state.json", CURE)
+    version = state.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ValueError(
-            f"checkpoint {path} has format {state['format_version']}; this gmeta reads up to {FORMAT_VERSION}: "
-            "upgrade gmeta"
+            f"checkpoint {path} has format {version}; this gmeta reads up to {FORMAT_VERSION}: upgrade gmeta"
         )
     return state
 
@@ -178,19 +191,35 @@ def prune(root: Path, keep_last: int, best: int | None) -> None:
     steps = steps_saved(root)
     for step in steps[: max(0, len(steps) - keep_last)]:
         if step != best:
-            shutil.rmtree(step_dir(root, step))
+            leaving = root / f".partial-{step_dir(root, step).name}"  # never a checkpoint that lost some of its files
+            os.rename(step_dir(root, step), leaving)
+            shutil.rmtree(leaving)
 
 
 def resolve(root: Path, which: str) -> Path:
-    """Directory of checkpoint `which`: best, last, or a step number. ValueError lists what exists."""
+    """Directory of checkpoint `which`: best (of the newest that can be read), last, or a step number.
+
+    ValueError lists what exists.
+    """
     steps = steps_saved(root)
     if not steps:
         raise ValueError(f"{root} holds no checkpoint: train the run first, or name another run_dir")
     if which == "last":
         return step_dir(root, steps[-1])
     if which == "best":
-        best = json.loads((step_dir(root, steps[-1]) / "state.json").read_text()).get("best_step")
+        best = _best_step(root, steps)
         return step_dir(root, best if best in steps else steps[-1])
     if which.isdigit() and int(which) in steps:
         return step_dir(root, int(which))
     raise ValueError(f"checkpoint is {which!r}: must be best, last or one of {steps}")
+
+
+def _best_step(root: Path, steps: list[int]) -> int | None:
+    """Best step by the newest checkpoint that can be read; a damaged last one must not hide a healthy best."""
+    for step in reversed(steps):
+        try:
+            best = read_state(step_dir(root, step)).get("best_step")
+        except ValueError:
+            continue
+        return best if isinstance(best, int) else None
+    return None

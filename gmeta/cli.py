@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gmeta import config as configs
+from gmeta.parallel.launch import is_worker
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def run(argv: list[str]) -> int:
         return _fail(parser.prog, _explain(str(error), parser))
     except (ValueError, TypeError) as error:
         return _fail(parser.prog, str(error))
-    if nproc != 1:
+    if nproc != 1 and not is_worker():
         return _launch(parser.prog, nproc, argv)
     try:
         return COMMANDS[name].run(config)
@@ -204,6 +205,4 @@ def _launch(prog: str, nproc: int, argv: list[str]) -> int:
         return _fail(prog, f"nproc is {nproc}: must be at least 1")
     from gmeta.parallel.launch import launch
 
-    at = next(i for i, word in enumerate(argv) if word.split("=")[0] == "--nproc")
-    width = 1 if "=" in argv[at] else 2
-    return launch(nproc, argv[:at] + argv[at + width :])
+    return launch(nproc, argv)

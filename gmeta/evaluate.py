@@ -18,6 +18,7 @@ from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
 from gmeta.data.synthetic import Rows, reference_scores
+from gmeta.files import replacing
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -166,9 +167,8 @@ def _write(
     )
     write_evaluation(run_dir / "evaluation.json", evaluation, notes)
     table = {"task_id": split.task_id[scores.task], "row": scores.row, "label": scores.label, **predictions}
-    pq.write_table(
-        pa.table({name: pa.array(values) for name, values in table.items()}), run_dir / "predictions.parquet"
-    )
+    with replacing(run_dir / "predictions.parquet") as partial:
+        pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), partial)
     print_headline(evaluation)
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from gmeta import charts
 from gmeta.charts import Points
+from gmeta.files import write_text
 from gmeta.slices import HeadlineRow, headline_rows
 from gmeta.tracking import METRICS_FILE, read_metrics
 
@@ -68,9 +69,7 @@ def build_report(run_dir: Path | str) -> Path:
         title=escape(run_dir.resolve().name), subtitle=_subtitle(config), body="\n".join(sections)
     )
     path = run_dir / "report.html"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, page)
     return path
 
 

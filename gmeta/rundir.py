@@ -9,11 +9,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -29,14 +29,15 @@ from gmeta.config import (
 )
 from gmeta.data.pack import open_pack
 from gmeta.data.schema import PackSchema, pack_schema_from_json, schema_difference
+from gmeta.files import read_mapping, replacing, write_text
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.tracking import METRICS_FILE, write_environment
 
 FIXED_ON_RESUME = (
     "loss",
-    "model",
-    "meta",
+    "model.",
+    "meta.",
     "seed",
     "precision",
     "embedding.optimizer",
@@ -47,6 +48,16 @@ FIXED_ON_RESUME = (
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
 
 
+SECTIONS: dict[str, Callable[..., Any]] = {
+    "model": ModelConfig,
+    "meta": MetaConfig,
+    "embedding": EmbeddingConfig,
+    "dense": DenseConfig,
+    "loader": LoaderConfig,
+    "schedule": ScheduleConfig,
+}
+
+
 @contextmanager
 def run_lock(run_dir: Path, mesh: Mesh) -> Iterator[None]:
     """Hold the run directory for this run; the lock dies with the process. Collective."""
@@ -54,20 +65,29 @@ def run_lock(run_dir: Path, mesh: Mesh) -> Iterator[None]:
         raise_together(None, mesh)
         yield
         return
-    error: Exception | None = None
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+") as file:
+    with ExitStack() as stack:
+        error: Exception | None = None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip()
-            error = ValueError(f"{run_dir} is being written by another run (process {owner}): name another run_dir")
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _lock(stack.enter_context((run_dir / ".lock").open("a+")), run_dir)
+        except (OSError, ValueError) as problem:
+            error = problem
         raise_together(error, mesh)
         yield
+
+
+def _lock(file: TextIO, run_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{run_dir} is being written by another run (process {file.read().strip()}): "
+            "wait for it, end it, or name another run_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
 
 
 def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
@@ -86,56 +106,69 @@ def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
 
 
 def _prepare(config: TrainConfig, run_dir: Path) -> None:
-    file = run_dir / "config.yaml"
+    """Check what is there, then write what a run directory holds from its start."""
     pack = open_pack(config.pack)
-    has_run = file.exists() and (run_dir / METRICS_FILE).exists()
-    if has_run and not config.resume:
+    checkpoints = run_dir / "checkpoints"
+    saved = checkpoint.steps_saved(checkpoints)
+    if (saved or (run_dir / METRICS_FILE).exists()) and not config.resume:
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume true, or name another run_dir")
-    if has_run:
-        _require_same(read_config(run_dir), config)
-        if lines := schema_difference(read_schema(run_dir)[0], pack.schema):
-            raise ValueError(f"{config.pack} does not fit the run to resume: " + "; ".join(lines))
-    for leftover in (run_dir / "checkpoints").glob(".partial-*"):  # of a process that was killed in a save
+    if saved:
+        last = checkpoint.step_dir(checkpoints, saved[-1])
+        checkpoint.verify(last)
+        _require_same(checkpoint.read_state(last), config, pack.schema)
+    for leftover in checkpoints.glob(".partial-*"):  # of a process that was killed in a save
         shutil.rmtree(leftover)
-    file.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    (run_dir / "schema.json").write_text(
-        json.dumps({"pack": pack.schema.to_json(), "data": pack.manifest["data_schema"]}, indent=1)
-    )
-    shutil.copytree(pack.path / "vocab", run_dir / "vocab", dirs_exist_ok=True)
+    # An absolute path: a run is evaluated from anywhere.
+    resolved = replace(config, pack=str(pack.path.resolve()))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(asdict(resolved), sort_keys=False))
+    schemas = {"pack": pack.schema.to_json(), "data": pack.manifest["data_schema"]}
+    write_text(run_dir / "schema.json", json.dumps(schemas, indent=1))
+    (run_dir / "vocab").mkdir(exist_ok=True)
+    for file in pack.vocabulary_files():
+        with replacing(run_dir / "vocab" / file.name) as partial:
+            shutil.copyfile(file, partial)
     write_environment(run_dir / "environment.json")
 
 
-def _require_same(before: TrainConfig, now: TrainConfig) -> None:
-    def value(config: TrainConfig, key: str) -> Any:
-        out: Any = asdict(config)
-        for part in key.split("."):
-            out = out[part]
-        return out
+def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -> None:
+    """ValueError naming the first setting, or the columns, that a checkpoint does not fit."""
+    before, wanted = _leaves(state["config"]), _leaves(asdict(now))
+    for key in wanted:
+        if key.startswith(FIXED_ON_RESUME) and before.get(key) != wanted[key]:
+            raise ValueError(
+                f"{key} is {wanted[key]!r}, but the run to resume has {before.get(key)!r}: "
+                "start a new run_dir to change it"
+            )
+    if lines := schema_difference(pack_schema_from_json(state["schema"]), schema):
+        raise ValueError(f"{now.pack} does not fit the run to resume: " + "; ".join(lines))
 
-    for key in FIXED_ON_RESUME:
-        old, new = value(before, key), value(now, key)
-        if old != new:
-            raise ValueError(f"{key} is {new!r}, but the run to resume has {old!r}: start a new run_dir to change it")
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+_CURE = "restore it, or take the one that a checkpoint's state.json holds"
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The resolved config of a run. ValueError when the directory holds no run."""
+    """The resolved config of a run. ValueError when the directory holds no run, or the file is damaged."""
     file = run_dir / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run_dir} holds no run (no config.yaml): name a directory made by `gmeta train`")
-    values: dict[str, Any] = yaml.safe_load(file.read_text())
-    sections = {
-        "model": ModelConfig,
-        "meta": MetaConfig,
-        "embedding": EmbeddingConfig,
-        "dense": DenseConfig,
-        "loader": LoaderConfig,
-        "schedule": ScheduleConfig,
-    }
-    return TrainConfig(**{k: sections[k](**v) if k in sections else v for k, v in values.items()})
+    values = read_mapping(file, _CURE)
+    try:
+        return TrainConfig(**{k: SECTIONS[k](**v) if k in SECTIONS else v for k, v in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no config of a run ({error}): {_CURE}") from None
 
 
 def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:
     """The pack schema and the raw data schema that a run was trained with."""
-    values = json.loads((run_dir / "schema.json").read_text())
-    return pack_schema_from_json(values["pack"]), values["data"]
+    values = read_mapping(run_dir / "schema.json", _CURE)
+    try:
+        return pack_schema_from_json(values["pack"]), values["data"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run ({error}): {_CURE}") from None

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gmeta.baselines import BASELINES
+from gmeta.files import write_text
 from gmeta.metrics import (
     BINARY_METRICS,
     HIGHER_IS_BETTER,
@@ -33,6 +34,9 @@ SUPPORT_SIZES = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 """Inclusive ranges of the number of support rows, one slice each."""
 
 _PIPE_WIDTH = 110
+BOUNDS = ("posterior", "oracle")
+"""Variants that know the truth of a synthetic log: no model is expected to beat them."""
+
 _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"}
 
 
@@ -122,9 +126,7 @@ def evaluation_records(
 def write_evaluation(path: Path | str, evaluation: dict[str, Any], settings: dict[str, Any]) -> None:
     """Write evaluation.json; `settings` (checkpoint, split, tuned steps, …) go under their own key."""
     text = json.dumps({"settings": settings, **evaluation}, allow_nan=False, indent=1)
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(Path(path), text + "\n")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class HeadlineRow:
     variant: str
     record: dict[str, Any]
     difference: dict[str, Any] | None  # reference - variant; None for the reference itself
-    verdict: str  # "better", "worse" or "not distinguishable", of the reference; "" for itself
+    verdict: str  # "better", "worse" or "not distinguishable", of the reference; "a bound"; "" for itself
 
 
 def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:
@@ -147,6 +149,7 @@ def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[Headlin
         if record["case"] == case and record["metric"] == metric:
             difference = differences.get(record["variant"])
             verdict = "" if difference is None else _verdict(difference, sign)
+            verdict = "a bound" if record["variant"] in BOUNDS else verdict
             rows.append(HeadlineRow(record["variant"], record, difference, verdict))
     return rows
 

@@ -137,7 +137,7 @@ def load_system(
     if pack_schema is not None and (lines := schema_difference(schema, pack_schema)):
         raise ValueError(f"the data does not fit the run {run_dir}: " + "; ".join(lines))
     path = checkpoint.resolve(run_dir / "checkpoints", which)
-    checkpoint.read_state(path)
+    checkpoint.verify_together(path, mesh)
     system = build_system(config, schema, mesh)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config

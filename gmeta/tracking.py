@@ -22,6 +22,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gmeta.files import write_text
+
 METRICS_FILE = "metrics.jsonl"
 _PLAIN_LINE_EVERY_S = 10.0
 _PACKAGES = ("gmeta", "torch", "numpy", "duckdb", "pyarrow", "safetensors", "jsonargparse")
@@ -85,8 +87,14 @@ class RunLog:
         record = {"kind": kind, **{key: _finite(value) for key, value in record.items()}}
         if self._active:
             assert self._file is not None, "start() comes first"
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(record, allow_nan=False) + "\n")
+                self._file.flush()
+            except OSError as error:
+                raise ValueError(
+                    f"cannot write {self._run_dir / METRICS_FILE}: {error.strerror}; free space there, "
+                    "then continue from the last checkpoint with --resume true"
+                ) from error
             _write_scalars(self._board, record)
         return record
 
@@ -136,18 +144,13 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
 def _cut_back(path: Path, step: int) -> None:
     """Keep the records up to and including `step`, atomically."""
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def write_environment(path: Path | str, **facts: Any) -> None:
     """Write environment.json: versions, hardware, platform, commit, and `facts` of the caller (ranks, backend)."""
     text = json.dumps({**describe_environment(), **facts}, indent=2)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_text(Path(path), text + "\n")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -269,13 +269,22 @@ def validate(run: Run) -> bool:
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), run.mesh)
     if run.mesh.rank == 0:
         run.log.valid({"step": run.progress.step, **metrics})
+    if not math.isfinite(value):
+        run.log.say(f"{schedule.metric} is not defined on the valid split (one class?): set schedule.metric to loss")
+        return False
     better_sign = 1 if schedule.metric in LOWER_IS_BETTER else -1
     best = run.progress.best
     if best is None or better_sign * value < better_sign * best:
         run.progress.best, run.progress.best_step, run.progress.bad_validations = value, run.progress.step, 0
         return False
     run.progress.bad_validations += 1
-    return bool(schedule.patience and run.progress.bad_validations >= schedule.patience)
+    return out_of_patience(run)
+
+
+def out_of_patience(run: Run) -> bool:
+    """Whether validations without a better metric have used up the patience; also true of a run resumed after it."""
+    patience = run.config.schedule.patience
+    return bool(patience) and run.progress.bad_validations >= patience
 
 
 def training_loop(run: Run) -> bool:
@@ -283,9 +292,8 @@ def training_loop(run: Run) -> bool:
     schedule = run.config.schedule
     eval_every = schedule.eval_every or run.loader.batches_per_epoch
     save_every = schedule.checkpoint_every or eval_every
-    watch = Stopwatch(run.mesh.device)
     batches = iter(run.loader)
-    while run.progress.step < run.total_steps:
+    while run.progress.step < run.total_steps and not out_of_patience(run):
         watch = Stopwatch(run.mesh.device)
         prepared = next(batches)
         watch.lap("input")
@@ -294,12 +302,12 @@ def training_loop(run: Run) -> bool:
 
         step = run.progress.step
         last = step == run.total_steps
-        patience_out = (step % eval_every == 0 or last) and validate(run)
+        ended = (step % eval_every == 0 or last) and validate(run)
         is_best = run.progress.best_step == step
-        if step % save_every == 0 or last or is_best or stop or patience_out:
+        if step % save_every == 0 or last or is_best or stop or ended:
             save_checkpoint(run)
-        if patience_out or stop:
-            return stop and not last and not patience_out
+        if stop:
+            return not last and not ended
     return False
 
 
@@ -375,10 +383,12 @@ def _farewell(run: Run, stopped: bool) -> str:
     step, best = run.progress.step, run.progress
     if stopped:
         return f"stopped after step {step} and saved; continue with --resume true"
-    found = ""
+    found = f"done after step {step} of {run.total_steps}"
+    if out_of_patience(run):
+        found += f", {best.bad_validations} validations without a better {run.config.schedule.metric}"
     if best.best is not None:
-        found = f"; best {run.config.schedule.metric} on valid {best.best:.4f} at step {best.best_step}"
-    return f"done after step {step}{found}\nnext: gmeta evaluate --run_dir {run.config.run_dir}"
+        found += f"; best {run.config.schedule.metric} on valid {best.best:.4f} at step {best.best_step}"
+    return f"{found}\nnext: gmeta evaluate --run_dir {run.config.run_dir}"
 
 
 def _banner(run: Run) -> str:

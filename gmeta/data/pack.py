@@ -363,6 +363,11 @@ class TaskPack:
             raise ValueError(f"{self.path} has no vocabulary {table!r}; it has: {known}")
         return verified_file(self.path, self.manifest["vocab"][table])
 
+    def vocabulary_files(self) -> list[Path]:
+        """All files that raw rows are encoded with, their checksums verified."""
+        entries = [*self.manifest["vocab"].values(), *self.manifest["others"]]
+        return [verified_file(self.path, entry) for entry in entries if entry["file"].startswith("vocab/")]
+
     def tasks_file(self) -> Path:
         """Parquet file (task_id, key, split), its checksum verified."""
         return verified_file(self.path, self.manifest["tasks"])

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,25 @@ EXIT_PEER_LOST = 76
 _LAUNCHED = "GMETA_LAUNCHED"
 _POLL_S = 0.1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def is_worker() -> bool:
+    """Whether this process is one of several, started by `launch` or torchrun."""
+    return _LAUNCHED in os.environ or "RANK" in os.environ
+
+
+def follow_launcher() -> None:
+    """Ask this worker to stop, as SIGTERM does, when its launcher is gone: nobody else would watch it."""
+    if _LAUNCHED not in os.environ:
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="gmeta-follow-launcher", daemon=True).start()
 
 
 def report_error(message: str) -> None:
@@ -55,24 +75,28 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "gmeta", grace_s: f
     """
     if nproc < 1:
         raise ValueError(f"nproc is {nproc}: must be at least 1")
-    import torch.distributed as dist
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
+    received: list[signal.Signals] = []
+    with _recorded_signals(received):
+        from torch.distributed import TCPStore
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line of our own
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    with tempfile.TemporaryDirectory(prefix="gmeta-launch-") as folder:
-        context = SubprocessContext(
-            name=module,
-            entrypoint=sys.executable,
-            args=dict.fromkeys(range(nproc), ("-m", module, *argv)),
-            envs={rank: worker_environment(rank, nproc, store.port) for rank in range(nproc)},
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        try:
-            context.start()
-            return _verdict(context, _supervise(context, grace_s))
-        finally:
-            _kill(context)
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line of our own
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with tempfile.TemporaryDirectory(prefix="gmeta-launch-") as folder:
+            context = SubprocessContext(
+                name=module,
+                entrypoint=sys.executable,
+                args=dict.fromkeys(range(nproc), ("-m", module, *argv)),
+                envs={rank: worker_environment(rank, nproc, store.port) for rank in range(nproc)},
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+            )
+            try:
+                context.start()
+                with _recorded_signals(received):  # again: start() installs handlers of its own
+                    result = _supervise(context, received, grace_s)
+                return _verdict(context, result)
+            finally:
+                _kill(context)
 
 
 def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
@@ -96,27 +120,25 @@ def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def _recorded_signals() -> Iterator[list[signal.Signals]]:
-    """Signals that arrive are noted, instead of raising somewhere."""
-    received: list[signal.Signals] = []
+def _recorded_signals(received: list[signal.Signals]) -> Iterator[None]:
+    """Signals that arrive are noted in `received`, instead of raising somewhere."""
     before = {s: signal.signal(s, lambda number, _frame: received.append(signal.Signals(number))) for s in _FORWARDED}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _supervise(context: SubprocessContext, grace_s: float) -> RunProcsResult | None:
+def _supervise(context: SubprocessContext, received: list[signal.Signals], grace_s: float) -> RunProcsResult | None:
     """Wait for the workers; None when they ended because this process was told to stop."""
-    with _recorded_signals() as received:
-        # a poll that finds a failed worker also ends the others: SIGTERM, after 30 s SIGKILL
-        while (result := context.wait(timeout=0)) is None:
-            if received:
-                print("stopping: workers finish their step and save; once more kills them", file=sys.stderr, flush=True)
-                _forward(context, received, grace_s)
-                return None
-            time.sleep(_POLL_S)
+    # a poll that finds a failed worker also ends the others: SIGTERM, after 30 s SIGKILL
+    while (result := context.wait(timeout=0)) is None:
+        if received:
+            print("stopping: workers in training save first; once more kills them", file=sys.stderr, flush=True)
+            _forward(context, received, grace_s)
+            return None
+        time.sleep(_POLL_S)
     return result
 
 

@@ -84,7 +84,7 @@ def test_a_stop_request_lets_workers_save(tmp_path, number):
     os.kill(process.pid, number)
     code, err = finish(process, tmp_path)
     assert code == 75
-    assert err == "stopping: workers finish their step and save; once more kills them\n"
+    assert err == "stopping: workers in training save first; once more kills them\n"
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 

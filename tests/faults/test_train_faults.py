@@ -7,6 +7,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -132,7 +134,7 @@ def test_two_runs_in_one_directory(pack: Path, tmp_path: Path, capsys: Capture) 
 
 def test_resume_with_another_model(pack: Path, trained_copy: Path, capsys: Capture) -> None:
     words = train_words(pack, trained_copy, "--resume", "true", "--model.hidden", "[9]")
-    fails(words, capsys, "model is", "start a new run_dir")
+    fails(words, capsys, "model.hidden is [9]", "has [8]", "start a new run_dir")
 
 
 def test_checkpoint_of_another_model(trained_copy: Path, capsys: Capture) -> None:
@@ -160,6 +162,91 @@ def test_damaged_checkpoint(trained_copy: Path, capsys: Capture) -> None:
     fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "bytes, expected", str(file))
     file.unlink()
     fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "is not whole")
+
+
+@pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "schema.json"])
+def test_a_run_that_lost_a_file_is_still_a_run(pack: Path, trained_copy: Path, capsys: Capture, missing: str) -> None:
+    (trained_copy / missing).unlink()
+    fails(train_words(pack, trained_copy), capsys, "already holds a run")
+    words = train_words(pack, trained_copy, "--resume", "true", "--loader.tasks_per_batch", 10)
+    fails(words, capsys, "loader.tasks_per_batch is 10, but the run to resume has 20")
+    assert run(train_words(pack, trained_copy, "--resume", "true")) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"\xff\xfe\x00garbage", b"model: 3\npack: [", b'{"a": 1}'])
+@pytest.mark.parametrize(
+    "name",
+    ["config.yaml", "schema.json", "checkpoints/step-00000006/checksums.json", "checkpoints/step-00000006/state.json"],
+)
+def test_damaged_run_files(trained_copy: Path, capsys: Capture, name: str, content: bytes) -> None:
+    (trained_copy / name).write_bytes(content)
+    fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, name.removesuffix("/checksums.json"))
+
+
+def test_a_damaged_last_checkpoint_does_not_hide_the_best(trained_copy: Path) -> None:
+    (trained_copy / "checkpoints" / "step-00000006" / "state.json").write_text("")
+    assert checkpoint.resolve(trained_copy / "checkpoints", "best").name in ("step-00000003", "step-00000006")
+    assert checkpoint.resolve(trained_copy / "checkpoints", "3").name == "step-00000003"
+
+
+def test_damaged_vocabulary_is_not_copied(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    broken = tmp_path / "pack"
+    shutil.copytree(pack, broken)
+    file = broken / "vocab" / "item.parquet"
+    file.write_bytes(b"x" * file.stat().st_size)
+    fails(train_words(broken, tmp_path / "run"), capsys, "item.parquet is damaged")
+
+
+def test_a_metric_that_is_not_defined_is_no_best(tmp_path: Path, capsys: Capture) -> None:
+    """A valid split of one task has no GAUC at times; that must neither be best nor use up the patience."""
+    pack = make_pack(tmp_path / "pack", valid=1, seed=4)
+    words = train_words(pack, tmp_path / "run", "--schedule.metric", "auc", "--schedule.patience", 1)
+    shard = next(iter(json.loads((pack / "manifest.json").read_text())["splits"]["valid"]["shards"]))
+    label = load_file(pack / shard["file"])["label"]
+    support = load_file(pack / shard["file"])["num_support"]
+    one_class = len(set(label[int(support) :].tolist())) == 1
+    assert run(words) == 0
+    said = capsys.readouterr().err
+    state = checkpoint.read_state(checkpoint.resolve(tmp_path / "run" / "checkpoints", "last"))
+    assert ("is not defined on the valid split" in said) == one_class
+    assert (state["best_step"] is None) == one_class
+    assert state["progress"]["step"] == 6 or not one_class
+
+
+def test_resume_of_a_finished_run_says_so(pack: Path, trained_copy: Path, capsys: Capture) -> None:
+    assert run(train_words(pack, trained_copy, "--resume", "true")) == 0
+    assert "done after step 6 of 6" in capsys.readouterr().err
+
+
+def test_nproc_in_yaml(pack: Path, tmp_path: Path) -> None:
+    """`nproc` is a key like any other; workers do not start workers."""
+    file = tmp_path / "config.yaml"
+    words = train_words(pack, tmp_path / "run")[1:]
+    pairs = dict(zip((w.removeprefix("--") for w in words[::2]), words[1::2], strict=True))
+    file.write_text("nproc: 2\n" + "".join(f"{key}: {value}\n" for key, value in pairs.items() if "." not in key))
+    more = [word for key, value in pairs.items() if "." in key for word in (f"--{key}", value)]
+    result = subprocess.run(
+        [sys.executable, "-m", "gmeta", "train", "--config", file, *more], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "on 2 process(es)" in result.stderr
+
+
+def test_a_run_is_evaluated_from_anywhere(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(pack, tmp_path / "pack")
+    monkeypatch.chdir(tmp_path)
+    assert run(train_words(Path("pack"), Path("run"))) == 0
+    monkeypatch.chdir("/")
+    assert run(["evaluate", "--run_dir", str(tmp_path / "run"), "--resamples", "10"]) == 0
+
+
+def test_full_disk_in_an_evaluation(trained_copy: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    fails(["evaluate", "--run_dir", trained_copy, "--resamples", 10], capsys, "evaluation.json", "No space left")
+    assert not list(trained_copy.glob(".partial-*"))
 
 
 def test_no_such_checkpoint(trained: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -13,7 +13,7 @@ import gmeta
 PACKAGE = Path(gmeta.__file__).parent
 
 LAYERS = (
-    {"config"},
+    {"config", "files"},
     {"batch"},
     {"ops"},
     {"data", "parallel", "models"},

@@ -1,0 +1,52 @@
+"""Small files: written whole or not at all, read with an error that names them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and is removed when not.
+
+    Raises ValueError naming `path` where the disk refuses.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        handle = os.open(partial, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; free space there or name another place"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_mapping(path: Path, cure: str) -> dict[str, Any]:
+    """The mapping in a .json or .yaml file; ValueError names the file, what is wrong, and `cure`."""
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} cannot be read ({reason}): {cure}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no mapping: {cure}")
+    return values
