@@ -157,3 +157,18 @@ def test_a_rank_that_hangs_ends_the_run_in_time(tmp_path: Path) -> None:
     assert "did not answer within 5 s" in err, err
     assert checkpoint.steps_saved(run_dir / "checkpoints")[: len(saved)] == saved
     assert not victim.is_running()
+
+
+def test_workers_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    """Whoever kills the launcher meant the run: its workers save and end, and the directory is free again."""
+    pack = make_pack(tmp_path / "pack")
+    run_dir = tmp_path / "run"
+    process = start([*command(pack, run_dir, resume=False), "--schedule.max_steps", "100000"])
+    wait_for_step(process, run_dir, 10)
+    left = workers(process)
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(left, timeout=60)
+    assert not alive
+    step = checkpoint.steps_saved(run_dir / "checkpoints")[-1]
+    assert f'"step": {step},' in (run_dir / "metrics.jsonl").read_text().splitlines()[-1]
