@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,15 @@ def test_fewer_tasks_than_workers_is_refused(tmp_path: Path) -> None:
         run_ranks(2, run_steps, settings, 1)
 
 
+ADAPTED = (["embeddings", "dense"], ["dense"], ["head"], ["embeddings.item"], ["decision"], [])
+MATRIX = [
+    *itertools.product(("auto",), ("melu", "dlrm", "taste"), ADAPTED, ("first", "second"), (2, 3, 4)),
+    *itertools.product(("reference",), ("melu",), ADAPTED, ("first", "second"), (2,)),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [2, 3, 4])
-@pytest.mark.parametrize("order", ["first", "second"])
-@pytest.mark.parametrize("adapt", [["embeddings", "dense"], ["dense"], ["head"], ["embeddings.item"], ["decision"], []])
-@pytest.mark.parametrize("model", ["melu", "dlrm", "taste"])
-@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.parametrize(("engine", "model", "adapt", "order", "nproc"), MATRIX)
 def test_matrix_equals_one_process(
     tmp_path: Path, engine: str, model: str, adapt: list[str], order: str, nproc: int
 ) -> None:
