@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import gmeta
 
 PACKAGE = Path(gmeta.__file__).parent
@@ -42,3 +44,8 @@ def test_functions_are_small():
 def test_lines_are_counted():
     source = "def f():\n    '''Doc.'''\n\n    # why\n    def g():\n        return 1\n    return g\n"
     assert function_sizes(source) == {"f:1": 5, "g:5": 2}
+
+
+def test_every_test_folder_is_collected(pytestconfig: pytest.Config) -> None:
+    """pytest passes over folders called dist unless told otherwise, and says nothing."""
+    assert "dist" not in pytestconfig.getini("norecursedirs")
