@@ -52,7 +52,7 @@ wheel: dev ## build dist/*.whl and install it into an environment of its own
 
 check: wheel ## run the tests on the built wheel, outside the source tree
 	@set -e; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
-	cp -r tests examples benchmarks pyproject.toml "$$copy"; cd "$$copy"; \
+	cp -r tests examples benchmarks docs pyproject.toml "$$copy"; cd "$$copy"; \
 	GMETA_SOURCE_TREE='$(CURDIR)' $(WHEEL_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' --durations=15
 
 bench: dev ## run every benchmark in full

@@ -201,8 +201,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: int) -> list[int 
 
 
 def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else "no message"
+    """The exception in a worker's last words, or their last line: the backend's threads may complain after it."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[-1] if lines else "no message")
 
 
 def check_memory(available: int) -> Check:

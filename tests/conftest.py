@@ -1,6 +1,7 @@
 """Fixtures of every tier: one thread, real data where there is some, repeatable property tests."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import hypothesis
 import torch
 
 torch.set_num_threads(1)
+
+# A shell starts background jobs with Ctrl-C ignored, and what we start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: a shared machine is slow at times. No examples kept: tests run in a copy that is thrown away.
 hypothesis.settings.register_profile("gmeta", deadline=None, derandomize=True, database=None)
