@@ -10,11 +10,13 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gmeta import config as configs
+from gmeta.files import read_mapping
 from gmeta.parallel.launch import is_worker
 
 
@@ -147,6 +149,21 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     return message
 
 
+def _check_config_files(words: list[str], keys: list[str]) -> None:
+    """ValueError naming a --config file that is no YAML mapping, or whose section holds no keys of its own."""
+    for flag, value in zip(words, [*words[1:], ""], strict=True):
+        path = Path(flag.partition("=")[2] if flag.startswith("--config=") else value if flag == "--config" else "")
+        if not path.is_file():
+            continue  # the parser says so
+        for section, found in read_mapping(path, "correct it, it must hold `key: value` lines").items():
+            inside = [key for key in keys if key.startswith(f"{section}.")]
+            if inside and not isinstance(found, dict):
+                example = inside[0].partition(".")[2]
+                raise ValueError(
+                    f"{section} is {found!r} in {path}: it is a section, such as {section}: {{{example}: …}}"
+                )
+
+
 def _fail(prog: str, message: str) -> int:
     from gmeta.parallel.launch import EXIT_USER_ERROR, report_error
 
@@ -167,6 +184,7 @@ def run(argv: list[str]) -> int:
     name, rest = argv[0], argv[1:]
     parser = command_parser(name)
     try:
+        _check_config_files(rest, _keys(parser))
         values = parser.parse_args(rest)
         nproc = values.pop("nproc", 1)
         values.pop("config", None)

@@ -95,6 +95,22 @@ def test_unknown_key_in_yaml(pack: Path, tmp_path: Path, capsys: Capture) -> Non
     fails(["train", "--config", file], capsys, "learning_rate")
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"meta: 3\n", "meta is 3 in"),
+        (b"pack: [x\nrun_dir: y\n", "cannot be read (while parsing a flow sequence"),
+        (b"", "holds no mapping"),
+        (b"\xff\xfe\x00", "cannot be read ('utf-8' codec"),
+    ],
+)
+def test_config_files_that_are_none(tmp_path: Path, capsys: Capture, content: bytes, expected: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(content)
+    fails(["train", "--config", file], capsys, expected, str(file))
+    fails(["train", f"--config={file}"], capsys, expected, str(file))
+
+
 def test_labels_that_are_no_clicks(tmp_path: Path, capsys: Capture, pack: Path) -> None:
     from gmeta.data.schema import pack_schema_from_json
     from gmeta.parallel.mesh import Mesh
