@@ -10,6 +10,7 @@ import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def _explain(message: str, parser: ArgumentParser) -> str:
 
 def _check_config_files(words: list[str], keys: list[str]) -> None:
     """ValueError naming a --config file that is no YAML mapping, or whose section holds no keys of its own."""
-    for flag, value in zip(words, [*words[1:], ""], strict=True):
+    for flag, value in zip_longest(words, words[1:], fillvalue=""):
         path = Path(flag.partition("=")[2] if flag.startswith("--config=") else value if flag == "--config" else "")
         if not path.is_file():
             continue  # the parser says so
