@@ -111,7 +111,10 @@ def make_batches(case: Case, count: int = BATCHES) -> list[TaskBatch]:
         fixed = case.features // 2
         ids[:fixed] = ids[:fixed, :, :1]
         label = (torch.rand(case.tasks, length, generator=generator) < 0.5).float()
-        sides = (_examples(case, ids, label, slice(0, case.support)), _examples(case, ids, label, slice(case.support, None)))
+        sides = (
+            _examples(case, ids, label, slice(0, case.support)),
+            _examples(case, ids, label, slice(case.support, None)),
+        )
         batches.append(TaskBatch(*sides, torch.arange(case.tasks), case.tasks, epoch=0, index=index))
     return batches
 
@@ -120,7 +123,9 @@ def _examples(case: Case, ids: Tensor, label: Tensor, rows: slice) -> Examples:
     label = label[:, rows].contiguous()
     mask = torch.ones_like(label, dtype=torch.bool)
     own = dict(zip(case.names, ids[:, :, rows].contiguous(), strict=True))
-    return Examples(own, {}, label.new_zeros(*label.shape, 0), label, mask, torch.zeros_like(mask, dtype=torch.int64), ~mask)
+    return Examples(
+        own, {}, label.new_zeros(*label.shape, 0), label, mask, torch.zeros_like(mask, dtype=torch.int64), ~mask
+    )
 
 
 def build(case: Case) -> MeLU:
@@ -142,7 +147,9 @@ class Gmeta:
     def __post_init__(self) -> None:
         mesh = Mesh(device=self.device)
         model = build(self.case).to(self.device)
-        learner = MetaLearner(model, embedding_features=self.case.names, inner_lr=INNER_LR, **self.settings).to(self.device)
+        learner = MetaLearner(model, embedding_features=self.case.names, inner_lr=INNER_LR, **self.settings).to(
+            self.device
+        )
         specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
         tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
         self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False)
@@ -193,7 +200,7 @@ class Gmeta:
 
 
 StepLoss = Callable[[nn.Module, Tensor, TaskBatch, Tensor], Tensor]
-"""(model, table [features * ids, d], batch, its ids [T, S + Q, features] in that table) -> loss, gradients left behind."""
+"""(model, table [features * ids, d], batch, its ids [T, S + Q, features] in that table) -> loss; leaves gradients."""
 
 
 @dataclass
@@ -215,6 +222,7 @@ class Torch:
         self.ids = [_stacked(self.case, batch).to(self.device) for batch in self.batches]
 
     def __call__(self) -> Tensor:
+        """One step; the loss."""
         i = self.steps % len(self.batches)
         self.steps += 1
         loss = self.run(self.model, self.table, self.batches[i], self.ids[i])
@@ -248,12 +256,16 @@ class PlainTorch:
         self.model = build(case)
         parts = rows.split(VOCABULARY)
         self.tables = nn.ModuleDict(
-            {name: nn.Embedding.from_pretrained(part.clone(), freeze=False, sparse=True) for name, part in zip(case.names, parts, strict=True)}
+            {
+                name: nn.Embedding.from_pretrained(part.clone(), freeze=False, sparse=True)
+                for name, part in zip(case.names, parts, strict=True)
+            }
         )
         self.dense = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
         self.sparse = torch.optim.Adagrad(self.tables.parameters(), lr=LR)
 
     def run(self, batch: TaskBatch) -> Tensor:
+        """The loss; leaves gradients."""
         ids = {name: torch.cat([batch.support.ids[name], batch.query.ids[name]], 1) for name in self.case.names}
         embedded = {name: self.tables[name](ids[name]) for name in self.case.names}
         label = torch.cat([batch.support.label, batch.query.label], 1)
@@ -262,6 +274,7 @@ class PlainTorch:
         return loss.detach()
 
     def __call__(self) -> Tensor:
+        """One step; the loss."""
         loss = self.run(self.batches[self.steps % len(self.batches)])
         self.steps += 1
         for optimizer in (self.dense, self.sparse):
@@ -312,7 +325,9 @@ def loop(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, second
         loss = _inner_loss(fast, model, index[:num_support], batch.support.label[t].to(ids.device))
         steps = torch.autograd.grad(loss, list(fast.values()), create_graph=second)
         fast = {name: value - INNER_LR * step for (name, value), step in zip(fast.items(), steps, strict=True)}
-        loss = _inner_loss(fast, model, index[num_support:], batch.query.label[t].to(ids.device)) / batch.num_tasks_global
+        loss = (
+            _inner_loss(fast, model, index[num_support:], batch.query.label[t].to(ids.device)) / batch.num_tasks_global
+        )
         loss.backward()
         total += loss.detach()
     return total
@@ -330,7 +345,9 @@ class _WithRows(nn.Module):
         return self.model(self.rows.new_zeros(*index.shape[:-1], 0), _embed(self.rows, index))  # type: ignore[no-any-return]
 
 
-def _library_loop(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, adapt: Callable[..., Tensor]) -> Tensor:
+def _library_loop(
+    model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, adapt: Callable[..., Tensor]
+) -> Tensor:
     """One task at a time; `adapt(module, support, query)` gives the query loss and leaves gradients on the module."""
     total, rows = torch.zeros(()), []
     num_support = batch.support.label.shape[1]
@@ -429,7 +446,9 @@ def check_agreement(steps: Mapping[str, Variant]) -> None:
         loss, dense, rows = step.gradients()
         found = [loss, *dense, rows]
         for ours, theirs in zip(found, references.setdefault(kind(name), found), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def measure(case: Case, repetitions: int, device: torch.device) -> list[Record]:

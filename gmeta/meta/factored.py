@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gmeta.batch import EmbeddedRows, Examples, TaskBatch
 from gmeta.meta.adapt import Adapted, InnerLoop, rate_group
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
+from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import task_mean, widen
 from gmeta.meta.rows import Plan, changed, shared_rows
 from gmeta.meta.views import Embedded
@@ -97,7 +97,7 @@ def check(model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numer
     taped = AdaptedPass(model, adapted.parameters, Fast(), leading)
     embedded = {name: like.new_zeros(*leading, dim) for name, dim in dims.items()}
     dense = like.new_zeros(*leading, num_numeric)
-    with torch.no_grad(), SeededDropout(None), taped:
+    with torch.no_grad(), Intercept(taped, SeededDropout(None)):
         model(dense, embedded)
     taped.require_all_seen()
 
@@ -171,7 +171,7 @@ def _forward(
         make_keys = partial(row_keys, loop.dropout_key, batch.task_id, pass_number, positions)
     taped = AdaptedPass(model, loop.adapted.parameters, fast, (tasks, length))
     embedded = Embedded(values, plan, (tasks, length))
-    with SeededDropout(make_keys), embedded, taped:
+    with Intercept(taped, embedded, SeededDropout(make_keys)):
         logits = model(examples.dense, embedded.features)
     taped.require_all_seen()
     return widen(logits), taped
@@ -191,7 +191,7 @@ _METADATA = {  # functions that read only shape, type or place
 }
 
 
-class AdaptedPass(TorchFunctionMode):
+class AdaptedPass:
     """One forward pass in which calls that receive adapted parameters see every task's own values.
 
     Records what the next inner step differentiates: `sites` (inputs and outputs of linear layers) and `values`
@@ -199,7 +199,6 @@ class AdaptedPass(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, adapted: Sequence[str], fast: Fast, leading: tuple[int, int]) -> None:
-        super().__init__()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.names = {id(parameters[name]): name for name in adapted}
         self.fast, self.leading = fast, leading
@@ -207,23 +206,21 @@ class AdaptedPass(TorchFunctionMode):
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        found = list(self._names_in((*args, *kwargs.values())))
-        if not found:
-            return func(*args, **kwargs)
+    def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of a call that receives an adapted parameter; `Unsupported` if there is no rule for it."""
+        found = next(self._names_in((*args, *kwargs.values())), None)
+        if found is None:
+            return NotImplemented
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.layer_norm:
             return self._layer_norm(*args, **kwargs)
         if func in _ELEMENTWISE and len(args) == 2:
-            return self._elementwise(func, args, kwargs, found[0])
+            return self._elementwise(func, args, kwargs, found)
         out = func(*args, **kwargs)
         if func in _METADATA or (func.__name__ == "__get__" and not isinstance(out, Tensor)):
             return out
-        raise Unsupported(found[0], f"{getattr(func, '__name__', func)} receives it")
+        raise Unsupported(found, f"{getattr(func, '__name__', func)} receives it")
 
     def require_all_seen(self) -> None:
         """`Unsupported` naming an adapted parameter that the pass did not meet."""
@@ -265,7 +262,7 @@ class AdaptedPass(TorchFunctionMode):
         ones = [1] * (operand.dim() - 1 - parameter.dim())
         return value.view(self.leading[0], *ones, *parameter.shape)
 
-    def _elementwise(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Tensor:
+    def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Tensor:
         first = self._name(args[0]) == name
         parameter, operand = (args[0], args[1]) if first else (args[1], args[0])
         self._require_leading(operand, name)

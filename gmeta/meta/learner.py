@@ -14,6 +14,7 @@ from gmeta.batch import EmbeddedRows, Lookup, TaskBatch
 from gmeta.meta import factored, reference
 from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
+from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import row_loss, task_mean, widen
 from gmeta.meta.rows import Plan, plan_rows, shared_rows
 from gmeta.meta.views import Embedded
@@ -194,7 +195,8 @@ class MetaLearner(nn.Module):
         sides = (batch.support, batch.query)
         dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
         embedded = Embedded(shared_rows(rows, plan), plan, dense.shape[:1])
-        with SeededDropout(None if key is None else partial(_flat_keys, key, batch)), embedded:
+        dropout = SeededDropout(None if key is None else partial(_flat_keys, key, batch))
+        with Intercept(embedded, dropout):
             logits = self.model(dense, embedded.features)
         support, query = torch.split(widen(logits), [side.mask.numel() for side in sides])
         return support.view(batch.support.mask.shape), query.view(batch.query.mask.shape)

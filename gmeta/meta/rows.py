@@ -182,7 +182,9 @@ def _pair_selection(side: _Entries, entry: Ints, pair: Ints, num_pairs: int) -> 
     column_offsets = np.concatenate([[0], np.cumsum(np.bincount(pair, minlength=num_pairs))])
     arrays = (of_entry[reads], row_offsets, row[entry], column_offsets)
     weights = () if side.weights is None else (side.weights[reads], side.weights[entry])
-    return Selection(*(torch.from_numpy(np.asarray(array, np.int64)) for array in arrays), *map(torch.from_numpy, weights))
+    return Selection(
+        *(torch.from_numpy(np.asarray(array, np.int64)) for array in arrays), *map(torch.from_numpy, weights)
+    )
 
 
 def shared_rows(rows: EmbeddedRows, plan: Plan, side: int = 0) -> dict[str, Tensor]:

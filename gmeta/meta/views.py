@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from gmeta.meta.rows import Plan
 from gmeta.ops import cat
 
 
-class Embedded(TorchFunctionMode):
+class Embedded:
     """One forward pass in which features that lie side by side are concatenated, or stacked, as a view.
 
     `features` is the model's `embedded`: feature -> [*leading, d], from the values [n, F, d] of each group. Measured
@@ -22,7 +21,6 @@ class Embedded(TorchFunctionMode):
     """
 
     def __init__(self, values: Mapping[str, Tensor], plan: Plan, leading: tuple[int, ...]) -> None:
-        super().__init__()
         self.groups = {group: values[group].view(*leading, *values[group].shape[1:]) for group in plan}
         self.features: dict[str, Tensor] = {}
         self.places: dict[int, tuple[str, int]] = {}
@@ -30,18 +28,15 @@ class Embedded(TorchFunctionMode):
             self.features.update(zip(part.features, self.groups[group].unbind(-2), strict=True))
             self.places.update((id(self.features[name]), (group, i)) for i, name in enumerate(part.features))
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _JOINS and _is_plain(args, kwargs):
-            parts = args[0]
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (parts[0].dim() + (func is torch.stack))
-            if dim == parts[0].dim() - 1:  # along d; for a stack, just before it
-                return self._join(parts, func is torch.stack)
-            if func is not torch.stack:
-                return cat(parts, dim)
-        return func(*args, **kwargs)
+    def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of a call of `torch.cat` or `torch.stack`."""
+        if func not in _JOINS or not _is_plain(args, kwargs):
+            return NotImplemented
+        parts, stack = args[0], func is torch.stack
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (parts[0].dim() + stack)
+        if dim == parts[0].dim() - 1:  # along d; for a stack, just before it
+            return self._join(parts, stack)
+        return NotImplemented if stack else cat(parts, dim)
 
     def _join(self, parts: Sequence[Tensor], stack: bool) -> Tensor:
         pieces = []
