@@ -72,6 +72,9 @@ class MetaConfig:
     inner_prior: float = 0.0
     """Pseudo-rows: the inner loss is the sum of a task's support losses / (rows + inner_prior), so that small
     supports move less."""
+    recompute: bool = False
+    """Build each inner step's graph again in the backward pass: slower, and less memory a step where the model has
+    layer norm, dropout or feature interactions (factored engine, second order; same numbers)."""
     engine: Literal["auto", "factored", "reference"] = "auto"
     """auto takes the factored engine where it can and says so where it cannot."""
 

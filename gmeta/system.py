@@ -120,6 +120,7 @@ def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig) -> Me
         loss=config.loss,
         inner_loss=meta.inner_loss,
         inner_prior=meta.inner_prior,
+        recompute=meta.recompute,
         engine=meta.engine,
         seed=config.seed,
     )

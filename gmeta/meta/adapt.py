@@ -45,6 +45,7 @@ class InnerLoop:
     rates: Tensor
     dropout_key: BatchKey | None  # None: dropout is off
     rate: float | None = None
+    recompute: bool = False  # inner steps of second order, in the backward pass, instead of keeping their graphs
     prior: float = 0.0  # pseudo-rows: a step follows (sum of row losses) / (rows + prior)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from gmeta.meta.adapt import Adapted, InnerLoop, rate_group
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
 from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import task_mean, widen
+from gmeta.meta.recompute import recomputed
 from gmeta.meta.rows import Plan, changed, shared_rows
 from gmeta.meta.views import Embedded
 from gmeta.ops import Selection, bmm_nt, product
@@ -69,6 +70,16 @@ class Fast:
     values: Mapping[str, Tensor] = field(default_factory=dict)  # element-wise parameter -> [T, *shape]
     deltas: Mapping[str, Tensor] = field(default_factory=dict)  # group -> change of private rows [P, d]
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that `filled` knows."""
+        steps = [tensor for steps in self.sites.values() for step in steps for tensor in step]
+        return [*steps, *self.values.values(), *self.deltas.values()]
+
+    def filled(self, tensors: Iterator[Tensor]) -> Fast:
+        """The same state of other tensors."""
+        sites = {site: tuple(Step(next(tensors), next(tensors)) for _ in steps) for site, steps in self.sites.items()}
+        return Fast(sites, {n: next(tensors) for n in self.values}, {g: next(tensors) for g in self.deltas})
+
 
 def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
     """Adapt to the support, score the query: (logits [T, Q], first step's support loss [T], detached)."""
@@ -78,7 +89,10 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch,
     fast = Fast()
     support_loss = batch.support.label.new_zeros(batch.num_tasks)
     for step in range(len(loop.rates)):
-        fast, loss = _inner_step(model, loop, step, fast, support, batch, plan)
+        if loop.recompute and loop.second_order:
+            fast, loss = _recomputed_step(model, loop, step, fast, support, batch, plan)
+        else:
+            fast, loss = _inner_step(model, loop, step, fast, support, batch, plan)
         if step == 0:
             support_loss = loss.detach()
     seen = _as_seen(query, fast, plan, 1)
@@ -146,6 +160,35 @@ def _inner_step(
         for group, selection in pairs.items():
             deltas[group] = product(next(changes).flatten(0, 1), selection.transposed, fast.deltas.get(group))
     return Fast(sites, values, deltas), loss
+
+
+def _recomputed_step(
+    model: nn.Module,
+    loop: InnerLoop,
+    step: int,
+    fast: Fast,
+    support: Mapping[str, Tensor],
+    batch: TaskBatch,
+    plan: Plan,
+) -> tuple[Fast, Tensor]:
+    """`_inner_step` without its graph: the state alone stays, the rest is computed again by the backward pass."""
+    after = Fast()
+
+    def run(inputs: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
+        nonlocal after
+        values = iter(inputs)
+        own = replace(loop, rates=next(values), second_order=differentiable)
+        shared = {group: next(values) for group in support}
+        result, loss = _inner_step(model, own, step, fast.filled(values), shared, batch, plan)
+        # Only what this step added: earlier steps' tensors are inputs, and need no second copy of their gradients.
+        after = Fast({site: steps[-1:] for site, steps in result.sites.items()}, result.values, result.deltas)
+        return [loss, *after.tensors()]
+
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    loss, *tensors = recomputed(run, leaves, [loop.rates, *support.values(), *fast.tensors()])
+    added = after.filled(iter(tensors))
+    sites = {site: (*fast.sites.get(site, ()), *steps) for site, steps in added.sites.items()}
+    return Fast(sites, added.values, added.deltas), loss
 
 
 def _as_seen(values: Mapping[str, Tensor], fast: Fast, plan: Plan, side: int) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ class MetaLearner(nn.Module):
     (`rate_names`). `engine` is factored, reference, or auto: factored where it can adapt the model, which the first
     batch decides; `engine_reason` then says what was taken and why. With `inner_prior` pseudo-rows, the inner loss is
     the sum of a task's support losses / (its rows + inner_prior), so that a small support moves less.
+    With `recompute` the factored engine keeps of each inner step its state alone (`gmeta.meta.recompute`).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class MetaLearner(nn.Module):
         loss: str = "bce",
         inner_loss: str | None = None,
         inner_prior: float = 0.0,
+        recompute: bool = False,
         engine: Literal["auto", "factored", "reference"] = "auto",
         seed: int = 0,
     ) -> None:
@@ -67,6 +69,7 @@ class MetaLearner(nn.Module):
         self.loss = row_loss(loss)
         self.inner_loss = row_loss(inner_loss or loss)
         self.inner_prior = inner_prior
+        self.recompute = recompute
         self.seed = seed
         self.engine: str = engine
         self.engine_reason = "auto: not chosen yet" if engine == "auto" else f"{engine}, as configured"
@@ -167,7 +170,9 @@ class MetaLearner(nn.Module):
             rates = self.inner_lr[:steps]
         else:
             rates = torch.cat([self.inner_lr, self.inner_lr[-1:].expand(steps - self.inner_steps, -1)])
-        return InnerLoop(self.adapted, self.inner_loss, self.second_order, rates, key, rate, self.inner_prior)
+        return InnerLoop(
+            self.adapted, self.inner_loss, self.second_order, rates, key, rate, self.recompute, self.inner_prior
+        )
 
     def _run(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
         dims = {name: rows.weights[lookup.group].shape[1] for name, lookup in rows.support.items()}

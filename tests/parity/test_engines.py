@@ -115,6 +115,17 @@ def test_engines_agree_with_torch_func(adapt: list[str], steps: int, order: str)
     assert_same(fast, by_textbook(problem, learner_of(model, **settings)))
 
 
+@pytest.mark.parametrize("adapt", [["embeddings", "dense"], ["*.bias", "context"], ["embeddings.item"]])
+@pytest.mark.parametrize("learn_inner_lr", [False, True])
+def test_recomputed_inner_steps_give_the_same(adapt: list[str], learn_inner_lr: bool) -> None:
+    problem, model = make_problem(), Net(dropout=0.3).double()
+    settings = {"adapt": adapt, "inner_steps": 3, "learn_inner_lr": learn_inner_lr, "inner_prior": 0.5}
+    kept, _ = both(problem, model, **settings)
+    again, _ = both(problem, model, **settings, recompute=True)
+    assert_same(again, kept, 1e-13)
+    assert kept.keys() == again.keys()
+
+
 @pytest.mark.parametrize("order", ["first", "second"])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_float32(order: str, steps: int) -> None:
@@ -417,33 +428,29 @@ def test_auto_takes_the_reference_for_what_factored_cannot() -> None:
     assert_same({"loss": loss} | gradients(problem, untied, loss), by_textbook(problem, untied))
 
 
-def test_memory_grows_by_a_constant_for_each_inner_step() -> None:
-    """What the graph keeps alive, in bytes, for K = 1..5: a copy of all earlier steps in each would grow faster."""
+def kept_bytes(problem: Problem, learner: MetaLearner) -> int:
+    """Bytes of all tensors that the graph of one step keeps for the backward pass."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        learner(problem.rows, problem.batch)
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values())
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_memory_grows_by_a_constant_for_each_inner_step(layer_norm: bool) -> None:
+    """For K = 1..5; a copy of all earlier steps in each would grow faster. Recomputing keeps a step's state alone."""
     problem = make_problem(torch.float32, support=(6,) * 8, query=(6,) * 8, features=("user", "item", "history"))
-    model = MeLU(problem.rows.support, embedding_dim=DIMS["wide"], num_numeric=NUM_NUMERIC, hidden=[64, 32])
+    settings = {"embedding_dim": DIMS["wide"], "num_numeric": NUM_NUMERIC, "hidden": [64, 32], "layer_norm": layer_norm}
+    model = MeLU(problem.rows.support, **settings)
     layer_inputs = 4 * 8 * 6 * sum(layer.in_features for layer in (*model.layers, model.output))
-    sizes = []
-    for steps in range(1, 6):
-        learner = learner_of(model, torch.float32, embedding_features=model.features, inner_steps=steps)
-        kept: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
-            learner(problem.rows, problem.batch)
-        sizes.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values()))
-    slopes = [(after - before) / layer_inputs for before, after in itertools.pairwise(sizes)]
-    assert max(slopes) < 1.4 * min(slopes)
-    assert max(slopes) < 4
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("adapt", [["embeddings", "dense"], []])
-def test_cuda_matches_cpu(adapt: list[str]) -> None:
-    problem, model = make_problem(), Net(dropout=0.3).double()
-    settings = {"adapt": adapt, "inner_steps": 2, "engine": "factored"}
-    loss, _ = (learner := learner_of(model, **settings))(problem.rows, problem.batch)
-    on_cpu = {"loss": loss.detach()} | gradients(problem, learner, loss)
-    moved = map_tensors(problem, lambda t: t.detach().cuda().requires_grad_(t.requires_grad))
-    learner = learner_of(model.cuda(), **settings).cuda()
-    loss, _ = learner(moved.rows, moved.batch)
-    on_gpu = {"loss": loss.detach()} | gradients(moved, learner, loss)
-    assert_same({name: value.cpu() for name, value in on_gpu.items()}, on_cpu)
+    slopes = {}
+    for recompute in (False, True):
+        learners = [
+            learner_of(model, torch.float32, embedding_features=model.features, inner_steps=steps, recompute=recompute)
+            for steps in range(1, 6)
+        ]
+        sizes = [kept_bytes(problem, learner) for learner in learners]
+        slopes[recompute] = [(after - before) / layer_inputs for before, after in itertools.pairwise(sizes)]
+        assert max(slopes[recompute]) < 1.4 * min(slopes[recompute])
+    assert max(slopes[False]) < (12 if layer_norm else 4), slopes
+    assert max(slopes[True]) < 4, slopes
