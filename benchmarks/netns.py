@@ -220,9 +220,12 @@ def measured_bits_per_s(net: Cluster, sender: int, receiver: int, mebibytes: int
         [*net.enter(receiver), *python, _RECEIVE, place, str(skip_bytes)], stdout=subprocess.PIPE, text=True
     ) as listening:
         assert listening.stdout is not None
-        port = listening.stdout.readline().strip()
-        _run([*net.enter(sender), *python, _SEND, place, port, str(mebibytes)])
-        return float(listening.stdout.read())
+        try:
+            port = listening.stdout.readline().strip()
+            _run([*net.enter(sender), *python, _SEND, place, port, str(mebibytes)])
+            return float(listening.stdout.read())
+        finally:
+            listening.kill()  # else an interrupted sender leaves it waiting, and us for it
 
 
 def _namespaces() -> list[str]:
