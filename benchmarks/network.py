@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -76,13 +76,15 @@ class Layout:
     nodes: int
     ranks_per_node: int
     variants: Mapping[str, Mapping[str, str]]
+    rates: Sequence[str]
     budget_s: float
 
 
+SHAPED = ("1 Gb/s", "100 Mb/s")  # without a rate, four ranks wait for two cores and nothing else
 LAYOUTS = (
-    Layout("2 ranks", 2, 1, VARIANTS, budget_s=95),
-    Layout("4 ranks", 4, 1, VARIANTS, budget_s=150),
-    Layout("2 nodes x 2 ranks", 2, 2, TWO_LEVELS, budget_s=50),
+    Layout("2 ranks", 2, 1, VARIANTS, tuple(RATES), budget_s=115),
+    Layout("4 ranks", 4, 1, VARIANTS, SHAPED, budget_s=150),
+    Layout("2 nodes x 2 ranks", 2, 2, TWO_LEVELS, SHAPED, budget_s=60),
 )
 
 
@@ -91,23 +93,26 @@ class Effort:
     """How much is run."""
 
     layouts: Sequence[Layout]
-    rates: Sequence[str]
     turns: int
     warm_up: int
     steps: int  # after the warm-up
 
 
-FULL = Effort(LAYOUTS, tuple(RATES), turns=6, warm_up=3, steps=20)
-QUICK = Effort((LAYOUTS[0], LAYOUTS[2]), ("100 Mb/s",), turns=1, warm_up=2, steps=5)
+FULL = Effort(LAYOUTS, turns=6, warm_up=3, steps=10)
+QUICK = Effort([replace(layout, rates=SHAPED[1:]) for layout in (LAYOUTS[0], LAYOUTS[2])], turns=1, warm_up=2, steps=5)
 
 
 @dataclass
 class Sample:
-    """Steps of all runs of one variant at one rate, and each run's bytes on the wire, a step and rank."""
+    """Steps of all runs of one variant at one rate, and each run's bytes on the wire, a step and rank.
+
+    `counted` is what gmeta's own record of a step says that rank 0 sent to others: bytes, and collectives.
+    """
 
     step_ms: list[float] = field(default_factory=list)
     exchange_share: list[float] = field(default_factory=list)
     wire_bytes: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    counted: list[tuple[float, int]] = field(default_factory=list)
     failure: str = ""
 
 
@@ -133,21 +138,19 @@ def measure(layout: Layout, effort: Effort, folder: Path) -> tuple[dict[tuple[st
         cluster(layout.nodes, layout.ranks_per_node, inside_rate=None, between_rate=None) as net,
         Ranks([net.enter(rank) for rank in range(net.world_size)]) as ranks,
     ):
-        checks = [record for rate in effort.rates for record in check_rate(layout, net, rate)]
+        checks = [record for rate in layout.rates for record in check_rate(layout, net, rate)]
         for turn in range(effort.turns):
             if turn and (time.monotonic() - start) * (turn + 1) / turn > layout.budget_s:
                 break
-            for rate, name, overrides in plan(layout, effort, samples):
+            for rate, name, overrides in plan(layout, samples):
                 net.set_rates(None, RATES[rate])
                 run_once(net, ranks, overrides, effort, folder, next(ports), samples[rate, name])
     return samples, checks
 
 
-def plan(
-    layout: Layout, effort: Effort, samples: Mapping[tuple[str, str], Sample]
-) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+def plan(layout: Layout, samples: Mapping[tuple[str, str], Sample]) -> Iterator[tuple[str, str, Mapping[str, str]]]:
     """One turn: every rate, every variant that has not failed."""
-    for rate in effort.rates:
+    for rate in layout.rates:
         for name, overrides in layout.variants.items():
             if not samples[rate, name].failure:
                 yield rate, name, overrides
@@ -186,6 +189,8 @@ def _book(sample: Sample, sent: Mapping[str, int], rank_steps: int, steps: Seque
         sample.wire_bytes[link].append(count / rank_steps)
     sample.step_ms += [1000 * step["seconds"] for step in steps]
     sample.exchange_share += [step["exchange_share"] for step in steps]
+    kinds = [step["comm"]["measured"].values() for step in steps if "comm" in step]
+    sample.counted += [(sum(k["remote_bytes"] for k in found), sum(k["calls"] for k in found)) for found in kinds]
 
 
 def check_rate(layout: Layout, net: Cluster, rate: str) -> list[Record]:
@@ -221,19 +226,25 @@ def records_of(layout: Layout, samples: Mapping[tuple[str, str], Sample]) -> lis
                 for link, sent in sample.wire_bytes.items()
             ),
         ]
+        if sample.counted:
+            sent, calls = (median(numbers) for numbers in zip(*sample.counted, strict=True))
+            found += [
+                Record(case, name, "counted", sent, "bytes/step/rank"),
+                Record(case, name, "collectives", calls, "1/step"),
+            ]
         if not base.failure:
             found.append(Record(case, name, "over_baseline", median(sample.step_ms) / median(base.step_ms), "1"))
     return found
 
 
-def show(layout: Layout, effort: Effort, samples: Mapping[tuple[str, str], Sample], checks: Sequence[Record]) -> str:
+def show(layout: Layout, samples: Mapping[tuple[str, str], Sample], checks: Sequence[Record]) -> str:
     """The layout's section: the check of its links, and a row for each variant."""
     links = ["between"] if layout.ranks_per_node == 1 else ["inside", "between"]
-    header = [layout.name, *(f"sent {link}, KB/step/rank" for link in links), *effort.rates]
+    header = [layout.name, *(f"sent {link}, KB/step/rank" for link in links), "counted", "calls", *layout.rates]
     rows = [
-        [name, *row(samples, effort.rates, name, links)]
+        [name, *row(samples, layout.rates, name, links)]
         for name in layout.variants
-        if not any(samples[rate, name].failure for rate in effort.rates)
+        if not any(samples[rate, name].failure for rate in layout.rates)
     ]
     lines = [f"- raw TCP {check.variant}, {check.case}: {check.value:,.0f} Mb/s" for check in checks]
     failures = {name: sample.failure for (_, name), sample in samples.items() if sample.failure}
@@ -242,12 +253,14 @@ def show(layout: Layout, effort: Effort, samples: Mapping[tuple[str, str], Sampl
 
 
 def row(samples: Mapping[tuple[str, str], Sample], rates: Sequence[str], name: str, links: Sequence[str]) -> list[str]:
-    """Bytes on the wire (the same at every rate), then step time, ratio to the baseline and exchange share by rate."""
-    cells = [
-        f"{median([b for rate in rates for b in samples[rate, name].wire_bytes[link]]) / 1e3:,.0f}" for link in links
-    ]
-    for rate in rates:
-        sample, base = samples[rate, name], samples[rate, BASELINE]
+    """Bytes and collectives, the same at every rate; by rate the step time, its ratio to the baseline's and the share."""
+    found = [samples[rate, name] for rate in rates]
+    cells = [f"{median([sent for sample in found for sent in sample.wire_bytes[link]]) / 1e3:,.0f}" for link in links]
+    counted = [pair for sample in found for pair in sample.counted]
+    sent, calls = (median(numbers) for numbers in zip(*counted, strict=True)) if counted else (None, None)
+    cells += ["not logged" if sent is None else f"{sent / 1e3:,.0f}", "" if calls is None else f"{calls:.0f}"]
+    for rate, sample in zip(rates, found, strict=True):
+        base = samples[rate, BASELINE]
         ratio = f"{median(sample.step_ms) / median(base.step_ms):.2f} ×" if base.step_ms else "no baseline"
         cells.append(f"{median(sample.step_ms):.0f} ms, {ratio}, {median(sample.exchange_share):.0%}")
     return cells
@@ -268,11 +281,12 @@ def main() -> int:
         write_pack(Path(name) / "pack", LOAD)
         for layout in effort.layouts:
             samples, checks = measure(layout, effort, Path(name))
-            sections.append(show(layout, effort, samples, checks))
+            sections.append(show(layout, samples, checks))
             records += [*checks, *records_of(layout, samples)]
     body = [
         "Cells: median step, its ratio to the baseline's, share of the step in exchange (rank 0). Bytes are the "
-        "kernel's count of what all cards, or all loopback interfaces, sent in a run, start and checkpoint included. "
+        "kernel's count of what all cards, or all loopback interfaces, sent in a run, start and checkpoint included; "
+        "`counted` and `calls` are what rank 0 says of a step: bytes sent to others, and collectives. "
         f"`{AGAIN}` is the baseline once more: its ratio shows the noise.",
         *sections,
     ]
