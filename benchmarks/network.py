@@ -253,7 +253,7 @@ def show(layout: Layout, samples: Mapping[tuple[str, str], Sample], checks: Sequ
 
 
 def row(samples: Mapping[tuple[str, str], Sample], rates: Sequence[str], name: str, links: Sequence[str]) -> list[str]:
-    """Bytes and collectives, the same at every rate; by rate the step time, its ratio to the baseline's and the share."""
+    """Bytes and collectives, the same at every rate; by rate the step time, its ratio to the baseline's, the share."""
     found = [samples[rate, name] for rate in rates]
     cells = [f"{median([sent for sample in found for sent in sample.wire_bytes[link]]) / 1e3:,.0f}" for link in links]
     counted = [pair for sample in found for pair in sample.counted]
