@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +41,7 @@ class Check:
 def diagnose(timeout_s: int) -> list[Check]:
     """Check this machine; the self-tests of collectives get `timeout_s` seconds each."""
     checks = [check_python(), *check_dependencies(), check_cpu(), check_threads(), check_gpus(), check_backends()]
-    checks.append(check_collectives("gloo", timeout_s))
-    if torch.cuda.device_count() >= 2:
-        checks.append(check_collectives("nccl", timeout_s))
+    checks += [check_collectives("gloo", timeout_s), check_nccl(timeout_s)]
     checks.append(check_memory(psutil.virtual_memory().available))
     folders = {"disk here": Path.cwd(), "temporary disk": Path(tempfile.gettempdir()), "/dev/shm": Path("/dev/shm")}
     return checks + [check_space(name, folder) for name, folder in folders.items() if folder.is_dir()]
@@ -162,6 +160,46 @@ dist.destroy_process_group()
 """
 
 
+def check_nccl(timeout_s: int) -> Check:
+    """NCCL's version, and what it moved the self-test's bytes over between the first two GPUs."""
+    count = torch.cuda.device_count()
+    if count == 0 or not dist.is_nccl_available():
+        return Check("nccl", "ok", "not used: " + ("no CUDA device" if count == 0 else "not in this build of torch"))
+    version = "NCCL " + ".".join(str(part) for part in torch.cuda.nccl.version())  # type: ignore[no-untyped-call]
+    if count == 1:
+        return Check("nccl", "ok", f"{version}; one GPU, and a transport takes two")
+    check = check_collectives("nccl", timeout_s)
+    return replace(check, found=f"{version}; {check.found}")
+
+
+_P2P_PATHS = {"NVL": "NVLink", "NVB": "NVLink", "C2C": "NVLink-C2C", "SYS": "PCIe between sockets"}
+"""How NCCL's search for rings names the path between GPUs; the others (PIX, PXB, PHB, …) are PCIe."""
+
+
+def nccl_transports(log: str) -> str:
+    """What NCCL connected its channels over, from a log of NCCL_DEBUG=INFO with the subsystems INIT, GRAPH and NET.
+
+    Such as `P2P (NVLink); between machines NET/IB (RoCE)`, where the second part is what NCCL would take there.
+    Empty where the log names no channel. The lines are those of NCCL 2.12 and later.
+    """
+    via = re.findall(r"Channel \S+ : \w+\[\w+\] -> \w+\[\w+\](?: \[\w+\])? via (P2P|SHM|NET/[^/\n]+)", log)
+    used = [_describe_transport(name, log) for name in dict.fromkeys(via)]
+    network = re.search(r"Using network (\S.*)", log)
+    if network and used and not any(name.startswith("NET/") for name in used):
+        used.append(f"between machines {_describe_transport('NET/' + network[1].strip(), log)}")
+    return "; ".join(used)
+
+
+def _describe_transport(name: str, log: str) -> str:
+    """With what lies under it, where the log tells."""
+    if name == "P2P" and (path := re.search(r"Pattern \d+, .* type (\w+)/", log)):
+        return f"P2P ({_P2P_PATHS.get(path[1], 'PCIe')})"
+    if name.startswith("NET/IB"):  # plugins call themselves IBext_v8 and the like
+        links = sorted(set(re.findall(r":\d+/(RoCE|IB)\b", log)))
+        return f"{name} ({', '.join(links)})" if "RoCE" in links else name
+    return name
+
+
 def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program: str = _SELF_TEST) -> Check:
     """AllReduce and AlltoAll between two processes of this machine; both are killed at the time limit."""
     name = f"{backend} self-test"
@@ -171,12 +209,15 @@ def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program:
         "nccl": "NCCL_DEBUG=INFO shows where it stops; NCCL_P2P_DISABLE=1 avoids direct GPU to GPU copies",
     }[backend]
     with tempfile.TemporaryDirectory() as folder:
-        errors = [Path(folder) / f"rank{rank}.txt" for rank in range(2)]
+        errors, logs = ([Path(folder) / f"rank{rank}.{kind}" for rank in range(2)] for kind in ("txt", "log"))
         processes = []
         for rank, path in enumerate(errors):
             command = [sys.executable, "-c", program, backend, str(rank), f"{folder}/store", str(timeout_s)]
+            nccl = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "INIT,GRAPH,NET", "NCCL_DEBUG_FILE": str(logs[rank])}
             with path.open("wb") as stderr:
-                processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr))
+                processes.append(
+                    subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=os.environ | nccl)
+                )
         codes = _wait(processes, timeout_s)
         for rank, code in enumerate(codes):
             if code:
@@ -184,7 +225,10 @@ def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program:
                 return Check(name, "fail", f"rank {rank} exited with {code}: {message}", cure)
         if None in codes:
             return Check(name, "fail", f"no answer in {timeout_s} s", cure)
-    return Check(name, "ok", "AllReduce and AlltoAll between 2 processes")
+        transports = nccl_transports("".join(path.read_text(errors="replace") for path in logs if path.exists()))
+    return Check(
+        name, "ok", "AllReduce and AlltoAll between 2 processes" + (f" over {transports}" if transports else "")
+    )
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: int) -> list[int | None]:

@@ -7,7 +7,17 @@ import torch
 
 from gmeta import doctor
 from gmeta.cli import run
-from gmeta.doctor import GIB, Check, check_collectives, check_dependency, check_memory, check_space, check_threads
+from gmeta.doctor import (
+    GIB,
+    Check,
+    check_collectives,
+    check_dependency,
+    check_memory,
+    check_nccl,
+    check_space,
+    check_threads,
+    nccl_transports,
+)
 
 
 def test_this_machine_can_run_gmeta(capsys):
@@ -64,6 +74,54 @@ def test_a_wrong_sum_is_a_failure():
     check = check_collectives("gloo", 60, program)
     assert check.status == "fail"
     assert "AllReduce of 1 and 2 gave [4.0, 4.0, 4.0]" in check.found
+
+
+START = """host:10:10 [0] NCCL INFO Bootstrap : Using eth0:10.0.0.1<0>
+host:10:10 [0] NCCL INFO NCCL version 2.27.5+cuda12.9
+host:10:31 [0] NCCL INFO Channel 00/02 : 0 1
+"""
+NVLINK = "host:10:31 [0] NCCL INFO Pattern 4, crossNic 0, nChannels 24, bw 20.0/20.0, type NVL/PIX, sameChannels 1\n"
+PCIE = "host:10:31 [0] NCCL INFO Pattern 4, crossNic 0, nChannels 2, bw 12.0/12.0, type PHB/PIX, sameChannels 1\n"
+SOCKETS = "host:10:31 [0] NCCL INFO Using network Socket\n"
+ROCE = """host:10:31 [0] NCCL INFO NET/IB : Using [0]mlx5_0:1/RoCE [1]mlx5_1:1/RoCE [RO]; OOB eth0:10.0.0.1<0>
+host:10:31 [0] NCCL INFO Using network IB
+"""
+INFINIBAND = ROCE.replace("RoCE", "IB")
+
+
+def channel(via: str) -> str:
+    return f"host:10:31 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] {via}\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "found"),
+    [
+        (NVLINK + channel("via P2P/CUMEM") + channel("via P2P/CUMEM"), "P2P (NVLink)"),
+        (ROCE + NVLINK + channel("via P2P/IPC/read"), "P2P (NVLink); between machines NET/IB (RoCE)"),
+        (SOCKETS + PCIE + channel("via P2P/direct pointer"), "P2P (PCIe); between machines NET/Socket"),
+        (SOCKETS + PCIE + channel("via SHM/direct/direct"), "SHM; between machines NET/Socket"),
+        (SOCKETS + channel("[send] via NET/Socket/0") + channel("[receive] via NET/Socket/0"), "NET/Socket"),
+        (ROCE + channel("[send] via NET/IB/0/GDRDMA"), "NET/IB (RoCE)"),
+        (INFINIBAND + channel("[send] via NET/IB/0(1)/GDRDMA"), "NET/IB"),
+        (NVLINK + channel("via P2P/CUMEM") + INFINIBAND + channel("[send] via NET/IB/0"), "P2P (NVLink); NET/IB"),
+        (channel("[receive] via NET/AWS Libfabric/0/GDRDMA"), "NET/AWS Libfabric"),
+        (channel("via P2P/CUMEM"), "P2P"),
+        (SOCKETS + NVLINK, ""),
+    ],
+)
+def test_transports_are_read_from_nccls_log(log, found):
+    assert nccl_transports(START + log) == found
+
+
+def test_without_cuda_nccl_is_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert check_nccl(60) == Check("nccl", "ok", "not used: no CUDA device")
+
+
+def test_nccls_log_comes_from_the_self_tests_processes():
+    line = channel("via SHM/direct/direct")
+    program = "import os\nopen(os.environ['NCCL_DEBUG_FILE'], 'w').write(" + repr(line) + ")"
+    assert check_collectives("nccl", 60, program).found == "AllReduce and AlltoAll between 2 processes over SHM"
 
 
 @pytest.mark.parametrize(

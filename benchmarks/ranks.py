@@ -1,0 +1,202 @@
+"""Ranks that stay up and run one `gmeta train` after another: short runs in turn, without an import of torch for each.
+
+    with Ranks([[], []]) as ranks:                     # two, each with what its command line starts with
+        failure = ranks.train(argv, environments)      # argv as after `gmeta train`; an environment a rank
+
+A rank runs the command through the function that `python -m gmeta` calls; what a user would run is what is timed. Also
+here: the pack that such runs train on, and the reading of their step times.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+import gmeta
+from gmeta.data.pack import PackWriter
+from gmeta.data.schema import Feature, PackSchema, parse_data_schema
+from gmeta.tracking import METRICS_FILE, read_metrics
+
+SOURCE = Path(gmeta.__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Tasks of `support` + `query` rows, and a MeLU over `features` embedded features of `dim`."""
+
+    tasks: int
+    support: int = 10
+    query: int = 10
+    features: int
+    num_ids: int
+    dim: int
+    hidden: tuple[int, ...]
+
+    def __str__(self) -> str:
+        layers = "-".join(str(width) for width in self.hidden)
+        return f"{self.support}+{self.query} rows a task, {self.features}x{self.dim}, {layers}"
+
+    @property
+    def options(self) -> list[str]:
+        """Of `gmeta train`: the model, all of it adapted in one step, second order."""
+        return ["--model.embedding_dim", str(self.dim), "--model.hidden", json.dumps(list(self.hidden))]
+
+
+def write_pack(path: Path, load: Workload, seed: int = 0) -> None:
+    """A pack of `load.tasks` training tasks and nothing else.
+
+    A quarter of the features describe the task, and are the same in all its rows; the others are drawn for each row by
+    Zipf's law (exponent 1), so that rows are shared within and between tasks as in click logs. Labels are coin tosses.
+    """
+    rng = np.random.default_rng(seed)
+    names = [f"f{i}" for i in range(load.features)]
+    of_task = load.features // 4
+    size = load.support + load.query
+    rows = load.tasks * size
+    chance = 1 / np.arange(1, load.num_ids)
+    drawn = 1 + rng.choice(load.num_ids - 1, (rows, load.features), p=chance / chance.sum())
+    drawn[:, :of_task] = np.repeat(rng.integers(1, load.num_ids, (load.tasks, of_task)), size, axis=0)
+    schema = PackSchema(
+        features=tuple(Feature(name=n, kind="categorical", num_ids=load.num_ids, table=n) for n in names),
+        numeric=(),
+        label="click",
+        binary_label=True,
+        task="user",
+        item=names[-1],
+    )
+    data_schema = parse_data_schema({"task": "user", "label": "click", "item": names[-1], "categorical": names})
+    tasks = np.arange(load.tasks, dtype=np.int64)
+    values = pa.array([str(i) for i in range(1, load.num_ids)])
+    with PackWriter(path, schema, settings={}, data_schema=data_schema.to_json()) as writer:
+        for name in names:
+            writer.write_vocab(name, values, np.ones(load.num_ids - 1, np.int64))
+        writer.add_shard(
+            "train",
+            {
+                "ids": drawn.astype(np.int32),
+                "dense": np.zeros((rows, 0), np.float32),
+                "label": rng.integers(0, 2, rows).astype(np.float32),
+                "item_cold": np.zeros(rows, np.uint8),
+                "task_id": tasks,
+                "row_start": tasks * size,
+                "num_support": np.full(load.tasks, load.support, np.int32),
+            },
+        )
+        writer.write_tasks(tasks, pa.array([f"u{i}" for i in tasks]), ["train"] * load.tasks)
+        writer.finish()
+
+
+class Ranks:
+    """Processes that wait for command lines; `prefixes` are the words before each one's own (`ip netns exec …`)."""
+
+    def __init__(self, prefixes: Sequence[Sequence[str]]) -> None:
+        self._prefixes = prefixes
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> Ranks:
+        self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()}
+        for prefix in self._prefixes:
+            self._processes.append(
+                subprocess.Popen(
+                    [*prefix, sys.executable, __file__, "serve"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,  # Ctrl-C is for this process, which then ends them
+                )
+            )
+        for process in self._processes:
+            self._hear(process)
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.communicate()
+        self._processes = []
+
+    @staticmethod
+    def _hear(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        return str(json.loads(line)) if line else "the process died"
+
+    def train(self, argv: Sequence[str], environments: Sequence[Mapping[str, str]]) -> str:
+        """Run `gmeta train` + argv on the first ranks, one for each environment (what torchrun sets).
+
+        Returns why it failed, empty where it did not; after a failure all processes start anew.
+        """
+        taking_part = self._processes[: len(environments)]
+        for process, environment in zip(taking_part, environments, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(json.dumps({"argv": ["train", *argv], "environment": dict(environment)}) + "\n")
+            process.stdin.flush()
+        messages = [self._hear(process) for process in taking_part]
+        if not any(messages):
+            return ""
+        self._stop()
+        self._start()
+        # a rank that lost its peers is a witness, not the cause
+        return min((message for message in messages if message), key=lambda message: "lost its peers" in message)
+
+
+def _python_path() -> str:
+    """The same gmeta as this process's, wherever the ranks start."""
+    return os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def serve() -> None:
+    """A rank: runs each command line that stdin brings, and answers with a message, empty when all went well."""
+    import gmeta.train  # noqa: F401  before the first command line comes, not in its time
+    from gmeta import cli
+    from gmeta.parallel import launch
+
+    answers, sys.stdout = sys.stdout, sys.stderr
+    told: list[str] = []
+    launch.report_error = told.append
+    cli.command_parser = functools.cache(cli.command_parser)  # 0.25 s of a core each time
+    print(json.dumps(""), file=answers, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        os.environ.update(order["environment"])
+        told.clear()
+        try:
+            code = cli.run(order["argv"])
+            message = "" if code == 0 else (told[-1] if told else f"exit code {code}")
+        except Exception as error:
+            message = traceback.format_exception_only(error)[-1].strip()
+        print(json.dumps(message), file=answers, flush=True)
+
+
+def read_steps(run_dir: Path, warm_up: int) -> list[dict[str, Any]]:
+    """What rank 0 logged of every step but the first `warm_up`, and `seconds`, the step's time."""
+    records = [record for record in read_metrics(run_dir / METRICS_FILE) if record["kind"] == "train"]
+    ends = [0.0, *(record["time_s"] for record in records)]
+    steps = [record | {"seconds": record["time_s"] - start} for record, start in zip(records, ends, strict=False)]
+    return steps[warm_up:]
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["serve"]:
+    serve()

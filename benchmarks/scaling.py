@@ -1,0 +1,186 @@
+"""What more processes buy: 1, 2 and 4 of them, with fixed work per rank (weak) and fixed work in all (strong).
+
+    python benchmarks/scaling.py [--quick] [--json FILE]
+
+Real training on a synthetic pack, gloo over the loopback interface, one thread a process, each process held to one
+core, cores dealt in turn: more processes than cores share them, and the table says so. Runs alternate. Efficiency is
+the speed over that of one process times the *cores* in use, which are what there is to win; where every process has a
+core of its own that is the usual definition.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import Record, arguments, median, publish, table
+from ranks import Ranks, Workload, read_steps, write_pack
+
+PROCESSES = (1, 2, 4)
+LOAD = Workload(tasks=4096, features=20, num_ids=5000, dim=16, hidden=(256, 128))
+TASKS = {"weak": 32, "strong": 128}
+"""Tasks of a step: of each rank (weak), of all ranks (strong)."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is run; turns go on while one more fits into `budget_s`."""
+
+    turns: int
+    warm_up: int
+    steps: int
+    budget_s: float
+
+
+FULL = Effort(turns=6, warm_up=3, steps=15, budget_s=150)
+QUICK = Effort(turns=1, warm_up=2, steps=6, budget_s=30)
+
+
+@dataclass
+class Sample:
+    """Steps of all runs of one number of processes."""
+
+    samples_per_s: list[float] = field(default_factory=list)
+    exchange_share: list[float] = field(default_factory=list)
+    input_share: list[float] = field(default_factory=list)
+
+
+def core_of(rank: int, cores: Sequence[int]) -> int:
+    """Cores are dealt in turn."""
+    return cores[rank % len(cores)]
+
+
+def tasks_per_batch(mode: str, processes: int) -> int:
+    """Tasks of one global batch."""
+    return TASKS[mode] * (processes if mode == "weak" else 1)
+
+
+def environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun would set."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+
+
+def measure(effort: Effort, cores: Sequence[int], folder: Path) -> dict[tuple[str, int], Sample]:
+    """Samples by (mode, processes)."""
+    samples: dict[tuple[str, int], Sample] = defaultdict(Sample)
+    start = time.monotonic()
+    with Ranks([["taskset", "-c", str(core_of(rank, cores))] for rank in range(max(PROCESSES))]) as ranks:
+        for turn in range(effort.turns):
+            if turn and (time.monotonic() - start) * (turn + 1) / turn > effort.budget_s:
+                break
+            for mode in TASKS:
+                for processes in PROCESSES:
+                    run_once(ranks, mode, processes, effort, folder, samples[mode, processes])
+    return samples
+
+
+def run_once(ranks: Ranks, mode: str, processes: int, effort: Effort, folder: Path, sample: Sample) -> None:
+    """One short run, added to `sample`; RuntimeError where it fails."""
+    run_dir = folder / "run"
+    argv = ["--pack", str(folder / "pack"), "--run_dir", str(run_dir), "--timeout_s", "60", *LOAD.options]
+    argv += ["--loader.tasks_per_batch", str(tasks_per_batch(mode, processes))]
+    argv += ["--schedule.max_steps", str(effort.warm_up + effort.steps)]
+    port = free_port()
+    failure = ranks.train(argv, [environment(rank, processes, port) for rank in range(processes)])
+    if failure:
+        raise RuntimeError(f"{mode}, {processes} processes: {failure}")
+    for step in read_steps(run_dir, effort.warm_up):
+        sample.samples_per_s.append(step["samples_per_s"])
+        sample.exchange_share.append(step["exchange_share"])
+        sample.input_share.append(step["input_share"])
+    shutil.rmtree(run_dir)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def efficiency(speed: float, speed_of_one: float, processes: int, cores: int) -> float:
+    """Speed over that of one process times the cores that `processes` keep busy."""
+    return speed / (speed_of_one * min(processes, cores))
+
+
+def records_of(samples: Mapping[tuple[str, int], Sample], cores: int) -> list[Record]:
+    """Flat records, one case a mode, one variant a number of processes."""
+    found = []
+    for (mode, processes), sample in samples.items():
+        name, speed = f"{processes} processes", median(sample.samples_per_s)
+        one = median(samples[mode, 1].samples_per_s)
+        found += [
+            Record(mode, name, "cores", min(processes, cores), "1"),
+            Record(mode, name, "samples_per_s", speed, "1/s"),
+            Record(mode, name, "speed_up", speed / one, "1"),
+            Record(mode, name, "efficiency", efficiency(speed, one, processes, cores), "1"),
+            Record(mode, name, "exchange_share", median(sample.exchange_share), "1"),
+            Record(mode, name, "input_share", median(sample.input_share), "1"),
+            Record(mode, name, "steps", len(sample.samples_per_s), "1"),
+        ]
+    return found
+
+
+def show(records: Sequence[Record]) -> str:
+    """A table of both modes."""
+    value = {(r.case, r.variant, r.metric): r.value for r in records}
+    rows = []
+    for mode, per in (("weak", "a rank"), ("strong", "in all")):
+        for processes in PROCESSES:
+            found = {
+                metric: v
+                for (case, name, metric), v in value.items()
+                if (case, name) == (mode, f"{processes} processes")
+            }
+            cores = int(found["cores"])
+            rows.append(
+                [
+                    f"{mode}: {TASKS[mode]} tasks {per}",
+                    str(processes),
+                    f"{cores}" + (f", shared by {processes}" if cores < processes else ""),
+                    f"{found['samples_per_s']:,.0f}",
+                    f"{found['speed_up']:.2f} ×",
+                    f"{found['efficiency']:.0%}",
+                    f"{found['exchange_share']:.0%}",
+                    f"{found['input_share']:.0%}",
+                ]
+            )
+    header = ["work", "processes", "cores", "samples/s", "speed-up", "efficiency per core", "exchange", "input wait"]
+    return table(header, rows)
+
+
+def main() -> int:
+    args = arguments(__doc__.splitlines()[0])
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if not cores or shutil.which("taskset") is None:
+        print("skipped: processes are held to cores with taskset, which is not here")
+        return 0
+    effort = QUICK if args.quick else FULL
+    with tempfile.TemporaryDirectory(prefix="gmeta-scaling-") as name:
+        write_pack(Path(name) / "pack", LOAD)
+        samples = measure(effort, cores, Path(name))
+    records = records_of(samples, len(cores))
+    shared = [f"{n} processes share {len(cores)}" for n in PROCESSES if n > len(cores)]
+    note = f"{len(cores)} cores, one thread a process, every process held to one core"
+    body = f"{show(records)}\n\n{'; '.join([note, *shared])}. Medians of {len(samples['weak', 1].samples_per_s)} steps."
+    publish("scaling", body, records, {"workload": str(LOAD), "tasks a step": TASKS, "steps a run": effort.steps}, args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
