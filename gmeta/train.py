@@ -185,6 +185,8 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         rank=mesh.rank,
         world_size=mesh.world_size,
         window_batches=config.loader.window_batches,
+        sequential=config.loader.sequential,
+        size_buckets=config.loader.size_buckets,
         prefetch=config.loader.prefetch,
         resample=config.loader.resample,
         transform=system.prepare,
