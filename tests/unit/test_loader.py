@@ -107,11 +107,11 @@ def test_epochs_differ_and_hold_every_task(split: PackSplit) -> None:
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("order", [{}, {"shuffle": False}, {"sequential": False, "size_buckets": False}])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch_of_one_process(split: PackSplit, shuffle: bool, world_size: int) -> None:
-    alone = loader(split, shuffle=shuffle)
-    ranks = [loader(split, shuffle=shuffle, rank=r, world_size=world_size) for r in range(world_size)]
+def test_ranks_share_the_batch_of_one_process(split: PackSplit, order: dict[str, bool], world_size: int) -> None:
+    alone = loader(split, **order)
+    ranks = [loader(split, rank=r, world_size=world_size, **order) for r in range(world_size)]
     for _ in range(8):
         whole, parts = next(alone), [next(r) for r in ranks]
         assert torch.cat([part.task_id for part in parts]).tolist() == whole.task_id.tolist()
