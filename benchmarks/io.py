@@ -6,6 +6,7 @@ The loaders alone, each in a process of its own, one torch thread, 20 features, 
 before anything is timed, each must give the tasks of its first batch exactly as the pack's loader does. Then
 `gmeta train` with parts of the loader on and off. All files are in a temporary directory that is removed at the end.
 
+    a CPU second   samples for a second of processor time, of workers too: what a core gives, also on a busy machine
     first batch    seconds from opening to the first batch, imports not counted
     anonymous      resident anonymous memory of the loader and its workers (peak while opening, or at the end), above
                    what the process had before; pages of mapped files are the page cache's
@@ -86,6 +87,12 @@ def anonymous_mb() -> float:
     return total / MB
 
 
+def cpu_s() -> float:
+    """Processor seconds that this process and its children have used."""
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
 class Peak:
     """The largest RssAnon of this process while the block runs, in MB, read every 10 ms."""
 
@@ -118,7 +125,7 @@ def measure(variant: str, root: Path, seconds: float) -> dict[str, float]:
         next(batches)
     first = time.perf_counter() - start
     samples = cells = 0
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), cpu_s()
     while (elapsed := time.perf_counter() - start) < seconds:
         batch = next(batches)
         for mask in (batch.support.mask, batch.query.mask):
@@ -126,6 +133,7 @@ def measure(variant: str, root: Path, seconds: float) -> dict[str, float]:
             cells += mask.numel()
     return {
         "samples_per_s": samples / elapsed,
+        "samples_per_cpu_s": samples / (cpu_s() - start_cpu),
         "first_batch_s": first,
         "anonymous_mb": max(peak.mb, anonymous_mb()) - before,
         "padding": 1 - samples / cells,
@@ -210,7 +218,7 @@ def loaders(case: Case, root: Path) -> tuple[list[Record], list[list[str]]]:
     records, rows = [], []
     for variant in OPEN:
         if reason := case.left_out.get(variant):
-            rows.append([case.name, "", variant, reason, "", "", "", ""])
+            rows.append([case.name, "", variant, reason, "", "", "", "", ""])
             continue
         folder = own_files.get(variant, root / "pack")
         for cache in case.caches:
@@ -219,9 +227,15 @@ def loaders(case: Case, root: Path) -> tuple[list[Record], list[list[str]]]:
             cached = cached_share(paths[:: -(-len(paths) // 100)])
             found = run_alone(variant, root, case.seconds)
             name = f"{case.name}, {cache}"
-            units = {"samples_per_s": "1/s", "first_batch_s": "s", "anonymous_mb": "MB", "padding": "1"}
+            units = {
+                "samples_per_s": "1/s",
+                "samples_per_cpu_s": "1/s",
+                "first_batch_s": "s",
+                "anonymous_mb": "MB",
+                "padding": "1",
+            }
             records += [Record(name, variant, metric, found[metric], unit) for metric, unit in units.items()]
-            forms = ("{:,.0f}", "{:.2f}", "{:,.0f}", "{:.1%}")
+            forms = ("{:,.0f}", "{:,.0f}", "{:.2f}", "{:,.0f}", "{:.1%}")
             numbers = [form.format(found[metric]) for form, metric in zip(forms, units, strict=True)]
             rows.append([case.name, cache, variant, *numbers, f"{cached:.0%}"])
     return records, rows
@@ -317,8 +331,9 @@ def in_directory(root: Path, quick: bool) -> tuple[list[Record], str, dict[str, 
             trained = training(place, variants, steps)
         shutil.rmtree(place)
     if not quick and len(cases) == 1:
-        rows.append([LARGE.name, "", "all", f"not run: needs {NEEDED_GB} GB of free disk", "", "", "", ""])
-    header = ["rows", "cache", "loader alone", "samples/s", "first batch s", "anonymous MB", "padding", "cached before"]
+        rows.append([LARGE.name, "", "all", f"not run: needs {NEEDED_GB} GB of free disk", "", "", "", "", ""])
+    header = ["rows", "cache", "loader alone", "samples/s", "a CPU second", "first batch s", "anonymous MB", "padding"]
+    header.append("cached before")
     train_header = ["gmeta train, 1 process", "samples/s", "padding", "input wait of step", "input wait ms"]
     body = f"{table(header, rows)}\n\n{table(train_header, trained[1])}"
     config = {
