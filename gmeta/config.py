@@ -136,6 +136,10 @@ class LoaderConfig:
     """Tasks of one global batch, over all ranks (G)."""
     window_batches: int = 64
     """Batches per shuffle window: larger mixes better, smaller reads closer to sequentially."""
+    sequential: bool = True
+    """Fill windows with blocks of consecutive tasks. Off, for comparison: with tasks from anywhere in the pack."""
+    size_buckets: bool = True
+    """Put tasks of similar size into one batch. Off, for comparison: any of the window, so padding grows."""
     prefetch: int = 2
     """Batches prepared ahead in a background thread; 0 is off."""
     resample: bool = False

@@ -43,6 +43,8 @@ FIXED_ON_RESUME = (
     "embedding.optimizer",
     "loader.tasks_per_batch",
     "loader.window_batches",
+    "loader.sequential",
+    "loader.size_buckets",
     "loader.resample",
 )
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
@@ -132,7 +134,9 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
 
 def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -> None:
     """ValueError naming the first setting, or the columns, that a checkpoint does not fit."""
-    before, wanted = _leaves(state["config"]), _leaves(asdict(now))
+    # A setting younger than the checkpoint did then what its default does now.
+    defaults = asdict(TrainConfig(pack="", run_dir=""))
+    before, wanted = _leaves(defaults) | _leaves(state["config"]), _leaves(asdict(now))
     for key in wanted:
         if key.startswith(FIXED_ON_RESUME) and before.get(key) != wanted[key]:
             raise ValueError(

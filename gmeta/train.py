@@ -185,6 +185,8 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         rank=mesh.rank,
         world_size=mesh.world_size,
         window_batches=config.loader.window_batches,
+        sequential=config.loader.sequential,
+        size_buckets=config.loader.size_buckets,
         prefetch=config.loader.prefetch,
         resample=config.loader.resample,
         transform=system.prepare,
@@ -295,8 +297,9 @@ def training_loop(run: Run) -> bool:
     batches = iter(run.loader)
     while run.progress.step < run.total_steps and not out_of_patience(run):
         watch = Stopwatch(run.mesh.device)
-        prepared = next(batches)
+        upcoming = next(batches)
         watch.lap("input")
+        prepared = upcoming  # frees the last batch: 1 to 3 ms that are no wait for input
         stats, stop = train_step(run, prepared, watch)
         _log_step(run, prepared.batch, stats, watch)
 

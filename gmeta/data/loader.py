@@ -8,9 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar, cast
 
+import numpy as np
+
 from gmeta.batch import TaskBatch
-from gmeta.data.order import Tasks, num_batches, split_slots, stored_batch, window_of_batches
-from gmeta.data.shards import PackSplit
+from gmeta.data.order import num_batches, split_slots, stored_batch, window_of_batches
+from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
 _Position = tuple[int, int]  # epoch, index of the batch in it
@@ -22,6 +24,9 @@ class TaskLoader(Generic[_T]):
     With `shuffle` it never ends: epoch after epoch, each in its own order. Without, it makes one pass in stored order
     and is then back at its start. `for batch in loader` goes on where the last loop stopped. `resample` draws the
     support of every task anew each epoch. The loader hands out `transform(batch)`, or the TaskBatch without one.
+
+    `sequential=False` draws every window from the whole split, not from blocks of consecutive tasks, and
+    `size_buckets=False` fills batches without regard to sizes: other orders, there to measure what the two buy.
 
     With `prefetch` > 0 that many batches are made ahead, transform included, in one background thread; an error there
     is raised by the `next` that asks for its batch. `close`, or leaving the loader's `with` block, ends the thread.
@@ -39,6 +44,8 @@ class TaskLoader(Generic[_T]):
         world_size: int = 1,
         shuffle: bool = True,
         window_batches: int = 64,
+        sequential: bool = True,
+        size_buckets: bool = True,
         prefetch: int = 2,
         resample: bool = False,
         transform: Callable[[TaskBatch], _T] | None = None,
@@ -56,11 +63,13 @@ class TaskLoader(Generic[_T]):
         self._world_size = world_size
         self._shuffle = shuffle
         self._window_batches = window_batches
+        self._sequential = sequential
+        self._size_buckets = size_buckets
         self._prefetch = prefetch
         self._resample = resample
         self._transform = transform
         self._position: _Position = (0, 0)  # of the batch that `next` hands out
-        self._window: tuple[_Position, list[Tasks]] | None = None  # the last window made, with its (epoch, window)
+        self._window: tuple[_Position, TaskRows] | None = None  # the last window made, with its (epoch, window)
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[_T]] = deque()
         self._next_ahead: _Position = (0, 0)
@@ -138,17 +147,16 @@ class TaskLoader(Generic[_T]):
     def _make(self, position: _Position) -> _T:
         epoch, index = position
         tasks = self._tasks(epoch, index)
-        num_support, num_query = self._split.sizes(tasks)
-        mine = tasks[split_slots(num_support + num_query, self._world_size)[self._rank]]
+        mine = tasks[split_slots(tasks.num_rows, self._world_size)[self._rank]]
         redraw = (self._seed, epoch) if self._resample else None
-        support, query, task_id = self._split.examples(mine, redraw)
+        support, query, task_id = self._split.gather(mine, redraw)
         batch = TaskBatch(support, query, task_id, num_tasks_global=len(tasks), epoch=epoch, index=index)
         return cast(_T, batch) if self._transform is None else self._transform(batch)
 
-    def _tasks(self, epoch: int, index: int) -> Tasks:
-        """Tasks of the global batch, as positions in the split."""
+    def _tasks(self, epoch: int, index: int) -> TaskRows:
+        """The tasks of the global batch. They are located once a window: it costs an index look-up in every shard."""
         if not self._shuffle:
-            return stored_batch(self._split.num_tasks, self._tasks_per_batch, index)
+            return self._split.locate(stored_batch(self._split.num_tasks, self._tasks_per_batch, index))
         window, offset = divmod(index, self._window_batches)
         if self._window is None or self._window[0] != (epoch, window):
             batches = window_of_batches(
@@ -159,9 +167,12 @@ class TaskLoader(Generic[_T]):
                 seed=self._seed,
                 epoch=epoch,
                 window=window,
+                sequential=self._sequential,
+                size_buckets=self._size_buckets,
             )
-            self._window = ((epoch, window), batches)
-        return self._window[1][offset]
+            self._window = ((epoch, window), self._split.locate(np.concatenate(batches)))
+        first = offset * self._tasks_per_batch  # only an epoch's last batch may be short
+        return self._window[1][first : first + self._tasks_per_batch]
 
 
 def padding_share(batch: TaskBatch) -> float:

@@ -33,20 +33,35 @@ def stored_batch(num_tasks: int, tasks_per_batch: int, index: int) -> Tasks:
 
 
 def window_of_batches(
-    num_tasks: int, sizes: Sizes, *, tasks_per_batch: int, window_batches: int, seed: int, epoch: int, window: int
+    num_tasks: int,
+    sizes: Sizes,
+    *,
+    tasks_per_batch: int,
+    window_batches: int,
+    seed: int,
+    epoch: int,
+    window: int,
+    sequential: bool = True,
+    size_buckets: bool = True,
 ) -> list[Tasks]:
     """The batches of one window of an epoch: batch k of the epoch is number k % window_batches of window
     k // window_batches.
 
     Every task is in exactly one batch of an epoch. Only the epoch's last batch may be short, and the tasks in it
     are a random draw of its window, because a task of a short batch weighs more.
+
+    Not `sequential`: blocks of one task. Without `size_buckets`, batches are cut from the shuffled window as it comes.
     """
     length = tasks_per_batch * window_batches
-    stream = _stream(num_tasks, seed, epoch, window * length, min((window + 1) * length, num_tasks))
+    block = BLOCK_TASKS if sequential else 1
+    stream = _stream(num_tasks, seed, epoch, block, window * length, min((window + 1) * length, num_tasks))
     tasks = stream[permutation(len(stream), seed, epoch, window)]
     num_full = len(tasks) // tasks_per_batch * tasks_per_batch
     full, short = tasks[:num_full], tasks[num_full:]
-    batches = [full[slots] for slots in bucket_by_size(*sizes(full), tasks_per_batch)]
+    if size_buckets:
+        batches = [full[slots] for slots in bucket_by_size(*sizes(full), tasks_per_batch)]
+    else:
+        batches = list(full.reshape(-1, tasks_per_batch))
     shuffled = [batches[i] for i in permutation(len(batches), seed, epoch, window, 1)]
     return [*shuffled, short] if len(short) else shuffled
 
@@ -62,7 +77,10 @@ def bucket_by_size(num_support: Tasks, num_query: Tasks, size: int) -> list[Task
         if len(slots) <= size:
             return [slots] if len(slots) else []
         support, query = num_support[slots], num_query[slots]
-        wider = support if np.ptp(support) >= np.ptp(query) else query
+        support_range, query_range = np.ptp(support), np.ptp(query)
+        if support_range == query_range == 0:
+            return list(slots.reshape(-1, size))  # what halving would come to, without its 127 sorts for 64 groups
+        wider = support if support_range >= query_range else query
         ranked = slots[np.argsort(wider, kind="stable")]
         middle = (len(slots) // size + 1) // 2 * size
         return halve(ranked[:middle]) + halve(ranked[middle:])
@@ -105,19 +123,19 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
-@lru_cache(maxsize=4)
-def _blocks(num_tasks: int, seed: int, epoch: int) -> tuple[Tasks, Tasks]:
+@lru_cache(maxsize=2)
+def _blocks(num_tasks: int, seed: int, epoch: int, block_tasks: int) -> tuple[Tasks, Tasks]:
     """The epoch's blocks in their permuted order: (first task of each, its end in the stream)."""
-    starts = np.arange(0, num_tasks, BLOCK_TASKS)
+    starts = np.arange(0, num_tasks, block_tasks)
     starts = starts[permutation(len(starts), seed, epoch)]
-    return starts, np.cumsum(np.minimum(BLOCK_TASKS, num_tasks - starts))
+    return starts, np.cumsum(np.minimum(block_tasks, num_tasks - starts))
 
 
-def _stream(num_tasks: int, seed: int, epoch: int, first: int, last: int) -> Tasks:
+def _stream(num_tasks: int, seed: int, epoch: int, block_tasks: int, first: int, last: int) -> Tasks:
     """Tasks at places [first, last) of the epoch's block-permuted stream."""
-    starts, ends = _blocks(num_tasks, seed, epoch)
+    starts, ends = _blocks(num_tasks, seed, epoch, block_tasks)
     place = np.arange(first, last)
     block = np.searchsorted(ends, place, side="right")
-    # A block ends at task min(start + BLOCK_TASKS, num_tasks); count back from there.
-    tasks: Tasks = np.minimum(starts[block] + BLOCK_TASKS, num_tasks) - (ends[block] - place)
+    # A block ends at task min(start + block_tasks, num_tasks); count back from there.
+    tasks: Tasks = np.minimum(starts[block] + block_tasks, num_tasks) - (ends[block] - place)
     return tasks

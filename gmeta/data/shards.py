@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def open_shard(root: Path, entry: Mapping[str, Any], schema: PackSchema) -> Shar
     """Map a shard; its header must be the one that the manifest and the schema imply."""
     path = check_size(root, entry)
     layout = shard_layout(schema, entry["rows"], entry["tasks"])
-    tensors = {}
+    arrays = {}
     try:
         # torch keeps the mapping alive without a descriptor, so the number of shards has no limit.
         with safe_open(path, framework="pt") as file:
@@ -103,20 +104,20 @@ def open_shard(root: Path, entry: Mapping[str, Any], schema: PackSchema) -> Shar
                     raise ValueError(
                         f"{path} does not fit the manifest (tensor {name!r} is {stored.get_dtype()} {found}): {CURE}"
                     )
-                tensors[name] = file.get_tensor(name)
+                arrays[name] = file.get_tensor(name).numpy()
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {CURE}") from None
-    return Shard(path, entry, tensors)
+    return Shard(path, entry, arrays)
 
 
 class Shard:
-    """One mapped shard. Its checksum is verified when its tensors are first read."""
+    """One mapped shard. Its checksum is verified when it is first read."""
 
-    def __init__(self, path: Path, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
+    def __init__(self, path: Path, entry: Mapping[str, Any], arrays: dict[str, Array]) -> None:
         self.path = path
         self.num_rows = int(entry["rows"])
         self.num_tasks = int(entry["tasks"])
-        self.tensors = tensors
+        self.arrays = arrays
         self._entry = entry
         self._verified = False
 
@@ -126,18 +127,29 @@ class Shard:
             verified_file(self.path.parent, self._entry)
             self._verified = True
 
-    def read(self, name: str) -> Tensor:
-        """A mapped tensor, after verification."""
+    def read(self, name: str) -> Array:
+        """A mapped array, after verification."""
         self.verify()
-        return self.tensors[name]
-
-    def numpy(self, name: str) -> Array:
-        """The same as a numpy view."""
-        return self.read(name).numpy()
+        return self.arrays[name]
 
 
-_Part = tuple[Array, int, Array]  # slots of the asked tasks, shard index, tasks within the shard
-_Piece = tuple[Tensor, Shard, Tensor]  # cells of the flat [T * S], shard, rows within the shard
+@dataclass(frozen=True, slots=True)
+class TaskRows:
+    """Where tasks lie in their split, one entry a task, all int64 [T]."""
+
+    task_id: Array
+    shard: Array
+    start: Array  # first row, numbered through the split
+    num_support: Array
+    num_rows: Array  # support and query
+
+    def __len__(self) -> int:
+        return len(self.task_id)
+
+    def __getitem__(self, slots: slice) -> TaskRows:
+        return TaskRows(
+            self.task_id[slots], self.shard[slots], self.start[slots], self.num_support[slots], self.num_rows[slots]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +171,6 @@ class PackSplit:
         self._shards = list(shards)
         self._one_valued = one_valued(schema)
         self._many_valued = many_valued(schema)
-        self._num_numeric = len(schema.numeric)
         self._task_bounds = np.cumsum([0, *(shard.num_tasks for shard in shards)])
         self._row_bounds = np.cumsum([0, *(shard.num_rows for shard in shards)])
         self.num_tasks = int(self._task_bounds[-1])
@@ -178,13 +189,13 @@ class PackSplit:
     @cached_property
     def num_task_rows(self) -> Array:
         """int64 [num_tasks], support and query rows of each task."""
-        sizes = [np.diff(shard.numpy("row_start"), append=shard.num_rows) for shard in self._shards]
+        sizes = [np.diff(shard.read("row_start"), append=shard.num_rows) for shard in self._shards]
         return np.concatenate(sizes)
 
     def sizes(self, tasks: Array) -> tuple[Array, Array]:
         """(support rows, query rows), each int64 [T], of the tasks at these positions; touches their shards only."""
-        _, support, rows = self._task_rows(tasks, self._locate(tasks))
-        return support, rows - support
+        at = self.locate(tasks)
+        return at.num_support, at.num_rows - at.num_support
 
     def columns(self, features: Sequence[str] = ()) -> SplitColumns:
         """Whole columns, with the ids of the one-valued `features`; views where the split has one shard."""
@@ -196,7 +207,7 @@ class PackSplit:
         task = np.repeat(np.arange(self.num_tasks), sizes)
         query_start = np.cumsum(sizes) - sizes + self.num_support
         ids = {
-            name: _joined([shard.numpy("ids")[:, self._one_valued.index(name)] for shard in self._shards])
+            name: _joined([shard.read("ids")[:, self._one_valued.index(name)] for shard in self._shards])
             for name in features
         }
         return SplitColumns(
@@ -212,93 +223,140 @@ class PackSplit:
         for shard in self._shards:
             shard.verify()
 
+    def locate(self, tasks: Array) -> TaskRows:
+        """Where the tasks at these positions lie; touches their shards only. To do once for many batches."""
+        if len(tasks) and (tasks.min() < 0 or tasks.max() >= self.num_tasks):
+            raise IndexError(f"tasks {tasks.min()} to {tasks.max()} asked of split {self.name!r} of {self.num_tasks}")
+        shard_of = np.searchsorted(self._task_bounds, tasks, side="right") - 1
+        task_id, start, support, rows = np.empty((4, len(tasks)), np.int64)
+        for index in np.unique(shard_of):
+            slots = np.flatnonzero(shard_of == index)
+            shard, local = self._shards[index], tasks[slots] - self._task_bounds[index]
+            row_start = shard.read("row_start")
+            is_last = local == len(row_start) - 1
+            end = np.where(is_last, shard.num_rows, row_start[np.where(is_last, 0, local + 1)])
+            task_id[slots] = shard.read("task_id")[local]
+            start[slots] = row_start[local] + self._row_bounds[index]
+            support[slots] = shard.read("num_support")[local]
+            rows[slots] = end - row_start[local]
+        return TaskRows(task_id, shard_of, start, support, rows)
+
     def examples(self, tasks: Array, redraw: tuple[int, int] | None = None) -> tuple[Examples, Examples, Tensor]:
-        """Support, query and task ids [T] of the tasks at these positions, each side padded to its longest task.
+        """`gather` of the tasks at these positions."""
+        return self.gather(self.locate(tasks), redraw)
+
+    def gather(self, at: TaskRows, redraw: tuple[int, int] | None = None) -> tuple[Examples, Examples, Tensor]:
+        """Support, query and task ids [T] of located tasks, each side padded to its longest task.
 
         `redraw=(seed, epoch)` draws each task's support anew, at random and with the stored size, as a function of
         (seed, epoch, row) alone; rows keep their stored order within either side.
         """
-        parts = self._locate(tasks)
-        start, support, rows = self._task_rows(tasks, parts)
         if redraw is None:
-            support_row, query_row = _row_matrix(start, support), _row_matrix(start + support, rows - support)
+            num_query = at.num_rows - at.num_support
+            support_row = _row_matrix(at.start, at.num_support)
+            query_row = _row_matrix(at.start + at.num_support, num_query)
         else:
-            support_row, query_row = _redraw(start, support, rows, *redraw)
-        task_id = np.empty(len(tasks), np.int64)
-        for slots, shard, local in parts:
-            task_id[slots] = self._shards[shard].numpy("task_id")[local]
-        support_side, query_side = self._sides(parts, support_row, query_row)
-        return support_side, query_side, torch.from_numpy(task_id)
+            support_row, query_row = _redraw(at.start, at.num_support, at.num_rows, *redraw)
+        cells = self._cells(at.shard, np.concatenate([support_row, query_row], axis=1))
+        ids, dense, label, item_cold = (cells.column(name) for name in ("ids", "dense", "label", "item_cold"))
+        bags = {name: cells.bag(name) for name in self._many_valued}
 
-    def _column(self, name: str) -> Array:
-        return _joined([shard.numpy(name) for shard in self._shards])
-
-    def _locate(self, tasks: Array) -> list[_Part]:
-        """The shards that hold the tasks, each with the slots of `tasks` it fills."""
-        if len(tasks) and (tasks.min() < 0 or tasks.max() >= self.num_tasks):
-            raise IndexError(f"tasks {tasks.min()} to {tasks.max()} asked of split {self.name!r} of {self.num_tasks}")
-        shard_of = np.searchsorted(self._task_bounds, tasks, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        shards, first = np.unique(shard_of[order], return_index=True)
-        groups = np.split(order, first[1:]) if len(shards) else []
-        return [
-            (slots, int(shard), tasks[slots] - self._task_bounds[shard])
-            for shard, slots in zip(shards, groups, strict=True)
-        ]
-
-    def _task_rows(self, tasks: Array, parts: list[_Part]) -> tuple[Array, Array, Array]:
-        """(first row in the split, support rows, rows), each int64 [T]."""
-        start, support, rows = (np.empty(len(tasks), np.int64) for _ in range(3))
-        for slots, shard, local in parts:
-            row_start = self._shards[shard].numpy("row_start")
-            is_last = local == len(row_start) - 1
-            end = np.where(is_last, self._shards[shard].num_rows, row_start[np.where(is_last, 0, local + 1)])
-            start[slots] = row_start[local] + self._row_bounds[shard]
-            rows[slots] = end - row_start[local]
-            support[slots] = self._shards[shard].numpy("num_support")[local]
-        return start, support, rows
-
-    def _sides(self, parts: list[_Part], support_row: Array, query_row: Array) -> tuple[Examples, Examples]:
-        """Examples of the rows in `support_row` [T, S] and `query_row` [T, Q], -1 on padding.
-
-        Both are gathered at once: their cells, T * S of support and T * Q of query, form one flat line.
-        """
-        T, S = support_row.shape
-        Q = query_row.shape[1]
-        row = np.concatenate([support_row.reshape(-1), query_row.reshape(-1)])
-        pieces: list[_Piece] = []
-        for slots, shard, _ in parts:
-            cells = np.concatenate([_cells_of(slots, S), T * S + _cells_of(slots, Q)])
-            # Padding reads the shard's first row, which is blanked when all are gathered.
-            local = np.maximum(row[cells] - self._row_bounds[shard], 0)
-            pieces.append((torch.from_numpy(cells), self._shards[shard], torch.from_numpy(local)))
-        pad = torch.from_numpy(np.flatnonzero(row < 0))
-        ids, dense, label, item_cold = (
-            _gather(pieces, self._shards[0].tensors[name], name, len(row)).index_fill_(0, pad, 0)
-            for name in ("ids", "dense", "label", "item_cold")
-        )
-        bags = {name: _gather_bags(pieces, name, pad, len(row)) for name in self._many_valued}
-
-        def side(rows: Array, cells: slice) -> Examples:
-            shape = rows.shape
-            by_feature = ids[cells].t().to(torch.int64, memory_format=torch.contiguous_format)
+        def side(rows: Array, columns: slice) -> Examples:
+            by_feature = torch.from_numpy(ids[:, columns].transpose(2, 0, 1).astype(np.int64, order="C"))
             return Examples(
-                ids=dict(zip(self._one_valued, by_feature.view(len(self._one_valued), *shape), strict=True)),
-                bags={name: _cut_bag(*bag, cells, shape) for name, bag in bags.items()},
-                dense=dense[cells].view(*shape, self._num_numeric),
-                label=label[cells].view(shape),
+                ids=dict(zip(self._one_valued, by_feature.unbind(), strict=True)),
+                bags={name: bag.cut(columns) for name, bag in bags.items()},
+                dense=torch.from_numpy(dense[:, columns].copy()),
+                label=torch.from_numpy(label[:, columns].copy()),
                 mask=torch.from_numpy(rows >= 0),
                 row=torch.from_numpy(rows),
-                item_cold=item_cold[cells].view(shape).bool(),
+                item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
             )
 
-        return side(support_row, slice(0, T * S)), side(query_row, slice(T * S, len(row)))
+        S = support_row.shape[1]
+        return side(support_row, slice(0, S)), side(query_row, slice(S, None)), torch.from_numpy(at.task_id.copy())
+
+    def _column(self, name: str) -> Array:
+        return _joined([shard.read(name) for shard in self._shards])
+
+    def _cells(self, shard_of: Array, row: Array) -> _Cells:
+        """The cells of `row` [T, W]: row numbers of tasks that lie in `shard_of` [T], -1 on padding."""
+        order = np.argsort(shard_of, kind="stable")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        by_shard, row = shard_of[order], row[order]
+        # Padding reads the shard's first row, which is blanked when all are gathered.
+        local = np.maximum(row - self._row_bounds[by_shard][:, None], 0)
+        first = np.flatnonzero(np.diff(by_shard, prepend=-1)).tolist()
+        W = row.shape[1]
+        runs = [
+            (self._shards[by_shard[a]], slice(a * W, b * W), local[a:b].reshape(-1))
+            for a, b in pairwise([*first, len(order)])
+        ]
+        return _Cells(row.shape, self._shards[0], runs, back, np.flatnonzero(row < 0))
 
 
-def _cells_of(slots: Array, width: int) -> Array:
-    """Flat cells of whole tasks in a [T, width] matrix."""
-    cells: Array = (slots[:, None] * width + np.arange(width)).reshape(-1)
-    return cells
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The cells of a [T, W] matrix of rows, tasks sorted by shard: each shard then fills one run of the flat cells.
+
+    One gather per shard straight into its run, then one of whole tasks back into the batch's order. In numpy, whose
+    calls cost less than torch's on some hundred rows of a shard.
+    """
+
+    shape: tuple[int, ...]
+    like: Shard  # any shard, for the columns' types
+    runs: list[tuple[Shard, slice, Array]]  # shard, its flat cells, the rows in it that they read
+    back: Array  # int64 [T]: where the batch's tasks are in the sorted order
+    pad: Array  # flat cells that are padding
+
+    def column(self, name: str) -> Array:
+        """[T, W, …] in the batch's order: tensor `name`, 0 on padding."""
+        like = self.like.arrays[name]
+        out = np.empty((self.shape[0] * self.shape[1], *like.shape[1:]), like.dtype)
+        if out.size:
+            for shard, run, local in self.runs:
+                shard.read(name).take(local, 0, out[run], "clip")  # "raise" would go through a buffer
+            if len(self.pad):
+                out[self.pad] = 0
+        return out.reshape(*self.shape, *like.shape[1:])[self.back]
+
+    def bag(self, name: str) -> _Bags:
+        """A many-valued feature."""
+        first, length = np.zeros((2, *self.shape), np.int64)
+        flat_first, flat_length = first.reshape(-1), length.reshape(-1)
+        for shard, run, local in self.runs:
+            offsets = shard.read(f"{name}.offsets")
+            flat_first[run] = offsets[local]
+            flat_length[run] = offsets[local + 1] - offsets[local]
+        flat_length[self.pad] = 0
+        values = [
+            shard.read(f"{name}.values")[_ranges(flat_first[run], flat_length[run])] for shard, run, _ in self.runs
+        ]
+        flat_first[:] = np.cumsum(flat_length) - flat_length
+        return _Bags(_joined(values or [np.empty(0, np.int32)]), first[self.back], length[self.back])
+
+
+@dataclass(frozen=True, slots=True)
+class _Bags:
+    """A many-valued feature of the cells of a batch: cell (t, w) has values[first[t, w]:][: length[t, w]]."""
+
+    values: Array
+    first: Array  # [T, W]
+    length: Array  # [T, W]
+
+    def cut(self, columns: slice) -> Bag:
+        """The bag of one side."""
+        length = np.ascontiguousarray(self.length[:, columns])
+        values = self.values[_ranges(self.first[:, columns].reshape(-1), length.reshape(-1))]
+        return Bag(torch.from_numpy(values.astype(np.int64)), torch.from_numpy(length))
+
+
+def _ranges(first: Array, length: Array) -> Array:
+    """first[0], first[0] + 1, … (length[0] numbers), then those from first[1], and so on."""
+    end = np.cumsum(length)
+    ranges: Array = np.arange(int(length.sum())) + np.repeat(first - (end - length), length)
+    return ranges
 
 
 def _joined(arrays: Sequence[Array]) -> Array:
@@ -330,48 +388,9 @@ def _scatter_rows(flat: Array, count: Array) -> Array:
     return out
 
 
-def _gather(pieces: list[_Piece], like: Tensor, name: str, num_cells: int) -> Tensor:
-    """[num_cells, …]: rows of tensor `name` put where the pieces say."""
-    if len(pieces) == 1:  # its cells are all, in order
-        return pieces[0][1].read(name).index_select(0, pieces[0][2])
-    out = like.new_empty((num_cells, *like.shape[1:]))
-    for cells, shard, local in pieces:
-        out.index_copy_(0, cells, shard.read(name).index_select(0, local))
-    return out
-
-
-def _gather_bags(pieces: list[_Piece], name: str, pad: Tensor, num_cells: int) -> tuple[Array, Array]:
-    """A many-valued feature: (values flat in cell order, lengths [num_cells], 0 on padding).
-
-    In numpy, because torch.repeat_interleave wakes all threads however small its input (5 ms on a busy machine).
-    """
-    lengths, source = np.zeros((2, num_cells), np.int64)
-    for cells, shard, local in pieces:
-        offsets, row = shard.numpy(f"{name}.offsets"), local.numpy()
-        source[cells.numpy()] = offsets[row]
-        lengths[cells.numpy()] = offsets[row + 1] - offsets[row]
-    lengths[pad.numpy()] = 0
-    first = np.cumsum(lengths) - lengths
-    values = np.empty(int(lengths.sum()), np.int64)
-    for cells, shard, _ in pieces:
-        at = cells.numpy()
-        length = lengths[at]
-        step = np.arange(int(length.sum())) - np.repeat(np.cumsum(length) - length, length)
-        stored = shard.numpy(f"{name}.values")[step + np.repeat(source[at], length)]
-        values[step + np.repeat(first[at], length)] = stored
-    return values, lengths
-
-
-def _cut_bag(values: Array, lengths: Array, cells: slice, shape: tuple[int, ...]) -> Bag:
-    """The bag of a run of cells."""
-    first = int(lengths[: cells.start].sum())
-    own = lengths[cells]
-    return Bag(torch.from_numpy(values[first : first + int(own.sum())]), torch.from_numpy(own).view(shape))
-
-
 def split_in_memory(arrays: Mapping[str, Array], schema: PackSchema) -> PackSplit:
     """A split of one shard that lies in memory, as if it had been written and opened; `time` is not needed."""
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-    shard = Shard(Path("memory"), {"rows": len(arrays["label"]), "tasks": len(arrays["task_id"])}, tensors)
+    entry = {"rows": len(arrays["label"]), "tasks": len(arrays["task_id"])}
+    shard = Shard(Path("memory"), entry, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
     shard._verified = True
     return PackSplit("memory", [shard], schema)

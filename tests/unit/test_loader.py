@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain, islice, product
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from random_packs import random_tasks, schema, write_pack
 
 from gmeta.batch import TaskBatch, map_tensors
 from gmeta.data.loader import TaskLoader, padding_share
+from gmeta.data.order import window_of_batches
 from gmeta.data.pack import PackSplit, open_pack
 
 NUM_TASKS = 43
@@ -45,6 +46,25 @@ def same(a: TaskBatch, b: TaskBatch) -> bool:
         map_tensors(batch, lambda t, into=into: (into.append(t), t)[1])  # type: ignore[misc]
     equal = all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(*tensors, strict=True))
     return equal and (a.epoch, a.index, a.num_tasks_global) == (b.epoch, b.index, b.num_tasks_global)
+
+
+@pytest.mark.parametrize("switches", [{}, {"sequential": False}, {"size_buckets": False}])
+def test_batches_hold_the_tasks_that_the_order_says(split: PackSplit, switches: dict[str, bool]) -> None:
+    batches = loader(split, **switches)
+    for epoch, window in product(range(2), range(3)):
+        of_window = window_of_batches(
+            split.num_tasks,
+            split.sizes,
+            tasks_per_batch=6,
+            window_batches=3,
+            seed=9,
+            epoch=epoch,
+            window=window,
+            **switches,
+        )
+        for k, tasks in enumerate(of_window):
+            expected = TaskBatch(*split.examples(tasks), len(tasks), epoch, 3 * window + k)
+            assert same(next(batches), expected)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
@@ -87,11 +107,11 @@ def test_epochs_differ_and_hold_every_task(split: PackSplit) -> None:
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("order", [{}, {"shuffle": False}, {"sequential": False, "size_buckets": False}])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch_of_one_process(split: PackSplit, shuffle: bool, world_size: int) -> None:
-    alone = loader(split, shuffle=shuffle)
-    ranks = [loader(split, shuffle=shuffle, rank=r, world_size=world_size) for r in range(world_size)]
+def test_ranks_share_the_batch_of_one_process(split: PackSplit, order: dict[str, bool], world_size: int) -> None:
+    alone = loader(split, **order)
+    ranks = [loader(split, rank=r, world_size=world_size, **order) for r in range(world_size)]
     for _ in range(8):
         whole, parts = next(alone), [next(r) for r in ranks]
         assert torch.cat([part.task_id for part in parts]).tolist() == whole.task_id.tolist()

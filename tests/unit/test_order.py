@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64
 
 from gmeta.data.order import (
     BLOCK_TASKS,
@@ -26,7 +27,13 @@ def random_sizes(num_tasks: int, seed: int = 0) -> tuple[Tasks, Tasks]:
 
 
 def epoch_batches(
-    num_tasks: int, size: int, window_batches: int, seed: int = 0, epoch: int = 0, num_rows: Tasks | None = None
+    num_tasks: int,
+    size: int,
+    window_batches: int,
+    seed: int = 0,
+    epoch: int = 0,
+    num_rows: Tasks | None = None,
+    **switches: bool,
 ) -> list[Tasks]:
     support, query = random_sizes(num_tasks) if num_rows is None else (num_rows // 2, num_rows - num_rows // 2)
     batches: list[Tasks] = []
@@ -39,6 +46,7 @@ def epoch_batches(
             seed=seed,
             epoch=epoch,
             window=window,
+            **switches,
         )
     return batches
 
@@ -50,9 +58,12 @@ def epoch_batches(
     window_batches=st.integers(1, 9),
     seed=st.integers(0, 2**63),
     epoch=st.integers(0, 1000),
+    switches=st.fixed_dictionaries({"sequential": st.booleans(), "size_buckets": st.booleans()}),
 )
-def test_every_task_once_an_epoch_and_short_only_at_its_end(num_tasks, size, window_batches, seed, epoch) -> None:
-    batches = epoch_batches(num_tasks, size, window_batches, seed, epoch)
+def test_every_task_once_an_epoch_and_short_only_at_its_end(
+    num_tasks, size, window_batches, seed, epoch, switches
+) -> None:
+    batches = epoch_batches(num_tasks, size, window_batches, seed, epoch, **switches)
     assert sorted(np.concatenate(batches).tolist()) == list(range(num_tasks))
     assert len(batches) == num_batches(num_tasks, size)
     assert {len(batch) for batch in batches[:-1]} <= {size}
@@ -78,9 +89,14 @@ def test_order_is_the_one_that_checkpoints_refer_to() -> None:
     assert [
         batch.tolist() for batch in epoch_batches(11, 3, 2, seed=7, epoch=2, num_rows=2 + np.arange(11) % 4)
     ] == GOLDEN_BATCHES
+    key = keyed_hash(np.arange(1000), 1) % np.uint64(40)
+    varied, equal = key.astype(np.int64), np.full(1000, 5)
+    orders = [epoch_batches(1000, 16, 5, seed=3, epoch=2, num_rows=rows) for rows in (varied, equal)]
+    assert [xxh3_64(np.concatenate(batches).tobytes()).hexdigest() for batches in orders] == GOLDEN_HASHES
 
 
 GOLDEN_PERMUTATION = [2, 0, 9, 6, 3, 7, 4, 5, 1, 8]
+GOLDEN_HASHES = ["8aa4e3d6a85dfdb0", "32f6e45e118d79f7"]  # sizes varied, equal
 GOLDEN_BATCHES = [[4, 0, 1], [2, 5, 3], [9, 10, 7], [8, 6]]
 
 
@@ -90,6 +106,24 @@ def test_a_window_reads_few_blocks() -> None:
     assert len(np.unique(window // BLOCK_TASKS)) <= 8 * 32 // BLOCK_TASKS + 1
     # The blocks are not neighbours, so the window still mixes the pack.
     assert np.ptp(window) > 3000
+
+
+def test_not_sequential_a_window_is_a_draw_of_the_whole_pack() -> None:
+    window = np.concatenate(epoch_batches(10_000, 32, 8, sequential=False)[8:16])
+    # 256 tasks thrown at 157 blocks miss 157 * exp(-256 / 157) of them, 31, with a standard deviation of 4.
+    assert 105 < len(np.unique(window // BLOCK_TASKS)) < 147
+    again = np.concatenate(epoch_batches(10_000, 32, 8, epoch=1, sequential=False)[8:16])
+    assert len(np.intersect1d(window, again)) < 30
+
+
+def test_without_buckets_a_window_holds_the_same_tasks_but_pads_more() -> None:
+    support, query = random_sizes(1024)
+    bucketed, plain = (epoch_batches(1024, 16, 16, size_buckets=on) for on in (True, False))
+    for first in range(0, 64, 16):
+        windows = (np.sort(np.concatenate(batches[first : first + 16])) for batches in (bucketed, plain))
+        assert np.array_equal(*windows)
+    assert padding(support, query, bucketed) < 0.25
+    assert padding(support, query, plain) > 0.4
 
 
 def test_permutations_are_fair() -> None:
