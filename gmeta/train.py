@@ -128,7 +128,7 @@ def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
     examples = batch.support.mask.sum() + batch.query.mask.sum()
     cells = batch.support.mask.numel() + batch.query.mask.numel()
     support = support_loss.sum() / batch.num_tasks_global
-    return torch.stack([v.double() for v in (loss.detach(), support, examples, examples.new_tensor(cells))])
+    return torch.stack([v.double() for v in (loss.detach(), support, examples, examples.new_full((), cells))])
 
 
 def _update(run: Run, row_gradients: dict[str, RowGradients], norm: Tensor, lr: float) -> None:
