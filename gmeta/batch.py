@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -101,9 +102,35 @@ def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
     return out  # type: ignore[no-any-return]
 
 
-def to_device(batch: TaskBatch, device: torch.device, dtype: torch.dtype = torch.float32) -> TaskBatch:
-    """The batch on `device`, its floating-point tensors cast to `dtype`."""
-    return map_tensors(
-        batch,
-        lambda t: t.to(device, dtype if t.is_floating_point() else None, non_blocking=True),
-    )
+def to_device(value: _T, device: torch.device, dtype: torch.dtype | None = None) -> _T:
+    """A (nested) batch on `device`, its floating-point tensors cast to `dtype`; ready when this returns.
+
+    CUDA copies go through pinned memory on a stream of their own, so that a loader's thread makes them beside the
+    kernels of earlier steps, and waits for its copies only. Tensors are used on the device's default stream.
+    """
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype=dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+    if device.type != "cuda":
+        return map_tensors(value, lambda t: cast(t).to(device))
+    stream = _copy_stream(device)
+
+    def copy(tensor: Tensor) -> Tensor:
+        tensor = cast(tensor)
+        if tensor.device.type == "cuda":
+            return tensor
+        out = tensor.contiguous().pin_memory().to(device, non_blocking=True)
+        # its memory goes back to this stream's pool: not before what reads it elsewhere has run
+        out.record_stream(torch.cuda.default_stream(device))
+        return out
+
+    with torch.cuda.stream(stream):
+        copied = map_tensors(value, copy)
+    stream.synchronize()
+    return copied
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

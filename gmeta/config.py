@@ -279,8 +279,9 @@ class TrainConfig:
     """When to validate, save and end."""
     seed: int = 0
     """Seed of initialisation, order and dropout."""
-    precision: Literal["float32", "bf16", "float64"] = "float32"
-    """float64 is for parity tests; bf16 is autocast."""
+    precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
+    """tf32: float32, but CUDA rounds the factors of matrix products to 10 bits (without CUDA the same as float32);
+    bf16 is autocast; float64 is for parity tests."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     timeout_s: int = 300

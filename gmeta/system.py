@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta import checkpoint
-from gmeta.batch import EmbeddedRows, TaskBatch, map_tensors, to_device
+from gmeta.batch import EmbeddedRows, TaskBatch, to_device
 from gmeta.config import MetaConfig, TrainConfig
 from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.embedding.exchange import LookupPlan, fetch, plan_lookup
@@ -47,11 +47,8 @@ class System:
         lookup = plan_lookup(self.tables, batch)
         num_rows = {name: max(1, group.rows.numel()) for name, group in lookup.groups.items()}
         index = (learner or self.learner).plan(lookup.support, lookup.query, num_rows, batch)
-        return Prepared(
-            to_device(batch, self.mesh.device, self.dtype),
-            lookup,
-            map_tensors(index, lambda t: t.to(self.mesh.device, non_blocking=True)),
-        )
+        device = self.mesh.device
+        return Prepared(to_device(batch, device, self.dtype), to_device(lookup, device), to_device(index, device))
 
     def fetch(self, plan: LookupPlan, stop: bool = False) -> tuple[EmbeddedRows, bool]:
         """Fetch the plan's rows; collective. Also whether any rank asked to stop."""
@@ -92,6 +89,8 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
             "prepare with --label_threshold, or train with --loss mse, l1 or huber"
         )
     dtype = torch.float64 if config.precision == "float64" else torch.float32
+    if mesh.device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
     model = build_model(config.model, schema, seed=config.seed).to(mesh.device, dtype)
     learner = build_learner(model, config, config.meta).to(mesh.device, dtype)
     features = learner.embedding_features

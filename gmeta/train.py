@@ -9,7 +9,7 @@ import json
 import math
 import signal
 import threading
-import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,12 +25,13 @@ from gmeta.config import TrainConfig
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.embedding.exchange import return_gradients
-from gmeta.optim.dense import clip_scale, dense_optimizer, global_norm, lr_scale
+from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.collectives import GradientBuckets, all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.rundir import prepare_run_dir, run_lock
 from gmeta.scoring import score, validation_metrics
+from gmeta.stepping import OnItsWay, Started, Stopwatch, still_finite
 from gmeta.system import Prepared, System, build_system
 from gmeta.tracking import RunLog
 
@@ -57,7 +58,7 @@ class Run:
 
     config: TrainConfig
     system: System
-    dense: torch.optim.Optimizer
+    dense: torch.optim.AdamW
     sparse: SparseOptimizer
     buckets: GradientBuckets
     loader: TaskLoader[Prepared]
@@ -65,6 +66,8 @@ class Run:
     log: RunLog
     total_steps: int
     stop: threading.Event
+    ok: Tensor  # bool []: every step so far was finite; once False no step changes anything
+    read_late: bool  # a step's statistics are read after the next one has started
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -78,25 +81,8 @@ class Run:
         return Path(self.config.run_dir) / "checkpoints"
 
 
-class Stopwatch:
-    """Seconds spent per phase of a step; waits for the device so that kernels count where they run."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """Book the time since the last lap on `phase`."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
-
-
-def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> tuple[dict[str, float], bool]:
-    """One optimizer step on one global batch; returns its global statistics and whether a rank asked to stop.
+def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> Started:
+    """Start one optimizer step on one global batch; `finish_step` reads its global statistics.
 
     ids -> rows (AlltoAll) -> inner and outer loop -> gradients home (AlltoAll, AllReduce) -> one update a row.
     """
@@ -112,21 +98,25 @@ def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> tuple[dict[str
     run.buckets.flush()
     row_gradients = return_gradients(system.tables, prepared.lookup, rows, mesh)
     run.buckets.finish()
-    sums = _batch_sums(loss, output.support_loss, batch)
-    sums = all_reduce_sum(sums, mesh)
+    sums = all_reduce_sum(_batch_sums(loss, output.support_loss, batch), mesh)
     norm = global_norm(_dense_gradients(run), row_gradients, mesh)
     watch.lap("exchange")
 
-    stats = dict(zip(("loss", "support_loss", "samples", "cells"), sums.tolist(), strict=True))
-    stats["grad_norm"] = norm
-    _require_finite(run, batch, stats, output.query_loss)
-
+    stats = OnItsWay(dict(zip(("loss", "support_loss", "samples", "cells"), sums, strict=True)) | {"grad_norm": norm})
     lr = lr_scale(run.progress.step, run.config.dense.warmup_steps, run.total_steps, run.config.dense.decay)
-    _apply(run, row_gradients, clip_scale(norm, run.config.dense.clip_norm), lr)
-    stats["lr"] = run.config.dense.lr * lr
+    started = Started(run.progress.step, batch, output.query_loss, run.config.dense.lr * lr, stop, stats, watch)
+    run.ok = still_finite(run.ok, sums[0], norm)
+    if not run.read_late:
+        _require_finite(run, started)
+    _update(run, row_gradients, norm, lr)
     run.progress.step += 1
     watch.lap("compute")
-    return stats, stop
+    return started
+
+
+def finish_step(run: Run, started: Started) -> dict[str, float]:
+    """Wait for a step's global statistics; ValueError, on every rank, when its loss or gradient was not finite."""
+    return {**_require_finite(run, started), "lr": started.lr}
 
 
 def _dense_gradients(run: Run) -> list[Tensor]:
@@ -138,28 +128,25 @@ def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
     examples = batch.support.mask.sum() + batch.query.mask.sum()
     cells = batch.support.mask.numel() + batch.query.mask.numel()
     support = support_loss.sum() / batch.num_tasks_global
-    return torch.stack([v.double() for v in (loss.detach(), support, examples, examples.new_tensor(cells))])
+    return torch.stack([v.double() for v in (loss.detach(), support, examples, examples.new_full((), cells))])
 
 
-def _apply(run: Run, row_gradients: dict[str, RowGradients], clip: float, lr: float) -> None:
-    """Exactly one update of every dense parameter and of every row that took part."""
-    if clip != 1.0:
-        for gradient in _dense_gradients(run):
-            gradient.mul_(clip)
-    for group in run.dense.param_groups:
-        group["lr"] = group["peak_lr"] * lr
-    run.dense.step()
-    run.dense.zero_grad(set_to_none=False)
-    run.sparse.step(run.system.tables, row_gradients, lr_scale=lr, grad_scale=clip)
+def _update(run: Run, row_gradients: dict[str, RowGradients], norm: Tensor, lr: float) -> None:
+    """Exactly one update of every dense parameter and of every row that took part, if all is finite."""
+    clip_norm = run.config.dense.clip_norm
+    clip = clip_scale(norm, clip_norm) if clip_norm else None
+    ok = run.ok if run.read_late else None
+    dense_step(run.dense, lr_scale=lr, grad_scale=clip, ok=ok)
+    run.sparse.step(run.system.tables, row_gradients, lr_scale=lr, grad_scale=clip, ok=ok)
 
 
-def _require_finite(run: Run, batch: TaskBatch, stats: dict[str, float], query_loss: Tensor) -> None:
-    """Stop before the update when the loss or the gradient is not finite; the batch's tasks are saved."""
+def _require_finite(run: Run, started: Started) -> dict[str, float]:
+    """The step's statistics. Where loss or gradient is not finite, saves the batch's tasks and raises."""
+    stats, batch, step = started.stats.read(), started.batch, started.step
     if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
-        return
-    step = run.progress.step
+        return stats
     tasks = gather_to_rank_0(batch.task_id.cpu().numpy(), run.mesh)
-    losses = gather_to_rank_0(query_loss.double().cpu().numpy(), run.mesh)
+    losses = gather_to_rank_0(started.query_loss.double().cpu().numpy(), run.mesh)
     file = Path(run.config.run_dir) / f"not-finite-step-{step:08d}.json"
     if run.mesh.rank == 0:
         found = {"step": step, "epoch": batch.epoch, "index": batch.index, "task_id": tasks.tolist()}
@@ -212,6 +199,8 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         log=RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total),
         total_steps=total,
         stop=stop,
+        ok=torch.ones((), dtype=torch.bool, device=mesh.device),
+        read_late=mesh.device.type == "cuda",
     )
 
 
@@ -228,7 +217,7 @@ def _checkpoint_tensors(run: Run) -> dict[str, Tensor]:
 def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """AdamW's state before its first step, so that a checkpoint has a place to load it into."""
     state = {
-        "step": torch.zeros(()),
+        "step": torch.zeros((), device=parameter.device),
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
     }
@@ -295,16 +284,18 @@ def training_loop(run: Run) -> bool:
     eval_every = schedule.eval_every or run.loader.batches_per_epoch
     save_every = schedule.checkpoint_every or eval_every
     batches = iter(run.loader)
+    ahead: deque[Started] = deque()
     while run.progress.step < run.total_steps and not out_of_patience(run):
         watch = Stopwatch(run.mesh.device)
         upcoming = next(batches)
         watch.lap("input")
         prepared = upcoming  # frees the last batch: 1 to 3 ms that are no wait for input
-        stats, stop = train_step(run, prepared, watch)
-        _log_step(run, prepared.batch, stats, watch)
+        ahead.append(train_step(run, prepared, watch))
 
         step = run.progress.step
         last = step == run.total_steps
+        pause = last or step % eval_every == 0 or step % save_every == 0
+        stop = _log_steps(run, ahead, leave=1 if run.read_late and not pause else 0)
         ended = (step % eval_every == 0 or last) and validate(run)
         is_best = run.progress.best_step == step
         if step % save_every == 0 or last or is_best or stop or ended:
@@ -314,21 +305,32 @@ def training_loop(run: Run) -> bool:
     return False
 
 
-def _log_step(run: Run, batch: TaskBatch, stats: dict[str, float], watch: Stopwatch) -> None:
-    total = sum(watch.seconds.values())
+def _log_steps(run: Run, ahead: deque[Started], leave: int) -> bool:
+    """Finish and log the oldest steps until `leave` are left, none when a rank asked to stop, which is returned."""
+    stop = False
+    while len(ahead) > (0 if stop else leave):
+        started = ahead.popleft()
+        _log_step(run, started, finish_step(run, started))
+        stop = stop or started.stop
+    return stop
+
+
+def _log_step(run: Run, started: Started, stats: dict[str, float]) -> None:
+    seconds = started.watch.seconds
+    total = sum(seconds.values())
     run.progress.seconds += total
     run.log.train(
         {
-            "step": run.progress.step,
-            "epoch": batch.epoch,
+            "step": started.step + 1,
+            "epoch": started.batch.epoch,
             "loss": stats["loss"],
             "support_loss": stats["support_loss"],
             "lr": stats["lr"],
             "grad_norm": stats["grad_norm"],
-            "tasks_per_s": batch.num_tasks_global / total,
+            "tasks_per_s": started.batch.num_tasks_global / total,
             "samples_per_s": stats["samples"] / total,
             "padding": 1 - stats["samples"] / max(1.0, stats["cells"]),
-            **{f"{phase}_share": seconds / total for phase, seconds in watch.seconds.items()},
+            **{f"{phase}_share": value / total for phase, value in seconds.items()},
             "time_s": run.progress.seconds,
         }
     )

@@ -121,7 +121,7 @@ def train(mesh: Mesh, optimizer: str, steps: int) -> tuple[dict[str, torch.Tenso
         loss = loss_of(rows, batch)
         loss.backward()
         gradients = return_gradients(tables, plan, rows, mesh)
-        norms.append(global_norm([], gradients, mesh))
+        norms.append(global_norm([], gradients, mesh).item())
         sparse.step(tables, gradients)
         losses.append(loss.item())
     state = tables.state_dict()

@@ -22,7 +22,8 @@ from gmeta.config import (
 )
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.parallel.mesh import Mesh
-from gmeta.train import Stopwatch, build_run, train_step
+from gmeta.stepping import Stopwatch
+from gmeta.train import build_run, finish_step, train_step
 
 pytestmark = pytest.mark.dist
 
@@ -48,12 +49,12 @@ def run_steps(mesh: Mesh, settings: TrainConfig, steps: int) -> dict[str, Any]:
     trace = []
     with run.loader:
         for _ in range(steps):
-            stats, _ = train_step(run, next(run.loader), Stopwatch(mesh.device))
+            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
             trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
     run.buckets.close()
-    dense = {name: p.detach().numpy().copy() for name, p in run.system.learner.named_parameters()}
+    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
     rows = {
-        f"{name}.{key}": gather_to_rank_0(value.numpy(), mesh)
+        f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), mesh)
         for name, group in run.system.tables.groups.items()
         for key, value in (("weight", group.weight), *group.state.items())
     }

@@ -19,7 +19,7 @@ LAYERS = (
     {"data", "parallel", "models"},
     {"embedding", "optim"},
     {"meta"},
-    {"checkpoint", "metrics", "baselines", "tracking"},
+    {"checkpoint", "metrics", "baselines", "tracking", "stepping"},
     {"slices", "charts"},
     {"report"},
     {"rundir"},

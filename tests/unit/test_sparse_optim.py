@@ -1,25 +1,29 @@
+import copy
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from torch import nn
 
 from gmeta.batch import RowGradients
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
-from gmeta.optim.dense import clip_scale, dense_optimizer, global_norm, lr_scale
+from gmeta.optim import sparse as sparse_module
+from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
 
 N, D, LR = 7, 3, 0.1
 
 
-def tables(optimizer, dim=D):
+def tables(optimizer, dim=D, dtype=torch.float64):
     return ShardedTables(
         [TableSpec("a", N, dim, {"a": None})],
         mesh=Mesh(),
         seed=0,
         init_std=1.0,
-        dtype=torch.float64,
+        dtype=dtype,
         optimizer=optimizer,
     )
 
@@ -132,6 +136,76 @@ def test_grad_scale_is_the_scaled_gradient(name):
     assert torch.equal(a.groups["d3"].weight, b.groups["d3"].weight)
 
 
+def textbook_sgd(rows, grad, state, lr):
+    return rows - lr * grad, state
+
+
+def textbook_adagrad(rows, grad, state, lr):
+    total = state["sum_squares"] + grad.square().mean(1)
+    return rows - lr * grad / (total.sqrt() + 1e-8)[:, None], {"sum_squares": total}
+
+
+def textbook_adam(rows, grad, state, lr):
+    steps = state["steps"] + 1
+    first = 0.9 * state["exp_avg"] + (1 - 0.9) * grad
+    second = 0.999 * state["exp_avg_sq"] + (1 - 0.999) * grad.square()
+    count = steps.to(torch.float64)[:, None]
+    unbiased_first = first / (1 - 0.9**count).to(first.dtype)
+    unbiased_second = second / (1 - 0.999**count).to(second.dtype)
+    rows = rows - lr * unbiased_first / (unbiased_second.sqrt() + 1e-8)
+    return rows, {"exp_avg": first, "exp_avg_sq": second, "steps": steps}
+
+
+TEXTBOOK = {"sgd": textbook_sgd, "rowwise_adagrad": textbook_adagrad, "adam": textbook_adam}
+
+
+@given(
+    name=st.sampled_from(list(TEXTBOOK)),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    dim=st.integers(1, 40),
+    size=st.sampled_from([1e-6, 1.0, 1e6]),
+    decay=st.sampled_from([0.0, 0.3]),
+    scale=st.sampled_from([None, 0.25, torch.tensor(1e-3, dtype=torch.float64)]),
+    block=st.integers(1, N + 1),
+    seed=st.integers(0, 1000),
+)
+def test_updates_are_the_textbook_formulas(name, dtype, dim, size, decay, scale, block, seed):
+    """To 1e-12 of the largest number in float64 and 1e-6 in float32, in blocks of any size."""
+    ours, theirs = tables(name, dim, dtype).groups[f"d{dim}"], tables(name, dim, dtype).groups[f"d{dim}"]
+    optimizer = SparseOptimizer(name, lr=LR, weight_decay=decay)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_module, "_BLOCK_ROWS", block)
+        for touched, grad in gradients(6, dim, seed):
+            grad = (grad * size).to(dtype)
+            held = type("Tables", (), {"groups": {"g": ours}})
+            optimizer.step(held, {"g": RowGradients(touched, grad)}, lr_scale=0.5, grad_scale=scale)
+            rows = theirs.weight[touched] * (1 - LR * 0.5 * decay)
+            state = {key: value[touched] for key, value in theirs.state.items()}
+            rows, state = TEXTBOOK[name](rows, grad if scale is None else grad * scale, state, LR * 0.5)
+            theirs.weight[touched] = rows
+            for key, value in state.items():
+                theirs.state[key][touched] = value
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for mine, other in ((ours.weight, theirs.weight), *((ours.state[k], theirs.state[k]) for k in theirs.state)):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
+
+
+@pytest.mark.parametrize("name", list(STATE))
+def test_a_step_that_is_not_ok_changes_nothing(name):
+    ours, plain = tables(name), tables(name)
+    sparse = SparseOptimizer(name, lr=LR, weight_decay=0.1)
+    good = RowGradients(torch.tensor([1, 4]), torch.ones(2, D, dtype=torch.float64))
+    bad = RowGradients(torch.tensor([0, 4]), torch.full((2, D), math.nan, dtype=torch.float64))
+    yes, no = torch.tensor(True), torch.tensor(False)
+    for found, ok in ((good, yes), (bad, no), (good, no), (good, yes)):
+        sparse.step(ours, {"d3": found}, ok=ok)
+    for _ in range(2):
+        sparse.step(plain, {"d3": good})
+    for key, value in ours.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[key]), key
+
+
 def test_unknown_row_optimizer_is_refused():
     with pytest.raises(ValueError, match="'lamb': must be one of sgd"):
         SparseOptimizer("lamb", lr=0.1)
@@ -183,12 +257,73 @@ def test_global_norm_is_the_norm_of_everything():
     dense = [torch.randn(4, 3, generator=generator), torch.randn(2, generator=generator)]
     rows = {"d3": RowGradients(torch.arange(2), torch.randn(2, 3, generator=generator))}
     expected = torch.cat([t.double().flatten() for t in (*dense, rows["d3"].grad)]).norm().item()
-    assert global_norm(dense, rows, Mesh()) == pytest.approx(expected, rel=1e-12)
-    assert global_norm([], {}, Mesh()) == 0.0
+    assert global_norm(dense, rows, Mesh()).item() == pytest.approx(expected, rel=1e-12)
+    assert global_norm([], {}, Mesh()).item() == 0.0
+
+
+def test_global_norm_keeps_float64_accuracy():
+    """Of float32 gradients whose squares a float32 sum would lose."""
+    grad = torch.cat([torch.full((1,), 1e4), torch.full((200_000,), 1e-2)])
+    exact = math.sqrt(math.fsum(x * x for x in grad.tolist()))
+    assert global_norm([grad], {}, Mesh()).item() == pytest.approx(exact, rel=1e-11)
+    rows = {"d1": RowGradients(torch.arange(len(grad)), grad[:, None])}
+    assert global_norm([], rows, Mesh()).item() == pytest.approx(exact, rel=1e-11)
+    assert math.isnan(global_norm([torch.tensor([1.0, math.nan])], {}, Mesh()).item())
+
+
+def stepped(calls, dtype):
+    """Parameters and AdamW state of a Toy after steps with (gradient, arguments of dense_step)."""
+    torch.manual_seed(0)
+    toy = Toy().to(dtype)
+    optimizer = dense_optimizer(toy, lr=0.01, inner_lr_lr=0.5, weight_decay=0.2)
+    for value, arguments in calls:
+        for p in toy.parameters():
+            if p.requires_grad:
+                p.grad = torch.full_like(p, value)
+        dense_step(optimizer, **arguments)
+        assert all(not p.grad.any() for p in toy.parameters() if p.requires_grad)
+    return copy.deepcopy([[p, *optimizer.state.get(p, {}).values()] for p in toy.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_dense_step_that_is_not_ok_changes_nothing(dtype):
+    yes, no = torch.tensor(True), torch.tensor(False)
+    plain = stepped([(0.3, {}), (0.2, {})], dtype)
+    late = stepped([(0.3, {"ok": yes}), (math.nan, {"ok": no}), (0.7, {"ok": no}), (0.2, {"ok": yes})], dtype)
+    torch.testing.assert_close(late, plain, rtol=0, atol=0)
+
+
+def test_dense_step_scales_gradients_and_rates():
+    scale = torch.tensor(0.25, dtype=torch.float64)
+    torch.testing.assert_close(
+        stepped([(0.8, {"grad_scale": scale})], torch.float32), stepped([(0.2, {})], torch.float32)
+    )
+    slow, fast = (stepped([(0.8, {"lr_scale": factor})], torch.float64) for factor in (0.5, 1.0))
+    start = stepped([], torch.float64)
+    for a, b, c in zip(start, slow, fast, strict=True):
+        torch.testing.assert_close(c[0] - a[0], 2 * (b[0] - a[0]), rtol=1e-9, atol=1e-12)
+
+
+def test_fused_adamw_is_adamw():
+    """The state of the two is the same, so that a checkpoint of one loads into the other."""
+    toy = Toy().double()
+    theirs_toy = copy.deepcopy(toy)
+    ours = dense_optimizer(toy, lr=0.01, inner_lr_lr=0.01, weight_decay=0.0)
+    theirs = torch.optim.AdamW([p for p in theirs_toy.parameters() if p.requires_grad], lr=0.01, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for p, q in zip(toy.parameters(), theirs_toy.parameters(), strict=True):
+            if p.requires_grad:
+                p.grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+                q.grad = p.grad.clone()
+        dense_step(ours)
+        theirs.step()
+    for p, q in zip(toy.parameters(), theirs_toy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+        mine, other = ours.state.get(p, {}), theirs.state.get(q, {})
+        assert {k: (v.dtype, v.shape) for k, v in mine.items()} == {k: (v.dtype, v.shape) for k, v in other.items()}
 
 
 def test_clip_scale():
-    assert clip_scale(4.0, 1.0) == 0.25
-    assert clip_scale(0.5, 1.0) == 1.0
-    assert clip_scale(4.0, 0.0) == 1.0
-    assert clip_scale(float("inf"), 1.0) == 0.0
+    lengths = [4.0, 0.5, 0.0, math.inf]
+    assert [clip_scale(torch.tensor(n, dtype=torch.float64), 1.0).item() for n in lengths] == [0.25, 1.0, 1.0, 0.0]
