@@ -70,7 +70,7 @@ CASES = (
         "ml-100k/user_cold",
         "ml-100k",
         ("--dataset", "ml-100k", "--max_task_rows", "100", "--test_fraction", "0.2"),
-        ("item_id", "class", "release_year", "gender", "age", "occupation"),
+        ("item_id", "release_year", "gender", "age", "occupation"),
         epochs=2,
     ),
     Case(  # an hour for all seeds
