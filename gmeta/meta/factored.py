@@ -79,8 +79,9 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch,
     support, query = shared_rows(rows, plan, 0), shared_rows(rows, plan, 1)
     if loop.modulator is not None:
         given = batch.support
-        embedded = Embedded(support, plan, (batch.num_tasks, given.mask.shape[1])).features
-        loop = loop.modulated(given.dense, embedded, given.label, given.mask)
+        embedded = Embedded(support, plan, (batch.num_tasks, given.mask.shape[1]))
+        with Intercept(embedded):
+            loop = loop.modulated(given.dense, embedded.features, given.label, given.mask)
         # An alias: the inner loop differentiates by `support`, but not through what made the modulation.
         support = {group: values.view_as(values) for group, values in support.items()}
     if not loop.second_order:
