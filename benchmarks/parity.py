@@ -74,7 +74,7 @@ CASES = (
         ("item_id", "release_year", "gender", "age", "occupation"),
         epochs=1,
     ),
-    Case(  # about an hour
+    Case(  # by --case only: too long for a default run
         "ml-1m-melu/user_item_cold",
         "ml-1m-subset",
         ("--dataset", "ml-1m-melu"),

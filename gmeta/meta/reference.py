@@ -60,12 +60,15 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch)
 
 
 def _start(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, side: _Side) -> Start:
-    embedded = {name: _read(rows.weights[lookup.group], lookup, side) for name, lookup in side.lookups.items()}
-    dense = side.examples.dense[side.task, side.positions]
-    one_task = [value.unsqueeze(0) for value in (dense, side.label, torch.ones_like(side.label, dtype=torch.bool))]
-    dense, label, mask = one_task
-    modulation = loop.modulated(dense, {k: v.unsqueeze(0) for k, v in embedded.items()}, label, mask).modulation
-    return modulated_parameters(model, modulation, 0)
+    """The modulated parameters of a task, from its real support rows as a batch of one task."""
+    if loop.modulator is None:
+        return {}
+    embedded = {
+        name: _read(rows.weights[lookup.group], lookup, side).unsqueeze(0) for name, lookup in side.lookups.items()
+    }
+    dense, label = side.examples.dense[side.task, side.positions].unsqueeze(0), side.label.unsqueeze(0)
+    loop = loop.modulated(dense, embedded, label, torch.ones_like(label, dtype=torch.bool))
+    return modulated_parameters(model, loop.modulation, 0)
 
 
 def _adapt(

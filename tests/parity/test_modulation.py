@@ -16,6 +16,7 @@ from gmeta.batch import TaskBatch
 from gmeta.meta import factored
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
+from gmeta.models.dlrm import DLRM
 from gmeta.models.melu import MeLU
 from gmeta.models.taste import Taste
 
@@ -157,7 +158,7 @@ def test_film_starts_from_the_unmodulated_model() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["melu", "taste"])
+@pytest.mark.parametrize("name", ["melu", "dlrm", "taste"])
 def test_models(kind: str, name: str) -> None:
     features = ("user", "item", "history")
     problem = make_problem(features=features)
@@ -166,6 +167,8 @@ def test_models(kind: str, name: str) -> None:
         torch.manual_seed(0)
         if name == "melu":
             model = MeLU(features, layer_norm=True, **sizes)
+        elif name == "dlrm":
+            model = DLRM(features, bottom=[4], **sizes)
         else:
             model = Taste(features, task_features=["user"], bottom=[4], **sizes)
     for adapt in (["decision"], ["embeddings", "dense"]):
