@@ -212,8 +212,7 @@ class Interval:
         if math.isnan(self.half):
             return "one seed: no interval"
         zero = "contains 0" if abs(self.mean) <= self.half else "does NOT contain 0"
-        bound = f"|difference| ≤ {self.bound:.1e}"
-        return f"{'agree' if self.bound <= MARGIN else 'do NOT agree'}: interval {zero}, {bound}"
+        return f"{'agree' if self.bound <= MARGIN else 'do NOT agree'}: at most {self.bound:.1e} apart, interval {zero}"
 
 
 def difference(values: Values, method: str, variant: str, metric: str) -> Interval:
