@@ -75,6 +75,13 @@ class MetaConfig:
     recompute: bool = False
     """Build each inner step's graph again in the backward pass: slower, and less memory a step where the model has
     layer norm, dropout or feature interactions (factored engine, second order; same numbers)."""
+    modulation: Literal["none", "cluster", "film"] = "none"
+    """Let the support decide where the inner loop starts: cluster gates every unit of the linear layers (CBML),
+    film scales and shifts them (MMAML)."""
+    modulation_dim: int = 16
+    """Width of the vector that modulation makes of a support set."""
+    clusters: int = 8
+    """Learned clusters of tasks, for modulation cluster."""
     engine: Literal["auto", "factored", "reference"] = "auto"
     """auto takes the factored engine where it can and says so where it cannot."""
 
@@ -82,6 +89,14 @@ class MetaConfig:
         _require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
         _require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
         _require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
+        _require(self.modulation_dim >= 1, "meta.modulation_dim", self.modulation_dim, "must be at least 1")
+        _require(self.clusters >= 1, "meta.clusters", self.clusters, "must be at least 1")
+        _require(
+            self.modulation == "none" or bool(self.adapt),
+            "meta.modulation",
+            self.modulation,
+            "it sets where the inner loop starts, and meta.adapt [] has none; use none, or name what tasks adapt",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

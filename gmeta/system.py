@@ -17,6 +17,7 @@ from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.embedding.exchange import LookupPlan, fetch, plan_lookup
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
+from gmeta.meta.modulation import build_modulator
 from gmeta.meta.rows import Plan
 from gmeta.models import build_model
 from gmeta.parallel.mesh import Mesh
@@ -92,7 +93,8 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
     if mesh.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
     model = build_model(config.model, schema, seed=config.seed).to(mesh.device, dtype)
-    learner = build_learner(model, config, config.meta).to(mesh.device, dtype)
+    num_numeric = len(schema.numeric) if config.model.numeric else 0
+    learner = build_learner(model, config, config.meta, num_numeric).to(mesh.device, dtype)
     features = learner.embedding_features
     learner.choose_engine(dict.fromkeys(features, config.model.embedding_dim), len(schema.numeric))
     tables = ShardedTables(
@@ -106,11 +108,26 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
     return System(learner=learner, tables=tables, mesh=mesh, dtype=dtype, autocast=config.precision == "bf16")
 
 
-def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig) -> MetaLearner:
-    """The learner of a model that gmeta built, with the run's losses and the inner loop of `meta`."""
+def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig, num_numeric: int) -> MetaLearner:
+    """The learner of a model that gmeta built, with the run's losses and the inner loop of `meta`.
+
+    `num_numeric` is the number of numeric columns that the model reads.
+    """
+    features = cast(tuple[str, ...], model.features)
+    modulator = None
+    if meta.modulation != "none":
+        modulator = build_modulator(
+            meta.modulation,
+            model,
+            dims=dict.fromkeys(features, config.model.embedding_dim),
+            num_numeric=num_numeric,
+            width=meta.modulation_dim,
+            clusters=meta.clusters,
+            seed=config.seed,
+        )
     return MetaLearner(
         model,
-        embedding_features=cast(tuple[str, ...], model.features),
+        embedding_features=features,
         adapt=meta.adapt,
         order=meta.order,
         inner_steps=meta.inner_steps,
@@ -120,6 +137,7 @@ def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig) -> Me
         inner_loss=meta.inner_loss,
         inner_prior=meta.inner_prior,
         recompute=meta.recompute,
+        modulator=modulator,
         engine=meta.engine,
         seed=config.seed,
     )

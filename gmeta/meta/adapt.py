@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gmeta.meta.dropout import BatchKey
 from gmeta.meta.losses import RowLoss
+from gmeta.meta.modulation import Modulation, Modulator
 
 EMBEDDINGS = "embeddings"
 
@@ -47,6 +48,14 @@ class InnerLoop:
     rate: float | None = None
     recompute: bool = False  # inner steps of second order, in the backward pass, instead of keeping their graphs
     prior: float = 0.0  # pseudo-rows: a step follows (sum of row losses) / (rows + prior)
+    modulator: Modulator | None = None  # None: every task starts from the shared weights
+    modulation: Modulation = field(default_factory=dict)  # where the tasks at hand start
+
+    def modulated(self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor) -> InnerLoop:
+        """The loop for tasks with this support. A loop of no steps takes nothing from it: it sees an empty one."""
+        if self.modulator is None:
+            return self
+        return replace(self, modulation=self.modulator(dense, embedded, label, mask & (len(self.rates) > 0)))
 
 
 def resolve(adapt: Sequence[str], model: nn.Module, embedding_features: Sequence[str]) -> Adapted:

@@ -27,6 +27,7 @@ from gmeta.meta.adapt import Adapted, InnerLoop, rate_group
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
 from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import task_mean, widen
+from gmeta.meta.modulation import Modulated, Modulation
 from gmeta.meta.recompute import recomputed
 from gmeta.meta.rows import Plan, changed, shared_rows
 from gmeta.meta.views import Embedded
@@ -53,6 +54,9 @@ class Site(NamedTuple):
     def name(self) -> str:
         """A name for messages."""
         return self.weight or self.bias or ""
+
+
+_NOT_ADAPTED = Site(None, None)  # a layer that is modulated only
 
 
 class Step(NamedTuple):
@@ -84,6 +88,13 @@ class Fast:
 def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
     """Adapt to the support, score the query: (logits [T, Q], first step's support loss [T], detached)."""
     support, query = shared_rows(rows, plan, 0), shared_rows(rows, plan, 1)
+    if loop.modulator is not None:
+        given = batch.support
+        embedded = Embedded(support, plan, (batch.num_tasks, given.mask.shape[1]))
+        with Intercept(embedded):
+            loop = loop.modulated(given.dense, embedded.features, given.label, given.mask)
+        # An alias: the inner loop differentiates by `support`, but not through what made the modulation.
+        support = {group: values.view_as(values) for group, values in support.items()}
     if not loop.second_order:
         support = {group: values.detach() for group, values in support.items()}
     fast = Fast()
@@ -100,15 +111,18 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch,
     return logits, support_loss
 
 
-def check(model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numeric: int) -> None:
+def check(
+    model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numeric: int, modulated: Mapping[str, int]
+) -> None:
     """`Unsupported` if this engine cannot adapt the model, found by one forward pass over zeros.
 
-    `dims` is the embedding dimension of each feature. Tasks and rows get different numbers, so that a model that
-    moves these dimensions is found out.
+    `dims` is the embedding dimension of each feature, `modulated` the number of units of each modulated layer. Tasks
+    and rows get different numbers, so that a model that moves these dimensions is found out.
     """
     leading = (2, 3)
     like = next(model.parameters(), torch.zeros(()))
-    taped = AdaptedPass(model, adapted.parameters, Fast(), leading)
+    modulation = {layer: Modulated(like.new_ones(leading[0], units), None) for layer, units in modulated.items()}
+    taped = AdaptedPass(model, adapted.parameters, Fast(), leading, modulation)
     embedded = {name: like.new_zeros(*leading, dim) for name, dim in dims.items()}
     dense = like.new_zeros(*leading, num_numeric)
     with torch.no_grad(), Intercept(taped, SeededDropout(None)):
@@ -177,7 +191,8 @@ def _recomputed_step(
     def run(inputs: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
         nonlocal after
         values = iter(inputs)
-        own = replace(loop, rates=next(values), second_order=differentiable)
+        modulation = {layer: start.filled(values) for layer, start in loop.modulation.items()}
+        own = replace(loop, modulation=modulation, rates=next(values), second_order=differentiable)
         shared = {group: next(values) for group in support}
         result, loss = _inner_step(model, own, step, fast.filled(values), shared, batch, plan)
         # Only what this step added: earlier steps' tensors are inputs, and need no second copy of their gradients.
@@ -185,7 +200,8 @@ def _recomputed_step(
         return [loss, *after.tensors()]
 
     leaves = [p for p in model.parameters() if p.requires_grad]
-    loss, *tensors = recomputed(run, leaves, [loop.rates, *support.values(), *fast.tensors()])
+    starts = [tensor for start in loop.modulation.values() for tensor in start if tensor is not None]
+    loss, *tensors = recomputed(run, leaves, [*starts, loop.rates, *support.values(), *fast.tensors()])
     added = after.filled(iter(tensors))
     sites = {site: (*fast.sites.get(site, ()), *steps) for site, steps in added.sites.items()}
     return Fast(sites, added.values, added.deltas), loss
@@ -212,7 +228,7 @@ def _forward(
     if loop.dropout_key is not None:
         positions = torch.arange(length, device=batch.task_id.device)
         make_keys = partial(row_keys, loop.dropout_key, batch.task_id, pass_number, positions)
-    taped = AdaptedPass(model, loop.adapted.parameters, fast, (tasks, length))
+    taped = AdaptedPass(model, loop.adapted.parameters, fast, (tasks, length), loop.modulation)
     embedded = Embedded(values, plan, (tasks, length))
     with Intercept(taped, embedded, SeededDropout(make_keys)):
         logits = model(examples.dense, embedded.features)
@@ -238,12 +254,22 @@ class AdaptedPass:
     """One forward pass in which calls that receive adapted parameters see every task's own values.
 
     Records what the next inner step differentiates: `sites` (inputs and outputs of linear layers) and `values`
-    (element-wise parameters, one per task). `leading` is (T, S); inputs must keep these dimensions first.
+    (element-wise parameters, one per task). `leading` is (T, S); inputs must keep these dimensions first. Linear layers
+    named in `modulation` start from every task's own scale and shift, adapted or not.
     """
 
-    def __init__(self, model: nn.Module, adapted: Sequence[str], fast: Fast, leading: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapted: Sequence[str],
+        fast: Fast,
+        leading: tuple[int, int],
+        modulation: Modulation,
+    ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.names = {id(parameters[name]): name for name in adapted}
+        owned = [f"{layer}.{kind}" for layer in modulation for kind in ("weight", "bias")]
+        self.names = {id(parameters[name]): name for name in (*adapted, *owned) if name in parameters}
+        self.adapted, self.modulation = frozenset(adapted), modulation
         self.fast, self.leading = fast, leading
         self.sites: dict[Site, tuple[Tensor, Tensor]] = {}
         self.values: dict[str, Tensor] = {}
@@ -295,6 +321,8 @@ class AdaptedPass:
     def _task_value(self, parameter: Tensor, name: str, operand: Tensor) -> Tensor:
         """An element-wise parameter per task, shaped to broadcast against `operand` [T, S, ...]."""
         self._see(name)
+        if name not in self.adapted or rate_group(name) in self.modulation:
+            raise Unsupported(name, "its layer is modulated, and the model's forward uses it outside F.linear")
         if parameter.dim() > operand.dim() - 2:
             raise Unsupported(name, f"its shape {list(parameter.shape)} spans the task and row dimensions")
         if name in self.fast.values:
@@ -325,24 +353,29 @@ class AdaptedPass:
         return out
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        site = Site(self._name(weight), self._name(bias))
-        self._require_leading(input, site.name)
-        for name in site:
+        met = Site(self._name(weight), self._name(bias))
+        self._require_leading(input, met.name)
+        for name in met:
             if name is not None:
                 self._see(name)
-        if site.weight and site.bias and rate_group(site.weight) != rate_group(site.bias):
-            raise Unsupported(site.bias, f"it belongs to another module than its layer's weight {site.weight!r}")
+        if met.weight and met.bias and rate_group(met.weight) != rate_group(met.bias):
+            raise Unsupported(met.bias, f"it belongs to another module than its layer's weight {met.weight!r}")
+        start = self.modulation.get(rate_group(met.name))
+        if start is not None and (met.weight is None or (bias is not None and met.bias is None)):
+            raise Unsupported(met.name, "its layer is modulated, and this call has the layer's weight or bias alone")
+        site = Site(*(name if name in self.adapted else None for name in met))
         steps = self.fast.sites.get(site, ())
         with _no_autocast(input):
             inputs = widen(input).reshape(self.leading[0], input.shape[1:-1].numel(), input.shape[-1])
             form = site.weight is not None and forming_is_cheaper(steps, inputs, weight)
-            out = _formed(inputs, weight, bias, site, steps) if form else None
+            out = _formed(inputs, weight, bias, site, steps, start) if form else None
         if out is None:
             out = widen(F.linear(input, weight, bias)).reshape(*inputs.shape[:2], weight.shape[0])
             with _no_autocast(input):
-                out = _low_rank(out, inputs, site, steps)
-        out = _differentiable(out)
-        self.sites[site] = (inputs, out)
+                out = _low_rank(_modulated(out, start), inputs, site, steps)
+        if site != _NOT_ADAPTED:
+            out = _differentiable(out)
+            self.sites[site] = (inputs, out)
         return out.view(*input.shape[:-1], weight.shape[0])
 
 
@@ -351,6 +384,14 @@ def forming_is_cheaper(steps: Sequence[Step], inputs: Tensor, weight: Tensor) ->
     num_out, num_in = weight.shape
     rank, num_rows = sum(step.inputs.shape[1] for step in steps), max(inputs.shape[1], 1)
     return rank * (num_in + num_out) > num_in * num_out * (1 + rank / num_rows)
+
+
+def _modulated(out: Tensor, start: Modulated | None) -> Tensor:
+    """A layer's output [T, R, out], or its bias [out], as every task's inner loop starts from it [T, R or 1, out]."""
+    if start is None:
+        return out
+    out = out * start.scale.unsqueeze(1)
+    return out if start.shift is None else out + start.shift.unsqueeze(1)
 
 
 def _low_rank(out: Tensor, inputs: Tensor, site: Site, steps: Sequence[Step]) -> Tensor:
@@ -364,9 +405,18 @@ def _low_rank(out: Tensor, inputs: Tensor, site: Site, steps: Sequence[Step]) ->
     return out
 
 
-def _formed(inputs: Tensor, weight: Tensor, bias: Tensor | None, site: Site, steps: Sequence[Step]) -> Tensor:
+def _formed(
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    site: Site,
+    steps: Sequence[Step],
+    start: Modulated | None,
+) -> Tensor:
     """The layer with every task's own weight [T, out, in] and bias."""
     own = weight.expand(inputs.shape[0], *weight.shape)
+    own = own if start is None else own * start.scale.unsqueeze(-1)
+    bias = None if bias is None else _modulated(bias, start)
     for step in steps:
         own = torch.baddbmm(own, step.gradients.mT, step.inputs)
         if bias is not None and site.bias is not None:

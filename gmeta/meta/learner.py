@@ -16,6 +16,7 @@ from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
 from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import row_loss, task_mean, widen
+from gmeta.meta.modulation import Modulator
 from gmeta.meta.rows import Plan, plan_rows, shared_rows
 from gmeta.meta.views import Embedded
 
@@ -37,8 +38,9 @@ class MetaLearner(nn.Module):
     [inner_steps, groups], one group for each module with adapted parameters and one for all embeddings
     (`rate_names`). `engine` is factored, reference, or auto: factored where it can adapt the model, which the first
     batch decides; `engine_reason` then says what was taken and why. With `inner_prior` pseudo-rows, the inner loss is
-    the sum of a task's support losses / (its rows + inner_prior), so that a small support moves less.
-    With `recompute` the factored engine keeps of each inner step its state alone (`gmeta.meta.recompute`).
+    the sum of a task's support losses / (its rows + inner_prior), so that a small support moves less. A `modulator`
+    (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start. With
+    `recompute` the factored engine keeps of each inner step its state alone (`gmeta.meta.recompute`).
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class MetaLearner(nn.Module):
         inner_loss: str | None = None,
         inner_prior: float = 0.0,
         recompute: bool = False,
+        modulator: Modulator | None = None,
         engine: Literal["auto", "factored", "reference"] = "auto",
         seed: int = 0,
     ) -> None:
@@ -70,6 +73,9 @@ class MetaLearner(nn.Module):
         self.inner_loss = row_loss(inner_loss or loss)
         self.inner_prior = inner_prior
         self.recompute = recompute
+        if modulator is not None and not self.adapted:
+            raise ValueError("a modulator decides where the inner loop starts, but adapt is empty: name what it adapts")
+        self.modulator = modulator
         self.seed = seed
         self.engine: str = engine
         self.engine_reason = "auto: not chosen yet" if engine == "auto" else f"{engine}, as configured"
@@ -93,7 +99,8 @@ class MetaLearner(nn.Module):
         if self.engine != "auto":
             return
         try:
-            factored.check(self.model, self.adapted, dims, num_numeric)
+            modulated = {} if self.modulator is None else self.modulator.sizes
+            factored.check(self.model, self.adapted, dims, num_numeric, modulated)
         except factored.Unsupported as reason:
             self.engine, self.engine_reason = "reference", f"reference, because {reason}"
         else:
@@ -143,6 +150,7 @@ class MetaLearner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Query logits [T, Q] before and after adaptation, without dropout; no graph is left behind.
 
+        Before adaptation nothing of the support is seen: a modulator then sees an empty one.
         `steps` and `inner_lr` override what was trained; learned rates repeat their last step beyond `inner_steps`.
         """
         plan = plan or self._plan(rows, batch)
@@ -171,7 +179,15 @@ class MetaLearner(nn.Module):
         else:
             rates = torch.cat([self.inner_lr, self.inner_lr[-1:].expand(steps - self.inner_steps, -1)])
         return InnerLoop(
-            self.adapted, self.inner_loss, self.second_order, rates, key, rate, self.recompute, self.inner_prior
+            self.adapted,
+            self.inner_loss,
+            self.second_order,
+            rates,
+            key,
+            rate=rate,
+            recompute=self.recompute,
+            prior=self.inner_prior,
+            modulator=self.modulator,
         )
 
     def _run(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -18,9 +18,12 @@ from gmeta.meta.adapt import InnerLoop
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
 from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import widen
+from gmeta.meta.modulation import modulated_parameters
 
 State = dict[tuple[str, str], Tensor]
 """What a task adapts: ("parameter", name) -> value, ("table", group) -> the group's rows [U, d]."""
+Start = dict[str, Tensor]
+"""A task's modulated parameters before it adapts, by name; without modulation none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +48,10 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch)
     anchor = torch.stack([weight.sum() * 0 for weight in rows.weights.values()]).sum()  # keeps the graph when T = 0
     logits, losses = [], []
     for task in range(batch.num_tasks):
-        state, loss = _adapt(model, loop, rows, batch, _Side(batch.support, rows.support, task))
-        side = _Side(batch.query, rows.query, task)
-        scores = _score(model, loop, rows, batch, side, state, QUERY_PASS)
+        support, side = _Side(batch.support, rows.support, task), _Side(batch.query, rows.query, task)
+        start = _start(model, loop, rows, support)
+        state, loss = _adapt(model, loop, rows, batch, support, start)
+        scores = _score(model, loop, rows, batch, side, start, state, QUERY_PASS)
         padded = anchor + torch.zeros_like(batch.query.label[task], dtype=scores.dtype)
         logits.append(padded.index_put((side.positions,), scores + anchor))
         losses.append(loss)
@@ -55,10 +59,22 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch)
     return torch.stack(logits) if logits else empty, torch.stack(losses) if losses else batch.support.label.sum(-1)
 
 
+def _start(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, side: _Side) -> Start:
+    """The modulated parameters of a task, from its real support rows as a batch of one task."""
+    if loop.modulator is None:
+        return {}
+    embedded = {
+        name: _read(rows.weights[lookup.group], lookup, side).unsqueeze(0) for name, lookup in side.lookups.items()
+    }
+    dense, label = side.examples.dense[side.task, side.positions].unsqueeze(0), side.label.unsqueeze(0)
+    loop = loop.modulated(dense, embedded, label, torch.ones_like(label, dtype=torch.bool))
+    return modulated_parameters(model, loop.modulation, 0)
+
+
 def _adapt(
-    model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, side: _Side
+    model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, side: _Side, start: Start
 ) -> tuple[State, Tensor]:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **start}
     state: State = {("parameter", name): parameters[name] for name in loop.adapted.parameters}
     for name in loop.adapted.features:
         group = side.lookups[name].group
@@ -68,7 +84,7 @@ def _adapt(
     if not len(side.positions):
         return state, first
     for step, rates in enumerate(loop.rates):
-        logits = _score(model, loop, rows, batch, side, state, step + 1)
+        logits = _score(model, loop, rows, batch, side, start, state, step + 1)
         with torch.autocast(logits.device.type, enabled=False):
             losses = loop.loss(logits, side.label)
             objective = losses.sum() / (len(losses) + loop.prior)
@@ -93,6 +109,7 @@ def _score(
     rows: EmbeddedRows,
     batch: TaskBatch,
     side: _Side,
+    start: Start,
     state: State,
     pass_number: int,
 ) -> Tensor:
@@ -109,7 +126,7 @@ def _score(
         make_keys = partial(row_keys, loop.dropout_key, batch.task_id[side.task], pass_number, side.positions)
     with Intercept(SeededDropout(make_keys)):
         dense = side.examples.dense[side.task, side.positions]
-        return widen(functional_call(model, parameters, (dense, embedded)))
+        return widen(functional_call(model, {**start, **parameters}, (dense, embedded)))
 
 
 def _read(table: Tensor, lookup: Lookup, side: _Side) -> Tensor:

@@ -79,6 +79,21 @@ def test_twenty_steps_equal_one_process(tmp_path: Path, nproc: int, optimizer: s
     assert not np.allclose(alone["trace"][0], alone["trace"][-1])
 
 
+@pytest.mark.parametrize(("kind", "nproc"), [("cluster", 2), ("film", 4)])
+def test_modulated_training_equals_one_process(tmp_path: Path, kind: str, nproc: int) -> None:
+    """Nine tasks in batches of four: the last batch of an epoch leaves ranks without one."""
+    settings = config(
+        make_pack(tmp_path / "pack", train=9),
+        meta=MetaConfig(inner_steps=2, inner_lr=0.3, modulation=kind, modulation_dim=5, clusters=3),
+        loader=LoaderConfig(tasks_per_batch=4),
+    )
+    alone = run_steps(Mesh(), settings, 20)
+    assert_same(run_ranks(nproc, run_steps, settings, 20)[0], alone, 1e-9)
+    start = run_steps(Mesh(), settings, 0)
+    changed = [name for name in alone if name.startswith("modulator.") and not np.allclose(alone[name], start[name])]
+    assert len(changed) == len([name for name in start if name.startswith("modulator.")]) > 0
+
+
 def test_plain_training_equals_one_process(tmp_path: Path) -> None:
     settings = config(make_pack(tmp_path / "pack"), meta=MetaConfig(adapt=[]))
     assert_same(run_ranks(2, run_steps, settings, 20)[0], run_steps(Mesh(), settings, 20), 1e-9)

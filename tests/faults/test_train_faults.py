@@ -78,6 +78,12 @@ def test_a_pack_that_is_none_creates_nothing(tmp_path: Path, capsys: Capture) ->
         (["--model.features", "[itm]"], "'itm', which is not in the pack; the nearest is 'item'"),
         (["--model.name", "mellu"], "model.name is 'mellu': must be one of melu, dlrm"),
         (["--meta.adapt", "[embedings]"], "the nearest name is 'embeddings'"),
+        (["--meta.modulation", "gates"], "meta.modulation is 'gates': must be one of"),
+        (
+            ["--meta.modulation", "film", "--meta.adapt", "[]"],
+            "meta.modulation is 'film': it sets where the inner loop",
+        ),
+        (["--meta.clusters", 0], "meta.clusters is 0: must be at least 1"),
         (["--seed", -1], "seed is -1"),
         (["--nproc", 0], "nproc is 0"),
         (["--device", "cuda"], "0 CUDA devices"),

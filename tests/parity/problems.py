@@ -6,6 +6,7 @@ gradients by `torch.func.grad`; it shares no code with either engine.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,8 +158,12 @@ def textbook(
     second_order: bool,
     loss: nn.Module,
     inner_loss: nn.Module,
+    modulate: Callable[[Inputs], dict[str, Tensor]] = lambda support: {},
 ) -> Tensor:
-    """Sum over tasks of the mean query loss after adaptation / num_tasks_global, as in the papers."""
+    """Sum over tasks of the mean query loss after adaptation / num_tasks_global, as in the papers.
+
+    `modulate` says of one task's support which model parameters start from which values.
+    """
     rows, batch = problem.rows, problem.batch
     tables = dict(rows.weights)
     dtype = batch.support.dense.dtype
@@ -167,29 +172,29 @@ def textbook(
         matrices = {n: _matrix(lo, tables[lo.group].shape[0], dtype) for n, lo in lookups.items()}
         return matrices, side.dense, side.label, side.mask.to(dtype)
 
-    def objective(fast: dict[str, Tensor], inputs: Inputs, which: nn.Module):
+    def objective(fast: dict[str, Tensor], own: dict[str, Tensor], inputs: Inputs, which: nn.Module):
         matrices, dense, label, mask = inputs
         embedded = {}
         for name, matrix in matrices.items():
             group = rows.support[name].group
             table = fast.get(f"table {group}", tables[group]) if name in features else tables[group]
             embedded[name] = matrix @ table
-        logits = functional_call(
-            model, {n: v for n, v in fast.items() if not n.startswith("table ")}, (dense, embedded)
-        )
+        values = own | {n: v for n, v in fast.items() if not n.startswith("table ")}
+        logits = functional_call(model, values, (dense, embedded))
         return (which(logits, label) * mask).sum() / mask.sum().clamp(min=1)
 
     start = {name: dict(model.named_parameters())[name] for name in parameters}
     start |= {f"table {rows.support[name].group}": tables[rows.support[name].group] for name in features}
 
     def task_loss(support, query) -> Tensor:
-        fast = start
+        own = modulate(support)
+        fast = {name: own.get(name, value) for name, value in start.items()}
         for step in range(len(rates)):
-            steps = grad(objective)(fast, support, inner_loss)
+            steps = grad(objective)(fast, own, support, inner_loss)
             if not second_order:
                 steps = {name: value.detach() for name, value in steps.items()}
             fast = {name: value - rates[step, rate_of[name]] * steps[name] for name, value in fast.items()}
-        return objective(fast, query, loss)
+        return objective(fast, own, query, loss)
 
     support, query = side_inputs(batch.support, rows.support), side_inputs(batch.query, rows.query)
     # A loop and no vmap: vmap over grad of layer_norm has wrong second derivatives (torch 2.13).

@@ -65,7 +65,7 @@ def both(problem: Problem, model: nn.Module, **settings: object) -> tuple[dict[s
     return results[0], results[1]
 
 
-def by_textbook(problem: Problem, learner: MetaLearner) -> dict[str, Tensor]:
+def by_textbook(problem: Problem, learner: MetaLearner, **extra: object) -> dict[str, Tensor]:
     adapted = learner.adapted
     rate_of = {name: adapted.rate_of(name) for name in adapted.parameters} | {f"table {g}": 0 for g in DIMS}
     rates = learner.inner_lr
@@ -81,6 +81,7 @@ def by_textbook(problem: Problem, learner: MetaLearner) -> dict[str, Tensor]:
         learner.second_order,
         nn.BCEWithLogitsLoss(reduction="none"),
         nn.BCEWithLogitsLoss(reduction="none"),
+        **extra,
     )
     return {"loss": loss.detach()} | gradients(problem, learner, loss)
 

@@ -71,6 +71,20 @@ def test_evaluate_and_report(out: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
+@pytest.mark.parametrize("kind", ["cluster", "film"])
+def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Path, kind: str) -> None:
+    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--schedule.max_steps", 6]
+    gmeta(*train, "--run_dir", tmp_path, "--meta.modulation", kind, "--dense.lr", 0.05)
+    words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
+    gmeta("evaluate", "--run_dir", tmp_path, *words)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if line["kind"] == "valid"][-1]
+    records = json.loads((tmp_path / "evaluation.json").read_text())["records"]
+    found = {(r["variant"], r["metric"]): r["value"] for r in records if r["case"] == "all"}
+    for variant in ("before", "after"):
+        assert found[variant, "auc"] == pytest.approx(logged[f"auc_{variant}"], abs=1e-6)
+
+
 def test_more_steps_at_evaluation_than_in_training(out: Path) -> None:
     gmeta("evaluate", "--run_dir", out / "run", "--steps", 5, "--inner_lr", 0.3, "--baselines", "false")
     assert set(json.loads((out / "run" / "evaluation.json").read_text())["variants"]) == {"before", "after"}
