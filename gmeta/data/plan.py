@@ -133,6 +133,7 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
     )
     names = " ".join(f"WHEN {literal(k)} THEN {literal(v)}" for k, v in settings.partitions.items())
     mapped = f"CASE partition {names} END" if names else "''"
+    first_time = "min(time)" if settings.task_split == "time" else "0"
     partition = "partition" if settings.task_split == "column" else "'' AS partition"
     too_large = f"WHEN num_rows > {settings.max_task_rows} THEN 'more rows than max_task_rows'"
     con.execute(f"""
@@ -144,7 +145,7 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
             WHEN num_rows <= num_query THEN 'no row is left for the support'
             WHEN num_query = 0 THEN 'no row is left for the query' END AS dropped
         FROM (SELECT *, CAST(task AS VARCHAR) AS key, {query_rows} AS num_query, {mapped} AS mapped
-              FROM (SELECT task, {partition}, count(*) AS num_rows, min(time) AS first_time
+              FROM (SELECT task, {partition}, count(*) AS num_rows, {first_time} AS first_time
                     FROM raw_rows GROUP BY ALL))""")
 
 

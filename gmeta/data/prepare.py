@@ -48,6 +48,7 @@ from gmeta.data.pack import SPLITS, PackWriter, lock_directory
 from gmeta.data.plan import Settings, ShardPlan, plan_tasks, resolve, row_bytes
 from gmeta.data.schema import (
     ITEM_STATISTICS,
+    OOV,
     DataSchema,
     Feature,
     NumericColumn,
@@ -253,23 +254,47 @@ def _write_rejects(con: Connection, files: list[str], scratch: Path) -> None:
 def _deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path, tell: Report) -> None:
     """Deal the rows of kept tasks to one folder of Parquet files a shard, and let go of the staged rows."""
     tell("dealing rows to shards", 0, 1)
-    columns = [f"f{i}" for i in range(len(schema.features))] + [f"n{i}" for i in range(len(schema.numeric))]
-    kept = ", ".join(f"s.{c}" for c in ("file", "row", "label", "time", "item", *columns))
+    columns = ["s.file", "s.row", "s.label", "CAST(t.task_id AS INTEGER) AS task_id"]
+    columns += [f"s.f{i}" for i in range(len(schema.features))] + [f"s.n{i}" for i in range(len(schema.numeric))]
+    optional = {
+        "s.time": True,
+        "s.item": _item_feature(schema) is None,
+        "t.num_support": settings.split_query == "random",
+        "t.fold": schema.item_statistics,
+    }
+    columns += [column for column, needed in optional.items() if needed]
     partition = "AND t.partition = s.partition" if settings.task_split == "column" else ""
-    # Version 2's delta encoding halves the bytes; compressing them as well takes longer than writing them.
+    # Version 2's delta encoding halves the bytes. Dictionaries and compression would take longer than the writing.
     con.execute(f"""
-        COPY (SELECT {kept}, t.task_id, t.num_support, t.fold, t.shard
-              FROM raw_rows s JOIN tasks t ON t.task = s.task {partition})
-        TO {literal(str(scratch / "rows"))}
-        (FORMAT parquet, PARQUET_VERSION v2, COMPRESSION uncompressed, PARTITION_BY (shard))""")
+        COPY (SELECT {", ".join(columns)}, t.shard FROM raw_rows s JOIN tasks t ON t.task = s.task {partition})
+        TO {literal(str(scratch / "rows"))} (FORMAT parquet, PARQUET_VERSION v2, COMPRESSION uncompressed,
+                                             DICTIONARY_SIZE_LIMIT 1, PARTITION_BY (shard))""")
     con.execute("DROP VIEW raw_rows; DROP TABLE staged; CHECKPOINT; SET disabled_optimizers=''")
     tell("dealing rows to shards", 1, 1)
 
 
-def _dealt(scratch: Path, shards: list[ShardPlan]) -> str:
+def _dealt(schema: DataSchema, scratch: Path, shards: list[ShardPlan]) -> str:
     """SQL that reads the dealt rows of some shards."""
     files = ", ".join(literal(str(scratch / "rows" / f"shard={s.index}" / "*.parquet")) for s in shards)
-    return f"read_parquet([{files}], hive_partitioning=false)"
+    rows = f"read_parquet([{files}], hive_partitioning=false)"
+    feature = _item_feature(schema)
+    return rows if feature is None else f"(SELECT *, f{feature} AS item FROM {rows})"
+
+
+def _item_feature(schema: DataSchema) -> int | None:
+    """Index of the feature that is the item column too, so that its rows need not hold it twice."""
+    found = [i for i, f in enumerate(schema.features) if f.name == schema.item and f.kind == "categorical"]
+    return found[0] if found else None
+
+
+def _item_vocabulary(schema: DataSchema) -> int | None:
+    """Index of the embedding table whose vocabulary is the items of training rows, all of them and nothing else."""
+    feature = _item_feature(schema)
+    for index, members in enumerate(schema.tables().values()):
+        alone = feature is not None and members == [schema.features[feature]]
+        if alone and members[0].min_count == 1 and members[0].hash_buckets is None:
+            return index
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- learn
@@ -278,7 +303,7 @@ def _dealt(scratch: Path, shards: list[ShardPlan]) -> str:
 def _learn(con: Connection, schema: DataSchema, scratch: Path, shards: list[ShardPlan], tell: Report) -> PackSchema:
     """Make vocabularies and statistics from training rows, and the pack schema."""
     tables = schema.tables()
-    train = _dealt(scratch, [s for s in shards if s.split == "train"])
+    train = _dealt(schema, scratch, [s for s in shards if s.split == "train"])
     num_ids = {}
     for index, (table, features) in enumerate(tables.items()):
         tell("building vocabularies", index, len(tables))
@@ -298,7 +323,9 @@ def _learn(con: Connection, schema: DataSchema, scratch: Path, shards: list[Shar
         size = scalar(con, f"SELECT count(*) FROM vocab_{index}")
         num_ids[table] = size + 1
     tell("building vocabularies", len(tables), len(tables))
-    if schema.item is not None:
+    if (vocabulary := _item_vocabulary(schema)) is not None:
+        con.execute(f"CREATE VIEW seen_items AS SELECT value FROM vocab_{vocabulary}")
+    elif schema.item is not None:
         con.execute(f"CREATE TABLE seen_items AS SELECT DISTINCT item AS value FROM {train}")
     if schema.item_statistics:
         _item_statistics(con, train)
@@ -309,7 +336,7 @@ def _learn(con: Connection, schema: DataSchema, scratch: Path, shards: list[Shar
         ),
         numeric=_numeric_columns(con, schema, train),
         label=schema.label,
-        binary_label=scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {_dealt(scratch, shards)}"),
+        binary_label=scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {_dealt(schema, scratch, shards)}"),
         task=schema.task,
         item=schema.item,
         time=schema.time,
@@ -441,13 +468,17 @@ def _in_order(con: Connection, rows: str, settings: Settings) -> tuple[str, str]
 def _shard_arrays(
     con: Connection, schema: DataSchema, pack_schema: PackSchema, settings: Settings, scratch: Path, shard: ShardPlan
 ) -> dict[str, Array]:
-    rows, order = _in_order(con, _dealt(scratch, [shard]), settings)
+    rows, order = _in_order(con, _dealt(schema, scratch, [shard]), settings)
     more = ["label"] + ["time"] * (schema.time is not None)
-    if schema.item is not None:
+    known = _item_vocabulary(schema) is not None
+    if schema.item is not None and not known:
         rows = f"""(SELECT r.*, CAST(i.value IS NULL AS UTINYINT) AS item_cold
                     FROM {rows} r LEFT JOIN seen_items i ON i.value = r.item)"""
         more.append("item_cold")
     arrays = encode(con, rows, schema, pack_schema.numeric, order, more)
+    if known:
+        one_valued = [f.name for f in schema.features if f.kind == "categorical"]
+        arrays["item_cold"] = (arrays["ids"][:, one_valued.index(str(schema.item))] == OOV).astype(np.uint8)
     arrays.setdefault("item_cold", np.zeros(len(arrays["label"]), np.uint8))
     tasks = con.execute(f"""
         SELECT task_id, CAST(sum(num_rows) OVER (ORDER BY task_id) AS BIGINT) - num_rows AS row_start,
@@ -496,7 +527,7 @@ def _cold_items(con: Connection, schema: DataSchema, scratch: Path, shards: list
     held_out = [shard for shard in shards if shard.split != "train"]
     if not held_out:
         return 0
-    query = f"SELECT count(DISTINCT item) FROM {_dealt(scratch, held_out)} WHERE item NOT IN (FROM seen_items)"
+    query = f"SELECT count(DISTINCT item) FROM {_dealt(schema, scratch, held_out)} WHERE item NOT IN (FROM seen_items)"
     return int(scalar(con, query))
 
 
