@@ -237,7 +237,7 @@ class PrepareConfig:
     threads: int = 0
     """DuckDB threads; 0 is one a core. The pack does not depend on it."""
     shard_mb: int = 128
-    """Size of a shard in megabytes; one shard is worked on at a time."""
+    """Size of a shard in megabytes; one is encoded while the one before is saved."""
     seed: int = 0
     """Seed of random splits and of the stored order."""
 

@@ -1,13 +1,14 @@
 """From raw rows to encoded arrays: the SQL that `prepare` and `predict` share.
 
-Two steps. `stage` appends a file's rows to table `staged`, every value in its canonical form (keys, ids and list
-elements as text, so that CSV and Parquet agree; numbers as DOUBLE) and every row that cannot be used with its reason.
-`encode` turns staged rows that have their place (column `pos`) into the arrays of a shard. No label is needed.
+Two steps. `stage` checks a file's rows, puts those that cannot be used into table `rejects` with their reason, and
+gives a relation of the others, every value in its canonical form: numbers as DOUBLE; keys, ids and list elements as
+text, so that CSV and Parquet agree. Where every file holds a key or id as whole numbers, these stand in for their
+text, which is then made of the distinct ones alone. `encode` turns such rows into the arrays of a shard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,15 @@ PRIOR_ROWS = 10.0
 """Rows' worth of the global mean that an item's mean is smoothed with."""
 SHOWN_REJECTS = 5
 
-_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER")
+_SMALL_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "UTINYINT", "USMALLINT")
+_INTEGERS = (*_SMALL_INTEGERS, "UINTEGER", "BIGINT")
 _WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
 _PLAIN = (*_INTEGERS, "BOOLEAN", "DATE", "UUID", "TIME")
 _MISSING_TEXT = "('', 'nan', 'NaN')"
 _TOO_LARGE = "is a whole number beyond int64: put a letter before it to keep it as text"
 _FLOAT32_MAX = "3.4e38"
+
+_ROLE_TYPES = {"label": "FLOAT", "time": "BIGINT", "partition": "VARCHAR"}
 
 _Checks = list[tuple[str, str]]  # (SQL that is true for a bad value, reason)
 
@@ -51,52 +55,89 @@ _Checks = list[tuple[str, str]]  # (SQL that is true for a bad value, reason)
 # ---------------------------------------------------------------------------------------------- staging
 
 
-def create_staged(con: Connection, schema: DataSchema) -> None:
-    """Create the empty table `staged`: file, row, reason, bad_column, bad_value, the roles, f0 …, n0 …."""
-    features = [f"f{i} VARCHAR" + ("" if f.kind == "categorical" else "[]") for i, f in enumerate(schema.features)]
+def id_types(schema: DataSchema, parts: Sequence[RawPart]) -> dict[str, str]:
+    """SQL type of the ids of a table, and of the roles task and item: INTEGER or BIGINT where all parts hold such."""
+    columns = {table: [f.name for f in features] for table, features in schema.tables().items()}
+    types = {table: _common_type(parts, names) for table, names in columns.items()}
+    roles = {f"role {role}": name for role, name in (("task", schema.task), ("item", schema.item)) if name is not None}
+    return types | {role: _common_type(parts, [name]) for role, name in roles.items()}
+
+
+def _common_type(parts: Sequence[RawPart], columns: Sequence[str]) -> str:
+    kinds = {part.columns.get(column, "VARCHAR").removesuffix("[]") for part in parts for column in columns}
+    if kinds <= set(_SMALL_INTEGERS):
+        return "INTEGER"
+    return "BIGINT" if kinds <= set(_INTEGERS) else "VARCHAR"
+
+
+def create_staged(con: Connection, schema: DataSchema, types: Mapping[str, str]) -> None:
+    """Create the empty tables `rejects` (file, row, reason, bad_column, bad_value) and `staged`, which has these
+    columns, then the roles, f0 …, n0 …. `types` is what `id_types` gives; what it leaves out is text."""
+    features = [
+        f"f{i} {types.get(f.table, 'VARCHAR')}" + ("" if f.kind == "categorical" else "[]")
+        for i, f in enumerate(schema.features)
+    ]
     numeric = [f"n{i} DOUBLE" for i in range(len(schema.numeric))]
-    roles = ["task VARCHAR", "label FLOAT", "time BIGINT", "item VARCHAR", "partition VARCHAR"]
-    columns = ["file INTEGER", "row BIGINT", "reason VARCHAR", "bad_column VARCHAR", "bad_value VARCHAR"]
-    con.execute(f"CREATE TABLE staged ({', '.join([*columns, *roles, *features, *numeric])})")
+    task, item = (types.get(f"role {role}", "VARCHAR") for role in ("task", "item"))
+    roles = [f"task {task}", "label FLOAT", "time BIGINT", f"item {item}", "partition VARCHAR"]
+    places = "file INTEGER, row BIGINT, reason VARCHAR, bad_column VARCHAR, bad_value VARCHAR"
+    con.execute(f"CREATE TABLE staged ({', '.join([places, *roles, *features, *numeric])})")
+    con.execute(f"CREATE TABLE rejects ({places})")
+    # A Parquet file's minimum and maximum pass over NaN; DuckDB 2.0 concludes that there is none and drops isnan().
+    con.execute("SET disabled_optimizers='statistics_propagation'")
 
 
-def stage(con: Connection, part: RawPart, file: int, schema: DataSchema, roles: Sequence[Role]) -> None:
-    """Append the rows of `part` to `staged`, as file number `file`. Roles that are not asked for are NULL.
+def stage(
+    con: Connection, part: RawPart, file: int, schema: DataSchema, roles: Sequence[Role], types: Mapping[str, str]
+) -> str:
+    """Check the rows of `part`, which is file number `file`; returns SQL of its rows that can be used.
 
-    Raises ValueError for a column that is missing or whose type cannot hold what the schema says of it.
+    Their columns are those of `staged` without reason, bad_column and bad_value; roles that are not asked for are
+    NULL. Rows of a part that must be read in order are copied to `staged`; the others are read from the file each
+    time, which is cheaper than to write them. Raises ValueError for a column that is missing or whose type cannot hold
+    what the schema says of it.
     """
     for name in schema.columns(roles):
         if name not in part.columns:
             raise ValueError(f"{part.file} has no column {name!r}: {nearest(name, part.columns)}")
-    values, checks = _staged_columns(con, part, schema, roles)
-    problem = " ".join(f"WHEN {condition} THEN {i}" for i, (_, condition, _) in enumerate(checks))
+    values, checks = _staged_columns(con, part, schema, roles, types)
+    cases = " ".join(f"WHEN {condition} THEN {i}" for i, (_, condition, _) in enumerate(checks))
+    problem = f"CASE {cases} END"
     reason = " ".join(f"WHEN {i} THEN {literal(reason)}" for i, (_, _, reason) in enumerate(checks))
     column = " ".join(f"WHEN {i} THEN {literal(column)}" for i, (column, _, _) in enumerate(checks))
     value = " ".join(f"WHEN {i} THEN CAST({identifier(column)} AS VARCHAR)" for i, (column, _, _) in enumerate(checks))
-    con.execute(f"SET preserve_insertion_order={str(part.ordered).lower()}")
-    # A Parquet file's minimum and maximum pass over NaN; DuckDB 2.0 concludes that there is none and drops isnan().
-    con.execute("SET disabled_optimizers='statistics_propagation'")
-    con.execute(f"""
-        INSERT INTO staged SELECT {file}, __row, CASE __problem {reason} END, CASE __problem {column} END,
-            CASE __problem {value} END, {", ".join(values)}
-        FROM (SELECT *, CASE {problem} END AS __problem FROM ({part.query}))""")
-    con.execute("SET disabled_optimizers=''")
-    _stage_broken_lines(con, file)
+    place = f"{file} AS file, __row AS row"
+    why = f"CASE __problem {reason} END, CASE __problem {column} END, CASE __problem {value} END"
+    checked = f"(SELECT *, {problem} AS __problem FROM ({part.query}))"
+    if part.ordered:
+        con.execute("SET preserve_insertion_order=true")
+        con.execute(f"INSERT INTO staged SELECT {place}, {why}, {', '.join(values)} FROM {checked}")
+        con.execute("SET preserve_insertion_order=false")
+        con.execute(f"""INSERT INTO rejects SELECT file, row, reason, bad_column, bad_value FROM staged
+                        WHERE file = {file} AND reason IS NOT NULL""")
+        _stage_broken_lines(con, file)
+        return "SELECT * EXCLUDE (reason, bad_column, bad_value) FROM staged WHERE reason IS NULL"
+    ((bad,),) = con.execute(
+        f"INSERT INTO rejects SELECT {place}, {why} FROM {checked} WHERE __problem IS NOT NULL"
+    ).fetchall()
+    names = [name for (name,) in con.execute("SELECT column_name FROM (DESCRIBE staged) OFFSET 5").fetchall()]
+    named = ", ".join(f"{value} AS {name}" for value, name in zip(values, names, strict=True))
+    return f"SELECT {place}, {named} FROM ({part.query}){f' WHERE {problem} IS NULL' if bad else ''}"
 
 
 def _stage_broken_lines(con: Connection, file: int) -> None:
-    """Move the CSV lines that DuckDB could not read to `staged`."""
+    """Move the CSV lines that DuckDB could not read to `rejects`."""
     if not scalar(con, "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'"):
         return
     con.execute(f"""
-        INSERT INTO staged (file, row, reason, bad_value)
+        INSERT INTO rejects (file, row, reason, bad_value)
         SELECT {file}, line, 'is no valid CSV line: ' || any_value(error_message), any_value(csv_line)
         FROM reject_errors GROUP BY line""")
     con.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
 
 
 def _staged_columns(
-    con: Connection, part: RawPart, schema: DataSchema, roles: Sequence[Role]
+    con: Connection, part: RawPart, schema: DataSchema, roles: Sequence[Role], types: Mapping[str, str]
 ) -> tuple[list[str], list[tuple[str, str, str]]]:
     """SQL of every value of `staged` after bad_value, and (column, condition, reason) of every check."""
     values: list[str] = []
@@ -109,16 +150,19 @@ def _staged_columns(
     for role in ("task", "label", "time", "item", "partition"):
         column = getattr(schema, role)
         if role not in roles or column is None:
-            values.append("NULL")
+            values.append(f"NULL::{_ROLE_TYPES.get(role, types.get(f'role {role}', 'VARCHAR'))}")
         elif role == "label":
             add(column, _label(part, column, schema.label_threshold))
         elif role == "time":
             add(column, _time(con, part, column))
         else:
-            add(column, _id(part, column, nulls="error", used_as=role))
+            add(column, _id(part, column, types.get(f"role {role}", "VARCHAR"), nulls="error", used_as=role))
     for feature in schema.features:
-        one_valued = feature.kind == "categorical"
-        add(feature.name, _id(part, feature.name, feature.nulls, feature.kind) if one_valued else _list(part, feature))
+        as_type = types.get(feature.table, "VARCHAR")
+        if feature.kind == "categorical":
+            add(feature.name, _id(part, feature.name, as_type, feature.nulls, feature.kind))
+        else:
+            add(feature.name, _list(part, feature, as_type))
     for numeric in schema.numeric:
         add(numeric.name, _number(part, numeric))
     return values, checks
@@ -128,8 +172,10 @@ def _unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
     return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
 
 
-def _id_value(value: str, kind: str) -> tuple[str, _Checks] | None:
-    """SQL of an id as text (NULL where missing) and its checks; None for a type that is no id."""
+def _id_value(value: str, kind: str, as_type: str) -> tuple[str, _Checks] | None:
+    """SQL of an id (NULL where missing) and its checks; None for a type that is no id."""
+    if as_type != "VARCHAR":
+        return f"CAST({value} AS {as_type})", []
     if kind in _PLAIN or kind.startswith(("TIMESTAMP", "ENUM")):
         return f"CAST({value} AS VARCHAR)", []
     if kind in _WIDE_INTEGERS:
@@ -148,8 +194,9 @@ def _id_value(value: str, kind: str) -> tuple[str, _Checks] | None:
     return None
 
 
-def _id(part: RawPart, column: str, nulls: str, used_as: str) -> tuple[str, _Checks]:
-    found = _id_value(identifier(column), part.columns[column])
+def _id(part: RawPart, column: str, as_type: str, nulls: str, used_as: str) -> tuple[str, _Checks]:
+    kind = part.columns[column]
+    found = None if kind.endswith("[]") else _id_value(identifier(column), kind, as_type)
     if found is None:
         raise _unfit(
             part, column, used_as, "it needs one text or whole number a row (lists go under multi or sequence)"
@@ -158,7 +205,7 @@ def _id(part: RawPart, column: str, nulls: str, used_as: str) -> tuple[str, _Che
     return text, checks + ([(f"({text}) IS NULL", "is missing")] if nulls == "error" else [])
 
 
-def _list(part: RawPart, feature: RawFeature) -> tuple[str, _Checks]:
+def _list(part: RawPart, feature: RawFeature, as_type: str) -> tuple[str, _Checks]:
     value, kind, separator = identifier(feature.name), part.columns[feature.name], feature.separator
     checks: _Checks = []
     if kind == "VARCHAR" and separator is not None:
@@ -171,7 +218,7 @@ def _list(part: RawPart, feature: RawFeature) -> tuple[str, _Checks]:
     else:
         cure = "it needs a list column, or text and the key separator"
         raise _unfit(part, feature.name, feature.kind, cure)
-    found = _id_value("x", kind)
+    found = _id_value("x", kind, as_type)
     if found is None:
         raise _unfit(part, feature.name, feature.kind, "its elements must be texts or whole numbers")
     text, element_checks = found
@@ -241,14 +288,13 @@ def _time(con: Connection, part: RawPart, column: str) -> tuple[str, _Checks]:
 def reject_counts(con: Connection) -> dict[str, int]:
     """Reason -> number of rows, most frequent first."""
     query = """SELECT coalesce(bad_column || ' ', 'line ') || regexp_replace(reason, ':.*', '') AS why, count(*)
-               FROM staged WHERE reason IS NOT NULL GROUP BY why ORDER BY count(*) DESC, why"""
+               FROM rejects GROUP BY why ORDER BY count(*) DESC, why"""
     return dict(con.execute(query).fetchall())
 
 
 def describe_rejects(con: Connection, files: Sequence[str]) -> str:
     """The first few rows that cannot be used, one a line: file, row, column, value and reason."""
-    query = f"""SELECT file, row, bad_column, bad_value, reason FROM staged WHERE reason IS NOT NULL
-                ORDER BY file, row LIMIT {SHOWN_REJECTS}"""
+    query = f"SELECT file, row, bad_column, bad_value, reason FROM rejects ORDER BY file, row LIMIT {SHOWN_REJECTS}"
     lines = []
     for file, row, column, value, reason in con.execute(query).fetchall():
         shown = "" if value is None else repr(value if len(value) <= 80 else value[:77] + "...") + " "
@@ -312,12 +358,19 @@ def _feature_id(schema: DataSchema, feature: RawFeature, value: str, vocab: str)
     return f"CAST(CASE WHEN {value} IS NULL THEN 0 ELSE {hashed} END AS INTEGER)"
 
 
-def encode(con: Connection, relation: str, schema: DataSchema, columns: Sequence[NumericColumn]) -> dict[str, Array]:
-    """Encode the staged rows of `relation`, in the order of its column `pos` (0, 1, …).
+def encode(
+    con: Connection,
+    relation: str,
+    schema: DataSchema,
+    columns: Sequence[NumericColumn],
+    order: str,
+    more: Sequence[str] = (),
+) -> dict[str, Array]:
+    """Encode the staged rows of `relation` in the total order `order`, SQL expressions over `relation` as b.
 
-    `relation` has the columns of `staged`, `pos`, and `fold` (NULL outside training tasks). Returns `ids` int32
-    [rows, one-valued features], `dense` float32 [rows, F], and `<name>.values` int32 and `<name>.offsets` int64
-    [rows + 1] of every many-valued feature.
+    `relation` has the columns of `staged`, and `fold` (NULL outside training tasks) where the schema asks for item
+    statistics. Returns `ids` int32 [rows, one-valued features], `dense` float32 [rows, F], `<name>.values` int32 and
+    `<name>.offsets` int64 [rows + 1] of every many-valued feature, and the columns of `relation` named in `more`.
     """
     tables = list(schema.tables())
     one_valued = [(i, f) for i, f in enumerate(schema.features) if f.kind == "categorical"]
@@ -326,32 +379,34 @@ def encode(con: Connection, relation: str, schema: DataSchema, columns: Sequence
     select += [f"len(b.f{i}) AS f{i}" for i, _ in many_valued]
     for j, (value, column) in enumerate(zip(numeric_values(con, schema), columns, strict=True)):
         select.append(f"CAST(coalesce(({value} - {column.mean!r}) / {column.std!r}, 0) AS FLOAT) AS n{j}")
+    select += [f"b.{name}" for name in more]
     joins = [
         f"LEFT JOIN vocab_{tables.index(f.table)} v{i} ON v{i}.value = b.f{i}"
         for i, f in one_valued
         if f.hash_buckets is None
     ]
-    query = f"SELECT {', '.join(select)} FROM {with_statistics(relation, schema)} {' '.join(joins)} ORDER BY b.pos"
+    query = f"SELECT {', '.join(select)} FROM {with_statistics(relation, schema)} {' '.join(joins)} ORDER BY {order}"
     found = con.execute(query).fetchnumpy()
     rows = len(next(iter(found.values())))
-    ids = [found[f"f{i}"] for i, _ in one_valued]
-    dense = [found[f"n{j}"] for j in range(len(columns))]
+    ids = [found.pop(f"f{i}") for i, _ in one_valued]
+    dense = [found.pop(f"n{j}") for j in range(len(columns))]
     arrays: dict[str, Array] = {
-        "ids": np.ascontiguousarray(np.stack(ids, 1)) if ids else np.empty((rows, 0), np.int32),
-        "dense": np.ascontiguousarray(np.stack(dense, 1)) if dense else np.empty((rows, 0), np.float32),
+        "ids": np.stack(ids, 1) if ids else np.empty((rows, 0), np.int32),
+        "dense": np.stack(dense, 1) if dense else np.empty((rows, 0), np.float32),
     }
     for i, feature in many_valued:
         arrays[f"{feature.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"f{i}"])]).astype(np.int64)
-        arrays[f"{feature.name}.values"] = _list_ids(con, relation, schema, i, f"vocab_{tables.index(feature.table)}")
-    return arrays
+        vocab = f"vocab_{tables.index(feature.table)}"
+        arrays[f"{feature.name}.values"] = _list_ids(con, relation, schema, i, vocab, order)
+    return arrays | {name: np.asarray(found[name]) for name in more}
 
 
-def _list_ids(con: Connection, relation: str, schema: DataSchema, index: int, vocab: str) -> Array:
+def _list_ids(con: Connection, relation: str, schema: DataSchema, index: int, vocab: str, order: str) -> Array:
     feature = schema.features[index]
-    join = f"LEFT JOIN {vocab} v ON v.value = u.value" if feature.hash_buckets is None else ""
-    elements = f"SELECT pos, unnest(f{index}) AS value, generate_subscripts(f{index}, 1) AS place FROM {relation}"
-    query = f"""SELECT {_feature_id(schema, feature, "u.value", "v")} AS id
-                FROM ({elements}) u {join} ORDER BY u.pos, u.place"""
+    join = f"LEFT JOIN {vocab} v ON v.value = b.value" if feature.hash_buckets is None else ""
+    elements = f"SELECT *, unnest(f{index}) AS value, generate_subscripts(f{index}, 1) AS place FROM {relation}"
+    query = f"""SELECT {_feature_id(schema, feature, "b.value", "v")} AS id
+                FROM ({elements}) b {join} ORDER BY {order}, b.place"""
     ids: Array = con.execute(query).fetchnumpy()["id"]
     return ids.astype(np.int32)
 
@@ -380,22 +435,23 @@ def encode_tables(
     schema = data_schema_from_json(data_schema_json)
     roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
     with duckdb.connect() as con:
-        create_staged(con, schema)
-        files = []
+        create_staged(con, schema, types={})
+        relations, files = [], []
         for index, (path, needed) in enumerate(((support_path, [*roles, "label"]), (query_path, roles))):
             found = find_files([path])
             if len(found) != 1:
                 raise ValueError(f"{path} stands for {len(found)} files: give one Parquet or CSV file")
             files.append(path)
-            stage(con, open_file(con, found[0]), index, schema, needed)
+            relations.append(stage(con, open_file(con, found[0]), index, schema, needed, types={}))
         if counts := reject_counts(con):
             raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")
         load_vocabularies(con, schema, vocab_dir)
+        con.execute(f"CREATE VIEW raw_rows AS {' UNION ALL '.join(dict.fromkeys(relations))}")
         con.execute("""
             CREATE TABLE placed AS
             SELECT s.*, NULL::INTEGER AS fold, row_number() OVER (ORDER BY q.first, s.file, s.row) - 1 AS pos
-            FROM staged s
-            JOIN (SELECT task, min(row) AS first FROM staged WHERE file = 1 GROUP BY task) q USING (task)""")
+            FROM raw_rows s
+            JOIN (SELECT task, min(row) AS first FROM raw_rows WHERE file = 1 GROUP BY task) q USING (task)""")
         tasks = con.execute("""
             SELECT task, min(pos) AS row_start, count(*) FILTER (file = 0) AS num_support
             FROM placed GROUP BY task ORDER BY row_start""").fetchnumpy()
@@ -404,7 +460,7 @@ def encode_tables(
             FROM placed ORDER BY pos""").fetchnumpy()
         if len(rows["label"]) == 0:
             raise ValueError(f"{query_path} has no rows: there is nothing to score")
-        arrays = encode(con, "placed", schema, pack_schema.numeric)
+        arrays = encode(con, "placed", schema, pack_schema.numeric, order="b.pos")
     arrays |= {
         "label": rows["label"].astype(np.float32),
         "item_cold": np.zeros(len(rows["label"]), np.uint8),

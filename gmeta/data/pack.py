@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from gmeta.data.schema import PackSchema, pack_schema_from_json
 from gmeta.data.shards import (
+    CHUNK_BYTES,
     CURE,
+    SAFETENSORS_DTYPE,
     Array,
     PackSplit,
     SplitColumns,
@@ -124,9 +125,9 @@ class PackWriter:
             raise ValueError(f"shard {index} ({split}): {error}") from None
         path = self._partial / f"shard-{index:05d}.safetensors"
         with _disk_errors(path):
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)
-            entry = _file_entry(self._partial, path)
-        self._shards.append({"split": split, "rows": len(arrays["label"]), "tasks": len(arrays["task_id"]), **entry})
+            checksum = save_file(arrays, path)
+        counts = {"rows": len(arrays["label"]), "tasks": len(arrays["task_id"]), "bytes": path.stat().st_size}
+        self._shards.append({"split": split, "file": path.name, "xxh3": checksum, **counts})
 
     def write_vocab(self, table: str, values: pa.Array | pa.ChunkedArray, counts: Array) -> None:
         """Write the vocabulary of an embedding table: `values[i]` has id i + 1 and was seen `counts[i]` times."""
@@ -228,8 +229,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     """Turn a failure to write `path` (full disk, no permission) into a ValueError that says so."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise ValueError(
             f"cannot write {path}: {reason}; no pack was made: free space there or choose another path"
         ) from error
@@ -241,6 +242,33 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def save_file(arrays: Mapping[str, Array], path: Path) -> str:
+    """Write and sync a safetensors file, the same bytes as its library would; returns its checksum.
+
+    The library copies every array before it writes, and the checksum would take another pass over the file.
+    """
+    names = sorted(arrays, key=lambda name: (list(SAFETENSORS_DTYPE).index(arrays[name].dtype.name), name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        array, start = arrays[name], end
+        end += array.nbytes
+        dtype = SAFETENSORS_DTYPE[array.dtype.name]
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = xxhash.xxh3_64()
+    with path.open("wb") as file:
+        for data in (np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8), *(arrays[name] for name in names)):
+            flat = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+            for at in range(0, len(flat), CHUNK_BYTES):
+                chunk = flat[at : at + CHUNK_BYTES].data
+                digest.update(chunk)
+                file.write(chunk)
+    _sync(path)
+    return digest.hexdigest()
 
 
 def _file_entry(root: Path, path: Path) -> dict[str, Any]:
@@ -272,8 +300,8 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
         _check_range(name, values, schema.feature(name).num_ids)
     _check_range("item_cold", arrays["item_cold"], 2)
     for name in ("dense", "label"):
-        bad = ~np.isfinite(arrays[name])
-        if bad.any():
+        if not np.isfinite(arrays[name]).all():
+            bad = ~np.isfinite(arrays[name])
             raise ValueError(f"{name} is {arrays[name][bad][0]} in row {np.argwhere(bad)[0, 0]}: must be finite")
     if schema.binary_label:
         bad = ~np.isin(arrays["label"], (0, 1))
@@ -295,9 +323,8 @@ def _check_tasks(arrays: Mapping[str, Array]) -> None:
 
 
 def _check_range(name: str, values: Array, limit: int) -> None:
-    bad = (values < 0) | (values >= limit)
-    if bad.any():
-        at = int(np.argmax(bad))
+    if len(values) and not 0 <= values.min() <= values.max() < limit:
+        at = int(np.argmax((values < 0) | (values >= limit)))
         raise ValueError(f"{name} is {values[at]} at position {at}: must be in [0, {limit})")
 
 

@@ -1,6 +1,6 @@
 """Which tasks a pack holds: settings, sizes, splits, and the place of every task in its shard.
 
-Works on table `staged` (gmeta/data/encode.py), one row a raw row; leaves table `tasks`, one row a kept task.
+Works on view `raw_rows`, the rows that `stage` (gmeta/data/encode.py) gave; leaves table `tasks`, one row a kept task.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gmeta.config import PrepareConfig
+from gmeta.data.encode import FOLDS
 from gmeta.data.pack import SPLITS
 from gmeta.data.schema import DataSchema, load_data_schema, nearest
 from gmeta.data.sources import DATA_SETS, Connection, literal, md5_64, scalar
@@ -98,7 +99,10 @@ def _check_settings(config: PrepareConfig, schema: DataSchema, settings: Setting
 
 
 def plan_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any]) -> list[ShardPlan]:
-    """Make table `tasks` (key, partition, split, num_rows, num_support, task_id, shard); returns its shards."""
+    """Make table `tasks`; returns its shards.
+
+    It holds task, key (its text), partition, split, num_rows, num_support, fold (of training tasks), task_id, shard.
+    """
     _group_tasks(con, settings)
     query = (
         "SELECT dropped, count(*), sum(num_rows)::BIGINT FROM grouped WHERE dropped IS NOT NULL GROUP BY ALL ORDER BY 1"
@@ -129,6 +133,8 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
     )
     names = " ".join(f"WHEN {literal(k)} THEN {literal(v)}" for k, v in settings.partitions.items())
     mapped = f"CASE partition {names} END" if names else "''"
+    first_time = "min(time)" if settings.task_split == "time" else "0"
+    partition = "partition" if settings.task_split == "column" else "'' AS partition"
     too_large = f"WHEN num_rows > {settings.max_task_rows} THEN 'more rows than max_task_rows'"
     con.execute(f"""
         CREATE TABLE grouped AS
@@ -138,10 +144,9 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
             {too_large if settings.max_task_rows is not None else ""}
             WHEN num_rows <= num_query THEN 'no row is left for the support'
             WHEN num_query = 0 THEN 'no row is left for the query' END AS dropped
-        FROM (SELECT *, {query_rows} AS num_query, {mapped} AS mapped
-              FROM (SELECT task AS key, coalesce(partition, '') AS partition, count(*) AS num_rows,
-                           min(time) AS first_time
-                    FROM staged WHERE reason IS NULL GROUP BY ALL))""")
+        FROM (SELECT *, CAST(task AS VARCHAR) AS key, {query_rows} AS num_query, {mapped} AS mapped
+              FROM (SELECT task, {partition}, count(*) AS num_rows, {first_time} AS first_time
+                    FROM raw_rows GROUP BY ALL))""")
 
 
 def _split_tasks(con: Connection, settings: Settings) -> None:
@@ -180,7 +185,7 @@ def row_bytes(con: Connection, schema: DataSchema) -> float:
     if not many:
         return float(fixed)
     lengths = " + ".join(f"sum(len(f{i}))" for i in many)
-    query = f"SELECT ({lengths}) / greatest(count(*), 1) FROM staged WHERE reason IS NULL"
+    query = f"SELECT ({lengths}) / greatest(count(*), 1) FROM raw_rows"
     values = scalar(con, query)
     return fixed + 4 * float(values or 0)
 
@@ -189,10 +194,11 @@ def _place_tasks(con: Connection, schema: DataSchema, settings: Settings) -> Non
     """Table `tasks`: stored order is random within a split; shards are cut from it, about equal in rows."""
     rows_per_shard = max(1.0, settings.shard_mb * 1e6 / row_bytes(con, schema))
     order = f"{md5_64(literal(f'order|{settings.seed}'), 'key', 'partition')}, key, partition"
+    fold = f"CAST({md5_64(literal(f'fold|{settings.seed}'), 'key')} % {FOLDS} AS INTEGER)"
     split_rank = " ".join(f"WHEN {literal(name)} THEN {i}" for i, name in enumerate(SPLITS))
     con.execute(f"""
         CREATE TABLE tasks AS
-        SELECT key, partition, split, num_rows, num_support,
+        SELECT task, key, partition, split, num_rows, num_support, CASE WHEN split = 'train' THEN {fold} END AS fold,
                row_number() OVER (ORDER BY split_rank, place) - 1 AS task_id,
                dense_rank() OVER (ORDER BY split_rank, rows_before * num_shards // split_rows) - 1 AS shard
         FROM (SELECT *, greatest(1, CAST(round(split_rows / {rows_per_shard!r}) AS BIGINT)) AS num_shards

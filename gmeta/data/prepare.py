@@ -1,10 +1,10 @@
 """`gmeta prepare`: raw rows to a task pack, in memory that does not grow with the data.
 
-    stage    every file's rows, in canonical form, to a table on disk; rows that cannot be used apart
+    stage    check every file's rows; those that cannot be used apart. CSV goes to a table, Parquet stays where it is
     plan     rows to tasks: which are kept, their split, support size, place and shard
     deal     rows to one Parquet file a shard; from here on a shard is an independent job
     learn    vocabularies, item statistics, means and deviations, all of training rows only
-    write    a shard: rank each task's rows, encode, save
+    write    a shard: sort and encode in one query; save while the next one is encoded
 
 Everything random is a seeded MD5 of (key) or (file, row), every order is total, and sums are exact, so that the pack
 depends neither on threads nor on the memory limit.
@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -33,10 +34,10 @@ from rich.table import Table
 
 from gmeta.config import PrepareConfig
 from gmeta.data.encode import (
-    FOLDS,
     create_staged,
     describe_rejects,
     encode,
+    id_types,
     numeric_values,
     reject_counts,
     stage,
@@ -47,6 +48,7 @@ from gmeta.data.pack import SPLITS, PackWriter, lock_directory
 from gmeta.data.plan import Settings, ShardPlan, plan_tasks, resolve, row_bytes
 from gmeta.data.schema import (
     ITEM_STATISTICS,
+    OOV,
     DataSchema,
     Feature,
     NumericColumn,
@@ -83,9 +85,10 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, _scratch(out) as scratch, _disk_errors(scratch), _connect(scratch, config) as con:
         counts = _stage_all(con, config, schema, settings, scratch, tell)
+        tell("planning tasks", 0, 1)
         shards = plan_tasks(con, schema, settings, counts)
         _require_space(out, con, schema)
-        _deal(con, scratch, settings.seed, tell)
+        _deal(con, schema, settings, scratch, tell)
         pack_schema = _learn(con, schema, scratch, shards, tell)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
         made_with = {**asdict(settings), "input": config.inputs, "dataset": config.dataset}
@@ -194,20 +197,22 @@ def console_report() -> Iterator[Report]:
 def _stage_all(
     con: Connection, config: PrepareConfig, schema: DataSchema, settings: Settings, scratch: Path, tell: Report
 ) -> dict[str, Any]:
-    """Fill table `staged`; returns the counts so far."""
-    create_staged(con, schema)
+    """Make view `raw_rows`, the rows that can be used; returns the counts so far."""
     roles: list[Role] = ["task", "label", "time", "item"]
     if settings.task_split == "column":
         roles.append("partition")
-    files = []
-    for index, (part, total) in enumerate(_parts(con, config)):
-        tell("reading files", index, total)
-        files.append(part.file)
+    parts = _parts(con, config)
+    types = id_types(schema, parts)
+    create_staged(con, schema, types)
+    relations = []
+    for index, part in enumerate(parts):
+        tell("reading files", index, len(parts))
         try:
-            stage(con, part, index, schema, roles)
+            relations.append(stage(con, part, index, schema, roles, types))
         except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
             raise ValueError(f"{part.file} cannot be read: {str(error).splitlines()[0]}") from error
-        tell("reading files", index + 1, total)
+    tell("reading files", len(parts), len(parts))
+    files = [part.file for part in parts]
     bad = reject_counts(con)
     if bad and config.on_bad_rows == "fail":
         reasons = "; ".join(f"{count} × {reason}" for reason, count in bad.items())
@@ -217,21 +222,19 @@ def _stage_all(
         )
     if bad:
         _write_rejects(con, files, scratch)
-    rows = scalar(con, "SELECT count(*) FROM staged WHERE reason IS NULL")
+    con.execute(f"CREATE VIEW raw_rows AS {' UNION ALL '.join(dict.fromkeys(relations))}")
+    rows = scalar(con, "SELECT count(*) FROM raw_rows")
     if rows == 0:
         raise ValueError(f"{', '.join(files)}: no row that can be used ({sum(bad.values())} rows were set aside)")
     return {"rows_read": rows + sum(bad.values()), "bad_rows": bad}
 
 
-def _parts(con: Connection, config: PrepareConfig) -> Iterator[tuple[RawPart, int]]:
+def _parts(con: Connection, config: PrepareConfig) -> list[RawPart]:
     if config.dataset is not None:
-        yield open_data_set(con, config.dataset, config.root), 1
-        return
+        return [open_data_set(con, config.dataset, config.root)]
     if config.root is not None:
         raise ValueError("root has no effect without dataset: leave it out")
-    files = find_files(config.inputs)
-    for file in files:
-        yield open_file(con, file), len(files)
+    return [open_file(con, file) for file in find_files(config.inputs)]
 
 
 def _write_rejects(con: Connection, files: list[str], scratch: Path) -> None:
@@ -239,7 +242,7 @@ def _write_rejects(con: Connection, files: list[str], scratch: Path) -> None:
     con.execute("SET preserve_insertion_order=true")
     con.execute(f"""
         COPY (SELECT name AS file, row, bad_column AS "column", bad_value AS value, reason
-              FROM staged JOIN file_names USING (file) WHERE reason IS NOT NULL ORDER BY staged.file, row)
+              FROM rejects JOIN file_names USING (file) ORDER BY file, row)
         TO {literal(str(scratch / "rejects.parquet"))} (FORMAT parquet)""")
     con.execute("SET preserve_insertion_order=false")
     con.unregister("file_names")
@@ -248,27 +251,50 @@ def _write_rejects(con: Connection, files: list[str], scratch: Path) -> None:
 # -------------------------------------------------------------------------------------------------- deal
 
 
-def _deal(con: Connection, scratch: Path, seed: int, tell: Report) -> None:
+def _deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path, tell: Report) -> None:
     """Deal the rows of kept tasks to one folder of Parquet files a shard, and let go of the staged rows."""
     tell("dealing rows to shards", 0, 1)
-    columns = [c for (c,) in con.execute("SELECT column_name FROM (DESCRIBE staged)").fetchall()]
-    unused = ("task", "partition", "reason", "bad_column", "bad_value")
-    kept = ", ".join(f"s.{c}" for c in columns if c not in unused)
-    fold = f"CASE WHEN t.split = 'train' THEN CAST({md5_64(literal(f'fold|{seed}'), 't.key')} % {FOLDS} AS INTEGER) END"
-    con.execute("SET preserve_insertion_order=false")
+    columns = ["s.file", "s.row", "s.label", "CAST(t.task_id AS INTEGER) AS task_id"]
+    columns += [f"s.f{i}" for i in range(len(schema.features))] + [f"s.n{i}" for i in range(len(schema.numeric))]
+    optional = {
+        "s.time": True,
+        "s.item": _item_feature(schema) is None,
+        "t.num_support": settings.split_query == "random",
+        "t.fold": schema.item_statistics,
+    }
+    columns += [column for column, needed in optional.items() if needed]
+    partition = "AND t.partition = s.partition" if settings.task_split == "column" else ""
+    # Version 2's delta encoding halves the bytes. Dictionaries and compression would take longer than the writing.
     con.execute(f"""
-        COPY (SELECT {kept}, t.task_id, t.num_support, {fold} AS fold, t.shard
-              FROM staged s JOIN tasks t ON t.key = s.task AND t.partition = coalesce(s.partition, '')
-              WHERE s.reason IS NULL)
-        TO {literal(str(scratch / "rows"))} (FORMAT parquet, PARTITION_BY (shard))""")
-    con.execute("DROP TABLE staged; CHECKPOINT")
+        COPY (SELECT {", ".join(columns)}, t.shard FROM raw_rows s JOIN tasks t ON t.task = s.task {partition})
+        TO {literal(str(scratch / "rows"))} (FORMAT parquet, PARQUET_VERSION v2, COMPRESSION uncompressed,
+                                             DICTIONARY_SIZE_LIMIT 1, PARTITION_BY (shard))""")
+    con.execute("DROP VIEW raw_rows; DROP TABLE staged; CHECKPOINT; SET disabled_optimizers=''")
     tell("dealing rows to shards", 1, 1)
 
 
-def _dealt(scratch: Path, shards: list[ShardPlan]) -> str:
+def _dealt(schema: DataSchema, scratch: Path, shards: list[ShardPlan]) -> str:
     """SQL that reads the dealt rows of some shards."""
     files = ", ".join(literal(str(scratch / "rows" / f"shard={s.index}" / "*.parquet")) for s in shards)
-    return f"read_parquet([{files}], hive_partitioning=false)"
+    rows = f"read_parquet([{files}], hive_partitioning=false)"
+    feature = _item_feature(schema)
+    return rows if feature is None else f"(SELECT *, f{feature} AS item FROM {rows})"
+
+
+def _item_feature(schema: DataSchema) -> int | None:
+    """Index of the feature that is the item column too, so that its rows need not hold it twice."""
+    found = [i for i, f in enumerate(schema.features) if f.name == schema.item and f.kind == "categorical"]
+    return found[0] if found else None
+
+
+def _item_vocabulary(schema: DataSchema) -> int | None:
+    """Index of the embedding table whose vocabulary is the items of training rows, all of them and nothing else."""
+    feature = _item_feature(schema)
+    for index, members in enumerate(schema.tables().values()):
+        alone = feature is not None and members == [schema.features[feature]]
+        if alone and members[0].min_count == 1 and members[0].hash_buckets is None:
+            return index
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- learn
@@ -277,7 +303,7 @@ def _dealt(scratch: Path, shards: list[ShardPlan]) -> str:
 def _learn(con: Connection, schema: DataSchema, scratch: Path, shards: list[ShardPlan], tell: Report) -> PackSchema:
     """Make vocabularies and statistics from training rows, and the pack schema."""
     tables = schema.tables()
-    train = _dealt(scratch, [s for s in shards if s.split == "train"])
+    train = _dealt(schema, scratch, [s for s in shards if s.split == "train"])
     num_ids = {}
     for index, (table, features) in enumerate(tables.items()):
         tell("building vocabularies", index, len(tables))
@@ -290,13 +316,16 @@ def _learn(con: Connection, schema: DataSchema, scratch: Path, shards: list[Shar
             for i, kind in members
         )
         con.execute(f"""
-            CREATE TABLE vocab_{index} AS SELECT value, row_number() OVER (ORDER BY count DESC, value) AS id, count
+            CREATE TABLE vocab_{index} AS SELECT value, count,
+                row_number() OVER (ORDER BY count DESC, CAST(value AS VARCHAR)) AS id
             FROM (SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value)
             WHERE count >= {features[0].min_count}""")
         size = scalar(con, f"SELECT count(*) FROM vocab_{index}")
         num_ids[table] = size + 1
     tell("building vocabularies", len(tables), len(tables))
-    if schema.item is not None:
+    if (vocabulary := _item_vocabulary(schema)) is not None:
+        con.execute(f"CREATE VIEW seen_items AS SELECT value FROM vocab_{vocabulary}")
+    elif schema.item is not None:
         con.execute(f"CREATE TABLE seen_items AS SELECT DISTINCT item AS value FROM {train}")
     if schema.item_statistics:
         _item_statistics(con, train)
@@ -307,7 +336,7 @@ def _learn(con: Connection, schema: DataSchema, scratch: Path, shards: list[Shar
         ),
         numeric=_numeric_columns(con, schema, train),
         label=schema.label,
-        binary_label=scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {_dealt(scratch, shards)}"),
+        binary_label=scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {_dealt(schema, scratch, shards)}"),
         task=schema.task,
         item=schema.item,
         time=schema.time,
@@ -345,7 +374,7 @@ def _fixed_point(largest: float | None) -> float:
 
 
 def _exact_sum(value: str, scale: float) -> str:
-    return f"sum(CAST(round({value} * {scale!r}) AS HUGEINT))"
+    return f"sum(CAST(round({value} * {scale!r}) AS BIGINT))"
 
 
 def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[NumericColumn, ...]:
@@ -380,13 +409,14 @@ def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[N
 def _write_vocabularies(con: Connection, writer: PackWriter, schema: DataSchema) -> None:
     for index, (table, features) in enumerate(schema.tables().items()):
         if features[0].hash_buckets is None:
-            found = con.sql(f"SELECT value, count FROM vocab_{index} ORDER BY id").to_arrow_table()
+            query = f"SELECT CAST(value AS VARCHAR) AS value, count FROM vocab_{index} ORDER BY id"
+            found = con.sql(query).to_arrow_table()
             writer.write_vocab(table, found["value"], found["count"].to_numpy())
     if schema.item_statistics:
         file = writer.directory / "vocab" / f"{ITEM_STATISTICS}.parquet"
         con.execute("SET preserve_insertion_order=true")
-        con.execute(f"""COPY (SELECT value, label_sum, count FROM item_totals ORDER BY value NULLS FIRST)
-                        TO {literal(str(file))} (FORMAT parquet)""")
+        con.execute(f"""COPY (SELECT CAST(value AS VARCHAR) AS value, label_sum, count FROM item_totals
+                              ORDER BY value NULLS FIRST) TO {literal(str(file))} (FORMAT parquet)""")
         con.execute("SET preserve_insertion_order=false")
 
 
@@ -402,14 +432,21 @@ def _write_shards(
     tell: Report,
 ) -> None:
     cold = dict.fromkeys(SPLITS, 0)
-    for done, shard in enumerate(shards):
-        tell("writing shards", done, len(shards))
-        _rank_rows(con, _dealt(scratch, [shard]), settings)
-        arrays = _shard_arrays(con, schema, pack_schema, shard)
-        writer.add_shard(shard.split, arrays)
-        cold[shard.split] += int(arrays["item_cold"].sum())
-        keys = con.sql(f"SELECT key FROM tasks WHERE shard = {shard.index} ORDER BY task_id").to_arrow_table()["key"]
-        writer.write_tasks(arrays["task_id"], keys, [shard.split] * len(keys))
+    with ThreadPoolExecutor(1) as background:
+        saved: Future[None] | None = None
+        for done, shard in enumerate(shards):
+            tell("writing shards", done, len(shards))
+            arrays = _shard_arrays(con, schema, pack_schema, settings, scratch, shard)
+            cold[shard.split] += int(arrays["item_cold"].sum())
+            if saved is not None:
+                saved.result()
+            saved = background.submit(writer.add_shard, shard.split, arrays)
+            keys = con.sql(f"SELECT key FROM tasks WHERE shard = {shard.index} ORDER BY task_id").to_arrow_table()[
+                "key"
+            ]
+            writer.write_tasks(arrays["task_id"], keys, [shard.split] * len(keys))
+        if saved is not None:
+            saved.result()
     tell("writing shards", len(shards), len(shards))
     counts["splits"] = {
         name: _split_summary(con, name, cold[name]) for name in SPLITS if any(s.split == name for s in shards)
@@ -417,32 +454,39 @@ def _write_shards(
     counts["cold_items"] = _cold_items(con, schema, scratch, shards)
 
 
-def _rank_rows(con: Connection, rows: str, settings: Settings) -> None:
-    """Table `bucket`: one shard's rows with their place `pos`: by task, support first, then by time or at random."""
+def _in_order(con: Connection, rows: str, settings: Settings) -> tuple[str, str]:
+    """A shard's rows and their order: by task, support first, each by time."""
+    if settings.split_query == "last":
+        return rows, "b.task_id, b.time, b.file, b.row"
     drawn = md5_64(literal(f"query|{settings.seed}"), "file", "row")
-    rank = "time, file, row" if settings.split_query == "last" else f"{drawn}, file, row"
     con.execute(f"""
-        CREATE OR REPLACE TEMP TABLE bucket AS
-        SELECT *, row_number() OVER (ORDER BY task_id, rank > num_support, time, rank) - 1 AS pos
-        FROM (SELECT *, row_number() OVER (PARTITION BY task_id ORDER BY {rank}) AS rank FROM {rows})""")
+        CREATE OR REPLACE TEMP TABLE ranked AS
+        SELECT *, row_number() OVER (PARTITION BY task_id ORDER BY {drawn}, file, row) AS rank FROM {rows}""")
+    return "ranked", "b.task_id, b.rank > b.num_support, b.time, b.rank"
 
 
-def _shard_arrays(con: Connection, schema: DataSchema, pack_schema: PackSchema, shard: ShardPlan) -> dict[str, Array]:
-    arrays = encode(con, "bucket", schema, pack_schema.numeric)
-    seen, cold = "", "0"
-    if schema.item is not None:
-        seen, cold = "LEFT JOIN seen_items i ON i.value = b.item", "i.value IS NULL"
-    rows = con.execute(f"""
-        SELECT label, coalesce(time, 0) AS time, CAST({cold} AS UTINYINT) AS item_cold
-        FROM bucket b {seen} ORDER BY pos""").fetchnumpy()
+def _shard_arrays(
+    con: Connection, schema: DataSchema, pack_schema: PackSchema, settings: Settings, scratch: Path, shard: ShardPlan
+) -> dict[str, Array]:
+    rows, order = _in_order(con, _dealt(schema, scratch, [shard]), settings)
+    more = ["label"] + ["time"] * (schema.time is not None)
+    known = _item_vocabulary(schema) is not None
+    if schema.item is not None and not known:
+        rows = f"""(SELECT r.*, CAST(i.value IS NULL AS UTINYINT) AS item_cold
+                    FROM {rows} r LEFT JOIN seen_items i ON i.value = r.item)"""
+        more.append("item_cold")
+    arrays = encode(con, rows, schema, pack_schema.numeric, order, more)
+    if known:
+        one_valued = [f.name for f in schema.features if f.kind == "categorical"]
+        arrays["item_cold"] = (arrays["ids"][:, one_valued.index(str(schema.item))] == OOV).astype(np.uint8)
+    arrays.setdefault("item_cold", np.zeros(len(arrays["label"]), np.uint8))
     tasks = con.execute(f"""
         SELECT task_id, CAST(sum(num_rows) OVER (ORDER BY task_id) AS BIGINT) - num_rows AS row_start,
-               CAST(num_support AS INTEGER) AS num_support
+               CAST(num_support AS INTEGER) AS num_support, num_rows
         FROM tasks WHERE shard = {shard.index} ORDER BY task_id""").fetchnumpy()
-    arrays |= {"label": rows["label"], "item_cold": rows["item_cold"], **tasks}
-    if schema.time is not None:
-        arrays["time"] = rows["time"]
-    return {name: np.asarray(array) for name, array in arrays.items()}
+    if tasks.pop("num_rows").sum() != len(arrays["label"]):
+        raise ValueError("the input changed while it was read: no pack was made; run again when nothing writes to it")
+    return arrays | {name: np.asarray(array) for name, array in tasks.items()}
 
 
 # ----------------------------------------------------------------------------------------------- summary
@@ -480,9 +524,11 @@ def _cold_items(con: Connection, schema: DataSchema, scratch: Path, shards: list
     """Items that no training row has."""
     if schema.item is None:
         return 0
-    query = f"SELECT count(DISTINCT item) FROM {_dealt(scratch, shards)} WHERE item NOT IN (FROM seen_items)"
-    count = scalar(con, query)
-    return int(count)
+    held_out = [shard for shard in shards if shard.split != "train"]
+    if not held_out:
+        return 0
+    query = f"SELECT count(DISTINCT item) FROM {_dealt(schema, scratch, held_out)} WHERE item NOT IN (FROM seen_items)"
+    return int(scalar(con, query))
 
 
 def print_summary(summary: dict[str, Any]) -> None:

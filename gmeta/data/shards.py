@@ -27,7 +27,9 @@ from gmeta.data.schema import PackSchema
 CURE = "run `gmeta prepare` again, or restore the file"
 
 Array = NDArray[Any]
-_SAFETENSORS_DTYPE = {"uint8": "U8", "int32": "I32", "int64": "I64", "float32": "F32"}
+SAFETENSORS_DTYPE = {"int64": "I64", "float32": "F32", "int32": "I32", "uint8": "U8"}
+"""In the order in which a safetensors file stores them: the widest first, so that each starts aligned."""
+CHUNK_BYTES = 1 << 20
 
 
 def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
@@ -63,7 +65,7 @@ def checksum_file(path: Path) -> str:
     """xxh3-64 of a file's bytes, 16 hex digits."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -100,7 +102,7 @@ def open_shard(root: Path, entry: Mapping[str, Any], schema: PackSchema) -> Shar
                 stored = file.get_slice(name)
                 found = stored.get_shape()
                 fits = len(found) == len(shape) and all(n in (None, m) for n, m in zip(shape, found, strict=True))
-                if stored.get_dtype() != _SAFETENSORS_DTYPE[dtype] or not fits:
+                if stored.get_dtype() != SAFETENSORS_DTYPE[dtype] or not fits:
                     raise ValueError(
                         f"{path} does not fit the manifest (tensor {name!r} is {stored.get_dtype()} {found}): {CURE}"
                     )

@@ -194,6 +194,23 @@ def test_parquet_types(tmp_path: Path):
     assert "1" in pq.read_table(Path(config.out) / "vocab" / "item.parquet")["value"].to_pylist()
 
 
+def test_input_that_changes_meanwhile_is_refused(tmp_path: Path):
+    config = replace(make(tmp_path, lines()), input=[str(tmp_path / "log.parquet")])
+    table = pa.table({"user": [1, 1, 2, 2] * 9, "item": range(36), "at": range(36), "click": [0.0, 1.0] * 18})
+    schema = {"task": "user", "label": "click", "time": "at", "item": "item", "categorical": ["item"]}
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    pq.write_table(table, config.inputs[0])
+
+    def cut_short(stage: str, done: int, total: int) -> None:
+        if stage == "dealing rows to shards" and done == 0:
+            pq.write_table(table.slice(0, 30), config.inputs[0])
+
+    with pytest.raises(ValueError, match="the input changed while it was read"):
+        prepare(config, cut_short)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith("pack")] == []
+    prepare(config, quiet)
+
+
 def test_too_few_tasks(tmp_path: Path):
     refuse(make(tmp_path, lines(num_users=1)), "there are 1 tasks", "at least 2", "'user'")
     refuse(make(tmp_path, lines(rows=1)), "there are 0 tasks", "6 left out: fewer rows than min_task_rows")

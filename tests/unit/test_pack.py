@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_packs import Row, Task, arrays_of, random_tasks, schema, write_pack
 
 from gmeta.batch import Examples
-from gmeta.data.pack import PackWriter, open_pack, verify_pack
+from gmeta.data.pack import PackWriter, open_pack, save_file, verify_pack
 from gmeta.data.schema import PackSchema
+from gmeta.data.shards import checksum_file
 
 
 def assert_side(side: Examples, of: PackSchema, expected: list[list[tuple[int, Row]]]) -> None:
@@ -51,6 +53,17 @@ def assert_side(side: Examples, of: PackSchema, expected: list[list[tuple[int, R
         assert bag.values.tolist() == [v for rows in expected for _, row in rows for v in row.bags[j]]
         lengths = [[len(rows[s][1].bags[j]) if s < len(rows) else 0 for s in range(S)] for rows in expected]
         assert bag.lengths.tolist() == lengths or T * S == 0
+
+
+def test_a_shard_is_the_file_that_safetensors_writes(tmp_path: Path) -> None:
+    of = schema(2, 1, 3, True)
+    arrays = arrays_of(of, random_tasks(np.random.default_rng(0), of, 50))
+    arrays |= {'naïve " \\ \n name.values': np.zeros(0, np.int32), "large": np.arange(700_000, dtype=np.int32).T}
+    arrays["dense"] = np.asfortranarray(arrays["dense"])
+    checksum = save_file(arrays, tmp_path / "ours")
+    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert checksum == checksum_file(tmp_path / "theirs")
 
 
 def numbered(tasks: list[Task]) -> list[list[tuple[int, Row]]]:

@@ -246,6 +246,24 @@ def test_csv_and_parquet_give_the_same_shards(config: PrepareConfig, tmp_path: P
     }
 
 
+@pytest.mark.parametrize("second", [pa.int64(), pa.uint32(), pa.float64(), pa.string()])
+def test_whole_numbers_of_any_width_and_text_are_one_id(tmp_path: Path, second: pa.DataType):
+    """Whole numbers stay numbers where all files hold such, and become text where one does not."""
+    rows = large_rows(12, 4)
+    config = simple(tmp_path, rows, SIMPLE)
+    prepare(config, quiet)
+    (tmp_path / "parquet").mkdir()
+    for name, part, kind in (("a", rows[:20], pa.int32()), ("b", rows[20:], second)):
+        columns = {k: pa.array([r[k] for r in part]) for k in ("at", "rating")}
+        ids = {k: pa.array([str(r[k]) if pa.types.is_string(kind) else r[k] for r in part]) for k in ("user", "item")}
+        ids = {k: array.cast(kind) for k, array in ids.items()}
+        pq.write_table(pa.table(columns | ids), tmp_path / "parquet" / f"{name}.parquet")
+    other = replace(config, input=[str(tmp_path / "parquet")], out=str(tmp_path / "other"))
+    prepare(other, quiet)
+    ours, theirs = tree_bytes(Path(config.out)), tree_bytes(Path(other.out))
+    assert {k for k in ours if ours[k] != theirs[k]} == {"manifest.json"}
+
+
 def large_rows(num_users: int, rows: int) -> list[dict[str, object]]:
     return [
         {"user": u, "item": (u * 7 + r) % 50, "at": 100 * u + r, "rating": (u + r) % 2, "part": "ab"[u % 2]}
