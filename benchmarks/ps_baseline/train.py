@@ -1,0 +1,248 @@
+"""Train with our PS-style baseline, from gmeta's own settings, into a run directory that `gmeta evaluate` takes.
+
+    python benchmarks/ps_baseline/train.py --config FILE --workers N --servers M [--task_files DIR] [--key VALUE] …
+
+Settings are those of `gmeta train`; the run ends after schedule.epochs or max_steps with one checkpoint, the last
+(there is no validation on the way). Tasks are read from one file each, written at first use beside the pack
+(PACK-task-files) or in --task_files. Exit codes: 0 done, 2 the user's mistake, 76 a worker or server was lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+from jsonargparse import ArgumentError
+from torch import distributed
+
+from gmeta import checkpoint
+from gmeta.cli import command_parser
+from gmeta.config import TrainConfig
+from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_USER_ERROR
+from gmeta.parallel.mesh import Mesh, PeerLost
+from gmeta.rundir import prepare_run_dir, run_lock
+from gmeta.system import build_system
+from gmeta.tracking import RunLog
+from ps_baseline.server import serve
+from ps_baseline.session import Session, open_session
+from ps_baseline.taskfiles import TaskFiles, open_task_files
+from ps_baseline.wire import Links, Place, meet
+from ps_baseline.worker import Client, StepRecord, work
+
+_GRACE_S = 3.0  # for the others to notice a lost peer and say so
+
+
+@dataclass(frozen=True)
+class Options:
+    """The baseline's own settings."""
+
+    workers: int
+    servers: int
+    task_files: Path
+    rank: int | None  # None: the launcher
+    store_port: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """One command line: the launcher's, or that of a process which the launcher started."""
+    try:
+        options, config = parse(argv)
+        files = open_task_files(config.pack, options.task_files)
+        if options.rank is None:
+            open_session(
+                config, files.schema, files.num_tasks, Place(0, 1, options.servers)
+            )  # mistakes, before any start
+            return launch(argv, options)
+        return run_rank(config, files, options)
+    except ArgumentError as error:
+        return _fail(str(error), EXIT_USER_ERROR)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(str(error), EXIT_USER_ERROR)
+    except PeerLost as error:
+        return _fail(str(error), EXIT_PEER_LOST)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"ps_baseline: error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def parse(argv: Sequence[str]) -> tuple[Options, TrainConfig]:
+    """The baseline's own options, and gmeta's settings; ValueError for either."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--servers", type=int, default=1)
+    parser.add_argument("--task_files", type=Path)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store_port", type=int, default=0, help=argparse.SUPPRESS)
+    mine, rest = parser.parse_known_args(argv)
+    for name in ("workers", "servers"):
+        if getattr(mine, name) < 1:
+            raise ValueError(f"{name} is {getattr(mine, name)}: must be at least 1")
+    settings = command_parser("train")
+    values = settings.parse_args(rest)
+    if values.pop("nproc", 1) != 1:
+        raise ValueError("nproc is a setting of gmeta train: the baseline takes --workers and --servers")
+    values.pop("config", None)
+    made = settings.instantiate(values)
+    config = TrainConfig(**{field.name: made[field.name] for field in fields(TrainConfig)})
+    if config.loader.tasks_per_batch < mine.workers:
+        raise ValueError(f"loader.tasks_per_batch is {config.loader.tasks_per_batch}: must be at least --workers")
+    pack = Path(config.pack)
+    folder = mine.task_files or pack.with_name(f"{pack.name}-task-files")
+    return Options(mine.workers, mine.servers, folder, mine.rank, mine.store_port), config
+
+
+def launch(argv: Sequence[str], options: Options) -> int:
+    """Start all processes on this machine and wait; when one fails, the others are given a moment, then ended."""
+    count = options.workers + options.servers
+    store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *argv, "--store_port", str(store.port), "--rank"]
+    with tempfile.TemporaryDirectory(prefix="ps-baseline-") as folder:
+        words = [Path(folder) / str(rank) for rank in range(count)]
+        processes = []
+        try:
+            for rank in range(count):
+                with words[rank].open("w") as stderr:
+                    out = None if rank == 0 else stderr  # worker 0 is the one that talks
+                    processes.append(subprocess.Popen([*command, str(rank)], env=environment, stderr=out))
+            while (codes := [p.poll() for p in processes]) and None in codes and not any(codes):
+                time.sleep(0.05)
+            end = time.monotonic() + _GRACE_S
+            while None in (codes := [p.poll() for p in processes]) and time.monotonic() < end:
+                time.sleep(0.05)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return _verdict(options, codes, [file.read_text() if file.exists() else "" for file in words])
+
+
+def _verdict(options: Options, codes: list[int | None], words: list[str]) -> int:
+    """The exit code of the whole, and why: the first process that failed for a reason of its own."""
+    failed = {rank: code for rank, code in enumerate(codes) if code}
+    if not failed:
+        return 0
+    causes = {rank: code for rank, code in failed.items() if code != EXIT_PEER_LOST} or failed
+    rank, code = next(iter(causes.items()))
+    if code == EXIT_USER_ERROR:
+        print(words[rank], end="", file=sys.stderr, flush=True)
+        return code
+    name = Place(rank, options.workers, options.servers).name
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    print(f"{words[rank]}ps_baseline: error: {name} {how}; the others were stopped", file=sys.stderr, flush=True)
+    return 128 - code if code < 0 else code
+
+
+def run_rank(config: TrainConfig, files: TaskFiles, options: Options) -> int:
+    """One worker or server of the run."""
+    torch.set_num_threads(1)
+    assert options.rank is not None
+    _follow_launcher()
+    place = Place(options.rank, options.workers, options.servers, config.timeout_s)
+    store = distributed.TCPStore("127.0.0.1", options.store_port, is_master=False, wait_for_workers=False)
+    session = open_session(config, files.schema, files.num_tasks, place)
+    links = meet(place, store)
+    if place.server >= 0:
+        serve(session, links)
+    elif place.rank == 0:
+        _lead(session, files, links)
+    else:
+        client = Client(session, links)
+        for _ in work(session, files, client, say=lambda text: None):
+            pass
+        client.end()
+    return 0
+
+
+def _follow_launcher() -> None:
+    """End this process when its launcher is gone: nobody else would."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1.0)
+        os._exit(EXIT_PEER_LOST)
+
+    threading.Thread(target=watch, name="follow-launcher", daemon=True).start()
+
+
+def _lead(session: Session, files: TaskFiles, links: Links) -> None:
+    """Worker 0: also writes the run directory."""
+    config, mesh = session.config, Mesh()
+    client = Client(session, links)
+    with run_lock(Path(config.run_dir), mesh):
+        prepare_run_dir(config, mesh)
+        log = RunLog(Path(config.run_dir), rank=0, total_steps=session.total_steps)
+        place = session.place
+        log.say(f"our PS-style baseline: {place.workers} worker(s), {place.servers} server(s)")
+        log.start()
+        try:
+            seconds = 0.0
+            for record in work(session, files, client, log.say):
+                seconds += sum(record.seconds.values())
+                log.train(log_record(record, seconds))
+            path = save(session, files, client, record)
+            log.say(f"done after step {record.step}: {path}\nnext: gmeta evaluate --run_dir {config.run_dir}")
+        finally:
+            log.close()
+    client.end()
+
+
+def log_record(record: StepRecord, seconds: float) -> dict[str, float]:
+    """A line of metrics.jsonl, with the names of `gmeta train`; bytes are worker 0's."""
+    total = sum(record.seconds.values())
+    return {
+        "step": record.step,
+        "epoch": record.epoch,
+        "loss": record.loss,
+        "support_loss": record.support_loss,
+        "lr": record.lr,
+        "grad_norm": record.grad_norm,
+        "tasks_per_s": record.tasks / total,
+        "samples_per_s": record.samples / total,
+        "padding": 0.0,
+        **{f"{phase}_share": spent / total for phase, spent in record.seconds.items()},
+        "sent_bytes": record.sent_bytes,
+        "received_bytes": record.received_bytes,
+        "time_s": seconds,
+    }
+
+
+def save(session: Session, files: TaskFiles, client: Client, last: StepRecord) -> Path:
+    """Fetch everything from the servers and write a checkpoint as gmeta's, which any number of processes can load."""
+    config = session.config
+    whole = build_system(config, files.schema, Mesh())
+    parameters = dict(session.system.learner.named_parameters())
+    with torch.no_grad():
+        for name, p in whole.learner.named_parameters():
+            p.copy_(parameters[name])
+    layout = next(iter(session.system.tables.layouts.values()))
+    ranges = [layout.local_range(server) for server in range(session.place.servers)]
+    rows = [value for _, value in sorted(whole.tables.state_dict().items())]
+    client.pull_state([[value[part.start : part.stop] for value in rows] for part in ranges])
+    state = {
+        "progress": {"step": last.step},
+        "best_step": None,
+        "config": asdict(replace(config, pack=str(Path(config.pack).resolve()))),
+        "schema": files.schema.to_json(),
+        "baseline": {"workers": session.place.workers, "servers": session.place.servers},
+    }
+    return checkpoint.save(Path(config.run_dir) / "checkpoints", last.step, whole.tensors(), state, Mesh())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
