@@ -10,9 +10,9 @@ Settings are those of `gmeta train`; the run ends after schedule.epochs or max_s
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -41,6 +41,8 @@ from ps_baseline.taskfiles import TaskFiles, open_task_files
 from ps_baseline.wire import Links, Place, meet
 from ps_baseline.worker import Client, StepRecord, work
 
+CONTEXT = multiprocessing.get_context("forkserver")  # processes are forked from one that has imported torch once
+CONTEXT.set_forkserver_preload(["torch._dynamo", "gmeta.train", "ps_baseline.worker"])
 _GRACE_S = 3.0  # for the others to notice a lost peer and say so
 
 
@@ -51,27 +53,17 @@ class Options:
     workers: int
     servers: int
     task_files: Path
-    rank: int | None  # None: the launcher
-    store_port: int
 
 
 def main(argv: Sequence[str]) -> int:
-    """One command line: the launcher's, or that of a process which the launcher started."""
+    """Run one command line; returns its exit code."""
     try:
         options, config = parse(argv)
         files = open_task_files(config.pack, options.task_files)
-        if options.rank is None:
-            open_session(
-                config, files.schema, files.num_tasks, Place(0, 1, options.servers)
-            )  # mistakes, before any start
-            return launch(argv, options)
-        return run_rank(config, files, options)
-    except ArgumentError as error:
+        open_session(config, files.schema, files.num_tasks, Place(0, 1, options.servers))  # mistakes, before any start
+        return launch(config, files, options)
+    except (ArgumentError, ValueError, TypeError, OSError) as error:
         return _fail(str(error), EXIT_USER_ERROR)
-    except (ValueError, TypeError, OSError) as error:
-        return _fail(str(error), EXIT_USER_ERROR)
-    except PeerLost as error:
-        return _fail(str(error), EXIT_PEER_LOST)
 
 
 def _fail(message: str, code: int) -> int:
@@ -85,8 +77,6 @@ def parse(argv: Sequence[str]) -> tuple[Options, TrainConfig]:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--servers", type=int, default=1)
     parser.add_argument("--task_files", type=Path)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--store_port", type=int, default=0, help=argparse.SUPPRESS)
     mine, rest = parser.parse_known_args(argv)
     for name in ("workers", "servers"):
         if getattr(mine, name) < 1:
@@ -102,37 +92,57 @@ def parse(argv: Sequence[str]) -> tuple[Options, TrainConfig]:
         raise ValueError(f"loader.tasks_per_batch is {config.loader.tasks_per_batch}: must be at least --workers")
     pack = Path(config.pack)
     folder = mine.task_files or pack.with_name(f"{pack.name}-task-files")
-    return Options(mine.workers, mine.servers, folder, mine.rank, mine.store_port), config
+    return Options(mine.workers, mine.servers, folder), config
 
 
-def launch(argv: Sequence[str], options: Options) -> int:
+def launch(config: TrainConfig, files: TaskFiles, options: Options) -> int:
     """Start all processes on this machine and wait; when one fails, the others are given a moment, then ended."""
-    count = options.workers + options.servers
+    places = [Place(r, options.workers, options.servers) for r in range(options.workers + options.servers)]
     store = distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, *argv, "--store_port", str(store.port), "--rank"]
     with tempfile.TemporaryDirectory(prefix="ps-baseline-") as folder:
-        words = [Path(folder) / str(rank) for rank in range(count)]
-        processes = []
+        words = [Path(folder) / str(place.rank) for place in places]
+        processes = [
+            CONTEXT.Process(target=_process, args=(config, files, place, store.port, file), daemon=True)
+            for place, file in zip(places, words, strict=True)
+        ]
         try:
-            for rank in range(count):
-                with words[rank].open("w") as stderr:
-                    out = None if rank == 0 else stderr  # worker 0 is the one that talks
-                    processes.append(subprocess.Popen([*command, str(rank)], env=environment, stderr=out))
-            while (codes := [p.poll() for p in processes]) and None in codes and not any(codes):
+            for process in processes:
+                process.start()
+            listed = ", ".join(f"{place.name} is {p.pid}" for place, p in zip(places, processes, strict=True))
+            print(f"our PS-style baseline; processes: {listed}", file=sys.stderr, flush=True)
+            while (codes := [p.exitcode for p in processes]) and None in codes and not any(codes):
                 time.sleep(0.05)
             end = time.monotonic() + _GRACE_S
-            while None in (codes := [p.poll() for p in processes]) and time.monotonic() < end:
+            while None in (codes := [p.exitcode for p in processes]) and time.monotonic() < end:
                 time.sleep(0.05)
         finally:
             for process in processes:
-                process.kill()
-                process.wait()
-        return _verdict(options, codes, [file.read_text() if file.exists() else "" for file in words])
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        return _verdict(places, codes, [file.read_text() if file.exists() else "" for file in words])
 
 
-def _verdict(options: Options, codes: list[int | None], words: list[str]) -> int:
-    """The exit code of the whole, and why: the first process that failed for a reason of its own."""
+def _process(config: TrainConfig, files: TaskFiles, place: Place, port: int, words: Path) -> None:
+    """One process: its last words go to a file, so that the launcher tells them once."""
+    _follow_launcher()
+    code = 0
+    try:
+        run_rank(config, files, replace(place, timeout_s=config.timeout_s), port)
+    except (ValueError, OSError) as error:
+        code = _last_words(words, error, EXIT_USER_ERROR)
+    except PeerLost as error:
+        code = _last_words(words, error, EXIT_PEER_LOST)
+    sys.exit(code)
+
+
+def _last_words(file: Path, error: Exception, code: int) -> int:
+    file.write_text(f"ps_baseline: error: {error}\n")
+    return code
+
+
+def _verdict(places: list[Place], codes: list[int | None], words: list[str]) -> int:
+    """The exit code of the whole, and why: the first process that failed for a reason of its own, and its witnesses."""
     failed = {rank: code for rank, code in enumerate(codes) if code}
     if not failed:
         return 0
@@ -141,19 +151,16 @@ def _verdict(options: Options, codes: list[int | None], words: list[str]) -> int
     if code == EXIT_USER_ERROR:
         print(words[rank], end="", file=sys.stderr, flush=True)
         return code
-    name = Place(rank, options.workers, options.servers).name
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    print(f"{words[rank]}ps_baseline: error: {name} {how}; the others were stopped", file=sys.stderr, flush=True)
+    told = "".join(dict.fromkeys(words[r] for r in failed))
+    print(f"{told}ps_baseline: error: {places[rank].name} {how}; the others were stopped", file=sys.stderr, flush=True)
     return 128 - code if code < 0 else code
 
 
-def run_rank(config: TrainConfig, files: TaskFiles, options: Options) -> int:
-    """One worker or server of the run."""
+def run_rank(config: TrainConfig, files: TaskFiles, place: Place, port: int) -> None:
+    """One worker or server of the run; the launcher's store is at `port`."""
     torch.set_num_threads(1)
-    assert options.rank is not None
-    _follow_launcher()
-    place = Place(options.rank, options.workers, options.servers, config.timeout_s)
-    store = distributed.TCPStore("127.0.0.1", options.store_port, is_master=False, wait_for_workers=False)
+    store = distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     session = open_session(config, files.schema, files.num_tasks, place)
     links = meet(place, store)
     if place.server >= 0:
@@ -165,7 +172,6 @@ def run_rank(config: TrainConfig, files: TaskFiles, options: Options) -> int:
         for _ in work(session, files, client, say=lambda text: None):
             pass
         client.end()
-    return 0
 
 
 def _follow_launcher() -> None:
@@ -187,8 +193,6 @@ def _lead(session: Session, files: TaskFiles, links: Links) -> None:
     with run_lock(Path(config.run_dir), mesh):
         prepare_run_dir(config, mesh)
         log = RunLog(Path(config.run_dir), rank=0, total_steps=session.total_steps)
-        place = session.place
-        log.say(f"our PS-style baseline: {place.workers} worker(s), {place.servers} server(s)")
         log.start()
         try:
             seconds = 0.0

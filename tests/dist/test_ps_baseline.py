@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -44,12 +44,12 @@ from ps_baseline.server import serve
 from ps_baseline.session import Session, open_session, spread, tables_state
 from ps_baseline.step import choose, engine_loss
 from ps_baseline.taskfiles import TaskFiles, open_task_files
+from ps_baseline.train import main
 from ps_baseline.wire import Place, meet
 from ps_baseline.worker import Client, work
 
 pytestmark = pytest.mark.dist
 STEPS = 5
-TRAIN = Path(__file__).resolve().parents[2] / "benchmarks" / "ps_baseline" / "train.py"
 
 
 @pytest.fixture(scope="module")
@@ -224,20 +224,17 @@ def test_not_finite_stops_all(pack: Path, files: TaskFiles) -> None:
         theirs(config(pack, dense=DenseConfig(lr=1e200)), files, 2, 2)
 
 
-def run_train(pack: Path, run_dir: Path, *words: str) -> subprocess.Popen[str]:
-    settings = asdict(config(pack, run_dir=str(run_dir)))
-    run_dir.parent.mkdir(exist_ok=True, parents=True)
+def command_line(pack: Path, run_dir: Path, *words: str) -> list[str]:
     file = run_dir.with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, str(TRAIN), "--config", str(file), "--workers", "2", "--servers", "2", *words]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    file.write_text(yaml.safe_dump(asdict(config(pack, run_dir=str(run_dir)))))
+    return ["--config", str(file), "--workers", "2", "--servers", "2", "--timeout_s", "60", *words]
 
 
-def test_gmeta_evaluates_what_the_baseline_trained(pack: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "runs" / "ps"
-    process = run_train(pack, run_dir, "--timeout_s", "60")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+def test_gmeta_evaluates_what_the_baseline_trained(
+    pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert main(command_line(pack, run_dir)) == 0, capsys.readouterr()
     records = read_metrics(run_dir / "metrics.jsonl")
     expected = ours(config(pack))
     np.testing.assert_allclose([r["loss"] for r in records], expected["trace"][:, 0], rtol=1e-9)
@@ -246,25 +243,43 @@ def test_gmeta_evaluates_what_the_baseline_trained(pack: Path, tmp_path: Path) -
     for name, p in system.learner.named_parameters():
         np.testing.assert_allclose(p.detach().numpy(), expected[name], rtol=1e-9, atol=1e-12, err_msg=name)
     assert evaluate(EvaluateConfig(run_dir=str(run_dir), resamples=10)) == 0
-    again = run_train(pack, run_dir)
-    assert "already holds a run" in again.communicate(timeout=60)[1]
-    assert again.returncode == 2
+    assert main(command_line(pack, run_dir)) == 2
+    assert "already holds a run" in capsys.readouterr().err
 
 
 @pytest.mark.faults
-def test_a_killed_server_ends_the_run(pack: Path, tmp_path: Path) -> None:
-    process = run_train(pack, tmp_path / "run", "--schedule.epochs", "100000", "--schedule.max_steps", "0")
+def test_a_killed_server_ends_the_run(pack: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = command_line(pack, tmp_path / "run", "--schedule.epochs", "1000000", "--schedule.max_steps", "0")
     metrics = tmp_path / "run" / "metrics.jsonl"
-    end = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < end:
-        time.sleep(0.1)
-    children = psutil.Process(process.pid).children()
-    server = next(child for child in children if child.cmdline()[-1] == "3")
-    os.kill(server.pid, signal.SIGKILL)
-    start = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - start < 30
-    assert process.returncode == 128 + signal.SIGKILL
-    assert "server 1 was killed by SIGKILL" in errors
-    assert "worker 0 lost server 1" in errors
-    assert not any(child.is_running() for child in children)
+    said = ""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(main, words)
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert not running.done(), capfd.readouterr()
+            time.sleep(0.05)
+        said += capfd.readouterr().err
+        pids = [int(pid) for pid in re.findall(r" is (\d+)", said)]
+        os.kill(pids[3], signal.SIGKILL)
+        assert running.result(60) == 128 + signal.SIGKILL
+    said = capfd.readouterr().err
+    assert "server 1 was killed by SIGKILL" in said
+    assert "lost server 1" in said
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--workers", "0"], "workers is 0"),
+        (["--workers", "8"], "tasks_per_batch is 7"),
+        (["--precision", "bf16"], "precision is 'bf16'"),
+        (["--resume", "true"], "resume is True"),
+        (["--nproc", "2"], "--workers and --servers"),
+    ],
+)
+def test_mistakes_are_told(
+    pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], complaint: str
+) -> None:
+    assert main(command_line(pack, tmp_path / "run", *words)) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
