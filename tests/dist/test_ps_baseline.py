@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from ps_baseline.step import choose, engine_loss
 from ps_baseline.taskfiles import TaskFiles, open_task_files
 from ps_baseline.train import main
 from ps_baseline.wire import Place, meet
-from ps_baseline.worker import Client, work
+from ps_baseline.worker import Client, slots, work
 
 pytestmark = pytest.mark.dist
 STEPS = 5
@@ -98,6 +99,8 @@ def theirs(settings: TrainConfig, files: TaskFiles, workers: int, servers: int) 
     sessions = [open_session(settings, files.schema, files.num_tasks, place) for place in places]
     store, said = HashStore(), list[str]()
 
+    moved: list[list[int]] = []  # worker 0's, of each step
+
     def play(session: Session) -> list[list[float]]:
         links = meet(session.place, store)
         try:
@@ -107,6 +110,8 @@ def theirs(settings: TrainConfig, files: TaskFiles, workers: int, servers: int) 
             client = Client(session, links)
             records = list(work(session, files, client, say=said.append))
             client.end()
+            if session.place.rank == 0:
+                moved.extend([r.sent_bytes, r.received_bytes] for r in records)
             return [[r.loss, r.support_loss, r.samples, r.grad_norm, r.lr] for r in records]
         finally:
             links.close()
@@ -118,12 +123,12 @@ def theirs(settings: TrainConfig, files: TaskFiles, workers: int, servers: int) 
     dense = {name: p.detach().numpy() for name, p in sessions[0].system.learner.named_parameters()}
     states = [tables_state(session) for session in sessions[workers:]]
     rows = {f"table {i}": torch.cat(parts).numpy() for i, parts in enumerate(zip(*states, strict=True))}
-    return {"trace": np.array(traces[0]), **dense, **rows}
+    return {"trace": np.array(traces[0]), "bytes": np.array(moved), **dense, **rows}
 
 
 def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
+    assert a.keys() == {*b, "bytes"}
+    for name in b:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
@@ -176,6 +181,23 @@ def test_a_model_that_the_hand_written_loop_does_not_know_takes_the_engine(pack:
     step, reason = choose(learner, features, task, rows, batch)
     assert reason.startswith("gmeta's reference engine")
     torch.testing.assert_close(step(task, rows, batch)[0], 2 * expected)
+
+
+def test_bytes_are_those_of_the_formula(pack: Path, files: TaskFiles) -> None:
+    """benchmarks/ps_baseline/README.md; one worker, so that its tasks are all of the batch."""
+    settings, servers = config(pack), 2
+    session = open_session(settings, files.schema, files.num_tasks, Place(0, 1, servers))
+    features = describe(session.system.learner, session.system.tables, files)
+    (batch,) = islice(slots(settings, files, 0, 1), 1)
+    tasks = [plan_task(files.read(int(t)), features, torch.float64) for t in batch.tasks]
+    pulled = sum(len(task.rows) for task in tasks)
+    messages = sum(sum(map(bool, task.support_counts + task.query_counts)) for task in tasks)
+    distinct = len(torch.cat([task.rows for task in tasks]).unique())
+    dense, row = 8 * sum(p.numel() for p in session.system.learner.parameters()), 8 * settings.model.embedding_dim
+    sent = 16 * messages + 8 * pulled + 40 * servers + dense + (8 + row) * distinct
+    received = row * pulled + 40 * servers + dense
+    trace = theirs(settings, files, 1, servers)["bytes"]
+    assert trace[0].tolist() == [sent, received]
 
 
 def test_dense_parameters_are_spread() -> None:
