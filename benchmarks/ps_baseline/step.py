@@ -1,7 +1,7 @@
 """The meta step of one task: adapt to the support, judge on the query, backward. What a PS worker runs in a loop.
 
 `task_loss` is the textbook inner loop written by hand: all one-valued features in one gather, no padding, no masks.
-It takes 0.4 to 0.7 of the time of gmeta's `reference` engine on one task (2.2 against 5.2 ms of CPU at 40+10 examples,
+It took 0.4 to 0.7 of the time of gmeta's `reference` engine on one task (2.2 against 5.2 ms of CPU at 40+10 examples,
 8 x 32, 64-64, second order; 5.5 against 8.0 at 10+10, 20 x 16, 256-128). `choose` computes the first task both ways and
 takes the engine where they differ: a model that the loop below does not know is slower then, never wrong.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,7 +30,7 @@ Step = Callable[[Task, Tensor, Batch], tuple[Tensor, Tensor]]
 
 def choose(learner: MetaLearner, features: Features, task: Task, rows: Tensor, batch: Batch) -> tuple[Step, str]:
     """The step of this run and its name, by computing `task` both ways. Leaves no gradients behind."""
-    fast: Step = partial(task_loss, learner, features)
+    fast: Step = partial(task_loss, inner_of(learner, features))
     slow: Step = partial(engine_loss, learner, features)
     ours, theirs = (_gradients(learner, step, task, rows, batch) for step in (fast, slow))
     tolerance = 1e-3 if rows.dtype == torch.float32 else 1e-9
@@ -46,23 +47,37 @@ def _gradients(learner: MetaLearner, step: Step, task: Task, rows: Tensor, batch
     return [loss.detach(), support_loss, *found]
 
 
-def task_loss(
-    learner: MetaLearner, features: Features, task: Task, rows: Tensor, batch: Batch
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Inner:
+    """What the hand-written loop looks up once a run: walking the modules took a tenth of a task's time."""
+
+    learner: MetaLearner
+    features: Features
+    adapted: dict[str, Tensor]  # parameters that a task adapts
+    has_dropout: bool
+
+
+def inner_of(learner: MetaLearner, features: Features) -> Inner:
+    """The hand-written loop of a learner."""
+    parameters = dict(learner.model.named_parameters())
+    has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in learner.model.modules())
+    return Inner(learner, features, {name: parameters[name] for name in learner.adapted.parameters}, has_dropout)
+
+
+def task_loss(inner: Inner, task: Task, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """`Step`, written by hand. `rows` requires grad; the first axis is numbered as in `task`."""
+    learner = inner.learner
     key = (learner.seed, batch[0], batch[1]) if learner.training else None
     if not learner.adapted:
-        return _plain_loss(learner, features, task, rows, batch, key)
-    adapted, parameters = learner.adapted, dict(learner.model.named_parameters())
-    own = rows.clone() if features.mixed else rows  # features that do not adapt keep reading `rows`
-    fast = {name: parameters[name] for name in adapted.parameters}
+        return _plain_loss(inner, task, rows, batch, key)
+    adapted = learner.adapted
+    own = rows.clone() if inner.features.mixed else rows  # features that do not adapt keep reading `rows`
+    fast = inner.adapted
     support, query = task.support, task.query
     first = rows.new_zeros(())
     for step in range(learner.inner_steps if len(support.label) else 0):
         changed = fast if step else None
-        losses = learner.inner_loss(
-            _logits(learner, features, support, rows, own, changed, task, key, step + 1), support.label
-        )
+        losses = learner.inner_loss(_logits(inner, support, rows, own, changed, task, key, step + 1), support.label)
         first = losses.detach().mean() if step == 0 else first
         leaves = [own, *fast.values()] if adapted.features else list(fast.values())
         gradients = torch.autograd.grad(
@@ -81,7 +96,7 @@ def task_loss(
         }
     if not len(query.label):
         return rows.sum() * 0, first
-    logits = _logits(learner, features, query, rows, own, fast or None, task, key, QUERY_PASS)
+    logits = _logits(inner, query, rows, own, fast or None, task, key, QUERY_PASS)
     return learner.loss(logits, query.label).mean() / batch[2], first
 
 
@@ -89,12 +104,11 @@ def _rate(learner: MetaLearner, step: int, group: int) -> float | Tensor:
     return learner.initial_inner_lr if learner.inner_lr is None else learner.inner_lr[step, group]
 
 
-def _plain_loss(
-    learner: MetaLearner, features: Features, task: Task, rows: Tensor, batch: Batch, key: BatchKey | None
-) -> tuple[Tensor, Tensor]:
+def _plain_loss(inner: Inner, task: Task, rows: Tensor, batch: Batch, key: BatchKey | None) -> tuple[Tensor, Tensor]:
     """Plain training: the mean over support and query rows."""
+    learner = inner.learner
     support, query = (
-        learner.loss(_logits(learner, features, side, rows, rows, None, task, key, number), side.label)
+        learner.loss(_logits(inner, side, rows, rows, None, task, key, number), side.label)
         for side, number in ((task.support, QUERY_PASS + 1), (task.query, QUERY_PASS))
     )
     both = torch.cat([support, query])
@@ -103,8 +117,7 @@ def _plain_loss(
 
 
 def _logits(
-    learner: MetaLearner,
-    features: Features,
+    inner: Inner,
     side: Side,
     rows: Tensor,
     own: Tensor,
@@ -114,19 +127,16 @@ def _logits(
     pass_number: int,
 ) -> Tensor:
     """Logits [n] of one side, with the task's rows `own` and parameters `fast` (None: the shared ones)."""
-    inputs = (side.dense, _embed(features, side, rows, own))
+    inputs = (side.dense, _embed(inner.features, side, rows, own))
     keys = None
     if key is not None:
         positions = torch.arange(len(side.label))
         keys = partial(row_keys, key, torch.tensor(task.task_id), pass_number, positions)
     # A function mode costs every operation of the pass; only a model with dropout needs it.
-    with SeededDropout(keys) if _has_dropout(learner) else nullcontext():
-        out: Tensor = functional_call(learner.model, fast, inputs) if fast else learner.model(*inputs)
+    model = inner.learner.model
+    with SeededDropout(keys) if inner.has_dropout else nullcontext():
+        out: Tensor = functional_call(model, fast, inputs, tie_weights=False) if fast else model(*inputs)
     return out
-
-
-def _has_dropout(learner: MetaLearner) -> bool:
-    return any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in learner.model.modules())
 
 
 def _embed(features: Features, side: Side, rows: Tensor, own: Tensor) -> dict[str, Tensor]:
