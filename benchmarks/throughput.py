@@ -1,0 +1,377 @@
+"""Throughput of gmeta and of our PS-style baseline: by workers, data, model size, and optimisations switched on.
+
+    python benchmarks/throughput.py [--quick] [--json FILE]
+
+Whole training steps, input included, of the same tasks in batches of the same size; processes of one thread each.
+
+    ps-baseline      ps_baseline/README.md: one task at a time, separate pulls, per-task files
+    gmeta-off        gmeta's engine, its input and network optimisations off
+    gmeta-input      input on: prefetch, sequential reads, size buckets, index work ahead
+    gmeta-network    network on: one fused, deduplicated fetch, AllReduce, overlap
+    gmeta            both on, the default
+
+Public data is read from GMETA_DATA (default ../shared/data); a data set that is not there is left out, and says so.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+# One thread a process, before torch is imported: workers share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import pyarrow as pa
+import torch
+from common import Record, arguments, hardware, median, publish, table
+from ps_baseline.session import open_session
+from ps_baseline.taskfiles import TaskFiles, open_task_files
+from ps_baseline.train import CONTEXT, parse
+from ps_baseline.wire import Place, meet
+from ps_baseline.worker import Client, work
+from torch.distributed import TCPStore
+
+from gmeta.config import TrainConfig
+from gmeta.data.pack import PackWriter
+from gmeta.data.schema import Feature, PackSchema, parse_data_schema
+from gmeta.parallel.launch import worker_environment
+from gmeta.parallel.mesh import open_mesh
+from gmeta.train import Stopwatch, build_run, train_step
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data"))
+WAIT_S = 120.0
+
+INPUT = {
+    "loader.prefetch": ("0", "2"),
+    "loader.sequential": ("false", "true"),
+    "loader.size_buckets": ("false", "true"),
+}
+INPUT |= {"loader.ahead": ("none", "ids")}
+NETWORK = {"comm.fetch": ("separate", "fused"), "comm.dedup": ("false", "true"), "comm.dense": ("gather", "all_reduce")}
+NETWORK |= {"comm.overlap": ("false", "true")}
+"""Setting -> (off, on)."""
+BASELINE = "ps-baseline"
+VARIANTS = {"gmeta-off": (0, 0), "gmeta-input": (1, 0), "gmeta-network": (0, 1), "gmeta": (1, 1)}
+"""Variant -> (input, network), 1 is on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Data and model: where the pack comes from, and gmeta's settings."""
+
+    name: str
+    settings: tuple[str, ...]
+    folder: str | None = None  # of public data, in DATA; None: synthetic
+    prepare: str = ""  # in examples/
+
+    @property
+    def pack(self) -> str:
+        """Name of its pack; the synthetic cases share one."""
+        return self.folder or "synthetic"
+
+
+def synthetic(name: str, features: int, dim: int, hidden: str) -> Case:
+    """Everything adapted, second order, 64 tasks of 10 + 10 examples."""
+    names = ",".join(f"f{i}" for i in range(features))
+    size = ("--model.features", f"[{names}]", "--model.embedding_dim", str(dim), "--model.hidden", f"[{hidden}]")
+    return Case(
+        f"synthetic {name}: {features}x{dim} {hidden.replace(',', '-')}", (*size, "--loader.tasks_per_batch", "64")
+    )
+
+
+CASES = (
+    Case("ml-100k", ("--config", "examples/ml-100k.yaml"), "ml-100k", "ml-100k-prepare.yaml"),
+    Case(
+        "ml-1m-melu", ("--config", "examples/ml-1m-melu-own-features.yaml"), "ml-1m-subset", "ml-1m-melu-prepare.yaml"
+    ),
+    synthetic("small", 8, 16, "64,64"),
+    synthetic("medium", 20, 16, "256,128"),
+    synthetic("large", 26, 32, "512,256"),
+)
+QUICK = ("ml-100k", "synthetic small")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    cases: tuple[Case, ...]
+    workers: tuple[int, ...]
+    rounds: int
+    steps: dict[str, int]  # by kind, warm-up included
+    warm_up: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run."""
+
+    samples_per_s: list[float]  # of each step after warm-up
+    cpu_s_per_sample: float  # of all processes, servers too
+
+
+def servers_for(workers: int) -> int:
+    """Servers beside `workers` workers."""
+    return max(1, workers // 2)
+
+
+def settings_of(variant: str) -> list[str]:
+    """Overrides of a variant. KeyError names a switch that this gmeta does not have, where it would have to be off.
+
+    What cannot be switched off is on, so that an unknown switch is left out where it is to be on.
+    """
+    words = []
+    for switches, on in zip((INPUT, NETWORK), VARIANTS[variant], strict=True):
+        for key, values in switches.items():
+            if _known(key):
+                words += [f"--{key}", values[on]]
+            elif not on:
+                raise KeyError(key)
+    return words
+
+
+def _known(key: str) -> bool:
+    section, _, name = key.partition(".")
+    default = next((f.default_factory for f in fields(TrainConfig) if f.name == section), None)
+    made = default() if callable(default) else None
+    return is_dataclass(made) and hasattr(made, name)
+
+
+def configure(case: Case, pack: Path, words: list[str]) -> TrainConfig:
+    """The case's settings with `words` on top; the data's own run directory is not used."""
+    config = case.settings
+    if config[0] == "--config":
+        config = (config[0], str(ROOT / config[1]), *config[2:])
+    return parse([*config, "--pack", str(pack), "--run_dir", "unused", "--device", "cpu", *words])[1]
+
+
+# what each process does
+
+
+def ps_rank(config: TrainConfig, files: TaskFiles, place: Place, port: int, steps: int, results: Connection) -> None:
+    """A worker or server of the baseline; sends (samples, seconds) of each step, and its CPU seconds."""
+    from ps_baseline.server import serve
+
+    torch.set_num_threads(1)
+    session = open_session(config, files.schema, files.num_tasks, place)
+    links = meet(place, TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    trace: list[tuple[float, float]] = []
+    cpu = time.process_time()
+    if place.server >= 0:
+        serve(session, links)
+    else:
+        client = Client(session, links)
+        trace = [(r.samples, sum(r.seconds.values())) for r in work(session, files, client, say=lambda text: None)]
+        client.end()
+    assert place.server >= 0 or len(trace) == steps
+    results.send((trace, time.process_time() - cpu))
+    results.recv()
+
+
+def gmeta_rank(config: TrainConfig, rank: int, nproc: int, port: int, steps: int, results: Connection) -> None:
+    """A rank of gmeta; sends the same."""
+    os.environ.update(worker_environment(rank, nproc, port))
+    torch.set_num_threads(1)
+    run = build_run(config, open_mesh("cpu", int(WAIT_S)), threading.Event())
+    run.system.tables.groups  # noqa: B018 (allocated here, not in the first step)
+    trace = []
+    cpu = time.process_time()
+    with run.loader:
+        for _ in range(steps):
+            start = time.perf_counter()
+            stats, _ = train_step(run, next(run.loader), Stopwatch(run.mesh.device))
+            trace.append((stats["samples"], time.perf_counter() - start))
+    results.send((trace, time.process_time() - cpu))
+    results.recv()  # together: a rank that leaves takes its connections with it
+
+
+def run_processes(target: Callable[..., None], places: list[tuple[Any, ...]], steps: int, warm_up: int) -> Measured:
+    """Start one process for each of `places`, wait for all; RuntimeError when one dies or takes too long."""
+    pipes, processes = [], []
+    try:
+        for args in places:
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=target, args=(*args, steps, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        results = []
+        for pipe in pipes:
+            if not pipe.poll(WAIT_S):
+                raise RuntimeError(f"a process of {target.__name__} did not answer in {WAIT_S:g} s")
+            results.append(pipe.recv())
+        for pipe in pipes:
+            pipe.send("done")
+    except EOFError:
+        raise RuntimeError(f"a process of {target.__name__} died; its error is above") from None
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+            process.join()
+        for pipe in pipes:
+            pipe.close()
+    trace = results[0][0]
+    samples = sum(count for count, _ in trace)
+    return Measured([count / seconds for count, seconds in trace[warm_up:]], sum(cpu for _, cpu in results) / samples)
+
+
+def measure(case: Case, variant: str, pack: Path, workers: int, plan: Plan) -> Measured:
+    """One run of one variant."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    steps = plan.steps["ps" if variant == BASELINE else "gmeta"]
+    end = ["--schedule.max_steps", str(steps), "--schedule.epochs", "1000"]
+    if variant != BASELINE:
+        config = configure(case, pack, [*end, *settings_of(variant)])
+        ranks = [(config, rank, workers, store.port) for rank in range(workers)]
+        return run_processes(gmeta_rank, ranks, steps, plan.warm_up)
+    config, servers = configure(case, pack, end), servers_for(workers)
+    files = open_task_files(pack, pack.with_name(f"{pack.name}-task-files"))
+    places = [Place(rank, workers, servers, WAIT_S) for rank in range(workers + servers)]
+    return run_processes(ps_rank, [(config, files, place, store.port) for place in places], steps, plan.warm_up)
+
+
+# data
+
+
+def make_pack(case: Case, folder: Path) -> Path | None:
+    """The case's pack, made once; None, said, where its data is absent."""
+    pack = folder / case.pack
+    if pack.exists():
+        return pack
+    if case.folder is None:
+        return synthetic_pack(pack)
+    if not (DATA / case.folder).is_dir():
+        print(f"{case.name}: left out, no data at {DATA / case.folder} (set GMETA_DATA)", file=sys.stderr)
+        return None
+    words = ["--config", f"examples/{case.prepare}", "--root", str(DATA / case.folder), "--out", str(pack)]
+    command = [sys.executable, "-m", "gmeta", "prepare", *words]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return pack
+
+
+def synthetic_pack(path: Path, tasks: int = 2048, rows: int = 20, features: int = 26, vocabulary: int = 10_000) -> Path:
+    """Tasks of 10 + 10 rows; ids drawn by a power law, the first half of the features constant in a task."""
+    rng = np.random.default_rng(0)
+    names = [f"f{i}" for i in range(features)]
+    ids = (vocabulary * rng.random((tasks, rows, features)) ** 3).astype(np.int32)
+    fixed = np.arange(features) % 2 == 0
+    ids[:, :, fixed] = ids[:, :1, fixed]
+    schema = PackSchema(
+        features=tuple(Feature(name=name, kind="categorical", num_ids=vocabulary, table=name) for name in names),
+        numeric=(),
+        label="click",
+        binary_label=True,
+        task="task",
+        item=names[-1],
+    )
+    raw = parse_data_schema({"task": "task", "label": "click", "item": names[-1], "categorical": names})
+    arrays = {
+        "ids": ids.reshape(-1, features),
+        "dense": np.zeros((tasks * rows, 0), np.float32),
+        "label": (rng.random(tasks * rows) < 0.5).astype(np.float32),
+        "item_cold": np.zeros(tasks * rows, np.uint8),
+        "task_id": np.arange(tasks, dtype=np.int64),
+        "row_start": np.arange(tasks, dtype=np.int64) * rows,
+        "num_support": np.full(tasks, rows // 2, np.int32),
+    }
+    with PackWriter(path, schema, settings={}, data_schema=raw.to_json()) as writer:
+        values = pa.array([str(i) for i in range(1, vocabulary)])
+        for name in names:
+            writer.write_vocab(name, values, np.ones(vocabulary - 1, np.int64))
+        writer.add_shard("train", arrays)
+        writer.write_tasks(arrays["task_id"], pa.array([str(t) for t in range(tasks)]), ["train"] * tasks)
+        return writer.finish()
+
+
+# results
+
+
+def available() -> tuple[list[str], str]:
+    """Variants that this gmeta can run, and a line on those that it cannot."""
+    found, missing = [BASELINE], []
+    for variant in VARIANTS:
+        try:
+            settings_of(variant)
+            found.append(variant)
+        except KeyError as setting:
+            missing.append(f"{variant} is unavailable: this gmeta has no setting {setting.args[0]}.")
+    return found, "\n".join(missing)
+
+
+def run_case(case: Case, pack: Path, variants: list[str], plan: Plan) -> list[Record]:
+    """All variants of a case in turn, `rounds` times, for each number of workers."""
+    records = []
+    for workers in plan.workers:
+        runs: dict[str, list[Measured]] = {variant: [] for variant in variants}
+        for _ in range(plan.rounds):
+            for variant in variants:
+                runs[variant].append(measure(case, variant, pack, workers, plan))
+        speed = {name: median([v for run in found for v in run.samples_per_s]) for name, found in runs.items()}
+        for name, found in runs.items():
+            title = f"{case.name}, {workers} worker{'s' if workers > 1 else ''}"
+            cpu = median([run.cpu_s_per_sample for run in found])
+            records += [
+                Record(title, name, "samples_per_s", speed[name], "1/s"),
+                Record(title, name, "ratio_to_baseline", speed[name] / speed[BASELINE], "x"),
+                Record(title, name, "cpu_us_per_sample", cpu * 1e6, "us"),
+            ]
+    return records
+
+
+def render(records: list[Record]) -> str:
+    """A row a case, number of workers and variant."""
+    values = {(r.case, r.variant, r.metric): r.value for r in records}
+    rows = []
+    for case, variant in dict.fromkeys((r.case, r.variant) for r in records):
+        speed, ratio, cpu = (
+            values[case, variant, m] for m in ("samples_per_s", "ratio_to_baseline", "cpu_us_per_sample")
+        )
+        rows.append([case, variant, f"{speed:,.0f}", f"{ratio:.2f} x", f"{cpu:,.1f}"])
+    cores = len(os.sched_getaffinity(0))
+    note = (
+        f"All processes share {cores} core{'s' if cores > 1 else ''} ({hardware()}), the baseline's servers too: "
+        "1, 1 and 2 servers beside 1, 2 and 4 workers. More workers than cores take turns, so that these rows say what "
+        "a step costs, not how it scales. CPU time is that of all processes, servers and warm-up included."
+    )
+    header = ["case", "variant", "samples/s", "to baseline", "CPU us/sample"]
+    return f"{table(header, rows)}\n\n{note}"
+
+
+def main() -> None:
+    args = arguments("gmeta against our PS-style baseline: samples per second by workers, data and model size.")
+    if args.quick:
+        cases = tuple(case for case in CASES if case.name.startswith(QUICK))
+        plan = Plan(cases, (1, 2), 1, {"ps": 4, "gmeta": 8}, 2)
+    else:
+        plan = Plan(CASES, (1, 2, 4), 2, {"ps": 7, "gmeta": 14}, 2)
+    variants, missing = available()
+    records = []
+    with tempfile.TemporaryDirectory(prefix="gmeta-throughput-") as folder:
+        for case in plan.cases:
+            pack = make_pack(case, Path(folder))
+            records += run_case(case, pack, variants, plan) if pack is not None else []
+    facts = {
+        "steps": f"{plan.steps} (warm-up {plan.warm_up}), {plan.rounds} run(s) of each variant, in turn",
+        "threads": "1 a process",
+        "synthetic": "64 tasks x (10 + 10) a batch; embeddings and all dense layers adapted, second order, K = 1",
+        "public data": "settings of examples/ml-100k.yaml and examples/ml-1m-melu-own-features.yaml",
+    }
+    body = "\n\n".join(part for part in (render(records), missing) if part)
+    publish("throughput", body, records, facts, args)
+
+
+if __name__ == "__main__":
+    main()
