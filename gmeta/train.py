@@ -10,11 +10,12 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +25,24 @@ from gmeta.batch import RowGradients, TaskBatch
 from gmeta.config import TrainConfig
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.embedding.exchange import return_gradients
+from gmeta.embedding.exchange import Routes, expected_traffic
 from gmeta.optim.dense import clip_scale, dense_optimizer, global_norm, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.collectives import GradientBuckets, all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.rundir import prepare_run_dir, run_lock
 from gmeta.scoring import score, validation_metrics
-from gmeta.system import Prepared, System, build_system
+from gmeta.system import WIRE, Loaded, System, Work, build_system
 from gmeta.tracking import RunLog
 
 EXIT_STOPPED = 75
 """Exit code after a requested stop (SIGTERM, Ctrl-C): saved, continue with --resume. EX_TEMPFAIL."""
+
+SUMS = ("loss", "support_loss", "samples", "cells", "stop")
+"""What ranks add up every step: losses, examples, padded cells, and how many of them were asked to stop."""
+
+CONTROL_BYTES = (8 * len(SUMS), 8)
+"""The step's small AllReduces: `SUMS`, and the squared norm of the row gradients."""
 
 LOWER_IS_BETTER = ("loss", "logloss", "mae", "rmse")
 
@@ -60,12 +67,13 @@ class Run:
     dense: torch.optim.Optimizer
     sparse: SparseOptimizer
     buckets: GradientBuckets
-    loader: TaskLoader[Prepared]
+    loader: TaskLoader[Work]
     pack: TaskPack
     log: RunLog
     total_steps: int
     stop: threading.Event
     progress: Progress = field(default_factory=Progress)
+    routes: Routes | None = None  # of the last step, with what it sent
 
     @property
     def mesh(self) -> Mesh:
@@ -95,13 +103,16 @@ class Stopwatch:
         self.last = now
 
 
-def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> tuple[dict[str, float], bool]:
+def train_step(run: Run, work: Work, watch: Stopwatch) -> tuple[dict[str, float], bool]:
     """One optimizer step on one global batch; returns its global statistics and whether a rank asked to stop.
 
-    ids -> rows (AlltoAll) -> inner and outer loop -> gradients home (AlltoAll, AllReduce) -> one update a row.
+    rows (AlltoAll) -> inner and outer loop -> gradients home (AlltoAll, AllReduce) -> one update a row. Which rows, and
+    from whom, was exchanged ahead in the loader's thread.
     """
-    system, mesh, batch = run.system, run.mesh, prepared.batch
-    rows, stop = system.fetch(prepared.lookup, run.stop.is_set())
+    system, mesh = run.system, run.mesh
+    prepared = system.complete(work)
+    batch, routes = prepared.batch, prepared.routes
+    rows = system.fetch(routes)
     watch.lap("exchange")
 
     with system.precision():
@@ -110,14 +121,15 @@ def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> tuple[dict[str
     watch.lap("compute")
 
     run.buckets.flush()
-    row_gradients = return_gradients(system.tables, prepared.lookup, rows, mesh)
-    run.buckets.finish()
-    sums = _batch_sums(loss, output.support_loss, batch)
-    sums = all_reduce_sum(sums, mesh)
-    norm = global_norm(_dense_gradients(run), row_gradients, mesh)
+    row_gradients = system.return_gradients(routes, rows)
+    run.buckets.finish(routes.traffic.dense)
+    run.routes = routes
+    sums = _batch_sums(loss, output.support_loss, batch, run.stop.is_set())
+    sums = all_reduce_sum(sums, mesh, routes.traffic.control)
+    norm = global_norm(_dense_gradients(run), row_gradients, mesh, routes.traffic.control)
     watch.lap("exchange")
 
-    stats = dict(zip(("loss", "support_loss", "samples", "cells"), sums.tolist(), strict=True))
+    stats = dict(zip(SUMS, sums.tolist(), strict=True))
     stats["grad_norm"] = norm
     _require_finite(run, batch, stats, output.query_loss)
 
@@ -126,19 +138,20 @@ def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> tuple[dict[str
     stats["lr"] = run.config.dense.lr * lr
     run.progress.step += 1
     watch.lap("compute")
-    return stats, stop
+    return stats, stats["stop"] > 0
 
 
 def _dense_gradients(run: Run) -> list[Tensor]:
     return [p.grad for p in run.system.learner.parameters() if p.grad is not None]
 
 
-def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
-    """[loss, support loss, examples, padded cells] of this rank; the losses are already per global task."""
+def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch, stop: bool) -> Tensor:
+    """`SUMS` of this rank; the losses are already per global task."""
     examples = batch.support.mask.sum() + batch.query.mask.sum()
     cells = batch.support.mask.numel() + batch.query.mask.numel()
     support = support_loss.sum() / batch.num_tasks_global
-    return torch.stack([v.double() for v in (loss.detach(), support, examples, examples.new_tensor(cells))])
+    numbers = (loss.detach(), support, examples, examples.new_tensor(cells), examples.new_tensor(int(stop)))
+    return torch.stack([v.double() for v in numbers])
 
 
 def _apply(run: Run, row_gradients: dict[str, RowGradients], clip: float, lr: float) -> None:
@@ -178,7 +191,8 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
     pack = open_pack(config.pack)
     split = pack.split("train")
     system = build_system(config, pack.schema, mesh)
-    loader: TaskLoader[Prepared] = TaskLoader(
+    ahead: dict[str, Callable[[TaskBatch], Work]] = {"none": Loaded, "index": system.index, "ids": system.prepare}
+    loader: TaskLoader[Work] = TaskLoader(
         split,
         tasks_per_batch=config.loader.tasks_per_batch,
         seed=config.seed,
@@ -187,7 +201,7 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         window_batches=config.loader.window_batches,
         prefetch=config.loader.prefetch,
         resample=config.loader.resample,
-        transform=system.prepare,
+        transform=ahead[config.loader.ahead],
     )
     total = config.schedule.epochs * loader.batches_per_epoch
     if config.schedule.max_steps:
@@ -204,7 +218,9 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         sparse=SparseOptimizer(
             config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
         ),
-        buckets=GradientBuckets(list(system.learner.parameters()), mesh),
+        buckets=GradientBuckets(
+            list(system.learner.parameters()), mesh, how=config.comm.dense, overlap=config.comm.overlap
+        ),
         loader=loader,
         pack=pack,
         log=RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total),
@@ -264,6 +280,7 @@ def validate(run: Run) -> bool:
     schedule = run.config.schedule
     if "valid" not in run.pack.splits:
         return False
+    run.loader.settle()  # the ids of two loaders must not cross
     scores = score(run.system, run.pack.split("valid"), tasks_per_batch=max(256, run.config.loader.tasks_per_batch))
     metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), run.mesh)
@@ -295,10 +312,10 @@ def training_loop(run: Run) -> bool:
     batches = iter(run.loader)
     while run.progress.step < run.total_steps and not out_of_patience(run):
         watch = Stopwatch(run.mesh.device)
-        prepared = next(batches)
+        work = next(batches)
         watch.lap("input")
-        stats, stop = train_step(run, prepared, watch)
-        _log_step(run, prepared.batch, stats, watch)
+        stats, stop = train_step(run, work, watch)
+        _log_step(run, work.batch, stats, watch)
 
         step = run.progress.step
         last = step == run.total_steps
@@ -327,8 +344,24 @@ def _log_step(run: Run, batch: TaskBatch, stats: dict[str, float], watch: Stopwa
             "padding": 1 - stats["samples"] / max(1.0, stats["cells"]),
             **{f"{phase}_share": seconds / total for phase, seconds in watch.seconds.items()},
             "time_s": run.progress.seconds,
+            "comm": traffic_record(run),
         }
     )
+
+
+def traffic_record(run: Run) -> dict[str, Any]:
+    """What this rank sent in the last step, and what the formulas say it had to."""
+    assert run.routes is not None
+    expected = expected_traffic(
+        run.system.tables,
+        run.routes,
+        run.mesh,
+        WIRE[run.config.comm.wire],
+        dense_bytes=run.buckets.bucket_bytes,
+        dense=run.config.comm.dense,
+        control_bytes=CONTROL_BYTES,
+    )
+    return {"measured": run.routes.traffic.record(), "predicted": expected.record()}
 
 
 @contextmanager
@@ -353,7 +386,7 @@ def train(config: TrainConfig) -> int:
     """Run `gmeta train` on this rank; returns the exit code (0, or 75 when stopped on request and saved)."""
     open_pack(config.pack)  # before anything is created
     with stop_on_signals() as stop:
-        mesh = open_mesh(config.device, config.timeout_s)
+        mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
         try:
             with run_lock(Path(config.run_dir), mesh):
                 return _train(config, mesh, stop)

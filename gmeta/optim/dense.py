@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gmeta.batch import RowGradients
 from gmeta.parallel.collectives import all_reduce_sum
 from gmeta.parallel.mesh import Mesh
+from gmeta.parallel.traffic import Traffic
 
 
 def dense_optimizer(
@@ -49,16 +50,18 @@ def lr_scale(step: int, warmup_steps: int, total_steps: int, decay: str) -> floa
     raise ValueError(f"decay is {decay!r}: must be none, linear or cosine")
 
 
-def global_norm(dense: Iterable[Tensor], rows: Mapping[str, RowGradients], mesh: Mesh) -> float:
+def global_norm(
+    dense: Iterable[Tensor], rows: Mapping[str, RowGradients], mesh: Mesh, traffic: Traffic | None = None
+) -> float:
     """Euclidean norm of the whole gradient; collective, the same number on every rank.
 
     dense: replicated gradients, already summed over ranks, hence counted once. rows: each rank's own rows, merged,
-    added up over ranks. Squares are summed in float64.
+    added up over ranks; the AllReduce is counted in `traffic`. Squares are summed in float64.
     """
     mine = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for found in rows.values():
         mine += found.grad.double().square().sum()
-    total = all_reduce_sum(mine, mesh)
+    total = all_reduce_sum(mine, mesh, traffic)
     for grad in dense:
         total = total + grad.double().square().sum()
     return float(total.sqrt())
