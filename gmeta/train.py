@@ -344,7 +344,7 @@ def _log_step(run: Run, batch: TaskBatch, stats: dict[str, float], watch: Stopwa
             "padding": 1 - stats["samples"] / max(1.0, stats["cells"]),
             **{f"{phase}_share": seconds / total for phase, seconds in watch.seconds.items()},
             "time_s": run.progress.seconds,
-            "comm": traffic_record(run),
+            **({"comm": traffic_record(run)} if run.mesh.is_main and run.mesh.world_size > 1 else {}),
         }
     )
 
