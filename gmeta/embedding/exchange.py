@@ -97,10 +97,10 @@ def exchange_ids(tables: ShardedTables, plan: LookupPlan, mesh: Mesh) -> Routes:
             hops[i].append(Hop(send[i], receive[i], merge))
     legs, owned = [], {}
     for ask, part, chain in zip(plan.asks, rows, hops, strict=True):
-        take = part - tables.layouts[ask.group].local_range(mesh.rank).start
-        legs.append(Leg(ask.group, tuple(chain), torch.from_numpy(take)))
+        start = tables.layouts[ask.group].local_range(mesh.rank).start
+        legs.append(Leg(ask.group, tuple(chain), torch.from_numpy(part - start if start else part)))
     for name, layout in tables.layouts.items():
-        arriving = torch.cat([leg.take for leg in legs if leg.group == name])
+        arriving = _joined([leg.take for leg in legs if leg.group == name])
         if not mesh.levels and plan.first[name] is None:
             owned[name] = Owned(arriving, None)  # one worker: what it asked of itself is unique and ascending
         else:
@@ -110,6 +110,10 @@ def exchange_ids(tables: ShardedTables, plan: LookupPlan, mesh: Mesh) -> Routes:
         (tuple(legs), plan.first, owned, plan.support, plan.query), lambda t: t.to(mesh.device, non_blocking=True)
     )
     return Routes(plan.num_rows, *moved, traffic)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _exchange_counts(send: list[list[int]], level: Level, mesh: Mesh, traffic: CommStats) -> list[list[int]]:
@@ -161,7 +165,7 @@ def fetch(tables: ShardedTables, routes: Routes, mesh: Mesh, wire: torch.dtype |
 
 
 def _leaf(parts: list[Tensor], first: Tensor | None, dtype: torch.dtype) -> Tensor:
-    rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+    rows = _joined(parts)
     rows = (rows if first is None else rows.index_select(0, first)).to(dtype)
     return (rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])).requires_grad_()
 
@@ -190,8 +194,7 @@ def return_gradients(
         values = [v if m is None else product(v, m) for v, m in zip(values, merges, strict=True)]
     out = {}
     for name, owned in routes.owned.items():
-        arrived = [value for leg, value in zip(routes.legs, values, strict=True) if leg.group == name]
-        grad = arrived[0] if len(arrived) == 1 else torch.cat(arrived)
+        grad = _joined([value for leg, value in zip(routes.legs, values, strict=True) if leg.group == name])
         out[name] = RowGradients(owned.rows, grad if owned.merge is None else product(grad, owned.merge))
     return out
 
@@ -217,15 +220,15 @@ def _encode(grad: Tensor, wire: torch.dtype | None) -> Tensor:
     """
     if wire != torch.float16:
         return grad.to(wire)
-    exponent = torch.frexp(grad.abs().amax(1, keepdim=True)).exponent.clamp(-126, 126)
-    return torch.cat([torch.ldexp(grad, -exponent), exponent.to(grad.dtype)], 1).to(wire)
+    exponent = torch.frexp(grad.abs().amax(1, keepdim=True)).exponent.clamp(-126, 126).to(grad.dtype)
+    return torch.cat([grad * torch.exp2(-exponent), exponent], 1).to(wire)
 
 
 def _decode(values: Tensor, dtype: torch.dtype, wire: torch.dtype | None) -> Tensor:
     if wire != torch.float16:
         return values.to(dtype)
     values = values.to(dtype)
-    return torch.ldexp(values[:, :-_EXPONENT], values[:, -_EXPONENT:])
+    return values[:, :-_EXPONENT] * torch.exp2(values[:, -_EXPONENT:])
 
 
 def expected_traffic(
