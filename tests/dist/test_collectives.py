@@ -70,10 +70,10 @@ class _Net(nn.Module):
         return (torch.relu(self.a(x)) @ self.b.weight.T + self.b.bias * self.low).square().sum()
 
 
-def _buckets(mesh: Mesh, bucket_mb: float, steps: int) -> list[torch.Tensor]:
+def _buckets(mesh: Mesh, bucket_mb: float, steps: int, how: str = "all_reduce", overlap: bool = True):
     """Six inputs, cut over ranks unevenly: the last rank has none and makes no graph."""
     net = _Net()
-    buckets = GradientBuckets(net.parameters(), mesh, bucket_mb)
+    buckets = GradientBuckets(net.parameters(), mesh, bucket_mb, how=how, overlap=overlap)
     data = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     cuts = {1: [6], 2: [6, 0], 4: [1, 3, 2, 0]}[mesh.world_size]
     mine = data.split(cuts)[mesh.rank]
@@ -87,11 +87,12 @@ def _buckets(mesh: Mesh, bucket_mb: float, steps: int) -> list[torch.Tensor]:
     return [p.grad for p in net.parameters()]
 
 
+@pytest.mark.parametrize(("how", "overlap"), [("all_reduce", True), ("all_reduce", False), ("gather", True)])
 @pytest.mark.parametrize("bucket_mb", [1e-6, 1e-4, 4.0])
 @pytest.mark.parametrize("world", [2, 4])
-def test_buckets_sum_gradients_as_one_process_does(world, bucket_mb):
+def test_buckets_sum_gradients_as_one_process_does(world, bucket_mb, how, overlap):
     (expected,) = run_ranks(1, _buckets, 4.0, 1)
-    for grads in run_ranks(world, _buckets, bucket_mb, 2):
+    for grads in run_ranks(world, _buckets, bucket_mb, 2, how, overlap):
         for got, want in zip(grads, expected, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12 if want.dtype == torch.float64 else 1e-2, atol=1e-14)
 
@@ -103,18 +104,21 @@ def test_buckets_give_unused_parameters_zeros():
     assert torch.equal(grads[names.index("unused")], torch.zeros(2, dtype=torch.float64))
 
 
-def _launch_order(mesh: Mesh) -> int:
-    """Buckets launched by the end of backward, before flush."""
+def _launch_order(mesh: Mesh, overlap: bool) -> list[int]:
+    """Buckets launched by the end of backward, and by flush."""
     net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
-    buckets = GradientBuckets(net.parameters(), mesh, bucket_mb=300 / 2**20)
+    buckets = GradientBuckets(net.parameters(), mesh, bucket_mb=300 / 2**20, overlap=overlap)
     net(torch.ones(1, 8)).sum().backward()
-    launched = len(buckets._pending)
+    launched = [len(buckets._pending)]
+    buckets.flush()
+    launched.append(len(buckets._pending))
     buckets.finish()
     return launched
 
 
-def test_buckets_start_during_backward():
-    assert run_ranks(2, _launch_order) == [4, 4]
+def test_buckets_start_during_backward_unless_told_otherwise():
+    assert run_ranks(2, _launch_order, True) == [[4, 4]] * 2
+    assert run_ranks(2, _launch_order, False) == [[0, 0]] * 2
 
 
 def _helpers(mesh: Mesh) -> None:
