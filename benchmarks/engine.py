@@ -2,22 +2,33 @@
 
     python benchmarks/engine.py [--quick] [--json FILE]
 
-Timed is fetched rows -> loss -> gradients of every row and dense parameter, in one process, variants in turn.
-Every variant starts from the same numbers, and all meta-learning variants of one order must agree on loss and
-gradients before anything is timed.
+Timed is the whole training step, raw ids -> loss -> gradients of every row and dense parameter -> optimizers, in one
+process, variants in turn. Every variant has a model and tables of its own that start from the same numbers; all
+variants of one kind must agree on loss and gradients before anything is timed. Row-wise Adagrad for gmeta's rows,
+torch.optim.Adagrad for the others', AdamW for dense parameters. Where a step has index work that needs no weights
+(gmeta's uniques and pairs), the thread that a loader would use does it for the next batch meanwhile, on the same cores.
 
-    plain            gmeta, `adapt: []`, on support and query together
-    plain-torch      the obvious loop: nn.Embedding per feature (sparse gradients), the same network, autograd
-    loop-*           one task at a time, torch.func.functional_call and autograd.grad: what is usually written
-    vmap-second      torch.func.vmap over tasks, torch.func.grad inside
-    factored-*       gmeta
+    plain              gmeta, `adapt: []`, on support and query together
+    plain-torch        the obvious loop: nn.Embedding(sparse=True) per feature, the same network, autograd
+    plain-torch-fused  the careful loop: one nn.Embedding for all features, one look-up, fused AdamW
+    loop-*             one task at a time, torch.func.functional_call and autograd.grad: what is usually written
+    higher-second      one task at a time through `higher`, where it is installed
+    torchopt-second    one task at a time through TorchOpt's differentiable SGD, where it is installed
+    vmap-second        torch.func.vmap over tasks, torch.func.grad inside
+    factored-*         gmeta
+
+The limit printed beside the measured ratio counts the multiplications of dense layers alone (docs/performance.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +36,21 @@ from common import Record, alternate, arguments, median, publish, table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch
+from gmeta.batch import Examples, TaskBatch
+from gmeta.embedding.exchange import return_gradients
+from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.melu import MeLU
+from gmeta.optim.dense import dense_optimizer
+from gmeta.optim.sparse import SparseOptimizer
+from gmeta.parallel.mesh import Mesh
+from gmeta.system import Prepared, System
 
 INNER_LR = 0.1
+LR = 1e-3
 VOCABULARY = 20_000  # ids of each feature
-META_VARIANTS = ("loop-first", "loop-second", "vmap-second", "factored-first", "factored-second")
+BATCHES = 4  # different ones, in turn
+META = ("factored-first", "factored-second", "loop-first", "loop-second", "vmap-second")
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,23 @@ class Case:
         """Examples in a batch."""
         return self.tasks * (self.support + self.query)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the features."""
+        return [f"f{i}" for i in range(self.features)]
+
+    def limit(self, order: str) -> float:
+        """Multiplications of a step with one inner step over those of a plain step, dense layers only.
+
+        Plain: 3 products a layer and row. Support rows: forward, output gradients, and for second order twice two
+        more; query rows: 3, and the low-rank change and its two derivatives, each S * (in + out) a row.
+        """
+        layers = list(pairwise([self.features * self.dim, *self.hidden, 1]))
+        change = sum(a + b for a, b in layers) / sum(a * b for a, b in layers)
+        support, query = self.support, self.query
+        own = 6 if order == "second" else 2
+        return (own * support + 3 * query + 3 * query * support * change) / (3 * (support + query))
+
 
 CASES = (
     Case(32, 40, 10, 8, 32, (64, 64)),
@@ -64,204 +100,402 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """One batch, as each kind of variant wants it. Everything here is made before the clock starts."""
-
-    rows: EmbeddedRows
-    batch: TaskBatch
-    ids: Tensor  # int64 [features, samples]: raw ids, for plain-torch
-    label: Tensor  # [samples]
-    own_rows: Tensor  # int64 [T, P]: the rows of each task, padded with row 0
-    own_support: Tensor  # int64 [features, T, S]: where lookups are among the task's rows
-    own_query: Tensor  # int64 [features, T, Q]
-
-
-def make_inputs(case: Case) -> Inputs:
+def make_batches(case: Case, count: int = BATCHES) -> list[TaskBatch]:
     """Ids drawn by a power law, so that tasks share rows and sides overlap; labels at random."""
     generator = torch.Generator().manual_seed(0)
     length = case.support + case.query
-    uniform = torch.rand(case.features, case.tasks, length, generator=generator)
-    ids = (VOCABULARY * uniform**3).long()
-    fixed = case.features // 2
-    ids[:fixed] = ids[:fixed, :, :1]
-    keys = ids + VOCABULARY * torch.arange(case.features).view(-1, 1, 1)
-    unique, index = keys.unique(return_inverse=True)
-    weight = 0.1 * torch.randn(len(unique), case.dim, generator=generator)
-    label = (torch.rand(case.tasks, length, generator=generator) < 0.5).float()
-    names = [f"f{i}" for i in range(case.features)]
-    cut = [case.support, case.query]
-    lookups = [
-        {name: Lookup("rows", part[i].contiguous()) for i, name in enumerate(names)} for part in index.split(cut, 2)
-    ]
-    sides = [_examples(part) for part in label.split(cut, 1)]
-    batch = TaskBatch(*sides, task_id=torch.arange(case.tasks), num_tasks_global=case.tasks, epoch=0, index=0)
-    own = [index[:, t].unique(return_inverse=True) for t in range(case.tasks)]
-    own_rows = nn.utils.rnn.pad_sequence([rows for rows, _ in own], batch_first=True)
-    own_index = torch.stack([where for _, where in own], 1)
-    flat = [part.reshape(*part.shape[:-2], -1) for part in (*ids.split(cut, 2), *label.split(cut, 1))]
-    return Inputs(
-        EmbeddedRows({"rows": weight.requires_grad_()}, *lookups),
-        batch,
-        torch.cat(flat[:2], 1),
-        torch.cat(flat[2:]),
-        own_rows,
-        *own_index.split(cut, 2),
-    )
+    batches = []
+    for index in range(count):
+        uniform = torch.rand(case.features, case.tasks, length, generator=generator)
+        ids = (VOCABULARY * uniform**3).long()
+        fixed = case.features // 2
+        ids[:fixed] = ids[:fixed, :, :1]
+        label = (torch.rand(case.tasks, length, generator=generator) < 0.5).float()
+        sides = (
+            _examples(case, ids, label, slice(0, case.support)),
+            _examples(case, ids, label, slice(case.support, None)),
+        )
+        batches.append(TaskBatch(*sides, torch.arange(case.tasks), case.tasks, epoch=0, index=index))
+    return batches
 
 
-def _examples(label: Tensor) -> Examples:
+def _examples(case: Case, ids: Tensor, label: Tensor, rows: slice) -> Examples:
+    label = label[:, rows].contiguous()
     mask = torch.ones_like(label, dtype=torch.bool)
-    zeros = torch.zeros_like(label, dtype=torch.int64)
-    return Examples({}, {}, label.new_zeros(*label.shape, 0), label, mask, zeros, ~mask)
+    own = dict(zip(case.names, ids[:, :, rows].contiguous(), strict=True))
+    return Examples(
+        own, {}, label.new_zeros(*label.shape, 0), label, mask, torch.zeros_like(mask, dtype=torch.int64), ~mask
+    )
 
 
 def build(case: Case) -> MeLU:
     torch.manual_seed(0)
-    names = [f"f{i}" for i in range(case.features)]
-    return MeLU(names, embedding_dim=case.dim, num_numeric=0, hidden=case.hidden)
+    return MeLU(case.names, embedding_dim=case.dim, num_numeric=0, hidden=case.hidden)
 
 
-def learner_step(learner: MetaLearner, inputs: Inputs) -> Tensor:
-    loss, _ = learner(inputs.rows, inputs.batch)
+@dataclass
+class Gmeta:
+    """gmeta's training step on one worker."""
+
+    case: Case
+    batches: list[TaskBatch]
+    settings: Mapping[str, Any]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    steps: int = 0
+    ahead: Future[Prepared] | None = None
+
+    def __post_init__(self) -> None:
+        mesh = Mesh(device=self.device)
+        model = build(self.case).to(self.device)
+        learner = MetaLearner(model, embedding_features=self.case.names, inner_lr=INNER_LR, **self.settings).to(
+            self.device
+        )
+        specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
+        tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
+        self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False)
+        self.dense = dense_optimizer(learner, lr=LR, inner_lr_lr=LR)
+        self.sparse = SparseOptimizer("rowwise_adagrad", lr=LR)
+        self.loader = ThreadPoolExecutor(1)
+
+    def _next(self) -> Prepared:
+        """This step's batch; the thread goes on with the next."""
+        batch = self.batches[(self.steps + 1) % len(self.batches)]
+        ahead = self.ahead or self.loader.submit(self.system.prepare, self.batches[self.steps % len(self.batches)])
+        self.ahead = self.loader.submit(self.system.prepare, batch)
+        self.steps += 1
+        return ahead.result()
+
+    def __call__(self) -> Tensor:
+        """One step; the loss."""
+        prepared = self._next()
+        rows, _ = self.system.fetch(prepared.lookup)
+        loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
+        loss.backward()
+        gradients = return_gradients(self.system.tables, prepared.lookup, rows, self.system.mesh)
+        self.dense.step()
+        self.dense.zero_grad(set_to_none=False)
+        self.sparse.step(self.system.tables, gradients)
+        return loss.detach()
+
+    def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Loss and gradients on the first batch, without an update; those of rows as [features * ids, d], dense."""
+        prepared = self.system.prepare(self.batches[0])
+        rows, _ = self.system.fetch(prepared.lookup)
+        loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
+        loss.backward()
+        found = return_gradients(self.system.tables, prepared.lookup, rows, self.system.mesh)
+        ((group, of_rows),) = found.items()
+        layout = self.system.tables.layouts[group]
+        whole = of_rows.grad.new_zeros(layout.num_rows, layout.dim)
+        whole[layout.permutation.inverse(of_rows.rows.cpu()).to(whole.device)] = of_rows.grad
+        dense = [p.grad.clone() for p in self.system.learner.parameters() if p.grad is not None]
+        self.dense.zero_grad(set_to_none=False)
+        return loss.detach(), dense, whole
+
+    def initial_rows(self) -> Tensor:
+        """All tables' rows, [features * ids, d]."""
+        ((group, layout),) = self.system.tables.layouts.items()
+        where = layout.permutation.forward(torch.arange(layout.num_rows)).to(self.device)
+        return self.system.tables.groups[group].weight[where]
+
+
+StepLoss = Callable[[nn.Module, Tensor, TaskBatch, Tensor], Tensor]
+"""(model, table [features * ids, d], batch, its ids [T, S + Q, features] in that table) -> loss; leaves gradients."""
+
+
+@dataclass
+class Torch:
+    """A step written with PyTorch alone: one table for all features, `run` leaves gradients, stock optimizers."""
+
+    case: Case
+    batches: list[TaskBatch]
+    rows: Tensor
+    run: StepLoss
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.model = build(self.case).to(self.device)
+        self.table = nn.Parameter(self.rows.clone())
+        self.dense = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+        self.sparse = torch.optim.Adagrad([self.table], lr=LR)
+        self.ids = [_stacked(self.case, batch).to(self.device) for batch in self.batches]
+
+    def __call__(self) -> Tensor:
+        """One step; the loss."""
+        i = self.steps % len(self.batches)
+        self.steps += 1
+        loss = self.run(self.model, self.table, self.batches[i], self.ids[i])
+        for optimizer in (self.dense, self.sparse):
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
+        """As `Gmeta.gradients`."""
+        loss = self.run(self.model, self.table, self.batches[0], self.ids[0])
+        dense = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+        assert self.table.grad is not None
+        rows = self.table.grad.to_dense()
+        for optimizer in (self.dense, self.sparse):
+            optimizer.zero_grad()
+        return loss, dense, rows
+
+
+def _stacked(case: Case, batch: TaskBatch) -> Tensor:
+    """Ids in one table for all features, int64 [T, S + Q, features]."""
+    sides = [torch.stack([side.ids[name] for name in case.names], -1) for side in (batch.support, batch.query)]
+    return torch.cat(sides, 1) + VOCABULARY * torch.arange(case.features)
+
+
+class PlainTorch:
+    """The obvious loop."""
+
+    def __init__(self, case: Case, batches: list[TaskBatch], rows: Tensor) -> None:
+        self.case, self.batches, self.steps = case, batches, 0
+        self.model = build(case)
+        parts = rows.split(VOCABULARY)
+        self.tables = nn.ModuleDict(
+            {
+                name: nn.Embedding.from_pretrained(part.clone(), freeze=False, sparse=True)
+                for name, part in zip(case.names, parts, strict=True)
+            }
+        )
+        self.dense = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
+        self.sparse = torch.optim.Adagrad(self.tables.parameters(), lr=LR)
+
+    def run(self, batch: TaskBatch) -> Tensor:
+        """The loss; leaves gradients."""
+        ids = {name: torch.cat([batch.support.ids[name], batch.query.ids[name]], 1) for name in self.case.names}
+        embedded = {name: self.tables[name](ids[name]) for name in self.case.names}
+        label = torch.cat([batch.support.label, batch.query.label], 1)
+        loss = F.binary_cross_entropy_with_logits(self.model(label.new_zeros(*label.shape, 0), embedded), label)
+        loss.backward()
+        return loss.detach()
+
+    def __call__(self) -> Tensor:
+        """One step; the loss."""
+        loss = self.run(self.batches[self.steps % len(self.batches)])
+        self.steps += 1
+        for optimizer in (self.dense, self.sparse):
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
+        """As `Gmeta.gradients`."""
+        loss = self.run(self.batches[0])
+        dense = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+        rows = torch.cat([table.weight.grad.to_dense() for table in self.tables.values()])
+        for optimizer in (self.dense, self.sparse):
+            optimizer.zero_grad()
+        return loss, dense, rows
+
+
+def plain_fused(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor) -> Tensor:
+    label = torch.cat([batch.support.label, batch.query.label], 1).to(ids.device)
+    embedded = F.embedding(ids, weight, sparse=True).unbind(-2)
+    logits = model(label.new_zeros(*label.shape, 0), {f"f{i}": rows for i, rows in enumerate(embedded)})
+    loss = F.binary_cross_entropy_with_logits(logits, label)
     loss.backward()
     return loss.detach()
 
 
-def embed(table: Tensor, index: Tensor) -> dict[str, Tensor]:
-    return {f"f{i}": table[index[i]] for i in range(index.shape[0])}
+def _embed(rows: Tensor, index: Tensor) -> dict[str, Tensor]:
+    return {f"f{i}": part for i, part in enumerate(rows[index].unbind(-2))}
 
 
-def inner_loss(fast: dict[str, Tensor], model: nn.Module, index: Tensor, label: Tensor) -> Tensor:
+def _logits(model: nn.Module, parameters: dict[str, Tensor], rows: Tensor, index: Tensor) -> Tensor:
+    inputs = (rows.new_zeros(*index.shape[:-1], 0), _embed(rows, index))
+    return functional_call(model, parameters, inputs)  # type: ignore[no-any-return]
+
+
+def _inner_loss(fast: dict[str, Tensor], model: nn.Module, index: Tensor, label: Tensor) -> Tensor:
     parameters = {name: value for name, value in fast.items() if name != "rows"}
-    logits = functional_call(model, parameters, (label.new_zeros(*label.shape, 0), embed(fast["rows"], index)))
-    return F.binary_cross_entropy_with_logits(logits, label)
+    return F.binary_cross_entropy_with_logits(_logits(model, parameters, fast["rows"], index), label)
 
 
-def loop_step(model: nn.Module, inputs: Inputs, second: bool) -> Tensor:
+def loop(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, second: bool) -> Tensor:
     """One task after the other; a backward for each, so that only one task's graph is alive."""
-    weight, batch = inputs.rows.weights["rows"], inputs.batch
-    total = torch.zeros(())
+    total = torch.zeros((), device=ids.device)
+    num_support = batch.support.label.shape[1]
     for t in range(batch.num_tasks):
-        fast = {**dict(model.named_parameters()), "rows": weight[inputs.own_rows[t]]}
-        loss = inner_loss(fast, model, inputs.own_support[:, t], batch.support.label[t])
+        unique, index = ids[t].unique(return_inverse=True)
+        fast = {**dict(model.named_parameters()), "rows": F.embedding(unique, weight, sparse=True)}
+        loss = _inner_loss(fast, model, index[:num_support], batch.support.label[t].to(ids.device))
         steps = torch.autograd.grad(loss, list(fast.values()), create_graph=second)
         fast = {name: value - INNER_LR * step for (name, value), step in zip(fast.items(), steps, strict=True)}
-        loss = inner_loss(fast, model, inputs.own_query[:, t], batch.query.label[t]) / batch.num_tasks_global
+        loss = (
+            _inner_loss(fast, model, index[num_support:], batch.query.label[t].to(ids.device)) / batch.num_tasks_global
+        )
         loss.backward()
         total += loss.detach()
     return total
 
 
-def vmap_step(model: nn.Module, inputs: Inputs) -> Tensor:
-    weight, batch = inputs.rows.weights["rows"], inputs.batch
+class _WithRows(nn.Module):
+    """A model and one task's rows as its parameter, for libraries that adapt a module's parameters."""
+
+    def __init__(self, model: nn.Module, rows: Tensor) -> None:
+        super().__init__()
+        self.model, self.rows = model, nn.Parameter(rows)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Logits."""
+        return self.model(self.rows.new_zeros(*index.shape[:-1], 0), _embed(self.rows, index))  # type: ignore[no-any-return]
+
+
+def _library_loop(
+    model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, adapt: Callable[..., Tensor]
+) -> Tensor:
+    """One task at a time; `adapt(module, support, query)` gives the query loss and leaves gradients on the module."""
+    total, rows = torch.zeros(()), []
+    num_support = batch.support.label.shape[1]
+    for t in range(batch.num_tasks):
+        unique, index = ids[t].unique(return_inverse=True)
+        module = _WithRows(model, weight.detach()[unique])
+        support = (index[:num_support], batch.support.label[t])
+        query = (index[num_support:], batch.query.label[t])
+        total += adapt(module, support, query, batch.num_tasks_global)
+        assert module.rows.grad is not None
+        rows.append((unique, module.rows.grad))
+    index = torch.cat([unique for unique, _ in rows])[None]
+    weight.grad = torch.sparse_coo_tensor(index, torch.cat([g for _, g in rows]), weight.shape, check_invariants=False)
+    return total
+
+
+def _adapt_with_higher(module: nn.Module, support: Any, query: Any, num_tasks: int) -> Tensor:
+    import higher
+
+    optimizer = torch.optim.SGD(module.parameters(), lr=INNER_LR)
+    with higher.innerloop_ctx(module, optimizer, copy_initial_weights=False) as (fast, inner):
+        inner.step(F.binary_cross_entropy_with_logits(fast(support[0]), support[1]))
+        loss = F.binary_cross_entropy_with_logits(fast(query[0]), query[1]) / num_tasks
+        loss.backward()
+    return loss.detach()
+
+
+def _adapt_with_torchopt(module: nn.Module, support: Any, query: Any, num_tasks: int) -> Tensor:
+    import torchopt
+
+    inner = torchopt.MetaSGD(module, lr=INNER_LR)
+    start = torchopt.extract_state_dict(module, by="reference")
+    inner.step(F.binary_cross_entropy_with_logits(module(support[0]), support[1]))
+    loss = F.binary_cross_entropy_with_logits(module(query[0]), query[1]) / num_tasks
+    loss.backward()
+    torchopt.recover_state_dict(module, start)
+    return loss.detach()
+
+
+def vmapped(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor) -> Tensor:
     parameters = dict(model.named_parameters())
+    num_support = batch.support.label.shape[1]
+    own = [part.unique(return_inverse=True) for part in ids]
+    unique = nn.utils.rnn.pad_sequence([rows for rows, _ in own], batch_first=True)
+    index = torch.stack([where for _, where in own])
 
     def task_loss(rows: Tensor, support: Tensor, query: Tensor, label: Tensor, query_label: Tensor) -> Tensor:
         fast = {**parameters, "rows": rows}
-        steps = grad(inner_loss)(fast, model, support, label)
+        steps = grad(_inner_loss)(fast, model, support, label)
         fast = {name: value - INNER_LR * steps[name] for name, value in fast.items()}
-        return inner_loss(fast, model, query, query_label)
+        return _inner_loss(fast, model, query, query_label)
 
-    losses = vmap(task_loss, in_dims=(0, 1, 1, 0, 0))(
-        weight[inputs.own_rows], inputs.own_support, inputs.own_query, batch.support.label, batch.query.label
-    )
-    loss = losses.sum() / batch.num_tasks_global
+    rows = F.embedding(unique, weight, sparse=True)
+    sides = (index[:, :num_support], index[:, num_support:])
+    labels = (batch.support.label.to(ids.device), batch.query.label.to(ids.device))
+    loss = vmap(task_loss)(rows, *sides, *labels).sum() / batch.num_tasks_global
     loss.backward()
     return loss.detach()
 
 
-def plain_torch_step(model: nn.Module, tables: nn.ModuleList, inputs: Inputs) -> Tensor:
-    embedded = {f"f{i}": table(inputs.ids[i]) for i, table in enumerate(tables)}
-    logits = model(inputs.label.new_zeros(len(inputs.label), 0), embedded)
-    loss = F.binary_cross_entropy_with_logits(logits, inputs.label)
-    loss.backward()
-    return loss.detach()
+Variant = Gmeta | Torch | PlainTorch
 
 
-def variants(case: Case, inputs: Inputs) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
-    """Name -> (step, tensors that receive gradients)."""
-    model = build(case)
-    settings = {"embedding_features": model.features, "inner_lr": INNER_LR, "engine": "factored"}
-    plain = MetaLearner(model, adapt=[], **settings)
-    first, second = (
-        MetaLearner(model, adapt=["embeddings", "dense"], order=order, **settings) for order in ("first", "second")
-    )
-    tables = nn.ModuleList(nn.Embedding(VOCABULARY, case.dim, sparse=True) for _ in range(case.features))
-    steps: dict[str, Callable[[], Tensor]] = {
-        "plain": partial(learner_step, plain, inputs),
-        "plain-torch": partial(plain_torch_step, model, tables, inputs),
-        "loop-first": partial(loop_step, model, inputs, False),
-        "loop-second": partial(loop_step, model, inputs, True),
-        "vmap-second": partial(vmap_step, model, inputs),
-        "factored-first": partial(learner_step, first, inputs),
-        "factored-second": partial(learner_step, second, inputs),
+def variants(case: Case, batches: list[TaskBatch], device: torch.device) -> dict[str, Variant]:
+    """Name -> step. PyTorch's own look-ups with sparse gradients and the libraries run on the CPU only."""
+    meta = {"adapt": ["embeddings", "dense"], "engine": "factored"}
+    ours = {
+        "plain": Gmeta(case, batches, {"adapt": []}, device),
+        "factored-first": Gmeta(case, batches, {**meta, "order": "first"}, device),
+        "factored-second": Gmeta(case, batches, {**meta, "order": "second"}, device),
     }
-    leaves = [*model.parameters(), inputs.rows.weights["rows"]]
-    return {name: (partial(_fresh, step, [*leaves, *tables.parameters()]), leaves) for name, step in steps.items()}
+    rows = ours["plain"].initial_rows()
+    losses: dict[str, StepLoss] = {
+        "plain-torch-fused": plain_fused,
+        "loop-first": partial(loop, second=False),
+        "loop-second": partial(loop, second=True),
+        "vmap-second": vmapped,
+    }
+    libraries = {"higher": _adapt_with_higher, "torchopt": _adapt_with_torchopt}
+    for name, adapt in libraries.items():
+        if importlib.util.find_spec(name) is not None and device.type == "cpu":
+            losses[f"{name}-second"] = partial(_library_loop, adapt=adapt)
+    rivals = {name: Torch(case, batches, rows, run, device) for name, run in losses.items()}
+    return {"plain": ours["plain"], "plain-torch": PlainTorch(case, batches, rows), **rivals, **ours}
 
 
-def _fresh(step: Callable[[], Tensor], leaves: list[Tensor]) -> Tensor:
-    for leaf in leaves:
-        leaf.grad = None
-    return step()
+def kind(name: str) -> str:
+    """Variants of one kind compute the same numbers: plain, first or second order."""
+    return "plain" if name.startswith("plain") else name.rpartition("-")[2]
 
 
-def check_agreement(steps: dict[str, tuple[Callable[[], Tensor], list[Tensor]]]) -> None:
-    """Run everything once (the warm-up): variants of one order must compute the same, or timing them means nothing."""
-    results = {}
-    for name, (step, leaves) in steps.items():
-        loss = step()
-        results[name] = [loss, *(leaf.grad for leaf in leaves)]
-    for name in META_VARIANTS:
-        ours = results[name]
-        theirs = results["loop-second" if name.endswith("second") else "loop-first"]
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+def check_agreement(steps: Mapping[str, Variant]) -> None:
+    """Variants of one kind must compute the same loss and gradients, or timing them means nothing."""
+    references: dict[str, list[Tensor]] = {}
+    for name, step in steps.items():
+        loss, dense, rows = step.gradients()
+        found = [loss, *dense, rows]
+        for ours, theirs in zip(found, references.setdefault(kind(name), found), strict=True):
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
-def measure(case: Case, repetitions: int) -> list[Record]:
-    steps = variants(case, make_inputs(case))
+def measure(case: Case, repetitions: int, device: torch.device) -> list[Record]:
+    """Records of one case."""
+    steps = variants(case, make_batches(case), device)
     check_agreement(steps)
-    seconds = {
-        name: median(times)
-        for name, times in alternate({name: step for name, (step, _) in steps.items()}, repetitions).items()
-    }
+    for step in steps.values():
+        step()
+    seconds = {name: median(times) for name, times in alternate(steps, repetitions).items()}
     records = []
     for name, value in seconds.items():
+        order = kind(name)
         records += [
             Record(case.name, name, "samples_per_s", case.samples / value, "1/s"),
             Record(case.name, name, "step_ms", value * 1e3, "ms"),
             Record(case.name, name, "ratio_to_plain", value / seconds["plain"], "x"),
         ]
-        if name in META_VARIANTS:
-            loop = seconds["loop-first" if name.endswith("first") else "loop-second"]
-            records.append(Record(case.name, name, "speedup_over_loop", loop / value, "x"))
+        if name.startswith("factored"):
+            records.append(Record(case.name, name, "limit_of_ratio", case.limit(order), "x"))
+        if name in META:
+            records.append(Record(case.name, name, "speedup_over_loop", seconds[f"loop-{order}"] / value, "x"))
     return records
 
 
 def render(records: list[Record]) -> str:
-    metrics = ("samples_per_s", "step_ms", "ratio_to_plain", "speedup_over_loop")
+    """The table."""
+    metrics = ("samples_per_s", "step_ms", "ratio_to_plain", "limit_of_ratio", "speedup_over_loop")
+    forms = ("{:,.0f}", "{:.1f}", "{:.2f}", "{:.2f}", "{:.1f}")
     values = {(r.case, r.variant, r.metric): r.value for r in records}
     rows = []
     for case, variant in dict.fromkeys((r.case, r.variant) for r in records):
         numbers = [values.get((case, variant, metric)) for metric in metrics]
-        forms = ("{:,.0f}", "{:.1f}", "{:.2f}", "{:.1f}")
         rows.append([case, variant, *("" if n is None else f.format(n) for n, f in zip(numbers, forms, strict=True))])
     return table(["case", "variant", *metrics], rows)
 
 
 def main() -> None:
-    args = arguments("Meta-learning engines against plain training, a loop of tasks, and vmap.")
-    repetitions = 2 if args.quick else 15
-    records = [record for case in CASES for record in measure(case, repetitions)]
+    args = arguments("Meta-learning engines against plain training, loops of tasks, and vmap.")
+    repetitions = 2 if args.quick else 11
+    records = [record for case in CASES for record in measure(case, repetitions, torch.device("cpu"))]
     config = {
         "repetitions": f"{repetitions}, median",
         "threads": torch.get_num_threads(),
         "inner steps": 1,
         "adapted": "embeddings and all dense layers",
         "precision": "float32",
-        "timed": "fetched rows -> loss -> gradients of all rows and dense parameters",
+        "timed": "ids -> loss -> gradients of all rows and dense parameters -> row-wise Adagrad and AdamW",
     }
     publish("engine", render(records), records, config, args)
 

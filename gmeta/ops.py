@@ -14,11 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.batch import Pooling
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +49,38 @@ def offsets_of(lengths: Tensor) -> Tensor:
     return F.pad(lengths.reshape(-1).cumsum(0), (1, 0))
 
 
+def stable_order(keys: Tensor, bound: int) -> Tensor:
+    """`keys.argsort(stable=True)` for int64 keys [E] in [0, bound)."""
+    if keys.device.type != "cpu":
+        return keys.argsort(stable=True)
+    return torch.from_numpy(sort_keys(keys.numpy(), bound)[1])
+
+
+def sort_keys(keys: Ints, bound: int) -> tuple[Ints, Ints]:
+    """(sorted keys, the stable order that sorts them) of int64 keys [E] in [0, bound).
+
+    Key and position share one word, so that numpy's vectorised sort of words gives both: measured on one core,
+    51,200 keys in 0.7 ms, against 0.9 for torch's argsort and 3.3 for numpy's stable one.
+    """
+    bits = max(len(keys) - 1, 1).bit_length()
+    if max(bound, 1).bit_length() + bits > 63:
+        order = keys.argsort(kind="stable")
+        return keys[order], order
+    words = np.sort((keys << bits) | np.arange(len(keys)))
+    return words >> bits, words & ((1 << bits) - 1)
+
+
 def select(columns: Tensor, lengths: Tensor | None, num_columns: int, weights: Tensor | None = None) -> Selection:
     """The matrix whose row i has entries at the next `lengths[i]` of `columns` (one entry a row when None).
 
     `columns` int64 [E], `lengths` int64 [num_rows] summing to E, `weights` float [E] in the order of `columns`.
     """
+    order = stable_order(columns, num_columns)
     if lengths is None:
         row_offsets = torch.arange(len(columns) + 1, device=columns.device)
-        order = columns.argsort(stable=True)
         rows = order
     else:
         row_offsets = offsets_of(lengths)
-        order = columns.argsort(stable=True)
         rows = torch.repeat_interleave(lengths, output_size=len(columns)).index_select(0, order)
     column_offsets = offsets_of(torch.bincount(columns, minlength=num_columns))
     column_weights = None if weights is None else weights.index_select(0, order)
@@ -77,13 +101,13 @@ def bag_weights(lengths: Tensor, num_values: int) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """S @ values. Its derivative is the product with S.T, and that one's is this one again."""
+    """S @ values + base. Its derivative by values is the product with S.T, and that one's is this one again."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, selection: Selection) -> Tensor:
+    def forward(ctx: Any, values: Tensor, selection: Selection, base: Tensor | None) -> Tensor:
         ctx.selection = selection
         weights = selection.row_weights
-        return F.embedding_bag(
+        out = F.embedding_bag(
             selection.columns,
             values,
             selection.row_offsets,
@@ -91,15 +115,18 @@ class _Product(torch.autograd.Function):
             per_sample_weights=None if weights is None else weights.to(values.dtype),
             include_last_offset=True,
         )
+        return out if base is None else out.add_(base)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return product(grads[0], ctx.selection.transposed), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        by_values, _, by_base = ctx.needs_input_grad
+        grad = product(grads[0], ctx.selection.transposed) if by_values else None
+        return grad, None, grads[0] if by_base else None
 
 
-def product(values: Tensor, selection: Selection) -> Tensor:
-    """S @ values: [num_columns, d] -> [num_rows, d]."""
-    return _Product.apply(values.contiguous(), selection)  # type: ignore[no-any-return, no-untyped-call]
+def product(values: Tensor, selection: Selection, base: Tensor | None = None) -> Tensor:
+    """S @ values, or S @ values + base: [num_columns, d] -> [num_rows, d]."""
+    return _Product.apply(values.contiguous(), selection, base)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Cat(torch.autograd.Function):
@@ -137,3 +164,26 @@ def segment_sum(values: Tensor, segments: Tensor, num: int) -> Tensor:
 def pool(values: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
     """Sum or mean of each bag of consecutive values: [N, d], int64 [...] -> [..., d]; an empty bag is zero."""
     return product(values, bags(lengths, pooling)).view(*lengths.shape, values.shape[-1])
+
+
+class _Outer(torch.autograd.Function):
+    """a @ b.mT whose derivatives are products with a row-major result: torch's own go through b.mT."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.bmm(a, b.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        by_a, by_b = ctx.needs_input_grad
+        return torch.bmm(grads[0], b) if by_a else None, torch.bmm(grads[0].mT, a) if by_b else None
+
+
+def bmm_nt(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.mT for batches of small matrices: [T, n, k], [T, m, k] -> [T, n, m].
+
+    Measured on [128, 10, 320], one core: the derivative by b takes 0.2 ms, torch's own 2.0.
+    """
+    return _Outer.apply(a, b)  # type: ignore[no-any-return, no-untyped-call]

@@ -34,13 +34,17 @@ class Adapted:
 
 @dataclass(frozen=True, slots=True)
 class InnerLoop:
-    """What both engines need to know of the inner loop. K steps; rates [K, len(adapted.rates)]."""
+    """What both engines need to know of the inner loop. K steps; rates [K, len(adapted.rates)].
+
+    `rate` is the number that all rates are, where they are not learned: the loss is scaled by it, not every gradient.
+    """
 
     adapted: Adapted
     loss: RowLoss
     second_order: bool
     rates: Tensor
     dropout_key: BatchKey | None  # None: dropout is off
+    rate: float | None = None
     prior: float = 0.0  # pseudo-rows: a step follows (sum of row losses) / (rows + prior)
 
 

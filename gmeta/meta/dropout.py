@@ -7,13 +7,12 @@ replaces the generator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 QUERY_PASS = 0
 """Number of the query's forward pass; inner step k (from 0) is pass k + 1."""
@@ -39,27 +38,25 @@ def row_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tens
     return _mix(key.unsqueeze(-1) + positions)
 
 
-class SeededDropout(TorchFunctionMode):
+class SeededDropout:
     """Replaces `F.dropout` by a mask hashed from one key per row; without keys, dropout does nothing.
 
+    For `gmeta.meta.intercept`.
     `make_keys()`, called once a model has dropout, gives int64 of the leading dimensions that the model is called with.
     """
 
     def __init__(self, make_keys: Callable[[], Tensor] | None) -> None:
-        super().__init__()
         self.make_keys = make_keys
         self.keys: Tensor | None = None
         self.calls = 0
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The masked input, for a call of `F.dropout`."""
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
         if func in _UNSEEDED and kwargs.get("training", True) and self.make_keys is not None:
             raise ValueError(f"F.{func.__name__} cannot be seeded per task: use torch.nn.Dropout")
-        return func(*args, **kwargs)
+        return NotImplemented
 
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         if not training or p == 0.0 or self.make_keys is None:

@@ -21,14 +21,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from gmeta.batch import EmbeddedRows, Examples, TaskBatch
 from gmeta.meta.adapt import Adapted, InnerLoop, rate_group
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
+from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import task_mean, widen
-from gmeta.meta.rows import Plan, by_feature, changed, shared_rows, split_sides
-from gmeta.ops import cat, product
+from gmeta.meta.rows import Plan, changed, shared_rows
+from gmeta.meta.views import Embedded
+from gmeta.ops import Selection, bmm_nt, product
 
 
 class Unsupported(ValueError):
@@ -71,7 +72,7 @@ class Fast:
 
 def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
     """Adapt to the support, score the query: (logits [T, Q], first step's support loss [T], detached)."""
-    support, query = split_sides(shared_rows(rows, plan), plan)
+    support, query = shared_rows(rows, plan, 0), shared_rows(rows, plan, 1)
     if not loop.second_order:
         support = {group: values.detach() for group, values in support.items()}
     fast = Fast()
@@ -80,7 +81,7 @@ def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch,
         fast, loss = _inner_step(model, loop, step, fast, support, batch, plan)
         if step == 0:
             support_loss = loss.detach()
-    seen = {group: changed(values, fast.deltas.get(group), plan[group].query_pairs) for group, values in query.items()}
+    seen = _as_seen(query, fast, plan, 1)
     logits, _ = _forward(model, loop, fast, batch.query, seen, batch, plan, QUERY_PASS)
     return logits, support_loss
 
@@ -96,7 +97,7 @@ def check(model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numer
     taped = AdaptedPass(model, adapted.parameters, Fast(), leading)
     embedded = {name: like.new_zeros(*leading, dim) for name, dim in dims.items()}
     dense = like.new_zeros(*leading, num_numeric)
-    with torch.no_grad(), SeededDropout(None), taped:
+    with torch.no_grad(), Intercept(taped, SeededDropout(None)):
         model(dense, embedded)
     taped.require_all_seen()
 
@@ -111,36 +112,46 @@ def _inner_step(
     plan: Plan,
 ) -> tuple[Fast, Tensor]:
     """One SGD step of every task on its support: the next state, and the loss [T] before the step."""
-    pairs = {group: part.support_pairs for group, part in plan.items() if part.support_pairs is not None}
-    seen = {group: changed(values, fast.deltas.get(group), pairs.get(group)) for group, values in support.items()}
+    pairs = {group: part.pairs[0] for group, part in plan.items() if part.pairs}
+    seen = _as_seen(support, fast, plan, 0)
     read = {group: _differentiable(seen[group]) for group in pairs}
     logits, taped = _forward(model, loop, fast, batch.support, {**seen, **read}, batch, plan, step + 1)
     with _no_autocast(logits):
         loss = task_mean(loop.loss(logits, batch.support.label), batch.support.mask)
         num_rows = batch.support.mask.sum(-1).clamp(min=1).to(loss.dtype)
+        share = num_rows / (num_rows + loop.prior) if loop.prior else torch.ones_like(num_rows)
         targets = [out for _, out in taped.sites.values()] + list(taped.values.values()) + list(read.values())
-        grads: Iterator[Tensor] = iter(
+        changes: Iterator[Tensor] = iter(
             torch.autograd.grad(
-                (loss * (num_rows / (num_rows + loop.prior))).sum(),
+                loss,
                 targets,
+                share if loop.rate is None else share * -loop.rate,
                 create_graph=loop.second_order,
                 materialize_grads=True,
                 allow_unused=True,
             )
         )
-        rates, adapted = -loop.rates[step], loop.adapted
+        names = [site.name for site in taped.sites] + list(taped.values)
+        of_parameter = [loop.adapted.rate_of(name) for name in names]
+        if loop.rate is None:
+            rates = [-loop.rates[step, i] for i in [*of_parameter, *[0] * len(read)]]
+            changes = (gradient * rate for gradient, rate in zip(changes, rates, strict=True))
         sites, values, deltas = {}, {}, {}
         for site, (inputs, out) in taped.sites.items():
-            gradient = next(grads).reshape(*inputs.shape[:2], out.shape[-1]) * rates[adapted.rate_of(site.name)]
+            change = next(changes).reshape(*inputs.shape[:2], out.shape[-1])
             kept = inputs if loop.second_order else inputs.detach()
-            sites[site] = (*fast.sites.get(site, ()), Step(kept, gradient))
+            sites[site] = (*fast.sites.get(site, ()), Step(kept, change))
         for name, value in taped.values.items():
-            values[name] = value + rates[adapted.rate_of(name)] * next(grads)
+            values[name] = value + next(changes)
         for group, selection in pairs.items():
-            gradient = next(grads)
-            change = rates[0] * product(gradient.reshape(-1, gradient.shape[-1]), selection.transposed)
-            deltas[group] = fast.deltas[group] + change if group in fast.deltas else change
+            deltas[group] = product(next(changes).flatten(0, 1), selection.transposed, fast.deltas.get(group))
     return Fast(sites, values, deltas), loss
+
+
+def _as_seen(values: Mapping[str, Tensor], fast: Fast, plan: Plan, side: int) -> dict[str, Tensor]:
+    """The rows of one side (0: support, 1: query) as the tasks see them."""
+    pairs: dict[str, Selection] = {group: part.pairs[side] for group, part in plan.items() if part.pairs}
+    return {group: changed(value, fast.deltas.get(group), pairs.get(group)) for group, value in values.items()}
 
 
 def _forward(
@@ -159,8 +170,9 @@ def _forward(
         positions = torch.arange(length, device=batch.task_id.device)
         make_keys = partial(row_keys, loop.dropout_key, batch.task_id, pass_number, positions)
     taped = AdaptedPass(model, loop.adapted.parameters, fast, (tasks, length))
-    with SeededDropout(make_keys), taped:
-        logits = model(examples.dense, by_feature(values, plan, (tasks, length)))
+    embedded = Embedded(values, plan, (tasks, length))
+    with Intercept(taped, embedded, SeededDropout(make_keys)):
+        logits = model(examples.dense, embedded.features)
     taped.require_all_seen()
     return widen(logits), taped
 
@@ -179,7 +191,7 @@ _METADATA = {  # functions that read only shape, type or place
 }
 
 
-class AdaptedPass(TorchFunctionMode):
+class AdaptedPass:
     """One forward pass in which calls that receive adapted parameters see every task's own values.
 
     Records what the next inner step differentiates: `sites` (inputs and outputs of linear layers) and `values`
@@ -187,7 +199,6 @@ class AdaptedPass(TorchFunctionMode):
     """
 
     def __init__(self, model: nn.Module, adapted: Sequence[str], fast: Fast, leading: tuple[int, int]) -> None:
-        super().__init__()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.names = {id(parameters[name]): name for name in adapted}
         self.fast, self.leading = fast, leading
@@ -195,23 +206,21 @@ class AdaptedPass(TorchFunctionMode):
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        found = list(self._names_in((*args, *kwargs.values())))
-        if not found:
-            return (_faster(func, *args, **kwargs) or func)(*args, **kwargs)
+    def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of a call that receives an adapted parameter; `Unsupported` if there is no rule for it."""
+        found = next(self._names_in((*args, *kwargs.values())), None)
+        if found is None:
+            return NotImplemented
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.layer_norm:
             return self._layer_norm(*args, **kwargs)
         if func in _ELEMENTWISE and len(args) == 2:
-            return self._elementwise(func, args, kwargs, found[0])
+            return self._elementwise(func, args, kwargs, found)
         out = func(*args, **kwargs)
         if func in _METADATA or (func.__name__ == "__get__" and not isinstance(out, Tensor)):
             return out
-        raise Unsupported(found[0], f"{getattr(func, '__name__', func)} receives it")
+        raise Unsupported(found, f"{getattr(func, '__name__', func)} receives it")
 
     def require_all_seen(self) -> None:
         """`Unsupported` naming an adapted parameter that the pass did not meet."""
@@ -253,7 +262,7 @@ class AdaptedPass(TorchFunctionMode):
         ones = [1] * (operand.dim() - 1 - parameter.dim())
         return value.view(self.leading[0], *ones, *parameter.shape)
 
-    def _elementwise(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str) -> Tensor:
+    def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str) -> Tensor:
         first = self._name(args[0]) == name
         parameter, operand = (args[0], args[1]) if first else (args[1], args[0])
         self._require_leading(operand, name)
@@ -294,13 +303,6 @@ class AdaptedPass(TorchFunctionMode):
         return out.view(*input.shape[:-1], weight.shape[0])
 
 
-def _faster(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """A function that gives the same and is faster to differentiate twice, if there is one for this call."""
-    if func is torch.cat and torch.is_grad_enabled() and len({(p.dtype, p.dim()) for p in args[0]}) == 1:
-        return cat if kwargs.keys() <= {"dim"} else None
-    return None
-
-
 def forming_is_cheaper(steps: Sequence[Step], inputs: Tensor, weight: Tensor) -> bool:
     """Whether a task's weight is cheaper formed than applied as a low-rank change, in multiplications per row."""
     num_out, num_in = weight.shape
@@ -310,13 +312,12 @@ def forming_is_cheaper(steps: Sequence[Step], inputs: Tensor, weight: Tensor) ->
 
 def _low_rank(out: Tensor, inputs: Tensor, site: Site, steps: Sequence[Step]) -> Tensor:
     """The shared layer's output plus the changes of all steps: out [T, R, out], inputs [T, R, in]."""
-    one = out.new_ones(())
     for step in steps:
         if site.weight is None:
             out = out + step.gradients.sum(1, keepdim=True)
         else:
-            mix = torch.baddbmm(one, inputs, step.inputs.mT, beta=0 if site.bias is None else 1)
-            out = torch.baddbmm(out, mix, step.gradients)
+            mix = bmm_nt(inputs, step.inputs)
+            out = torch.baddbmm(out, mix if site.bias is None else mix + 1, step.gradients)
     return out
 
 
@@ -327,7 +328,8 @@ def _formed(inputs: Tensor, weight: Tensor, bias: Tensor | None, site: Site, ste
         own = torch.baddbmm(own, step.gradients.mT, step.inputs)
         if bias is not None and site.bias is not None:
             bias = bias + step.gradients.sum(1, keepdim=True)
-    return torch.bmm(inputs, own.mT) if bias is None else torch.baddbmm(bias, inputs, own.mT)
+    out = bmm_nt(inputs, own)
+    return out if bias is None else out + bias
 
 
 def _differentiable(value: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from gmeta.batch import EmbeddedRows, Lookup, TaskBatch
 from gmeta.meta import factored, reference
 from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
+from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import row_loss, task_mean, widen
-from gmeta.meta.rows import Plan, by_feature, plan_rows, shared_rows
+from gmeta.meta.rows import Plan, plan_rows, shared_rows
+from gmeta.meta.views import Embedded
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class MetaLearner(nn.Module):
         """
         shapes = ((batch.num_tasks, batch.support.mask.shape[1]), (batch.num_tasks, batch.query.mask.shape[1]))
         features, adapted = self.embedding_features, self.adapted.features
-        return plan_rows(support, query, num_rows, shapes, features, adapted)
+        return plan_rows(support, query, num_rows, shapes, features, adapted, split=bool(self.adapted))
 
     def _plan(self, rows: EmbeddedRows, batch: TaskBatch) -> Plan:
         return self.plan(rows.support, rows.query, {g: weight.shape[0] for g, weight in rows.weights.items()}, batch)
@@ -156,6 +158,7 @@ class MetaLearner(nn.Module):
         return before, after.detach()
 
     def _loop(self, steps: int, inner_lr: float | None, key: BatchKey | None, rows: EmbeddedRows) -> InnerLoop:
+        rate = None
         if self.inner_lr is None or inner_lr is not None:
             like = next(iter(rows.weights.values()))
             rate = self.initial_inner_lr if inner_lr is None else inner_lr
@@ -164,7 +167,7 @@ class MetaLearner(nn.Module):
             rates = self.inner_lr[:steps]
         else:
             rates = torch.cat([self.inner_lr, self.inner_lr[-1:].expand(steps - self.inner_steps, -1)])
-        return InnerLoop(self.adapted, self.inner_loss, self.second_order, rates, key, self.inner_prior)
+        return InnerLoop(self.adapted, self.inner_loss, self.second_order, rates, key, rate, self.inner_prior)
 
     def _run(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
         dims = {name: rows.weights[lookup.group].shape[1] for name, lookup in rows.support.items()}
@@ -190,11 +193,11 @@ class MetaLearner(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Logits of support [T, S] and query [T, Q] from one call of the unadapted model."""
         sides = (batch.support, batch.query)
-        values = shared_rows(rows, plan)
-        num_rows = sum(side.mask.numel() for side in sides)
-        with SeededDropout(None if key is None else partial(_flat_keys, key, batch)):
-            dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
-            logits = self.model(dense, by_feature(values, plan, (num_rows,)))
+        dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
+        embedded = Embedded(shared_rows(rows, plan), plan, dense.shape[:1])
+        dropout = SeededDropout(None if key is None else partial(_flat_keys, key, batch))
+        with Intercept(embedded, dropout):
+            logits = self.model(dense, embedded.features)
         support, query = torch.split(widen(logits), [side.mask.numel() for side in sides])
         return support.view(batch.support.mask.shape), query.view(batch.query.mask.shape)
 

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.meta.adapt import InnerLoop
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
+from gmeta.meta.intercept import Intercept
 from gmeta.meta.losses import widen
 
 State = dict[tuple[str, str], Tensor]
@@ -106,7 +107,7 @@ def _score(
     make_keys = None
     if loop.dropout_key is not None:
         make_keys = partial(row_keys, loop.dropout_key, batch.task_id[side.task], pass_number, side.positions)
-    with SeededDropout(make_keys):
+    with Intercept(SeededDropout(make_keys)):
         dense = side.examples.dense[side.task, side.positions]
         return widen(functional_call(model, parameters, (dense, embedded)))
 

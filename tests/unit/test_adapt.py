@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gmeta.meta.adapt import resolve
 from gmeta.meta.dropout import SeededDropout, row_keys
+from gmeta.meta.intercept import Intercept
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss, task_mean
 from gmeta.models.melu import MeLU
@@ -184,7 +185,7 @@ def test_task_mean_ignores_padding() -> None:
 def test_dropout_depends_on_every_part_of_its_key() -> None:
     def mask(seed: int = 1, epoch: int = 2, index: int = 3, task: int = 4, pass_number: int = 0) -> Tensor:
         make_keys = partial(row_keys, (seed, epoch, index), torch.tensor([task]), pass_number, torch.arange(50))
-        with SeededDropout(make_keys):
+        with Intercept(SeededDropout(make_keys)):
             return F.dropout(torch.ones(1, 50, 40), 0.3)
 
     base = mask()
@@ -197,7 +198,7 @@ def test_dropout_depends_on_every_part_of_its_key() -> None:
 
 
 def test_dropout_that_cannot_be_seeded_is_refused() -> None:
-    with SeededDropout(lambda: torch.zeros(2, 3, dtype=torch.int64)):
+    with Intercept(SeededDropout(lambda: torch.zeros(2, 3, dtype=torch.int64))):
         with pytest.raises(ValueError, match="alpha_dropout cannot be seeded"):
             F.alpha_dropout(torch.ones(2, 3, 4), 0.5, training=True)
         with pytest.raises(ValueError, match="keep the dimensions of tasks and rows first"):

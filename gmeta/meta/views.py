@@ -1,0 +1,68 @@
+"""What a model reads of embedded features: one [..., d] for each, and their concatenation without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmeta.meta.rows import Plan
+from gmeta.ops import cat
+
+
+class Embedded:
+    """One forward pass in which features that lie side by side are concatenated, or stacked, as a view.
+
+    `features` is the model's `embedded`: feature -> [*leading, d], from the values [n, F, d] of each group. Measured
+    on 20 features of [2560, 16], one core: torch.cat was a quarter of a plain training step, and half of that again
+    in its backward.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor], plan: Plan, leading: tuple[int, ...]) -> None:
+        self.groups = {group: values[group].view(*leading, *values[group].shape[1:]) for group in plan}
+        self.features: dict[str, Tensor] = {}
+        self.places: dict[int, tuple[str, int]] = {}
+        for group, part in plan.items():
+            self.features.update(zip(part.features, self.groups[group].unbind(-2), strict=True))
+            self.places.update((id(self.features[name]), (group, i)) for i, name in enumerate(part.features))
+
+    def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The result of a call of `torch.cat` or `torch.stack`."""
+        if func not in _JOINS or not _is_plain(args, kwargs):
+            return NotImplemented
+        parts, stack = args[0], func is torch.stack
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (parts[0].dim() + stack)
+        if dim == parts[0].dim() - 1:  # along d; for a stack, just before it
+            return self._join(parts, stack)
+        return NotImplemented if stack else cat(parts, dim)
+
+    def _join(self, parts: Sequence[Tensor], stack: bool) -> Tensor:
+        pieces = []
+        start = 0
+        while start < len(parts):
+            end = start + 1
+            place = self.places.get(id(parts[start]))
+            if place is None:
+                pieces.append(parts[start].unsqueeze(-2) if stack else parts[start])
+            else:
+                group, first = place
+                while end < len(parts) and self.places.get(id(parts[end])) == (group, first + end - start):
+                    end += 1
+                run = self.groups[group]
+                if end - start < run.shape[-2]:  # the derivative of narrow fills a whole tensor with zeros
+                    run = run.narrow(-2, first, end - start)
+                pieces.append(run if stack else run.flatten(-2))
+            start = end
+        return pieces[0] if len(pieces) == 1 else cat(pieces, -2 if stack else -1)
+
+
+_JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+
+
+def _is_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is `func(tensors, dim)` of tensors of one dtype and number of dimensions."""
+    if not kwargs.keys() <= {"dim"} or not args or not isinstance(args[0], list | tuple) or not args[0]:
+        return False
+    return len({(part.dtype, part.dim()) for part in args[0]}) == 1 and args[0][0].dim() > 0
