@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from gmeta.batch import Examples, TaskBatch
-from gmeta.embedding.exchange import return_gradients
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.melu import MeLU
@@ -168,10 +167,10 @@ class Gmeta:
     def __call__(self) -> Tensor:
         """One step; the loss."""
         prepared = self._next()
-        rows, _ = self.system.fetch(prepared.lookup)
+        rows = self.system.fetch(prepared.routes)
         loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
         loss.backward()
-        gradients = return_gradients(self.system.tables, prepared.lookup, rows, self.system.mesh)
+        gradients = self.system.return_gradients(prepared.routes, rows)
         self.dense.step()
         self.dense.zero_grad(set_to_none=False)
         self.sparse.step(self.system.tables, gradients)
@@ -180,10 +179,10 @@ class Gmeta:
     def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
         """Loss and gradients on the first batch, without an update; those of rows as [features * ids, d], dense."""
         prepared = self.system.prepare(self.batches[0])
-        rows, _ = self.system.fetch(prepared.lookup)
+        rows = self.system.fetch(prepared.routes)
         loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
         loss.backward()
-        found = return_gradients(self.system.tables, prepared.lookup, rows, self.system.mesh)
+        found = self.system.return_gradients(prepared.routes, rows)
         ((group, of_rows),) = found.items()
         layout = self.system.tables.layouts[group]
         whole = of_rows.grad.new_zeros(layout.num_rows, layout.dim)

@@ -46,7 +46,8 @@ from gmeta.data.pack import PackWriter
 from gmeta.data.schema import Feature, PackSchema, parse_data_schema
 from gmeta.parallel.launch import worker_environment
 from gmeta.parallel.mesh import open_mesh
-from gmeta.train import Stopwatch, build_run, train_step
+from gmeta.stepping import Stopwatch
+from gmeta.train import build_run, finish_step, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data"))
@@ -190,7 +191,7 @@ def gmeta_rank(config: TrainConfig, rank: int, nproc: int, port: int, steps: int
     with run.loader:
         for _ in range(steps):
             start = time.perf_counter()
-            stats, _ = train_step(run, next(run.loader), Stopwatch(run.mesh.device))
+            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(run.mesh.device)))
             trace.append((stats["samples"], time.perf_counter() - start))
     results.send((trace, time.process_time() - cpu))
     results.recv()  # together: a rank that leaves takes its connections with it

@@ -52,11 +52,11 @@ def train(pack_path: Path, steps: int, dim: int = 16) -> list[float]:
     ) as loader:
         for _ in range(steps):
             batch = next(loader)
-            plan = gmeta.plan_lookup(tables, batch)
-            rows, _ = gmeta.fetch(tables, plan, mesh)  # one AlltoAll for support and query
+            routes = gmeta.exchange_ids(tables, gmeta.plan_lookup(tables, batch), mesh)
+            rows = gmeta.fetch(tables, routes, mesh)  # one AlltoAll for support and query
             loss, _ = learner(rows, batch)  # this rank's share: sums over tasks, divided by the global number of tasks
             loss.backward()
-            sparse.step(tables, gmeta.return_gradients(tables, plan, rows, mesh))
+            sparse.step(tables, gmeta.return_gradients(tables, routes, rows, mesh))
             for parameter in learner.parameters():
                 parameter.grad = gmeta.all_reduce_sum(parameter.grad, mesh)
             dense.step()

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from gmeta.data.loader import TaskLoader
     from gmeta.data.pack import PackWriter, open_pack, verify_pack
     from gmeta.data.schema import Feature, NumericColumn, PackSchema
-    from gmeta.embedding.exchange import fetch, plan_lookup, return_gradients
+    from gmeta.embedding.exchange import exchange_ids, fetch, return_gradients
+    from gmeta.embedding.lookup import plan_lookup
     from gmeta.embedding.table import ShardedTables, TableSpec
     from gmeta.meta.learner import MetaLearner
     from gmeta.models import build_model
@@ -29,7 +30,8 @@ _HOMES = {
     "gmeta.data.loader": ("TaskLoader",),
     "gmeta.data.pack": ("PackWriter", "open_pack", "verify_pack"),
     "gmeta.data.schema": ("Feature", "NumericColumn", "PackSchema"),
-    "gmeta.embedding.exchange": ("fetch", "plan_lookup", "return_gradients"),
+    "gmeta.embedding.exchange": ("exchange_ids", "fetch", "return_gradients"),
+    "gmeta.embedding.lookup": ("plan_lookup",),
     "gmeta.embedding.table": ("ShardedTables", "TableSpec"),
     "gmeta.meta.learner": ("MetaLearner",),
     "gmeta.models": ("build_model",),
@@ -56,6 +58,7 @@ __all__ = [
     "all_reduce_sum",
     "build_model",
     "close_mesh",
+    "exchange_ids",
     "fetch",
     "open_mesh",
     "open_pack",

@@ -157,6 +157,9 @@ class LoaderConfig:
     """Put tasks of similar size into one batch. Off, for comparison: any of the window, so padding grows."""
     prefetch: int = 2
     """Batches prepared ahead in a background thread; 0 is off."""
+    ahead: Literal["none", "index", "ids"] = "ids"
+    """What the background thread does with a batch besides reading it: nothing, the uniques and other index work,
+    or the exchange of ids between workers as well. What it does not do ahead, the step does."""
     resample: bool = False
     """Redraw each training task's support/query cut every epoch, at random with the stored sizes."""
 
@@ -164,6 +167,29 @@ class LoaderConfig:
         _require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         _require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
         _require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """How rows and gradients travel between workers. The defaults are the fast ones; the others are for the study."""
+
+    fetch: Literal["fused", "separate"] = "fused"
+    """Support and query rows in one AlltoAll, or in one each; the gradients likewise."""
+    dedup: bool = True
+    """Ask for each row once, or once for every lookup."""
+    dense: Literal["all_reduce", "gather"] = "all_reduce"
+    """Dense gradients: AllReduce, or gather to rank 0, sum there and broadcast (the central outer rule)."""
+    overlap: bool = True
+    """Run the AllReduce of dense gradients during backward and under the AlltoAll of row gradients; off: after each
+    other."""
+    wire: Literal["float32", "bf16", "fp16"] = "float32"
+    """Type of rows and row gradients on the way; float32 leaves them as the table holds them. Gradients are summed
+    in the table's own type."""
+    node_size: int = 0
+    """Workers of one node, for a two-level AlltoAll (inside nodes, then between them); 0 is one level."""
+
+    def __post_init__(self) -> None:
+        _require(self.node_size >= 0, "comm.node_size", self.node_size, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +316,8 @@ class TrainConfig:
     """Dense layers' optimizer."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Batches."""
+    comm: CommConfig = field(default_factory=CommConfig)
+    """Communication between workers."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """When to validate, save and end."""
     seed: int = 0

@@ -61,6 +61,7 @@ def build_report(run_dir: Path | str) -> Path:
         _headline_section(evaluation, run_dir),
         _adaptation_section(evaluation),
         _training_section([r for r in records if r["kind"] == "train"], [r for r in records if r["kind"] == "valid"]),
+        _communication_section([r["comm"] for r in records if r["kind"] == "train" and r.get("comm")]),
         _all_metrics_section(evaluation),
         _settings_section(config, environment, evaluation),
     )
@@ -418,6 +419,46 @@ def _thinned(steps: Sequence[int], records: list[Json], key: str) -> tuple[list[
         xs.append(float(np.mean(steps[begin : begin + size])))
         ys.append(float(np.mean(values)) if values else None)
     return xs, ys
+
+
+# Communication
+
+
+def _communication_section(steps: list[Json]) -> str:
+    """What rank 0 sent in a step, on average, beside what the formulas say; nothing for a run of one process."""
+    if not steps:
+        return ""
+
+    def mean(which: str, kind: str, key: str) -> float:
+        return float(np.mean([step[which][kind][key] for step in steps]))
+
+    rows = [
+        f"<tr><td>{escape(_TRAFFIC.get(kind, kind))}</td>"
+        + "".join(f"<td>{mean(*place):,.0f}</td>" for place in _traffic_cells(kind))
+        + f"<td>{mean('measured', kind, 'calls'):,.1f}</td></tr>"
+        for kind in steps[-1]["measured"]
+    ]
+    head = "<th>bytes, measured</th><th>bytes, predicted</th><th>remote, measured</th><th>remote, predicted</th>"
+    return (
+        "<h2>Communication</h2>"
+        f'<div class="scroll"><table><tr><th>a step of rank 0, mean of {len(steps):,}</th>{head}<th>calls</th></tr>'
+        f'{"".join(rows)}</table></div><p class="note">Remote bytes go to other workers. Predictions are formulas over '
+        "the rows that a worker needs and the size of the model, not measurements.</p>"
+    )
+
+
+_TRAFFIC = {
+    "counts": "counts of rows, ahead of the step",
+    "ids": "ids, ahead of the step",
+    "rows": "rows (AlltoAll)",
+    "gradients": "row gradients (AlltoAll)",
+    "dense": "dense gradients",
+    "control": "sums of losses and norms",
+}
+
+
+def _traffic_cells(kind: str) -> list[tuple[str, str, str]]:
+    return [(which, kind, key) for key in ("bytes", "remote_bytes") for which in ("measured", "predicted")]
 
 
 # Settings

@@ -19,6 +19,7 @@ import yaml
 
 from gmeta import checkpoint
 from gmeta.config import (
+    CommConfig,
     DenseConfig,
     EmbeddingConfig,
     LoaderConfig,
@@ -56,6 +57,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "embedding": EmbeddingConfig,
     "dense": DenseConfig,
     "loader": LoaderConfig,
+    "comm": CommConfig,
     "schedule": ScheduleConfig,
 }
 

@@ -44,7 +44,8 @@ def score(
 ) -> Scores | None:
     """Logits of every query row before and after adapting on its task's support; None on other ranks than 0.
 
-    `learner`, `steps` and `inner_lr` override what the system was trained with. Collective.
+    `learner`, `steps` and `inner_lr` override what the system was trained with. Collective; no other loader may be
+    exchanging ids meanwhile.
     """
     mesh = system.mesh
     learner = learner or system.learner
@@ -62,7 +63,7 @@ def score(
     with loader:
         for prepared in loader:
             batch = prepared.batch
-            rows, _ = system.fetch(prepared.lookup)
+            rows = system.fetch(prepared.routes)
             with system.precision():
                 before, after = learner.predict(rows, batch, steps=steps, inner_lr=inner_lr, plan=prepared.index)
             mask = batch.query.mask

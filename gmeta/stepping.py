@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gmeta.batch import TaskBatch
+from gmeta.embedding.exchange import Routes
 
 
 def still_finite(ok: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
@@ -96,6 +97,6 @@ class Started:
     batch: TaskBatch
     query_loss: Tensor  # [T] of this rank
     lr: float
-    stop: bool  # a rank asked to stop
     stats: OnItsWay
+    routes: Routes  # with what it sent
     watch: Stopwatch

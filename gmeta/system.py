@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gmeta import checkpoint
-from gmeta.batch import EmbeddedRows, TaskBatch, to_device
-from gmeta.config import MetaConfig, TrainConfig
+from gmeta.batch import EmbeddedRows, RowGradients, TaskBatch, to_device
+from gmeta.config import CommConfig, MetaConfig, TrainConfig
 from gmeta.data.schema import PackSchema, schema_difference
-from gmeta.embedding.exchange import LookupPlan, fetch, plan_lookup
+from gmeta.embedding.exchange import Routes, exchange_ids, fetch, return_gradients
+from gmeta.embedding.lookup import LookupPlan, plan_lookup
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
@@ -23,14 +24,37 @@ from gmeta.models import build_model
 from gmeta.parallel.mesh import Mesh
 from gmeta.rundir import read_config, read_schema
 
+WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of rows and row gradients on the way; None: as the tables hold them."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch of which nothing was prepared."""
+
+    batch: TaskBatch
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A batch on this rank's device, and its index work: what needs no other rank."""
+
+    batch: TaskBatch
+    lookup: LookupPlan  # which rows to fetch
+    index: Plan  # which of them each feature of each task reads
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch on this rank's device, and the index work done ahead of its step."""
+    """A batch whose ids were exchanged too: its step moves rows and gradients only."""
 
     batch: TaskBatch
-    lookup: LookupPlan  # which rows to fetch, from whom
-    index: Plan  # which of them each feature of each task reads
+    routes: Routes  # which rows to fetch, from whom, and what others fetch here
+    index: Plan
+
+
+Work = Loaded | Indexed | Prepared
+"""What a loader hands out, by how much is done ahead of the step."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +66,37 @@ class System:
     mesh: Mesh
     dtype: torch.dtype
     autocast: bool
+    comm: CommConfig = field(default_factory=CommConfig)
 
-    def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Prepared:
-        """All index work of a batch, for its own learner or another; needs no rows, so the loader's thread does it."""
-        lookup = plan_lookup(self.tables, batch)
-        num_rows = {name: max(1, group.rows.numel()) for name, group in lookup.groups.items()}
+    def index(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Indexed:
+        """All index work of a batch, for its own learner or another; local, so the loader's thread does it."""
+        lookup = plan_lookup(self.tables, batch, separate=self.comm.fetch == "separate", dedup=self.comm.dedup)
+        num_rows = {name: max(1, count) for name, count in lookup.num_rows.items()}
         index = (learner or self.learner).plan(lookup.support, lookup.query, num_rows, batch)
         device = self.mesh.device
-        return Prepared(to_device(batch, device, self.dtype), to_device(lookup, device), to_device(index, device))
+        return Indexed(to_device(batch, device, self.dtype), lookup, to_device(index, device))
 
-    def fetch(self, plan: LookupPlan, stop: bool = False) -> tuple[EmbeddedRows, bool]:
-        """Fetch the plan's rows; collective. Also whether any rank asked to stop."""
-        rows, stops = fetch(self.tables, plan, self.mesh, stop)
-        return rows, stops
+    def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Prepared:
+        """Everything that can be done before the step: index work, then the exchange of ids, which is collective.
+
+        The loader's thread does it: all ranks for the same batches in the same order, and one loader at a time.
+        """
+        return self.complete(self.index(batch, learner))
+
+    def complete(self, work: Work) -> Prepared:
+        """What was not done ahead; collective unless `work` is prepared."""
+        if isinstance(work, Prepared):
+            return work
+        indexed = self.index(work.batch) if isinstance(work, Loaded) else work
+        return Prepared(indexed.batch, exchange_ids(self.tables, indexed.lookup, self.mesh), indexed.index)
+
+    def fetch(self, routes: Routes) -> EmbeddedRows:
+        """Fetch a batch's rows; collective."""
+        return fetch(self.tables, routes, self.mesh, WIRE[self.comm.wire])
+
+    def return_gradients(self, routes: Routes, rows: EmbeddedRows) -> dict[str, RowGradients]:
+        """Send the gradients of fetched rows home; collective."""
+        return return_gradients(self.tables, routes, rows, self.mesh, WIRE[self.comm.wire])
 
     def precision(self) -> AbstractContextManager[object]:
         """Autocast for forward passes, where configured."""
@@ -105,7 +147,14 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
         dtype=dtype,
         optimizer=config.embedding.optimizer,
     )
-    return System(learner=learner, tables=tables, mesh=mesh, dtype=dtype, autocast=config.precision == "bf16")
+    return System(
+        learner=learner,
+        tables=tables,
+        mesh=mesh,
+        dtype=dtype,
+        autocast=config.precision == "bf16",
+        comm=config.comm,
+    )
 
 
 def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig, num_numeric: int) -> MetaLearner:

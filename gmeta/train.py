@@ -10,11 +10,12 @@ import math
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from gmeta.batch import RowGradients, TaskBatch
 from gmeta.config import TrainConfig
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.embedding.exchange import return_gradients
+from gmeta.embedding.exchange import Routes, expected_traffic
 from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.collectives import GradientBuckets, all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
@@ -32,11 +33,17 @@ from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.rundir import prepare_run_dir, run_lock
 from gmeta.scoring import score, validation_metrics
 from gmeta.stepping import OnItsWay, Started, Stopwatch, still_finite
-from gmeta.system import Prepared, System, build_system
+from gmeta.system import WIRE, Loaded, System, Work, build_system
 from gmeta.tracking import RunLog
 
 EXIT_STOPPED = 75
 """Exit code after a requested stop (SIGTERM, Ctrl-C): saved, continue with --resume. EX_TEMPFAIL."""
+
+SUMS = ("loss", "support_loss", "samples", "cells", "stop")
+"""What ranks add up every step: losses, examples, padded cells, and how many of them were asked to stop."""
+
+CONTROL_BYTES = (8 * len(SUMS), 8)
+"""The step's small AllReduces: `SUMS`, and the squared norm of the row gradients."""
 
 LOWER_IS_BETTER = ("loss", "logloss", "mae", "rmse")
 
@@ -61,7 +68,7 @@ class Run:
     dense: torch.optim.AdamW
     sparse: SparseOptimizer
     buckets: GradientBuckets
-    loader: TaskLoader[Prepared]
+    loader: TaskLoader[Work]
     pack: TaskPack
     log: RunLog
     total_steps: int
@@ -81,13 +88,16 @@ class Run:
         return Path(self.config.run_dir) / "checkpoints"
 
 
-def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> Started:
+def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
     """Start one optimizer step on one global batch; `finish_step` reads its global statistics.
 
-    ids -> rows (AlltoAll) -> inner and outer loop -> gradients home (AlltoAll, AllReduce) -> one update a row.
+    rows (AlltoAll) -> inner and outer loop -> gradients home (AlltoAll, AllReduce) -> one update a row. Which rows, and
+    from whom, was exchanged ahead in the loader's thread.
     """
-    system, mesh, batch = run.system, run.mesh, prepared.batch
-    rows, stop = system.fetch(prepared.lookup, run.stop.is_set())
+    system, mesh = run.system, run.mesh
+    prepared = system.complete(work)
+    batch, routes = prepared.batch, prepared.routes
+    rows = system.fetch(routes)
     watch.lap("exchange")
 
     with system.precision():
@@ -96,15 +106,16 @@ def train_step(run: Run, prepared: Prepared, watch: Stopwatch) -> Started:
     watch.lap("compute")
 
     run.buckets.flush()
-    row_gradients = return_gradients(system.tables, prepared.lookup, rows, mesh)
-    run.buckets.finish()
-    sums = all_reduce_sum(_batch_sums(loss, output.support_loss, batch), mesh)
-    norm = global_norm(_dense_gradients(run), row_gradients, mesh)
+    row_gradients = system.return_gradients(routes, rows)
+    run.buckets.finish(routes.traffic.dense)
+    sums = _batch_sums(loss, output.support_loss, batch, run.stop.is_set())
+    sums = all_reduce_sum(sums, mesh, routes.traffic.control)
+    norm = global_norm(_dense_gradients(run), row_gradients, mesh, routes.traffic.control)
     watch.lap("exchange")
 
-    stats = OnItsWay(dict(zip(("loss", "support_loss", "samples", "cells"), sums, strict=True)) | {"grad_norm": norm})
+    stats = OnItsWay(dict(zip(SUMS, sums, strict=True)) | {"grad_norm": norm})
     lr = lr_scale(run.progress.step, run.config.dense.warmup_steps, run.total_steps, run.config.dense.decay)
-    started = Started(run.progress.step, batch, output.query_loss, run.config.dense.lr * lr, stop, stats, watch)
+    started = Started(run.progress.step, batch, output.query_loss, run.config.dense.lr * lr, stats, routes, watch)
     run.ok = still_finite(run.ok, sums[0], norm)
     if not run.read_late:
         _require_finite(run, started)
@@ -123,12 +134,13 @@ def _dense_gradients(run: Run) -> list[Tensor]:
     return [p.grad for p in run.system.learner.parameters() if p.grad is not None]
 
 
-def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
-    """[loss, support loss, examples, padded cells] of this rank; the losses are already per global task."""
+def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch, stop: bool) -> Tensor:
+    """`SUMS` of this rank; the losses are already per global task."""
     examples = batch.support.mask.sum() + batch.query.mask.sum()
     cells = batch.support.mask.numel() + batch.query.mask.numel()
     support = support_loss.sum() / batch.num_tasks_global
-    return torch.stack([v.double() for v in (loss.detach(), support, examples, examples.new_full((), cells))])
+    numbers = (loss.detach(), support, examples, examples.new_full((), cells), examples.new_full((), int(stop)))
+    return torch.stack([v.double() for v in numbers])
 
 
 def _update(run: Run, row_gradients: dict[str, RowGradients], norm: Tensor, lr: float) -> None:
@@ -165,7 +177,8 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
     pack = open_pack(config.pack)
     split = pack.split("train")
     system = build_system(config, pack.schema, mesh)
-    loader: TaskLoader[Prepared] = TaskLoader(
+    ahead: dict[str, Callable[[TaskBatch], Work]] = {"none": Loaded, "index": system.index, "ids": system.prepare}
+    loader: TaskLoader[Work] = TaskLoader(
         split,
         tasks_per_batch=config.loader.tasks_per_batch,
         seed=config.seed,
@@ -176,7 +189,7 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         size_buckets=config.loader.size_buckets,
         prefetch=config.loader.prefetch,
         resample=config.loader.resample,
-        transform=system.prepare,
+        transform=ahead[config.loader.ahead],
     )
     total = config.schedule.epochs * loader.batches_per_epoch
     if config.schedule.max_steps:
@@ -193,7 +206,9 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
         sparse=SparseOptimizer(
             config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
         ),
-        buckets=GradientBuckets(list(system.learner.parameters()), mesh),
+        buckets=GradientBuckets(
+            list(system.learner.parameters()), mesh, how=config.comm.dense, overlap=config.comm.overlap
+        ),
         loader=loader,
         pack=pack,
         log=RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total),
@@ -255,6 +270,7 @@ def validate(run: Run) -> bool:
     schedule = run.config.schedule
     if "valid" not in run.pack.splits:
         return False
+    run.loader.settle()  # the ids of two loaders must not cross
     scores = score(run.system, run.pack.split("valid"), tasks_per_batch=max(256, run.config.loader.tasks_per_batch))
     metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), run.mesh)
@@ -289,8 +305,8 @@ def training_loop(run: Run) -> bool:
         watch = Stopwatch(run.mesh.device)
         upcoming = next(batches)
         watch.lap("input")
-        prepared = upcoming  # frees the last batch: 1 to 3 ms that are no wait for input
-        ahead.append(train_step(run, prepared, watch))
+        work = upcoming  # frees the last batch: 1 to 3 ms that are no wait for input
+        ahead.append(train_step(run, work, watch))
 
         step = run.progress.step
         last = step == run.total_steps
@@ -310,8 +326,9 @@ def _log_steps(run: Run, ahead: deque[Started], leave: int) -> bool:
     stop = False
     while len(ahead) > (0 if stop else leave):
         started = ahead.popleft()
-        _log_step(run, started, finish_step(run, started))
-        stop = stop or started.stop
+        stats = finish_step(run, started)
+        _log_step(run, started, stats)
+        stop = stop or stats["stop"] > 0
     return stop
 
 
@@ -332,8 +349,23 @@ def _log_step(run: Run, started: Started, stats: dict[str, float]) -> None:
             "padding": 1 - stats["samples"] / max(1.0, stats["cells"]),
             **{f"{phase}_share": value / total for phase, value in seconds.items()},
             "time_s": run.progress.seconds,
+            **({"comm": traffic_record(run, started.routes)} if run.mesh.is_main and run.mesh.world_size > 1 else {}),
         }
     )
+
+
+def traffic_record(run: Run, routes: Routes) -> dict[str, Any]:
+    """What this rank sent in a step, and what the formulas say it had to."""
+    expected = expected_traffic(
+        run.system.tables,
+        routes,
+        run.mesh,
+        WIRE[run.config.comm.wire],
+        dense_bytes=run.buckets.bucket_bytes,
+        dense=run.config.comm.dense,
+        control_bytes=CONTROL_BYTES,
+    )
+    return {"measured": routes.traffic.record(), "predicted": expected.record()}
 
 
 @contextmanager
@@ -358,7 +390,7 @@ def train(config: TrainConfig) -> int:
     """Run `gmeta train` on this rank; returns the exit code (0, or 75 when stopped on request and saved)."""
     open_pack(config.pack)  # before anything is created
     with stop_on_signals() as stop:
-        mesh = open_mesh(config.device, config.timeout_s)
+        mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
         try:
             with run_lock(Path(config.run_dir), mesh):
                 return _train(config, mesh, stop)

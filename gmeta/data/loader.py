@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import Generic, TypeVar, cast
 
@@ -29,7 +29,9 @@ class TaskLoader(Generic[_T]):
     `size_buckets=False` fills batches without regard to sizes: other orders, there to measure what the two buy.
 
     With `prefetch` > 0 that many batches are made ahead, transform included, in one background thread; an error there
-    is raised by the `next` that asks for its batch. `close`, or leaving the loader's `with` block, ends the thread.
+    is raised by the `next` that asks for its batch, and no batch is made after it. `close`, or leaving the loader's
+    `with` block, ends the thread. Batches that were asked for are made to their end, because a collective `transform`
+    must run equally often on every rank.
 
     Raises ValueError where `tasks_per_batch` is below `world_size`: some rank would never have work.
     """
@@ -73,6 +75,7 @@ class TaskLoader(Generic[_T]):
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[_T]] = deque()
         self._next_ahead: _Position = (0, 0)
+        self._error: BaseException | None = None  # of the thread
 
     def __iter__(self) -> TaskLoader[_T]:
         return self
@@ -105,9 +108,14 @@ class TaskLoader(Generic[_T]):
     def close(self) -> None:
         """Drop prefetched batches and end the thread; the loader may still be iterated, from its position on."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=True)
         self._pool = None
         self._ahead.clear()
+        self._error = None
+
+    def settle(self) -> None:
+        """Wait until the batches asked for ahead are made: no transform runs from here to the next `next`."""
+        wait(self._ahead)
 
     def __enter__(self) -> TaskLoader[_T]:
         return self
@@ -141,8 +149,17 @@ class TaskLoader(Generic[_T]):
     def _submit(self, count: int) -> None:
         assert self._pool is not None
         while len(self._ahead) < count and not self._ended(self._next_ahead):
-            self._ahead.append(self._pool.submit(self._make, self._next_ahead))
+            self._ahead.append(self._pool.submit(self._make_ahead, self._next_ahead))
             self._next_ahead = self._after(self._next_ahead)
+
+    def _make_ahead(self, position: _Position) -> _T:
+        if self._error is not None:  # other ranks wait for the batch that failed, not for this one
+            raise self._error
+        try:
+            return self._make(position)
+        except BaseException as error:
+            self._error = error
+            raise
 
     def _make(self, position: _Position) -> _T:
         epoch, index = position

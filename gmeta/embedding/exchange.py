@@ -1,173 +1,254 @@
 """Rows to the workers that need them, gradients back to the workers that own them.
 
 One fetch and one return a step, for support and query together, both outside the inner loop (G-Meta,
-arXiv 2401.04338). For U unique rows of width d in float32 a worker moves 8U bytes of ids, 4dU of rows and
-4dU of gradients, of which about (N - 1) / N go to other workers.
+arXiv 2401.04338). Ids are a function of the batch alone, so their exchange is no part of the step: it runs ahead, on
+the host, in the loader's thread, and leaves to the step an AlltoAll of rows and one of gradients, all sizes known.
+With U unique rows of width d in float32 a worker moves 8U bytes of ids, 4dU of rows and 4dU of gradients, of which
+about (N - 1) / N go to other workers.
+
+The exchange is a chain of hops, each an AlltoAll inside one process group. One level is one hop, to the owners. Two
+levels are two: a worker asks inside its node, of the peer that has there the place that the owner has in its own; that
+peer asks the owner once for what its whole node wants of it. Rows come back through the hops in reverse, gradients
+follow the ids and are added up at every hop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch, map_tensors
+from gmeta.batch import EmbeddedRows, Lookup, to_device
 from gmeta.batch import RowGradients as RowGradients
-from gmeta.embedding.table import GroupLayout, ShardedTables, Slot
-from gmeta.parallel.collectives import CommStats, Pending, all_to_all, exchange_counts
-from gmeta.parallel.mesh import Mesh
+from gmeta.embedding.lookup import Ints, LookupPlan, distinct, peer_of
+from gmeta.embedding.table import ShardedTables
+from gmeta.ops import Selection, product
+from gmeta.parallel.collectives import all_to_all, exchange_counts
+from gmeta.parallel.mesh import Level, Mesh
+from gmeta.parallel.traffic import Asked, CommStats, Sum, Traffic, predicted_traffic
+
+_EXPONENT = 1  # columns that fp16 gradients carry besides their own
 
 
 @dataclass(frozen=True)
-class GroupPlan:
-    """The unique rows that this worker needs of one group."""
+class Hop:
+    """What one level's AlltoAll moves for one `Ask`."""
 
-    rows: Tensor  # int64 [U] physical rows, ascending, hence ordered by owner
-    counts: list[int]  # rows to ask of each owner; sums to U
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the other workers asked of this one: the way back for their gradients."""
-
-    rows: Tensor  # int64 [R] positions in this worker's shard, in the order of the asking ranks
-    counts: list[int]  # rows asked by each rank
+    send: list[int]  # rows asked of each peer
+    receive: list[int]  # rows that each peer asks of this rank
+    merge: Selection | None  # [rows asked of the next level, sum(receive)]; None at the owners
 
 
 @dataclass(frozen=True)
-class LookupPlan:
-    """All that can be prepared without talking to other workers. `fetch` notes in `asked` where gradients must go."""
+class Leg:
+    """One `Ask` from here to the owners."""
 
-    groups: dict[str, GroupPlan]
+    group: str
+    hops: tuple[Hop, ...]  # one a level
+    take: Tensor  # int64, rows of this worker's shard that peers ask for in the last hop
+
+
+@dataclass(frozen=True)
+class Owned:
+    """Rows of this worker's shard that anyone asked for."""
+
+    rows: Tensor  # int64 [R] positions in the shard, unique, ascending
+    merge: Selection | None  # [R, gradients that arrive]; None where they arrive in this order, one a row
+
+
+@dataclass(frozen=True)
+class Routes:
+    """A `LookupPlan` after ids were exchanged: who sends which rows to whom. Tensors are on the mesh's device."""
+
+    num_rows: dict[str, int]
+    legs: tuple[Leg, ...]
+    first: dict[str, Tensor | None]
+    owned: dict[str, Owned]
     support: dict[str, Lookup]
     query: dict[str, Lookup]
-    asked: dict[str, Asked] = field(default_factory=dict)
+    traffic: CommStats  # of this batch; `fetch` and `return_gradients` add theirs
 
 
-def plan_lookup(tables: ShardedTables, batch: TaskBatch) -> LookupPlan:
-    """Deduplicate the rows that support and query need; local, safe in a background thread.
+def exchange_ids(tables: ShardedTables, plan: LookupPlan, mesh: Mesh) -> Routes:
+    """Tell the owners, through every level, which rows this worker needs, and plan what will come back.
 
-    Padded positions ask for nothing: their index is 0, and the mask keeps their gradient zero.
-    ValueError names a feature that the batch lacks, or an id outside its table.
+    Collective over gloo groups that nothing else uses, so that a background thread may do it while the step runs, as
+    long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
     """
-    sides = {"support": batch.support, "query": batch.query}
-    lookups: dict[str, dict[str, Lookup]] = {name: {} for name in sides}
-    groups = {}
-    for layout in tables.layouts.values():
-        slots = {feature: slot for feature, slot in tables.features.items() if slot.group == layout.name}
-        pieces = [(name, feature, ids) for name, side in sides.items() for feature, ids in _keys(side, slots)]
-        keys = torch.cat([keys for _, _, keys in pieces]) if pieces else torch.zeros(0, dtype=torch.int64)
-        groups[layout.name], index = _unique_rows(keys, layout)
-        for (name, feature, _), part in zip(pieces, torch.split(index, [k.numel() for _, _, k in pieces]), strict=True):
-            lookups[name][feature] = _lookup(sides[name], feature, slots[feature], part)
-    return LookupPlan(groups, lookups["support"], lookups["query"])
-
-
-def _keys(side: Examples, slots: dict[str, Slot]) -> Iterator[tuple[str, Tensor]]:
-    """(feature, keys int64 [n]) of the positions that are not padding."""
-    for feature, slot in slots.items():
-        if slot.pooling is None:
-            if feature not in side.ids:
-                raise ValueError(
-                    f"the batch has no one-valued feature {feature!r}; it has: {', '.join(side.ids) or 'none'}"
-                )
-            ids = side.ids[feature][side.mask]
+    traffic = CommStats(mesh.rank)
+    rows: list[Ints] = [ask.rows.numpy() for ask in plan.asks]
+    hops: list[list[Hop]] = [[] for _ in rows]
+    for level in mesh.levels:
+        layouts = [tables.layouts[ask.group] for ask in plan.asks]
+        send = [
+            np.bincount(peer_of(part, layout, level), minlength=len(level.ranks)).tolist()
+            for part, layout in zip(rows, layouts, strict=True)
+        ]
+        receive = _exchange_counts(send, level, mesh, traffic)
+        rows = _exchange_rows(rows, send, receive, level, mesh, traffic)
+        for i, layout in enumerate(layouts):
+            merge = None
+            if level is not mesh.levels[-1]:
+                rows[i], _, merge = distinct(rows[i], layout.num_rows)
+            hops[i].append(Hop(send[i], receive[i], merge))
+    legs, owned = [], {}
+    for ask, part, chain in zip(plan.asks, rows, hops, strict=True):
+        start = tables.layouts[ask.group].local_range(mesh.rank).start
+        legs.append(Leg(ask.group, tuple(chain), torch.from_numpy(part - start if start else part)))
+    for name, layout in tables.layouts.items():
+        arriving = _joined([leg.take for leg in legs if leg.group == name])
+        if not mesh.levels and plan.first[name] is None:
+            owned[name] = Owned(arriving, None)  # one worker: what it asked of itself is unique and ascending
         else:
-            if feature not in side.bags:
-                raise ValueError(
-                    f"the batch has no many-valued feature {feature!r}; it has: {', '.join(side.bags) or 'none'}"
-                )
-            ids = side.bags[feature].values
-        if ids.numel() and (ids.min() < 0 or ids.max() >= slot.num_ids):
-            wrong = ids[(ids < 0) | (ids >= slot.num_ids)]
-            raise ValueError(
-                f"feature {feature!r} has the id {wrong[0].item()}, but its table {slot.table!r} has the ids 0 to "
-                f"{slot.num_ids - 1}: the pack does not fit the model, prepare the data and train again together"
-            )
-        yield feature, ids.long() + slot.offset
+            unique, _, matrix = distinct(arriving.numpy(), layout.num_rows)
+            owned[name] = Owned(torch.from_numpy(unique), matrix)
+    moved = to_device((tuple(legs), plan.first, owned, plan.support, plan.query), mesh.device)
+    return Routes(plan.num_rows, *moved, traffic)
 
 
-def _unique_rows(keys: Tensor, layout: GroupLayout) -> tuple[GroupPlan, Tensor]:
-    """The rows of `keys` int64 [K], and where each key is among them, int64 [K]."""
-    unique, inverse = torch.unique(keys, return_inverse=True)
-    rows, order = layout.permutation.forward(unique).sort()
-    position = torch.empty_like(order)
-    position[order] = torch.arange(order.numel())
-    bounds = torch.arange(1, layout.world_size) * layout.chunk
-    cuts = [0, *torch.searchsorted(rows, bounds).tolist(), rows.numel()]
-    return GroupPlan(rows, [end - start for start, end in pairwise(cuts)]), position[inverse]
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _lookup(side: Examples, feature: str, slot: Slot, index: Tensor) -> Lookup:
-    if slot.pooling is not None:
-        return Lookup(slot.group, index, side.bags[feature].lengths, slot.pooling)
-    padded = torch.zeros(side.mask.shape, dtype=torch.int64)
-    padded[side.mask] = index
-    return Lookup(slot.group, padded)
+def _exchange_counts(send: list[list[int]], level: Level, mesh: Mesh, traffic: CommStats) -> list[list[int]]:
+    message = torch.tensor(send, dtype=torch.int64)
+    traffic.counts.add(dict.fromkeys(level.ranks, message[:, 0].nbytes))
+    return exchange_counts(message, level.ids, mesh)
 
 
-def fetch(
-    tables: ShardedTables, plan: LookupPlan, mesh: Mesh, stop: bool = False, stats: CommStats | None = None
-) -> tuple[EmbeddedRows, bool]:
-    """Fetch the plan's rows from their owners: AlltoAll of counts, ids, rows. Collective.
+def _exchange_rows(
+    rows: list[Ints], send: list[list[int]], receive: list[list[int]], level: Level, mesh: Mesh, traffic: CommStats
+) -> list[Ints]:
+    """What peers ask of this rank, in the order of the peers, for each `Ask`."""
+    coming = []
+    for part, out, into in zip(rows, send, receive, strict=True):
+        ids = torch.from_numpy(part)
+        coming.append(all_to_all(ids, out, into, level.ids, mesh))
+        _count(traffic.ids, ids, out, level)
+    return [pending.wait().numpy() for pending in coming]
 
-    `stop` rides on the counts: the second value is True on all ranks when it was given on any. A group
-    of which nothing is asked gets one zero row, so that padded positions have something to point at.
+
+def _count(traffic: Traffic, rows: Tensor, counts: Sequence[int], level: Level) -> None:
+    """Book `counts` rows, of the size that those of `rows` have, by peer."""
+    size = rows.nbytes // max(1, rows.shape[0])
+    traffic.add({rank: size * n for rank, n in zip(level.ranks, counts, strict=True)})
+
+
+def fetch(tables: ShardedTables, routes: Routes, mesh: Mesh, wire: torch.dtype | None = None) -> EmbeddedRows:
+    """Fetch the rows from their owners: an AlltoAll a level. Collective; waits for no device.
+
+    With a `wire` type rows are rounded to it, also those that stay here, so that what is learned does not depend on
+    who owns a row. A group of which nothing is asked gets one zero row, so that padded positions have something to
+    point at.
     """
-    stats = stats or CommStats()
-    counts = torch.tensor([group.counts for group in plan.groups.values()], dtype=torch.int64)
-    counts = counts.reshape(len(plan.groups), mesh.world_size).T
-    received, flags = exchange_counts(counts, [int(stop)], mesh)
-    stats.counts.add(8 * (len(plan.groups) + 1), [1] * mesh.world_size, mesh.rank)
-
-    asking: dict[str, Pending] = {}
-    for (name, group), asked in zip(plan.groups.items(), received, strict=True):
-        asking[name] = all_to_all(group.rows.to(mesh.device), group.counts, asked, mesh)
-        stats.ids.add(8, group.counts, mesh.rank)
-
-    coming: dict[str, Pending] = {}
-    for (name, group), asked in zip(plan.groups.items(), received, strict=True):
-        rows = asking[name].wait() - tables.layouts[name].local_range(mesh.rank).start
-        plan.asked[name] = Asked(rows, asked)
-        weight = tables.groups[name].weight
-        coming[name] = all_to_all(weight.index_select(0, rows), asked, group.counts, mesh)
-        stats.rows.add(weight.shape[1] * weight.element_size(), group.counts, mesh.rank)
-
-    weights = {name: _leaf(pending.wait()) for name, pending in coming.items()}
-    support, query = map_tensors((plan.support, plan.query), lambda t: t.to(mesh.device, non_blocking=True))
-    return EmbeddedRows(weights, support, query), bool(flags[0])
+    weights = [tables.groups[leg.group].weight for leg in routes.legs]
+    values = [w.index_select(0, leg.take).to(wire) for w, leg in zip(weights, routes.legs, strict=True)]
+    for depth, level in reversed(list(enumerate(mesh.levels))):
+        coming = []
+        for leg, value in zip(routes.legs, values, strict=True):
+            hop = leg.hops[depth]
+            if hop.merge is not None:
+                value = value.index_select(0, hop.merge.rows)
+            coming.append(all_to_all(value, hop.receive, hop.send, level.rows, mesh))
+            _count(routes.traffic.rows, coming[-1].result, hop.send, level)
+        values = [pending.wait() for pending in coming]
+    leaves = {}
+    for name, parts in groupby(zip(routes.legs, values, strict=True), lambda item: item[0].group):
+        leaves[name] = _leaf([value for _, value in parts], routes.first[name], tables.dtype)
+    return EmbeddedRows(leaves, routes.support, routes.query)
 
 
-def _leaf(rows: Tensor) -> Tensor:
+def _leaf(parts: list[Tensor], first: Tensor | None, dtype: torch.dtype) -> Tensor:
+    rows = _joined(parts)
+    rows = (rows if first is None else rows.index_select(0, first)).to(dtype)
     return (rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])).requires_grad_()
 
 
 def return_gradients(
-    tables: ShardedTables, plan: LookupPlan, rows: EmbeddedRows, mesh: Mesh, stats: CommStats | None = None
+    tables: ShardedTables, routes: Routes, rows: EmbeddedRows, mesh: Mesh, wire: torch.dtype | None = None
 ) -> dict[str, RowGradients]:
     """Send `rows.weights[...].grad` home and add what arrives for one row; collective, once after each `fetch`.
 
-    Gradients of a row are added in the order of the ranks they come from, so that runs repeat bitwise. Rows
-    that no graph reached (grad is None) return zeros: they were fetched, hence took part in the step.
+    Gradients of a row are added in the table's type, in the order of the ranks they come from, so that runs repeat
+    bitwise. Rows that no graph reached (grad is None) return zeros: they were fetched, hence took part in the step. Of
+    a row that was fetched more than once the first copy carries the gradient, and the others zeros.
     """
-    stats = stats or CommStats()
-    coming: dict[str, Pending] = {}
-    for name, group in plan.groups.items():
-        weight = rows.weights[name]
-        grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        coming[name] = all_to_all(grad[: group.rows.numel()], group.counts, plan.asked[name].counts, mesh)
-        stats.gradients.add(weight.shape[1] * weight.element_size(), group.counts, mesh.rank)
-    return {name: _merge(plan.asked[name], pending.wait()) for name, pending in coming.items()}
+    values = [part for name in routes.num_rows for part in _outgoing(name, routes, rows.weights[name], mesh)]
+    if not mesh.levels:
+        values = [_decode(_encode(value, wire), tables.dtype, wire) for value in values]
+    for depth, level in enumerate(mesh.levels):
+        coming = []
+        for leg, value in zip(routes.legs, values, strict=True):
+            hop = leg.hops[depth]
+            sent = _encode(value, wire)
+            coming.append(all_to_all(sent, hop.send, hop.receive, level.rows, mesh))
+            _count(routes.traffic.gradients, sent, hop.send, level)
+        values = [_decode(pending.wait(), tables.dtype, wire) for pending in coming]
+        merges = [leg.hops[depth].merge for leg in routes.legs]
+        values = [v if m is None else product(v, m) for v, m in zip(values, merges, strict=True)]
+    out = {}
+    for name, owned in routes.owned.items():
+        grad = _joined([value for leg, value in zip(routes.legs, values, strict=True) if leg.group == name])
+        out[name] = RowGradients(owned.rows, grad if owned.merge is None else product(grad, owned.merge))
+    return out
 
 
-def _merge(asked: Asked, grad: Tensor) -> RowGradients:
-    """Sum the gradients grad [R, d] of equal rows."""
-    unique, inverse = torch.unique(asked.rows, return_inverse=True)
-    total = grad.new_zeros(unique.numel(), grad.shape[1])
-    # One source's rows are unique: no index occurs twice in an index_add_, so that its order cannot matter.
-    for part, index in zip(torch.split(grad, asked.counts), torch.split(inverse, asked.counts), strict=True):
-        total.index_add_(0, index, part)
-    return RowGradients(unique, total)
+def _outgoing(name: str, routes: Routes, weight: Tensor, mesh: Mesh) -> Sequence[Tensor]:
+    """The gradients that each leg of a group sends off."""
+    grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    grad = grad[: routes.num_rows[name]]
+    first = routes.first[name]
+    if first is None:
+        return [grad]
+    sizes = [sum(leg.hops[0].send) if mesh.levels else len(leg.take) for leg in routes.legs if leg.group == name]
+    copies = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, first, grad)
+    return torch.split(copies, sizes)
+
+
+def _encode(grad: Tensor, wire: torch.dtype | None) -> Tensor:
+    """Gradients [n, d] as they travel: as they are, in bf16 [n, d], or in fp16 [n, d + 1].
+
+    fp16 spans 6e-8 to 65504 and gradients divided by the global number of tasks are small, so that each row is scaled
+    by a power of two, which brings its largest number into [0.5, 1) and travels as one more column. Infinite and NaN
+    gradients stay so.
+    """
+    if wire != torch.float16:
+        return grad.to(wire)
+    exponent = torch.frexp(grad.abs().amax(1, keepdim=True)).exponent.clamp(-126, 126).to(grad.dtype)
+    return torch.cat([grad * torch.exp2(-exponent), exponent], 1).to(wire)
+
+
+def _decode(values: Tensor, dtype: torch.dtype, wire: torch.dtype | None) -> Tensor:
+    if wire != torch.float16:
+        return values.to(dtype)
+    values = values.to(dtype)
+    return values[:, :-_EXPONENT] * torch.exp2(values[:, -_EXPONENT:])
+
+
+def expected_traffic(
+    tables: ShardedTables,
+    routes: Routes,
+    mesh: Mesh,
+    wire: torch.dtype | None = None,
+    *,
+    dense_bytes: Sequence[int] = (),
+    dense: Sum = "all_reduce",
+    control_bytes: Sequence[int] = (),
+) -> CommStats:
+    """What the formulas of `predicted_traffic` say about a step with these routes."""
+    size = (wire or tables.dtype).itemsize
+    levels = []
+    for depth, level in enumerate(mesh.levels):
+        asked = []
+        for leg in routes.legs:
+            dim = tables.layouts[leg.group].dim
+            rows: Mapping[int, int] = dict(zip(level.ranks, leg.hops[depth].send, strict=True))
+            asked.append(Asked(rows, dim * size, (dim + _EXPONENT * (wire == torch.float16)) * size))
+        levels.append(asked)
+    return predicted_traffic(
+        mesh.rank, mesh.world_size, levels, dense_bytes=dense_bytes, dense=dense, control_bytes=control_bytes
+    )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gmeta.batch import RowGradients
 from gmeta.parallel.collectives import all_reduce_sum
 from gmeta.parallel.mesh import Mesh
+from gmeta.parallel.traffic import Traffic
 
 
 def dense_optimizer(
@@ -51,13 +52,15 @@ def lr_scale(step: int, warmup_steps: int, total_steps: int, decay: str) -> floa
     raise ValueError(f"decay is {decay!r}: must be none, linear or cosine")
 
 
-def global_norm(dense: list[Tensor], rows: Mapping[str, RowGradients], mesh: Mesh) -> Tensor:
+def global_norm(
+    dense: list[Tensor], rows: Mapping[str, RowGradients], mesh: Mesh, traffic: Traffic | None = None
+) -> Tensor:
     """Euclidean norm of the whole gradient, float64 [] on the device; collective, the same number on every rank.
 
     dense: replicated gradients, already summed over ranks, hence counted once. rows: each rank's own rows, merged,
-    added up over ranks. Squares are summed in float64.
+    added up over ranks; the AllReduce is counted in `traffic`. Squares are summed in float64.
     """
-    total = all_reduce_sum(_square_sum([found.grad for found in rows.values()], mesh), mesh)
+    total = all_reduce_sum(_square_sum([found.grad for found in rows.values()], mesh), mesh, traffic)
     return (total + _square_sum(dense, mesh)).sqrt()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gmeta.parallel.mesh import Mesh, PeerLost
+from gmeta.parallel.traffic import Sum, Traffic, add_sum
 
 _LOST = (
     "timed out",
@@ -48,34 +49,6 @@ def naming_lost_peers(mesh: Mesh) -> Iterator[None]:
         ) from error
 
 
-@dataclass
-class Traffic:
-    """Bytes of one kind of message that this worker asked for or sent, its own share included, and AlltoAll calls."""
-
-    bytes: int = 0
-    remote_bytes: int = 0  # to or from other workers
-    calls: int = 0
-
-    def add(self, row_bytes: int, rows: Sequence[int], rank: int) -> None:
-        """Count one AlltoAll that moves `rows[peer]` rows of `row_bytes` bytes."""
-        self.bytes += row_bytes * sum(rows)
-        self.remote_bytes += row_bytes * (sum(rows) - rows[rank])
-        self.calls += 1
-
-
-@dataclass
-class CommStats:
-    """What the embedding exchange moved so far, seen from the worker that needs the rows.
-
-    For U fetched rows of width d in float32: ids 8U bytes, rows 4dU, gradients 4dU.
-    """
-
-    counts: Traffic = field(default_factory=Traffic)
-    ids: Traffic = field(default_factory=Traffic)
-    rows: Traffic = field(default_factory=Traffic)
-    gradients: Traffic = field(default_factory=Traffic)
-
-
 # AlltoAll
 
 
@@ -95,34 +68,29 @@ class Pending:
         return self.result
 
 
-def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], mesh: Mesh) -> Pending:
-    """Start an AlltoAll of rows: `rows` [sum(send), ...] is cut by `send` over ranks.
+def all_to_all(
+    rows: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, mesh: Mesh
+) -> Pending:
+    """Start an AlltoAll of rows: `rows` [sum(send), ...] is cut by `send` over the ranks of `group`.
 
-    The result is [sum(receive), ...], in the order of the sending ranks.
+    The result is [sum(receive), ...], in the order of the sending ranks. Sizes are known on the host, so that nothing
+    waits for the device.
     """
     assert rows.shape[0] == sum(send), (rows.shape, send)
-    if mesh.row_group is None:
-        return Pending(rows, None, mesh)
     out = rows.new_empty((sum(receive), *rows.shape[1:]))
     with naming_lost_peers(mesh):
-        work = dist.all_to_all_single(
-            out, rows.contiguous(), list(receive), list(send), group=mesh.row_group, async_op=True
-        )
+        work = dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=group, async_op=True)
     return Pending(out, work, mesh)
 
 
-def exchange_counts(counts: Tensor, flags: Sequence[int], mesh: Mesh) -> tuple[list[list[int]], list[int]]:
-    """Tell every peer how many rows of each group to expect, and spread flags on the same message.
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup, mesh: Mesh) -> list[list[int]]:
+    """Tell every peer how many rows of each exchange to expect: int64 [exchanges, peers], over gloo.
 
-    counts: int64 [world_size, groups], rows that this rank asks of each owner.
-    Returns what each peer asks of this rank, [groups][world_size], and the flags' maximum over all ranks,
-    the same on every rank: a stop request costs no collective of its own.
+    Returns how many each peer asks of this rank, [exchanges][peers].
     """
-    world_size, groups = counts.shape
-    message = torch.cat([counts, torch.tensor([list(flags)], dtype=torch.int64).expand(world_size, -1)], dim=1)
-    ones = [1] * world_size
-    heard = all_to_all(message.to(mesh.device), ones, ones, mesh).wait().cpu()
-    return heard[:, :groups].T.tolist(), heard[:, groups:].amax(0).tolist()
+    ones = [1] * counts.shape[1]
+    heard: list[list[int]] = all_to_all(counts.T, ones, ones, group, mesh).wait().T.tolist()
+    return heard
 
 
 # AllReduce
@@ -136,24 +104,37 @@ class GradientBuckets:
     the same buckets in the same order, whatever its own graph looks like. A parameter without a gradient counts
     as zeros.
 
+    `how` is all_reduce, or gather: all gradients go to rank 0, which adds them in the order of ranks and sends the sum
+    back (a central outer rule, for comparison). Without `overlap` nothing is launched before `finish`.
+
         loss.backward()       # hooks launch the buckets that fill up
         buckets.flush()       # launches the rest; before any other collective
         ...
         buckets.finish()      # waits; every p.grad now holds the sum over ranks
     """
 
-    def __init__(self, params: Iterable[torch.nn.Parameter], mesh: Mesh, bucket_mb: float = 4.0) -> None:
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        mesh: Mesh,
+        bucket_mb: float = 4.0,
+        *,
+        how: Sum = "all_reduce",
+        overlap: bool = True,
+    ) -> None:
         self._mesh = mesh
+        self._how = how
+        self._overlap = overlap
         self._buckets = _cut(list(params)[::-1], int(bucket_mb * 2**20))
         self._flat = [bucket[0].new_zeros(sum(p.numel() for p in bucket)) for bucket in self._buckets]
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._pending: list[Pending] = []
+        self._pending: list[Pending | _CentralSum] = []
         self._hooks = [_hook(p, partial(self._ready, i)) for i, bucket in enumerate(self._buckets) for p in bucket]
 
     def _ready(self, index: int, _param: Tensor) -> None:
         assert self._missing[index] > 0, "one backward a step: finish() was not called"
         self._missing[index] -= 1
-        while len(self._pending) < len(self._buckets) and self._missing[len(self._pending)] == 0:
+        while self._overlap and len(self._pending) < len(self._buckets) and self._missing[len(self._pending)] == 0:
             self._launch()
 
     def _launch(self) -> None:
@@ -165,18 +146,34 @@ class GradientBuckets:
             else:
                 part.copy_(param.grad)
         self._missing[index] = 0
-        self._pending.append(_all_reduce(flat, dist.ReduceOp.SUM, self._mesh.dense_group, self._mesh))
+        if self._how == "gather":
+            self._pending.append(_CentralSum(flat, self._mesh))
+        else:
+            self._pending.append(_all_reduce(flat, dist.ReduceOp.SUM, self._mesh.dense_group, self._mesh))
+
+    @property
+    def bucket_bytes(self) -> list[int]:
+        """Bytes of each bucket: one AllReduce, or one gather and its way back, a step."""
+        return [flat.nbytes for flat in self._flat]
 
     def flush(self) -> None:
         """Launch the buckets that backward did not complete."""
+        if self._overlap:
+            self._launch_all()
+
+    def _launch_all(self) -> None:
         while len(self._pending) < len(self._buckets):
             self._launch()
 
-    def finish(self) -> None:
+    def finish(self, traffic: Traffic | None = None) -> None:
         """Wait for all buckets and put the sums into `p.grad`, on every rank for every parameter."""
-        self.flush()
+        self._launch_all()
+        mesh = self._mesh
         for bucket, pending in zip(self._buckets, self._pending, strict=True):
-            for param, part in _parts(bucket, pending.wait()):
+            total = pending.wait()
+            if traffic is not None:
+                add_sum(traffic, self._how, total.nbytes, mesh.world_size)
+            for param, part in _parts(bucket, total):
                 if param.grad is None:
                     param.grad = part.clone()
                 else:
@@ -188,6 +185,31 @@ class GradientBuckets:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
             hook.remove()
+
+
+class _CentralSum:
+    """The sum over ranks, made on rank 0 in the order of ranks: gather, add, scatter."""
+
+    def __init__(self, flat: Tensor, mesh: Mesh) -> None:
+        self._flat = flat
+        self._mesh = mesh
+        self._work: dist.Work | None = None
+        self._parts = [torch.empty_like(flat) for _ in range(mesh.world_size)] if mesh.is_main else None
+        if mesh.dense_group is not None:
+            with naming_lost_peers(mesh):
+                self._work = dist.gather(flat, self._parts, dst=0, group=mesh.dense_group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """The sum, on every rank."""
+        if self._work is None:
+            return self._flat
+        with naming_lost_peers(self._mesh):
+            self._work.wait()
+            copies = None
+            if self._parts is not None:
+                copies = [sum(self._parts[1:], start=self._parts[0])] * len(self._parts)
+            dist.scatter(self._flat, copies, src=0, group=self._mesh.dense_group)
+        return self._flat
 
 
 def _hook(param: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
@@ -222,8 +244,10 @@ def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.Process
         return Pending(tensor, dist.all_reduce(tensor, op, group=group, async_op=True), mesh)
 
 
-def all_reduce_sum(tensor: Tensor, mesh: Mesh) -> Tensor:
-    """The sum of `tensor` over ranks, bitwise the same on all of them."""
+def all_reduce_sum(tensor: Tensor, mesh: Mesh, traffic: Traffic | None = None) -> Tensor:
+    """The sum of `tensor` over ranks, bitwise the same on all of them; counted in `traffic`."""
+    if traffic is not None:
+        add_sum(traffic, "all_reduce", tensor.nbytes, mesh.world_size)
     return _all_reduce(tensor.clone(), dist.ReduceOp.SUM, mesh.dense_group, mesh).wait()
 
 

@@ -21,6 +21,21 @@ class PeerLost(RuntimeError):
     """Another worker died or did not answer in time; nothing that was in flight can be trusted."""
 
 
+@dataclass(frozen=True)
+class Level:
+    """One level of the AlltoAll of rows: the ranks that this one exchanges with directly.
+
+    A row of owner `o` is asked of the peer at place `o // stride % len(ranks)` of `ranks`: of the owner itself where
+    there is one level; where there are two, first of the rank of the own node that has the owner's place there,
+    then, by that rank, of the owner.
+    """
+
+    ranks: tuple[int, ...]
+    stride: int
+    rows: dist.ProcessGroup  # rows and row gradients, on the device
+    ids: dist.ProcessGroup  # gloo: counts and ids, exchanged ahead in the loader's thread, which nobody else uses
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
     """This worker's place among the others."""
@@ -30,7 +45,8 @@ class Mesh:
     local_world_size: int = 1  # workers on this machine
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: int = 300
-    row_group: dist.ProcessGroup | None = None  # AlltoAll of embedding rows
+    row_group: dist.ProcessGroup | None = None  # all ranks that hold rows
+    levels: tuple[Level, ...] = ()  # of the AlltoAll of rows; none in one process
     dense_group: dist.ProcessGroup | None = None  # AllReduce of dense gradients
     control_group: dist.ProcessGroup | None = None  # gloo: barriers, small objects, checkpoints
     row_mesh: DeviceMesh | None = None  # of row_group, for DTensor
@@ -41,14 +57,21 @@ class Mesh:
         return self.rank == 0
 
 
-def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 300) -> Mesh:
+def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 300, node_size: int = 0) -> Mesh:
     """Join the other workers, if there are any.
 
     gloo on CPU, NCCL on CUDA. AlltoAll and AllReduce get a group each, because both are in flight at once
-    during backward. ValueError when CUDA is asked for and there is none, or fewer devices than workers.
+    during backward; ids have a gloo group on any device. `node_size` > 1 makes the AlltoAll two-level, with nodes of
+    that many consecutive ranks. ValueError when CUDA is asked for and there is none, or fewer devices than workers, or
+    when `node_size` does not divide the number of workers.
     """
     rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank, local_world_size = _environment_int("LOCAL_RANK", 0), _environment_int("LOCAL_WORLD_SIZE", 1)
+    if node_size and world_size % node_size:
+        raise ValueError(
+            f"comm.node_size is {node_size}, world size is {world_size}: it must divide the number of workers; "
+            "set it to the workers of one node, or to 0 for one level"
+        )
     place = _device(device, local_rank)
     if world_size == 1:
         return Mesh(device=place, timeout_s=timeout_s)
@@ -66,10 +89,28 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
         device=place,
         timeout_s=timeout_s,
         row_group=row_group,
+        levels=_levels(rank, world_size, node_size, backend, timeout, row_group),
         dense_group=dist.new_group(backend=backend, timeout=timeout),
         control_group=dist.group.WORLD,
         row_mesh=DeviceMesh.from_group(row_group, place.type),
     )
+
+
+def _levels(
+    rank: int, world_size: int, node_size: int, backend: str, timeout: timedelta, row_group: dist.ProcessGroup
+) -> tuple[Level, ...]:
+    everyone = tuple(range(world_size))
+    if node_size in (0, 1, world_size):
+        return (Level(everyone, 1, row_group, dist.new_group(backend="gloo", timeout=timeout)),)
+    nodes = [everyone[start : start + node_size] for start in range(0, world_size, node_size)]
+    levels = []
+    for stride, parts in ((1, nodes), (node_size, list(zip(*nodes, strict=True)))):
+        for ranks in parts:  # every rank makes every group, also those it is not in
+            rows = dist.new_group(list(ranks), backend=backend, timeout=timeout)
+            ids = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
+            if rank in ranks:
+                levels.append(Level(ranks, stride, rows, ids))
+    return tuple(levels)
 
 
 def close_mesh(mesh: Mesh) -> None:

@@ -37,10 +37,10 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _worker(environment: dict[str, str], timeout_s: int, tasks: Connection) -> None:
+def _worker(environment: dict[str, str], timeout_s: int, node_size: int, tasks: Connection) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    mesh = open_mesh("cpu", timeout_s)
+    mesh = open_mesh("cpu", timeout_s, node_size)
     while True:
         try:
             function, args = tasks.recv()
@@ -52,15 +52,17 @@ def _worker(environment: dict[str, str], timeout_s: int, tasks: Connection) -> N
             tasks.send((False, traceback.format_exc()))
 
 
-class _Pool:
-    def __init__(self, nproc: int, mesh_timeout_s: int) -> None:
+class Pool:
+    """`nproc` workers; `results` are those of the ranks that came back from the last run, also from one that failed."""
+
+    def __init__(self, nproc: int, mesh_timeout_s: int, node_size: int) -> None:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(nproc):
             ours, theirs = CONTEXT.Pipe()
             environment = worker_environment(rank, nproc, self.store.port)
-            process = CONTEXT.Process(target=_worker, args=(environment, mesh_timeout_s, theirs), daemon=True)
+            process = CONTEXT.Process(target=_worker, args=(environment, mesh_timeout_s, node_size, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -69,7 +71,7 @@ class _Pool:
     def run(self, function: Function, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, args))
-        results: dict[int, Any] = {}
+        self.results = results = dict[int, Any]()
         errors: dict[int, str] = {}
         end = time.monotonic() + timeout_s
         while len(results) + len(errors) < len(self.pipes):
@@ -98,17 +100,20 @@ class _Pool:
             process.join()
 
 
-_POOLS: dict[tuple[int, int], _Pool] = {}
+_POOLS: dict[tuple[int, int, int], Pool] = {}
 
 
 def run_ranks(
-    nproc: int, function: Function, *args: Any, timeout_s: float = 60.0, mesh_timeout_s: int = 60
+    nproc: int, function: Function, *args: Any, timeout_s: float = 60.0, mesh_timeout_s: int = 60, node_size: int = 0
 ) -> list[Any]:
-    """`function(mesh, *args)` on `nproc` ranks; results in rank order. AssertionError with every rank's traceback."""
+    """`function(mesh, *args)` on `nproc` ranks, in nodes of `node_size`; results in rank order.
+
+    AssertionError with every rank's traceback.
+    """
     if nproc == 1:
         return [function(Mesh(), *args)]
-    key = (nproc, mesh_timeout_s)
-    pool = _POOLS.pop(key, None) or _Pool(nproc, mesh_timeout_s)
+    key = (nproc, mesh_timeout_s, node_size)
+    pool = _POOLS.pop(key, None) or Pool(*key)
     try:
         results = pool.run(function, args, timeout_s)
     except BaseException:

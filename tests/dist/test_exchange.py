@@ -12,12 +12,13 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor
 
 from gmeta.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
-from gmeta.embedding.exchange import fetch, plan_lookup, return_gradients
+from gmeta.embedding.exchange import Routes, exchange_ids, expected_traffic, fetch, return_gradients
+from gmeta.embedding.lookup import plan_lookup
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
 from gmeta.optim.dense import global_norm
 from gmeta.optim.sparse import SparseOptimizer
-from gmeta.parallel.collectives import CommStats
 from gmeta.parallel.mesh import Mesh
+from gmeta.parallel.traffic import CommStats
 
 pytestmark = pytest.mark.dist
 
@@ -109,18 +110,22 @@ def make(mesh: Mesh, optimizer: str, dtype: torch.dtype = torch.float64) -> Shar
     return ShardedTables(SPECS, mesh=mesh, seed=5, init_std=0.5, dtype=dtype, optimizer=optimizer)
 
 
-def train(mesh: Mesh, optimizer: str, steps: int) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+def routes_of(tables: ShardedTables, batch: TaskBatch, mesh: Mesh, **how: bool) -> Routes:
+    return exchange_ids(tables, plan_lookup(tables, batch, **how), mesh)
+
+
+def train(mesh: Mesh, optimizer: str, steps: int, **how: bool) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Tables of all workers after `steps`, losses of this rank's tasks, and gradient norms."""
     tables = make(mesh, optimizer)
     sparse = SparseOptimizer(optimizer, lr=0.3, weight_decay=0.1)
     losses, norms = [], []
     for step in range(steps):
         batch = batch_of(mesh, step)
-        rows, stop = fetch(tables, plan := plan_lookup(tables, batch), mesh)
-        assert not stop
+        routes = routes_of(tables, batch, mesh, **how)
+        rows = fetch(tables, routes, mesh)
         loss = loss_of(rows, batch)
         loss.backward()
-        gradients = return_gradients(tables, plan, rows, mesh)
+        gradients = return_gradients(tables, routes, rows, mesh)
         norms.append(global_norm([], gradients, mesh).item())
         sparse.step(tables, gradients)
         losses.append(loss.item())
@@ -196,11 +201,11 @@ def exchange_nothing(mesh: Mesh) -> None:
     batch = batch_of(mesh, 0)
     nothing = slice(0, 0)
     batch = replace(batch, support=cut(batch.support, nothing), query=cut(batch.query, nothing), task_id=torch.zeros(0))
-    plan = plan_lookup(tables, batch)
-    rows, _ = fetch(tables, plan, mesh)
+    routes = routes_of(tables, batch, mesh)
+    rows = fetch(tables, routes, mesh)
     assert {name: tuple(w.shape) for name, w in rows.weights.items()} == {"d2": (1, 2), "d4": (1, 4)}
     loss_of(rows, batch).backward()
-    gradients = return_gradients(tables, plan, rows, mesh)
+    gradients = return_gradients(tables, routes, rows, mesh)
     assert all(g.rows.numel() == 0 and g.grad.shape[0] == 0 for g in gradients.values())
     SparseOptimizer("adam", lr=1.0, weight_decay=1.0).step(tables, gradients)
     assert all(torch.equal(group.weight, before[name]) for name, group in tables.groups.items())
@@ -211,37 +216,158 @@ def test_a_batch_without_rows_changes_nothing(world):
     run_ranks(world, exchange_nothing)
 
 
-def ask_to_stop(mesh: Mesh, who: int | None) -> bool:
+NODES = [(2, 0), (4, 0), (4, 2)]  # workers, workers of a node
+
+
+def train_in(mesh: Mesh, how: dict[str, bool]) -> dict[str, torch.Tensor]:
+    return train(mesh, "adam", 4, **how)[0]
+
+
+@pytest.mark.parametrize("how", [{}, {"separate": True}, {"dedup": False}, {"separate": True, "dedup": False}])
+@pytest.mark.parametrize(("world", "node_size"), [(1, 0), *NODES])
+def test_every_way_to_exchange_trains_the_same_rows(world, node_size, how):
+    (expected,) = run_ranks(1, train_in, {})
+    for whole in run_ranks(world, train_in, how, node_size=node_size):
+        for name, value in expected.items():
+            torch.testing.assert_close(whole[name], value, rtol=1e-12, atol=1e-12)
+
+
+def exchanged(mesh: Mesh, wire: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """Rows as support and query read them, then every worker's summed gradients."""
     tables = make(mesh, "sgd")
-    return fetch(tables, plan_lookup(tables, batch_of(mesh, 0)), mesh, stop=mesh.rank == who)[1]
+    batch = batch_of(mesh, 0)
+    routes = routes_of(tables, batch, mesh)
+    rows = fetch(tables, routes, mesh, wire)
+    read = {f"{name}.rows": rows.weights[name].detach() for name in rows.weights}
+    ids = {
+        f"{lookup.group}.{which}.{name}": lookup.index
+        for which, lookups in (("support", rows.support), ("query", rows.query))
+        for name, lookup in lookups.items()
+    }
+    values = {name: read[f"{name.split('.')[0]}.rows"][index] for name, index in ids.items()}
+    loss_of(rows, batch).backward()
+    home = return_gradients(tables, routes, rows, mesh, wire)
+    start = {name: tables.layouts[name].local_range(mesh.rank).start for name in home}
+    return values | {f"home.{n}": torch.cat([(g.rows + start[n])[:, None], g.grad], 1) for n, g in home.items()}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_stop_flag_reaches_every_rank(world):
-    assert run_ranks(world, ask_to_stop, None) == [False] * world
-    assert run_ranks(world, ask_to_stop, world - 1) == [True] * world
+def test_two_levels_fetch_the_same_bits_and_return_the_same_sums():
+    one, two = run_ranks(4, exchanged, None), run_ranks(4, exchanged, None, node_size=2)
+    for ours, theirs in zip(two, one, strict=True):
+        for name, value in theirs.items():
+            if name.startswith("home."):
+                torch.testing.assert_close(ours[name], value, rtol=1e-12, atol=1e-12)
+            else:
+                assert torch.equal(ours[name], value), name
 
 
-def traffic(mesh: Mesh) -> tuple[dict[str, int], CommStats]:
+@pytest.mark.parametrize(("wire", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize(("world", "node_size"), [(1, 0), *NODES])
+def test_a_short_wire_type_rounds_rows_and_gradients_once_a_hop(world, node_size, wire, tolerance):
+    """Rows: the table's, rounded, whoever owns them. Gradients: within half a unit of the type, per worker and hop."""
+    exact, rounded = (run_ranks(world, exchanged, w, node_size=node_size) for w in (None, wire))
+    off = 0.0
+    for ours, theirs in zip(rounded, exact, strict=True):
+        for name, value in theirs.items():
+            if not name.startswith("home."):
+                assert torch.equal(ours[name], value.to(wire).to(value.dtype)), name
+                continue
+            assert torch.equal(ours[name][:, 0], value[:, 0])
+            error = (ours[name] - value)[:, 1:].abs()
+            off = max(off, float(error.max())) if error.numel() else off
+            # rounded rows change the gradients too: the loss bends by less than 1
+            assert (error <= 8 * tolerance * (0.1 + value[:, 1:].abs().amax(1, keepdim=True))).all()
+    assert off > 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 1e30])
+def test_fp16_gradients_neither_vanish_nor_overflow(scale):
+    tables = make(Mesh(), "sgd", torch.float32)
+    batch = batch_of(Mesh(), 0)
+    routes = routes_of(tables, batch, Mesh())
+    rows = fetch(tables, routes, Mesh())
+    for weight in rows.weights.values():
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * scale
+    home = return_gradients(tables, routes, rows, Mesh(), torch.float16)
+    for name, weight in rows.weights.items():
+        largest = weight.grad.abs().amax(1, keepdim=True)
+        assert ((home[name].grad - weight.grad).abs() <= 2**-11 * largest).all()
+    weight.grad[0, 0], weight.grad[1, 0] = float("inf"), float("nan")
+    home = return_gradients(tables, routes, rows, Mesh(), torch.float16)[name].grad
+    assert home[0, 0].isinf()
+    assert home[1, 0].isnan()
+
+
+def traffic(mesh: Mesh, how: dict[str, bool], wire: torch.dtype | None) -> tuple[CommStats, CommStats, list[int]]:
+    """Counted and predicted of one exchange, and the lookups of (support, query) that it serves, in each group."""
     tables = make(mesh, "sgd", torch.float32)
-    plan = plan_lookup(tables, batch_of(mesh, 0))
-    stats = CommStats()
-    rows, _ = fetch(tables, plan, mesh, stats=stats)
-    return_gradients(tables, plan, rows, mesh, stats=stats)
-    rows_remote = sum(sum(g.counts) - g.counts[mesh.rank] for g in plan.groups.values())
-    assert stats.ids.remote_bytes == 8 * rows_remote
-    return {name: g.rows.numel() for name, g in plan.groups.items()}, stats
+    batch = batch_of(mesh, 0)
+    routes = routes_of(tables, batch, mesh, **how)
+    rows = fetch(tables, routes, mesh, wire)
+    return_gradients(tables, routes, rows, mesh, wire)
+    return routes.traffic, expected_traffic(tables, routes, mesh, wire), wanted(tables, batch, **how)
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_counted_bytes_are_the_formula(world):
-    for unique, stats in run_ranks(world, traffic):
-        assert stats.ids.bytes == sum(8 * u for u in unique.values())
-        assert stats.rows.bytes == stats.gradients.bytes == 4 * (2 * unique["d2"] + 4 * unique["d4"])
-        assert (stats.counts.calls, stats.ids.calls, stats.rows.calls, stats.gradients.calls) == (1, 2, 2, 2)
-        assert stats.counts.bytes == world * 8 * 3
+def wanted(tables: ShardedTables, batch: TaskBatch, separate: bool = False, dedup: bool = True) -> dict[str, int]:
+    """Rows to ask for in each group, counted the plain way."""
+    out = {}
+    for name in tables.layouts:
+        sides: list[list[int]] = []
+        for examples in (batch.support, batch.query):
+            keys: list[int] = []
+            for feature, slot in tables.features.items():
+                if slot.group == name:
+                    bag = slot.pooling is not None
+                    ids = examples.bags[feature].values if bag else examples.ids[feature][examples.mask]
+                    keys += (ids + slot.offset).tolist()
+            sides.append(keys)
+        sides = sides if separate else [sides[0] + sides[1]]
+        out[name] = sum(len(set(keys)) if dedup else len(keys) for keys in sides)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("how", "wire"),
+    [
+        ({}, None),
+        ({"separate": True}, None),
+        ({"dedup": False}, None),
+        ({"separate": True, "dedup": False}, None),
+        ({}, torch.bfloat16),
+        ({}, torch.float16),
+    ],
+)
+@pytest.mark.parametrize(("world", "node_size"), [(1, 0), *NODES])
+def test_counted_bytes_are_the_formula(world, node_size, how, wire):
+    for counted, predicted, asked in run_ranks(world, traffic, how, wire, node_size=node_size):
+        assert counted.record() == predicted.record()
         if world == 1:
-            assert stats.rows.remote_bytes == stats.counts.remote_bytes == 0
+            assert not any(kind["calls"] for kind in counted.record().values())
+        if world == 1 or node_size:  # the second level's rows are those of the node
+            continue
+        size, extra = (4, 0) if wire is None else (2, 2 * (wire == torch.float16))
+        assert counted.ids.bytes == 8 * sum(asked.values())
+        assert counted.rows.bytes == size * (2 * asked["d2"] + 4 * asked["d4"])
+        assert counted.gradients.bytes == counted.rows.bytes + extra * sum(asked.values())
+        exchanges = 4 if "separate" in how else 2
+        assert counted.counts.calls == 1
+        assert counted.counts.bytes == world * 8 * exchanges
+        assert (counted.ids.calls, counted.rows.calls, counted.gradients.calls) == (exchanges,) * 3
+
+
+def between_nodes(mesh: Mesh) -> dict[str, float]:
+    counted = traffic(mesh, {}, None)[0]
+    node = mesh.rank // 2
+    return {
+        kind: sum(size for rank, size in getattr(counted, kind).by_rank.items() if rank // 2 != node)
+        for kind in ("ids", "rows", "gradients")
+    }
+
+
+def test_two_levels_carry_shared_rows_between_nodes_once():
+    one, two = run_ranks(4, between_nodes), run_ranks(4, between_nodes, node_size=2)
+    for kind in ("ids", "rows", "gradients"):
+        assert 0 < sum(rank[kind] for rank in two) < sum(rank[kind] for rank in one)
 
 
 # plans
@@ -258,13 +384,12 @@ def test_each_row_is_asked_once_and_padding_asks_for_nothing():
         for key in slot.offset
         + (examples.ids[feature][examples.mask] if slot.pooling is None else examples.bags[feature].values)
     }
-    for name, group in plan.groups.items():
-        layout = tables.layouts[name]
-        keys = layout.permutation.inverse(group.rows).tolist()
-        assert sorted(keys) == sorted(key for where, key in needed if where == name)
-        owners = torch.bincount(group.rows // layout.chunk, minlength=4).tolist()
-        assert group.counts == owners
-        assert torch.equal(group.rows, group.rows.sort().values)
+    assert plan.first == {"d2": None, "d4": None}
+    for ask in plan.asks:
+        keys = tables.layouts[ask.group].permutation.inverse(ask.rows).tolist()
+        assert sorted(keys) == sorted(key for where, key in needed if where == ask.group)
+        assert torch.equal(ask.rows, ask.rows.sort().values)
+        assert plan.num_rows[ask.group] == len(keys)
 
 
 @pytest.mark.parametrize("bad", [-1, 9])

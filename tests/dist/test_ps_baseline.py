@@ -36,7 +36,8 @@ from gmeta.evaluate import evaluate
 from gmeta.parallel.mesh import Mesh, PeerLost
 from gmeta.system import load_system
 from gmeta.tracking import read_metrics
-from gmeta.train import Stopwatch, build_run, train_step
+from gmeta.stepping import Stopwatch
+from gmeta.train import build_run, finish_step, train_step
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -85,7 +86,7 @@ def ours(settings: TrainConfig) -> dict[str, Any]:
     trace = []
     with run.loader:
         for _ in range(STEPS):
-            stats, _ = train_step(run, next(run.loader), Stopwatch(torch.device("cpu")))
+            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(torch.device("cpu"))))
             trace.append([stats[key] for key in ("loss", "support_loss", "samples", "grad_norm", "lr")])
     run.buckets.close()
     tables = sorted(run.system.tables.state_dict().items())

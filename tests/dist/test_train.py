@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from harness import run_ranks
+from harness import Pool, run_ranks
 from packs import make_pack
 
 from gmeta.config import (
+    CommConfig,
     DenseConfig,
     EmbeddingConfig,
     LoaderConfig,
@@ -21,9 +24,10 @@ from gmeta.config import (
     TrainConfig,
 )
 from gmeta.parallel.collectives import gather_to_rank_0
-from gmeta.parallel.mesh import Mesh
+from gmeta.parallel.mesh import Mesh, PeerLost
+from gmeta.scoring import score
 from gmeta.stepping import Stopwatch
-from gmeta.train import build_run, finish_step, train_step
+from gmeta.train import build_run, finish_step, traffic_record, train_step
 
 pytestmark = pytest.mark.dist
 
@@ -118,6 +122,179 @@ def test_fewer_tasks_than_workers_is_refused(tmp_path: Path) -> None:
     settings = config(make_pack(tmp_path / "pack"), loader=LoaderConfig(tasks_per_batch=1))
     with pytest.raises(AssertionError, match=r"tasks_per_batch is 1, world size is 2"):
         run_ranks(2, run_steps, settings, 1)
+
+
+CHOICES: list[dict[str, Any]] = [
+    {"comm": CommConfig(fetch="separate")},
+    {"comm": CommConfig(dedup=False)},
+    {"comm": CommConfig(dense="gather")},
+    {"comm": CommConfig(dense="gather", overlap=False)},
+    {"comm": CommConfig(overlap=False)},
+    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, ahead="index")},
+    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, ahead="none")},
+    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, prefetch=0)},
+]
+
+
+def name_of(choice: dict[str, Any]) -> str:
+    (value,) = choice.values()
+    default = type(value)(tasks_per_batch=7, window_batches=3) if "loader" in choice else type(value)()
+    return "-".join(str(v) for k, v in vars(value).items() if v != vars(default)[k])
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=name_of)
+@pytest.mark.parametrize("nproc", [1, 2, 4])
+def test_no_choice_changes_what_is_learned(tmp_path: Path, nproc: int, choice: dict[str, Any]) -> None:
+    pack = make_pack(tmp_path / "pack")
+    alone = run_steps(Mesh(), config(pack), 4)
+    assert_same(run_ranks(nproc, run_steps, config(pack, **choice), 4)[0], alone, 1e-9)
+
+
+def test_nodes_do_not_change_what_is_learned(tmp_path: Path) -> None:
+    settings = config(make_pack(tmp_path / "pack"))
+    together = run_ranks(4, run_steps, settings, 8, node_size=2)[0]
+    assert_same(together, run_steps(Mesh(), settings, 8), 1e-9)
+
+
+def losses_and_dense_bits(mesh: Mesh, settings: TrainConfig) -> tuple[list[float], list[bytes]]:
+    run = build_run(settings, mesh, threading.Event())
+    with run.loader:
+        losses = [finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))["loss"] for _ in range(4)]
+    run.buckets.close()
+    return losses, [p.detach().numpy().tobytes() for p in run.system.learner.parameters()]
+
+
+@pytest.mark.parametrize(("wire", "tolerance"), [("bf16", 2**-7), ("fp16", 2**-10)])
+def test_short_types_on_the_wire_keep_ranks_equal_and_near(tmp_path: Path, wire: Any, tolerance: float) -> None:
+    """Dense weights are the same bits on every rank; losses are near those of exact rows, and differ from them."""
+    pack = make_pack(tmp_path / "pack")
+    exact, _ = losses_and_dense_bits(Mesh(), config(pack))
+    for nproc in (1, 2):
+        ranks = run_ranks(nproc, losses_and_dense_bits, config(pack, comm=CommConfig(wire=wire)))
+        assert all(rank == ranks[0] for rank in ranks)
+        assert ranks[0][0] == pytest.approx(exact, abs=tolerance)
+        assert ranks[0][0] != pytest.approx(exact, abs=1e-6)
+
+
+def ask_to_stop(mesh: Mesh, settings: TrainConfig, who: int) -> list[bool]:
+    """Rank `who` is told to stop before the second step."""
+    stop = threading.Event()
+    run = build_run(settings, mesh, stop)
+    stops = []
+    with run.loader:
+        for step in range(3):
+            if step == 1 and mesh.rank == who:
+                stop.set()
+            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
+            stops.append(stats["stop"] > 0)
+    run.buckets.close()
+    return stops
+
+
+@pytest.mark.parametrize("nproc", [1, 2, 4])
+def test_all_ranks_stop_at_the_same_step(tmp_path: Path, nproc: int) -> None:
+    settings = config(make_pack(tmp_path / "pack"))
+    assert run_ranks(nproc, ask_to_stop, settings, nproc - 1) == [[False, True, True]] * nproc
+
+
+def traffic_of_steps(mesh: Mesh, settings: TrainConfig) -> list[dict[str, Any]]:
+    run = build_run(settings, mesh, threading.Event())
+    found = []
+    with run.loader:
+        for _ in range(3):
+            started = train_step(run, next(run.loader), Stopwatch(mesh.device))
+            found.append(traffic_record(run, started.routes))
+    run.buckets.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    "comm",
+    [
+        CommConfig(),
+        CommConfig(fetch="separate", dedup=False),
+        CommConfig(dense="gather"),
+        CommConfig(overlap=False, wire="bf16"),
+        CommConfig(wire="fp16"),
+    ],
+    ids=["default", "separate", "gather", "bf16", "fp16"],
+)
+@pytest.mark.parametrize(("nproc", "node_size"), [(1, 0), (2, 0), (4, 0), (4, 2)])
+def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, node_size: int, comm: CommConfig) -> None:
+    settings = config(make_pack(tmp_path / "pack"), precision="float32", comm=comm)
+    ranks = run_ranks(nproc, traffic_of_steps, settings, node_size=node_size)
+    for steps in ranks:
+        for found in steps:
+            assert found["measured"] == found["predicted"]
+    if nproc == 1:
+        assert not any(kind["calls"] for kind in ranks[0][0]["measured"].values())
+        return
+    size = 4 * sum(p.numel() for p in build_run(settings, Mesh(), threading.Event()).system.learner.parameters())
+    for rank, steps in enumerate(ranks):
+        dense = steps[0]["measured"]["dense"]
+        if comm.dense == "gather":
+            assert dense == {"bytes": size * (nproc - 1 if rank == 0 else 1), "remote_bytes": dense["bytes"], "calls": 2}
+        else:
+            assert dense["bytes"] == dense["remote_bytes"] == round(2 * size * (nproc - 1) / nproc)
+        assert steps[0]["measured"]["control"]["calls"] == 2
+        assert steps[0]["measured"]["rows"]["bytes"] > steps[0]["measured"]["rows"]["remote_bytes"] > 0
+
+
+def validate_between_steps(mesh: Mesh, settings: TrainConfig) -> list[float]:
+    """Losses of steps around validations, which exchange ids of their own while batches are ahead."""
+    run = build_run(settings, mesh, threading.Event())
+    losses = []
+    with run.loader:
+        for _ in range(4):
+            losses.append(finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))["loss"])
+            run.loader.settle()
+            scores = score(run.system, run.pack.split("valid"), tasks_per_batch=4)
+            losses.append(0.0 if scores is None else float(scores.after.sum()))
+    run.buckets.close()
+    return losses
+
+
+def test_validation_between_steps_equals_one_process(tmp_path: Path) -> None:
+    settings = config(make_pack(tmp_path / "pack"))
+    (alone,) = run_ranks(1, validate_between_steps, settings)
+    for nproc in (2, 4):
+        assert run_ranks(nproc, validate_between_steps, settings)[0] == pytest.approx(alone, rel=1e-9)
+
+
+def fail_in_the_thread(mesh: Mesh, settings: TrainConfig) -> str:
+    """Rank 1's loader fails at its third batch and closes at once; what does every rank end with?"""
+    run = build_run(settings, mesh, threading.Event())
+    real, made = run.loader._transform, []
+
+    def transform(batch: Any) -> Any:
+        made.append(batch)
+        if mesh.rank == 1 and len(made) == 3:
+            raise ValueError("shard 7 is damaged")
+        return real(batch)
+
+    run.loader._transform = transform
+    try:
+        with run.loader:
+            while True:
+                train_step(run, next(run.loader), Stopwatch(mesh.device))
+    except ValueError as error:
+        assert len(made) == 3, "a batch was made, and its ids sent, after the one that failed"
+        os._exit(int(str(error) != "shard 7 is damaged"))  # as a process with a user's mistake ends
+    except PeerLost as error:
+        return str(error)
+
+
+def test_an_error_in_one_loader_thread_ends_the_others_as_lost_peers(tmp_path: Path) -> None:
+    pool = Pool(2, 60, 0)
+    started = time.monotonic()
+    try:
+        with pytest.raises(AssertionError, match="--- rank 1 ---\nthe process died, exit code 0"):
+            pool.run(fail_in_the_thread, (config(make_pack(tmp_path / "pack")),), 60)
+        assert "rank 0 lost its peers" in pool.results[0]
+        assert "resume from the last checkpoint" in pool.results[0]
+    finally:
+        pool.close()
+    assert time.monotonic() - started < 50, "it waited for the time-out"
 
 
 ADAPTED = (["embeddings", "dense"], ["dense"], ["head"], ["embeddings.item"], ["decision"], [])

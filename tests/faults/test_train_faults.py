@@ -85,6 +85,8 @@ def test_a_pack_that_is_none_creates_nothing(tmp_path: Path, capsys: Capture) ->
         ),
         (["--meta.clusters", 0], "meta.clusters is 0: must be at least 1"),
         (["--seed", -1], "seed is -1"),
+        (["--comm.wire", "int8"], "comm.wire is 'int8': must be one of"),
+        (["--comm.node_size", 3], "comm.node_size is 3, world size is 1: it must divide the number of workers"),
         (["--nproc", 0], "nproc is 0"),
         (["--device", "cuda"], "0 CUDA devices"),
     ],

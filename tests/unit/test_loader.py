@@ -198,6 +198,52 @@ def test_leaving_a_loop_early_leaves_no_thread_after_close(split: PackSplit) -> 
     early.close()
 
 
+def test_what_was_asked_for_is_made_to_its_end(split: PackSplit) -> None:
+    """Every rank's thread must make the same batches, because `transform` may be collective."""
+    made: list[int] = []
+    go = threading.Event()
+
+    def transform(batch: TaskBatch) -> int:
+        assert go.wait(10)
+        made.append(batch.index)
+        return batch.index
+
+    with TaskLoader(split, tasks_per_batch=2, seed=0, prefetch=3, transform=transform) as loader:
+        threading.Timer(0.05, go.set).start()
+        assert next(loader) == 0
+        go.clear()
+        threading.Timer(0.05, go.set).start()
+    assert made == [0, 1, 2, 3]
+
+
+def test_settle_waits_for_what_was_asked_for(split: PackSplit) -> None:
+    made: list[int] = []
+
+    def transform(batch: TaskBatch) -> None:
+        time.sleep(0.02)
+        made.append(batch.index)
+
+    with TaskLoader(split, tasks_per_batch=2, seed=0, prefetch=3, transform=transform) as loader:
+        next(loader)
+        loader.settle()
+        assert made == [0, 1, 2, 3]
+
+
+def test_no_batch_is_made_after_one_that_failed(split: PackSplit) -> None:
+    made: list[int] = []
+
+    def transform(batch: TaskBatch) -> None:
+        made.append(batch.index)
+        if batch.index == 1:
+            raise ValueError("broken")
+
+    with TaskLoader(split, tasks_per_batch=2, seed=0, prefetch=3, transform=transform) as loader:
+        next(loader)
+        with pytest.raises(ValueError, match="broken"):
+            next(loader)
+    assert made == [0, 1]
+
+
 def test_padding_share_counts_cells(split: PackSplit) -> None:
     batch = next(loader(split))
     cells = batch.support.mask.numel() + batch.query.mask.numel()

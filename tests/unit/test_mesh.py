@@ -41,6 +41,13 @@ def test_a_damaged_environment_is_named(monkeypatch):
         open_mesh("cpu")
 
 
+@pytest.mark.parametrize(("workers", "node_size"), [("1", 2), ("4", 3), ("2", 4)])
+def test_nodes_must_divide_the_workers(monkeypatch, workers, node_size):
+    monkeypatch.setenv("WORLD_SIZE", workers)
+    with pytest.raises(ValueError, match=f"comm.node_size is {node_size}, world size is {workers}: it must divide"):
+        open_mesh("cpu", node_size=node_size)
+
+
 def test_too_few_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -62,6 +62,9 @@ def write_metrics(run_dir, num_steps, binary):
                 **{"input_share": 0.08, "exchange_share": 0.12 + 0.05 * rng.random(), "time_s": clock},
             }
         )
+        kinds = {kind: {"bytes": 1000, "remote_bytes": 700, "calls": 1} for kind in ("ids", "rows", "dense")}
+        sent = {**kinds, "rows": {"bytes": 64_000 + 2 * step, "remote_bytes": 48_000, "calls": 2}}
+        lines[-1]["comm"] = {"measured": sent, "predicted": {**sent, "dense": kinds["ids"] | {"bytes": 999}}}
         lines[-1]["compute_share"] = 0.92 - lines[-1]["exchange_share"]
         if step % max(1, num_steps // 10) == 0:
             record = {"kind": "valid", "step": step}
@@ -220,3 +223,20 @@ def test_mistakes_are_named(tmp_path):
     (tmp_path / "evaluation.json").write_text('{"records": []}')
     with pytest.raises(ValueError, match=r"lacks headline, .*run `gmeta evaluate` again"):
         build_report(tmp_path)
+
+
+def test_traffic_stands_beside_its_prediction(tmp_path):
+    make_run(tmp_path / "run", num_steps=5)
+    page = build_report(tmp_path / "run").read_text()
+    row = re.search(r"<tr><td>rows \(AlltoAll\)</td>(.*?)</tr>", page)[1]
+    assert re.findall(r"<td>(.*?)</td>", row) == ["64,006", "64,006", "48,000", "48,000", "2.0"]
+    row = re.search(r"<tr><td>dense gradients</td>(.*?)</tr>", page)[1]
+    assert re.findall(r"<td>(.*?)</td>", row)[:2] == ["1,000", "999"]
+
+
+def test_one_process_has_no_traffic_to_show(tmp_path):
+    make_run(tmp_path / "run", num_steps=5)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "comm"}) + "\n" for r in lines))
+    assert "Communication" not in build_report(tmp_path / "run").read_text()
