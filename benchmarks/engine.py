@@ -25,7 +25,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -36,15 +36,16 @@ from common import Record, alternate, arguments, median, publish, table
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from gmeta.batch import Examples, TaskBatch
+from gmeta.batch import Examples, TaskBatch, to_device
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.melu import MeLU
-from gmeta.optim.dense import dense_optimizer
+from gmeta.optim.dense import dense_optimizer, dense_step
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
 from gmeta.system import Prepared, System
 
+CPU = torch.device("cpu")
 INNER_LR = 0.1
 LR = 1e-3
 VOCABULARY = 20_000  # ids of each feature
@@ -139,7 +140,8 @@ class Gmeta:
     case: Case
     batches: list[TaskBatch]
     settings: Mapping[str, Any]
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU
+    autocast: bool = False
     steps: int = 0
     ahead: Future[Prepared] | None = None
 
@@ -151,7 +153,7 @@ class Gmeta:
         )
         specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
         tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
-        self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False)
+        self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=self.autocast)
         self.dense = dense_optimizer(learner, lr=LR, inner_lr_lr=LR)
         self.sparse = SparseOptimizer("rowwise_adagrad", lr=LR)
         self.loader = ThreadPoolExecutor(1)
@@ -168,11 +170,11 @@ class Gmeta:
         """One step; the loss."""
         prepared = self._next()
         rows = self.system.fetch(prepared.routes)
-        loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
+        with self.system.precision():
+            loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
         loss.backward()
         gradients = self.system.return_gradients(prepared.routes, rows)
-        self.dense.step()
-        self.dense.zero_grad(set_to_none=False)
+        dense_step(self.dense)
         self.sparse.step(self.system.tables, gradients)
         return loss.detach()
 
@@ -210,7 +212,7 @@ class Torch:
     batches: list[TaskBatch]
     rows: Tensor
     run: StepLoss
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU
     steps: int = 0
 
     def __post_init__(self) -> None:
@@ -219,6 +221,7 @@ class Torch:
         self.dense = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0, fused=True)
         self.sparse = torch.optim.Adagrad([self.table], lr=LR)
         self.ids = [_stacked(self.case, batch).to(self.device) for batch in self.batches]
+        self.batches = [to_device(batch, self.device) for batch in self.batches]
 
     def __call__(self) -> Tensor:
         """One step; the loss."""
@@ -250,9 +253,9 @@ def _stacked(case: Case, batch: TaskBatch) -> Tensor:
 class PlainTorch:
     """The obvious loop."""
 
-    def __init__(self, case: Case, batches: list[TaskBatch], rows: Tensor) -> None:
-        self.case, self.batches, self.steps = case, batches, 0
-        self.model = build(case)
+    def __init__(self, case: Case, batches: list[TaskBatch], rows: Tensor, device: torch.device = CPU) -> None:
+        self.case, self.batches, self.steps = case, [to_device(batch, device) for batch in batches], 0
+        self.model = build(case).to(device)
         parts = rows.split(VOCABULARY)
         self.tables = nn.ModuleDict(
             {
@@ -292,7 +295,7 @@ class PlainTorch:
 
 
 def plain_fused(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor) -> Tensor:
-    label = torch.cat([batch.support.label, batch.query.label], 1).to(ids.device)
+    label = torch.cat([batch.support.label, batch.query.label], 1)
     embedded = F.embedding(ids, weight, sparse=True).unbind(-2)
     logits = model(label.new_zeros(*label.shape, 0), {f"f{i}": rows for i, rows in enumerate(embedded)})
     loss = F.binary_cross_entropy_with_logits(logits, label)
@@ -321,12 +324,10 @@ def loop(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, second
     for t in range(batch.num_tasks):
         unique, index = ids[t].unique(return_inverse=True)
         fast = {**dict(model.named_parameters()), "rows": F.embedding(unique, weight, sparse=True)}
-        loss = _inner_loss(fast, model, index[:num_support], batch.support.label[t].to(ids.device))
+        loss = _inner_loss(fast, model, index[:num_support], batch.support.label[t])
         steps = torch.autograd.grad(loss, list(fast.values()), create_graph=second)
         fast = {name: value - INNER_LR * step for (name, value), step in zip(fast.items(), steps, strict=True)}
-        loss = (
-            _inner_loss(fast, model, index[num_support:], batch.query.label[t].to(ids.device)) / batch.num_tasks_global
-        )
+        loss = _inner_loss(fast, model, index[num_support:], batch.query.label[t]) / batch.num_tasks_global
         loss.backward()
         total += loss.detach()
     return total
@@ -401,7 +402,7 @@ def vmapped(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor) -> 
 
     rows = F.embedding(unique, weight, sparse=True)
     sides = (index[:, :num_support], index[:, num_support:])
-    labels = (batch.support.label.to(ids.device), batch.query.label.to(ids.device))
+    labels = (batch.support.label, batch.query.label)
     loss = vmap(task_loss)(rows, *sides, *labels).sum() / batch.num_tasks_global
     loss.backward()
     return loss.detach()
@@ -411,7 +412,7 @@ Variant = Gmeta | Torch | PlainTorch
 
 
 def variants(case: Case, batches: list[TaskBatch], device: torch.device) -> dict[str, Variant]:
-    """Name -> step. PyTorch's own look-ups with sparse gradients and the libraries run on the CPU only."""
+    """Name -> step. The libraries run on the CPU only."""
     meta = {"adapt": ["embeddings", "dense"], "engine": "factored"}
     ours = {
         "plain": Gmeta(case, batches, {"adapt": []}, device),
@@ -430,7 +431,7 @@ def variants(case: Case, batches: list[TaskBatch], device: torch.device) -> dict
         if importlib.util.find_spec(name) is not None and device.type == "cpu":
             losses[f"{name}-second"] = partial(_library_loop, adapt=adapt)
     rivals = {name: Torch(case, batches, rows, run, device) for name, run in losses.items()}
-    return {"plain": ours["plain"], "plain-torch": PlainTorch(case, batches, rows), **rivals, **ours}
+    return {"plain": ours["plain"], "plain-torch": PlainTorch(case, batches, rows, device), **rivals, **ours}
 
 
 def kind(name: str) -> str:
@@ -487,7 +488,7 @@ def render(records: list[Record]) -> str:
 def main() -> None:
     args = arguments("Meta-learning engines against plain training, loops of tasks, and vmap.")
     repetitions = 2 if args.quick else 11
-    records = [record for case in CASES for record in measure(case, repetitions, torch.device("cpu"))]
+    records = [record for case in CASES for record in measure(case, repetitions, CPU)]
     config = {
         "repetitions": f"{repetitions}, median",
         "threads": torch.get_num_threads(),

@@ -2,45 +2,33 @@
 
     python benchmarks/gpu.py [--quick] [--json FILE]
 
-Timed is rows read from the table -> loss -> gradients -> one update of every dense parameter and of every row that
-took part, the device waited for at the end. Peaks are measured here: a large copy, a large matrix product. Without
-CUDA it says so and ends.
+Timed is the whole step as in engine.py, ids -> loss -> gradients -> updates, the device waited for at the end. Peaks
+are measured here: a large copy, a large matrix product. Without CUDA it says so and ends.
 
     plain            gmeta, `adapt: []`, on support and query together
-    plain-torch      the obvious loop: nn.Embedding per feature, torch.optim.Adagrad (sparse) and AdamW
+    plain-torch*     the obvious and the careful loop of engine.py
     factored-*       gmeta, all dense layers and embeddings adapted, one inner step
-    loop-second      one task at a time, torch.func.functional_call and autograd.grad, on a few of the tasks; no updates
+    loop-second      one task at a time, torch.func.functional_call and autograd.grad, on a few of the tasks
     *-tf32, *-bf16   the same with matrix products of lower precision; other numbers are float32
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import Record, alternate, arguments, median, publish, table
-from engine import CASES, VOCABULARY, Case, build, make_inputs
-from torch import Tensor, nn
-from torch.func import functional_call
+from engine import CASES, Case, Gmeta, PlainTorch, Torch, check_agreement, loop, make_batches, plain_fused
+from engine import variants as engine_variants
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from gmeta.batch import EmbeddedRows, RowGradients, TaskBatch, map_tensors
-from gmeta.embedding.table import ShardedTables, TableSpec
-from gmeta.meta.learner import MetaLearner
-from gmeta.meta.rows import Plan
-from gmeta.optim.dense import dense_optimizer, dense_step, global_norm
-from gmeta.optim.sparse import SparseOptimizer
-from gmeta.parallel.mesh import Mesh
-from gmeta.stepping import still_finite
-
 LARGE = Case(4096, 10, 10, 26, 64, (1024, 512, 256))
-INNER_LR = 0.1
 PRECISIONS = ("float32", "tf32", "bf16")
 LOOP_TASKS = 32
 METRICS = (
@@ -54,131 +42,36 @@ METRICS = (
 )
 
 
-@contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-    with torch.autocast(device.type, torch.bfloat16) if name == "bf16" else nullcontext():
-        yield
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+def in_precision(step: Gmeta, name: str) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+        return step()
+
+    return run
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A batch on the device and the rows of the table that it reads."""
-
-    case: Case
-    batch: TaskBatch
-    lookups: EmbeddedRows
-    rows: Tensor  # int64 [U] positions in the table, ascending
-    tables: ShardedTables
-    mesh: Mesh
-
-
-def make_problem(case: Case, device: torch.device) -> Problem:
-    inputs, mesh = make_inputs(case), Mesh(device=device)
-    found = inputs.rows.weights["rows"]
-    specs = [TableSpec(f"f{i}", VOCABULARY, case.dim, {f"f{i}": None}) for i in range(case.features)]
-    tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randperm(VOCABULARY * case.features, generator=generator)[: len(found)].sort().values
-    batch, lookups = map_tensors((inputs.batch, inputs.rows), lambda t: t.detach().to(device))
-    return Problem(case, batch, lookups, rows.to(device), tables, mesh)
-
-
-class MetaStep:
-    """A whole step of gmeta, as in `gmeta.train.train_step` for one process."""
-
-    def __init__(self, problem: Problem, adapt: list[str], order: str, precision: str) -> None:
-        self.problem, self.precision = problem, precision
-        model = build(problem.case)
-        self.learner = MetaLearner(
-            model,
-            embedding_features=model.features,
-            adapt=adapt,
-            order=order,  # type: ignore[arg-type]
-            inner_lr=INNER_LR,
-            engine="factored",
-        ).to(problem.mesh.device)
-        self.dense = dense_optimizer(self.learner, lr=1e-4, inner_lr_lr=1e-4)
-        self.sparse = SparseOptimizer("rowwise_adagrad", lr=1e-3)
-        self.group = f"d{problem.case.dim}"
-        self.ok = torch.ones((), dtype=torch.bool, device=problem.mesh.device)
-        host, lookups = map_tensors((problem.batch, problem.lookups), lambda t: t.cpu())
-        plan: Plan = self.learner.plan(lookups.support, lookups.query, {"rows": len(problem.rows)}, host)
-        self.plan = map_tensors(plan, lambda t: t.to(problem.mesh.device))
-
-    def __call__(self) -> Tensor:
-        """Query losses [T]."""
-        problem, stored = self.problem, self.problem.tables.groups[self.group].weight
-        weight = stored.index_select(0, problem.rows).requires_grad_()
-        rows = EmbeddedRows({"rows": weight}, problem.lookups.support, problem.lookups.query)
-        with precision(self.precision, problem.mesh.device):
-            loss, output = self.learner(rows, problem.batch, self.plan)
-            loss.backward()
-        assert weight.grad is not None
-        found = {self.group: RowGradients(problem.rows, weight.grad)}
-        gradients = [p.grad for p in self.learner.parameters() if p.grad is not None]
-        self.ok = still_finite(self.ok, loss.detach(), global_norm(gradients, found, problem.mesh))
-        dense_step(self.dense, ok=self.ok)
-        self.sparse.step(problem.tables, found, ok=self.ok)
-        return output.query_loss
-
-
-def plain_torch(problem: Problem) -> Callable[[], Tensor]:
-    case, device = problem.case, problem.mesh.device
-    model = build(case).to(device)
-    embeddings = nn.ModuleList(nn.Embedding(VOCABULARY, case.dim, sparse=True) for _ in range(case.features)).to(device)
-    ids = make_inputs(case).ids.to(device)
-    label = torch.cat([problem.batch.support.label.reshape(-1), problem.batch.query.label.reshape(-1)])
-    numeric = label.new_zeros(len(label), 0)
-    sparse, dense = torch.optim.Adagrad(embeddings.parameters(), 1e-3), torch.optim.AdamW(model.parameters(), 1e-4)
-
-    def step() -> Tensor:
-        embedded = {f"f{i}": embedding(ids[i]) for i, embedding in enumerate(embeddings)}
-        loss = F.binary_cross_entropy_with_logits(model(numeric, embedded), label)
-        loss.backward()
-        for optimizer in (sparse, dense):
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def loop_second(problem: Problem) -> Callable[[], Tensor]:
-    """Query losses of the first tasks, each with its own inner step and backward."""
-    case, batch, device = problem.case, problem.batch, problem.mesh.device
-    model = build(case).to(device)
-    weight = problem.tables.groups[f"d{case.dim}"].weight.index_select(0, problem.rows).requires_grad_()
-    index = [
-        torch.stack([lookup.index for lookup in side.values()])
-        for side in (problem.lookups.support, problem.lookups.query)
-    ]
-    tasks = []
-    for t in range(min(LOOP_TASKS, case.tasks)):
-        own, where = torch.cat([side[:, t] for side in index], 1).unique(return_inverse=True)
-        tasks.append((own, *where.split([case.support, case.query], 1)))
-
-    def loss_of(fast: dict[str, Tensor], where: Tensor, label: Tensor) -> Tensor:
-        embedded = {f"f{i}": fast["rows"][where[i]] for i in range(case.features)}
-        parameters = {name: value for name, value in fast.items() if name != "rows"}
-        logits = functional_call(model, parameters, (label.new_zeros(len(label), 0), embedded))
-        return F.binary_cross_entropy_with_logits(logits, label)
-
-    def step() -> Tensor:
-        weight.grad = None
-        model.zero_grad()
-        losses = []
-        for t, (own, support, query) in enumerate(tasks):
-            fast = {**dict(model.named_parameters()), "rows": weight[own]}
-            inner = loss_of(fast, support, batch.support.label[t])
-            gradients = torch.autograd.grad(inner, list(fast.values()), create_graph=True)
-            fast = {name: v - INNER_LR * g for (name, v), g in zip(fast.items(), gradients, strict=True)}
-            losses.append(loss_of(fast, query, batch.query.label[t]))
-            losses[-1].backward()
-        return torch.stack(losses).detach()
-
-    return step
+def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """Name -> whole step; loop-second has `LOOP_TASKS` tasks only."""
+    batches = make_batches(case)
+    first = Gmeta(case, batches, {"adapt": []}, device)
+    few = replace(case, tasks=min(LOOP_TASKS, case.tasks))
+    table_of_all = first.initial_rows()
+    steps: dict[str, Callable[[], Tensor]] = {
+        "loop-second": Torch(few, make_batches(few), table_of_all, partial(loop, second=True), device),
+        "plain-torch": PlainTorch(case, batches, table_of_all, device),
+        "plain-torch-fused": Torch(case, batches, table_of_all, plain_fused, device),
+    }
+    meta = {"adapt": ["embeddings", "dense"], "engine": "factored"}
+    kinds = {
+        "plain": {"adapt": []},
+        "factored-first": {**meta, "order": "first"},
+        "factored-second": {**meta, "order": "second"},
+    }
+    for name in PRECISIONS:
+        suffix = "" if name == "float32" else f"-{name}"
+        for kind, settings in kinds.items():
+            steps[kind + suffix] = in_precision(Gmeta(case, batches, settings, device, autocast=name == "bf16"), name)
+    return steps
 
 
 class Traffic(TorchDispatchMode):
@@ -226,7 +119,8 @@ def peaks(device: torch.device, size: int, repetitions: int) -> dict[str, float]
     for name in PRECISIONS:
 
         def product(name: str = name) -> Tensor:
-            with precision(name, device):
+            torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
+            with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
                 return a @ b
 
         steps[name] = product
@@ -235,21 +129,10 @@ def peaks(device: torch.device, size: int, repetitions: int) -> dict[str, float]
     return {name: work[name] / min(seconds) for name, seconds in times.items()}
 
 
-def check_agreement(steps: dict[str, Callable[[], Tensor]]) -> None:
-    """The fast engine's losses of its first step are those of the loop, or timing them means nothing."""
-    ours, theirs = steps["factored-second"](), steps["loop-second"]()
-    torch.testing.assert_close(ours[: len(theirs)], theirs, rtol=1e-3, atol=1e-5)
-
-
 def measure(case: Case, device: torch.device, peak: dict[str, float], repetitions: int) -> list[Record]:
-    problem = make_problem(case, device)
-    steps: dict[str, Callable[[], Tensor]] = {"loop-second": loop_second(problem), "plain-torch": plain_torch(problem)}
-    for name in PRECISIONS:
-        suffix = "" if name == "float32" else f"-{name}"
-        steps[f"factored-second{suffix}"] = MetaStep(problem, ["embeddings", "dense"], "second", name)
-        steps[f"factored-first{suffix}"] = MetaStep(problem, ["embeddings", "dense"], "first", name)
-        steps[f"plain{suffix}"] = MetaStep(problem, [], "second", name)
-    check_agreement(steps)
+    few = replace(case, tasks=min(LOOP_TASKS, case.tasks))
+    check_agreement(engine_variants(few, make_batches(few), device))
+    steps = variants(case, device)
     work = {name: count(step, device) for name, step in steps.items()}
     times = alternate({name: waited(step, device) for name, step in steps.items()}, repetitions)
     seconds = {name: median(values) for name, values in times.items()}
@@ -316,7 +199,7 @@ def main() -> None:
         "loop-second": f"{LOOP_TASKS} tasks timed, scaled to the batch",
         "bandwidth_share": "bytes read and written by each operator, as if it were one kernel, over the copy's rate",
         "flop_share": "operations of matrix products over the rate of a large product in that precision",
-        "timed": "rows -> loss -> gradients -> updates, index work done ahead",
+        "timed": "ids -> loss -> gradients -> updates; index work by a thread, one batch ahead",
     }
     publish("gpu", render([r for r in records if r.case != "peak"], peak), records, config, args)
 

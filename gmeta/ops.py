@@ -70,6 +70,21 @@ def sort_keys(keys: Ints, bound: int) -> tuple[Ints, Ints]:
     return words >> bits, words & ((1 << bits) - 1)
 
 
+def distinct(values: Ints, bound: int) -> tuple[Ints, Ints, Selection]:
+    """Distinct values in [0, bound), ascending; which of them each value is; and the matrix that sums by them.
+
+    The matrix is [distinct, values]; its sums run in the order of the values, so that they repeat bitwise.
+    """
+    ordered, order = sort_keys(values, bound)
+    new = np.ones(len(values), bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    starts = np.flatnonzero(new)
+    index = np.empty(len(values), np.int64)
+    index[order] = np.cumsum(new) - 1
+    matrix = (order, np.append(starts, len(values)), index, np.arange(len(values) + 1))
+    return ordered[starts], index, Selection(*map(torch.from_numpy, matrix))
+
+
 def select(columns: Tensor, lengths: Tensor | None, num_columns: int, weights: Tensor | None = None) -> Selection:
     """The matrix whose row i has entries at the next `lengths[i]` of `columns` (one entry a row when None).
 

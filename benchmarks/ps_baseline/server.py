@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmeta.batch import RowGradients
-from gmeta.optim.dense import clip_scale, dense_optimizer, lr_scale
+from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import PeerLost
 from ps_baseline import wire
@@ -40,7 +40,7 @@ class Shard:
 
     session: Session
     flat: Flat
-    dense: torch.optim.Optimizer | None  # None: this server holds no dense parameter
+    dense: torch.optim.AdamW | None  # None: this server holds no dense parameter
     sparse: SparseOptimizer
     first_row: int
     weight: Tensor  # [local rows, d]
@@ -144,7 +144,9 @@ def _finish_batch(shard: Shard, pushes: list[Push], links: Links) -> None:
     finite = math.isfinite(norm) and math.isfinite(float(stats[0]))
     lr = lr_scale(shard.step, config.dense.warmup_steps, shard.session.total_steps, config.dense.decay)
     if finite:
-        _apply(shard, rows, clip_scale(norm, config.dense.clip_norm), lr)
+        clip_norm = config.dense.clip_norm
+        clip = clip_scale(torch.tensor(norm, dtype=torch.float64), clip_norm) if clip_norm else None
+        _apply(shard, rows, clip, lr)
         shard.step += 1
     answer = torch.empty(ANSWER, dtype=torch.float64)
     answer[:STATS], answer[STATS], answer[STATS + 1] = stats, norm, config.dense.lr * lr
@@ -191,11 +193,7 @@ def _sum_over_servers(value: float, shard: Shard, links: Links) -> float:
     return float(number)
 
 
-def _apply(shard: Shard, rows: RowGradients, clip: float, lr: float) -> None:
+def _apply(shard: Shard, rows: RowGradients, clip: Tensor | None, lr: float) -> None:
     if shard.dense is not None:
-        if clip != 1.0:
-            shard.flat.grads.mul_(clip)
-        for group in shard.dense.param_groups:
-            group["lr"] = group["peak_lr"] * lr
-        shard.dense.step()
+        dense_step(shard.dense, lr_scale=lr, grad_scale=clip)
     shard.sparse.step(shard.session.system.tables, {shard.group: rows}, lr_scale=lr, grad_scale=clip)

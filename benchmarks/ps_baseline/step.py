@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
+from gmeta.meta.intercept import Intercept
 from gmeta.meta.learner import MetaLearner
 from ps_baseline.plan import Features, Side, Task
 
@@ -134,7 +135,7 @@ def _logits(
         keys = partial(row_keys, key, torch.tensor(task.task_id), pass_number, positions)
     # A function mode costs every operation of the pass; only a model with dropout needs it.
     model = inner.learner.model
-    with SeededDropout(keys) if inner.has_dropout else nullcontext():
+    with Intercept(SeededDropout(keys)) if inner.has_dropout else nullcontext():
         out: Tensor = functional_call(model, fast, inputs, tie_weights=False) if fast else model(*inputs)
     return out
 

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from gmeta.batch import EmbeddedRows, Lookup, to_device
 from gmeta.batch import RowGradients as RowGradients
-from gmeta.embedding.lookup import Ints, LookupPlan, distinct, peer_of
+from gmeta.embedding.lookup import LookupPlan, peer_of
 from gmeta.embedding.table import ShardedTables
-from gmeta.ops import Selection, product
+from gmeta.ops import Ints, Selection, distinct, product
 from gmeta.parallel.collectives import all_to_all, exchange_counts
 from gmeta.parallel.mesh import Level, Mesh
 from gmeta.parallel.traffic import Asked, CommStats, Sum, Traffic, predicted_traffic

@@ -7,8 +7,6 @@ refused, so that it is known also where there is no CUDA.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +37,15 @@ READS = {
 class NoHostReads(TorchDispatchMode):
     """Refuses operators whose result, or its size, the host would have to wait for on CUDA."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.allowed = False
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         sized = func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
         masked = func in (aten.index.Tensor, aten.index_put_.default) and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
-        if (func in READS or sized or masked) and not self.allowed:
+        if func in READS or sized or masked:
             raise AssertionError(f"{func} waits for the device")
         return func(*args, **kwargs)
-
-    @contextmanager
-    def allow(self) -> Iterator[None]:
-        self.allowed = True
-        yield
-        self.allowed = False
 
 
 @pytest.mark.parametrize(
