@@ -67,7 +67,7 @@ def window_of_batches(
 
 
 def bucket_by_size(num_support: Tasks, num_query: Tasks, size: int) -> list[Tasks]:
-    """Cut tasks (a multiple of `size`) into groups of `size` with little padding; returns positions.
+    """Cut tasks into groups of `size` (the last may be smaller) with little padding; returns positions.
 
     A batch is padded to its largest support and its largest query, so groups must be narrow in both: halve along the
     side with the wider range until one group is left. Ties keep their order.
@@ -79,7 +79,8 @@ def bucket_by_size(num_support: Tasks, num_query: Tasks, size: int) -> list[Task
         support, query = num_support[slots], num_query[slots]
         support_range, query_range = np.ptp(support), np.ptp(query)
         if support_range == query_range == 0:
-            return list(slots.reshape(-1, size))  # what halving would come to, without its 127 sorts for 64 groups
+            # What halving would come to, without its 127 sorts for 64 groups.
+            return np.split(slots, range(size, len(slots), size))
         wider = support if support_range >= query_range else query
         ranked = slots[np.argsort(wider, kind="stable")]
         middle = (len(slots) // size + 1) // 2 * size

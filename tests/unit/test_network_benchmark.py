@@ -84,8 +84,11 @@ def test_a_cluster_carries_its_ranks_bytes_and_leaves_nothing(root):
         speed = netns.measured_bits_per_s(net, 0, 1, mebibytes=3, skip_bytes=2**20)
         assert net.sent_bytes()["between"] > 3 * 2**20
         assert net.sent_bytes()["inside"] == 0
-        stray = subprocess.Popen([*net.enter(0), "sleep", "60"])
-    assert stray.wait(5) == -signal.SIGKILL, "what runs in it ends with it"
+        words = [*net.enter(0), "sh", "-c", "echo inside; exec sleep 60"]
+        stray = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert stray.stdout.readline() == "inside\n"  # or there is nothing in the namespace to end yet
+    stray.communicate(timeout=30)
+    assert stray.returncode == -signal.SIGKILL, "what runs in it ends with it"
     assert namespaces(os.getpid()) == set()
     assert speed < 1.1e8, "a bound that noise cannot break: more than the rate cannot pass"
 

@@ -164,6 +164,15 @@ def test_buckets_pad_little(shape: str) -> None:
     assert padding(support, query, list(np.arange(4096).reshape(-1, 64))) > 0.3
 
 
+@pytest.mark.parametrize("num_tasks", [0, 1, 64, 100, 200])
+@pytest.mark.parametrize("equal", [True, False])
+def test_buckets_of_any_number_of_tasks(num_tasks: int, equal: bool) -> None:
+    sizes = np.full(num_tasks, 7) if equal else np.random.default_rng(0).integers(1, 20, num_tasks)
+    batches = bucket_by_size(sizes, sizes, 64)
+    assert sorted(int(slot) for batch in batches for slot in batch) == list(range(num_tasks))
+    assert [len(batch) for batch in batches] == [64] * (num_tasks // 64) + [num_tasks % 64] * (num_tasks % 64 > 0)
+
+
 @settings(max_examples=100, deadline=None)
 @given(cost=st.lists(st.integers(1, 100), max_size=40), world_size=st.integers(1, 8), data=st.data())
 def test_slots_are_dealt_once_and_about_evenly(cost, world_size, data) -> None:
