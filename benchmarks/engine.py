@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from gmeta.batch import Examples, TaskBatch, to_device
+from gmeta.data.loader import loader_thread
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.melu import MeLU
@@ -156,7 +157,7 @@ class Gmeta:
         self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=self.autocast)
         self.dense = dense_optimizer(learner, lr=LR, inner_lr_lr=LR)
         self.sparse = SparseOptimizer("rowwise_adagrad", lr=LR)
-        self.loader = ThreadPoolExecutor(1)
+        self.loader = loader_thread()
 
     def _next(self) -> Prepared:
         """This step's batch; the thread goes on with the next."""
@@ -488,7 +489,8 @@ def render(records: list[Record]) -> str:
 def main() -> None:
     args = arguments("Meta-learning engines against plain training, loops of tasks, and vmap.")
     repetitions = 2 if args.quick else 11
-    records = [record for case in CASES for record in measure(case, repetitions, CPU)]
+    cases = CASES[:2] if args.quick else CASES
+    records = [record for case in cases for record in measure(case, repetitions, CPU)]
     config = {
         "repetitions": f"{repetitions}, median",
         "threads": torch.get_num_threads(),

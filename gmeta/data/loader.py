@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Generic, TypeVar, cast
 
 import numpy as np
+import torch
 
 from gmeta.batch import TaskBatch
 from gmeta.data.order import num_batches, split_slots, stored_batch, window_of_batches
@@ -16,6 +17,16 @@ from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
 _Position = tuple[int, int]  # epoch, index of the batch in it
+
+
+def loader_thread() -> ThreadPoolExecutor:
+    """A thread for batches ahead, whose torch operations use it alone.
+
+    OpenMP would give it a second team of threads, which spin on the cores that the step needs: measured on 2 cores, the
+    index of 2,560 rows of 20 features took 18 ms of CPU instead of 12. Calling threads keep their number.
+    """
+    torch.get_num_threads()  # this thread's number is settled by now, before the new thread sets another for itself
+    return ThreadPoolExecutor(1, "gmeta-loader", initializer=torch.set_num_threads, initargs=(1,))
 
 
 class TaskLoader(Generic[_T]):
@@ -135,7 +146,7 @@ class TaskLoader(Generic[_T]):
     def _take_ahead(self) -> _T:
         """The batch at the position, from the thread, which is kept `prefetch` batches ahead."""
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="gmeta-loader")
+            self._pool = loader_thread()
             self._next_ahead = self._position
         try:
             self._submit(self._prefetch)

@@ -166,6 +166,20 @@ def test_transform_runs_in_the_thread_and_only_so_far_ahead(split: PackSplit) ->
         assert all(name.startswith("gmeta-loader") for _, name in made)
 
 
+def test_the_thread_takes_one_core_and_leaves_the_step_its_own(split: PackSplit) -> None:
+    def threads_of(batch: TaskBatch) -> int:
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with TaskLoader(split, tasks_per_batch=6, seed=0, prefetch=2, transform=threads_of) as ahead:
+            assert next(iter(ahead)) == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_an_error_reaches_the_consumer_at_its_batch(split: PackSplit, prefetch: int) -> None:
     broken = [True]
