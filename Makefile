@@ -5,15 +5,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
+BENCHMARKS := engine memory io prepare throughput scaling network parity wire
 WHEEL_PYTHON := $(CURDIR)/build/wheel-venv/bin/python
 # Tests and benchmarks of real data skip, saying so, where this folder is absent.
 export GMETA_DATA ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test lint wheel check bench docs soak clean
+.PHONY: help venv dev demo test lint wheel check bench bench-gpu quality docs soak clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
 
 venv: $(VENV)/.runtime ## make .venv with what gmeta needs to run
 
@@ -55,8 +56,14 @@ check: wheel ## run the tests on the built wheel, outside the source tree
 	cp -r tests examples benchmarks docs pyproject.toml "$$copy"; cd "$$copy"; \
 	GMETA_SOURCE_TREE='$(CURDIR)' $(WHEEL_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' --durations=15
 
-bench: dev ## run every benchmark in full
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+bench: dev ## every table of docs/performance.md that this machine allows, under 40 minutes on 2 cores
+	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
+
+bench-gpu: dev ## what a step costs on a CUDA device
+	$(BIN)/python benchmarks/gpu.py
+
+quality: dev ## the tables of docs/quality.md: five seeds on real data, hours
+	$(BIN)/python benchmarks/quality.py
 
 docs: dev ## build the site, links checked
 	@# Silences a notice about a successor of mkdocs, not a warning about these docs.

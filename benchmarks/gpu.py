@@ -17,19 +17,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from common import Record, alternate, arguments, median, publish, table
+from counting import PRECISIONS, count, peaks, waited
 from engine import CASES, Case, Gmeta, PlainTorch, Torch, check_agreement, loop, make_batches, plain_fused
 from engine import variants as engine_variants
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 LARGE = Case(4096, 10, 10, 26, 64, (1024, 512, 256))
-PRECISIONS = ("float32", "tf32", "bf16")
 LOOP_TASKS = 32
 METRICS = (
     "samples_per_s",
@@ -74,71 +70,16 @@ def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Tensor]
     return steps
 
 
-class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write, each a kernel of its own; of a table only the rows that are touched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        written, read = _bytes(out), _bytes((args, kwargs))
-        if func.is_view or name in ("detach", "empty", "empty_like", "empty_strided"):
-            return out
-        if name in ("index_select", "index", "embedding"):
-            read = written
-        elif name.startswith("_embedding_bag"):
-            read = args[1].numel() * args[0].shape[1] * args[0].element_size()
-        elif name in ("index_copy_", "index_put_"):
-            read, written = _bytes(args[1:]), _bytes(args[-1])
-        elif out is None:  # _foreach_ and _fused_, in place
-            written = _bytes(args[0])
-        self.bytes += read + written
-        return out
-
-
-def _bytes(value: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, Tensor))
-
-
-def waited(step: Callable[[], Tensor], device: torch.device) -> Callable[[], None]:
-    def run() -> None:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run
-
-
-def peaks(device: torch.device, size: int, repetitions: int) -> dict[str, float]:
-    """Bytes/s of a copy of size^2 float32, and operations/s of products of two such matrices in each precision."""
-    a, b = torch.randn(2, size, size, device=device)
-    steps: dict[str, Callable[[], Tensor]] = {"bytes": lambda: b.copy_(a)}
-    for name in PRECISIONS:
-
-        def product(name: str = name) -> Tensor:
-            torch.backends.cuda.matmul.fp32_precision = "tf32" if name == "tf32" else "ieee"
-            with torch.autocast(device.type, torch.bfloat16, enabled=name == "bf16"):
-                return a @ b
-
-        steps[name] = product
-    times = alternate({name: waited(step, device) for name, step in steps.items()}, repetitions)
-    work = dict.fromkeys(PRECISIONS, 2.0 * size**3) | {"bytes": 2.0 * a.numel() * a.element_size()}
-    return {name: work[name] / min(seconds) for name, seconds in times.items()}
-
-
 def measure(case: Case, device: torch.device, peak: dict[str, float], repetitions: int) -> list[Record]:
     few = replace(case, tasks=min(LOOP_TASKS, case.tasks))
     check_agreement(engine_variants(few, make_batches(few), device))
     steps = variants(case, device)
-    work = {name: count(step, device) for name, step in steps.items()}
+    work = {name: count(waited(step, device), device) for name, step in steps.items()}
     times = alternate({name: waited(step, device) for name, step in steps.items()}, repetitions)
     seconds = {name: median(values) for name, values in times.items()}
     seconds["loop-second"] *= case.tasks / min(LOOP_TASKS, case.tasks)
     records = []
-    for name, (flops, traffic, peak_bytes) in work.items():
+    for name, done in work.items():
         used = next((p for p in PRECISIONS if name.endswith(p)), "float32")
         plain = seconds["plain" if used == "float32" else f"plain-{used}"]
         values = {
@@ -148,25 +89,11 @@ def measure(case: Case, device: torch.device, peak: dict[str, float], repetition
             "speedup_over_loop": (seconds["loop-second"] / seconds[name], "x"),
         }
         if name != "loop-second":
-            values["bandwidth_share"] = (traffic / seconds[name] / peak["bytes"], "")
-            values["flop_share"] = (flops / seconds[name] / peak[used], "")
-            values["peak_gib"] = (peak_bytes / 2**30, "GiB")
+            values["bandwidth_share"] = (done.bytes / seconds[name] / peak["bytes"], "")
+            values["flop_share"] = (done.operations / seconds[name] / peak[used], "")
+            values["peak_gib"] = (done.peak_memory / 2**30, "GiB")
         records += [Record(case.name, name, metric, value, unit) for metric, (value, unit) in values.items()]
     return records
-
-
-def count(step: Callable[[], Tensor], device: torch.device) -> tuple[int, int, int]:
-    """Operations of matrix products, bytes read and written, and peak bytes of memory, of one step."""
-    waited(step, device)()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    waited(step, device)()
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    with FlopCounterMode(display=False) as flops:
-        step()
-    with Traffic() as traffic:
-        step()
-    return flops.get_total_flops(), traffic.bytes, memory
 
 
 def render(records: list[Record], peak: dict[str, float]) -> str:

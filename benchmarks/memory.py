@@ -3,11 +3,11 @@
     python benchmarks/memory.py [--quick] [--json FILE]
 
 The unit is the *layer inputs*: bytes of what the model's linear layers read for the support of the whole batch, once.
-Every line is a process of its own that takes one training step's loss and gradients, on two models: layers alone, and
+Measured is one training step's loss and gradients, each in a process of its own, on two models: layers alone, and
 layers with layer norm and dropout, whose graph holds more than the layers' inputs.
 
     kept   tensors that autograd holds when the loss is there, each storage once
-    peak   what the process grew by until all gradients were there (the kernel's maximum of resident memory)
+    peak   the most bytes that tensors held at one time, until all gradients were there
     floor  for each inner step, the inputs and the output gradients of every layer, which later steps read
 
 and the slope: what one more inner step adds.
@@ -16,15 +16,19 @@ and the slope: what one more inner step adds.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from common import Record, arguments, publish, table
 from engine import Case, make_batches
+from torch.profiler import ProfilerActivity, profile
 
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
@@ -36,6 +40,13 @@ CASE = Case(512, 10, 10, 20, 16, (256, 128))
 SMALL = Case(128, 10, 10, 20, 16, (256, 128))
 STEPS = (1, 3, 5)
 MODELS: dict[str, dict[str, Any]] = {"layers": {}, "layer norm, dropout": {"layer_norm": True, "dropout": 0.1}}
+
+
+class Held:
+    """What a graph holds in place of a tensor, for as long as it does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
 
 
 def units(case: Case) -> tuple[int, float]:
@@ -65,28 +76,39 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False)
     prepared = system.prepare(make_batches(case, 1)[0])
     rows = system.fetch(prepared.routes)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    loss, _ = learner(rows, prepared.batch, prepared.index)
-    loss.backward()
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss, _ = learner(rows, prepared.batch, prepared.index)
+        loss.backward()
+    peak = peak_of(profiled)
     gradients = [p.grad for p in learner.parameters() if p.grad is not None]
     gradients += [weight.grad for weight in rows.weights.values() if weight.grad is not None]
     norm = torch.stack([g.double().square().sum() for g in gradients]).sum().sqrt()
-    held: dict[int, tuple[int, torch.Tensor]] = {}
+    held: WeakSet[Held] = WeakSet()
 
-    def hold(tensor: torch.Tensor) -> torch.Tensor:
-        # The tensor is held too: a freed storage's address may be given to the next.
-        held[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
-        return tensor
+    def hold(tensor: torch.Tensor) -> Held:
+        kept = Held(tensor)
+        held.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-        learner(rows, prepared.batch, prepared.index)
-    kept = sum(size for size, _ in held.values())
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda kept: kept.tensor):
+        loss, _ = learner(rows, prepared.batch, prepared.index)
+    storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in held}
+    kept = sum(storages.values())
     return {"kept": kept, "peak": peak, "loss": loss.item(), "norm": norm.item()}
 
 
+def peak_of(profiled: profile) -> int:
+    """Most bytes that tensors held at one time, above what they held at first."""
+    with tempfile.TemporaryDirectory() as folder:
+        profiled.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    totals = [event["args"]["Total Allocated"] for event in events]
+    return max(totals) - (totals[0] - events[0]["args"]["Bytes"])
+
+
 def in_a_process(size: str, model: str, steps: int, recompute: bool) -> dict[str, float]:
-    """`take_step` in a fresh process, whose maximum of memory is its own."""
+    """`take_step` in a fresh process."""
     words = [sys.executable, __file__, "step", size, model, str(steps), str(int(recompute))]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -95,15 +117,15 @@ def in_a_process(size: str, model: str, steps: int, recompute: bool) -> dict[str
     return found
 
 
-def measure(size: str, case: Case) -> list[Record]:
-    """Records of both models, with and without recomputing."""
+def measure(size: str, case: Case, models: Sequence[str], counts: Sequence[int]) -> list[Record]:
+    """Records of some models, with and without recomputing."""
     unit, floor = units(case)
     records = []
-    for model in MODELS:
+    for model in models:
         reference: dict[int, dict[str, float]] = {}
         for recompute in (False, True):
             variant = f"{model}{', recomputed' if recompute else ''}"
-            points = {steps: in_a_process(size, model, steps, recompute) for steps in STEPS}
+            points = {steps: in_a_process(size, model, steps, recompute) for steps in counts}
             for steps, point in points.items():
                 expected = reference.setdefault(steps, point)
                 if any(abs(point[x] - expected[x]) > 1e-4 * abs(expected[x]) for x in ("loss", "norm")):
@@ -113,7 +135,7 @@ def measure(size: str, case: Case) -> list[Record]:
                     for what in ("kept", "peak")
                 ]
             for what in ("kept", "peak"):
-                for first, second in pairwise(STEPS):
+                for first, second in pairwise(counts):
                     slope = (points[second][what] - points[first][what]) / (second - first) / unit
                     records.append(
                         Record(case.name, variant, f"{what}_slope_{first}_to_{second}", slope, "x layer inputs")
@@ -138,8 +160,11 @@ def main() -> None:
         print(json.dumps(take_step({"full": CASE, "quick": SMALL}[size], model, int(steps), recompute == "1")))
         return
     args = arguments("Memory of exact MAML by inner steps, with and without recomputing them.")
-    size, case = ("quick", SMALL) if args.quick else ("full", CASE)
-    records = measure(size, case)
+    models = list(MODELS)
+    size, case, models, counts = (
+        ("quick", SMALL, models[1:], STEPS[:2]) if args.quick else ("full", CASE, models, STEPS)
+    )
+    records = measure(size, case, models, counts)
     config = {
         "case": case.name,
         "unit": f"{units(case)[0] / 2**20:.1f} MiB, the support's layer inputs",
