@@ -17,9 +17,9 @@ torch.optim.Adagrad for the others', AdamW for dense parameters. Where a step ha
     vmap-second        torch.func.vmap over tasks, torch.func.grad inside
     factored-*         gmeta
 
-The limit printed beside the measured ratio counts the multiplications of dense layers alone. A second table has what a
-step does, counted, and which share that is of what the machine can do, measured by a large product and a large copy
-(docs/performance.md).
+The limit printed beside the measured ratio counts the multiplications of dense layers alone. Two more tables
+have where a step's time goes, and what it does, counted, with the share of what the machine can do, measured by a large
+product and a large copy (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from gmeta.models.melu import MeLU
 from gmeta.optim.dense import dense_optimizer, dense_step
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
+from gmeta.stepping import Stopwatch
 from gmeta.system import Prepared, System
 
 CPU = torch.device("cpu")
@@ -63,6 +64,7 @@ TIMES = {
     "limit_of_ratio": "{:.2f}",
     "speedup_over_loop": "{:.1f}",
 }
+PHASES = {f"{name}_ms": "{:.1f}" for name in ("index", "fetch", "forward", "backward", "updates")}
 WORK = {"gflop": "{:.2f}", "flop_share": "{:.0%}", "megabytes": "{:.0f}", "bandwidth_share": "{:.0%}"}
 
 
@@ -181,14 +183,21 @@ class Gmeta:
 
     def __call__(self) -> Tensor:
         """One step; the loss."""
-        prepared = self._next()
+        return self.take(self._next(), lambda phase: None)
+
+    def take(self, prepared: Prepared, lap: Callable[[str], object]) -> Tensor:
+        """A step on a prepared batch, `lap` called at the end of each phase; the loss."""
         rows = self.system.fetch(prepared.routes)
+        lap("fetch")
         with self.system.precision():
             loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
+        lap("forward")
         loss.backward()
+        lap("backward")
         gradients = self.system.return_gradients(prepared.routes, rows)
         dense_step(self.dense)
         self.sparse.step(self.system.tables, gradients)
+        lap("updates")
         return loss.detach()
 
     def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
@@ -484,7 +493,11 @@ def measure(case: Case, repetitions: int, device: torch.device, peak: Mapping[st
         if name in META:
             records.append(Record(case.name, name, "speedup_over_loop", seconds[f"loop-{order}"] / value, "x"))
     for name in COUNTED:
-        work = count(steps[name], device)
+        step = steps[name]
+        assert isinstance(step, Gmeta)
+        found = phases(step, 3 * repetitions)
+        records += [Record(case.name, name, f"{phase}_ms", value * 1e3, "ms") for phase, value in found.items()]
+        work = count(step, device)
         records += [
             Record(case.name, name, "gflop", work.operations / 1e9, "GFLOP"),
             Record(case.name, name, "flop_share", work.operations / seconds[name] / peak["float32"], ""),
@@ -492,6 +505,19 @@ def measure(case: Case, repetitions: int, device: torch.device, peak: Mapping[st
             Record(case.name, name, "bandwidth_share", work.bytes / seconds[name] / peak["bytes"], ""),
         ]
     return records
+
+
+def phases(step: Gmeta, repetitions: int) -> dict[str, float]:
+    """Median seconds of a step's phases, one after the other: first the index, which a loader's thread would make."""
+    seconds: dict[str, list[float]] = {}
+    for repetition in range(repetitions + 2):
+        watch = Stopwatch(CPU)
+        prepared = step.system.prepare(step.batches[repetition % len(step.batches)])
+        watch.lap("index")
+        step.take(prepared, watch.lap)
+        for name, value in watch.seconds.items():
+            seconds.setdefault(name, []).append(value)
+    return {name: median(values[2:]) for name, values in seconds.items()}
 
 
 def render(records: list[Record], forms: Mapping[str, str]) -> str:
@@ -521,8 +547,9 @@ def main() -> None:
         "timed": "ids -> loss -> gradients of all rows and dense parameters -> row-wise Adagrad and AdamW",
     }
     limits = f"A large product: {peak['float32'] / 1e9:,.0f} GFLOP/s; a large copy: {peak['bytes'] / 1e9:.1f} GB/s."
-    work = f"What a step does, the loader's thread left out. {limits}\n\n{render(records, WORK)}"
-    body = f"{render(records, TIMES)}\n\n{work}"
+    times = f"Phases of a step, nothing beside it:\n\n{render(records, PHASES)}"
+    work = f"What a step does, its index left out. {limits}\n\n{render(records, WORK)}"
+    body = f"{render(records, TIMES)}\n\n{times}\n\n{work}"
     publish("engine", body, records, config, args)
 
 

@@ -143,15 +143,20 @@ class Ranks:
         line = process.stdout.readline()
         return str(json.loads(line)) if line else "the process died"
 
-    def train(self, argv: Sequence[str], environments: Sequence[Mapping[str, str]]) -> str:
-        """Run `gmeta train` + argv on the first ranks, one for each environment (what torchrun sets).
+    def train(
+        self,
+        argv: Sequence[str],
+        environments: Sequence[Mapping[str, str]],
+        own: Sequence[Sequence[str]] | None = None,
+    ) -> str:
+        """Run `gmeta train` + argv (+ its `own` words) on the first ranks, one for each environment (torchrun's).
 
         Returns why it failed, empty where it did not; after a failure all processes start anew.
         """
         taking_part = self._processes[: len(environments)]
-        for process, environment in zip(taking_part, environments, strict=True):
+        for process, environment, words in zip(taking_part, environments, own or [[]] * len(environments), strict=True):
             assert process.stdin is not None
-            process.stdin.write(json.dumps({"argv": ["train", *argv], "environment": dict(environment)}) + "\n")
+            process.stdin.write(json.dumps({"argv": ["train", *argv, *words], "environment": dict(environment)}) + "\n")
             process.stdin.flush()
         messages = [self._hear(process) for process in taking_part]
         if not any(messages):

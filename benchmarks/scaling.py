@@ -5,7 +5,8 @@
 Real training on a synthetic pack, gloo over the loopback interface, one thread a process, each process held to one
 core, cores dealt in turn: more processes than cores share them, and the table says so. Runs alternate. Efficiency is
 the speed over that of one process times the *cores* in use, which are what there is to win; where every process has a
-core of its own that is the usual definition.
+core of its own that is the usual definition. *Apart* are as many processes as there are cores that train at once and
+know nothing of each other: what the cores, their caches and their memory give at most.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ PROCESSES = (1, 2, 4)
 LOAD = Workload(tasks=4096, features=20, num_ids=5000, dim=16, hidden=(256, 128))
 TASKS = {"weak": 32, "strong": 128}
 """Tasks of a step: of each rank (weak), of all ranks (strong)."""
+MODES = (*TASKS, "apart")
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,22 @@ def measure(effort: Effort, cores: Sequence[int], folder: Path) -> dict[tuple[st
             for mode in TASKS:
                 for processes in PROCESSES:
                     run_once(ranks, mode, processes, effort, folder, samples[mode, processes])
+            run_apart(ranks, min(len(cores), max(PROCESSES)), effort, folder, samples)
     return samples
+
+
+def options(folder: Path, tasks: int, effort: Effort) -> list[str]:
+    """Of `gmeta train`, but for the run directory."""
+    return [
+        *["--pack", str(folder / "pack"), "--timeout_s", "60", *LOAD.options],
+        *["--loader.tasks_per_batch", str(tasks), "--schedule.max_steps", str(effort.warm_up + effort.steps)],
+    ]
 
 
 def run_once(ranks: Ranks, mode: str, processes: int, effort: Effort, folder: Path, sample: Sample) -> None:
     """One short run, added to `sample`; RuntimeError where it fails."""
     run_dir = folder / "run"
-    argv = ["--pack", str(folder / "pack"), "--run_dir", str(run_dir), "--timeout_s", "60", *LOAD.options]
-    argv += ["--loader.tasks_per_batch", str(tasks_per_batch(mode, processes))]
-    argv += ["--schedule.max_steps", str(effort.warm_up + effort.steps)]
+    argv = [*options(folder, tasks_per_batch(mode, processes), effort), "--run_dir", str(run_dir)]
     port = free_port()
     failure = ranks.train(argv, [environment(rank, processes, port) for rank in range(processes)])
     if failure:
@@ -105,6 +114,25 @@ def run_once(ranks: Ranks, mode: str, processes: int, effort: Effort, folder: Pa
         sample.exchange_share.append(step["exchange_share"])
         sample.input_share.append(step["input_share"])
     shutil.rmtree(run_dir)
+
+
+def run_apart(
+    ranks: Ranks, processes: int, effort: Effort, folder: Path, samples: dict[tuple[str, int], Sample]
+) -> None:
+    """As many runs of one process at the same time, their speeds added, step by step."""
+    run_dirs = [folder / f"run{i}" for i in range(processes)]
+    argv = options(folder, TASKS["weak"], effort)
+    alone = [environment(0, 1, free_port())] * processes
+    failure = ranks.train(argv, alone, [["--run_dir", str(run_dir)] for run_dir in run_dirs])
+    if failure:
+        raise RuntimeError(f"{processes} runs apart: {failure}")
+    sample = samples["apart", processes]
+    for steps in zip(*(read_steps(run_dir, effort.warm_up) for run_dir in run_dirs), strict=True):
+        sample.samples_per_s.append(sum(step["samples_per_s"] for step in steps))
+        sample.exchange_share.append(0.0)
+        sample.input_share.append(max(step["input_share"] for step in steps))
+    for run_dir in run_dirs:
+        shutil.rmtree(run_dir)
 
 
 def free_port() -> int:
@@ -123,7 +151,7 @@ def records_of(samples: Mapping[tuple[str, int], Sample], cores: int) -> list[Re
     found = []
     for (mode, processes), sample in samples.items():
         name, speed = f"{processes} processes", median(sample.samples_per_s)
-        one = median(samples[mode, 1].samples_per_s)
+        one = median(samples["weak" if mode == "apart" else mode, 1].samples_per_s)
         found += [
             Record(mode, name, "cores", min(processes, cores), "1"),
             Record(mode, name, "samples_per_s", speed, "1/s"),
@@ -138,28 +166,25 @@ def records_of(samples: Mapping[tuple[str, int], Sample], cores: int) -> list[Re
 
 def show(records: Sequence[Record]) -> str:
     """A table of both modes."""
-    value = {(r.case, r.variant, r.metric): r.value for r in records}
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for record in records:
+        found[record.case, record.variant][record.metric] = record.value
+    work = {"weak": f"{TASKS['weak']} tasks a rank", "strong": f"{TASKS['strong']} tasks in all"}
     rows = []
-    for mode, per in (("weak", "a rank"), ("strong", "in all")):
-        for processes in PROCESSES:
-            found = {
-                metric: v
-                for (case, name, metric), v in value.items()
-                if (case, name) == (mode, f"{processes} processes")
-            }
-            cores = int(found["cores"])
-            rows.append(
-                [
-                    f"{mode}: {TASKS[mode]} tasks {per}",
-                    str(processes),
-                    f"{cores}" + (f", shared by {processes}" if cores < processes else ""),
-                    f"{found['samples_per_s']:,.0f}",
-                    f"{found['speed_up']:.2f} ×",
-                    f"{found['efficiency']:.0%}",
-                    f"{found['exchange_share']:.0%}",
-                    f"{found['input_share']:.0%}",
-                ]
-            )
+    for (mode, name), values in sorted(found.items(), key=lambda item: MODES.index(item[0][0])):
+        processes, cores = int(name.split()[0]), int(values["cores"])
+        rows.append(
+            [
+                f"{mode}: {work.get(mode, work['weak'])}",
+                str(processes),
+                f"{cores}" + (f", shared by {processes}" if cores < processes else ""),
+                f"{values['samples_per_s']:,.0f}",
+                f"{values['speed_up']:.2f} ×",
+                f"{values['efficiency']:.0%}",
+                f"{values['exchange_share']:.0%}",
+                f"{values['input_share']:.0%}",
+            ]
+        )
     header = ["work", "processes", "cores", "samples/s", "speed-up", "efficiency per core", "exchange", "input wait"]
     return table(header, rows)
 
