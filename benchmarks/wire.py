@@ -32,7 +32,7 @@ def main() -> None:
     if not DATA.is_dir():
         print(f"no data at {DATA}: set GMETA_DATA to a folder that holds ml-100k/")
         return
-    seeds = range(1 if args.quick else 5)
+    seeds = range(1 if args.quick else 3)
     found: dict[str, list[dict[str, float]]] = {wire: [] for wire in WIRES}
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
