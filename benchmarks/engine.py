@@ -536,7 +536,7 @@ def render(records: list[Record], forms: Mapping[str, str]) -> str:
 
 def main() -> None:
     args = arguments("Meta-learning engines against plain training, loops of tasks, and vmap.")
-    repetitions = 2 if args.quick else 11
+    repetitions = 2 if args.quick else 9
     cases = CASES[:2] if args.quick else CASES
     peak = peaks(CPU, 2048 if args.quick else 4096, 3, ["float32"])
     records = [record for case in cases for record in measure(case, repetitions, CPU, peak)]

@@ -82,9 +82,9 @@ class Layout:
 
 SHAPED = ("1 Gb/s", "100 Mb/s")  # without a rate, four ranks wait for two cores and nothing else
 LAYOUTS = (
-    Layout("2 ranks", 2, 1, VARIANTS, tuple(RATES), budget_s=90),
-    Layout("4 ranks", 4, 1, VARIANTS, SHAPED, budget_s=120),
-    Layout("2 nodes x 2 ranks", 2, 2, TWO_LEVELS, SHAPED, budget_s=50),
+    Layout("2 ranks", 2, 1, VARIANTS, tuple(RATES), budget_s=80),
+    Layout("4 ranks", 4, 1, VARIANTS, SHAPED, budget_s=105),
+    Layout("2 nodes x 2 ranks", 2, 2, TWO_LEVELS, SHAPED, budget_s=45),
 )
 
 

@@ -26,7 +26,7 @@ from common import Record, arguments, median, publish, table
 
 MEMORY_LIMIT = "2GB"
 ROWS_PER_USER = 100
-FULL = {5_000_000: 3, 50_000_000: 1}  # rows: repetitions
+FULL = {5_000_000: 2, 50_000_000: 1}  # rows: repetitions
 QUICK = {500_000: 2}
 
 SCHEMA = """

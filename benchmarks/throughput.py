@@ -357,7 +357,7 @@ def main() -> None:
         cases = tuple(case for case in CASES if case.name.startswith(QUICK))
         plan = Plan(cases, (1, 2), 1, {"ps": 4, "gmeta": 8}, 2)
     else:
-        plan = Plan(CASES, (1, 2, 4), 2, {"ps": 7, "gmeta": 14}, 2)
+        plan = Plan(CASES, (1, 2, 4), 2, {"ps": 6, "gmeta": 12}, 2)
     variants, missing = available()
     records = []
     with tempfile.TemporaryDirectory(prefix="gmeta-throughput-") as folder:
