@@ -262,9 +262,9 @@ def open_dataloader(root: Path, workers: int) -> Batches:
 # ------------------------------------------------------------------------------------------ all of them
 
 OPEN: Mapping[str, Callable[[Path], Batches]] = {
-    "task pack": open_taskpack,
-    "task pack, not sequential": partial(open_taskpack, sequential=False),
-    "task pack, no size buckets": partial(open_taskpack, size_buckets=False),
+    "pack": open_taskpack,
+    "pack, not sequential": partial(open_taskpack, sequential=False),
+    "pack, no size buckets": partial(open_taskpack, size_buckets=False),
     "shuffled CSV, grouped in memory": open_csv,
     "one file a task (torch.save)": open_files,
     "Parquet by row groups": open_parquet,

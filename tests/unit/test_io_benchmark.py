@@ -71,7 +71,7 @@ def test_dropped_files_are_not_in_the_page_cache(bench: ModuleType, tmp_path: Pa
 
 
 def test_measuring_reads_batches_and_memory(bench: ModuleType, formats: Path) -> None:
-    found = bench.measure("task pack", formats, seconds=0.2)
+    found = bench.measure("pack", formats, seconds=0.2)
     assert min(found["samples_per_s"], found["samples_per_cpu_s"]) > 0
     assert 0 < found["padding"] < 0.5
     assert found["anonymous_mb"] < 200
