@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,37 @@ def arguments(description: str) -> argparse.Namespace:
     """`--quick` (no result files, few repetitions) and `--json FILE`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repetitions, under 50 s; writes no result files")
+    add_json(parser)
+    return parse(parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """`--json FILE`, as every benchmark has it."""
     parser.add_argument("--json", type=Path, help="also write the records to this file")
-    return parser.parse_args()
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; from now on SIGTERM ends the program as Ctrl-C does, through every `finally`."""
+    args = parser.parse_args()
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    return args
+
+
+def gmeta(*words: object) -> None:
+    """One command, as a user types it, on one thread a process; its output is shown only if it fails."""
+    argv = [sys.executable, "-m", "gmeta", *(str(word) for word in words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **pipes)
+    try:
+        out, err = process.communicate()
+    except BaseException:
+        process.terminate()  # a killed launcher would leave its workers and files
+        process.communicate()
+        raise
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(argv)} ended with {process.returncode}:\n{out}\n{err}")
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:

@@ -20,7 +20,6 @@ import json
 import mmap
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -352,7 +351,6 @@ def main() -> None:
         print(json.dumps(measure(sys.argv[2], Path(sys.argv[3]), float(sys.argv[4]))), flush=True)
         os._exit(0)  # a DataLoader with workers, left amid an epoch, takes seconds to end
     args = arguments("The task pack against CSV, Parquet, files and DataLoader; the loader's parts on and off.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the directory goes
     with tempfile.TemporaryDirectory(prefix="gmeta-io-") as directory:
         records, body, config = in_directory(Path(directory), args.quick)
     publish("io", body, records, config, args)

@@ -11,7 +11,6 @@ rate is checked by a raw TCP transfer. Needs root and iproute2; elsewhere it say
 from __future__ import annotations
 
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -268,7 +267,6 @@ def row(samples: Mapping[tuple[str, str], Sample], rates: Sequence[str], name: s
 
 def main() -> int:
     args = arguments(__doc__.splitlines()[0])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `finally`, as Ctrl-C
     reason = unavailable()
     if reason:
         print(f"skipped: {reason}")

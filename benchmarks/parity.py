@@ -36,8 +36,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import yaml
-from common import Record, publish, table
-from quality import DATA, ROOT, gmeta
+from common import ROOT, Record, add_json, gmeta, parse, publish, table
+from quality import DATA
 
 from gmeta.baselines import BASELINES
 from gmeta.cli import run
@@ -269,19 +269,19 @@ def render(case: Case, values: Values, methods: Sequence[str], variants: Sequenc
     return "\n\n".join(parts)
 
 
-def parse() -> argparse.Namespace:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Statistical parity of gmeta with our PS-style baseline.")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, two methods, 2 workers, 4 steps; no result files"
     )
-    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    add_json(parser)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11), help="seeds 0 to N - 1")
     parser.add_argument("--case", choices=[case.name for case in CASES], default=CASES[0].name)
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:
-    args = parse()
+    args = options()
     case = next(case for case in CASES if case.name == args.case)
     if not (DATA / case.folder).is_dir():
         print(f"{case.name} is left out: {DATA / case.folder} does not exist; set GMETA_DATA to the data's folder")

@@ -16,8 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +25,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import Record, publish, table
+from common import ROOT, Record, add_json, gmeta, parse, publish, table
 from numpy.typing import NDArray
 
 from gmeta.baselines import BASELINES
 from gmeta.metrics import HIGHER_IS_BETTER, Bootstrap, Rows
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data"))
 UNITS = {"mae": "label", "logloss": "nat"}
 RESAMPLES = 1000
@@ -105,16 +102,6 @@ def run_seed(case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outco
     user = np.array([str(key[task]) for task in found["task_id"]])
     print(f"{case.name}, seed {seed}: done", flush=True)
     return Outcome(user, np.array(found["label"], np.float64), scores)
-
-
-def gmeta(*words: object) -> None:
-    """One command, as a user types it, on one thread; its output is shown only if it fails."""
-    argv = [sys.executable, "-m", "gmeta", *(str(word) for word in words)]
-    done = subprocess.run(
-        argv, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
 
 
 @dataclass(frozen=True)
@@ -209,18 +196,18 @@ def _first(entries: dict[str, Any]) -> dict[str, Any]:
     return dict(list(entries.items())[:1])
 
 
-def parse() -> argparse.Namespace:
+def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quality on cold users of real data, over seeds.")
     parser.add_argument("--quick", action="store_true", help="one seed, one model, 20 steps; writes no result files")
-    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    add_json(parser)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1")
     parser.add_argument("--jobs", type=int, default=2, help="seeds run at a time, one thread each")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="only this one")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> None:
-    args = parse()
+    args = options()
     cases = [case for case in CASES if args.case in (None, case.name)]
     present = [case for case in cases if (DATA / case.folder).is_dir()]
     for case in cases:

@@ -12,14 +12,11 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from common import Record, arguments, publish, table
+from common import ROOT, Record, arguments, gmeta, publish, table
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data")) / "ml-100k"
 WIRES = ("float32", "bf16", "fp16")
 METRICS = ("auc", "logloss")
@@ -87,16 +84,6 @@ def body(records: list[Record], seeds: int) -> str:
     return f"{CASE}, {seeds} seed(s), test split after adaptation; bytes to the other worker, a step.\n\n" + table(
         head, rows
     )
-
-
-def gmeta(*words: object) -> None:
-    """One command, as a user types it, on one thread a process; its output is shown only if it fails."""
-    argv = [sys.executable, "-m", "gmeta", *(str(word) for word in words)]
-    done = subprocess.run(
-        argv, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ is a ValueError of one form: `section.key is VALUE: what it must be`.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,6 +90,12 @@ class MetaConfig:
         _require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
         _require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
         _require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
+        _require(
+            not self.recompute or (self.engine != "reference" and self.order == "second"),
+            "meta.recompute",
+            self.recompute,
+            "only the factored engine's second order keeps graphs of inner steps; leave it out",
+        )
         _require(self.modulation_dim >= 1, "meta.modulation_dim", self.modulation_dim, "must be at least 1")
         _require(self.clusters >= 1, "meta.clusters", self.clusters, "must be at least 1")
         _require(
@@ -286,12 +293,13 @@ class PrepareConfig:
         for value in self.partitions.values():
             _require(value in ("train", "valid", "test"), "partitions", value, "splits are train, valid and test")
         _require(
-            re.fullmatch(r"[0-9.]+ ?([KMGT]i?)?B", self.memory_limit, re.IGNORECASE) is not None,
+            re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", self.memory_limit, re.IGNORECASE) is not None,
             "memory_limit",
             self.memory_limit,
             "must be a size such as 500MB or 2GB",
         )
-        _require(self.threads >= 0, "threads", self.threads, "must not be negative")
+        most = 4 * max(4, os.cpu_count() or 1)
+        _require(0 <= self.threads <= most, "threads", self.threads, f"must be 0 (one a core) to {most}")
         _require(1 <= self.shard_mb <= 4096, "shard_mb", self.shard_mb, "must be in [1, 4096]")
         _require(self.seed >= 0, "seed", self.seed, "must not be negative")
 
@@ -419,7 +427,7 @@ class SynthConfig:
     """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs."""
 
     out: str
-    """Directory to create: the log's Parquet files, schema.yaml, summary.json and truth/."""
+    """Directory to create: the log's Parquet files, schema.yaml, summary.json and _truth/."""
     users: int = 20_000
     """Users, each of them a task."""
     items: int = 500

@@ -61,7 +61,7 @@ def build_report(run_dir: Path | str) -> Path:
         _headline_section(evaluation, run_dir),
         _adaptation_section(evaluation),
         _training_section([r for r in records if r["kind"] == "train"], [r for r in records if r["kind"] == "valid"]),
-        _communication_section([r["comm"] for r in records if r["kind"] == "train" and r.get("comm")]),
+        _communication_section([r.get("comm") for r in records if r["kind"] == "train"]),
         _all_metrics_section(evaluation),
         _settings_section(config, environment, evaluation),
     )
@@ -424,8 +424,16 @@ def _thinned(steps: Sequence[int], records: list[Json], key: str) -> tuple[list[
 # Communication
 
 
-def _communication_section(steps: list[Json]) -> str:
-    """What rank 0 sent in a step, on average, beside what the formulas say; nothing for a run of one process."""
+def _communication_section(records: list[Json | None]) -> str:
+    """What rank 0 sent in a step, on average, beside what the formulas say; nothing for a run of one process.
+
+    Only of the last steps that made the same calls: a resumed run may have another number of workers.
+    """
+    steps: list[Json] = []
+    for record in reversed(records):
+        if record is None or (steps and _calls(record) != _calls(steps[0])):
+            break
+        steps.append(record)
     if not steps:
         return ""
 
@@ -436,15 +444,20 @@ def _communication_section(steps: list[Json]) -> str:
         f"<tr><td>{escape(_TRAFFIC.get(kind, kind))}</td>"
         + "".join(f"<td>{mean(*place):,.0f}</td>" for place in _traffic_cells(kind))
         + f"<td>{mean('measured', kind, 'calls'):,.1f}</td></tr>"
-        for kind in steps[-1]["measured"]
+        for kind in steps[0]["measured"]
     ]
     head = "<th>bytes, measured</th><th>bytes, predicted</th><th>remote, measured</th><th>remote, predicted</th>"
     return (
         "<h2>Communication</h2>"
-        f'<div class="scroll"><table><tr><th>a step of rank 0, mean of {len(steps):,}</th>{head}<th>calls</th></tr>'
+        f'<div class="scroll"><table><tr><th>a step of rank 0, mean of the last {len(steps):,}</th>{head}'
+        "<th>calls</th></tr>"
         f'{"".join(rows)}</table></div><p class="note">Remote bytes go to other workers. Predictions are formulas over '
         "the rows that a worker needs and the size of the model, not measurements.</p>"
     )
+
+
+def _calls(record: Json) -> list[int]:
+    return [kind["calls"] for kind in record["measured"].values()]
 
 
 _TRAFFIC = {

@@ -50,6 +50,9 @@ FIXED_ON_RESUME = (
 )
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
 
+FREE_ON_RESUME = ("meta.engine", "meta.recompute")
+"""Of these, settings that only say how the same numbers are computed."""
+
 
 SECTIONS: dict[str, Callable[..., Any]] = {
     "model": ModelConfig,
@@ -140,7 +143,7 @@ def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     before, wanted = _leaves(defaults) | _leaves(state["config"]), _leaves(asdict(now))
     for key in wanted:
-        if key.startswith(FIXED_ON_RESUME) and before.get(key) != wanted[key]:
+        if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME and before.get(key) != wanted[key]:
             raise ValueError(
                 f"{key} is {wanted[key]!r}, but the run to resume has {before.get(key)!r}: "
                 "start a new run_dir to change it"

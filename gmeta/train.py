@@ -419,7 +419,7 @@ def _farewell(run: Run, stopped: bool) -> str:
     """Where the run stands, and what to do next."""
     step, best = run.progress.step, run.progress
     if stopped:
-        return f"stopped after step {step} and saved; continue with --resume true"
+        return f"stopped after step {step} and saved; continue with the same command and --resume true"
     found = f"done after step {step} of {run.total_steps}"
     if out_of_patience(run):
         found += f", {best.bad_validations} validations without a better {run.config.schedule.metric}"

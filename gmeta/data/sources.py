@@ -84,7 +84,7 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file() and p.name.lower().endswith(PARQUET + CSV)]
+            files = [p for p in path.rglob("*") if p.is_file() and _is_data(p.relative_to(path))]
             if not files:
                 raise ValueError(f"input {text} is a directory without Parquet or CSV files")
         else:
@@ -100,6 +100,11 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
             f"input {odd[0]} is neither Parquet nor CSV by its name: it must end in {', '.join(PARQUET + CSV)}"
         )
     return sorted(found)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file below a directory is meant: as other readers do, not where a name begins with _ or a dot."""
+    return path.name.lower().endswith(PARQUET + CSV) and not any(part.startswith(("_", ".")) for part in path.parts)
 
 
 def open_file(con: Connection, path: Path) -> RawPart:

@@ -241,7 +241,7 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
 
 
 def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
-    truth = root / "truth"
+    truth = root / "_truth"
     (truth / "users").mkdir(parents=True)
     items, tables = _draw_items(config), _draw_user_tables(config)
     pq.write_table(_item_table(items), truth / "items.parquet")
@@ -324,8 +324,8 @@ def reference_scores(out: Path, support: Rows, query: Rows) -> dict[str, Floats]
     (none is allowed), `oracle` knows the taste. All know the item's truth and what the user's features tell.
     ValueError names a user or item of another log.
     """
-    base, coefficient, taste = _truth_of(out / "truth", query)
-    support_base, support_coefficient, _ = _truth_of(out / "truth", support)
+    base, coefficient, taste = _truth_of(out / "_truth", query)
+    support_base, support_coefficient, _ = _truth_of(out / "_truth", support)
     grid = lattice(coefficient.shape[1])
     prior = prior_predictive(base, coefficient)
     posterior = prior.copy()

@@ -1,6 +1,7 @@
 """Bad input, full disks, kills and rivals: prepare says what is wrong and where, and leaves no half pack."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -376,6 +377,31 @@ def test_too_little_space_is_refused_before_the_work(tmp_path: Path, monkeypatch
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)
     refuse(make(tmp_path, lines()), str(tmp_path), "bytes are needed", "1,000 bytes are free")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"memory_limit": "..GB"}, "memory_limit is '..GB'"),
+        ({"memory_limit": "1.GB"}, "memory_limit is '1.GB'"),
+        ({"threads": 100_000}, "threads is 100000: must be 0 (one a core) to"),
+        ({"threads": -1}, "threads is -1: must be 0 (one a core) to"),
+    ],
+)
+def test_limits_that_no_machine_has(tmp_path: Path, settings: dict[str, object], says: str):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        make(tmp_path, lines(), **settings)
+
+
+def test_a_directory_is_read_but_for_hidden_names(tmp_path: Path):
+    config = make(tmp_path, lines())
+    folder = tmp_path / "log"
+    (folder / "2024" / "_truth").mkdir(parents=True)
+    (tmp_path / "log.csv").rename(folder / "2024" / "log.csv")
+    for other in (folder / "2024" / "_truth" / "items.csv", folder / ".partial.csv"):
+        other.write_text("not,a,log\n1,2,3\n")
+    prepare(replace(config, input=[str(folder)]), quiet)
+    assert open_pack(config.out).split("train").num_rows > 0
 
 
 def test_memory_limit_too_low(tmp_path: Path):

@@ -71,6 +71,8 @@ def test_a_pack_that_is_none_creates_nothing(tmp_path: Path, capsys: Capture) ->
         (["--meta.inner_lr", "abc"], "meta.inner_lr is 'abc': must be of type float"),
         (["--meta.inner_lr", -1], "meta.inner_lr is -1.0: must not be negative"),
         (["--meta.inner_steps", 0], "meta.inner_steps is 0: must be at least 1"),
+        (["--meta.recompute", "true", "--meta.engine", "reference"], "meta.recompute is True: only the factored"),
+        (["--meta.recompute", "true", "--meta.order", "first"], "meta.recompute is True: only the factored"),
         (["--loss", "mes"], "loss is 'mes': must be one of 'bce', 'mse'"),
         (["--meta.inner_loss", "mes"], "meta.inner_loss is 'mes': must be one of"),
         (["--schedule.metric", "acc"], "schedule.metric is 'acc': must be one of auc"),
@@ -318,6 +320,12 @@ def test_resume_is_bit_equal_in_one_process(pack: Path, tmp_path: Path, trained:
     expected = load_file(theirs)
     for name, value in load_file(ours).items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_a_resumed_run_may_compute_the_same_another_way(pack: Path, trained_copy: Path) -> None:
+    more = ["--resume", "true", "--schedule.epochs", 3]
+    for changes in (["--meta.recompute", "true"], ["--meta.engine", "reference"]):
+        assert run(train_words(pack, trained_copy, *more, *changes)) == 0
 
 
 def raw_files(folder: Path) -> tuple[Path, Path]:

@@ -234,6 +234,21 @@ def test_traffic_stands_beside_its_prediction(tmp_path):
     assert re.findall(r"<td>(.*?)</td>", row)[:2] == ["1,000", "999"]
 
 
+def test_traffic_is_that_of_the_last_stretch(tmp_path):
+    """A run resumed with other settings, or on one process, makes other calls."""
+    make_run(tmp_path / "run", num_steps=5)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    first = [line for line in lines if line["kind"] == "train"][:2]
+    for line in first:
+        for which in ("measured", "predicted"):
+            line["comm"][which]["rows"]["calls"] += 2
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = build_report(tmp_path / "run").read_text()
+    assert "mean of the last 3<" in page
+    assert "<td>2.0</td>" in page
+
+
 def test_one_process_has_no_traffic_to_show(tmp_path):
     make_run(tmp_path / "run", num_steps=5)
     metrics = tmp_path / "run" / "metrics.jsonl"
