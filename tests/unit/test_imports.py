@@ -16,7 +16,7 @@ LAYERS = (
     {"config", "files"},
     {"batch"},
     {"ops"},
-    {"data", "parallel", "models"},
+    {"data", "parallel", "models", "elastic"},
     {"embedding", "optim"},
     {"meta"},
     {"checkpoint", "metrics", "baselines", "tracking", "stepping"},
@@ -41,6 +41,8 @@ DISTRIBUTED = {
     "parallel": "torch.distributed",
 }
 """The part of torch.distributed that each room may import; the others none."""
+STANDS_ALONE = {"elastic"}
+"""Rooms that import no torch and nothing of ours: they serve any training loop."""
 READS_ENVIRONMENT = {"parallel", "doctor"}
 
 
@@ -69,6 +71,8 @@ def violations(room: str, source: str) -> list[str]:
                 found.append(f"{room} imports {name}, its neighbour")
             elif target == "parallel" and room in NO_RANKS:
                 found.append(f"{room} imports {name}, but knows no ranks")
+        if room in STANDS_ALONE and (parts[0] == "torch" or (parts[0] == "gmeta" and parts[1:2] != [room])):
+            found.append(f"{room} imports {name}, but stands alone")
         allowed = DISTRIBUTED.get(room, "nothing")
         if within(name, "torch.distributed") and not within(name, allowed):
             found.append(f"{room} imports {name}, of torch.distributed it may import {allowed}")
@@ -118,6 +122,8 @@ def test_imports_flow_one_way():
         ("meta", "import gmeta.parallel.mesh", "knows no ranks"),
         ("meta", "from torch import distributed", "torch.distributed"),
         ("embedding", "import torch.distributed as dist", "torch.distributed"),
+        ("elastic", "import torch", "stands alone"),
+        ("elastic", "from gmeta.batch import TaskBatch", "stands alone"),
         ("train", "import os\nos.environ['RANK']", "environment in line 2"),
         ("train", "from os import getenv", "environment in line 1"),
     ],

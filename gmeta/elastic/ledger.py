@@ -1,0 +1,365 @@
+"""The data-shard ledger: which samples are to do, in whose hands, done. Pure: no clock, no I/O, no randomness.
+
+A shard is a range of positions in the order of an epoch. Shards are leased to workers, renewed with progress, and
+committed; a lease that fails or runs out gives its shard back (AntDT, arXiv 2404.09679, "stateful dynamic data
+sharding"; the fencing and the modes are ours). Every function *decides*: it returns the record of a change, or a
+`Refusal`, and changes nothing; `apply` makes the change. So a service writes a record to its journal, then applies it,
+then replies; a journal read from its start gives the same ledger, and an audit needs the records alone.
+
+    record = lease(ledger, "worker-3", 2, now)     # Leased, WAIT, END or Refusal
+    apply(ledger, record)
+
+Fencing: every lease of a shard has a higher attempt number, and every rollback a higher generation; a message that
+names an older one is refused, however late it comes.
+
+What a mode promises of every sample of an epoch:
+
+    at_least_once  taken at least once: what a lost worker had not reported is given out again
+    at_most_once   taken at most once: a shard counts as done when it is leased, and is never given out again
+    exactly_once   takes effect exactly once: the ledger is saved in the checkpoint that holds the effects, and both are
+                   rolled back together. Until then the shard of a lost lease is not given out again, because some of
+                   its effects may be in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+Mode = Literal["at_least_once", "at_most_once", "exactly_once"]
+State = Literal["TODO", "DOING", "DONE", "QUARANTINED"]
+Key = tuple[int, int]  # epoch, shard
+
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do: `num_samples` positions an epoch, in shards of `shard_size` (the last may be short)."""
+
+    num_samples: int
+    shard_size: int
+    epochs: int = 1
+    seed: int = 0
+    mode: Mode = "at_least_once"
+    lease_s: float = 60.0
+    max_failures: int = 3
+    """Failed or lost attempts of one shard after which it is quarantined."""
+    skip_quarantined: bool = False
+    """Go on without quarantined shards; otherwise nothing more is leased once there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "shard_size", "epochs", "max_failures"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
+        if not self.lease_s > 0:
+            raise ValueError(f"lease_s is {self.lease_s}: must be more than 0")
+        if self.mode not in ("at_least_once", "at_most_once", "exactly_once"):
+            raise ValueError(f"mode is {self.mode!r}: must be one of at_least_once, at_most_once, exactly_once")
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of an epoch."""
+        return -(-self.num_samples // self.shard_size)
+
+    def positions(self, shard: int) -> range:
+        """The positions of a shard in its epoch's order."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_samples))
+
+    def order(self, epoch: int) -> list[int]:
+        """The seeded order in which an epoch's shards are given out."""
+        return sorted(range(self.num_shards), key=lambda shard: (_mix(_mix(self.seed) ^ _mix(epoch + 1), shard), shard))
+
+
+def _mix(state: int, value: int = 0) -> int:
+    """splitmix64's output function (Steele, Lea and Flood, OOPSLA 2014): an order outlives Python's own generators."""
+    x = (state + value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A shard in a worker's hands. `done` of its samples were reported finished, by this attempt or an earlier one."""
+
+    epoch: int
+    shard: int
+    attempt: int
+    worker: str
+    deadline: float
+    done: int = 0
+
+    @property
+    def key(self) -> Key:
+        """(epoch, shard)."""
+        return self.epoch, self.shard
+
+
+# Records: every change that the ledger can make, as it stands in the journal.
+
+
+@dataclass(frozen=True)
+class Leased:
+    """Shards were given to a worker."""
+
+    leases: tuple[Lease, ...]
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """A lease goes on, its progress known."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A shard is done."""
+
+    epoch: int
+    shard: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Returned:
+    """An attempt failed or ran out; the shard is to do again, or lost, or quarantined, as its mode says."""
+
+    epoch: int
+    shard: int
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class RolledBack:
+    """All is as in `saved` again (`Ledger.save`), but for the generation, and attempts, which never go back."""
+
+    generation: int
+    saved: Mapping[str, Any]
+
+
+Record = Leased | Renewed | Committed | Returned | RolledBack
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a message changes nothing. `stale` messages come from a lost lease or an older generation: drop the work."""
+
+    reason: str
+    stale: bool = False
+
+
+WAIT: Literal["WAIT"] = "WAIT"
+"""Nothing to lease now, but shards are in others' hands: ask again. Never the end of the data."""
+END: Literal["END"] = "END"
+"""Every shard of every epoch is done (or quarantined, where that is skipped)."""
+
+
+@dataclass
+class Ledger:
+    """The state. An epoch's shards are leased in its order; the next epoch begins when all of this one is done."""
+
+    plan: Plan
+    generation: int = 0
+    epoch: int = 0
+    cursor: int = 0  # of the epoch's order: shards before it have been leased at least once
+    again: dict[int, int] = field(default_factory=dict)  # shards to be leased again, first come first -> samples done
+    doing: dict[int, Lease] = field(default_factory=dict)  # by shard
+    lost: dict[int, int] = field(default_factory=dict)  # exactly_once: shards that wait for a rollback -> samples done
+    num_done: int = 0  # shards of the epoch
+    attempts: dict[Key, int] = field(default_factory=dict)  # leases of each shard so far
+    failures: dict[Key, int] = field(default_factory=dict)  # survives a rollback, or a poisonous shard would loop
+    quarantined: dict[Key, str] = field(default_factory=dict)  # -> the last failure's reason
+    _order: tuple[int, list[int]] = field(default=(-1, []), compare=False, repr=False)
+
+    @property
+    def order(self) -> list[int]:
+        """Of the current epoch."""
+        if self._order[0] != self.epoch:
+            self._order = (self.epoch, self.plan.order(self.epoch))
+        return self._order[1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.epoch >= self.plan.epochs
+
+    def state(self, epoch: int, shard: int) -> State:
+        """TODO, DOING (lost until the rollback, too), DONE or QUARANTINED."""
+        if (epoch, shard) in self.quarantined:
+            return "QUARANTINED"
+        if epoch != self.epoch:
+            return "DONE" if epoch < self.epoch else "TODO"
+        if shard in self.doing or shard in self.lost:
+            return "DOING"
+        return "TODO" if shard in self.again or (epoch, shard) not in self.attempts else "DONE"
+
+    def todo(self) -> Iterator[tuple[int, int]]:
+        """(shard, samples done) of the shards that may be leased now, in order."""
+        if not self.finished:
+            yield from self.again.items()
+            yield from ((s, 0) for s in self.order[self.cursor :] if (self.epoch, s) not in self.quarantined)
+
+    def save(self) -> dict[str, Any]:
+        """What a checkpoint keeps, for JSON: shards in hand count as to be leased again, from where they are."""
+        return {
+            "epoch": self.epoch,
+            "cursor": self.cursor,
+            "again": [*self.again.items(), *self.lost.items(), *((s, x.done) for s, x in self.doing.items())],
+            "num_done": self.num_done,
+            "attempts": [(shard, n) for (epoch, shard), n in self.attempts.items() if epoch == self.epoch],
+        }
+
+
+# Decisions
+
+
+def lease(ledger: Ledger, worker: str, count: int, now: float) -> Leased | Literal["WAIT", "END"] | Refusal:
+    """Up to `count` shards for `worker`. Call `expired` first, so that what ran out can be had."""
+    if count < 1:
+        return Refusal(f"{count} shards were asked for: must be at least 1")
+    if ledger.finished:
+        return END
+    if ledger.quarantined and not ledger.plan.skip_quarantined:
+        (epoch, shard), reason = next(iter(ledger.quarantined.items()))
+        return Refusal(
+            f"shard {shard} of epoch {epoch} is quarantined after {ledger.plan.max_failures} failures: {reason}"
+        )
+    found = tuple(
+        Lease(
+            ledger.epoch,
+            shard,
+            ledger.attempts.get((ledger.epoch, shard), 0) + 1,
+            worker,
+            now + ledger.plan.lease_s,
+            done,
+        )
+        for (shard, done), _ in zip(ledger.todo(), range(count), strict=False)
+    )
+    if found:
+        return Leased(found)
+    if ledger.lost and not ledger.doing:
+        return Refusal(f"shards {sorted(ledger.lost)} were lost: restart from a checkpoint and roll the ledger back")
+    return WAIT
+
+
+def renew(
+    ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int, done: int, now: float
+) -> Renewed | Refusal | None:
+    """Keep a lease, and report that `done` samples of the shard are finished. None: accepted, nothing to write down."""
+    held = _held(ledger, generation, epoch, shard, attempt)
+    if not isinstance(held, Lease):
+        return held
+    size = len(ledger.plan.positions(shard))
+    if not held.done <= done <= size:
+        return Refusal(f"{done} samples of shard {shard} are reported done: must be {held.done} to {size}")
+    return Renewed(replace(held, done=done, deadline=max(held.deadline, now + ledger.plan.lease_s)))
+
+
+def commit(ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int) -> Committed | Refusal | None:
+    """The shard is done. None: it was already, by this attempt (a repeated message), or by its lease."""
+    held = _held(ledger, generation, epoch, shard, attempt)
+    return Committed(epoch, shard, attempt) if isinstance(held, Lease) else held
+
+
+def fail(
+    ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int, reason: str
+) -> Returned | Refusal | None:
+    """The worker gives up on the shard."""
+    held = _held(ledger, generation, epoch, shard, attempt)
+    return Returned(epoch, shard, attempt, reason) if isinstance(held, Lease) else held
+
+
+def expired(ledger: Ledger, now: float) -> list[Returned]:
+    """Leases whose deadline has passed. A clock that jumps back keeps leases longer, never shorter."""
+    return [
+        Returned(x.epoch, x.shard, x.attempt, f"worker {x.worker!r} did not renew its lease")
+        for x in ledger.doing.values()
+        if x.deadline < now
+    ]
+
+
+def rollback(ledger: Ledger, saved: Mapping[str, Any]) -> RolledBack:
+    """All as in `saved`, in a new generation: no message of an older one counts from now on."""
+    return RolledBack(ledger.generation + 1, saved)
+
+
+def _held(ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int) -> Lease | Refusal | None:
+    """The lease that a message is about; None where it is done by this very attempt."""
+    if generation != ledger.generation:
+        return Refusal(f"the message is of generation {generation}, the ledger is in {ledger.generation}", stale=True)
+    if not (0 <= epoch < ledger.plan.epochs and 0 <= shard < ledger.plan.num_shards):
+        return Refusal(f"there is no shard {shard} of epoch {epoch}")
+    if epoch > ledger.epoch:
+        return Refusal(f"epoch {epoch} has not begun")
+    found = ledger.doing.get(shard) if epoch == ledger.epoch else None
+    if found is not None and found.attempt == attempt:
+        return found
+    latest = ledger.attempts.get((epoch, shard), 0)
+    if attempt == latest and ledger.state(epoch, shard) == "DONE":
+        return None
+    return Refusal(f"attempt {attempt} at shard {shard} of epoch {epoch} is over; the last was {latest}", stale=True)
+
+
+# Changes
+
+
+def apply(ledger: Ledger, record: Record) -> None:
+    """Make the change that was decided."""
+    if isinstance(record, RolledBack):
+        _roll_back(ledger, record)
+    elif isinstance(record, Leased):
+        for found in record.leases:
+            _take(ledger, found)
+    elif isinstance(record, Renewed):
+        ledger.doing[record.lease.shard] = record.lease
+    elif isinstance(record, Committed):
+        del ledger.doing[record.shard]
+        ledger.num_done += 1
+    else:
+        _give_back(ledger, record)
+    _end_epoch(ledger)
+
+
+def _take(ledger: Ledger, found: Lease) -> None:
+    if found.shard in ledger.again:
+        del ledger.again[found.shard]
+    else:
+        ledger.cursor = ledger.order.index(found.shard, ledger.cursor) + 1
+    ledger.attempts[found.key] = found.attempt
+    if ledger.plan.mode == "at_most_once":
+        ledger.num_done += 1
+    else:
+        ledger.doing[found.shard] = found
+
+
+def _give_back(ledger: Ledger, record: Returned) -> None:
+    held, key = ledger.doing.pop(record.shard), (record.epoch, record.shard)
+    ledger.failures[key] = ledger.failures.get(key, 0) + 1
+    if ledger.failures[key] >= ledger.plan.max_failures:
+        ledger.quarantined[key] = record.reason
+    elif ledger.plan.mode == "exactly_once":
+        ledger.lost[record.shard] = held.done
+    else:
+        ledger.again[record.shard] = held.done
+
+
+def _roll_back(ledger: Ledger, record: RolledBack) -> None:
+    saved = record.saved
+    ledger.generation = record.generation
+    ledger.epoch, ledger.cursor, ledger.num_done = saved["epoch"], saved["cursor"], saved["num_done"]
+    ledger.again = {s: done for s, done in saved["again"] if (ledger.epoch, s) not in ledger.quarantined}
+    ledger.attempts = {key: n for key, n in ledger.attempts.items() if key[0] < ledger.epoch}
+    ledger.attempts |= {(ledger.epoch, shard): n for shard, n in saved["attempts"]}
+    ledger.doing, ledger.lost = {}, {}
+
+
+def _end_epoch(ledger: Ledger) -> None:
+    skipped = sum(epoch == ledger.epoch for epoch, _ in ledger.quarantined) if ledger.plan.skip_quarantined else 0
+    if not ledger.finished and ledger.num_done + skipped == ledger.plan.num_shards:
+        ledger.epoch += 1
+        ledger.cursor = ledger.num_done = 0
