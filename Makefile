@@ -62,7 +62,7 @@ bench: dev ## every table of docs/performance.md that this machine allows, under
 bench-gpu: dev ## what a step costs on a CUDA device
 	$(BIN)/python benchmarks/gpu.py
 
-quality: dev ## the tables of docs/quality.md: five seeds on real data, hours
+quality: dev ## the tables of docs/quality.md: five seeds on real data; takes long
 	$(BIN)/python benchmarks/quality.py
 
 docs: dev ## build the site, links checked
