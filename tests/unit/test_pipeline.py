@@ -85,6 +85,15 @@ def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Pat
         assert found[variant, "auc"] == pytest.approx(logged[f"auc_{variant}"], abs=1e-6)
 
 
+def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path: Path) -> None:
+    """Fine-tuning the plain model is of first order, which has nothing to recompute."""
+    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--schedule.max_steps", 2]
+    gmeta(*train, "--run_dir", tmp_path, "--meta.recompute", "true")
+    words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
+    gmeta("evaluate", "--run_dir", tmp_path, *words)
+    assert "plain-finetuned" in json.loads((tmp_path / "evaluation.json").read_text())["variants"]
+
+
 def test_more_steps_at_evaluation_than_in_training(out: Path) -> None:
     gmeta("evaluate", "--run_dir", out / "run", "--steps", 5, "--inner_lr", 0.3, "--baselines", "false")
     assert set(json.loads((out / "run" / "evaluation.json").read_text())["variants"]) == {"before", "after"}
