@@ -21,6 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data"))
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def gmeta(*words: object) -> None:
-    """One command, as a user types it, on one thread a process; its output is shown only if it fails."""
-    argv = [sys.executable, "-m", "gmeta", *(str(word) for word in words)]
+    """One command, as a user types it; see `run_program`."""
+    run_program("-m", "gmeta", *words)
+
+
+def run_program(*words: object) -> None:
+    """Python with these words, on one thread a process; its output is shown only if it fails."""
+    argv = [sys.executable, *(str(word) for word in words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **pipes)
     try:

@@ -22,10 +22,7 @@ import contextlib
 import io
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,8 +33,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import yaml
-from common import ROOT, Record, add_json, gmeta, parse, publish, table
-from quality import DATA
+from common import DATA, ROOT, Record, add_json, gmeta, parse, publish, run_program, table
 
 from gmeta.baselines import BASELINES
 from gmeta.cli import run
@@ -120,12 +116,7 @@ def train(variant: str, settings: dict[str, Any], pack: Path, run_dir: Path) -> 
             gmeta("train", *words, "--nproc", workers)
         return
     words += ("--workers", BASELINE_WORKERS, "--servers", BASELINE_SERVERS)
-    argv = [sys.executable, ROOT / "benchmarks" / "ps_baseline" / "train.py", *words]
-    done = subprocess.run(
-        [str(word) for word in argv], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"our PS-style baseline ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    run_program(ROOT / "benchmarks" / "ps_baseline" / "train.py", *words)
 
 
 def here(*words: object) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -25,13 +24,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from common import ROOT, Record, add_json, gmeta, parse, publish, table
+from common import DATA, ROOT, Record, add_json, gmeta, parse, publish, table
 from numpy.typing import NDArray
 
 from gmeta.baselines import BASELINES
 from gmeta.metrics import HIGHER_IS_BETTER, Bootstrap, Rows
 
-DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data"))
 UNITS = {"mae": "label", "logloss": "nat"}
 RESAMPLES = 1000
 EARLY = ("--schedule.patience", "4")  # plain training ends when the valid metric no longer improves

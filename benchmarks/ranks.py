@@ -22,11 +22,9 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+from synthetic import write_tasks
 
 import gmeta
-from gmeta.data.pack import PackWriter
-from gmeta.data.schema import Feature, PackSchema, parse_data_schema
 from gmeta.tracking import METRICS_FILE, read_metrics
 
 SOURCE = Path(gmeta.__file__).resolve().parent.parent
@@ -61,41 +59,13 @@ def write_pack(path: Path, load: Workload, seed: int = 0) -> None:
     Zipf's law (exponent 1), so that rows are shared within and between tasks as in click logs. Labels are coin tosses.
     """
     rng = np.random.default_rng(seed)
-    names = [f"f{i}" for i in range(load.features)]
     of_task = load.features // 4
     size = load.support + load.query
-    rows = load.tasks * size
     chance = 1 / np.arange(1, load.num_ids)
-    drawn = 1 + rng.choice(load.num_ids - 1, (rows, load.features), p=chance / chance.sum())
+    drawn = 1 + rng.choice(load.num_ids - 1, (load.tasks * size, load.features), p=chance / chance.sum())
     drawn[:, :of_task] = np.repeat(rng.integers(1, load.num_ids, (load.tasks, of_task)), size, axis=0)
-    schema = PackSchema(
-        features=tuple(Feature(name=n, kind="categorical", num_ids=load.num_ids, table=n) for n in names),
-        numeric=(),
-        label="click",
-        binary_label=True,
-        task="user",
-        item=names[-1],
-    )
-    data_schema = parse_data_schema({"task": "user", "label": "click", "item": names[-1], "categorical": names})
-    tasks = np.arange(load.tasks, dtype=np.int64)
-    values = pa.array([str(i) for i in range(1, load.num_ids)])
-    with PackWriter(path, schema, settings={}, data_schema=data_schema.to_json()) as writer:
-        for name in names:
-            writer.write_vocab(name, values, np.ones(load.num_ids - 1, np.int64))
-        writer.add_shard(
-            "train",
-            {
-                "ids": drawn.astype(np.int32),
-                "dense": np.zeros((rows, 0), np.float32),
-                "label": rng.integers(0, 2, rows).astype(np.float32),
-                "item_cold": np.zeros(rows, np.uint8),
-                "task_id": tasks,
-                "row_start": tasks * size,
-                "num_support": np.full(load.tasks, load.support, np.int32),
-            },
-        )
-        writer.write_tasks(tasks, pa.array([f"u{i}" for i in tasks]), ["train"] * load.tasks)
-        writer.finish()
+    label = rng.integers(0, 2, load.tasks * size)
+    write_tasks(path, drawn.reshape(load.tasks, size, load.features), label, load.num_ids, load.support)
 
 
 class Ranks:

@@ -16,7 +16,6 @@ Public data is read from GMETA_DATA (default ../shared/data); a data set that is
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,26 +30,22 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
-import pyarrow as pa
 import torch
-from common import Record, arguments, hardware, median, publish, table
+from common import DATA, ROOT, Record, arguments, gmeta, hardware, median, publish, table
 from ps_baseline.session import open_session
 from ps_baseline.taskfiles import TaskFiles, open_task_files
 from ps_baseline.train import CONTEXT, parse
 from ps_baseline.wire import Place, meet
 from ps_baseline.worker import Client, work
+from synthetic import write_tasks
 from torch.distributed import TCPStore
 
 from gmeta.config import TrainConfig
-from gmeta.data.pack import PackWriter
-from gmeta.data.schema import Feature, PackSchema, parse_data_schema
 from gmeta.parallel.launch import worker_environment
 from gmeta.parallel.mesh import open_mesh
 from gmeta.stepping import Stopwatch
 from gmeta.train import build_run, finish_step, train_step
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data"))
 WAIT_S = 120.0
 
 INPUT = {
@@ -257,44 +252,18 @@ def make_pack(case: Case, folder: Path) -> Path | None:
     if not (DATA / case.folder).is_dir():
         print(f"{case.name}: left out, no data at {DATA / case.folder} (set GMETA_DATA)", file=sys.stderr)
         return None
-    words = ["--config", f"examples/{case.prepare}", "--root", str(DATA / case.folder), "--out", str(pack)]
-    command = [sys.executable, "-m", "gmeta", "prepare", *words]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    gmeta("prepare", "--config", f"examples/{case.prepare}", "--root", DATA / case.folder, "--out", pack)
     return pack
 
 
 def synthetic_pack(path: Path, tasks: int = 2048, rows: int = 20, features: int = 26, vocabulary: int = 10_000) -> Path:
-    """Tasks of 10 + 10 rows; ids drawn by a power law, the first half of the features constant in a task."""
+    """Tasks of 10 + 10 rows; ids drawn by a power law, every other feature constant in a task."""
     rng = np.random.default_rng(0)
-    names = [f"f{i}" for i in range(features)]
     ids = (vocabulary * rng.random((tasks, rows, features)) ** 3).astype(np.int32)
     fixed = np.arange(features) % 2 == 0
     ids[:, :, fixed] = ids[:, :1, fixed]
-    schema = PackSchema(
-        features=tuple(Feature(name=name, kind="categorical", num_ids=vocabulary, table=name) for name in names),
-        numeric=(),
-        label="click",
-        binary_label=True,
-        task="task",
-        item=names[-1],
-    )
-    raw = parse_data_schema({"task": "task", "label": "click", "item": names[-1], "categorical": names})
-    arrays = {
-        "ids": ids.reshape(-1, features),
-        "dense": np.zeros((tasks * rows, 0), np.float32),
-        "label": (rng.random(tasks * rows) < 0.5).astype(np.float32),
-        "item_cold": np.zeros(tasks * rows, np.uint8),
-        "task_id": np.arange(tasks, dtype=np.int64),
-        "row_start": np.arange(tasks, dtype=np.int64) * rows,
-        "num_support": np.full(tasks, rows // 2, np.int32),
-    }
-    with PackWriter(path, schema, settings={}, data_schema=raw.to_json()) as writer:
-        values = pa.array([str(i) for i in range(1, vocabulary)])
-        for name in names:
-            writer.write_vocab(name, values, np.ones(vocabulary - 1, np.int64))
-        writer.add_shard("train", arrays)
-        writer.write_tasks(arrays["task_id"], pa.array([str(t) for t in range(tasks)]), ["train"] * tasks)
-        return writer.finish()
+    write_tasks(path, ids, rng.random(tasks * rows) < 0.5, vocabulary, rows // 2)
+    return path
 
 
 # results

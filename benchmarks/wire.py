@@ -10,14 +10,13 @@ is read from GMETA_DATA (default ../shared/data); without it the benchmark says 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import tempfile
 from pathlib import Path
 
-from common import ROOT, Record, arguments, gmeta, publish, table
+from common import DATA, ROOT, Record, arguments, gmeta, publish, table
 
-DATA = Path(os.environ.get("GMETA_DATA", ROOT.parent / "shared" / "data")) / "ml-100k"
+SOURCE = DATA / "ml-100k"
 WIRES = ("float32", "bf16", "fp16")
 METRICS = ("auc", "logloss")
 CASE = "ml-100k/user_cold taste 2 workers"
@@ -27,8 +26,8 @@ SEEDS, EPOCHS = 2, 3  # enough to be seen against the seeds' own spread
 def main() -> None:
     """Measure every type on every seed, then print differences."""
     args = arguments((__doc__ or "").split("\n")[0])
-    if not DATA.is_dir():
-        print(f"no data at {DATA}: set GMETA_DATA to a folder that holds ml-100k/")
+    if not SOURCE.is_dir():
+        print(f"no data at {SOURCE}: set GMETA_DATA to a folder that holds ml-100k/")
         return
     seeds = range(1 if args.quick else SEEDS)
     found: dict[str, list[dict[str, float]]] = {wire: [] for wire in WIRES}
@@ -36,7 +35,7 @@ def main() -> None:
         for seed in seeds:
             pack = Path(folder) / f"pack{seed}"
             config = ROOT / "examples" / "ml-100k-prepare.yaml"
-            gmeta("prepare", "--config", config, "--root", DATA, "--out", pack, "--seed", seed)
+            gmeta("prepare", "--config", config, "--root", SOURCE, "--out", pack, "--seed", seed)
             for wire in WIRES:
                 found[wire].append(run(Path(folder) / f"{wire}{seed}", pack, wire, seed, quick=args.quick))
     records = []
