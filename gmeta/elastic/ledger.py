@@ -42,6 +42,8 @@ class Plan:
     shard_size: int
     epochs: int = 1
     seed: int = 0
+    shuffle: bool = True
+    """Give out an epoch's shards in a seeded order; otherwise one after the other."""
     mode: Mode = "at_least_once"
     lease_s: float = 60.0
     max_failures: int = 3
@@ -69,7 +71,9 @@ class Plan:
         return range(start, min(start + self.shard_size, self.num_samples))
 
     def order(self, epoch: int) -> list[int]:
-        """The seeded order in which an epoch's shards are given out."""
+        """The order in which an epoch's shards are given out."""
+        if not self.shuffle:
+            return list(range(self.num_shards))
         return sorted(range(self.num_shards), key=lambda shard: (_mix(_mix(self.seed) ^ _mix(epoch + 1), shard), shard))
 
 
