@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,46 @@ def balanced(total: int, workers: Sequence[Worker]) -> list[int]:
 
     Slots are given one by one to whoever would end first with one more. That is optimal because no T_i falls with
     more slots: an assignment with a smaller maximum would give some worker fewer, and so another one more, than was
-    refused here. Of equally good choices whoever has fewer slots is taken, then the first. ValueError where bounds
-    leave no assignment.
+    refused here. Of equally good choices whoever has fewer slots is taken, then the first. Slots that would end well
+    before the time at which continuous shares end are given at once: one by one, they would all have come first.
+    ValueError where bounds leave no assignment.
     """
-    slots = [worker.least for worker in workers]
-    room = sum(worker.most if worker.most is not None else total for worker in workers)
-    if not sum(slots) <= total <= max(room, sum(slots)):
-        raise ValueError(f"{total} slots do not fit workers that take {sum(slots)} to {room}")
-    ends = [(worker.seconds(slots[i] + 1), slots[i], i) for i, worker in enumerate(workers) if slots[i] != worker.most]
+    least = [worker.least for worker in workers]
+    most = [worker.most if worker.most is not None else total for worker in workers]
+    if not sum(least) <= total <= max(sum(most), sum(least)):
+        raise ValueError(f"{total} slots do not fit workers that take {sum(least)} to {sum(most)}")
+    slots = _surely(total, workers, least, most)
+    ends = [(worker.seconds(slots[i] + 1), slots[i], i) for i, worker in enumerate(workers) if slots[i] < most[i]]
     heapq.heapify(ends)
     for _ in range(total - sum(slots)):
         _, _, i = heapq.heappop(ends)
         slots[i] += 1
-        if slots[i] != workers[i].most:
+        if slots[i] < most[i]:
             heapq.heappush(ends, (workers[i].seconds(slots[i] + 1), slots[i], i))
     return slots
+
+
+def _surely(total: int, workers: Sequence[Worker], least: list[int], most: list[int]) -> list[int]:
+    """All slots that end before a time at which fewer than `total` have ended; `least` where no such time is found.
+
+    The time is the end of continuous shares, sum_i clip((T - a_i) v_i, least, most) = total, by Newton's method (the
+    sum is piecewise linear), less a millionth: far above rounding, and only the last few slots are then given singly.
+    """
+    end = (total + sum(w.fixed_s * w.speed for w in workers)) / sum(w.speed for w in workers)
+    for _ in range(20):
+        exact = [(end - w.fixed_s) * w.speed for w in workers]
+        given = sum(min(max(x, lo), hi) for x, lo, hi in zip(exact, least, most, strict=True))
+        slope = sum(w.speed for w, x, lo, hi in zip(workers, exact, least, most, strict=True) if lo <= x <= hi)
+        step = (total - given) / slope if slope > 0 else 0.0
+        end += step
+        if abs(step) <= 1e-9 * end:
+            break
+    end -= 1e-6 * abs(end)
+    slots = [
+        min(max(int((end - w.fixed_s) * w.speed), lo), hi) if 0 < (end - w.fixed_s) * w.speed < 2**53 else lo
+        for w, lo, hi in zip(workers, least, most, strict=True)
+    ]
+    return slots if sum(slots) <= total else list(least)
 
 
 @dataclass(frozen=True)
@@ -86,32 +110,39 @@ class Share:
 
 
 def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: int = 8) -> list[Share]:
-    """Micro-batch and accumulation of each device class, `total` slots in all, that end first (AntDT-DD).
+    """Micro-batch and accumulation of each device class, `total` slots in all, that end first (AntDT-DD); exact.
 
-    Minimises max_i c_i (a_i + m_i / v_i) with sum_i count_i c_i m_i = total, m_i within memory: enumerates c_i, and all
-    splits of the total over the classes that whole micro-batches allow. ValueError where none does.
+    Minimises max_i c_i (a_i + m_i / v_i) with sum_i count_i c_i m_i = total, m_i within memory. Class by class, it
+    keeps for every number of slots that classes so far can take the choice that ends first: whatever later classes do,
+    none that takes as many slots can be better. Of equal choices, that with fewer micro-batches. ValueError where no
+    whole micro-batches give the total.
     """
-    best: tuple[float, list[Share]] | None = None
-    for counts in product(range(1, max_accumulation + 1), repeat=len(classes)):
-        for micro in _splits(total, [k.count * c for k, c in zip(classes, counts, strict=True)], classes):
-            ends = max(c * k.worker.seconds(m) for k, c, m in zip(classes, counts, micro, strict=True))
-            if best is None or ends < best[0]:
-                best = ends, [Share(m, c) for m, c in zip(micro, counts, strict=True)]
-    if best is None:
-        sizes = ", ".join(f"{k.count} devices of up to {k.worker.most}" for k in classes)
-        raise ValueError(f"{total} slots cannot be cut into whole micro-batches for {sizes}")
-    return best[1]
+    reached: dict[int, tuple[float, tuple[Share, ...]]] = {0: (0.0, ())}
+    for last, options in ((k is classes[-1], _options(total, k, max_accumulation)) for k in classes):
+        longer: dict[int, tuple[float, tuple[Share, ...]]] = {}
+        for taken, (ends, shares) in reached.items():
+            room = total - taken
+            # The last class must take all that is left.
+            sizes = ((room,) if room in options else ()) if last else (size for size in options if size <= room)
+            for size in sizes:
+                seconds, share = options[size]
+                found, worst = longer.get(taken + size), max(ends, seconds)
+                if found is None or worst < found[0]:
+                    longer[taken + size] = worst, (*shares, share)
+        reached = longer
+    if total not in reached:
+        sizes_text = ", ".join(f"{k.count} devices of up to {k.worker.most}" for k in classes)
+        raise ValueError(f"{total} slots cannot be cut into whole micro-batches for {sizes_text}")
+    return list(reached[total][1])
 
 
-def _splits(total: int, units: Sequence[int], classes: Sequence[DeviceClass]) -> list[list[int]]:
-    """All micro-batch sizes m with sum_i units_i m_i = total, each within its class's bounds."""
-    worker = classes[0].worker
-    most = total // units[0] if worker.most is None else min(worker.most, total // units[0])
-    if len(units) == 1:
-        exact = total % units[0] == 0 and worker.least <= total // units[0] <= most
-        return [[total // units[0]]] if exact else []
-    return [
-        [m, *rest]
-        for m in range(worker.least, most + 1)
-        for rest in _splits(total - units[0] * m, units[1:], classes[1:])
-    ]
+def _options(total: int, devices: DeviceClass, max_accumulation: int) -> dict[int, tuple[float, Share]]:
+    """{slots of the whole class: (seconds, the share that ends first)}, up to `total` slots."""
+    worker, found = devices.worker, dict[int, tuple[float, Share]]()
+    for c in range(1, max_accumulation + 1):
+        most = total // (devices.count * c)
+        for m in range(worker.least, (most if worker.most is None else min(worker.most, most)) + 1):
+            size, seconds = devices.count * c * m, c * worker.fixed_s * (m > 0) + c * m / worker.speed
+            if size not in found or seconds < found[size][0]:
+                found[size] = seconds, Share(m, c)
+    return found

@@ -58,29 +58,75 @@ def test_proportions_are_off_by_less_than_one(total: int, weights: list[float]) 
     assert all(abs(n - total * w / sum(weights)) < 1 for n, w in zip(slots, weights, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+def one_by_one(total: int, found: list[Worker]) -> list[int]:
+    """Every slot to whoever would end first with one more: what `balanced` says it does."""
+    slots = [worker.least for worker in found]
+    while sum(slots) < total:
+        open_ = [i for i, w in enumerate(found) if slots[i] != w.most]
+        slots[min(open_, key=lambda i: (found[i].seconds(slots[i] + 1), slots[i], i))] += 1
+    return slots
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    total=st.integers(1, 24),
-    fast=st.builds(Worker, speeds, st.sampled_from([0.0, 0.5]), st.just(0), st.integers(1, 6)),
-    slow=st.builds(Worker, speeds, st.sampled_from([0.0, 0.5]), st.just(0), st.integers(1, 6)),
-    counts=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    total=st.integers(0, 300),
+    found=st.lists(
+        st.builds(
+            lambda speed, fixed, least, room: Worker(speed, fixed, least, None if room is None else least + room),
+            st.sampled_from([1e-6, 0.5, 1.0, 3.0, 1e9]) | speeds,
+            st.sampled_from([0.0, 0.3, 2.0, 1e4]),
+            st.integers(0, 5),
+            st.none() | st.integers(0, 60),
+        ),
+        min_size=1,
+        max_size=12,
+    ),
 )
-def test_no_accumulation_ends_earlier(total: int, fast: Worker, slow: Worker, counts: tuple[int, int]) -> None:
-    classes = [DeviceClass(counts[0], fast), DeviceClass(counts[1], slow)]
+def test_slots_given_at_once_are_those_given_one_by_one(total: int, found: list[Worker]) -> None:
+    try:
+        slots = balanced(total, found)
+    except ValueError:
+        return
+    assert slots == one_by_one(total, found)
+
+
+device_classes = st.lists(
+    st.builds(
+        DeviceClass,
+        st.integers(1, 2),
+        st.builds(Worker, speeds, st.sampled_from([0.0, 0.5]), st.integers(0, 1), st.integers(1, 5)),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(total=st.integers(1, 24), classes=device_classes, most=st.integers(1, 3))
+def test_no_accumulation_ends_earlier(total: int, classes: list[DeviceClass], most: int) -> None:
+    each = [list(product(range(1, most + 1), range(k.worker.least, k.worker.most + 1))) for k in classes]
     every = [
-        ((c, m), (d, n))
-        for c, d in product(range(1, 4), repeat=2)
-        for m, n in product(range(fast.most + 1), range(slow.most + 1))
-        if counts[0] * c * m + counts[1] * d * n == total
+        choice
+        for choice in product(*each)
+        if sum(k.count * c * m for k, (c, m) in zip(classes, choice, strict=True)) == total
     ]
     if not every:
         with pytest.raises(ValueError, match=f"{total} slots cannot be cut"):
-            accumulated(total, classes, max_accumulation=3)
+            accumulated(total, classes, most)
         return
-    found = accumulated(total, classes, max_accumulation=3)
-    assert sum(k.count * s.accumulation * s.micro_batch for k, s in zip(classes, found, strict=True)) == total
-    ours = max(s.accumulation * k.worker.seconds(s.micro_batch) for k, s in zip(classes, found, strict=True))
-    assert ours == min(max(c * fast.seconds(m), d * slow.seconds(n)) for (c, m), (d, n) in every)
+    found = accumulated(total, classes, most)
+    assert tuple((s.accumulation, s.micro_batch) for s in found) in every
+
+    def ends(choice) -> float:
+        return max(c * k.worker.seconds(m) for k, (c, m) in zip(classes, choice, strict=True))
+
+    ours = ends([(s.accumulation, s.micro_batch) for s in found])
+    assert ours == pytest.approx(min(ends(choice) for choice in every), rel=1e-12)
+
+
+def test_equal_ends_take_the_fewest_micro_batches() -> None:
+    for speed in (0.3, 3.0, 7.0):
+        assert accumulated(240, [DeviceClass(1, Worker(speed))]) == [Share(240, 1)]
 
 
 def test_memory_makes_a_slow_class_accumulate() -> None:

@@ -1,0 +1,299 @@
+"""Policies against stragglers: pure functions from what is known (a snapshot) to what shall be done (actions).
+
+`nd` and `dd` are AntDT's two solutions (arXiv 2404.09679, non-dedicated and dedicated clusters); the paper's formulas
+and thresholds are not public, those here are ours, each with its reason. `static`, `lb_bsp` and `backup` are there to
+compare with. None keeps a memory: a decision follows from its snapshot alone, so a recorded trace can be replayed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+
+from gmeta.elastic.actions import Action, AdjustAccumulation, AdjustBatch, DropLate, KillRestart
+from gmeta.elastic.balance import DeviceClass, Worker, accumulated, balanced, proportional
+from gmeta.elastic.controller import Policy
+from gmeta.elastic.monitor import Snapshot, Window, WorkerView
+
+SETTLED_STEPS = 3
+"""Steps of a generation to see before the first decision: the first ones also fill caches and allocate."""
+CHANGED = 1.25
+"""A rank whose last steps are so many times slower or faster than its last hundred has changed; else the hundred count.
+The median of 5 steps with noise of 5 % is off by 3 % (one standard deviation): noise alone never gets there."""
+GAIN = 0.05
+"""Share of a step's time that must be won for new slots once the window shows the setting in force. The worst of 4
+medians of 5 steps is about 3 % off under noise of 5 %: less than this would be chasing noise."""
+GAIN_UNSETTLED = 0.12
+"""The same while it does not: then the change must be one that noise and fixed costs cannot feign. A peer of 4 that
+returns from 3 times slower to normal gives 17 %."""
+GAIN_LONG = 0.03
+"""The same once even the long windows hold nothing but the setting in force: their medians are off by 0.6 %."""
+SLOW = 1.5
+"""How many times slower than its peers' median a rank is that restarting is thought of (lambda)."""
+RESTART_S = 30.0
+"""What a restart is taken to cost: saving, starting processes, loading. Ours take 5 to 20 s on one machine."""
+PAYBACK_S = 600.0
+"""How long what made a rank slow all through the long window is expected to go on; a restart must pay in this time."""
+CLASS_GAIN = 0.10
+"""dd decides again only for so much: classes of devices do not change their speeds, and what changes a single rank
+is not its business."""
+WHOLE_EXCESS = 0.05
+"""dd takes equal micro-batches within a class unless unequal ones end earlier by more than this."""
+STRIDE = 0.5
+"""lb_bsp goes so far of the way to its goal each time."""
+LATE = 1.5
+"""backup: a rank begins no micro-batch after so many times the median of all ranks' computing."""
+PARTS = 4
+"""backup: micro-batches a step. Each has its own fixed cost; with 4, a rank stops within a quarter of its work."""
+DEADLINE_CHANGED = 1.2
+"""backup: a new deadline only when it differs so much."""
+
+
+def static(snapshot: Snapshot) -> list[Action]:
+    """Nothing: equal slots for ever, as DistributedDataParallel has them."""
+    return []
+
+
+def nd(snapshot: Snapshot) -> list[Action]:
+    """AntDT-ND: slots by measured speed; restart of a rank that stays far behind its peers.
+
+    The slots are the exact minimum of max_i b_i / v_i, with v_i slots a second of compute, within `max_slots`. A fixed
+    cost a_i of a step makes the measured b_i / T_i depend on b_i; repeating heals that: where all T_i = a_i + b_i / v_i
+    are equal, shares by measured speed change nothing, and each repetition leaves the share a_i / T_i of the error. So
+    no fixed cost has to be told apart, which from one number of slots a rank would be impossible.
+    """
+    views, old = snapshot.workers, snapshot.setting.slots
+    if any(view.short is None for view in views):
+        return []
+    restart = _hopeless(snapshot)
+    if restart:
+        return [restart]
+    costs = [_cost(view) for view in views]
+    slots = _shares(snapshot, costs)
+    if slots is None:
+        return []
+    untried = any(cost is None and not n for cost, n in zip(costs, old, strict=True))
+    settled = _settled(snapshot)
+    exact = all(view.long is not None and snapshot.settled_steps >= view.long.steps for view in views)
+    needed = GAIN_LONG if exact else GAIN if settled else GAIN_UNSETTLED
+    worth = _gain(old, slots, costs) > needed
+    return [AdjustBatch(tuple(slots))] if worth or (settled and untried) else []
+
+
+def dd(snapshot: Snapshot) -> list[Action]:
+    """AntDT-DD: slots and micro-batches by class of device, under memory caps; a single rank's troubles are left alone.
+
+    Decides once the windows are full, and again when the speed of a class has changed. All ranks of a class do the
+    same; only where the batch cannot be cut so, or where that would cost more than a few percent, slots within a class
+    differ (by one, at equal speeds).
+    """
+    if not _settled(snapshot):
+        return []
+    classes: dict[str, list[WorkerView]] = {}
+    for view in snapshot.workers:
+        classes.setdefault(view.device, []).append(view)
+    cost: dict[str, float] = {}
+    for device, members in classes.items():
+        known = [c for view in members if (c := _cost(view)) is not None]
+        if not known:
+            return []
+        cost[device] = statistics.median(known)
+    costs = [cost[view.device] for view in snapshot.workers]
+    found = _by_class(snapshot, classes, cost)
+    if found is None:
+        return []
+    slots, parts = found
+    crowded = any(
+        view.max_slots and b > c * view.max_slots
+        for view, b, c in zip(snapshot.workers, snapshot.setting.slots, snapshot.setting.micro_batches, strict=True)
+    )
+    if not crowded and _gain(snapshot.setting.slots, slots, costs) <= CLASS_GAIN:
+        return []
+    return [AdjustBatch(slots), AdjustAccumulation(parts)]
+
+
+def lb_bsp(snapshot: Snapshot) -> list[Action]:
+    """LB-BSP (arXiv 1806.02508): batch sizes by predicted speed, moved step by step.
+
+    Used of the paper: shares in proportion to predicted speeds, changed gradually, with the simplest of predictors (the
+    last value, here the short window's). Not used: its recurrent predictor that also reads CPU and memory. No threshold
+    and no restart: it follows whatever the window shows.
+    """
+    costs = [_seconds_a_slot(view.short) for view in snapshot.workers]
+    if not _settled(snapshot) or any(cost is None for cost in costs):
+        return []
+    now, goal = snapshot.setting.slots, proportional(snapshot.batch, [1 / cost for cost in costs if cost is not None])
+    moved = proportional(snapshot.batch, [old + STRIDE * (new - old) for old, new in zip(now, goal, strict=True)])
+    # A rank without slots would never be measured again.
+    slots = tuple(moved) if min(moved) > 0 or snapshot.batch < len(moved) else _at_least_one(snapshot.batch, moved)
+    return [] if slots == now else [AdjustBatch(slots)]
+
+
+def backup(snapshot: Snapshot) -> list[Action]:
+    """Backup workers (arXiv 1604.00981): a step does not wait for the slowest; what it has not begun goes to the tail.
+
+    The paper throws away the gradients of the last workers; here a rank stops between micro-batches instead, so what
+    it has computed counts, and what it has not is done at the end of the epoch.
+    """
+    if not _settled(snapshot):
+        return []
+    times = [v.short.compute_s for v in snapshot.workers if v.short is not None and 0 < v.short.compute_s < math.inf]
+    if not times:
+        return []
+    after, old = LATE * statistics.median(times), snapshot.setting.drop_after_s
+    parts = tuple(min(PARTS, max(1, slots)) for slots in snapshot.setting.slots)
+    same = old is not None and 1 / DEADLINE_CHANGED < after / old < DEADLINE_CHANGED
+    if same and parts == snapshot.setting.micro_batches:
+        return []
+    return [AdjustAccumulation(parts), DropLate(after)]
+
+
+POLICIES: dict[str, Policy] = {"static": static, "nd": nd, "dd": dd, "lb_bsp": lb_bsp, "backup": backup}
+
+
+def load_policy(text: str) -> Policy:
+    """A policy by its name, or anyone's function as `module:function` (the current folder is searched too).
+
+    ValueError names the known ones, or says what cannot be imported.
+    """
+    if text in POLICIES:
+        return POLICIES[text]
+    module, colon, name = text.partition(":")
+    if not (colon and module and name):
+        raise ValueError(f"policy is {text!r}: must be one of {', '.join(POLICIES)}, or your own as module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's file: whatever importing it raises
+        raise ValueError(f"policy {text!r} cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(found):
+        raise ValueError(f"policy {text!r} is a {type(found).__name__}: must be a function of a snapshot")
+    policy: Policy = found
+    return policy
+
+
+def _settled(snapshot: Snapshot) -> bool:
+    """Whether the short windows of all ranks hold nothing but steps of the setting in force."""
+    steps = max((view.short.steps for view in snapshot.workers if view.short is not None), default=0)
+    return all(v.short for v in snapshot.workers) and snapshot.settled_steps >= max(SETTLED_STEPS, steps)
+
+
+def _seconds_a_slot(window: Window | None) -> float | None:
+    """None where the window does not tell; limits far from any real speed keep sums of speeds finite."""
+    return window.slot_s if window is not None and 1e-12 < window.slot_s < 1e12 else None
+
+
+def _cost(view: WorkerView) -> float | None:
+    """Seconds a slot: of the long window, which is exact, unless the short one shows that it is past.
+
+    Without slots lately a rank's speed is that of the long window, until that is empty as well.
+    """
+    short, long = _seconds_a_slot(view.short), _seconds_a_slot(view.long)
+    if short is None or long is None:
+        return short or long
+    return long if 1 / CHANGED < short / long < CHANGED else short
+
+
+def _shares(snapshot: Snapshot, costs: Sequence[float | None]) -> list[int] | None:
+    """Slots that end first. A rank of unknown speed keeps its slots, and is given one where it has none.
+
+    That is the case once its last slot is a long window ago, so even a hopeless rank is tried about once in a hundred
+    steps, and its slot is taken away again as soon as it is measured. None where nothing is known, or memory caps
+    leave no choice.
+    """
+    setting = snapshot.setting
+    kept = [max(1, old) if cost is None else 0 for old, cost in zip(setting.slots, costs, strict=True)]
+    free = snapshot.batch - sum(kept)
+    known = [i for i, cost in enumerate(costs) if cost is not None]
+    if not known or free < 0:
+        return None
+    workers = [
+        Worker(1 / (costs[i] or 1.0), most=None if cap is None else max(0, cap) * setting.micro_batches[i])
+        for i in known
+        for cap in [snapshot.workers[i].max_slots]
+    ]
+    if sum(free if worker.most is None else worker.most for worker in workers) < free:
+        return None
+    for i, slots in zip(known, balanced(free, workers), strict=True):
+        kept[i] = slots
+    return kept
+
+
+def _gain(old: Sequence[int], new: Sequence[int], costs: Sequence[float | None]) -> float:
+    """The share of a step's time that `new` slots win over `old`, by ranks of known speed."""
+    before = max((b * cost for b, cost in zip(old, costs, strict=True) if cost is not None), default=0.0)
+    after = max((b * cost for b, cost in zip(new, costs, strict=True) if cost is not None), default=0.0)
+    return 1 - after / before if before > 0 else 0.0
+
+
+def _hopeless(snapshot: Snapshot) -> KillRestart | None:
+    """The rank to restart: slow all through the long window, compared with ranks of its role and device, if that pays.
+
+    The long window's median tells of half of it; that nothing had to be changed for as many steps tells that the
+    slowness did not come and go. (A rank so slow that it got no slots at all is judged after half as many: later, the
+    window would hold nothing of it.) It pays if a step would be so much shorter, were the rank like its peers, that
+    RESTART_S is won back within PAYBACK_S. A class of slow devices has no fast peers: it is balanced, not restarted.
+    """
+    views, steps = snapshot.workers, min((v.long.steps if v.long else 0 for v in snapshot.workers), default=0)
+    if snapshot.restarts_left < 1 or not steps or snapshot.settled_steps < steps / 2:
+        return None
+    groups: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    for i, view in enumerate(views):
+        cost = _seconds_a_slot(view.long)
+        if cost is not None:
+            groups.setdefault((view.role, view.device), []).append((cost, i))
+    speed = sum(1 / cost for members in groups.values() for cost, _ in members)
+    best: tuple[float, KillRestart] | None = None
+    for members in groups.values():
+        (cost, slowest), peers = max(members), sorted(members)[:-1]
+        lately = _seconds_a_slot(views[slowest].short) if snapshot.setting.slots[slowest] else cost
+        long_enough = snapshot.settled_steps >= steps or not snapshot.setting.slots[slowest]
+        if not peers or lately is None or not long_enough:
+            continue
+        usual = statistics.median(peer for peer, _ in peers)
+        gain = 1 - speed / (speed - 1 / cost + 1 / usual)
+        if min(cost, lately) > SLOW * usual and gain * PAYBACK_S > RESTART_S and (best is None or gain > best[0]):
+            reason = f"{cost / usual:.1f} times slower than its peers for {snapshot.settled_steps} steps"
+            best = gain, KillRestart(views[slowest].rank, reason)
+    return best[1] if best else None
+
+
+def _by_class(
+    snapshot: Snapshot, classes: dict[str, list[WorkerView]], cost: dict[str, float]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(slots, micro-batches) of every rank; None where the memory of all devices does not hold the batch."""
+    caps = {device: min((m.max_slots for m in ms if m.max_slots), default=None) for device, ms in classes.items()}
+    devices = [view.device for view in snapshot.workers]
+    even: tuple[list[int], list[int]] | None = None
+    try:
+        kinds = [DeviceClass(len(ms), Worker(1 / cost[d], most=caps[d])) for d, ms in classes.items()]
+        shares = dict(zip(classes, accumulated(snapshot.batch, kinds), strict=True))
+        even = (
+            [shares[d].micro_batch * shares[d].accumulation for d in devices],
+            [shares[d].accumulation for d in devices],
+        )
+    except ValueError:
+        pass  # no whole micro-batches give the batch
+    most = 8  # micro-batches, as in `accumulated`
+    try:
+        workers = [Worker(1 / cost[d], most=None if (cap := caps[d]) is None else most * cap) for d in devices]
+        slots = balanced(snapshot.batch, workers)
+    except ValueError:
+        return None if even is None else (tuple(even[0]), tuple(even[1]))
+    if even and _gain(even[0], slots, [cost[d] for d in devices]) <= WHOLE_EXCESS:
+        return tuple(even[0]), tuple(even[1])
+    parts = [1 if (cap := caps[d]) is None else max(1, -(-b // cap)) for b, d in zip(slots, devices, strict=True)]
+    return tuple(slots), tuple(parts)
+
+
+def _at_least_one(batch: int, slots: Sequence[int]) -> tuple[int, ...]:
+    """`slots` with one more for those that have none, from those that have most."""
+    found = [max(1, n) for n in slots]
+    for _ in range(sum(found) - batch):
+        found[found.index(max(found))] -= 1
+    return tuple(found)
