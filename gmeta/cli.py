@@ -75,6 +75,14 @@ def _doctor(config: configs.DoctorConfig) -> int:
     return print_checks(diagnose(config.timeout_s))
 
 
+def _coordinate(config: configs.CoordinateConfig) -> int:
+    from gmeta.elastic.service import coordinate
+
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    coordinate(**values)
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "prepare": Command(configs.PrepareConfig, _prepare),
     "train": Command(configs.TrainConfig, _train, distributed=True),
@@ -82,6 +90,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command(configs.PredictConfig, _predict),
     "report": Command(configs.ReportConfig, _report),
     "synth": Command(configs.SynthConfig, _synth),
+    "coordinate": Command(configs.CoordinateConfig, _coordinate),
     "doctor": Command(configs.DoctorConfig, _doctor),
 }
 

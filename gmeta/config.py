@@ -471,3 +471,32 @@ class DoctorConfig:
 
     timeout_s: int = 60
     """Seconds given to the self-test."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinateConfig:
+    """Serve one job's shards, and balance its workers; restarted on the same journal it goes on where it was."""
+
+    journal: str
+    """File of all that was given out and done (SQLite), one a job; created where there is none."""
+    host: str = "127.0.0.1"
+    """Address to listen on; others than this machine's own need a token."""
+    port: int = 0
+    """Port to listen on; 0 takes a free one. Printed as `listening on http://...`."""
+    token_file: str | None = None
+    """File with the secret that every request must name; created where there is none."""
+    policy: str = "static"
+    """Who decides on stragglers: a policy by name, or one's own as module:function."""
+    durable: bool = False
+    """Wait for the disk at each write: survives the loss of power too, at a fraction of the speed."""
+    trace: str | None = None
+    """File to append reports and decisions to, one JSON object a line."""
+    max_restarts: int = 2
+    """Slow workers that may be restarted in a run."""
+    cooldown_s: float = 300.0
+    """Seconds between two such restarts."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", self.port, "must be in [0, 65535]")
+        _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative")
+        _require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "must not be negative")

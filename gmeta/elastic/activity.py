@@ -1,0 +1,126 @@
+"""What workers did, over time: throughput and batch time of each, for the page and the metrics. Lost with a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gmeta.elastic.ledger import Committed, Leased, Ledger, Renewed
+from gmeta.elastic.monitor import StepTime
+from gmeta.elastic.records import Record
+
+MOST_POINTS = 120
+MOST_WORKERS = 4096
+FORGET_S = 600.0
+"""A worker that was silent for so long, and holds nothing, is no longer shown."""
+
+Point = float | None
+
+
+@dataclass
+class Work:
+    """Of one worker, since the last sample of its history."""
+
+    seen: float  # when it was last heard of
+    since: float
+    samples: float = 0.0
+    batches: int = 0  # steps of a rank; shards of a worker that pulls them
+    seconds: float | None = None  # of computing those batches, where they were reported
+
+    def rates(self, now: float) -> tuple[Point, Point]:
+        """(samples a second, seconds a batch) since the last sample; then begin anew, if a batch was finished."""
+        elapsed = max(now - self.since, 1e-9)
+        if not self.batches and not self.samples:
+            return 0.0, None
+        rates = (
+            self.samples / elapsed,
+            (elapsed if self.seconds is None else self.seconds) / self.batches if self.batches else None,
+        )
+        self.since, self.samples, self.batches, self.seconds = now, 0.0, 0, None
+        return rates
+
+
+@dataclass
+class History:
+    """Points at equal spacing; when there are too many, each pair becomes one and the spacing doubles."""
+
+    spacing_s: float = 1.0
+    times: list[float] = field(default_factory=list)
+    throughput: dict[str, list[Point]] = field(default_factory=dict)
+    batch_s: dict[str, list[Point]] = field(default_factory=dict)
+
+    def add(self, now: float, rates: Mapping[str, tuple[Point, Point]]) -> None:
+        """One more point of every worker; those not in `rates` are forgotten."""
+        self.times.append(now)
+        for place, store in enumerate((self.throughput, self.batch_s)):
+            for name in store.keys() - rates.keys():
+                del store[name]
+            for name, values in rates.items():
+                store.setdefault(name, [None] * (len(self.times) - 1)).append(values[place])
+        if len(self.times) >= MOST_POINTS:
+            self.spacing_s *= 2
+            self.times = self.times[1::2]
+            for store in (self.throughput, self.batch_s):
+                for name, series in store.items():
+                    store[name] = [_mean(pair) for pair in zip(series[::2], series[1::2], strict=False)]
+
+    @property
+    def due(self) -> float:
+        """When the next point is."""
+        return self.times[-1] + self.spacing_s if self.times else 0.0
+
+
+def _mean(values: Iterable[Point]) -> Point:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+class Activity:
+    """Hears of every change and every report; `sample` adds a point to the history when it is time."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, Work] = {}
+        self.history = History()
+
+    def seen(self, worker: str, now: float) -> Work:
+        """The worker's account; it was heard of just now."""
+        if worker not in self.workers and len(self.workers) >= MOST_WORKERS:
+            del self.workers[min(self.workers, key=lambda name: self.workers[name].seen)]
+        work = self.workers.setdefault(worker, Work(now, now))
+        work.seen = now
+        return work
+
+    def changed(self, ledger: Ledger, record: Record, now: float) -> None:
+        """A record that is about to be applied to `ledger`."""
+        if isinstance(record, Leased):
+            for lease in record.leases:
+                work = self.seen(lease.worker, now)
+                if ledger.plan.mode == "at_most_once":  # nobody will say that it is done
+                    work.samples += len(ledger.plan.positions(lease.shard)) - lease.done
+                    work.batches += 1
+        elif isinstance(record, Renewed):
+            work = self.seen(record.lease.worker, now)
+            work.samples += record.lease.done - ledger.doing[record.lease.shard].done
+        elif isinstance(record, Committed):
+            held = ledger.doing[record.shard]
+            work = self.seen(held.worker, now)
+            work.samples += len(ledger.plan.positions(record.shard)) - held.done
+            work.batches += 1
+
+    def reported(self, rank: int, steps: Sequence[StepTime], now: float) -> None:
+        """Steps of a rank."""
+        work = self.seen(f"rank {rank}", now)
+        work.samples += sum(step.work for step in steps)
+        work.batches += len(steps)
+        work.seconds = (work.seconds or 0.0) + sum(step.compute_s for step in steps)
+
+    def sample(self, now: float, shown: Sequence[str], holding: Mapping[str, int]) -> None:
+        """A point of the history, of the workers in `shown`; `holding` has the leases of each. Call it when due."""
+        for name, work in list(self.workers.items()):
+            if now - work.seen > FORGET_S and not holding.get(name):
+                del self.workers[name]
+        self.history.add(now, {name: self.workers[name].rates(now) for name in shown if name in self.workers})
+
+    def restart(self) -> None:
+        """A new group of ranks: the accounts of the old one's are closed, the history goes on."""
+        self.workers = {}

@@ -1,0 +1,300 @@
+"""The Python client of a coordinator, for any training loop. Thread-safe; a forked process needs one of its own.
+
+    client = Client("http://127.0.0.1:7070", read_token("job.token"), run="tonight")
+    client.open_job(pack="clicks-2024-05", plan=Plan(num_samples=10**6, shard_size=1000))
+    for lease in client.shards(worker="w0"):
+        for position in lease.positions:
+            ...
+
+A coordinator that is away delays the loop and loses nothing: a message is sent again, with the same request number,
+until it is answered or `patience_s` have passed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import random
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import urllib3
+
+from gmeta.elastic.ledger import Plan
+from gmeta.elastic.tokens import make_token, read_token
+
+__all__ = ["Client", "HeldShard", "Refused", "Unreachable", "make_token", "read_token"]
+
+_log = logging.getLogger(__name__)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_ANSWER_S = 30.0
+"""A coordinator that has said nothing for so long is asked again."""
+_LEAVE_S = 5.0
+"""A loop that is left tries for so long to give its shards back."""
+
+
+class Refused(ValueError):
+    """The coordinator will not do it. `stale`: the sender lost its lease, or its generation is over.
+
+    `lost` are those of the message's [epoch, shard, attempt] that are no longer the sender's.
+    """
+
+    def __init__(self, message: str, stale: bool = False, lost: Sequence[Sequence[int]] = ()) -> None:
+        super().__init__(message)
+        self.stale = stale
+        self.lost = [(epoch, shard, attempt) for epoch, shard, attempt in lost]
+
+
+class Unreachable(ConnectionError):
+    """No coordinator answered for `patience_s`."""
+
+
+class Client:
+    """A connection to the coordinator at `url`, as part of `run`."""
+
+    def __init__(self, url: str, token: str | None = None, *, run: str, patience_s: float = 120.0) -> None:
+        self.url, self.run, self.patience_s = url.rstrip("/"), run, patience_s
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"url is {url!r}: must be that of a coordinator, such as http://127.0.0.1:7070")
+        self.generation = 0
+        self.plan: Plan | None = None
+        self._headers = {"Content-Type": "application/json"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._pool = urllib3.PoolManager(
+            maxsize=4, retries=False, timeout=urllib3.Timeout(connect=5.0, read=_ANSWER_S), headers=self._headers
+        )
+
+    def call(self, name: str, **fields: Any) -> dict[str, Any]:
+        """The reply to one POST /v1/<name>. `Refused`, or `Unreachable` after `patience_s`."""
+        return self._call(name, fields, self.patience_s)
+
+    def _call(self, name: str, fields: dict[str, Any], patience_s: float) -> dict[str, Any]:
+        body = json.dumps({"run": self.run, "request": uuid.uuid4().hex, **fields}).encode()
+        deadline, pause = time.monotonic() + patience_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                response = self._pool.request("POST", f"{self.url}/v1/{name}", body=body)
+            except urllib3.exceptions.HTTPError as error:
+                problem = str(error)
+            else:
+                if response.status == 200:
+                    reply: dict[str, Any] = response.json()
+                    return reply
+                if response.status != 503:
+                    raise _refusal(self.url, response)
+                problem = _refusal(self.url, response).args[0]
+            if time.monotonic() + pause > deadline:
+                raise Unreachable(
+                    f"no coordinator answered at {self.url} for {patience_s:g} s ({problem}): "
+                    "start it again on the same journal, or correct the address"
+                )
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def open_job(self, pack: str, plan: Plan) -> int:
+        """Create the job, or join it: run, pack and plan must be the same. The generation."""
+        reply = self.call("job", pack=pack, plan=asdict(plan))
+        self.plan, self.generation = plan, reply["generation"]
+        return self.generation
+
+    def shards(self, worker: str, ahead: int = 2) -> Iterator[HeldShard]:
+        """Lease shards until there are none left for anyone; `open_job` comes first.
+
+        `ahead` shards are leased before they are needed. A shard is committed when the body of the loop has ended (at
+        the latest a second later), and given back when the loop ends amid it. Leases are renewed in the background as
+        long as this process lives and the loop is not left.
+        """
+        if self.plan is None:
+            raise ValueError("there is no job: call open_job(pack, plan) first")
+        if ahead < 0:
+            raise ValueError(f"ahead is {ahead}: must not be negative")
+        keeper, waiting = _Keeper(self, worker, self.plan), deque[HeldShard]()
+        with keeper.beating():
+            while True:
+                if len(waiting) <= ahead // 2:
+                    reply = keeper.exchange(ahead + 1 - len(waiting))
+                    if reply["reply"] == "SHARD":
+                        waiting.extend(keeper.take(reply["leases"]))
+                    elif not waiting and reply["reply"] == "END":
+                        return
+                    elif not waiting:
+                        time.sleep(reply["retry_s"])
+                if not waiting:
+                    continue
+                shard = waiting.popleft()
+                if shard.lost:
+                    continue
+                try:
+                    yield shard
+                except BaseException:  # the loop was left, by break or by an exception
+                    keeper.give_back(f"worker {worker!r} left its loop")
+                    raise
+                keeper.finish(shard)
+
+
+def _refusal(url: str, response: urllib3.BaseHTTPResponse) -> Refused:
+    try:
+        found = response.json()
+        return Refused(found["error"], found["stale"], found["lost"])
+    except (ValueError, KeyError, TypeError):
+        return Refused(f"{url} answered {response.status}, not as a gmeta coordinator does: correct the address")
+
+
+@dataclass
+class HeldShard:
+    """A shard in this worker's hands."""
+
+    epoch: int
+    shard: int
+    attempt: int
+    done: int  # samples of the shard that an earlier attempt finished
+    start: int
+    stop: int
+    lost: bool = False  # the lease ran out, or the job was rolled back: what is done for it does not count
+    finished: int = field(default=0)  # of `positions`, as told by `progress`
+
+    @property
+    def positions(self) -> range:
+        """What is to do: positions in the epoch's order of samples."""
+        return range(self.start + self.done, self.stop)
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """(epoch, shard, attempt)."""
+        return self.epoch, self.shard, self.attempt
+
+    def progress(self, count: int) -> None:
+        """The first `count` of `positions` are finished, and need not be done again. Sent within a second."""
+        if not self.finished <= count <= len(self.positions):
+            raise ValueError(
+                f"{count} positions are reported finished: must be {self.finished} to {len(self.positions)}"
+            )
+        self.finished = count
+
+
+class _Keeper:
+    """What one worker holds: renewed, committed, given back."""
+
+    def __init__(self, client: Client, worker: str, plan: Plan) -> None:
+        self._client, self._worker, self._lease_s = client, worker, plan.lease_s
+        self._held: dict[tuple[int, int, int], HeldShard] = {}
+        self._to_commit: list[tuple[int, int, int]] = []
+        self._told: dict[tuple[int, int, int], int] = {}  # progress that the coordinator knows
+        self._state, self._sending = threading.Lock(), threading.Lock()
+        self._renewed = time.monotonic()
+        self._end = threading.Event()
+        self._problem: Exception | None = None
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Renews, and sends what is to be said, in a thread of its own."""
+        thread = threading.Thread(target=self._beat, name=f"gmeta leases of {self._worker}", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._end.set()
+            thread.join(_LEAVE_S)
+
+    def _beat(self) -> None:
+        while not self._end.wait(min(1.0, self._lease_s / 4)):
+            with self._state:
+                moved = any(self._told.get(key, 0) != shard.finished for key, shard in self._held.items())
+                quiet = not (moved or self._to_commit or (self._held and self._renewal_due()))
+            if quiet:
+                continue
+            try:
+                self.exchange(0)
+            except Exception as error:  # the loop raises it when it next asks for shards
+                self._problem = error
+                return
+
+    def _renewal_due(self) -> bool:
+        return time.monotonic() - self._renewed > self._lease_s / 3
+
+    def exchange(self, count: int, patience_s: float | None = None) -> dict[str, Any]:
+        """Say all that is to be said, and lease up to `count` shards. Shards that were lost are marked so."""
+        if self._problem is not None:
+            raise self._problem
+        patience_s = self._client.patience_s if patience_s is None else patience_s
+        if not self._sending.acquire(timeout=patience_s):
+            raise Unreachable(f"the message before this one was not answered for {patience_s:g} s")
+        try:
+            while True:
+                try:
+                    return self._exchange(count, patience_s)
+                except Refused as refused:
+                    if not refused.lost:
+                        raise
+                    self._lose(refused)
+        finally:
+            self._sending.release()
+
+    def _exchange(self, count: int, patience_s: float) -> dict[str, Any]:
+        with self._state:
+            every, sent = self._renewal_due(), time.monotonic()
+            moved = {
+                key: (shard.done, shard.finished)
+                for key, shard in self._held.items()
+                if every or self._told.get(key, 0) != shard.finished
+            }
+            commit = list(self._to_commit)
+        fields = {
+            "worker": self._worker,
+            "count": count,
+            "generation": self._client.generation,
+            "commit": commit,
+            "progress": [[*key, done + finished] for key, (done, finished) in moved.items()],
+        }
+        reply = self._client._call("exchange", fields, patience_s)
+        with self._state:
+            self._to_commit = self._to_commit[len(commit) :]
+            self._told |= {key: finished for key, (_, finished) in moved.items() if key in self._held}
+            self._renewed = sent if every else self._renewed
+        return reply
+
+    def _lose(self, refused: Refused) -> None:
+        _log.warning("worker %s: %s; its work is dropped", self._worker, refused)
+        with self._state:
+            for key in refused.lost:
+                shard = self._held.pop(key, None)
+                if shard is not None:
+                    shard.lost = True
+            self._to_commit = [key for key in self._to_commit if key not in refused.lost]
+
+    def take(self, leases: list[dict[str, Any]]) -> list[HeldShard]:
+        """Shards that were just leased."""
+        shards = [HeldShard(**lease) for lease in leases]
+        with self._state:
+            self._held |= {shard.key: shard for shard in shards}
+        return shards
+
+    def finish(self, shard: HeldShard) -> None:
+        """Its work is done; it is committed with the next message."""
+        with self._state:
+            if self._held.pop(shard.key, None) is not None:
+                self._told.pop(shard.key, None)
+                self._to_commit.append(shard.key)
+
+    def give_back(self, reason: str) -> None:
+        """Commit what is finished, give back the rest; without a coordinator the leases run out by themselves."""
+        with contextlib.suppress(Unreachable, Refused):
+            self.exchange(0, _LEAVE_S)
+            with self._state:
+                rest = list(self._held)
+            while rest:
+                fields = {"generation": self._client.generation, "shards": rest, "reason": reason}
+                try:
+                    self._client._call("fail", fields, _LEAVE_S)
+                    return
+                except Refused as refused:
+                    if not refused.lost:
+                        raise
+                    rest = [key for key in rest if key not in refused.lost]

@@ -1,0 +1,153 @@
+"""The coordinator's journal: one SQLite file in WAL mode, one transaction a request, one coordinator at a time.
+
+A transaction holds the records of a change and the reply to the request that made it. So after a crash either both are
+there, and the request sent again gets the same reply, or neither is, and it is carried out then. `durable` asks
+for `synchronous=FULL`: what was answered survives the loss of power, not only the death of the process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gmeta.elastic.records import Record, from_row, to_row
+
+KEPT_REPLIES = 10_000
+"""A client sends a request again within minutes; the newest replies are enough."""
+_PRUNE_EVERY = 1_000
+_APPLICATION_ID = 0x676D4A31  # in the file's header: tells our journals from other SQLite files
+_SCHEMA = f"""
+BEGIN;
+CREATE TABLE job (id INTEGER PRIMARY KEY CHECK (id = 1), time REAL NOT NULL, body TEXT NOT NULL);
+CREATE TABLE records (seq INTEGER PRIMARY KEY, time REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE replies (number INTEGER PRIMARY KEY, request TEXT NOT NULL UNIQUE, time REAL NOT NULL, body TEXT NOT NULL);
+PRAGMA application_id = {_APPLICATION_ID};
+COMMIT;
+"""
+
+
+class Unwritable(RuntimeError):
+    """The journal cannot be written now (a full disk): nothing of the request was done, and it may be sent again."""
+
+
+class Journal:
+    """Opens or creates the journal at `path`. ValueError: another coordinator has it, or it is damaged, or none."""
+
+    def __init__(self, path: Path | str, durable: bool = False) -> None:
+        self.path = Path(path)
+        if not self.path.absolute().parent.is_dir():
+            raise ValueError(f"journal {self.path}: there is no folder {self.path.absolute().parent}; create it")
+        self._lock = _lock(self.path)
+        self._writes = 0
+        try:
+            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            self._open(durable)
+        except BaseException as error:
+            os.close(self._lock)
+            if isinstance(error, sqlite3.Error):
+                raise ValueError(f"journal {self.path} cannot be read ({error}): {_CURE}") from error
+            raise
+
+    def _open(self, durable: bool) -> None:
+        found = self._db.execute("PRAGMA application_id").fetchone()[0]
+        tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if found != _APPLICATION_ID and tables:
+            raise ValueError(f"{self.path} is a database of another program, no journal: name another --journal")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        if not tables:
+            self._db.executescript(_SCHEMA)
+        damage = self._db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        first, last, number = self._db.execute("SELECT min(seq), max(seq), count(*) FROM records").fetchone()
+        if damage != "ok" or (number and (first, last) != (1, number)):
+            reason = damage if damage != "ok" else "records are missing"
+            raise ValueError(f"journal {self.path} is damaged ({reason}): {_CURE}")
+
+    def job(self) -> dict[str, Any] | None:
+        """What `create_job` wrote; None in a new journal."""
+        row = self._db.execute("SELECT body FROM job").fetchone()
+        job: dict[str, Any] | None = json.loads(row[0]) if row else None
+        return job
+
+    def records(self) -> Iterator[tuple[float, Record]]:
+        """(time, record) from the first to the last. ValueError where one cannot be understood."""
+        for seq, time, kind, body in self._db.execute("SELECT seq, time, kind, body FROM records ORDER BY seq"):
+            try:
+                yield time, from_row(kind, json.loads(body))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"journal {self.path} is damaged (record {seq}, {error!r}): {_CURE}") from error
+
+    def rows(self, after: int, limit: int) -> list[dict[str, Any]]:
+        """Up to `limit` records that follow number `after`, as they stand there; for audits."""
+        found = self._db.execute(
+            "SELECT seq, time, kind, body FROM records WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
+        )
+        return [{"seq": seq, "time": time, "kind": kind, "body": json.loads(body)} for seq, time, kind, body in found]
+
+    def reply(self, request: str) -> dict[str, Any] | None:
+        """The reply to a request that was carried out; None where it was not."""
+        row = self._db.execute("SELECT body FROM replies WHERE request = ?", (request,)).fetchone()
+        reply: dict[str, Any] | None = json.loads(row[0]) if row else None
+        return reply
+
+    def write(
+        self,
+        records: Sequence[Record],
+        time: float,
+        request: str | None = None,
+        reply: Any = None,
+        job: dict[str, Any] | None = None,
+    ) -> None:
+        """All of it in one transaction, or nothing and `Unwritable`."""
+        rows = [(time, kind, json.dumps(body)) for kind, body in map(to_row, records)]
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            if job is not None:
+                self._db.execute("INSERT INTO job VALUES (1, ?, ?)", (time, json.dumps(job)))
+            self._db.executemany("INSERT INTO records (time, kind, body) VALUES (?, ?, ?)", rows)
+            if request is not None:
+                self._db.execute(
+                    "INSERT INTO replies (request, time, body) VALUES (?, ?, ?)", (request, time, json.dumps(reply))
+                )
+                if self._writes % _PRUNE_EVERY == 0:
+                    self._db.execute(
+                        "DELETE FROM replies WHERE number <= (SELECT max(number) FROM replies) - ?", (KEPT_REPLIES,)
+                    )
+            self._db.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise Unwritable(
+                f"journal {self.path} cannot be written ({error}): nothing was done; free space there"
+            ) from error
+        self._writes += 1
+
+    def close(self) -> None:
+        """Let another coordinator have it."""
+        self._db.close()
+        os.close(self._lock)
+
+
+_CURE = "restore it from a copy, or name another --journal to begin anew"
+
+
+def _lock(path: Path) -> int:
+    """A lock beside the journal, held until the process ends, however it ends; the file says whose it is."""
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.pread(lock, 200, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise ValueError(
+            f"journal {path} is in use by another coordinator ({owner}): stop that one, or name another --journal"
+        ) from error
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock

@@ -1,0 +1,173 @@
+"""Checks of what clients send. `BadMessage` says which field is wrong, what was found and what it must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from gmeta.elastic.ledger import Ledger, Plan
+from gmeta.elastic.monitor import StepTime
+
+MOST_SHARDS = 4096
+"""In one list of a message."""
+MOST_RANKS = 65_536
+
+Shard = tuple[int, int, int]  # epoch, shard, attempt
+Progress = tuple[int, int, int, int]  # ..., samples of the shard that are done
+
+
+class BadMessage(ValueError):
+    """A message that no coordinator would understand."""
+
+
+def _bad(key: str, value: Any, rule: str) -> BadMessage:
+    shown = repr(value)
+    return BadMessage(f"{key} is {shown if len(shown) <= 100 else shown[:100] + '…'}: must be {rule}")
+
+
+def text(body: Mapping[str, Any], key: str, most: int = 500) -> str:
+    """A string of 1 to `most` characters."""
+    value = body.get(key)
+    if not isinstance(value, str) or not 1 <= len(value) <= most:
+        raise _bad(key, value, f"text of 1 to {most} characters")
+    return value
+
+
+def whole(body: Mapping[str, Any], key: str, least: int = 0, most: int = 2**53) -> int:
+    """A whole number within bounds."""
+    value: Any = body.get(key)
+    if not _is_whole(value) or not least <= value <= most:
+        raise _bad(key, value, f"a whole number of {least} to {most}")
+    return int(value)
+
+
+def number(body: Mapping[str, Any], key: str, above: float = 0.0) -> float:
+    """A finite number."""
+    value: Any = body.get(key)
+    if not _is_number(value) or not value > above:
+        raise _bad(key, value, f"a number above {above:g}")
+    return float(value)
+
+
+def mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """An object."""
+    value = body.get(key)
+    if not isinstance(value, dict):
+        raise _bad(key, value, "an object")
+    return value
+
+
+def shards(body: Mapping[str, Any], key: str) -> list[Shard]:
+    """[[epoch, shard, attempt], ...]; none where the field is left out."""
+    return [(e, s, a) for e, s, a in _rows(body, key, 3, "[epoch, shard, attempt]")]
+
+
+def progress(body: Mapping[str, Any], key: str = "progress") -> list[Progress]:
+    """[[epoch, shard, attempt, samples done], ...]; none where the field is left out."""
+    return [(e, s, a, d) for e, s, a, d in _rows(body, key, 4, "[epoch, shard, attempt, samples done]")]
+
+
+def _rows(body: Mapping[str, Any], key: str, width: int, form: str) -> list[list[int]]:
+    value = body.get(key, [])
+    if not isinstance(value, list) or len(value) > MOST_SHARDS:
+        raise _bad(key, value, f"a list of at most {MOST_SHARDS} {form}")
+    for row in value:
+        if not isinstance(row, list) or len(row) != width or not all(map(_is_whole, row)):
+            raise _bad(f"an entry of {key}", row, f"{form}, all whole numbers")
+    return value
+
+
+def plan(body: Mapping[str, Any]) -> Plan:
+    """The fields of a `Plan`."""
+    found, known = mapping(body, "plan"), {field.name: str(field.type) for field in fields(Plan)}
+    unknown = sorted(found.keys() - known.keys())
+    if unknown:
+        raise BadMessage(f"plan has no field {unknown[0]!r}: it has {', '.join(known)}")
+    fits = {
+        "int": (_is_whole, "a whole number"),
+        "float": (_is_number, "a number"),
+        "bool": (lambda x: isinstance(x, bool), "true or false"),
+        "Mode": (lambda x: isinstance(x, str), "text"),
+    }
+    for name, value in found.items():
+        check, rule = fits[known[name]]
+        if not check(value):
+            raise _bad(f"plan.{name}", value, rule)
+    try:
+        return Plan(**found)
+    except (TypeError, ValueError) as error:
+        raise BadMessage(f"plan: {error}") from error
+
+
+def steps(body: Mapping[str, Any]) -> list[StepTime]:
+    """[[step, compute_s, input_s, wait_s, work], ...]."""
+    value = body.get("steps")
+    if not isinstance(value, list) or len(value) > 10_000:
+        raise _bad("steps", value, "a list of at most 10000 [step, compute_s, input_s, wait_s, work]")
+    for row in value:
+        fine = isinstance(row, list) and len(row) == 5 and _is_whole(row[0]) and all(map(_is_number, row))
+        if not fine or min(row) < 0:
+            raise _bad("an entry of steps", row, "[step, compute_s, input_s, wait_s, work], none negative")
+    return [StepTime(*row) for row in value]
+
+
+def facts(body: Mapping[str, Any]) -> dict[str, float]:
+    """{name: number}, of a node."""
+    value = body.get("facts", {})
+    if not isinstance(value, dict) or len(value) > 100 or not all(map(_is_number, value.values())):
+        raise _bad("facts", value, "an object of at most 100 numbers")
+    return value
+
+
+def about(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Fixed facts of a rank, those that were given; None where there are none."""
+    if body.get("about") is None:
+        return None
+    value = mapping(body, "about")
+    for key, found in value.items():
+        if key == "max_slots":
+            if found is not None and not (_is_whole(found) and found >= 1):
+                raise _bad("about.max_slots", found, "a whole number of at least 1, or null")
+        elif key not in ("role", "device", "node"):
+            raise BadMessage(f"about has no field {key!r}: it has role, device, node, max_slots")
+        elif not isinstance(found, str) or len(found) > 500:
+            raise _bad(f"about.{key}", found, "text of at most 500 characters")
+    return value
+
+
+def saved(body: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """A ledger from a checkpoint (`Ledger.save`), or a fresh one where there is none."""
+    if body.get("saved") is None:
+        return Ledger(plan).save()
+    value, n = mapping(body, "saved"), plan.num_shards
+    for key, most in (("epoch", plan.epochs), ("cursor", n), ("num_done", n)):
+        if not _is_whole(value.get(key)) or not 0 <= value[key] <= most:
+            raise _bad(f"saved.{key}", value.get(key), f"a whole number of 0 to {most}, as this job's plan has it")
+    for key in ("again", "attempts"):
+        rows = value.get(key)
+        fine = isinstance(rows, list) and all(
+            isinstance(row, list | tuple) and len(row) == 2 and all(map(_is_whole, row)) for row in rows
+        )
+        if not fine or not all(0 <= shard < n and other >= 0 for shard, other in rows or ()):
+            raise _bad(f"saved.{key}", rows, f"pairs of a shard below {n} and a whole number")
+    return {key: value[key] for key in ("epoch", "cursor", "again", "num_done", "attempts")}
+
+
+def differences(here: Plan, there: Plan) -> str:
+    """What differs between the job's plan and a message's, in words; empty where nothing does."""
+    theirs = asdict(there)
+    return ", ".join(
+        f"plan.{name} is {value!r} there and {theirs[name]!r} in the message"
+        for name, value in asdict(here).items()
+        if theirs[name] != value
+    )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

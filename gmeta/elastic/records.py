@@ -1,0 +1,63 @@
+"""What stands in a coordinator's journal: records of the ledger, of the controller, and of a group of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gmeta.elastic import ledger
+from gmeta.elastic.actions import action_from_json, setting_from_json, to_json
+from gmeta.elastic.controller import Decided, Granted
+
+
+@dataclass(frozen=True)
+class Began:
+    """A group of ranks (re)started: the record after its `RolledBack`. A new controller begins with it."""
+
+    generation: int
+    world_size: int
+    batch: int  # slots of the global batch
+    first_step: int
+    ahead: int  # batches that a rank loads before it needs them
+    report_s: float
+
+
+@dataclass(frozen=True)
+class Introduced:
+    """Fixed facts of a rank, such as its memory: policies count on them after a coordinator's restart too."""
+
+    rank: int
+    about: Mapping[str, Any]  # role, device, node, max_slots
+
+
+Record = ledger.Record | Granted | Decided | Began | Introduced
+
+_PLAIN: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (ledger.Committed, ledger.Returned, ledger.RolledBack, Granted, Began, Introduced)
+}
+
+
+def to_row(record: Record) -> tuple[str, dict[str, Any]]:
+    """(kind, body for JSON)."""
+    if isinstance(record, ledger.Leased):
+        return "Leased", {"leases": [vars(lease) for lease in record.leases]}
+    if isinstance(record, ledger.Renewed):
+        return "Renewed", {"lease": vars(record.lease)}
+    if isinstance(record, Decided):
+        actions = [to_json(action) for action in record.actions]
+        return "Decided", {"now": record.now, "actions": actions, "setting": asdict(record.setting)}
+    return type(record).__name__, dict(vars(record))
+
+
+def from_row(kind: str, body: Mapping[str, Any]) -> Record:
+    """The inverse of `to_row`. KeyError or TypeError: this is no record of ours."""
+    if kind == "Leased":
+        return ledger.Leased(tuple(ledger.Lease(**lease) for lease in body["leases"]))
+    if kind == "Renewed":
+        return ledger.Renewed(ledger.Lease(**body["lease"]))
+    if kind == "Decided":
+        actions = tuple(action_from_json(action) for action in body["actions"])
+        return Decided(body["now"], actions, setting_from_json(body["setting"]))
+    record: Record = _PLAIN[kind](**body)
+    return record

@@ -1,0 +1,209 @@
+"""`gmeta coordinate`: the coordinator as an HTTP service. All requests run on one event loop, so nothing needs a lock.
+
+Needs the packages of `gmeta[serve]`, which are imported here alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import secrets
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from typing import Any
+
+from gmeta.elastic.controller import Limits
+from gmeta.elastic.coordinator import MESSAGES, Coordinator, Refused
+from gmeta.elastic.journal import Journal, Unwritable
+from gmeta.elastic.messages import BadMessage
+from gmeta.elastic.policies import load_policy
+from gmeta.elastic.tokens import make_token
+from gmeta.elastic.trace import Trace
+from gmeta.elastic.view import state
+
+try:
+    import uvicorn
+    from fastapi import FastAPI, Request, Response
+    from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+
+    from gmeta.elastic.exposition import Exposition
+except ImportError as error:
+    raise ValueError(
+        f"gmeta coordinate needs packages that are not here ({error}): pip install 'gmeta[serve]'"
+    ) from error
+
+MOST_BYTES = 16 * 2**20
+"""Of a message; the largest is a trainer's `begin` with the ledger of its checkpoint."""
+TICK_S = 0.05
+
+
+def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
+    """The service over a coordinator; with a token every request but the page's needs it."""
+    metrics = Exposition(coordinator)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        ticking = asyncio.create_task(_tick(coordinator))
+        yield
+        ticking.cancel()
+        coordinator.close()
+
+    app = FastAPI(title="gmeta coordinator", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Any) -> Response:
+        if token is not None and request.url.path != "/" and not _authorized(request, token):
+            metrics.errors[401] += 1
+            return _error(
+                401, "the token is missing or wrong: use the token file that the coordinator was started with"
+            )
+        response: Response = await call_next(request)
+        return response
+
+    @app.post("/v1/{name}")
+    async def post(name: str, request: Request) -> Response:
+        response = await _answer(coordinator, name, request)
+        metrics.count(name if name in MESSAGES else "unknown", response.status_code)
+        return response
+
+    @app.get("/v1/state")
+    async def get_state() -> JSONResponse:
+        return JSONResponse(state(coordinator))
+
+    @app.get("/v1/journal")
+    async def get_journal(after: int = 0, limit: int = 1000) -> JSONResponse:
+        return JSONResponse({"records": coordinator.journal.rows(after, max(0, min(limit, 10_000)))})
+
+    @app.get("/metrics")
+    async def get_metrics() -> PlainTextResponse:
+        return PlainTextResponse(metrics.text(), media_type=metrics.media_type)
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(files("gmeta.elastic").joinpath("page.html").read_text(encoding="utf-8"))
+
+    return app
+
+
+async def _tick(coordinator: Coordinator) -> None:
+    while True:
+        coordinator.tick()
+        await asyncio.sleep(TICK_S)
+
+
+def _authorized(request: Request, token: str) -> bool:
+    given = request.headers.get("authorization", "")
+    return secrets.compare_digest(given.encode(), f"Bearer {token}".encode())
+
+
+async def _answer(coordinator: Coordinator, name: str, request: Request) -> Response:
+    if name not in MESSAGES:
+        return _error(404, f"there is no message {name!r}: it is one of {', '.join(MESSAGES)}")
+    body = await _body(request)
+    if body is None:
+        return _error(413, f"the message is larger than {MOST_BYTES} bytes: send fewer shards or steps at a time")
+    try:
+        message = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        return _error(400, f"the message is no JSON ({error})")
+    try:
+        return JSONResponse(coordinator.handle(name, message))
+    except BadMessage as error:
+        return _error(400, str(error))
+    except Refused as error:
+        return _error(409, str(error), error.stale, error.lost)
+    except Unwritable as error:
+        return _error(503, str(error))
+
+
+async def _body(request: Request) -> bytes | None:
+    """None where it is too large; the rest of it is read all the same, or the sender would see no answer."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > 8 * MOST_BYTES:
+            return None
+        if size <= MOST_BYTES:
+            parts.append(part)
+    return b"".join(parts) if size <= MOST_BYTES else None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _error(status: int, text: str, stale: bool = False, lost: list[list[int]] | None = None) -> JSONResponse:
+    return JSONResponse({"error": text, "stale": stale, "lost": lost or []}, status)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections; port 0 takes any free one. ValueError: the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(1024)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port} ({error.strerror}): name another --host or --port") from error
+    return bound
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def coordinate(
+    *,
+    journal: str,
+    host: str,
+    port: int,
+    token_file: str | None,
+    policy: str,
+    durable: bool,
+    trace: str | None,
+    max_restarts: int,
+    cooldown_s: float,
+) -> None:
+    """The command. ValueError: it cannot begin, and why."""
+    if token_file is None and not is_loopback(host):
+        raise ValueError(f"host is {host!r}, which others can reach: name a --token_file (created where there is none)")
+    decide = load_policy(policy)
+    token = make_token(token_file) if token_file is not None else None
+    bound = listen(host, port)
+    with contextlib.closing(bound):
+        limits = Limits(max_restarts=max_restarts, cooldown_s=cooldown_s)
+        kept = Trace(trace, _log) if trace is not None else None
+        serve(Coordinator(Journal(journal, durable), decide, limits=limits, trace=kept, log=_log), bound, token)
+
+
+def _log(line: str) -> None:
+    print(f"gmeta coordinate: {line}", file=sys.stderr, flush=True)
+
+
+def serve(coordinator: Coordinator, bound: socket.socket, token: str | None) -> None:
+    """Until SIGTERM or Ctrl-C."""
+    host, port = bound.getsockname()[:2]
+    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    config = uvicorn.Config(
+        create_app(coordinator, token),
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+    )
+    # uvicorn ends in good order at a signal, and then raises it again, for whoever had it before.
+    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        uvicorn.Server(config).run(sockets=[bound])
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,186 @@
+"""What the live page shows of a coordinator, as JSON. Small enough to be asked for every second, with 1,024 workers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from gmeta.elastic.activity import Point
+from gmeta.elastic.coordinator import Coordinator
+from gmeta.elastic.ledger import Ledger
+
+CELLS = 480
+"""Of the shard bar."""
+MOST_LINES = 16
+"""Workers whose history is sent in numbers; of more, the slowest half as many and the fastest."""
+HEAT_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
+"""Batch time as a share of the median at that time: 'i' is the median, a step is 2 ** (1 / 6), '.' is unknown."""
+
+
+def state(coordinator: Coordinator) -> dict[str, Any]:
+    """All of it."""
+    job, now = coordinator.job, coordinator.now()
+    values: dict[str, Any] = {
+        "now": now,
+        "started": coordinator.started,
+        "job": {"run": job.run, "pack": job.pack, "plan": asdict(job.plan)} if job else None,
+        "problems": [{"problem": text, "count": count} for text, count in coordinator.problems.items()],
+        "actions": [asdict(action) for action in reversed(coordinator.actions)],
+        "action_counts": dict(coordinator.counts),
+    }
+    if job is not None:
+        ledger = coordinator.ledger
+        values |= {
+            "generation": ledger.generation,
+            "finished": ledger.finished,
+            "epoch": ledger.epoch,
+            "shards": shards(ledger),
+            "cells": cells(ledger),
+            "samples_done": samples_done(ledger),
+        }
+    workers = table(coordinator, now)
+    return values | {"group": group(coordinator), "workers": workers, **history(coordinator, workers)}
+
+
+def shards(ledger: Ledger) -> dict[str, int]:
+    """Of the current epoch, by state."""
+    doing, lost = len(ledger.doing), len(ledger.lost)
+    quarantined = sum(epoch == ledger.epoch for epoch, _ in ledger.quarantined)
+    if ledger.finished:
+        done, doing, lost = ledger.plan.num_shards, 0, 0
+        quarantined = 0
+    else:
+        done = ledger.num_done
+    todo = ledger.plan.num_shards - done - doing - lost - quarantined
+    return {"todo": todo, "doing": doing, "done": done, "lost": lost, "quarantined": quarantined}
+
+
+def samples_done(ledger: Ledger) -> int:
+    """Of all epochs; the last shard of an epoch counts as a whole one."""
+    plan = ledger.plan
+    held = [lease.done for lease in ledger.doing.values()]
+    now = ledger.num_done * plan.shard_size + sum(held) + sum(ledger.again.values()) + sum(ledger.lost.values())
+    return ledger.epoch * plan.num_samples + min(now, plan.num_samples)
+
+
+def cells(ledger: Ledger, most: int = CELLS) -> str:
+    """The epoch's shards in the order in which they are given out, cut into at most `most` cells, a character each:
+    0 to 9 for the share that is done, or what is in it: d being done, l lost, q quarantined."""
+    total = ledger.plan.num_shards
+    count = min(most, total)
+    if ledger.finished:
+        return "9" * count
+    done = [0] * count
+    for cell in range(count):  # whatever was leased counts as done here, and what is not is taken off below
+        start, stop = -(-cell * total // count), -(-(cell + 1) * total // count)
+        done[cell] = max(0, min(stop, ledger.cursor) - start)
+    marks: dict[int, str] = {}
+    place = {shard: i for i, shard in enumerate(ledger.order)} if ledger.plan.shuffle else None
+    bad = [shard for epoch, shard in ledger.quarantined if epoch == ledger.epoch]
+    for mark, found in (("", ledger.again), ("d", ledger.doing), ("l", ledger.lost), ("q", bad)):
+        for shard in found:
+            at = shard if place is None else place[shard]
+            cell = at * count // total
+            done[cell] -= at < ledger.cursor
+            if mark:
+                marks[cell] = mark
+    sizes = [-(-(cell + 1) * total // count) - -(-cell * total // count) for cell in range(count)]
+    return "".join(marks.get(cell) or str(9 * max(0, done[cell]) // sizes[cell]) for cell in range(count))
+
+
+def group(coordinator: Coordinator) -> dict[str, Any] | None:
+    """Of a trainer's ranks; None where workers pull shards."""
+    began, controller = coordinator.began, coordinator.controller
+    if began is None or controller is None:
+        return None
+    seen = coordinator.snapshot
+    return {
+        "world_size": began.world_size,
+        "batch": began.batch,
+        "step": seen.step if seen is not None else began.first_step,
+        "until": controller.until,
+        "setting": asdict(controller.settings[-1]),
+        "step_s": controller.monitor.step_s(),
+        "restarts": len(controller.restarts),
+    }
+
+
+def table(coordinator: Coordinator, now: float) -> list[dict[str, Any]]:
+    """A row a worker: what it did last."""
+    holding, seen, controller = coordinator.holding(), coordinator.snapshot, coordinator.controller
+    latest = coordinator.activity.history
+    rows = []
+    for rank, name in enumerate(coordinator.shown()):
+        work = coordinator.activity.workers.get(name)
+        row: dict[str, Any] = {
+            "name": name,
+            "throughput": last(latest.throughput.get(name)),
+            "batch_s": last(latest.batch_s.get(name)),
+            "silent_s": round(now - work.seen, 2) if work is not None else None,
+        }
+        if controller is not None:
+            setting = controller.settings[-1]
+            row |= {"slots": setting.slots[rank], "micro_batches": setting.micro_batches[rank]}
+            if seen is not None and rank < len(seen.workers):
+                view = seen.workers[rank]
+                row |= {"role": view.role, "device": view.device, "node": view.node, "facts": dict(view.facts)}
+                if view.short is not None:
+                    row |= {key: getattr(view.short, key) for key in ("compute_s", "input_s", "wait_s")}
+        else:
+            row["holding"] = holding.get(name, 0)
+        rows.append(row)
+    return rows
+
+
+def last(series: list[Point] | None) -> Point:
+    """The newest value that is known, of the last three: shards may take longer than a point."""
+    return next((value for value in reversed((series or [])[-3:]) if value is not None), None)
+
+
+def history(coordinator: Coordinator, workers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Lines of a few workers and in all, and a heat strip of every worker."""
+    kept = coordinator.activity.history
+    names = [row["name"] for row in workers if row["name"] in kept.batch_s]
+    if len(names) > MOST_LINES:
+        by_time = sorted((row["batch_s"] or 0.0, row["name"]) for row in workers if row["name"] in kept.batch_s)
+        drawn = {name for _, name in (*by_time[: MOST_LINES // 2], *by_time[-MOST_LINES // 2 :])}
+    else:
+        drawn = set(names)
+    points = range(len(kept.times))
+    total = [sum(kept.throughput[name][i] or 0.0 for name in names) for i in points]
+    medians = [_median([kept.batch_s[name][i] for name in names]) for i in points]
+    return {
+        "times": [round(time, 2) for time in kept.times],
+        "spacing_s": kept.spacing_s,
+        "total": [_short(value) for value in total],
+        "median_s": [_short(value) for value in medians],
+        "lines": {
+            name: {
+                "throughput": [_short(value) for value in kept.throughput[name]],
+                "batch_s": [_short(value) for value in kept.batch_s[name]],
+            }
+            for name in names
+            if name in drawn
+        },
+        "heat": {name: "".join(map(_heat, kept.batch_s[name], medians)) for name in names},
+    }
+
+
+def _median(values: list[Point]) -> Point:
+    known = sorted(value for value in values if value is not None)
+    return known[len(known) // 2] if known else None
+
+
+def _short(value: Point) -> Point:
+    return float(f"{value:.4g}") if value is not None else None
+
+
+def _heat(value: Point, median: Point) -> str:
+    if value is None or not median or value <= 0:
+        return "."
+    level, ratio, step = 18, value / median, 2 ** (1 / 6)
+    while ratio > step**0.5 and level < len(HEAT_LEVELS) - 1:
+        ratio, level = ratio / step, level + 1
+    while ratio < step**-0.5 and level > 0:
+        ratio, level = ratio * step, level - 1
+    return HEAT_LEVELS[level]
