@@ -6,12 +6,14 @@ U fetched rows, d embedding dimension. Padding is marked by `mask`; padded ids a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Pooling = Literal["sum", "mean"]
@@ -40,6 +42,31 @@ class Examples:
 
 
 @dataclass(frozen=True, slots=True)
+class Division:
+    """How a global batch of G tasks is divided over N ranks, and each rank's slots into micro-batches."""
+
+    tasks: NDArray[np.int64]  # [G] positions in the split, in the order of the slots
+    cuts: tuple[int, ...]  # [N + 1]: rank r has slots cuts[r] to cuts[r + 1]
+    micro_batches: tuple[int, ...]  # [N], each at least 1
+    drop_after_s: float | None  # a rank begins no further micro-batch so long after its first; None: never
+    work: float  # of this rank: its share of the batch's rows, in slots
+
+    def ends(self, rank: int) -> tuple[int, ...]:
+        """Where a rank's micro-batches end, counted from its first slot; none is empty unless the rank has no slot."""
+        size = self.cuts[rank + 1] - self.cuts[rank]
+        parts = min(self.micro_batches[rank], max(1, size))
+        return tuple(size * (i + 1) // parts for i in range(parts))
+
+    def unfinished(self, finished: Sequence[int]) -> NDArray[np.int64]:
+        """Tasks left over when rank r finished `finished[r]` micro-batches: positions in the split."""
+        left = [
+            self.tasks[self.cuts[rank] + (0, *self.ends(rank))[done] : self.cuts[rank + 1]]
+            for rank, done in enumerate(finished)
+        ]
+        return np.concatenate(left)
+
+
+@dataclass(frozen=True, slots=True)
 class TaskBatch:
     """The slots of one global batch that this rank computes. T may be 0: the rank still takes part."""
 
@@ -49,6 +76,7 @@ class TaskBatch:
     num_tasks_global: int  # tasks of the whole batch, over all ranks: the divisor of every sum
     epoch: int
     index: int  # batch number inside the epoch
+    division: Division | None = None  # None: equal parts, each computed as one
 
     @property
     def num_tasks(self) -> int:
@@ -100,6 +128,41 @@ def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
     else:
         out = value
     return out  # type: ignore[no-any-return]
+
+
+def tasks_of(batch: TaskBatch, start: int, stop: int) -> TaskBatch:
+    """Tasks `start` to `stop` of this rank's, as a micro-batch of the same global batch; views."""
+    return replace(
+        batch,
+        support=_tasks_of(batch.support, start, stop),
+        query=_tasks_of(batch.query, start, stop),
+        task_id=batch.task_id[start:stop],
+    )
+
+
+def _tasks_of(side: Examples, start: int, stop: int) -> Examples:
+    return Examples(
+        ids={name: ids[start:stop] for name, ids in side.ids.items()},
+        bags={name: Bag(_bag_values(bag, start, stop), bag.lengths[start:stop]) for name, bag in side.bags.items()},
+        dense=side.dense[start:stop],
+        label=side.label[start:stop],
+        mask=side.mask[start:stop],
+        row=side.row[start:stop],
+        item_cold=side.item_cold[start:stop],
+    )
+
+
+def lookup_of(lookup: Lookup, start: int, stop: int) -> Lookup:
+    """A lookup for tasks `start` to `stop`."""
+    if lookup.lengths is None:
+        return replace(lookup, index=lookup.index[start:stop])
+    bag = Bag(lookup.index, lookup.lengths)
+    return replace(lookup, index=_bag_values(bag, start, stop), lengths=lookup.lengths[start:stop])
+
+
+def _bag_values(bag: Bag, start: int, stop: int) -> Tensor:
+    first, last = int(bag.lengths[:start].sum()), int(bag.lengths[:stop].sum())
+    return bag.values[first:last]
 
 
 def to_device(value: _T, device: torch.device, dtype: torch.dtype | None = None) -> _T:

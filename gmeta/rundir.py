@@ -1,6 +1,6 @@
 """A run directory: one run, one writer, self-contained.
 
-config.yaml  environment.json  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
+config.yaml  environment.json  run_id  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from gmeta import checkpoint
 from gmeta.config import (
     CommConfig,
     DenseConfig,
+    ElasticConfig,
     EmbeddingConfig,
     LoaderConfig,
     MetaConfig,
@@ -53,6 +55,7 @@ FIXED_ON_RESUME = (
 FREE_ON_RESUME = ("meta.engine", "meta.recompute")
 """Of these, settings that only say how the same numbers are computed."""
 
+_RUN_ID = "run_id"
 
 SECTIONS: dict[str, Callable[..., Any]] = {
     "model": ModelConfig,
@@ -61,6 +64,7 @@ SECTIONS: dict[str, Callable[..., Any]] = {
     "dense": DenseConfig,
     "loader": LoaderConfig,
     "comm": CommConfig,
+    "elastic": ElasticConfig,
     "schedule": ScheduleConfig,
 }
 
@@ -135,6 +139,8 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
         with replacing(run_dir / "vocab" / file.name) as partial:
             shutil.copyfile(file, partial)
     write_environment(run_dir / "environment.json")
+    if not (run_dir / _RUN_ID).exists():
+        write_text(run_dir / _RUN_ID, f"{run_dir.name}-{uuid.uuid4().hex[:12]}\n")
 
 
 def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -> None:
@@ -157,6 +163,11 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return out
+
+
+def read_run_id(run_dir: Path) -> str:
+    """A name that no other run has, nor this one's repetition in a new directory."""
+    return (run_dir / _RUN_ID).read_text().strip()
 
 
 _CURE = "restore it, or take the one that a checkpoint's state.json holds"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta import checkpoint
-from gmeta.batch import EmbeddedRows, RowGradients, TaskBatch, to_device
+from gmeta.batch import EmbeddedRows, Lookup, RowGradients, TaskBatch, lookup_of, tasks_of, to_device
 from gmeta.config import CommConfig, MetaConfig, TrainConfig
 from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.embedding.exchange import Routes, exchange_ids, fetch, return_gradients
@@ -36,12 +36,25 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class MicroBatch:
+    """Tasks that are computed together: all of a rank's batch, or a part of it."""
+
+    batch: TaskBatch
+    index: Plan  # which of the fetched rows each feature of each task reads
+    lookups: tuple[dict[str, Lookup], dict[str, Lookup]] | None = None  # support, query; None: those of the whole batch
+
+    def rows(self, fetched: EmbeddedRows) -> EmbeddedRows:
+        """The batch's fetched rows, as these tasks look them up."""
+        return fetched if self.lookups is None else EmbeddedRows(fetched.weights, *self.lookups)
+
+
+@dataclass(frozen=True)
 class Indexed:
     """A batch on this rank's device, and its index work: what needs no other rank."""
 
     batch: TaskBatch
     lookup: LookupPlan  # which rows to fetch
-    index: Plan  # which of them each feature of each task reads
+    parts: tuple[MicroBatch, ...]
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,13 @@ class Prepared:
 
     batch: TaskBatch
     routes: Routes  # which rows to fetch, from whom, and what others fetch here
-    index: Plan
+    parts: tuple[MicroBatch, ...]
+
+    @property
+    def index(self) -> Plan:
+        """Of a batch that is computed as one."""
+        (whole,) = self.parts
+        return whole.index
 
 
 Work = Loaded | Indexed | Prepared
@@ -71,10 +90,23 @@ class System:
     def index(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Indexed:
         """All index work of a batch, for its own learner or another; local, so the loader's thread does it."""
         lookup = plan_lookup(self.tables, batch, separate=self.comm.fetch == "separate", dedup=self.comm.dedup)
+        learner = learner or self.learner
         num_rows = {name: max(1, count) for name, count in lookup.num_rows.items()}
-        index = (learner or self.learner).plan(lookup.support, lookup.query, num_rows, batch)
         device = self.mesh.device
-        return Indexed(to_device(batch, device, self.dtype), lookup, to_device(index, device))
+        moved = to_device(batch, device, self.dtype)
+        ends = (batch.num_tasks,) if batch.division is None else batch.division.ends(self.mesh.rank)
+        if len(ends) == 1:
+            index = learner.plan(lookup.support, lookup.query, num_rows, batch)
+            return Indexed(moved, lookup, (MicroBatch(moved, to_device(index, device)),))
+        parts, start = [], 0
+        for stop in ends:
+            support = {name: lookup_of(found, start, stop) for name, found in lookup.support.items()}
+            query = {name: lookup_of(found, start, stop) for name, found in lookup.query.items()}
+            index = learner.plan(support, query, num_rows, tasks_of(batch, start, stop))
+            index, lookups = to_device((index, (support, query)), device)
+            parts.append(MicroBatch(tasks_of(moved, start, stop), index, lookups))
+            start = stop
+        return Indexed(moved, lookup, tuple(parts))
 
     def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Prepared:
         """Everything that can be done before the step: index work, then the exchange of ids, which is collective.
@@ -88,15 +120,17 @@ class System:
         if isinstance(work, Prepared):
             return work
         indexed = self.index(work.batch) if isinstance(work, Loaded) else work
-        return Prepared(indexed.batch, exchange_ids(self.tables, indexed.lookup, self.mesh), indexed.index)
+        return Prepared(indexed.batch, exchange_ids(self.tables, indexed.lookup, self.mesh), indexed.parts)
 
     def fetch(self, routes: Routes) -> EmbeddedRows:
         """Fetch a batch's rows; collective."""
         return fetch(self.tables, routes, self.mesh, WIRE[self.comm.wire])
 
-    def return_gradients(self, routes: Routes, rows: EmbeddedRows) -> dict[str, RowGradients]:
-        """Send the gradients of fetched rows home; collective."""
-        return return_gradients(self.tables, routes, rows, self.mesh, WIRE[self.comm.wire])
+    def return_gradients(
+        self, routes: Routes, rows: EmbeddedRows, used: dict[str, Tensor] | None = None
+    ) -> dict[str, RowGradients]:
+        """Send the gradients of fetched rows home; collective. `used`: see `used_rows`."""
+        return return_gradients(self.tables, routes, rows, self.mesh, WIRE[self.comm.wire], used=used)
 
     def precision(self) -> AbstractContextManager[object]:
         """Autocast for forward passes, where configured."""
@@ -108,6 +142,21 @@ class System:
         """Every tensor of model, learned rates and tables, by name, for checkpoints."""
         dense = {f"dense.{name}": p.detach() for name, p in self.learner.named_parameters()}
         return {**dense, **{f"tables.{name}": t for name, t in self.tables.state_dict().items()}}
+
+
+def used_rows(prepared: Prepared, rows: EmbeddedRows, finished: int) -> dict[str, Tensor]:
+    """Group -> bool [U], which fetched rows the first `finished` micro-batches read."""
+    used = {
+        g: w.new_full(w.shape[:1], finished == len(prepared.parts), dtype=torch.bool) for g, w in rows.weights.items()
+    }
+    for part in prepared.parts[:finished]:
+        if part.lookups is None:  # the batch is one
+            continue
+        for side, lookups in zip((part.batch.support, part.batch.query), part.lookups, strict=True):
+            for found in lookups.values():
+                index = found.index if found.lengths is not None else found.index[side.mask]
+                used[found.group][index] = True
+    return used
 
 
 def table_specs(schema: PackSchema, features: tuple[str, ...], dim: int) -> list[TableSpec]:

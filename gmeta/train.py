@@ -9,10 +9,11 @@ import json
 import math
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,72 +21,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmeta import checkpoint
-from gmeta.batch import RowGradients, TaskBatch
+from gmeta.batch import EmbeddedRows, RowGradients, TaskBatch
 from gmeta.config import TrainConfig
-from gmeta.data.loader import TaskLoader
-from gmeta.data.pack import TaskPack, open_pack
-from gmeta.embedding.exchange import Routes, expected_traffic
-from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale
-from gmeta.optim.sparse import SparseOptimizer
-from gmeta.parallel.collectives import GradientBuckets, all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
+from gmeta.data.pack import open_pack
+from gmeta.elastic.agent import RestartRequested
+from gmeta.elasticity import dropped_tasks, join
+from gmeta.embedding.exchange import expected_traffic
+from gmeta.optim.dense import clip_scale, dense_step, global_norm, lr_scale
+from gmeta.parallel.collectives import all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
+from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, was_restarted
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
+from gmeta.run import Emulate, Run, build_run, load_checkpoint, save_checkpoint
 from gmeta.rundir import prepare_run_dir, run_lock
 from gmeta.scoring import score, validation_metrics
 from gmeta.stepping import OnItsWay, Started, Stopwatch, still_finite
-from gmeta.system import WIRE, Loaded, System, Work, build_system
-from gmeta.tracking import RunLog
+from gmeta.system import WIRE, Prepared, Work, used_rows
 
-EXIT_STOPPED = 75
-"""Exit code after a requested stop (SIGTERM, Ctrl-C): saved, continue with --resume. EX_TEMPFAIL."""
-
-SUMS = ("loss", "support_loss", "samples", "cells", "stop")
-"""What ranks add up every step: losses, examples, padded cells, and how many of them were asked to stop."""
-
-CONTROL_BYTES = (8 * len(SUMS), 8)
-"""The step's small AllReduces: `SUMS`, and the squared norm of the row gradients."""
+SUMS = ("loss", "support_loss", "samples", "cells", "tasks", "stop")
+"""What ranks add up every step: losses, examples, padded cells, finished tasks, and how many were asked to stop."""
 
 LOWER_IS_BETTER = ("loss", "logloss", "mae", "rmse")
-
-
-@dataclass
-class Progress:
-    """What advances besides weights, optimizers and loader; saved in every checkpoint."""
-
-    step: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    bad_validations: int = 0
-    seconds: float = 0.0
-
-
-@dataclass
-class Run:
-    """Everything one rank holds while training."""
-
-    config: TrainConfig
-    system: System
-    dense: torch.optim.AdamW
-    sparse: SparseOptimizer
-    buckets: GradientBuckets
-    loader: TaskLoader[Work]
-    pack: TaskPack
-    log: RunLog
-    total_steps: int
-    stop: threading.Event
-    ok: Tensor  # bool []: every step so far was finite; once False no step changes anything
-    read_late: bool  # a step's statistics are read after the next one has started
-    progress: Progress = field(default_factory=Progress)
-
-    @property
-    def mesh(self) -> Mesh:
-        """This rank's mesh."""
-        return self.system.mesh
-
-    @property
-    def checkpoints(self) -> Path:
-        """Directory of the run's checkpoints."""
-        return Path(self.config.run_dir) / "checkpoints"
 
 
 def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
@@ -100,26 +55,29 @@ def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
     rows = system.fetch(routes)
     watch.lap("exchange")
 
-    with system.precision():
-        loss, output = system.learner(rows, batch, prepared.index)
-    loss.backward()
+    sums, query_loss, finished = _forward_backward(run, prepared, rows)
     watch.lap("compute")
 
     run.buckets.flush()
-    row_gradients = system.return_gradients(routes, rows)
+    used = used_rows(prepared, rows, finished) if _may_drop(batch) else None
+    row_gradients = system.return_gradients(routes, rows, used)
     run.buckets.finish(routes.traffic.dense)
-    sums = _batch_sums(loss, output.support_loss, batch, run.stop.is_set())
     sums = all_reduce_sum(sums, mesh, routes.traffic.control)
     norm = global_norm(_dense_gradients(run), row_gradients, mesh, routes.traffic.control)
+    scale = None
+    if _may_drop(batch):  # what was computed is a sum over fewer tasks than it was divided by
+        scale = batch.num_tasks_global / sums[SUMS.index("tasks")]
+        norm = norm * scale
     watch.lap("exchange")
 
-    stats = OnItsWay(dict(zip(SUMS, sums, strict=True)) | {"grad_norm": norm})
-    lr = lr_scale(run.progress.step, run.config.dense.warmup_steps, run.total_steps, run.config.dense.decay)
-    started = Started(run.progress.step, batch, output.query_loss, run.config.dense.lr * lr, stats, routes, watch)
+    stats = OnItsWay(dict(zip(_sum_names(batch), sums, strict=True)) | {"grad_norm": norm})
+    place = batch.epoch * run.loader.batches_per_epoch + min(batch.index, run.loader.batches_per_epoch - 1)
+    lr = lr_scale(place, run.config.dense.warmup_steps, run.total_steps, run.config.dense.decay)
+    started = Started(run.progress.step, batch, query_loss, run.config.dense.lr * lr, stats, routes, watch)
     run.ok = still_finite(run.ok, sums[0], norm)
     if not run.read_late:
-        _require_finite(run, started)
-    _update(run, row_gradients, norm, lr)
+        _checked_stats(run, started)
+    _update(run, row_gradients, norm, lr, scale)
     run.progress.step += 1
     watch.lap("compute")
     return started
@@ -127,34 +85,102 @@ def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
 
 def finish_step(run: Run, started: Started) -> dict[str, float]:
     """Wait for a step's global statistics; ValueError, on every rank, when its loss or gradient was not finite."""
-    return {**_require_finite(run, started), "lr": started.lr}
+    stats = _checked_stats(run, started)
+    run.loader.put_back(dropped_tasks(started.batch, stats))
+    return {**stats, "lr": started.lr}
+
+
+def _forward_backward(run: Run, prepared: Prepared, rows: EmbeddedRows) -> tuple[Tensor, Tensor, int]:
+    """Gradients of this rank's tasks, micro-batch by micro-batch.
+
+    Returns this rank's sums, the losses [T], and how many micro-batches were finished.
+    Sums are `_sum_names`. Gradients are of the sum over finished tasks, divided by the tasks of the whole batch.
+    """
+    system, batch = run.system, prepared.batch
+    sums = torch.zeros(len(_sum_names(batch)), dtype=torch.float64, device=run.mesh.device)
+    run.buckets.several = len(prepared.parts) > 1
+    losses, begun = [], time.perf_counter()
+    for number, part in enumerate(prepared.parts):
+        if number and _too_late(batch, begun, run.mesh.device):
+            break
+        part_begun = time.perf_counter()
+        with system.precision():
+            loss, output = system.learner(part.rows(rows), part.batch, part.index)
+        loss.backward()
+        losses.append(output.query_loss)
+        sums[: len(SUMS)].add_(_part_sums(loss, output.support_loss, part.batch))
+        if _may_drop(batch):
+            sums[len(SUMS) + run.mesh.rank].add_(1)
+        if run.emulate is not None:
+            run.emulate(run.progress.step, _work(batch, part.batch), number == 0, time.perf_counter() - part_begun)
+    sums[SUMS.index("stop")].fill_(int(run.stop.is_set()))
+    return sums, torch.cat(losses), len(losses)
+
+
+def _part_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
+    """`SUMS` of a micro-batch; the losses are already per global task."""
+    examples = batch.support.mask.sum() + batch.query.mask.sum()
+    cells = batch.support.mask.numel() + batch.query.mask.numel()
+    support = support_loss.sum() / batch.num_tasks_global
+    numbers = (loss.detach(), support, examples, cells, batch.num_tasks, 0)
+    return torch.stack([v.double() if isinstance(v, Tensor) else examples.new_full((), v).double() for v in numbers])
+
+
+def _sum_names(batch: TaskBatch) -> tuple[str, ...]:
+    """`SUMS`, and how many micro-batches each rank finished, where it may have left some."""
+    if not _may_drop(batch):
+        return SUMS
+    assert batch.division is not None
+    return (*SUMS, *(f"finished_{rank}" for rank in range(len(batch.division.micro_batches))))
+
+
+def _may_drop(batch: TaskBatch) -> bool:
+    return batch.division is not None and batch.division.drop_after_s is not None
+
+
+def _too_late(batch: TaskBatch, begun: float, device: torch.device) -> bool:
+    """Whether to leave the rest of the batch to the epoch's tail. The first micro-batch is always done."""
+    if batch.division is None or batch.division.drop_after_s is None:
+        return False
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun > batch.division.drop_after_s
+
+
+def _work(batch: TaskBatch, part: TaskBatch) -> float:
+    """Slots of work in a micro-batch, by its rows."""
+    rows, of = (float(b.support.mask.sum() + b.query.mask.sum()) for b in (part, batch))
+    whole = batch.num_tasks if batch.division is None else batch.division.work
+    return whole * rows / of if of else 0.0
 
 
 def _dense_gradients(run: Run) -> list[Tensor]:
     return [p.grad for p in run.system.learner.parameters() if p.grad is not None]
 
 
-def _batch_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch, stop: bool) -> Tensor:
-    """`SUMS` of this rank; the losses are already per global task."""
-    examples = batch.support.mask.sum() + batch.query.mask.sum()
-    cells = batch.support.mask.numel() + batch.query.mask.numel()
-    support = support_loss.sum() / batch.num_tasks_global
-    numbers = (loss.detach(), support, examples, examples.new_full((), cells), examples.new_full((), int(stop)))
-    return torch.stack([v.double() for v in numbers])
-
-
-def _update(run: Run, row_gradients: dict[str, RowGradients], norm: Tensor, lr: float) -> None:
+def _update(
+    run: Run, row_gradients: dict[str, RowGradients], norm: Tensor, lr: float, scale: Tensor | None = None
+) -> None:
     """Exactly one update of every dense parameter and of every row that took part, if all is finite."""
     clip_norm = run.config.dense.clip_norm
     clip = clip_scale(norm, clip_norm) if clip_norm else None
+    if scale is not None:
+        clip = scale if clip is None else clip * scale
     ok = run.ok if run.read_late else None
     dense_step(run.dense, lr_scale=lr, grad_scale=clip, ok=ok)
     run.sparse.step(run.system.tables, row_gradients, lr_scale=lr, grad_scale=clip, ok=ok)
 
 
-def _require_finite(run: Run, started: Started) -> dict[str, float]:
+def _checked_stats(run: Run, started: Started) -> dict[str, float]:
     """The step's statistics. Where loss or gradient is not finite, saves the batch's tasks and raises."""
     stats, batch, step = started.stats.read(), started.batch, started.step
+    if not _may_drop(batch) and stats["tasks"] != batch.num_tasks_global:
+        raise RuntimeError(
+            f"step {step}: the ranks computed {stats['tasks']:.0f} tasks of {batch.num_tasks_global}: they divided the "
+            "batch differently"
+        )
+    stats["loss"] *= batch.num_tasks_global / stats["tasks"]
+    stats["support_loss"] *= batch.num_tasks_global / stats["tasks"]
     if math.isfinite(stats["loss"]) and math.isfinite(stats["grad_norm"]):
         return stats
     tasks = gather_to_rank_0(batch.task_id.cpu().numpy(), run.mesh)
@@ -170,99 +196,6 @@ def _require_finite(run: Run, started: Started) -> dict[str, float]:
         "Lower meta.inner_lr, dense.lr or embedding.lr, or set dense.clip_norm, "
         "and continue from the last checkpoint or start again"
     )
-
-
-def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
-    """Build everything a rank needs; raises ValueError for what does not fit, before anything is written."""
-    pack = open_pack(config.pack)
-    split = pack.split("train")
-    system = build_system(config, pack.schema, mesh)
-    ahead: dict[str, Callable[[TaskBatch], Work]] = {"none": Loaded, "index": system.index, "ids": system.prepare}
-    loader: TaskLoader[Work] = TaskLoader(
-        split,
-        tasks_per_batch=config.loader.tasks_per_batch,
-        seed=config.seed,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        window_batches=config.loader.window_batches,
-        sequential=config.loader.sequential,
-        size_buckets=config.loader.size_buckets,
-        prefetch=config.loader.prefetch,
-        resample=config.loader.resample,
-        transform=ahead[config.loader.ahead],
-    )
-    total = config.schedule.epochs * loader.batches_per_epoch
-    if config.schedule.max_steps:
-        total = min(total, config.schedule.max_steps)
-    return Run(
-        config=config,
-        system=system,
-        dense=dense_optimizer(
-            system.learner,
-            lr=config.dense.lr,
-            inner_lr_lr=config.dense.inner_lr_lr,
-            weight_decay=config.dense.weight_decay,
-        ),
-        sparse=SparseOptimizer(
-            config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
-        ),
-        buckets=GradientBuckets(
-            list(system.learner.parameters()), mesh, how=config.comm.dense, overlap=config.comm.overlap
-        ),
-        loader=loader,
-        pack=pack,
-        log=RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total),
-        total_steps=total,
-        stop=stop,
-        ok=torch.ones((), dtype=torch.bool, device=mesh.device),
-        read_late=mesh.device.type == "cuda",
-    )
-
-
-def _checkpoint_tensors(run: Run) -> dict[str, Tensor]:
-    """Weights, tables and the dense optimizer's moments, by name; 0-dim tensors go as [1]."""
-    tensors = run.system.tensors()
-    for name, parameter in run.system.learner.named_parameters():
-        state = run.dense.state.get(parameter) or _fresh_state(run.dense, parameter)
-        for key, value in state.items():
-            tensors[f"optimizer.{name}.{key}"] = value if value.dim() else value.view(1)
-    return tensors
-
-
-def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before its first step, so that a checkpoint has a place to load it into."""
-    state = {
-        "step": torch.zeros((), device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }
-    optimizer.state[parameter] = state
-    return state
-
-
-def save_checkpoint(run: Run) -> None:
-    """Save and prune; collective."""
-    state = {
-        "progress": asdict(run.progress),
-        "best_step": run.progress.best_step,
-        "loader": run.loader.state_dict(),
-        "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
-        "config": asdict(run.config),
-        "schema": run.pack.schema.to_json(),
-    }
-    checkpoint.save(run.checkpoints, run.progress.step, _checkpoint_tensors(run), state, run.mesh)
-    if run.mesh.rank == 0:
-        checkpoint.prune(run.checkpoints, run.config.schedule.keep_last, run.progress.best_step)
-
-
-def load_checkpoint(run: Run, path: Path) -> None:
-    """Restore everything from `path`; collective."""
-    state = checkpoint.read_state(path)
-    checkpoint.load_tensors(path, _checkpoint_tensors(run), run.mesh)
-    run.progress = Progress(**state["progress"])
-    run.loader.load_state_dict(state["loader"])
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
-    run.log.cut_back(run.progress.step)
 
 
 def validate(run: Run) -> bool:
@@ -294,31 +227,46 @@ def out_of_patience(run: Run) -> bool:
     return bool(patience) and run.progress.bad_validations >= patience
 
 
-def training_loop(run: Run) -> bool:
-    """Train until the steps are done, patience runs out or a stop is requested; True when stopped on request."""
+def training_loop(run: Run) -> int:
+    """Train until the epochs are done, patience runs out, a stop is requested or a worker is to be replaced.
+
+    Returns 0, EXIT_STOPPED or EXIT_RESTART; all is saved.
+    """
     schedule = run.config.schedule
-    eval_every = schedule.eval_every or run.loader.batches_per_epoch
-    save_every = schedule.checkpoint_every or eval_every
     batches = iter(run.loader)
     ahead: deque[Started] = deque()
-    while run.progress.step < run.total_steps and not out_of_patience(run):
+    while not _ended(run) and not out_of_patience(run):
         watch = Stopwatch(run.mesh.device)
-        upcoming = next(batches)
+        try:
+            upcoming = next(batches)
+        except RestartRequested as request:
+            _log_steps(run, ahead, leave=0)
+            save_checkpoint(run)
+            run.log.say(f"step {run.progress.step}: {request}")
+            return EXIT_RESTART
         watch.lap("input")
         work = upcoming  # frees the last batch: 1 to 3 ms that are no wait for input
         ahead.append(train_step(run, work, watch))
 
         step = run.progress.step
-        last = step == run.total_steps
-        pause = last or step % eval_every == 0 or step % save_every == 0
+        every = [n for n in (schedule.eval_every, schedule.checkpoint_every, schedule.max_steps) if n]
+        pause = run.loader.between_epochs or any(step % n == 0 for n in every)
         stop = _log_steps(run, ahead, leave=1 if run.read_late and not pause else 0)
-        ended = (step % eval_every == 0 or last) and validate(run)
-        is_best = run.progress.best_step == step
-        if step % save_every == 0 or last or is_best or stop or ended:
+        last = _ended(run)
+        evaluate = step % schedule.eval_every == 0 if schedule.eval_every else run.loader.epoch_finished
+        save = step % schedule.checkpoint_every == 0 if schedule.checkpoint_every else evaluate
+        ended = (evaluate or last) and validate(run)
+        if save or last or run.progress.best_step == step or stop or ended:
             save_checkpoint(run)
         if stop:
-            return not last and not ended
-    return False
+            return 0 if last or ended else EXIT_STOPPED
+    return 0
+
+
+def _ended(run: Run) -> bool:
+    """Whether every step was made."""
+    schedule = run.config.schedule
+    return run.loader.epochs_done >= schedule.epochs or 0 < schedule.max_steps <= run.progress.step
 
 
 def _log_steps(run: Run, ahead: deque[Started], leave: int) -> bool:
@@ -333,29 +281,47 @@ def _log_steps(run: Run, ahead: deque[Started], leave: int) -> bool:
 
 
 def _log_step(run: Run, started: Started, stats: dict[str, float]) -> None:
-    seconds = started.watch.seconds
+    batch, seconds = started.batch, started.watch.seconds
     total = sum(seconds.values())
     run.progress.seconds += total
+    if run.membership is not None:
+        window = batch.index // run.config.loader.window_batches
+        in_order = batch.index < run.loader.batches_per_epoch  # the tail is counted when it is empty
+        run.membership.finished(batch, started.step, seconds, int(stats["tasks"]) if in_order else 0, window)
+        if run.loader.epochs_done > batch.epoch:
+            run.membership.agent.finish_epoch(batch.epoch)
     run.log.train(
         {
             "step": started.step + 1,
-            "epoch": started.batch.epoch,
+            "epoch": batch.epoch,
             "loss": stats["loss"],
             "support_loss": stats["support_loss"],
             "lr": stats["lr"],
             "grad_norm": stats["grad_norm"],
-            "tasks_per_s": started.batch.num_tasks_global / total,
+            "tasks_per_s": stats["tasks"] / total,
             "samples_per_s": stats["samples"] / total,
             "padding": 1 - stats["samples"] / max(1.0, stats["cells"]),
             **{f"{phase}_share": value / total for phase, value in seconds.items()},
             "time_s": run.progress.seconds,
-            **({"comm": traffic_record(run, started.routes)} if run.mesh.is_main and run.mesh.world_size > 1 else {}),
+            **({"comm": traffic_record(run, started)} if run.mesh.is_main and run.mesh.world_size > 1 else {}),
+            **(_division_record(run, started, stats)),
         }
     )
 
 
-def traffic_record(run: Run, routes: Routes) -> dict[str, Any]:
+def _division_record(run: Run, started: Started, stats: dict[str, float]) -> dict[str, Any]:
+    """How an elastic group divided the batch, and the tasks (positions in the split) that were put back."""
+    division = started.batch.division
+    if division is None or run.membership is None:
+        return {}
+    slots = [stop - start for start, stop in zip(division.cuts, division.cuts[1:], strict=False)]
+    record = {"generation": run.membership.generation, "index": started.batch.index, "slots": slots}
+    return record | {"put_back": dropped_tasks(started.batch, stats).tolist()}
+
+
+def traffic_record(run: Run, started: Started) -> dict[str, Any]:
     """What this rank sent in a step, and what the formulas say it had to."""
+    routes = started.routes
     expected = expected_traffic(
         run.system.tables,
         routes,
@@ -363,7 +329,8 @@ def traffic_record(run: Run, routes: Routes) -> dict[str, Any]:
         WIRE[run.config.comm.wire],
         dense_bytes=run.buckets.bucket_bytes,
         dense=run.config.comm.dense,
-        control_bytes=CONTROL_BYTES,
+        control_bytes=(8 * len(_sum_names(started.batch)), 8),  # the sums, the squared norm of the row gradients
+        marked=_may_drop(started.batch),
     )
     return {"measured": routes.traffic.record(), "predicted": expected.record()}
 
@@ -386,33 +353,42 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def train(config: TrainConfig) -> int:
-    """Run `gmeta train` on this rank; returns the exit code (0, or 75 when stopped on request and saved)."""
+def train(config: TrainConfig, emulate: Emulate | None = None) -> int:
+    """Run `gmeta train` on this rank; returns the exit code: 0, 75 when stopped on request and saved, or 77 when saved
+    to be started again with another worker. `emulate` is the laboratory's."""
     open_pack(config.pack)  # before anything is created
+    if config.elastic.enabled and was_restarted():
+        config = replace(config, resume=True)
     with stop_on_signals() as stop:
         mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
         try:
             with run_lock(Path(config.run_dir), mesh):
-                return _train(config, mesh, stop)
+                return _train(config, mesh, stop, emulate)
         finally:
             close_mesh(mesh)
 
 
-def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> int:
+def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event, emulate: Emulate | None) -> int:
     resume_from = prepare_run_dir(config, mesh)
     run = build_run(config, mesh, stop)
+    run.emulate = emulate
     try:
         run.log.say(_banner(run))  # before the tables are allocated
+        ledger = None
         if resume_from is not None:
-            load_checkpoint(run, resume_from)
+            ledger = load_checkpoint(run, resume_from)
             run.log.say(f"resumed from {resume_from}")
+        run.membership = join(config, run.pack, mesh, run.loader, run.progress.step, ledger)
         run.log.start()
-        stopped = training_loop(run)
-        run.log.say(_farewell(run, stopped))
+        code = training_loop(run)
+        if code != EXIT_RESTART:
+            run.log.say(_farewell(run, code == EXIT_STOPPED))
     finally:
+        if run.membership is not None:
+            run.membership.agent.close()
         run.loader.close()
         run.log.close()
-    return EXIT_STOPPED if stopped else 0
+    return code
 
 
 def _farewell(run: Run, stopped: bool) -> str:

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
 
-from gmeta.batch import TaskBatch
-from gmeta.data.order import num_batches, split_slots, stored_batch, window_of_batches
+from gmeta.batch import Division, TaskBatch
+from gmeta.data.order import Tasks, num_batches, split_slots, stored_batch, window_of_batches
 from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
-_Position = tuple[int, int]  # epoch, index of the batch in it
+_Place = tuple[int, int, int]  # epoch, index of the batch in it (from `batches_per_epoch` on: in its tail), step
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How to divide a batch: see `Division`. One entry a rank."""
+
+    slots: Sequence[float] | None  # in proportion to these; None: equally
+    micro_batches: tuple[int, ...]
+    drop_after_s: float | None = None
 
 
 def loader_thread() -> ThreadPoolExecutor:
@@ -81,40 +91,88 @@ class TaskLoader(Generic[_T]):
         self._prefetch = prefetch
         self._resample = resample
         self._transform = transform
-        self._position: _Position = (0, 0)  # of the batch that `next` hands out
-        self._window: tuple[_Position, TaskRows] | None = None  # the last window made, with its (epoch, window)
+        self._divide: Callable[[int], Shares] | None = None
+        self._place: _Place = (0, 0, 0)  # of the batch that `next` hands out
+        self._tail: list[int] = []  # tasks of this epoch that were put back: positions in the split
+        self._window: tuple[int, int, Tasks, TaskRows] | None = None  # epoch, window and tasks of the last one made
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[_T]] = deque()
-        self._next_ahead: _Position = (0, 0)
+        self._next_ahead: _Place = (0, 0, 0)
         self._error: BaseException | None = None  # of the thread
 
     def __iter__(self) -> TaskLoader[_T]:
         return self
 
     def __next__(self) -> _T:
-        if self._ended(self._position):
+        if self._place[1] >= self.batches_per_epoch and not self._tail:
+            self._place = self._next_ahead = (self._place[0] + 1, 0, self._place[2])
+        if self._ended(self._place):
             self.close()
-            self._position = (0, 0)
+            self._place = (0, 0, 0)
             raise StopIteration
-        item = self._make(self._position) if self._prefetch == 0 else self._take_ahead()
-        self._position = self._after(self._position)
+        tail = self._place[1] >= self.batches_per_epoch
+        item = self._make(self._place) if self._prefetch == 0 or tail else self._take_ahead()
+        if tail:
+            del self._tail[: self._tasks_per_batch]
+        self._place = self._after(self._place)
         return item
 
-    def state_dict(self) -> dict[str, int]:
-        """{"epoch", "index"} of the batch that `next` hands out, whatever has been prefetched."""
-        epoch, index = self._position
-        return {"epoch": epoch, "index": index}
+    @property
+    def epochs_done(self) -> int:
+        """Epochs of which every batch was handed out, and no task put back since."""
+        epoch, index, _ = self._place
+        return epoch + (index >= self.batches_per_epoch and not self._tail)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    @property
+    def epoch_finished(self) -> bool:
+        """Whether the next batch is the first of an epoch."""
+        _, index, _ = self._place
+        return index == 0 or (index >= self.batches_per_epoch and not self._tail)
+
+    @property
+    def between_epochs(self) -> bool:
+        """Whether the next batch is the first of an epoch, or of its tail: all before it must be finished by then."""
+        return self._place[1] == 0 or self._place[1] >= self.batches_per_epoch
+
+    def divide_by(self, divide: Callable[[int], Shares]) -> None:
+        """Batches are divided as `divide(step)` says from now on (the first batch ever is of step 0).
+
+        It is asked in the thread that makes the batch, and may wait there. The loader then no longer reads ahead beyond
+        the end of an epoch: `put_back` may still give it tasks that nobody finished, for the epoch's tail.
+        """
+        self.close()
+        self._divide = divide
+
+    def put_back(self, tasks: Tasks) -> None:
+        """Tasks of this epoch that were handed out and not finished (positions in the split): they come again in it."""
+        self._tail += tasks.tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"epoch", "index"} of the batch that `next` hands out, whatever has been prefetched.
+
+        And where tasks were put back "step", the batches before it, and "tail", those that are to come again.
+        """
+        epoch, index, step = self._place
+        if index >= self.batches_per_epoch and not self._tail:
+            epoch, index = epoch + 1, 0
+        state: dict[str, Any] = {"epoch": epoch, "index": index}
+        if self._tail:
+            state["tail"] = list(self._tail)
+        if step != epoch * self.batches_per_epoch + index:
+            state["step"] = step
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position, before or amid iteration; ValueError where an epoch has no such batch."""
-        epoch, index = int(state["epoch"]), int(state["index"])
-        if epoch < 0 or not 0 <= index < self.batches_per_epoch:
+        epoch, index, tail = int(state["epoch"]), int(state["index"]), list(state.get("tail", ()))
+        if epoch < 0 or index < 0 or (index >= self.batches_per_epoch and not tail):
             raise ValueError(
                 f"loader state is epoch {epoch}, index {index}: an epoch has {self.batches_per_epoch} batches; it was "
                 "saved with another pack, split or tasks_per_batch"
             )
         self.close()
-        self._position = (epoch, index)
+        self._place = (epoch, index, int(state.get("step", epoch * self.batches_per_epoch + index)))
+        self._tail = tail
 
     def close(self) -> None:
         """Drop prefetched batches and end the thread; the loader may still be iterated, from its position on."""
@@ -136,18 +194,20 @@ class TaskLoader(Generic[_T]):
     ) -> None:
         self.close()
 
-    def _ended(self, position: _Position) -> bool:
-        return not self._shuffle and position[0] > 0
+    def _ended(self, place: _Place) -> bool:
+        return not self._shuffle and place[0] > 0
 
-    def _after(self, position: _Position) -> _Position:
-        epoch, index = position
-        return (epoch, index + 1) if index + 1 < self.batches_per_epoch else (epoch + 1, 0)
+    def _after(self, place: _Place) -> _Place:
+        epoch, index, step = place
+        if index + 1 < self.batches_per_epoch or self._divide is not None or self._tail:
+            return epoch, index + 1, step + 1
+        return epoch + 1, 0, step + 1
 
     def _take_ahead(self) -> _T:
         """The batch at the position, from the thread, which is kept `prefetch` batches ahead."""
         if self._pool is None:
             self._pool = loader_thread()
-            self._next_ahead = self._position
+            self._next_ahead = self._place
         try:
             self._submit(self._prefetch)
             item = self._ahead.popleft().result()
@@ -160,37 +220,51 @@ class TaskLoader(Generic[_T]):
     def _submit(self, count: int) -> None:
         assert self._pool is not None
         while len(self._ahead) < count and not self._ended(self._next_ahead):
+            if self._next_ahead[1] >= self.batches_per_epoch:
+                return  # what comes next is known when the epoch's batches are finished
             self._ahead.append(self._pool.submit(self._make_ahead, self._next_ahead))
             self._next_ahead = self._after(self._next_ahead)
 
-    def _make_ahead(self, position: _Position) -> _T:
+    def _make_ahead(self, place: _Place) -> _T:
         if self._error is not None:  # other ranks wait for the batch that failed, not for this one
             raise self._error
         try:
-            return self._make(position)
+            return self._make(place)
         except BaseException as error:
             self._error = error
             raise
 
-    def _make(self, position: _Position) -> _T:
-        epoch, index = position
-        tasks = self._tasks(epoch, index)
-        mine = tasks[split_slots(tasks.num_rows, self._world_size)[self._rank]]
+    def _make(self, place: _Place) -> _T:
+        epoch, index, step = place
+        tasks, rows = self._tasks(epoch, index)
+        shares = None if self._divide is None else self._divide(step)
+        slots = split_slots(rows.num_rows, self._world_size, None if shares is None else shares.slots)
+        mine = slots[self._rank]
+        division = None
+        if shares is not None:
+            cuts = (0, *(part.stop for part in slots))
+            work = len(tasks) * float(rows.num_rows[mine].sum()) / float(rows.num_rows.sum())
+            division = Division(tasks, cuts, shares.micro_batches, shares.drop_after_s, work)
         redraw = (self._seed, epoch) if self._resample else None
-        support, query, task_id = self._split.gather(mine, redraw)
-        batch = TaskBatch(support, query, task_id, num_tasks_global=len(tasks), epoch=epoch, index=index)
+        support, query, task_id = self._split.gather(rows[mine], redraw)
+        batch = TaskBatch(support, query, task_id, len(tasks), epoch, index, division)
         return cast(_T, batch) if self._transform is None else self._transform(batch)
 
-    def _tasks(self, epoch: int, index: int) -> TaskRows:
+    def _tasks(self, epoch: int, index: int) -> tuple[Tasks, TaskRows]:
         """The tasks of the global batch. They are located once a window: it costs an index look-up in every shard."""
+        size = self._tasks_per_batch
+        if index >= self.batches_per_epoch:
+            tasks = np.asarray(self._tail[:size], np.int64)
+            return tasks, self._split.locate(tasks)
         if not self._shuffle:
-            return self._split.locate(stored_batch(self._split.num_tasks, self._tasks_per_batch, index))
+            tasks = stored_batch(self._split.num_tasks, size, index)
+            return tasks, self._split.locate(tasks)
         window, offset = divmod(index, self._window_batches)
-        if self._window is None or self._window[0] != (epoch, window):
+        if self._window is None or self._window[:2] != (epoch, window):
             batches = window_of_batches(
                 self._split.num_tasks,
                 self._split.sizes,
-                tasks_per_batch=self._tasks_per_batch,
+                tasks_per_batch=size,
                 window_batches=self._window_batches,
                 seed=self._seed,
                 epoch=epoch,
@@ -198,9 +272,10 @@ class TaskLoader(Generic[_T]):
                 sequential=self._sequential,
                 size_buckets=self._size_buckets,
             )
-            self._window = ((epoch, window), self._split.locate(np.concatenate(batches)))
-        first = offset * self._tasks_per_batch  # only an epoch's last batch may be short
-        return self._window[1][first : first + self._tasks_per_batch]
+            tasks = np.concatenate(batches)
+            self._window = (epoch, window, tasks, self._split.locate(tasks))
+        mine = slice(offset * size, (offset + 1) * size)  # only an epoch's last batch may be short
+        return self._window[2][mine], self._window[3][mine]
 
 
 def padding_share(batch: TaskBatch) -> float:

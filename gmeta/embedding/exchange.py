@@ -32,6 +32,7 @@ from gmeta.parallel.mesh import Level, Mesh
 from gmeta.parallel.traffic import Asked, CommStats, Sum, Traffic, predicted_traffic
 
 _EXPONENT = 1  # columns that fp16 gradients carry besides their own
+_MARK = 2.0**-100  # of a row that was used and has no gradient
 
 
 @dataclass(frozen=True)
@@ -169,15 +170,26 @@ def _leaf(parts: list[Tensor], first: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 def return_gradients(
-    tables: ShardedTables, routes: Routes, rows: EmbeddedRows, mesh: Mesh, wire: torch.dtype | None = None
+    tables: ShardedTables,
+    routes: Routes,
+    rows: EmbeddedRows,
+    mesh: Mesh,
+    wire: torch.dtype | None = None,
+    *,
+    used: Mapping[str, Tensor] | None = None,
 ) -> dict[str, RowGradients]:
     """Send `rows.weights[...].grad` home and add what arrives for one row; collective, once after each `fetch`.
 
     Gradients of a row are added in the table's type, in the order of the ranks they come from, so that runs repeat
     bitwise. Rows that no graph reached (grad is None) return zeros: they were fetched, hence took part in the step. Of
     a row that was fetched more than once the first copy carries the gradient, and the others zeros.
+
+    Where some tasks were left for later, `used[group]` (bool [U]) says which rows the others read, on every rank: rows
+    that nobody used did not take part, and are not returned. This costs one more column.
     """
-    values = [part for name in routes.num_rows for part in _outgoing(name, routes, rows.weights[name], mesh)]
+    values: list[Tensor] = []
+    for name, weight in rows.weights.items():
+        values += _outgoing(name, routes, weight, None if used is None else used[name], mesh)
     if not mesh.levels:
         values = [_decode(_encode(value, wire), tables.dtype, wire) for value in values]
     for depth, level in enumerate(mesh.levels):
@@ -193,14 +205,21 @@ def return_gradients(
     out = {}
     for name, owned in routes.owned.items():
         grad = _joined([value for leg, value in zip(routes.legs, values, strict=True) if leg.group == name])
-        out[name] = RowGradients(owned.rows, grad if owned.merge is None else product(grad, owned.merge))
+        grad = grad if owned.merge is None else product(grad, owned.merge)
+        out[name] = RowGradients(owned.rows, grad)
+        if used is not None:
+            took_part = grad[:, -1] > 0
+            out[name] = RowGradients(owned.rows[took_part], grad[took_part, :-1])
     return out
 
 
-def _outgoing(name: str, routes: Routes, weight: Tensor, mesh: Mesh) -> Sequence[Tensor]:
+def _outgoing(name: str, routes: Routes, weight: Tensor, used: Tensor | None, mesh: Mesh) -> Sequence[Tensor]:
     """The gradients that each leg of a group sends off."""
     grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     grad = grad[: routes.num_rows[name]]
+    if used is not None:  # marked by a number of the row's own size, which fp16's scaling keeps
+        mark = grad.abs().amax(1).clamp(min=_MARK) * used[: grad.shape[0]]
+        grad = torch.cat([grad, mark[:, None]], 1)
     first = routes.first[name]
     if first is None:
         return [grad]
@@ -238,8 +257,9 @@ def expected_traffic(
     dense_bytes: Sequence[int] = (),
     dense: Sum = "all_reduce",
     control_bytes: Sequence[int] = (),
+    marked: bool = False,
 ) -> CommStats:
-    """What the formulas of `predicted_traffic` say about a step with these routes."""
+    """What the formulas of `predicted_traffic` say about a step with these routes; `marked`: which rows were used."""
     size = (wire or tables.dtype).itemsize
     levels = []
     for depth, level in enumerate(mesh.levels):
@@ -247,7 +267,7 @@ def expected_traffic(
         for leg in routes.legs:
             dim = tables.layouts[leg.group].dim
             rows: Mapping[int, int] = dict(zip(level.ranks, leg.hops[depth].send, strict=True))
-            asked.append(Asked(rows, dim * size, (dim + _EXPONENT * (wire == torch.float16)) * size))
+            asked.append(Asked(rows, dim * size, (dim + marked + _EXPONENT * (wire == torch.float16)) * size))
         levels.append(asked)
     return predicted_traffic(
         mesh.rank, mesh.world_size, levels, dense_bytes=dense_bytes, dense=dense, control_bytes=control_bytes

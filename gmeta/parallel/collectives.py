@@ -104,6 +104,8 @@ class GradientBuckets:
     the same buckets in the same order, whatever its own graph looks like. A parameter without a gradient counts
     as zeros.
 
+    With `several` set, gradients of several backwards add up, and nothing is launched before `flush`.
+
     `how` is all_reduce, or gather: all gradients go to rank 0, which adds them in the order of ranks and sends the sum
     back (a central outer rule, for comparison). Without `overlap` nothing is launched before `finish`.
 
@@ -125,6 +127,7 @@ class GradientBuckets:
         self._mesh = mesh
         self._how = how
         self._overlap = overlap
+        self.several = False  # micro-batches: more than one backward comes before `finish`
         self._buckets = _cut(list(params)[::-1], int(bucket_mb * 2**20))
         self._flat = [bucket[0].new_zeros(sum(p.numel() for p in bucket)) for bucket in self._buckets]
         self._missing = [len(bucket) for bucket in self._buckets]
@@ -132,6 +135,8 @@ class GradientBuckets:
         self._hooks = [_hook(p, partial(self._ready, i)) for i, bucket in enumerate(self._buckets) for p in bucket]
 
     def _ready(self, index: int, _param: Tensor) -> None:
+        if self.several:  # a gradient is complete after the last backward only
+            return
         assert self._missing[index] > 0, "one backward a step: finish() was not called"
         self._missing[index] -= 1
         while self._overlap and len(self._pending) < len(self._buckets) and self._missing[len(self._pending)] == 0:

@@ -27,10 +27,13 @@ EXIT_USER_ERROR = 2
 """A worker's exit code for a user's mistake, told through `report_error`."""
 EXIT_STOPPED = 75
 """A worker's exit code after a requested stop: saved (EX_TEMPFAIL)."""
+EXIT_RESTART = 77
+"""A worker's exit code after saving, when one of the group is to be replaced: start all again."""
 EXIT_PEER_LOST = 76
 """A worker's exit code after `PeerLost`: it is a witness, not the cause."""
 
 _LAUNCHED = "GMETA_LAUNCHED"
+_FOLLOWS = "GMETA_FOLLOWS"
 _POLL_S = 0.1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -40,9 +43,19 @@ def is_worker() -> bool:
     return _LAUNCHED in os.environ or "RANK" in os.environ
 
 
+def was_restarted() -> bool:
+    """Whether this worker's group was started before: by torchrun (`--max-restarts`), or by `launch` (`restarts`)."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def worker_rank() -> int:
+    """This worker's rank, as its launcher says; 0 without one."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def follow_launcher() -> None:
-    """Ask this worker to stop, as SIGTERM does, when its launcher is gone: nobody else would watch it."""
-    if _LAUNCHED not in os.environ:
+    """Ask this process to stop, as SIGTERM does, when its launcher is gone: nobody else would watch it."""
+    if not {_LAUNCHED, _FOLLOWS} & os.environ.keys():
         return
     launcher = os.getppid()
 
@@ -66,10 +79,26 @@ def report_error(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
 
-def launch(nproc: int, argv: Sequence[str], *, module: str = "gmeta", grace_s: float = 120.0) -> int:
+def companion_environment() -> dict[str, str]:
+    """The environment of a process beside the workers, which ends with this one (`follow_launcher`)."""
+    return {**os.environ, _FOLLOWS: "1"}
+
+
+def launch(
+    nproc: int,
+    argv: Sequence[str],
+    *,
+    module: str = "gmeta",
+    grace_s: float = 120.0,
+    restarts: int = 0,
+    advice: str = "Run it again; training continues from its last checkpoint with --resume true",
+) -> int:
     """Run `python -m module argv` in `nproc` workers; returns the exit code.
 
-    0 when all workers end well; 2 after a user's mistake, 75 after a requested stop, as the workers say; 128 + n when
+    `restarts` is how often it was run before, `advice` what to do when a worker has died.
+
+    0 when all workers end well; 2 after a user's mistake, 75 after a requested stop, 77 to be started again, as the
+    workers say; 128 + n when
     signal n killed one. When one fails the others are stopped. SIGTERM, SIGHUP and Ctrl-C are passed on, and
     workers have `grace_s` seconds to finish their step and save; a second one kills them.
     """
@@ -87,19 +116,19 @@ def launch(nproc: int, argv: Sequence[str], *, module: str = "gmeta", grace_s: f
                 name=module,
                 entrypoint=sys.executable,
                 args=dict.fromkeys(range(nproc), ("-m", module, *argv)),
-                envs={rank: worker_environment(rank, nproc, store.port) for rank in range(nproc)},
+                envs={rank: worker_environment(rank, nproc, store.port, restarts) for rank in range(nproc)},
                 logs_specs=DefaultLogsSpecs(log_dir=folder),
             )
             try:
                 context.start()
                 with _recorded_signals(received):  # again: start() installs handlers of its own
                     result = _supervise(context, received, grace_s)
-                return _verdict(context, result)
+                return _verdict(context, result, advice)
             finally:
                 _kill(context)
 
 
-def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
+def worker_environment(rank: int, nproc: int, port: int, restarts: int = 0) -> dict[str, str]:
     """What `open_mesh` reads in worker `rank` of `nproc`, whose store listens on loopback `port`."""
     threads = (
         {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
@@ -115,7 +144,7 @@ def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         # workers are clients of the launcher's store
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
     }
 
 
@@ -162,7 +191,7 @@ def _kill(context: SubprocessContext) -> None:
             handler.proc.wait()
 
 
-def _verdict(context: SubprocessContext, result: RunProcsResult | None) -> int:
+def _verdict(context: SubprocessContext, result: RunProcsResult | None, advice: str) -> int:
     """The exit code of the whole, and one message where something failed."""
     failed = {rank: h.proc.returncode for rank, h in context.subprocess_handlers.items() if h.proc.returncode != 0}
     if not failed:
@@ -173,17 +202,14 @@ def _verdict(context: SubprocessContext, result: RunProcsResult | None) -> int:
     first = next(rank for rank in found_first if rank in causes)
     code = causes[first]
     messages = list(dict.fromkeys(text for rank in causes if (text := _last_words(context, rank))))
-    expected = code == EXIT_STOPPED or (code == EXIT_USER_ERROR and messages)
+    expected = code in (EXIT_STOPPED, EXIT_RESTART) or (code == EXIT_USER_ERROR and messages)
     asked_for = result is None and code in (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
     if not (expected or asked_for):
         pid = context.subprocess_handlers[first].proc.pid
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         if code == -signal.SIGKILL:
             how += " (out of memory, or it did not end in time)"
-        messages.append(
-            f"gmeta: error: rank {first} (pid {pid}) {how}; the other workers were stopped. "
-            "Run it again; training continues from its last checkpoint with --resume true"
-        )
+        messages.append(f"gmeta: error: rank {first} (pid {pid}) {how}; the other workers were stopped. {advice}")
         witnesses = [text for rank in failed if rank not in causes and (text := _last_words(context, rank))]
         messages += witnesses[:1]
     if messages:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from gmeta import checkpoint, train
 from gmeta.config import EmbeddingConfig, ScheduleConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
+from gmeta.run import checkpoint_tensors
 
 pytestmark = pytest.mark.dist
 STEPS, SAVE_EVERY = 8, 3
@@ -41,7 +42,7 @@ def settings_of(tmp_path: Path, name: str, optimizer: str = "adam") -> TrainConf
 
 def everything(run: train.Run) -> list[torch.Tensor]:
     """Copies of all that an update changes."""
-    return [tensor.detach().clone() for _, tensor in sorted(train._checkpoint_tensors(run).items())]
+    return [tensor.detach().clone() for _, tensor in sorted(checkpoint_tensors(run).items())]
 
 
 def run_loop(
@@ -68,7 +69,7 @@ def run_loop(
         patch.setattr(train, "train_step", step)
         run.log.start()
         try:
-            end = f"stopped: {train.training_loop(run)}"
+            end = f"exit code {train.training_loop(run)}"
         except ValueError as error:
             end = str(error)
     run.log.close()
@@ -101,7 +102,7 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 def test_a_run_read_late_is_the_same_run(tmp_path: Path, nproc: int) -> None:
     for name, late in (("late", True), ("early", False)):
         results = run_ranks(nproc, run_loop, settings_of(tmp_path, name), late)
-        assert [end for end, _ in results] == ["stopped: False"] * nproc
+        assert [end for end, _ in results] == ["exit code 0"] * nproc
     assert logged(tmp_path / "late") == logged(tmp_path / "early")
     steps = checkpoint.steps_saved(tmp_path / "late" / "checkpoints")
     assert steps == checkpoint.steps_saved(tmp_path / "early" / "checkpoints")
@@ -134,6 +135,6 @@ def test_no_step_after_a_bad_one_changes_anything(
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_a_stop_request_ends_all_ranks_after_the_same_step(tmp_path: Path, nproc: int) -> None:
     results = run_ranks(nproc, run_loop, settings_of(tmp_path, "run"), True, None, 3)
-    assert [(end, len(changed)) for end, changed in results] == [("stopped: True", 5)] * nproc
+    assert [(end, len(changed)) for end, changed in results] == [("exit code 75", 5)] * nproc
     assert checkpoint.steps_saved(tmp_path / "run" / "checkpoints") == [3, 5]
     assert [record["step"] for record in logged(tmp_path / "run") if record["kind"] == "train"] == [1, 2, 3, 4, 5]

@@ -203,7 +203,7 @@ def traffic_of_steps(mesh: Mesh, settings: TrainConfig) -> list[dict[str, Any]]:
     with run.loader:
         for _ in range(3):
             started = train_step(run, next(run.loader), Stopwatch(mesh.device))
-            found.append(traffic_record(run, started.routes))
+            found.append(traffic_record(run, started))
     run.buckets.close()
     return found
 
@@ -233,7 +233,11 @@ def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, node_siz
     for rank, steps in enumerate(ranks):
         dense = steps[0]["measured"]["dense"]
         if comm.dense == "gather":
-            assert dense == {"bytes": size * (nproc - 1 if rank == 0 else 1), "remote_bytes": dense["bytes"], "calls": 2}
+            assert dense == {
+                "bytes": size * (nproc - 1 if rank == 0 else 1),
+                "remote_bytes": dense["bytes"],
+                "calls": 2,
+            }
         else:
             assert dense["bytes"] == dense["remote_bytes"] == round(2 * size * (nproc - 1) / nproc)
         assert steps[0]["measured"]["control"]["calls"] == 2

@@ -1,0 +1,243 @@
+"""A rank's side: reports what its steps took, in the background, and tells how each coming batch is divided.
+
+`setting(step)` is asked by whoever loads batch `step`; it waits until the coordinator has granted the step, and with
+the grant it knows every setting up to there (see `gmeta.elastic.controller`). Rank 0 also keeps the ledger's account of
+the order's windows: it leases them ahead, reports progress, commits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gmeta.elastic.actions import Setting, setting_from_json
+from gmeta.elastic.monitor import StepTime
+
+_WINDOWS_AHEAD = 2
+_TELL_S = 2.0
+"""Seconds between two messages of mere progress; a finished window is told at once, a checkpoint knows all."""
+
+
+class Caller(Protocol):
+    """The part of `gmeta.elastic.client.Client` that an agent needs."""
+
+    def call(self, name: str, **fields: Any) -> dict[str, Any]:
+        """One request, retried until it was answered."""
+        ...
+
+
+class RestartRequested(Exception):
+    """The setting of a step is to replace a worker: save, end, and be started again."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(f"before step {setting.step} the worker of rank {setting.restart} is replaced")
+        self.setting = setting
+
+
+@dataclass
+class Windows:
+    """Rank 0's account of the ledger's shards: whole windows of the order, leased in order.
+
+    Tasks that were put back leave their window open until the end of the epoch, when all are done.
+    """
+
+    window_tasks: int  # of a full window
+    epoch_tasks: int
+    leases: dict[tuple[int, int], int] = field(default_factory=dict)  # (epoch, window) -> attempt
+    done: dict[tuple[int, int], int] = field(default_factory=dict)  # tasks that took effect
+    ended: bool = False  # nothing is left to lease
+
+    def size(self, window: int) -> int:
+        """Tasks of a window; an epoch's last may be short."""
+        return min(self.window_tasks, self.epoch_tasks - window * self.window_tasks)
+
+    def take(self, lease: Mapping[str, Any]) -> None:
+        """A lease as the coordinator answers it."""
+        key = (int(lease["epoch"]), int(lease["shard"]))
+        self.leases[key] = int(lease["attempt"])
+        self.done.setdefault(key, int(lease["done"]))
+
+    def add(self, epoch: int, window: int, tasks: int) -> None:
+        """So many tasks of a window took effect."""
+        key = (epoch, window)
+        self.done[key] = self.done.get(key, 0) + tasks
+
+    def finish_epoch(self, epoch: int) -> None:
+        """The epoch's tail is done, and with it every window."""
+        for key in [key for key in self.done if key[0] == epoch]:
+            self.done[key] = self.size(key[1])
+
+    def message(self) -> tuple[list[list[int]], list[list[int]]]:
+        """(commit, progress) of the leases at hand."""
+        commit = [[*key, attempt] for key, attempt in self.leases.items() if self.done.get(key, 0) >= self.size(key[1])]
+        begun = {key: attempt for key, attempt in self.leases.items() if self.done.get(key, 0) > 0}
+        progress = [[*key, attempt, self.done[key]] for key, attempt in begun.items()]
+        return commit, [entry for entry in progress if entry[:3] not in commit]
+
+    def committed(self, commit: list[list[int]]) -> None:
+        """The coordinator has these commits."""
+        for epoch, window, _ in commit:
+            del self.leases[epoch, window]
+            del self.done[epoch, window]
+
+
+class Agent:
+    """One rank of generation `generation`. Its thread reports every `report_s` seconds while steps are made.
+
+    `facts` gives the node's state (shares of 1); `about` is told once. Errors of the thread are raised by the next
+    `setting` or `saved`: the coordinator refuses this generation, or was away for longer than the client's patience.
+    """
+
+    def __init__(
+        self,
+        client: Caller,
+        *,
+        generation: int,
+        rank: int,
+        report_s: float,
+        about: Mapping[str, Any] | None = None,
+        facts: Callable[[], dict[str, float]] = dict,
+        windows: Windows | None = None,
+    ) -> None:
+        self._client = client
+        self._generation = generation
+        self._rank = rank
+        self._report_s = report_s
+        self._about: Mapping[str, Any] | None = about
+        self._facts = facts
+        self._windows = windows
+        self._steps: deque[StepTime] = deque()
+        self._settings: list[Setting] = []
+        self._until = -1
+        self._told = -_TELL_S
+        self._wanted = -1  # a step that somebody waits for
+        self._error: BaseException | None = None
+        self._closed = False
+        self._changed = threading.Condition()
+        self._call = threading.Lock()  # one conversation at a time: the thread's, or `saved`
+        self.cpu_s = 0.0  # of the thread so far
+        self._thread = threading.Thread(target=self._run, name="gmeta-agent", daemon=True)
+        self._thread.start()
+
+    def setting(self, step: int) -> Setting:
+        """How the batch of `step` is divided; waits until it is granted. Raises RestartRequested."""
+        with self._changed:
+            if step > self._until:
+                self._wanted = max(self._wanted, step)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: step <= self._until or self._error is not None or self._closed)
+            if self._error is not None:
+                raise self._error
+            if step > self._until:
+                raise RuntimeError("the agent was closed")
+            found = next(s for s in reversed(self._settings) if s.step <= step)
+        if found.restart is not None:
+            raise RestartRequested(found)
+        return found
+
+    def finished(self, time: StepTime, epoch: int, window: int, tasks: int) -> None:
+        """A step is finished: `tasks` of a window took effect in all ranks together."""
+        with self._changed:
+            self._steps.append(time)
+            if self._windows is not None:
+                self._windows.add(epoch, window, tasks)
+
+    def finish_epoch(self, epoch: int) -> None:
+        """Every task of the epoch took effect."""
+        with self._changed:
+            if self._windows is not None:
+                self._windows.finish_epoch(epoch)
+
+    def saved(self) -> dict[str, Any]:
+        """The ledger as of the last finished step, for the checkpoint of that step. Rank 0 only."""
+        if self._error is not None:
+            raise self._error
+        assert self._windows is not None
+        with self._call:
+            while any(key not in self._windows.leases for key in self._windows.done):  # steps outran the thread
+                self._told = -_TELL_S
+                self._lease()
+            with self._changed:
+                commit, progress = self._windows.message()
+            answer = self._client.call("saved", generation=self._generation, commit=commit, progress=progress)
+            with self._changed:
+                self._windows.committed(commit)
+        saved: dict[str, Any] = answer["saved"]
+        return saved
+
+    def close(self) -> None:
+        """Report what is left, if the coordinator is there, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                started = time.thread_time()
+                with self._call:
+                    self._report()
+                    if self._windows is not None:
+                        self._lease()
+                self.cpu_s += time.thread_time() - started
+                with self._changed:
+                    self._changed.wait_for(self._urgent, timeout=self._report_s)
+                    if self._closed and not self._steps:
+                        return
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _urgent(self) -> bool:
+        return self._closed or self._wanted > self._until
+
+    def _report(self) -> None:
+        with self._changed:
+            steps = list(self._steps)
+            known = self._settings[-1].number if self._settings else -1
+        answer = self._client.call(
+            "report",
+            generation=self._generation,
+            rank=self._rank,
+            known=known,
+            steps=[[s.step, s.compute_s, s.input_s, s.wait_s, s.work] for s in steps],
+            facts=self._facts(),
+            about=self._about,
+        )
+        self._about = None
+        with self._changed:
+            for _ in steps:
+                self._steps.popleft()
+            self._settings += [setting_from_json(values) for values in answer["settings"]]
+            self._until = int(answer["until"])
+            self._changed.notify_all()
+
+    def _lease(self) -> None:
+        """Commit what is done, lease the next windows."""
+        assert self._windows is not None
+        with self._changed:
+            commit, progress = self._windows.message()
+            missing = _WINDOWS_AHEAD - (len(self._windows.leases) - len(commit))
+        recent = time.monotonic() - self._told < _TELL_S
+        if self._windows.ended or (not commit and (recent or (not progress and missing <= 0))):
+            return
+        self._told = time.monotonic()
+        answer = self._client.call(
+            "exchange",
+            worker="trainer",
+            generation=self._generation,
+            commit=commit,
+            progress=progress,
+            count=max(0, missing),
+        )
+        with self._changed:
+            self._windows.committed(commit)
+            self._windows.ended = answer["reply"] == "END"
+            for lease in answer.get("leases", ()):
+                self._windows.take(lease)

@@ -1,0 +1,139 @@
+"""Who computes which part of a batch never changes what is learned: unequal slots, micro-batches, tasks put back."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import run_ranks
+from packs import make_pack
+from test_train import assert_same, config, run_steps
+
+from gmeta.batch import TaskBatch
+from gmeta.config import LoaderConfig, MetaConfig, TrainConfig
+from gmeta.data.loader import Shares
+from gmeta.parallel.collectives import gather_to_rank_0
+from gmeta.parallel.mesh import Mesh
+from gmeta.stepping import Stopwatch
+from gmeta.system import Loaded
+from gmeta.train import build_run, finish_step, train_step
+
+pytestmark = pytest.mark.dist
+
+TASKS = 7
+
+
+def changing(world_size: int, step: int) -> Shares:
+    """Another division every second step: a rank with nothing, one with nearly all, one to three micro-batches."""
+    rng = np.random.default_rng(step // 2)
+    slots = rng.multinomial(TASKS, rng.dirichlet([0.5] * world_size))
+    return Shares(tuple(slots.tolist()), tuple(rng.integers(1, 4, world_size).tolist()))
+
+
+def always_late(world_size: int, step: int) -> Shares:
+    """Every rank is late after its first micro-batch, in two steps of three."""
+    return Shares(None, (3,) * world_size, 1e-9 if step % 3 else None)
+
+
+def run_divided(mesh: Mesh, settings: TrainConfig, steps: int, divide: Any) -> dict[str, Any]:
+    """As `run_steps`, and which tasks each step finished."""
+    run = build_run(settings, mesh, threading.Event())
+    run.loader.divide_by(lambda step: divide(mesh.world_size, step))
+    trace, finished, places = [], [], []
+    with run.loader:
+        for _ in range(steps):
+            started = train_step(run, next(run.loader), Stopwatch(mesh.device))
+            stats = finish_step(run, started)
+            division = started.batch.division
+            assert division is not None
+            left = set()
+            if division.drop_after_s is not None:
+                left = set(division.unfinished([int(stats[f"finished_{r}"]) for r in range(mesh.world_size)]).tolist())
+            finished.append([task for task in division.tasks.tolist() if task not in left])
+            assert stats["tasks"] == len(finished[-1])
+            places.append((started.batch.epoch, started.batch.index))
+            trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
+    run.buckets.close()
+    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
+    rows = {
+        f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), mesh)
+        for name, group in run.system.tables.groups.items()
+        for key, value in (("weight", group.weight), *group.state.items())
+    }
+    return {"learned": {"trace": np.array(trace), **dense, **rows}, "finished": finished, "places": places}
+
+
+def run_given(settings: TrainConfig, batches: list[list[int]], places: list[tuple[int, int]]) -> dict[str, Any]:
+    """One process, one step on each list of tasks."""
+    run = build_run(settings, Mesh(), threading.Event())
+    split, trace = run.pack.split("train"), []
+    for tasks, (epoch, index) in zip(batches, places, strict=True):
+        batch = TaskBatch(*split.examples(np.array(tasks)), len(tasks), epoch, index)
+        stats = finish_step(run, train_step(run, Loaded(batch), Stopwatch(run.mesh.device)))
+        trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
+    run.buckets.close()
+    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
+    groups = run.system.tables.groups.items()
+    rows = {f"{n}.{k}": v.cpu().numpy() for n, g in groups for k, v in (("weight", g.weight), *g.state.items())}
+    return {"trace": np.array(trace), **dense, **rows}
+
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"meta": MetaConfig(inner_steps=1, inner_lr=0.3, engine="reference")},
+    {"meta": MetaConfig(adapt=[])},
+    {"loader": LoaderConfig(tasks_per_batch=TASKS, window_batches=3, ahead="none")},
+]
+
+
+@pytest.mark.parametrize("changes", SETTINGS, ids=["factored", "reference", "plain", "nothing-ahead"])
+@pytest.mark.parametrize("nproc", [1, 2, 4])
+def test_no_division_changes_what_is_learned(tmp_path: Path, nproc: int, changes: dict[str, Any]) -> None:
+    settings = config(make_pack(tmp_path / "pack"), **changes)
+    alone = run_steps(Mesh(), settings, 12)
+    assert_same(run_ranks(nproc, run_divided, settings, 12, changing)[0]["learned"], alone, 1e-10)
+
+
+@pytest.mark.parametrize("nproc", [1, 2, 4])
+def test_tasks_that_are_late_come_again_in_their_epoch(tmp_path: Path, nproc: int) -> None:
+    """Every task takes effect once an epoch, and a step's update is that of one process on the tasks it finished."""
+    settings = config(make_pack(tmp_path / "pack"))
+    num_tasks = build_run(settings, Mesh(), threading.Event()).pack.split("train").num_tasks
+    ran = run_ranks(nproc, run_divided, settings, 40, always_late)[0]
+    whole = range(ran["places"][-1][0])
+    assert len(whole) >= 1, "no epoch was finished"
+    for epoch in whole:
+        steps = [tasks for tasks, (e, _) in zip(ran["finished"], ran["places"], strict=True) if e == epoch]
+        assert sorted(task for tasks in steps for task in tasks) == list(range(num_tasks))
+        assert len(steps) > -(-num_tasks // TASKS), "nothing was late"
+    alone = run_given(settings, ran["finished"], ran["places"])
+    # warm-up and decay follow the order, and the tail has its last batch's rate in both
+    assert_same(ran["learned"], alone, 1e-10)
+
+
+def resumed(mesh: Mesh, settings: TrainConfig, cut: int, steps: int) -> list[list[int]]:
+    """The tasks of every batch handed out, with a new loader after `cut` steps, at the state of the first."""
+    batches: list[list[int]] = []
+    state: dict[str, Any] = {"epoch": 0, "index": 0}
+    for count in (cut, steps - cut):
+        run = build_run(settings, mesh, threading.Event())
+        run.loader.load_state_dict(state)
+        run.loader.divide_by(lambda step: always_late(mesh.world_size, step))
+        with run.loader:
+            for _ in range(count):
+                started = train_step(run, next(run.loader), Stopwatch(mesh.device))
+                finish_step(run, started)
+                assert started.batch.division is not None
+                batches.append(started.batch.division.tasks.tolist())
+            state = run.loader.state_dict()
+        run.buckets.close()
+    return batches
+
+
+@pytest.mark.parametrize("cut", [3, 6, 7, 9, 17])
+def test_a_tail_survives_a_restart(tmp_path: Path, cut: int) -> None:
+    settings = config(make_pack(tmp_path / "pack"))
+    assert resumed(Mesh(), settings, cut, 20) == resumed(Mesh(), settings, 0, 20)
