@@ -35,9 +35,9 @@ GAIN_LONG = 0.03
 SLOW = 1.5
 """How many times slower than its peers' median a rank is that restarting is thought of (lambda)."""
 RESTART_S = 30.0
-"""What a restart is taken to cost: saving, starting processes, loading. Ours take 5 to 20 s on one machine."""
-PAYBACK_S = 600.0
-"""How long what made a rank slow all through the long window is expected to go on; a restart must pay in this time."""
+"""What a restart is taken to cost: saving, starting processes, loading. Ours take 5 to 20 s on one machine; a cluster
+has to find another one. A rank is restarted once it has cost the others as much: whatever comes then, that is at most
+twice what the best choice in hindsight would have cost (the ski-rental argument), and nobody knows what will come."""
 CLASS_GAIN = 0.10
 """dd decides again only for so much: classes of devices do not change their speeds, and what changes a single rank
 is not its business."""
@@ -236,8 +236,8 @@ def _hopeless(snapshot: Snapshot) -> KillRestart | None:
 
     The long window's median tells of half of it; that nothing had to be changed for as many steps tells that the
     slowness did not come and go. (A rank so slow that it got no slots at all is judged after half as many: later, the
-    window would hold nothing of it.) It pays if a step would be so much shorter, were the rank like its peers, that
-    RESTART_S is won back within PAYBACK_S. A class of slow devices has no fast peers: it is balanced, not restarted.
+    window would hold nothing of it.) It pays once a step, were the rank like its peers, would have been so much shorter
+    that RESTART_S has been lost. A class of slow devices has no fast peers: it is balanced, not restarted.
     """
     views, steps = snapshot.workers, min((v.long.steps if v.long else 0 for v in snapshot.workers), default=0)
     if snapshot.restarts_left < 1 or not steps or snapshot.settled_steps < steps / 2:
@@ -248,6 +248,7 @@ def _hopeless(snapshot: Snapshot) -> KillRestart | None:
         if cost is not None:
             groups.setdefault((view.role, view.device), []).append((cost, i))
     speed = sum(1 / cost for members in groups.values() for cost, _ in members)
+    step_s = max((view.long.compute_s for view in views if view.long is not None), default=0.0)
     best: tuple[float, KillRestart] | None = None
     for members in groups.values():
         (cost, slowest), peers = max(members), sorted(members)[:-1]
@@ -256,10 +257,10 @@ def _hopeless(snapshot: Snapshot) -> KillRestart | None:
         if not peers or lately is None or not long_enough:
             continue
         usual = statistics.median(peer for peer, _ in peers)
-        gain = 1 - speed / (speed - 1 / cost + 1 / usual)
-        if min(cost, lately) > SLOW * usual and gain * PAYBACK_S > RESTART_S and (best is None or gain > best[0]):
+        lost = (1 - speed / (speed - 1 / cost + 1 / usual)) * step_s * snapshot.settled_steps
+        if min(cost, lately) > SLOW * usual and lost > RESTART_S and (best is None or lost > best[0]):
             reason = f"{cost / usual:.1f} times slower than its peers for {snapshot.settled_steps} steps"
-            best = gain, KillRestart(views[slowest].rank, reason)
+            best = lost, KillRestart(views[slowest].rank, reason)
     return best[1] if best else None
 
 

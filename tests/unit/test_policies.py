@@ -104,15 +104,30 @@ def test_nd_believes_the_last_steps_only_when_they_differ_much() -> None:
 
 
 def test_nd_restarts_who_is_slow_for_long_among_its_peers() -> None:
-    balanced_slots = (19, 19, 19, 6)
-    slow = known([0.01, 0.01, 0.01, 0.03], balanced_slots, restarts=1)
-    assert nd(slow) == [KillRestart(3, "3.0 times slower than its peers for 100 steps")]
-    assert nd(known([0.01, 0.01, 0.01, 0.03], balanced_slots, restarts=0)) == [], "no budget"
-    assert nd(known([0.01, 0.01, 0.01, 0.03], balanced_slots, settled=40, restarts=1)) == [], "may be a burst"
-    assert nd(known([0.01, 0.01, 0.01, 0.03], balanced_slots, restarts=1, long=False)) == []
-    assert nd(known([0.01, 0.01, 0.03, 0.03], (24, 24, 8, 8), restarts=1, device=["a", "a", "b", "b"])) == []
-    many = [0.01] * 63 + [0.03]
-    assert not [a for a in nd(known(many, restarts=1)) if isinstance(a, KillRestart)], "would win 1 %"
+    costs, slots = [0.01, 0.01, 0.01, 0.03], (19, 19, 19, 7)
+    per_step = 0.21 * (1 - (3 + 1 / 3) / 4)  # seconds that a rank like its peers would save
+    enough = int(30 / per_step) + 1
+    slow = known(costs, slots, settled=enough, restarts=1)
+    assert nd(slow) == [KillRestart(3, f"3.0 times slower than its peers for {enough} steps")]
+
+    def restarts(*args, **more) -> bool:
+        return any(isinstance(action, KillRestart) for action in nd(known(*args, **more)))
+
+    assert not restarts(costs, slots, settled=enough - 2, restarts=1), "it has not cost as much as a restart"
+    assert not restarts(costs, slots, settled=enough, restarts=0), "no budget"
+    assert not restarts([100 * cost for cost in costs], slots, settled=90, restarts=1), "may be a burst"
+    assert not restarts(costs, slots, settled=enough, restarts=1, long=False)
+    assert not restarts([0.01] * 3 + [0.014], (17, 17, 17, 13), settled=10**6, restarts=1), "not slow enough"
+    two_classes = {"device": ["a", "a", "b", "b"], "settled": 10**6, "restarts": 1}
+    assert not restarts([0.01, 0.01, 0.03, 0.03], (24, 24, 8, 8), **two_classes), "a slow class"
+    assert restarts([0.01, 0.01, 0.03, 0.06], (24, 24, 8, 8), **two_classes)
+
+
+def test_nd_restarts_who_is_too_slow_for_any_slot() -> None:
+    base = known([1.0, 1.0, 1.0, 100.0], (22, 21, 21, 0), settled=60, restarts=1)
+    before = WorkerView(3, short=window(100.0, 0), long=Window(100, 0.0, 0.0, 0.0, 100.0))
+    (action,) = nd(Snapshot(1.0, 9, base.setting, 60, (*base.workers[:3], before), 1))
+    assert action.rank == 3
 
 
 def test_nd_tries_a_rank_again_that_had_no_slots_for_long() -> None:
