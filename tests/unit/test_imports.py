@@ -25,7 +25,7 @@ LAYERS = (
     {"rundir"},
     {"system"},
     {"scoring"},
-    {"train", "evaluate", "predict", "doctor"},
+    {"train", "evaluate", "predict", "doctor", "simulate"},
     {"cli"},
     {"__main__"},
 )
