@@ -205,9 +205,11 @@ def run(argv: list[str]) -> int:
         return _fail(parser.prog, _explain(str(error), parser))
     except (ValueError, TypeError) as error:
         return _fail(parser.prog, str(error))
-    if nproc != 1 and not is_worker():
-        return _launch(parser.prog, nproc, argv)
     try:
+        if isinstance(config, configs.TrainConfig) and config.elastic.enabled and not is_worker():
+            return _supervise(parser.prog, config, nproc, argv)
+        if nproc != 1 and not is_worker():
+            return _launch(parser.prog, nproc, argv)
         return COMMANDS[name].run(config)
     except (ValueError, OSError) as error:
         return _fail(parser.prog, str(error))
@@ -234,3 +236,11 @@ def _launch(prog: str, nproc: int, argv: list[str]) -> int:
     from gmeta.parallel.launch import launch
 
     return launch(nproc, argv)
+
+
+def _supervise(prog: str, config: configs.TrainConfig, nproc: int, argv: list[str]) -> int:
+    if nproc < 1:
+        return _fail(prog, f"nproc is {nproc}: must be at least 1")
+    from gmeta.supervise import supervise
+
+    return supervise(config, nproc, argv)

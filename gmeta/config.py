@@ -200,6 +200,44 @@ class CommConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """Straggler mitigation and restarts: who computes how much of a batch follows measured speeds, never what a batch
+    is; and a worker that dies costs the steps since the last checkpoint (docs/elastic.md)."""
+
+    enabled: bool = False
+    """Report to a coordinator and follow it."""
+    url: str | None = None
+    """The coordinator (`gmeta coordinate`), such as http://host:8470; unset: `--nproc` starts one of its own."""
+    token_file: str | None = None
+    """File that holds the coordinator's token."""
+    policy: str = "nd"
+    """Policy of the coordinator that `--nproc` starts: nd, dd, lb_bsp, backup, static, or your own, module:function."""
+    report_s: float = 0.1
+    """Seconds between two reports of a worker."""
+    patience_s: float = 120.0
+    """Seconds that training waits for a coordinator which is away."""
+    max_restarts: int = 3
+    """Restarts of the group (`--nproc`) without a new checkpoint in between, after which the run ends."""
+    device_class: str = ""
+    """Class of this worker's device, for policy dd; unset: the device's name."""
+    max_slots: int = 0
+    """Tasks of one micro-batch that fit this worker's memory, for policy dd; 0: any number."""
+
+    def __post_init__(self) -> None:
+        _require(self.report_s > 0, "elastic.report_s", self.report_s, "must be more than 0 seconds")
+        _require(self.patience_s > 0, "elastic.patience_s", self.patience_s, "must be more than 0 seconds")
+        _require(self.max_restarts >= 0, "elastic.max_restarts", self.max_restarts, "must not be negative")
+        _require(self.max_slots >= 0, "elastic.max_slots", self.max_slots, "must not be negative")
+        url = self.url
+        _require(
+            url is None or url.startswith(("http://", "https://")),
+            "elastic.url",
+            url,
+            "must begin with http:// or https://",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """When training validates, saves and ends."""
 
@@ -326,6 +364,8 @@ class TrainConfig:
     """Batches."""
     comm: CommConfig = field(default_factory=CommConfig)
     """Communication between workers."""
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    """Straggler mitigation and restarts."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """When to validate, save and end."""
     seed: int = 0
