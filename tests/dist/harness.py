@@ -62,7 +62,9 @@ class Pool:
         for rank in range(nproc):
             ours, theirs = CONTEXT.Pipe()
             environment = worker_environment(rank, nproc, self.store.port)
-            process = CONTEXT.Process(target=_worker, args=(environment, mesh_timeout_s, node_size, theirs), daemon=True)
+            process = CONTEXT.Process(
+                target=_worker, args=(environment, mesh_timeout_s, node_size, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)

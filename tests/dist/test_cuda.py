@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from packs import make_pack
 from safetensors.torch import load_file
 from test_late_statistics import SAVE_EVERY, run_loop, settings_of

@@ -114,7 +114,9 @@ def routes_of(tables: ShardedTables, batch: TaskBatch, mesh: Mesh, **how: bool) 
     return exchange_ids(tables, plan_lookup(tables, batch, **how), mesh)
 
 
-def train(mesh: Mesh, optimizer: str, steps: int, **how: bool) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+def train(
+    mesh: Mesh, optimizer: str, steps: int, **how: bool
+) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Tables of all workers after `steps`, losses of this rank's tasks, and gradient norms."""
     tables = make(mesh, optimizer)
     sparse = SparseOptimizer(optimizer, lr=0.3, weight_decay=0.1)

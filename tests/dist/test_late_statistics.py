@@ -5,6 +5,7 @@ A step that is not finite, and those started before the host has read so, leave 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import threading
@@ -75,7 +76,7 @@ def run_loop(
     run.log.close()
     run.buckets.close()
     states.append(everything(run))
-    pairs = zip(states, states[1:], strict=False)
+    pairs = itertools.pairwise(states)
     return end, [not all(map(_same_whole, before, after)) for before, after in pairs]
 
 

@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ from gmeta.config import (
 )
 from gmeta.evaluate import evaluate
 from gmeta.parallel.mesh import Mesh, PeerLost
+from gmeta.stepping import Stopwatch
 from gmeta.system import load_system
 from gmeta.tracking import read_metrics
-from gmeta.stepping import Stopwatch
 from gmeta.train import build_run, finish_step, train_step
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
