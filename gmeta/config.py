@@ -218,6 +218,8 @@ class ElasticConfig:
     """Seconds that training waits for a coordinator which is away."""
     max_restarts: int = 3
     """Restarts of the group (`--nproc`) without a new checkpoint in between, after which the run ends."""
+    trace: bool = False
+    """Have the coordinator that `--nproc` starts record all reports and decisions in coordinator.jsonl (large)."""
     device_class: str = ""
     """Class of this worker's device, for policy dd; unset: the device's name."""
     max_slots: int = 0

@@ -84,7 +84,8 @@ class _Keeper:
     def __init__(self, config: TrainConfig, run_dir: Path) -> None:
         self.token_file = run_dir / "coordinator.token"
         self._words = ["coordinate", "--journal", journal_file(config), "--token_file", self.token_file]
-        self._words += ["--policy", config.elastic.policy, "--trace", run_dir / "coordinator.jsonl"]
+        self._words += ["--policy", config.elastic.policy]
+        self._words += ["--trace", run_dir / "coordinator.jsonl"] if config.elastic.trace else []
         self._closing = threading.Event()
         self._log = (run_dir / "coordinator.log").open("a")
         self._port = 0
