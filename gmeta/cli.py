@@ -83,6 +83,13 @@ def _coordinate(config: configs.CoordinateConfig) -> int:
     return 0
 
 
+def _simulate(config: configs.SimulateConfig) -> int:
+    from gmeta.simulate import print_results, run_simulations
+
+    print_results(run_simulations(config.scenario, config.trace_in, config.workers, tuple(config.policies), config.out))
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "prepare": Command(configs.PrepareConfig, _prepare),
     "train": Command(configs.TrainConfig, _train, distributed=True),
@@ -91,6 +98,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(configs.ReportConfig, _report),
     "synth": Command(configs.SynthConfig, _synth),
     "coordinate": Command(configs.CoordinateConfig, _coordinate),
+    "simulate": Command(configs.SimulateConfig, _simulate),
     "doctor": Command(configs.DoctorConfig, _doctor),
 }
 

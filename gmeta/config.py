@@ -542,3 +542,25 @@ class CoordinateConfig:
         _require(0 <= self.port <= 65535, "port", self.port, "must be in [0, 65535]")
         _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative")
         _require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateConfig:
+    """Compare policies against stragglers on a virtual clock, with a scenario's workers or with those of a trace."""
+
+    scenario: str | None = None
+    """Scenario file, such as examples/scenarios/transient-50.yaml."""
+    trace_in: str | None = None
+    """Instead of a scenario: trace of a training job, whose workers' speeds over time are taken."""
+    workers: int | None = None
+    """Workers, where not as many as in the file: batch, devices and slow workers are repeated in proportion."""
+    policies: list[str] = field(default_factory=lambda: ["static", "lb_bsp", "backup", "nd"])
+    """Policies by name (static, nd, dd, lb_bsp, backup), or one's own as module:function."""
+    out: str | None = None
+    """File for the trace of the simulated job; with several policies their names come before its suffix."""
+
+    def __post_init__(self) -> None:
+        one = (self.scenario is None) != (self.trace_in is None)
+        _require(one, "scenario", self.scenario, "give either a scenario or trace_in")
+        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
+        _require(bool(self.policies), "policies", self.policies, "name at least one")

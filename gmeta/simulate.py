@@ -10,17 +10,24 @@ may not load a batch. What decides is the code that decides in a real run.
 
 from __future__ import annotations
 
+import bisect
 import heapq
+import json
 import random
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 from gmeta.elastic.actions import Setting, to_json
 from gmeta.elastic.balance import Worker, balanced, proportional
 from gmeta.elastic.controller import Controller, Decided, Nonsense, Policy
 from gmeta.elastic.monitor import Monitor, StepTime, snapshot_to_json
-from gmeta.elastic.scenario import Contention, Cut, Kill, Pause, Scenario
+from gmeta.elastic.policies import load_policy
+from gmeta.elastic.scenario import Contention, Cut, Kill, Pause, Scenario, parse_scenario
 
 TICK_S = 0.05
 """The coordinator asks the policy so often, where there is news."""
@@ -254,6 +261,9 @@ class _Run:
                 self.compute(step + extra, setting, min(self.tail, s.tasks_per_batch), late=False)
                 extra += 1
         self.result.jct_s = self.now
+        for cohort in range(len(self.cohorts)):  # a rank that ends reports the rest
+            self.report(self.now, cohort)
+        self.advance(self.now + 2 * DELAY_S)
         return self.result
 
     def setting(self, step: int) -> Setting:
@@ -358,3 +368,111 @@ def _micro_batches(slots: int, parts: int, fixed_s: float, slot_s: float, after:
         if n and (not done or after is None or seconds < after):
             seconds, done = seconds + fixed_s + n * slot_s, done + n
     return seconds, done
+
+
+# Recorded traces
+
+
+class Recorded:
+    """Seconds a slot of each rank, step by step, from a trace's reports; begins anew after the last step.
+
+    By steps and not by time, so that every policy meets the same slowness. A step without a slot takes the speed of the
+    one before. More ranks than were recorded repeat them.
+    """
+
+    def __init__(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        points: dict[int, dict[int, float]] = {}
+        for report in reports:
+            for step, compute_s, _, _, work in report["steps"]:
+                if work > 0 and compute_s > 0:
+                    points.setdefault(report["rank"], {})[step] = compute_s / work
+        self._points = [sorted(points[rank].items()) for rank in sorted(points)]
+        self.first = min(found[0][0] for found in self._points)
+        self._steps = max(found[-1][0] for found in self._points) + 1 - self.first
+
+    def __call__(self, rank: int, *, step: int, time_s: float, incarnation: int = 0) -> float:
+        """Seconds a slot."""
+        found = self._points[rank % len(self._points)]
+        at = bisect.bisect_right(found, (self.first + step % self._steps, float("inf")))
+        return found[max(0, at - 1)][1]
+
+
+def read_trace(path: Path) -> tuple[Scenario, Recorded]:
+    """The job that a trace shows, as many steps, with equal slots and nobody's decisions. ValueError if it is none."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        begin = next(record for record in records if record["kind"] == "begin")
+        reports = [record for record in records if record["kind"] == "report" and record["steps"]]
+        recorded = Recorded(reports)
+        steps = sorted((row[0], row[3]) for record in reports for row in record["steps"])
+        # Whoever comes last waits for the exchange alone.
+        comm = [min(wait for _, wait in rows) for _, rows in groupby(steps, key=lambda row: row[0])]
+        scenario = Scenario(
+            workers=begin["world_size"],
+            steps=len(comm),
+            tasks_per_batch=begin["batch"],
+            slot_s=1.0,
+            comm_s=max(0.0, statistics.median(comm)),
+        )
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): name a trace, JSON lines") from None
+    except (KeyError, TypeError, IndexError, StopIteration, ValueError) as error:
+        raise ValueError(
+            f"{path} is no trace of a training job ({type(error).__name__}: {error}): see coordinate --trace"
+        ) from None
+    return scenario, recorded
+
+
+# The command
+
+
+def run_simulations(
+    scenario: str | None, trace_in: str | None, workers: int | None, policies: Sequence[str], out: str | None
+) -> list[Result]:
+    """One job for each policy, from a scenario file or a trace; writes a trace each, if `out` is given.
+
+    With several policies their names come before the suffix of `out`. ValueError says what cannot be read or written.
+    """
+    slowness: Slowness | None = None
+    if scenario is not None:
+        try:
+            job = parse_scenario(Path(scenario).read_text(encoding="utf-8"), scenario)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"scenario {scenario} cannot be read ({error}): name a YAML file") from None
+    else:
+        job, slowness = read_trace(Path(trace_in or ""))
+    if workers is not None:
+        job = job.scaled(workers)
+    results = []
+    for name, policy in [(name, load_policy(name)) for name in policies]:
+        with ExitStack() as files:
+            write = None
+            if out is not None:
+                path = Path(out)
+                path = path if len(policies) == 1 else path.with_suffix(f".{name.replace(':', '-')}{path.suffix}")
+                write = _to_file(path, files)
+            results.append(simulate(job, policy, name, slowness=slowness, trace=write))
+    return results
+
+
+def _to_file(path: Path, files: ExitStack) -> Callable[[dict[str, Any]], None]:
+    try:
+        file = files.enter_context(path.open("w", encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}): name another place") from None
+    return lambda record: print(json.dumps(record), file=file)
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """A table, one line a policy."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{results[0].workers} workers, {results[0].steps} steps")
+    table.add_column("policy")
+    for header in ("job s", "of ideal", "busy", "waiting", "decisions", "restarts", "put back"):
+        table.add_column(header, justify="right")
+    for r in results:
+        shares = [f"{r.achieved:.2f}", f"{r.utilisation:.0%}", f"{r.waiting:.0%}"]
+        table.add_row(r.policy, f"{r.jct_s:.1f}", *shares, str(r.decisions), str(r.restarts), str(r.tail_tasks))
+    Console().print(table)
