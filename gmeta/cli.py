@@ -90,6 +90,13 @@ def _simulate(config: configs.SimulateConfig) -> int:
     return 0
 
 
+def _lab(config: configs.LabConfig) -> int:
+    from gmeta.lab.run import lab, summary
+
+    print(summary(lab(config)))
+    return 0
+
+
 COMMANDS: dict[str, Command] = {
     "prepare": Command(configs.PrepareConfig, _prepare),
     "train": Command(configs.TrainConfig, _train, distributed=True),
@@ -99,6 +106,7 @@ COMMANDS: dict[str, Command] = {
     "synth": Command(configs.SynthConfig, _synth),
     "coordinate": Command(configs.CoordinateConfig, _coordinate),
     "simulate": Command(configs.SimulateConfig, _simulate),
+    "lab": Command(configs.LabConfig, _lab),
     "doctor": Command(configs.DoctorConfig, _doctor),
 }
 

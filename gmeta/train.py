@@ -315,7 +315,8 @@ def _division_record(run: Run, started: Started, stats: dict[str, float]) -> dic
     if division is None or run.membership is None:
         return {}
     slots = [stop - start for start, stop in zip(division.cuts, division.cuts[1:], strict=False)]
-    record = {"generation": run.membership.generation, "index": started.batch.index, "slots": slots}
+    record: dict[str, Any] = {"generation": run.membership.generation, "index": started.batch.index, "slots": slots}
+    record["agent_cpu_s"] = run.membership.agent.cpu_s  # since the generation began
     return record | {"put_back": dropped_tasks(started.batch, stats).tolist()}
 
 

@@ -23,9 +23,10 @@ LAYERS = (
     {"slices", "charts"},
     {"report"},
     {"rundir"},
-    {"system"},
-    {"scoring"},
-    {"train", "evaluate", "predict", "doctor", "simulate"},
+    {"system", "elasticity"},
+    {"scoring", "run"},
+    {"train", "evaluate", "predict", "doctor", "simulate", "supervise"},
+    {"lab"},
     {"cli"},
     {"__main__"},
 )

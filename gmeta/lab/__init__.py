@@ -1,0 +1,1 @@
+"""A laboratory for stragglers and faults: real training on emulated devices, with scripted troubles."""

@@ -1,0 +1,46 @@
+"""A worker of a laboratory run, as the launcher starts it: `python -m gmeta.lab FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from gmeta.lab.device import Device, bind_to, contended_core, machines_so_far
+from gmeta.lab.place import Place
+from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_USER_ERROR, follow_launcher, report_error, worker_rank
+from gmeta.parallel.mesh import PeerLost
+from gmeta.rundir import read_config
+from gmeta.train import train
+
+
+def main(folder: str) -> int:
+    """Train as folder/config.yaml says, on the device of this rank; the exit codes are `gmeta train`'s."""
+    place, rank = Place(Path(folder)), worker_rank()
+    device = None
+    try:
+        scenario, config = place.scenario(), read_config(place.path)
+        kind = scenario.device(rank)
+        if kind is not None:
+            elastic = replace(config.elastic, device_class=kind.name, max_slots=kind.max_slots or 0)
+            config = replace(config, elastic=elastic)
+        device = Device(scenario, rank, machines_so_far(place.trace, rank), place)
+        if device.contended:
+            bind_to(contended_core())
+        return train(config, emulate=device)
+    except (ValueError, OSError) as error:
+        report_error(f"gmeta lab: error: {error}")
+        return EXIT_USER_ERROR
+    except PeerLost as error:
+        report_error(f"gmeta lab: error: {error}")
+        return EXIT_PEER_LOST
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if device is not None:
+            device.close()
+
+
+if __name__ == "__main__":
+    follow_launcher()
+    sys.exit(main(sys.argv[1]))

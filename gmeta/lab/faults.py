@@ -1,0 +1,177 @@
+"""Does to the processes of a laboratory run what its scenario says, and writes down when."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+
+from gmeta.elastic.scenario import Contention, Cut, Event, Kill, Pause, Scenario
+from gmeta.lab.coordinator import LabCoordinator, Line
+from gmeta.lab.device import bind_to, contended_core
+from gmeta.lab.place import Place, read_lines
+
+_POLL_S = 0.02
+_BURNER = "while True: pass"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Something to do once `due(step, seconds since the start)`."""
+
+    due: Callable[[int, float], bool]
+    do: Callable[[], None]
+
+
+class Faults:
+    """A thread that lives as long as the run. An error in it is raised by `close`."""
+
+    def __init__(self, scenario: Scenario, place: Place, coordinator: LabCoordinator, line: Line | None) -> None:
+        self._scenario, self._place, self._coordinator, self._line = scenario, place, coordinator, line
+        self._planned = [planned for event in scenario.events for planned in self._plan(event)]
+        self._stopped: dict[int, int] = {}  # rank -> pid
+        self._burners: dict[int, subprocess.Popen[bytes]] = {}  # rank -> process
+        self._closing = threading.Event()
+        self._error: BaseException | None = None
+        self._file = place.faults.open("a", buffering=1)
+        self._thread = threading.Thread(target=self._run, name="gmeta-lab-faults", daemon=True)
+        self._thread.start()
+
+    def _plan(self, event: Event) -> list[Planned]:
+        if isinstance(event, Kill):
+            return [Planned(event.due, lambda: self._kill(event))]
+        if isinstance(event, Pause):
+            begin, end, rank = event.at_s, event.at_s + event.for_s, event.rank
+            return [_at(begin, lambda: self._stop(rank)), _at(end, lambda: self._go_on(rank))]
+        if isinstance(event, Cut):
+            return [_at(event.at_s, self._cut), _at(event.at_s + event.for_s, self._mend)]
+        if isinstance(event, Contention):
+            found = [_at(event.from_s, lambda: self._burn(event.rank))]
+            until = event.from_s + event.for_s if event.for_s is not None else float("inf")
+            return [*found, _at(until, lambda: self._put_out(event.rank))]
+        return []  # slowness is the emulated device's
+
+    def _run(self) -> None:
+        progress = _Progress(self._place)
+        try:
+            while self._planned and not self._closing.wait(_POLL_S):
+                elapsed = self._place.elapsed_s()
+                if elapsed is None:
+                    continue
+                for planned in [p for p in self._planned if p.due(progress.step(), elapsed)]:
+                    self._planned.remove(planned)
+                    planned.do()
+        except BaseException as error:
+            self._error = error
+
+    def close(self) -> None:
+        """Undo what still lasts, and end."""
+        self._closing.set()
+        self._thread.join()
+        for rank in list(self._stopped):
+            self._go_on(rank)
+        for rank in list(self._burners):
+            self._put_out(rank)
+        self._file.close()
+        if self._error is not None:
+            raise self._error
+
+    def _tell(self, what: str, **values: object) -> None:
+        line = {"at": self._place.elapsed_s(), "what": what, **values}
+        self._file.write(json.dumps(line) + "\n")
+
+    def _pid(self, rank: int) -> int | None:
+        """The worker's process; None while the group is being started again."""
+        starts = [line["pid"] for line in read_lines(self._place.worker(rank)) if line["kind"] == "start"]
+        pid: int | None = starts[-1] if starts and _is_alive(starts[-1]) else None
+        return pid
+
+    def _kill(self, event: Kill) -> None:
+        if event.rank is not None and self._signal(event.rank, signal.SIGKILL) is not None:
+            self._tell("kill", rank=event.rank)
+        if event.coordinator:
+            self._coordinator.kill(event.away_s)
+            self._tell("kill coordinator", away_s=event.away_s)
+
+    def _stop(self, rank: int) -> None:
+        pid = self._signal(rank, signal.SIGSTOP)
+        if pid is not None:
+            self._stopped[rank] = pid
+            self._tell("stop", rank=rank)
+
+    def _go_on(self, rank: int) -> None:
+        pid = self._stopped.pop(rank, None)
+        if pid is not None and _is_alive(pid):
+            os.kill(pid, signal.SIGCONT)
+            self._tell("continue", rank=rank)
+
+    def _signal(self, rank: int, number: signal.Signals) -> int | None:
+        """The process that got it; None, said in the file, when there was none."""
+        pid = self._pid(rank)
+        if pid is None:
+            self._tell("missed", rank=rank, signal=number.name)
+            return None
+        os.kill(pid, number)
+        return pid
+
+    def _burn(self, rank: int) -> None:
+        burner = subprocess.Popen([sys.executable, "-c", _BURNER])
+        bind_to(contended_core(), burner.pid)
+        self._burners[rank] = burner
+        self._tell("burn", rank=rank)
+
+    def _put_out(self, rank: int) -> None:
+        burner = self._burners.pop(rank, None)
+        if burner is not None:
+            burner.kill()
+            burner.wait()
+            self._tell("burnt out", rank=rank)
+
+    def _cut(self) -> None:
+        assert self._line is not None
+        self._line.cut()
+        self._tell("cut")
+
+    def _mend(self) -> None:
+        assert self._line is not None
+        self._line.mend()
+        self._tell("mended")
+
+
+def _at(when_s: float, do: Callable[[], None]) -> Planned:
+    return Planned(lambda _, elapsed: elapsed >= when_s, do)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether the process is there, and no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class _Progress:
+    """The step that the run is in, by the file of rank 0's device, which is read once."""
+
+    def __init__(self, place: Place) -> None:
+        self._path, self._offset, self._step = place.worker(0), 0, 0
+
+    def step(self) -> int:
+        """Steps that rank 0 has computed."""
+        if not self._path.exists():
+            return 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._step = json.loads(line).get("step", self._step - 1) + 1
+        return self._step

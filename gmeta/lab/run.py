@@ -1,0 +1,160 @@
+"""`gmeta lab`: one scenario under one policy, by gmeta's own trainer, launcher and coordinator."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import load_file
+
+from gmeta import checkpoint
+from gmeta.config import (
+    DenseConfig,
+    ElasticConfig,
+    EmbeddingConfig,
+    LabConfig,
+    LoaderConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from gmeta.data.order import num_batches
+from gmeta.data.pack import open_pack
+from gmeta.elastic.scenario import Cut, Scenario, parse_scenario
+from gmeta.files import write_text
+from gmeta.lab.audit import audit
+from gmeta.lab.coordinator import LabCoordinator, Line
+from gmeta.lab.faults import Faults
+from gmeta.lab.measure import Result, measure
+from gmeta.lab.pack import write_lab_pack
+from gmeta.lab.place import Place
+from gmeta.lab.timeline import write_timeline
+from gmeta.supervise import supervise
+from gmeta.tracking import METRICS_FILE, read_metrics
+
+
+def lab(config: LabConfig) -> Result:
+    """The command. ValueError: the scenario or the folder will not do, and why."""
+    file = Path(config.scenario)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"scenario {file} cannot be read ({error}): name a file such as those in examples") from None
+    scenario = parse_scenario(text, str(file))
+    if config.workers:
+        scenario = scenario.scaled(config.workers)
+    if config.steps:
+        scenario = replace(scenario, steps=config.steps, _bursts={})
+    return run_lab(scenario, config.policy, Path(config.out), compare=config.compare, max_restarts=config.max_restarts)
+
+
+def run_lab(scenario: Scenario, policy: str, out: Path, *, compare: bool = False, max_restarts: int = 2) -> Result:
+    """Run it in the new folder `out`; writes result.json and report.html there.
+
+    `compare`: run the same training undisturbed as well, and compare the weights. `max_restarts` are the workers that
+    the policy may replace. RuntimeError when training did not end well.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: name a new folder for the run")
+    place = Place(out)
+    out.mkdir(parents=True, exist_ok=True)
+    place.write_scenario(scenario)
+    epochs = 2 if scenario.steps % 2 == 0 else 1
+    write_lab_pack(place.pack, scenario.tasks_per_batch * scenario.steps // epochs, scenario.seed)
+    config = _train(place, scenario, policy, epochs, max_restarts)
+    result = _measured(place, scenario, policy, config)
+    if compare:
+        calm = replace(scenario, events=(), devices=(), slot_s=1e-9, fixed_s=0.0, noise=0.0, _bursts={})
+        plain = run_lab(calm, "static", out / "undisturbed", max_restarts=0)
+        result.difference = _difference(place, Place(out / "undisturbed"))
+        result.difference |= {name: value - plain.metrics[name] for name, value in result.metrics.items()}
+    shown = {**asdict(result), "achieved": result.achieved, "utilisation": result.utilisation}
+    write_text(out / "result.json", json.dumps(shown, indent=1) + "\n")
+    write_timeline(place, scenario, result)
+    return result
+
+
+def _train(place: Place, scenario: Scenario, policy: str, epochs: int, max_restarts: int) -> TrainConfig:
+    """Train, with the faults of the scenario; the config that was used."""
+    with ExitStack() as stack:
+        coordinator = LabCoordinator(place.path, policy, max_restarts)
+        stack.callback(coordinator.close)
+        line = Line(coordinator.port) if any(isinstance(event, Cut) for event in scenario.events) else None
+        if line is not None:
+            stack.callback(line.close)
+        url = coordinator.url if line is None else line.url
+        config = _train_config(place, scenario, epochs, url, coordinator.token_file)
+        write_text(place.path / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        stack.callback(Faults(scenario, place, coordinator, line).close)
+        code = supervise(config, scenario.workers, [str(place.path)], module="gmeta.lab")
+    if code != 0:
+        raise RuntimeError(f"training ended with {code}: see what it said above, and {place.path / 'coordinator.log'}")
+    return config
+
+
+def _train_config(place: Place, scenario: Scenario, epochs: int, url: str, token_file: Path) -> TrainConfig:
+    """The smallest model, so that its computing is far below the emulated; in float64, so that runs can be compared."""
+    return TrainConfig(
+        pack=str(place.pack),
+        run_dir=str(place.run_dir),
+        model=ModelConfig(embedding_dim=4, hidden=[8]),
+        dense=DenseConfig(lr=1e-3),
+        embedding=EmbeddingConfig(lr=0.05),
+        loader=LoaderConfig(
+            tasks_per_batch=scenario.tasks_per_batch, window_batches=16, prefetch=max(1, scenario.ahead - 1)
+        ),
+        elastic=ElasticConfig(
+            enabled=True, url=url, token_file=str(token_file), report_s=scenario.report_s, max_restarts=20
+        ),
+        schedule=ScheduleConfig(epochs=epochs, checkpoint_every=scenario.checkpoint_steps),
+        seed=scenario.seed,
+        precision="float64",
+        device="cpu",
+        timeout_s=120,
+    )
+
+
+def _measured(place: Place, scenario: Scenario, policy: str, config: TrainConfig) -> Result:
+    records = read_metrics(place.run_dir / METRICS_FILE)
+    split = open_pack(place.pack).split("train")
+    result = measure(place, scenario, policy, records, num_batches(split.num_tasks, scenario.tasks_per_batch))
+    found = audit([record for record in records if record["kind"] == "train"], split, config)
+    result.expected, result.lost, result.repeated = found.expected, found.lost, found.repeated
+    result.problems = found.problems
+    return result
+
+
+def _difference(place: Place, other: Place) -> dict[str, float]:
+    """Largest difference between two runs' last weights, as a share of the largest weight; 0 is bit-equal."""
+    found, reference = (_last_tensors(p) for p in (place, other))
+    worst = max(float(np.abs(found[name] - reference[name]).max(initial=0.0)) for name in reference)
+    return {"weights": worst / max(float(np.abs(tensor).max(initial=0.0)) for tensor in reference.values())}
+
+
+def _last_tensors(place: Place) -> dict[str, np.ndarray[Any, Any]]:
+    """All tensors of the last checkpoint, by file and name."""
+    last = checkpoint.resolve(place.run_dir / "checkpoints", "last")
+    return {
+        f"{file.name} {name}": tensor
+        for file in sorted(last.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def summary(result: Result) -> str:
+    """What the command prints."""
+    lines = [
+        f"{result.policy} on {result.workers} workers: {result.jct_s:.1f} s for {result.steps} steps, "
+        f"{result.achieved:.0%} of the ideal speed ({result.ideal_s:.1f} s), computing {result.utilisation:.0%}",
+        f"{result.decisions} decisions, {result.restarts} restarts, {result.repeated_steps} steps done again",
+        f"of {result.expected:,} tasks {result.lost} lost, {result.repeated} repeated",
+        *result.problems,
+    ]
+    if result.difference is not None:
+        lines.append(f"weights differ from an undisturbed run's by {result.difference['weights']:.2g} of the largest")
+    return "\n".join(lines)

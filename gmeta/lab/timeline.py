@@ -1,0 +1,302 @@
+"""The report of a laboratory run: one HTML file with a picture of who computed, who waited, what was done, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from gmeta.elastic.scenario import Scenario
+from gmeta.files import write_text
+from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, rank_colour, share_path
+from gmeta.lab.measure import Execution, Result, executions, ideal_step_s
+from gmeta.lab.place import Place, read_lines
+
+_ZOOM_S = 6.0
+_BIN_PX = 2.0
+_MAX_ROWS = 200
+_SLOWED = 1.05
+"""A device that takes so many times longer than one of speed 1 is marked as slow."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Something that was done to the run, or decided in it."""
+
+    at: float  # seconds since the start
+    kind: str  # fault or action
+    label: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that is drawn."""
+
+    scenario: Scenario
+    ranks: list[list[Execution]]
+    inputs: list[dict[int, float]]  # of each rank: step -> seconds without a batch
+    moments: list[Moment]
+    end: float
+
+
+def write_timeline(place: Place, scenario: Scenario, result: Result) -> Path:
+    """Write report.html into the folder."""
+    story = _story(place, scenario)
+    sections = [
+        _cards(result),
+        _legend(),
+        _figure("The whole run", _whole(story)),
+        _figure(_zoom_title(story), _zoom(story)),
+        _table("What was done", ("seconds", "", "what", "details"), [_row(m) for m in story.moments[:_MAX_ROWS]]),
+        _table("The run in numbers", ("", ""), _numbers(result)),
+    ]
+    template = resources.files("gmeta").joinpath("report_template.html").read_text(encoding="utf-8")
+    title = f"{result.policy} on {scenario.workers} emulated workers"
+    subtitle = " · ".join([f"{scenario.steps} steps of {scenario.tasks_per_batch} tasks", *_troubles(scenario)])
+    page = Template(template).substitute(title=escape(title), subtitle=escape(subtitle), body="\n".join(sections))
+    path = place.path / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _story(place: Place, scenario: Scenario) -> Story:
+    ranks = [executions(place, rank) for rank in range(scenario.workers)]
+    inputs: list[dict[int, float]] = [{} for _ in ranks]
+    trace, started = read_lines(place.trace), place.clock() or 0.0
+    for line in trace:
+        if line["kind"] == "report":
+            inputs[line["rank"]] |= {step: input_s for step, _, input_s, *_ in line["steps"]}
+    moments = [
+        Moment(line["at"], "fault", line["what"], _words(line, ("at", "what"))) for line in read_lines(place.faults)
+    ]
+    for line in trace:
+        if line["kind"] == "decide":
+            moments += [_action(action, line, started) for action in line["actions"]]
+    end = max((e.end for found in ranks for e in found), default=1.0)
+    return Story(scenario, ranks, inputs, sorted(moments, key=lambda m: m.at), end)
+
+
+def _action(action: Mapping[str, Any], line: Mapping[str, Any], started: float) -> Moment:
+    detail = f"{_words(action, ('action',))}, from step {line['setting']['step']}"
+    return Moment(line["now"] - started, "action", action["action"], detail)
+
+
+def _words(values: Mapping[str, Any], without: Sequence[str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items() if key not in without)
+
+
+# Pictures
+
+
+def _whole(story: Story) -> str:
+    picture = Picture(0.0, story.end)
+    _moments(picture, story.moments)
+    height = max(7.0, min(26.0, 320 / len(story.ranks)))
+    top = picture.y
+    for rank, found in enumerate(story.ranks):
+        busy = sum(e.busy_s for e in found) / story.end
+        _lane(picture, story, rank, height, f"rank {rank}  {busy:.0%}" if height >= 12 else "")
+    _slots(picture, story)
+    _step_times(picture, story)
+    picture.rules([m.at for m in story.moments if m.kind == "action"], top)
+    picture.axis()
+    return picture.svg("Timeline: computing, waiting, slots and step time of every worker")
+
+
+def _moments(picture: Picture, moments: Sequence[Moment]) -> None:
+    for kind in ("fault", "action"):
+        here = [m for m in moments if m.kind == kind]
+        if here:
+            picture.marks(kind + "s", [(m.at, m.label, f"{m.at:.2f} s: {m.label} {m.detail}") for m in here], kind)
+
+
+def _lane(picture: Picture, story: Story, rank: int, height: float, label: str) -> None:
+    """Shares of computing, input and waiting over time, bin by bin; a strip above it where the device is slow."""
+    found, inputs = story.ranks[rank], story.inputs[rank]
+    bins = max(1, int(picture.width / _BIN_PX))
+    size = story.end / bins
+    busy, fed, alive = [0.0] * bins, [0.0] * bins, [0.0] * bins
+    before: Execution | None = None
+    for e in found:
+        spread(busy, size, e.begin, e.begin + e.busy_s)
+        wait = min(inputs.get(e.step, 0.0), e.begin - before.end if before else 0.0)
+        spread(fed, size, e.begin - wait, e.begin)
+        going_on = before is not None and e.step == before.step + 1 and e.begin - before.end < 2.0
+        spread(alive, size, before.end if before and going_on else e.begin, e.end)
+        before = e
+    shares = [[min(1.0, value / size) for value in values] for values in (busy, fed, alive)]
+    stacked = [[min(1.0, b + f) for b, f in zip(shares[0], shares[1], strict=True)], shares[0]]
+    y = picture.lane(height, label)
+    picture.path(share_path(picture, shares[2], size, y, height), WAITING)
+    picture.path(share_path(picture, stacked[0], size, y, height), INPUT)
+    picture.path(share_path(picture, stacked[1], size, y, height), BUSY)
+    for begin, end, factor in _slow(found):
+        picture.box(begin, end, y - 3, 2.5, SLOW, f"{factor:.2g} times slower")
+
+
+def spread(bins: list[float], size: float, begin: float, end: float) -> None:
+    """Add the seconds of [begin, end) to bins of `size` seconds that they lie in."""
+    first, last = max(0, int(begin / size)), min(len(bins) - 1, int(end / size))
+    for i in range(first, last + 1):
+        bins[i] += max(0.0, min(end, (i + 1) * size) - max(begin, i * size))
+
+
+def _slow(found: Sequence[Execution]) -> list[tuple[float, float, float]]:
+    """(begin, end, factor) of the stretches in which a device is slow."""
+    stretches: list[tuple[float, float, float]] = []
+    for e in found:
+        if e.factor < _SLOWED:
+            continue
+        if stretches and e.begin - stretches[-1][1] < 1.0 and abs(stretches[-1][2] / e.factor - 1) < 0.2:
+            stretches[-1] = (stretches[-1][0], e.end, stretches[-1][2])
+        else:
+            stretches.append((e.begin, e.end, e.factor))
+    return stretches
+
+
+def _slots(picture: Picture, story: Story) -> None:
+    top = max((e.work for found in story.ranks for e in found), default=1.0)
+    y = picture.chart(90, "slots of a step", top)
+    for rank, found in enumerate(story.ranks):
+        corners: list[tuple[float, float]] = []
+        for e in found:
+            if not corners or abs(corners[-1][1] - e.work) > 1e-6:
+                corners += [(e.begin, corners[-1][1])] if corners else []
+                corners.append((e.begin, e.work))
+        if corners:
+            corners.append((found[-1].end, corners[-1][1]))
+            picture.line(corners, y, 90, top, rank_colour(rank), f"rank {rank}")
+    if len(story.ranks) <= 8:
+        picture.key([(f"rank {rank}", rank_colour(rank)) for rank in range(len(story.ranks))], y)
+
+
+def _step_times(picture: Picture, story: Story) -> None:
+    """From a step's begin on rank 0 to the next one's, beside the ideal; means of equal numbers of steps."""
+    factors = [{e.step: e.factor for e in found} for found in story.ranks]
+    rows = []
+    for a, b in zip(story.ranks[0], story.ranks[0][1:], strict=False):
+        if b.step == a.step + 1 and all(a.step in steps for steps in factors):
+            ideal = ideal_step_s(story.scenario, story.scenario.tasks_per_batch, [s[a.step] for s in factors])
+            rows.append((a.begin, b.begin - a.begin, ideal))
+    if not rows:
+        return
+    size = -(-len(rows) // 400)
+    means = [
+        tuple(sum(column) / len(column) for column in zip(*rows[i : i + size], strict=True))
+        for i in range(0, len(rows), size)
+    ]
+    usual = sorted(took for _, took, _ in means)[int(0.98 * (len(means) - 1))]
+    top = 1.15 * max(usual, *(ideal for *_, ideal in means))
+    y = picture.chart(90, "seconds a step", top)
+    picture.line([(at, min(top, took)) for at, took, _ in means], y, 90, top, "#334155", "took")
+    picture.line([(at, ideal) for at, _, ideal in means], y, 90, top, IDEAL, "ideal")
+    picture.key([("took", "#334155"), ("ideal", IDEAL)], y)
+
+
+def _zoom_begin(story: Story) -> float:
+    """A little before the first thing that happened after a few steps were made."""
+    happened = [m.at for m in story.moments if m.at > 0]
+    return max(0.0, (happened[0] if happened else 0.0) - 0.3 * _ZOOM_S)
+
+
+def _zoom_title(story: Story) -> str:
+    begin = _zoom_begin(story)
+    return f"Step by step: seconds {begin:.1f} to {min(begin + _ZOOM_S, story.end):.1f}"
+
+
+def _zoom(story: Story) -> str:
+    """Every step as it was, with its slots."""
+    begin = _zoom_begin(story)
+    end = min(begin + _ZOOM_S, story.end)
+    picture = Picture(begin, end)
+    _moments(picture, [m for m in story.moments if begin <= m.at <= end])
+    top = picture.y
+    for rank, found in list(enumerate(story.ranks))[:16]:
+        y = picture.lane(24, f"rank {rank}")
+        for before, e in zip([None, *found], found, strict=False):
+            if e.end < begin or e.begin > end:
+                continue
+            if before is not None and e.step == before.step + 1:
+                wait = min(story.inputs[rank].get(e.step, 0.0), e.begin - before.end)
+                picture.box(before.end, e.begin - wait, y, 24, WAITING, f"step {before.step}: waiting")
+                picture.box(e.begin - wait, e.begin, y, 24, INPUT, f"step {e.step}: no batch yet")
+            text = f"step {e.step}: {e.work:.4g} slots in {e.busy_s:.3f} s, {e.factor:.2g} times slower than speed 1"
+            picture.box(e.begin, e.end, y, 24, BUSY, text, f"{e.work:.3g}", rim=True)
+    picture.rules([m.at for m in story.moments if m.kind == "action" and begin <= m.at <= end], top)
+    picture.axis()
+    return picture.svg("Steps of every worker around the first event")
+
+
+# Words and numbers
+
+
+def _troubles(scenario: Scenario) -> list[str]:
+    events = [f"{type(e).__name__.lower()} {_words(vars(e), ())}".replace(" None", " -") for e in scenario.events]
+    return [*(f"{d.count} × {d.name} at speed {d.speed:g}" for d in scenario.devices), *events]
+
+
+def _cards(result: Result) -> str:
+    whole = "each task exactly once an epoch" if not (result.lost or result.repeated) else "see below"
+    cards = (
+        ("job completion time", f"{result.jct_s:.1f} s", f"ideal {result.ideal_s:.1f} s"),
+        ("achieved of ideal", f"{result.achieved:.0%}", "ideal: each step balanced by its true speeds"),
+        ("computing", f"{result.utilisation:.0%}", "of all workers' time"),
+        ("lost, repeated", f"{result.lost}, {result.repeated}", f"of {result.expected:,} tasks: {whole}"),
+        ("decisions, restarts", f"{result.decisions}, {result.restarts}", f"{result.repeated_steps} steps done again"),
+    )
+    inner = "".join(
+        f'<div class="card"><div class="name">{name}</div><div class="big">{big}</div>'
+        f'<div class="interval">{escape(small)}</div></div>'
+        for name, big, small in cards
+    )
+    return f'<div class="cards" style="margin-top:16px">{inner}</div>'
+
+
+def _legend() -> str:
+    names = (("computing", BUSY), ("waiting for others", WAITING), ("no batch", INPUT), ("slow device", SLOW))
+    inner = "".join(
+        f'<span style="white-space:nowrap;margin-right:18px"><span style="display:inline-block;width:12px;height:12px;'
+        f'border-radius:3px;vertical-align:-1px;background:{colour}"></span> {name}</span>'
+        for name, colour in names
+    )
+    return f'<p class="note" style="margin:22px 0 0">{inner}<span>white: no process</span></p>'
+
+
+def _numbers(result: Result) -> list[tuple[str, ...]]:
+    actions = ", ".join(f"{name} {count}" for name, count in result.actions.items()) or "none"
+    rows: list[tuple[str, ...]] = [
+        ("actions", actions),
+        ("restarts of the group", f"{result.restarts}, {result.restart_s:.1f} s without a step each"),
+        ("tasks put back to the epoch's end", f"{result.tail_tasks:,}"),
+        ("a step besides its slowest rank's computing", f"{1e3 * result.overhead_s:.1f} ms (median)"),
+        ("CPU of rank 0's agent", f"{result.agent_cpu_share:.2%} of the time of steps"),
+        ("micro-batches whose real computing took longer than the emulated", f"{result.not_emulated:.1%}"),
+        *((name.replace("_after", " on valid, after adapting"), f"{v:.4f}") for name, v in result.metrics.items()),
+        *((f"difference from undisturbed: {k}", f"{v:.3g}") for k, v in (result.difference or {}).items()),
+        *(("problem", problem) for problem in result.problems),
+    ]
+    return rows
+
+
+def _row(moment: Moment) -> tuple[str, ...]:
+    return f"{moment.at:.2f}", moment.kind, moment.label, moment.detail
+
+
+def _figure(title: str, svg: str) -> str:
+    return f'<h2>{escape(title)}</h2><div class="scroll" style="padding:10px 12px">{svg}</div>'
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return f'<h2>{escape(title)}</h2><p class="note">Nothing.</p>'
+    head = "".join(f"<th>{escape(name)}</th>" for name in header) if any(header) else ""
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<h2>{escape(title)}</h2><div class="scroll"><table class="keys">{f"<tr>{head}</tr>" if head else ""}{body}'
+        "</table></div>"
+    )
