@@ -22,22 +22,27 @@ class Work:
     """Of one worker, since the last sample of its history."""
 
     seen: float  # when it was last heard of
-    since: float
+    since: float  # when it finished the last thing that is in the history
+    ended: float = 0.0  # when it finished the last thing of all
     samples: float = 0.0
     batches: int = 0  # steps of a rank; shards of a worker that pulls them
     seconds: float | None = None  # of computing those batches, where they were reported
+    latest: tuple[Point, Point] = (None, None)
 
     def rates(self, now: float) -> tuple[Point, Point]:
-        """(samples a second, seconds a batch) since the last sample; then begin anew, if a batch was finished."""
-        elapsed = max(now - self.since, 1e-9)
-        if not self.batches and not self.samples:
-            return 0.0, None
-        rates = (
-            self.samples / elapsed,
-            (elapsed if self.seconds is None else self.seconds) / self.batches if self.batches else None,
-        )
-        self.since, self.samples, self.batches, self.seconds = now, 0.0, 0, None
-        return rates
+        """(samples a second, seconds a batch); those of before, while a worker is amid a batch as long as before."""
+        if not self.batches:
+            known = self.latest[1]
+            return self.latest if known is not None and now - self.since < 3 * max(known, 1.0) else (0.0, None)
+        elapsed = max(self.ended - self.since, 1e-9)
+        seconds = elapsed if self.seconds is None else self.seconds
+        self.latest = self.samples / elapsed, seconds / self.batches
+        self.since, self.samples, self.batches, self.seconds = self.ended, 0.0, 0, None
+        return self.latest
+
+    def finished(self, now: float, samples: float, batches: int) -> None:
+        """It says so."""
+        self.ended, self.samples, self.batches = now, self.samples + samples, self.batches + batches
 
 
 @dataclass
@@ -96,22 +101,18 @@ class Activity:
             for lease in record.leases:
                 work = self.seen(lease.worker, now)
                 if ledger.plan.mode == "at_most_once":  # nobody will say that it is done
-                    work.samples += len(ledger.plan.positions(lease.shard)) - lease.done
-                    work.batches += 1
+                    work.finished(now, len(ledger.plan.positions(lease.shard)) - lease.done, 1)
         elif isinstance(record, Renewed):
-            work = self.seen(record.lease.worker, now)
-            work.samples += record.lease.done - ledger.doing[record.lease.shard].done
+            done = record.lease.done - ledger.doing[record.lease.shard].done
+            self.seen(record.lease.worker, now).finished(now, done, 0)
         elif isinstance(record, Committed):
             held = ledger.doing[record.shard]
-            work = self.seen(held.worker, now)
-            work.samples += len(ledger.plan.positions(record.shard)) - held.done
-            work.batches += 1
+            self.seen(held.worker, now).finished(now, len(ledger.plan.positions(record.shard)) - held.done, 1)
 
     def reported(self, rank: int, steps: Sequence[StepTime], now: float) -> None:
         """Steps of a rank."""
         work = self.seen(f"rank {rank}", now)
-        work.samples += sum(step.work for step in steps)
-        work.batches += len(steps)
+        work.finished(now, sum(step.work for step in steps), len(steps))
         work.seconds = (work.seconds or 0.0) + sum(step.compute_s for step in steps)
 
     def sample(self, now: float, shown: Sequence[str], holding: Mapping[str, int]) -> None:

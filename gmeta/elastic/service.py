@@ -15,7 +15,6 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from importlib.resources import files
-from typing import Any
 
 from gmeta.elastic.controller import Limits
 from gmeta.elastic.coordinator import MESSAGES, Coordinator, Refused
@@ -55,33 +54,32 @@ def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
 
     app = FastAPI(title="gmeta coordinator", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        if token is not None and request.url.path != "/" and not _authorized(request, token):
-            metrics.errors[401] += 1
-            return _error(
-                401, "the token is missing or wrong: use the token file that the coordinator was started with"
-            )
-        response: Response = await call_next(request)
-        return response
+    def barred(request: Request) -> Response | None:
+        if token is None or _authorized(request, token):
+            return None
+        metrics.errors[401] += 1
+        return _error(401, "the token is missing or wrong: use the token file that the coordinator was started with")
 
     @app.post("/v1/{name}")
     async def post(name: str, request: Request) -> Response:
+        if (refusal := barred(request)) is not None:
+            return refusal
         response = await _answer(coordinator, name, request)
         metrics.count(name if name in MESSAGES else "unknown", response.status_code)
         return response
 
     @app.get("/v1/state")
-    async def get_state() -> JSONResponse:
-        return JSONResponse(state(coordinator))
+    async def get_state(request: Request) -> Response:
+        return barred(request) or JSONResponse(state(coordinator))
 
     @app.get("/v1/journal")
-    async def get_journal(after: int = 0, limit: int = 1000) -> JSONResponse:
-        return JSONResponse({"records": coordinator.journal.rows(after, max(0, min(limit, 10_000)))})
+    async def get_journal(request: Request, after: int = 0, limit: int = 1000) -> Response:
+        rows = max(0, min(limit, 10_000))
+        return barred(request) or JSONResponse({"records": coordinator.journal.rows(after, rows)})
 
     @app.get("/metrics")
-    async def get_metrics() -> PlainTextResponse:
-        return PlainTextResponse(metrics.text(), media_type=metrics.media_type)
+    async def get_metrics(request: Request) -> Response:
+        return barred(request) or PlainTextResponse(metrics.text(), media_type=metrics.media_type)
 
     @app.get("/")
     async def page() -> HTMLResponse:
