@@ -390,8 +390,8 @@ def test_before_there_is_a_job(bench: Bench):
     ):
         with pytest.raises(Refused, match="there is no job yet"):
             bench.send(name, **fields)
+    bench.open()
     with pytest.raises(Refused, match="no group of ranks has begun"):
-        bench.open()
         bench.report(0, 0, 0, 1)
     for body in ([], "x", {"run": "r"}, {"run": "r", "request": ""}):
         with pytest.raises(BadMessage):

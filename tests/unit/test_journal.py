@@ -77,7 +77,7 @@ def test_a_full_disk_writes_nothing(tmp_path: Path):
     (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
     journal._db.execute(f"PRAGMA max_page_count = {pages}")
     big = [Returned(0, 0, 1, "x" * 100_000)]
-    with pytest.raises(Unwritable, match="disk is full.*nothing was done"):
+    with pytest.raises(Unwritable, match=r"disk is full.*nothing was done"):
         journal.write(big, 2.0, "request", {})
     assert len(list(journal.records())) == 1
     assert journal.reply("request") is None
@@ -97,7 +97,7 @@ def test_one_coordinator_at_a_time(tmp_path: Path):
 
 def test_files_that_are_no_journal(tmp_path: Path):
     (tmp_path / "text").write_text("not a database, but long enough to be taken for one\n" * 100)
-    with pytest.raises(ValueError, match="cannot be read .*another --journal"):
+    with pytest.raises(ValueError, match=r"cannot be read .*another --journal"):
         Journal(tmp_path / "text")
     foreign = sqlite3.connect(tmp_path / "foreign")
     foreign.execute("CREATE TABLE songs (name TEXT)")
