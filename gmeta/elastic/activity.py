@@ -34,9 +34,9 @@ class Work:
         if not self.batches:
             known = self.latest[1]
             return self.latest if known is not None and now - self.since < 3 * max(known, 1.0) else (0.0, None)
-        elapsed = max(self.ended - self.since, 1e-9)
+        elapsed = self.ended - self.since  # none at a rank's first report: nobody knows when it began
         seconds = elapsed if self.seconds is None else self.seconds
-        self.latest = self.samples / elapsed, seconds / self.batches
+        self.latest = self.samples / elapsed if elapsed > 0 else None, seconds / self.batches
         self.since, self.samples, self.batches, self.seconds = self.ended, 0.0, 0, None
         return self.latest
 

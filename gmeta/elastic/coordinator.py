@@ -202,7 +202,8 @@ class Coordinator:
     def _leased(self, body: Mapping[str, Any], now: float, after: Ledger, records: list[Record]) -> Decision:
         """Up to `count` shards of the ledger `after` those records."""
         worker, count = messages.text(body, "worker", 200), messages.whole(body, "count", 0, messages.MOST_SHARDS)
-        self.activity.seen(worker, now)
+        if self.began is None:
+            self.activity.seen(worker, now)
         found = ledgers.lease(after, worker, count, now) if count else ledgers.WAIT
         if isinstance(found, Leased):
             leases = [
@@ -317,7 +318,8 @@ class Coordinator:
         elif isinstance(record, Began):
             self._begin_group(record, now)
         else:
-            self.activity.changed(self.ledger, record, now)
+            if self.began is None:  # ranks report what they do; rank 0 leases for all of them
+                self.activity.changed(self.ledger, record, now)
             ledgers.apply(self.ledger, record)
 
     def _begin_group(self, record: Began, now: float) -> None:

@@ -167,8 +167,9 @@ def history(coordinator: Coordinator, workers: list[dict[str, Any]]) -> dict[str
 
 
 def _median(values: list[Point]) -> Point:
+    """None where fewer than half are known: at the end of the data the slowest would be the median."""
     known = sorted(value for value in values if value is not None)
-    return known[len(known) // 2] if known else None
+    return known[len(known) // 2] if 2 * len(known) >= len(values) and known else None
 
 
 def _short(value: Point) -> Point:
