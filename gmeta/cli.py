@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gmeta import config as configs
 from gmeta.files import read_mapping
+from gmeta.lab.config import LabConfig
 from gmeta.parallel.launch import is_worker
 
 
@@ -90,7 +91,7 @@ def _simulate(config: configs.SimulateConfig) -> int:
     return 0
 
 
-def _lab(config: configs.LabConfig) -> int:
+def _lab(config: LabConfig) -> int:
     from gmeta.lab.run import lab, summary
 
     print(summary(lab(config)))
@@ -106,7 +107,7 @@ COMMANDS: dict[str, Command] = {
     "synth": Command(configs.SynthConfig, _synth),
     "coordinate": Command(configs.CoordinateConfig, _coordinate),
     "simulate": Command(configs.SimulateConfig, _simulate),
-    "lab": Command(configs.LabConfig, _lab),
+    "lab": Command(LabConfig, _lab),
     "doctor": Command(configs.DoctorConfig, _doctor),
 }
 

@@ -37,7 +37,7 @@ def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainC
     found = Audit(expected=split.num_tasks * config.schedule.epochs)
     size = config.loader.tasks_per_batch
     for epoch in range(config.schedule.epochs):
-        order = list(_batches(split, config, epoch))
+        order = list(batches_of(split, config, epoch))
         effects = np.zeros(split.num_tasks, np.int64)
         tail: list[int] = []
         for record in records:
@@ -60,7 +60,7 @@ def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainC
     return found
 
 
-def _batches(split: PackSplit, config: TrainConfig, epoch: int) -> Iterator[Tasks]:
+def batches_of(split: PackSplit, config: TrainConfig, epoch: int) -> Iterator[Tasks]:
     """The batches of an epoch, in order: positions in the split."""
     loader = config.loader
     batches = num_batches(split.num_tasks, loader.tasks_per_batch)

@@ -21,7 +21,7 @@ class LabCoordinator:
         self.token_file = folder / "coordinator.token"
         self._words = ["coordinate", "--journal", folder / "coordinator.db", "--token_file", self.token_file]
         self._words += ["--policy", policy, "--trace", folder / "coordinator.jsonl", "--max_restarts", max_restarts]
-        self._log = (folder / "coordinator.log").open("a")
+        self._log = folder / "coordinator.log"
         self.port = 0
         self._process = self._start()
         self._again: threading.Timer | None = None
@@ -37,20 +37,21 @@ class LabCoordinator:
         return self._process.pid
 
     def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gmeta", *map(str, self._words), "--port", str(self.port)],
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=companion_environment(),
-            start_new_session=True,
-        )
+        with self._log.open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gmeta", *map(str, self._words), "--port", str(self.port)],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=companion_environment(),
+                start_new_session=True,
+            )
         assert process.stdout is not None
         with process.stdout as out:
             line = out.readline()
         if "listening on http://" not in line:
             process.wait()
-            raise ValueError(f"the coordinator did not start: {Path(self._log.name).read_text().strip()}")
+            raise ValueError(f"the coordinator did not start: {self._log.read_text().strip()}")
         self.port = int(line.strip().rsplit(":", 1)[1])
         return process
 
@@ -76,7 +77,6 @@ class LabCoordinator:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
 
 
 class Line:

@@ -73,19 +73,24 @@ class Picture:
         return top
 
     def marks(self, label: str, marks: Sequence[tuple[float, str, str]], kind: str) -> None:
-        """A row of marks (time, name, about); a name is written where it does not run into the one before."""
-        y, free, colour = self.y + 12, _LEFT, _MARKS[kind]
+        """A row of marks (time, name, about); names are written where they do not run into the next mark."""
+        y, colour = self.y + 12, _MARKS[kind]
         self.text(_LEFT - 8, y, label, _MUTED, "end")
+        groups: list[tuple[float, list[str]]] = []
         for at, name, about in marks:
             x = self.x(at)
             shape = f"M{x:.1f} {y + 2:.1f}l-4 -8h8z"
             self._parts.append(f'<path d="{shape}" fill="{colour}"><title>{escape(about)}</title></path>')
-            width = 8 + _LETTER * len(name)
-            if x >= free and x + width <= _LEFT + self.width:
-                self.text(x + 6, y, name, colour)
-                free = x + width + 6
+            if groups and x - groups[-1][0] < 9:
+                groups[-1][1].append(name)
             else:
-                free = max(free, x + 6)
+                groups.append((x, [name]))
+        edge = _LEFT + self.width
+        for (x, names), after in zip(groups, [*groups[1:], None], strict=True):
+            text = " + ".join(dict.fromkeys(names))
+            room = (after[0] - 6 if after else edge) - x
+            if 8 + _LETTER * len(text) <= room:
+                self.text(x + 6, y, text, colour)
         self.y += 18
 
     def chart(self, height: float, label: str, top: float) -> float:
@@ -95,7 +100,7 @@ class Picture:
         for share in (0.0, 0.5, 1.0):
             line = y + height * (1 - share)
             self._parts.append(f'<path d="M{_LEFT} {line:.1f}h{self.width}" stroke="{_GRID}" stroke-width="0.8"/>')
-            self.text(_LEFT - 8, line + 3.5, f"{top * share:.3g}", _MUTED, "end", 9.5)
+            self.text(_LEFT - 8, line + 3.5, f"{top * share:.2g}", _MUTED, "end", 9.5)
         self.y = y + height + 4
         return y
 

@@ -95,7 +95,7 @@ class Faults:
 
     def _kill(self, event: Kill) -> None:
         if event.rank is not None and self._signal(event.rank, signal.SIGKILL) is not None:
-            self._tell("kill", rank=event.rank)
+            self._tell(f"kill rank {event.rank}")
         if event.coordinator:
             self._coordinator.kill(event.away_s)
             self._tell("kill coordinator", away_s=event.away_s)
@@ -104,19 +104,19 @@ class Faults:
         pid = self._signal(rank, signal.SIGSTOP)
         if pid is not None:
             self._stopped[rank] = pid
-            self._tell("stop", rank=rank)
+            self._tell(f"stop rank {rank}")
 
     def _go_on(self, rank: int) -> None:
         pid = self._stopped.pop(rank, None)
         if pid is not None and _is_alive(pid):
             os.kill(pid, signal.SIGCONT)
-            self._tell("continue", rank=rank)
+            self._tell(f"continue rank {rank}")
 
     def _signal(self, rank: int, number: signal.Signals) -> int | None:
         """The process that got it; None, said in the file, when there was none."""
         pid = self._pid(rank)
         if pid is None:
-            self._tell("missed", rank=rank, signal=number.name)
+            self._tell(f"no rank {rank} to signal", signal=number.name)
             return None
         os.kill(pid, number)
         return pid
@@ -125,24 +125,24 @@ class Faults:
         burner = subprocess.Popen([sys.executable, "-c", _BURNER])
         bind_to(contended_core(), burner.pid)
         self._burners[rank] = burner
-        self._tell("burn", rank=rank)
+        self._tell(f"burner beside rank {rank}")
 
     def _put_out(self, rank: int) -> None:
         burner = self._burners.pop(rank, None)
         if burner is not None:
             burner.kill()
             burner.wait()
-            self._tell("burnt out", rank=rank)
+            self._tell(f"burner of rank {rank} ends")
 
     def _cut(self) -> None:
         assert self._line is not None
         self._line.cut()
-        self._tell("cut")
+        self._tell("line cut")
 
     def _mend(self) -> None:
         assert self._line is not None
         self._line.mend()
-        self._tell("mended")
+        self._tell("line mended")
 
 
 def _at(when_s: float, do: Callable[[], None]) -> Planned:

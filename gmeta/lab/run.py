@@ -14,11 +14,9 @@ from safetensors.numpy import load_file
 
 from gmeta import checkpoint
 from gmeta.config import (
-    DenseConfig,
     ElasticConfig,
-    EmbeddingConfig,
-    LabConfig,
     LoaderConfig,
+    MetaConfig,
     ModelConfig,
     ScheduleConfig,
     TrainConfig,
@@ -28,6 +26,7 @@ from gmeta.data.pack import open_pack
 from gmeta.elastic.scenario import Cut, Scenario, parse_scenario
 from gmeta.files import write_text
 from gmeta.lab.audit import audit
+from gmeta.lab.config import LabConfig
 from gmeta.lab.coordinator import LabCoordinator, Line
 from gmeta.lab.faults import Faults
 from gmeta.lab.measure import Result, measure
@@ -103,8 +102,7 @@ def _train_config(place: Place, scenario: Scenario, epochs: int, url: str, token
         pack=str(place.pack),
         run_dir=str(place.run_dir),
         model=ModelConfig(embedding_dim=4, hidden=[8]),
-        dense=DenseConfig(lr=1e-3),
-        embedding=EmbeddingConfig(lr=0.05),
+        meta=MetaConfig(order="first"),  # half the CPU of second order: what two cores have left for four workers
         loader=LoaderConfig(
             tasks_per_batch=scenario.tasks_per_batch, window_batches=16, prefetch=max(1, scenario.ahead - 1)
         ),

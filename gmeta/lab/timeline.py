@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,6 +20,8 @@ from gmeta.lab.place import Place, read_lines
 _ZOOM_S = 6.0
 _BIN_PX = 2.0
 _MAX_ROWS = 200
+_PAUSE_S = 3.0
+"""Without a step for longer, a group was being started again: that takes several seconds, a step less."""
 _SLOWED = 1.05
 """A device that takes so many times longer than one of speed 1 is marked as slow."""
 
@@ -126,7 +129,7 @@ def _lane(picture: Picture, story: Story, rank: int, height: float, label: str) 
         spread(busy, size, e.begin, e.begin + e.busy_s)
         wait = min(inputs.get(e.step, 0.0), e.begin - before.end if before else 0.0)
         spread(fed, size, e.begin - wait, e.begin)
-        going_on = before is not None and e.step == before.step + 1 and e.begin - before.end < 2.0
+        going_on = before is not None and e.step == before.step + 1 and e.begin - before.end < _PAUSE_S
         spread(alive, size, before.end if before and going_on else e.begin, e.end)
         before = e
     shares = [[min(1.0, value / size) for value in values] for values in (busy, fed, alive)]
@@ -146,6 +149,17 @@ def spread(bins: list[float], size: float, begin: float, end: float) -> None:
         bins[i] += max(0.0, min(end, (i + 1) * size) - max(begin, i * size))
 
 
+def stretches(found: Sequence[Execution]) -> list[list[Execution]]:
+    """Steps that were made one after the other, without a restart between them."""
+    parts: list[list[Execution]] = []
+    for e in found:
+        if parts and e.step == parts[-1][-1].step + 1 and e.begin - parts[-1][-1].end < _PAUSE_S:
+            parts[-1].append(e)
+        else:
+            parts.append([e])
+    return parts
+
+
 def _slow(found: Sequence[Execution]) -> list[tuple[float, float, float]]:
     """(begin, end, factor) of the stretches in which a device is slow."""
     stretches: list[tuple[float, float, float]] = []
@@ -163,13 +177,12 @@ def _slots(picture: Picture, story: Story) -> None:
     top = max((e.work for found in story.ranks for e in found), default=1.0)
     y = picture.chart(90, "slots of a step", top)
     for rank, found in enumerate(story.ranks):
-        corners: list[tuple[float, float]] = []
-        for e in found:
-            if not corners or abs(corners[-1][1] - e.work) > 1e-6:
-                corners += [(e.begin, corners[-1][1])] if corners else []
-                corners.append((e.begin, e.work))
-        if corners:
-            corners.append((found[-1].end, corners[-1][1]))
+        for stretch in stretches(found):
+            corners = [(stretch[0].begin, stretch[0].work)]
+            for e in stretch[1:]:
+                if abs(corners[-1][1] - e.work) > 1e-6:
+                    corners += [(e.begin, corners[-1][1]), (e.begin, e.work)]
+            corners.append((stretch[-1].end, corners[-1][1]))
             picture.line(corners, y, 90, top, rank_colour(rank), f"rank {rank}")
     if len(story.ranks) <= 8:
         picture.key([(f"rank {rank}", rank_colour(rank)) for rank in range(len(story.ranks))], y)
@@ -178,24 +191,34 @@ def _slots(picture: Picture, story: Story) -> None:
 def _step_times(picture: Picture, story: Story) -> None:
     """From a step's begin on rank 0 to the next one's, beside the ideal; means of equal numbers of steps."""
     factors = [{e.step: e.factor for e in found} for found in story.ranks]
-    rows = []
-    for a, b in zip(story.ranks[0], story.ranks[0][1:], strict=False):
-        if b.step == a.step + 1 and all(a.step in steps for steps in factors):
-            ideal = ideal_step_s(story.scenario, story.scenario.tasks_per_batch, [s[a.step] for s in factors])
-            rows.append((a.begin, b.begin - a.begin, ideal))
-    if not rows:
+    parts: list[list[tuple[float, float, float]]] = []
+    for stretch in stretches(story.ranks[0]):
+        rows = []
+        for a, b in itertools.pairwise(stretch):
+            if all(a.step in steps for steps in factors):
+                ideal = ideal_step_s(story.scenario, story.scenario.tasks_per_batch, [s[a.step] for s in factors])
+                rows.append((a.begin, b.begin - a.begin, ideal))
+        parts.append(_means(rows, -(-len(story.ranks[0]) // 400)))
+    times = sorted(took for rows in parts for _, took, _ in rows)
+    if not times:
         return
-    size = -(-len(rows) // 400)
-    means = [
-        tuple(sum(column) / len(column) for column in zip(*rows[i : i + size], strict=True))
-        for i in range(0, len(rows), size)
-    ]
-    usual = sorted(took for _, took, _ in means)[int(0.98 * (len(means) - 1))]
-    top = 1.15 * max(usual, *(ideal for *_, ideal in means))
+    # a step that waited for a worker which was stopped would flatten all others
+    top = 1.15 * max(times[int(0.98 * (len(times) - 1))], *(ideal for rows in parts for *_, ideal in rows))
     y = picture.chart(90, "seconds a step", top)
-    picture.line([(at, min(top, took)) for at, took, _ in means], y, 90, top, "#334155", "took")
-    picture.line([(at, ideal) for at, _, ideal in means], y, 90, top, IDEAL, "ideal")
+    for rows in parts:
+        if rows:
+            picture.line([(at, min(top, took)) for at, took, _ in rows], y, 90, top, "#334155", "took")
+            picture.line([(at, ideal) for at, _, ideal in rows], y, 90, top, IDEAL, "ideal")
     picture.key([("took", "#334155"), ("ideal", IDEAL)], y)
+
+
+def _means(rows: Sequence[tuple[float, float, float]], size: int) -> list[tuple[float, float, float]]:
+    """Of `size` rows at a time, the first one's place."""
+    found = []
+    for i in range(0, len(rows), size):
+        group = rows[i : i + size]
+        found.append((group[0][0], sum(r[1] for r in group) / len(group), sum(r[2] for r in group) / len(group)))
+    return found
 
 
 def _zoom_begin(story: Story) -> float:
