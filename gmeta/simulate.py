@@ -15,6 +15,7 @@ import heapq
 import json
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -40,8 +41,8 @@ DELAY_S = 0.005
 """Of a message, one way: HTTP, the journal."""
 REPORTS_PER_S = 2000
 """That one coordinator takes; more ranks report less often."""
-COHORTS = 16
-"""Ranks report in so many groups, spread over the interval: 1,024 events of their own would change nothing."""
+COHORTS = 8
+"""Ranks report in so many groups: 1,024 conversations one by one would take most of the simulator's time."""
 
 
 class Slowness(Protocol):
@@ -129,6 +130,7 @@ class _Run:
         self.now, self.generation = 0.0, 0
         self.incarnation = [0] * n
         self.tail = 0  # tasks put back in this epoch
+        self.best: dict[frozenset[tuple[float, int]], float] = {}  # how many ranks are how slow -> ideal seconds
         self.events: list[tuple[float, int, Callable[[float], None]]] = []
         self.count = 0
         self.restarts: list[float] = []
@@ -317,11 +319,14 @@ class _Run:
         if late:
             result.ideal_s += self.ideal(factors) + s.comm_s
 
-    def ideal(self, factors: Sequence[float]) -> float:
+    def ideal(self, factors: list[float]) -> float:
         """Seconds of a step with the best possible slots for these very speeds."""
-        s = self.scenario
-        workers = [Worker(1 / (s.slot_s * factor), s.fixed_s * factor) for factor in factors]
-        return max(w.seconds(n) for w, n in zip(workers, balanced(s.tasks_per_batch, workers), strict=True))
+        s, key = self.scenario, frozenset(Counter(factors).items())
+        if key not in self.best:
+            workers = [Worker(1 / (s.slot_s * factor), s.fixed_s * factor) for factor in factors]
+            slots = balanced(s.tasks_per_batch, workers)
+            self.best[key] = max(w.seconds(n) for w, n in zip(workers, slots, strict=True))
+        return self.best[key]
 
     def stopped(self, rank: int, start: float, seconds: float) -> float:
         """`seconds` from `start`, and what SIGSTOP adds."""

@@ -181,6 +181,7 @@ class Scenario:
     devices: tuple[Devices, ...] = ()
     events: tuple[Event, ...] = ()
     _bursts: dict[tuple[int, int], list[float]] = field(default_factory=dict, compare=False, repr=False)
+    _slow: dict[int, list[tuple[int, Event]]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("workers", "steps", "tasks_per_batch", "checkpoint_steps", "ahead"):
@@ -198,6 +199,11 @@ class Scenario:
                 value = getattr(event, name, None)
                 _check(value is None or value >= 0, name, value, "must not be negative")
             _check(getattr(event, "factor", 1.0) > 0, "factor", getattr(event, "factor", 1.0), "must be more than 0")
+        object.__setattr__(self, "_bursts", {})  # `replace` would hand on those of another seed
+        for number, event in enumerate(self.events):  # by rank: asked for every rank at every step
+            if isinstance(event, Deterministic | Transient | Persistent):
+                for rank in set(_ranks(event)):
+                    self._slow.setdefault(rank, []).append((number, event))
 
     def device(self, rank: int) -> Devices | None:
         """The rank's kind of device; None where none is given."""
@@ -213,15 +219,15 @@ class Scenario:
         `time_s` counts from the start of the run. `incarnation` counts the machines that the rank has had (a SIGKILL
         alone does not change it): `until: restart` ends with the first one.
         """
-        device = self.device(rank)
+        device = self.device(rank) if self.devices else None
         factor = 1.0 / device.speed if device else 1.0
-        for number, event in enumerate(self.events):
-            if isinstance(event, Deterministic) and event.rank == rank:
+        for number, event in self._slow.get(rank, ()):
+            if isinstance(event, Deterministic):
                 factor *= event.factor
-            elif isinstance(event, Persistent) and event.rank == rank:
+            elif isinstance(event, Persistent):
                 begun = time_s >= event.from_s if event.from_s is not None else step >= (event.from_step or 0)
                 factor *= event.factor if begun and (event.until == "never" or not incarnation) else 1.0
-            elif isinstance(event, Transient) and rank in event.ranks:
+            elif isinstance(event, Transient):
                 now = float(step) if event.mean_steps is not None else time_s
                 factor *= event.factor if self._bursting(number, event, rank, now) else 1.0
         return factor
@@ -257,7 +263,7 @@ class Scenario:
             elif not _ranks(event) or copies:
                 events.append(event)
         batch = max(1, round(self.tasks_per_batch * workers / self.workers))
-        return replace(self, workers=workers, tasks_per_batch=batch, devices=devices, events=tuple(events), _bursts={})
+        return replace(self, workers=workers, tasks_per_batch=batch, devices=devices, events=tuple(events))
 
 
 def parse_scenario(text: str, where: str) -> Scenario:
