@@ -87,7 +87,7 @@ class Client:
                 if response.status == 200:
                     reply: dict[str, Any] = response.json()
                     return reply
-                if response.status != 503:
+                if response.status < 500:
                     raise _refusal(self.url, response)
                 problem = _refusal(self.url, response).args[0]
             if time.monotonic() + pause > deadline:

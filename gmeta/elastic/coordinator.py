@@ -11,6 +11,7 @@ expire a lease, and time in which the coordinator was away or stopped, and nobod
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
@@ -28,7 +29,7 @@ from gmeta.elastic.journal import Journal, Unwritable
 from gmeta.elastic.ledger import Leased, Ledger, Plan, Refusal
 from gmeta.elastic.messages import BadMessage
 from gmeta.elastic.monitor import Snapshot, snapshot_to_json
-from gmeta.elastic.records import Began, Introduced, Record
+from gmeta.elastic.records import Began, Introduced, Record, from_row, to_row
 from gmeta.elastic.trace import Trace
 
 AWAY_S = 1.0
@@ -362,7 +363,7 @@ class Coordinator:
                     self._write(records, now)
             self._decide(now)
         except Unwritable as error:  # the next tick tries again
-            self._problem(str(error))
+            self.note(str(error))
         if now >= self.activity.history.due:
             self.activity.sample(now, self.shown(), self.holding())
         if self.trace is not None:
@@ -382,10 +383,12 @@ class Coordinator:
         self._decided, self._news = now, False
         self.snapshot, decision = controller.decide(now)
         if isinstance(decision, Decided):
+            decision = _plain(decision)
+        if isinstance(decision, Decided):
             self._write([decision], now)
         problem = decision.problem if isinstance(decision, Nonsense) else None
         if problem is not None:
-            self._problem(f"the policy was not followed ({problem}); training goes on as it was")
+            self.note(f"the policy was not followed ({problem}); training goes on as it was")
         if self.trace is not None:
             made = decision if isinstance(decision, Decided) else None
             self.trace.write(
@@ -399,8 +402,8 @@ class Coordinator:
             )
         self._decide_s = time.perf_counter() - start
 
-    def _problem(self, text: str) -> None:
-        """Count it; tell the log of the first of its kind. At most 50 kinds are told apart."""
+    def note(self, text: str) -> None:
+        """Count a problem; tell the log of the first of its kind. At most 50 kinds are told apart."""
         if text not in self.problems and len(self.problems) >= 50:
             text = "further problems"
         self.problems[text] = self.problems.get(text, 0) + 1
@@ -459,6 +462,17 @@ class _Decider:
         if self._refusal is not None:
             raise Refused(self._refusal.reason, self._refusal.stale, self._lost)
         return self._records
+
+
+def _plain(decided: Decided) -> Decided | Nonsense:
+    """As it will be read from the journal: a policy may have used numpy's numbers, or put anything else in there."""
+    try:
+        kind, body = to_row(decided)
+        found = from_row(kind, json.loads(json.dumps(body, default=lambda value: value.tolist(), allow_nan=False)))
+    except Exception as error:  # a user's objects: whatever they raise, training goes on
+        return Nonsense(decided.now, f"{type(error).__name__}: {error}")
+    assert isinstance(found, Decided)
+    return found
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -29,6 +29,7 @@ try:
     import uvicorn
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+    from starlette.requests import ClientDisconnect
 
     from gmeta.elastic.exposition import Exposition
 except ImportError as error:
@@ -90,7 +91,10 @@ def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
 
 async def _tick(coordinator: Coordinator) -> None:
     while True:
-        coordinator.tick()
+        try:
+            coordinator.tick()
+        except Exception as error:  # shown on the page; without ticks leases would never run out
+            coordinator.note(f"a fault of the coordinator's own: {error!r}")
         await asyncio.sleep(TICK_S)
 
 
@@ -102,7 +106,10 @@ def _authorized(request: Request, token: str) -> bool:
 async def _answer(coordinator: Coordinator, name: str, request: Request) -> Response:
     if name not in MESSAGES:
         return _error(404, f"there is no message {name!r}: it is one of {', '.join(MESSAGES)}")
-    body = await _body(request)
+    try:
+        body = await _body(request)
+    except ClientDisconnect:  # a worker that was killed amid its message
+        return _error(400, "the message was cut off")
     if body is None:
         return _error(413, f"the message is larger than {MOST_BYTES} bytes: send fewer shards or steps at a time")
     try:

@@ -3,13 +3,14 @@
 import http.server
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from coordinators import Process, audit, records, until
 
 from gmeta.elastic.client import Client, HeldShard, Refused, Unreachable, make_token, read_token
-from gmeta.elastic.ledger import Plan
+from gmeta.elastic.ledger import Mode, Plan
 
 PLAN = Plan(num_samples=60, shard_size=4, epochs=2, seed=3, lease_s=30.0)
 
@@ -25,15 +26,16 @@ def samples(lease: HeldShard) -> list[tuple[int, int]]:
     return [(lease.epoch, position) for position in lease.positions]
 
 
-@pytest.mark.parametrize("ahead", [0, 2, 7])
-def test_every_sample_once(tmp_path: Path, ahead: int):
+@pytest.mark.parametrize(("ahead", "mode"), [(0, "at_least_once"), (7, "at_most_once"), (2, "exactly_once")])
+def test_every_sample_once(tmp_path: Path, ahead: int, mode: Mode):
+    plan = replace(PLAN, mode=mode)
     process = Process(tmp_path / "j")
     client = process.client()
-    assert client.open_job("p", PLAN) == 0
+    assert client.open_job("p", plan) == 0
     taken = Counter(sample for lease in client.shards("w0", ahead) for sample in samples(lease))
     process.end()
     assert taken == {(epoch, position): 1 for epoch in range(2) for position in range(60)}
-    audit(tmp_path / "j", PLAN, taken)
+    audit(tmp_path / "j", plan, taken)
 
 
 def test_workers_share_and_wait_for_each_other(coordinator: Process):

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gmeta.elastic.actions import AdjustBatch, KillRestart
@@ -265,8 +266,9 @@ def test_settings_come_with_the_grant_that_reaches_them(tmp_path: Path):
         (lambda s: [AdjustBatch((1, 1))], "sums to 2: the global batch has 8 slots"),
         (lambda s: ["faster"], "'faster' is no action"),
         (lambda s: None, "TypeError"),
+        (lambda s: [KillRestart(0, reason=object())], "has no attribute 'tolist'"),
     ],
-    ids=["raises", "wrong sum", "no action", "no list"],
+    ids=["raises", "wrong sum", "no action", "no list", "no text"],
 )
 def test_a_policy_that_talks_nonsense(tmp_path: Path, policy, problem: str):
     bench = Bench(tmp_path, policy)
@@ -280,6 +282,18 @@ def test_a_policy_that_talks_nonsense(tmp_path: Path, policy, problem: str):
     assert "training goes on" in line
     assert bench.it.controller.settings[-1].slots == (4, 4)
     assert next(iter(bench.it.problems.values())) > 3
+    bench.it.close()
+
+
+def test_a_policy_that_computes_with_numpy(tmp_path: Path):
+    bench = Bench(tmp_path, lambda s: [AdjustBatch(np.array([2, 6]))])
+    bench.open(TRAINER)
+    bench.report(bench.begin(), 0, 0, 1)
+    bench.tick(1.0)
+    assert not bench.lines
+    bench.restart()
+    assert bench.it.controller.settings[-1].slots == (2, 6)
+    json.dumps(state(bench.it))
     bench.it.close()
 
 
