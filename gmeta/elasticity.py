@@ -121,7 +121,7 @@ def join(
             "max_slots": elastic.max_slots or None,
         },
         facts=NodeFacts(),
-        windows=Windows(plan.shard_size, plan.num_samples) if mesh.rank == 0 else None,
+        windows=_windows(plan, loader) if mesh.rank == 0 else None,
     )
     membership = Membership(agent, generation)
     loader.divide_by(membership.shares)
@@ -144,6 +144,10 @@ def ledger_at(plan: Plan, config: TrainConfig, state: Mapping[str, Any]) -> dict
         "num_done": window,
         "attempts": [],
     }
+
+
+def _windows(plan: Plan, loader: TaskLoader[Any]) -> Windows:
+    return Windows(plan.shard_size, plan.num_samples, epochs_finished=loader.epochs_done)
 
 
 def _device_name(device: torch.device) -> str:

@@ -49,6 +49,7 @@ class Windows:
     epoch_tasks: int
     leases: dict[tuple[int, int], int] = field(default_factory=dict)  # (epoch, window) -> attempt
     done: dict[tuple[int, int], int] = field(default_factory=dict)  # tasks that took effect
+    epochs_finished: int = 0
     ended: bool = False  # nothing is left to lease
 
     def size(self, window: int) -> int:
@@ -56,33 +57,43 @@ class Windows:
         return min(self.window_tasks, self.epoch_tasks - window * self.window_tasks)
 
     def take(self, lease: Mapping[str, Any]) -> None:
-        """A lease as the coordinator answers it."""
+        """A lease as the coordinator answers it. It may come late: training does not wait for it."""
         key = (int(lease["epoch"]), int(lease["shard"]))
         self.leases[key] = int(lease["attempt"])
-        self.done.setdefault(key, int(lease["done"]))
+        self.done[key] = self.done.get(key, 0) + int(lease["done"])
 
     def add(self, epoch: int, window: int, tasks: int) -> None:
-        """So many tasks of a window took effect."""
-        key = (epoch, window)
-        self.done[key] = self.done.get(key, 0) + tasks
+        """So many tasks of a window took effect. Those of an epoch's tail are not counted: see `epochs_finished`."""
+        if tasks:
+            self.done[epoch, window] = self.done.get((epoch, window), 0) + tasks
 
-    def finish_epoch(self, epoch: int) -> None:
-        """The epoch's tail is done, and with it every window."""
-        for key in [key for key in self.done if key[0] == epoch]:
-            self.done[key] = self.size(key[1])
+    @property
+    def outrun(self) -> bool:
+        """Whether steps were faster than leases: the ledger does not know of all that has begun, or is finished."""
+        begun = self.done.keys() - self.leases.keys()
+        return not self.ended and (bool(begun) or all(epoch < self.epochs_finished for epoch, _ in self.leases))
+
+    @property
+    def ahead(self) -> int:
+        """Windows leased of which nothing is done. Those that wait for the epoch's tail are any number."""
+        return sum(not self.done.get(key) for key in self.leases)
 
     def message(self) -> tuple[list[list[int]], list[list[int]]]:
         """(commit, progress) of the leases at hand."""
-        commit = [[*key, attempt] for key, attempt in self.leases.items() if self.done.get(key, 0) >= self.size(key[1])]
-        begun = {key: attempt for key, attempt in self.leases.items() if self.done.get(key, 0) > 0}
-        progress = [[*key, attempt, self.done[key]] for key, attempt in begun.items()]
-        return commit, [entry for entry in progress if entry[:3] not in commit]
+        commit, progress = [], []
+        for (epoch, window), attempt in self.leases.items():
+            done = self.done.get((epoch, window), 0)
+            if epoch < self.epochs_finished or done >= self.size(window):
+                commit.append([epoch, window, attempt])
+            elif done:
+                progress.append([epoch, window, attempt, done])
+        return commit, progress
 
     def committed(self, commit: list[list[int]]) -> None:
         """The coordinator has these commits."""
         for epoch, window, _ in commit:
             del self.leases[epoch, window]
-            del self.done[epoch, window]
+            self.done.pop((epoch, window), None)
 
 
 class Agent:
@@ -150,7 +161,7 @@ class Agent:
         """Every task of the epoch took effect."""
         with self._changed:
             if self._windows is not None:
-                self._windows.finish_epoch(epoch)
+                self._windows.epochs_finished = epoch + 1
 
     def saved(self) -> dict[str, Any]:
         """The ledger as of the last finished step, for the checkpoint of that step. Rank 0 only."""
@@ -158,9 +169,11 @@ class Agent:
             raise self._error
         assert self._windows is not None
         with self._call:
-            while any(key not in self._windows.leases for key in self._windows.done):  # steps outran the thread
-                self._told = -_TELL_S
+            while self._windows.outrun:
+                before, self._told = dict(self._windows.leases), -_TELL_S
                 self._lease()
+                if self._windows.leases == before and not self._windows.ended:
+                    raise RuntimeError(f"the ledger gives out nothing beyond the windows {sorted(before)}")
             with self._changed:
                 commit, progress = self._windows.message()
             answer = self._client.call("saved", generation=self._generation, commit=commit, progress=progress)
@@ -223,7 +236,7 @@ class Agent:
         assert self._windows is not None
         with self._changed:
             commit, progress = self._windows.message()
-            missing = _WINDOWS_AHEAD - (len(self._windows.leases) - len(commit))
+            missing = _WINDOWS_AHEAD - self._windows.ahead
         recent = time.monotonic() - self._told < _TELL_S
         if self._windows.ended or (not commit and (recent or (not progress and missing <= 0))):
             return

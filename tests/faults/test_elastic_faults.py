@@ -1,0 +1,301 @@
+"""An elastic group under fire: whoever is killed, each task takes effect once an epoch, and the weights are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from effects import assert_each_task_once, effects
+from packs import make_pack
+from safetensors.torch import load_file
+
+from gmeta import checkpoint
+
+pytestmark = pytest.mark.faults
+
+EPOCHS = 12  # of 8 batches
+POLICIES = """
+from gmeta.elastic.actions import AdjustAccumulation, AdjustBatch, DropLate, KillRestart
+
+def restart_once(snapshot):
+    return [KillRestart(1, "a test")] if snapshot.step >= 20 and snapshot.restarts_left == 2 else []
+
+def lopsided(snapshot):
+    ranks = len(snapshot.setting.slots)
+    first = 1 + snapshot.step // 10 % 6
+    return [AdjustBatch((first, 8 - first) if ranks == 2 else (8,)), AdjustAccumulation((2,) * ranks)]
+
+def late(snapshot):
+    ranks = len(snapshot.setting.slots)
+    return [AdjustAccumulation((3,) * ranks), DropLate(1e-6 if snapshot.step % 20 < 15 else None)]
+
+def nonsense(snapshot):
+    if snapshot.step % 2:
+        raise KeyError("broken")
+    return [AdjustBatch((5, 5))]
+"""
+
+
+def command(pack: Path, run_dir: Path, *extra: object, nproc: int = 2, elastic: bool = True) -> list[str]:
+    words: list[object] = ["train", "--pack", pack, "--run_dir", run_dir, "--nproc", nproc]
+    words += ["--schedule.epochs", EPOCHS, "--schedule.eval_every", 20, "--schedule.checkpoint_every", 6]
+    words += ["--schedule.patience", 500, "--meta.learn_inner_lr", "true", "--loader.tasks_per_batch", 8]
+    words += ["--loader.window_batches", 3, "--dense.warmup_steps", 9, "--model.hidden", "[16]", "--model.dropout", 0.2]
+    words += ["--embedding.optimizer", "adam", "--dense.decay", "cosine", "--timeout_s", 20]
+    words += ["--elastic.enabled", str(elastic).lower(), "--elastic.policy", "static", *extra]
+    return [sys.executable, "-m", "gmeta", *map(str, words)]
+
+
+def start(arguments: list[str], path: Path | None = None) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> str:
+    out, err = process.communicate(timeout=timeout_s)
+    assert process.returncode == 0, out + err
+    assert "Traceback" not in err, err
+    return out + err
+
+
+def processes(process: subprocess.Popen[str], word: str) -> list[psutil.Process]:
+    """Children that run gmeta's command `word`."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        try:
+            words = child.cmdline()
+        except psutil.Error:
+            continue
+        if "gmeta" in words and word in words:
+            found.append(child)
+    return found
+
+
+def steps_logged(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    return len(re.findall('"kind": "train"', metrics.read_text())) if metrics.exists() else 0
+
+
+def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while process.poll() is None and steps_logged(run_dir) < step:
+        assert time.monotonic() < end, f"step {step} did not come"
+        time.sleep(0.02)
+
+
+def learned(run_dir: Path) -> dict[str, bytes]:
+    """Bytes of every tensor of the last checkpoint."""
+    last = checkpoint.step_dir(run_dir / "checkpoints", checkpoint.steps_saved(run_dir / "checkpoints")[-1])
+    files = sorted(last.glob("*.safetensors"))
+    return {f"{file.name}:{key}": value.numpy().tobytes() for file in files for key, value in load_file(file).items()}
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("pack") / "pack")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a coordinator."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(command(pack, run_dir, elastic=False)))
+    return run_dir
+
+
+def kill(process: subprocess.Popen[str], who: str, rng: random.Random) -> bool:
+    """SIGKILL one worker, the coordinator, or both; False where none was left."""
+    victims = []
+    if who in ("worker", "both"):
+        victims += rng.sample(found, 1) if (found := processes(process, "train")) else []
+    if who in ("coordinator", "both"):
+        victims += processes(process, "coordinate")[:1]
+    for victim in victims:
+        victim.send_signal(signal.SIGKILL)
+    return bool(victims)
+
+
+@pytest.mark.parametrize("who", ["worker", "coordinator", "both"])
+def test_a_kill_changes_nothing(pack: Path, undisturbed: Path, tmp_path: Path, who: str) -> None:
+    run_dir = tmp_path / "run"
+    process = start(command(pack, run_dir))
+    wait_for_step(process, run_dir, 25)
+    assert kill(process, who, random.Random(1))
+    said = finish(process)
+    assert ("restart 1, from the checkpoint of step" in said) == (who != "coordinator")
+    assert ("was killed by SIGKILL" in said) == (who != "coordinator")
+    assert ("the coordinator ended" in said) == (who != "worker")
+    assert_each_task_once(run_dir)
+    assert losses(run_dir) == losses(undisturbed)
+    assert learned(run_dir) == learned(undisturbed)
+
+
+def soak(pack: Path, undisturbed: Path, run_dir: Path, kills: int, epochs: int, seed: int) -> None:
+    rng = random.Random(seed)
+    steps, done = 8 * epochs, 0
+    process = start(command(pack, run_dir, "--schedule.epochs", epochs))
+    for number in range(kills):
+        wait_for_step(process, run_dir, int((steps - 10) * (number + rng.random()) / kills) + 1)
+        time.sleep(rng.random() * 0.2)
+        done += kill(process, rng.choice(["worker", "coordinator", "both"]), rng)
+    finish(process, 600)
+    assert done == kills
+    assert_each_task_once(run_dir)
+    assert losses(run_dir) == losses(undisturbed)
+    assert learned(run_dir) == learned(undisturbed)
+    committed = surviving_commits(next(run_dir.glob("coordinator-*.db")))
+    assert committed == {(epoch, window) for epoch in range(epochs) for window in range(3)}
+
+
+def surviving_commits(journal: Path) -> set[tuple[int, int]]:
+    """(epoch, shard) that are done at the journal's end, by its records alone; an AssertionError where one is done twice."""
+    with sqlite3.connect(f"file:{journal}?mode=ro", uri=True) as db:
+        records = [(kind, json.loads(body)) for kind, body in db.execute("SELECT kind, body FROM records ORDER BY seq")]
+    done: set[tuple[int, int]] = set()
+    for kind, body in records:
+        if kind == "RolledBack":
+            saved = body["saved"]
+            again = {(saved["epoch"], shard) for shard, _ in saved["again"]}
+            leased = {(saved["epoch"], shard) for shard in range(saved["cursor"])}
+            done = {(e, s) for e, s in done if e < saved["epoch"]} | (leased - again)
+        elif kind == "Committed":
+            key = (body["epoch"], body["shard"])
+            assert key not in done, f"{key} was committed twice"
+            done.add(key)
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_hundred_kills(pack: Path, tmp_path: Path) -> None:
+    epochs = 150
+    undisturbed = tmp_path / "undisturbed"
+    finish(start(command(pack, undisturbed, "--schedule.epochs", epochs, elastic=False)))
+    soak(pack, undisturbed, tmp_path / "run", kills=100, epochs=epochs, seed=3)
+
+
+def test_five_kills(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
+    soak(pack, undisturbed, tmp_path / "run", kills=5, epochs=EPOCHS, seed=5)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_unequal_slots_and_micro_batches_learn_the_same(
+    pack: Path, undisturbed: Path, tmp_path: Path, nproc: int
+) -> None:
+    (tmp_path / "policies.py").write_text(POLICIES)
+    run_dir = tmp_path / "run"
+    words = ["--elastic.policy", "policies:lopsided", "--precision", "float64"]
+    finish(start(command(pack, run_dir, *words, nproc=nproc), tmp_path))
+    finish(start(command(pack, tmp_path / "plain", "--precision", "float64", elastic=False)))
+    assert_each_task_once(run_dir)
+    assert losses(run_dir) == pytest.approx(losses(tmp_path / "plain"), rel=1e-9)
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    slots = {tuple(record["slots"]) for record in records if record["kind"] == "train"}
+    assert len(slots) > (1 if nproc == 1 else 3), slots
+
+
+def test_tasks_that_were_late_take_effect_in_their_epoch(pack: Path, tmp_path: Path) -> None:
+    (tmp_path / "policies.py").write_text(POLICIES)
+    run_dir = tmp_path / "run"
+    process = start(command(pack, run_dir, "--elastic.policy", "policies:late"), tmp_path)
+    wait_for_step(process, run_dir, 45)
+    assert kill(process, "worker", random.Random(2))
+    finish(process)
+    assert_each_task_once(run_dir)
+    assert len(losses(run_dir)) > 8 * EPOCHS, "nothing was late"
+
+
+def test_a_replaced_worker_costs_no_step(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "policies.py").write_text(POLICIES)
+    run_dir = tmp_path / "run"
+    said = finish(start(command(pack, run_dir, "--elastic.policy", "policies:restart_once"), tmp_path))
+    step = re.search(r"step (\d+): before step \1 the worker of rank 1 is replaced", said)
+    assert step, said
+    assert f"restart 1, from the checkpoint of step {step[1]}" in said
+    assert_each_task_once(run_dir)
+    assert losses(run_dir) == losses(undisturbed)
+    assert learned(run_dir) == learned(undisturbed)
+
+
+def test_a_policy_that_talks_nonsense_is_logged_and_does_no_harm(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
+    (tmp_path / "policies.py").write_text(POLICIES)
+    run_dir = tmp_path / "run"
+    finish(start(command(pack, run_dir, "--elastic.policy", "policies:nonsense"), tmp_path))
+    log = (run_dir / "coordinator.log").read_text()
+    assert "sums to 10" in log
+    assert "KeyError" in log
+    assert learned(run_dir) == learned(undisturbed)
+
+
+def test_another_number_of_workers_goes_on(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(command(pack, run_dir))
+    wait_for_step(process, run_dir, 25)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    finish(start(command(pack, run_dir, "--resume", "true", nproc=1)))
+    assert_each_task_once(run_dir)
+    assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=1e-4)
+
+
+def test_restarts_that_lead_nowhere_end_the_run(pack: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(command(pack, run_dir, "--schedule.checkpoint_every", 1000000, "--elastic.max_restarts", 1))
+    for _ in range(2):
+        wait_for_step(process, run_dir, 5)
+        assert kill(process, "worker", random.Random(1))
+        time.sleep(1.0)
+        while process.poll() is None and not processes(process, "train"):
+            time.sleep(0.05)
+        (run_dir / "metrics.jsonl").unlink(missing_ok=True)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "1 restarts without a new checkpoint: giving up" in err
+    assert "Traceback" not in err
+
+
+def test_a_coordinator_that_stays_away_is_named(pack: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    token.chmod(0o600)
+    words = ["--elastic.url", "http://127.0.0.1:9", "--elastic.token_file", token, "--elastic.patience_s", 1]
+    process = start(command(pack, run_dir, *words))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert "http://127.0.0.1:9" in err
+    assert "Traceback" not in err
+
+
+def test_effects_are_found_missing_and_repeated(undisturbed: Path, pack: Path, tmp_path: Path) -> None:
+    """The account has power."""
+    run_dir = tmp_path / "run"
+    finish(start(command(pack, run_dir, "--schedule.epochs", 2, nproc=1)))
+    assert_each_task_once(run_dir)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    numbered = [i for i, line in enumerate(lines) if '"kind": "train"' in line]
+    victim = json.loads(lines[numbered[3]])
+    task = next(iter(effects(run_dir)[0]))
+    lines[numbered[3]] = json.dumps({**victim, "index": victim["index"] + 1})
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert task is not None
+    with pytest.raises(AssertionError, match="epoch 0"):
+        assert_each_task_once(run_dir)
