@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gmeta.elastic.ledger import Committed, Leased, Ledger, Renewed
 from gmeta.elastic.monitor import StepTime
@@ -53,9 +54,11 @@ class History:
     times: list[float] = field(default_factory=list)
     throughput: dict[str, list[Point]] = field(default_factory=dict)
     batch_s: dict[str, list[Point]] = field(default_factory=dict)
+    drawn: dict[str, Any] | None = None  # what the page was told of these points
 
     def add(self, now: float, rates: Mapping[str, tuple[Point, Point]]) -> None:
         """One more point of every worker; those not in `rates` are forgotten."""
+        self.drawn = None
         self.times.append(now)
         for place, store in enumerate((self.throughput, self.batch_s)):
             for name in store.keys() - rates.keys():

