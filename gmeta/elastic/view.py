@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from bisect import bisect
 from dataclasses import asdict
 from typing import Any
 
@@ -16,6 +16,8 @@ MOST_LINES = 16
 """Workers whose history is sent in numbers; of more, the slowest half as many and the fastest."""
 HEAT_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 """Batch time as a share of the median at that time: 'i' is the median, a step is 2 ** (1 / 6), '.' is unknown."""
+
+_HEAT_BOUNDS = [2 ** ((level - 17.5) / 6) for level in range(len(HEAT_LEVELS) - 1)]
 
 
 def state(coordinator: Coordinator) -> dict[str, Any]:
@@ -158,6 +160,7 @@ def _history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
     points = range(len(kept.times))
     total = [_sum([kept.throughput[name][i] for name in names]) for i in points]
     medians = [_median([kept.batch_s[name][i] for name in names]) for i in points]
+    bounds = [[median * share for share in _HEAT_BOUNDS] if median else [] for median in medians]
     return {
         "times": [round(time, 2) for time in kept.times],
         "spacing_s": kept.spacing_s,
@@ -171,7 +174,7 @@ def _history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
             for name in names
             if name in drawn
         },
-        "heat": {name: "".join(map(_heat, kept.batch_s[name], medians)) for name in names},
+        "heat": {name: _heat(kept.batch_s[name], bounds) for name in names},
     }
 
 
@@ -190,7 +193,7 @@ def _short(value: Point) -> Point:
     return float(f"{value:.4g}") if value is not None else None
 
 
-def _heat(value: Point, median: Point) -> str:
-    if value is None or not median or value <= 0:
-        return "."
-    return HEAT_LEVELS[min(35, max(0, round(18 + 6 * math.log2(value / median))))]
+def _heat(values: list[Point], bounds: list[list[float]]) -> str:
+    return "".join(
+        [HEAT_LEVELS[bisect(row, value)] if row and value else "." for value, row in zip(values, bounds, strict=True)]
+    )

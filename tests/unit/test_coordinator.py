@@ -17,7 +17,7 @@ from gmeta.elastic.ledger import Ledger, Plan
 from gmeta.elastic.messages import BadMessage
 from gmeta.elastic.monitor import snapshot_from_json
 from gmeta.elastic.trace import Trace
-from gmeta.elastic.view import cells, shards, state
+from gmeta.elastic.view import cells, history, shards, state
 
 PLAN = Plan(num_samples=20, shard_size=5, epochs=2, seed=1, lease_s=10.0)
 TRAINER = Plan(num_samples=400, shard_size=40, shuffle=False, mode="exactly_once", lease_s=1000.0)
@@ -422,6 +422,17 @@ def test_the_shard_bar_shows_what_is_where(shuffle: bool):
     ledger.doing = {fourth: None}  # type: ignore[dict-item]
     assert cells(ledger) == "90qd99000000"
     assert cells(ledger, most=6) == "4q9000"
+
+
+def test_the_heat_strip_is_relative_to_the_median(bench: Bench):
+    bench.open()
+    kept, work = bench.it.activity.history, {"a": 0.1, "b": 0.2, "c": 0.4, "d": None, "e": 100.0}
+    kept.add(1.0, {name: (1.0, None if name == "d" else 0.2) for name in work})
+    kept.add(2.0, {name: (2.0, value) for name, value in work.items()})
+    rows = [{"name": name, "batch_s": value} for name, value in work.items()]
+    seen = history(kept, rows)
+    assert seen["heat"] == {"a": "i6", "b": "ic", "c": "ii", "d": "..", "e": "iz"}
+    assert seen["total"] == [5.0, 10.0]
 
 
 def test_the_state_is_json_and_small_with_many_workers(bench: Bench):
