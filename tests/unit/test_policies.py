@@ -103,6 +103,18 @@ def test_nd_believes_the_last_steps_only_when_they_differ_much() -> None:
     assert action.slots[3] < 8
 
 
+def test_nd_does_not_chase_a_crowd() -> None:
+    base = known([0.01] * 12 + [0.02] * 2, (18,) * 12 + (9, 9))
+
+    def with_bursts(count: int) -> Snapshot:
+        bursting = [WorkerView(r, short=window(0.03, 18), long=window(0.01, 18, 100)) for r in range(count)]
+        return Snapshot(1.0, 9, base.setting, 100, (*bursting, *base.workers[count:]), 0)
+
+    (action,) = nd(with_bursts(4))
+    assert max(action.slots[:4]) < 10
+    assert nd(with_bursts(5)) == []
+
+
 def test_nd_restarts_who_is_slow_for_long_among_its_peers() -> None:
     costs, slots = [0.01, 0.01, 0.01, 0.03], (19, 19, 19, 7)
     per_step = 0.21 * (1 - (3 + 1 / 3) / 4)  # seconds that a rank like its peers would save
