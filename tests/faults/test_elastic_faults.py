@@ -132,7 +132,10 @@ def kill(process: subprocess.Popen[str], who: str, rng: random.Random) -> bool:
     return bool(victims)
 
 
-@pytest.mark.parametrize("who", ["worker", "coordinator", "both"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("who", [pytest.param("worker", marks=SLOW), pytest.param("coordinator", marks=SLOW), "both"])
 def test_a_kill_changes_nothing(pack: Path, undisturbed: Path, tmp_path: Path, who: str) -> None:
     run_dir = tmp_path / "run"
     process = start(command(pack, run_dir))
@@ -191,10 +194,12 @@ def test_a_hundred_kills(pack: Path, tmp_path: Path) -> None:
     soak(pack, undisturbed, tmp_path / "run", kills=100, epochs=epochs, seed=3)
 
 
+@pytest.mark.slow
 def test_five_kills(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
     soak(pack, undisturbed, tmp_path / "run", kills=5, epochs=EPOCHS, seed=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_unequal_slots_and_micro_batches_learn_the_same(
     pack: Path, undisturbed: Path, tmp_path: Path, nproc: int
@@ -234,6 +239,7 @@ def test_a_replaced_worker_costs_no_step(pack: Path, undisturbed: Path, tmp_path
     assert learned(run_dir) == learned(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_policy_that_talks_nonsense_is_logged_and_does_no_harm(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "policies.py").write_text(POLICIES)
     run_dir = tmp_path / "run"
@@ -244,6 +250,7 @@ def test_a_policy_that_talks_nonsense_is_logged_and_does_no_harm(pack: Path, und
     assert learned(run_dir) == learned(undisturbed)
 
 
+@pytest.mark.slow
 def test_another_number_of_workers_goes_on(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(command(pack, run_dir))
@@ -256,6 +263,7 @@ def test_another_number_of_workers_goes_on(pack: Path, undisturbed: Path, tmp_pa
     assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_restarts_that_lead_nowhere_end_the_run(pack: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     process = start(command(pack, run_dir, "--schedule.checkpoint_every", 1000000, "--elastic.max_restarts", 1))
@@ -285,6 +293,7 @@ def test_a_coordinator_that_stays_away_is_named(pack: Path, tmp_path: Path) -> N
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_effects_are_found_missing_and_repeated(undisturbed: Path, pack: Path, tmp_path: Path) -> None:
     """The account has power."""
     run_dir = tmp_path / "run"
