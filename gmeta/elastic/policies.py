@@ -26,8 +26,8 @@ CHANGED = 1.25
 The median of 5 steps with noise of 5 % is off by 3 % (one standard deviation): noise alone never gets there."""
 CROWD = 4
 """With more ranks than this changed at once, the next one changes before the last is answered (about eight steps).
-Each then counts as its devices' median. 64 simulated workers in bursts of 50 steps: equal slots reach 0.39 of the ideal,
-following every rank 0.34, this 0.36."""
+Each then counts as its devices' median. 64 simulated workers in bursts of 50 steps: equal slots reach 0.39 of the
+ideal, following every rank 0.34, this 0.36."""
 GAIN = 0.05
 """Share of a step's time that must be won for new slots once the window shows the setting in force. The worst of 4
 medians of 5 steps is about 3 % off under noise of 5 %: less than this would be chasing noise."""
