@@ -109,7 +109,8 @@ def ask(url: str, case: Case, number: int, seconds: float, barrier: Barrier, sen
     due = start + pause * number / CLIENTS
     while True:
         time.sleep(max(0.0, due - time.monotonic()))
-        due = max(due + pause, time.monotonic() - pause)  # who fell behind does not ask in a burst
+        if pause:  # who fell behind leaves out a turn, and keeps its own
+            due += pause * max(1, -(-(time.monotonic() - due) // pause))
         began, cpu_before = time.monotonic(), time.process_time()
         if began > start + WARM_S + seconds:
             break
