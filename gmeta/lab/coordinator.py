@@ -106,7 +106,7 @@ class Line:
 
     def close(self) -> None:
         """End it."""
-        self.cut()
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -124,21 +124,36 @@ class Line:
         while self._open:
             await asyncio.sleep(0.01)
 
+    async def _end(self) -> None:
+        await self._cut()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0.01)  # transports that were aborted close their sockets in the loop's next round
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._to)
         except OSError:  # the coordinator is away
             writer.transport.abort()
             return
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
         self._open |= {writer, back_writer}
-        await asyncio.gather(_pump(reader, back_writer), _pump(back_reader, writer))
-        self._open -= {writer, back_writer}
+        try:
+            await asyncio.gather(_pump(reader, back_writer), _pump(back_reader, writer))
+        finally:
+            self._open -= {writer, back_writer}
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Copy until one side ends; then the other ends too."""
-    with contextlib.suppress(OSError):
-        while data := await reader.read(_CHUNK):
-            writer.write(data)
-            await writer.drain()
-    writer.transport.abort()
+    try:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(_CHUNK):
+                writer.write(data)
+                await writer.drain()
+    finally:
+        writer.transport.abort()
