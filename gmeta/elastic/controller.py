@@ -95,10 +95,10 @@ class Controller:
         """How far ranks may load now; None: as far as before.
 
         Two reports' worth of steps beyond what they load ahead: one report may be late and nobody waits. A longer
-        reach would delay every decision by as much.
+        reach would delay every decision by as much. Until a first step was reported nobody knows how many they are: one.
         """
         step_s = self.monitor.step_s()
-        spare = 8 if step_s is None else min(1000, math.ceil(2 * self.report_s / max(step_s, 1e-6)))
+        spare = 1 if step_s is None else min(1000, math.ceil(2 * self.report_s / max(step_s, 1e-6)))
         until = self.monitor.furthest + self.ahead + spare
         return Granted(until) if until > self.until else None
 

@@ -242,8 +242,8 @@ class Coordinator:
     def _fail(self, body: Mapping[str, Any], now: float) -> Decision:
         generation, reason = messages.whole(body, "generation"), messages.text(body, "reason", 2000)
         decide = _Decider(self.ledger)
-        for e, s, a in messages.shards(body, "shards"):
-            decide(ledgers.fail(decide.after, generation, e, s, a, reason), [e, s, a])
+        for place, (e, s, a) in enumerate(messages.shards(body, "shards")):  # the first is the one it was at
+            decide(ledgers.fail(decide.after, generation, e, s, a, reason, begun=place == 0), [e, s, a])
         return decide.records(), {}
 
     def _returned(

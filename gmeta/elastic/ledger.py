@@ -74,7 +74,8 @@ class Plan:
         """The order in which an epoch's shards are given out."""
         if not self.shuffle:
             return list(range(self.num_shards))
-        return sorted(range(self.num_shards), key=lambda shard: (_mix(_mix(self.seed) ^ _mix(epoch + 1), shard), shard))
+        state = _mix(self.seed) ^ _mix(epoch + 1)
+        return sorted(range(self.num_shards), key=lambda shard: (_mix(state, shard), shard))
 
 
 def _mix(state: int, value: int = 0) -> int:
@@ -136,6 +137,8 @@ class Returned:
     shard: int
     attempt: int
     reason: str
+    begun: bool = True
+    """Whether the worker had begun it: only then the shard may be at fault, and the attempt counts as a failure."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,9 @@ class Ledger:
         """(shard, samples done) of the shards that may be leased now, in order."""
         if not self.finished:
             yield from self.again.items()
-            yield from ((s, 0) for s in self.order[self.cursor :] if (self.epoch, s) not in self.quarantined)
+            for place in range(self.cursor, len(self.order)):  # no slice: a lease would copy what is left of the epoch
+                if (self.epoch, self.order[place]) not in self.quarantined:
+                    yield self.order[place], 0
 
     def save(self) -> dict[str, Any]:
         """What a checkpoint keeps, for JSON: shards in hand count as to be leased again, from where they are."""
@@ -271,20 +276,26 @@ def commit(ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int
 
 
 def fail(
-    ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int, reason: str
+    ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int, reason: str, begun: bool = True
 ) -> Returned | Refusal | None:
-    """The worker gives up on the shard."""
+    """The worker gives up on the shard; not `begun`: only because it ends."""
     held = _held(ledger, generation, epoch, shard, attempt)
-    return Returned(epoch, shard, attempt, reason) if isinstance(held, Lease) else held
+    return Returned(epoch, shard, attempt, reason, begun or held.done > 0) if isinstance(held, Lease) else held
 
 
 def expired(ledger: Ledger, now: float) -> list[Returned]:
     """Leases whose deadline has passed. A clock that jumps back keeps leases longer, never shorter."""
     return [
-        Returned(x.epoch, x.shard, x.attempt, f"worker {x.worker!r} did not renew its lease")
+        Returned(x.epoch, x.shard, x.attempt, f"worker {x.worker!r} did not renew its lease", _begun(ledger, x))
         for x in ledger.doing.values()
         if x.deadline < now
     ]
+
+
+def _begun(ledger: Ledger, held: Lease) -> bool:
+    """Whether it has progress, or is the first of its worker's leases, which are worked on one after the other."""
+    first = next(lease for lease in ledger.doing.values() if lease.worker == held.worker)
+    return held.done > 0 or first.shard == held.shard
 
 
 def rollback(ledger: Ledger, saved: Mapping[str, Any]) -> RolledBack:
@@ -343,8 +354,9 @@ def _take(ledger: Ledger, found: Lease) -> None:
 
 def _give_back(ledger: Ledger, record: Returned) -> None:
     held, key = ledger.doing.pop(record.shard), (record.epoch, record.shard)
-    ledger.failures[key] = ledger.failures.get(key, 0) + 1
-    if ledger.failures[key] >= ledger.plan.max_failures:
+    if record.begun:
+        ledger.failures[key] = ledger.failures.get(key, 0) + 1
+    if ledger.failures.get(key, 0) >= ledger.plan.max_failures:
         ledger.quarantined[key] = record.reason
     elif ledger.plan.mode == "exactly_once":
         ledger.lost[record.shard] = held.done

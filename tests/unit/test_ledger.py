@@ -336,3 +336,23 @@ class Interleavings(RuleBasedStateMachine):
 
 TestInterleavings = Interleavings.TestCase
 TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+def test_shards_that_a_lost_worker_had_not_begun_are_not_to_blame():
+    ledger = Ledger(Plan(num_samples=6, shard_size=1, max_failures=2, lease_s=10.0, shuffle=False))
+    for round_ in range(2):
+        leased = lease(ledger, "crashes", 3, now=100.0 * round_)
+        apply(ledger, leased)
+        first = [record.begun for record in expired(ledger, 100.0 * round_ + 50)]
+        assert first == [True, False, False]
+        for record in expired(ledger, 100.0 * round_ + 50):
+            apply(ledger, record)
+    assert list(ledger.quarantined) == [(0, 0)]
+    assert ledger.failures == {(0, 0): 2}
+
+
+def test_a_shard_with_progress_was_begun():
+    ledger = Ledger(Plan(num_samples=6, shard_size=2, lease_s=10.0, shuffle=False))
+    apply(ledger, lease(ledger, "w", 2, now=0.0))
+    apply(ledger, renew(ledger, 0, 0, 1, 1, 1, now=0.0))
+    assert [record.begun for record in expired(ledger, 50.0)] == [True, True]
