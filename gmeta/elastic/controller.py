@@ -95,7 +95,7 @@ class Controller:
         """How far ranks may load now; None: as far as before.
 
         Two reports' worth of steps beyond what they load ahead: one report may be late and nobody waits. A longer
-        reach would delay every decision by as much. Until a first step was reported nobody knows how many they are: one.
+        reach would delay every decision by as much. Until a step was reported nobody knows how many they are: one.
         """
         step_s = self.monitor.step_s()
         spare = 1 if step_s is None else min(1000, math.ceil(2 * self.report_s / max(step_s, 1e-6)))
