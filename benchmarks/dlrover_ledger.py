@@ -7,10 +7,10 @@ PATH is the interpreter of an environment of DLRover's own; without it DLRover's
     python -m venv DIR && DIR/bin/pip install 'dlrover[k8s]==0.6.1' protobuf
 
 Speed: workers take and finish shards one after the other and do nothing between. Audits: the same script of events for
-every system (ledger_audit.py), counted from what workers finish. DLRover runs on its defaults (gRPC, in memory), with
-its log of every shard switched off, which costs it time; its `--task_process_timeout` is set to the lease of gmeta's
-audits (its local master does not use it). gmeta runs on its defaults too: every change is in its journal before the
-reply.
+every system (ledger_audit.py), counted from what workers finish. DLRover runs at its best: gRPC (its default; 690
+shards/s with one worker, 210 over its HTTP), without a log line for every shard (with it, as by default, 510), state in
+memory. Its `--task_process_timeout` is set to gmeta's lease, though its local master does not use it. gmeta runs on its
+defaults: every change is in its journal before the reply.
 """
 
 from __future__ import annotations
