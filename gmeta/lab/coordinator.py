@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
 import threading
@@ -84,11 +84,8 @@ class Line:
 
     def __init__(self, port: int) -> None:
         self._to, self.port = port, 0
-        self._server: asyncio.Server | None = None
-        self._open: set[asyncio.StreamWriter] = set()
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="gmeta-lab-line", daemon=True)
-        self._thread.start()
+        self._open: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
         self.mend()
 
     @property
@@ -96,64 +93,58 @@ class Line:
         """Where workers find the coordinator."""
         return f"http://127.0.0.1:{self.port}"
 
+    def mend(self) -> None:
+        """Take connections (again), at the same port."""
+        self._server = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._server.getsockname()[1]
+        self._accepting = threading.Thread(target=self._accept, name="gmeta-lab-line", daemon=True)
+        self._accepting.start()
+
     def cut(self) -> None:
         """Break every connection and refuse new ones."""
-        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result()
-
-    def mend(self) -> None:
-        """Take connections again, at the same port."""
-        asyncio.run_coroutine_threadsafe(self._mend(), self._loop).result()
+        _shut(self._server)
+        self._accepting.join()
+        self._server.close()
+        while self._threads:
+            for connection in list(self._open):
+                _shut(connection)
+            self._threads[0].join(0.01)
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
 
     def close(self) -> None:
         """End it."""
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        self.cut()
 
-    async def _mend(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:  # the line was cut
+                return
+            thread = threading.Thread(target=self._serve, args=(near,), name="gmeta-lab-line", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
-    async def _cut(self) -> None:
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-        for writer in self._open:
-            writer.transport.abort()
-        while self._open:
-            await asyncio.sleep(0.01)
-
-    async def _end(self) -> None:
-        await self._cut()
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await asyncio.sleep(0.01)  # transports that were aborted close their sockets in the loop's next round
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            back_reader, back_writer = await asyncio.open_connection("127.0.0.1", self._to)
-        except OSError:  # the coordinator is away
-            writer.transport.abort()
-            return
-        except asyncio.CancelledError:
-            writer.transport.abort()
-            raise
-        self._open |= {writer, back_writer}
-        try:
-            await asyncio.gather(_pump(reader, back_writer), _pump(back_reader, writer))
-        finally:
-            self._open -= {writer, back_writer}
+    def _serve(self, near: socket.socket) -> None:
+        with near, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._to)) as far:
+            ends = {near, far}
+            self._open |= ends
+            back = threading.Thread(target=_copy, args=(far, near), name="gmeta-lab-line", daemon=True)
+            back.start()
+            _copy(near, far)
+            back.join()
+            self._open -= ends
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy until one side ends; then the other ends too."""
-    try:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(_CHUNK):
-                writer.write(data)
-                await writer.drain()
-    finally:
-        writer.transport.abort()
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    """Until one end closes; then both are closed."""
+    with contextlib.suppress(OSError):
+        while data := source.recv(_CHUNK):
+            target.sendall(data)
+    _shut(source)
+    _shut(target)
+
+
+def _shut(end: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it has ended by itself
+        end.shutdown(socket.SHUT_RDWR)

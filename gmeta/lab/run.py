@@ -70,7 +70,7 @@ def run_lab(scenario: Scenario, policy: str, out: Path, *, compare: bool = False
     if compare:
         calm = replace(scenario, events=(), devices=(), slot_s=1e-9, fixed_s=0.0, noise=0.0, _bursts={})
         plain = run_lab(calm, "static", out / "undisturbed", max_restarts=0)
-        result.difference = _difference(place, Place(out / "undisturbed"))
+        result.difference = difference(place, Place(out / "undisturbed"))
         result.difference |= {name: value - plain.metrics[name] for name, value in result.metrics.items()}
     shown = {**asdict(result), "achieved": result.achieved, "utilisation": result.utilisation}
     write_text(out / "result.json", json.dumps(shown, indent=1) + "\n")
@@ -127,7 +127,7 @@ def _measured(place: Place, scenario: Scenario, policy: str, config: TrainConfig
     return result
 
 
-def _difference(place: Place, other: Place) -> dict[str, float]:
+def difference(place: Place, other: Place) -> dict[str, float]:
     """Largest difference between two runs' last weights, as a share of the largest weight; 0 is bit-equal."""
     found, reference = (_last_tensors(p) for p in (place, other))
     worst = max(float(np.abs(found[name] - reference[name]).max(initial=0.0)) for name in reference)
