@@ -56,7 +56,7 @@ def run_lab(scenario: Scenario, policy: str, out: Path, *, compare: bool = False
     """Run it in the new folder `out`; writes result.json and report.html there.
 
     `compare`: run the same training undisturbed as well, and compare the weights. `max_restarts` are the workers that
-    the policy may replace. RuntimeError when training did not end well.
+    the policy may replace. ValueError when the folder is in use, or training did not end well.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: name a new folder for the run")
@@ -92,7 +92,7 @@ def _train(place: Place, scenario: Scenario, policy: str, epochs: int, max_resta
         stack.callback(Faults(scenario, place, coordinator, line).close)
         code = supervise(config, scenario.workers, [str(place.path)], module="gmeta.lab")
     if code != 0:
-        raise RuntimeError(f"training ended with {code}: see what it said above, and {place.path / 'coordinator.log'}")
+        raise ValueError(f"training ended with {code}: see what it said above, and {place.path / 'coordinator.log'}")
     return config
 
 

@@ -1,0 +1,218 @@
+"""What policies make of slow and dying workers: real training in the laboratory, the same work under each policy.
+
+    python benchmarks/stragglers.py [--quick] [--json FILE] [--out FOLDER]
+
+Four workers on emulated devices (`gmeta lab`) train the same batches in every run. `achieved / ideal` compares with
+each step balanced exactly by the true speeds of that very step, and nothing else taking any time: exchanges, the
+trainer's own work on shared cores, the steps before the first decision and restarts all count against it. The
+simulator runs the same scenarios; what a step takes besides computing, and what a restart takes, it is told as
+measured: the former once, in the first run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import Record, add_json, gmeta, parse, publish, table
+
+from gmeta.elastic.actions import Action
+from gmeta.elastic.monitor import Snapshot
+from gmeta.elastic.policies import load_policy
+from gmeta.elastic.scenario import (
+    Contention,
+    Deterministic,
+    Devices,
+    Event,
+    Kill,
+    Persistent,
+    Scenario,
+    Transient,
+)
+from gmeta.lab.place import Place
+from gmeta.lab.run import difference
+from gmeta.simulate import simulate
+
+STEPS, QUICK_STEPS = 240, 100
+SLOT_S = 0.0078125
+"""16 slots: 0.125 s. Longer steps would hide what the trainer itself takes, shorter ones drown the rest in it."""
+TARGETS = {"deterministic": 0.90, "persistent": 0.90, "transient, 50": 0.80}
+"""By how a case's name begins."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scenario, and who is compared in it. Policies may replace no worker: the machine has none to spare."""
+
+    name: str
+    policies: tuple[str, ...]
+    events: tuple[Event, ...] = ()
+    devices: tuple[Devices, ...] = ()
+    quick: tuple[str, ...] = ()
+
+    def scenario(self, steps: int) -> Scenario:
+        """As it is run."""
+        return Scenario(
+            workers=4,
+            steps=steps,
+            slot_s=SLOT_S,
+            noise=0.02,
+            checkpoint_steps=50,
+            devices=self.devices,
+            events=self.events,
+        )
+
+
+def cases(steps: int) -> list[Case]:
+    everyone = (0, 1, 2, 3)
+    rivals = ("static", "lb_bsp", "backup", "nd")
+    return [
+        Case("deterministic 2x", rivals, (Deterministic(0, 2.0),)),
+        Case("deterministic 4x", rivals, (Deterministic(0, 4.0),), quick=("static", "nd")),
+        Case(
+            "two device classes 1:2",
+            ("static", "lb_bsp", "nd", "dd"),
+            devices=(Devices("fast", 2, 1.0, max_slots=32), Devices("slow", 2, 0.5, max_slots=8)),
+            quick=("dd",),
+        ),
+        Case(
+            "transient, 50 steps",
+            rivals,
+            (Transient(everyone, 3.0, 0.2, mean_steps=50),),
+            quick=("nd",),
+        ),
+        Case("transient, 10 steps", ("static", "lb_bsp", "nd"), (Transient(everyone, 3.0, 0.2, mean_steps=10),)),
+        Case("persistent 3x", rivals, (Persistent(1, 3.0, from_step=steps // 5),), quick=("nd",)),
+        Case("persistent contention", ("static", "nd"), (Contention(1, from_s=5.0),), quick=("nd",)),
+        Case("kill in the middle", ("static", "nd"), (Kill("rank 2", at_step=steps // 2),), quick=("nd",)),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer runs and steps, about 6 minutes; no result files")
+    parser.add_argument("--out", type=Path, help="keep the runs' folders, with their timelines, in this folder")
+    add_json(parser)
+    args = parse(parser)
+    steps = QUICK_STEPS if args.quick else STEPS
+    records: list[Record] = []
+    with ExitStack() as stack:
+        folder = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gmeta-stragglers-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        reference = run(Case("undisturbed", ()), "static", folder, calm(steps))
+        overhead_s: float | None = None
+        for case in cases(steps):
+            for policy in case.quick if args.quick else case.policies:
+                found = run(case, policy, folder, case.scenario(steps))
+                overhead_s = found["overhead_s"] if overhead_s is None else overhead_s
+                records += measured(case, policy, found, reference)
+                records += predicted(case, policy, case.scenario(steps), found, overhead_s)
+                print(records_line(case, policy, found), file=sys.stderr, flush=True)
+    config = {"steps": steps, "workers": 4, "tasks_per_batch": 64, "slot_s": SLOT_S, "targets": TARGETS}
+    publish("stragglers", body(records), records, config, args)
+
+
+def calm(steps: int) -> Scenario:
+    """The same training as fast as it goes."""
+    return replace(Case("", ()).scenario(steps), slot_s=1e-9, noise=0.0, _bursts={})
+
+
+def run(case: Case, policy: str, folder: Path, scenario: Scenario) -> dict[str, Any]:
+    """One run; its result.json, and where it is."""
+    out = folder / f"{case.name} {policy}".replace(" ", "-").replace(",", "").replace(":", "-")
+    source = folder / "scenario"
+    source.mkdir(exist_ok=True)
+    Place(source).write_scenario(scenario)
+    words = ["--scenario", source / "scenario.yaml", "--policy", policy, "--out", out, "--max_restarts", 0]
+    gmeta("lab", *words)
+    return {**json.loads((out / "result.json").read_text()), "out": out}
+
+
+def measured(case: Case, policy: str, found: dict[str, Any], reference: dict[str, Any]) -> list[Record]:
+    """The records of a run."""
+    changed = difference(Place(found["out"]), Place(reference["out"]))["weights"]
+    loss = found["metrics"]["loss_after"] - reference["metrics"]["loss_after"]
+    rows = (
+        ("achieved_over_ideal", found["achieved"], ""),
+        ("jct_s", found["jct_s"], "s"),
+        ("ideal_s", found["ideal_s"], "s"),
+        ("utilisation", found["utilisation"], ""),
+        ("lost", found["lost"], "tasks"),
+        ("repeated", found["repeated"], "tasks"),
+        ("contradictions", len(found["problems"]), ""),
+        ("tail_tasks", found["tail_tasks"], "tasks"),
+        ("steps_done_again", found["repeated_steps"], "steps"),
+        ("decisions", found["decisions"], ""),
+        ("restart_s", found["restart_s"], "s"),
+        ("overhead_s", found["overhead_s"], "s"),
+        ("agent_cpu_share", found["agent_cpu_share"], ""),
+        ("not_emulated", found["not_emulated"], ""),
+        ("loss_minus_undisturbed", loss, ""),
+        ("weights_minus_undisturbed", changed, ""),
+    )
+    return [Record(case.name, policy, metric, float(value), unit) for metric, value, unit in rows]
+
+
+def predicted(case: Case, policy: str, scenario: Scenario, found: dict[str, Any], overhead_s: float) -> list[Record]:
+    """The simulator's time for the same scenario and policy over the measured one."""
+    if any(isinstance(event, Contention) for event in scenario.events):
+        return []  # no model says what a real burner does
+    told = replace(scenario, comm_s=max(0.0, overhead_s), restart_s=found["restart_s"], _bursts={})
+    simulated = simulate(told, without_restarts(load_policy(policy)), policy)
+    return [Record(case.name, policy, "simulated_over_measured", simulated.jct_s / found["jct_s"], "")]
+
+
+def without_restarts(policy: Callable[[Snapshot], Sequence[Action]]) -> Callable[[Snapshot], Sequence[Action]]:
+    """The policy where no worker may be replaced."""
+    return lambda snapshot: policy(replace(snapshot, restarts_left=0))
+
+
+def records_line(case: Case, policy: str, found: dict[str, Any]) -> str:
+    return f"{case.name}, {policy}: {found['jct_s']:.1f} s, {found['achieved']:.2f} of ideal"
+
+
+def body(records: Sequence[Record]) -> str:
+    """The table, and how targets were met."""
+    values = {(r.case, r.variant, r.metric): r.value for r in records}
+    rows = []
+    for case, policy in dict.fromkeys((r.case, r.variant) for r in records):
+
+        def number(metric: str, case: str = case, policy: str = policy) -> float:
+            return values[case, policy, metric]
+
+        simulated = values.get((case, policy, "simulated_over_measured"))
+        rows.append(
+            (
+                case,
+                policy,
+                f"{number('jct_s'):.1f}",
+                f"{number('achieved_over_ideal'):.2f}",
+                f"{number('utilisation'):.0%}",
+                f"{number('lost'):.0f}, {number('repeated'):.0f}",
+                f"{number('weights_minus_undisturbed'):.1g}",
+                f"{number('loss_minus_undisturbed'):+.4f}",
+                f"{number('agent_cpu_share'):.1%}",
+                f"{1e3 * number('overhead_s'):.0f}",
+                "" if simulated is None else f"{simulated:.2f}",
+            )
+        )
+    header = ("case", "policy", "seconds", "achieved / ideal", "computing", "lost, repeated", "weights differ by")
+    header += ("loss, less undisturbed", "agent CPU", "step overhead, ms", "simulated / measured")
+    notes = [
+        f"- {name}: nd {values[name, 'nd', 'achieved_over_ideal']:.2f}, target {target:.2f}"
+        for name in dict.fromkeys(r.case for r in records)
+        for start, target in TARGETS.items()
+        if name.startswith(start) and (name, "nd", "achieved_over_ideal") in values
+    ]
+    return "\n".join([table(header, rows), "", "Achieved / ideal against the targets:", "", *notes])
+
+
+if __name__ == "__main__":
+    main()
