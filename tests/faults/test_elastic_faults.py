@@ -1,4 +1,4 @@
-"""An elastic group under fire: whoever is killed, each task takes effect once an epoch, and the weights are the same."""
+"""An elastic group under fire: whoever is killed, a task takes effect once an epoch, and the weights are the same."""
 
 from __future__ import annotations
 

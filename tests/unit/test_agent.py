@@ -167,9 +167,7 @@ def test_a_restart_is_raised_at_its_step() -> None:
     here = Here(lambda s: [KillRestart(0)] if s.step > 3 else [])
     agent = Agent(here, generation=0, rank=0, report_s=0.001)
     with pytest.raises(RestartRequested, match="the worker of rank 0 is replaced") as caught:
-        for step in range(500):
-            agent.setting(step)
-            agent.finished(step_time(step), 0, 0, 8)
+        run_steps(agent, 0, 500)
     assert caught.value.setting.restart == 0
     agent.close()
 
