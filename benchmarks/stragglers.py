@@ -40,7 +40,7 @@ from gmeta.lab.place import Place
 from gmeta.lab.run import difference
 from gmeta.simulate import simulate
 
-STEPS, QUICK_STEPS = 240, 100
+QUICK_STEPS = 100
 SLOT_S = 0.0078125
 """16 slots: 0.125 s. Longer steps would hide what the trainer itself takes, shorter ones drown the rest in it."""
 TARGETS = {"deterministic": 0.90, "persistent": 0.90, "transient, 50": 0.80}
@@ -53,15 +53,17 @@ class Case:
 
     name: str
     policies: tuple[str, ...]
+    steps: int
     events: tuple[Event, ...] = ()
     devices: tuple[Devices, ...] = ()
     quick: tuple[str, ...] = ()
 
-    def scenario(self, steps: int) -> Scenario:
+    @property
+    def scenario(self) -> Scenario:
         """As it is run."""
         return Scenario(
             workers=4,
-            steps=steps,
+            steps=self.steps,
             slot_s=SLOT_S,
             noise=0.02,
             checkpoint_steps=50,
@@ -70,29 +72,28 @@ class Case:
         )
 
 
-def cases(steps: int) -> list[Case]:
-    everyone = (0, 1, 2, 3)
+def cases(quick: bool) -> list[Case]:
+    """More steps where the first ones, made before anything can be known, cost most."""
+    everyone, devices = (0, 1, 2, 3), (Devices("fast", 2, 1.0, max_slots=32), Devices("slow", 2, 0.5, max_slots=8))
+    long, usual, short = (QUICK_STEPS,) * 3 if quick else (500, 300, 240)
     rivals = ("static", "lb_bsp", "backup", "nd")
-    return [
-        Case("deterministic 2x", rivals, (Deterministic(0, 2.0),)),
-        Case("deterministic 4x", rivals, (Deterministic(0, 4.0),), quick=("static", "nd")),
+    found = [
+        Case("deterministic 2x", ("static", "nd"), usual, (Deterministic(0, 2.0),)),
+        Case("deterministic 4x", rivals, long, (Deterministic(0, 4.0),), quick=("static", "nd")),
+        Case("two device classes 1:2", ("static", "lb_bsp", "nd", "dd"), short, devices=devices, quick=("dd",)),
+        Case("transient, 50 steps", rivals, usual, (Transient(everyone, 3.0, 0.2, mean_steps=50),), quick=("nd",)),
+        Case("transient, 10 steps", ("static", "nd"), short, (Transient(everyone, 3.0, 0.2, mean_steps=10),)),
         Case(
-            "two device classes 1:2",
-            ("static", "lb_bsp", "nd", "dd"),
-            devices=(Devices("fast", 2, 1.0, max_slots=32), Devices("slow", 2, 0.5, max_slots=8)),
-            quick=("dd",),
-        ),
-        Case(
-            "transient, 50 steps",
-            rivals,
-            (Transient(everyone, 3.0, 0.2, mean_steps=50),),
+            "persistent 3x",
+            ("static", "lb_bsp", "nd"),
+            usual,
+            (Persistent(1, 3.0, from_step=usual // 5),),
             quick=("nd",),
         ),
-        Case("transient, 10 steps", ("static", "lb_bsp", "nd"), (Transient(everyone, 3.0, 0.2, mean_steps=10),)),
-        Case("persistent 3x", rivals, (Persistent(1, 3.0, from_step=steps // 5),), quick=("nd",)),
-        Case("persistent contention", ("static", "nd"), (Contention(1, from_s=5.0),), quick=("nd",)),
-        Case("kill in the middle", ("static", "nd"), (Kill("rank 2", at_step=steps // 2),), quick=("nd",)),
+        Case("persistent contention", ("static", "nd"), usual, (Contention(1, from_s=5.0),), quick=("nd",)),
+        Case("kill in the middle", ("nd",), short, (Kill("rank 2", at_step=short // 2),), quick=("nd",)),
     ]
+    return [replace(case, policies=case.quick) for case in found if case.quick] if quick else found
 
 
 def main() -> None:
@@ -101,32 +102,40 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the runs' folders, with their timelines, in this folder")
     add_json(parser)
     args = parse(parser)
-    steps = QUICK_STEPS if args.quick else STEPS
     records: list[Record] = []
     with ExitStack() as stack:
         folder = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gmeta-stragglers-")))
         folder.mkdir(parents=True, exist_ok=True)
-        reference = run(Case("undisturbed", ()), "static", folder, calm(steps))
+        references: dict[int, dict[str, Any]] = {}
         overhead_s: float | None = None
-        for case in cases(steps):
-            for policy in case.quick if args.quick else case.policies:
-                found = run(case, policy, folder, case.scenario(steps))
+        for case in cases(args.quick):
+            if case.steps not in references:
+                undisturbed = Case(f"undisturbed {case.steps}", (), case.steps)
+                references[case.steps] = run(undisturbed.name, "static", folder, calm(undisturbed.scenario))
+            for policy in case.policies:
+                found = run(case.name, policy, folder, case.scenario)
                 overhead_s = found["overhead_s"] if overhead_s is None else overhead_s
-                records += measured(case, policy, found, reference)
-                records += predicted(case, policy, case.scenario(steps), found, overhead_s)
-                print(records_line(case, policy, found), file=sys.stderr, flush=True)
-    config = {"steps": steps, "workers": 4, "tasks_per_batch": 64, "slot_s": SLOT_S, "targets": TARGETS}
+                records += measured(case, policy, found, references[case.steps])
+                records += predicted(case, policy, found, overhead_s)
+                print(progress(case, policy, found), file=sys.stderr, flush=True)
+    config = {
+        "workers": 4,
+        "tasks_per_batch": 64,
+        "slot_s": SLOT_S,
+        "steps": {case.name: case.steps for case in cases(args.quick)},
+        "targets": TARGETS,
+    }
     publish("stragglers", body(records), records, config, args)
 
 
-def calm(steps: int) -> Scenario:
+def calm(scenario: Scenario) -> Scenario:
     """The same training as fast as it goes."""
-    return replace(Case("", ()).scenario(steps), slot_s=1e-9, noise=0.0, _bursts={})
+    return replace(scenario, slot_s=1e-9, noise=0.0, _bursts={})
 
 
-def run(case: Case, policy: str, folder: Path, scenario: Scenario) -> dict[str, Any]:
+def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, Any]:
     """One run; its result.json, and where it is."""
-    out = folder / f"{case.name} {policy}".replace(" ", "-").replace(",", "").replace(":", "-")
+    out = folder / f"{name} {policy}".replace(" ", "-").replace(",", "").replace(":", "-")
     source = folder / "scenario"
     source.mkdir(exist_ok=True)
     Place(source).write_scenario(scenario)
@@ -160,11 +169,11 @@ def measured(case: Case, policy: str, found: dict[str, Any], reference: dict[str
     return [Record(case.name, policy, metric, float(value), unit) for metric, value, unit in rows]
 
 
-def predicted(case: Case, policy: str, scenario: Scenario, found: dict[str, Any], overhead_s: float) -> list[Record]:
+def predicted(case: Case, policy: str, found: dict[str, Any], overhead_s: float) -> list[Record]:
     """The simulator's time for the same scenario and policy over the measured one."""
-    if any(isinstance(event, Contention) for event in scenario.events):
+    if any(isinstance(event, Contention) for event in case.events):
         return []  # no model says what a real burner does
-    told = replace(scenario, comm_s=max(0.0, overhead_s), restart_s=found["restart_s"], _bursts={})
+    told = replace(case.scenario, comm_s=max(0.0, overhead_s), restart_s=found["restart_s"], _bursts={})
     simulated = simulate(told, without_restarts(load_policy(policy)), policy)
     return [Record(case.name, policy, "simulated_over_measured", simulated.jct_s / found["jct_s"], "")]
 
@@ -174,7 +183,7 @@ def without_restarts(policy: Callable[[Snapshot], Sequence[Action]]) -> Callable
     return lambda snapshot: policy(replace(snapshot, restarts_left=0))
 
 
-def records_line(case: Case, policy: str, found: dict[str, Any]) -> str:
+def progress(case: Case, policy: str, found: dict[str, Any]) -> str:
     return f"{case.name}, {policy}: {found['jct_s']:.1f} s, {found['achieved']:.2f} of ideal"
 
 
