@@ -77,6 +77,7 @@ class Monitor:
         self.first_step = first_step
         self.short_steps = short_steps
         self._steps: list[deque[StepTime]] = [deque(maxlen=long_steps) for _ in range(world_size)]
+        self._leader = 0  # the rank that is furthest: kept, because every report asks for it
         self._last: list[float | None] = [None] * world_size
         self._about: list[dict[str, Any]] = [{} for _ in range(world_size)]
 
@@ -88,23 +89,28 @@ class Monitor:
         """Steps of a rank since its last report, in order; repeated ones are passed over."""
         seen = self._steps[rank]
         seen.extend(s for s in steps if not seen or s.step > seen[-1].step)
+        if self._next(rank) > self.furthest:
+            self._leader = rank
         self._last[rank] = now
         self._about[rank]["facts"] = dict(facts)
 
     @property
     def finished(self) -> int:
         """Steps that every rank has finished, those before `first_step` included."""
-        return min(seen[-1].step + 1 if seen else self.first_step for seen in self._steps)
+        return min(self._next(rank) for rank in range(len(self._steps)))
 
     @property
     def furthest(self) -> int:
         """Steps that the first rank has finished."""
-        return max(seen[-1].step + 1 if seen else self.first_step for seen in self._steps)
+        return self._next(self._leader)
+
+    def _next(self, rank: int) -> int:
+        seen = self._steps[rank]
+        return seen[-1].step + 1 if seen else self.first_step
 
     def step_s(self) -> float | None:
         """Median seconds of a step, waits included, of the rank that is furthest; None before the first."""
-        seen = max(self._steps, key=lambda steps: steps[-1].step if steps else -1)
-        recent = list(seen)[-self.short_steps :]
+        recent = list(self._steps[self._leader])[-self.short_steps :]
         return statistics.median(s.compute_s + s.input_s + s.wait_s for s in recent) if recent else None
 
     def snapshot(self, now: float, setting: Setting, restarts_left: int) -> Snapshot:
