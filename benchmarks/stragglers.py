@@ -6,8 +6,8 @@ Four workers on emulated devices (`gmeta lab`) train the same batches in every r
 each step balanced exactly by the true speeds of that very step, and nothing else taking any time: exchanges, the
 trainer's own work on shared cores, the steps before the first decision and restarts all count against it. Attainable
 is the ideal plus, for each step, the run's median time of a step besides its slowest rank's computing: what is missing
-from that is the policy's, or a restart's. The simulator runs the same scenarios; what a step takes besides computing, and what a restart takes, it is told as
-measured: the former once, in the first run.
+from that is the policy's, or a restart's. The simulator runs the same scenarios; what a step takes besides computing,
+and what a restart takes, it is told as measured: the former once, in the first run.
 """
 
 from __future__ import annotations
