@@ -21,6 +21,9 @@ _WINDOWS_AHEAD = 2
 _TELL_S = 2.0
 """Seconds between two messages of mere progress; a finished window is told at once, a checkpoint knows all."""
 
+_SILENT_S = 1.0
+"""Seconds after which an agent reports even though no step was made."""
+
 
 class Caller(Protocol):
     """The part of `gmeta.elastic.client.Client` that an agent needs."""
@@ -124,7 +127,7 @@ class Agent:
         self._steps: deque[StepTime] = deque()
         self._settings: list[Setting] = []
         self._until = -1
-        self._told = -_TELL_S
+        self._told, self._reported = -_TELL_S, -_SILENT_S
         self._wanted = -1  # a step that somebody waits for
         self._error: BaseException | None = None
         self._closed = False
@@ -194,7 +197,9 @@ class Agent:
             while True:
                 started = time.thread_time()
                 with self._call:
-                    self._report()
+                    if self._steps or self._urgent() or time.monotonic() - self._reported > _SILENT_S:
+                        self._reported = time.monotonic()
+                        self._report()
                     if self._windows is not None:
                         self._lease()
                 self.cpu_s += time.thread_time() - started

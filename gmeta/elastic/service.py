@@ -202,6 +202,8 @@ def serve(coordinator: Coordinator, bound: socket.socket, token: str | None) -> 
         create_app(coordinator, token),
         log_level="warning",
         access_log=False,
+        server_header=False,  # a client spends most of its time on parsing headers
+        date_header=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
     )
