@@ -10,8 +10,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import pytest
@@ -59,21 +61,39 @@ def command(pack: Path, run_dir: Path, *extra: object, nproc: int = 2, elastic: 
     return [sys.executable, "-m", "gmeta", *map(str, words)]
 
 
-def start(arguments: list[str], path: Path | None = None) -> subprocess.Popen[str]:
+class Started(subprocess.Popen[str]):
+    """A run whose words go to a file: a pipe that nobody reads is full after 64 KB, and stops who writes to it."""
+
+    said: TextIO
+
+
+def start(arguments: list[str], path: Path | None = None) -> Started:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if path is not None:
         environment["PYTHONPATH"] = str(path)
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - `end` closes it
+    process = Started(arguments, stderr=said, stdout=said, text=True, env=environment)
+    process.said = said
+    return process
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 240) -> str:
-    out, err = process.communicate(timeout=timeout_s)
-    assert process.returncode == 0, out + err
-    assert "Traceback" not in err, err
-    return out + err
+def end(process: Started, timeout_s: float = 240) -> str:
+    """What it said, once it has ended; no traceback."""
+    process.wait(timeout_s)
+    with process.said as file:
+        file.seek(0)
+        said = file.read()
+    assert "Traceback" not in said, said
+    return said
 
 
-def processes(process: subprocess.Popen[str], word: str) -> list[psutil.Process]:
+def finish(process: Started, timeout_s: float = 240) -> str:
+    said = end(process, timeout_s)
+    assert process.returncode == 0, said
+    return said
+
+
+def processes(process: Started, word: str) -> list[psutil.Process]:
     """Children that run gmeta's command `word`."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -91,7 +111,7 @@ def steps_logged(run_dir: Path) -> int:
     return len(re.findall('"kind": "train"', metrics.read_text())) if metrics.exists() else 0
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int, timeout_s: float = 120) -> None:
+def wait_for_step(process: Started, run_dir: Path, step: int, timeout_s: float = 120) -> None:
     end = time.monotonic() + timeout_s
     while process.poll() is None and steps_logged(run_dir) < step:
         assert time.monotonic() < end, f"step {step} did not come"
@@ -131,7 +151,7 @@ def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def kill(process: subprocess.Popen[str], who: str, rng: random.Random) -> bool:
+def kill(process: Started, who: str, rng: random.Random) -> bool:
     """SIGKILL one worker, the coordinator, or both; False where none was left."""
     victims = []
     if who in ("worker", "both"):
@@ -267,7 +287,7 @@ def test_another_number_of_workers_goes_on(pack: Path, undisturbed: Path, tmp_pa
     process = start(command(pack, run_dir))
     wait_for_step(process, run_dir, 25)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    end(process)
     assert process.returncode == 75
     finish(start(command(pack, run_dir, "--resume", "true", nproc=1)))
     assert_each_task_once(run_dir)
@@ -285,10 +305,9 @@ def test_restarts_that_lead_nowhere_end_the_run(pack: Path, tmp_path: Path) -> N
         while process.poll() is None and not processes(process, "train"):
             time.sleep(0.05)
         (run_dir / "metrics.jsonl").unlink(missing_ok=True)
-    _, err = process.communicate(timeout=120)
+    said = end(process)
     assert process.returncode == 128 + signal.SIGKILL
-    assert "1 restarts without a new checkpoint: giving up" in err
-    assert "Traceback" not in err
+    assert "1 restarts without a new checkpoint: giving up" in said
 
 
 def test_a_coordinator_that_stays_away_is_named(pack: Path, tmp_path: Path) -> None:
@@ -298,7 +317,6 @@ def test_a_coordinator_that_stays_away_is_named(pack: Path, tmp_path: Path) -> N
     token.chmod(0o600)
     words = ["--elastic.url", "http://127.0.0.1:9", "--elastic.token_file", token, "--elastic.patience_s", 1]
     process = start(command(pack, run_dir, *words))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2, err
-    assert "http://127.0.0.1:9" in err
-    assert "Traceback" not in err
+    said = end(process)
+    assert process.returncode == 2, said
+    assert "http://127.0.0.1:9" in said
