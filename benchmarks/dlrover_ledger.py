@@ -16,6 +16,7 @@ defaults: every change is in its journal before the reply.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,31 @@ HOW = {
     "dlrover": "",
 }
 UNITS = {"shards/s": "1/s", "wait p50": "ms", "wait p99": "ms", "served again after": "s"}
+NOTES = {
+    "speed, 1 worker": (
+        "gmeta and dlrover: one message says that a shard is done, one asks for the next. gmeta-exchange: one message "
+        "does both. gmeta-batch: one message does both for 32 shards; its waits are of a message."
+    ),
+    "worker killed": (
+        "SIGKILL of one of 4 workers amid a shard. On Kubernetes DLRover's master watches the pods and gives back what "
+        "a failed one held; its local master, measured here, hears of no death."
+    ),
+    "server killed": (
+        "SIGKILL of the server while 3 of 4 workers are amid a shard; the same command again. DLRover's state is in "
+        "memory, so its workers announce the data set anew. `checkpoint restored`: its own checkpoint of the shards, "
+        "taken 7 shards before; a model restored from the same moment needs those 7 again."
+    ),
+    "failing shard": (
+        "The first shard fails in every worker's hands. gmeta stops the job after 4 failures, by default at once, and "
+        "tells every worker why; with skip_quarantined it goes on, and names the shard in its state. DLRover drops the "
+        "shard after 4 failures and says so in its master's log."
+    ),
+    "late report": (
+        "A worker is stopped amid the only shard and taken for dead (a lease that ran out; for DLRover a failure "
+        "reported in its name, as its master on Kubernetes does); another has the shard when the first one wakes and "
+        "says that it is done; then the other one fails."
+    ),
+}
 SKIPPED = (
     "DLRover's rows are left out: name an interpreter that has it with --dlrover_python PATH "
     f"(python -m venv DIR && DIR/bin/pip install 'dlrover[k8s]=={DLROVER}' protobuf; PATH is DIR/bin/python)"
@@ -72,6 +98,7 @@ def main() -> int:
     python = args.dlrover_python.absolute() if args.dlrover_python else None  # not resolved: a venv's is a link
     if python is not None and (problem := unusable(python)):
         parser.error(f"--dlrover_python {python}: {problem}")
+    before = os.getloadavg()[0]
     effort, shards, turns = (QUICK, {1: 100, 8: 400}, 1) if args.quick else (FULL, {1: 1000, 8: 4000}, 5)
     with tempfile.TemporaryDirectory(prefix="gmeta-dlrover-") as name:
         speeds = measure_speed(python, shards, turns, Path(name))
@@ -87,6 +114,7 @@ def main() -> int:
         "shards a turn, by workers": shards,
         "audits": effort,
         "dlrover": DLROVER if python else "left out",
+        "load average before, after": f"{before:.1f}, {os.getloadavg()[0]:.1f} (8 workers are load themselves)",
     }
     publish("dlrover_ledger", show(found, effort, python is not None), records_of(found), config, args)
     return 0
@@ -188,7 +216,7 @@ def show(found: Mapping[str, Mapping[str, Numbers]], effort: Effort, with_dlrove
             for variant, numbers in variants.items()
         ]
         header = [metric + (f", {UNITS[metric]}" if UNITS.get(metric) in ("ms", "s") else "") for metric in metrics]
-        parts += [f"## {case}", table([case, *header], rows)]
+        parts += [f"## {case}", *([NOTES[case]] if case in NOTES else []), table([case, *header], rows)]
     return "\n\n".join(parts)
 
 
