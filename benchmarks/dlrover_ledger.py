@@ -98,10 +98,10 @@ def main() -> int:
     python = args.dlrover_python.absolute() if args.dlrover_python else None  # not resolved: a venv's is a link
     if python is not None and (problem := unusable(python)):
         parser.error(f"--dlrover_python {python}: {problem}")
-    before = os.getloadavg()[0]
+    loads = [os.getloadavg()[0]]
     effort, shards, turns = (QUICK, {1: 100, 8: 400}, 1) if args.quick else (FULL, {1: 1000, 8: 4000}, 5)
     with tempfile.TemporaryDirectory(prefix="gmeta-dlrover-") as name:
-        speeds = measure_speed(python, shards, turns, Path(name))
+        speeds = measure_speed(python, shards, turns, Path(name), loads)
         audits = {
             case: {
                 system.variant: run(system, Path(name) / case / system.variant, effort) for system in of(case, python)
@@ -114,7 +114,7 @@ def main() -> int:
         "shards a turn, by workers": shards,
         "audits": effort,
         "dlrover": DLROVER if python else "left out",
-        "load average before, after": f"{before:.1f}, {os.getloadavg()[0]:.1f} (8 workers are load themselves)",
+        "load average before the speed part and after each turn": ", ".join(f"{load:.1f}" for load in loads),
     }
     publish("dlrover_ledger", show(found, effort, python is not None), records_of(found), config, args)
     return 0
@@ -149,9 +149,12 @@ def of(case: str, python: Path | None) -> list[System]:
 
 
 def measure_speed(
-    python: Path | None, shards: Mapping[int, int], turns: int, folder: Path
+    python: Path | None, shards: Mapping[int, int], turns: int, folder: Path, loads: list[float]
 ) -> dict[str, dict[str, Numbers]]:
-    """By case and variant. In each turn both systems start anew, and every way is run on each number of workers."""
+    """By case and variant. In each turn both systems start anew, and every way is run on each number of workers.
+
+    The machine's load average after each turn is added to `loads`: 8 workers and a server alone make about 2 to 3.
+    """
     speeds: dict[tuple[int, str], Speed] = defaultdict(Speed)
     for turn in range(turns):
         for system in [gmeta_system(), *([dlrover_system(python)] if python else [])][:: -1 if turn % 2 else 1]:
@@ -172,6 +175,7 @@ def measure_speed(
                         rate, waits = pull(found.workers[:number], HOW[variant], total)
                         speeds[number, variant].rates.append(rate)
                         speeds[number, variant].waits.extend(waits)
+        loads.append(os.getloadavg()[0])
     cases: dict[str, dict[str, Numbers]] = defaultdict(dict)
     for number, variant in sorted(speeds, key=lambda key: (key[0], list(HOW).index(key[1]))):
         cases[f"{number} worker{'s' if number > 1 else ''}"][variant] = speeds[number, variant].numbers()
