@@ -25,6 +25,7 @@ from typing import Any
 from common import Record, add_json, gmeta, parse, publish, table
 
 from gmeta.elastic.actions import Action
+from gmeta.elastic.balance import proportional
 from gmeta.elastic.monitor import Snapshot
 from gmeta.elastic.policies import load_policy
 from gmeta.elastic.scenario import (
@@ -37,9 +38,11 @@ from gmeta.elastic.scenario import (
     Scenario,
     Transient,
 )
+from gmeta.lab.measure import executions, ideal_step_s
 from gmeta.lab.place import Place
 from gmeta.lab.run import difference
 from gmeta.simulate import simulate
+from gmeta.tracking import METRICS_FILE, read_metrics
 
 QUICK_STEPS = 100
 SLOT_S = 0.0125
@@ -81,17 +84,25 @@ def cases(quick: bool) -> list[Case]:
     found = [
         Case("deterministic 2x", ("static", "nd"), usual, (Deterministic(0, 2.0),)),
         Case("deterministic 4x", ("static", "lb_bsp", "nd"), long, (Deterministic(0, 4.0),), quick=("static", "nd")),
-        Case("two device classes 1:2", ("static", "lb_bsp", "nd", "dd"), short, devices=devices, quick=("dd",)),
-        Case("transient, 50 steps", rivals, long, (Transient(everyone, 3.0, 0.2, mean_steps=50),), quick=("nd",)),
+        Case(
+            "two device classes 1:2", ("static", "lb_bsp", "nd", "dd"), short, devices=devices, quick=("static", "dd")
+        ),
+        Case(
+            "transient, 50 steps",
+            rivals,
+            long,
+            (Transient(everyone, 3.0, 0.2, mean_steps=50),),
+            quick=("static", "nd"),
+        ),
         Case("transient, 10 steps", ("static", "nd"), usual, (Transient(everyone, 3.0, 0.2, mean_steps=10),)),
         Case(
             "persistent 3x",
             ("static", "lb_bsp", "nd"),
             usual,
             (Persistent(1, 3.0, from_step=usual // 5),),
-            quick=("nd",),
+            quick=("static", "nd"),
         ),
-        Case("persistent contention", ("static", "nd"), usual, (Contention(1, from_s=5.0),), quick=("nd",)),
+        Case("persistent contention", ("static", "nd"), usual, (Contention(1, from_s=5.0),)),
         Case("kill in the middle", ("nd",), short, (Kill("rank 2", at_step=short // 2 + 15),), quick=("nd",)),
     ]
     return [replace(case, policies=case.quick) for case in found if case.quick] if quick else found
@@ -99,8 +110,10 @@ def cases(quick: bool) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer runs and steps, about 6 minutes; no result files")
-    parser.add_argument("--out", type=Path, help="keep the runs' folders, with their timelines, in this folder")
+    parser.add_argument("--quick", action="store_true", help="fewer runs and steps, about 10 minutes; no result files")
+    parser.add_argument(
+        "--out", type=Path, help="keep the runs, with their timelines, here; those it has are not made again"
+    )
     add_json(parser)
     args = parse(parser)
     records: list[Record] = []
@@ -113,10 +126,12 @@ def main() -> None:
             if case.steps not in references:
                 undisturbed = Case(f"undisturbed {case.steps}", (), case.steps)
                 references[case.steps] = run(undisturbed.name, "static", folder, calm(undisturbed.scenario))
+            static: dict[str, Any] | None = None
             for policy in case.policies:
                 found = run(case.name, policy, folder, case.scenario)
+                static = found if policy == "static" else static
                 overhead_s = found["overhead_s"] if overhead_s is None else overhead_s
-                records += measured(case, policy, found, references[case.steps])
+                records += measured(case, policy, found, references[case.steps], static)
                 records += predicted(case, policy, found, overhead_s)
                 print(progress(case, policy, found), file=sys.stderr, flush=True)
     config = {
@@ -140,18 +155,39 @@ def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, A
     source = folder / "scenario"
     source.mkdir(exist_ok=True)
     Place(source).write_scenario(scenario)
+    if (out / "result.json").exists():
+        return {**json.loads((out / "result.json").read_text()), "out": out}
     words = ["--scenario", source / "scenario.yaml", "--policy", policy, "--out", out, "--max_restarts", 0]
     gmeta("lab", *words)
     return {**json.loads((out / "result.json").read_text()), "out": out}
 
 
-def measured(case: Case, policy: str, found: dict[str, Any], reference: dict[str, Any]) -> list[Record]:
-    """The records of a run."""
+def ideal_gain(scenario: Scenario, place: Place) -> float:
+    """How much faster than with equal slots the run's computing would have been, had every step been balanced."""
+    last = [{e.step: e for e in executions(place, rank)} for rank in range(scenario.workers)]
+    equal = ideal = 0.0
+    for record in read_metrics(place.run_dir / METRICS_FILE):
+        if record["kind"] != "train" or any(record["step"] - 1 not in steps for steps in last):
+            continue
+        factors, tasks = [steps[record["step"] - 1].factor for steps in last], sum(record["slots"])
+        slots = proportional(tasks, [1.0] * scenario.workers)
+        equal += max(f * n * scenario.slot_s for f, n in zip(factors, slots, strict=True))
+        ideal += ideal_step_s(scenario, tasks, factors)
+    return equal / ideal
+
+
+def measured(
+    case: Case, policy: str, found: dict[str, Any], reference: dict[str, Any], static: dict[str, Any] | None
+) -> list[Record]:
+    """The records of a run; `static` is that of the same work with equal slots."""
     changed = difference(Place(found["out"]), Place(reference["out"]))["weights"]
     loss = found["metrics"]["loss_after"] - reference["metrics"]["loss_after"]
     attainable_s = found["ideal_s"] + found["steps"] * max(0.0, found["overhead_s"])
+    gain = ideal_gain(case.scenario, Place(found["out"]))
     rows = (
-        ("achieved_over_ideal", found["achieved"], ""),
+        *((("achieved_over_ideal", static["jct_s"] / found["jct_s"] / gain, ""),) if static else ()),
+        ("ideal_gain", gain, ""),
+        ("ideal_over_time", found["achieved"], ""),
         ("achieved_over_attainable", attainable_s / found["jct_s"], ""),
         ("jct_s", found["jct_s"], "s"),
         ("ideal_s", found["ideal_s"], "s"),
@@ -187,7 +223,7 @@ def without_restarts(policy: Callable[[Snapshot], Sequence[Action]]) -> Callable
 
 
 def progress(case: Case, policy: str, found: dict[str, Any]) -> str:
-    return f"{case.name}, {policy}: {found['jct_s']:.1f} s, {found['achieved']:.2f} of ideal"
+    return f"{case.name}, {policy}: {found['jct_s']:.1f} s, {found['achieved']:.2f} of the ideal speed"
 
 
 def body(records: Sequence[Record]) -> str:
@@ -205,7 +241,8 @@ def body(records: Sequence[Record]) -> str:
                 case,
                 policy,
                 f"{number('jct_s'):.1f}",
-                f"{number('achieved_over_ideal'):.2f}",
+                f"{values.get((case, policy, 'achieved_over_ideal'), float('nan')):.2f}",
+                f"{number('ideal_over_time'):.2f}",
                 f"{number('achieved_over_attainable'):.2f}",
                 f"{number('utilisation'):.0%}",
                 f"{number('lost'):.0f}, {number('repeated'):.0f}",
@@ -221,7 +258,8 @@ def body(records: Sequence[Record]) -> str:
         "policy",
         "seconds",
         "achieved / ideal",
-        "/ attainable",
+        "ideal / time",
+        "attainable / time",
         "computing",
         "lost, repeated",
         "weights differ by",

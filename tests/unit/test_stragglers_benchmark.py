@@ -13,6 +13,7 @@ from common import Record
 from gmeta.elastic.policies import POLICIES
 
 METRICS = (
+    "ideal_over_time",
     "achieved_over_attainable",
     "jct_s",
     "utilisation",
