@@ -239,7 +239,7 @@ def body(records: Sequence[Record]) -> str:
                 case,
                 policy,
                 f"{number('jct_s'):.1f}",
-                f"{values.get((case, policy, 'achieved_over_ideal'), float('nan')):.2f}",
+                "" if (case, policy, "achieved_over_ideal") not in values else f"{number('achieved_over_ideal'):.2f}",
                 f"{number('ideal_over_time'):.2f}",
                 f"{number('achieved_over_attainable'):.2f}",
                 f"{number('utilisation'):.0%}",
