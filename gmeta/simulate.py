@@ -473,6 +473,8 @@ def print_results(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    for r in (r for r in results if r.problems):
+        Console(stderr=True).print(f"{r.policy}: the policy raised or asked for the impossible {r.problems} times")
     table = Table(title=f"{results[0].workers} workers, {results[0].steps} steps")
     table.add_column("policy")
     for header in ("job s", "of ideal", "busy", "waiting", "decisions", "restarts", "put back"):

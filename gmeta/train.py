@@ -379,7 +379,8 @@ def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event, emulate: Emul
         if resume_from is not None:
             ledger = load_checkpoint(run, resume_from)
             run.log.say(f"resumed from {resume_from}")
-        run.membership = join(config, run.pack, mesh, run.loader, run.progress.step, ledger)
+        if not _ended(run):  # a run that is done, or longer than this schedule, has nothing to be led
+            run.membership = join(config, run.pack, mesh, run.loader, run.progress.step, ledger)
         run.log.start()
         code = training_loop(run)
         if code != EXIT_RESTART:

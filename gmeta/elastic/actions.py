@@ -85,6 +85,8 @@ def changed(setting: Setting, actions: Sequence[Action], step: int) -> Setting:
             new = replace(new, slots=slots)
         elif isinstance(action, AdjustAccumulation):
             parts = _whole_numbers(action, action.micro_batches, world_size, least=1)
+            if max(parts) > batch:
+                raise ValueError(f"ADJUST_ACCUMULATION {list(parts)}: a batch has {batch} slots, and no more parts")
             new = replace(new, micro_batches=parts)
         elif isinstance(action, DropLate):
             after = action.after_s

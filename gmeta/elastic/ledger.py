@@ -32,6 +32,7 @@ State = Literal["TODO", "DOING", "DONE", "QUARANTINED"]
 Key = tuple[int, int]  # epoch, shard
 
 _MASK = 2**64 - 1
+_MOST_SHARDS = 10_000_000  # an order of as many takes seconds and half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Plan:
         for name in ("num_samples", "shard_size", "epochs", "max_failures"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
+        if self.num_shards > _MOST_SHARDS:
+            raise ValueError(f"{self.num_shards:,} shards an epoch are more than {_MOST_SHARDS:,}: raise shard_size")
         if not self.lease_s > 0:
             raise ValueError(f"lease_s is {self.lease_s}: must be more than 0")
         if self.mode not in ("at_least_once", "at_most_once", "exactly_once"):

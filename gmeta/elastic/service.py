@@ -76,7 +76,7 @@ def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
     @app.get("/v1/journal")
     async def get_journal(request: Request, after: int = 0, limit: int = 1000) -> Response:
         rows = max(0, min(limit, 10_000))
-        return barred(request) or JSONResponse({"records": coordinator.journal.rows(after, rows)})
+        return barred(request) or JSONResponse({"records": coordinator.journal.rows(max(0, min(after, 2**62)), rows)})
 
     @app.get("/metrics")
     async def get_metrics(request: Request) -> Response:

@@ -35,6 +35,10 @@ EXIT_PEER_LOST = 76
 _LAUNCHED = "GMETA_LAUNCHED"
 _FOLLOWS = "GMETA_FOLLOWS"
 _POLL_S = 0.1
+_COMPANION_S = 20.0
+"""Seconds that a process beside the workers outlives its launcher: they need it to save."""
+_ORPHAN_S = 60.0
+"""Seconds that a process has to end in good order when its launcher is gone."""
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -62,7 +66,11 @@ def follow_launcher() -> None:
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(1.0)
+        if _FOLLOWS in os.environ:
+            time.sleep(_COMPANION_S)
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_ORPHAN_S)
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="gmeta-follow-launcher", daemon=True).start()
 
