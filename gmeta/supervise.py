@@ -108,7 +108,8 @@ class _Keeper:
         assert process.stderr is not None
         line = process.stdout.readline()
         if "listening on http://" not in line:
-            raise ValueError(process.stderr.read().strip() or "the coordinator ended at once")
+            said = process.stderr.read().strip().removeprefix("gmeta coordinate: error: ")
+            raise ValueError(said or "the coordinator ended at once")
         self._port = int(line.strip().rsplit(":", 1)[1])
         for stream in (process.stdout, process.stderr):
             threading.Thread(target=self._copy, args=(stream,), daemon=True).start()

@@ -13,6 +13,10 @@ def make_token(path: Path | str) -> str:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return read_token(path)
+    except OSError as error:
+        raise ValueError(
+            f"token file {path} cannot be made ({error.strerror}): name one in a folder of yours"
+        ) from None
     with os.fdopen(file, "w") as out:
         token = secrets.token_urlsafe(32)
         out.write(token + "\n")

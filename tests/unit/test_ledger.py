@@ -356,3 +356,10 @@ def test_a_shard_with_progress_was_begun():
     apply(ledger, lease(ledger, "w", 2, now=0.0))
     apply(ledger, renew(ledger, 0, 0, 1, 1, 1, now=0.0))
     assert [record.begun for record in expired(ledger, 50.0)] == [True, True]
+
+
+def test_more_shards_than_an_order_can_have_are_refused():
+    with pytest.raises(
+        ValueError, match=r"1,000,000,000,000 shards an epoch are more than 10,000,000: raise shard_size"
+    ):
+        Plan(num_samples=10**12, shard_size=1)

@@ -257,3 +257,10 @@ def test_policies_are_found_by_name_or_by_place(tmp_path: Path, monkeypatch: pyt
     }.items():
         with pytest.raises(ValueError, match=complaint):
             load_policy(text)
+
+
+def test_no_more_micro_batches_than_slots() -> None:
+    setting = Setting.equal(8, 2)
+    with pytest.raises(ValueError, match="a batch has 8 slots, and no more parts"):
+        changed(setting, [AdjustAccumulation((9, 1))], 5)
+    assert changed(setting, [AdjustAccumulation((8, 1))], 5).micro_batches == (8, 1)
