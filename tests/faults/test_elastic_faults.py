@@ -258,6 +258,7 @@ def test_tasks_that_were_late_take_effect_in_their_epoch(pack: Path, tmp_path: P
     assert len(losses(run_dir)) > 8 * EPOCHS, "nothing was late"
 
 
+@pytest.mark.slow
 def test_a_replaced_worker_costs_no_step(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
     (tmp_path / "policies.py").write_text(POLICIES)
     run_dir = tmp_path / "run"
