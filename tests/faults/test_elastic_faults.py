@@ -247,6 +247,7 @@ def test_unequal_slots_and_micro_batches_learn_the_same(
     assert len(slots) > (1 if nproc == 1 else 3), slots
 
 
+@pytest.mark.slow
 def test_tasks_that_were_late_take_effect_in_their_epoch(pack: Path, tmp_path: Path) -> None:
     (tmp_path / "policies.py").write_text(POLICIES)
     run_dir = tmp_path / "run"
