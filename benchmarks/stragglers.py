@@ -38,7 +38,7 @@ from gmeta.elastic.scenario import (
     Scenario,
     Transient,
 )
-from gmeta.lab.measure import executions, ideal_step_s
+from gmeta.lab.measure import executions
 from gmeta.lab.place import Place
 from gmeta.lab.run import difference
 from gmeta.simulate import simulate
@@ -144,7 +144,7 @@ def main() -> None:
 
 def calm(scenario: Scenario) -> Scenario:
     """The same training as fast as it goes."""
-    return replace(scenario, slot_s=1e-9, noise=0.0, _bursts={})
+    return replace(scenario, slot_s=1e-9, noise=0.0)
 
 
 def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def ideal_gain(scenario: Scenario, place: Place) -> float:
         factors, tasks = [steps[record["step"] - 1].factor for steps in last], sum(record["slots"])
         slots = proportional(tasks, [1.0] * scenario.workers)
         equal += max(f * n * scenario.slot_s for f, n in zip(factors, slots, strict=True))
-        ideal += ideal_step_s(scenario, tasks, factors)
+        ideal += scenario.ideal_step_s(tasks, factors)
     return equal / ideal
 
 
@@ -210,7 +210,7 @@ def predicted(case: Case, policy: str, found: dict[str, Any], overhead_s: float)
     """The simulator's time for the same scenario and policy over the measured one."""
     if any(isinstance(event, Contention) for event in case.events):
         return []  # no model says what a real burner does
-    told = replace(case.scenario, comm_s=max(0.0, overhead_s), restart_s=found["restart_s"], _bursts={})
+    told = replace(case.scenario, comm_s=max(0.0, overhead_s), restart_s=found["restart_s"])
     simulated = simulate(told, without_restarts(load_policy(policy)), policy)
     return [Record(case.name, policy, "simulated_over_measured", simulated.jct_s / found["jct_s"], "")]
 

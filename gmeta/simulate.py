@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gmeta.elastic.actions import Setting, to_json
-from gmeta.elastic.balance import Worker, balanced, proportional
+from gmeta.elastic.balance import proportional
 from gmeta.elastic.controller import Controller, Decided, Nonsense, Policy
 from gmeta.elastic.monitor import Monitor, StepTime, snapshot_to_json
 from gmeta.elastic.policies import load_policy
@@ -323,9 +323,7 @@ class _Run:
         """Seconds of a step with the best possible slots for these very speeds."""
         s, key = self.scenario, frozenset(Counter(factors).items())
         if key not in self.best:
-            workers = [Worker(1 / (s.slot_s * factor), s.fixed_s * factor) for factor in factors]
-            slots = balanced(s.tasks_per_batch, workers)
-            self.best[key] = max(w.seconds(n) for w, n in zip(workers, slots, strict=True))
+            self.best[key] = s.ideal_step_s(s.tasks_per_batch, factors)
         return self.best[key]
 
     def stopped(self, rank: int, start: float, seconds: float) -> float:

@@ -39,7 +39,7 @@ from typing import Any
 
 import yaml
 
-from gmeta.elastic.balance import proportional
+from gmeta.elastic.balance import Worker, balanced, proportional
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Scenario:
     ahead: int = 3
     devices: tuple[Devices, ...] = ()
     events: tuple[Event, ...] = ()
-    _bursts: dict[tuple[int, int], list[float]] = field(default_factory=dict, compare=False, repr=False)
+    _bursts: dict[tuple[int, int], list[float]] = field(default_factory=dict, init=False, compare=False, repr=False)
     _slow: dict[int, list[tuple[int, Event]]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -199,7 +199,6 @@ class Scenario:
                 value = getattr(event, name, None)
                 _check(value is None or value >= 0, name, value, "must not be negative")
             _check(getattr(event, "factor", 1.0) > 0, "factor", getattr(event, "factor", 1.0), "must be more than 0")
-        object.__setattr__(self, "_bursts", {})  # `replace` would hand on those of another seed
         for number, event in enumerate(self.events):  # by rank: asked for every rank at every step
             if isinstance(event, Deterministic | Transient | Persistent):
                 for rank in set(_ranks(event)):
@@ -244,6 +243,11 @@ class Scenario:
             while times[-1] <= 2 * now + mean:
                 times.append(times[-1] + draws.expovariate(1 / (mean if len(times) % 2 else quiet)))
         return bisect.bisect_right(times, now) % 2 == 1
+
+    def ideal_step_s(self, tasks: int, factors: Sequence[float]) -> float:
+        """Seconds of a step of `tasks` with the best possible slots for ranks that are so many times slower."""
+        workers = [Worker(1 / (self.slot_s * factor), self.fixed_s * factor) for factor in factors]
+        return max(w.seconds(n) for w, n in zip(workers, balanced(tasks, workers), strict=True))
 
     def scaled(self, workers: int) -> Scenario:
         """The same for another number of workers: batch and devices in proportion, slow ranks again and again."""

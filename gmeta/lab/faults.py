@@ -34,7 +34,7 @@ class Faults:
     """A thread that lives as long as the run. An error in it is raised by `close`."""
 
     def __init__(self, scenario: Scenario, place: Place, coordinator: LabCoordinator, line: Line | None) -> None:
-        self._scenario, self._place, self._coordinator, self._line = scenario, place, coordinator, line
+        self._place, self._coordinator, self._line = place, coordinator, line
         self._planned = [planned for event in scenario.events for planned in self._plan(event)]
         self._stopped: dict[int, int] = {}  # rank -> pid
         self._burners: dict[int, subprocess.Popen[bytes]] = {}  # rank -> process

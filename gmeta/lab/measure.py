@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gmeta.elastic.balance import Worker, balanced
 from gmeta.elastic.scenario import Scenario
 from gmeta.lab.place import Place, read_lines
 
@@ -82,12 +81,6 @@ def executions(place: Place, rank: int) -> list[Execution]:
     return found
 
 
-def ideal_step_s(scenario: Scenario, tasks: int, factors: Sequence[float]) -> float:
-    """Seconds of a step of `tasks` with the best possible slots for these very speeds."""
-    workers = [Worker(1 / (scenario.slot_s * factor), scenario.fixed_s * factor) for factor in factors]
-    return max(w.seconds(n) for w, n in zip(workers, balanced(tasks, workers), strict=True))
-
-
 def measure(
     place: Place, scenario: Scenario, policy: str, records: Sequence[Mapping[str, Any]], batches_per_epoch: int
 ) -> Result:
@@ -97,7 +90,7 @@ def measure(
     train = [record for record in records if record["kind"] == "train"]
     in_order = [record for record in train if record["index"] < batches_per_epoch]
     ideal = sum(
-        ideal_step_s(scenario, sum(r["slots"]), [steps[r["step"] - 1].factor for steps in last]) for r in in_order
+        scenario.ideal_step_s(sum(r["slots"]), [steps[r["step"] - 1].factor for steps in last]) for r in in_order
     )
     gaps = _gaps(place, by_rank[0])
     everything = [e for found in by_rank for e in found]

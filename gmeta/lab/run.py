@@ -48,7 +48,7 @@ def lab(config: LabConfig) -> Result:
     if config.workers:
         scenario = scenario.scaled(config.workers)
     if config.steps:
-        scenario = replace(scenario, steps=config.steps, _bursts={})
+        scenario = replace(scenario, steps=config.steps)
     return run_lab(scenario, config.policy, Path(config.out), compare=config.compare, max_restarts=config.max_restarts)
 
 
@@ -68,7 +68,7 @@ def run_lab(scenario: Scenario, policy: str, out: Path, *, compare: bool = False
     config = _train(place, scenario, policy, epochs, max_restarts)
     result = _measured(place, scenario, policy, config)
     if compare:
-        calm = replace(scenario, events=(), devices=(), slot_s=1e-9, fixed_s=0.0, noise=0.0, _bursts={})
+        calm = replace(scenario, events=(), devices=(), slot_s=1e-9, fixed_s=0.0, noise=0.0)
         plain = run_lab(calm, "static", out / "undisturbed", max_restarts=0)
         result.difference = difference(place, Place(out / "undisturbed"))
         result.difference |= {name: value - plain.metrics[name] for name, value in result.metrics.items()}

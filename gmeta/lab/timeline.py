@@ -14,7 +14,7 @@ from typing import Any
 from gmeta.elastic.scenario import Scenario
 from gmeta.files import write_text
 from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, rank_colour, share_path
-from gmeta.lab.measure import Execution, Result, executions, ideal_step_s
+from gmeta.lab.measure import Execution, Result, executions
 from gmeta.lab.place import Place, read_lines
 
 _ZOOM_S = 6.0
@@ -196,7 +196,7 @@ def _step_times(picture: Picture, story: Story) -> None:
         rows = []
         for a, b in itertools.pairwise(stretch):
             if all(a.step in steps for steps in factors):
-                ideal = ideal_step_s(story.scenario, story.scenario.tasks_per_batch, [s[a.step] for s in factors])
+                ideal = story.scenario.ideal_step_s(story.scenario.tasks_per_batch, [s[a.step] for s in factors])
                 rows.append((a.begin, b.begin - a.begin, ideal))
         parts.append(_means(rows, -(-len(story.ranks[0]) // 400)))
     times = sorted(took for rows in parts for _, took, _ in rows)

@@ -24,7 +24,7 @@ from gmeta.lab.config import LabConfig
 from gmeta.lab.coordinator import Line
 from gmeta.lab.device import Device, machines_so_far
 from gmeta.lab.faults import Faults
-from gmeta.lab.measure import Result, executions, ideal_step_s, measure
+from gmeta.lab.measure import Result, executions, measure
 from gmeta.lab.pack import write_lab_pack
 from gmeta.lab.place import Place, read_lines
 from gmeta.lab.run import lab, run_lab
@@ -353,7 +353,7 @@ def test_tasks_that_were_never_there_are_found(split):
 
 
 def test_the_ideal_is_the_best_division():
-    assert ideal_step_s(replace(SCENARIO, slot_s=0.1), 9, [2.0, 1.0]) == pytest.approx(0.6)
+    assert replace(SCENARIO, slot_s=0.1).ideal_step_s(9, [2.0, 1.0]) == pytest.approx(0.6)
 
 
 @pytest.fixture
