@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ from gmeta.config import TrainConfig
 from gmeta.data.pack import open_pack
 from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, companion_environment, launch
 
-_START_S = 60.0
 _POLL_S = 0.2
 
 
@@ -78,6 +76,41 @@ def journal_file(config: TrainConfig) -> Path:
     return Path(config.run_dir) / f"coordinator-{name}.db"
 
 
+def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[subprocess.Popen[str], int]:
+    """`python -m gmeta` with `words` and `--port`, and the port that it listens on (0 asks for any free one).
+
+    What it says goes to the end of `log`. ValueError: it ended at once, and what it said.
+    """
+    with log.open("a") as out:
+        before = out.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gmeta", *map(str, words), "--port", str(port)],
+            stdout=subprocess.PIPE,
+            stderr=out,
+            text=True,
+            env=companion_environment(),
+            start_new_session=True,  # Ctrl-C is for the workers, who save and need it meanwhile
+        )
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        line = stdout.readline()
+    if "listening on http://" not in line:
+        process.wait()
+        said = log.read_bytes()[before:].decode(errors="replace").strip()
+        raise ValueError(said.removeprefix("gmeta coordinate: error: ") or "the coordinator ended at once")
+    return process, int(line.strip().rsplit(":", 1)[1])
+
+
+def end_coordinator(process: subprocess.Popen[str]) -> None:
+    """SIGTERM, and SIGKILL ten seconds later; fine if it has ended."""
+    process.terminate()
+    try:
+        process.wait(10.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class _Keeper:
     """Keeps a coordinator process alive; one that dies is started again on the same journal and port."""
 
@@ -87,7 +120,7 @@ class _Keeper:
         self._words += ["--policy", config.elastic.policy]
         self._words += ["--trace", run_dir / "coordinator.jsonl"] if config.elastic.trace else []
         self._closing = threading.Event()
-        self._log = (run_dir / "coordinator.log").open("a")
+        self._log = run_dir / "coordinator.log"
         self._port = 0
         self._process = self._start()
         self.url = f"http://127.0.0.1:{self._port}"
@@ -95,30 +128,8 @@ class _Keeper:
         self._thread.start()
 
     def _start(self) -> subprocess.Popen[str]:
-        words = [sys.executable, "-m", "gmeta", *map(str, self._words), "--port", str(self._port)]
-        process = subprocess.Popen(
-            words,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=companion_environment(),
-            start_new_session=True,  # Ctrl-C is for the workers, who save and need it meanwhile
-        )
-        assert process.stdout is not None
-        assert process.stderr is not None
-        line = process.stdout.readline()
-        if "listening on http://" not in line:
-            said = process.stderr.read().strip().removeprefix("gmeta coordinate: error: ")
-            raise ValueError(said or "the coordinator ended at once")
-        self._port = int(line.strip().rsplit(":", 1)[1])
-        for stream in (process.stdout, process.stderr):
-            threading.Thread(target=self._copy, args=(stream,), daemon=True).start()
+        process, self._port = start_coordinator(self._words, self._port, self._log)
         return process
-
-    def _copy(self, stream: Iterator[str]) -> None:
-        for line in stream:
-            self._log.write(line)
-            self._log.flush()
 
     def _watch(self) -> None:
         while not self._closing.wait(_POLL_S):
@@ -135,10 +146,4 @@ class _Keeper:
         """End the coordinator."""
         self._closing.set()
         self._thread.join()
-        self._process.terminate()
-        end = time.monotonic() + 10.0
-        while self._process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
+        end_coordinator(self._process)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
-from gmeta.parallel.launch import companion_environment
+from gmeta.supervise import end_coordinator, start_coordinator
 
 _CHUNK = 1 << 16
 
@@ -37,22 +36,7 @@ class LabCoordinator:
         return self._process.pid
 
     def _start(self) -> subprocess.Popen[str]:
-        with self._log.open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "gmeta", *map(str, self._words), "--port", str(self.port)],
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                env=companion_environment(),
-                start_new_session=True,
-            )
-        assert process.stdout is not None
-        with process.stdout as out:
-            line = out.readline()
-        if "listening on http://" not in line:
-            process.wait()
-            raise ValueError(f"the coordinator did not start: {self._log.read_text().strip()}")
-        self.port = int(line.strip().rsplit(":", 1)[1])
+        process, self.port = start_coordinator(self._words, self.port, self._log)
         return process
 
     def kill(self, away_s: float) -> None:
@@ -71,12 +55,7 @@ class LabCoordinator:
         if self._again is not None:
             self._again.cancel()
             self._again.join()
-        self._process.terminate()
-        try:
-            self._process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_coordinator(self._process)
 
 
 class Line:
