@@ -83,6 +83,11 @@ class TaskBatch:
         """Tasks on this rank."""
         return int(self.task_id.shape[0])
 
+    @property
+    def drop_after_s(self) -> float | None:
+        """The division's deadline; None: every task of the batch is computed."""
+        return None if self.division is None else self.division.drop_after_s
+
 
 @dataclass(frozen=True, slots=True)
 class Lookup:

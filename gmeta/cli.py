@@ -223,10 +223,9 @@ def run(argv: list[str]) -> int:
     except (ValueError, TypeError) as error:
         return _fail(parser.prog, str(error))
     try:
-        if isinstance(config, configs.TrainConfig) and config.elastic.enabled and not is_worker():
-            return _supervise(parser.prog, config, nproc, argv)
-        if nproc != 1 and not is_worker():
-            return _launch(parser.prog, nproc, argv)
+        elastic = isinstance(config, configs.TrainConfig) and config.elastic.enabled
+        if (nproc != 1 or elastic) and not is_worker():
+            return _launch(parser.prog, config if elastic else None, nproc, argv)
         return COMMANDS[name].run(config)
     except (ValueError, OSError) as error:
         return _fail(parser.prog, str(error))
@@ -247,17 +246,14 @@ def _peer_lost(prog: str, error: RuntimeError) -> int:
     return EXIT_PEER_LOST
 
 
-def _launch(prog: str, nproc: int, argv: list[str]) -> int:
+def _launch(prog: str, elastic: configs.TrainConfig | None, nproc: int, argv: list[str]) -> int:
+    """Run this command in workers; an elastic group's are watched over, and started again."""
     if nproc < 1:
         return _fail(prog, f"nproc is {nproc}: must be at least 1")
+    if elastic is not None:
+        from gmeta.supervise import supervise
+
+        return supervise(elastic, nproc, argv)
     from gmeta.parallel.launch import launch
 
     return launch(nproc, argv)
-
-
-def _supervise(prog: str, config: configs.TrainConfig, nproc: int, argv: list[str]) -> int:
-    if nproc < 1:
-        return _fail(prog, f"nproc is {nproc}: must be at least 1")
-    from gmeta.supervise import supervise
-
-    return supervise(config, nproc, argv)

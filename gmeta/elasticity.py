@@ -179,7 +179,7 @@ class NodeFacts:
 
 def dropped_tasks(batch: TaskBatch, stats: Mapping[str, float]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Tasks of the batch that no rank finished, from the step's global statistics: positions in the split."""
-    if batch.division is None or batch.division.drop_after_s is None:
+    if batch.division is None or batch.drop_after_s is None:
         return np.zeros(0, np.int64)
     ranks = range(len(batch.division.micro_batches))
     return batch.division.unfinished([int(stats[f"finished_{rank}"]) for rank in ranks])

@@ -59,13 +59,13 @@ def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
     watch.lap("compute")
 
     run.buckets.flush()
-    used = used_rows(prepared, rows, finished) if _may_drop(batch) else None
+    used = used_rows(prepared, rows, finished) if batch.drop_after_s is not None else None
     row_gradients = system.return_gradients(routes, rows, used)
     run.buckets.finish(routes.traffic.dense)
     sums = all_reduce_sum(sums, mesh, routes.traffic.control)
     norm = global_norm(_dense_gradients(run), row_gradients, mesh, routes.traffic.control)
     scale = None
-    if _may_drop(batch):  # what was computed is a sum over fewer tasks than it was divided by
+    if batch.drop_after_s is not None:  # what was computed is a sum over fewer tasks than it was divided by
         scale = batch.num_tasks_global / sums[SUMS.index("tasks")]
         norm = norm * scale
     watch.lap("exchange")
@@ -109,7 +109,7 @@ def _forward_backward(run: Run, prepared: Prepared, rows: EmbeddedRows) -> tuple
         loss.backward()
         losses.append(output.query_loss)
         sums[: len(SUMS)].add_(_part_sums(loss, output.support_loss, part.batch))
-        if _may_drop(batch):
+        if batch.drop_after_s is not None:
             sums[len(SUMS) + run.mesh.rank].add_(1)
         if run.emulate is not None:
             run.emulate(run.progress.step, _work(batch, part.batch), number == 0, time.perf_counter() - part_begun)
@@ -128,23 +128,18 @@ def _part_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
 
 def _sum_names(batch: TaskBatch) -> tuple[str, ...]:
     """`SUMS`, and how many micro-batches each rank finished, where it may have left some."""
-    if not _may_drop(batch):
+    if batch.division is None or batch.drop_after_s is None:
         return SUMS
-    assert batch.division is not None
     return (*SUMS, *(f"finished_{rank}" for rank in range(len(batch.division.micro_batches))))
-
-
-def _may_drop(batch: TaskBatch) -> bool:
-    return batch.division is not None and batch.division.drop_after_s is not None
 
 
 def _too_late(batch: TaskBatch, begun: float, device: torch.device) -> bool:
     """Whether to leave the rest of the batch to the epoch's tail. The first micro-batch is always done."""
-    if batch.division is None or batch.division.drop_after_s is None:
+    if batch.drop_after_s is None:
         return False
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begun > batch.division.drop_after_s
+    return time.perf_counter() - begun > batch.drop_after_s
 
 
 def _work(batch: TaskBatch, part: TaskBatch) -> float:
@@ -174,7 +169,7 @@ def _update(
 def _checked_stats(run: Run, started: Started) -> dict[str, float]:
     """The step's statistics. Where loss or gradient is not finite, saves the batch's tasks and raises."""
     stats, batch, step = started.stats.read(), started.batch, started.step
-    if not _may_drop(batch) and stats["tasks"] != batch.num_tasks_global:
+    if batch.drop_after_s is None and stats["tasks"] != batch.num_tasks_global:
         raise RuntimeError(
             f"step {step}: the ranks computed {stats['tasks']:.0f} tasks of {batch.num_tasks_global}: they divided the "
             "batch differently"
@@ -331,7 +326,7 @@ def traffic_record(run: Run, started: Started) -> dict[str, Any]:
         dense_bytes=run.buckets.bucket_bytes,
         dense=run.config.comm.dense,
         control_bytes=(8 * len(_sum_names(started.batch)), 8),  # the sums, the squared norm of the row gradients
-        marked=_may_drop(started.batch),
+        marked=started.batch.drop_after_s is not None,
     )
     return {"measured": routes.traffic.record(), "predicted": expected.record()}
 
