@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from harness import run_ranks
 from packs import make_pack
-from test_train import assert_same, config, run_steps
+from test_train import assert_same, config, learned, run_steps
 
 from gmeta.batch import TaskBatch
 from gmeta.config import LoaderConfig, MetaConfig, TrainConfig
 from gmeta.data.loader import Shares
-from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.parallel.mesh import Mesh
 from gmeta.stepping import Stopwatch
 from gmeta.system import Loaded
@@ -56,14 +55,7 @@ def run_divided(mesh: Mesh, settings: TrainConfig, steps: int, divide: Any) -> d
             assert stats["tasks"] == len(finished[-1])
             places.append((started.batch.epoch, started.batch.index))
             trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
-    run.buckets.close()
-    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
-    rows = {
-        f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), mesh)
-        for name, group in run.system.tables.groups.items()
-        for key, value in (("weight", group.weight), *group.state.items())
-    }
-    return {"learned": {"trace": np.array(trace), **dense, **rows}, "finished": finished, "places": places}
+    return {"learned": learned(run, trace), "finished": finished, "places": places}
 
 
 def run_given(settings: TrainConfig, batches: list[list[int]], places: list[tuple[int, int]]) -> dict[str, Any]:
@@ -74,11 +66,7 @@ def run_given(settings: TrainConfig, batches: list[list[int]], places: list[tupl
         batch = TaskBatch(*split.examples(np.array(tasks)), len(tasks), epoch, index)
         stats = finish_step(run, train_step(run, Loaded(batch), Stopwatch(run.mesh.device)))
         trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
-    run.buckets.close()
-    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
-    groups = run.system.tables.groups.items()
-    rows = {f"{n}.{k}": v.cpu().numpy() for n, g in groups for k, v in (("weight", g.weight), *g.state.items())}
-    return {"trace": np.array(trace), **dense, **rows}
+    return learned(run, trace)
 
 
 SETTINGS: list[dict[str, Any]] = [

@@ -25,6 +25,7 @@ from gmeta.config import (
 )
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.parallel.mesh import Mesh, PeerLost
+from gmeta.run import Run
 from gmeta.scoring import score
 from gmeta.stepping import Stopwatch
 from gmeta.train import build_run, finish_step, traffic_record, train_step
@@ -55,10 +56,15 @@ def run_steps(mesh: Mesh, settings: TrainConfig, steps: int) -> dict[str, Any]:
         for _ in range(steps):
             stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
             trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
+    return learned(run, trace)
+
+
+def learned(run: Run, trace: list[list[float]]) -> dict[str, Any]:
+    """`trace`, and every weight, on rank 0; the run is over."""
     run.buckets.close()
     dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
     rows = {
-        f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), mesh)
+        f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), run.mesh)
         for name, group in run.system.tables.groups.items()
         for key, value in (("weight", group.weight), *group.state.items())
     }
