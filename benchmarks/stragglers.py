@@ -70,6 +70,7 @@ class Case:
             slot_s=SLOT_S,
             noise=0.02,
             checkpoint_steps=50,
+            ahead=2,
             devices=self.devices,
             events=self.events,
         )
@@ -78,10 +79,10 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     """More steps where the first ones, made before anything can be known, cost most."""
     everyone, devices = (0, 1, 2, 3), (Devices("fast", 2, 1.0, max_slots=32), Devices("slow", 2, 0.5, max_slots=8))
-    long, usual, short = (200, 120, 100) if quick else (300, 240, 160)
+    longest, long, usual, short = (300, 200, 120, 100) if quick else (500, 300, 240, 160)
     found = [
         Case("deterministic 2x", ("static", "nd"), usual, (Deterministic(0, 2.0),), quick=("static", "nd")),
-        Case("deterministic 4x", ("static", "lb_bsp", "nd"), long, (Deterministic(0, 4.0),)),
+        Case("deterministic 4x", ("static", "lb_bsp", "nd"), longest, (Deterministic(0, 4.0),)),
         Case(
             "two device classes 1:2", ("static", "lb_bsp", "nd", "dd"), short, devices=devices, quick=("static", "dd")
         ),
@@ -136,6 +137,7 @@ def main() -> None:
         "workers": 4,
         "tasks_per_batch": 64,
         "slot_s": SLOT_S,
+        "loader.prefetch": 1,
         "steps": {case.name: case.steps for case in cases(args.quick)},
         "targets": TARGETS,
     }

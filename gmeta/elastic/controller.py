@@ -24,7 +24,7 @@ class Limits:
 
     max_restarts: int = 2  # KILL_RESTARTs in a run
     cooldown_s: float = 300.0  # between two
-    short_steps: int = 5  # of the short window
+    short_steps: int = 3  # of the short window; 5 answer bursts later: .01 to .02 of the ideal (simulated)
     long_steps: int = 100  # of the long one
 
 

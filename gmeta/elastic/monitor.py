@@ -73,7 +73,7 @@ class Snapshot:
 class Monitor:
     """Windows over the reports of `world_size` ranks, whose next step is `first_step`."""
 
-    def __init__(self, world_size: int, first_step: int = 0, short_steps: int = 5, long_steps: int = 100) -> None:
+    def __init__(self, world_size: int, first_step: int = 0, short_steps: int = 3, long_steps: int = 100) -> None:
         self.first_step = first_step
         self.short_steps = short_steps
         self._steps: list[deque[StepTime]] = [deque(maxlen=long_steps) for _ in range(world_size)]

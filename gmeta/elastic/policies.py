@@ -23,14 +23,14 @@ SETTLED_STEPS = 3
 """Steps of a generation to see before the first decision: the first ones also fill caches and allocate."""
 CHANGED = 1.25
 """A rank whose last steps are so many times slower or faster than its last hundred has changed; else the hundred count.
-The median of 5 steps with noise of 5 % is off by 3 % (one standard deviation): noise alone never gets there."""
+The median of 3 steps with noise of 5 % is off by 3 % (one standard deviation): noise alone never gets there."""
 CROWD = 4
 """With more ranks than this changed at once, the next one changes before the last is answered (about eight steps).
 Each then counts as its devices' median. 64 simulated workers in bursts of 50 steps: equal slots reach 0.39 of the
 ideal, following every rank 0.34, this 0.36."""
 GAIN = 0.05
 """Share of a step's time that must be won for new slots once the window shows the setting in force. The worst of 4
-medians of 5 steps is about 3 % off under noise of 5 %: less than this would be chasing noise."""
+medians of 3 steps is about 3 % off under noise of 5 %: less than this would be chasing noise."""
 GAIN_UNSETTLED = 0.12
 """The same while it does not: then the change must be one that noise and fixed costs cannot feign. A peer of 4 that
 returns from 3 times slower to normal gives 17 %."""
