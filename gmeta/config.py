@@ -527,7 +527,7 @@ class CoordinateConfig:
     """Port to listen on; 0 takes a free one. Printed as `listening on http://...`."""
     token_file: str | None = None
     """File with the secret that every request must name; created where there is none."""
-    policy: str = "static"
+    policy: str = "nd"
     """Who decides on stragglers: a policy by name, or one's own as module:function."""
     durable: bool = False
     """Wait for the disk at each write: survives the loss of power too, at a fraction of the speed."""

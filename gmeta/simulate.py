@@ -39,8 +39,8 @@ IDLE_S = 1.0
 """It asks so often where there is none."""
 DELAY_S = 0.005
 """Of a message, one way: HTTP, the journal."""
-REPORTS_PER_S = 2000
-"""That one coordinator takes; more ranks report less often."""
+REPORTS_PER_S = 1000
+"""About what one coordinator takes (benchmarks/coordinator.py); more ranks report less often."""
 COHORTS = 8
 """Ranks report in so many groups: 1,024 conversations one by one would take most of the simulator's time."""
 
@@ -67,6 +67,7 @@ class Result:
     input_s: float = 0.0  # of it, without leave to load the batch
     decisions: int = 0
     problems: int = 0
+    problem: str = ""  # the first of them
     restarts: int = 0
     repeated_steps: int = 0
     tail_tasks: int = 0  # that were done at an epoch's end
@@ -220,10 +221,12 @@ class _Run:
         if made is None:
             return
         decided = made if isinstance(made, Decided) else None
-        if decided is not None:
-            self.controller.apply(decided)
+        if isinstance(made, Decided):
+            self.controller.apply(made)
             self.result.decisions += 1
-        self.result.problems += decided is None
+        else:
+            self.result.problems += 1
+            self.result.problem = self.result.problem or made.problem
         if self.trace is not None:
             self.tell(
                 "decide",
@@ -472,7 +475,8 @@ def print_results(results: Sequence[Result]) -> None:
     from rich.table import Table
 
     for r in (r for r in results if r.problems):
-        Console(stderr=True).print(f"{r.policy}: the policy raised or asked for the impossible {r.problems} times")
+        text = f"{r.policy}: the policy raised or asked for the impossible {r.problems} times, first: {r.problem}"
+        Console(stderr=True).print(text, markup=False, highlight=False)
     table = Table(title=f"{results[0].workers} workers, {results[0].steps} steps")
     table.add_column("policy")
     for header in ("job s", "of ideal", "busy", "waiting", "decisions", "restarts", "put back"):

@@ -374,7 +374,10 @@ def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event, emulate: Emul
         if resume_from is not None:
             ledger = load_checkpoint(run, resume_from)
             run.log.say(f"resumed from {resume_from}")
-        if not _ended(run):  # a run that is done, or longer than this schedule, has nothing to be led
+        if _ended(run):  # or longer than this schedule
+            asked = f"schedule.epochs is {config.schedule.epochs}, schedule.max_steps {config.schedule.max_steps}"
+            run.log.say(f"nothing left to train after step {run.progress.step}: {asked}; raise them to go on")
+        else:
             run.membership = join(config, run.pack, mesh, run.loader, run.progress.step, ledger)
         run.log.start()
         code = training_loop(run)

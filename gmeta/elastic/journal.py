@@ -43,6 +43,8 @@ class Journal:
         self.path = Path(path)
         if not self.path.absolute().parent.is_dir():
             raise ValueError(f"journal {self.path}: there is no folder {self.path.absolute().parent}; create it")
+        if self.path.is_dir():
+            raise ValueError(f"journal {self.path} is a folder: name a file, such as {self.path / 'journal.db'}")
         self._lock = _lock(self.path)
         self._writes = 0
         try:

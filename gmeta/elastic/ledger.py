@@ -54,8 +54,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "shard_size", "epochs", "max_failures"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} is {value!r}: must be a whole number of at least 1")
         if self.num_shards > _MOST_SHARDS:
             raise ValueError(f"{self.num_shards:,} shards an epoch are more than {_MOST_SHARDS:,}: raise shard_size")
         if not self.lease_s > 0:

@@ -315,6 +315,8 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
         wrong = expected in _TYPES and (not isinstance(value, _TYPES[expected]) or isinstance(value, bool))
         if expected == "tuple[int, ...]":
             wrong = not (isinstance(value, tuple) and value and all(isinstance(rank, int) for rank in value))
+        if wrong and expected.startswith("float") and isinstance(value, str) and _is_number(value):
+            raise ValueError(f"{where}: {name} is {value}, which YAML takes for text: write {float(value):.17g}")
         if wrong or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"{where}: {name} is {value!r}: must be {expected.replace('tuple[int, ...]', 'a list')}")
     missing = [f.name for f in known.values() if f.default is MISSING and f.name not in values]
@@ -324,6 +326,13 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
         return kind(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _mapping(values: Any, where: str) -> Mapping[str, Any]:

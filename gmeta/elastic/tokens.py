@@ -26,13 +26,15 @@ def make_token(path: Path | str) -> str:
 def read_token(path: Path | str) -> str:
     """The token in the file. ValueError: there is none, or others may read it."""
     try:
-        mode, lines = Path(path).stat().st_mode, Path(path).read_text(encoding="ascii").split()
-    except (OSError, UnicodeDecodeError) as error:
+        mode, lines = Path(path).stat().st_mode, Path(path).read_text(errors="replace").split()
+    except OSError as error:
         raise ValueError(
-            f"token file {path} cannot be read ({error}): name the file that the coordinator has"
+            f"token file {path} cannot be read ({error.strerror}): name the file that the coordinator has"
         ) from error
     if mode & 0o077:
         raise ValueError(f"token file {path} may be read by others (mode {mode & 0o777:o}): chmod 600 it")
-    if len(lines) != 1 or len(lines[0]) < 16:
-        raise ValueError(f"token file {path} holds no token of 16 characters or more: remove it, a new one is made")
+    if len(lines) != 1 or len(lines[0]) < 16 or not lines[0].isascii():
+        raise ValueError(
+            f"token file {path} holds no token of 16 ASCII characters or more: remove it, a new one is made"
+        )
     return lines[0]

@@ -241,7 +241,9 @@ def test_a_metric_that_is_not_defined_is_no_best(tmp_path: Path, capsys: Capture
 
 def test_resume_of_a_finished_run_says_so(pack: Path, trained_copy: Path, capsys: Capture) -> None:
     assert run(train_words(pack, trained_copy, "--resume", "true")) == 0
-    assert "done after step 6 of 6" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing left to train after step 6: schedule.epochs is" in said
+    assert "done after step 6 of 6" in said
 
 
 def test_nproc_in_yaml(pack: Path, tmp_path: Path) -> None:

@@ -221,8 +221,9 @@ def test_tokens(tmp_path: Path):
     with pytest.raises(ValueError, match=r"may be read by others \(mode 644\): chmod 600"):
         read_token(path)
     path.chmod(0o600)
-    path.write_text("short\n")
-    with pytest.raises(ValueError, match="holds no token"):
-        make_token(path)
+    for no_token in ("short\n", "ein Schlüssel, länger\n", "Schlüssel" * 4):
+        path.write_text(no_token)
+        with pytest.raises(ValueError, match="holds no token"):
+            make_token(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_token(tmp_path / "none")

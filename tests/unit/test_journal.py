@@ -109,6 +109,8 @@ def test_files_that_are_no_journal(tmp_path: Path):
     assert (tmp_path / "foreign").read_bytes() == before
     with pytest.raises(ValueError, match="there is no folder"):
         Journal(tmp_path / "nowhere" / "j")
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        Journal(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing record", "unknown kind", "bytes"])

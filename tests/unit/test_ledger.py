@@ -358,6 +358,12 @@ def test_a_shard_with_progress_was_begun():
     assert [record.begun for record in expired(ledger, 50.0)] == [True, True]
 
 
+@pytest.mark.parametrize("value", [0, True, 2.5, "4"])
+def test_counts_are_whole_numbers(value: object):
+    with pytest.raises(ValueError, match=f"epochs is {value!r}: must be a whole number of at least 1"):
+        Plan(num_samples=8, shard_size=2, epochs=value)
+
+
 def test_more_shards_than_an_order_can_have_are_refused():
     with pytest.raises(
         ValueError, match=r"1,000,000,000,000 shards an epoch are more than 10,000,000: raise shard_size"

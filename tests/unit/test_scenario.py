@@ -92,6 +92,7 @@ events:
         ("stepps: 3", "s.yaml: unknown key stepps: must be one of workers, steps"),
         ("slot_s: 0", "s.yaml: slot_s is 0: must be more than 0"),
         ("slot_s: fast", "s.yaml: slot_s is 'fast': must be float"),
+        ("slot_s: 1e-3", "s.yaml: slot_s is 1e-3, which YAML takes for text: write 0.001"),
         ("noise: .nan", "s.yaml: noise is nan"),
         ("seed: true", "s.yaml: seed is True: must be int"),
         ("events: 3", "s.yaml: events is 3: must be a list"),

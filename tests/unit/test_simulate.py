@@ -25,6 +25,15 @@ def ready(name: str, **changes) -> Scenario:
     return replace(parse_scenario(path.read_text(), name), **changes)
 
 
+def test_a_policy_that_talks_nonsense_is_named(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    (tmp_path / "broken_policy.py").write_text("def broken(snapshot):\n    return [snapshot.missing]\n")
+    monkeypatch.chdir(tmp_path)
+    scenario = ROOT / "examples" / "scenarios" / "deterministic-2x.yaml"
+    assert run(["simulate", "--scenario", str(scenario), "--policies", "[broken_policy:broken]"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "first: AttributeError: 'Snapshot' object has no attribute 'missing'" in said
+
+
 def test_a_job_without_trouble_takes_its_steps() -> None:
     result = simulate(Scenario(workers=4, steps=50, slot_s=0.01, fixed_s=0.02, comm_s=0.03), static)
     assert result.jct_s == pytest.approx(50 * (0.02 + 0.16 + 0.03) + START)
