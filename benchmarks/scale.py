@@ -84,7 +84,7 @@ def main() -> None:
         image = common.RESULTS / "scale.png"
         plot(results, image)
         body += f"\n\n![share of the ideal over workers]({image.name})"
-    common.publish("scale", body, records, {"steps": steps, "report_s": "max(0.1, workers / 2000)"}, args)
+    common.publish("scale", body, records, {"steps": steps, "report_s": "max(0.1, workers / 1000)"}, args)
 
 
 if __name__ == "__main__":

@@ -81,10 +81,10 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     """More steps where the first ones, made before anything can be known, cost most."""
     everyone, devices = (0, 1, 2, 3), (Devices("fast", 2, 1.0, max_slots=32), Devices("slow", 2, 0.5, max_slots=8))
-    longest, long, usual, short = (200, 200, 120, 100) if quick else (400, 300, 240, 160)
+    longest, long, usual, short = (200, 200, 120, 100) if quick else (450, 300, 240, 160)
     found = [
         Case("deterministic 2x", ("static", "nd"), usual, (Deterministic(0, 2.0),), quick=("static", "nd")),
-        Case("deterministic 4x", ("static", "lb_bsp", "nd"), longest, (Deterministic(0, 4.0),), slot_s=0.02),
+        Case("deterministic 4x", ("static", "nd"), longest, (Deterministic(0, 4.0),), slot_s=0.025),
         Case(
             "two device classes 1:2", ("static", "lb_bsp", "nd", "dd"), short, devices=devices, quick=("static", "dd")
         ),
