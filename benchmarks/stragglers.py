@@ -94,6 +94,7 @@ def cases(quick: bool) -> list[Case]:
             long,
             (Transient(everyone, 3.0, 0.2, mean_steps=50),),
             quick=("static", "nd"),
+            slot_s=0.02,
         ),
         Case("transient, 10 steps", ("static", "nd"), usual, (Transient(everyone, 3.0, 0.2, mean_steps=10),)),
         Case(
