@@ -65,7 +65,7 @@ bench-gpu: dev ## what a step costs on a CUDA device
 quality: dev ## the tables of docs/quality.md: five seeds on real data; takes long
 	$(BIN)/python benchmarks/quality.py
 
-bench-elastic: dev ## the tables of docs/elastic.md: stragglers, the coordinator, scale; about 40 minutes on 2 cores
+bench-elastic: dev ## the tables of docs/elastic.md: stragglers, the coordinator, scale; about 75 minutes on 2 cores
 	@set -e; for name in stragglers coordinator scale; do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
 
 docs: dev ## build the site, links checked
