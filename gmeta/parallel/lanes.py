@@ -1,0 +1,80 @@
+"""Work that runs beside the computing, in order: a thread on CPU, a stream on CUDA.
+
+Collectives of several phases are written as plain blocking code, and made asynchronous here. All ranks submit the same
+jobs to a lane in the same order, as they must call collectives in the same order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+
+import torch
+
+Job = Callable[[], None]
+
+
+class Handle:
+    """A job that was submitted; `wait` returns when it is done, or raises what it raised.
+
+    On CUDA it is the current stream that waits, not the host.
+    """
+
+    def __init__(self, future: Future[None] | None = None, event: torch.cuda.Event | None = None) -> None:
+        self._future, self._event = future, event
+
+    def wait(self) -> None:
+        """Once it was waited for, again costs nothing."""
+        if self._future is not None:
+            self._future.result()
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+
+class Lane:
+    """Runs jobs one after the other. After a job that failed all others fail likewise: nothing in flight is trusted."""
+
+    def __init__(self, device: torch.device, name: str) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._error: BaseException | None = None
+        self._jobs: SimpleQueue[tuple[Job, Future[None]] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        if self._stream is None:
+            # A daemon: a job that waits for a dead peer must not keep the process from ending.
+            self._thread = threading.Thread(target=self._work, name=f"gmeta-{name}", daemon=True)
+            self._thread.start()
+
+    def submit(self, job: Job) -> Handle:
+        """Run `job` after all that were submitted before."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                job()
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(self._stream)
+            return Handle(event=event)
+        future: Future[None] = Future()
+        self._jobs.put((job, future))
+        return Handle(future)
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)  # a team of OpenMP threads of its own would take the cores from the computing
+        while (item := self._jobs.get()) is not None:
+            job, future = item
+            try:
+                if self._error is not None:
+                    raise self._error
+                job()
+            except BaseException as error:
+                self._error = error
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+            del item, job, future  # tensors that the job holds are free now, not when the next one comes
+
+    def close(self) -> None:
+        """End the thread once its jobs are done; does not wait."""
+        self._jobs.put(None)
