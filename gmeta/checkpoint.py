@@ -23,8 +23,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -32,6 +31,7 @@ from gmeta.data.shards import checksum_file
 from gmeta.files import read_mapping
 from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
+from gmeta.parallel.pieces import PieceWriter, differences
 
 FORMAT_VERSION = 1
 
@@ -77,7 +77,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
 
 
 def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
-    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
+    writer = PieceWriter(str(path))
     with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_save(
             {name: t.contiguous() for name, t in sorted(tensors.items())},
@@ -164,15 +164,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     Raises ValueError naming the tensors that are missing or have another shape (a checkpoint of another model).
     """
     reader = HuggingFaceStorageReader(str(path))
-    stored = reader.read_metadata().state_dict_metadata
-    saved = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-    differences = [
-        f"{name} is missing" if name not in saved else f"{name} is {list(saved[name].size)}, expected {list(t.shape)}"
-        for name, t in tensors.items()
-        if name not in saved or tuple(saved[name].size) != tuple(t.shape)
-    ]
-    if differences:
-        shown = "; ".join(differences[:5]) + ("; …" if len(differences) > 5 else "")
+    if shown := differences(reader.read_metadata().state_dict_metadata, tensors):
         raise ValueError(f"checkpoint {path} is of another model: {shown}")
     with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)

@@ -1,0 +1,149 @@
+"""Parts of tensors for torch.distributed.checkpoint: any contiguous range of a tensor, so that any placement on any
+number of ranks loads what any other has saved, and what was saved whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, sizes) in a tensor."""
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """Numbers `start` to `stop` of a flattened tensor as boxes of it, in their order; at most 2 x dimensions - 1."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    inner = math.prod(shape[1:])
+    while start < stop:
+        row, within = divmod(start, inner)
+        if within or stop - start < inner:
+            end = min(stop, (row + 1) * inner)
+            for offsets, sizes in boxes(shape[1:], within, end - row * inner):
+                yield (row, *offsets), (1, *sizes)
+        else:
+            rows = (stop - start) // inner
+            end = start + rows * inner
+            yield (row, *(0 for _ in shape[1:])), (rows, *shape[1:])
+        start = end
+
+
+class PieceTensor(Tensor):
+    """Stands for a tensor of which this rank has the numbers from `start` on, in `local` (one-dimensional).
+
+    Has the whole tensor's shape and no storage. torch.distributed.checkpoint saves from `local`, and loads into it.
+    """
+
+    local: Tensor
+    start: int
+
+    @staticmethod
+    def of(local: Tensor, shape: torch.Size, start: int) -> PieceTensor:
+        """A piece of a tensor of `shape`; a scalar's is saved as [1]."""
+        whole = tuple(shape) or (1,)
+        found: PieceTensor = Tensor._make_wrapper_subclass(PieceTensor, whole, dtype=local.dtype, device=local.device)
+        found.local, found.start = local.detach(), start
+        return found
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> PieceTensor:
+        """Itself: `local` is contiguous."""
+        return self
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise TypeError(f"{func}: a piece of a tensor can be saved and loaded, nothing else; use its `local`")
+
+    def _boxes(self) -> list[Box]:
+        return list(boxes(tuple(self.shape), self.start, self.start + self.local.numel()))
+
+    def __create_write_items__(self, fqn: str, _object: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(_chunk(offsets, sizes), properties, self.shape),
+            )
+            for offsets, sizes in self._boxes()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(offsets, sizes) for offsets, sizes in self._boxes()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        at = 0
+        for offsets, sizes in self._boxes():
+            length = math.prod(sizes)
+            if torch.Size(offsets) == index.offset:
+                return self.local[at : at + length].view(sizes)
+            at += length
+        raise ValueError(f"{index.fqn} has no part at {index.offset} here")
+
+
+class PieceWriter(HuggingFaceStorageWriter):
+    """Writes safetensors, in which a name can stand once a file: a name's k-th box on a rank goes to its k-th file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, save_distributed=True)
+
+    def _split_by_storage_plan(
+        self, storage_plan: dict[str, int] | None, items: list[WriteItem]
+    ) -> dict[int, list[WriteItem]]:
+        seen: Counter[str] = Counter()
+        files: dict[int, list[WriteItem]] = {}
+        for item in items:
+            seen[item.index.fqn] += 1
+            files.setdefault(seen[item.index.fqn], []).append(item)
+        return files
+
+
+def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+def differences(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """How a checkpoint's metadata differ from what shall be loaded, for a message; empty where it fits."""
+    saved = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+    found = [
+        f"{name} is missing" if name not in saved else f"{name} is {list(saved[name].size)}, expected {list(t.shape)}"
+        for name, t in tensors.items()
+        if name not in saved or tuple(saved[name].size) != tuple(t.shape)
+    ]
+    return "; ".join(found[:5]) + ("; …" if len(found) > 5 else "")
+
+
+def first_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer make its state, zeros, as it does in its first step, and change nothing else."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    with torch.no_grad():
+        for param, value in zip(params, before, strict=True):
+            param.copy_(value)
+            param.grad = None
+            for state in optimizer.state[param].values():
+                if isinstance(state, Tensor):
+                    state.zero_()
