@@ -20,6 +20,8 @@ from gmeta import config as configs
 from gmeta.files import read_mapping
 from gmeta.lab.config import LabConfig
 from gmeta.parallel.launch import is_worker
+from gmeta.plan import PlanConfig
+from gmeta.simulate import SimulateConfig
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,13 @@ def _report(config: configs.ReportConfig) -> int:
 
 
 def _doctor(config: configs.DoctorConfig) -> int:
-    from gmeta.doctor import diagnose, print_checks
+    from gmeta.doctor import diagnose, print_checks, write_network
 
+    if config.network is not None:
+        write_network(config.network, config.group_size, config.timeout_s)
+        return 0
+    if is_worker():
+        raise ValueError("nproc is for --network FILE: without it doctor checks this machine alone")
     return print_checks(diagnose(config.timeout_s))
 
 
@@ -84,10 +91,17 @@ def _coordinate(config: configs.CoordinateConfig) -> int:
     return 0
 
 
-def _simulate(config: configs.SimulateConfig) -> int:
+def _simulate(config: SimulateConfig) -> int:
     from gmeta.simulate import print_results, run_simulations
 
     print_results(run_simulations(config.scenario, config.trace_in, config.workers, tuple(config.policies), config.out))
+    return 0
+
+
+def _plan(config: PlanConfig) -> int:
+    from gmeta.plan import make_plan, print_plan
+
+    print_plan(config, make_plan(config))
     return 0
 
 
@@ -106,9 +120,10 @@ COMMANDS: dict[str, Command] = {
     "report": Command(configs.ReportConfig, _report),
     "synth": Command(configs.SynthConfig, _synth),
     "coordinate": Command(configs.CoordinateConfig, _coordinate),
-    "simulate": Command(configs.SimulateConfig, _simulate),
+    "plan": Command(PlanConfig, _plan),
+    "simulate": Command(SimulateConfig, _simulate),
     "lab": Command(LabConfig, _lab),
-    "doctor": Command(configs.DoctorConfig, _doctor),
+    "doctor": Command(configs.DoctorConfig, _doctor, distributed=True),
 }
 
 

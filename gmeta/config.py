@@ -18,7 +18,8 @@ CLICK_METRICS = ("auc", "gauc", "logloss")
 """Those that need 0/1 labels and probabilities."""
 
 
-def _require(ok: bool, key: str, value: object, rule: str) -> None:
+def require(ok: bool, key: str, value: object, rule: str) -> None:
+    """ValueError unless `ok`: what was found, and what it must be."""
     if not ok:
         raise ValueError(f"{key} is {value!r}: {rule}")
 
@@ -47,10 +48,10 @@ class ModelConfig:
     """Dropout after each hidden layer (taste: on the item's embeddings), seeded per (seed, step, task)."""
 
     def __post_init__(self) -> None:
-        _require(self.embedding_dim > 0, "model.embedding_dim", self.embedding_dim, "must be at least 1")
-        _require(all(w > 0 for w in self.hidden), "model.hidden", self.hidden, "widths must be at least 1")
-        _require(all(w > 0 for w in self.bottom), "model.bottom", self.bottom, "widths must be at least 1")
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+        require(self.embedding_dim > 0, "model.embedding_dim", self.embedding_dim, "must be at least 1")
+        require(all(w > 0 for w in self.hidden), "model.hidden", self.hidden, "widths must be at least 1")
+        require(all(w > 0 for w in self.bottom), "model.bottom", self.bottom, "widths must be at least 1")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,18 +88,18 @@ class MetaConfig:
     """auto takes the factored engine where it can and says so where it cannot."""
 
     def __post_init__(self) -> None:
-        _require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
-        _require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
-        _require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
-        _require(
+        require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
+        require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
+        require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
+        require(
             not self.recompute or (self.engine != "reference" and self.order == "second"),
             "meta.recompute",
             self.recompute,
             "only the factored engine's second order keeps graphs of inner steps; leave it out",
         )
-        _require(self.modulation_dim >= 1, "meta.modulation_dim", self.modulation_dim, "must be at least 1")
-        _require(self.clusters >= 1, "meta.clusters", self.clusters, "must be at least 1")
-        _require(
+        require(self.modulation_dim >= 1, "meta.modulation_dim", self.modulation_dim, "must be at least 1")
+        require(self.clusters >= 1, "meta.clusters", self.clusters, "must be at least 1")
+        require(
             self.modulation == "none" or bool(self.adapt),
             "meta.modulation",
             self.modulation,
@@ -120,9 +121,9 @@ class EmbeddingConfig:
     """Standard deviation of the initial rows."""
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
-        _require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
-        _require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")
+        require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
+        require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
+        require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,13 +142,19 @@ class DenseConfig:
     """Linear warm-up of every learning rate (dense and embedding)."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """Decay of every learning rate to zero at the last step."""
+    placement: str = "NNN"
+    """How parameters, gradients and optimizer state lie (PaRO): each N, on every rank, I, sharded inside groups, or G,
+    sharded over all. NNN is fastest where it fits; `gmeta plan` tells what else costs."""
+    group_size: int = 0
+    """Ranks of a group; 0: those of one machine."""
 
     def __post_init__(self) -> None:
-        _require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
-        _require(self.inner_lr_lr >= 0, "dense.inner_lr_lr", self.inner_lr_lr, "must not be negative")
-        _require(self.weight_decay >= 0, "dense.weight_decay", self.weight_decay, "must not be negative")
-        _require(self.clip_norm >= 0, "dense.clip_norm", self.clip_norm, "must not be negative")
-        _require(self.warmup_steps >= 0, "dense.warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
+        require(self.inner_lr_lr >= 0, "dense.inner_lr_lr", self.inner_lr_lr, "must not be negative")
+        require(self.weight_decay >= 0, "dense.weight_decay", self.weight_decay, "must not be negative")
+        require(self.clip_norm >= 0, "dense.clip_norm", self.clip_norm, "must not be negative")
+        require(self.warmup_steps >= 0, "dense.warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.group_size >= 0, "dense.group_size", self.group_size, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +178,9 @@ class LoaderConfig:
     """Redraw each training task's support/query cut every epoch, at random with the stored sizes."""
 
     def __post_init__(self) -> None:
-        _require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
-        _require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
-        _require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "must not be negative")
+        require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
+        require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +203,7 @@ class CommConfig:
     """Workers of one node, for a two-level AlltoAll (inside nodes, then between them); 0 is one level."""
 
     def __post_init__(self) -> None:
-        _require(self.node_size >= 0, "comm.node_size", self.node_size, "must not be negative")
+        require(self.node_size >= 0, "comm.node_size", self.node_size, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,12 +233,12 @@ class ElasticConfig:
     """Tasks of one micro-batch that fit this worker's memory, for policy dd; 0: any number."""
 
     def __post_init__(self) -> None:
-        _require(self.report_s > 0, "elastic.report_s", self.report_s, "must be more than 0 seconds")
-        _require(self.patience_s > 0, "elastic.patience_s", self.patience_s, "must be more than 0 seconds")
-        _require(self.max_restarts >= 0, "elastic.max_restarts", self.max_restarts, "must not be negative")
-        _require(self.max_slots >= 0, "elastic.max_slots", self.max_slots, "must not be negative")
+        require(self.report_s > 0, "elastic.report_s", self.report_s, "must be more than 0 seconds")
+        require(self.patience_s > 0, "elastic.patience_s", self.patience_s, "must be more than 0 seconds")
+        require(self.max_restarts >= 0, "elastic.max_restarts", self.max_restarts, "must not be negative")
+        require(self.max_slots >= 0, "elastic.max_slots", self.max_slots, "must not be negative")
         url = self.url
-        _require(
+        require(
             url is None or url.startswith(("http://", "https://")),
             "elastic.url",
             url,
@@ -260,10 +267,10 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "eval_every", "patience", "checkpoint_every"):
-            _require(getattr(self, key) >= 0, f"schedule.{key}", getattr(self, key), "must not be negative")
-        _require(self.epochs >= 1, "schedule.epochs", self.epochs, "must be at least 1")
-        _require(self.keep_last >= 1, "schedule.keep_last", self.keep_last, "must be at least 1")
-        _require(self.metric in METRICS, "schedule.metric", self.metric, f"must be one of {', '.join(METRICS)}")
+            require(getattr(self, key) >= 0, f"schedule.{key}", getattr(self, key), "must not be negative")
+        require(self.epochs >= 1, "schedule.epochs", self.epochs, "must be at least 1")
+        require(self.keep_last >= 1, "schedule.keep_last", self.keep_last, "must be at least 1")
+        require(self.metric in METRICS, "schedule.metric", self.metric, f"must be one of {', '.join(METRICS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,28 +327,28 @@ class PrepareConfig:
         return [self.input] if isinstance(self.input, str) else self.input
 
     def __post_init__(self) -> None:
-        _require(self.query_size is None or self.query_size >= 1, "query_size", self.query_size, "must be at least 1")
+        require(self.query_size is None or self.query_size >= 1, "query_size", self.query_size, "must be at least 1")
         ratio, valid, test = self.query_ratio, self.valid_fraction, self.test_fraction
-        _require(ratio is None or 0 < ratio < 1, "query_ratio", ratio, "must be above 0 and below 1")
-        _require(ratio is None or self.query_size is None, "query_ratio", ratio, "unset query_size to use it")
-        _require(valid is None or 0 <= valid < 1, "valid_fraction", valid, "must be in [0, 1)")
-        _require(test is None or 0 <= test < 1, "test_fraction", test, "must be in [0, 1)")
-        _require((valid or 0) + (test or 0) < 1, "test_fraction", test, "must leave tasks to train on")
+        require(ratio is None or 0 < ratio < 1, "query_ratio", ratio, "must be above 0 and below 1")
+        require(ratio is None or self.query_size is None, "query_ratio", ratio, "unset query_size to use it")
+        require(valid is None or 0 <= valid < 1, "valid_fraction", valid, "must be in [0, 1)")
+        require(test is None or 0 <= test < 1, "test_fraction", test, "must be in [0, 1)")
+        require((valid or 0) + (test or 0) < 1, "test_fraction", test, "must leave tasks to train on")
         low, high = self.min_task_rows, self.max_task_rows
-        _require(low is None or low >= 2, "min_task_rows", low, "must be at least 2 (one support and one query row)")
-        _require(high is None or high >= (low or 2), "max_task_rows", high, f"must be at least {low or 2}")
+        require(low is None or low >= 2, "min_task_rows", low, "must be at least 2 (one support and one query row)")
+        require(high is None or high >= (low or 2), "max_task_rows", high, f"must be at least {low or 2}")
         for value in self.partitions.values():
-            _require(value in ("train", "valid", "test"), "partitions", value, "splits are train, valid and test")
-        _require(
+            require(value in ("train", "valid", "test"), "partitions", value, "splits are train, valid and test")
+        require(
             re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", self.memory_limit, re.IGNORECASE) is not None,
             "memory_limit",
             self.memory_limit,
             "must be a size such as 500MB or 2GB",
         )
         most = 4 * max(4, os.cpu_count() or 1)
-        _require(0 <= self.threads <= most, "threads", self.threads, f"must be 0 (one a core) to {most}")
-        _require(1 <= self.shard_mb <= 4096, "shard_mb", self.shard_mb, "must be in [1, 4096]")
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(0 <= self.threads <= most, "threads", self.threads, f"must be 0 (one a core) to {most}")
+        require(1 <= self.shard_mb <= 4096, "shard_mb", self.shard_mb, "must be in [1, 4096]")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,12 +390,10 @@ class TrainConfig:
     """Continue the run in run_dir from its last checkpoint."""
 
     def __post_init__(self) -> None:
-        _require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
         metric = self.schedule.metric
-        _require(
-            self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)"
-        )
+        require(self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,10 +431,10 @@ class EvaluateConfig:
     """Seconds after which ranks give up on one that does not answer."""
 
     def __post_init__(self) -> None:
-        _require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
-        _require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
-        _require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
-        _require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
+        require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
+        require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,8 +457,8 @@ class PredictConfig:
     """auto takes CUDA where there is one."""
 
     def __post_init__(self) -> None:
-        _require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
-        _require(self.out.endswith((".parquet", ".csv")), "out", self.out, "must end in .parquet or .csv")
+        require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        require(self.out.endswith((".parquet", ".csv")), "out", self.out, "must end in .parquet or .csv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,15 +501,15 @@ class SynthConfig:
     """Seed; the same seed and sizes give the same files."""
 
     def __post_init__(self) -> None:
-        _require(self.users >= 1, "users", self.users, "must be at least 1")
-        _require(self.items >= 1, "items", self.items, "must be at least 1")
-        _require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")
-        _require(1 <= self.latent_dim <= 3, "latent_dim", self.latent_dim, "must be in [1, 3]")
+        require(self.users >= 1, "users", self.users, "must be at least 1")
+        require(self.items >= 1, "items", self.items, "must be at least 1")
+        require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")
+        require(1 <= self.latent_dim <= 3, "latent_dim", self.latent_dim, "must be in [1, 3]")
         for key in ("taste_std", "side_std", "item_std", "zipf"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
-        _require(0 <= self.item_side_share <= 1, "item_side_share", self.item_side_share, "must be in [0, 1]")
-        _require(self.num_query >= 1, "num_query", self.num_query, "must be at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "must not be negative")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        require(0 <= self.item_side_share <= 1, "item_side_share", self.item_side_share, "must be in [0, 1]")
+        require(self.num_query >= 1, "num_query", self.num_query, "must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,6 +518,15 @@ class DoctorConfig:
 
     timeout_s: int = 60
     """Seconds given to the self-test."""
+    network: str | None = None
+    """Instead: measure the links between processes, started with --nproc or torchrun, and write them to this file
+    (JSON), for `gmeta plan`."""
+    group_size: int = 0
+    """Ranks with fast links between them; 0: those of one machine."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        require(self.group_size >= 0, "group_size", self.group_size, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -539,28 +553,6 @@ class CoordinateConfig:
     """Seconds between two such restarts."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.port <= 65535, "port", self.port, "must be in [0, 65535]")
-        _require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative")
-        _require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "must not be negative")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SimulateConfig:
-    """Compare policies against stragglers on a virtual clock, with a scenario's workers or with those of a trace."""
-
-    scenario: str | None = None
-    """Scenario file, such as examples/scenarios/transient-50.yaml."""
-    trace_in: str | None = None
-    """Instead of a scenario: trace of a training job, whose workers' speeds over time are taken."""
-    workers: int | None = None
-    """Workers, where not as many as in the file: batch, devices and slow workers are repeated in proportion."""
-    policies: list[str] = field(default_factory=lambda: ["static", "lb_bsp", "backup", "nd"])
-    """Policies by name (static, nd, dd, lb_bsp, backup), or one's own as module:function."""
-    out: str | None = None
-    """File for the trace of the simulated job; with several policies their names come before its suffix."""
-
-    def __post_init__(self) -> None:
-        one = (self.scenario is None) != (self.trace_in is None)
-        _require(one, "scenario", self.scenario, "give either a scenario or trace_in")
-        _require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
-        _require(bool(self.policies), "policies", self.policies, "name at least one")
+        require(0 <= self.port <= 65535, "port", self.port, "must be in [0, 65535]")
+        require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative")
+        require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "must not be negative")

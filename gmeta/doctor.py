@@ -7,6 +7,7 @@ table and not a hang.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,11 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from gmeta.parallel.collectives import raise_together
+from gmeta.parallel.levels import Levels, group_mesh
+from gmeta.parallel.mesh import close_mesh, open_mesh
+from gmeta.parallel.network import describe, measure_links
 
 GIB = 2**30
 
@@ -45,6 +51,33 @@ def diagnose(timeout_s: int) -> list[Check]:
     checks.append(check_memory(psutil.virtual_memory().available))
     folders = {"disk here": Path.cwd(), "temporary disk": Path(tempfile.gettempdir()), "/dev/shm": Path("/dev/shm")}
     return checks + [check_space(name, folder) for name, folder in folders.items() if folder.is_dir()]
+
+
+def write_network(path: str, group_size: int, timeout_s: int) -> None:
+    """Measure the links between all processes and write them as JSON, which `gmeta plan --network` reads. Collective.
+
+    ValueError: one process, groups that do not divide the processes, a file that cannot be written.
+    """
+    mesh = open_mesh("auto", timeout_s)
+    try:
+        if mesh.world_size == 1:
+            raise ValueError(
+                "one process has no links: start doctor --network with --nproc N, or torchrun on all machines"
+            )
+        groups = group_mesh(group_size or mesh.local_world_size, mesh.device.type)
+        levels = Levels.open(groups, "backend", timeout_s, mesh.device)
+        links = measure_links(levels, mesh.device)
+        levels.close()
+        error: Exception | None = None
+        if mesh.is_main:
+            try:
+                Path(path).write_text(json.dumps(asdict(links), indent=1) + "\n")
+                print(f"{levels.groups.count} groups of {levels.groups.size}\n{describe(links)}\nwritten to {path}")
+            except OSError as problem:
+                error = ValueError(f"network {path} cannot be written ({problem.strerror}): name another file")
+        raise_together(error, mesh)
+    finally:
+        close_mesh(mesh)
 
 
 def print_checks(checks: list[Check]) -> int:

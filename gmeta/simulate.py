@@ -23,6 +23,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+from gmeta.config import require
 from gmeta.elastic.actions import Setting, to_json
 from gmeta.elastic.balance import proportional
 from gmeta.elastic.controller import Controller, Decided, Nonsense, Policy
@@ -430,6 +431,28 @@ def read_trace(path: Path) -> tuple[Scenario, Recorded]:
 
 
 # The command
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimulateConfig:
+    """Compare policies against stragglers on a virtual clock, with a scenario's workers or with those of a trace."""
+
+    scenario: str | None = None
+    """Scenario file, such as examples/scenarios/transient-50.yaml."""
+    trace_in: str | None = None
+    """Instead of a scenario: trace of a training job, whose workers' speeds over time are taken."""
+    workers: int | None = None
+    """Workers, where not as many as in the file: batch, devices and slow workers are repeated in proportion."""
+    policies: list[str] = field(default_factory=lambda: ["static", "lb_bsp", "backup", "nd"])
+    """Policies by name (static, nd, dd, lb_bsp, backup), or one's own as module:function."""
+    out: str | None = None
+    """File for the trace of the simulated job; with several policies their names come before its suffix."""
+
+    def __post_init__(self) -> None:
+        one = (self.scenario is None) != (self.trace_in is None)
+        require(one, "scenario", self.scenario, "give either a scenario or trace_in")
+        require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
+        require(bool(self.policies), "policies", self.policies, "name at least one")
 
 
 def run_simulations(

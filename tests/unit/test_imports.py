@@ -25,7 +25,7 @@ LAYERS = (
     {"rundir"},
     {"system", "elasticity"},
     {"scoring", "run"},
-    {"train", "evaluate", "predict", "doctor", "simulate", "supervise"},
+    {"train", "evaluate", "predict", "doctor", "plan", "simulate", "supervise"},
     {"lab"},
     {"cli"},
     {"__main__"},
