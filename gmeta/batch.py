@@ -51,6 +51,11 @@ class Division:
     drop_after_s: float | None  # a rank begins no further micro-batch so long after its first; None: never
     work: float  # of this rank: its share of the batch's rows, in slots
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether some rank has several micro-batches."""
+        return max(self.micro_batches) > 1
+
     def ends(self, rank: int) -> tuple[int, ...]:
         """Where a rank's micro-batches end, counted from its first slot; none is empty unless the rank has no slot."""
         size = self.cuts[rank + 1] - self.cuts[rank]

@@ -17,9 +17,9 @@ from gmeta.config import TrainConfig
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.elasticity import Membership
-from gmeta.optim.dense import dense_optimizer
+from gmeta.optim.sharded import Dense, open_dense
 from gmeta.optim.sparse import SparseOptimizer
-from gmeta.parallel.collectives import GradientBuckets, raise_together
+from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.system import Loaded, System, Work, build_system
 from gmeta.tracking import RunLog
@@ -47,9 +47,8 @@ class Run:
 
     config: TrainConfig
     system: System
-    dense: torch.optim.AdamW
+    dense: Dense
     sparse: SparseOptimizer
-    buckets: GradientBuckets
     loader: TaskLoader[Work]
     pack: TaskPack
     log: RunLog
@@ -97,17 +96,19 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
     return Run(
         config=config,
         system=system,
-        dense=dense_optimizer(
+        dense=open_dense(
             system.learner,
+            mesh,
             lr=config.dense.lr,
             inner_lr_lr=config.dense.inner_lr_lr,
             weight_decay=config.dense.weight_decay,
+            placement=config.dense.placement,
+            group_size=config.dense.group_size,
+            how=config.comm.dense,
+            overlap=config.comm.overlap,
         ),
         sparse=SparseOptimizer(
             config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
-        ),
-        buckets=GradientBuckets(
-            list(system.learner.parameters()), mesh, how=config.comm.dense, overlap=config.comm.overlap
         ),
         loader=loader,
         pack=pack,
@@ -120,24 +121,8 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
 
 
 def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
-    """Weights, tables and the dense optimizer's moments, by name; 0-dim tensors go as [1]."""
-    tensors = run.system.tensors()
-    for name, parameter in run.system.learner.named_parameters():
-        state = run.dense.state.get(parameter) or _fresh_state(run.dense, parameter)
-        for key, value in state.items():
-            tensors[f"optimizer.{name}.{key}"] = value if value.dim() else value.view(1)
-    return tensors
-
-
-def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before its first step, so that a checkpoint has a place to load it into."""
-    state = {
-        "step": torch.zeros((), device=parameter.device),
-        "exp_avg": torch.zeros_like(parameter, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }
-    optimizer.state[parameter] = state
-    return state
+    """Weights, tables and the dense optimizer's moments, by name; of what is sharded, this rank's parts."""
+    return {**run.system.table_tensors(), **run.dense.tensors()}
 
 
 def save_checkpoint(run: Run) -> None:
@@ -167,6 +152,7 @@ def load_checkpoint(run: Run, path: Path) -> dict[str, Any] | None:
     """Restore everything from `path`; returns its ledger, where there is one. Collective."""
     state = checkpoint.read_state(path)
     checkpoint.load_tensors(path, checkpoint_tensors(run), run.mesh)
+    run.dense.loaded()
     run.progress = Progress(**state["progress"])
     run.loader.load_state_dict(state["loader"])
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))

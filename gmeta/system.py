@@ -140,8 +140,12 @@ class System:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of model, learned rates and tables, by name, for checkpoints."""
-        dense = {f"dense.{name}": p.detach() for name, p in self.learner.named_parameters()}
-        return {**dense, **{f"tables.{name}": t for name, t in self.tables.state_dict().items()}}
+        dense = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self.learner.named_parameters()}
+        return {**dense, **self.table_tensors()}
+
+    def table_tensors(self) -> dict[str, Tensor]:
+        """This rank's rows of tables and of their optimizer's state, by name."""
+        return {f"tables.{name}": t for name, t in self.tables.state_dict().items()}
 
 
 def used_rows(prepared: Prepared, rows: EmbeddedRows, finished: int) -> dict[str, Tensor]:

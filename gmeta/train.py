@@ -27,7 +27,7 @@ from gmeta.data.pack import open_pack
 from gmeta.elastic.agent import RestartRequested
 from gmeta.elasticity import dropped_tasks, join
 from gmeta.embedding.exchange import expected_traffic
-from gmeta.optim.dense import clip_scale, dense_step, global_norm, lr_scale
+from gmeta.optim.dense import clip_scale, lr_scale, norm_with_rows
 from gmeta.parallel.collectives import all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
 from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, was_restarted
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -55,15 +55,16 @@ def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
     rows = system.fetch(routes)
     watch.lap("exchange")
 
-    sums, query_loss, finished = _forward_backward(run, prepared, rows)
+    with run.dense.whole():
+        sums, query_loss, finished = _forward_backward(run, prepared, rows)
     watch.lap("compute")
 
-    run.buckets.flush()
+    run.dense.flush()
     used = used_rows(prepared, rows, finished) if batch.drop_after_s is not None else None
     row_gradients = system.return_gradients(routes, rows, used)
-    run.buckets.finish(routes.traffic.dense)
+    run.dense.finish(routes.traffic.dense)
     sums = all_reduce_sum(sums, mesh, routes.traffic.control)
-    norm = global_norm(_dense_gradients(run), row_gradients, mesh, routes.traffic.control)
+    norm = norm_with_rows(run.dense.square_sum(), row_gradients, mesh, routes.traffic.control)
     scale = None
     if batch.drop_after_s is not None:  # what was computed is a sum over fewer tasks than it was divided by
         scale = batch.num_tasks_global / sums[SUMS.index("tasks")]
@@ -98,7 +99,7 @@ def _forward_backward(run: Run, prepared: Prepared, rows: EmbeddedRows) -> tuple
     """
     system, batch = run.system, prepared.batch
     sums = torch.zeros(len(_sum_names(batch)), dtype=torch.float64, device=run.mesh.device)
-    run.buckets.several = len(prepared.parts) > 1
+    run.dense.begin(several=batch.division is not None and batch.division.in_parts)
     losses, begun = [], time.perf_counter()
     for number, part in enumerate(prepared.parts):
         if number and _too_late(batch, begun, run.mesh.device):
@@ -106,7 +107,7 @@ def _forward_backward(run: Run, prepared: Prepared, rows: EmbeddedRows) -> tuple
         part_begun = time.perf_counter()
         with system.precision():
             loss, output = system.learner(part.rows(rows), part.batch, part.index)
-        loss.backward()
+        run.dense.backward(loss)
         losses.append(output.query_loss)
         sums[: len(SUMS)].add_(_part_sums(loss, output.support_loss, part.batch))
         if batch.drop_after_s is not None:
@@ -149,10 +150,6 @@ def _work(batch: TaskBatch, part: TaskBatch) -> float:
     return whole * rows / of if of else 0.0
 
 
-def _dense_gradients(run: Run) -> list[Tensor]:
-    return [p.grad for p in run.system.learner.parameters() if p.grad is not None]
-
-
 def _update(
     run: Run, row_gradients: dict[str, RowGradients], norm: Tensor, lr: float, scale: Tensor | None = None
 ) -> None:
@@ -162,7 +159,7 @@ def _update(
     if scale is not None:
         clip = scale if clip is None else clip * scale
     ok = run.ok if run.read_late else None
-    dense_step(run.dense, lr_scale=lr, grad_scale=clip, ok=ok)
+    run.dense.step(lr_scale=lr, grad_scale=clip, ok=ok)
     run.sparse.step(run.system.tables, row_gradients, lr_scale=lr, grad_scale=clip, ok=ok)
 
 
@@ -199,7 +196,8 @@ def validate(run: Run) -> bool:
     if "valid" not in run.pack.splits:
         return False
     run.loader.settle()  # the ids of two loaders must not cross
-    scores = score(run.system, run.pack.split("valid"), tasks_per_batch=max(256, run.config.loader.tasks_per_batch))
+    with run.dense.whole():
+        scores = score(run.system, run.pack.split("valid"), tasks_per_batch=max(256, run.config.loader.tasks_per_batch))
     metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), run.mesh)
     if run.mesh.rank == 0:
@@ -323,7 +321,7 @@ def traffic_record(run: Run, started: Started) -> dict[str, Any]:
         routes,
         run.mesh,
         WIRE[run.config.comm.wire],
-        dense_bytes=run.buckets.bucket_bytes,
+        dense_bytes=run.dense.bucket_bytes,
         dense=run.config.comm.dense,
         control_bytes=(8 * len(_sum_names(started.batch)), 8),  # the sums, the squared norm of the row gradients
         marked=started.batch.drop_after_s is not None,

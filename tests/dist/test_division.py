@@ -117,7 +117,7 @@ def resumed(mesh: Mesh, settings: TrainConfig, cut: int, steps: int) -> list[lis
                 assert started.batch.division is not None
                 batches.append(started.batch.division.tasks.tolist())
             state = run.loader.state_dict()
-        run.buckets.close()
+        run.dense.close()
     return batches
 
 

@@ -74,7 +74,7 @@ def run_loop(
         except ValueError as error:
             end = str(error)
     run.log.close()
-    run.buckets.close()
+    run.dense.close()
     states.append(everything(run))
     pairs = itertools.pairwise(states)
     return end, [not all(map(_same_whole, before, after)) for before, after in pairs]

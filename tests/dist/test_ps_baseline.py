@@ -88,7 +88,7 @@ def ours(settings: TrainConfig) -> dict[str, Any]:
         for _ in range(STEPS):
             stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(torch.device("cpu"))))
             trace.append([stats[key] for key in ("loss", "support_loss", "samples", "grad_norm", "lr")])
-    run.buckets.close()
+    run.dense.close()
     tables = sorted(run.system.tables.state_dict().items())
     dense = {name: p.detach().numpy() for name, p in run.system.learner.named_parameters()}
     return {"trace": np.array(trace), **dense, **{f"table {i}": value.numpy() for i, (_, value) in enumerate(tables)}}

@@ -61,7 +61,7 @@ def run_steps(mesh: Mesh, settings: TrainConfig, steps: int) -> dict[str, Any]:
 
 def learned(run: Run, trace: list[list[float]]) -> dict[str, Any]:
     """`trace`, and every weight, on rank 0; the run is over."""
-    run.buckets.close()
+    run.dense.close()
     dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
     rows = {
         f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), run.mesh)
@@ -166,7 +166,7 @@ def losses_and_dense_bits(mesh: Mesh, settings: TrainConfig) -> tuple[list[float
     run = build_run(settings, mesh, threading.Event())
     with run.loader:
         losses = [finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))["loss"] for _ in range(4)]
-    run.buckets.close()
+    run.dense.close()
     return losses, [p.detach().numpy().tobytes() for p in run.system.learner.parameters()]
 
 
@@ -193,7 +193,7 @@ def ask_to_stop(mesh: Mesh, settings: TrainConfig, who: int) -> list[bool]:
                 stop.set()
             stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
             stops.append(stats["stop"] > 0)
-    run.buckets.close()
+    run.dense.close()
     return stops
 
 
@@ -210,7 +210,7 @@ def traffic_of_steps(mesh: Mesh, settings: TrainConfig) -> list[dict[str, Any]]:
         for _ in range(3):
             started = train_step(run, next(run.loader), Stopwatch(mesh.device))
             found.append(traffic_record(run, started))
-    run.buckets.close()
+    run.dense.close()
     return found
 
 
@@ -260,7 +260,7 @@ def validate_between_steps(mesh: Mesh, settings: TrainConfig) -> list[float]:
             run.loader.settle()
             scores = score(run.system, run.pack.split("valid"), tasks_per_batch=4)
             losses.append(0.0 if scores is None else float(scores.after.sum()))
-    run.buckets.close()
+    run.dense.close()
     return losses
 
 

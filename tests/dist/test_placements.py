@@ -1,0 +1,94 @@
+"""gmeta's trainer with sharded dense layers learns what it learns with replicated ones."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from harness import run_ranks
+from packs import make_pack
+from test_division import always_late, changing, run_divided
+from test_train import assert_same, config, run_steps
+
+from gmeta.config import DenseConfig, MetaConfig, TrainConfig
+from gmeta.parallel.mesh import Mesh
+from gmeta.run import build_run, load_checkpoint, save_checkpoint
+from gmeta.scoring import score
+from gmeta.stepping import Stopwatch
+from gmeta.train import finish_step, train_step, validate
+
+DENSE: dict[str, Any] = {"lr": 0.01, "clip_norm": 0.05, "warmup_steps": 5, "decay": "cosine", "weight_decay": 0.1}
+
+
+def placed(placement: str, group_size: int = 2) -> DenseConfig:
+    return DenseConfig(**DENSE, placement=placement, group_size=group_size)
+
+
+@pytest.mark.parametrize(("nproc", "placement"), [(1, "GGG"), (2, "III"), (4, "NII"), (4, "IIG"), (4, "GGG")])
+def test_twenty_steps_equal_replicated_ones(tmp_path: Path, nproc: int, placement: str) -> None:
+    """Second order, learned inner rates, clipping, weight decay of matrices alone."""
+    pack = make_pack(tmp_path / "pack")
+    alone = run_steps(Mesh(), config(pack), 20)
+    together = run_ranks(nproc, run_steps, config(pack, dense=placed(placement)), 20)[0]
+    assert_same(together, alone, 1e-9)
+    assert not np.allclose(alone["trace"][0], alone["trace"][-1])
+
+
+def test_plain_training(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path / "pack")
+    alone = run_steps(Mesh(), config(pack, meta=MetaConfig(adapt=[])), 20)
+    together = run_ranks(4, run_steps, config(pack, meta=MetaConfig(adapt=[]), dense=placed("IIG")), 20)[0]
+    assert_same(together, alone, 1e-9)
+
+
+def trained_on(mesh: Mesh, settings: TrainConfig, load: bool, steps: int) -> dict[str, Any]:
+    """Steps from the last checkpoint, or from none to a checkpoint; losses, and the valid split's scores."""
+    run = build_run(settings, mesh, threading.Event())
+    run.log.start()
+    trace = []
+    with run.loader:
+        if load:
+            (found,) = run.checkpoints.glob("step-*")
+            load_checkpoint(run, found)
+        for _ in range(steps):
+            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
+            trace.append([stats["loss"], stats["grad_norm"]])
+        if not load:
+            save_checkpoint(run)
+        validate(run)
+        with run.dense.whole():
+            scores = score(run.system, run.pack.split("valid"), tasks_per_batch=8)
+    run.log.close()
+    run.dense.close()
+    return {"trace": np.array(trace), "after": scores.after if scores is not None else None}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("NNN", "IIG"), ("IIG", "NNN"), ("GGG", "NIG")])
+def test_a_checkpoint_of_one_placement_continues_under_another(tmp_path: Path, saved: str, loaded: str) -> None:
+    pack = make_pack(tmp_path / "pack", valid=6)
+
+    def settings(placement: str) -> TrainConfig:
+        return config(pack, run_dir=str(tmp_path / "run"), dense=placed(placement))
+
+    run_ranks(4, trained_on, settings(saved), False, 6)
+    (expected, *_) = run_ranks(4, trained_on, settings(saved), True, 6)
+    (found, *_) = run_ranks(4, trained_on, settings(loaded), True, 6)
+    assert_same(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("divide", [changing, always_late])
+@pytest.mark.parametrize("placement", ["IIG", "NIG", "GGG"])
+def test_ranks_with_different_numbers_of_micro_batches(tmp_path: Path, placement: str, divide: Any) -> None:
+    """Unequal slots, a rank without one, parts left over: gradients are reduced once, after all of them."""
+    pack = make_pack(tmp_path / "pack")
+    (expected, *_) = run_ranks(4, run_divided, config(pack), 12, divide)
+    (found, *_) = run_ranks(4, run_divided, config(pack, dense=placed(placement)), 12, divide)
+    assert_same(found["learned"], expected["learned"], 1e-9)
+
+
+def test_a_placement_that_breaks_the_rule(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nearest are GGG"):
+        build_run(config(make_pack(tmp_path / "pack"), dense=placed("GGN")), Mesh(), threading.Event())
