@@ -83,6 +83,12 @@ class Cluster:
             for words in shape_node(self.prefix, node, inside_rate, between_rate):
                 _run(words)
 
+    def set_group_rates(self, group_size: int, inside_rate: str, between_rate: str) -> None:
+        """Groups of consecutive nodes with faster links inside: each node's card has a rate for either kind of peer."""
+        for node in range(self.nodes):
+            for words in shape_groups(self.prefix, node, group_size, inside_rate, between_rate):
+                _run(words)
+
     def sent_bytes(self) -> dict[str, int]:
         """Bytes that all nodes have sent so far, headers included: `inside` them and `between` them."""
         links = {"inside": "lo", "between": CARD}
@@ -181,6 +187,26 @@ def _shape(namespace: str, link: str, rate: str | None) -> list[str]:
         return [*start, "pfifo", "limit", "1000"]
     burst = max(_LEAST_BURST, int(bits_per_s(rate) / 8 * _TICK_S))
     return [*start, "tbf", "rate", rate, "burst", str(burst), "limit", str(_QUEUE)]
+
+
+def shape_groups(prefix: str, node: int, group_size: int, inside_rate: str, between_rate: str) -> list[list[str]]:
+    """Commands that hold what a node exchanges with its group to one rate, and all else to another."""
+    first = node // group_size * group_size
+    peers = [address(other) for other in range(first, first + group_size) if other != node]
+    commands = []
+    for namespace, link, way in ((f"{prefix}-node{node}", CARD, "dst"), (f"{prefix}-switch", f"port{node}", "src")):
+        on = ["dev", link]
+        commands.append(["tc", "-n", namespace, "qdisc", "replace", *on, "root", "handle", "1:", "htb", "default", "2"])
+        for number, rate in ((1, inside_rate), (2, between_rate)):
+            burst = str(max(_LEAST_BURST, int(bits_per_s(rate) / 8 * _TICK_S)))
+            words = ["htb", "rate", rate, "burst", burst, "cburst", burst]
+            commands.append(
+                ["tc", "-n", namespace, "class", "add", *on, "parent", "1:", "classid", f"1:{number}", *words]
+            )
+        for peer in peers:
+            words = ["protocol", "ip", "prio", "1", "u32", "match", "ip", way, f"{peer}/32", "flowid", "1:1"]
+            commands.append(["tc", "-n", namespace, "filter", "add", *on, "parent", "1:", *words])
+    return commands
 
 
 def bits_per_s(rate: str) -> float:

@@ -112,7 +112,7 @@ def cases(quick: bool) -> list[Case]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer runs and steps, about a quarter of the time; no result files")
+    parser.add_argument("--quick", action="store_true", help="fewer runs and steps; no result files")
     parser.add_argument(
         "--out", type=Path, help="keep the runs, with their timelines, here; those it has are not made again"
     )

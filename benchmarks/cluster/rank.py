@@ -1,0 +1,208 @@
+"""One rank of the emulated cluster: trains one model under every contender in turn, or times collectives.
+
+    python rank.py '{"work": "train", "contenders": ["IIG", "fsdp2"], ...}'      # with torchrun's environment
+
+Computing is emulated: every layer sleeps, a third of its time in the forward pass and two thirds in the backward pass,
+so that eight ranks fit two cores. What the layers compute besides is real, and tiny. Rank 0 prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from gmeta.parallel.levels import Levels, group_mesh
+from gmeta.parallel.network import measure_links
+from gmeta.parallel.paro import paro
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-4)
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward_s: float, backward_s: float) -> Tensor:
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        time.sleep(ctx.backward_s)
+        return grads[0], None, None
+
+
+class Layer(nn.Module):
+    """A decoder layer's weights, 12 width^2 of them, and its emulated time."""
+
+    def __init__(self, width: int, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Something of all weights; [rows, width]."""
+        q, k, v = self.qkv(x).chunk(3, -1)
+        x = x + self.out(torch.tanh(q * k) * v)
+        x = x + self.down(torch.relu(self.up(x)))
+        return _Sleep.apply(x, self.seconds / 3, self.seconds * 2 / 3)  # type: ignore[no-any-return]
+
+
+class Model(nn.Module):
+    def __init__(self, layers: int, width: int, micro_batch_s: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(width, micro_batch_s / layers) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A loss."""
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+Step = Callable[[list[Tensor]], None]
+
+
+def contender(name: str, model: Model, group_size: int) -> tuple[Step, Callable[[], object]]:
+    """(a training step on micro-batches, what waits until all of it is done). `name`: a placement[:collectives]."""
+    if name in ("fsdp2", "fsdp2 late", "hsdp", "ddp"):
+        return peer(name, model, group_size), lambda: None
+    placement, _, collectives = name.partition(":")
+    engine = paro(model, ADAMW, group_mesh(group_size), placement, collectives=collectives or "two_phase")  # type: ignore[arg-type]
+
+    def step(micro_batches: list[Tensor]) -> None:
+        for k, x in enumerate(micro_batches):
+            engine.backward(engine(x) / len(micro_batches), last=k == len(micro_batches) - 1)
+        engine.step(clip_norm=1.0)
+
+    return step, lambda: engine.sent
+
+
+def peer(name: str, model: Model, group_size: int) -> Step:
+    """torch's own, each with the accumulation that its documentation recommends.
+
+    fsdp2 shards everything over all ranks and reduces gradients in every micro-batch; fsdp2 late keeps whole gradients
+    until the last one; hsdp shards inside groups and sums between them once a step.
+    """
+    wrapped: nn.Module = model
+    if name == "ddp":
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    else:
+        n = dist.get_world_size()
+        shape = (n // group_size, group_size) if name == "hsdp" else (n,)
+        names = ("replicate", "shard") if name == "hsdp" else ("shard",)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = ADAMW(wrapped.parameters())
+
+    def step(micro_batches: list[Tensor]) -> None:
+        for k, x in enumerate(micro_batches):
+            last = k == len(micro_batches) - 1
+            if name == "fsdp2 late":
+                model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            if name == "hsdp":
+                model.set_requires_all_reduce(last)  # type: ignore[operator]
+            with wrapped.no_sync() if name == "ddp" and not last else nullcontext():  # type: ignore[operator]
+                (wrapped(x) / len(micro_batches)).backward()
+        nn.utils.clip_grad_norm_(wrapped.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(work: Callable[[], None]) -> float:
+    dist.barrier()
+    begun = time.perf_counter()
+    work()
+    dist.barrier()
+    return time.perf_counter() - begun
+
+
+def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every contender in turn, round after round; a step's seconds."""
+    ready = []
+    for name in order["contenders"]:
+        torch.manual_seed(0)
+        model = Model(order["layers"], order["width"], order["micro_batch_s"])
+        ready.append((name, *contender(name, model, order["group_size"])))
+    draws = torch.Generator().manual_seed(dist.get_rank())
+    for accumulation in order["accumulation"]:
+        micro_batches = [torch.randn(2, order["width"], generator=draws) for _ in range(accumulation)]
+        for turn in range(order["rounds"] + 1):
+            steps = 1 if turn == 0 else order["steps"]  # the first turn makes state and records the order of units
+            for name, step, settled in ready:
+                seconds = timed(partial(run_steps, step, settled, micro_batches, steps))
+                if turn:
+                    yield {"contender": name, "accumulation": accumulation, "seconds": seconds / steps}
+
+
+def run_steps(step: Step, settled: Callable[[], object], micro_batches: list[Tensor], steps: int) -> None:
+    """So many steps, and what they have started."""
+    for _ in range(steps):
+        step(micro_batches)
+    settled()
+
+
+def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All-gather, reduce-scatter and all-reduce by every algorithm in turn; median seconds."""
+    device = torch.device("cpu")
+    every = {
+        name: Levels.open(group_mesh(order["group_size"]), name, 300.0, device)
+        for name in ("backend", "flat", "two_phase", "ho")
+    }
+    for nbytes in order["bytes"]:
+        found: dict[tuple[str, str], list[float]] = {}
+        buffer = torch.zeros(nbytes // 4)
+        for turn in range(order["rounds"] + 1):
+            for name, levels in every.items():
+                levels.rings.chunk_bytes = order["chunk_bytes"]
+                jobs = {
+                    "all_gather": partial(levels.gather, buffer, "G", "N"),
+                    "reduce_scatter": partial(levels.reduce_scatter, buffer, "N", "G"),
+                    "all_reduce": partial(levels.all_reduce, buffer, "N"),
+                }
+                for what, job in jobs.items():
+                    seconds = timed(job)
+                    if turn:
+                        found.setdefault((what, name), []).append(seconds)
+        for (what, name), times in found.items():
+            yield {"what": what, "algorithm": name, "bytes": nbytes, "seconds": statistics.median(times)}
+
+
+def links(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    device = torch.device("cpu")
+    levels = Levels.open(group_mesh(order["group_size"]), "backend", 300.0, device)
+    yield asdict(measure_links(levels, device))
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    order = json.loads(sys.argv[1])
+    dist.init_process_group("gloo")
+    for record in {"train": train, "rings": rings, "links": links}[order["work"]](order):
+        if dist.get_rank() == 0:
+            print(json.dumps(record), flush=True)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""PaRO's placements beside FSDP2, HSDP and DDP, and ring algorithms beside gloo's, on an emulated cluster.
+
+    python benchmarks/cluster/run.py [--quick] [--json FILE]
+
+Four groups of two ranks, in network namespaces: fast links inside a group, slow ones between. Two layouts: a link to
+other groups for each rank (rails), and one that the ranks of a group share. Contenders take turns in the same
+processes; medians over rounds. Computing is emulated by sleeping (rank.py). Needs Linux, root and iproute2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from common import Record, add_json, parse, publish, table
+from netns import Cluster, cluster, unavailable
+
+from gmeta.parallel.cost import Links, Wires, Workload
+from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups
+from gmeta.parallel.schedule import cost
+
+GROUPS = Groups(2, 4)
+BETWEEN = "100mbit"
+INSIDE = "1gbit"
+MODEL = {"layers": 8, "width": 96, "micro_batch_s": 0.12}
+"""3.5 MB of fp32 weights; the ratio of computing to what full sharding sends is a 7 B model's on 32 A100 with 100 Gb/s
+between machines (40.7 s of communication and some 6 s of computing at ten micro-batches), within a factor of two."""
+PEERS = ("fsdp2", "fsdp2 late", "hsdp", "ddp")
+LAYOUTS = ("a link a rank", "a link a group")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="one layout, one accumulation, fewer rounds; no result files"
+    )
+    add_json(parser)
+    args = parse(parser)
+    if reason := unavailable():
+        print(f"skipped: {reason}")
+        return
+    records: list[Record] = []
+    bodies = []
+    for layout in LAYOUTS[:1] if args.quick else LAYOUTS:
+        with laid_out(layout) as net:
+            links = Links(**next(run_ranks(net, {"work": "links"})))
+            print(f"{layout}: {links}", file=sys.stderr, flush=True)
+            records += link_records(layout, links)
+            found = trained(net, args.quick)
+            records += train_records(layout, links, found)
+            bodies.append(train_table(layout, links, found))
+            timed = list(run_ranks(net, ring_order(args.quick)))
+            records += ring_records(layout, links, timed)
+            bodies.append(ring_table(layout, links, timed))
+    config = {"groups": str(GROUPS), "between": BETWEEN, "inside": INSIDE, **MODEL}
+    publish("paro_cluster", "\n\n".join(bodies), records, config, args)
+
+
+@contextmanager
+def laid_out(layout: str) -> Iterator[Cluster]:
+    """The emulated cluster."""
+    n = GROUPS.world_size
+    if layout == "a link a rank":
+        with cluster(n, 1, None, None) as net:
+            net.set_group_rates(GROUPS.size, INSIDE, BETWEEN)
+            yield net
+    else:
+        with cluster(GROUPS.count, GROUPS.size, INSIDE, BETWEEN) as net:
+            yield net
+
+
+_PORTS = iter(range(29600, 29700))
+
+
+def run_ranks(net: Cluster, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What rank 0 prints, record by record. RuntimeError with the end of its complaint when a rank fails."""
+    words = [sys.executable, str(Path(__file__).with_name("rank.py")), json.dumps({"group_size": GROUPS.size, **order})]
+    port = next(_PORTS)
+    with tempfile.TemporaryDirectory() as folder:
+        processes = []
+        for rank in range(net.world_size):
+            with Path(folder, str(rank)).open("w") as said:
+                processes.append(
+                    subprocess.Popen(
+                        [*net.enter(rank), *words],
+                        env=os.environ | net.environment(rank, port) | {"OMP_NUM_THREADS": "1"},
+                        stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                        stderr=said,
+                        text=True,
+                    )
+                )
+        try:
+            stdout = processes[0].stdout
+            assert stdout is not None
+            with stdout:
+                for line in stdout:
+                    record = json.loads(line)
+                    print(record, file=sys.stderr, flush=True)
+                    yield record
+            if any(process.wait(60) for process in processes):
+                complaints = [Path(folder, str(rank)).read_text()[-2000:] for rank in range(net.world_size)]
+                raise RuntimeError(f"{order['work']} failed:\n" + max(complaints, key=len))
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+# Training
+
+
+def trained(net: Cluster, quick: bool) -> dict[tuple[str, int], float]:
+    """Median seconds of a step by (contender, accumulation)."""
+    rounds = {"rounds": 2, "steps": 1} if quick else {"rounds": 3, "steps": 2}
+    orders = [([*PLACEMENTS, "GGG:backend", *PEERS], [4])]
+    if not quick:
+        orders.append((["NNN", "NII", "III", "IIG", "NIG", "GGG", *PEERS], [1, 10]))
+    seconds: dict[tuple[str, int], list[float]] = {}
+    for contenders, accumulation in orders:
+        order = {"work": "train", "contenders": contenders, "accumulation": accumulation, **MODEL, **rounds}
+        for record in run_ranks(net, order):
+            seconds.setdefault((record["contender"], record["accumulation"]), []).append(record["seconds"])
+    return {case: statistics.median(times) for case, times in seconds.items()}
+
+
+def workload(accumulation: int) -> Workload:
+    """The model as the planner sees it: fp32, AdamW."""
+    params = int(MODEL["layers"] * 12 * MODEL["width"] ** 2)
+    return Workload(params, params, accumulation, MODEL["micro_batch_s"], int(MODEL["layers"]), Bytes(4, 4, 8))
+
+
+def predicted_s(links: Links, contender: str, accumulation: int) -> float | None:
+    """The planner's time of a step; None for torch's own."""
+    placement, _, collectives = contender.partition(":")
+    if placement not in PLACEMENTS:
+        return None
+    return cost(placement, GROUPS, links, workload(accumulation), "flat" if collectives else "two_phase").step_s
+
+
+def train_records(layout: str, links: Links, found: dict[tuple[str, int], float]) -> list[Record]:
+    records = []
+    for (contender, accumulation), seconds in found.items():
+        case = f"{layout}, acc{accumulation}"
+        records.append(Record(case, contender, "step_s", seconds, "s"))
+        records.append(Record(case, contender, "speedup_over_fsdp2", found["fsdp2", accumulation] / seconds, ""))
+        predicted = predicted_s(links, contender, accumulation)
+        if predicted is not None:
+            records.append(Record(case, contender, "predicted_step_s", predicted, "s"))
+            records.append(Record(case, contender, "achieved_over_predicted", predicted / seconds, ""))
+    for accumulation in sorted({accumulation for _, accumulation in found}):
+        value = rank_correlation(links, found, accumulation)
+        records.append(Record(f"{layout}, acc{accumulation}", "planner", "spearman", value, ""))
+    return records
+
+
+def rank_correlation(links: Links, found: dict[tuple[str, int], float], accumulation: int) -> float:
+    """Spearman's, of predicted and measured times of the placements."""
+    names = [name for name, acc in found if acc == accumulation and name in PLACEMENTS]
+    measured = [found[name, accumulation] for name in names]
+    predicted = [cost(name, GROUPS, links, workload(accumulation)).step_s for name in names]
+    return spearman(measured, predicted)
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
+    """Pearson's correlation of ranks; equals share their mean rank."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+    return statistics.correlation(ranks(left), ranks(right))
+
+
+def train_table(layout: str, links: Links, found: dict[tuple[str, int], float]) -> str:
+    lines = []
+    for accumulation in sorted({accumulation for _, accumulation in found}):
+        names = sorted((name for name, acc in found if acc == accumulation), key=lambda n: found[n, accumulation])
+        rows = []
+        for name in names:
+            seconds, predicted = found[name, accumulation], predicted_s(links, name, accumulation)
+            memory = cost(name[:3], GROUPS, links, workload(1)).memory if name[:3] in PLACEMENTS else None
+            rows.append(
+                (
+                    name,
+                    f"{seconds:.2f}",
+                    f"{found['fsdp2', accumulation] / seconds:.2f}",
+                    "" if predicted is None else f"{predicted:.2f}",
+                    "" if predicted is None else f"{predicted / seconds:.2f}",
+                    "" if memory is None else f"{memory / 1e6:.1f}",
+                )
+            )
+        header = ("placement", "s a step", "x FSDP2", "planned s", "planned / measured", "MB a rank")
+        correlation = rank_correlation(links, found, accumulation)
+        lines += [f"### {layout}, {accumulation} micro-batches", "", table(header, rows), ""]
+        lines += [f"Spearman's rank correlation of planned and measured times: {correlation:.2f}", ""]
+    return "\n".join(lines).strip()
+
+
+# Rings
+
+
+def ring_order(quick: bool) -> dict[str, Any]:
+    return {"work": "rings", "bytes": [4 << 20], "rounds": 2 if quick else 5, "chunk_bytes": 128 << 10}
+
+
+def theory_s(links: Links, what: str, algorithm: str, nbytes: int) -> float:
+    """Seconds by alpha and beta alone; the backend's are taken for flat rings."""
+    wires = Wires(GROUPS, links, "flat" if algorithm == "backend" else algorithm)
+    seconds = sum(busy for _, busy in wires.between(8.0 * nbytes, "G", "N"))
+    return 2 * seconds if what == "all_reduce" else seconds
+
+
+def ring_records(layout: str, links: Links, timed: list[dict[str, Any]]) -> list[Record]:
+    records = []
+    seconds = {(r["what"], r["algorithm"], r["bytes"]): r["seconds"] for r in timed}
+    for (what, algorithm, nbytes), found in seconds.items():
+        case = f"{layout}, {what} {nbytes >> 20} MiB"
+        records.append(Record(case, algorithm, "seconds", found, "s"))
+        records.append(
+            Record(case, algorithm, "theory_over_measured", theory_s(links, what, algorithm, nbytes) / found, "")
+        )
+        if algorithm == "ho":
+            records.append(Record(case, "ho", "ho_over_flat_gain", seconds[what, "flat", nbytes] / found - 1, ""))
+            records.append(Record(case, "ho", "ho_over_backend_gain", seconds[what, "backend", nbytes] / found - 1, ""))
+    return records
+
+
+def link_records(layout: str, links: Links) -> list[Record]:
+    return [
+        Record(layout, "links", "inter_mbit_s", links.inter_bits_s / 1e6, "Mbit/s"),
+        Record(layout, "links", "intra_mbit_s", links.intra_bits_s / 1e6, "Mbit/s"),
+        Record(layout, "links", "inter_latency_ms", links.inter_latency_s * 1e3, "ms"),
+        Record(layout, "links", "intra_latency_ms", links.intra_latency_s * 1e3, "ms"),
+        Record(layout, "links", "shared_nic", float(links.shared_nic), ""),
+    ]
+
+
+def ring_table(layout: str, links: Links, timed: list[dict[str, Any]]) -> str:
+    rows = []
+    flat = {(r["what"], r["bytes"]): r["seconds"] for r in timed if r["algorithm"] == "flat"}
+    for r in timed:
+        theory = theory_s(links, r["what"], r["algorithm"], r["bytes"])
+        rows.append(
+            (
+                r["what"],
+                f"{r['bytes'] >> 20} MiB",
+                r["algorithm"],
+                f"{1e3 * r['seconds']:.0f}",
+                f"{flat[r['what'], r['bytes']] / r['seconds']:.2f}",
+                f"{1e3 * theory:.0f}",
+                f"{theory / r['seconds']:.2f}",
+            )
+        )
+    header = ("collective", "size", "algorithm", "ms", "x flat", "theory, ms", "theory / measured")
+    measured = (
+        f"Measured links: {links.intra_bits_s / 1e6:.0f} Mbit/s inside, {links.inter_bits_s / 1e6:.0f} between, "
+        f"{'one for a group' if links.shared_nic else 'one for each rank'}; {1e3 * links.intra_latency_s:.1f} and "
+        f"{1e3 * links.inter_latency_s:.1f} ms a message."
+    )
+    return "\n".join([f"### Collectives, {layout}", "", table(header, rows), "", measured])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Simulated scaling of placements from 16 to 1,024 GPUs, for models of 7 and 65 billion parameters.
+
+    python benchmarks/paro_scale.py [--quick]
+
+On the virtual clock of the planner (gmeta/parallel/schedule.py), which the emulated cluster checks: 8 GPUs a machine,
+NVLink inside, 100 Gb/s between machines, shared by a machine's GPUs or one link each; ten micro-batches of four
+sequences of 512 tokens on each GPU, computing at half an A100's peak. Efficiency is throughput a GPU over that on 16.
+The paper (PaRO, 16 to 128 GPUs, 7 B, measured there) says 0.92 for IIG, 0.84 for NIG and 0.63 for ZeRO-2 and -3; its
+setting is not known in full, and no number here was measured on GPUs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import common
+
+from gmeta.parallel.cost import Links, Workload
+from gmeta.parallel.placement import Groups
+from gmeta.parallel.schedule import Cost, cost
+
+GPUS = (16, 32, 64, 128, 256, 512, 1024)
+SHOWN = ("IIG", "NIG", "III", "GGG")
+TOKENS, FLOPS = 4 * 512, 156e12
+MODELS = {"7 B": (7e9, 32), "65 B": (65e9, 80)}
+PAPER = {"IIG": 0.92, "NIG": 0.84, "GGG": 0.63}
+
+
+def step(placement: str, gpus: int, model: str, shared: bool) -> Cost:
+    """One optimizer step."""
+    params, layers = MODELS[model]
+    links = Links(100e9, 2000e9, inter_latency_s=20e-6, intra_latency_s=5e-6, shared_nic=shared)
+    work = Workload(int(params), int(params), 10, 6 * params * TOKENS / FLOPS, layers)
+    algorithm = "flat" if placement == "GGG" else "two_phase"  # what ZeRO-3 and FSDP do
+    return cost(placement, Groups(8, gpus // 8), links, work, algorithm)
+
+
+def plot(found: dict[tuple[str, str, bool, int], Cost], path: Path) -> None:
+    """Efficiency over GPUs: a row a model, a column a kind of link."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(len(MODELS), 2, figsize=(8, 6), sharex=True, sharey=True)
+    for row, model in zip(panels, MODELS, strict=True):
+        for panel, shared in zip(row, (True, False), strict=True):
+            for placement in SHOWN:
+                base = found[model, placement, shared, GPUS[0]].step_s
+                panel.plot(
+                    GPUS, [base / found[model, placement, shared, n].step_s for n in GPUS], "o-", label=placement
+                )
+            panel.set_xscale("log", base=2)
+            panel.set_title(f"{model}, {'one link a machine' if shared else 'a link a GPU'}", fontsize=10)
+            panel.set_ylim(0, 1.05)
+            panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("GPUs (simulated)")
+    panels[0][0].set_ylabel("efficiency")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = common.arguments(__doc__ or "")
+    found = {
+        (model, placement, shared, n): step(placement, n, model, shared)
+        for model in MODELS
+        for placement in SHOWN
+        for shared in (True, False)
+        for n in GPUS
+    }
+    records, rows = [], []
+    for (model, placement, shared, n), result in found.items():
+        if n != GPUS[0]:
+            continue
+        case = f"{model}, {'one link a machine' if shared else 'a link a GPU'}"
+        efficiency = {g: result.step_s / found[model, placement, shared, g].step_s for g in GPUS}
+        for g in GPUS:
+            records.append(common.Record(f"{case}, {g} GPUs", placement, "efficiency", efficiency[g], ""))
+            seconds = found[model, placement, shared, g].step_s
+            records.append(common.Record(f"{case}, {g} GPUs", placement, "step_s", seconds, "s"))
+        paper = f"{PAPER[placement]:.2f}" if model == "7 B" and placement in PAPER else ""
+        gb = f"{found[model, placement, shared, 128].memory / 1e9:.0f}"
+        rows.append([case, placement, gb, f"{result.step_s:.1f}", *(f"{efficiency[g]:.2f}" for g in GPUS[1:]), paper])
+    header = [
+        "model, links",
+        "placement",
+        "GB a GPU on 128",
+        "s a step on 16",
+        *map(str, GPUS[1:]),
+        "the paper's, on 128",
+    ]
+    body = "Simulated efficiency against 16 GPUs. Nothing here was measured on GPUs.\n\n" + common.table(header, rows)
+    if not args.quick:
+        image = common.RESULTS / "paro_scale.png"
+        plot(found, image)
+        body += f"\n\n![efficiency over GPUs, simulated]({image.name})"
+    common.publish("paro_scale", body, records, {"tokens a micro-batch": TOKENS, "flops": FLOPS}, args)
+
+
+if __name__ == "__main__":
+    main()
