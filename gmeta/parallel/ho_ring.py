@@ -16,7 +16,7 @@ any sizes (also 0), as long as all ranks know them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -65,6 +65,12 @@ class Rings:
     everyone: Circle
     helper: Lane
     chunk_bytes: int = 1 << 20
+
+    def leave(self) -> None:
+        """Forget the process groups, which others destroy."""
+        self.row, self.column, self.everyone = (
+            replace(circle, group=None) for circle in (self.row, self.column, self.everyone)
+        )
 
     def all_gather(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
         """Every rank's block, from this rank's own; in place."""

@@ -7,6 +7,7 @@ at I, so that going from one to the other moves nothing.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ everybody, by the backend's in two phases (between groups, within groups), or by
 def group_mesh(group_size: int, device_type: str = "cpu") -> DeviceMesh:
     """The mesh (inter, intra) of all ranks in groups of `group_size` consecutive ones. Collective.
 
-    ValueError where the world size is no multiple of it.
+    The same one each time: a mesh has process groups, with threads, that nobody ends. ValueError where the world size
+    is no multiple of `group_size`.
     """
     world_size = dist.get_world_size()
     if group_size < 1 or world_size % group_size:
@@ -41,7 +43,14 @@ def group_mesh(group_size: int, device_type: str = "cpu") -> DeviceMesh:
             f"groups of {group_size} ranks do not divide a world of {world_size}: group_size must be one of {fits}, "
             "the ranks that share fast links"
         )
-    return init_device_mesh(device_type, (world_size // group_size, group_size), mesh_dim_names=("inter", "intra"))
+    world = dist.group.WORLD
+    assert world is not None
+    return _mesh(world.group_name, world_size // group_size, group_size, device_type)
+
+
+@functools.cache
+def _mesh(_world: str, groups: int, group_size: int, device_type: str) -> DeviceMesh:
+    return init_device_mesh(device_type, (groups, group_size), mesh_dim_names=("inter", "intra"))
 
 
 @dataclass
@@ -169,9 +178,11 @@ class Levels:
     def close(self) -> None:
         """Leave the process groups. Once nothing is on its way."""
         self.rings.helper.close()
-        for group in (self.intra, self.inter, self.world):
-            if group is not None:
-                dist.destroy_process_group(group)
+        groups = [group for group in (self.intra, self.inter, self.world) if group is not None]
+        self.intra = self.inter = self.world = None
+        self.rings.leave()
+        while groups:  # a group's threads end when nothing refers to it any more
+            dist.destroy_process_group(groups.pop())
 
     def sum_scalars(self, values: Tensor) -> Tensor:
         """The sum of a few numbers over all ranks, bitwise the same on all of them. Not counted."""
