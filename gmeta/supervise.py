@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from gmeta.data.pack import open_pack
 from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, companion_environment, launch
 
 _POLL_S = 0.2
+_LAST_ONE_S = 30.0
 
 
 def supervise(config: TrainConfig, nproc: int, argv: Sequence[str], module: str = "gmeta") -> int:
@@ -32,8 +35,11 @@ def supervise(config: TrainConfig, nproc: int, argv: Sequence[str], module: str 
     with _coordinator(config) as extra:
         restarts, fruitless, seen = 0, 0, _last_step(config)
         while True:
-            code = launch(nproc, [*argv, *extra], module=module, restarts=restarts, advice="The group is started again")
-            if code in (0, EXIT_STOPPED, EXIT_USER_ERROR) or code == 128 + 2:
+            asked: list[signal.Signals] = []
+            words = [*argv, *extra]
+            advice = "The group is started again"
+            code = launch(nproc, words, module=module, restarts=restarts, asked=asked, advice=advice)
+            if asked or code in (0, EXIT_STOPPED, EXIT_USER_ERROR):
                 return code
             step = _last_step(config)
             fruitless = 0 if code == EXIT_RESTART or step != seen else fruitless + 1
@@ -122,7 +128,7 @@ class _Keeper:
         self._closing = threading.Event()
         self._log = run_dir / "coordinator.log"
         self._port = 0
-        self._process = self._start()
+        self._process = self._start_after_the_last()
         self.url = f"http://127.0.0.1:{self._port}"
         self._thread = threading.Thread(target=self._watch, name="gmeta-coordinator", daemon=True)
         self._thread.start()
@@ -130,6 +136,18 @@ class _Keeper:
     def _start(self) -> subprocess.Popen[str]:
         process, self._port = start_coordinator(self._words, self._port, self._log)
         return process
+
+    def _start_after_the_last(self) -> subprocess.Popen[str]:
+        """A run whose launcher was killed leaves a coordinator that ends by itself some 20 s later."""
+        end = time.monotonic() + _LAST_ONE_S
+        while True:
+            try:
+                return self._start()
+            except ValueError as error:
+                if "is in use by another coordinator" not in str(error) or time.monotonic() > end:
+                    raise
+                _say(f"{error}; if it is of a run that was killed it ends by itself: waiting up to {_LAST_ONE_S:.0f} s")
+                time.sleep(5.0)
 
     def _watch(self) -> None:
         while not self._closing.wait(_POLL_S):

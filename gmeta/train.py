@@ -394,7 +394,7 @@ def _farewell(run: Run, stopped: bool) -> str:
     step, best = run.progress.step, run.progress
     if stopped:
         return f"stopped after step {step} and saved; continue with the same command and --resume true"
-    found = f"done after step {step} of {run.total_steps}"
+    found = f"done after step {step}" + (f" of {run.total_steps}" if step <= run.total_steps else "")
     if out_of_patience(run):
         found += f", {best.bad_validations} validations without a better {run.config.schedule.metric}"
     if best.best is not None:

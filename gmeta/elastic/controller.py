@@ -110,7 +110,7 @@ class Controller:
         try:
             actions = tuple(self.policy(snapshot))
             setting = changed(self.settings[-1], actions, self.until + 1)
-        except Exception as error:  # a user's function: whatever it raises, training goes on
+        except (Exception, SystemExit) as error:  # a user's function: whatever it raises, training goes on
             return snapshot, Nonsense(now, f"{type(error).__name__}: {error}")
         if setting.restart is not None and snapshot.restarts_left < 1:
             return snapshot, Nonsense(now, f"KILL_RESTART of rank {setting.restart}: budget or cool-down forbids it")

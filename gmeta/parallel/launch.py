@@ -99,11 +99,13 @@ def launch(
     module: str = "gmeta",
     grace_s: float = 120.0,
     restarts: int = 0,
+    asked: list[signal.Signals] | None = None,
     advice: str = "Run it again; training continues from its last checkpoint with --resume true",
 ) -> int:
     """Run `python -m module argv` in `nproc` workers; returns the exit code.
 
-    `restarts` is how often it was run before, `advice` what to do when a worker has died.
+    `restarts` is how often it was run before, `advice` what to do when a worker has died. Signals that ask this process
+    to stop are added to `asked`.
 
     0 when all workers end well; 2 after a user's mistake, 75 after a requested stop, 77 to be started again, as the
     workers say; 128 + n when
@@ -112,7 +114,7 @@ def launch(
     """
     if nproc < 1:
         raise ValueError(f"nproc is {nproc}: must be at least 1")
-    received: list[signal.Signals] = []
+    received = [] if asked is None else asked
     with _recorded_signals(received):
         from torch.distributed import TCPStore
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SubprocessContext

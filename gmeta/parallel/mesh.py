@@ -8,6 +8,7 @@ so that one process runs the same code as many.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -75,11 +76,21 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
     place = _device(device, local_rank)
     if world_size == 1:
         return Mesh(device=place, timeout_s=timeout_s)
-    timeout = timedelta(seconds=timeout_s)
+    begun = time.monotonic()
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timeout)
+        return _join(rank, world_size, local_world_size, place, timeout_s, node_size)
     except RuntimeError as error:
-        raise PeerLost(f"rank {rank} of {world_size} waited {timeout_s} s for the others to start: {error}") from error
+        waited = time.monotonic() - begun
+        raise PeerLost(
+            f"rank {rank} of {world_size} could not join the others, {waited:.0f} s after it began: {error}"
+        ) from error
+
+
+def _join(
+    rank: int, world_size: int, local_world_size: int, place: torch.device, timeout_s: int, node_size: int
+) -> Mesh:
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", store=_agent_store(timeout), rank=rank, world_size=world_size, timeout=timeout)
     backend = "nccl" if place.type == "cuda" else "gloo"
     row_group = dist.new_group(backend=backend, timeout=timeout)
     return Mesh(
@@ -94,6 +105,19 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
         control_group=dist.group.WORLD,
         row_mesh=DeviceMesh.from_group(row_group, place.type),
     )
+
+
+def _agent_store(timeout: timedelta) -> dist.Store | None:
+    """The launcher's store, if it lends one, with a prefix for each start of the group; None: rank 0 makes one.
+
+    torchrun's store outlives a group that failed. A new one would find the dead workers' addresses in it (torch 2.13).
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], _environment_int("MASTER_PORT", 0), is_master=False, timeout=timeout
+    )
+    return dist.PrefixStore(f"gmeta-start-{_environment_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _levels(

@@ -24,6 +24,7 @@ from gmeta import checkpoint
 from gmeta.data.pack import open_pack
 from gmeta.lab.audit import Audit, audit
 from gmeta.rundir import read_config
+from gmeta.supervise import end_coordinator, start_coordinator
 from gmeta.tracking import read_metrics
 
 pytestmark = pytest.mark.faults
@@ -281,6 +282,41 @@ def test_a_policy_that_talks_nonsense_is_logged_and_does_no_harm(pack: Path, und
     assert "sums to 10" in log
     assert "KeyError" in log
     assert learned(run_dir) == learned(undisturbed)
+
+
+def test_sigterm_before_the_first_step_ends_the_run(pack: Path, tmp_path: Path) -> None:
+    """Workers that cannot save yet die of it; that is no failure to recover from."""
+    process = start(command(pack, tmp_path / "run"))
+    while process.poll() is None and not processes(process, "train"):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = end(process, 60)
+    assert process.returncode in (143, 75), said
+    assert "restart 1" not in said
+
+
+def test_torchrun_starts_the_group_again(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Its store outlives a group that was killed, with the addresses of the dead in it."""
+    run_dir, token = tmp_path / "run", tmp_path / "token"
+    words = ["coordinate", "--journal", tmp_path / "job.db", "--token_file", token, "--policy", "static"]
+    coordinator, port = start_coordinator(words, 0, tmp_path / "coordinator.log")
+    try:
+        train = command(pack, run_dir, "--elastic.url", f"http://127.0.0.1:{port}", "--elastic.token_file", token)[3:]
+        at = train.index("--nproc")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        process = start([*torchrun, "--max_restarts", "3", "-m", "gmeta", *train[:at], *train[at + 2 :]])
+        wait_for_step(process, run_dir, 25)
+        processes(process, "train")[-1].kill()
+        process.wait(240)
+        with process.said as file:  # torchrun tells of the killed worker in its own way
+            file.seek(0)
+            said = file.read()
+    finally:
+        end_coordinator(coordinator)
+    assert process.returncode == 0, said
+    assert "resumed from" in said
+    assert_each_task_once(run_dir)
+    assert losses(run_dir) == losses(undisturbed)
 
 
 @pytest.mark.slow
