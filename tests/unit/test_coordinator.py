@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -266,9 +267,10 @@ def test_settings_come_with_the_grant_that_reaches_them(tmp_path: Path):
         (lambda s: [AdjustBatch((1, 1))], "sums to 2: the global batch has 8 slots"),
         (lambda s: ["faster"], "'faster' is no action"),
         (lambda s: None, "TypeError"),
+        (lambda s: sys.exit(3), "SystemExit: 3"),
         (lambda s: [KillRestart(0, reason=object())], "has no attribute 'tolist'"),
     ],
-    ids=["raises", "wrong sum", "no action", "no list", "no text"],
+    ids=["raises", "wrong sum", "no action", "no list", "leaves", "no text"],
 )
 def test_a_policy_that_talks_nonsense(tmp_path: Path, policy, problem: str):
     bench = Bench(tmp_path, policy)
