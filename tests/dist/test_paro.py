@@ -142,11 +142,14 @@ def test_one_group_and_groups_of_one(group_size: int) -> None:
     run_ranks(2, compare, group_size, ["NNN", "NIG", "III", "IIG", "GGG"], 2, torch.float64)
 
 
-@pytest.mark.parametrize("collectives", ["backend", "flat", "ho"])
+@pytest.mark.parametrize(
+    "collectives", [pytest.param("backend", marks=pytest.mark.slow), pytest.param("flat", marks=pytest.mark.slow), "ho"]
+)
 def test_any_collectives(collectives: str) -> None:
     run_ranks(4, compare_with, 2, ["NNN", "IIG", "GGG"], 2, torch.float64, {"collectives": collectives})
 
 
+@pytest.mark.slow
 def test_single_precision() -> None:
     run_ranks(4, compare, 2, ["NII", "IIG", "GGG"], 1, torch.float32)
 
@@ -191,7 +194,15 @@ def half_precision(mesh: Mesh, placement: str) -> dict[str, tuple[Tensor, Tensor
     return found
 
 
-@pytest.mark.parametrize("placement", ["NNN", "IIG", "GGG", "NIG"])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        pytest.param("NNN", marks=pytest.mark.slow),
+        "IIG",
+        pytest.param("GGG", marks=pytest.mark.slow),
+        pytest.param("NIG", marks=pytest.mark.slow),
+    ],
+)
 def test_bf16_has_master_weights(placement: str) -> None:
     """Ten steps of 1e-5 are lost in bf16, whose numbers near 0.3 lie 2e-3 apart, and add up in fp32."""
     moved = [pair for rank in run_ranks(4, half_precision, placement) for pair in rank.values()]
@@ -247,7 +258,9 @@ def save_and_load(mesh: Mesh, folder: Path, placement: str, save: bool) -> dict[
     return found
 
 
-@pytest.mark.parametrize("saved", ["NNN", "IIG", "GGG"])
+@pytest.mark.parametrize(
+    "saved", [pytest.param("NNN", marks=pytest.mark.slow), "IIG", pytest.param("GGG", marks=pytest.mark.slow)]
+)
 def test_saved_under_one_loaded_under_others(saved: str, tmp_path: Path) -> None:
     expected = run_ranks(4, save_and_load, tmp_path, saved, True)[0]
     for ranks, placement in ((4, "NIG"), (4, "GGG"), (4, "NNN"), (2, "GNG"), (1, "III")):
@@ -288,7 +301,7 @@ def costs(mesh: Mesh, collectives: Collectives, compute_dtype: torch.dtype | Non
     ("collectives", "compute_dtype"),
     [
         ("two_phase", torch.bfloat16),
-        ("flat", None),
+        pytest.param("flat", None, marks=pytest.mark.slow),
         pytest.param("backend", None, marks=pytest.mark.slow),
         pytest.param("ho", None, marks=pytest.mark.slow),
     ],

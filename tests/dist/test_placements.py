@@ -27,7 +27,16 @@ def placed(placement: str, group_size: int = 2) -> DenseConfig:
     return DenseConfig(**DENSE, placement=placement, group_size=group_size)
 
 
-@pytest.mark.parametrize(("nproc", "placement"), [(1, "GGG"), (2, "III"), (4, "NII"), (4, "IIG"), (4, "GGG")])
+@pytest.mark.parametrize(
+    ("nproc", "placement"),
+    [
+        (1, "GGG"),
+        (2, "III"),
+        pytest.param(4, "NII", marks=pytest.mark.slow),
+        (4, "IIG"),
+        pytest.param(4, "GGG", marks=pytest.mark.slow),
+    ],
+)
 def test_twenty_steps_equal_replicated_ones(tmp_path: Path, nproc: int, placement: str) -> None:
     """Second order, learned inner rates, clipping, weight decay of matrices alone."""
     pack = make_pack(tmp_path / "pack")
@@ -37,6 +46,7 @@ def test_twenty_steps_equal_replicated_ones(tmp_path: Path, nproc: int, placemen
     assert not np.allclose(alone["trace"][0], alone["trace"][-1])
 
 
+@pytest.mark.slow
 def test_plain_training(tmp_path: Path) -> None:
     pack = make_pack(tmp_path / "pack")
     alone = run_steps(Mesh(), config(pack, meta=MetaConfig(adapt=[])), 20)
@@ -66,7 +76,14 @@ def trained_on(mesh: Mesh, settings: TrainConfig, load: bool, steps: int) -> dic
     return {"trace": np.array(trace), "after": scores.after if scores is not None else None}
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [("NNN", "IIG"), ("IIG", "NNN"), ("GGG", "NIG")])
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        ("NNN", "IIG"),
+        pytest.param("IIG", "NNN", marks=pytest.mark.slow),
+        pytest.param("GGG", "NIG", marks=pytest.mark.slow),
+    ],
+)
 def test_a_checkpoint_of_one_placement_continues_under_another(tmp_path: Path, saved: str, loaded: str) -> None:
     pack = make_pack(tmp_path / "pack", valid=6)
 
@@ -80,7 +97,9 @@ def test_a_checkpoint_of_one_placement_continues_under_another(tmp_path: Path, s
 
 
 @pytest.mark.parametrize("divide", [changing, always_late])
-@pytest.mark.parametrize("placement", ["IIG", "NIG", "GGG"])
+@pytest.mark.parametrize(
+    "placement", ["IIG", pytest.param("NIG", marks=pytest.mark.slow), pytest.param("GGG", marks=pytest.mark.slow)]
+)
 def test_ranks_with_different_numbers_of_micro_batches(tmp_path: Path, placement: str, divide: Any) -> None:
     """Unequal slots, a rank without one, parts left over: gradients are reduced once, after all of them."""
     pack = make_pack(tmp_path / "pack")
