@@ -28,7 +28,7 @@ METRICS = (
 def test_policies_are_compared_on_the_same_work(quick):
     cases = stragglers.cases(quick)
     assert len({case.name for case in cases}) == len(cases)
-    shapes = {(s.workers, s.tasks_per_batch, s.seed, s.slot_s) for s in (case.scenario for case in cases)}
+    shapes = {(s.workers, s.tasks_per_batch, s.seed, s.noise, s.ahead) for s in (case.scenario for case in cases)}
     assert len(shapes) == 1
     assert all(case.policies and set(case.policies) <= set(POLICIES) for case in cases)
 
