@@ -34,6 +34,7 @@ EXIT_PEER_LOST = 76
 
 _LAUNCHED = "GMETA_LAUNCHED"
 _FOLLOWS = "GMETA_FOLLOWS"
+_TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _POLL_S = 0.1
 _COMPANION_S = 20.0
 """Seconds that a process beside the workers outlives its launcher: they need it to save."""
@@ -130,9 +131,9 @@ def launch(
                 logs_specs=DefaultLogsSpecs(log_dir=folder),
             )
             try:
-                context.start()
-                with _recorded_signals(received):  # again: start() installs handlers of its own
-                    result = _supervise(context, received, grace_s)
+                with _no_signal_handlers_of_torch():
+                    context.start()
+                result = _supervise(context, received, grace_s)
                 return _verdict(context, result, advice)
             finally:
                 _kill(context)
@@ -167,6 +168,20 @@ def _recorded_signals(received: list[signal.Signals]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _no_signal_handlers_of_torch() -> Iterator[None]:
+    """`start()` would install handlers that raise wherever a signal finds it, also between two workers' starts."""
+    before = os.environ.get(_TORCH_SIGNALS)
+    os.environ[_TORCH_SIGNALS] = "SIGQUIT"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_TORCH_SIGNALS]
+        else:
+            os.environ[_TORCH_SIGNALS] = before
 
 
 def _supervise(context: SubprocessContext, received: list[signal.Signals], grace_s: float) -> RunProcsResult | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import CONTEXT
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from gmeta.parallel.launch import launch
 
@@ -86,6 +87,22 @@ def test_a_stop_request_lets_workers_save(tmp_path, number):
     assert code == 75
     assert err == "stopping: workers in training save first; once more kills them\n"
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_a_stop_request_between_two_starts_ends_both(tmp_path, monkeypatch, started):
+    """Wherever the signal finds it, also inside `start()` of torch's context."""
+    begin, asked = SubprocessHandler._popen, []
+
+    def told_to_stop(handler, *arguments):
+        if handler.local_rank_id == started:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begin(handler, *arguments)
+
+    monkeypatch.setattr(SubprocessHandler, "_popen", told_to_stop)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    assert launch(2, ["stoppable", str(tmp_path)], module="launch_target", asked=asked) in (75, 128 + signal.SIGTERM)
+    assert asked == [signal.SIGTERM]
 
 
 def test_a_second_signal_kills(tmp_path):
