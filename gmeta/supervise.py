@@ -36,9 +36,14 @@ def supervise(config: TrainConfig, nproc: int, argv: Sequence[str], module: str 
         restarts, fruitless, seen = 0, 0, _last_step(config)
         while True:
             asked: list[signal.Signals] = []
-            words = [*argv, *extra]
-            advice = "The group is started again"
-            code = launch(nproc, words, module=module, restarts=restarts, asked=asked, advice=advice)
+            code = launch(
+                nproc,
+                [*argv, *extra],
+                module=module,
+                restarts=restarts,
+                asked=asked,
+                advice="The group is started again",
+            )
             if asked or code in (0, EXIT_STOPPED, EXIT_USER_ERROR):
                 return code
             step = _last_step(config)

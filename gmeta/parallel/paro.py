@@ -279,7 +279,7 @@ class Paro:
         """All parameters are whole inside, and stay so in forward and backward passes.
 
         For a model that is not called unit by unit (a meta step), or to look at weights. With `write_back` what was
-        changed inside, on all ranks alike, is taken over; otherwise it is lost.
+        changed inside, on all ranks alike, is taken over; RuntimeError where something was changed without it.
         """
         for unit in self._units:
             unit.fetch()
@@ -291,6 +291,8 @@ class Paro:
             if write_back:
                 for flat in self._flats:
                     flat.write_back()
+            for unit in self._units:
+                self._refuse_touched(unit)
         finally:
             self._held = False
             self._free()

@@ -17,7 +17,7 @@ from gmeta.parallel.placement import Placement
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """From named parameters to their optimizer, such as `partial(torch.optim.AdamW, lr=1e-3)`. The parameters are one-
-dimensional parts of the module's, under the names that those have; an empty list is possible."""
+dimensional parts of the module's, under the names that those have; one is empty where this rank updates nothing."""
 MakeFlat = Callable[[Sequence[tuple[str, nn.Parameter]], Placement], Flat]
 
 

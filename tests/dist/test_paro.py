@@ -506,6 +506,12 @@ def changed_inside(mesh: Mesh) -> list[float]:
         engine.module.load_state_dict(other)
     with engine.gathered():
         assert all(torch.equal(value, other[name]) for name, value in engine.module.state_dict().items())
+    with (
+        pytest.raises(RuntimeError, match=r"parameter end\.weight was changed outside"),
+        engine.gathered(),
+        torch.no_grad(),
+    ):
+        engine.module.end.weight.zero_()
     x = torch.ones(1, 5, dtype=torch.float64)
     expected = tower(torch.float64)
     expected.load_state_dict(other)

@@ -30,6 +30,8 @@ def test_policies_are_compared_on_the_same_work(quick):
     assert len({case.name for case in cases}) == len(cases)
     shapes = {(s.workers, s.tasks_per_batch, s.seed, s.noise, s.ahead) for s in (case.scenario for case in cases)}
     assert len(shapes) == 1
+    slots = {case.name: case.slot_s for case in cases if case.slot_s != stragglers.SLOT_S}
+    assert slots == {"transient, 50 steps": 0.02} | ({} if quick else {"deterministic 4x": 0.025})
     assert all(case.policies and set(case.policies) <= set(POLICIES) for case in cases)
 
 
