@@ -144,9 +144,12 @@ class DenseConfig:
     """Decay of every learning rate to zero at the last step."""
     placement: str = "NNN"
     """How parameters, gradients and optimizer state lie (PaRO): each N, on every rank, I, sharded inside groups, or G,
-    sharded over all. NNN is fastest where it fits; `gmeta plan` tells what else costs."""
+    sharded over all; or auto. NNN is fastest where it fits; `gmeta plan` tells what else costs."""
     group_size: int = 0
     """Ranks of a group; 0: those of one machine."""
+    memory_gb: float | None = None
+    """With placement auto: GB a rank for dense parameters, gradients and optimizer state. Without it: on CUDA half of
+    what is free, on CPU all that it takes."""
 
     def __post_init__(self) -> None:
         require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
@@ -155,6 +158,7 @@ class DenseConfig:
         require(self.clip_norm >= 0, "dense.clip_norm", self.clip_norm, "must not be negative")
         require(self.warmup_steps >= 0, "dense.warmup_steps", self.warmup_steps, "must not be negative")
         require(self.group_size >= 0, "dense.group_size", self.group_size, "must not be negative")
+        require(self.memory_gb is None or self.memory_gb > 0, "dense.memory_gb", self.memory_gb, "must be more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Literal
 from gmeta.config import require
 from gmeta.parallel.cost import Links, Workload
 from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups
-from gmeta.parallel.schedule import Cost, cost, plan
+from gmeta.parallel.schedule import TIE, Cost, choose, cost, plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,6 @@ class PlanConfig:
 
 SIZES = {"bf16": Bytes(), "fp32": Bytes(param=4, grad=4, state=8)}
 """Bytes a parameter, gradient and optimizer state with AdamW; with bf16 master weights count as state."""
-TIE = 1.02
-"""Placements within so much of the fastest are as fast: estimates are not better than that."""
 
 
 def read_links(path: str) -> Links:
@@ -135,11 +133,6 @@ def print_plan(config: PlanConfig, fitting: Sequence[Cost]) -> None:
         table.add_row(c.placement, *(f"{number:.3g}" for number in numbers), style="dim" if c in out else None)
     console.print(table)
     console.print(reason(config, fitting), highlight=False)
-
-
-def choose(fitting: Sequence[Cost]) -> Cost:
-    """Of those that are as fast as the fastest, the one that holds least."""
-    return min((c for c in fitting if c.step_s <= TIE * fitting[0].step_s), key=lambda c: (c.memory, c.step_s))
 
 
 def reason(config: PlanConfig, fitting: Sequence[Cost]) -> str:

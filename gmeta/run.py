@@ -104,6 +104,7 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
             weight_decay=config.dense.weight_decay,
             placement=config.dense.placement,
             group_size=config.dense.group_size,
+            memory_bytes=None if config.dense.memory_gb is None else 1e9 * config.dense.memory_gb,
             how=config.comm.dense,
             overlap=config.comm.overlap,
         ),

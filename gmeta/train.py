@@ -321,11 +321,10 @@ def traffic_record(run: Run, started: Started) -> dict[str, Any]:
         routes,
         run.mesh,
         WIRE[run.config.comm.wire],
-        dense_bytes=run.dense.bucket_bytes,
-        dense=run.config.comm.dense,
         control_bytes=(8 * len(_sum_names(started.batch)), 8),  # the sums, the squared norm of the row gradients
         marked=started.batch.drop_after_s is not None,
     )
+    run.dense.predict(expected.dense)
     return {"measured": routes.traffic.record(), "predicted": expected.record()}
 
 

@@ -29,7 +29,7 @@ from gmeta.embedding.table import ShardedTables
 from gmeta.ops import Ints, Selection, distinct, product
 from gmeta.parallel.collectives import all_to_all, exchange_counts
 from gmeta.parallel.mesh import Level, Mesh
-from gmeta.parallel.traffic import Asked, CommStats, Sum, Traffic, predicted_traffic
+from gmeta.parallel.traffic import Asked, CommStats, Traffic, predicted_traffic
 
 _EXPONENT = 1  # columns that fp16 gradients carry besides their own
 _MARK = 2.0**-100  # of a row that was used and has no gradient
@@ -254,8 +254,6 @@ def expected_traffic(
     mesh: Mesh,
     wire: torch.dtype | None = None,
     *,
-    dense_bytes: Sequence[int] = (),
-    dense: Sum = "all_reduce",
     control_bytes: Sequence[int] = (),
     marked: bool = False,
 ) -> CommStats:
@@ -269,6 +267,4 @@ def expected_traffic(
             rows: Mapping[int, int] = dict(zip(level.ranks, leg.hops[depth].send, strict=True))
             asked.append(Asked(rows, dim * size, (dim + marked + _EXPONENT * (wire == torch.float16)) * size))
         levels.append(asked)
-    return predicted_traffic(
-        mesh.rank, mesh.world_size, levels, dense_bytes=dense_bytes, dense=dense, control_bytes=control_bytes
-    )
+    return predicted_traffic(mesh.rank, mesh.world_size, levels, control_bytes=control_bytes)

@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.optim.dense import adamw, decayed_names, dense_step, first_state, set_rates, square_sum
+from gmeta.parallel.auto import AUTO, Auto, resolve
 from gmeta.parallel.collectives import GradientBuckets
-from gmeta.parallel.levels import Collectives, group_mesh
+from gmeta.parallel.ho_ring import Counter
+from gmeta.parallel.levels import group_mesh
 from gmeta.parallel.mesh import Mesh
-from gmeta.parallel.paro import paro
-from gmeta.parallel.traffic import Sum, Traffic
+from gmeta.parallel.paro import Paro, paro
+from gmeta.parallel.traffic import Sum, Traffic, add_sum
 
 
 class ReplicatedDense:
     """Placement NNN: gradients are summed by bucketed AllReduce, every rank makes every update."""
 
     def __init__(self, module: nn.Module, optimizer: partial[torch.optim.AdamW], mesh: Mesh, how: Sum, overlap: bool):
-        self._module, self._mesh = module, mesh
+        self._module, self._mesh, self._how = module, mesh, how
         self.optimizer = optimizer([(name, p) for name, p in module.named_parameters() if p.requires_grad])
         self._buckets = GradientBuckets(list(module.parameters()), mesh, how=how, overlap=overlap)
 
@@ -49,6 +51,11 @@ class ReplicatedDense:
         """Wait for the sums."""
         self._buckets.finish(traffic)
 
+    def predict(self, traffic: Traffic) -> None:
+        """What `finish` counts, by the formulas."""
+        for size in self._buckets.bucket_bytes:
+            add_sum(traffic, self._how, size, self._mesh.world_size)
+
     def square_sum(self) -> Tensor:
         """Of all numbers of the whole gradient, float64 []; the same on every rank."""
         return square_sum([p.grad for p in self._module.parameters() if p.grad is not None], self._mesh)
@@ -56,11 +63,6 @@ class ReplicatedDense:
     def step(self, *, lr_scale: float, grad_scale: Tensor | None, ok: Tensor | None) -> None:
         """See `dense_step`."""
         dense_step(self.optimizer, lr_scale=lr_scale, grad_scale=grad_scale, ok=ok)
-
-    @property
-    def bucket_bytes(self) -> list[int]:
-        """Bytes of each AllReduce of a step."""
-        return self._buckets.bucket_bytes
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters as `dense.NAME` and moments as `optimizer.NAME.KEY`; 0-dim tensors as [1]."""
@@ -81,27 +83,10 @@ class ReplicatedDense:
 class ShardedDense:
     """Any other placement, by PaRO's engine. Parameters are whole during a step: a meta step uses them as tensors."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: partial[torch.optim.AdamW],
-        mesh: Mesh,
-        placement: str,
-        group_size: int,
-        collectives: Collectives,
-    ) -> None:
-        device = mesh.device.type
-        groups = group_mesh(group_size or mesh.local_world_size, device) if mesh.world_size > 1 else None
-        self._engine = paro(
-            module,
-            optimizer,
-            groups,
-            placement,
-            collectives=collectives,
-            average=False,
-            timeout_s=mesh.timeout_s,
-        )
+    def __init__(self, engine: Paro) -> None:
+        self._engine = engine
         self._several = False
+        self._counted = Counter()  # what was sent until the last step's end
 
     def begin(self, several: bool) -> None:
         """Ranks may have different numbers of micro-batches: then gradients are reduced once, after all of them."""
@@ -121,7 +106,25 @@ class ShardedDense:
             self._engine.collect()
 
     def finish(self, traffic: Traffic | None = None) -> None:
-        """Nothing: `square_sum` waits. Its bytes are not in `traffic`; see `Paro.sent`."""
+        """Wait for the reductions; count what was sent since the last step's, its updated parameters among it."""
+        sent = self._engine.sent
+        if traffic is not None:
+            self._add(traffic, sent.intra - self._counted.intra, sent.inter - self._counted.inter)
+        self._counted = sent
+
+    def predict(self, traffic: Traffic) -> None:
+        """What `finish` counts, by the formulas (`placement.sent_bytes`)."""
+        sent, size = self._engine.predicted_sent(gathers=1), self._engine.groups.size
+        self._add(traffic, sent.intra / size, sent.inter / size)
+
+    def _add(self, traffic: Traffic, intra: float, inter: float) -> None:
+        """As one call; all as if to the next rank of the group, and to the same place of the next group."""
+        groups, rank = self._engine.groups, traffic.rank
+        if groups.world_size == 1:
+            return
+        first = rank - rank % groups.size
+        traffic.add({first + (rank - first + 1) % groups.size: intra}, calls=0)
+        traffic.add({(rank + groups.size) % groups.world_size: inter})
 
     def square_sum(self) -> Tensor:
         """Of all numbers of the whole gradient, float64 []; the same on every rank."""
@@ -134,11 +137,6 @@ class ShardedDense:
             self._engine.update(1.0 if grad_scale is None else float(grad_scale))
         else:
             self._engine.forget_gradients()
-
-    @property
-    def bucket_bytes(self) -> list[int]:
-        """None: nothing goes through buckets."""
-        return []
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's parts, under the names of `ReplicatedDense.tensors`."""
@@ -166,12 +164,22 @@ def open_dense(
     weight_decay: float,
     placement: str = "NNN",
     group_size: int = 0,
-    collectives: Collectives = "two_phase",
+    memory_bytes: float | None = None,
     how: Sum = "all_reduce",
     overlap: bool = True,
 ) -> Dense:
-    """AdamW over `module`'s parameters, placed as told; collective. ValueError: see `paro`."""
+    """AdamW over `module`'s parameters, placed as told; collective.
+
+    `placement` auto: NNN where it holds no more than `memory_bytes` a rank, otherwise what the planner takes.
+    ValueError: see `paro`.
+    """
     optimizer = partial(adamw, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
+    groups = None
+    if placement != "NNN" and mesh.world_size > 1:
+        groups = group_mesh(group_size or mesh.local_world_size, mesh.device.type)
+    if placement == AUTO:
+        auto = Auto(memory_bytes=memory_bytes, replicate=True)  # its AllReduce goes in buckets of many layers
+        placement = str(resolve(module, optimizer, groups, AUTO, auto, timeout_s=mesh.timeout_s)[""])
     if placement == "NNN":
         return ReplicatedDense(module, optimizer, mesh, how, overlap)
-    return ShardedDense(module, optimizer, mesh, placement, group_size, collectives)
+    return ShardedDense(paro(module, optimizer, groups, placement, average=False, timeout_s=mesh.timeout_s))

@@ -26,12 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
+from gmeta.parallel.auto import AUTO, Auto, resolve
 from gmeta.parallel.flat import Flat, Lanes, Member, Piece
 from gmeta.parallel.ho_ring import Counter
 from gmeta.parallel.lanes import Lane
 from gmeta.parallel.levels import Collectives, Levels
 from gmeta.parallel.pieces import PieceTensor, first_state
-from gmeta.parallel.placement import Placement, Sent, sent_bytes
+from gmeta.parallel.placement import Groups, Sent, sent_bytes
 from gmeta.parallel.torch_engine import TorchEngine
 from gmeta.parallel.units import OptimizerFactory, Stepped, Unit, broadcast_module, element_wise, make_units, tensors_in
 
@@ -348,6 +349,16 @@ class Paro:
     # Facts
 
     @property
+    def groups(self) -> Groups:
+        """Of ranks."""
+        return self._lanes.params_levels.groups
+
+    @property
+    def placements(self) -> dict[str, str]:
+        """Every parameter's placement, by name."""
+        return {member.name: str(flat.placement) for flat in self._flats for member in flat.members}
+
+    @property
     def sent(self) -> Counter:
         """Bytes that this rank has sent since it began, to its group and to others; waits for what is on its way."""
         for flat in self._flats:
@@ -386,8 +397,11 @@ class Paro:
         for flat in self._flats:
             flat.publish()
 
-    def predicted_sent(self, accumulation: int = 1) -> Sent:
-        """What this rank's group sends in a step of so many micro-batches, by the formulas (`placement.sent_bytes`)."""
+    def predicted_sent(self, accumulation: int = 1, gathers: int | None = None) -> Sent:
+        """What this rank's group sends in a step of so many micro-batches, by the formulas (`placement.sent_bytes`).
+
+        gathers: how often a unit is gathered in a micro-batch; None: in forward and backward, the root once.
+        """
         levels = self._lanes.params_levels
         total = Sent()
         for unit in self._units:
@@ -400,7 +414,7 @@ class Paro:
                     updated=trained * flat.full.element_size(),
                     grads=trained * flat.grad_dtype.itemsize,
                     accumulation=accumulation,
-                    gathers=1 if unit.root else 2,
+                    gathers=gathers or (1 if unit.root else 2),
                     flat=levels.collectives in ("backend", "flat"),
                 )
         return total
@@ -441,6 +455,7 @@ def paro(
     collectives: Collectives = ...,
     average: bool = ...,
     timeout_s: float = ...,
+    auto: Auto | None = ...,
     backend: Literal["gmeta"] = ...,
 ) -> Paro: ...
 
@@ -471,12 +486,14 @@ def paro(
     collectives: Collectives = "two_phase",
     average: bool = True,
     timeout_s: float = 300.0,
+    auto: Auto | None = None,
     backend: Literal["gmeta", "torch"] = "gmeta",
 ) -> Paro | TorchEngine:
     """Shard `module`'s training state over `mesh` and return the engine that trains it. Collective.
 
     mesh: two-dimensional, (groups, ranks of a group), see `group_mesh`; None: this process alone.
-    placement: three letters for all, or by name of submodule, the longest prefix wins: {"": "NNN", "text": "IIG"}.
+    placement: three letters for all, or by name of submodule, the longest prefix wins: {"": "NNN", "text": "IIG"};
+        "auto" instead of letters has the planner choose, told what it cannot see by `auto`.
     units: submodules that are gathered at a time; the items of every ModuleList and Sequential where not given.
     compute_dtype: parameters and floating inputs in it, master weights in the module's own; None: the module's own.
     grad_dtype: in which gradients are summed; that of computing where not given.
@@ -487,20 +504,30 @@ def paro(
     state; the flag may not change later. ValueError: an invalid placement, one parameter in two units, an optimizer
     that is not element-wise.
     """
-    places = {"": placement} if isinstance(placement, str) else dict(placement)
-    parsed = {name: Placement.parse(letters) for name, letters in places.items()}
     if backend == "torch":
-        if mesh is None or not isinstance(placement, str) or not average:
+        if mesh is None or not isinstance(placement, str) or placement == AUTO or not average:
             raise ValueError("backend torch takes a mesh and one placement for all, and averages gradients")
         return TorchEngine(module, optimizer_factory, mesh, placement, units, compute_dtype, grad_dtype)
     device = next((param.device for param in module.parameters()), torch.device("cpu"))
     element_wise(module, optimizer_factory)
+    places = resolve(
+        module,
+        optimizer_factory,
+        mesh,
+        placement,
+        auto,
+        units=units,
+        compute_dtype=compute_dtype,
+        grad_dtype=grad_dtype,
+        collectives=collectives,
+        timeout_s=timeout_s,
+    )
     opened = [Levels.open(mesh, collectives, timeout_s, device) for _ in range(2)]
     lanes = Lanes(Lane(device, "params"), Lane(device, "grads"), *opened)
     settings = partial(Flat, lanes=lanes, compute_dtype=compute_dtype, grad_dtype=grad_dtype, average=average)
     try:
         broadcast_module(module, opened[0].rings.everyone)
-        found = make_units(module, units, parsed, settings)
+        found = make_units(module, units, places, settings)
         return Paro(module, found, optimizer_factory, lanes, compute_dtype)
     except ValueError:
         lanes.close()

@@ -7,10 +7,14 @@ in order; both share the links inside the group and between groups, which carry 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gmeta.parallel.cost import Links, Phases, Wires, Workload
 from gmeta.parallel.placement import PLACEMENTS, Groups, Placement, memory_bytes
+
+TIE = 1.02
+"""Placements within so much of the fastest are as fast: estimates are not better than that."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +111,8 @@ def plan(
         f"{missing_gb:.3g} GB too much, activations not counted. {ranks:.0f} ranks would do, or fewer trainable "
         "parameters"
     )
+
+
+def choose(fitting: Sequence[Cost]) -> Cost:
+    """Of those that are as fast as the fastest, the one that holds least."""
+    return min((c for c in fitting if c.step_s <= TIE * fitting[0].step_s), key=lambda c: (c.memory, c.step_s))

@@ -96,16 +96,14 @@ def predicted_traffic(
     world_size: int,
     levels: Sequence[Sequence[Asked]],
     *,
-    dense_bytes: Sequence[int],
-    dense: Sum = "all_reduce",
     control_bytes: Sequence[int] = (),
 ) -> CommStats:
     """The formulas above for one step of one rank.
 
     `levels` holds, for each level of the AlltoAll (one, or two with nodes), what is asked in each of its exchanges: one
     a group of tables, two with separate fetches. With two levels the second holds what a rank asks for its whole
-    node. `dense_bytes` are the sizes of the buckets, `control_bytes` those of the small AllReduces. One worker
-    exchanges nothing: it reads its own rows.
+    node. `control_bytes` are the sizes of the small AllReduces. One worker exchanges nothing: it reads its own
+    rows. What dense layers send, they predict themselves (`optim.sharded`).
     """
     expected = CommStats(rank)
     for level in levels:
@@ -114,8 +112,6 @@ def predicted_traffic(
             expected.ids.add({peer: ID_BYTES * n for peer, n in asked.rows.items()})
             expected.rows.add({peer: asked.row_bytes * n for peer, n in asked.rows.items()})
             expected.gradients.add({peer: asked.gradient_bytes * n for peer, n in asked.rows.items()})
-    for size in dense_bytes:
-        add_sum(expected.dense, dense, size, world_size)
     for size in control_bytes:
         add_sum(expected.control, "all_reduce", size, world_size)
     return expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from gmeta.parallel.placement import Placement
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """From named parameters to their optimizer, such as `partial(torch.optim.AdamW, lr=1e-3)`. The parameters are one-
 dimensional parts of the module's, under the names that those have; one is empty where this rank updates nothing."""
+T = TypeVar("T")
 MakeFlat = Callable[[Sequence[tuple[str, nn.Parameter]], Placement], Flat]
 
 
@@ -124,11 +125,16 @@ def _parts(
     """Members of one placement, one dtype, all trained or none, in order."""
     found: dict[tuple[Placement, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in members:
-        prefixes = [p for p in placements if not p or name == p or name.startswith(f"{p}.")]
-        place = placements[max(prefixes, key=len)] if prefixes else Placement("N", "N", "N")
+        place = placed(name, placements) or Placement("N", "N", "N")
         found.setdefault((place, param.dtype, param.requires_grad), []).append((name, param))
     for (place, _, _), part in found.items():
         yield part, place
+
+
+def placed(name: str, placements: Mapping[str, T]) -> T | None:
+    """What `placements` says of a parameter: by the longest name that it is, or is in; None where it says nothing."""
+    prefixes = [p for p in placements if not p or name == p or name.startswith(f"{p}.")]
+    return placements[max(prefixes, key=len)] if prefixes else None
 
 
 def tensors_in(values: Any) -> list[Tensor]:

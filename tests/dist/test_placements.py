@@ -11,7 +11,7 @@ import pytest
 from harness import run_ranks
 from packs import make_pack
 from test_division import always_late, changing, run_divided
-from test_train import assert_same, config, run_steps
+from test_train import assert_same, config, run_steps, traffic_of_steps
 
 from gmeta.config import DenseConfig, MetaConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
@@ -44,6 +44,38 @@ def test_twenty_steps_equal_replicated_ones(tmp_path: Path, nproc: int, placemen
     together = run_ranks(nproc, run_steps, config(pack, dense=placed(placement)), 20)[0]
     assert_same(together, alone, 1e-9)
     assert not np.allclose(alone["trace"][0], alone["trace"][-1])
+
+
+@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("placement", ["IIG", pytest.param("NIG", marks=pytest.mark.slow), "GGG"])
+def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, placement: str) -> None:
+    """From the second step on: what the first one updated is sent before the second one's end."""
+    settings = config(make_pack(tmp_path / "pack"), dense=placed(placement))
+    for steps in run_ranks(nproc, traffic_of_steps, settings):
+        for found in steps[1:]:
+            assert found["measured"] == found["predicted"]
+        assert (nproc > 1) == bool(steps[1]["measured"]["dense"]["remote_bytes"])
+        assert steps[0]["measured"]["dense"]["calls"] == (nproc > 1)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "memory_gb", "engine"), [(1, None, "Replicated"), (4, None, "Replicated"), (4, 5e-6, "Sharded")]
+)
+def test_the_planner_chooses(tmp_path: Path, nproc: int, memory_gb: float | None, engine: str) -> None:
+    """The placement that the planner takes learns the same; with little memory it is a sharded one."""
+    pack = make_pack(tmp_path / "pack")
+    auto = DenseConfig(**DENSE, placement="auto", group_size=2, memory_gb=memory_gb)
+    assert set(run_ranks(nproc, engine_of, config(pack, dense=auto))) == {f"{engine}Dense"}
+    (expected, *_) = run_ranks(nproc, run_steps, config(pack), 4)
+    (found, *_) = run_ranks(nproc, run_steps, config(pack, dense=auto), 4)
+    assert_same(found, expected, 1e-9)
+
+
+def engine_of(mesh: Mesh, settings: TrainConfig) -> str:
+    run = build_run(settings, mesh, threading.Event())
+    run.loader.close()
+    run.dense.close()
+    return type(run.dense).__name__
 
 
 @pytest.mark.slow

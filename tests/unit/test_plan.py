@@ -11,8 +11,8 @@ import pytest
 from gmeta.cli import run
 from gmeta.parallel.cost import Links, Wires, Workload, ring_s
 from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups
-from gmeta.parallel.schedule import cost, plan
-from gmeta.plan import PlanConfig, choose, make_plan, reason
+from gmeta.parallel.schedule import choose, cost, plan
+from gmeta.plan import PlanConfig, make_plan, reason
 
 PAPER = Links(inter_bits_s=80e9, intra_bits_s=2000e9)
 SEVEN_B = Workload(7_000_000_000, 7_000_000_000, accumulation=10, units=32)
