@@ -34,6 +34,8 @@ class PlanConfig:
     """Parts of the model that are gathered one at a time: its layers."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: parameters and gradients in bf16, master weights and AdamW's moments in fp32."""
+    alltoall_mb: float = 0.0
+    """MB of embedding rows that a rank asks for in a micro-batch (their gradients go back), over the same links."""
     memory_gb: float | None = None
     """GB a rank that parameters, gradients and optimizer state may take."""
     network: str | None = None
@@ -58,7 +60,7 @@ class PlanConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("inter_gbit_s", "intra_gbit_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be more than 0")
-        for name in ("micro_batch_s", "inter_us", "intra_us"):
+        for name in ("micro_batch_s", "alltoall_mb", "inter_us", "intra_us"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         require(self.memory_gb is None or self.memory_gb > 0, "memory_gb", self.memory_gb, "must be more than 0")
 
@@ -107,6 +109,7 @@ def _workload(config: PlanConfig) -> Workload:
         config.micro_batch_s,
         config.units,
         SIZES[config.precision],
+        1e6 * config.alltoall_mb,
     )
 
 

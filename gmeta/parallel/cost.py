@@ -39,6 +39,7 @@ class Workload:
     micro_batch_s: float = 0.0  # of computing: a third forward, two thirds backward
     units: int = 1  # gathered one at a time
     sizes: Bytes = field(default_factory=Bytes)
+    alltoall_bytes: float = 0.0  # of embedding rows that a rank asks for in a micro-batch; their gradients go back
 
     def __post_init__(self) -> None:
         if not 0 <= self.trainable <= self.params or self.params < 1:
@@ -48,8 +49,9 @@ class Workload:
         for name in ("accumulation", "units"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: must be at least 1")
-        if self.micro_batch_s < 0:
-            raise ValueError(f"micro_batch_s is {self.micro_batch_s}: must not be negative")
+        for name in ("micro_batch_s", "alltoall_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: must not be negative")
 
 
 Phases = tuple[tuple[str, float], ...]
@@ -102,6 +104,17 @@ class Wires:
     @property
     def _inter_bits_s(self) -> float:
         return self.links.inter_bits_s / (self.groups.size if self.links.shared_nic else 1)
+
+    def alltoall(self, bits: float) -> Phases:
+        """Of so many bits that a rank gets from all ranks, itself included, in equal parts."""
+        if not bits:
+            return ()
+        m, n, links = self.groups.size, self.groups.world_size, self.links
+        phases = (
+            ("inter", (n - m) / n, links.inter_latency_s, self._inter_bits_s),
+            ("intra", (m - 1) / n, links.intra_latency_s, links.intra_bits_s),
+        )
+        return tuple((link, wait + bits * share / speed) for link, share, wait, speed in phases if share)
 
     def synchronised(self, bits: float, place: Placement) -> Phases:
         """Of gradients, once a step: summed over all ranks and cut down to the level of the optimizer's state."""

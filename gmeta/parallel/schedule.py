@@ -1,8 +1,8 @@
 """The engine's schedule on a virtual clock: which placement trains fastest, for any number of ranks. Pure.
 
-A rank computes unit after unit. Its two lanes, for parameters and for gradients, each carry one collective at a time,
-in order; both share the links inside the group and between groups, which carry one at a time. What is modelled is what
-`Paro` does, in the order in which it does it.
+A rank computes unit after unit. Its lanes, for parameters, for gradients and for embedding rows, each carry one
+collective at a time, in order; all share the links inside the group and between groups, which carry one at a time. What
+is modelled is what `Paro` does, in the order in which it does it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Cost:
 class _Clock:
     """When lanes and links are free again."""
 
-    lanes: dict[str, float] = field(default_factory=lambda: {"params": 0.0, "grads": 0.0})
+    lanes: dict[str, float] = field(default_factory=lambda: {"params": 0.0, "grads": 0.0, "rows": 0.0})
     links: dict[str, float] = field(default_factory=lambda: {"inter": 0.0, "intra": 0.0})
     busy: dict[str, float] = field(default_factory=lambda: {"inter": 0.0, "intra": 0.0})
 
@@ -61,6 +61,7 @@ def cost(placement: str, groups: Groups, links: Links, work: Workload, algorithm
     grads = 8.0 * sizes.grad * work.trainable / work.units
     gather, reduce = wires.between(params, place.params, "N"), wires.between(grads, place.grads, "N")
     sync, publish = wires.synchronised(grads, place), wires.between(updated, place.state, place.params)
+    exchange = wires.alltoall(8.0 * work.alltoall_bytes)
     clock = _Clock()
     now = before = 0.0
     published = [0.0] * work.units
@@ -68,9 +69,11 @@ def cost(placement: str, groups: Groups, links: Links, work: Workload, algorithm
         before, clock.busy = now, dict.fromkeys(clock.busy, 0.0)
         for micro_batch in range(work.accumulation):
             last = micro_batch == work.accumulation - 1
+            now = clock.run("rows", now, exchange)
             now = _pass(clock, now, gather, (), published, work.micro_batch_s / 3 / work.units)
             ends = reduce + sync if last else reduce
             now = _pass(clock, now, gather, ends, [0.0] * work.units, work.micro_batch_s * 2 / 3 / work.units)
+            now = clock.run("rows", now, exchange)
         now = max(now, clock.lanes["grads"])
         published = [clock.run("params", now, publish) if publish else 0.0 for _ in range(work.units)]
     memory = sum(memory_bytes(place, groups, work.params, work.trainable, sizes).values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,23 @@ def test_collectives_by_hand() -> None:
     assert sum(s for _, s in Wires(groups, links, "ho").between(bits, "G", "N")) == pytest.approx(column + spread)
     shared = Links(1e6, 1e8, 0.01, 0.001, shared_nic=True)
     assert sum(s for _, s in Wires(groups, shared).between(bits, "G", "I")) == pytest.approx(2 * (0.01 + 2.0))
+
+
+def test_embedding_rows_share_the_links() -> None:
+    groups, links = Groups(2, 4), Links(1e8, 1e9, 0.01, 0.001)
+    (inter, row), (intra, column) = Wires(groups, links).alltoall(8e6)
+    assert (inter, intra) == ("inter", "intra")
+    assert (row, column) == (pytest.approx(0.01 + 8e6 * 6 / 8 / 1e8), pytest.approx(0.001 + 8e6 / 8 / 1e9))
+    shared = Links(1e8, 1e9, 0.01, 0.001, shared_nic=True)
+    assert Wires(groups, shared).alltoall(8e6)[0][1] == pytest.approx(0.01 + 2 * 8e6 * 6 / 8 / 1e8)
+    assert Wires(Groups(1), links).alltoall(8e6) == ()
+    work = Workload(1_000_000, 1_000_000, 2, 0.1, 4)
+    with_rows = replace(work, alltoall_bytes=1e6)
+    for placement in PLACEMENTS:
+        without, found = cost(placement, groups, links, work), cost(placement, groups, links, with_rows)
+        assert found.inter_s == pytest.approx(without.inter_s + 4 * row)
+        assert without.step_s + 1e-9 < found.step_s <= found.compute_s + found.inter_s + found.intra_s + 1e-9
+        assert found.bound_s <= found.step_s * (1 + 1e-9)
 
 
 def test_a_step_is_never_faster_than_its_bound_and_slower_with_less_bandwidth() -> None:
