@@ -80,6 +80,8 @@ Step = Callable[[list[Tensor]], None]
 
 def contender(name: str, model: Model, group_size: int) -> tuple[Step, Callable[[], object]]:
     """(a training step on micro-batches, what waits until all of it is done). `name`: a placement[:collectives]."""
+    if name == "alone":
+        return alone(model), lambda: None
     if name in ("fsdp2", "fsdp2 late", "hsdp", "ddp"):
         return peer(name, model, group_size), lambda: None
     placement, _, collectives = name.partition(":")
@@ -91,6 +93,20 @@ def contender(name: str, model: Model, group_size: int) -> tuple[Step, Callable[
         engine.step(clip_norm=1.0)
 
     return step, lambda: engine.sent
+
+
+def alone(model: Model) -> Step:
+    """Every rank by itself, without any communication: what computing takes on this machine."""
+    optimizer = ADAMW(model.parameters())
+
+    def step(micro_batches: list[Tensor]) -> None:
+        for x in micro_batches:
+            (model(x) / len(micro_batches)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def peer(name: str, model: Model, group_size: int) -> Step:

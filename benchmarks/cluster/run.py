@@ -2,9 +2,10 @@
 
     python benchmarks/cluster/run.py [--quick] [--json FILE]
 
-Four groups of two ranks, in network namespaces: fast links inside a group, slow ones between. Two layouts: a link to
-other groups for each rank (rails), and one that the ranks of a group share. Contenders take turns in the same
-processes; medians over rounds. Computing is emulated by sleeping (rank.py). Needs Linux, root and iproute2.
+Four groups of two ranks, in network namespaces: fast links inside a group, slow ones between. Layouts: a link to other
+groups for each rank (rails), one that the ranks of a group share, and rails with links inside that are some 100 times
+as fast. Contenders take turns in the same processes; medians over rounds. Computing is emulated by sleeping (rank.py);
+the planner is told what the model takes on all ranks at once without communication. Needs Linux, root and iproute2.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +31,33 @@ from netns import Cluster, cluster, unavailable
 
 from gmeta.parallel.cost import Links, Wires, Workload
 from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups
-from gmeta.parallel.schedule import cost
+from gmeta.parallel.schedule import Cost, cost
 
 GROUPS = Groups(2, 4)
 BETWEEN = "100mbit"
-INSIDE = "1gbit"
 MODEL = {"layers": 8, "width": 96, "micro_batch_s": 0.12}
 """3.5 MB of fp32 weights; the ratio of computing to what full sharding sends is a 7 B model's on 32 A100 with 100 Gb/s
 between machines (40.7 s of communication and some 6 s of computing at ten micro-batches), within a factor of two."""
 PEERS = ("fsdp2", "fsdp2 late", "hsdp", "ddp")
-LAYOUTS = ("a link a rank", "a link a group")
+SOME = ("NNN", "NII", "III", "IIG", "NIG", "GGG", *PEERS)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How groups are joined, and what is trained on it: contenders by number of micro-batches."""
+
+    name: str
+    inside: str
+    shared_nic: bool
+    work: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
+
+
+EVERYONE = (*PLACEMENTS, "GGG:backend", "IIG:ho", *PEERS)
+LAYOUTS = (
+    Layout("a link a rank", "1gbit", False, ((EVERYONE, (4,)), (SOME, (1, 10)))),
+    Layout("a link a group", "1gbit", True, ((EVERYONE, (4,)),)),
+    Layout("a link a rank, fast inside", "10gbit", False, ((SOME, (4,)),)),
+)
 
 
 def main() -> None:
@@ -47,6 +67,7 @@ def main() -> None:
     )
     add_json(parser)
     args = parse(parser)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks and namespaces go with this process
     if reason := unavailable():
         print(f"skipped: {reason}")
         return
@@ -55,28 +76,29 @@ def main() -> None:
     for layout in LAYOUTS[:1] if args.quick else LAYOUTS:
         with laid_out(layout) as net:
             links = Links(**next(run_ranks(net, {"work": "links"})))
-            print(f"{layout}: {links}", file=sys.stderr, flush=True)
-            records += link_records(layout, links)
-            found = trained(net, args.quick)
-            records += train_records(layout, links, found)
-            bodies.append(train_table(layout, links, found))
+            print(f"{layout.name}: {links}", file=sys.stderr, flush=True)
+            records += link_records(layout.name, links)
+            found = trained(net, layout, args.quick)
+            records += train_records(layout.name, links, found)
+            bodies.append(train_table(layout.name, links, found))
             timed = list(run_ranks(net, ring_order(args.quick)))
-            records += ring_records(layout, links, timed)
-            bodies.append(ring_table(layout, links, timed))
-    config = {"groups": str(GROUPS), "between": BETWEEN, "inside": INSIDE, **MODEL}
+            records += ring_records(layout.name, links, timed)
+            bodies.append(ring_table(layout.name, links, timed))
+    inside = {layout.name: layout.inside for layout in LAYOUTS}
+    config = {"groups": str(GROUPS), "between": BETWEEN, "inside": inside, **MODEL}
     publish("paro_cluster", "\n\n".join(bodies), records, config, args)
 
 
 @contextmanager
-def laid_out(layout: str) -> Iterator[Cluster]:
+def laid_out(layout: Layout) -> Iterator[Cluster]:
     """The emulated cluster."""
     n = GROUPS.world_size
-    if layout == "a link a rank":
-        with cluster(n, 1, None, None) as net:
-            net.set_group_rates(GROUPS.size, INSIDE, BETWEEN)
+    if layout.shared_nic:
+        with cluster(GROUPS.count, GROUPS.size, layout.inside, BETWEEN) as net:
             yield net
     else:
-        with cluster(GROUPS.count, GROUPS.size, INSIDE, BETWEEN) as net:
+        with cluster(n, 1, None, None) as net:
+            net.set_group_rates(GROUPS.size, layout.inside, BETWEEN)
             yield net
 
 
@@ -120,56 +142,55 @@ def run_ranks(net: Cluster, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
 # Training
 
 
-def trained(net: Cluster, quick: bool) -> dict[tuple[str, int], float]:
-    """Median seconds of a step by (contender, accumulation)."""
+Found = dict[tuple[str, int], float]
+"""Median seconds of a step by (contender, accumulation); "alone" is what computing takes."""
+
+
+def trained(net: Cluster, layout: Layout, quick: bool) -> Found:
+    """Every contender of `layout`."""
     rounds = {"rounds": 2, "steps": 1} if quick else {"rounds": 3, "steps": 2}
-    orders = [([*PLACEMENTS, "GGG:backend", *PEERS], [4])]
-    if not quick:
-        orders.append((["NNN", "NII", "III", "IIG", "NIG", "GGG", *PEERS], [1, 10]))
     seconds: dict[tuple[str, int], list[float]] = {}
-    for contenders, accumulation in orders:
-        order = {"work": "train", "contenders": contenders, "accumulation": accumulation, **MODEL, **rounds}
+    for contenders, accumulation in layout.work[:1] if quick else layout.work:
+        names = ["alone", *contenders]
+        order = {"work": "train", "contenders": names, "accumulation": accumulation, **MODEL, **rounds}
         for record in run_ranks(net, order):
             seconds.setdefault((record["contender"], record["accumulation"]), []).append(record["seconds"])
     return {case: statistics.median(times) for case, times in seconds.items()}
 
 
-def workload(accumulation: int) -> Workload:
-    """The model as the planner sees it: fp32, AdamW."""
-    params = int(MODEL["layers"] * 12 * MODEL["width"] ** 2)
-    return Workload(params, params, accumulation, MODEL["micro_batch_s"], int(MODEL["layers"]), Bytes(4, 4, 8))
-
-
-def predicted_s(links: Links, contender: str, accumulation: int) -> float | None:
-    """The planner's time of a step; None for torch's own."""
+def planned(links: Links, contender: str, accumulation: int, found: Found) -> Cost | None:
+    """What the planner says of a step, told what computing takes; None for torch's own."""
     placement, _, collectives = contender.partition(":")
     if placement not in PLACEMENTS:
         return None
-    return cost(placement, GROUPS, links, workload(accumulation), "flat" if collectives else "two_phase").step_s
+    params = int(MODEL["layers"] * 12 * MODEL["width"] ** 2)
+    micro_batch_s = found["alone", accumulation] / accumulation
+    work = Workload(params, params, accumulation, micro_batch_s, int(MODEL["layers"]), Bytes(4, 4, 8))
+    return cost(placement, GROUPS, links, work, {"": "two_phase", "backend": "flat"}.get(collectives, collectives))
 
 
-def train_records(layout: str, links: Links, found: dict[tuple[str, int], float]) -> list[Record]:
+def train_records(layout: str, links: Links, found: Found) -> list[Record]:
     records = []
     for (contender, accumulation), seconds in found.items():
         case = f"{layout}, acc{accumulation}"
         records.append(Record(case, contender, "step_s", seconds, "s"))
         records.append(Record(case, contender, "speedup_over_fsdp2", found["fsdp2", accumulation] / seconds, ""))
-        predicted = predicted_s(links, contender, accumulation)
-        if predicted is not None:
-            records.append(Record(case, contender, "predicted_step_s", predicted, "s"))
-            records.append(Record(case, contender, "achieved_over_predicted", predicted / seconds, ""))
+        plan = planned(links, contender, accumulation, found)
+        if plan is not None:
+            records.append(Record(case, contender, "predicted_step_s", plan.step_s, "s"))
+            records.append(Record(case, contender, "achieved_over_predicted", plan.step_s / seconds, ""))
+            records.append(Record(case, contender, "bound_s", plan.bound_s, "s"))
     for accumulation in sorted({accumulation for _, accumulation in found}):
         value = rank_correlation(links, found, accumulation)
         records.append(Record(f"{layout}, acc{accumulation}", "planner", "spearman", value, ""))
     return records
 
 
-def rank_correlation(links: Links, found: dict[tuple[str, int], float], accumulation: int) -> float:
+def rank_correlation(links: Links, found: Found, accumulation: int) -> float:
     """Spearman's, of predicted and measured times of the placements."""
     names = [name for name, acc in found if acc == accumulation and name in PLACEMENTS]
-    measured = [found[name, accumulation] for name in names]
-    predicted = [cost(name, GROUPS, links, workload(accumulation)).step_s for name in names]
-    return spearman(measured, predicted)
+    plans = [planned(links, name, accumulation, found) for name in names]
+    return spearman([found[name, accumulation] for name in names], [plan.step_s for plan in plans if plan is not None])
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:
@@ -181,24 +202,17 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
     return statistics.correlation(ranks(left), ranks(right))
 
 
-def train_table(layout: str, links: Links, found: dict[tuple[str, int], float]) -> str:
+def train_table(layout: str, links: Links, found: Found) -> str:
     lines = []
     for accumulation in sorted({accumulation for _, accumulation in found}):
         names = sorted((name for name, acc in found if acc == accumulation), key=lambda n: found[n, accumulation])
         rows = []
         for name in names:
-            seconds, predicted = found[name, accumulation], predicted_s(links, name, accumulation)
-            memory = cost(name[:3], GROUPS, links, workload(1)).memory if name[:3] in PLACEMENTS else None
-            rows.append(
-                (
-                    name,
-                    f"{seconds:.2f}",
-                    f"{found['fsdp2', accumulation] / seconds:.2f}",
-                    "" if predicted is None else f"{predicted:.2f}",
-                    "" if predicted is None else f"{predicted / seconds:.2f}",
-                    "" if memory is None else f"{memory / 1e6:.1f}",
-                )
-            )
+            seconds, plan = found[name, accumulation], planned(links, name, accumulation, found)
+            told = ("", "", "")
+            if plan is not None:
+                told = (f"{plan.step_s:.2f}", f"{plan.step_s / seconds:.2f}", f"{plan.memory / 1e6:.1f}")
+            rows.append((name, f"{seconds:.2f}", f"{found['fsdp2', accumulation] / seconds:.2f}", *told))
         header = ("placement", "s a step", "x FSDP2", "planned s", "planned / measured", "MB a rank")
         correlation = rank_correlation(links, found, accumulation)
         lines += [f"### {layout}, {accumulation} micro-batches", "", table(header, rows), ""]
