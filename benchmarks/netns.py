@@ -197,15 +197,18 @@ def shape_groups(prefix: str, node: int, group_size: int, inside_rate: str, betw
     for namespace, link, way in ((f"{prefix}-node{node}", CARD, "dst"), (f"{prefix}-switch", f"port{node}", "src")):
         on = ["dev", link]
         commands.append(["tc", "-n", namespace, "qdisc", "replace", *on, "root", "handle", "1:", "htb", "default", "2"])
-        for number, rate in ((1, inside_rate), (2, between_rate)):
+        for number, rate in ((1, inside_rate), (2, between_rate), (3, "10gbit")):
             burst = str(max(_LEAST_BURST, int(bits_per_s(rate) / 8 * _TICK_S)))
             words = ["htb", "rate", rate, "burst", burst, "cburst", burst]
             commands.append(
                 ["tc", "-n", namespace, "class", "add", *on, "parent", "1:", "classid", f"1:{number}", *words]
             )
+        add = ["tc", "-n", namespace, "filter", "add", *on, "parent", "1:", "protocol", "ip"]
+        # acknowledgements (packets below 64 bytes) pass at once: behind a full queue of data that goes the same way they
+        # would cost what comes the other way a fifth of its rate (measured: 80 of 100 Mbit/s)
+        commands.append([*add, "prio", "1", "u32", "match", "u16", "0x0000", "0xffc0", "at", "2", "flowid", "1:3"])
         for peer in peers:
-            words = ["protocol", "ip", "prio", "1", "u32", "match", "ip", way, f"{peer}/32", "flowid", "1:1"]
-            commands.append(["tc", "-n", namespace, "filter", "add", *on, "parent", "1:", *words])
+            commands.append([*add, "prio", "2", "u32", "match", "ip", way, f"{peer}/32", "flowid", "1:1"])
     return commands
 
 

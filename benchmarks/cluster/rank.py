@@ -8,6 +8,7 @@ so that eight ranks fit two cores. What the layers compute besides is real, and 
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
@@ -15,14 +16,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -78,12 +79,21 @@ class Model(nn.Module):
 Step = Callable[[list[Tensor]], None]
 
 
-def contender(name: str, model: Model, group_size: int) -> tuple[Step, Callable[[], object]]:
-    """(a training step on micro-batches, what waits until all of it is done). `name`: a placement[:collectives]."""
+@dataclass(frozen=True)
+class Contender:
+    """A training step on micro-batches, what waits until all of it is done, and what ends it."""
+
+    step: Step
+    settle: Callable[[], object] = lambda: None
+    close: Callable[[], None] = lambda: None
+
+
+def contender(name: str, model: Model, group_size: int) -> Contender:
+    """`name`: alone, a peer, or a placement[:collectives]."""
     if name == "alone":
-        return alone(model), lambda: None
+        return Contender(alone(model))
     if name in ("fsdp2", "fsdp2 late", "hsdp", "ddp"):
-        return peer(name, model, group_size), lambda: None
+        return Contender(peer(name, model, group_size))
     placement, _, collectives = name.partition(":")
     engine = paro(model, ADAMW, group_mesh(group_size), placement, collectives=collectives or "two_phase")  # type: ignore[arg-type]
 
@@ -92,7 +102,7 @@ def contender(name: str, model: Model, group_size: int) -> tuple[Step, Callable[
             engine.backward(engine(x) / len(micro_batches), last=k == len(micro_batches) - 1)
         engine.step(clip_norm=1.0)
 
-    return step, lambda: engine.sent
+    return Contender(step, lambda: engine.sent, engine.close)
 
 
 def alone(model: Model) -> Step:
@@ -119,10 +129,7 @@ def peer(name: str, model: Model, group_size: int) -> Step:
     if name == "ddp":
         wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     else:
-        n = dist.get_world_size()
-        shape = (n // group_size, group_size) if name == "hsdp" else (n,)
-        names = ("replicate", "shard") if name == "hsdp" else ("shard",)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        mesh = peers_mesh(group_size if name == "hsdp" else dist.get_world_size())
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -144,6 +151,15 @@ def peer(name: str, model: Model, group_size: int) -> Step:
     return step
 
 
+@functools.cache
+def peers_mesh(shard: int) -> DeviceMesh:
+    """Sharded over so many ranks, replicated beyond."""
+    n = dist.get_world_size()
+    if shard == n:
+        return init_device_mesh("cpu", (n,), mesh_dim_names=("shard",))
+    return init_device_mesh("cpu", (n // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
 def timed(work: Callable[[], None]) -> float:
     dist.barrier()
     begun = time.perf_counter()
@@ -153,28 +169,30 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every contender in turn, round after round; a step's seconds."""
-    ready = []
-    for name in order["contenders"]:
-        torch.manual_seed(0)
-        model = Model(order["layers"], order["width"], order["micro_batch_s"])
-        ready.append((name, *contender(name, model, order["group_size"])))
+    """Every contender in turn, round after round; a step's seconds.
+
+    One lives at a time, and makes two steps before it is timed: every process group of gloo wakes a thread a hundred
+    times a second, and those of twenty contenders in eight processes take a core.
+    """
     draws = torch.Generator().manual_seed(dist.get_rank())
     for accumulation in order["accumulation"]:
         micro_batches = [torch.randn(2, order["width"], generator=draws) for _ in range(accumulation)]
-        for turn in range(order["rounds"] + 1):
-            steps = 1 if turn == 0 else order["steps"]  # the first turn makes state and records the order of units
-            for name, step, settled in ready:
-                seconds = timed(partial(run_steps, step, settled, micro_batches, steps))
-                if turn:
-                    yield {"contender": name, "accumulation": accumulation, "seconds": seconds / steps}
+        for _ in range(order["rounds"]):
+            for name in order["contenders"]:
+                torch.manual_seed(0)
+                model = Model(order["layers"], order["width"], order["micro_batch_s"])
+                made = contender(name, model, order["group_size"])
+                run_steps(made, micro_batches, 2)  # make state, record the order of units, publish once
+                seconds = timed(partial(run_steps, made, micro_batches, order["steps"]))
+                made.close()
+                yield {"contender": name, "accumulation": accumulation, "seconds": seconds / order["steps"]}
 
 
-def run_steps(step: Step, settled: Callable[[], object], micro_batches: list[Tensor], steps: int) -> None:
+def run_steps(made: Contender, micro_batches: list[Tensor], steps: int) -> None:
     """So many steps, and what they have started."""
     for _ in range(steps):
-        step(micro_batches)
-    settled()
+        made.step(micro_batches)
+    made.settle()
 
 
 def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -35,8 +35,8 @@ from gmeta.parallel.schedule import Cost, cost
 
 GROUPS = Groups(2, 4)
 BETWEEN = "100mbit"
-MODEL = {"layers": 8, "width": 96, "micro_batch_s": 0.12}
-"""3.5 MB of fp32 weights; the ratio of computing to what full sharding sends is a 7 B model's on 32 A100 with 100 Gb/s
+MODEL = {"layers": 4, "width": 192, "micro_batch_s": 0.24}
+"""7 MB of fp32 weights; the ratio of computing to what full sharding sends is a 7 B model's on 32 A100 with 100 Gb/s
 between machines (40.7 s of communication and some 6 s of computing at ten micro-batches), within a factor of two."""
 PEERS = ("fsdp2", "fsdp2 late", "hsdp", "ddp")
 SOME = ("NNN", "NII", "III", "IIG", "NIG", "GGG", *PEERS)
@@ -94,7 +94,8 @@ def laid_out(layout: Layout) -> Iterator[Cluster]:
     """The emulated cluster."""
     n = GROUPS.world_size
     if layout.shared_nic:
-        with cluster(GROUPS.count, GROUPS.size, layout.inside, BETWEEN) as net:
+        with cluster(GROUPS.count, GROUPS.size, layout.inside, None) as net:
+            net.set_group_rates(1, layout.inside, BETWEEN)
             yield net
     else:
         with cluster(n, 1, None, None) as net:

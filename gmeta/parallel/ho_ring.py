@@ -99,13 +99,13 @@ class Rings:
     def reduce_scatter(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
         """This rank's block holds the sum of all ranks' blocks of its place; the other blocks are used up. In place."""
         if algorithm == "flat":
-            _scatter([block for row in blocks for block in row], self.everyone)
+            scatter([block for row in blocks for block in row], self.everyone)
             return
         i, j, ng = self.column.place, self.row.place, self.column.size
         if algorithm == "two_phase":
             for row in blocks:
-                _scatter(row, self.row)
-            _scatter([row[j] for row in blocks], self.column)
+                scatter(row, self.row)
+            scatter([row[j] for row in blocks], self.column)
             return
         # The mirror of the all-gather: a row is summed in the group while the row before it goes round the column. Row
         # i - 1 leaves first, row i stays: it is summed last.
@@ -123,7 +123,7 @@ class Rings:
             handle.wait()
 
     def _sum_row(self, chunk: Blocks, row: int) -> Callable[[], None]:
-        return lambda: _scatter(chunk[row], self.row)
+        return lambda: scatter(chunk[row], self.row)
 
     def all_reduce(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
         """Every block holds the sum of all ranks' blocks of its place: a reduce-scatter and an all-gather. In place."""
@@ -146,7 +146,7 @@ def _gather(blocks: Sequence[Tensor], circle: Circle) -> None:
         exchange(blocks[(circle.place - t) % circle.size], blocks[(circle.place - t - 1) % circle.size], circle)
 
 
-def _scatter(blocks: Sequence[Tensor], circle: Circle) -> None:
+def scatter(blocks: Sequence[Tensor], circle: Circle) -> None:
     """Block `place` ends as the sum over the circle; each block starts at the rank after its owner."""
     n, place = circle.size, circle.place
     spare = torch.empty_like(max(blocks, key=Tensor.numel))

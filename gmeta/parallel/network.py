@@ -15,6 +15,8 @@ from gmeta.parallel.levels import Levels
 
 SMALL, LARGE = 1 << 10, 1 << 21
 """Bytes of the messages that show latency, and bandwidth."""
+MORE = 4
+"""Messages after the first, over which its time is taken."""
 SHARED = 0.6
 """Links are shared where all ranks of a group at once get less than this of what one of them alone gets."""
 
@@ -41,7 +43,7 @@ def _measured(
 ) -> tuple[float, float] | None:
     """(seconds, bits a second) of a message; None where the circle is of one rank."""
     small, large = (
-        _median_s(levels, circle, torch.zeros(size, dtype=torch.uint8, device=device), repeats, takes_part)
+        _message_s(levels, circle, torch.zeros(size, dtype=torch.uint8, device=device), repeats, takes_part)
         for size in (SMALL, LARGE)
     )
     if circle.size == 1:
@@ -49,20 +51,26 @@ def _measured(
     return small, 8 * LARGE / max(large - small, 1e-9)
 
 
-def _median_s(levels: Levels, circle: Circle, message: Tensor, repeats: int, takes_part: bool) -> float:
-    into = torch.empty_like(message)
-    found = []
-    for _ in range(repeats + 1):
-        _together(levels)
-        begun = time.perf_counter()
-        if takes_part and circle.size > 1:
-            exchange(message, into, circle)
-            _finish(message)
-        found.append(time.perf_counter() - begun)
-    slowest = torch.tensor([statistics.median(found[1:])], dtype=torch.float64, device=message.device)
+def _message_s(levels: Levels, circle: Circle, message: Tensor, repeats: int, takes_part: bool) -> float:
+    """One of many messages in a row, as in a ring: what it takes to meet, and to find the speed, is not its."""
+    times = {}
+    for count in (1, 1 + MORE):
+        found = [_exchanges_s(levels, circle, message, count if takes_part else 0) for _ in range(repeats + 1)]
+        times[count] = statistics.median(found[1:])
+    slowest = torch.tensor([times[1 + MORE] - times[1]], dtype=torch.float64, device=message.device) / MORE
     if levels.world is not None:
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=levels.world)
-    return float(slowest)
+    return max(float(slowest), 1e-7)
+
+
+def _exchanges_s(levels: Levels, circle: Circle, message: Tensor, count: int) -> float:
+    into = torch.empty_like(message)
+    _together(levels)
+    begun = time.perf_counter()
+    for _ in range(count if circle.size > 1 else 0):
+        exchange(message, into, circle)
+    _finish(message)
+    return time.perf_counter() - begun
 
 
 def _together(levels: Levels) -> None:
