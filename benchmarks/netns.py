@@ -36,6 +36,9 @@ _NAMESPACES = Path("/run/netns")
 # A bucket below one segment-offloaded packet (64 KiB) would cut every packet into frames, at the price of a core; the
 # kernel refills it at each timer tick, so it must also hold what passes in one (4 ms at the slowest clock in use).
 _LEAST_BURST, _TICK_S = 128 * 1024, 0.004
+# htb, unlike tbf, sends a packet that is larger than its bucket, and waits longer after it; its timer is finer than the
+# kernel's tick. So little passes unhindered after a pause.
+_SHORT_BURST, _TIMER_S = 16 * 1024, 0.0005
 # Bytes that wait before one is dropped. A step's messages fit: drops would measure TCP's recovery, not the rate.
 _QUEUE = 16 * 2**20
 _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -198,14 +201,14 @@ def shape_groups(prefix: str, node: int, group_size: int, inside_rate: str, betw
         on = ["dev", link]
         commands.append(["tc", "-n", namespace, "qdisc", "replace", *on, "root", "handle", "1:", "htb", "default", "2"])
         for number, rate in ((1, inside_rate), (2, between_rate), (3, "10gbit")):
-            burst = str(max(_LEAST_BURST, int(bits_per_s(rate) / 8 * _TICK_S)))
+            burst = str(max(_SHORT_BURST, int(bits_per_s(rate) / 8 * _TIMER_S)))
             words = ["htb", "rate", rate, "burst", burst, "cburst", burst]
             commands.append(
                 ["tc", "-n", namespace, "class", "add", *on, "parent", "1:", "classid", f"1:{number}", *words]
             )
         add = ["tc", "-n", namespace, "filter", "add", *on, "parent", "1:", "protocol", "ip"]
-        # acknowledgements (packets below 64 bytes) pass at once: behind a full queue of data that goes the same way they
-        # would cost what comes the other way a fifth of its rate (measured: 80 of 100 Mbit/s)
+        # acknowledgements (packets below 64 bytes) pass at once: behind a full queue of data that goes the same way
+        # they would cost what comes the other way a fifth of its rate (measured: 80 of 100 Mbit/s)
         commands.append([*add, "prio", "1", "u32", "match", "u16", "0x0000", "0xffc0", "at", "2", "flowid", "1:3"])
         for peer in peers:
             commands.append([*add, "prio", "2", "u32", "match", "ip", way, f"{peer}/32", "flowid", "1:1"])
