@@ -15,8 +15,10 @@ any sizes (also 0), as long as all ranks know them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -75,26 +77,24 @@ class Rings:
     def all_gather(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
         """Every rank's block, from this rank's own; in place."""
         if algorithm == "flat":
-            _gather([block for row in blocks for block in row], self.everyone)
+            gather([block for row in blocks for block in row], self.everyone)
             return
         i, j = self.column.place, self.row.place
         if algorithm == "two_phase":
-            _gather([row[j] for row in blocks], self.column)
+            gather([row[j] for row in blocks], self.column)
             for row in blocks:
-                _gather(row, self.row)
+                gather(row, self.row)
             return
         chunks = self._chunks(blocks)
-        arrivals: list[list[Handle]] = [[Handle() for _ in chunks]]
-        for t in range(self.column.size - 1):  # the helper goes round the column
-            arrivals.append([self.helper.submit(self._pass_on(chunk, i, j, t)) for chunk in chunks])
+        rings = [_gathering([row[j] for row in chunk], self.column) for chunk in chunks]
+        # The helper goes round the column, all chunks a step before the first one takes the next.
+        passed = [[self.helper.submit(partial(next, ring, None)) for ring in rings] for _ in range(self.column.size)]
+        spread = _Wave()
         for t in range(self.column.size):
-            for arrival, chunk in zip(arrivals[t], chunks, strict=True):
-                arrival.wait()
-                _gather(chunk[(i - t) % self.column.size], self.row)
-
-    def _pass_on(self, chunk: Blocks, i: int, j: int, t: int) -> Callable[[], None]:
-        ng = self.column.size
-        return lambda: exchange(chunk[(i - t) % ng][j], chunk[(i - t - 1) % ng][j], self.column)
+            for arrived, chunk in zip(passed[t], chunks, strict=True):
+                arrived.wait()
+                spread.add(_gathering(chunk[(i - t) % self.column.size], self.row))
+        spread.end()
 
     def reduce_scatter(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
         """This rank's block holds the sum of all ranks' blocks of its place; the other blocks are used up. In place."""
@@ -107,23 +107,24 @@ class Rings:
                 scatter(row, self.row)
             scatter([row[j] for row in blocks], self.column)
             return
-        # The mirror of the all-gather: a row is summed in the group while the row before it goes round the column. Row
-        # i - 1 leaves first, row i stays: it is summed last.
+        # The mirror of the all-gather: a row is summed in the group, by the helper, while the row before it goes round
+        # the column. Row i - 1 leaves first, row i stays: it is summed last.
         chunks = self._chunks(blocks)
-        summed = [[self.helper.submit(self._sum_row(chunk, (i - 1 - t) % ng)) for chunk in chunks] for t in range(ng)]
-        for t in range(ng - 1):
-            for number, chunk in enumerate(chunks):
-                summed[t][number].wait()
-                mine = chunk[(i - 2 - t) % ng][j]
-                into = torch.empty_like(mine)
-                exchange(chunk[(i - 1 - t) % ng][j], into, self.column)
-                summed[t + 1][number].wait()
-                mine.add_(into)
-        for handle in summed[-1]:
-            handle.wait()
-
-    def _sum_row(self, chunk: Blocks, row: int) -> Callable[[], None]:
-        return lambda: scatter(chunk[row], self.row)
+        rows = _Wave()
+        jobs = [
+            self.helper.submit(partial(rows.add, _scattering(chunk[(i - 1 - t) % ng], self.row)))
+            for t in range(ng)
+            for chunk in chunks
+        ]
+        jobs += [self.helper.submit(rows.move) for _ in range(self.row.size - 1)]
+        done = jobs[self.row.size - 1 :]  # a row has made its steps when so many others have begun
+        rings = [
+            _scattering([row[j] for row in chunk], self.column, done[k :: len(chunks)])
+            for k, chunk in enumerate(chunks)
+        ]
+        for _ in range(ng):
+            for ring in rings:
+                next(ring, None)
 
     def all_reduce(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
         """Every block holds the sum of all ranks' blocks of its place: a reduce-scatter and an all-gather. In place."""
@@ -141,20 +142,65 @@ def _part(block: Tensor, k: int, parts: int) -> Tensor:
     return block[k * block.numel() // parts : (k + 1) * block.numel() // parts]
 
 
-def _gather(blocks: Sequence[Tensor], circle: Circle) -> None:
+class _Wave:
+    """Several rings of one circle on their way: when another joins, those before it move a step."""
+
+    def __init__(self) -> None:
+        self._flying: list[Iterator[None]] = []
+
+    def add(self, ring: Iterator[None]) -> None:
+        """Its first step begins; it is through once so many others as it has steps have joined, or were moved."""
+        next(ring, None)
+        self.move()
+        self._flying.append(ring)
+
+    def move(self) -> None:
+        """A step of all of them."""
+        self._flying = [ring for ring in self._flying if next(ring, self) is not self]
+
+    def end(self) -> None:
+        """All the steps that are left."""
+        while self._flying:
+            self.move()
+
+
+def _gathering(blocks: Sequence[Tensor], circle: Circle) -> Iterator[None]:
+    """Every block from its owner; a step begins before each `yield`, and ends after it."""
     for t in range(circle.size - 1):
-        exchange(blocks[(circle.place - t) % circle.size], blocks[(circle.place - t - 1) % circle.size], circle)
+        flight = _begin(blocks[(circle.place - t) % circle.size], blocks[(circle.place - t - 1) % circle.size], circle)
+        yield
+        _end(flight, circle)
+
+
+def _scattering(blocks: Sequence[Tensor], circle: Circle, there: Sequence[Handle] = ()) -> Iterator[None]:
+    """Block `place` ends as the sum over the circle, in steps as `_gathering`; each starts at the rank after its owner.
+
+    there[t]: to be waited for before block place - 1 - t is used.
+    """
+    n, place = circle.size, circle.place
+    for handle in there[:1]:
+        handle.wait()
+    for t in range(n - 1):
+        mine = blocks[(place - 2 - t) % n]
+        into = torch.empty_like(mine)
+        flight = _begin(blocks[(place - 1 - t) % n], into, circle)
+        yield
+        _end(flight, circle)
+        for handle in there[t + 1 : t + 2]:
+            handle.wait()
+        mine.add_(into)
+
+
+def gather(blocks: Sequence[Tensor], circle: Circle) -> None:
+    """All-gather on a circle: this rank's block `place` is there, then all are."""
+    for _ in _gathering(blocks, circle):
+        pass
 
 
 def scatter(blocks: Sequence[Tensor], circle: Circle) -> None:
-    """Block `place` ends as the sum over the circle; each block starts at the rank after its owner."""
-    n, place = circle.size, circle.place
-    spare = torch.empty_like(max(blocks, key=Tensor.numel))
-    for t in range(n - 1):
-        mine = blocks[(place - 2 - t) % n]
-        into = spare[: mine.numel()]
-        exchange(blocks[(place - 1 - t) % n], into, circle)
-        mine.add_(into)
+    """Reduce-scatter on a circle: block `place` ends as the sum of everybody's; the others are used up."""
+    for _ in _scattering(blocks, circle):
+        pass
 
 
 def exchange(send: Tensor, receive: Tensor, circle: Circle) -> None:
@@ -162,24 +208,44 @@ def exchange(send: Tensor, receive: Tensor, circle: Circle) -> None:
 
     PeerLost names both where that fails.
     """
-    following = circle.ranks[(circle.place + 1) % circle.size]
-    before = circle.ranks[(circle.place - 1) % circle.size]
+    _end(_begin(send, receive, circle), circle)
+
+
+def _begin(send: Tensor, receive: Tensor, circle: Circle) -> list[dist.Work]:
     ops = []
     if send.numel():
-        ops.append(dist.P2POp(dist.isend, send, following, circle.group))
+        ops.append(dist.P2POp(dist.isend, send, _next(circle), circle.group))
         if circle.crossing[circle.place]:
             circle.sent.inter += send.nbytes
         else:
             circle.sent.intra += send.nbytes
     if receive.numel():
-        ops.append(dist.P2POp(dist.irecv, receive, before, circle.group))
-    if not ops:
-        return
-    try:
-        for work in dist.batch_isend_irecv(ops):
+        ops.append(dist.P2POp(dist.irecv, receive, _before(circle), circle.group))
+    with _naming_neighbours(circle):
+        return dist.batch_isend_irecv(ops) if ops else []
+
+
+def _end(flight: Sequence[dist.Work], circle: Circle) -> None:
+    with _naming_neighbours(circle):
+        for work in flight:
             work.wait()
+
+
+def _next(circle: Circle) -> int:
+    return circle.ranks[(circle.place + 1) % circle.size]
+
+
+def _before(circle: Circle) -> int:
+    return circle.ranks[(circle.place - 1) % circle.size]
+
+
+@contextmanager
+def _naming_neighbours(circle: Circle) -> Iterator[None]:
+    try:
+        yield
     except RuntimeError as error:
         raise PeerLost(
-            f"rank {circle.ranks[circle.place]} could not exchange with its neighbours, rank {before} before it and "
-            f"rank {following} after it: one of them died, or waits for another. [{str(error).splitlines()[0][:200]}]"
+            f"rank {circle.ranks[circle.place]} could not exchange with its neighbours, rank {_before(circle)} before "
+            f"it and rank {_next(circle)} after it: one of them died, or waits for another. "
+            f"[{str(error).splitlines()[0][:200]}]"
         ) from error
