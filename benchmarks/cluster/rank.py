@@ -171,7 +171,7 @@ def timed(work: Callable[[], None]) -> float:
 def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every contender in turn, round after round; a step's seconds.
 
-    One lives at a time, and makes two steps before it is timed: every process group of gloo wakes a thread a hundred
+    One lives at a time, and makes a step before it is timed: every process group of gloo wakes a thread a hundred
     times a second, and those of twenty contenders in eight processes take a core.
     """
     draws = torch.Generator().manual_seed(dist.get_rank())
@@ -182,7 +182,7 @@ def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 torch.manual_seed(0)
                 model = Model(order["layers"], order["width"], order["micro_batch_s"])
                 made = contender(name, model, order["group_size"])
-                run_steps(made, micro_batches, 2)  # make state, record the order of units, publish once
+                run_steps(made, micro_batches, 1)  # makes state, records the order of units
                 seconds = timed(partial(run_steps, made, micro_batches, order["steps"]))
                 made.close()
                 yield {"contender": name, "accumulation": accumulation, "seconds": seconds / order["steps"]}
