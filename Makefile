@@ -11,7 +11,7 @@ WHEEL_PYTHON := $(CURDIR)/build/wheel-venv/bin/python
 export GMETA_DATA ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test lint wheel check bench bench-gpu bench-elastic quality docs soak clean
+.PHONY: help venv dev demo test lint wheel check bench bench-gpu bench-elastic bench-paro quality docs soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -64,6 +64,9 @@ bench-gpu: dev ## what a step costs on a CUDA device
 
 quality: dev ## the tables of docs/quality.md: five seeds on real data; takes long
 	$(BIN)/python benchmarks/quality.py
+
+bench-paro: dev ## the tables of docs/paro.md, on an emulated cluster (Linux, root, iproute2); 40 minutes
+	@set -e; for name in cluster/run paro_scale; do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
 
 bench-elastic: dev ## the tables of docs/elastic.md: stragglers, the coordinator, scale; about 75 minutes on 2 cores
 	@set -e; for name in stragglers coordinator scale; do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done

@@ -34,7 +34,6 @@ from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups
 from gmeta.parallel.schedule import Cost, cost
 
 GROUPS = Groups(2, 4)
-BETWEEN = "100mbit"
 MODEL = {"layers": 4, "width": 192, "micro_batch_s": 0.24}
 """7 MB of fp32 weights; the ratio of computing to what full sharding sends is a 7 B model's on 32 A100 with 100 Gb/s
 between machines (40.7 s of communication and some 6 s of computing at ten micro-batches)."""
@@ -48,15 +47,16 @@ class Layout:
 
     name: str
     inside: str
+    between: str
     shared_nic: bool
     work: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
 
 
 EVERYONE = (*PLACEMENTS, "GGG:backend", "GGG:ho", *PEERS)
 LAYOUTS = (
-    Layout("a link a rank", "1gbit", False, ((EVERYONE, (4,)), (SOME, (1, 10)))),
-    Layout("a link a group", "1gbit", True, ((SOME, (4,)),)),
-    Layout("a link a rank, fast inside", "10gbit", False, ((SOME, (4,)),)),
+    Layout("a link a rank", "1gbit", "100mbit", False, ((EVERYONE, (4,)), (SOME, (1, 10)))),
+    Layout("a link a group", "1gbit", "100mbit", True, ((SOME, (4,)),)),
+    Layout("a slow link a rank", "10gbit", "20mbit", False, ((SOME, (1,)),)),
 )
 
 
@@ -81,11 +81,12 @@ def main() -> None:
             found = trained(net, layout, args.quick)
             records += train_records(layout.name, links, found)
             bodies.append(train_table(layout.name, links, found))
-            timed = list(run_ranks(net, ring_order(args.quick)))
+            sizes = [4 << 20] if layout is LAYOUTS[-1] else [4 << 20, 16 << 20]
+            timed = list(run_ranks(net, ring_order(sizes, args.quick)))
             records += ring_records(layout.name, links, timed)
             bodies.append(ring_table(layout.name, links, timed))
-    inside = {layout.name: layout.inside for layout in LAYOUTS}
-    config = {"groups": str(GROUPS), "between": BETWEEN, "inside": inside, **MODEL}
+    rates = {layout.name: f"{layout.inside} inside, {layout.between} between" for layout in LAYOUTS}
+    config = {"groups": str(GROUPS), "rates": rates, **MODEL}
     publish("paro_cluster", "\n\n".join(bodies), records, config, args)
 
 
@@ -95,11 +96,11 @@ def laid_out(layout: Layout) -> Iterator[Cluster]:
     n = GROUPS.world_size
     if layout.shared_nic:
         with cluster(GROUPS.count, GROUPS.size, layout.inside, None) as net:
-            net.set_group_rates(1, layout.inside, BETWEEN)
+            net.set_group_rates(1, layout.inside, layout.between)
             yield net
     else:
         with cluster(n, 1, None, None) as net:
-            net.set_group_rates(GROUPS.size, layout.inside, BETWEEN)
+            net.set_group_rates(GROUPS.size, layout.inside, layout.between)
             yield net
 
 
@@ -227,8 +228,8 @@ def train_table(layout: str, links: Links, found: Found) -> str:
 CHUNK_BYTES = 128 << 10
 
 
-def ring_order(quick: bool) -> dict[str, Any]:
-    return {"work": "rings", "bytes": [4 << 20, 16 << 20], "rounds": 2 if quick else 5, "chunk_bytes": CHUNK_BYTES}
+def ring_order(sizes: Sequence[int], quick: bool) -> dict[str, Any]:
+    return {"work": "rings", "bytes": sizes, "rounds": 2 if quick else 5, "chunk_bytes": CHUNK_BYTES}
 
 
 def theory_s(links: Links, what: str, algorithm: str, nbytes: int) -> float:

@@ -269,6 +269,31 @@ def test_saved_under_one_loaded_under_others(saved: str, tmp_path: Path) -> None
                 torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
 
 
+def save_under_each(mesh: Mesh, folder: Path) -> dict[str, Any]:
+    return {placement: save_and_load(mesh, folder / placement, placement, True) for placement in PLACEMENTS}
+
+
+def load_each_under_each(mesh: Mesh, folder: Path, expected: dict[str, Any]) -> None:
+    for saved in PLACEMENTS:
+        for loaded in PLACEMENTS:
+            found = save_and_load(mesh, folder / saved, loaded, False)
+            for name, value in expected[saved].items():
+                torch.testing.assert_close(
+                    found[name],
+                    value,
+                    rtol=1e-12,
+                    atol=1e-12,
+                    msg=lambda m, s=saved, p=loaded, n=name: f"{s} under {p}, {n}: {m}",
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_saved_under_each_loaded_under_each(ranks: int, tmp_path: Path) -> None:
+    expected = run_ranks(4, save_under_each, tmp_path)[0]
+    run_ranks(ranks, load_each_under_each, tmp_path, expected)
+
+
 # Costs
 
 
