@@ -148,8 +148,8 @@ class DenseConfig:
     group_size: int = 0
     """Ranks of a group; 0: those of one machine."""
     memory_gb: float | None = None
-    """With placement auto: GB a rank for dense parameters, gradients and optimizer state. Without it: on CUDA half of
-    what is free, on CPU all that it takes."""
+    """With placement auto: GB a rank between steps for dense parameters, gradients and optimizer state (in a step
+    parameters are whole). Without it: on CUDA half of what is free, on CPU all that it takes."""
 
     def __post_init__(self) -> None:
         require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")

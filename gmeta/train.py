@@ -404,11 +404,10 @@ def _farewell(run: Run, stopped: bool) -> str:
 def _banner(run: Run) -> str:
     """What a user wants to know before the first step."""
     train_split = run.pack.split("train")
-    parameters = sum(p.numel() for p in run.system.learner.parameters())
     lines = [
         f"{train_split.num_tasks:,} tasks, {train_split.num_rows:,} rows; {run.total_steps:,} steps of "
         f"{run.config.loader.tasks_per_batch} tasks on {run.mesh.world_size} process(es), {run.mesh.device}",
-        f"{parameters:,} dense parameters; engine: {run.system.learner.engine_reason}",
+        f"{run.dense.num_parameters:,} dense parameters; engine: {run.system.learner.engine_reason}",
         run.system.tables.memory_report(),
     ]
     return "\n".join(lines)

@@ -31,6 +31,11 @@ class ReplicatedDense:
         self.optimizer = optimizer([(name, p) for name, p in module.named_parameters() if p.requires_grad])
         self._buckets = GradientBuckets(list(module.parameters()), mesh, how=how, overlap=overlap)
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all parameters."""
+        return sum(p.numel() for p in self._module.parameters())
+
     def begin(self, several: bool) -> None:
         """A step; `several`: more than one micro-batch, on some rank."""
         self._buckets.several = several
@@ -87,6 +92,12 @@ class ShardedDense:
         self._engine = engine
         self._several = False
         self._counted = Counter()  # what was sent until the last step's end
+        self._gathers = self._counted_gathers = 0
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all parameters, on all ranks together."""
+        return self._engine.num_parameters
 
     def begin(self, several: bool) -> None:
         """Ranks may have different numbers of micro-batches: then gradients are reduced once, after all of them."""
@@ -94,6 +105,7 @@ class ShardedDense:
 
     def whole(self) -> AbstractContextManager[None]:
         """All parameters can be used."""
+        self._gathers += 1
         return self._engine.gathered()
 
     def backward(self, loss: Tensor) -> None:
@@ -110,11 +122,11 @@ class ShardedDense:
         sent = self._engine.sent
         if traffic is not None:
             self._add(traffic, sent.intra - self._counted.intra, sent.inter - self._counted.inter)
-        self._counted = sent
+        self._counted, self._counted_gathers, self._gathers = sent, self._gathers, 0
 
     def predict(self, traffic: Traffic) -> None:
         """What `finish` counts, by the formulas (`placement.sent_bytes`)."""
-        sent, size = self._engine.predicted_sent(gathers=1), self._engine.groups.size
+        sent, size = self._engine.predicted_sent(gathers=self._counted_gathers), self._engine.groups.size
         self._add(traffic, sent.intra / size, sent.inter / size)
 
     def _add(self, traffic: Traffic, intra: float, inter: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from gmeta.parallel.cost import Links, Workload
 from gmeta.parallel.levels import Collectives, Levels
 from gmeta.parallel.network import measure_links
-from gmeta.parallel.placement import Bytes, Placement, memory_bytes
+from gmeta.parallel.placement import PLACEMENTS, Bytes, Placement, memory_bytes
 from gmeta.parallel.schedule import choose, plan
 from gmeta.parallel.units import OptimizerFactory, items, placed
 
@@ -62,8 +63,9 @@ def resolve(
         sizes = _bytes(module, optimizer_factory, compute_dtype, grad_dtype)
         levels = Levels.open(mesh, "backend", timeout_s, device)
         try:
-            work, cap = _work(module, asked, auto or Auto(), levels, sizes, units)
-            chosen = _chosen(work, cap, auto or Auto(), levels, device, collectives)
+            with levels.naming_lost_peers():
+                work, cap = _work(module, asked, auto or Auto(), levels, sizes, units)
+                chosen = _chosen(work, cap, auto or Auto(), levels, device, collectives)
         finally:
             levels.close()
     return {name: by_hand.get(name, chosen) for name in asked}
@@ -104,19 +106,20 @@ def _chosen(
         return REPLICATED
     links = auto.links or measure_links(levels, device)
     algorithm = "flat" if collectives == "backend" else collectives
-    return Placement.parse(choose(plan(levels.groups, links, work, cap, algorithm)).placement)
+    name = choose(plan(levels.groups, links, work, cap, algorithm)).placement
+    agreed = torch.tensor(PLACEMENTS.index(name), device=device)  # ranks may have been told different things
+    dist.broadcast(agreed, src=levels.rings.everyone.ranks[0], group=levels.world)
+    return Placement.parse(PLACEMENTS[int(agreed)])
 
 
 def _cap(auto: Auto, levels: Levels, device: torch.device) -> float | None:
     """Bytes that the rank with least may hold; None: no limit."""
-    cap = auto.memory_bytes
-    if cap is None and device.type == "cuda":
+    cap = math.inf if auto.memory_bytes is None else auto.memory_bytes
+    if auto.memory_bytes is None and device.type == "cuda":
         cap = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
-    if cap is None:
-        return None
-    least = torch.tensor(float(cap), dtype=torch.float64, device=device)
+    least = torch.tensor(cap, dtype=torch.float64, device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group=levels.world)
-    return float(least)
+    return None if math.isinf(float(least)) else float(least)
 
 
 def _bytes(
@@ -127,7 +130,7 @@ def _bytes(
 ) -> Bytes:
     """Of one number of a parameter; the optimizer's are tried out on a small one."""
     name, like = next(iter(module.named_parameters()))
-    trial = nn.Parameter(torch.zeros(64, dtype=like.dtype))
+    trial = nn.Parameter(torch.zeros(64, dtype=like.dtype, device=like.device))
     optimizer = factory([(name, trial)])
     trial.grad = torch.zeros_like(trial)
     optimizer.step()

@@ -243,6 +243,8 @@ def _before(circle: Circle) -> int:
 def _naming_neighbours(circle: Circle) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise PeerLost(
             f"rank {circle.ranks[circle.place]} could not exchange with its neighbours, rank {_before(circle)} before "

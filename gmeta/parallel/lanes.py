@@ -19,18 +19,23 @@ Job = Callable[[], None]
 class Handle:
     """A job that was submitted; `wait` returns when it is done, or raises what it raised.
 
-    On CUDA it is the current stream that waits, not the host.
+    On CUDA it is the current stream of the lane's device that waits, not the host.
     """
 
-    def __init__(self, future: Future[None] | None = None, event: torch.cuda.Event | None = None) -> None:
-        self._future, self._event = future, event
+    def __init__(
+        self,
+        future: Future[None] | None = None,
+        event: torch.cuda.Event | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self._future, self._event, self._device = future, event, device
 
     def wait(self) -> None:
         """Once it was waited for, again costs nothing."""
         if self._future is not None:
             self._future.result()
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class Lane:
@@ -40,6 +45,7 @@ class Lane:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._error: BaseException | None = None
+        self._closed = False
         self._jobs: SimpleQueue[tuple[Job, Future[None]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         if self._stream is None:
@@ -48,14 +54,16 @@ class Lane:
             self._thread.start()
 
     def submit(self, job: Job) -> Handle:
-        """Run `job` after all that were submitted before."""
+        """Run `job` after all that were submitted before. RuntimeError: the lane is closed."""
+        if self._closed:
+            raise RuntimeError("the engine is closed: make another with paro()")
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
                 job()
                 event = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 event.record(self._stream)
-            return Handle(event=event)
+            return Handle(event=event, device=self.device)
         future: Future[None] = Future()
         self._jobs.put((job, future))
         return Handle(future)
@@ -77,4 +85,5 @@ class Lane:
 
     def close(self) -> None:
         """End the thread once its jobs are done; does not wait."""
+        self._closed = True
         self._jobs.put(None)

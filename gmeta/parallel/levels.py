@@ -81,6 +81,10 @@ class Levels:
         ranks = torch.zeros(1, 1, dtype=torch.int64) if mesh is None else mesh.mesh
         if ranks.ndim != 2:
             raise ValueError(f"the mesh has {ranks.ndim} dimensions, it must have two: (groups, ranks of a group)")
+        if any(part.tolist() != sorted(part.tolist()) for part in (*ranks, *ranks.T, ranks.flatten())):
+            raise ValueError(
+                f"the mesh {ranks.tolist()} does not ascend: make it with group_mesh, of consecutive ranks"
+            )
         rank = 0 if mesh is None else dist.get_rank()
         (i, j) = (ranks == rank).nonzero()[0].tolist()
         everyone: list[int] = ranks.flatten().tolist()
@@ -113,9 +117,9 @@ class Levels:
 
     def gather(self, buffer: Tensor, low: Level, high: Level) -> None:
         """Fill `buffer`, this rank's part at the coarser level `high`, from all ranks' parts at level `low`."""
-        if low == high:
+        if low == high or not buffer.numel():
             return
-        with self._naming_lost_peers():
+        with self.naming_lost_peers():
             self._gather(buffer, low, high)
 
     def _gather(self, buffer: Tensor, low: Level, high: Level) -> None:
@@ -141,9 +145,9 @@ class Levels:
 
         The rest of the buffer is used up.
         """
-        if low == high:
+        if low == high or not buffer.numel():
             return
-        with self._naming_lost_peers():
+        with self.naming_lost_peers():
             self._reduce_scatter(buffer, high, low)
 
     def _reduce_scatter(self, buffer: Tensor, high: Level, low: Level) -> None:
@@ -161,11 +165,13 @@ class Levels:
 
     def all_reduce(self, buffer: Tensor, level: Level) -> None:
         """Sum `buffer`, a part at `level`, over all ranks that hold the same part."""
+        if not buffer.numel():
+            return
         if level == "N" and self.collectives != "backend":
             self.reduce_scatter(buffer, "N", "G")
             self.gather(buffer, "G", "N")
             return
-        with self._naming_lost_peers():
+        with self.naming_lost_peers():
             if level == "I" and self.inter is not None:
                 dist.all_reduce(buffer, group=self.inter)
                 self.sent.inter += 2 * _share(buffer, self.groups.count)
@@ -185,15 +191,17 @@ class Levels:
     def sum_scalars(self, values: Tensor) -> Tensor:
         """The sum of a few numbers over all ranks, bitwise the same on all of them. Not counted."""
         if self.world is not None:
-            with self._naming_lost_peers():
+            with self.naming_lost_peers():
                 dist.all_reduce(values, group=self.world)
         return values
 
     @contextmanager
-    def _naming_lost_peers(self) -> Iterator[None]:
+    def naming_lost_peers(self) -> Iterator[None]:
         """Turns the backend's complaint into `PeerLost` with the ranks that are gone."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if self.world is None:
                 raise

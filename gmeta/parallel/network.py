@@ -15,6 +15,8 @@ from gmeta.parallel.levels import Levels
 
 SMALL, LARGE = 1 << 10, 1 << 21
 """Bytes of the messages that show latency, and bandwidth."""
+CUDA_TIMES = 64
+"""So much larger on CUDA, where starting a message takes the host as long as 2 MiB take on the way."""
 MORE = 4
 """Messages after the first, over which its time is taken."""
 SHARED = 0.6
@@ -42,13 +44,14 @@ def _measured(
     levels: Levels, circle: Circle, device: torch.device, repeats: int, takes_part: bool
 ) -> tuple[float, float] | None:
     """(seconds, bits a second) of a message; None where the circle is of one rank."""
+    size = LARGE * (CUDA_TIMES if device.type == "cuda" else 1)
     small, large = (
-        _message_s(levels, circle, torch.zeros(size, dtype=torch.uint8, device=device), repeats, takes_part)
-        for size in (SMALL, LARGE)
+        _message_s(levels, circle, torch.zeros(nbytes, dtype=torch.uint8, device=device), repeats, takes_part)
+        for nbytes in (SMALL, size)
     )
     if circle.size == 1:
         return None
-    return small, 8 * LARGE / max(large - small, 1e-9)
+    return small, 8 * size / max(large - small, 0.1 * large)  # in case of noise
 
 
 def _message_s(levels: Levels, circle: Circle, message: Tensor, repeats: int, takes_part: bool) -> float:

@@ -15,7 +15,7 @@ are reduced while backward goes on; what the optimizer changed is gathered while
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, overload
@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from gmeta.parallel.auto import AUTO, Auto, resolve
+from gmeta.parallel.auto import Auto, resolve
 from gmeta.parallel.flat import Flat, Lanes, Member, Piece
 from gmeta.parallel.ho_ring import Counter
 from gmeta.parallel.lanes import Lane
@@ -34,7 +34,17 @@ from gmeta.parallel.levels import Collectives, Levels
 from gmeta.parallel.pieces import PieceTensor, first_state
 from gmeta.parallel.placement import Groups, Sent, sent_bytes
 from gmeta.parallel.torch_engine import TorchEngine
-from gmeta.parallel.units import OptimizerFactory, Stepped, Unit, broadcast_module, element_wise, make_units, tensors_in
+from gmeta.parallel.units import (
+    Leave,
+    OptimizerFactory,
+    Stepped,
+    Unit,
+    broadcast_module,
+    cast,
+    element_wise,
+    make_units,
+    tensors_in,
+)
 
 
 class Paro:
@@ -98,7 +108,7 @@ class Paro:
         if not self._in_backward and not self._held:
             self._prefetch(self._order, len(self._visited))
         if unit.root:
-            return None if self._input_dtype is None else tree_map(partial(_cast, self._input_dtype), (args, kwargs))
+            return None if self._input_dtype is None else tree_map(partial(cast, self._input_dtype), (args, kwargs))
         return self._expect_leaving(unit, (args, kwargs))
 
     def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -131,7 +141,7 @@ class Paro:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not places or not torch.is_grad_enabled():
             return None
-        passed = _Leave.apply(partial(self._after_backward, unit), *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
+        passed = Leave.apply(partial(self._after_backward, unit), *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
         for i, tensor in zip(places, passed, strict=True):
             leaves[i] = tensor
         return tree_unflatten(leaves, structure)
@@ -286,17 +296,19 @@ class Paro:
             unit.fetch()
         for unit in self._units:
             self._arrive(unit)
-        self._held = True
+        outer, self._held = self._held, True
         try:
             yield
+            self._refuse_replaced()
             if write_back:
                 for flat in self._flats:
                     flat.write_back()
             for unit in self._units:
                 self._refuse_touched(unit)
         finally:
-            self._held = False
-            self._free()
+            self._held = outer
+            if not outer:
+                self._free()
 
     def _arrive(self, unit: Unit) -> None:
         for flat in unit.flats:
@@ -339,12 +351,23 @@ class Paro:
                     "parameters inside `with engine.gathered(write_back=True):`, on all ranks alike"
                 )
 
+    def _refuse_replaced(self) -> None:
+        for flat in self._flats:
+            for member in flat.members:
+                if self.module.get_parameter(member.name) is not member.param:
+                    raise RuntimeError(
+                        f"parameter {member.name} was replaced by another tensor, which the engine would not train: "
+                        "change it in place (load_state_dict without assign=True)"
+                    )
+
     def _refuse_when_sharded(self, *_: Any) -> None:
         if not all(flat.present for flat in self._flats):
             raise RuntimeError(
                 "this rank holds parts of the parameters only: call module.state_dict() inside "
                 "`with engine.gathered():`, or save engine.state() with torch.distributed.checkpoint"
             )
+        for flat in self._flats:  # updated parameters may be on their way
+            flat.settle()
 
     # Facts
 
@@ -352,6 +375,11 @@ class Paro:
     def groups(self) -> Groups:
         """Of ranks."""
         return self._lanes.params_levels.groups
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all parameters, on all ranks together."""
+        return sum(member.stop - member.start for flat in self._flats for member in flat.members)
 
     @property
     def placements(self) -> dict[str, str]:
@@ -505,7 +533,7 @@ def paro(
     that is not element-wise.
     """
     if backend == "torch":
-        if mesh is None or not isinstance(placement, str) or placement == AUTO or not average:
+        if mesh is None or not isinstance(placement, str) or not average:
             raise ValueError("backend torch takes a mesh and one placement for all, and averages gradients")
         return TorchEngine(module, optimizer_factory, mesh, placement, units, compute_dtype, grad_dtype)
     device = next((param.device for param in module.parameters()), torch.device("cpu"))
@@ -526,7 +554,8 @@ def paro(
     lanes = Lanes(Lane(device, "params"), Lane(device, "grads"), *opened)
     settings = partial(Flat, lanes=lanes, compute_dtype=compute_dtype, grad_dtype=grad_dtype, average=average)
     try:
-        broadcast_module(module, opened[0].rings.everyone)
+        with opened[0].naming_lost_peers():
+            broadcast_module(module, opened[0].rings.everyone)
         found = make_units(module, units, places, settings)
         return Paro(module, found, optimizer_factory, lanes, compute_dtype)
     except ValueError:
@@ -540,21 +569,3 @@ def _optimizer(factory: OptimizerFactory, pieces: Sequence[Piece], module: nn.Mo
         return factory([(piece.name, piece.tensor) for piece in pieces])
     name, like = next(iter(module.named_parameters()), ("none", torch.empty(0)))
     return factory([(name, nn.Parameter(torch.empty(0, device=like.device)))])
-
-
-class _Leave(torch.autograd.Function):
-    """The identity; calls `left` when backward has come so far."""
-
-    @staticmethod
-    def forward(ctx: Any, left: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.left = left
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.left()
-        return None, *grads
-
-
-def _cast(dtype: torch.dtype, value: Any) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

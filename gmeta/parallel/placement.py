@@ -58,7 +58,7 @@ class Placement:
         if not isinstance(name, str) or len(name) != 3 or set(name) - set(LEVELS):
             raise ValueError(
                 f"placement is {name!r}: it must be three of the letters N, I and G, for parameters, gradients and "
-                f"optimizer state: one of {', '.join(PLACEMENTS)}"
+                f"optimizer state, one of {', '.join(PLACEMENTS)}; or auto, for the planner to choose"
             )
         params, grads, state = (LEVELS[LEVELS.index(letter)] for letter in name)
         return Placement(params, grads, state)

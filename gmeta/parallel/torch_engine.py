@@ -36,6 +36,12 @@ class TorchEngine:
                 f"backend torch has no {placement}: it shards III (HSDP) and GGG (FSDP2); for NNN take "
                 "DistributedDataParallel itself"
             )
+        kinds = {param.device.type for param in module.parameters()}
+        if kinds != {mesh.device_type}:
+            raise ValueError(
+                f"the mesh is of {mesh.device_type} devices, the module on {', '.join(sorted(kinds))}: make it with "
+                "group_mesh(size, device_type)"
+            )
         self.module, self._late = module, placement == "III"
         everyone = tuple(mesh.mesh.flatten().tolist())
         broadcast_module(module, Circle(everyone, 0, None, (), Counter()))

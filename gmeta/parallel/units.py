@@ -166,14 +166,14 @@ def element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
 
 def _try_in_parts(name: str, like: Tensor, factory: OptimizerFactory) -> None:
     draws = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(4, 6, dtype=torch.float64, generator=draws).to(like.dtype) for _ in range(3))
+    start, *gradients = (torch.randn(4, 6, dtype=torch.float64, generator=draws).to(like) for _ in range(3))
     try:
         whole = _updated(factory, name, start, gradients)
         parts = [
             _updated(factory, name, start.flatten()[part], [gradient.flatten()[part] for gradient in gradients])
             for part in (slice(0, 10), slice(10, 24))
         ]
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         raise ValueError(
             f"the optimizer cannot update parts of parameters ({type(error).__name__}: {error}): {_CURE}"
         ) from error
@@ -198,3 +198,24 @@ def _updated(
         param.grad = gradient.clone()
         optimizer.step()
     return param.detach()
+
+
+class Leave(torch.autograd.Function):
+    """The identity; calls `left` when backward has come so far."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors`."""
+        ctx.left = left
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """`grads`."""
+        ctx.left()
+        return None, *grads
+
+
+def cast(dtype: torch.dtype, value: Any) -> Any:
+    """A floating tensor in `dtype`, anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

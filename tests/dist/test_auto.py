@@ -9,11 +9,15 @@ import pytest
 import torch
 from harness import run_ranks
 from test_paro import ADAMW, Tower, open_engine, tower
+from torch import Tensor
 
+from gmeta.parallel import network
 from gmeta.parallel.auto import Auto, resolve
 from gmeta.parallel.cost import Links, Workload
-from gmeta.parallel.levels import group_mesh
+from gmeta.parallel.ho_ring import Circle
+from gmeta.parallel.levels import Levels, group_mesh
 from gmeta.parallel.mesh import Mesh
+from gmeta.parallel.network import measure_links
 from gmeta.parallel.paro import paro
 from gmeta.parallel.placement import Bytes, Groups, Placement, memory_bytes
 from gmeta.parallel.schedule import choose, plan
@@ -55,7 +59,67 @@ def test_what_was_placed_by_hand_stays() -> None:
     assert {letters for name, letters in found.items() if not name.startswith("layers.0")} == {"NNN"}
 
 
-def test_links_are_measured() -> None:
+def test_what_was_placed_by_hand_takes_of_the_limit() -> None:
+    """All of it fits replicated; beside a layer that is kept whole, the rest does not."""
+    params, trained = size()
+    whole = sum(memory_bytes(Placement.parse("NNN"), GROUPS, params, trained, Bytes(8, 8, 16)).values())
+    auto = Auto(links=SLOW, replicate=True, memory_bytes=1.1 * whole)
+    assert set(run_ranks(4, taken, auto)[0].values()) == {"NNN"}
+    less = Auto(links=SLOW, replicate=True, memory_bytes=0.9 * whole)
+    (found, *_) = run_ranks(4, taken, less, {"": "auto", "layers.0": "NNN"})
+    assert {letters for name, letters in found.items() if name.startswith("layers.0")} == {"NNN"}
+    assert "NNN" not in {letters for name, letters in found.items() if not name.startswith("layers.0")}
+
+
+def told_differently(mesh: Mesh) -> dict[str, str]:
+    """Rank 0 takes rows for slow and computing for long; the others not."""
+    slow = Links(1e5, 1e10, 1e-5, 1e-6)
+    return taken(
+        mesh, Auto(links=slow if mesh.rank == 0 else Links(1e12, 1e4), memory_bytes=None if mesh.rank else 1e9)
+    )
+
+
+def test_ranks_that_are_told_different_things_agree() -> None:
+    ranks = run_ranks(4, told_differently)
+    assert all(found == ranks[0] for found in ranks)
+
+
+def measured(mesh: Mesh, shared: bool) -> Links:
+    """Messages that take alpha + beta * size, beside 5 ms once; slower between groups when both of a group send."""
+
+    def took(_levels: Any, circle: Circle, message: Tensor, count: int) -> float:
+        crossing = circle.crossing[0]
+        bits_s = 1e8 if crossing else 1e9
+        if crossing and shared and took.everyone:  # type: ignore[attr-defined]
+            bits_s /= 2
+        return 0.005 + count * ((2e-3 if crossing else 1e-3) + 8 * message.nbytes / bits_s)
+
+    def look(*args: Any) -> Any:
+        calls.append(args)
+        took.everyone = len(calls) < 3  # type: ignore[attr-defined]  # the third looks at one rank of each group
+        return real(*args)
+
+    calls: list[Any] = []
+    real, network._exchanges_s = network._measured, took  # type: ignore[assignment]
+    network._measured = look
+    levels = Levels.open(group_mesh(2), "backend", 60.0, mesh.device)
+    found = measure_links(levels, mesh.device)
+    levels.close()
+    return found
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_links_are_measured(shared: bool) -> None:
+    """Latency and bandwidth come out of messages in a row; what is paid once does not count."""
+    for links in run_ranks(4, measured, shared):
+        assert links.shared_nic == shared
+        assert links.intra_bits_s == pytest.approx(1e9, rel=1e-3)
+        assert links.inter_bits_s == pytest.approx(1e8, rel=1e-3)
+        assert links.intra_latency_s == pytest.approx(1e-3 + 8e-9 * 1024, rel=1e-3)
+        assert links.inter_latency_s == pytest.approx(2e-3 + 8e-8 * 1024 * (1 + shared), rel=1e-3)
+
+
+def test_measured_links_make_a_plan() -> None:
     ranks = run_ranks(4, taken, Auto())
     assert all(found == ranks[0] for found in ranks)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import run_ranks
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from gmeta.parallel.ho_ring import ALGORITHMS, Algorithm, Blocks
 from gmeta.parallel.lanes import Lane
@@ -92,13 +93,21 @@ def asynchronous(mesh: Mesh) -> None:
     handles = [lane.submit(lambda b=buffer: levels.gather(b, "G", "N")) for buffer in buffers]
     for k in (4, 0, 3, 1, 2):
         handles[k].wait()
-        assert sorted(buffers[k].tolist()) == sorted([10.0 * k + rank for rank in range(4)] * 16)
+        expected = torch.empty(64, dtype=torch.float64)
+        for rank in range(4):  # group rank // 2, place rank % 2 owns part place * 2 + group
+            part = rank % 2 * 2 + rank // 2
+            expected[part * 16 : (part + 1) * 16] = 10 * k + rank
+        assert torch.equal(buffers[k], expected)
     failing = lane.submit(lambda: [][0])
     with pytest.raises(IndexError):
         failing.wait()
     with pytest.raises(IndexError):
         lane.submit(lambda: None).wait()
     lane.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        lane.submit(lambda: None)
+    with pytest.raises(ValueError, match="does not ascend"):
+        Levels.open(DeviceMesh("cpu", [[0, 2], [1, 3]], _init_backend=False), "flat", 60.0, mesh.device)
     levels.close()
 
 

@@ -531,6 +531,12 @@ def changed_inside(mesh: Mesh) -> list[float]:
         engine.module.load_state_dict(other)
     with engine.gathered():
         assert all(torch.equal(value, other[name]) for name, value in engine.module.state_dict().items())
+        with engine.gathered():
+            pass
+        assert all(torch.equal(value, other[name]) for name, value in engine.module.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"begin.weight was replaced"), engine.gathered(write_back=True):
+        engine.module.begin.weight = nn.Parameter(other["begin.weight"])
+    engine.module.begin.weight = next(m.param for f in engine._flats for m in f.members if m.name == "begin.weight")
     with (
         pytest.raises(RuntimeError, match=r"parameter end\.weight was changed outside"),
         engine.gathered(),

@@ -18,7 +18,7 @@ from gmeta.parallel.mesh import Mesh
 from gmeta.run import build_run, load_checkpoint, save_checkpoint
 from gmeta.scoring import score
 from gmeta.stepping import Stopwatch
-from gmeta.train import finish_step, train_step, validate
+from gmeta.train import finish_step, traffic_record, train_step, validate
 
 DENSE: dict[str, Any] = {"lr": 0.01, "clip_norm": 0.05, "warmup_steps": 5, "decay": "cosine", "weight_decay": 0.1}
 
@@ -56,6 +56,30 @@ def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, placemen
             assert found["measured"] == found["predicted"]
         assert (nproc > 1) == bool(steps[1]["measured"]["dense"]["remote_bytes"])
         assert steps[0]["measured"]["dense"]["calls"] == (nproc > 1)
+
+
+def traffic_around_validation(mesh: Mesh, settings: TrainConfig) -> list[dict[str, Any]]:
+    run = build_run(settings, mesh, threading.Event())
+    run.log.start()
+    found = []
+    with run.loader:
+        for step in range(4):
+            started = train_step(run, next(run.loader), Stopwatch(mesh.device))
+            found.append(traffic_record(run, started))
+            finish_step(run, started)
+            if step == 1:
+                validate(run)
+    run.log.close()
+    run.dense.close()
+    return found
+
+
+def test_what_validation_gathers_is_expected(tmp_path: Path) -> None:
+    settings = config(make_pack(tmp_path / "pack", valid=6), run_dir=str(tmp_path / "run"), dense=placed("IIG"))
+    for steps in run_ranks(4, traffic_around_validation, settings):
+        sent = [found["measured"]["dense"]["bytes"] for found in steps]
+        assert sent[1] == sent[3] < sent[2]
+        assert all(found["measured"] == found["predicted"] for found in steps[1:])
 
 
 @pytest.mark.parametrize(

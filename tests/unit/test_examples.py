@@ -26,6 +26,17 @@ def test_own_model_learns() -> None:
     assert last < first - 0.05
 
 
+@pytest.mark.parametrize("words", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]])
+def test_sharded_layers_learn_and_resume(words: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, *words, EXAMPLES / "sharded.py", "IIG"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    first, before, again = (float(x) for x in re.findall(r"\d\.\d+", result.stdout.splitlines()[-1]))
+    assert before < first - 0.1
+    assert before == again
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_configs_are_valid(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = yaml.safe_load(path.read_text())
