@@ -162,7 +162,7 @@ def test_a_placement_a_submodule() -> None:
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_all_placements_on_eight_ranks(dtype: torch.dtype, accumulation: int) -> None:
-    run_ranks(8, compare, 2, list(PLACEMENTS), accumulation, dtype)
+    run_ranks(8, compare, 2, list(PLACEMENTS), accumulation, dtype, timeout_s=900)
 
 
 def compare_with(
@@ -290,8 +290,8 @@ def load_each_under_each(mesh: Mesh, folder: Path, expected: dict[str, Any]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_saved_under_each_loaded_under_each(ranks: int, tmp_path: Path) -> None:
-    expected = run_ranks(4, save_under_each, tmp_path)[0]
-    run_ranks(ranks, load_each_under_each, tmp_path, expected)
+    expected = run_ranks(4, save_under_each, tmp_path, timeout_s=600)[0]
+    run_ranks(ranks, load_each_under_each, tmp_path, expected, timeout_s=1800)
 
 
 # Costs
