@@ -71,7 +71,7 @@ def main() -> None:
     if rank == 0:
         held, sent = engine.memory_bytes(), engine.sent
         whole = 4 * sum(shape.numel() for shape in (p.shape for p in make_model().parameters()))
-        print(f"placements {sorted(set(engine.placements.values()))} on {world_size} ranks in groups of two")
+        print(f"placements {sorted(set(engine.placements.values()))} on {world_size} rank(s)")
         print(f"a rank holds {sum(held.values()):,} bytes for {whole:,} bytes of weights: {held}")
         print(f"and sent {sent.intra:,.0f} to its group, {sent.inter:,.0f} to others")
         print(f"loss {first:.3f} -> {before:.3f}; from the checkpoint again: {again:.3f}")

@@ -79,7 +79,7 @@ def read_links(path: str) -> Links:
             f"network {path} cannot be read ({error.strerror}): write it with gmeta doctor --network"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"network {path} holds no links ({error!r}): write it with gmeta doctor --network") from None
+        raise ValueError(f"network {path} holds no links ({error}): write it with gmeta doctor --network") from None
 
 
 def make_plan(config: PlanConfig) -> list[Cost]:
@@ -145,9 +145,12 @@ def reason(config: PlanConfig, fitting: Sequence[Cost]) -> str:
         (("computing", best.compute_s), ("links between groups", best.inter_s), ("links inside groups", best.intra_s)),
         key=lambda pair: pair[1],
     )
-    told = [f"take {best.placement}: {best.step_s:.3g} s a step, of which {busiest} are busy for {seconds:.3g} s"]
+    told = [f"take {best.placement}: {best.step_s:.3g} s a step, {busiest} busy for {seconds:.3g} s"]
     if config.memory_gb is not None and len(fitting) < len(PLACEMENTS):
-        told.append(f"{len(PLACEMENTS) - len(fitting)} placements do not fit into {config.memory_gb:g} GB")
+        out = [name for name in PLACEMENTS if name not in {c.placement for c in fitting}]
+        told.append(f"what does not fit into {config.memory_gb:g} GB: {', '.join(out)}")
+    if config.groups * config.group_size == 1:
+        return "one rank: nothing to share, every placement is the same"
     equal = [c.placement for c in fitting if c.step_s <= TIE * fitting[0].step_s and c is not best]
     if equal:
         told.append(f"as fast, and larger: {', '.join(equal)}")

@@ -34,6 +34,10 @@ class Auto:
     replicate: bool = False  # NNN wherever it fits, also where others are as fast by the plan
     links: Links | None = None  # None: measured, which takes seconds on slow links
 
+    def __post_init__(self) -> None:
+        if self.memory_bytes is not None and not self.memory_bytes > 0:
+            raise ValueError(f"memory_bytes is {self.memory_bytes}: must be more than 0")
+
 
 def resolve(
     module: nn.Module,
@@ -53,7 +57,7 @@ def resolve(
     Of the placements that fit beside what was placed by hand, the one that holds least of those as fast as the fastest;
     the same on every rank. ValueError: an invalid placement; none fits, and how much is missing.
     """
-    asked = {"": placement} if isinstance(placement, str) else dict(placement)
+    asked = dict(placement) if isinstance(placement, Mapping) else {"": placement}
     by_hand = {name: Placement.parse(letters) for name, letters in asked.items() if letters != AUTO}
     if len(by_hand) == len(asked):
         return by_hand

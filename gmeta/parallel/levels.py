@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -78,6 +78,8 @@ class Levels:
 
         None: this process alone.
         """
+        if collectives not in get_args(Collectives):
+            raise ValueError(f"collectives is {collectives!r}: must be one of {', '.join(get_args(Collectives))}")
         ranks = torch.zeros(1, 1, dtype=torch.int64) if mesh is None else mesh.mesh
         if ranks.ndim != 2:
             raise ValueError(f"the mesh has {ranks.ndim} dimensions, it must have two: (groups, ranks of a group)")

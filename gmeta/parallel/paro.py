@@ -42,6 +42,7 @@ from gmeta.parallel.units import (
     broadcast_module,
     cast,
     element_wise,
+    make_optimizer,
     make_units,
     tensors_in,
 )
@@ -65,7 +66,7 @@ class Paro:
         self._flats = [flat for unit in units for flat in unit.flats]
         self._trained = [flat for flat in self._flats if flat.trained]
         self.pieces: list[Piece] = [piece for flat in self._trained for piece in flat.pieces]
-        self.optimizer = _optimizer(optimizer_factory, self.pieces, module)
+        self.optimizer = make_optimizer(optimizer_factory, self.pieces, module)
         self._order: list[Unit] = []  # in which units computed in the last whole forward pass
         self._visited: list[Unit] = []  # in this one
         self._turn: list[Flat] = []  # trained flats whose gradients are still to be reduced, in the order of launching
@@ -532,6 +533,8 @@ def paro(
     state; the flag may not change later. ValueError: an invalid placement, one parameter in two units, an optimizer
     that is not element-wise.
     """
+    if backend not in ("gmeta", "torch"):
+        raise ValueError(f"backend is {backend!r}: must be gmeta or torch")
     if backend == "torch":
         if mesh is None or not isinstance(placement, str) or not average:
             raise ValueError("backend torch takes a mesh and one placement for all, and averages gradients")
@@ -561,11 +564,3 @@ def paro(
     except ValueError:
         lanes.close()
         raise
-
-
-def _optimizer(factory: OptimizerFactory, pieces: Sequence[Piece], module: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer also where this rank has nothing to update: schedules change its rates on every rank."""
-    if pieces:
-        return factory([(piece.name, piece.tensor) for piece in pieces])
-    name, like = next(iter(module.named_parameters()), ("none", torch.empty(0)))
-    return factory([(name, nn.Parameter(torch.empty(0, device=like.device)))])

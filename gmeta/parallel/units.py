@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gmeta.parallel.flat import Flat
+from gmeta.parallel.flat import Flat, Piece
 from gmeta.parallel.ho_ring import Circle
 from gmeta.parallel.placement import Placement
 
@@ -159,6 +159,11 @@ def element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
     Tried out on small tensors, once whole and once cut in two, under the name of a parameter of each number of
     dimensions: factories often tell matrices from the rest.
     """
+    if not callable(factory):
+        raise ValueError(
+            f"the optimizer is a {type(factory).__name__} already: give what makes one from named parameters, such as "
+            "partial(torch.optim.AdamW, lr=1e-3)"
+        )
     kinds = {param.ndim: (name, param) for name, param in module.named_parameters() if param.requires_grad}
     for name, like in kinds.values():
         _try_in_parts(name, like, factory)
@@ -219,3 +224,11 @@ class Leave(torch.autograd.Function):
 def cast(dtype: torch.dtype, value: Any) -> Any:
     """A floating tensor in `dtype`, anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def make_optimizer(factory: OptimizerFactory, pieces: Sequence[Piece], module: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer also where this rank has nothing to update: schedules change its rates on every rank."""
+    if pieces:
+        return factory([(piece.name, piece.tensor) for piece in pieces])
+    name, like = next(iter(module.named_parameters()), ("none", torch.empty(0)))
+    return factory([(name, nn.Parameter(torch.empty(0, device=like.device)))])

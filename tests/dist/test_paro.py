@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
 from gmeta import checkpoint
+from gmeta.parallel.auto import Auto
 from gmeta.parallel.levels import Collectives, group_mesh
 from gmeta.parallel.mesh import Mesh
 from gmeta.parallel.paro import Paro, paro
@@ -512,6 +513,20 @@ def test_optimizers_that_are_not_element_wise(factory: Any) -> None:
 )
 def test_optimizers_that_are(factory: Any) -> None:
     paro(Tower(), factory, None, "GGG").close()
+
+
+def test_settings_that_are_none() -> None:
+    with pytest.raises(ValueError, match="collectives is 'hoo': must be one of backend, flat, two_phase, ho"):
+        paro(Tower(), ADAMW, None, "NNN", collectives="hoo")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="backend is 'Torch': must be gmeta or torch"):
+        paro(Tower(), ADAMW, None, "NNN", backend="Torch")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="placement is None: it must be three of the letters"):
+        paro(Tower(), ADAMW, None, None)  # type: ignore[call-overload]
+    model = Tower()
+    with pytest.raises(ValueError, match="give what makes one from named parameters"):
+        paro(model, torch.optim.AdamW(model.parameters()), None, "NNN")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="memory_bytes is -5"):
+        paro(model, ADAMW, None, "auto", auto=Auto(memory_bytes=-5))
 
 
 def test_parameters_changed_outside() -> None:

@@ -117,7 +117,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert all(placement in out for placement in PLACEMENTS)
     assert "take " in out
-    assert "do not fit into 40 GB" in " ".join(out.split())
+    assert "what does not fit into 40 GB: NNN" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(
