@@ -39,7 +39,7 @@ from counting import count, peaks
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from gmeta.batch import Examples, TaskBatch, to_device
+from gmeta.core.batch import Examples, TaskBatch, to_device
 from gmeta.data.loader import loader_thread
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
@@ -47,8 +47,8 @@ from gmeta.models.melu import MeLU
 from gmeta.optim.dense import dense_optimizer, dense_step
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
-from gmeta.stepping import Stopwatch
-from gmeta.system import Prepared, System
+from gmeta.recommender.system import Prepared, System
+from gmeta.training.statistics import Stopwatch
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # as by default; where nobody says so Adagrad warns
 

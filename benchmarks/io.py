@@ -37,9 +37,9 @@ import torch
 from common import Record, arguments, publish, table
 from io_formats import OPEN, TASKS_PER_BATCH, differences, write_csv, write_files, write_pack, write_parquet
 
-from gmeta.config import LoaderConfig
+from gmeta.config.train import LoaderConfig
 from gmeta.data.pack import open_pack
-from gmeta.tracking import read_metrics
+from gmeta.runs.log import read_metrics
 
 MB = 1e6
 WARM_UP_STEPS = 10

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from gmeta.batch import Examples, TaskBatch
+from gmeta.core.batch import Examples, TaskBatch
 from gmeta.data.loader import TaskLoader
 from gmeta.data.order import permutation
 from gmeta.data.pack import PackSplit, PackWriter, open_pack

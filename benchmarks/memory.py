@@ -34,7 +34,7 @@ from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.melu import MeLU
 from gmeta.parallel.mesh import Mesh
-from gmeta.system import System
+from gmeta.recommender.system import System
 
 CASE = Case(512, 10, 10, 20, 16, (256, 128))
 SMALL = Case(128, 10, 10, 20, 16, (256, 128))

@@ -24,7 +24,7 @@ from common import Record, arguments, median, publish, table
 from netns import Cluster, cluster, measured_bits_per_s, unavailable
 from ranks import Ranks, Workload, read_steps, write_pack
 
-from gmeta.config import TrainConfig
+from gmeta.config.train import TrainConfig
 
 LOAD = Workload(tasks=4096, features=10, num_ids=8000, dim=64, hidden=(64, 32))
 TASKS_PER_RANK = 16

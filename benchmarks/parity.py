@@ -35,9 +35,9 @@ import torch
 import yaml
 from common import DATA, ROOT, Record, add_json, gmeta, parse, publish, run_program, table
 
-from gmeta.baselines import BASELINES
 from gmeta.cli import run
-from gmeta.metrics import auc, mae
+from gmeta.evaluation.baselines import BASELINES
+from gmeta.evaluation.metrics import auc, mae
 
 MARGIN = 0.005  # of AUC and of MAE
 POSITIVE = 4  # ratings of at least this are the positives of the AUC

@@ -2,7 +2,7 @@
 
     python benchmarks/paro_scale.py [--quick]
 
-On the virtual clock of the planner (gmeta/parallel/schedule.py), which the emulated cluster checks: 8 GPUs a machine,
+On the virtual clock of the planner (gmeta/sharding/schedule.py), which the emulated cluster checks: 8 GPUs a machine,
 NVLink inside, 100 Gb/s between machines, shared by a machine's GPUs or one link each; ten micro-batches of four
 sequences of 512 tokens on each GPU, computing at half an A100's peak. Efficiency is throughput a GPU over that on 16.
 The paper (PaRO, 16 to 128 GPUs, 7 B, measured there) says 0.92 for IIG, 0.84 for NIG and 0.63 for ZeRO-2 and -3; its
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import common
 
-from gmeta.parallel.cost import Links, Workload
-from gmeta.parallel.placement import Groups
-from gmeta.parallel.schedule import Cost, cost
+from gmeta.sharding.cost import Links, Workload
+from gmeta.sharding.schedule import Cost, cost
+from gmeta.sharding.strategy import Groups
 
 GPUS = (16, 32, 64, 128, 256, 512, 1024)
 SHOWN = ("IIG", "NIG", "III", "GGG")

@@ -27,8 +27,8 @@ import pyarrow.parquet as pq
 from common import DATA, ROOT, Record, add_json, gmeta, parse, publish, table
 from numpy.typing import NDArray
 
-from gmeta.baselines import BASELINES
-from gmeta.metrics import HIGHER_IS_BETTER, Bootstrap, Rows
+from gmeta.evaluation.baselines import BASELINES
+from gmeta.evaluation.metrics import HIGHER_IS_BETTER, Bootstrap, Rows
 
 UNITS = {"mae": "label", "logloss": "nat"}
 RESAMPLES = 1000

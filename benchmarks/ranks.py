@@ -25,7 +25,7 @@ import numpy as np
 from synthetic import write_tasks
 
 import gmeta
-from gmeta.tracking import METRICS_FILE, read_metrics
+from gmeta.runs.log import METRICS_FILE, read_metrics
 
 SOURCE = Path(gmeta.__file__).resolve().parent.parent
 
@@ -144,7 +144,7 @@ def _python_path() -> str:
 
 def serve() -> None:
     """A rank: runs each command line that stdin brings, and answers with a message, empty when all went well."""
-    import gmeta.train  # noqa: F401  before the first command line comes, not in its time
+    import gmeta.training.loop  # noqa: F401  before the first command line comes, not in its time
     from gmeta import cli
     from gmeta.parallel import launch
 

@@ -17,7 +17,7 @@ import common
 
 from gmeta.elastic.policies import load_policy
 from gmeta.elastic.scenario import Persistent, parse_scenario
-from gmeta.simulate import Result, simulate
+from gmeta.elastic.simulate import Result, simulate
 
 SCENARIOS = ("deterministic-4x", "two-classes", "persistent", "transient-50", "transient-10")
 POLICIES = ("static", "lb_bsp", "backup", "dd", "nd")

@@ -28,21 +28,12 @@ from gmeta.elastic.actions import Action
 from gmeta.elastic.balance import proportional
 from gmeta.elastic.monitor import Snapshot
 from gmeta.elastic.policies import load_policy
-from gmeta.elastic.scenario import (
-    Contention,
-    Deterministic,
-    Devices,
-    Event,
-    Kill,
-    Persistent,
-    Scenario,
-    Transient,
-)
+from gmeta.elastic.scenario import Contention, Deterministic, Devices, Event, Kill, Persistent, Scenario, Transient
+from gmeta.elastic.simulate import simulate
 from gmeta.lab.measure import executions
 from gmeta.lab.place import Place
 from gmeta.lab.run import difference
-from gmeta.simulate import simulate
-from gmeta.tracking import METRICS_FILE, read_metrics
+from gmeta.runs.log import METRICS_FILE, read_metrics
 
 SLOT_S = 0.0125
 """16 slots: 0.2 s. Four real trainers on two cores take 10 to 30 ms a step besides: shorter steps drown in that. Where

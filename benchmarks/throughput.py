@@ -40,11 +40,11 @@ from ps_baseline.worker import Client, work
 from synthetic import write_tasks
 from torch.distributed import TCPStore
 
-from gmeta.config import TrainConfig
+from gmeta.config.train import TrainConfig
 from gmeta.parallel.launch import worker_environment
 from gmeta.parallel.mesh import open_mesh
-from gmeta.stepping import Stopwatch
-from gmeta.train import build_run, finish_step, train_step
+from gmeta.training.loop import build_run, finish_step, train_step
+from gmeta.training.statistics import Stopwatch
 
 WAIT_S = 120.0
 

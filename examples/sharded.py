@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from gmeta.parallel.levels import group_mesh
-from gmeta.parallel.paro import Paro, paro
-from gmeta.parallel.pieces import PieceWriter
+from gmeta.sharding.checkpoint import PieceWriter
+from gmeta.sharding.engine import Paro, paro
+from gmeta.sharding.hierarchy import group_mesh
 
 
 def make_model() -> nn.Module:

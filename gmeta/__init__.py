@@ -10,8 +10,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gmeta.batch import Bag, EmbeddedRows, Examples, TaskBatch
-    from gmeta.config import TrainConfig
+    from gmeta.config.train import TrainConfig
+    from gmeta.core.batch import Bag, EmbeddedRows, Examples, TaskBatch
     from gmeta.data.loader import TaskLoader
     from gmeta.data.pack import PackWriter, open_pack, verify_pack
     from gmeta.data.schema import Feature, NumericColumn, PackSchema
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from gmeta.parallel.mesh import close_mesh, open_mesh
 
 _HOMES = {
-    "gmeta.batch": ("Bag", "EmbeddedRows", "Examples", "TaskBatch"),
-    "gmeta.config": ("TrainConfig",),
+    "gmeta.core.batch": ("Bag", "EmbeddedRows", "Examples", "TaskBatch"),
+    "gmeta.config.train": ("TrainConfig",),
     "gmeta.data.loader": ("TaskLoader",),
     "gmeta.data.pack": ("PackWriter", "open_pack", "verify_pack"),
     "gmeta.data.schema": ("Feature", "NumericColumn", "PackSchema"),

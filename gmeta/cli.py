@@ -16,12 +16,12 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from gmeta import config as configs
-from gmeta.files import read_mapping
-from gmeta.lab.config import LabConfig
+from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
+from gmeta.config.data import PrepareConfig, SynthConfig
+from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
+from gmeta.config.train import TrainConfig
+from gmeta.core.files import read_mapping
 from gmeta.parallel.launch import is_worker
-from gmeta.plan import PlanConfig
-from gmeta.simulate import SimulateConfig
 
 
 @dataclass(frozen=True)
@@ -33,46 +33,46 @@ class Command:
     distributed: bool = False
 
 
-def _prepare(config: configs.PrepareConfig) -> int:
-    from gmeta.data.prepare import prepare, print_summary
+def _prepare(config: PrepareConfig) -> int:
+    from gmeta.data.prepare.prepare import prepare, print_summary
 
     print_summary(prepare(config))
     return 0
 
 
-def _synth(config: configs.SynthConfig) -> int:
+def _synth(config: SynthConfig) -> int:
     from gmeta.data.synthetic import print_summary, synthesize
 
     print_summary(synthesize(config))
     return 0
 
 
-def _train(config: configs.TrainConfig) -> int:
-    from gmeta.train import train
+def _train(config: TrainConfig) -> int:
+    from gmeta.training.loop import train
 
     return train(config)
 
 
-def _evaluate(config: configs.EvaluateConfig) -> int:
-    from gmeta.evaluate import evaluate
+def _evaluate(config: EvaluateConfig) -> int:
+    from gmeta.evaluation.evaluate import evaluate
 
     return evaluate(config)
 
 
-def _predict(config: configs.PredictConfig) -> int:
-    from gmeta.predict import predict
+def _predict(config: PredictConfig) -> int:
+    from gmeta.serving.predict import predict
 
     return predict(config)
 
 
-def _report(config: configs.ReportConfig) -> int:
-    from gmeta.report import build_report
+def _report(config: ReportConfig) -> int:
+    from gmeta.evaluation.report import build_report
 
     print(build_report(config.run_dir))
     return 0
 
 
-def _doctor(config: configs.DoctorConfig) -> int:
+def _doctor(config: DoctorConfig) -> int:
     from gmeta.doctor import diagnose, print_checks, write_network
 
     if config.network is not None:
@@ -83,7 +83,7 @@ def _doctor(config: configs.DoctorConfig) -> int:
     return print_checks(diagnose(config.timeout_s))
 
 
-def _coordinate(config: configs.CoordinateConfig) -> int:
+def _coordinate(config: CoordinateConfig) -> int:
     from gmeta.elastic.service import coordinate
 
     values = {field.name: getattr(config, field.name) for field in fields(config)}
@@ -92,14 +92,14 @@ def _coordinate(config: configs.CoordinateConfig) -> int:
 
 
 def _simulate(config: SimulateConfig) -> int:
-    from gmeta.simulate import print_results, run_simulations
+    from gmeta.elastic.simulate import print_results, run_simulations
 
     print_results(run_simulations(config.scenario, config.trace_in, config.workers, tuple(config.policies), config.out))
     return 0
 
 
 def _plan(config: PlanConfig) -> int:
-    from gmeta.plan import make_plan, print_plan
+    from gmeta.sharding.planner import make_plan, print_plan
 
     print_plan(config, make_plan(config))
     return 0
@@ -113,17 +113,17 @@ def _lab(config: LabConfig) -> int:
 
 
 COMMANDS: dict[str, Command] = {
-    "prepare": Command(configs.PrepareConfig, _prepare),
-    "train": Command(configs.TrainConfig, _train, distributed=True),
-    "evaluate": Command(configs.EvaluateConfig, _evaluate, distributed=True),
-    "predict": Command(configs.PredictConfig, _predict),
-    "report": Command(configs.ReportConfig, _report),
-    "synth": Command(configs.SynthConfig, _synth),
-    "coordinate": Command(configs.CoordinateConfig, _coordinate),
+    "prepare": Command(PrepareConfig, _prepare),
+    "train": Command(TrainConfig, _train, distributed=True),
+    "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
+    "predict": Command(PredictConfig, _predict),
+    "report": Command(ReportConfig, _report),
+    "synth": Command(SynthConfig, _synth),
+    "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),
     "simulate": Command(SimulateConfig, _simulate),
     "lab": Command(LabConfig, _lab),
-    "doctor": Command(configs.DoctorConfig, _doctor, distributed=True),
+    "doctor": Command(DoctorConfig, _doctor, distributed=True),
 }
 
 
@@ -238,7 +238,7 @@ def run(argv: list[str]) -> int:
     except (ValueError, TypeError) as error:
         return _fail(parser.prog, str(error))
     try:
-        elastic = isinstance(config, configs.TrainConfig) and config.elastic.enabled
+        elastic = isinstance(config, TrainConfig) and config.elastic.enabled
         if (nproc != 1 or elastic) and not is_worker():
             return _launch(parser.prog, config if elastic else None, nproc, argv)
         return COMMANDS[name].run(config)
@@ -261,12 +261,12 @@ def _peer_lost(prog: str, error: RuntimeError) -> int:
     return EXIT_PEER_LOST
 
 
-def _launch(prog: str, elastic: configs.TrainConfig | None, nproc: int, argv: list[str]) -> int:
+def _launch(prog: str, elastic: TrainConfig | None, nproc: int, argv: list[str]) -> int:
     """Run this command in workers; an elastic group's are watched over, and started again."""
     if nproc < 1:
         return _fail(prog, f"nproc is {nproc}: must be at least 1")
     if elastic is not None:
-        from gmeta.supervise import supervise
+        from gmeta.training.supervise import supervise
 
         return supervise(elastic, nproc, argv)
     from gmeta.parallel.launch import launch

@@ -27,9 +27,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gmeta.parallel.collectives import raise_together
-from gmeta.parallel.levels import Levels, group_mesh
 from gmeta.parallel.mesh import close_mesh, open_mesh
-from gmeta.parallel.network import describe, measure_links
+from gmeta.sharding.hierarchy import Levels, group_mesh
+from gmeta.sharding.links import describe, measure_links
 
 GIB = 2**30
 

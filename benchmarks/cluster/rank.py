@@ -27,9 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gmeta.parallel.levels import Levels, group_mesh
-from gmeta.parallel.network import measure_links
-from gmeta.parallel.paro import paro
+from gmeta.sharding.engine import paro
+from gmeta.sharding.hierarchy import Levels, group_mesh
+from gmeta.sharding.links import measure_links
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
 

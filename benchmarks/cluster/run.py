@@ -29,9 +29,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from common import Record, add_json, parse, publish, table
 from netns import Cluster, cluster, unavailable
 
-from gmeta.parallel.cost import Links, Wires, Workload
-from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups
-from gmeta.parallel.schedule import Cost, cost
+from gmeta.sharding.cost import Links, Wires, Workload
+from gmeta.sharding.schedule import Cost, cost
+from gmeta.sharding.strategy import PLACEMENTS, Bytes, Groups
 
 GROUPS = Groups(2, 4)
 MODEL = {"layers": 4, "width": 192, "micro_batch_s": 0.24}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gmeta.batch import RowGradients
+from gmeta.core.batch import RowGradients
 from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import PeerLost

@@ -8,11 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from gmeta.config import TrainConfig
+from gmeta.config.train import TrainConfig
 from gmeta.data.order import num_batches
 from gmeta.data.schema import PackSchema
 from gmeta.parallel.mesh import Mesh
-from gmeta.system import System, build_system
+from gmeta.recommender.system import System, build_system
 from ps_baseline.wire import Place
 
 STATS = 3

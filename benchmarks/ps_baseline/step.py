@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
-from gmeta.meta.intercept import Intercept
+from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import MetaLearner
 from ps_baseline.plan import Features, Side, Task
 

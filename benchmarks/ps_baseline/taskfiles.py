@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from gmeta.batch import Examples
+from gmeta.core.batch import Examples
 from gmeta.data.order import keyed_hash
 from gmeta.data.pack import open_pack
 from gmeta.data.schema import PackSchema

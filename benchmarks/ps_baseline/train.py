@@ -27,14 +27,14 @@ import torch
 from jsonargparse import ArgumentError
 from torch import distributed
 
-from gmeta import checkpoint
 from gmeta.cli import command_parser
-from gmeta.config import TrainConfig
+from gmeta.config.train import TrainConfig
 from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_USER_ERROR
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.rundir import prepare_run_dir, run_lock
-from gmeta.system import build_system
-from gmeta.tracking import RunLog
+from gmeta.recommender.system import build_system
+from gmeta.runs import checkpoint
+from gmeta.runs.directory import prepare_run_dir, run_lock
+from gmeta.runs.log import RunLog
 from ps_baseline.server import serve
 from ps_baseline.session import Session, open_session
 from ps_baseline.taskfiles import TaskFiles, open_task_files
@@ -42,7 +42,7 @@ from ps_baseline.wire import Links, Place, meet
 from ps_baseline.worker import Client, StepRecord, work
 
 CONTEXT = multiprocessing.get_context("forkserver")  # processes are forked from one that has imported torch once
-CONTEXT.set_forkserver_preload(["torch._dynamo", "gmeta.train", "ps_baseline.worker"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "gmeta.training.loop", "ps_baseline.worker"])
 _GRACE_S = 3.0  # for the others to notice a lost peer and say so
 
 

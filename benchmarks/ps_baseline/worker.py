@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmeta.config import TrainConfig
+from gmeta.config.train import TrainConfig
 from gmeta.data.order import num_batches, split_slots, window_of_batches
 from ps_baseline import wire
 from ps_baseline.plan import Features, Task, describe, only_layout, plan_task

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 import torch
 
-from gmeta.batch import Division, TaskBatch
+from gmeta.core.batch import Division, TaskBatch
 from gmeta.data.order import Tasks, num_batches, split_slots, stored_batch, window_of_batches
 from gmeta.data.shards import PackSplit, TaskRows
 

@@ -5,13 +5,14 @@ This module imports neither torch nor DuckDB, so that command lines and error pa
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+from gmeta.core.errors import nearest
 
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean"]
@@ -199,13 +200,6 @@ def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
     features = tuple(RawFeature(**f) for f in data["features"])
     numeric = tuple(RawNumeric(**c) for c in data["numeric"])
     return DataSchema(**{**data, "features": features, "numeric": numeric})
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean x?`, or the list of what there is."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(map(repr, names))}"
 
 
 def load_data_schema(path: str | Path) -> DataSchema:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gmeta.batch import Bag, Examples
+from gmeta.core.batch import Bag, Examples
 from gmeta.data.order import keyed_hash
 from gmeta.data.schema import PackSchema
 

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gmeta.config import SynthConfig
+from gmeta.config.data import SynthConfig
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmeta.batch import EmbeddedRows, Lookup, to_device
-from gmeta.batch import RowGradients as RowGradients
+from gmeta.core.batch import EmbeddedRows, Lookup, to_device
+from gmeta.core.batch import RowGradients as RowGradients
+from gmeta.core.selection import Ints, Selection, distinct, product
 from gmeta.embedding.lookup import LookupPlan, peer_of
 from gmeta.embedding.table import ShardedTables
-from gmeta.ops import Ints, Selection, distinct, product
 from gmeta.parallel.collectives import all_to_all, exchange_counts
 from gmeta.parallel.mesh import Level, Mesh
 from gmeta.parallel.traffic import Asked, CommStats, Traffic, predicted_traffic

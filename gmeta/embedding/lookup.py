@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gmeta.batch import Bag, Examples, Lookup, TaskBatch
+from gmeta.core.batch import Bag, Examples, Lookup, TaskBatch
+from gmeta.core.selection import Ints, distinct, sort_keys
 from gmeta.embedding.table import GroupLayout, ShardedTables, Slot
-from gmeta.ops import Ints, distinct, sort_keys
 from gmeta.parallel.mesh import Level
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from gmeta.batch import Pooling
-from gmeta.embedding.placement import Permutation, normal_rows, table_key
+from gmeta.core.batch import Pooling
+from gmeta.embedding.permutation import Permutation, normal_rows, table_key
 from gmeta.parallel.mesh import Mesh
 
 # Optimizer state by name: whether a row has one value per column (True) or one in all, and its dtype (None: the rows').

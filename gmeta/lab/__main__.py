@@ -10,8 +10,8 @@ from gmeta.lab.device import Device, bind_to, contended_core, machines_so_far
 from gmeta.lab.place import Place
 from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_USER_ERROR, follow_launcher, report_error, worker_rank
 from gmeta.parallel.mesh import PeerLost
-from gmeta.rundir import read_config
-from gmeta.train import train
+from gmeta.runs.directory import read_config
+from gmeta.training.loop import train
 
 
 def main(folder: str) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gmeta.config import TrainConfig
+from gmeta.config.train import TrainConfig
 from gmeta.data.order import Tasks, num_batches, window_of_batches
 from gmeta.data.shards import PackSplit
 

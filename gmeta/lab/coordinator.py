@@ -8,7 +8,7 @@ import subprocess
 import threading
 from pathlib import Path
 
-from gmeta.supervise import end_coordinator, start_coordinator
+from gmeta.training.supervise import end_coordinator, start_coordinator
 
 _CHUNK = 1 << 16
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+from gmeta.core.files import write_text
 from gmeta.elastic.scenario import KINDS, Scenario, parse_scenario
-from gmeta.files import write_text
 
 _NAMES = {kind: name for name, kind in KINDS.items()}
 

@@ -12,29 +12,22 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file
 
-from gmeta import checkpoint
-from gmeta.config import (
-    ElasticConfig,
-    LoaderConfig,
-    MetaConfig,
-    ModelConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from gmeta.config.cluster import LabConfig
+from gmeta.config.train import ElasticConfig, LoaderConfig, MetaConfig, ModelConfig, ScheduleConfig, TrainConfig
+from gmeta.core.files import write_text
 from gmeta.data.order import num_batches
 from gmeta.data.pack import open_pack
 from gmeta.elastic.scenario import Cut, Scenario, parse_scenario
-from gmeta.files import write_text
 from gmeta.lab.audit import audit
-from gmeta.lab.config import LabConfig
 from gmeta.lab.coordinator import LabCoordinator, Line
 from gmeta.lab.faults import Faults
 from gmeta.lab.measure import Result, measure
 from gmeta.lab.pack import write_lab_pack
 from gmeta.lab.place import Place
 from gmeta.lab.timeline import write_timeline
-from gmeta.supervise import supervise
-from gmeta.tracking import METRICS_FILE, read_metrics
+from gmeta.runs import checkpoint
+from gmeta.runs.log import METRICS_FILE, read_metrics
+from gmeta.training.supervise import supervise
 
 
 def lab(config: LabConfig) -> Result:

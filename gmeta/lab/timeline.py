@@ -11,8 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from gmeta.core.files import write_text
 from gmeta.elastic.scenario import Scenario
-from gmeta.files import write_text
 from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, rank_colour, share_path
 from gmeta.lab.measure import Execution, Result, executions
 from gmeta.lab.place import Place, read_lines
@@ -58,7 +58,7 @@ def write_timeline(place: Place, scenario: Scenario, result: Result) -> Path:
         _table("What was done", ("seconds", "", "what", "details"), [_row(m) for m in story.moments[:_MAX_ROWS]]),
         _table("The run in numbers", ("", ""), _numbers(result)),
     ]
-    template = resources.files("gmeta").joinpath("report_template.html").read_text(encoding="utf-8")
+    template = resources.files("gmeta.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
     title = f"{result.policy} on {scenario.workers} emulated workers"
     subtitle = " · ".join([f"{scenario.steps} steps of {scenario.tasks_per_batch} tasks", *_troubles(scenario)])
     page = Template(template).substitute(title=escape(title), subtitle=escape(subtitle), body="\n".join(sections))

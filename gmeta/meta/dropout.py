@@ -41,7 +41,7 @@ def row_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tens
 class SeededDropout:
     """Replaces `F.dropout` by a mask hashed from one key per row; without keys, dropout does nothing.
 
-    For `gmeta.meta.intercept`.
+    For `gmeta.meta.interception`.
     `make_keys()`, called once a model has dropout, gives int64 of the leading dimensions that the model is called with.
     """
 

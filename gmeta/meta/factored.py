@@ -7,7 +7,7 @@ D [T, S, out] the loss gradients at its outputs. So task t's adapted layer is, f
 
 and needs no weight gradient: `autograd.grad` with respect to the outputs alone. Second order is autograd through A
 and D. Element-wise parameters are held per task; embedding rows likewise as shared row plus change
-(`gmeta.meta.rows`). Derivation, costs and limits: docs/meta-learning.md.
+(`gmeta.meta.gather_plan`). Derivation, costs and limits: docs/meta-learning.md.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmeta.batch import EmbeddedRows, Examples, TaskBatch
-from gmeta.meta.adapt import Adapted, InnerLoop, rate_group
+from gmeta.core.batch import EmbeddedRows, Examples, TaskBatch
+from gmeta.core.selection import Selection, bmm_nt, product
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
-from gmeta.meta.intercept import Intercept
+from gmeta.meta.gather_plan import Plan, changed, shared_rows
+from gmeta.meta.inner_loop import Adapted, InnerLoop, rate_group
+from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import task_mean, widen
 from gmeta.meta.modulation import Modulated, Modulation
 from gmeta.meta.recompute import recomputed
-from gmeta.meta.rows import Plan, changed, shared_rows
 from gmeta.meta.views import Embedded
-from gmeta.ops import Selection, bmm_nt, product
 
 
 class Unsupported(ValueError):

@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gmeta.batch import EmbeddedRows, Lookup, TaskBatch
+from gmeta.core.batch import EmbeddedRows, Lookup, TaskBatch
 from gmeta.meta import factored, reference
-from gmeta.meta.adapt import InnerLoop, refuse_batch_norm, resolve
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
-from gmeta.meta.intercept import Intercept
+from gmeta.meta.gather_plan import Plan, plan_rows, shared_rows
+from gmeta.meta.inner_loop import InnerLoop, refuse_batch_norm, resolve
+from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import row_loss, task_mean, widen
 from gmeta.meta.modulation import Modulator
-from gmeta.meta.rows import Plan, plan_rows, shared_rows
 from gmeta.meta.views import Embedded
 
 
@@ -33,7 +33,7 @@ class LearnerOutput:
 class MetaLearner(nn.Module):
     """A model and its inner loop.
 
-    `adapt` names what a task adapts (see `gmeta.meta.adapt.resolve`); empty is plain training, whose task loss is the
+    `adapt` names what a task adapts (see `resolve` in inner_loop.py); empty is plain training, whose task loss is the
     mean over support and query rows. `inner_lr` is one number, or with `learn_inner_lr` the start of a parameter
     [inner_steps, groups], one group for each module with adapted parameters and one for all embeddings
     (`rate_names`). `engine` is factored, reference, or auto: factored where it can adapt the model, which the first

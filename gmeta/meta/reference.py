@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch
-from gmeta.meta.adapt import InnerLoop
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
-from gmeta.meta.intercept import Intercept
+from gmeta.meta.inner_loop import InnerLoop
+from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import widen
 from gmeta.meta.modulation import modulated_parameters
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmeta.meta.rows import Plan
-from gmeta.ops import cat
+from gmeta.core.selection import cat
+from gmeta.meta.gather_plan import Plan
 
 
 class Embedded:

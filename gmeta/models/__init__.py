@@ -8,7 +8,7 @@ import math
 import torch
 from torch import nn
 
-from gmeta.config import ModelConfig
+from gmeta.config.train import ModelConfig
 from gmeta.data.schema import PackSchema
 from gmeta.models.dlrm import DLRM
 from gmeta.models.melu import MeLU

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from gmeta.batch import RowGradients
+from gmeta.core.batch import RowGradients
 from gmeta.parallel.collectives import all_reduce_sum
 from gmeta.parallel.mesh import Mesh
 from gmeta.parallel.traffic import Traffic

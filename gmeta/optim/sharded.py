@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.optim.dense import adamw, decayed_names, dense_step, first_state, set_rates, square_sum
-from gmeta.parallel.auto import AUTO, Auto, resolve
 from gmeta.parallel.collectives import GradientBuckets
-from gmeta.parallel.ho_ring import Counter
-from gmeta.parallel.levels import group_mesh
 from gmeta.parallel.mesh import Mesh
-from gmeta.parallel.paro import Paro, paro
 from gmeta.parallel.traffic import Sum, Traffic, add_sum
+from gmeta.sharding.auto import AUTO, Auto, resolve
+from gmeta.sharding.engine import Paro, paro
+from gmeta.sharding.hierarchy import group_mesh
+from gmeta.sharding.ring import Counter
 
 
 class ReplicatedDense:

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gmeta.batch import RowGradients
+from gmeta.core.batch import RowGradients
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8

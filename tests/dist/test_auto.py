@@ -11,16 +11,16 @@ from harness import run_ranks
 from test_paro import ADAMW, Tower, open_engine, tower
 from torch import Tensor
 
-from gmeta.parallel import network
-from gmeta.parallel.auto import Auto, resolve
-from gmeta.parallel.cost import Links, Workload
-from gmeta.parallel.ho_ring import Circle
-from gmeta.parallel.levels import Levels, group_mesh
 from gmeta.parallel.mesh import Mesh
-from gmeta.parallel.network import measure_links
-from gmeta.parallel.paro import paro
-from gmeta.parallel.placement import Bytes, Groups, Placement, memory_bytes
-from gmeta.parallel.schedule import choose, plan
+from gmeta.sharding import links as network
+from gmeta.sharding.auto import Auto, resolve
+from gmeta.sharding.cost import Links, Workload
+from gmeta.sharding.engine import paro
+from gmeta.sharding.hierarchy import Levels, group_mesh
+from gmeta.sharding.links import measure_links
+from gmeta.sharding.ring import Circle
+from gmeta.sharding.schedule import choose, plan
+from gmeta.sharding.strategy import Bytes, Groups, Placement, memory_bytes
 
 SLOW = Links(inter_bits_s=1e8, intra_bits_s=1e10, inter_latency_s=1e-5, intra_latency_s=1e-6)
 GROUPS = Groups(2, 2)
@@ -126,7 +126,7 @@ def test_measured_links_make_a_plan() -> None:
 
 def test_optimizers_are_tried_out() -> None:
     """Momentum costs one number a parameter, AdamW two, master weights one more, and in fp32."""
-    from gmeta.parallel.auto import _bytes
+    from gmeta.sharding.auto import _bytes
 
     sgd = partial(torch.optim.SGD, lr=0.1)
     assert _bytes(Tower(), sgd, None, None) == Bytes(4, 4, 0)

@@ -13,17 +13,17 @@ from safetensors.torch import load_file
 from test_late_statistics import SAVE_EVERY, run_loop, settings_of
 from test_train import assert_same, config, run_steps
 
-from gmeta import checkpoint
-from gmeta.batch import RowGradients, to_device
 from gmeta.cli import run
-from gmeta.config import DenseConfig, EmbeddingConfig, MetaConfig, ModelConfig, TrainConfig
+from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, ModelConfig, TrainConfig
+from gmeta.core.batch import RowGradients, to_device
+from gmeta.core.selection import segment_sum
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
-from gmeta.ops import segment_sum
 from gmeta.optim.dense import global_norm
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
-from gmeta.stepping import Stopwatch
-from gmeta.train import build_run, finish_step, train_step
+from gmeta.runs import checkpoint
+from gmeta.training.loop import build_run, finish_step, train_step
+from gmeta.training.statistics import Stopwatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, none here")]
 

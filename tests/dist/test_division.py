@@ -12,13 +12,13 @@ from harness import run_ranks
 from packs import make_pack
 from test_train import assert_same, config, learned, run_steps
 
-from gmeta.batch import TaskBatch
-from gmeta.config import LoaderConfig, MetaConfig, TrainConfig
+from gmeta.config.train import LoaderConfig, MetaConfig, TrainConfig
+from gmeta.core.batch import TaskBatch
 from gmeta.data.loader import Shares
 from gmeta.parallel.mesh import Mesh
-from gmeta.stepping import Stopwatch
-from gmeta.system import Loaded
-from gmeta.train import build_run, finish_step, train_step
+from gmeta.recommender.system import Loaded
+from gmeta.training.loop import build_run, finish_step, train_step
+from gmeta.training.statistics import Stopwatch
 
 pytestmark = pytest.mark.dist
 

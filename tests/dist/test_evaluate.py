@@ -10,11 +10,11 @@ import pytest
 from harness import run_ranks
 from packs import make_pack
 
-from gmeta.config import MetaConfig, ModelConfig, TrainConfig
+from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.pack import open_pack
+from gmeta.evaluation.score import score, validation_metrics
 from gmeta.parallel.mesh import Mesh
-from gmeta.scoring import score, validation_metrics
-from gmeta.system import build_system
+from gmeta.recommender.system import build_system
 
 pytestmark = pytest.mark.dist
 

@@ -11,7 +11,7 @@ from harness import run_ranks
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from gmeta.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
+from gmeta.core.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.embedding.exchange import Routes, exchange_ids, expected_traffic, fetch, return_gradients
 from gmeta.embedding.lookup import plan_lookup
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec

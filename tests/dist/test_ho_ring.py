@@ -10,10 +10,10 @@ from harness import run_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from gmeta.parallel.ho_ring import ALGORITHMS, Algorithm, Blocks
-from gmeta.parallel.lanes import Lane
-from gmeta.parallel.levels import Levels, group_mesh
 from gmeta.parallel.mesh import Mesh
+from gmeta.sharding.hierarchy import Levels, group_mesh
+from gmeta.sharding.ring import ALGORITHMS, Algorithm, Blocks
+from gmeta.sharding.streams import Lane
 
 EVEN = [6] * 8
 UNEVEN = [5, 0, 3, 8, 1, 2, 0, 13]

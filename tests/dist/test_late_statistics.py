@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from test_train import config
 from torch.distributed.tensor import DTensor
 
-from gmeta import checkpoint, train
-from gmeta.config import EmbeddingConfig, ScheduleConfig, TrainConfig
+from gmeta.config.train import EmbeddingConfig, ScheduleConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
-from gmeta.run import checkpoint_tensors
+from gmeta.runs import checkpoint
+from gmeta.training import loop as train
+from gmeta.training.trainer import checkpoint_tensors
 
 pytestmark = pytest.mark.dist
 STEPS, SAVE_EVERY = 8, 3

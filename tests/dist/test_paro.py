@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 
-from gmeta import checkpoint
-from gmeta.parallel.auto import Auto
-from gmeta.parallel.levels import Collectives, group_mesh
 from gmeta.parallel.mesh import Mesh
-from gmeta.parallel.paro import Paro, paro
-from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups, Placement, memory_bytes
+from gmeta.runs import checkpoint
+from gmeta.sharding.auto import Auto
+from gmeta.sharding.engine import Paro, paro
+from gmeta.sharding.hierarchy import Collectives, group_mesh
+from gmeta.sharding.strategy import PLACEMENTS, Bytes, Groups, Placement, memory_bytes
 
 STEPS = 10
 

@@ -13,12 +13,12 @@ from packs import make_pack
 from test_division import always_late, changing, run_divided
 from test_train import assert_same, config, run_steps, traffic_of_steps
 
-from gmeta.config import DenseConfig, MetaConfig, TrainConfig
+from gmeta.config.train import DenseConfig, MetaConfig, TrainConfig
+from gmeta.evaluation.score import score
 from gmeta.parallel.mesh import Mesh
-from gmeta.run import build_run, load_checkpoint, save_checkpoint
-from gmeta.scoring import score
-from gmeta.stepping import Stopwatch
-from gmeta.train import finish_step, traffic_record, train_step, validate
+from gmeta.training.loop import finish_step, traffic_record, train_step, validate
+from gmeta.training.statistics import Stopwatch
+from gmeta.training.trainer import build_run, load_checkpoint, save_checkpoint
 
 DENSE: dict[str, Any] = {"lr": 0.01, "clip_norm": 0.05, "warmup_steps": 5, "decay": "cosine", "weight_decay": 0.1}
 

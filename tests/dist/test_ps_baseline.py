@@ -22,22 +22,22 @@ import yaml
 from packs import make_pack
 from torch.distributed import HashStore
 
-from gmeta.config import (
+from gmeta.config.evaluation import EvaluateConfig
+from gmeta.config.train import (
     DenseConfig,
     EmbeddingConfig,
-    EvaluateConfig,
     LoaderConfig,
     MetaConfig,
     ModelConfig,
     ScheduleConfig,
     TrainConfig,
 )
-from gmeta.evaluate import evaluate
+from gmeta.evaluation.evaluate import evaluate
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.stepping import Stopwatch
-from gmeta.system import load_system
-from gmeta.tracking import read_metrics
-from gmeta.train import build_run, finish_step, train_step
+from gmeta.recommender.system import load_system
+from gmeta.runs.log import read_metrics
+from gmeta.training.loop import build_run, finish_step, train_step
+from gmeta.training.statistics import Stopwatch
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

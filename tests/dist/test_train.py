@@ -14,7 +14,7 @@ import pytest
 from harness import Pool, run_ranks
 from packs import make_pack
 
-from gmeta.config import (
+from gmeta.config.train import (
     CommConfig,
     DenseConfig,
     EmbeddingConfig,
@@ -23,12 +23,12 @@ from gmeta.config import (
     ModelConfig,
     TrainConfig,
 )
+from gmeta.evaluation.score import score
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.run import Run
-from gmeta.scoring import score
-from gmeta.stepping import Stopwatch
-from gmeta.train import build_run, finish_step, traffic_record, train_step
+from gmeta.training.loop import build_run, finish_step, traffic_record, train_step
+from gmeta.training.statistics import Stopwatch
+from gmeta.training.trainer import Run
 
 pytestmark = pytest.mark.dist
 

@@ -20,12 +20,12 @@ import pytest
 from packs import make_pack
 from safetensors.torch import load_file
 
-from gmeta import checkpoint
 from gmeta.data.pack import open_pack
 from gmeta.lab.audit import Audit, audit
-from gmeta.rundir import read_config
-from gmeta.supervise import end_coordinator, start_coordinator
-from gmeta.tracking import read_metrics
+from gmeta.runs import checkpoint
+from gmeta.runs.directory import read_config
+from gmeta.runs.log import read_metrics
+from gmeta.training.supervise import end_coordinator, start_coordinator
 
 pytestmark = pytest.mark.faults
 

@@ -16,7 +16,7 @@ import pytest
 from packs import make_pack
 from safetensors.torch import load_file
 
-from gmeta import checkpoint
+from gmeta.runs import checkpoint
 
 pytestmark = pytest.mark.faults
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from gmeta.parallel.levels import group_mesh
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.parallel.paro import paro
+from gmeta.sharding.engine import paro
+from gmeta.sharding.hierarchy import group_mesh
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "dist"))
 from harness import Pool

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from gmeta.cli import run
-from gmeta.config import PrepareConfig
-from gmeta.data.encode import encode_tables
+from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import lock_directory, open_pack
-from gmeta.data.prepare import prepare
+from gmeta.data.prepare.encode import encode_tables
+from gmeta.data.prepare.prepare import prepare
 
 pytestmark = pytest.mark.faults
 
@@ -372,7 +372,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, limit: int):
 
 
 def test_too_little_space_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gmeta.data import prepare as module
+    from gmeta.data.prepare import prepare as module
 
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)

@@ -18,8 +18,8 @@ import torch
 from packs import make_pack
 from safetensors.torch import load_file
 
-from gmeta import checkpoint
 from gmeta.cli import run
+from gmeta.runs import checkpoint
 
 pytestmark = pytest.mark.faults
 Capture = pytest.CaptureFixture[str]
@@ -124,8 +124,8 @@ def test_config_files_that_are_none(tmp_path: Path, capsys: Capture, content: by
 def test_labels_that_are_no_clicks(tmp_path: Path, capsys: Capture, pack: Path) -> None:
     from gmeta.data.schema import pack_schema_from_json
     from gmeta.parallel.mesh import Mesh
-    from gmeta.rundir import read_config
-    from gmeta.system import build_system
+    from gmeta.recommender.system import build_system
+    from gmeta.runs.directory import read_config
 
     schema = json.loads((pack / "manifest.json").read_text())["schema"]
     file = tmp_path / "config.yaml"

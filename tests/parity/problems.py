@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from gmeta.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
+from gmeta.core.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
 
 DIMS = {"wide": 6, "narrow": 3}
 NUM_ROWS = {"wide": 9, "narrow": 5}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from problems import DIMS, FEATURES, NUM_NUMERIC, Problem, gradients, make_problem, poison_padding, textbook
 from torch import Tensor, nn
 
-from gmeta.batch import map_tensors
+from gmeta.core.batch import map_tensors
 from gmeta.meta import factored
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.dlrm import DLRM

@@ -12,7 +12,7 @@ from problems import DIMS, FEATURES, NUM_NUMERIC, Inputs, Problem, gradients, ma
 from test_engines import Net, Tied, assert_same, by_textbook, learner_of
 from torch import Tensor, nn
 
-from gmeta.batch import TaskBatch
+from gmeta.core.batch import TaskBatch
 from gmeta.meta import factored
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmeta.meta.adapt import resolve
 from gmeta.meta.dropout import SeededDropout, row_keys
-from gmeta.meta.intercept import Intercept
+from gmeta.meta.inner_loop import resolve
+from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss, task_mean
 from gmeta.models.melu import MeLU

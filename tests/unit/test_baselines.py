@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from gmeta.baselines import BASELINES, BaselineRows, baseline_scores, fit_factors, fold_in
+from gmeta.evaluation.baselines import BASELINES, BaselineRows, baseline_scores, fit_factors, fold_in
 
 torch.set_num_threads(1)
 

@@ -13,8 +13,8 @@ sys.path.append(str(BENCHMARKS))  # scripts, no package
 
 import netns
 
-from gmeta.parallel.cost import Links
-from gmeta.parallel.placement import PLACEMENTS
+from gmeta.sharding.cost import Links
+from gmeta.sharding.strategy import PLACEMENTS
 
 spec = importlib.util.spec_from_file_location("cluster_run", BENCHMARKS / "cluster" / "run.py")
 assert spec is not None

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from gmeta.batch import TaskBatch
+from gmeta.core.batch import TaskBatch
 from gmeta.data.pack import open_pack
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -89,7 +89,7 @@ def test_shares_are_weighted_by_time_and_leave_the_warm_up_out(bench: ModuleType
 
 
 def test_every_ablation_is_a_setting(bench: ModuleType) -> None:
-    from gmeta.config import LoaderConfig
+    from gmeta.config.train import LoaderConfig
 
     variants = bench.ablations()
     assert {"all on", "not sequential", "no size buckets", "no prefetch"} <= variants.keys()

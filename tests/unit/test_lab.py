@@ -16,11 +16,11 @@ import numpy as np
 import psutil
 import pytest
 
-from gmeta.config import LoaderConfig, ScheduleConfig, TrainConfig
+from gmeta.config.cluster import LabConfig
+from gmeta.config.train import LoaderConfig, ScheduleConfig, TrainConfig
 from gmeta.data.pack import open_pack
 from gmeta.elastic.scenario import Contention, Deterministic, Devices, Kill, Pause, Persistent, Scenario, Transient
 from gmeta.lab.audit import audit, batches_of
-from gmeta.lab.config import LabConfig
 from gmeta.lab.coordinator import Line
 from gmeta.lab.device import Device, machines_so_far
 from gmeta.lab.faults import Faults

@@ -12,7 +12,7 @@ import pytest
 import torch
 from random_packs import random_tasks, schema, write_pack
 
-from gmeta.batch import TaskBatch, map_tensors
+from gmeta.core.batch import TaskBatch, map_tensors
 from gmeta.data.loader import TaskLoader, padding_share
 from gmeta.data.order import window_of_batches
 from gmeta.data.pack import PackSplit, open_pack

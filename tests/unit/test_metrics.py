@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-from gmeta.metrics import (
+from gmeta.evaluation.metrics import (
     BINARY_METRICS,
     RATING_METRICS,
     Bootstrap,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmeta.config import ModelConfig
+from gmeta.config.train import ModelConfig
 from gmeta.data.schema import Feature, NumericColumn, PackSchema
 from gmeta.models import build_model
 from gmeta.models.dlrm import DLRM

@@ -23,7 +23,7 @@ import scaling
 from common import Record
 
 from gmeta.data.pack import open_pack, verify_pack
-from gmeta.tracking import METRICS_FILE
+from gmeta.runs.log import METRICS_FILE
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ import torch
 from packs import make_pack
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmeta import train
-from gmeta.config import DenseConfig, EmbeddingConfig, MetaConfig, ModelConfig, TrainConfig
+from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, ModelConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
-from gmeta.stepping import Stopwatch
+from gmeta.training import loop as train
+from gmeta.training.statistics import Stopwatch
 
 aten = torch.ops.aten
 READS = {

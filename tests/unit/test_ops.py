@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmeta.ops import bags, cat, gather_rows, pool, product, segment_sum, select
+from gmeta.core.selection import bags, cat, gather_rows, pool, product, segment_sum, select
 
 
 def slow_segment_sum(values: Tensor, segments: Tensor, num: int) -> Tensor:

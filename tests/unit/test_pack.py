@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_packs import Row, Task, arrays_of, random_tasks, schema, write_pack
 
-from gmeta.batch import Examples
+from gmeta.core.batch import Examples
 from gmeta.data.pack import PackWriter, open_pack, save_file, verify_pack
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import checksum_file

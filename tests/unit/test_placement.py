@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gmeta.parallel.pieces import boxes
-from gmeta.parallel.placement import PLACEMENTS, Groups, Placement, Sent, memory_bytes, nearest, sent_bytes
+from gmeta.sharding.checkpoint import boxes
+from gmeta.sharding.strategy import PLACEMENTS, Groups, Placement, Sent, memory_bytes, nearest, sent_bytes
 
 
 def test_the_fourteen() -> None:

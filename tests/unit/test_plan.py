@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from gmeta.cli import run
-from gmeta.parallel.cost import Links, Wires, Workload, ring_s
-from gmeta.parallel.placement import PLACEMENTS, Bytes, Groups
-from gmeta.parallel.schedule import choose, cost, plan
-from gmeta.plan import PlanConfig, make_plan, reason
+from gmeta.config.cluster import PlanConfig
+from gmeta.sharding.cost import Links, Wires, Workload, ring_s
+from gmeta.sharding.planner import make_plan, reason
+from gmeta.sharding.schedule import choose, cost, plan
+from gmeta.sharding.strategy import PLACEMENTS, Bytes, Groups
 
 PAPER = Links(inter_bits_s=80e9, intra_bits_s=2000e9)
 SEVEN_B = Workload(7_000_000_000, 7_000_000_000, accumulation=10, units=32)

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from gmeta.config import PrepareConfig
-from gmeta.data.encode import encode_tables
+from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import open_pack, verify_pack
-from gmeta.data.prepare import prepare
+from gmeta.data.prepare.encode import encode_tables
+from gmeta.data.prepare.prepare import prepare
 from gmeta.data.schema import data_schema_from_json, load_data_schema, parse_data_schema
 
 SCHEMA = {

@@ -7,9 +7,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from gmeta.config import PrepareConfig
+from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.prepare import prepare
+from gmeta.data.prepare.prepare import prepare
 
 USERS, FILMS = 20, 40
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from gmeta.report import build_report
-from gmeta.slices import evaluation_records, write_evaluation
-from gmeta.tracking import write_environment
+from gmeta.evaluation.report import build_report
+from gmeta.evaluation.slices import evaluation_records, write_evaluation
+from gmeta.runs.log import write_environment
 
 CONFIG = {
     "pack": "packs/clicks",

@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 from packs import SCHEMA
 
-from gmeta.config import LoaderConfig, TrainConfig
-from gmeta.rundir import _require_same
+from gmeta.config.train import LoaderConfig, TrainConfig
+from gmeta.runs.directory import _require_same
 
 
 def test_a_setting_younger_than_the_checkpoint_had_its_default() -> None:

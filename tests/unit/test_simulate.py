@@ -14,7 +14,7 @@ from gmeta.elastic.actions import AdjustAccumulation, DropLate, KillRestart
 from gmeta.elastic.monitor import snapshot_from_json
 from gmeta.elastic.policies import POLICIES, load_policy, nd, static
 from gmeta.elastic.scenario import Cut, Deterministic, Devices, Kill, Pause, Persistent, Scenario, parse_scenario
-from gmeta.simulate import DELAY_S, read_trace, simulate
+from gmeta.elastic.simulate import DELAY_S, read_trace, simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 START = 2 * DELAY_S  # nobody may load before the first grant

@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from gmeta.metrics import metric
-from gmeta.slices import evaluation_records, headline_rows, print_headline, write_evaluation
+from gmeta.evaluation.metrics import metric
+from gmeta.evaluation.slices import evaluation_records, headline_rows, print_headline, write_evaluation
 
 
 def columns(binary=True, num_tasks=80, seed=0):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from torch import nn
 
-from gmeta.batch import RowGradients
+from gmeta.core.batch import RowGradients
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
 from gmeta.optim import sparse as sparse_module
 from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale

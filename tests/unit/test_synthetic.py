@@ -8,7 +8,7 @@ import pytest
 import yaml
 from sklearn.metrics import roc_auc_score
 
-from gmeta.config import SynthConfig
+from gmeta.config.data import SynthConfig
 from gmeta.data import synthetic
 from gmeta.data.synthetic import (
     Rows,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmeta.embedding.placement import Permutation, normal_rows, table_key
+from gmeta.embedding.permutation import Permutation, normal_rows, table_key
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec, human_bytes
 from gmeta.optim.sparse import UPDATES
 from gmeta.parallel.mesh import Mesh

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmeta.batch import EmbeddedRows, Examples, Lookup, TaskBatch, map_tensors
-from gmeta.config import ModelConfig, PrepareConfig
+from gmeta.config.data import PrepareConfig
+from gmeta.config.train import ModelConfig
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, map_tensors
 from gmeta.data.pack import open_pack
-from gmeta.data.prepare import prepare
+from gmeta.data.prepare.prepare import prepare
 from gmeta.data.schema import Feature, NumericColumn, PackSchema, schema_difference
 from gmeta.meta.learner import MetaLearner
 from gmeta.models import base_rate, build_model

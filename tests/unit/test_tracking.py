@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gmeta.tracking import RunLog, _commit, read_metrics, write_environment
+from gmeta.runs.log import RunLog, _commit, read_metrics, write_environment
 
 STEP = {"epoch": 0, "loss": 0.5, "tasks_per_s": 1200.0, "samples_per_s": 24000.0, "padding": 0.05}
 SHARES = {"input_share": 0.1, "exchange_share": 0.2, "compute_share": 0.7}

@@ -1,0 +1,131 @@
+"""Settings of the commands that make data: `gmeta prepare` and `gmeta synth`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gmeta.core.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn raw ratings or click logs into a task pack. Settings left unset take the named data set's own value."""
+
+    out: str
+    """Task pack directory to create."""
+    input: list[str] | str = field(default_factory=list)
+    """Parquet or CSV file, glob or directory, or a list of them: [a.csv, logs/]."""
+    schema: str | None = None
+    """YAML file that says what the columns of `input` mean (docs/data.md)."""
+    dataset: str | None = None
+    """Named data set, in place of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu."""
+    root: str | None = None
+    """Directory that holds the named data set's files."""
+    label_threshold: float | None = None
+    """Labels of at least this become 1, others 0; unset: the schema's, or labels as they are."""
+    split_query: Literal["last", "random"] | None = None
+    """Query rows of a task: its last by time, or random ones. Unset: last where the schema names a time."""
+    query_size: int | None = None
+    """Query rows of a task (10 when unset); tasks without a row left for the support are left out and counted."""
+    query_ratio: float | None = None
+    """Share of a task's rows that are query, in place of query_size."""
+    min_task_rows: int | None = None
+    """Smaller tasks are left out and counted (2 when unset)."""
+    max_task_rows: int | None = None
+    """Larger tasks are left out and counted; unset: no limit."""
+    task_split: Literal["user", "time", "column"] | None = None
+    """Who is train, valid and test: random tasks, tasks by their first time, or the schema's partition column.
+    Unset: column where the schema names a partition, else user."""
+    partitions: dict[str, str] = field(default_factory=dict)
+    """Partition value to split, for task_split column; other values are left out and counted.
+    Unset: train, valid and test are called so."""
+    valid_fraction: float | None = None
+    """Share of the tasks (with task_split column: of the training users) held out as valid; 0.1 when unset
+    and no partition is called valid."""
+    test_fraction: float | None = None
+    """Share of the tasks held out as test; 0.1 when unset. Not for task_split column."""
+    on_bad_rows: Literal["fail", "quarantine"] = "fail"
+    """Rows that cannot be used stop the command, or go to rejects.parquet in the pack with their reason."""
+    memory_limit: str = "2GB"
+    """Memory that DuckDB may use before it spills to disk beside `out`."""
+    threads: int = 0
+    """DuckDB threads; 0 is one a core. The pack does not depend on it."""
+    shard_mb: int = 128
+    """Size of a shard in megabytes; one is encoded while the one before is saved."""
+    seed: int = 0
+    """Seed of random splits and of the stored order."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """`input` as a list."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
+    def __post_init__(self) -> None:
+        require(self.query_size is None or self.query_size >= 1, "query_size", self.query_size, "must be at least 1")
+        ratio, valid, test = self.query_ratio, self.valid_fraction, self.test_fraction
+        require(ratio is None or 0 < ratio < 1, "query_ratio", ratio, "must be above 0 and below 1")
+        require(ratio is None or self.query_size is None, "query_ratio", ratio, "unset query_size to use it")
+        require(valid is None or 0 <= valid < 1, "valid_fraction", valid, "must be in [0, 1)")
+        require(test is None or 0 <= test < 1, "test_fraction", test, "must be in [0, 1)")
+        require((valid or 0) + (test or 0) < 1, "test_fraction", test, "must leave tasks to train on")
+        low, high = self.min_task_rows, self.max_task_rows
+        require(low is None or low >= 2, "min_task_rows", low, "must be at least 2 (one support and one query row)")
+        require(high is None or high >= (low or 2), "max_task_rows", high, f"must be at least {low or 2}")
+        for value in self.partitions.values():
+            require(value in ("train", "valid", "test"), "partitions", value, "splits are train, valid and test")
+        require(
+            re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", self.memory_limit, re.IGNORECASE) is not None,
+            "memory_limit",
+            self.memory_limit,
+            "must be a size such as 500MB or 2GB",
+        )
+        most = 4 * max(4, os.cpu_count() or 1)
+        require(0 <= self.threads <= most, "threads", self.threads, f"must be 0 (one a core) to {most}")
+        require(1 <= self.shard_mb <= 4096, "shard_mb", self.shard_mb, "must be in [1, 4096]")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthConfig:
+    """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs."""
+
+    out: str
+    """Directory to create: the log's Parquet files, schema.yaml, summary.json and _truth/."""
+    users: int = 20_000
+    """Users, each of them a task."""
+    items: int = 500
+    """Items, drawn by Zipf popularity."""
+    rows_per_user: int = 24
+    """Mean rows of a user; each user's number is uniform between half and one and a half of it."""
+    latent_dim: int = 2
+    """Dimensions of the taste and of the item latents, 1 to 3: the exact posterior is a grid in as many."""
+    taste_std: float = 2.2
+    """Standard deviation of the logit's part that only a user's own rows reveal."""
+    side_std: float = 1.5
+    """Standard deviation of the logit's part that user features and items explain together."""
+    item_std: float = 0.7
+    """Standard deviation of the logit's part that the item alone explains."""
+    item_side_share: float = 0.3
+    """Share of the item latents' variance that category and brand tell; the rest only clicks do."""
+    bias: float = -0.5
+    """Logit of the average row: sets the click rate."""
+    zipf: float = 0.8
+    """Exponent of item popularity: probability is proportional to rank ** -zipf; 0 is uniform."""
+    num_query: int = 10
+    """Last rows of a user, by time, that count as the query where the summary's AUCs are measured."""
+    seed: int = 0
+    """Seed; the same seed and sizes give the same files."""
+
+    def __post_init__(self) -> None:
+        require(self.users >= 1, "users", self.users, "must be at least 1")
+        require(self.items >= 1, "items", self.items, "must be at least 1")
+        require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")
+        require(1 <= self.latent_dim <= 3, "latent_dim", self.latent_dim, "must be in [1, 3]")
+        for key in ("taste_std", "side_std", "item_std", "zipf"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
+        require(0 <= self.item_side_share <= 1, "item_side_share", self.item_side_share, "must be in [0, 1]")
+        require(self.num_query >= 1, "num_query", self.num_query, "must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")

@@ -1,0 +1,81 @@
+"""Settings of the commands that use a run: `gmeta evaluate`, `gmeta predict` and `gmeta report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gmeta.core.errors import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure a run before and after adaptation, by slice, beside baselines that need no network."""
+
+    run_dir: str
+    """Run directory made by `gmeta train`."""
+    split: Literal["train", "valid", "test"] = "test"
+    """Split of the pack to measure."""
+    pack: str | None = None
+    """Another task pack with the same schema; the run's own when unset."""
+    checkpoint: str = "best"
+    """Checkpoint to load: best, last, or a step number."""
+    steps: int | None = None
+    """Inner steps; as trained when unset (the last step's rates are repeated beyond)."""
+    inner_lr: float | None = None
+    """Inner learning rate; as trained when unset."""
+    plain_run: str | None = None
+    """A run of the same model trained with `meta.adapt: []`: adds the variants plain and plain-finetuned,
+    the latter with steps and rate tuned on the valid split."""
+    truth: str | None = None
+    """Directory made by `gmeta synth`: adds what its prior, posterior and oracle score, the frame of any model."""
+    baselines: bool = True
+    """Measure the baselines too."""
+    resamples: int = 1000
+    """Bootstrap resamples (over tasks) of the confidence intervals."""
+    tasks_per_batch: int = 256
+    """Tasks scored at a time, over all ranks."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    timeout_s: int = 300
+    """Seconds after which ranks give up on one that does not answer."""
+
+    def __post_init__(self) -> None:
+        require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
+        require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
+        require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Adapt to the tasks of a support file, score the rows of a query file (raw ids, Parquet or CSV)."""
+
+    run_dir: str
+    """Run directory made by `gmeta train`."""
+    support: str
+    """Labelled examples of the tasks; a task may have none."""
+    query: str
+    """Rows to score; needs no label column."""
+    out: str
+    """Parquet or CSV file to write: the query's rows with `score` and `score_before`."""
+    checkpoint: str = "best"
+    """Checkpoint to load: best, last, or a step number."""
+    tasks_per_batch: int = 256
+    """Tasks scored at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        require(self.out.endswith((".parquet", ".csv")), "out", self.out, "must end in .parquet or .csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Write report.html, one self-contained page, from a run directory."""
+
+    run_dir: str
+    """Run directory made by `gmeta train`."""

@@ -1,0 +1,312 @@
+"""Settings of `gmeta train`, section by section."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gmeta.core.errors import require
+
+LossName = Literal["bce", "mse", "l1", "huber"]
+METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
+"""Metrics that early stopping may watch, all measured after adaptation."""
+CLICK_METRICS = ("auc", "gauc", "logloss")
+"""Those that need 0/1 labels and probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model: which file of gmeta/models, and its sizes."""
+
+    name: str = "melu"
+    """Model to train: melu, dlrm or taste (one file each under gmeta/models)."""
+    features: list[str] = field(default_factory=list)
+    """Categorical features to use; empty means all in the pack."""
+    task_features: list[str] = field(default_factory=list)
+    """Those of them that describe the task (such as a user's age), for taste; all others describe the item."""
+    numeric: bool = True
+    """Use the pack's numeric columns."""
+    embedding_dim: int = 16
+    """Width of every embedding row."""
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    """Widths of the hidden layers on top of the embeddings."""
+    bottom: list[int] = field(default_factory=lambda: [64])
+    """Widths of dlrm's network over numeric columns, or of taste's over items; the embedding dimension is appended."""
+    layer_norm: bool = False
+    """Layer norm after each hidden layer (melu, dlrm)."""
+    dropout: float = 0.0
+    """Dropout after each hidden layer (taste: on the item's embeddings), seeded per (seed, step, task)."""
+
+    def __post_init__(self) -> None:
+        require(self.embedding_dim > 0, "model.embedding_dim", self.embedding_dim, "must be at least 1")
+        require(all(w > 0 for w in self.hidden), "model.hidden", self.hidden, "widths must be at least 1")
+        require(all(w > 0 for w in self.bottom), "model.bottom", self.bottom, "widths must be at least 1")
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaConfig:
+    """The inner loop. `adapt: []` is plain training on support and query together."""
+
+    adapt: list[str] = field(default_factory=lambda: ["embeddings", "dense"])
+    """What a task adapts: embeddings, dense, head, decision, or globs of parameter names
+    (embeddings.item_id, layers.0.*). Empty: plain training."""
+    order: Literal["first", "second"] = "second"
+    """second differentiates through the inner loop (exact MAML); first does not."""
+    inner_steps: int = 1
+    """SGD steps on the support."""
+    inner_lr: float = 0.1
+    """Inner learning rate (its start, when learned)."""
+    learn_inner_lr: bool = False
+    """Learn one inner rate per adapted layer and step."""
+    inner_loss: LossName | None = None
+    """Loss of the inner loop; the training loss when unset."""
+    inner_prior: float = 0.0
+    """Pseudo-rows: the inner loss is the sum of a task's support losses / (rows + inner_prior), so that small
+    supports move less."""
+    recompute: bool = False
+    """Build each inner step's graph again in the backward pass: slower, and less memory a step where the model has
+    layer norm, dropout or feature interactions (factored engine, second order; same numbers)."""
+    modulation: Literal["none", "cluster", "film"] = "none"
+    """Let the support decide where the inner loop starts: cluster gates every unit of the linear layers (CBML),
+    film scales and shifts them (MMAML)."""
+    modulation_dim: int = 16
+    """Width of the vector that modulation makes of a support set."""
+    clusters: int = 8
+    """Learned clusters of tasks, for modulation cluster."""
+    engine: Literal["auto", "factored", "reference"] = "auto"
+    """auto takes the factored engine where it can and says so where it cannot."""
+
+    def __post_init__(self) -> None:
+        require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
+        require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
+        require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
+        require(
+            not self.recompute or (self.engine != "reference" and self.order == "second"),
+            "meta.recompute",
+            self.recompute,
+            "only the factored engine's second order keeps graphs of inner steps; leave it out",
+        )
+        require(self.modulation_dim >= 1, "meta.modulation_dim", self.modulation_dim, "must be at least 1")
+        require(self.clusters >= 1, "meta.clusters", self.clusters, "must be at least 1")
+        require(
+            self.modulation == "none" or bool(self.adapt),
+            "meta.modulation",
+            self.modulation,
+            "it sets where the inner loop starts, and meta.adapt [] has none; use none, or name what tasks adapt",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingConfig:
+    """Sharded embedding tables and their row-wise optimizer."""
+
+    optimizer: Literal["sgd", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
+    """Row optimizer; only rows that took part in a step change."""
+    lr: float = 0.05
+    """Learning rate of embedding rows."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the rows that took part in a step."""
+    init_std: float = 0.05
+    """Standard deviation of the initial rows."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
+        require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
+        require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """AdamW for dense layers and learned inner rates, and the schedule of all learning rates."""
+
+    lr: float = 1e-3
+    """Peak learning rate of dense layers."""
+    inner_lr_lr: float = 1e-3
+    """Learning rate of learned inner rates."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (not applied to biases, norms and inner rates)."""
+    clip_norm: float = 0.0
+    """Clip gradients to this global norm, over all ranks, dense and rows together; 0 is off."""
+    warmup_steps: int = 0
+    """Linear warm-up of every learning rate (dense and embedding)."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    """Decay of every learning rate to zero at the last step."""
+    placement: str = "NNN"
+    """How parameters, gradients and optimizer state lie (PaRO): each N, on every rank, I, sharded inside groups, or G,
+    sharded over all; or auto. NNN is fastest where it fits; `gmeta plan` tells what else costs."""
+    group_size: int = 0
+    """Ranks of a group; 0: those of one machine."""
+    memory_gb: float | None = None
+    """With placement auto: GB a rank between steps for dense parameters, gradients and optimizer state (in a step
+    parameters are whole). Without it: on CUDA half of what is free, on CPU all that it takes."""
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
+        require(self.inner_lr_lr >= 0, "dense.inner_lr_lr", self.inner_lr_lr, "must not be negative")
+        require(self.weight_decay >= 0, "dense.weight_decay", self.weight_decay, "must not be negative")
+        require(self.clip_norm >= 0, "dense.clip_norm", self.clip_norm, "must not be negative")
+        require(self.warmup_steps >= 0, "dense.warmup_steps", self.warmup_steps, "must not be negative")
+        require(self.group_size >= 0, "dense.group_size", self.group_size, "must not be negative")
+        require(self.memory_gb is None or self.memory_gb > 0, "dense.memory_gb", self.memory_gb, "must be more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderConfig:
+    """How tasks are ordered and batched. The order is a function of the seed, never of the world size."""
+
+    tasks_per_batch: int = 64
+    """Tasks of one global batch, over all ranks (G)."""
+    window_batches: int = 64
+    """Batches per shuffle window: larger mixes better, smaller reads closer to sequentially."""
+    sequential: bool = True
+    """Fill windows with blocks of consecutive tasks. Off, for comparison: with tasks from anywhere in the pack."""
+    size_buckets: bool = True
+    """Put tasks of similar size into one batch. Off, for comparison: any of the window, so padding grows."""
+    prefetch: int = 2
+    """Batches prepared ahead in a background thread; 0 is off."""
+    ahead: Literal["none", "index", "ids"] = "ids"
+    """What the background thread does with a batch besides reading it: nothing, the uniques and other index work,
+    or the exchange of ids between workers as well. What it does not do ahead, the step does."""
+    resample: bool = False
+    """Redraw each training task's support/query cut every epoch, at random with the stored sizes."""
+
+    def __post_init__(self) -> None:
+        require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
+        require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """How rows and gradients travel between workers. The defaults are the fast ones; the others are for the study."""
+
+    fetch: Literal["fused", "separate"] = "fused"
+    """Support and query rows in one AlltoAll, or in one each; the gradients likewise."""
+    dedup: bool = True
+    """Ask for each row once, or once for every lookup."""
+    dense: Literal["all_reduce", "gather"] = "all_reduce"
+    """Dense gradients: AllReduce, or gather to rank 0, sum there and broadcast (the central outer rule)."""
+    overlap: bool = True
+    """Run the AllReduce of dense gradients during backward and under the AlltoAll of row gradients; off: after each
+    other."""
+    wire: Literal["float32", "bf16", "fp16"] = "float32"
+    """Type of rows and row gradients on the way; float32 leaves them as the table holds them. Gradients are summed
+    in the table's own type."""
+    node_size: int = 0
+    """Workers of one node, for a two-level AlltoAll (inside nodes, then between them); 0 is one level."""
+
+    def __post_init__(self) -> None:
+        require(self.node_size >= 0, "comm.node_size", self.node_size, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticConfig:
+    """Straggler mitigation and restarts: who computes how much of a batch follows measured speeds, never what a batch
+    is; and a worker that dies costs the steps since the last checkpoint (docs/elastic.md)."""
+
+    enabled: bool = False
+    """Report to a coordinator and follow it."""
+    url: str | None = None
+    """The coordinator (`gmeta coordinate`), such as http://host:8470; unset: `--nproc` starts one of its own."""
+    token_file: str | None = None
+    """File that holds the coordinator's token."""
+    policy: str = "nd"
+    """Policy of the coordinator that `--nproc` starts: nd, dd, lb_bsp, backup, static, or your own, module:function."""
+    report_s: float = 0.1
+    """Seconds between two reports of a worker."""
+    patience_s: float = 120.0
+    """Seconds that training waits for a coordinator which is away."""
+    max_restarts: int = 3
+    """Restarts of the group (`--nproc`) without a new checkpoint in between, after which the run ends."""
+    trace: bool = False
+    """Have the coordinator that `--nproc` starts record all reports and decisions in coordinator.jsonl (large)."""
+    device_class: str = ""
+    """Class of this worker's device, for policy dd; unset: the device's name."""
+    max_slots: int = 0
+    """Tasks of one micro-batch that fit this worker's memory, for policy dd; 0: any number."""
+
+    def __post_init__(self) -> None:
+        require(self.report_s > 0, "elastic.report_s", self.report_s, "must be more than 0 seconds")
+        require(self.patience_s > 0, "elastic.patience_s", self.patience_s, "must be more than 0 seconds")
+        require(self.max_restarts >= 0, "elastic.max_restarts", self.max_restarts, "must not be negative")
+        require(self.max_slots >= 0, "elastic.max_slots", self.max_slots, "must not be negative")
+        url = self.url
+        require(
+            url is None or url.startswith(("http://", "https://")),
+            "elastic.url",
+            url,
+            "must begin with http:// or https://",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """When training validates, saves and ends."""
+
+    epochs: int = 10
+    """Passes over the training tasks."""
+    max_steps: int = 0
+    """Stop after this many steps; 0 means epochs decide."""
+    eval_every: int = 0
+    """Validate every n steps; 0 means once an epoch."""
+    metric: str = "loss"
+    """Validation metric of early stopping and of the best checkpoint: auc, gauc, logloss, mae, rmse, loss."""
+    patience: int = 0
+    """Stop after this many validations without a better metric; 0 is off."""
+    checkpoint_every: int = 0
+    """Save every n steps; 0 means at each validation."""
+    keep_last: int = 2
+    """Checkpoints kept besides the best."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "eval_every", "patience", "checkpoint_every"):
+            require(getattr(self, key) >= 0, f"schedule.{key}", getattr(self, key), "must not be negative")
+        require(self.epochs >= 1, "schedule.epochs", self.epochs, "must be at least 1")
+        require(self.keep_last >= 1, "schedule.keep_last", self.keep_last, "must be at least 1")
+        require(self.metric in METRICS, "schedule.metric", self.metric, f"must be one of {', '.join(METRICS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train a model on a task pack; writes a run directory with checkpoints, metrics and config."""
+
+    pack: str
+    """Task pack directory, made by `gmeta prepare`."""
+    run_dir: str
+    """Run directory to create (or to resume)."""
+    loss: LossName = "bce"
+    """Outer loss, on the query."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    """The inner loop."""
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    """Embedding tables."""
+    dense: DenseConfig = field(default_factory=DenseConfig)
+    """Dense layers' optimizer."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """Batches."""
+    comm: CommConfig = field(default_factory=CommConfig)
+    """Communication between workers."""
+    elastic: ElasticConfig = field(default_factory=ElasticConfig)
+    """Straggler mitigation and restarts."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """When to validate, save and end."""
+    seed: int = 0
+    """Seed of initialisation, order and dropout."""
+    precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
+    """tf32: float32, but CUDA rounds the factors of matrix products to 10 bits (without CUDA the same as float32);
+    bf16 is autocast; float64 is for parity tests."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    timeout_s: int = 300
+    """Seconds after which ranks give up on one that does not answer."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        metric = self.schedule.metric
+        require(self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)")

@@ -1,0 +1,106 @@
+"""Scores a split before and after adaptation: sharded over ranks, gathered on rank 0, in the split's row order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gmeta.config.train import CLICK_METRICS, LossName
+from gmeta.data.loader import TaskLoader
+from gmeta.data.shards import PackSplit
+from gmeta.evaluation.metrics import metric
+from gmeta.meta.learner import MetaLearner
+from gmeta.meta.losses import prediction, row_loss
+from gmeta.parallel.collectives import gather_to_rank_0
+from gmeta.recommender.system import Prepared, System
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One entry per query row, ordered by `row`; logits are unrounded."""
+
+    row: Ints
+    task: Ints
+    label: Floats
+    before: Floats
+    after: Floats
+
+
+def score(
+    system: System,
+    split: PackSplit,
+    *,
+    tasks_per_batch: int,
+    learner: MetaLearner | None = None,
+    steps: int | None = None,
+    inner_lr: float | None = None,
+) -> Scores | None:
+    """Logits of every query row before and after adapting on its task's support; None on other ranks than 0.
+
+    `learner`, `steps` and `inner_lr` override what the system was trained with. Collective; no other loader may be
+    exchanging ids meanwhile.
+    """
+    mesh = system.mesh
+    learner = learner or system.learner
+    loader: TaskLoader[Prepared] = TaskLoader(
+        split,
+        tasks_per_batch=max(tasks_per_batch, mesh.world_size),
+        seed=0,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        shuffle=False,
+        transform=partial(system.prepare, learner=learner),
+    )
+    parts: list[tuple[torch.Tensor, ...]] = []
+    learner.eval()
+    with loader:
+        for prepared in loader:
+            batch = prepared.batch
+            rows = system.fetch(prepared.routes)
+            with system.precision():
+                before, after = learner.predict(rows, batch, steps=steps, inner_lr=inner_lr, plan=prepared.index)
+            mask = batch.query.mask
+            values = (batch.query.row, batch.query.label, before, after)
+            parts.append(tuple(v[mask].cpu() for v in values))
+    learner.train()
+    empty = (torch.zeros(0, dtype=torch.int64), *(torch.zeros(0, dtype=system.dtype) for _ in range(3)))
+    columns = [torch.cat(column).numpy() for column in zip(*(parts or [empty]), strict=True)]
+    row, label, before_, after_ = (gather_to_rank_0(column, mesh) for column in columns)
+    if mesh.rank != 0:
+        return None
+    order = np.argsort(row, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(split.num_task_rows)])
+    row = row[order]
+    task = np.searchsorted(starts, row, side="right") - 1
+    return Scores(row, task, *(v[order].astype(np.float64) for v in (label, before_, after_)))
+
+
+def to_predictions(logits: Floats, loss: LossName) -> Floats:
+    """Logits -> what is reported: probabilities under bce, values otherwise."""
+    return prediction(loss)(torch.from_numpy(logits)).numpy().astype(np.float64)
+
+
+def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName) -> float:
+    """Mean over tasks of the mean loss of their query rows: what training minimises."""
+    values = row_loss(loss)(torch.from_numpy(logits), torch.from_numpy(label)).numpy()
+    _, index = np.unique(task, return_inverse=True)
+    return float((np.bincount(index, values) / np.bincount(index)).mean())
+
+
+def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
+    """`<metric>_before` and `<metric>_after` of every metric that fits the loss."""
+    out: dict[str, float] = {}
+    names = (*CLICK_METRICS, "mae", "rmse") if loss == "bce" else ("mae", "rmse")
+    for when, logits in (("before", scores.before), ("after", scores.after)):
+        out[f"loss_{when}"] = task_mean_loss(logits, scores.label, scores.task, loss)
+        predicted = to_predictions(logits, loss)
+        for name in names:
+            out[f"{name}_{when}"] = metric(name, predicted, scores.label, scores.task)
+    return out

@@ -1,0 +1,249 @@
+"""evaluation.json: every metric of every variant on every slice, with paired intervals over tasks.
+
+The layout of the document is in docs/evaluation.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from gmeta.core.files import write_text
+from gmeta.evaluation.baselines import BASELINES
+from gmeta.evaluation.metrics import (
+    BINARY_METRICS,
+    HIGHER_IS_BETTER,
+    MAX_NDCG_LABEL,
+    RATING_METRICS,
+    Bootstrap,
+    Estimate,
+    calibration_curve,
+    make_rows,
+)
+
+SUPPORT_SIZES = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
+"""Inclusive ranges of the number of support rows, one slice each."""
+
+_PIPE_WIDTH = 110
+BOUNDS = ("posterior", "oracle")
+"""Variants that know the truth of a synthetic log: no model is expected to beat them."""
+
+_UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"}
+
+
+@dataclass(frozen=True)
+class _Query:
+    scores: dict[str, NDArray[Any]]  # variant -> [N]
+    label: NDArray[Any]  # [N]
+    task: NDArray[Any]  # int [N]
+    support_size: NDArray[Any]  # int [N]
+    item_cold: NDArray[np.bool_]  # [N]
+    task_cold: NDArray[np.bool_]  # [N]
+    reference: str  # the variant whose differences to all others are measured
+
+    def __post_init__(self) -> None:
+        sizes = {name: len(score) for name, score in self.scores.items()}
+        columns = ("label", "task", "support_size", "item_cold", "task_cold")
+        sizes |= {name: len(getattr(self, name)) for name in columns}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"columns of query rows have different lengths: {sizes}")
+        if len(self.label) == 0:
+            raise ValueError("there are no query rows to measure: choose a split that has tasks")
+
+
+def evaluation_records(
+    scores: dict[str, NDArray[Any]],
+    *,
+    label: NDArray[Any],
+    task: NDArray[Any],
+    support_size: NDArray[Any],
+    item_cold: NDArray[Any],
+    task_cold: NDArray[Any] | bool,
+    binary: bool,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The content of evaluation.json, but for what only the caller knows (`write_evaluation` adds it).
+
+    Args:
+        scores: variant -> unrounded score of each query row, [N]; variants named in `BASELINES` are baselines.
+            Differences are those of `after` to each other variant (of the first variant where there is no `after`).
+        label: [N].
+        task: integer key of each row's task, [N].
+        support_size: support rows of each row's task, [N].
+        item_cold: the row's item is in no training task, [N]; False where unknown.
+        task_cold: the row's task is in no training task, [N] or the same for all.
+        binary: labels are 0/1 and scores are probabilities.
+        resamples: bootstrap resamples per slice.
+        seed: of the resamples.
+
+    Raises:
+        ValueError: columns of different lengths, no rows, or values that a metric does not take.
+    """
+    if not scores:
+        raise ValueError("there are no scores to measure: name at least one variant")
+    query = _Query(
+        scores,
+        label,
+        task,
+        support_size,
+        item_cold.astype(np.bool_),
+        task_cold if isinstance(task_cold, np.ndarray) else np.full(len(label), task_cold),
+        reference="after" if "after" in scores else next(iter(scores)),
+    )
+    metrics, notes = _metrics_for(label, binary)
+    cases, records, differences = [], [], []
+    for case, about, mask in _slices(query):
+        cases.append({"case": case, "about": about, "tasks": len(np.unique(task[mask])), "rows": int(mask.sum())})
+        if mask.any():
+            new_records, new_differences = _measure(query, case, mask, metrics, resamples, seed)
+            records += new_records
+            differences += new_differences
+    headline = "auc" if binary else "mae"
+    return {
+        "headline": {"metric": headline, "higher_is_better": headline in HIGHER_IS_BETTER},
+        "reference": query.reference,
+        "variants": list(scores),
+        "baselines": [name for name in scores if name in BASELINES],
+        "resamples": resamples,
+        "cases": cases,
+        "records": records,
+        "differences": differences,
+        "curves": {name: calibration_curve(score, label) for name, score in scores.items()},
+        "notes": notes,
+    }
+
+
+def write_evaluation(path: Path | str, evaluation: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Write evaluation.json; `settings` (checkpoint, split, tuned steps, …) go under their own key."""
+    text = json.dumps({"settings": settings, **evaluation}, allow_nan=False, indent=1)
+    write_text(Path(path), text + "\n")
+
+
+@dataclass(frozen=True)
+class HeadlineRow:
+    """One variant's headline metric on one case, and what the reference gains on it."""
+
+    variant: str
+    record: dict[str, Any]
+    difference: dict[str, Any] | None  # reference - variant; None for the reference itself
+    verdict: str  # "better", "worse" or "not distinguishable", of the reference; "a bound"; "" for itself
+
+
+def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:
+    """The headline metric of every variant on `case`; empty when the case has no rows."""
+    metric = evaluation["headline"]["metric"]
+    sign = 1 if evaluation["headline"]["higher_is_better"] else -1
+    differences = {d["against"]: d for d in evaluation["differences"] if d["case"] == case and d["metric"] == metric}
+    rows = []
+    for record in evaluation["records"]:
+        if record["case"] == case and record["metric"] == metric:
+            difference = differences.get(record["variant"])
+            verdict = "" if difference is None else _verdict(difference, sign)
+            verdict = "a bound" if record["variant"] in BOUNDS else verdict
+            rows.append(HeadlineRow(record["variant"], record, difference, verdict))
+    return rows
+
+
+def _verdict(difference: dict[str, Any], sign: int) -> str:
+    low, high = difference["low"], difference["high"]
+    if low is None or low <= 0 <= high:
+        return "not distinguishable"
+    return "better" if sign * low > 0 else "worse"
+
+
+def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> None:
+    """Table of the headline metric: every variant, and the reference's paired difference to it (on standard output)."""
+    metric, reference = evaluation["headline"]["metric"], evaluation["reference"]
+    case = evaluation["cases"][0]
+    better = "higher" if evaluation["headline"]["higher_is_better"] else "lower"
+    table = Table(title=f"{metric} ({better} is better), {case['rows']:,} query rows of {case['tasks']:,} tasks")
+    for name in ("variant", metric, "95 %", f"{reference} - variant", "95 %", f"{reference} is"):
+        table.add_column(name, justify="left" if name in ("variant", f"{reference} is") else "right", no_wrap=True)
+    for row in headline_rows(evaluation):
+        cells = [row.variant, *_cells(row.record, "")]
+        cells += _cells(row.difference, "+") if row.difference else ["", ""]
+        table.add_row(*cells, row.verdict, style="bold" if row.variant == reference else "")
+    console = Console(file=file)
+    if not console.is_terminal:
+        # A pipe has no width of its own; the 80 columns that rich assumes would cut the table.
+        console.width = max(console.width, _PIPE_WIDTH)
+    console.print(table)
+
+
+def _cells(record: dict[str, Any], sign: str) -> list[str]:
+    """Value and interval as text."""
+    if record["value"] is None:
+        return ["undefined", ""]
+    interval = "" if record["low"] is None else f"{record['low']:{sign}.4f} … {record['high']:{sign}.4f}"
+    return [f"{record['value']:{sign}.4f}", interval]
+
+
+def _metrics_for(label: NDArray[Any], binary: bool) -> tuple[tuple[str, ...], list[str]]:
+    if binary:
+        return BINARY_METRICS, []
+    if label.min() >= 0 and label.max() <= MAX_NDCG_LABEL:
+        return RATING_METRICS, []
+    kept = tuple(name for name in RATING_METRICS if not name.startswith("ndcg"))
+    note = f"nDCG is left out: labels span {label.min():g} to {label.max():g}, it takes 0 to {MAX_NDCG_LABEL:g}"
+    return kept, [note]
+
+
+def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
+    """(case, description, rows) of every slice; the four cold slices part the rows, and so do the support sizes."""
+    cold_task, cold_item = query.task_cold, query.item_cold
+    slices = [
+        ("all", "every query row", np.ones(len(query.label), dtype=np.bool_)),
+        ("warm", "task and item seen in training", ~cold_task & ~cold_item),
+        ("user_cold", "new task, item seen in training", cold_task & ~cold_item),
+        ("item_cold", "task seen in training, new item", ~cold_task & cold_item),
+        ("both_cold", "new task, new item", cold_task & cold_item),
+    ]
+    size = query.support_size
+    for low, high in SUPPORT_SIZES:
+        mask = (size >= low) & (size <= (math.inf if high is None else high))
+        if high is None:
+            slices.append((f"support_{low}+", f"tasks with {low} or more support rows", mask))
+        elif low == high:
+            slices.append((f"support_{low}", f"tasks with {low} support rows", mask))
+        else:
+            slices.append((f"support_{low}-{high}", f"tasks with {low} to {high} support rows", mask))
+    return slices
+
+
+def _measure(
+    query: _Query, case: str, mask: NDArray[np.bool_], metrics: Sequence[str], resamples: int, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records of one slice: values, and the paired differences of the reference to every other variant."""
+    rows = {name: make_rows(score[mask], query.label[mask], query.task[mask]) for name, score in query.scores.items()}
+    bootstrap = Bootstrap(next(iter(rows.values())).num_tasks, resamples=resamples, seed=seed)
+    for variant, sample in rows.items():
+        for name in metrics:
+            bootstrap.add((variant, name), name, sample)
+    bootstrap.run()
+    records, differences = [], []
+    for variant in rows:
+        for name in metrics:
+            unit = _UNITS.get(name, "1")
+            keys = {"case": case, "variant": variant, "metric": name}
+            records.append({**keys, **_fields(bootstrap.estimate((variant, name))), "unit": unit})
+            if variant != query.reference:
+                estimate = bootstrap.estimate((query.reference, name), against=(variant, name))
+                keys = {"case": case, "variant": query.reference, "against": variant, "metric": name}
+                differences.append({**keys, **_fields(estimate), "unit": unit})
+    return records, differences
+
+
+def _fields(estimate: Estimate) -> dict[str, Any]:
+    """JSON knows no nan: what is undefined is null."""
+    value, low, high = (x if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high))
+    return {"value": value, "low": low, "high": high, "n": estimate.n}

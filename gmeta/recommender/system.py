@@ -1,0 +1,263 @@
+"""Builds what a config describes: model, learner and tables, on this rank. Shared by train, evaluate and predict."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from gmeta.config.train import CommConfig, MetaConfig, TrainConfig
+from gmeta.core.batch import EmbeddedRows, Lookup, RowGradients, TaskBatch, lookup_of, tasks_of, to_device
+from gmeta.data.schema import PackSchema, schema_difference
+from gmeta.embedding.exchange import Routes, exchange_ids, fetch, return_gradients
+from gmeta.embedding.lookup import LookupPlan, plan_lookup
+from gmeta.embedding.table import ShardedTables, TableSpec
+from gmeta.meta.gather_plan import Plan
+from gmeta.meta.learner import MetaLearner
+from gmeta.meta.modulation import build_modulator
+from gmeta.models import build_model
+from gmeta.parallel.mesh import Mesh
+from gmeta.runs import checkpoint
+from gmeta.runs.directory import read_config, read_schema
+
+WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of rows and row gradients on the way; None: as the tables hold them."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A batch of which nothing was prepared."""
+
+    batch: TaskBatch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tasks that are computed together: all of a rank's batch, or a part of it."""
+
+    batch: TaskBatch
+    index: Plan  # which of the fetched rows each feature of each task reads
+    lookups: tuple[dict[str, Lookup], dict[str, Lookup]] | None = None  # support, query; None: those of the whole batch
+
+    def rows(self, fetched: EmbeddedRows) -> EmbeddedRows:
+        """The batch's fetched rows, as these tasks look them up."""
+        return fetched if self.lookups is None else EmbeddedRows(fetched.weights, *self.lookups)
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """A batch on this rank's device, and its index work: what needs no other rank."""
+
+    batch: TaskBatch
+    lookup: LookupPlan  # which rows to fetch
+    parts: tuple[MicroBatch, ...]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch whose ids were exchanged too: its step moves rows and gradients only."""
+
+    batch: TaskBatch
+    routes: Routes  # which rows to fetch, from whom, and what others fetch here
+    parts: tuple[MicroBatch, ...]
+
+    @property
+    def index(self) -> Plan:
+        """Of a batch that is computed as one."""
+        (whole,) = self.parts
+        return whole.index
+
+
+Work = Loaded | Indexed | Prepared
+"""What a loader hands out, by how much is done ahead of the step."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A model, its learner and its tables on this rank."""
+
+    learner: MetaLearner
+    tables: ShardedTables
+    mesh: Mesh
+    dtype: torch.dtype
+    autocast: bool
+    comm: CommConfig = field(default_factory=CommConfig)
+
+    def index(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Indexed:
+        """All index work of a batch, for its own learner or another; local, so the loader's thread does it."""
+        lookup = plan_lookup(self.tables, batch, separate=self.comm.fetch == "separate", dedup=self.comm.dedup)
+        learner = learner or self.learner
+        num_rows = {name: max(1, count) for name, count in lookup.num_rows.items()}
+        device = self.mesh.device
+        moved = to_device(batch, device, self.dtype)
+        ends = (batch.num_tasks,) if batch.division is None else batch.division.ends(self.mesh.rank)
+        if len(ends) == 1:
+            index = learner.plan(lookup.support, lookup.query, num_rows, batch)
+            return Indexed(moved, lookup, (MicroBatch(moved, to_device(index, device)),))
+        parts, start = [], 0
+        for stop in ends:
+            support = {name: lookup_of(found, start, stop) for name, found in lookup.support.items()}
+            query = {name: lookup_of(found, start, stop) for name, found in lookup.query.items()}
+            index = learner.plan(support, query, num_rows, tasks_of(batch, start, stop))
+            index, lookups = to_device((index, (support, query)), device)
+            parts.append(MicroBatch(tasks_of(moved, start, stop), index, lookups))
+            start = stop
+        return Indexed(moved, lookup, tuple(parts))
+
+    def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Prepared:
+        """Everything that can be done before the step: index work, then the exchange of ids, which is collective.
+
+        The loader's thread does it: all ranks for the same batches in the same order, and one loader at a time.
+        """
+        return self.complete(self.index(batch, learner))
+
+    def complete(self, work: Work) -> Prepared:
+        """What was not done ahead; collective unless `work` is prepared."""
+        if isinstance(work, Prepared):
+            return work
+        indexed = self.index(work.batch) if isinstance(work, Loaded) else work
+        return Prepared(indexed.batch, exchange_ids(self.tables, indexed.lookup, self.mesh), indexed.parts)
+
+    def fetch(self, routes: Routes) -> EmbeddedRows:
+        """Fetch a batch's rows; collective."""
+        return fetch(self.tables, routes, self.mesh, WIRE[self.comm.wire])
+
+    def return_gradients(
+        self, routes: Routes, rows: EmbeddedRows, used: dict[str, Tensor] | None = None
+    ) -> dict[str, RowGradients]:
+        """Send the gradients of fetched rows home; collective. `used`: see `used_rows`."""
+        return return_gradients(self.tables, routes, rows, self.mesh, WIRE[self.comm.wire], used=used)
+
+    def precision(self) -> AbstractContextManager[object]:
+        """Autocast for forward passes, where configured."""
+        if self.autocast:
+            return torch.autocast(self.mesh.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of model, learned rates and tables, by name, for checkpoints."""
+        dense = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self.learner.named_parameters()}
+        return {**dense, **self.table_tensors()}
+
+    def table_tensors(self) -> dict[str, Tensor]:
+        """This rank's rows of tables and of their optimizer's state, by name."""
+        return {f"tables.{name}": t for name, t in self.tables.state_dict().items()}
+
+
+def used_rows(prepared: Prepared, rows: EmbeddedRows, finished: int) -> dict[str, Tensor]:
+    """Group -> bool [U], which fetched rows the first `finished` micro-batches read."""
+    used = {
+        g: w.new_full(w.shape[:1], finished == len(prepared.parts), dtype=torch.bool) for g, w in rows.weights.items()
+    }
+    for part in prepared.parts[:finished]:
+        if part.lookups is None:  # the batch is one
+            continue
+        for side, lookups in zip((part.batch.support, part.batch.query), part.lookups, strict=True):
+            for found in lookups.values():
+                index = found.index if found.lengths is not None else found.index[side.mask]
+                used[found.group][index] = True
+    return used
+
+
+def table_specs(schema: PackSchema, features: tuple[str, ...], dim: int) -> list[TableSpec]:
+    """One table per vocabulary that the model's features read; features of one vocabulary share it."""
+    specs: dict[str, TableSpec] = {}
+    for name in features:
+        feature = schema.feature(name)
+        pooling = None if feature.kind == "categorical" else feature.pooling
+        spec = specs.setdefault(feature.table, TableSpec(feature.table, feature.num_ids, dim, {}))
+        specs[feature.table] = replace(spec, features={**spec.features, name: pooling})
+    return list(specs.values())
+
+
+def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
+    """Build model, learner and tables with the config's seed.
+
+    Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
+    """
+    if config.loss == "bce" and not schema.binary_label:
+        raise ValueError(
+            f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
+            "prepare with --label_threshold, or train with --loss mse, l1 or huber"
+        )
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    if mesh.device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
+    model = build_model(config.model, schema, seed=config.seed).to(mesh.device, dtype)
+    num_numeric = len(schema.numeric) if config.model.numeric else 0
+    learner = build_learner(model, config, config.meta, num_numeric).to(mesh.device, dtype)
+    features = learner.embedding_features
+    learner.choose_engine(dict.fromkeys(features, config.model.embedding_dim), len(schema.numeric))
+    tables = ShardedTables(
+        table_specs(schema, features, config.model.embedding_dim),
+        mesh=mesh,
+        seed=config.seed,
+        init_std=config.embedding.init_std,
+        dtype=dtype,
+        optimizer=config.embedding.optimizer,
+    )
+    return System(
+        learner=learner,
+        tables=tables,
+        mesh=mesh,
+        dtype=dtype,
+        autocast=config.precision == "bf16",
+        comm=config.comm,
+    )
+
+
+def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig, num_numeric: int) -> MetaLearner:
+    """The learner of a model that gmeta built, with the run's losses and the inner loop of `meta`.
+
+    `num_numeric` is the number of numeric columns that the model reads.
+    """
+    features = cast(tuple[str, ...], model.features)
+    modulator = None
+    if meta.modulation != "none":
+        modulator = build_modulator(
+            meta.modulation,
+            model,
+            dims=dict.fromkeys(features, config.model.embedding_dim),
+            num_numeric=num_numeric,
+            width=meta.modulation_dim,
+            clusters=meta.clusters,
+            seed=config.seed,
+        )
+    return MetaLearner(
+        model,
+        embedding_features=features,
+        adapt=meta.adapt,
+        order=meta.order,
+        inner_steps=meta.inner_steps,
+        inner_lr=meta.inner_lr,
+        learn_inner_lr=meta.learn_inner_lr,
+        loss=config.loss,
+        inner_loss=meta.inner_loss,
+        inner_prior=meta.inner_prior,
+        recompute=meta.recompute,
+        modulator=modulator,
+        engine=meta.engine,
+        seed=config.seed,
+    )
+
+
+def load_system(
+    run_dir: Path, which: str, mesh: Mesh, *, pack_schema: PackSchema | None = None
+) -> tuple[System, TrainConfig]:
+    """Build a run's system and load checkpoint `which`; collective.
+
+    Raises ValueError with the difference when `pack_schema` does not fit the run's.
+    """
+    config = read_config(run_dir)
+    schema, _ = read_schema(run_dir)
+    if pack_schema is not None and (lines := schema_difference(schema, pack_schema)):
+        raise ValueError(f"the data does not fit the run {run_dir}: " + "; ".join(lines))
+    path = checkpoint.resolve(run_dir / "checkpoints", which)
+    checkpoint.verify_together(path, mesh)
+    system = build_system(config, schema, mesh)
+    checkpoint.load_tensors(path, system.tensors(), mesh)
+    return system, config

@@ -1,0 +1,217 @@
+"""Checkpoints: tensors through torch.distributed.checkpoint as safetensors, the rest as JSON.
+
+    checkpoints/step-00001000/
+        shard-00001-model-00001-of-00001.safetensors …   one a rank: dense tensors once, each rank's table rows
+        state.json       step, loader position, schedule, best metric, config, schema
+        checksums.json   size and xxh3 of every other file
+
+A checkpoint is whole or absent: it is written beside its place, synced and renamed. It loads on any world
+size, because tables are `DTensor`s and everything else is replicated. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from gmeta.data.shards import checksum_file
+from gmeta.core.files import read_mapping
+from gmeta.parallel.collectives import naming_lost_peers, raise_together
+from gmeta.parallel.mesh import Mesh, barrier
+from gmeta.sharding.checkpoint import PieceWriter, differences
+
+FORMAT_VERSION = 1
+
+
+def step_dir(root: Path, step: int) -> Path:
+    """Directory of the checkpoint after `step` steps."""
+    return root / f"step-{step:08d}"
+
+
+def steps_saved(root: Path) -> list[int]:
+    """Steps that have a whole checkpoint under `root`, ascending."""
+    return sorted(int(path.name[5:]) for path in root.glob("step-*") if path.name[5:].isdigit())
+
+
+def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], mesh: Mesh) -> Path:
+    """Save a checkpoint; collective. Returns its directory once it is whole on disk.
+
+    Raises ValueError where the disk refuses (full, read-only); the half-written directory is removed.
+    """
+    final = step_dir(root, step)
+    partial = root / f".partial-{final.name}"
+    if mesh.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier(mesh)
+    error: Exception | None = None
+    try:
+        _dcp_save(partial, tensors, mesh)
+    except OSError as problem:
+        error = problem
+    except CheckpointException as problem:  # a BaseException; on all ranks alike
+        error = _first_failure(problem)
+    if mesh.rank == 0 and error is None:
+        error = _seal(partial, final, {"format_version": FORMAT_VERSION, "step": step, **state})
+    if mesh.rank == 0 and error is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    if error is not None:
+        error = ValueError(
+            f"cannot save {final}: {error}; free space there, then go on from the last checkpoint with --resume true"
+        )
+    raise_together(error, mesh)
+    return final
+
+
+def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
+    writer = PieceWriter(str(path))
+    with _single_process_is_fine(), naming_lost_peers(mesh):
+        dcp_save(
+            {name: t.contiguous() for name, t in sorted(tensors.items())},
+            storage_writer=writer,
+            process_group=mesh.control_group,
+            no_dist=mesh.control_group is None,
+        )
+
+
+def _seal(partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
+    """Write state and checksums, sync, rename; the complaint if the disk refuses."""
+    try:
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        sums = {path.name: {"bytes": path.stat().st_size, "xxh3": checksum_file(path)} for path in files}
+        (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
+        for path in [*files, partial / "checksums.json", partial]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        sync(final.parent)
+    except OSError as error:
+        return error
+    return None
+
+
+def sync(path: Path) -> None:
+    """fsync a file or directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_failure(error: CheckpointException) -> Exception:
+    """What the lowest failing rank raised, if that is the disk's fault; anything else is ours and goes up."""
+    cause = error.failures[min(error.failures)][0]
+    if isinstance(cause, OSError | SafetensorError) or "I/O error" in str(cause):
+        return ValueError(str(cause))
+    raise error
+
+
+CURE = "delete this checkpoint and resume from an older one"
+
+
+def verify(path: Path) -> None:
+    """Check size and checksum of every file of a checkpoint; ValueError names the damaged one."""
+    for name, expected in read_mapping(path / "checksums.json", CURE).items():
+        file = path / name
+        if not isinstance(expected, dict) or not file.is_file():
+            raise ValueError(f"checkpoint {path} is not whole ({name} is missing): {CURE}")
+        if file.stat().st_size != expected.get("bytes"):
+            raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected.get('bytes')}: {CURE}")
+        if checksum_file(file) != expected.get("xxh3"):
+            raise ValueError(f"{file} is damaged (its checksum differs): {CURE}")
+
+
+def verify_together(path: Path, mesh: Mesh) -> None:
+    """`verify` on rank 0, its error on all; collective."""
+    error: Exception | None = None
+    if mesh.rank == 0:
+        try:
+            verify(path)
+        except ValueError as problem:
+            error = problem
+    raise_together(error, mesh)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint. ValueError where it cannot be read or is of a newer format."""
+    state = read_mapping(path / "state.json", CURE)
+    version = state.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"checkpoint {path} has format {version}; this gmeta reads up to {FORMAT_VERSION}: upgrade gmeta"
+        )
+    return state
+
+
+def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
+    """Fill `tensors` in place from a checkpoint; collective.
+
+    Raises ValueError naming the tensors that are missing or have another shape (a checkpoint of another model).
+    """
+    reader = HuggingFaceStorageReader(str(path))
+    if shown := differences(reader.read_metadata().state_dict_metadata, tensors):
+        raise ValueError(f"checkpoint {path} is of another model: {shown}")
+    with _single_process_is_fine(), naming_lost_peers(mesh):
+        dcp_load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)
+
+
+@contextmanager
+def _single_process_is_fine() -> Iterator[None]:
+    """DCP warns when there is no process group; world size 1 is an ordinary case here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
+        yield
+
+
+def prune(root: Path, keep_last: int, best: int | None) -> None:
+    """Delete all but the last `keep_last` checkpoints and the best one."""
+    steps = steps_saved(root)
+    for step in steps[: max(0, len(steps) - keep_last)]:
+        if step != best:
+            leaving = root / f".partial-{step_dir(root, step).name}"  # never a checkpoint that lost some of its files
+            os.rename(step_dir(root, step), leaving)
+            shutil.rmtree(leaving)
+
+
+def resolve(root: Path, which: str) -> Path:
+    """Directory of checkpoint `which`: best (of the newest that can be read), last, or a step number.
+
+    ValueError lists what exists.
+    """
+    steps = steps_saved(root)
+    if not steps:
+        raise ValueError(f"{root} holds no checkpoint: train the run first, or name another run_dir")
+    if which == "last":
+        return step_dir(root, steps[-1])
+    if which == "best":
+        best = _best_step(root, steps)
+        return step_dir(root, best if best in steps else steps[-1])
+    if which.isdigit() and int(which) in steps:
+        return step_dir(root, int(which))
+    raise ValueError(f"checkpoint is {which!r}: must be best, last or one of {steps}")
+
+
+def _best_step(root: Path, steps: list[int]) -> int | None:
+    """Best step by the newest checkpoint that can be read; a damaged last one must not hide a healthy best."""
+    for step in reversed(steps):
+        try:
+            best = read_state(step_dir(root, step)).get("best_step")
+        except ValueError:
+            continue
+        return best if isinstance(best, int) else None
+    return None

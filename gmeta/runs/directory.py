@@ -1,0 +1,184 @@
+"""A run directory: one run, one writer, self-contained.
+
+config.yaml  environment.json  run_id  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from gmeta.runs import checkpoint
+from gmeta.config.train import CommConfig, DenseConfig, ElasticConfig, EmbeddingConfig, LoaderConfig, MetaConfig, ModelConfig, ScheduleConfig, TrainConfig
+from gmeta.data.pack import open_pack
+from gmeta.data.schema import PackSchema, pack_schema_from_json, schema_difference
+from gmeta.core.files import read_mapping, replacing, write_text
+from gmeta.parallel.collectives import raise_together
+from gmeta.parallel.mesh import Mesh
+from gmeta.runs.log import METRICS_FILE, write_environment
+
+FIXED_ON_RESUME = (
+    "loss",
+    "model.",
+    "meta.",
+    "seed",
+    "precision",
+    "embedding.optimizer",
+    "loader.tasks_per_batch",
+    "loader.window_batches",
+    "loader.sequential",
+    "loader.size_buckets",
+    "loader.resample",
+)
+"""Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
+
+FREE_ON_RESUME = ("meta.engine", "meta.recompute")
+"""Of these, settings that only say how the same numbers are computed."""
+
+_RUN_ID = "run_id"
+
+SECTIONS: dict[str, Callable[..., Any]] = {
+    "model": ModelConfig,
+    "meta": MetaConfig,
+    "embedding": EmbeddingConfig,
+    "dense": DenseConfig,
+    "loader": LoaderConfig,
+    "comm": CommConfig,
+    "elastic": ElasticConfig,
+    "schedule": ScheduleConfig,
+}
+
+
+@contextmanager
+def run_lock(run_dir: Path, mesh: Mesh) -> Iterator[None]:
+    """Hold the run directory for this run; the lock dies with the process. Collective."""
+    if mesh.rank != 0:
+        raise_together(None, mesh)
+        yield
+        return
+    with ExitStack() as stack:
+        error: Exception | None = None
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _lock(stack.enter_context((run_dir / ".lock").open("a+")), run_dir)
+        except (OSError, ValueError) as problem:
+            error = problem
+        raise_together(error, mesh)
+        yield
+
+
+def _lock(file: TextIO, run_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{run_dir} is being written by another run (process {file.read().strip()}): "
+            "wait for it, end it, or name another run_dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+
+
+def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
+    """Create the run directory, or find the checkpoint to resume from (None: start at step 0). Collective."""
+    run_dir = Path(config.run_dir)
+    error: Exception | None = None
+    if mesh.rank == 0:
+        try:
+            _prepare(config, run_dir)
+        except (ValueError, OSError) as problem:
+            error = problem
+    raise_together(error, mesh)
+    if config.resume and checkpoint.steps_saved(run_dir / "checkpoints"):
+        return checkpoint.resolve(run_dir / "checkpoints", "last")
+    return None
+
+
+def _prepare(config: TrainConfig, run_dir: Path) -> None:
+    """Check what is there, then write what a run directory holds from its start."""
+    pack = open_pack(config.pack)
+    checkpoints = run_dir / "checkpoints"
+    saved = checkpoint.steps_saved(checkpoints)
+    if (saved or (run_dir / METRICS_FILE).exists()) and not config.resume:
+        raise ValueError(f"{run_dir} already holds a run: continue it with --resume true, or name another run_dir")
+    if saved:
+        last = checkpoint.step_dir(checkpoints, saved[-1])
+        checkpoint.verify(last)
+        _require_same(checkpoint.read_state(last), config, pack.schema)
+    for leftover in checkpoints.glob(".partial-*"):  # of a process that was killed in a save
+        shutil.rmtree(leftover)
+    # An absolute path: a run is evaluated from anywhere.
+    resolved = replace(config, pack=str(pack.path.resolve()))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(asdict(resolved), sort_keys=False))
+    schemas = {"pack": pack.schema.to_json(), "data": pack.manifest["data_schema"]}
+    write_text(run_dir / "schema.json", json.dumps(schemas, indent=1))
+    (run_dir / "vocab").mkdir(exist_ok=True)
+    for file in pack.vocabulary_files():
+        with replacing(run_dir / "vocab" / file.name) as partial:
+            shutil.copyfile(file, partial)
+    write_environment(run_dir / "environment.json")
+    if not (run_dir / _RUN_ID).exists():
+        write_text(run_dir / _RUN_ID, f"{run_dir.name}-{uuid.uuid4().hex[:12]}\n")
+
+
+def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -> None:
+    """ValueError naming the first setting, or the columns, that a checkpoint does not fit."""
+    # A setting younger than the checkpoint did then what its default does now.
+    defaults = asdict(TrainConfig(pack="", run_dir=""))
+    before, wanted = _leaves(defaults) | _leaves(state["config"]), _leaves(asdict(now))
+    for key in wanted:
+        if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME and before.get(key) != wanted[key]:
+            raise ValueError(
+                f"{key} is {wanted[key]!r}, but the run to resume has {before.get(key)!r}: "
+                "start a new run_dir to change it"
+            )
+    if lines := schema_difference(pack_schema_from_json(state["schema"]), schema):
+        raise ValueError(f"{now.pack} does not fit the run to resume: " + "; ".join(lines))
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def read_run_id(run_dir: Path) -> str:
+    """A name that no other run has, nor this one's repetition in a new directory."""
+    return (run_dir / _RUN_ID).read_text().strip()
+
+
+_CURE = "restore it, or take the one that a checkpoint's state.json holds"
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The resolved config of a run. ValueError when the directory holds no run, or the file is damaged."""
+    file = run_dir / "config.yaml"
+    if not file.exists():
+        raise ValueError(f"{run_dir} holds no run (no config.yaml): name a directory made by `gmeta train`")
+    values = read_mapping(file, _CURE)
+    try:
+        return TrainConfig(**{k: SECTIONS[k](**v) if k in SECTIONS else v for k, v in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no config of a run ({error}): {_CURE}") from None
+
+
+def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:
+    """The pack schema and the raw data schema that a run was trained with."""
+    values = read_mapping(run_dir / "schema.json", _CURE)
+    try:
+        return pack_schema_from_json(values["pack"]), values["data"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run ({error}): {_CURE}") from None

@@ -1,0 +1,109 @@
+"""torch's own FSDP2 behind the interface of `Paro`, for the placements that it has: III (as HSDP) and GGG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from gmeta.sharding.checkpoint import first_state
+from gmeta.sharding.ring import Circle, Counter
+from gmeta.sharding.units import OptimizerFactory, Stepped, broadcast_module, items
+
+
+class TorchEngine:
+    """See `Paro`, whose checkpoints it shares. Gradients are averaged; parameters of the root are in no unit."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer_factory: OptimizerFactory,
+        mesh: DeviceMesh,
+        placement: str,
+        units: Sequence[nn.Module] | None,
+        compute_dtype: torch.dtype | None,
+        grad_dtype: torch.dtype | None,
+    ) -> None:
+        if placement not in ("III", "GGG"):
+            raise ValueError(
+                f"backend torch has no {placement}: it shards III (HSDP) and GGG (FSDP2); for NNN take "
+                "DistributedDataParallel itself"
+            )
+        kinds = {param.device.type for param in module.parameters()}
+        if kinds != {mesh.device_type}:
+            raise ValueError(
+                f"the mesh is of {mesh.device_type} devices, the module on {', '.join(sorted(kinds))}: make it with "
+                "group_mesh(size, device_type)"
+            )
+        self.module, self._late = module, placement == "III"
+        everyone = tuple(mesh.mesh.flatten().tolist())
+        broadcast_module(module, Circle(everyone, 0, None, (), Counter()))
+        if placement == "GGG":
+            mesh = DeviceMesh(mesh.device_type, mesh.mesh.flatten(), mesh_dim_names=("all",))
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=grad_dtype)
+        for unit in items(module) if units is None else units:
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        self._parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+        self._named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.optimizer = optimizer_factory(self._named)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """`loss.backward()` of a micro-batch; III sums between groups in the last one only."""
+        if self._late:
+            for part in self._parts:
+                part.set_requires_all_reduce(last)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, clip_norm: float | None = None, grad_scale: float = 1.0) -> Stepped:
+        """As `Paro.step`."""
+        gradients = [p.grad for _, p in self._named if p.grad is not None]
+        total: Any = nn.utils.get_total_norm(gradients)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total) * grad_scale
+        finite = math.isfinite(norm)
+        if finite:
+            scale = grad_scale * min(1.0, clip_norm / norm) if clip_norm and norm > 0 else grad_scale
+            if scale != 1.0:
+                for gradient in gradients:
+                    gradient.mul_(scale)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Stepped(norm, finite)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """All parameters are whole inside."""
+        for part in self._parts:
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in self._parts:
+                part.reshard()
+
+    def state(self) -> dict[str, Tensor]:
+        """As `Paro.state`."""
+        if not self.optimizer.state:
+            first_state(self.optimizer)
+        found: dict[str, Tensor] = {name: p.detach() for name, p in self.module.named_parameters()}
+        for name, p in self._named:
+            for key, value in self.optimizer.state[p].items():
+                found[f"optimizer.{name}.{key}"] = value if value.ndim else value.view(1)
+        return found
+
+    def loaded(self) -> None:
+        """Nothing is left to do after the tensors of `state()` were loaded."""
+
+    def close(self) -> None:
+        """Nothing to give back: parameters stay sharded."""

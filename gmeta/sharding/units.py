@@ -1,0 +1,234 @@
+"""Which parameters are gathered together: a module's units, and what is checked before any of it is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from gmeta.sharding.flat_parameters import Flat, Piece
+from gmeta.sharding.ring import Circle
+from gmeta.sharding.strategy import Placement
+
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+"""From named parameters to their optimizer, such as `partial(torch.optim.AdamW, lr=1e-3)`. The parameters are one-
+dimensional parts of the module's, under the names that those have; one is empty where this rank updates nothing."""
+T = TypeVar("T")
+MakeFlat = Callable[[Sequence[tuple[str, nn.Parameter]], Placement], Flat]
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What an engine's `step` did."""
+
+    grad_norm: float  # of the whole gradient, before clipping
+    finite: bool  # False: a gradient was not finite, on some rank, and no rank changed anything
+
+
+@dataclass(eq=False)
+class Unit:
+    """A submodule whose parameters, less those of units inside it, are there together and gone together."""
+
+    name: str
+    module: nn.Module
+    flats: list[Flat]
+    root: bool = False  # the whole module: what is in no other unit; stays from its forward to the end of backward
+
+    def fetch(self) -> None:
+        """Start to gather all of it."""
+        for flat in self.flats:
+            flat.fetch()
+
+    def free(self) -> None:
+        """Forget what was gathered."""
+        for flat in self.flats:
+            flat.free()
+
+
+def make_units(
+    module: nn.Module,
+    given: Sequence[nn.Module] | None,
+    placements: Mapping[str, Placement],
+    make_flat: MakeFlat,
+) -> list[Unit]:
+    """The units of `module` in its own order, the root last.
+
+    ValueError: a given unit is no submodule; one parameter belongs to several units; a placement's name fits nothing.
+    """
+    names = {child: name for name, child in module.named_modules()}
+    chosen = list(items(module)) if given is None else list(given)
+    for unit in chosen:
+        if unit not in names:
+            raise ValueError(f"a unit of type {type(unit).__name__} is no part of the module: give its submodules")
+    for prefix in filter(None, placements):
+        if not any(name == prefix or name.startswith(f"{prefix}.") for name, _ in module.named_parameters()):
+            raise ValueError(f"placement for {prefix!r}: no parameter has a name that begins so")
+    inside = {unit for unit in chosen if unit is not module}
+    owners: dict[nn.Parameter, tuple[str, nn.Module]] = {}
+    members: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {module: [], **{unit: [] for unit in inside}}
+    for name, param, unit in _owned(module, inside):
+        if param in owners:
+            other, owner = owners[param]
+            if owner is not unit:
+                raise ValueError(
+                    f"{other} and {name} are one parameter in two units, {_called(names[owner])} and "
+                    f"{_called(names[unit])}: name units that hold both, or none of them (units=...)"
+                )
+            continue
+        owners[param] = name, unit
+        members[unit].append((name, param))
+    units = [
+        Unit(
+            names[owner], owner, [make_flat(part, place) for part, place in _parts(found, placements)], owner is module
+        )
+        for owner, found in members.items()
+    ]
+    order = {name: number for number, name in enumerate(names.values())}
+    return sorted(units, key=lambda unit: (unit.root, order[unit.name]))
+
+
+def _called(name: str) -> str:
+    return name or "the module itself"
+
+
+def items(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost items of ModuleLists and Sequentials that have parameters."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            if any(True for _ in child.parameters()):
+                yield child
+        else:
+            yield from items(child)
+
+
+def _owned(module: nn.Module, units: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Every (name, parameter, innermost unit); a shared parameter as often as it is there."""
+
+    def walk(child: nn.Module, prefix: str, unit: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+        unit = child if child in units else unit
+        for name, param in child.named_parameters(recurse=False, remove_duplicate=False):
+            yield prefix + name, param, unit
+        for name, grandchild in child.named_children():
+            yield from walk(grandchild, f"{prefix}{name}.", unit)
+
+    yield from walk(module, "", module)
+
+
+def _parts(
+    members: Sequence[tuple[str, nn.Parameter]], placements: Mapping[str, Placement]
+) -> Iterator[tuple[list[tuple[str, nn.Parameter]], Placement]]:
+    """Members of one placement, one dtype, all trained or none, in order."""
+    found: dict[tuple[Placement, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+    for name, param in members:
+        place = placed(name, placements) or Placement("N", "N", "N")
+        found.setdefault((place, param.dtype, param.requires_grad), []).append((name, param))
+    for (place, _, _), part in found.items():
+        yield part, place
+
+
+def placed(name: str, placements: Mapping[str, T]) -> T | None:
+    """What `placements` says of a parameter: by the longest name that it is, or is in; None where it says nothing."""
+    prefixes = [p for p in placements if not p or name == p or name.startswith(f"{p}.")]
+    return placements[max(prefixes, key=len)] if prefixes else None
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Tensors in nested lists, tuples and dictionaries."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def broadcast_module(module: nn.Module, everyone: Circle) -> None:
+    """The first rank's parameters and buffers on all ranks."""
+    if everyone.size == 1:
+        return
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, src=everyone.ranks[0], group=everyone.group)
+            tensor.copy_(value)
+
+
+def element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
+    """ValueError unless the optimizer treats a parameter's numbers one by one, so that a part can be updated alone.
+
+    Tried out on small tensors, once whole and once cut in two, under the name of a parameter of each number of
+    dimensions: factories often tell matrices from the rest.
+    """
+    if not callable(factory):
+        raise ValueError(
+            f"the optimizer is a {type(factory).__name__} already: give what makes one from named parameters, such as "
+            "partial(torch.optim.AdamW, lr=1e-3)"
+        )
+    kinds = {param.ndim: (name, param) for name, param in module.named_parameters() if param.requires_grad}
+    for name, like in kinds.values():
+        _try_in_parts(name, like, factory)
+
+
+def _try_in_parts(name: str, like: Tensor, factory: OptimizerFactory) -> None:
+    draws = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(4, 6, dtype=torch.float64, generator=draws).to(like) for _ in range(3))
+    try:
+        whole = _updated(factory, name, start, gradients)
+        parts = [
+            _updated(factory, name, start.flatten()[part], [gradient.flatten()[part] for gradient in gradients])
+            for part in (slice(0, 10), slice(10, 24))
+        ]
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"the optimizer cannot update parts of parameters ({type(error).__name__}: {error}): {_CURE}"
+        ) from error
+    if not torch.allclose(whole.flatten(), torch.cat(parts), rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            f"the optimizer updates part of a parameter otherwise than the whole (as LAMB or Adafactor do): {_CURE}"
+        )
+
+
+_CURE = "it must be element-wise, such as AdamW, SGD, RMSprop or Adagrad"
+
+
+def _updated(
+    factory: OptimizerFactory,
+    name: str,
+    start: Tensor,
+    gradients: Sequence[Tensor],
+) -> Tensor:
+    param = nn.Parameter(start.clone())
+    optimizer = factory([(name, param)])
+    for gradient in gradients:
+        param.grad = gradient.clone()
+        optimizer.step()
+    return param.detach()
+
+
+class Leave(torch.autograd.Function):
+    """The identity; calls `left` when backward has come so far."""
+
+    @staticmethod
+    def forward(ctx: Any, left: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors`."""
+        ctx.left = left
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """`grads`."""
+        ctx.left()
+        return None, *grads
+
+
+def cast(dtype: torch.dtype, value: Any) -> Any:
+    """A floating tensor in `dtype`, anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def make_optimizer(factory: OptimizerFactory, pieces: Sequence[Piece], module: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer also where this rank has nothing to update: schedules change its rates on every rank."""
+    if pieces:
+        return factory([(piece.name, piece.tensor) for piece in pieces])
+    name, like = next(iter(module.named_parameters()), ("none", torch.empty(0)))
+    return factory([(name, nn.Parameter(torch.empty(0, device=like.device)))])

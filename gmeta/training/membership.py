@@ -1,0 +1,185 @@
+"""The trainer's side of straggler mitigation: joins a coordinator, divides batches as it says, reports its steps.
+
+What batch k is never depends on any of this; see docs/elastic.md.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from gmeta.config.train import TrainConfig
+from gmeta.core.batch import TaskBatch
+from gmeta.data.loader import Shares, TaskLoader
+from gmeta.data.pack import TaskPack
+from gmeta.elastic.agent import Agent, Windows
+from gmeta.elastic.ledger import Plan
+from gmeta.elastic.monitor import StepTime
+from gmeta.parallel.collectives import broadcast_from_rank_0, raise_together
+from gmeta.parallel.mesh import Mesh
+from gmeta.runs.directory import read_run_id
+
+_FACTS_EVERY_S = 2.0
+_LEASE_S = 7 * 86400.0
+"""A trainer's windows are fenced by its generation; they need no deadline, and a stopped group loses none."""
+
+
+@dataclass(frozen=True)
+class Membership:
+    """This rank in a generation of the group."""
+
+    agent: Agent
+    generation: int
+
+    def shares(self, step: int) -> Shares:
+        """How the batch of `step` is divided; waits until the coordinator has granted the step."""
+        setting = self.agent.setting(step)
+        # before the first decision the loader's own division, so that nothing differs from a run without a coordinator
+        slots = setting.slots if setting.number else None
+        return Shares(slots, setting.micro_batches, setting.drop_after_s)
+
+    def finished(self, batch: TaskBatch, step: int, seconds: Mapping[str, float], tasks: int, window: int) -> None:
+        """A step is finished: `tasks` of its batch took effect, in all ranks together."""
+        assert batch.division is not None
+        spent = StepTime(
+            step,
+            compute_s=seconds.get("compute", 0.0),
+            input_s=seconds.get("input", 0.0),
+            wait_s=seconds.get("exchange", 0.0),
+            work=batch.division.work,
+        )
+        self.agent.finished(spent, batch.epoch, window, tasks)
+
+
+def plan_of(config: TrainConfig, pack: TaskPack) -> Plan:
+    """The ledger of a training run: a shard is a window of the order, and windows come one after the other."""
+    return Plan(
+        num_samples=pack.split("train").num_tasks,
+        shard_size=config.loader.tasks_per_batch * config.loader.window_batches,
+        epochs=config.schedule.epochs,
+        seed=config.seed,
+        shuffle=False,
+        mode="exactly_once",
+        lease_s=_LEASE_S,
+    )
+
+
+def join(
+    config: TrainConfig, pack: TaskPack, mesh: Mesh, loader: TaskLoader[Any], step: int, saved: Mapping[str, Any] | None
+) -> Membership | None:
+    """Begin a generation at `step`, with the ledger `saved` in the checkpoint of that step; collective.
+
+    None where elastic.enabled is off. From now on `loader` divides batches as the coordinator says.
+    """
+    elastic = config.elastic
+    if not elastic.enabled:
+        return None
+    if elastic.url is None:
+        raise ValueError("elastic.url is not set: name the coordinator, which `gmeta coordinate` starts")
+    from gmeta.elastic.client import Client  # late: only elastic groups speak HTTP
+    from gmeta.elastic.tokens import read_token
+
+    token = None if elastic.token_file is None else read_token(Path(elastic.token_file))
+    client = Client(elastic.url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
+    plan = plan_of(config, pack)
+    generation, error = 0, None
+    if mesh.rank == 0:
+        try:
+            client.open_job(pack.manifest["xxh3"], plan)
+            answer = client.call(
+                "begin",
+                pack=pack.manifest["xxh3"],
+                world_size=mesh.world_size,
+                batch=config.loader.tasks_per_batch,
+                first_step=step,
+                ahead=config.loader.prefetch + 1,
+                report_s=elastic.report_s,
+                saved=saved or ledger_at(plan, config, loader.state_dict()),
+            )
+            generation = int(answer["generation"])
+        except (ValueError, OSError) as problem:
+            error = problem
+    raise_together(error, mesh)
+    generation = int(broadcast_from_rank_0(generation, mesh))
+    agent = Agent(
+        client,
+        generation=generation,
+        rank=mesh.rank,
+        report_s=elastic.report_s,
+        about={
+            "role": "worker",
+            "device": elastic.device_class or _device_name(mesh.device),
+            "node": platform.node(),
+            "max_slots": elastic.max_slots or None,
+        },
+        facts=NodeFacts(),
+        windows=_windows(plan, loader) if mesh.rank == 0 else None,
+    )
+    membership = Membership(agent, generation)
+    loader.divide_by(membership.shares)
+    return membership
+
+
+def ledger_at(plan: Plan, config: TrainConfig, state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The ledger of a run that kept none, from its loader's position; None at the start."""
+    epoch, index = int(state["epoch"]), int(state["index"])
+    if (epoch, index) == (0, 0):
+        return None
+    if state.get("tail"):
+        raise ValueError("the checkpoint has tasks to finish in the epoch's tail, but no ledger: it is damaged")
+    window, batches = divmod(index, config.loader.window_batches)
+    done = batches * config.loader.tasks_per_batch
+    return {
+        "epoch": epoch,
+        "cursor": window + bool(done),
+        "again": [(window, done)] if done else [],
+        "num_done": window,
+        "attempts": [],
+    }
+
+
+def _windows(plan: Plan, loader: TaskLoader[Any]) -> Windows:
+    return Windows(plan.shard_size, plan.num_samples, epochs_finished=loader.epochs_done)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+class NodeFacts:
+    """The node's state, shares of 1, measured every two seconds at most."""
+
+    def __init__(self) -> None:
+        self._measured = -_FACTS_EVERY_S
+        self._times = psutil.cpu_times()
+        self._facts: dict[str, float] = {}
+
+    def __call__(self) -> dict[str, float]:
+        """cpu_steal (since the last), load (a core), memory."""
+        if time.monotonic() - self._measured >= _FACTS_EVERY_S:
+            self._measured = time.monotonic()
+            before, self._times = self._times, psutil.cpu_times()
+            passed = sum(self._times) - sum(before)
+            steal = getattr(self._times, "steal", 0.0) - getattr(before, "steal", 0.0)
+            self._facts = {
+                "cpu_steal": steal / passed if passed > 0 else 0.0,
+                "load": psutil.getloadavg()[0] / (psutil.cpu_count() or 1),
+                "memory": psutil.virtual_memory().percent / 100,
+            }
+        return self._facts
+
+
+def dropped_tasks(batch: TaskBatch, stats: Mapping[str, float]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Tasks of the batch that no rank finished, from the step's global statistics: positions in the split."""
+    if batch.division is None or batch.drop_after_s is None:
+        return np.zeros(0, np.int64)
+    ranks = range(len(batch.division.micro_batches))
+    return batch.division.unfinished([int(stats[f"finished_{rank}"]) for rank in ranks])

@@ -1,0 +1,172 @@
+"""`gmeta train --nproc` with elastic.enabled: a coordinator beside the workers, and restarts of the group.
+
+On clusters torchrun restarts workers, and `gmeta coordinate` runs where all reach it; see docs/elastic.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from gmeta.config.train import TrainConfig
+from gmeta.data.pack import open_pack
+from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, companion_environment, launch
+from gmeta.runs import checkpoint
+
+_POLL_S = 0.2
+_LAST_ONE_S = 30.0
+
+
+def supervise(config: TrainConfig, nproc: int, argv: Sequence[str], module: str = "gmeta") -> int:
+    """Run `python -m module argv` in `nproc` workers, again and again until it is done; returns the exit code.
+
+    A worker that dies, or is replaced, costs a restart from the last checkpoint. The run ends with the code of the last
+    failure when `elastic.max_restarts` restarts in a row have not led to a new checkpoint.
+    """
+    open_pack(config.pack)  # a user's mistake shows before anything is started
+    with _coordinator(config) as extra:
+        restarts, fruitless, seen = 0, 0, _last_step(config)
+        while True:
+            asked: list[signal.Signals] = []
+            code = launch(
+                nproc,
+                [*argv, *extra],
+                module=module,
+                restarts=restarts,
+                asked=asked,
+                advice="The group is started again",
+            )
+            if asked or code in (0, EXIT_STOPPED, EXIT_USER_ERROR):
+                return code
+            step = _last_step(config)
+            fruitless = 0 if code == EXIT_RESTART or step != seen else fruitless + 1
+            seen = step
+            if fruitless > config.elastic.max_restarts:
+                _say(f"{config.elastic.max_restarts} restarts without a new checkpoint: giving up")
+                return code
+            restarts += 1
+            _say(f"restart {restarts}, from {'the beginning' if step is None else f'the checkpoint of step {step}'}")
+
+
+def _last_step(config: TrainConfig) -> int | None:
+    saved = checkpoint.steps_saved(Path(config.run_dir) / "checkpoints")
+    return saved[-1] if saved else None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _coordinator(config: TrainConfig) -> Iterator[list[str]]:
+    """The words that name the coordinator to workers: the config's, or those of one that lives as long as the run."""
+    if config.elastic.url is not None:
+        yield []
+        return
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    keeper = _Keeper(config, run_dir)
+    try:
+        yield ["--elastic.url", keeper.url, "--elastic.token_file", str(keeper.token_file)]
+    finally:
+        keeper.close()
+
+
+def journal_file(config: TrainConfig) -> Path:
+    """The journal of a run's own coordinator; another pack, or another number of epochs, is another job."""
+    job = [open_pack(config.pack).manifest["xxh3"], config.schedule.epochs]
+    name = hashlib.sha256(json.dumps(job).encode()).hexdigest()[:8]
+    return Path(config.run_dir) / f"coordinator-{name}.db"
+
+
+def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[subprocess.Popen[str], int]:
+    """`python -m gmeta` with `words` and `--port`, and the port that it listens on (0 asks for any free one).
+
+    What it says goes to the end of `log`. ValueError: it ended at once, and what it said.
+    """
+    with log.open("a") as out:
+        before = out.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gmeta", *map(str, words), "--port", str(port)],
+            stdout=subprocess.PIPE,
+            stderr=out,
+            text=True,
+            env=companion_environment(),
+            start_new_session=True,  # Ctrl-C is for the workers, who save and need it meanwhile
+        )
+    assert process.stdout is not None
+    with process.stdout as stdout:
+        line = stdout.readline()
+    if "listening on http://" not in line:
+        process.wait()
+        said = log.read_bytes()[before:].decode(errors="replace").strip()
+        raise ValueError(said.removeprefix("gmeta coordinate: error: ") or "the coordinator ended at once")
+    return process, int(line.strip().rsplit(":", 1)[1])
+
+
+def end_coordinator(process: subprocess.Popen[str]) -> None:
+    """SIGTERM, and SIGKILL ten seconds later; fine if it has ended."""
+    process.terminate()
+    try:
+        process.wait(10.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class _Keeper:
+    """Keeps a coordinator process alive; one that dies is started again on the same journal and port."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path) -> None:
+        self.token_file = run_dir / "coordinator.token"
+        self._words = ["coordinate", "--journal", journal_file(config), "--token_file", self.token_file]
+        self._words += ["--policy", config.elastic.policy]
+        self._words += ["--trace", run_dir / "coordinator.jsonl"] if config.elastic.trace else []
+        self._closing = threading.Event()
+        self._log = run_dir / "coordinator.log"
+        self._port = 0
+        self._process = self._start_after_the_last()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._thread = threading.Thread(target=self._watch, name="gmeta-coordinator", daemon=True)
+        self._thread.start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        process, self._port = start_coordinator(self._words, self._port, self._log)
+        return process
+
+    def _start_after_the_last(self) -> subprocess.Popen[str]:
+        """A run whose launcher was killed leaves a coordinator that ends by itself some 20 s later."""
+        end = time.monotonic() + _LAST_ONE_S
+        while True:
+            try:
+                return self._start()
+            except ValueError as error:
+                if "is in use by another coordinator" not in str(error) or time.monotonic() > end:
+                    raise
+                _say(f"{error}; if it is of a run that was killed it ends by itself: waiting up to {_LAST_ONE_S:.0f} s")
+                time.sleep(5.0)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(_POLL_S):
+            if self._process.poll() is None:
+                continue
+            _say(f"the coordinator ended with {self._process.returncode}: starting it again on its journal")
+            try:
+                self._process = self._start()
+            except ValueError as error:
+                _say(f"the coordinator cannot be started: {error}")
+                self._closing.wait(5.0)
+
+    def close(self) -> None:
+        """End the coordinator."""
+        self._closing.set()
+        self._thread.join()
+        end_coordinator(self._process)
