@@ -42,7 +42,7 @@ class Examples:
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class BatchSplit:
     """How a global batch of G tasks is divided over N ranks, and each rank's slots into micro-batches."""
 
     tasks: NDArray[np.int64]  # [G] positions in the split, in the order of the slots
@@ -81,7 +81,7 @@ class TaskBatch:
     num_tasks_global: int  # tasks of the whole batch, over all ranks: the divisor of every sum
     epoch: int
     index: int  # batch number inside the epoch
-    division: Division | None = None  # None: equal parts, each computed as one
+    batch_split: BatchSplit | None = None  # None: equal parts, each computed as one
 
     @property
     def num_tasks(self) -> int:
@@ -90,8 +90,8 @@ class TaskBatch:
 
     @property
     def drop_after_s(self) -> float | None:
-        """The division's deadline; None: every task of the batch is computed."""
-        return None if self.division is None else self.division.drop_after_s
+        """The batch split's deadline; None: every task of the batch is computed."""
+        return None if self.batch_split is None else self.batch_split.drop_after_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 import numpy as np
 import torch
 
-from gmeta.core.batch import Division, TaskBatch
+from gmeta.core.batch import BatchSplit, TaskBatch
 from gmeta.data.order import Tasks, num_batches, split_slots, stored_batch, window_of_batches
 from gmeta.data.shards import PackSplit, TaskRows
 
@@ -22,7 +22,7 @@ _Place = tuple[int, int, int]  # epoch, index of the batch in it (from `batches_
 
 @dataclass(frozen=True)
 class Shares:
-    """How to divide a batch: see `Division`. One entry a rank."""
+    """How to divide a batch: see `BatchSplit`. One entry a rank."""
 
     slots: Sequence[float] | None  # in proportion to these; None: equally
     micro_batches: tuple[int, ...]
@@ -240,14 +240,14 @@ class TaskLoader(Generic[_T]):
         shares = None if self._divide is None else self._divide(step)
         slots = split_slots(rows.num_rows, self._world_size, None if shares is None else shares.slots)
         mine = slots[self._rank]
-        division = None
+        batch_split = None
         if shares is not None:
             cuts = (0, *(part.stop for part in slots))
             work = len(tasks) * float(rows.num_rows[mine].sum()) / float(rows.num_rows.sum())
-            division = Division(tasks, cuts, shares.micro_batches, shares.drop_after_s, work)
+            batch_split = BatchSplit(tasks, cuts, shares.micro_batches, shares.drop_after_s, work)
         redraw = (self._seed, epoch) if self._resample else None
         support, query, task_id = self._split.gather(rows[mine], redraw)
-        batch = TaskBatch(support, query, task_id, len(tasks), epoch, index, division)
+        batch = TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split)
         return cast(_T, batch) if self._transform is None else self._transform(batch)
 
     def _tasks(self, epoch: int, index: int) -> tuple[Tasks, TaskRows]:

@@ -6,8 +6,8 @@ the host, in the loader's thread, and leaves to the step an AlltoAll of rows and
 With U unique rows of width d in float32 a worker moves 8U bytes of ids, 4dU of rows and 4dU of gradients, of which
 about (N - 1) / N go to other workers.
 
-The exchange is a chain of hops, each an AlltoAll inside one process group. One level is one hop, to the owners. Two
-levels are two: a worker asks inside its node, of the peer that has there the place that the owner has in its own; that
+The exchange is a chain of hops, each an AlltoAll inside one process group. One stage is one hop, to the owners. Two
+stages are two: a worker asks inside its node, of the peer that has there the place that the owner has in its own; that
 peer asks the owner once for what its whole node wants of it. Rows come back through the hops in reverse, gradients
 follow the ids and are added up at every hop.
 """
@@ -28,7 +28,7 @@ from gmeta.core.selection import Ints, Selection, distinct, product
 from gmeta.embedding.lookup import LookupPlan, peer_of
 from gmeta.embedding.table import ShardedTables
 from gmeta.parallel.collectives import all_to_all, exchange_counts
-from gmeta.parallel.mesh import Level, Mesh
+from gmeta.parallel.mesh import ExchangeStage, Mesh
 from gmeta.parallel.traffic import Asked, CommStats, Traffic, predicted_traffic
 
 _EXPONENT = 1  # columns that fp16 gradients carry besides their own
@@ -37,11 +37,11 @@ _MARK = 2.0**-100  # of a row that was used and has no gradient
 
 @dataclass(frozen=True)
 class Hop:
-    """What one level's AlltoAll moves for one `Ask`."""
+    """What one stage's AlltoAll moves for one `Ask`."""
 
     send: list[int]  # rows asked of each peer
     receive: list[int]  # rows that each peer asks of this rank
-    merge: Selection | None  # [rows asked of the next level, sum(receive)]; None at the owners
+    merge: Selection | None  # [rows asked of the next stage, sum(receive)]; None at the owners
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Leg:
     """One `Ask` from here to the owners."""
 
     group: str
-    hops: tuple[Hop, ...]  # one a level
+    hops: tuple[Hop, ...]  # one a stage
     take: Tensor  # int64, rows of this worker's shard that peers ask for in the last hop
 
 
@@ -75,7 +75,7 @@ class Routes:
 
 
 def exchange_ids(tables: ShardedTables, plan: LookupPlan, mesh: Mesh) -> Routes:
-    """Tell the owners, through every level, which rows this worker needs, and plan what will come back.
+    """Tell the owners, through every stage, which rows this worker needs, and plan what will come back.
 
     Collective over gloo groups that nothing else uses, so that a background thread may do it while the step runs, as
     long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
@@ -83,17 +83,17 @@ def exchange_ids(tables: ShardedTables, plan: LookupPlan, mesh: Mesh) -> Routes:
     traffic = CommStats(mesh.rank)
     rows: list[Ints] = [ask.rows.numpy() for ask in plan.asks]
     hops: list[list[Hop]] = [[] for _ in rows]
-    for level in mesh.levels:
+    for stage in mesh.stages:
         layouts = [tables.layouts[ask.group] for ask in plan.asks]
         send = [
-            np.bincount(peer_of(part, layout, level), minlength=len(level.ranks)).tolist()
+            np.bincount(peer_of(part, layout, stage), minlength=len(stage.ranks)).tolist()
             for part, layout in zip(rows, layouts, strict=True)
         ]
-        receive = _exchange_counts(send, level, mesh, traffic)
-        rows = _exchange_rows(rows, send, receive, level, mesh, traffic)
+        receive = _exchange_counts(send, stage, mesh, traffic)
+        rows = _exchange_rows(rows, send, receive, stage, mesh, traffic)
         for i, layout in enumerate(layouts):
             merge = None
-            if level is not mesh.levels[-1]:
+            if stage is not mesh.stages[-1]:
                 rows[i], _, merge = distinct(rows[i], layout.num_rows)
             hops[i].append(Hop(send[i], receive[i], merge))
     legs, owned = [], {}
@@ -102,7 +102,7 @@ def exchange_ids(tables: ShardedTables, plan: LookupPlan, mesh: Mesh) -> Routes:
         legs.append(Leg(ask.group, tuple(chain), torch.from_numpy(part - start if start else part)))
     for name, layout in tables.layouts.items():
         arriving = _joined([leg.take for leg in legs if leg.group == name])
-        if not mesh.levels and plan.first[name] is None:
+        if not mesh.stages and plan.first[name] is None:
             owned[name] = Owned(arriving, None)  # one worker: what it asked of itself is unique and ascending
         else:
             unique, _, matrix = distinct(arriving.numpy(), layout.num_rows)
@@ -115,32 +115,37 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _exchange_counts(send: list[list[int]], level: Level, mesh: Mesh, traffic: CommStats) -> list[list[int]]:
+def _exchange_counts(send: list[list[int]], stage: ExchangeStage, mesh: Mesh, traffic: CommStats) -> list[list[int]]:
     message = torch.tensor(send, dtype=torch.int64)
-    traffic.counts.add(dict.fromkeys(level.ranks, message[:, 0].nbytes))
-    return exchange_counts(message, level.ids, mesh)
+    traffic.counts.add(dict.fromkeys(stage.ranks, message[:, 0].nbytes))
+    return exchange_counts(message, stage.ids, mesh)
 
 
 def _exchange_rows(
-    rows: list[Ints], send: list[list[int]], receive: list[list[int]], level: Level, mesh: Mesh, traffic: CommStats
+    rows: list[Ints],
+    send: list[list[int]],
+    receive: list[list[int]],
+    stage: ExchangeStage,
+    mesh: Mesh,
+    traffic: CommStats,
 ) -> list[Ints]:
     """What peers ask of this rank, in the order of the peers, for each `Ask`."""
     coming = []
     for part, out, into in zip(rows, send, receive, strict=True):
         ids = torch.from_numpy(part)
-        coming.append(all_to_all(ids, out, into, level.ids, mesh))
-        _count(traffic.ids, ids, out, level)
+        coming.append(all_to_all(ids, out, into, stage.ids, mesh))
+        _count(traffic.ids, ids, out, stage)
     return [pending.wait().numpy() for pending in coming]
 
 
-def _count(traffic: Traffic, rows: Tensor, counts: Sequence[int], level: Level) -> None:
+def _count(traffic: Traffic, rows: Tensor, counts: Sequence[int], stage: ExchangeStage) -> None:
     """Book `counts` rows, of the size that those of `rows` have, by peer."""
     size = rows.nbytes // max(1, rows.shape[0])
-    traffic.add({rank: size * n for rank, n in zip(level.ranks, counts, strict=True)})
+    traffic.add({rank: size * n for rank, n in zip(stage.ranks, counts, strict=True)})
 
 
 def fetch(tables: ShardedTables, routes: Routes, mesh: Mesh, wire: torch.dtype | None = None) -> EmbeddedRows:
-    """Fetch the rows from their owners: an AlltoAll a level. Collective; waits for no device.
+    """Fetch the rows from their owners: an AlltoAll a stage. Collective; waits for no device.
 
     With a `wire` type rows are rounded to it, also those that stay here, so that what is learned does not depend on
     who owns a row. A group of which nothing is asked gets one zero row, so that padded positions have something to
@@ -148,14 +153,14 @@ def fetch(tables: ShardedTables, routes: Routes, mesh: Mesh, wire: torch.dtype |
     """
     weights = [tables.groups[leg.group].weight for leg in routes.legs]
     values = [w.index_select(0, leg.take).to(wire) for w, leg in zip(weights, routes.legs, strict=True)]
-    for depth, level in reversed(list(enumerate(mesh.levels))):
+    for depth, stage in reversed(list(enumerate(mesh.stages))):
         coming = []
         for leg, value in zip(routes.legs, values, strict=True):
             hop = leg.hops[depth]
             if hop.merge is not None:
                 value = value.index_select(0, hop.merge.rows)
-            coming.append(all_to_all(value, hop.receive, hop.send, level.rows, mesh))
-            _count(routes.traffic.rows, coming[-1].result, hop.send, level)
+            coming.append(all_to_all(value, hop.receive, hop.send, stage.rows, mesh))
+            _count(routes.traffic.rows, coming[-1].result, hop.send, stage)
         values = [pending.wait() for pending in coming]
     leaves = {}
     for name, parts in groupby(zip(routes.legs, values, strict=True), lambda item: item[0].group):
@@ -190,15 +195,15 @@ def return_gradients(
     values: list[Tensor] = []
     for name, weight in rows.weights.items():
         values += _outgoing(name, routes, weight, None if used is None else used[name], mesh)
-    if not mesh.levels:
+    if not mesh.stages:
         values = [_decode(_encode(value, wire), tables.dtype, wire) for value in values]
-    for depth, level in enumerate(mesh.levels):
+    for depth, stage in enumerate(mesh.stages):
         coming = []
         for leg, value in zip(routes.legs, values, strict=True):
             hop = leg.hops[depth]
             sent = _encode(value, wire)
-            coming.append(all_to_all(sent, hop.send, hop.receive, level.rows, mesh))
-            _count(routes.traffic.gradients, sent, hop.send, level)
+            coming.append(all_to_all(sent, hop.send, hop.receive, stage.rows, mesh))
+            _count(routes.traffic.gradients, sent, hop.send, stage)
         values = [_decode(pending.wait(), tables.dtype, wire) for pending in coming]
         merges = [leg.hops[depth].merge for leg in routes.legs]
         values = [v if m is None else product(v, m) for v, m in zip(values, merges, strict=True)]
@@ -223,7 +228,7 @@ def _outgoing(name: str, routes: Routes, weight: Tensor, used: Tensor | None, me
     first = routes.first[name]
     if first is None:
         return [grad]
-    sizes = [sum(leg.hops[0].send) if mesh.levels else len(leg.take) for leg in routes.legs if leg.group == name]
+    sizes = [sum(leg.hops[0].send) if mesh.stages else len(leg.take) for leg in routes.legs if leg.group == name]
     copies = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, first, grad)
     return torch.split(copies, sizes)
 
@@ -259,12 +264,12 @@ def expected_traffic(
 ) -> CommStats:
     """What the formulas of `predicted_traffic` say about a step with these routes; `marked`: which rows were used."""
     size = (wire or tables.dtype).itemsize
-    levels = []
-    for depth, level in enumerate(mesh.levels):
+    stages = []
+    for depth, stage in enumerate(mesh.stages):
         asked = []
         for leg in routes.legs:
             dim = tables.layouts[leg.group].dim
-            rows: Mapping[int, int] = dict(zip(level.ranks, leg.hops[depth].send, strict=True))
+            rows: Mapping[int, int] = dict(zip(stage.ranks, leg.hops[depth].send, strict=True))
             asked.append(Asked(rows, dim * size, (dim + marked + _EXPONENT * (wire == torch.float16)) * size))
-        levels.append(asked)
-    return predicted_traffic(mesh.rank, mesh.world_size, levels, control_bytes=control_bytes)
+        stages.append(asked)
+    return predicted_traffic(mesh.rank, mesh.world_size, stages, control_bytes=control_bytes)

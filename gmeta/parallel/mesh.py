@@ -23,11 +23,11 @@ class PeerLost(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Level:
-    """One level of the AlltoAll of rows: the ranks that this one exchanges with directly.
+class ExchangeStage:
+    """One stage of the AlltoAll of rows: the ranks that this one exchanges with directly.
 
     A row of owner `o` is asked of the peer at place `o // stride % len(ranks)` of `ranks`: of the owner itself where
-    there is one level; where there are two, first of the rank of the own node that has the owner's place there,
+    there is one stage; where there are two, first of the rank of the own node that has the owner's place there,
     then, by that rank, of the owner.
     """
 
@@ -47,7 +47,7 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: int = 300
     row_group: dist.ProcessGroup | None = None  # all ranks that hold rows
-    levels: tuple[Level, ...] = ()  # of the AlltoAll of rows; none in one process
+    stages: tuple[ExchangeStage, ...] = ()  # of the AlltoAll of rows; none in one process
     dense_group: dist.ProcessGroup | None = None  # AllReduce of dense gradients
     control_group: dist.ProcessGroup | None = None  # gloo: barriers, small objects, checkpoints
     row_mesh: DeviceMesh | None = None  # of row_group, for DTensor
@@ -62,7 +62,7 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
     """Join the other workers, if there are any.
 
     gloo on CPU, NCCL on CUDA. AlltoAll and AllReduce get a group each, because both are in flight at once
-    during backward; ids have a gloo group on any device. `node_size` > 1 makes the AlltoAll two-level, with nodes of
+    during backward; ids have a gloo group on any device. `node_size` > 1 makes the AlltoAll two-stage, with nodes of
     that many consecutive ranks. ValueError when CUDA is asked for and there is none, or fewer devices than workers, or
     when `node_size` does not divide the number of workers.
     """
@@ -71,7 +71,7 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
     if node_size and world_size % node_size:
         raise ValueError(
             f"comm.node_size is {node_size}, world size is {world_size}: it must divide the number of workers; "
-            "set it to the workers of one node, or to 0 for one level"
+            "set it to the workers of one node, or to 0 for one stage"
         )
     place = _device(device, local_rank)
     if world_size == 1:
@@ -100,7 +100,7 @@ def _join(
         device=place,
         timeout_s=timeout_s,
         row_group=row_group,
-        levels=_levels(rank, world_size, node_size, backend, timeout, row_group),
+        stages=_stages(rank, world_size, node_size, backend, timeout, row_group),
         dense_group=dist.new_group(backend=backend, timeout=timeout),
         control_group=dist.group.WORLD,
         row_mesh=DeviceMesh.from_group(row_group, place.type),
@@ -120,21 +120,21 @@ def _agent_store(timeout: timedelta) -> dist.Store | None:
     return dist.PrefixStore(f"gmeta-start-{_environment_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def _levels(
+def _stages(
     rank: int, world_size: int, node_size: int, backend: str, timeout: timedelta, row_group: dist.ProcessGroup
-) -> tuple[Level, ...]:
+) -> tuple[ExchangeStage, ...]:
     everyone = tuple(range(world_size))
     if node_size in (0, 1, world_size):
-        return (Level(everyone, 1, row_group, dist.new_group(backend="gloo", timeout=timeout)),)
+        return (ExchangeStage(everyone, 1, row_group, dist.new_group(backend="gloo", timeout=timeout)),)
     nodes = [everyone[start : start + node_size] for start in range(0, world_size, node_size)]
-    levels = []
+    stages = []
     for stride, parts in ((1, nodes), (node_size, list(zip(*nodes, strict=True)))):
         for ranks in parts:  # every rank makes every group, also those it is not in
             rows = dist.new_group(list(ranks), backend=backend, timeout=timeout)
             ids = dist.new_group(list(ranks), backend="gloo", timeout=timeout)
             if rank in ranks:
-                levels.append(Level(ranks, stride, rows, ids))
-    return tuple(levels)
+                stages.append(ExchangeStage(ranks, stride, rows, ids))
+    return tuple(stages)
 
 
 def close_mesh(mesh: Mesh) -> None:

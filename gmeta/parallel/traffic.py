@@ -94,21 +94,21 @@ class Asked:
 def predicted_traffic(
     rank: int,
     world_size: int,
-    levels: Sequence[Sequence[Asked]],
+    stages: Sequence[Sequence[Asked]],
     *,
     control_bytes: Sequence[int] = (),
 ) -> CommStats:
     """The formulas above for one step of one rank.
 
-    `levels` holds, for each level of the AlltoAll (one, or two with nodes), what is asked in each of its exchanges: one
-    a group of tables, two with separate fetches. With two levels the second holds what a rank asks for its whole
+    `stages` holds, for each stage of the AlltoAll (one, or two with nodes), what is asked in each of its exchanges: one
+    a group of tables, two with separate fetches. With two stages the second holds what a rank asks for its whole
     node. `control_bytes` are the sizes of the small AllReduces. One worker exchanges nothing: it reads its own
     rows. What dense layers send, they predict themselves (`optim.sharded`).
     """
     expected = CommStats(rank)
-    for level in levels:
-        expected.counts.add({peer: ID_BYTES * len(level) for peer in level[0].rows})
-        for asked in level:
+    for stage in stages:
+        expected.counts.add({peer: ID_BYTES * len(stage) for peer in stage[0].rows})
+        for asked in stage:
             expected.ids.add({peer: ID_BYTES * n for peer, n in asked.rows.items()})
             expected.rows.add({peer: asked.row_bytes * n for peer, n in asked.rows.items()})
             expected.gradients.add({peer: asked.gradient_bytes * n for peer, n in asked.rows.items()})

@@ -94,7 +94,7 @@ class System:
         num_rows = {name: max(1, count) for name, count in lookup.num_rows.items()}
         device = self.mesh.device
         moved = to_device(batch, device, self.dtype)
-        ends = (batch.num_tasks,) if batch.division is None else batch.division.ends(self.mesh.rank)
+        ends = (batch.num_tasks,) if batch.batch_split is None else batch.batch_split.ends(self.mesh.rank)
         if len(ends) == 1:
             index = learner.plan(lookup.support, lookup.query, num_rows, batch)
             return Indexed(moved, lookup, (MicroBatch(moved, to_device(index, device)),))

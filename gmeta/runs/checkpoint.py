@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from gmeta.data.shards import checksum_file
 from gmeta.core.files import read_mapping
+from gmeta.data.shards import checksum_file
 from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 from gmeta.sharding.checkpoint import PieceWriter, differences

@@ -18,13 +18,23 @@ from typing import Any, TextIO
 
 import yaml
 
-from gmeta.runs import checkpoint
-from gmeta.config.train import CommConfig, DenseConfig, ElasticConfig, EmbeddingConfig, LoaderConfig, MetaConfig, ModelConfig, ScheduleConfig, TrainConfig
+from gmeta.config.train import (
+    CommConfig,
+    DenseConfig,
+    ElasticConfig,
+    EmbeddingConfig,
+    LoaderConfig,
+    MetaConfig,
+    ModelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from gmeta.core.files import read_mapping, replacing, write_text
 from gmeta.data.pack import open_pack
 from gmeta.data.schema import PackSchema, pack_schema_from_json, schema_difference
-from gmeta.core.files import read_mapping, replacing, write_text
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh
+from gmeta.runs import checkpoint
 from gmeta.runs.log import METRICS_FILE, write_environment
 
 FIXED_ON_RESUME = (

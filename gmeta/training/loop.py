@@ -99,7 +99,7 @@ def _forward_backward(run: Run, prepared: Prepared, rows: EmbeddedRows) -> tuple
     """
     system, batch = run.system, prepared.batch
     sums = torch.zeros(len(_sum_names(batch)), dtype=torch.float64, device=run.mesh.device)
-    run.dense.begin(several=batch.division is not None and batch.division.in_parts)
+    run.dense.begin(several=batch.batch_split is not None and batch.batch_split.in_parts)
     losses, begun = [], time.perf_counter()
     for number, part in enumerate(prepared.parts):
         if number and _too_late(batch, begun, run.mesh.device):
@@ -129,9 +129,9 @@ def _part_sums(loss: Tensor, support_loss: Tensor, batch: TaskBatch) -> Tensor:
 
 def _sum_names(batch: TaskBatch) -> tuple[str, ...]:
     """`SUMS`, and how many micro-batches each rank finished, where it may have left some."""
-    if batch.division is None or batch.drop_after_s is None:
+    if batch.batch_split is None or batch.drop_after_s is None:
         return SUMS
-    return (*SUMS, *(f"finished_{rank}" for rank in range(len(batch.division.micro_batches))))
+    return (*SUMS, *(f"finished_{rank}" for rank in range(len(batch.batch_split.micro_batches))))
 
 
 def _too_late(batch: TaskBatch, begun: float, device: torch.device) -> bool:
@@ -146,7 +146,7 @@ def _too_late(batch: TaskBatch, begun: float, device: torch.device) -> bool:
 def _work(batch: TaskBatch, part: TaskBatch) -> float:
     """Slots of work in a micro-batch, by its rows."""
     rows, of = (float(b.support.mask.sum() + b.query.mask.sum()) for b in (part, batch))
-    whole = batch.num_tasks if batch.division is None else batch.division.work
+    whole = batch.num_tasks if batch.batch_split is None else batch.batch_split.work
     return whole * rows / of if of else 0.0
 
 
@@ -297,17 +297,17 @@ def _log_step(run: Run, started: Started, stats: dict[str, float]) -> None:
             **{f"{phase}_share": value / total for phase, value in seconds.items()},
             "time_s": run.progress.seconds,
             **({"comm": traffic_record(run, started)} if run.mesh.is_main and run.mesh.world_size > 1 else {}),
-            **(_division_record(run, started, stats)),
+            **(_split_record(run, started, stats)),
         }
     )
 
 
-def _division_record(run: Run, started: Started, stats: dict[str, float]) -> dict[str, Any]:
+def _split_record(run: Run, started: Started, stats: dict[str, float]) -> dict[str, Any]:
     """How an elastic group divided the batch, and the tasks (positions in the split) that were put back."""
-    division = started.batch.division
-    if division is None or run.membership is None:
+    split = started.batch.batch_split
+    if split is None or run.membership is None:
         return {}
-    slots = [stop - start for start, stop in zip(division.cuts, division.cuts[1:], strict=False)]
+    slots = [stop - start for start, stop in zip(split.cuts, split.cuts[1:], strict=False)]
     record: dict[str, Any] = {"generation": run.membership.generation, "index": started.batch.index, "slots": slots}
     record["agent_cpu_s"] = run.membership.agent.cpu_s  # since the generation began
     return record | {"put_back": dropped_tasks(started.batch, stats).tolist()}

@@ -48,13 +48,13 @@ class Membership:
 
     def finished(self, batch: TaskBatch, step: int, seconds: Mapping[str, float], tasks: int, window: int) -> None:
         """A step is finished: `tasks` of its batch took effect, in all ranks together."""
-        assert batch.division is not None
+        assert batch.batch_split is not None
         spent = StepTime(
             step,
             compute_s=seconds.get("compute", 0.0),
             input_s=seconds.get("input", 0.0),
             wait_s=seconds.get("exchange", 0.0),
-            work=batch.division.work,
+            work=batch.batch_split.work,
         )
         self.agent.finished(spent, batch.epoch, window, tasks)
 
@@ -179,7 +179,7 @@ class NodeFacts:
 
 def dropped_tasks(batch: TaskBatch, stats: Mapping[str, float]) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Tasks of the batch that no rank finished, from the step's global statistics: positions in the split."""
-    if batch.division is None or batch.drop_after_s is None:
+    if batch.batch_split is None or batch.drop_after_s is None:
         return np.zeros(0, np.int64)
-    ranks = range(len(batch.division.micro_batches))
-    return batch.division.unfinished([int(stats[f"finished_{rank}"]) for rank in ranks])
+    ranks = range(len(batch.batch_split.micro_batches))
+    return batch.batch_split.unfinished([int(stats[f"finished_{rank}"]) for rank in ranks])

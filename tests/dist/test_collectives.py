@@ -46,7 +46,7 @@ def test_all_to_all_moves_ragged_rows(world, dtype):
 
 def _counts(mesh: Mesh) -> None:
     counts = torch.tensor([[10 * mesh.rank + r for r in range(mesh.world_size)], [7] * mesh.world_size])
-    asked = exchange_counts(counts, mesh.levels[0].ids, mesh)
+    asked = exchange_counts(counts, mesh.stages[0].ids, mesh)
     assert asked == [[10 * s + mesh.rank for s in range(mesh.world_size)], [7] * mesh.world_size]
 
 

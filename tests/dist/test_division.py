@@ -46,7 +46,7 @@ def run_divided(mesh: Mesh, settings: TrainConfig, steps: int, divide: Any) -> d
         for _ in range(steps):
             started = train_step(run, next(run.loader), Stopwatch(mesh.device))
             stats = finish_step(run, started)
-            division = started.batch.division
+            division = started.batch.batch_split
             assert division is not None
             left = set()
             if division.drop_after_s is not None:
@@ -114,8 +114,8 @@ def resumed(mesh: Mesh, settings: TrainConfig, cut: int, steps: int) -> list[lis
             for _ in range(count):
                 started = train_step(run, next(run.loader), Stopwatch(mesh.device))
                 finish_step(run, started)
-                assert started.batch.division is not None
-                batches.append(started.batch.division.tasks.tolist())
+                assert started.batch.batch_split is not None
+                batches.append(started.batch.batch_split.tasks.tolist())
             state = run.loader.state_dict()
         run.dense.close()
     return batches
