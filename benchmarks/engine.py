@@ -43,6 +43,7 @@ from gmeta.core.batch import Examples, TaskBatch, to_device
 from gmeta.data.loader import loader_thread
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
+from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
 from gmeta.optim.dense import dense_optimizer, dense_step
 from gmeta.optim.sparse import SparseOptimizer
@@ -148,7 +149,7 @@ def _examples(case: Case, ids: Tensor, label: Tensor, rows: slice) -> Examples:
 
 def build(case: Case) -> MeLU:
     torch.manual_seed(0)
-    return MeLU(case.names, embedding_dim=case.dim, num_numeric=0, hidden=case.hidden)
+    return MeLU(InputSpec(dict.fromkeys(case.names, case.dim), (), 0.0), hidden=case.hidden)
 
 
 @dataclass

@@ -279,7 +279,7 @@ def train(pack: Path, run_dir: Path, overrides: Sequence[str], steps: int) -> di
         "pack": pack,
         "run_dir": run_dir,
         "model.embedding_dim": 16,
-        "model.hidden": "[256, 128]",
+        "model.args.hidden": "[256, 128]",
         "loader.tasks_per_batch": TASKS_PER_BATCH,
         "schedule.max_steps": steps,
         "device": "cpu",

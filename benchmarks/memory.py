@@ -32,6 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
+from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.system import System
@@ -59,7 +60,7 @@ def units(case: Case) -> tuple[int, float]:
 def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, float]:
     """Kept and peak memory of one step, in bytes; its loss and the norm of its gradients."""
     torch.manual_seed(0)
-    network = MeLU(case.names, embedding_dim=case.dim, num_numeric=0, hidden=case.hidden, **MODELS[model])
+    network = MeLU(InputSpec(dict.fromkeys(case.names, case.dim), (), 0.0), hidden=case.hidden, **MODELS[model])
     settings: dict[str, Any] = {"adapt": ["embeddings", "dense"], "engine": "factored", "order": "second"}
     learner = MetaLearner(
         network,

@@ -90,7 +90,7 @@ def config(case: Case, method: str, seed: int, max_steps: int) -> dict[str, Any]
     """A training's config, the same for every program."""
     return {
         "loss": "mse",
-        "model": {"name": "melu", "features": list(case.features), "embedding_dim": 8, "hidden": [32, 16]},
+        "model": {"name": "melu", "features": list(case.features), "embedding_dim": 8, "args": {"hidden": [32, 16]}},
         "meta": METHODS[method],
         "embedding": {"optimizer": "adam", "lr": 0.01, "init_std": 0.1},
         "dense": {"lr": 0.003, "clip_norm": 5.0},

@@ -80,7 +80,7 @@ class Case:
 def synthetic(name: str, features: int, dim: int, hidden: str) -> Case:
     """Everything adapted, second order, 64 tasks of 10 + 10 examples."""
     names = ",".join(f"f{i}" for i in range(features))
-    size = ("--model.features", f"[{names}]", "--model.embedding_dim", str(dim), "--model.hidden", f"[{hidden}]")
+    size = ("--model.features", f"[{names}]", "--model.embedding_dim", str(dim), "--model.args.hidden", f"[{hidden}]")
     return Case(
         f"synthetic {name}: {features}x{dim} {hidden.replace(',', '-')}", (*size, "--loader.tasks_per_batch", "64")
     )

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from gmeta.embedding.lookup import plan_lookup
     from gmeta.embedding.table import ShardedTables, TableSpec
     from gmeta.meta.learner import MetaLearner
-    from gmeta.models import build_model
     from gmeta.optim.sparse import SparseOptimizer
     from gmeta.parallel.collectives import all_reduce_sum
     from gmeta.parallel.mesh import close_mesh, open_mesh
@@ -34,7 +33,6 @@ _HOMES = {
     "gmeta.embedding.lookup": ("plan_lookup",),
     "gmeta.embedding.table": ("ShardedTables", "TableSpec"),
     "gmeta.meta.learner": ("MetaLearner",),
-    "gmeta.models": ("build_model",),
     "gmeta.optim.sparse": ("SparseOptimizer",),
     "gmeta.parallel.collectives": ("all_reduce_sum",),
     "gmeta.parallel.mesh": ("close_mesh", "open_mesh"),
@@ -56,7 +54,6 @@ __all__ = [
     "TaskLoader",
     "TrainConfig",
     "all_reduce_sum",
-    "build_model",
     "close_mesh",
     "exchange_ids",
     "fetch",

@@ -7,30 +7,32 @@ Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 75 stopped
 from __future__ import annotations
 
 import difflib
-import re
+import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from itertools import zip_longest
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser
 
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
 from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
+from gmeta.config.parse import modern_words, parse_words, parser_of
 from gmeta.config.train import TrainConfig
-from gmeta.core.files import read_mapping
-from gmeta.parallel.launch import is_worker
+from gmeta.core.errors import UserCodeError
+from gmeta.parallel.launch import is_worker, worker_rank
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its config dataclass, what runs it, and whether it takes `--nproc`."""
+    """A command: its config dataclass, what runs it, whether it takes `--nproc`, and what its help ends with."""
 
     config: type
     run: Callable[[Any], int]
     distributed: bool = False
+    epilog: str | None = None
 
 
 def _prepare(config: PrepareConfig) -> int:
@@ -112,11 +114,34 @@ def _lab(config: LabConfig) -> int:
     return 0
 
 
+_SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
+
+  task: user_id               # required: whose rows form a task
+  label: click                # required: 0 or 1, or a rating
+  time: timestamp             # a user's last rows by time are then the query
+  item: item_id               # what is recommended; reports show items that no training task has seen
+  partition: day              # a column that says which split a row belongs to
+  label_threshold: 4          # labels of at least this become 1, others 0
+  categorical:                # one value a row; a bare name, or a mapping:
+    - gender
+    - {name: item_id, min_count: 2}                       # rarer values count as unknown
+    - {name: device, hash_buckets: 10000, nulls: oov}     # hashed, no vocabulary; missing values are unknown
+  multi: [{name: genres, separator: "|", pooling: mean}]  # several values a row
+  sequence: [{name: last_items, separator: " ", max_length: 20, table: item_id}]  # in order; shares a table
+  numeric: [age, {name: price, log: true, nulls: mean}]   # standardised
+  item_statistics: false      # count and mean label of each item as numeric columns
+  hash_seed: 0
+"""
+
+_PREDICT_HELP = """The support file needs the columns that the run's schema names: the task, the label, the features and
+the numeric columns, and the time where there is one. The query file needs the same but the label. Columns beyond
+those stay in the output. `schema.json` in the run directory lists them."""
+
 COMMANDS: dict[str, Command] = {
-    "prepare": Command(PrepareConfig, _prepare),
+    "prepare": Command(PrepareConfig, _prepare, epilog=_SCHEMA_HELP),
     "train": Command(TrainConfig, _train, distributed=True),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
-    "predict": Command(PredictConfig, _predict),
+    "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
@@ -146,18 +171,9 @@ def overview() -> ArgumentParser:
 
 
 def command_parser(name: str) -> ArgumentParser:
-    """The parser of one command, from the fields and docstrings of its dataclass."""
+    """Return the parser of one command, from the fields and docstrings of its dataclass."""
     command = COMMANDS[name]
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog=f"gmeta {name}",
-        exit_on_error=False,
-        allow_abbrev=False,
-        description=command.config.__doc__,
-        usage=f"gmeta {name} [--config FILE] [--key VALUE] [--section.key VALUE] ...",
-    )
-    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
-    parser.add_class_arguments(command.config)
+    parser = parser_of(command.config, f"gmeta {name}")
     if command.distributed:
         parser.add_argument(
             "--nproc", type=int, default=1, help="Processes to start on this machine (torchrun does it on clusters)."
@@ -165,56 +181,27 @@ def command_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def _keys(parser: ArgumentParser) -> list[str]:
-    return [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
-
-
-def _explain(message: str, parser: ArgumentParser) -> str:
-    """jsonargparse's complaint in gmeta's form: `key is VALUE: what it must be`, and the nearest known key."""
-    named = re.match(r'Parser key "([^"]+)":', message)
-    value = re.search(r"(?:Got|Given) value: (.*)", message)
-    if named and value:
-        choices = re.search(r"typing\.Literal\[(.*?)\]", message)
-        kinds = re.search(r"(?:Expected an? |Subtypes: \[)(.+?)(?:\. Got value|\]\n|\n)", message)
-        kind = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]) if kinds else "another type"
-        rule = (
-            f"one of {choices[1]}" if choices else f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
-        )
-        return f"{named[1]} is {value[1]!r}: must be {rule}"
-    found_key = re.search(r"(?:unrecognized arguments: --|option '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
-    known = _keys(parser)
-    if found_key and found_key[1] not in known:
-        unknown = found_key[1]
-        near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the keys"
-        return f"unknown key {unknown}: {hint}"
-    return message
-
-
-def _check_config_files(words: list[str], keys: list[str]) -> None:
-    """ValueError naming a --config file that is no YAML mapping, or whose section holds no keys of its own."""
-    for flag, value in zip_longest(words, words[1:], fillvalue=""):
-        path = Path(flag.partition("=")[2] if flag.startswith("--config=") else value if flag == "--config" else "")
-        if not path.is_file():
-            continue  # the parser says so
-        for section, found in read_mapping(path, "correct it, it must hold `key: value` lines").items():
-            inside = [key for key in keys if key.startswith(f"{section}.")]
-            if inside and not isinstance(found, dict):
-                example = inside[0].partition(".")[2]
-                raise ValueError(
-                    f"{section} is {found!r} in {path}: it is a section, such as {section}: {{{example}: …}}"
-                )
-
-
-def _fail(prog: str, message: str) -> int:
+def _fail(prog: str, error: Exception | str) -> int:
+    """Tell a user's mistake; where code of their own raised, with its traceback before the message."""
     from gmeta.parallel.launch import EXIT_USER_ERROR, report_error
 
-    report_error(f"{prog}: error: {message}")
+    message = f"{prog}: error: {error}"
+    if isinstance(error, UserCodeError) and error.__cause__ is not None:
+        message = "".join(traceback.format_exception(error.__cause__)) + message
+    report_error(message)
     return EXIT_USER_ERROR
+
+
+def _warn(prog: str, sentence: str) -> None:
+    if not is_worker() or worker_rank() == 0:
+        print(f"{prog}: warning: {sentence}", file=sys.stderr, flush=True)
 
 
 def run(argv: list[str]) -> int:
     """Run one command line; returns its exit code."""
+    if argv == ["--version"]:
+        print(f"gmeta {version('gmeta')}")
+        return 0
     if not argv or argv[0] not in COMMANDS:
         try:
             overview().parse_args(argv or ["--help"])
@@ -223,27 +210,29 @@ def run(argv: list[str]) -> int:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             hint = f"did you mean {near[0]}?" if near else "`gmeta --help` lists the commands"
             return _fail("gmeta", f"{str(error).splitlines()[0]}; {hint}")
-    name, rest = argv[0], argv[1:]
+    name, words = argv[0], argv[1:]
     parser = command_parser(name)
+    if {"-h", "--help"} & set(words):  # the parser would wrap the lines of what follows
+        print(parser.format_help())
+        print(COMMANDS[name].epilog or "")
+        return 0
     try:
-        _check_config_files(rest, _keys(parser))
-        values = parser.parse_args(rest)
-        nproc = values.pop("nproc", 1)
-        values.pop("config", None)
-        made = parser.instantiate(values)
-        cls = COMMANDS[name].config
-        config = cls(**{f.name: made[f.name] for f in fields(cls)})
-    except ArgumentError as error:
-        return _fail(parser.prog, _explain(str(error), parser))
-    except (ValueError, TypeError) as error:
-        return _fail(parser.prog, str(error))
+        if COMMANDS[name].config is TrainConfig:
+            words, told = modern_words(words)
+            for sentence in told:
+                _warn(parser.prog, sentence)
+        config: Any
+        config, others = parse_words(parser, COMMANDS[name].config, words)
+    except ValueError as error:
+        return _fail(parser.prog, error)
+    nproc = others.get("nproc", 1)
     try:
         elastic = isinstance(config, TrainConfig) and config.elastic.enabled
         if (nproc != 1 or elastic) and not is_worker():
-            return _launch(parser.prog, config if elastic else None, nproc, argv)
+            return _launch(parser.prog, config if elastic else None, nproc, [name, *words])
         return COMMANDS[name].run(config)
     except (ValueError, OSError) as error:
-        return _fail(parser.prog, str(error))
+        return _fail(parser.prog, error)
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from gmeta.config.train import ModelConfig
 from gmeta.data.pack import PackWriter
 from gmeta.data.schema import Feature, NumericColumn, PackSchema, parse_data_schema
 
@@ -76,3 +78,16 @@ def make_pack(path: Path, train: int = 60, valid: int = 20, test: int = 20, seed
             writer.write_tasks(ids, pa.array([f"u{i}" for i in ids]), [split] * count)
             first += count
         return writer.finish()
+
+
+def small_model(name: str, **args: Any) -> ModelConfig:
+    """A model of each name with the same small sizes; arguments that it does not take are left out."""
+    wanted = {"hidden": [6], "bottom": [6], "dropout": 0.1, "task_features": ["group"], **args}
+    return ModelConfig(name=name, embedding_dim=4, args={k: v for k, v in wanted.items() if k in _TAKES[name]})
+
+
+_TAKES = {
+    "melu": ("hidden", "layer_norm", "dropout"),
+    "dlrm": ("hidden", "bottom", "layer_norm", "dropout"),
+    "taste": ("hidden", "bottom", "dropout", "task_features"),
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gmeta.core.errors import require
 
@@ -16,32 +16,22 @@ CLICK_METRICS = ("auc", "gauc", "logloss")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The model: which file of gmeta/models, and its sizes."""
+    """The model and what it reads."""
 
     name: str = "melu"
-    """Model to train: melu, dlrm or taste (one file each under gmeta/models)."""
+    """Model to train: melu, dlrm, taste, or your own as package.module:Class."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
+    dropout and task_features. Your own class takes its own."""
     features: list[str] = field(default_factory=list)
     """Categorical features to use; empty means all in the pack."""
-    task_features: list[str] = field(default_factory=list)
-    """Those of them that describe the task (such as a user's age), for taste; all others describe the item."""
     numeric: bool = True
     """Use the pack's numeric columns."""
     embedding_dim: int = 16
     """Width of every embedding row."""
-    hidden: list[int] = field(default_factory=lambda: [64, 64])
-    """Widths of the hidden layers on top of the embeddings."""
-    bottom: list[int] = field(default_factory=lambda: [64])
-    """Widths of dlrm's network over numeric columns, or of taste's over items; the embedding dimension is appended."""
-    layer_norm: bool = False
-    """Layer norm after each hidden layer (melu, dlrm)."""
-    dropout: float = 0.0
-    """Dropout after each hidden layer (taste: on the item's embeddings), seeded per (seed, step, task)."""
 
     def __post_init__(self) -> None:
         require(self.embedding_dim > 0, "model.embedding_dim", self.embedding_dim, "must be at least 1")
-        require(all(w > 0 for w in self.hidden), "model.hidden", self.hidden, "widths must be at least 1")
-        require(all(w > 0 for w in self.bottom), "model.bottom", self.bottom, "widths must be at least 1")
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +122,14 @@ class DenseConfig:
     """Linear warm-up of every learning rate (dense and embedding)."""
     decay: Literal["none", "linear", "cosine"] = "none"
     """Decay of every learning rate to zero at the last step."""
-    placement: str = "NNN"
-    """How parameters, gradients and optimizer state lie (PaRO): each N, on every rank, I, sharded inside groups, or G,
-    sharded over all; or auto. NNN is fastest where it fits; `gmeta plan` tells what else costs."""
-    group_size: int = 0
-    """Ranks of a group; 0: those of one machine."""
+    sharding: str = "NNN"
+    """How parameters, gradients and optimizer state are sharded (PaRO), one letter each: N, a copy on every rank; I,
+    sharded inside each node; G, sharded over all ranks. Or auto. NNN is fastest where it fits; `gmeta plan` tells what
+    the others cost."""
+    node_size: int = 0
+    """Ranks of a node, for sharding; 0: those of one machine."""
     memory_gb: float | None = None
-    """With placement auto: GB a rank between steps for dense parameters, gradients and optimizer state (in a step
+    """With sharding auto: GB a rank between steps for dense parameters, gradients and optimizer state (in a step
     parameters are whole). Without it: on CUDA half of what is free, on CPU all that it takes."""
 
     def __post_init__(self) -> None:
@@ -147,7 +138,7 @@ class DenseConfig:
         require(self.weight_decay >= 0, "dense.weight_decay", self.weight_decay, "must not be negative")
         require(self.clip_norm >= 0, "dense.clip_norm", self.clip_norm, "must not be negative")
         require(self.warmup_steps >= 0, "dense.warmup_steps", self.warmup_steps, "must not be negative")
-        require(self.group_size >= 0, "dense.group_size", self.group_size, "must not be negative")
+        require(self.node_size >= 0, "dense.node_size", self.node_size, "must not be negative")
         require(self.memory_gb is None or self.memory_gb > 0, "dense.memory_gb", self.memory_gb, "must be more than 0")
 
 

@@ -17,3 +17,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(map(repr, names))}"
+
+
+class UserCodeError(ValueError):
+    """Code that the user named (a model, a policy) raised; `__cause__` holds its own traceback, which is shown."""

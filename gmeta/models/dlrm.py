@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gmeta.models.inputs import InputSpec, check_dropout, check_widths
+
 
 class DLRM(nn.Module):
     """Top network over [bottom output, pairwise dot products of bottom output and embeddings] -> one logit.
 
-    Without numeric columns there is no bottom network.
+    `bottom` are the widths of the network over numeric columns, to which the embedding dimension is appended; without
+    numeric columns there is none. `hidden` are the widths of the top network.
     """
 
     head = "output"
@@ -24,18 +27,19 @@ class DLRM(nn.Module):
 
     def __init__(
         self,
-        features: Sequence[str],
+        inputs: InputSpec,
         *,
-        embedding_dim: int,
-        num_numeric: int,
-        bottom: Sequence[int],
-        hidden: Sequence[int],
+        bottom: Sequence[int] = (64,),
+        hidden: Sequence[int] = (64, 64),
         layer_norm: bool = False,
         dropout: float = 0.0,
-        base_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.features = tuple(features)
+        check_widths("bottom", bottom)
+        check_widths("hidden", hidden)
+        check_dropout(dropout)
+        self.features = tuple(inputs.features)
+        num_numeric, embedding_dim = inputs.num_numeric, inputs.embedding_dim
         num_vectors = len(self.features) + (1 if num_numeric else 0)
         if num_vectors < 2:
             raise ValueError(
@@ -46,7 +50,7 @@ class DLRM(nn.Module):
         widths = [num_products + (embedding_dim if num_numeric else 0), *hidden]
         self.top = _network(widths, layer_norm, dropout)
         self.output = nn.Linear(widths[-1], 1)
-        nn.init.constant_(self.output.bias, base_rate)
+        nn.init.constant_(self.output.bias, inputs.base_rate)
         self.pairs: Tensor
         left, right = torch.triu_indices(num_vectors, num_vectors, 1)
         self.register_buffer("pairs", left * num_vectors + right, persistent=False)

@@ -12,32 +12,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gmeta.models.inputs import InputSpec, check_dropout, check_widths
+
 
 class MeLU(nn.Module):
-    """[embeddings of `features`, numeric columns] -> hidden ReLU layers -> one logit."""
+    """[embeddings of all features, numeric columns] -> hidden ReLU layers -> one logit.
+
+    `hidden` are the widths of the hidden layers, each followed by layer norm (where asked for) and dropout.
+    """
 
     head = "output"
 
     def __init__(
         self,
-        features: Sequence[str],
+        inputs: InputSpec,
         *,
-        embedding_dim: int,
-        num_numeric: int,
-        hidden: Sequence[int],
+        hidden: Sequence[int] = (64, 64),
         layer_norm: bool = False,
         dropout: float = 0.0,
-        base_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.features = tuple(features)
-        self.num_numeric = num_numeric
-        widths = [len(self.features) * embedding_dim + num_numeric, *hidden]
+        check_widths("hidden", hidden)
+        check_dropout(dropout)
+        self.features = tuple(inputs.features)
+        self.num_numeric = inputs.num_numeric
+        widths = [inputs.width, *hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(width) if layer_norm else nn.Identity() for width in hidden)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(widths[-1], 1)
-        nn.init.constant_(self.output.bias, base_rate)
+        nn.init.constant_(self.output.bias, inputs.base_rate)
         self.decision_layers = ("layers", "norms", "output")
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:

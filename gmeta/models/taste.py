@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmeta.core.errors import nearest
+from gmeta.models.inputs import InputSpec, check_dropout, check_widths
+
 
 class Shift(nn.Module):
     """Adds a vector that starts at 0. A module of its own, so that it has an inner rate of its own."""
@@ -48,24 +51,31 @@ class Taste(nn.Module):
 
     def __init__(
         self,
-        features: Sequence[str],
+        inputs: InputSpec,
         *,
-        task_features: Sequence[str],
-        embedding_dim: int,
-        num_numeric: int,
-        bottom: Sequence[int],
-        hidden: Sequence[int],
+        task_features: Sequence[str] = (),
+        bottom: Sequence[int] = (64,),
+        hidden: Sequence[int] = (64, 64),
         dropout: float = 0.0,
-        base_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.features = tuple(features)
+        check_widths("bottom", bottom)
+        check_widths("hidden", hidden)
+        check_dropout(dropout)
+        for name in task_features:
+            if name not in inputs.features:
+                raise ValueError(
+                    f"model.args.task_features names {name!r}, which is not a feature of the model: "
+                    f"{nearest(name, inputs.features)}"
+                )
+        self.features = tuple(inputs.features)
+        num_numeric, embedding_dim, base_rate = inputs.num_numeric, inputs.embedding_dim, inputs.base_rate
         self.task_features = tuple(name for name in self.features if name in task_features)
         self.item_features = tuple(name for name in self.features if name not in task_features)
         if not self.item_features:
-            raise ValueError("model.task_features names every feature: taste needs some that describe the item")
+            raise ValueError("model.args.task_features names every feature: taste needs some that describe the item")
         if not hidden:
-            raise ValueError("model.hidden is []: taste needs at least one hidden layer")
+            raise ValueError("model.args.hidden is []: taste needs at least one hidden layer")
         self.num_numeric = num_numeric
         self.base_rate = base_rate
         num_inputs = len(self.item_features) * embedding_dim + num_numeric

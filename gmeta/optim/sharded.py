@@ -1,4 +1,4 @@
-"""The dense layers' gradients and updates: replicated on all ranks, or sharded as `dense.placement` says.
+"""The dense layers' gradients and updates: replicated on all ranks, or sharded as `dense.sharding` says.
 
 Both do the same in a training step: `begin`, `whole` around forward and backward passes, `backward` for each
 micro-batch, `flush` before any other collective, `finish`, and `step` once the norm of the whole gradient is known.

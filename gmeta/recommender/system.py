@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from gmeta.config.train import CommConfig, MetaConfig, TrainConfig
+from gmeta.config.train import CommConfig, MetaConfig, ModelConfig, TrainConfig
 from gmeta.core.batch import EmbeddedRows, Lookup, RowGradients, TaskBatch, lookup_of, tasks_of, to_device
 from gmeta.data.schema import PackSchema, schema_difference
 from gmeta.embedding.exchange import Routes, exchange_ids, fetch, return_gradients
@@ -19,7 +19,8 @@ from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.gather_plan import Plan
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
-from gmeta.models import build_model
+from gmeta.models.inputs import InputSpec, input_spec
+from gmeta.models.registry import ModelFactory, build_model, features_of, find_model, resolved_args
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
 from gmeta.runs.directory import read_config, read_schema
@@ -85,6 +86,7 @@ class System:
     mesh: Mesh
     dtype: torch.dtype
     autocast: bool
+    features: Mapping[str, int]  # embedded features that the model reads, name -> width
     comm: CommConfig = field(default_factory=CommConfig)
 
     def index(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Indexed:
@@ -163,10 +165,10 @@ def used_rows(prepared: Prepared, rows: EmbeddedRows, finished: int) -> dict[str
     return used
 
 
-def table_specs(schema: PackSchema, features: tuple[str, ...], dim: int) -> list[TableSpec]:
-    """One table per vocabulary that the model's features read; features of one vocabulary share it."""
+def table_specs(schema: PackSchema, features: Mapping[str, int]) -> list[TableSpec]:
+    """Return one table per vocabulary that the features (name -> width) read; those of one vocabulary share it."""
     specs: dict[str, TableSpec] = {}
-    for name in features:
+    for name, dim in features.items():
         feature = schema.feature(name)
         pooling = None if feature.kind == "categorical" else feature.pooling
         spec = specs.setdefault(feature.table, TableSpec(feature.table, feature.num_ids, dim, {}))
@@ -174,8 +176,36 @@ def table_specs(schema: PackSchema, features: tuple[str, ...], dim: int) -> list
     return list(specs.values())
 
 
-def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
-    """Build model, learner and tables with the config's seed.
+def inputs_of(config: ModelConfig, schema: PackSchema) -> InputSpec:
+    """Return what the configured model reads of a pack."""
+    return input_spec(schema, features=config.features, numeric=config.numeric, embedding_dim=config.embedding_dim)
+
+
+def make_model(
+    config: ModelConfig, schema: PackSchema, *, seed: int = 0, factory: ModelFactory | None = None
+) -> nn.Module:
+    """Return the configured model for a pack; errors as `find_model`, `resolved_args` and `build_model`."""
+    factory = factory or find_model(config.name)
+    args = resolved_args(factory, config.args, config.name)
+    return build_model(factory, inputs_of(config, schema), args, name=config.name, seed=seed)
+
+
+def resolve_model(config: TrainConfig, factory: ModelFactory | None = None) -> TrainConfig:
+    """Return the config with the model's own defaults among `model.args`, so that a saved run tells all of them.
+
+    Raises ValueError where the model does not exist or does not take the arguments.
+    """
+    factory = factory or find_model(config.model.name)
+    args = resolved_args(factory, config.model.args, config.model.name)
+    return replace(config, model=replace(config.model, args=args))
+
+
+def build_system(
+    config: TrainConfig, schema: PackSchema, mesh: Mesh, *, factory: ModelFactory | None = None, training: bool = True
+) -> System:
+    """Build model, learner and tables with the config's seed; without `training`, no optimizer state.
+
+    `factory` makes the model, where it is not the one that `model.name` names.
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
@@ -187,13 +217,13 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     if mesh.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
-    model = build_model(config.model, schema, seed=config.seed).to(mesh.device, dtype)
-    num_numeric = len(schema.numeric) if config.model.numeric else 0
-    learner = build_learner(model, config, config.meta, num_numeric).to(mesh.device, dtype)
-    features = learner.embedding_features
-    learner.choose_engine(dict.fromkeys(features, config.model.embedding_dim), len(schema.numeric))
+    inputs = inputs_of(config.model, schema)
+    model = make_model(config.model, schema, seed=config.seed, factory=factory).to(mesh.device, dtype)
+    features = {name: inputs.features[name] for name in features_of(model, inputs)}
+    learner = build_learner(model, config, config.meta, features, inputs.num_numeric).to(mesh.device, dtype)
+    learner.choose_engine(features, len(schema.numeric))
     tables = ShardedTables(
-        table_specs(schema, features, config.model.embedding_dim),
+        table_specs(schema, features),
         mesh=mesh,
         seed=config.seed,
         init_std=config.embedding.init_std,
@@ -206,22 +236,24 @@ def build_system(config: TrainConfig, schema: PackSchema, mesh: Mesh) -> System:
         mesh=mesh,
         dtype=dtype,
         autocast=config.precision == "bf16",
+        features=features,
         comm=config.comm,
     )
 
 
-def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig, num_numeric: int) -> MetaLearner:
-    """The learner of a model that gmeta built, with the run's losses and the inner loop of `meta`.
+def build_learner(
+    model: nn.Module, config: TrainConfig, meta: MetaConfig, features: Mapping[str, int], num_numeric: int
+) -> MetaLearner:
+    """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `num_numeric` is the number of numeric columns that the model reads.
+    `features` are the embedded features that the model reads, name -> width, and `num_numeric` the numeric columns.
     """
-    features = cast(tuple[str, ...], model.features)
     modulator = None
     if meta.modulation != "none":
         modulator = build_modulator(
             meta.modulation,
             model,
-            dims=dict.fromkeys(features, config.model.embedding_dim),
+            dims=features,
             num_numeric=num_numeric,
             width=meta.modulation_dim,
             clusters=meta.clusters,
@@ -229,7 +261,7 @@ def build_learner(model: nn.Module, config: TrainConfig, meta: MetaConfig, num_n
         )
     return MetaLearner(
         model,
-        embedding_features=features,
+        embedding_features=tuple(features),
         adapt=meta.adapt,
         order=meta.order,
         inner_steps=meta.inner_steps,

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,17 +18,9 @@ from typing import Any, TextIO
 
 import yaml
 
-from gmeta.config.train import (
-    CommConfig,
-    DenseConfig,
-    ElasticConfig,
-    EmbeddingConfig,
-    LoaderConfig,
-    MetaConfig,
-    ModelConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from gmeta.config.deprecated import upgrade
+from gmeta.config.parse import parse_mapping
+from gmeta.config.train import TrainConfig
 from gmeta.core.files import read_mapping, replacing, write_text
 from gmeta.data.pack import open_pack
 from gmeta.data.schema import PackSchema, pack_schema_from_json, schema_difference
@@ -56,17 +48,6 @@ FREE_ON_RESUME = ("meta.engine", "meta.recompute")
 """Of these, settings that only say how the same numbers are computed."""
 
 _RUN_ID = "run_id"
-
-SECTIONS: dict[str, Callable[..., Any]] = {
-    "model": ModelConfig,
-    "meta": MetaConfig,
-    "embedding": EmbeddingConfig,
-    "dense": DenseConfig,
-    "loader": LoaderConfig,
-    "comm": CommConfig,
-    "elastic": ElasticConfig,
-    "schedule": ScheduleConfig,
-}
 
 
 @contextmanager
@@ -147,7 +128,8 @@ def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -
     """ValueError naming the first setting, or the columns, that a checkpoint does not fit."""
     # A setting younger than the checkpoint did then what its default does now.
     defaults = asdict(TrainConfig(pack="", run_dir=""))
-    before, wanted = _leaves(defaults) | _leaves(state["config"]), _leaves(asdict(now))
+    saved, _ = upgrade(state["config"], saved=True)
+    before, wanted = _leaves(defaults) | _leaves(saved), _leaves(asdict(now))
     for key in wanted:
         if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME and before.get(key) != wanted[key]:
             raise ValueError(
@@ -178,10 +160,10 @@ def read_config(run_dir: Path) -> TrainConfig:
     file = run_dir / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run_dir} holds no run (no config.yaml): name a directory made by `gmeta train`")
-    values = read_mapping(file, _CURE)
+    values, _ = upgrade(read_mapping(file, _CURE), saved=True)
     try:
-        return TrainConfig(**{k: SECTIONS[k](**v) if k in SECTIONS else v for k, v in values.items()})
-    except (TypeError, ValueError) as error:
+        return parse_mapping(TrainConfig, values, "config.yaml")
+    except ValueError as error:
         raise ValueError(f"{file} is no config of a run ({error}): {_CURE}") from None
 
 

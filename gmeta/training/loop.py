@@ -31,7 +31,7 @@ from gmeta.optim.dense import clip_scale, lr_scale, norm_with_rows
 from gmeta.parallel.collectives import all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
 from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, was_restarted
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
-from gmeta.recommender.system import WIRE, Prepared, Work, used_rows
+from gmeta.recommender.system import WIRE, Prepared, Work, resolve_model, used_rows
 from gmeta.runs.directory import prepare_run_dir, run_lock
 from gmeta.training.membership import dropped_tasks, join
 from gmeta.training.statistics import OnItsWay, Started, Stopwatch, still_finite
@@ -350,6 +350,7 @@ def train(config: TrainConfig, emulate: Emulate | None = None) -> int:
     """Run `gmeta train` on this rank; returns the exit code: 0, 75 when stopped on request and saved, or 77 when saved
     to be started again with another worker. `emulate` is the laboratory's."""
     open_pack(config.pack)  # before anything is created
+    config = resolve_model(config)
     if config.elastic.enabled and was_restarted():
         config = replace(config, resume=True)
     with stop_on_signals() as stop:

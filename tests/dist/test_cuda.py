@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from packs import make_pack
+from packs import make_pack, small_model
 from safetensors.torch import load_file
 from test_late_statistics import SAVE_EVERY, run_loop, settings_of
 from test_train import assert_same, config, run_steps
 
 from gmeta.cli import run
-from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, ModelConfig, TrainConfig
+from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, TrainConfig
 from gmeta.core.batch import RowGradients, to_device
 from gmeta.core.selection import segment_sum
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
@@ -45,7 +45,7 @@ def test_the_whole_step_never_waits(pack: Path, model: str, adapt: list[str], pr
         pack=str(pack),
         run_dir="unused",
         precision=precision,  # type: ignore[arg-type]
-        model=ModelConfig(name=model, hidden=[6], bottom=[6], embedding_dim=4, dropout=0.1, task_features=["group"]),
+        model=small_model(model),
         meta=MetaConfig(adapt=adapt, learn_inner_lr=True),
         embedding=EmbeddingConfig(optimizer="adam", weight_decay=0.1),
         dense=DenseConfig(clip_norm=0.1),
@@ -143,7 +143,17 @@ def test_no_step_after_a_bad_one_changes_anything(tmp_path: Path, poison: int) -
 
 def test_resume_is_bit_equal(pack: Path, tmp_path: Path) -> None:
     def train(name: str, *more: object) -> dict[str, torch.Tensor]:
-        words = ["train", "--pack", pack, "--run_dir", tmp_path / name, "--device", "cuda", "--model.hidden", "[8]"]
+        words = [
+            "train",
+            "--pack",
+            pack,
+            "--run_dir",
+            tmp_path / name,
+            "--device",
+            "cuda",
+            "--model.args.hidden",
+            "[8]",
+        ]
         words += ["--loader.tasks_per_batch", 20, "--embedding.optimizer", "adam", "--dense.clip_norm", 0.1]
         assert run([str(word) for word in [*words, "--schedule.epochs", 2, *more]]) == 0
         last = checkpoint.resolve(tmp_path / name / "checkpoints", "last")

@@ -34,7 +34,7 @@ def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -
         pack=str(make_pack(tmp_path / "pack", test=33)),
         run_dir="unused",
         precision="float64",
-        model=ModelConfig(hidden=[8], dropout=0.5),
+        model=ModelConfig(args={"hidden": [8], "dropout": 0.5}),
         meta=MetaConfig(inner_steps=3, inner_lr=0.5),
     )
     alone = scores_of(Mesh(), settings, 256)

@@ -24,7 +24,7 @@ DENSE: dict[str, Any] = {"lr": 0.01, "clip_norm": 0.05, "warmup_steps": 5, "deca
 
 
 def placed(placement: str, group_size: int = 2) -> DenseConfig:
-    return DenseConfig(**DENSE, placement=placement, group_size=group_size)
+    return DenseConfig(**DENSE, sharding=placement, node_size=group_size)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_what_validation_gathers_is_expected(tmp_path: Path) -> None:
 def test_the_planner_chooses(tmp_path: Path, nproc: int, memory_gb: float | None, engine: str) -> None:
     """The placement that the planner takes learns the same; with little memory it is a sharded one."""
     pack = make_pack(tmp_path / "pack")
-    auto = DenseConfig(**DENSE, placement="auto", group_size=2, memory_gb=memory_gb)
+    auto = DenseConfig(**DENSE, sharding="auto", node_size=2, memory_gb=memory_gb)
     assert set(run_ranks(nproc, engine_of, config(pack, dense=auto))) == {f"{engine}Dense"}
     (expected, *_) = run_ranks(nproc, run_steps, config(pack), 4)
     (found, *_) = run_ranks(nproc, run_steps, config(pack, dense=auto), 4)

@@ -70,7 +70,7 @@ def config(pack: Path, **changes: Any) -> TrainConfig:
         "pack": str(pack),
         "run_dir": "unused",
         "precision": "float64",
-        "model": ModelConfig(hidden=[12, 6], embedding_dim=5, layer_norm=True),
+        "model": ModelConfig(embedding_dim=5, args={"hidden": [12, 6], "layer_norm": True}),
         "meta": MetaConfig(inner_steps=2, learn_inner_lr=True, inner_lr=0.3),
         "embedding": EmbeddingConfig(lr=0.1, weight_decay=0.01, init_std=0.5),
         "dense": DenseConfig(lr=0.01, clip_norm=0.05, warmup_steps=3, decay="cosine", weight_decay=0.1),
@@ -156,7 +156,7 @@ def test_equals_gmeta(pack: Path, files: TaskFiles, kind: str) -> None:
         {"meta": MetaConfig(adapt=["embeddings.item", "decision"], inner_lr=0.3)},  # bags and one feature stay shared
         {"meta": MetaConfig(adapt=["head"]), "loader": LoaderConfig(tasks_per_batch=7, resample=True)},
         {
-            "model": ModelConfig(name="taste", task_features=["group"], dropout=0.3),
+            "model": ModelConfig(name="taste", args={"task_features": ["group"], "dropout": 0.3}),
             "embedding": EmbeddingConfig(optimizer="adam"),
         },
     ],

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import Pool, run_ranks
-from packs import make_pack
+from packs import make_pack, small_model
 
 from gmeta.config.train import (
     CommConfig,
@@ -39,7 +39,7 @@ def config(pack: Path, **changes: Any) -> TrainConfig:
         "pack": str(pack),
         "run_dir": "unused",
         "precision": "float64",
-        "model": ModelConfig(hidden=[12, 6], embedding_dim=5, layer_norm=True, dropout=0.1),
+        "model": ModelConfig(embedding_dim=5, args={"hidden": [12, 6], "layer_norm": True, "dropout": 0.1}),
         "meta": MetaConfig(inner_steps=2, learn_inner_lr=True, inner_lr=0.3),
         "embedding": EmbeddingConfig(lr=0.1, weight_decay=0.01, init_std=0.5),
         "dense": DenseConfig(lr=0.01, clip_norm=0.05, warmup_steps=5, decay="cosine", weight_decay=0.1),
@@ -321,7 +321,7 @@ def test_matrix_equals_one_process(
 ) -> None:
     settings = config(
         make_pack(tmp_path / "pack"),
-        model=ModelConfig(name=model, hidden=[6], bottom=[6], embedding_dim=4, dropout=0.1, task_features=["group"]),
+        model=small_model(model),
         meta=MetaConfig(inner_steps=2, inner_lr=0.3, learn_inner_lr=True, adapt=adapt, order=order, engine=engine),
         loader=LoaderConfig(tasks_per_batch=7, window_batches=3, resample=True),
     )

@@ -56,7 +56,16 @@ def command(pack: Path, run_dir: Path, *extra: object, nproc: int = 2, elastic: 
     words: list[object] = ["train", "--pack", pack, "--run_dir", run_dir, "--nproc", nproc]
     words += ["--schedule.epochs", EPOCHS, "--schedule.eval_every", 20, "--schedule.checkpoint_every", 6]
     words += ["--schedule.patience", 500, "--meta.learn_inner_lr", "true", "--loader.tasks_per_batch", 8]
-    words += ["--loader.window_batches", 3, "--dense.warmup_steps", 9, "--model.hidden", "[16]", "--model.dropout", 0.2]
+    words += [
+        "--loader.window_batches",
+        3,
+        "--dense.warmup_steps",
+        9,
+        "--model.args.hidden",
+        "[16]",
+        "--model.args.dropout",
+        0.2,
+    ]
     words += ["--embedding.optimizer", "adam", "--dense.decay", "cosine", "--timeout_s", 20]
     words += ["--elastic.enabled", str(elastic).lower(), "--elastic.policy", "static", *extra]
     return [sys.executable, "-m", "gmeta", *map(str, words)]

@@ -28,7 +28,7 @@ def command(pack: Path, run_dir: Path, resume: bool, nproc: int = 2) -> list[str
     words += ["--schedule.epochs", 1000, "--schedule.max_steps", STEPS, "--schedule.eval_every", 20]
     words += ["--schedule.checkpoint_every", 6, "--schedule.patience", 50, "--meta.learn_inner_lr", "true"]
     words += ["--loader.tasks_per_batch", 8, "--dense.warmup_steps", 9]
-    words += ["--model.hidden", "[16]", "--model.dropout", 0.2]
+    words += ["--model.args.hidden", "[16]", "--model.args.dropout", 0.2]
     words += ["--embedding.optimizer", "adam", "--dense.decay", "cosine", "--timeout_s", 20]
     return [sys.executable, "-m", "gmeta", *map(str, words)]
 

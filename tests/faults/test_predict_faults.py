@@ -25,7 +25,17 @@ Capture = pytest.CaptureFixture[str]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     pack, run_dir = make_pack(folder / "pack"), folder / "run"
-    words = ["train", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20, "--model.hidden", "[8]"]
+    words = [
+        "train",
+        "--pack",
+        pack,
+        "--run_dir",
+        run_dir,
+        "--loader.tasks_per_batch",
+        20,
+        "--model.args.hidden",
+        "[8]",
+    ]
     assert run([str(word) for word in [*words, "--schedule.epochs", 1]]) == 0
     return run_dir
 

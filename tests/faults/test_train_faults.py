@@ -44,7 +44,17 @@ def trained_copy(tmp_path: Path, trained: Path) -> Path:
 
 
 def train_words(pack: Path, run_dir: Path, *more: object) -> list[str]:
-    words = ["train", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20, "--model.hidden", "[8]"]
+    words = [
+        "train",
+        "--pack",
+        pack,
+        "--run_dir",
+        run_dir,
+        "--loader.tasks_per_batch",
+        20,
+        "--model.args.hidden",
+        "[8]",
+    ]
     return [str(word) for word in [*words, "--schedule.epochs", 2, *more]]
 
 
@@ -77,8 +87,11 @@ def test_a_pack_that_is_none_creates_nothing(tmp_path: Path, capsys: Capture) ->
         (["--meta.inner_loss", "mes"], "meta.inner_loss is 'mes': must be one of"),
         (["--schedule.metric", "acc"], "schedule.metric is 'acc': must be one of auc"),
         (["--loss", "mse", "--schedule.metric", "auc"], "schedule.metric is 'auc': needs loss bce"),
-        (["--model.features", "[itm]"], "'itm', which is not in the pack; the nearest is 'item'"),
-        (["--model.name", "mellu"], "model.name is 'mellu': must be one of melu, dlrm"),
+        (["--model.features", "[itm]"], "'itm', which is not in the pack: did you mean 'item'?"),
+        (
+            ["--model.name", "mellu"],
+            "model.name is 'mellu': did you mean 'melu'? (your own model is named",
+        ),
         (["--meta.adapt", "[embedings]"], "the nearest name is 'embeddings'"),
         (["--meta.modulation", "gates"], "meta.modulation is 'gates': must be one of"),
         (
@@ -159,8 +172,8 @@ def test_two_runs_in_one_directory(pack: Path, tmp_path: Path, capsys: Capture) 
 
 
 def test_resume_with_another_model(pack: Path, trained_copy: Path, capsys: Capture) -> None:
-    words = train_words(pack, trained_copy, "--resume", "true", "--model.hidden", "[9]")
-    fails(words, capsys, "model.hidden is [9]", "has [8]", "start a new run_dir")
+    words = train_words(pack, trained_copy, "--resume", "true", "--model.args.hidden", "[9]")
+    fails(words, capsys, "model.args.hidden is [9]", "has [8]", "start a new run_dir")
 
 
 def test_checkpoint_of_another_model(trained_copy: Path, capsys: Capture) -> None:

@@ -6,7 +6,7 @@ gradients by `torch.func.grad`; it shares no code with either engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad
 
 from gmeta.core.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
+from gmeta.models.inputs import InputSpec
 
 DIMS = {"wide": 6, "narrow": 3}
 NUM_ROWS = {"wide": 9, "narrow": 5}
@@ -205,3 +206,8 @@ def textbook(
 def _task(inputs: Inputs, task: int) -> Inputs:
     matrices, dense, label, mask = inputs
     return {name: matrix[task] for name, matrix in matrices.items()}, dense[task], label[task], mask[task]
+
+
+def inputs_of(features: Iterable[str], dim: int, num_numeric: int) -> InputSpec:
+    """The inputs of a model of gmeta/models."""
+    return InputSpec(dict.fromkeys(features, dim), tuple(f"x{i}" for i in range(num_numeric)), 0.0)

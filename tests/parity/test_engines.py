@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from problems import DIMS, FEATURES, NUM_NUMERIC, Problem, gradients, make_problem, poison_padding, textbook
+from problems import DIMS, FEATURES, NUM_NUMERIC, Problem, gradients, inputs_of, make_problem, poison_padding, textbook
 from torch import Tensor, nn
 
 from gmeta.core.batch import map_tensors
@@ -391,11 +391,11 @@ def test_models(name: str, order: str) -> None:
     """The models of gmeta/models, with everything switched on."""
     features = ("user", "item", "history")
     problem = make_problem(features=features)
-    sizes = {"embedding_dim": DIMS["wide"], "num_numeric": NUM_NUMERIC, "hidden": [8, 5]}
-    extras = {"layer_norm": True, "dropout": 0.2}
+    inputs = inputs_of(features, DIMS["wide"], NUM_NUMERIC)
+    sizes = {"hidden": [8, 5], "layer_norm": True, "dropout": 0.2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = MeLU(features, **sizes, **extras) if name == "melu" else DLRM(features, bottom=[4], **sizes, **extras)
+        model = MeLU(inputs, **sizes) if name == "melu" else DLRM(inputs, bottom=[4], **sizes)
     for adapt in (["embeddings", "dense"], ["decision"], ["head"]):
         settings = {"adapt": adapt, "embedding_features": features, "order": order, "inner_steps": 2}
         assert_same(*both(problem, model.double(), **settings))
@@ -441,8 +441,8 @@ def kept_bytes(problem: Problem, learner: MetaLearner) -> int:
 def test_memory_grows_by_a_constant_for_each_inner_step(layer_norm: bool) -> None:
     """For K = 1..5; a copy of all earlier steps in each would grow faster. Recomputing keeps a step's state alone."""
     problem = make_problem(torch.float32, support=(6,) * 8, query=(6,) * 8, features=("user", "item", "history"))
-    settings = {"embedding_dim": DIMS["wide"], "num_numeric": NUM_NUMERIC, "hidden": [64, 32], "layer_norm": layer_norm}
-    model = MeLU(problem.rows.support, **settings)
+    inputs = inputs_of(problem.rows.support, DIMS["wide"], NUM_NUMERIC)
+    model = MeLU(inputs, hidden=[64, 32], layer_norm=layer_norm)
     layer_inputs = 4 * 8 * 6 * sum(layer.in_features for layer in (*model.layers, model.output))
     slopes = {}
     for recompute in (False, True):

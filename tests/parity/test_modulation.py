@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import DIMS, FEATURES, NUM_NUMERIC, Inputs, Problem, gradients, make_problem, poison_padding
+from problems import DIMS, FEATURES, NUM_NUMERIC, Inputs, Problem, gradients, inputs_of, make_problem, poison_padding
 from test_engines import Net, Tied, assert_same, by_textbook, learner_of
 from torch import Tensor, nn
 
@@ -172,15 +172,16 @@ def test_film_starts_from_the_unmodulated_model() -> None:
 def test_models(kind: str, name: str) -> None:
     features = ("user", "item", "history")
     problem = make_problem(features=features)
-    sizes = {"embedding_dim": DIMS["wide"], "num_numeric": NUM_NUMERIC, "hidden": [8, 5], "dropout": 0.2}
+    inputs = inputs_of(features, DIMS["wide"], NUM_NUMERIC)
+    sizes = {"hidden": [8, 5], "dropout": 0.2}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if name == "melu":
-            model = MeLU(features, layer_norm=True, **sizes)
+            model = MeLU(inputs, layer_norm=True, **sizes)
         elif name == "dlrm":
-            model = DLRM(features, bottom=[4], **sizes)
+            model = DLRM(inputs, bottom=[4], **sizes)
         else:
-            model = Taste(features, task_features=["user"], bottom=[4], **sizes)
+            model = Taste(inputs, task_features=["user"], bottom=[4], **sizes)
     for adapt in (["decision"], ["embeddings", "dense"]):
         settings = {"adapt": adapt, "features": features, "inner_steps": 2, "learn_inner_lr": True}
         assert_same(*both(problem, model, kind, **settings))

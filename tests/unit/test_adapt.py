@@ -16,6 +16,7 @@ from gmeta.meta.inner_loop import resolve
 from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss, task_mean
+from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
 
 FEATURES = ("user", "item", "item_genre")
@@ -23,7 +24,7 @@ DIMS = dict.fromkeys(FEATURES, 4)
 
 
 def melu(**extras: object) -> MeLU:
-    return MeLU(FEATURES, embedding_dim=4, num_numeric=2, hidden=[6, 5], **extras)
+    return MeLU(InputSpec(dict.fromkeys(FEATURES, 4), ("x0", "x1"), 0.0), hidden=[6, 5], **extras)
 
 
 def test_words() -> None:

@@ -1,4 +1,4 @@
-"""The models: shapes, what they declare, seeds, and errors of `build_model`."""
+"""The models: shapes, what they declare, seeds, and errors of `make_model`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch import Tensor
 
 from gmeta.config.train import ModelConfig
 from gmeta.data.schema import Feature, NumericColumn, PackSchema
-from gmeta.models import build_model
 from gmeta.models.dlrm import DLRM
+from gmeta.models.inputs import InputSpec
+from gmeta.recommender.system import make_model
 
 FEATURES = tuple(Feature(name=n, kind="categorical", num_ids=9, table=n) for n in ("user_id", "item_id", "genre"))
 
@@ -29,8 +30,8 @@ def inputs(*leading: int, num_numeric: int = 2, dim: int = 4) -> tuple[Tensor, d
 @pytest.mark.parametrize("extras", [{}, {"layer_norm": True, "dropout": 0.5}])
 @pytest.mark.parametrize("numeric", [True, False])
 def test_any_leading_dimensions(name: str, extras: dict, numeric: bool) -> None:
-    config = ModelConfig(name=name, embedding_dim=4, hidden=[8], numeric=numeric, **extras)
-    model = build_model(config, schema()).eval()
+    config = ModelConfig(name=name, embedding_dim=4, numeric=numeric, args={"hidden": [8], **extras})
+    model = make_model(config, schema()).eval()
     dense, embedded = inputs(2, 3)
     logits = model(dense, embedded)
     assert logits.shape == (2, 3)
@@ -44,7 +45,7 @@ def test_any_leading_dimensions(name: str, extras: dict, numeric: bool) -> None:
 
 @pytest.mark.parametrize("name", ["melu", "dlrm"])
 def test_declared_layers_exist(name: str) -> None:
-    model = build_model(ModelConfig(name=name, embedding_dim=4), schema())
+    model = make_model(ModelConfig(name=name, embedding_dim=4), schema())
     assert model.features == ("user_id", "item_id", "genre")
     for layer in (model.head, *model.decision_layers):
         assert list(model.get_submodule(layer).parameters()) or layer == "norms"
@@ -54,14 +55,14 @@ def test_declared_layers_exist(name: str) -> None:
 @pytest.mark.parametrize("name", ["melu", "dlrm"])
 def test_initialisation_is_seeded_and_leaves_global_state_alone(name: str) -> None:
     state = torch.random.get_rng_state()
-    one, same, other = (build_model(ModelConfig(name=name), schema(), seed=s).state_dict() for s in (1, 1, 2))
+    one, same, other = (make_model(ModelConfig(name=name), schema(), seed=s).state_dict() for s in (1, 1, 2))
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(one[k], same[k]) for k in one)
     assert not all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_dlrm_multiplies_every_pair_once() -> None:
-    model = DLRM(["a", "b", "c"], embedding_dim=2, num_numeric=0, bottom=[], hidden=[])
+    model = DLRM(InputSpec(dict.fromkeys("abc", 2), (), 0.0), bottom=[], hidden=[])
     vectors = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0, 5.0]), "c": torch.tensor([-1.0, 4.0])}
     with torch.no_grad():
         model.output.weight.copy_(torch.tensor([[1.0, 100.0, 10000.0]]))
@@ -70,18 +71,18 @@ def test_dlrm_multiplies_every_pair_once() -> None:
 
 
 def test_a_subset_of_features() -> None:
-    model = build_model(ModelConfig(features=["genre"], embedding_dim=4), schema())
+    model = make_model(ModelConfig(features=["genre"], embedding_dim=4), schema())
     assert model.features == ("genre",)
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="'item', which is not in the pack; the nearest is 'item_id' of user_id, it"):
-        build_model(ModelConfig(features=["user_id", "item"]), schema())
+    with pytest.raises(ValueError, match="'item', which is not in the pack: did you mean 'item_id'"):
+        make_model(ModelConfig(features=["user_id", "item"]), schema())
     with pytest.raises(ValueError, match="'genre' twice"):
-        build_model(ModelConfig(features=["genre", "genre"]), schema())
-    with pytest.raises(ValueError, match=r"model\.name is 'mlp': must be one of melu, dlrm"):
-        build_model(ModelConfig(name="mlp"), schema())
+        make_model(ModelConfig(features=["genre", "genre"]), schema())
+    with pytest.raises(ValueError, match=r"model\.name is 'mlp': did you mean 'melu'"):
+        make_model(ModelConfig(name="mlp"), schema())
     with pytest.raises(ValueError, match="no categorical feature"):
-        build_model(ModelConfig(), schema(features=()))
+        make_model(ModelConfig(), schema(features=()))
     with pytest.raises(ValueError, match="has 1 vectors to multiply"):
-        build_model(ModelConfig(name="dlrm", features=["genre"], numeric=False), schema())
+        make_model(ModelConfig(name="dlrm", features=["genre"], numeric=False), schema())

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from packs import make_pack
+from packs import make_pack, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, ModelConfig, TrainConfig
+from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
 from gmeta.training import loop as train
 from gmeta.training.statistics import Stopwatch
@@ -79,9 +79,7 @@ def test_the_step_reads_nothing(tmp_path: Path, model: str, adapt: list[str], op
     settings = TrainConfig(
         pack=str(make_pack(tmp_path / "pack")),
         run_dir=str(tmp_path / "run"),
-        model=ModelConfig(
-            name=model, hidden=[6], bottom=[6], embedding_dim=4, layer_norm=True, dropout=0.1, task_features=["group"]
-        ),
+        model=small_model(model, layer_norm=True),
         meta=MetaConfig(adapt=adapt, inner_steps=2, learn_inner_lr=True),
         dense=DenseConfig(clip_norm=0.1, weight_decay=0.1),
         embedding=EmbeddingConfig(optimizer=optimizer, weight_decay=0.1),

@@ -26,7 +26,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gmeta("synth", "--out", out / "log", "--users", 300, "--items", 30)
     schema = out / "log" / "schema.yaml"
     gmeta("prepare", "--input", f"[{out}/log/*.parquet]", "--schema", schema, "--out", out / "pack")
-    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--model.hidden", "[8]"]
+    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--model.args.hidden", "[8]"]
     train += ["--schedule.epochs", 2, "--schedule.eval_every", 2]
     gmeta(*train, "--run_dir", out / "run")
     gmeta(*train, "--run_dir", out / "plain", "--meta.adapt", "[]")
@@ -36,7 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_directory_holds_all_of_a_run(out: Path) -> None:
     run_dir = out / "run"
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
-    assert config["model"]["hidden"] == [8]
+    assert config["model"]["args"]["hidden"] == [8]
     assert json.loads((run_dir / "environment.json").read_text())["packages"]["torch"]
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]

@@ -18,7 +18,8 @@ from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare
 from gmeta.data.schema import Feature, NumericColumn, PackSchema, schema_difference
 from gmeta.meta.learner import MetaLearner
-from gmeta.models import base_rate, build_model
+from gmeta.models.inputs import base_rate
+from gmeta.recommender.system import make_model
 
 NAMES = ("item_id", "genre", "age", "zip")
 DIM = 4
@@ -36,8 +37,8 @@ def schema(label_mean: float = 3.5, binary: bool = False, num_numeric: int = 2) 
 
 
 def config(**settings: object) -> ModelConfig:
-    values = {"name": "taste", "embedding_dim": DIM, "bottom": [5], "hidden": [6], "task_features": ["age", "zip"]}
-    return ModelConfig(**{**values, **settings})
+    args = {"bottom": [5], "hidden": [6], "task_features": ["age", "zip"], **settings}
+    return ModelConfig(name="taste", embedding_dim=DIM, args=args)
 
 
 def inputs(*leading: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,7 +49,7 @@ def inputs(*leading: int, seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("settings", [{}, {"task_features": []}, {"hidden": [7, 6], "bottom": []}, {"dropout": 0.5}])
 def test_any_leading_dimensions(settings: dict) -> None:
-    model = build_model(config(**settings), schema()).eval()
+    model = make_model(config(**settings), schema()).eval()
     if model.prior is not None:
         torch.nn.init.normal_(model.prior.weight)
     dense, embedded = inputs(2, 3)
@@ -61,7 +62,7 @@ def test_any_leading_dimensions(settings: dict) -> None:
 
 
 def test_task_features_reach_the_weights_only() -> None:
-    model = build_model(config(), schema()).eval()
+    model = make_model(config(), schema()).eval()
     dense, embedded = inputs(2, 3)
     logits = model(dense, embedded)
     other = embedded | {name: embedded[name] + 1 for name in ("age", "zip")}
@@ -72,7 +73,7 @@ def test_task_features_reach_the_weights_only() -> None:
 
 def test_the_output_starts_at_the_base_rate() -> None:
     for name in ("taste", "melu", "dlrm"):
-        low, high = (build_model(config(name=name), schema(mean)).eval() for mean in (0.0, 3.5))
+        low, high = (make_model(ModelConfig(name=name, embedding_dim=DIM), schema(mean)).eval() for mean in (0.0, 3.5))
         assert torch.allclose(high(*inputs(2, 3)), low(*inputs(2, 3)) + 3.5, atol=1e-5), name
     assert base_rate(schema(0.8, binary=True)) == pytest.approx(math.log(4))
     assert base_rate(schema(1.0, binary=True)) == base_rate(schema(0.0, binary=True)) == 0.0
@@ -118,7 +119,7 @@ def one_group() -> tuple[EmbeddedRows, TaskBatch]:
 
 
 def learner(engine: str, **settings: object) -> MetaLearner:
-    model = build_model(config(dropout=0.3), schema()).double()
+    model = make_model(config(dropout=0.3), schema()).double()
     values = {"adapt": ["decision"], "inner_steps": 3, "inner_lr": 0.5, "learn_inner_lr": True, "loss": "l1"}
     values |= {"inner_loss": "huber", "inner_prior": 5.0, "engine": engine}
     return MetaLearner(model, embedding_features=model.features, **{**values, **settings}).double()
@@ -165,8 +166,8 @@ def test_adaptation_moves_towards_the_support() -> None:
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match=r"task_features names every feature"):
-        build_model(config(task_features=list(NAMES)), schema())
-    with pytest.raises(ValueError, match=r"model\.hidden is \[\]"):
-        build_model(config(hidden=[]), schema())
-    with pytest.raises(ValueError, match=r"model\.task_features names 'ages', .* nearest is 'age'"):
-        build_model(config(task_features=["ages"]), schema())
+        make_model(config(task_features=list(NAMES)), schema())
+    with pytest.raises(ValueError, match=r"model\.args\.hidden is \[\]"):
+        make_model(config(hidden=[]), schema())
+    with pytest.raises(ValueError, match=r"model\.args\.task_features names 'ages', .* did you mean 'age'"):
+        make_model(config(task_features=["ages"]), schema())

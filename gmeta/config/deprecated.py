@@ -1,0 +1,125 @@
+"""Settings that were renamed or dropped.
+
+Old files and flags are read for one release, with a warning that names the new key.
+
+Runs, checkpoints and YAML files of the release before name the old keys; `upgrade` renames them on reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+RENAMED = {
+    "dense.placement": "dense.sharding",
+    "dense.group_size": "dense.node_size",
+    "model.hidden": "model.args.hidden",
+    "model.bottom": "model.args.bottom",
+    "model.layer_norm": "model.args.layer_norm",
+    "model.dropout": "model.args.dropout",
+    "model.task_features": "model.args.task_features",
+}
+"""Old key of `gmeta train` to the new one."""
+
+DROPPED: dict[str, Any] = {}
+"""Switches that existed for comparison, and the one value that is left. The others live in benchmarks/study."""
+
+_TAKES = {
+    "melu": {"hidden", "layer_norm", "dropout"},
+    "dlrm": {"hidden", "bottom", "layer_norm", "dropout"},
+    "taste": {"hidden", "bottom", "dropout", "task_features"},
+}
+"""Arguments of each built-in model. The old sections gave every model all of them, and ignored the rest."""
+
+
+def upgrade(values: Mapping[str, Any], *, saved: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """Return `gmeta train` settings under today's names, and one sentence for each old name that was found.
+
+    `saved` settings belong to a run of the release before: how it was measured is history, so that every value of a
+    dropped switch is accepted.
+
+    Raises ValueError when a key is named by its old and its new name, or a dropped switch asks for what is gone.
+    """
+    new = _copy(values)
+    told = []
+    model = values.get("model")
+    takes = _TAKES.get(model.get("name", "melu")) if isinstance(model, Mapping) else None
+    for old, name in RENAMED.items():
+        if not _has(new, old):
+            continue
+        value = _pop(new, old)
+        argument = name.rpartition(".")[2]
+        if old.startswith("model.") and takes is not None and argument not in takes:
+            told.append(f"{old} has no effect on this model and is left out")
+            continue
+        if _has(new, name):
+            raise ValueError(f"{old} is the old name of {name}, and both are set: leave {old} out")
+        _put(new, name, value)
+        told.append(f"{old} is now {name}; the old name works in this release only")
+    for old, kept in DROPPED.items():
+        if not _has(new, old):
+            continue
+        value = _pop(new, old)
+        if value != kept and not saved:
+            raise ValueError(f"{old} is {value!r}: this comparison moved to benchmarks/study; leave {old} out")
+        told.append(f"{old} is gone, gmeta always does what {kept!r} did; leave it out")
+    return new, told
+
+
+def upgrade_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return command-line words under today's names, and one sentence for each old name; errors as `upgrade`."""
+    out: list[str] = []
+    told: list[str] = []
+    position = 0
+    named = {word.partition("=")[0][2:] for word in words if word.startswith("--")}
+    while position < len(words):
+        word = words[position]
+        key, equals, value = word[2:].partition("=")
+        position += 1
+        if not word.startswith("--") or not (key in RENAMED or key in DROPPED):
+            out.append(word)
+            continue
+        if not equals and position < len(words):
+            value = words[position]
+            position += 1
+        if key in DROPPED:
+            if value not in (str(DROPPED[key]), str(DROPPED[key]).lower()):
+                raise ValueError(f"{key} is {value!r}: this comparison moved to benchmarks/study; leave --{key} out")
+            told.append(f"{key} is gone, gmeta always does what {DROPPED[key]!r} did; leave it out")
+            continue
+        if RENAMED[key] in named:
+            raise ValueError(f"{key} is the old name of {RENAMED[key]}, and both are set: leave --{key} out")
+        out += [f"--{RENAMED[key]}", value]
+        told.append(f"{key} is now {RENAMED[key]}; the old name works in this release only")
+    return out, told
+
+
+def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _has(values: Mapping[str, Any], key: str) -> bool:
+    section, _, rest = key.partition(".")
+    if not rest:
+        return section in values
+    inside = values.get(section)
+    return isinstance(inside, Mapping) and _has(inside, rest)
+
+
+def _pop(values: dict[str, Any], key: str) -> Any:
+    section, _, rest = key.partition(".")
+    if not rest:
+        return values.pop(section)
+    value = _pop(values[section], rest)
+    if not values[section]:
+        del values[section]
+    return value
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    section, _, rest = key.partition(".")
+    if rest:
+        inside = values.setdefault(section, {})
+        _put(inside, rest, value)
+    else:
+        values[section] = value

@@ -1,0 +1,166 @@
+"""From YAML, mappings and command-line words to a config dataclass, by jsonargparse; mistakes are told in one form."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from gmeta.config.deprecated import upgrade, upgrade_words
+from gmeta.config.train import TrainConfig
+from gmeta.core.files import read_mapping
+
+_T = TypeVar("_T")
+_SETTINGS = "settings"
+
+
+def parser_of(config: type, prog: str) -> ArgumentParser:
+    """Return the parser of a config dataclass; its help comes from the fields' docstrings."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description=config.__doc__,
+        usage=f"{prog} [--config FILE] [--key VALUE] [--section.key VALUE] ...",
+    )
+    parser.add_argument("--config", action="config", help="YAML file; later options override it.")
+    parser.add_class_arguments(config)
+    for group in parser._action_groups:  # jsonargparse repeats the summary as the title of the group
+        if group.title and (config.__doc__ or "").startswith(group.title.rstrip(":")):
+            group.title = _SETTINGS
+    return parser
+
+
+def keys_of(parser: ArgumentParser) -> list[str]:
+    """Return the dotted keys that a parser knows."""
+    return [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+
+
+def parse_words(parser: ArgumentParser, config: type[_T], words: Sequence[str]) -> tuple[_T, dict[str, Any]]:
+    """Return the config that command-line words describe, and what the parser knows besides its fields.
+
+    Raises ValueError in one form: `key is VALUE: what it must be`, or the nearest known key.
+    """
+    check_config_files(words, keys_of(parser))
+    try:
+        values = parser.parse_args(list(words))
+        values.pop("config", None)
+        fields = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
+        others = {key: values.pop(key) for key in list(values.keys()) if key.partition(".")[0] not in fields}
+        made = parser.instantiate(values)
+        return config(**{name: made[name] for name in fields}), others
+    except ArgumentError as error:
+        raise ValueError(explain(str(error), parser)) from None
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def parse_mapping(config: type[_T], values: Mapping[str, Any], source: str) -> _T:
+    """Return the config that a mapping describes. Raises ValueError that names `source` and the key."""
+    parser = parser_of(config, source)
+    try:
+        for key in _unknown_keys(values, keys_of(parser)):
+            raise ValueError(_unknown(key, parser))
+        made = parser.instantiate(parser.parse_object(dict(values)))
+        return config(**{name: made[name] for name in config.__dataclass_fields__})  # type: ignore[attr-defined]
+    except ArgumentError as error:
+        raise ValueError(f"{source}: {explain(str(error), parser)}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConfig:
+    """Return the training config that a YAML file, a mapping or a dataclass holds.
+
+    Old keys are renamed with a FutureWarning. Raises ValueError for what is unknown or out of range.
+    """
+    if isinstance(source, TrainConfig):
+        return source
+    if isinstance(source, Mapping):
+        values, name = source, "config"
+    else:
+        values, name = read_mapping(Path(source), "name a YAML file with the settings of `gmeta train`"), str(source)
+    upgraded, told = upgrade(values)
+    for sentence in told:
+        warnings.warn(f"{name}: {sentence}", FutureWarning, stacklevel=3)
+    return parse_mapping(TrainConfig, upgraded, name)
+
+
+def modern_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words of `gmeta train` without old names, in flags and in config files, and what to warn of.
+
+    A file with old names is handed on as YAML text in place of its path.
+    """
+    renamed, told = upgrade_words(words)
+    for position, path in _config_files(renamed):
+        values, found = upgrade(read_mapping(path, "correct it, it must hold `key: value` lines"))
+        if not found:
+            continue
+        told += [f"{path}: {sentence}" for sentence in found]
+        text = yaml.safe_dump(values, sort_keys=False)
+        renamed[position] = f"--config={text}" if renamed[position].startswith("--config=") else text
+    return renamed, told
+
+
+def explain(message: str, parser: ArgumentParser) -> str:
+    """Return jsonargparse's complaint as `key is VALUE: what it must be`, or with the nearest known key."""
+    named = re.match(r'Parser key "([^"]+)":', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    if named and value:
+        choices = re.search(r"typing\.Literal\[(.*?)\]", message)
+        kinds = re.search(r"(?:Expected an? |Subtypes: \[)(.+?)(?:\. Got value|\]\n|\n)", message)
+        kind = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]) if kinds else "another type"
+        rule = (
+            f"one of {choices[1]}" if choices else f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
+        )
+        return f"{named[1]} is {value[1]!r}: must be {rule}"
+    found_key = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
+    if found_key and found_key[1] not in keys_of(parser):
+        return _unknown(found_key[1], parser)
+    return message
+
+
+def _unknown_keys(values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if any(other.startswith(f"{key}.") for other in known) and isinstance(value, Mapping):
+            yield from _unknown_keys(value, known, f"{key}.")
+        elif key not in known:
+            yield key
+
+
+def _unknown(key: str, parser: ArgumentParser) -> str:
+    near = difflib.get_close_matches(key, keys_of(parser), n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the keys"
+    return f"unknown key {key}: {hint}"
+
+
+def check_config_files(words: Sequence[str], keys: Sequence[str]) -> None:
+    """Raise ValueError for a --config file that is no YAML mapping, or whose section holds no keys of its own."""
+    for _, path in _config_files(words):
+        for section, found in read_mapping(path, "correct it, it must hold `key: value` lines").items():
+            inside = [key for key in keys if key.startswith(f"{section}.")]
+            if inside and not isinstance(found, dict):
+                example = inside[0].partition(".")[2]
+                raise ValueError(
+                    f"{section} is {found!r} in {path}: it is a section, such as {section}: {{{example}: …}}"
+                )
+
+
+def _config_files(words: Sequence[str]) -> list[tuple[int, Path]]:
+    """Return where config files are named among the words; the parser says which of them do not exist."""
+    found = []
+    for position, (flag, value) in enumerate(zip_longest(words, words[1:], fillvalue="")):
+        if flag.startswith("--config="):
+            found.append((position, flag.partition("=")[2]))
+        elif flag == "--config":
+            found.append((position + 1, value))
+    return [(position, Path(text)) for position, text in found if "\n" not in text and Path(text).is_file()]

@@ -1,0 +1,76 @@
+"""What a model is told about its inputs when it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gmeta.core.errors import nearest, require
+from gmeta.data.schema import PackSchema
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The inputs of `model(dense, embedded) -> logits [...]`, with any leading dimensions.
+
+    `embedded[name]` is [..., d] for each feature, and `dense` is [..., F].
+    """
+
+    features: Mapping[str, int]  # name -> d, in the order of the pack
+    numeric: tuple[str, ...]  # names of the F columns of `dense`, standardised
+    base_rate: float  # the logit that predicts the mean training label
+
+    @property
+    def num_numeric(self) -> int:
+        """F."""
+        return len(self.numeric)
+
+    @property
+    def embedding_dim(self) -> int:
+        """d, where all features have the same; ValueError where they differ."""
+        (dim, *others) = set(self.features.values())
+        if others:
+            raise ValueError(f"the features have widths {dict(self.features)}: this model needs one width")
+        return dim
+
+    @property
+    def width(self) -> int:
+        """Numbers in one example: those of all embeddings and of the numeric columns."""
+        return sum(self.features.values()) + len(self.numeric)
+
+
+def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, embedding_dim: int) -> InputSpec:
+    """Return the inputs that a pack offers; empty `features` means all.
+
+    Raises ValueError for a feature that the pack lacks (with the nearest) or that is named twice, or without any.
+    """
+    known = [feature.name for feature in schema.features]
+    for name in features:
+        if name not in known:
+            raise ValueError(f"model.features names {name!r}, which is not in the pack: {nearest(name, known)}")
+        if list(features).count(name) > 1:
+            raise ValueError(f"model.features names {name!r} twice")
+    chosen = list(features) or known
+    if not chosen:
+        raise ValueError("the model has no categorical feature: set model.features, or prepare a pack that has some")
+    names = tuple(column.name for column in schema.numeric) if numeric else ()
+    return InputSpec(dict.fromkeys(chosen, embedding_dim), names, base_rate(schema))
+
+
+def base_rate(schema: PackSchema) -> float:
+    """Return the logit that predicts the mean training label: the mean itself, or the log-odds of 0/1 labels."""
+    mean = schema.label_mean
+    if not schema.binary_label:
+        return mean
+    return math.log(mean / (1 - mean)) if 0 < mean < 1 else 0.0
+
+
+def check_widths(key: str, widths: Sequence[int]) -> None:
+    """Raise ValueError unless every width of a network is at least 1."""
+    require(all(width > 0 for width in widths), f"model.args.{key}", list(widths), "widths must be at least 1")
+
+
+def check_dropout(rate: float) -> None:
+    """Raise ValueError unless a dropout rate is in [0, 1)."""
+    require(0 <= rate < 1, "model.args.dropout", rate, "must be in [0, 1)")

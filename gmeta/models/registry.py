@@ -1,0 +1,181 @@
+"""From a name to a model: the built-in ones by name, your own as `package.module:Class`.
+
+A model is a callable `(inputs: InputSpec, **args) -> nn.Module`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import nn
+
+from gmeta.core.errors import UserCodeError, nearest
+from gmeta.models.dlrm import DLRM
+from gmeta.models.inputs import InputSpec
+from gmeta.models.melu import MeLU
+from gmeta.models.taste import Taste
+
+ModelFactory = Callable[..., nn.Module]
+"""`(inputs: InputSpec, **args) -> nn.Module`."""
+
+MODELS: dict[str, ModelFactory] = {"melu": MeLU, "dlrm": DLRM, "taste": Taste}
+"""Add a model: one file beside this one, and its line here."""
+
+
+def find_model(name: str) -> ModelFactory:
+    """Return the model that `model.name` names. Raises ValueError where there is none, with the nearest.
+
+    A module is looked for as Python does it, and in the current directory.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"model.name is {name!r}: {nearest(name, MODELS)} (your own model is named package.module:Class)"
+        )
+    module = _import(module_name, name)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = [word for word in vars(found) if not word.startswith("_")]
+            raise ValueError(f"model.name is {name!r}: {module_name} has no {part!r}, {nearest(part, public)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"model.name is {name!r}: {attribute} is a {type(found).__name__}, not a class or function")
+    return found  # type: ignore[no-any-return]
+
+
+def _import(module: str, name: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)  # a console script, unlike `python -m`, does not look where it was started
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(f"{error.name}.")):
+            raise UserCodeError(f"model.name is {name!r}: importing {module} raised {error}") from error
+        raise ValueError(
+            f"model.name is {name!r}: there is no module {error.name!r} on the Python path or in {here}"
+        ) from None
+    except Exception as error:  # the user's own code runs here
+        raise UserCodeError(
+            f"model.name is {name!r}: importing {module} raised {type(error).__name__}: {error}"
+        ) from error
+
+
+def name_of(model: str | ModelFactory) -> str:
+    """Return the name under which a run records a model, such as `my.towers:TwoTowers`."""
+    if isinstance(model, str):
+        return model
+    for name, known in MODELS.items():
+        if model is known:
+            return name
+    qualified = getattr(model, "__qualname__", type(model).__qualname__)
+    return f"{getattr(model, '__module__', '__main__')}:{qualified}"
+
+
+def is_foreign(name: str) -> bool:
+    """Whether a name makes gmeta import code that is not its own."""
+    return name not in MODELS
+
+
+def resolved_args(factory: ModelFactory, args: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return `args` with the factory's own defaults filled in, checked against its annotations.
+
+    Raises ValueError for an argument that is unknown (with the nearest), missing, or of the wrong type.
+    """
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):
+        raise ValueError(f"model {name} has no signature that could be read: name a class or a function") from None
+    parameters = list(signature.parameters.values())
+    if not parameters or parameters[0].kind not in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        raise ValueError(f"model {name} takes no inputs: its first argument must be the InputSpec")
+    taken = {p.name: p for p in parameters[1:]}
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+    named = {k: p for k, p in taken.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for key in args:
+        if key not in named and not anything:
+            hint = nearest(key, named) if named else "it takes none"
+            raise ValueError(f"model.args.{key}: {name} has no argument {key!r}, {hint}")
+    for key, parameter in named.items():
+        if key not in args and parameter.default is parameter.empty:
+            raise ValueError(f"model.args.{key} is missing: {name} needs it")
+    checked = _checked(factory, {key: args[key] for key in args if key in named}, name)
+    defaults = {key: _plain(p.default) for key, p in named.items() if p.default is not p.empty}
+    return {**defaults, **args, **checked}
+
+
+def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the arguments in the types that the factory's annotations name."""
+    hints, found = _hints(factory), {}
+    for key, value in args.items():
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--value", type=hints.get(key, Any))
+        try:
+            found[key] = _plain(parser.parse_object({"value": value})["value"])
+        except ArgumentError:
+            kind = getattr(hints[key], "__name__", str(hints[key])).replace("typing.", "")
+            raise ValueError(f"model.args.{key} is {value!r}: {name} takes a {kind}") from None
+    return found
+
+
+def _hints(factory: ModelFactory) -> dict[str, Any]:
+    import typing
+
+    try:
+        return typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except Exception:  # names that only exist while type checking
+        return {}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML and JSON hold it, so that a saved run compares equal."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def build_model(
+    factory: ModelFactory, inputs: InputSpec, args: Mapping[str, Any], *, name: str, seed: int
+) -> nn.Module:
+    """Return the model, initialised from `seed`; the global random state is left as it was.
+
+    Raises ValueError for what the model itself refuses, and UserCodeError for what else it raises or returns.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model = factory(inputs, **args)
+        except ValueError as error:
+            if is_foreign(name):
+                raise UserCodeError(f"model {name} could not be made: {error}") from error
+            raise
+        except Exception as error:  # the user's own code runs here
+            raise UserCodeError(f"model {name} could not be made: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model {name} returned a {type(model).__name__}: it must return an nn.Module")
+    return model
+
+
+def features_of(model: nn.Module, inputs: InputSpec) -> tuple[str, ...]:
+    """Return the features that a model reads: its attribute `features`, or all. ValueError for an unknown one."""
+    names = getattr(model, "features", None)
+    if names is None:
+        return tuple(inputs.features)
+    for name in names:
+        if name not in inputs.features:
+            raise ValueError(
+                f"{type(model).__name__}.features names {name!r}, which is not among the model's inputs: "
+                f"{nearest(str(name), inputs.features)}"
+            )
+    return tuple(names)

@@ -1,0 +1,106 @@
+"""Configs from files, mappings and words: types, unknown keys, and keys of the release before."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gmeta.cli import run
+from gmeta.config.deprecated import upgrade, upgrade_words
+from gmeta.config.parse import modern_words, train_config
+from gmeta.config.train import DenseConfig, TrainConfig
+
+BASE = {"pack": "p", "run_dir": "r"}
+
+
+def test_a_mapping_a_file_and_a_dataclass_give_the_same_config(tmp_path: Path) -> None:
+    values = {**BASE, "model": {"name": "taste", "args": {"hidden": [8]}}, "meta": {"inner_lr": 0.5}}
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump(values))
+    config = train_config(values)
+    assert config == train_config(file) == train_config(str(file)) == train_config(config)
+    assert (config.model.args, config.meta.inner_lr, config.seed) == ({"hidden": [8]}, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sede": 1}, "unknown key sede: did you mean seed?"),
+        ({"meta": {"inner_rl": 1}}, "unknown key meta.inner_rl: did you mean meta.inner_lr?"),
+        ({"meta": {"inner_steps": "many"}}, "meta.inner_steps is 'many': must be of type int"),
+        ({"meta": {"inner_steps": 0}}, "meta.inner_steps is 0: must be at least 1"),
+        ({"loss": "hinge"}, "loss is 'hinge': must be one of"),
+    ],
+)
+def test_mistakes_are_told_in_one_form(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=r"config") as caught:
+        train_config({**BASE, **values})
+    assert message in str(caught.value)
+
+
+def test_old_keys_warn_and_name_the_new_one() -> None:
+    values = {**BASE, "dense": {"placement": "IIG", "group_size": 2}, "model": {"hidden": [8], "bottom": [4]}}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = train_config(values)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 4
+    assert told[0].startswith("config: dense.placement is now dense.sharding")
+    assert (config.dense.sharding, config.dense.node_size) == ("IIG", 2)
+    assert config.model.args == {"hidden": [8]}  # melu never had a bottom network
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train_config({**BASE, "dense": {"sharding": "IIG", "node_size": 2}})
+
+
+def test_an_old_key_beside_its_new_one_is_refused() -> None:
+    both = {**BASE, "dense": {"placement": "IIG", "sharding": "NNN"}}
+    with pytest.raises(ValueError, match=r"dense.placement is the old name of dense.sharding, and both are set"):
+        train_config(both)
+    with pytest.raises(ValueError, match=r"both are set"):
+        upgrade_words(["--dense.placement", "IIG", "--dense.sharding=NNN"])
+
+
+def test_words_and_files_of_the_release_before(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump({**BASE, "dense": {"placement": "auto"}}))
+    words, told = modern_words(["--config", str(file), "--dense.placement=IIG", "--seed", "3"])
+    assert [sentence.partition(";")[0] for sentence in told] == [
+        "dense.placement is now dense.sharding",
+        f"{file}: dense.placement is now dense.sharding",
+    ]
+    assert words[2:] == ["--dense.sharding", "IIG", "--seed", "3"]
+    assert yaml.safe_load(words[1])["dense"] == {"sharding": "auto"}
+    untouched = ["--config", str(tmp_path / "absent.yaml"), "--seed", "3"]
+    assert modern_words(untouched) == (untouched, [])
+
+
+def test_every_setting_of_today_is_left_alone() -> None:
+    from dataclasses import asdict
+
+    values = asdict(TrainConfig(**BASE, dense=DenseConfig(sharding="IIG")))
+    assert upgrade(values) == (values, [])
+
+
+def test_the_command_warns_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump({"pack": str(tmp_path / "none"), "run_dir": str(tmp_path / "r"), "seed": 1}))
+    assert run(["train", "--config", str(file), "--dense.placement", "NNN"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("warning: dense.placement is now dense.sharding") == 1
+    assert "Traceback" not in told
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("gmeta 0.")
+    assert run(["prepare", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Turn raw ratings or click logs into a task pack") == 1
+    for key in ("task:", "label:", "categorical:", "sequence:", "numeric:", "label_threshold:"):
+        assert key in shown
+    assert run(["predict", "--help"]) == 0
+    assert "The support file needs the columns" in capsys.readouterr().out
