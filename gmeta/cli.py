@@ -50,9 +50,9 @@ def _synth(config: SynthConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    from gmeta.training.loop import train
+    from gmeta.training.trainer import train
 
-    return train(config)
+    return train(config).exit_code
 
 
 def _evaluate(config: EvaluateConfig) -> int:

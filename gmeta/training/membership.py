@@ -175,11 +175,3 @@ class NodeFacts:
                 "memory": psutil.virtual_memory().percent / 100,
             }
         return self._facts
-
-
-def dropped_tasks(batch: TaskBatch, stats: Mapping[str, float]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Tasks of the batch that no rank finished, from the step's global statistics: positions in the split."""
-    if batch.batch_split is None or batch.drop_after_s is None:
-        return np.zeros(0, np.int64)
-    ranks = range(len(batch.batch_split.micro_batches))
-    return batch.batch_split.unfinished([int(stats[f"finished_{rank}"]) for rank in ranks])

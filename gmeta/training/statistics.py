@@ -1,4 +1,4 @@
-"""What a step leaves for the host: its statistics on their way, and the time of its phases. Only reading waits.
+"""What a step leaves for the host: its statistics and the time of its phases. Only reading them waits.
 
 On CUDA the host runs ahead of the device: it reads the statistics of a step after it has started the next one, so
 that the device always has work. Until they are read, `still_finite` keeps a step that went wrong, and all after it,
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmeta.core.batch import TaskBatch
-from gmeta.embedding.exchange import Routes
+from gmeta.embedding.exchange import RoutedRequest
 
 
 def still_finite(ok: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
     return end - start
 
 
-class OnItsWay:
-    """Numbers that the device will have; `read` waits for them. The copy starts now, into pinned memory."""
+class AsyncScalars:
+    """Numbers that the device is still computing. Their copy into pinned memory starts now; `read` waits for it."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._names = tuple(values)
@@ -90,13 +90,13 @@ class OnItsWay:
 
 
 @dataclass(frozen=True)
-class Started:
-    """A step whose work is given to the device, and what is needed to log it, or to say what was wrong with it."""
+class InFlightStep:
+    """A step whose work the device has been given, and what its log line, or a message about it, needs."""
 
-    step: int  # steps before it
+    step: int  # steps before this one
     batch: TaskBatch
     query_loss: Tensor  # [T] of this rank
     lr: float
-    stats: OnItsWay
-    routes: Routes  # with what it sent
+    stats: AsyncScalars
+    routed: RoutedRequest  # with what it sent
     watch: Stopwatch

@@ -1,162 +1,169 @@
-"""A training run on this rank: everything it holds, how that is built, saved and restored."""
+"""`gmeta.train`, and `gmeta.Trainer` for a loop of your own.
+
+    with gmeta.Trainer("train.yaml", model=TwoTowers) as trainer:
+        for batch in trainer:
+            loss, output = trainer.forward(batch)
+            trainer.backward(loss)
+            trainer.step()
+
+Batches are prepared ahead; logging, validation, checkpoints, exact resume, early stopping, stop signals and elastic
+groups happen between the steps. The learned weights are those of `gmeta train`, bit for bit.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from gmeta.config.parse import train_config
 from gmeta.config.train import TrainConfig
-from gmeta.core.batch import TaskBatch
-from gmeta.data.loader import TaskLoader
-from gmeta.data.pack import TaskPack, open_pack
-from gmeta.optim.sharded import Dense, open_dense
-from gmeta.optim.sparse import SparseOptimizer
-from gmeta.parallel.collectives import raise_together
-from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.system import Loaded, System, Work, build_system
-from gmeta.runs import checkpoint
-from gmeta.runs.log import RunLog
-from gmeta.training.membership import Membership
+from gmeta.data.pack import open_pack
+from gmeta.meta.learner import LearnerOutput
+from gmeta.models.registry import ModelFactory, name_of
+from gmeta.parallel.launch import EXIT_RESTART, was_restarted
+from gmeta.recommender.system import MicroBatch, resolve_model
+from gmeta.training.build import Parts
+from gmeta.training.loop import batches, finish_steps, training_loop
+from gmeta.training.run import Run
+from gmeta.training.saving import save_checkpoint
+from gmeta.training.session import farewell, open_run
+from gmeta.training.step import OpenStep, backward, begin_step, end_step, forward, next_part
 
 
-@dataclass
-class Progress:
-    """What advances besides weights, optimizers and loader; saved in every checkpoint."""
+@dataclass(frozen=True)
+class TrainedRun:
+    """Where a run stands after training; `gmeta.load` takes it."""
 
-    step: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    bad_validations: int = 0
-    seconds: float = 0.0
+    path: Path
+    step: int
+    best: float | None  # validation metric, `schedule.metric`
+    best_step: int | None
+    exit_code: int  # 0, 75 when stopped on request and saved, or 77 when to be started again with another worker
 
-
-Emulate = Callable[[int, float, bool, float], None]
-"""(step, slots of work, whether it is the step's first micro-batch, seconds it took) -> makes it take what an emulated
-device would: for the laboratory (`gmeta lab`)."""
+    def __fspath__(self) -> str:
+        return str(self.path)
 
 
-@dataclass
-class Run:
-    """Everything one rank holds while training."""
+def train(config: TrainConfig | Mapping[str, Any] | str | Path, *, model: ModelFactory | None = None) -> TrainedRun:
+    """Do all that `gmeta train` does, on this rank; see `Trainer` for the arguments and errors."""
+    with Trainer(config, model=model) as trainer:
+        training_loop(trainer.run)
+    return trainer.result
 
-    config: TrainConfig
-    system: System
-    dense: Dense
-    sparse: SparseOptimizer
-    loader: TaskLoader[Work]
-    pack: TaskPack
-    log: RunLog
-    total_steps: int
-    stop: threading.Event
-    ok: Tensor  # bool []: every step so far was finite; once False no step changes anything
-    read_late: bool  # a step's statistics are read after the next one has started
-    membership: Membership | None = None  # in an elastic group
-    emulate: Emulate | None = None
-    progress: Progress = field(default_factory=Progress)
+
+class Trainer:
+    """A training run on this rank, as a context manager.
+
+    `config` is a YAML file's path, a mapping or a `TrainConfig`. `model` makes the model, `(inputs: InputSpec, **args)
+    -> nn.Module`, in place of the one that `model.name` names. `parts` are for studies that replace how rows travel or
+    gradients are summed. Start it with `torchrun` for several processes: every rank runs the same loop. After the loop,
+    `sys.exit(trainer.result.exit_code)` tells a launcher whether to start the group again.
+
+    Raises ValueError for a setting, a pack or a model that does not fit, when it is made or entered.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig | Mapping[str, Any] | str | Path,
+        *,
+        model: ModelFactory | None = None,
+        parts: Parts | None = None,
+    ) -> None:
+        config = train_config(config)
+        if model is not None:
+            config = replace(config, model=replace(config.model, name=name_of(model)))
+        open_pack(config.pack)  # before anything is created
+        if config.elastic.enabled and was_restarted():
+            config = replace(config, resume=True)
+        self.config = resolve_model(config, model)
+        self._model, self._parts = model, parts
+        self._stack = ExitStack()
+        self._run: Run | None = None
+        self._open: tuple[OpenStep, MicroBatch, LearnerOutput | None] | None = None
+        self._next_part: MicroBatch | None = None
+
+    def __enter__(self) -> Trainer:
+        self._run = self._stack.enter_context(open_run(self.config, self._model, self._parts))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._stack:
+            if error is None and self.run.exit_code != EXIT_RESTART:
+                finish_steps(self.run, leave=0)
+                if self.run.state.progress.step > self.run.saved_step:  # the loop was left early
+                    save_checkpoint(self.run)
+                self.run.log.say(farewell(self.run))
 
     @property
-    def mesh(self) -> Mesh:
-        """This rank's mesh."""
-        return self.system.mesh
+    def run(self) -> Run:
+        """Model, tables, optimizers, loader, log and progress on this rank."""
+        if self._run is None:
+            raise RuntimeError("the trainer is not open: use it as `with gmeta.Trainer(…) as trainer`")
+        return self._run
 
     @property
-    def checkpoints(self) -> Path:
-        """Directory of the run's checkpoints."""
-        return Path(self.config.run_dir) / "checkpoints"
+    def result(self) -> TrainedRun:
+        """Where the run stands."""
+        progress = self.run.state.progress
+        return TrainedRun(
+            Path(self.config.run_dir), progress.step, progress.best, progress.best_step, self.run.exit_code
+        )
 
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Yield what to compute, until training ends. A batch that a rank computes in parts comes part by part."""
+        for prepared in batches(self.run):
+            step = begin_step(self.run.state, prepared, self.run.watch)
+            part = next_part(step)
+            while part is not None:
+                self._open = step, part, None
+                yield part
+                if self._open is not None:
+                    raise RuntimeError("the loop went on without trainer.step(): call it after trainer.backward(loss)")
+                part = self._next_part
+        self._next_part = None
 
-def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
-    """Build everything a rank needs; raises ValueError for what does not fit, before anything is written."""
-    pack = open_pack(config.pack)
-    split = pack.split("train")
-    system = build_system(config, pack.schema, mesh)
-    ahead: dict[str, Callable[[TaskBatch], Work]] = {"none": Loaded, "index": system.index, "ids": system.prepare}
-    loader: TaskLoader[Work] = TaskLoader(
-        split,
-        tasks_per_batch=config.loader.tasks_per_batch,
-        seed=config.seed,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        window_batches=config.loader.window_batches,
-        sequential=config.loader.sequential,
-        size_buckets=config.loader.size_buckets,
-        prefetch=config.loader.prefetch,
-        resample=config.loader.resample,
-        transform=ahead[config.loader.ahead],
-    )
-    total = config.schedule.epochs * loader.batches_per_epoch
-    if config.schedule.max_steps:
-        total = min(total, config.schedule.max_steps)
-    return Run(
-        config=config,
-        system=system,
-        dense=open_dense(
-            system.learner,
-            mesh,
-            lr=config.dense.lr,
-            inner_lr_lr=config.dense.inner_lr_lr,
-            weight_decay=config.dense.weight_decay,
-            placement=config.dense.sharding,
-            group_size=config.dense.node_size,
-            memory_bytes=None if config.dense.memory_gb is None else 1e9 * config.dense.memory_gb,
-            how=config.comm.dense,
-            overlap=config.comm.overlap,
-        ),
-        sparse=SparseOptimizer(
-            config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
-        ),
-        loader=loader,
-        pack=pack,
-        log=RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total),
-        total_steps=total,
-        stop=stop,
-        ok=torch.ones((), dtype=torch.bool, device=mesh.device),
-        read_late=mesh.device.type == "cuda",
-    )
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, LearnerOutput]:
+        """Return this rank's part of the loss, and the adapted model's logits and losses.
 
+        The loss is the sum over the batch's tasks of a task's mean query loss, divided by the tasks of the whole batch
+        on all ranks (`batch.tasks.num_tasks_global`): terms that you add should be divided so, too. A rank without
+        tasks gets a loss of 0 and empty logits, and makes the same calls.
+        """
+        step, part, _ = self._opened("forward")
+        if part is not batch:
+            raise RuntimeError("trainer.forward takes the batch that the loop is at")
+        loss, output = forward(self.run.state, step, part)
+        self._open = step, part, output
+        return loss, output
 
-def checkpoint_tensors(run: Run) -> dict[str, Tensor]:
-    """Weights, tables and the dense optimizer's moments, by name; of what is sharded, this rank's parts."""
-    return {**run.system.table_tensors(), **run.dense.tensors()}
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of `loss`; their sums over ranks begin meanwhile."""
+        step, part, output = self._opened("backward")
+        if output is None:
+            raise RuntimeError("trainer.backward needs trainer.forward(batch) before it")
+        if len(step.query_loss) > part.number:
+            raise RuntimeError("trainer.backward was called twice: add the losses up and call it once")
+        backward(self.run.state, step, part, loss, output)
 
+    def step(self) -> None:
+        """Update the model, once all parts of the batch are computed; collective."""
+        step, part, _ = self._opened("step")
+        if len(step.query_loss) <= part.number:
+            raise RuntimeError("trainer.step needs trainer.backward(loss) before it")
+        self._open = None
+        self._next_part = next_part(step)
+        if self._next_part is None:
+            self.run.ahead.append(end_step(self.run.state, step))
 
-def save_checkpoint(run: Run) -> None:
-    """Save and prune; collective. In an elastic group the ledger of this very step goes with it."""
-    ledger, error = None, None
-    if run.membership is not None:
-        try:
-            ledger = run.membership.agent.saved() if run.mesh.is_main else None
-        except (ValueError, OSError) as problem:
-            error = problem
-        raise_together(error, run.mesh)
-    state = {
-        "progress": asdict(run.progress),
-        "best_step": run.progress.best_step,
-        "loader": run.loader.state_dict(),
-        "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
-        "config": asdict(run.config),
-        "schema": run.pack.schema.to_json(),
-        "ledger": ledger,
-    }
-    checkpoint.save(run.checkpoints, run.progress.step, checkpoint_tensors(run), state, run.mesh)
-    if run.mesh.rank == 0:
-        checkpoint.prune(run.checkpoints, run.config.schedule.keep_last, run.progress.best_step)
-
-
-def load_checkpoint(run: Run, path: Path) -> dict[str, Any] | None:
-    """Restore everything from `path`; returns its ledger, where there is one. Collective."""
-    state = checkpoint.read_state(path)
-    checkpoint.load_tensors(path, checkpoint_tensors(run), run.mesh)
-    run.dense.loaded()
-    run.progress = Progress(**state["progress"])
-    run.loader.load_state_dict(state["loader"])
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_rng"]), dtype=torch.uint8))
-    run.log.cut_back(run.progress.step)
-    ledger: dict[str, Any] | None = state.get("ledger")
-    return ledger
+    def _opened(self, call: str) -> tuple[OpenStep, MicroBatch, LearnerOutput | None]:
+        if self._open is None:
+            raise RuntimeError(f"trainer.{call} belongs inside `for batch in trainer`, once for each batch")
+        return self._open

@@ -1,0 +1,93 @@
+"""From a config to what a rank trains with: the only file of this room that reads the training config's sections."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gmeta.config.train import TrainConfig
+from gmeta.data.loader import TaskLoader
+from gmeta.data.pack import open_pack
+from gmeta.embedding.exchange import Exchange, RowExchange
+from gmeta.embedding.table import FusedTable
+from gmeta.models.registry import ModelFactory
+from gmeta.optim.dense import OuterReduce
+from gmeta.optim.sharded import open_dense
+from gmeta.optim.sparse import SparseOptimizer
+from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.system import PreparedBatch, build_system
+from gmeta.runs.log import RunLog
+from gmeta.training.run import Run
+from gmeta.training.state import LearningRates, TrainState
+from gmeta.training.statistics import Stopwatch
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of a trainer that a study replaces; the defaults are the product's."""
+
+    exchange: Callable[[Mapping[str, FusedTable], Mesh, torch.dtype | None], Exchange] = RowExchange
+    outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None
+    loader_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_run(
+    config: TrainConfig,
+    mesh: Mesh,
+    stop: threading.Event,
+    *,
+    factory: ModelFactory | None = None,
+    parts: Parts | None = None,
+) -> Run:
+    """Build everything a rank needs; raises ValueError for what does not fit, before anything is written."""
+    parts = parts or Parts()
+    pack = open_pack(config.pack)
+    system = build_system(config, pack.schema, mesh, factory=factory, exchange=parts.exchange)
+    arguments: dict[str, Any] = {
+        "tasks_per_batch": config.loader.tasks_per_batch,
+        "seed": config.seed,
+        "rank": mesh.rank,
+        "world_size": mesh.world_size,
+        "window_batches": config.loader.window_batches,
+        "prefetch": config.loader.prefetch,
+        "resample": config.loader.resample,
+        "transform": system.prepare,
+    }
+    loader: TaskLoader[PreparedBatch] = TaskLoader(pack.split("train"), **{**arguments, **parts.loader_arguments})
+    total = config.schedule.epochs * loader.batches_per_epoch
+    if config.schedule.max_steps:
+        total = min(total, config.schedule.max_steps)
+    dense = open_dense(
+        system.learner,
+        mesh,
+        lr=config.dense.lr,
+        inner_lr_lr=config.dense.inner_lr_lr,
+        weight_decay=config.dense.weight_decay,
+        sharding=config.dense.sharding,
+        group_size=config.dense.node_size,
+        memory_bytes=None if config.dense.memory_gb is None else 1e9 * config.dense.memory_gb,
+        outer_reduce=parts.outer_reduce,
+    )
+    state = TrainState(
+        system=system,
+        dense=dense,
+        sparse=SparseOptimizer(
+            config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
+        ),
+        rates=LearningRates(
+            config.dense.lr, config.dense.warmup_steps, config.dense.decay, total, loader.batches_per_epoch
+        ),
+        clip_norm=config.dense.clip_norm,
+        run_dir=Path(config.run_dir),
+        stop=stop,
+        ok=torch.ones((), dtype=torch.bool, device=mesh.device),
+        read_late=mesh.device.type == "cuda",
+    )
+    log = RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total)
+    return Run(config, state, loader, pack, log, Stopwatch(mesh.device))

@@ -1,0 +1,61 @@
+"""Checkpoints of a training run: what is in them, and how it is restored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmeta.parallel.collectives import raise_together
+from gmeta.runs import checkpoint
+from gmeta.training.run import Run
+from gmeta.training.state import Progress, TrainState
+
+
+def checkpoint_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Return weights, tables and the dense optimizer's moments, by name; of what is sharded, this rank's parts."""
+    return {**state.system.table_tensors(), **state.dense.tensors()}
+
+
+def save_checkpoint(run: Run) -> None:
+    """Save and prune; collective. In an elastic group the ledger of this very step goes with it."""
+    state, mesh, membership = run.state, run.state.mesh, run.membership
+    ledger, error = None, None
+    if membership is not None:
+        try:
+            ledger = membership.agent.saved() if mesh.is_main else None
+        except (ValueError, OSError) as problem:
+            error = problem
+        raise_together(error, mesh)
+    values = {
+        "progress": asdict(state.progress),
+        "best_step": state.progress.best_step,
+        "loader": run.loader.state_dict(),
+        "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
+        "config": asdict(run.config),
+        "schema": run.pack.schema.to_json(),
+        "ledger": ledger,
+    }
+    root = state.run_dir / "checkpoints"
+    checkpoint.save(root, state.progress.step, checkpoint_tensors(state), values, mesh)
+    if mesh.rank == 0:
+        checkpoint.prune(root, run.config.schedule.keep_last, state.progress.best_step)
+    run.saved_step = state.progress.step
+
+
+def load_checkpoint(run: Run, path: Path) -> dict[str, Any] | None:
+    """Restore everything from `path`; returns its ledger, where there is one. Collective."""
+    state = run.state
+    values = checkpoint.read_state(path)
+    checkpoint.load_tensors(path, checkpoint_tensors(state), state.mesh)
+    state.dense.loaded()
+    state.progress = Progress(**values["progress"])
+    run.loader.load_state_dict(values["loader"])
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(values["torch_rng"]), dtype=torch.uint8))
+    run.log.cut_back(state.progress.step)
+    run.saved_step = state.progress.step
+    ledger: dict[str, Any] | None = values.get("ledger")
+    return ledger

@@ -1,0 +1,98 @@
+"""Opening and closing a training run: signals, the mesh, the run directory, resume, the elastic group."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+from gmeta.config.train import TrainConfig
+from gmeta.models.registry import ModelFactory
+from gmeta.parallel.launch import EXIT_STOPPED
+from gmeta.parallel.mesh import close_mesh, open_mesh
+from gmeta.runs.directory import prepare_run_dir, run_lock
+from gmeta.training.build import Parts, build_run
+from gmeta.training.membership import join
+from gmeta.training.run import Run
+from gmeta.training.saving import load_checkpoint
+
+
+@contextmanager
+def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | None) -> Iterator[Run]:
+    """Give the run of `config` on this rank, resumed where that is asked for; collective."""
+    with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
+        mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
+        stack.callback(close_mesh, mesh)
+        stack.enter_context(run_lock(Path(config.run_dir), mesh))
+        resume_from = prepare_run_dir(config, mesh)
+        run = build_run(config, mesh, stop, factory=factory, parts=parts)
+        stack.callback(run.log.close)
+        stack.callback(run.loader.close)
+        run.log.say(_banner(run))  # before the tables are allocated
+        ledger = None
+        if resume_from is not None:
+            ledger = load_checkpoint(run, resume_from)
+            run.log.say(f"resumed from {resume_from}")
+        if run.ended:  # or longer than this schedule
+            asked = f"schedule.epochs is {config.schedule.epochs}, schedule.max_steps {config.schedule.max_steps}"
+            run.log.say(f"nothing left to train after step {run.state.progress.step}: {asked}; raise them to go on")
+        else:
+            run.membership = join(config, run.pack, mesh, run.loader, run.state.progress.step, ledger)
+            if run.membership is not None:
+                stack.callback(run.membership.agent.close)
+        run.log.start()
+        yield run
+
+
+def _banner(run: Run) -> str:
+    """Say what a user wants to know before the first step."""
+    split, state = run.pack.split("train"), run.state
+    engine = state.system.learner.engine_reason
+    lines = [
+        f"{split.num_tasks:,} tasks, {split.num_rows:,} rows; {state.rates.total_steps:,} steps of "
+        f"{run.config.loader.tasks_per_batch} tasks on {state.mesh.world_size} process(es), {state.mesh.device}",
+        f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
+        state.system.tables.memory_report(),
+    ]
+    return "\n".join(lines)
+
+
+def farewell(run: Run) -> str:
+    """Say where the run stands, and what to do next."""
+    progress, total, metric = run.state.progress, run.state.rates.total_steps, run.config.schedule.metric
+    if run.exit_code == EXIT_STOPPED:
+        return f"stopped after step {progress.step} and saved; continue with the same command and --resume true"
+    found = f"done after step {progress.step}" + (f" of {total}" if progress.step <= total else "")
+    if run.out_of_patience:
+        found += f", {progress.bad_validations} validations without a better {metric}"
+    if progress.best is not None:
+        found += f"; best {metric} on valid {progress.best:.4f} at step {progress.best_step}"
+    return f"{found}\nnext: gmeta evaluate --run_dir {run.config.run_dir}"
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """Give an event that SIGTERM and Ctrl-C set; a second Ctrl-C interrupts at once.
+
+    Outside the main thread, where Python takes no signals, nothing sets it.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,35 @@
+"""Validation: the valid split before and after adaptation, and whether the run got better."""
+
+from __future__ import annotations
+
+import math
+
+from gmeta.evaluation.score import score, validation_metrics
+from gmeta.parallel.collectives import broadcast_from_rank_0
+from gmeta.training.run import Run
+
+LOWER_IS_BETTER = ("loss", "logloss", "mae", "rmse")
+
+
+def validate(run: Run) -> bool:
+    """Measure the valid split, log it, and update the best; True when patience has run out. Collective."""
+    schedule, state, progress = run.config.schedule, run.state, run.state.progress
+    if "valid" not in run.pack.splits:
+        return False
+    run.loader.settle()  # the ids of two loaders must not cross
+    with state.dense.unsharded():
+        tasks = max(256, run.config.loader.tasks_per_batch)
+        scores = score(state.system, run.pack.split("valid"), tasks_per_batch=tasks)
+    metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
+    value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), state.mesh)
+    if state.mesh.rank == 0:
+        run.log.valid({"step": progress.step, **metrics})
+    if not math.isfinite(value):
+        run.log.say(f"{schedule.metric} is not defined on the valid split (one class?): set schedule.metric to loss")
+        return False
+    better_sign = 1 if schedule.metric in LOWER_IS_BETTER else -1
+    if progress.best is None or better_sign * value < better_sign * progress.best:
+        progress.best, progress.best_step, progress.bad_validations = value, progress.step, 0
+        return False
+    progress.bad_validations += 1
+    return run.out_of_patience
