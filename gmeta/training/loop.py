@@ -55,7 +55,7 @@ def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
     rows = system.fetch(routes)
     watch.lap("exchange")
 
-    with run.dense.whole():
+    with run.dense.unsharded():
         sums, query_loss, finished = _forward_backward(run, prepared, rows)
     watch.lap("compute")
 
@@ -196,7 +196,7 @@ def validate(run: Run) -> bool:
     if "valid" not in run.pack.splits:
         return False
     run.loader.settle()  # the ids of two loaders must not cross
-    with run.dense.whole():
+    with run.dense.unsharded():
         scores = score(run.system, run.pack.split("valid"), tasks_per_batch=max(256, run.config.loader.tasks_per_batch))
     metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), run.mesh)
