@@ -145,7 +145,7 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
 
 
 def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
-    """Write schema.json and the vocabularies; with `keep` only what is missing: checkpoints were trained on the rest."""
+    """Write schema.json and the vocabularies; with `keep` only what is missing, for checkpoints rely on it."""
     if not (keep and (run_dir / "schema.json").exists()):
         schemas = {
             "pack": pack.identity().schema.to_json(),
