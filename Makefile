@@ -6,12 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 BENCHMARKS := engine memory io prepare throughput scaling network parity wire
+# Processes that share the tests: they wait for ranks, time-outs and disks more often than they compute.
+WORKERS ?= 2
 WHEEL_PYTHON := $(CURDIR)/build/wheel-venv/bin/python
 # Tests and benchmarks of real data skip, saying so, where this folder is absent.
 export GMETA_DATA ?= $(abspath ../shared/data)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev demo test lint wheel check bench bench-gpu bench-elastic bench-paro quality docs soak clean
+.PHONY: help venv dev demo test lint wheel check bench bench-gpu bench-elastic bench-paro quality coverage docs soak clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 11
@@ -54,7 +56,8 @@ wheel: dev ## build dist/*.whl and install it into an environment of its own
 check: wheel ## run the tests on the built wheel, outside the source tree
 	@set -e; copy=$$(mktemp -d); trap 'rm -rf "$$copy"' EXIT; \
 	cp -r tests examples benchmarks docs pyproject.toml "$$copy"; cd "$$copy"; \
-	GMETA_SOURCE_TREE='$(CURDIR)' $(WHEEL_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' --durations=15
+	GMETA_SOURCE_TREE='$(CURDIR)' $(WHEEL_PYTHON) -m pytest -p no:cacheprovider -m 'not slow' --durations=15 \
+		-n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: dev ## every table of docs/performance.md that this machine allows, under 40 minutes on 2 cores
 	@set -e; for name in $(BENCHMARKS); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
@@ -70,6 +73,9 @@ bench-paro: dev ## the tables of docs/paro.md, on an emulated cluster (Linux, ro
 
 bench-elastic: dev ## the tables of docs/elastic.md: stragglers, the coordinator, scale; about 75 minutes on 2 cores
 	@set -e; for name in stragglers coordinator scale; do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done
+
+coverage: dev ## which lines the tests run, by room, into benchmarks/results; about 15 minutes
+	$(BIN)/python benchmarks/line_coverage.py
 
 docs: dev ## build the site, links checked
 	@# Silences a notice about a successor of mkdocs, not a warning about these docs.

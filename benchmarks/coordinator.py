@@ -1,9 +1,9 @@
-"""What the coordinator of straggler mitigation bears: 8 client processes that lease and commit shards over HTTP.
+"""What the coordinator of straggler mitigation bears: 8 client processes that lease and commit work items over HTTP.
 
     python benchmarks/coordinator.py [--quick] [--json FILE]
 
-Each exchange commits the shards of the one before and leases as many more, in one transaction of the journal. Paced:
-the clients together ask at a fixed rate, and latency is what a training loop would wait. Otherwise every client asks
+Each exchange commits the work items of the one before and leases as many more, in one transaction of the journal.
+Paced: the clients together ask at a fixed rate, and latency is what a training loop would wait. Otherwise every client asks
 again as soon as it was answered, so latency is mostly the wait for the other seven. CPU time is a process's own, of an
 exchange; clients and coordinator share the machine.
 """
@@ -24,10 +24,10 @@ import psutil
 from common import Record, arguments, publish, table
 
 from gmeta.elastic.client import Client
-from gmeta.elastic.ledger import Plan
+from gmeta.elastic.ledger import JobSpec
 
 CLIENTS = 8
-PLAN = Plan(num_samples=50_000, shard_size=1, epochs=1000, lease_s=600.0)
+PLAN = JobSpec(num_samples=50_000, work_item_size=1, epochs=1000, lease_s=600.0)
 WARM_S = 1.0
 
 
@@ -36,7 +36,7 @@ class Case:
     """How clients ask."""
 
     name: str
-    shards: int  # leased and committed an exchange
+    work_items: int  # leased and committed an exchange
     rate: float | None = None  # leases a second of all clients together; None: closed loop
     durable: bool = False
 
@@ -61,7 +61,7 @@ def main() -> None:
         records += [Record("coordinator", case.name, key, found[key], units[key]) for key in units]
         rows.append([case.name, f"{found['leases_per_s']:,.0f}", *(f"{found[k]:.2f}" for k in list(units)[1:])])
     header = ["case", "leases + commits/s", "p50 ms", "p99 ms", "client CPU ms", "coordinator CPU ms"]
-    config = {"clients": CLIENTS, "seconds": seconds, "shards an epoch": PLAN.num_shards}
+    config = {"clients": CLIENTS, "seconds": seconds, "work items an epoch": PLAN.num_work_items}
     publish("coordinator", table(header, rows), records, config, args)
 
 
@@ -89,7 +89,7 @@ def measure(case: Case, folder: Path, seconds: float) -> dict[str, float]:
             coordinator.terminate()
     latencies = sorted(latency for latency_s, _ in found for latency in latency_s)
     return {
-        "leases_per_s": len(latencies) * case.shards / seconds,
+        "leases_per_s": len(latencies) * case.work_items / seconds,
         "p50": 1e3 * latencies[len(latencies) // 2],
         "p99": 1e3 * latencies[int(0.99 * len(latencies))],
         "client_cpu": 1e3 * sum(cpu_s for _, cpu_s in found) / len(latencies),
@@ -103,7 +103,7 @@ def ask(url: str, case: Case, number: int, seconds: float, barrier: Barrier, sen
     client.open_job("none", PLAN)
     held: list[list[int]] = []
     latencies, cpu = [], 0.0
-    pause = CLIENTS * case.shards / case.rate if case.rate else 0.0
+    pause = CLIENTS * case.work_items / case.rate if case.rate else 0.0
     barrier.wait()
     start = time.monotonic()
     due = start + pause * number / CLIENTS
@@ -114,7 +114,9 @@ def ask(url: str, case: Case, number: int, seconds: float, barrier: Barrier, sen
         began, cpu_before = time.monotonic(), time.process_time()
         if began > start + WARM_S + seconds:
             break
-        reply = client.call("exchange", worker=f"w{number}", count=case.shards, generation=0, commit=held, progress=[])
+        reply = client.call(
+            "exchange", worker=f"w{number}", count=case.work_items, generation=0, commit=held, progress=[]
+        )
         held = [[lease["epoch"], lease["shard"], lease["attempt"]] for lease in reply.get("leases", [])]
         if began > start + WARM_S:
             latencies.append(time.monotonic() - began)

@@ -11,13 +11,13 @@ from typing import Any
 from puppet import serve
 
 from gmeta.elastic.client import Client, Refused
-from gmeta.elastic.ledger import Plan
+from gmeta.elastic.ledger import JobSpec
 
 BATCH = 32
 
 
 class Worker:
-    """Takes, finishes and fails one shard at a time, and renews what it holds."""
+    """Takes, finishes and fails one work item at a time, and renews what it holds."""
 
     def __init__(self, address: str, name: str) -> None:
         self._client, self._name = Client(f"http://{address}", run="benchmark"), name
@@ -25,7 +25,7 @@ class Worker:
 
     def open(self, num_samples: int, shard_size: int, lease_s: float, max_failures: int, skip: bool) -> dict[str, Any]:
         """Create the job, or join it."""
-        plan = Plan(
+        spec = JobSpec(
             num_samples,
             shard_size,
             shuffle=False,
@@ -33,9 +33,9 @@ class Worker:
             max_failures=max_failures,
             skip_quarantined=skip,
         )
-        if self._client.plan is None:
+        if self._client.job is None:
             threading.Thread(target=self._renew, args=(lease_s / 3,), daemon=True).start()
-        self._client.open_job("none", plan)
+        self._client.open_job("none", spec)
         return {}
 
     def _renew(self, pause_s: float) -> None:
@@ -47,7 +47,7 @@ class Worker:
                     self._client.call("renew", generation=0, progress=held)
 
     def take(self) -> dict[str, Any]:
-        """The next shard."""
+        """The next work item."""
         try:
             reply = self._client.call("lease", worker=self._name, count=1)
         except Refused as refused:
@@ -69,7 +69,7 @@ class Worker:
         return {"accepted": True}
 
     def fail(self, key: list[int]) -> dict[str, Any]:
-        """Give the shard back."""
+        """Give the work item back."""
         self._held.discard((key[0], key[1], key[2]))
         self._client.call("fail", generation=0, shards=[key], reason="told to fail")
         return {}
@@ -77,7 +77,7 @@ class Worker:
     def run(self, how: str, shards: int) -> dict[str, Any]:
         """Take and finish so many; the seconds from having finished until the next is in hand.
 
-        "two messages": commit, lease. "exchange": one message is both. "batch": one message is both for 32 shards.
+        "two messages": commit, lease. "exchange": one message is both. "batch": one message is both for 32 work items.
         """
         count = BATCH if how == "batch" else 1
         held = self._exchange(count, [])

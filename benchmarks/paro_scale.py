@@ -1,4 +1,4 @@
-"""Simulated scaling of placements from 16 to 1,024 GPUs, for models of 7 and 65 billion parameters.
+"""Simulated scaling of strategies from 16 to 1,024 GPUs, for models of 7 and 65 billion parameters.
 
     python benchmarks/paro_scale.py [--quick]
 
@@ -15,9 +15,8 @@ from pathlib import Path
 
 import common
 
-from gmeta.sharding.cost import Links, Workload
-from gmeta.sharding.schedule import Cost, cost
-from gmeta.sharding.strategy import Groups
+from gmeta.sharding.schedule import Links, StepCost, Workload, step_cost
+from gmeta.sharding.strategy import NodeLayout
 
 GPUS = (16, 32, 64, 128, 256, 512, 1024)
 SHOWN = ("IIG", "NIG", "III", "GGG")
@@ -26,16 +25,16 @@ MODELS = {"7 B": (7e9, 32), "65 B": (65e9, 80)}
 PAPER = {"IIG": 0.92, "NIG": 0.84, "GGG": 0.63}
 
 
-def step(placement: str, gpus: int, model: str, shared: bool) -> Cost:
+def step(strategy: str, gpus: int, model: str, shared: bool) -> StepCost:
     """One optimizer step."""
     params, layers = MODELS[model]
     links = Links(100e9, 2000e9, inter_latency_s=20e-6, intra_latency_s=5e-6, shared_nic=shared)
     work = Workload(int(params), int(params), 10, 6 * params * TOKENS / FLOPS, layers)
-    algorithm = "flat" if placement == "GGG" else "two_phase"  # what ZeRO-3 and FSDP do
-    return cost(placement, Groups(8, gpus // 8), links, work, algorithm)
+    algorithm = "flat" if strategy == "GGG" else "two_phase"  # what ZeRO-3 and FSDP do
+    return step_cost(strategy, NodeLayout(8, gpus // 8), links, work, algorithm)
 
 
-def plot(found: dict[tuple[str, str, bool, int], Cost], path: Path) -> None:
+def plot(found: dict[tuple[str, str, bool, int], StepCost], path: Path) -> None:
     """Efficiency over GPUs: a row a model, a column a kind of link."""
     import matplotlib
 
@@ -45,11 +44,9 @@ def plot(found: dict[tuple[str, str, bool, int], Cost], path: Path) -> None:
     figure, panels = plt.subplots(len(MODELS), 2, figsize=(8, 6), sharex=True, sharey=True)
     for row, model in zip(panels, MODELS, strict=True):
         for panel, shared in zip(row, (True, False), strict=True):
-            for placement in SHOWN:
-                base = found[model, placement, shared, GPUS[0]].step_s
-                panel.plot(
-                    GPUS, [base / found[model, placement, shared, n].step_s for n in GPUS], "o-", label=placement
-                )
+            for strategy in SHOWN:
+                base = found[model, strategy, shared, GPUS[0]].step_s
+                panel.plot(GPUS, [base / found[model, strategy, shared, n].step_s for n in GPUS], "o-", label=strategy)
             panel.set_xscale("log", base=2)
             panel.set_title(f"{model}, {'one link a machine' if shared else 'a link a GPU'}", fontsize=10)
             panel.set_ylim(0, 1.05)
@@ -66,28 +63,28 @@ def plot(found: dict[tuple[str, str, bool, int], Cost], path: Path) -> None:
 def main() -> None:
     args = common.arguments(__doc__ or "")
     found = {
-        (model, placement, shared, n): step(placement, n, model, shared)
+        (model, strategy, shared, n): step(strategy, n, model, shared)
         for model in MODELS
-        for placement in SHOWN
+        for strategy in SHOWN
         for shared in (True, False)
         for n in GPUS
     }
     records, rows = [], []
-    for (model, placement, shared, n), result in found.items():
+    for (model, strategy, shared, n), result in found.items():
         if n != GPUS[0]:
             continue
         case = f"{model}, {'one link a machine' if shared else 'a link a GPU'}"
-        efficiency = {g: result.step_s / found[model, placement, shared, g].step_s for g in GPUS}
+        efficiency = {g: result.step_s / found[model, strategy, shared, g].step_s for g in GPUS}
         for g in GPUS:
-            records.append(common.Record(f"{case}, {g} GPUs", placement, "efficiency", efficiency[g], ""))
-            seconds = found[model, placement, shared, g].step_s
-            records.append(common.Record(f"{case}, {g} GPUs", placement, "step_s", seconds, "s"))
-        paper = f"{PAPER[placement]:.2f}" if model == "7 B" and placement in PAPER else ""
-        gb = f"{found[model, placement, shared, 128].memory / 1e9:.0f}"
-        rows.append([case, placement, gb, f"{result.step_s:.1f}", *(f"{efficiency[g]:.2f}" for g in GPUS[1:]), paper])
+            records.append(common.Record(f"{case}, {g} GPUs", strategy, "efficiency", efficiency[g], ""))
+            seconds = found[model, strategy, shared, g].step_s
+            records.append(common.Record(f"{case}, {g} GPUs", strategy, "step_s", seconds, "s"))
+        paper = f"{PAPER[strategy]:.2f}" if model == "7 B" and strategy in PAPER else ""
+        gb = f"{found[model, strategy, shared, 128].memory / 1e9:.0f}"
+        rows.append([case, strategy, gb, f"{result.step_s:.1f}", *(f"{efficiency[g]:.2f}" for g in GPUS[1:]), paper])
     header = [
         "model, links",
-        "placement",
+        "strategy",
         "GB a GPU on 128",
         "s a step on 16",
         *map(str, GPUS[1:]),

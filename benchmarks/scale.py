@@ -17,14 +17,14 @@ import common
 
 from gmeta.elastic.policies import load_policy
 from gmeta.elastic.scenario import Persistent, parse_scenario
-from gmeta.elastic.simulate import Result, simulate
+from gmeta.elastic.simulate import SimulationResult, simulate
 
 SCENARIOS = ("deterministic-4x", "two-classes", "persistent", "transient-50", "transient-10")
 POLICIES = ("static", "lb_bsp", "backup", "dd", "nd")
 WORKERS = (8, 32, 128, 1024)
 
 
-def job(name: str, workers: int, policy: str, steps: int) -> tuple[Result, float]:
+def job(name: str, workers: int, policy: str, steps: int) -> tuple[SimulationResult, float]:
     """A simulated job, and the seconds of this machine that it took."""
     path = common.ROOT / "examples" / "scenarios" / f"{name}.yaml"
     scenario = parse_scenario(path.read_text(), name).scaled(workers)
@@ -34,7 +34,7 @@ def job(name: str, workers: int, policy: str, steps: int) -> tuple[Result, float
     return simulate(scenario, load_policy(policy), policy), time.perf_counter() - start
 
 
-def plot(results: dict[tuple[str, int, str], Result], path: Path) -> None:
+def plot(results: dict[tuple[str, int, str], SimulationResult], path: Path) -> None:
     """One panel a scenario: share of the ideal over the number of workers."""
     import matplotlib
 
@@ -61,7 +61,7 @@ def main() -> None:
     args = common.arguments(__doc__ or "")
     workers = (8, 32) if args.quick else WORKERS
     steps = 300
-    results: dict[tuple[str, int, str], Result] = {}
+    results: dict[tuple[str, int, str], SimulationResult] = {}
     records, rows = [], []
     for name in SCENARIOS:
         for n in workers:

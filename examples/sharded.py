@@ -1,4 +1,4 @@
-"""Sharded dense layers in a plain PyTorch loop: what a rank holds and sends under a placement, and that it learns.
+"""Sharded dense layers in a plain PyTorch loop: what a rank holds and sends under a strategy, and that it learns.
 
     torchrun --standalone --nproc_per_node 4 examples/sharded.py IIG     # or any of `gmeta plan`'s, or auto
 
@@ -18,9 +18,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from gmeta.sharding.checkpoint import PieceWriter
-from gmeta.sharding.engine import Paro, paro
-from gmeta.sharding.hierarchy import group_mesh
+from gmeta.sharding.checkpoint import PartitionWriter
+from gmeta.sharding.engine import Paro
+from gmeta.sharding.hierarchy import node_mesh
+from gmeta.sharding.paro import paro
 
 
 def make_model() -> nn.Module:
@@ -50,19 +51,19 @@ def target(x: Tensor) -> Tensor:
 
 def main() -> None:
     """Train, save, go on; load, go on again."""
-    placement = sys.argv[1] if len(sys.argv) > 1 else "IIG"
+    strategy = sys.argv[1] if len(sys.argv) > 1 else "IIG"
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mesh = group_mesh(2) if world_size > 1 else None
-    engine = paro(make_model(), partial(torch.optim.AdamW, lr=3e-3), mesh, placement)
+    mesh = node_mesh(2) if world_size > 1 else None
+    engine = paro(make_model(), partial(torch.optim.AdamW, lr=3e-3), mesh, strategy)
 
     first = train(engine, 1, rank)
     folder = [tempfile.mkdtemp()]
     if world_size > 1:
         dist.broadcast_object_list(folder)
     train(engine, 60, rank)
-    dcp.save(engine.state(), storage_writer=PieceWriter(folder[0]))
+    dcp.save(engine.state(), storage_writer=PartitionWriter(folder[0]))
     before = train(engine, 60, rank)
     dcp.load(engine.state(), storage_reader=HuggingFaceStorageReader(folder[0]))
     engine.loaded()
@@ -71,7 +72,7 @@ def main() -> None:
     if rank == 0:
         held, sent = engine.memory_bytes(), engine.sent
         whole = 4 * sum(shape.numel() for shape in (p.shape for p in make_model().parameters()))
-        print(f"placements {sorted(set(engine.placements.values()))} on {world_size} rank(s)")
+        print(f"strategies {sorted(set(engine.strategies.values()))} on {world_size} rank(s)")
         print(f"a rank holds {sum(held.values()):,} bytes for {whole:,} bytes of weights: {held}")
         print(f"and sent {sent.intra:,.0f} to its group, {sent.inter:,.0f} to others")
         print(f"loss {first:.3f} -> {before:.3f}; from the checkpoint again: {again:.3f}")

@@ -101,9 +101,9 @@ def _simulate(config: SimulateConfig) -> int:
 
 
 def _plan(config: PlanConfig) -> int:
-    from gmeta.sharding.planner import make_plan, print_plan
+    from gmeta.sharding.planner import build_advice, print_advice
 
-    print_plan(config, make_plan(config))
+    print_advice(config, build_advice(config))
     return 0
 
 

@@ -28,7 +28,7 @@ from rich.text import Text
 
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import close_mesh, open_mesh
-from gmeta.sharding.hierarchy import Levels, group_mesh
+from gmeta.sharding.hierarchy import HierarchicalCollectives, node_mesh
 from gmeta.sharding.links import describe, measure_links
 
 GIB = 2**30
@@ -64,15 +64,16 @@ def write_network(path: str, group_size: int, timeout_s: int) -> None:
             raise ValueError(
                 "one process has no links: start doctor --network with --nproc N, or torchrun on all machines"
             )
-        groups = group_mesh(group_size or mesh.local_world_size, mesh.device.type)
-        levels = Levels.open(groups, "backend", timeout_s, mesh.device)
-        links = measure_links(levels, mesh.device)
-        levels.close()
+        ranks = node_mesh(group_size or mesh.local_world_size, mesh.device.type)
+        hierarchy = HierarchicalCollectives.open(ranks, "backend", timeout_s, mesh.device)
+        links = measure_links(hierarchy, mesh.device)
+        hierarchy.close()
         error: Exception | None = None
         if mesh.is_main:
             try:
                 Path(path).write_text(json.dumps(asdict(links), indent=1) + "\n")
-                print(f"{levels.groups.count} groups of {levels.groups.size}\n{describe(links)}\nwritten to {path}")
+                layout = hierarchy.layout
+                print(f"{layout.num_nodes} nodes of {layout.node_size}\n{describe(links)}\nwritten to {path}")
             except OSError as problem:
                 error = ValueError(f"network {path} cannot be written ({problem.strerror}): name another file")
         raise_together(error, mesh)

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from gmeta.elastic.client import Client
-from gmeta.elastic.ledger import Plan
+from gmeta.elastic.ledger import JobSpec
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -67,10 +67,10 @@ def records(journal: Path) -> list[tuple[str, dict]]:
     return found
 
 
-def audit(journal: Path, plan: Plan, delivered: Counter[tuple[int, int]] | None = None) -> None:
+def audit(journal: Path, spec: JobSpec, delivered: Counter[tuple[int, int]] | None = None) -> None:
     """Every sample was delivered as its mode promises, by the records alone, and by what workers `delivered`.
 
-    Counts with a model of its own: who holds a shard, from which sample on, and what is finished.
+    Counts with a model of its own: who holds a work item, from which sample on, and what is finished.
     """
     held: dict[tuple[int, int], tuple[int, int]] = {}  # -> attempt, samples done
     done: dict[tuple[int, int], int] = {}
@@ -84,7 +84,7 @@ def audit(journal: Path, plan: Plan, delivered: Counter[tuple[int, int]] | None 
                 assert lease["done"] == done.get(key, 0)
                 assert not ended[key], f"{key} was given out after its end"
                 given[key] += 1
-                if plan.mode == "at_most_once":
+                if spec.mode == "at_most_once":
                     ended[key] += 1
                 else:
                     held[key] = lease["attempt"], lease["done"]
@@ -99,11 +99,11 @@ def audit(journal: Path, plan: Plan, delivered: Counter[tuple[int, int]] | None 
             assert attempt == body["attempt"]
             done[key] = progress
             ended[key] += kind == "Committed"
-    size = -(-plan.num_samples // plan.shard_size)
-    assert ended == {(epoch, shard): 1 for epoch in range(plan.epochs) for shard in range(size)}
+    size = -(-spec.num_samples // spec.work_item_size)
+    assert ended == {(epoch, work_item): 1 for epoch in range(spec.epochs) for work_item in range(size)}
     if delivered is not None:
-        everything = {(epoch, position) for epoch in range(plan.epochs) for position in range(plan.num_samples)}
-        if plan.mode == "at_most_once":
+        everything = {(epoch, position) for epoch in range(spec.epochs) for position in range(spec.num_samples)}
+        if spec.mode == "at_most_once":
             assert set(delivered.values()) <= {1}
         else:
             assert set(delivered) == everything

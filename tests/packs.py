@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from gmeta.config.train import ModelConfig
 from gmeta.data.pack import PackWriter
-from gmeta.data.schema import Feature, NumericColumn, PackSchema, parse_data_schema
+from gmeta.data.schema import DataSchema, Feature, NumericColumn, PackSchema, parse_data_schema
 
 USERS, ITEMS, TAGS = 7, 40, 9
 
@@ -63,12 +65,32 @@ def _arrays(rng: np.random.Generator, num_tasks: int, first_task: int) -> dict[s
     }
 
 
-def make_pack(path: Path, train: int = 60, valid: int = 20, test: int = 20, seed: int = 1) -> Path:
-    """Write a pack of three splits at `path`."""
+def values_of(table: str, num_ids: int) -> list[str]:
+    """Vocabulary of a table: item1, item2, …"""
+    return [f"{table}{i}" for i in range(1, num_ids)]
+
+
+def make_pack(
+    path: Path,
+    train: int = 60,
+    valid: int = 20,
+    test: int = 20,
+    seed: int = 1,
+    *,
+    schema: PackSchema = SCHEMA,
+    data_schema: DataSchema = DATA_SCHEMA,
+    values: Callable[[str, int], list[str]] = values_of,
+    statistics: pa.Table | None = None,
+) -> Path:
+    """Write a pack of three splits at `path`; hashed tables of `data_schema` get no vocabulary."""
     rng = np.random.default_rng(seed)
-    with PackWriter(path, SCHEMA, settings={}, data_schema=DATA_SCHEMA.to_json()) as writer:
+    with PackWriter(path, schema, settings={}, data_schema=data_schema.to_json()) as writer:
+        hashed = {f.table for f in data_schema.features if f.hash_buckets is not None}
         for table, num in (("group", USERS), ("item", ITEMS), ("tags", TAGS)):
-            writer.write_vocab(table, pa.array([f"{table}{i}" for i in range(1, num)]), np.ones(num - 1, np.int64))
+            if table not in hashed:
+                writer.write_vocab(table, pa.array(values(table, num)), np.ones(num - 1, np.int64))
+        if statistics is not None:
+            pq.write_table(statistics, writer.directory / "vocab" / "item_statistics.parquet")
         first = 0
         for split, count in (("train", train), ("valid", valid), ("test", test)):
             if count == 0:

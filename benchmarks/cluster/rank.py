@@ -27,9 +27,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from gmeta.sharding.engine import paro
-from gmeta.sharding.hierarchy import Levels, group_mesh
+from gmeta.sharding.hierarchy import HierarchicalCollectives, node_mesh
 from gmeta.sharding.links import measure_links
+from gmeta.sharding.paro import paro
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
 
@@ -89,13 +89,13 @@ class Contender:
 
 
 def contender(name: str, model: Model, group_size: int) -> Contender:
-    """`name`: alone, a peer, or a placement[:collectives]."""
+    """`name`: alone, a peer, or a strategy[:collectives]."""
     if name == "alone":
         return Contender(alone(model))
     if name in ("fsdp2", "fsdp2 late", "hsdp", "ddp"):
         return Contender(peer(name, model, group_size))
-    placement, _, collectives = name.partition(":")
-    engine = paro(model, ADAMW, group_mesh(group_size), placement, collectives=collectives or "two_phase")  # type: ignore[arg-type]
+    strategy, _, collectives = name.partition(":")
+    engine = paro(model, ADAMW, node_mesh(group_size), strategy, collectives=collectives or "two_phase")  # type: ignore[arg-type]
 
     def step(micro_batches: list[Tensor]) -> None:
         for k, x in enumerate(micro_batches):
@@ -199,19 +199,19 @@ def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """All-gather, reduce-scatter and all-reduce by every algorithm in turn; median seconds."""
     device = torch.device("cpu")
     every = {
-        name: Levels.open(group_mesh(order["group_size"]), name, 300.0, device)
+        name: HierarchicalCollectives.open(node_mesh(order["group_size"]), name, 300.0, device)
         for name in ("backend", "flat", "two_phase", "ho")
     }
     for nbytes in order["bytes"]:
         found: dict[tuple[str, str], list[float]] = {}
         buffer = torch.zeros(nbytes // 4)
         for turn in range(order["rounds"] + 1):
-            for name, levels in every.items():
-                levels.rings.chunk_bytes = order["chunk_bytes"]
+            for name, hierarchy in every.items():
+                hierarchy.rings.chunk_bytes = order["chunk_bytes"]
                 jobs = {
-                    "all_gather": partial(levels.gather, buffer, "G", "N"),
-                    "reduce_scatter": partial(levels.reduce_scatter, buffer, "N", "G"),
-                    "all_reduce": partial(levels.all_reduce, buffer, "N"),
+                    "all_gather": partial(hierarchy.gather, buffer, "G", "N"),
+                    "reduce_scatter": partial(hierarchy.reduce_scatter, buffer, "N", "G"),
+                    "all_reduce": partial(hierarchy.all_reduce, buffer, "N"),
                 }
                 for what, job in jobs.items():
                     seconds = timed(job)
@@ -223,8 +223,8 @@ def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def links(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     device = torch.device("cpu")
-    levels = Levels.open(group_mesh(order["group_size"]), "backend", 300.0, device)
-    yield asdict(measure_links(levels, device))
+    hierarchy = HierarchicalCollectives.open(node_mesh(order["group_size"]), "backend", 300.0, device)
+    yield asdict(measure_links(hierarchy, device))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""PaRO's placements beside FSDP2, HSDP and DDP, and ring algorithms beside gloo's, on an emulated cluster.
+"""PaRO's strategies beside FSDP2, HSDP and DDP, and ring algorithms beside gloo's, on an emulated cluster.
 
     python benchmarks/cluster/run.py [--quick] [--json FILE]
 
@@ -29,11 +29,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from common import Record, add_json, parse, publish, table
 from netns import Cluster, cluster, unavailable
 
-from gmeta.sharding.cost import Links, Wires, Workload
-from gmeta.sharding.schedule import Cost, cost
-from gmeta.sharding.strategy import PLACEMENTS, Bytes, Groups
+from gmeta.sharding.schedule import CollectiveCost, Links, StepCost, Workload, step_cost
+from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout
 
-GROUPS = Groups(2, 4)
+LAYOUT = NodeLayout(2, 4)
 MODEL = {"layers": 4, "width": 192, "micro_batch_s": 0.24}
 """7 MB of fp32 weights; the ratio of computing to what full sharding sends is a 7 B model's on 32 A100 with 100 Gb/s
 between machines (40.7 s of communication and some 6 s of computing at ten micro-batches)."""
@@ -52,7 +51,7 @@ class Layout:
     work: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
 
 
-EVERYONE = (*PLACEMENTS, "GGG:backend", "GGG:ho", *PEERS)
+EVERYONE = (*STRATEGIES, "GGG:backend", "GGG:ho", *PEERS)
 LAYOUTS = (
     Layout("a link a rank", "1gbit", "100mbit", False, ((EVERYONE, (4,)), (SOME, (1, 10)))),
     Layout("a link a group", "1gbit", "100mbit", True, ((SOME, (4,)),)),
@@ -86,21 +85,21 @@ def main() -> None:
             records += ring_records(layout.name, links, timed)
             bodies.append(ring_table(layout.name, links, timed))
     rates = {layout.name: f"{layout.inside} inside, {layout.between} between" for layout in LAYOUTS}
-    config = {"groups": str(GROUPS), "rates": rates, **MODEL}
+    config = {"groups": str(LAYOUT), "rates": rates, **MODEL}
     publish("paro_cluster", "\n\n".join(bodies), records, config, args)
 
 
 @contextmanager
 def laid_out(layout: Layout) -> Iterator[Cluster]:
     """The emulated cluster."""
-    n = GROUPS.world_size
+    n = LAYOUT.world_size
     if layout.shared_nic:
-        with cluster(GROUPS.count, GROUPS.size, layout.inside, None) as net:
+        with cluster(LAYOUT.num_nodes, LAYOUT.node_size, layout.inside, None) as net:
             net.set_group_rates(1, layout.inside, layout.between)
             yield net
     else:
         with cluster(n, 1, None, None) as net:
-            net.set_group_rates(GROUPS.size, layout.inside, layout.between)
+            net.set_group_rates(LAYOUT.node_size, layout.inside, layout.between)
             yield net
 
 
@@ -109,7 +108,11 @@ _PORTS = iter(range(29600, 29700))
 
 def run_ranks(net: Cluster, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What rank 0 prints, record by record. RuntimeError with the end of its complaint when a rank fails."""
-    words = [sys.executable, str(Path(__file__).with_name("rank.py")), json.dumps({"group_size": GROUPS.size, **order})]
+    words = [
+        sys.executable,
+        str(Path(__file__).with_name("rank.py")),
+        json.dumps({"group_size": LAYOUT.node_size, **order}),
+    ]
     port = next(_PORTS)
     with tempfile.TemporaryDirectory() as folder:
         processes = []
@@ -160,15 +163,15 @@ def trained(net: Cluster, layout: Layout, quick: bool) -> Found:
     return {case: statistics.median(times) for case, times in seconds.items()}
 
 
-def planned(links: Links, contender: str, accumulation: int, found: Found) -> Cost | None:
+def planned(links: Links, contender: str, accumulation: int, found: Found) -> StepCost | None:
     """What the planner says of a step, told what computing takes; None for torch's own."""
-    placement, _, collectives = contender.partition(":")
-    if placement not in PLACEMENTS:
+    strategy, _, collectives = contender.partition(":")
+    if strategy not in STRATEGIES:
         return None
     params = int(MODEL["layers"] * 12 * MODEL["width"] ** 2)
     micro_batch_s = found["alone", accumulation] / accumulation
-    work = Workload(params, params, accumulation, micro_batch_s, int(MODEL["layers"]), Bytes(4, 4, 8))
-    return cost(placement, GROUPS, links, work, {"": "two_phase", "backend": "flat"}.get(collectives, collectives))
+    work = Workload(params, params, accumulation, micro_batch_s, int(MODEL["layers"]), ElementBytes(4, 4, 8))
+    return step_cost(strategy, LAYOUT, links, work, {"": "two_phase", "backend": "flat"}.get(collectives, collectives))
 
 
 def train_records(layout: str, links: Links, found: Found) -> list[Record]:
@@ -189,8 +192,8 @@ def train_records(layout: str, links: Links, found: Found) -> list[Record]:
 
 
 def rank_correlation(links: Links, found: Found, accumulation: int) -> float:
-    """Spearman's, of predicted and measured times of the placements."""
-    names = [name for name, acc in found if acc == accumulation and name in PLACEMENTS]
+    """Spearman's, of predicted and measured times of the strategies."""
+    names = [name for name, acc in found if acc == accumulation and name in STRATEGIES]
     plans = [planned(links, name, accumulation, found) for name in names]
     return spearman([found[name, accumulation] for name in names], [plan.step_s for plan in plans if plan is not None])
 
@@ -215,7 +218,7 @@ def train_table(layout: str, links: Links, found: Found) -> str:
             if plan is not None:
                 told = (f"{plan.step_s:.2f}", f"{plan.step_s / seconds:.2f}", f"{plan.memory / 1e6:.1f}")
             rows.append((name, f"{seconds:.2f}", f"{found['fsdp2', accumulation] / seconds:.2f}", *told))
-        header = ("placement", "s a step", "x FSDP2", "planned s", "planned / measured", "MB a rank")
+        header = ("strategy", "s a step", "x FSDP2", "planned s", "planned / measured", "MB a rank")
         correlation = rank_correlation(links, found, accumulation)
         lines += [f"### {layout}, {accumulation} micro-batches", "", table(header, rows), ""]
         lines += [f"Spearman's rank correlation of planned and measured times: {correlation:.2f}", ""]
@@ -234,8 +237,8 @@ def ring_order(sizes: Sequence[int], quick: bool) -> dict[str, Any]:
 
 def theory_s(links: Links, what: str, algorithm: str, nbytes: int) -> float:
     """Seconds by alpha and beta alone; the backend's are taken for flat rings."""
-    wires = Wires(GROUPS, links, "flat" if algorithm == "backend" else algorithm)
-    seconds = sum(busy for _, busy in wires.between(8.0 * nbytes, "G", "N"))
+    wires = CollectiveCost(LAYOUT, links, "flat" if algorithm == "backend" else algorithm)
+    seconds = sum(busy for _, busy in wires.gather(8.0 * nbytes, "G", "N"))
     return 2 * seconds if what == "all_reduce" else seconds
 
 

@@ -17,7 +17,8 @@ class EvaluateConfig:
     split: Literal["train", "valid", "test"] = "test"
     """Split of the pack to measure."""
     pack: str | None = None
-    """Another task pack with the same schema; the run's own when unset."""
+    """Another task pack that was encoded as the run's own (a copy, or another cut of the same training rows);
+    the run's own when unset. Its evaluation is written beside the run's own, under the pack's name."""
     checkpoint: str = "best"
     """Checkpoint to load: best, last, or a step number."""
     steps: int | None = None
@@ -25,8 +26,8 @@ class EvaluateConfig:
     inner_lr: float | None = None
     """Inner learning rate; as trained when unset."""
     plain_run: str | None = None
-    """A run of the same model trained with `meta.adapt: []`: adds the variants plain and plain-finetuned,
-    the latter with steps and rate tuned on the valid split."""
+    """A run of the same model trained on the same pack with `meta.adapt: []`: adds the variants plain and
+    plain-finetuned, the latter with steps and rate tuned on the valid split."""
     truth: str | None = None
     """Directory made by `gmeta synth`: adds what its prior, posterior and oracle score, the frame of any model."""
     baselines: bool = True

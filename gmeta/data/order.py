@@ -15,6 +15,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from gmeta.core.hashing import splitmix64
+
 Tasks = NDArray[np.int64]
 Sizes = Callable[[Tasks], tuple[Tasks, Tasks]]
 """Tasks -> (support rows, query rows) of each."""
@@ -111,17 +113,8 @@ def permutation(n: int, *key: int) -> Tasks:
 
 def keyed_hash(values: Tasks, *key: int) -> NDArray[np.uint64]:
     """A 64-bit hash of each value under a key of non-negative integers."""
-    start = reduce(lambda state, k: _mix(state + np.uint64(k)), key, np.zeros(1, np.uint64))
-    return _mix(start + values.astype(np.uint64))
-
-
-def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The output function of splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit words."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    mixed: NDArray[np.uint64] = x ^ (x >> np.uint64(31))
-    return mixed
+    start = reduce(lambda state, k: splitmix64(state + np.uint64(k)), key, np.zeros(1, np.uint64))
+    return splitmix64(start + values.astype(np.uint64))
 
 
 @lru_cache(maxsize=2)

@@ -13,6 +13,7 @@ import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities
 from gmeta.data.schema import PackSchema, pack_schema_from_json
 from gmeta.data.shards import (
     CHUNK_BYTES,
@@ -179,10 +181,11 @@ class PackWriter:
             if shards:
                 total = {key: sum(s[key] for s in shards) for key in ("tasks", "rows")}
                 splits[name] = {**total, "shards": shards}
+        identity = table_identities(self.schema, self._data_schema, self._partial / "vocab")
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
-            "schema": self.schema.to_json(),
+            "schema": replace(self.schema, identity=identity).to_json(),
             "data_schema": self._data_schema,
             "settings": self._settings,
             "counts": dict(counts),
@@ -398,6 +401,16 @@ class TaskPack:
     def tasks_file(self) -> Path:
         """Parquet file (task_id, key, split), its checksum verified."""
         return verified_file(self.path, self.manifest["tasks"])
+
+    def identity(self) -> DataIdentity:
+        """What the pack's ids and numbers mean; computed from its files where the manifest does not record it."""
+        if self.schema.identity is None:
+            self.vocabulary_files()  # verifies their checksums
+        return identity_of(f"pack {self.path}", self.schema, self.manifest["data_schema"], self.path / "vocab")
+
+    def tasks_checksum(self) -> str:
+        """Checksum of which tasks there are and in which split each lies; the same for a copy of the pack."""
+        return content_checksum(self.tasks_file(), ("task_id", "key", "split"))
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

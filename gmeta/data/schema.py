@@ -54,6 +54,9 @@ class PackSchema:
     item: str | None = None
     time: str | None = None
     label_mean: float = 0.0  # over training rows: where a model's output starts
+    identity: dict[str, str] | None = (
+        None  # of each table's ids (see `data.identity`); None: made before it was recorded
+    )
 
     def feature(self, name: str) -> Feature:
         """The feature called `name`; ValueError naming the known ones otherwise."""
@@ -76,7 +79,11 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
 
 
 def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
-    """Human-readable differences that make two packs incompatible; empty when they fit."""
+    """What makes encoded data of `theirs` other than `ours` expects, one line each; empty when they fit.
+
+    It compares features and sizes, the numeric columns with their means, deviations and logarithms, and the columns
+    that are task, item and label. `identity_difference` compares the vocabularies too.
+    """
     mine = {f.name: f for f in ours.features}
     other = {f.name: f for f in theirs.features}
     lines = [f"feature {n!r} is missing" for n in mine if n not in other]
@@ -92,8 +99,18 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
         lines.append(
             f"numeric columns are {[c.name for c in theirs.numeric]}, expected {[c.name for c in ours.numeric]}"
         )
-    if ours.binary_label != theirs.binary_label:
-        lines.append(f"binary_label is {theirs.binary_label}, expected {ours.binary_label}")
+    else:
+        lines += [
+            f"numeric column {a.name!r}: {field} is {getattr(b, field)!r}, expected {getattr(a, field)!r}"
+            for a, b in zip(ours.numeric, theirs.numeric, strict=True)
+            for field in ("mean", "std", "log")
+            if getattr(a, field) != getattr(b, field)
+        ]
+    lines += [
+        f"{field} is {getattr(theirs, field)!r}, expected {getattr(ours, field)!r}"
+        for field in ("task", "item", "label", "binary_label")
+        if getattr(ours, field) != getattr(theirs, field)
+    ]
     return lines
 
 

@@ -220,6 +220,13 @@ class PackSplit:
             ids=ids,
         )
 
+    def feature_ids(self, name: str) -> Array:
+        """All ids of one feature: int32 [rows], or [values] of a many-valued one."""
+        if name in self._many_valued:
+            return self._column(f"{name}.values")
+        column = self._one_valued.index(name)
+        return _joined([shard.read("ids")[:, column] for shard in self._shards])
+
     def verify(self) -> None:
         """Verify every shard's checksum; ValueError names the damaged one."""
         for shard in self._shards:

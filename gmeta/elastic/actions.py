@@ -7,11 +7,13 @@ k is, only who computes which part of it, so none changes what is learned.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gmeta.elastic.balance import proportional
+from gmeta.elastic.wire import from_wire, to_wire
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,16 @@ class Setting:
 
     number: int  # 0 at the start of a generation, one more with each decision
     step: int  # the first step under it
-    slots: tuple[int, ...]  # of each rank; the sum is the global batch
+    tasks_per_rank: tuple[int, ...]  # the sum is the global batch
     micro_batches: tuple[int, ...]  # of each rank: its slots are computed in so many parts
     drop_after_s: float | None = None  # a rank begins no further part after so many seconds of a step; None: never
     restart: int | None = None  # rank to replace: before this step all save, end and are started again
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The former name of `tasks_per_rank`, for policies that were written before."""
+        warnings.warn("Setting.slots is called tasks_per_rank now", FutureWarning, stacklevel=2)
+        return self.tasks_per_rank
 
     @staticmethod
     def equal(batch: int, world_size: int, step: int = 0) -> Setting:
@@ -35,7 +43,7 @@ class Setting:
 class AdjustBatch:
     """Slots of each rank; their sum stays the global batch. A rank may get none."""
 
-    slots: tuple[int, ...]
+    tasks_per_rank: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -73,20 +81,20 @@ NAMES: dict[type, str] = {
 }
 
 
-def changed(setting: Setting, actions: Sequence[Action], step: int) -> Setting:
+def apply_actions(setting: Setting, actions: Sequence[Action], step: int) -> Setting:
     """The setting from `step` on, after `actions`. ValueError says which action is impossible, and why."""
-    world_size, batch = len(setting.slots), sum(setting.slots)
+    world_size, batch = len(setting.tasks_per_rank), sum(setting.tasks_per_rank)
     new = replace(setting, number=setting.number + 1, step=step, restart=None)
     for action in actions:
         if isinstance(action, AdjustBatch):
-            slots = _whole_numbers(action, action.slots, world_size, least=0)
-            if sum(slots) != batch:
-                raise ValueError(f"ADJUST_BATCH {list(slots)} sums to {sum(slots)}: the global batch has {batch} slots")
-            new = replace(new, slots=slots)
+            tasks = _whole_numbers(action, action.tasks_per_rank, world_size, least=0)
+            if sum(tasks) != batch:
+                raise ValueError(f"ADJUST_BATCH {list(tasks)} sums to {sum(tasks)}: the global batch has {batch} tasks")
+            new = replace(new, tasks_per_rank=tasks)
         elif isinstance(action, AdjustAccumulation):
             parts = _whole_numbers(action, action.micro_batches, world_size, least=1)
             if max(parts) > batch:
-                raise ValueError(f"ADJUST_ACCUMULATION {list(parts)}: a batch has {batch} slots, and no more parts")
+                raise ValueError(f"ADJUST_ACCUMULATION {list(parts)}: a batch has {batch} tasks, and no more parts")
             new = replace(new, micro_batches=parts)
         elif isinstance(action, DropLate):
             after = action.after_s
@@ -117,18 +125,18 @@ def _whole_numbers(action: Action, values: Any, world_size: int, least: int) -> 
 
 def to_json(action: Action) -> dict[str, Any]:
     """{"action": its name, and its fields}."""
-    return {"action": NAMES[type(action)], **asdict(action)}
+    return {"action": NAMES[type(action)], **to_wire(action)}
 
 
 def action_from_json(values: Mapping[str, Any]) -> Action:
     """The inverse of `to_json`."""
     kinds = {name: kind for kind, name in NAMES.items()}
     fields = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key != "action"}
-    action: Action = kinds[values["action"]](**fields)
+    action: Action = kinds[values["action"]](**from_wire(fields))
     return action
 
 
 def setting_from_json(values: Mapping[str, Any]) -> Setting:
     """A `Setting` from `dataclasses.asdict` after JSON."""
     fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return Setting(**fields)
+    return Setting(**from_wire(fields))

@@ -19,14 +19,14 @@ Point = float | None
 
 
 @dataclass
-class Work:
+class WorkerActivity:
     """Of one worker, since the last sample of its history."""
 
     seen: float  # when it was last heard of
     since: float  # when it finished the last thing that is in the history
     ended: float = 0.0  # when it finished the last thing of all
     samples: float = 0.0
-    batches: int = 0  # steps of a rank; shards of a worker that pulls them
+    batches: int = 0  # steps of a rank; work items of a worker that pulls them
     seconds: float | None = None  # of computing those batches, where they were reported
     latest: tuple[Point, Point] = (None, None)
 
@@ -87,14 +87,14 @@ class Activity:
     """Hears of every change and every report; `sample` adds a point to the history when it is time."""
 
     def __init__(self) -> None:
-        self.workers: dict[str, Work] = {}
+        self.workers: dict[str, WorkerActivity] = {}
         self.history = History()
 
-    def seen(self, worker: str, now: float) -> Work:
+    def seen(self, worker: str, now: float) -> WorkerActivity:
         """The worker's account; it was heard of just now."""
         if worker not in self.workers and len(self.workers) >= MOST_WORKERS:
             del self.workers[min(self.workers, key=lambda name: self.workers[name].seen)]
-        work = self.workers.setdefault(worker, Work(now, now))
+        work = self.workers.setdefault(worker, WorkerActivity(now, now))
         work.seen = now
         return work
 
@@ -103,14 +103,14 @@ class Activity:
         if isinstance(record, Leased):
             for lease in record.leases:
                 work = self.seen(lease.worker, now)
-                if ledger.plan.mode == "at_most_once":  # nobody will say that it is done
-                    work.finished(now, len(ledger.plan.positions(lease.shard)) - lease.done, 1)
+                if ledger.spec.mode == "at_most_once":  # nobody will say that it is done
+                    work.finished(now, len(ledger.spec.positions(lease.work_item)) - lease.done, 1)
         elif isinstance(record, Renewed):
-            done = record.lease.done - ledger.doing[record.lease.shard].done
+            done = record.lease.done - ledger.doing[record.lease.work_item].done
             self.seen(record.lease.worker, now).finished(now, done, 0)
         elif isinstance(record, Committed):
-            held = ledger.doing[record.shard]
-            self.seen(held.worker, now).finished(now, len(ledger.plan.positions(record.shard)) - held.done, 1)
+            held = ledger.doing[record.work_item]
+            self.seen(held.worker, now).finished(now, len(ledger.spec.positions(record.work_item)) - held.done, 1)
 
     def reported(self, rank: int, steps: Sequence[StepTime], now: float) -> None:
         """Steps of a rank."""

@@ -2,7 +2,7 @@
 
 `setting(step)` is asked by whoever loads batch `step`; it waits until the coordinator has granted the step, and with
 the grant it knows every setting up to there (see `gmeta.elastic.controller`). Rank 0 also keeps the ledger's account of
-the order's windows: it leases them ahead, reports progress, commits.
+the order's lease_book: it leases them ahead, reports progress, commits.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class RestartRequested(Exception):
 
 
 @dataclass
-class Windows:
-    """Rank 0's account of the ledger's shards: whole windows of the order, leased in order.
+class LeaseBook:
+    """Rank 0's account of the ledger's work items: whole windows of the order, leased in order.
 
     Tasks that were put back leave their window open until the end of the epoch, when all are done.
     """
@@ -78,7 +78,7 @@ class Windows:
 
     @property
     def ahead(self) -> int:
-        """Windows leased of which nothing is done. Those that wait for the epoch's tail are any number."""
+        """LeaseBook leased of which nothing is done. Those that wait for the epoch's tail are any number."""
         return sum(not self.done.get(key) for key in self.leases)
 
     def message(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -115,7 +115,7 @@ class Agent:
         report_s: float,
         about: Mapping[str, Any] | None = None,
         facts: Callable[[], dict[str, float]] = dict,
-        windows: Windows | None = None,
+        lease_book: LeaseBook | None = None,
     ) -> None:
         self._client = client
         self._generation = generation
@@ -123,7 +123,7 @@ class Agent:
         self._report_s = report_s
         self._about: Mapping[str, Any] | None = about
         self._facts = facts
-        self._windows = windows
+        self._lease_book = lease_book
         self._steps: deque[StepTime] = deque()
         self._settings: list[Setting] = []
         self._until = -1
@@ -157,31 +157,31 @@ class Agent:
         """A step is finished: `tasks` of a window took effect in all ranks together."""
         with self._changed:
             self._steps.append(time)
-            if self._windows is not None:
-                self._windows.add(epoch, window, tasks)
+            if self._lease_book is not None:
+                self._lease_book.add(epoch, window, tasks)
 
     def finish_epoch(self, epoch: int) -> None:
         """Every task of the epoch took effect."""
         with self._changed:
-            if self._windows is not None:
-                self._windows.epochs_finished = epoch + 1
+            if self._lease_book is not None:
+                self._lease_book.epochs_finished = epoch + 1
 
     def saved(self) -> dict[str, Any]:
         """The ledger as of the last finished step, for the checkpoint of that step. Rank 0 only."""
         if self._error is not None:
             raise self._error
-        assert self._windows is not None
+        assert self._lease_book is not None
         with self._call:
-            while self._windows.outrun:
-                before, self._told = dict(self._windows.leases), -_TELL_S
+            while self._lease_book.outrun:
+                before, self._told = dict(self._lease_book.leases), -_TELL_S
                 self._lease()
-                if self._windows.leases == before and not self._windows.ended:
+                if self._lease_book.leases == before and not self._lease_book.ended:
                     raise RuntimeError(f"the ledger gives out nothing beyond the windows {sorted(before)}")
             with self._changed:
-                commit, progress = self._windows.message()
+                commit, progress = self._lease_book.message()
             answer = self._client.call("saved", generation=self._generation, commit=commit, progress=progress)
             with self._changed:
-                self._windows.committed(commit)
+                self._lease_book.committed(commit)
         saved: dict[str, Any] = answer["saved"]
         return saved
 
@@ -200,7 +200,7 @@ class Agent:
                     if self._steps or self._urgent() or time.monotonic() - self._reported > _SILENT_S:
                         self._reported = time.monotonic()
                         self._report()
-                    if self._windows is not None:
+                    if self._lease_book is not None:
                         self._lease()
                 self.cpu_s += time.thread_time() - started
                 with self._changed:
@@ -238,12 +238,12 @@ class Agent:
 
     def _lease(self) -> None:
         """Commit what is done, lease the next windows."""
-        assert self._windows is not None
+        assert self._lease_book is not None
         with self._changed:
-            commit, progress = self._windows.message()
-            missing = _WINDOWS_AHEAD - self._windows.ahead
+            commit, progress = self._lease_book.message()
+            missing = _WINDOWS_AHEAD - self._lease_book.ahead
         recent = time.monotonic() - self._told < _TELL_S
-        if self._windows.ended or (not commit and (recent or (not progress and missing <= 0))):
+        if self._lease_book.ended or (not commit and (recent or (not progress and missing <= 0))):
             return
         self._told = time.monotonic()
         answer = self._client.call(
@@ -255,7 +255,7 @@ class Agent:
             count=max(0, missing),
         )
         with self._changed:
-            self._windows.committed(commit)
-            self._windows.ended = answer["reply"] == "END"
+            self._lease_book.committed(commit)
+            self._lease_book.ended = answer["reply"] == "END"
             for lease in answer.get("leases", ()):
-                self._windows.take(lease)
+                self._lease_book.take(lease)

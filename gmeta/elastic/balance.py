@@ -102,14 +102,14 @@ class DeviceClass:
 
 
 @dataclass(frozen=True)
-class Share:
+class MicroBatching:
     """What each device of a class does in a step: `accumulation` micro-batches of `micro_batch` slots."""
 
     micro_batch: int
     accumulation: int
 
 
-def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: int = 8) -> list[Share]:
+def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: int = 8) -> list[MicroBatching]:
     """Micro-batch and accumulation of each device class, `total` slots in all, that end first (AntDT-DD); exact.
 
     Minimises max_i c_i (a_i + m_i / v_i) with sum_i count_i c_i m_i = total, m_i within memory. Class by class, it
@@ -117,9 +117,9 @@ def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: in
     none that takes as many slots can be better. Of equal choices, that with fewer micro-batches. ValueError where no
     whole micro-batches give the total.
     """
-    reached: dict[int, tuple[float, tuple[Share, ...]]] = {0: (0.0, ())}
+    reached: dict[int, tuple[float, tuple[MicroBatching, ...]]] = {0: (0.0, ())}
     for last, options in ((k is classes[-1], _options(total, k, max_accumulation)) for k in classes):
-        longer: dict[int, tuple[float, tuple[Share, ...]]] = {}
+        longer: dict[int, tuple[float, tuple[MicroBatching, ...]]] = {}
         for taken, (ends, shares) in reached.items():
             room = total - taken
             # The last class must take all that is left.
@@ -136,13 +136,13 @@ def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: in
     return list(reached[total][1])
 
 
-def _options(total: int, devices: DeviceClass, max_accumulation: int) -> dict[int, tuple[float, Share]]:
+def _options(total: int, devices: DeviceClass, max_accumulation: int) -> dict[int, tuple[float, MicroBatching]]:
     """{slots of the whole class: (seconds, the share that ends first)}, up to `total` slots."""
-    worker, found = devices.worker, dict[int, tuple[float, Share]]()
+    worker, found = devices.worker, dict[int, tuple[float, MicroBatching]]()
     for c in range(1, max_accumulation + 1):
         most = total // (devices.count * c)
         for m in range(worker.least, (most if worker.most is None else min(worker.most, most)) + 1):
             size, seconds = devices.count * c * m, c * worker.fixed_s * (m > 0) + c * m / worker.speed
             if size not in found or seconds < found[size][0]:
-                found[size] = seconds, Share(m, c)
+                found[size] = seconds, MicroBatching(m, c)
     return found

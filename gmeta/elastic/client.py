@@ -2,7 +2,7 @@
 
     client = Client("http://127.0.0.1:7070", read_token("job.token"), run="tonight")
     client.open_job(pack="clicks-2024-05", plan=Plan(num_samples=10**6, shard_size=1000))
-    for lease in client.shards(worker="w0"):
+    for lease in client.work_items(worker="w0"):
         for position in lease.positions:
             ...
 
@@ -19,36 +19,38 @@ import random
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import urllib3
 
-from gmeta.elastic.ledger import Plan
+from gmeta.elastic.ledger import JobSpec
 from gmeta.elastic.tokens import make_token, read_token
+from gmeta.elastic.wire import from_wire, to_wire
 
-__all__ = ["Client", "HeldShard", "Refused", "Unreachable", "make_token", "read_token"]
+__all__ = ["Client", "HeldWorkItem", "Refused", "Unreachable", "make_token", "read_token"]
 
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _ANSWER_S = 30.0
 """A coordinator that has said nothing for so long is asked again."""
 _LEAVE_S = 5.0
-"""A loop that is left tries for so long to give its shards back."""
+"""A loop that is left tries for so long to give its work items back."""
 
 
 class Refused(ValueError):
     """The coordinator will not do it. `stale`: the sender lost its lease, or its generation is over.
 
-    `lost` are those of the message's [epoch, shard, attempt] that are no longer the sender's.
+    `lost` are those of the message's [epoch, work item, attempt] that are no longer the sender's.
     """
 
     def __init__(self, message: str, stale: bool = False, lost: Sequence[Sequence[int]] = ()) -> None:
         super().__init__(message)
         self.stale = stale
-        self.lost = [(epoch, shard, attempt) for epoch, shard, attempt in lost]
+        self.lost = [(epoch, work_item, attempt) for epoch, work_item, attempt in lost]
 
 
 class Unreachable(ConnectionError):
@@ -63,7 +65,7 @@ class Client:
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"url is {url!r}: must be that of a coordinator, such as http://127.0.0.1:7070")
         self.generation = 0
-        self.plan: Plan | None = None
+        self.job: JobSpec | None = None
         self._headers = {"Content-Type": "application/json"}
         if token is not None:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -98,24 +100,37 @@ class Client:
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 
-    def open_job(self, pack: str, plan: Plan) -> int:
-        """Create the job, or join it: run, pack and plan must be the same. The generation."""
-        reply = self.call("job", pack=pack, plan=asdict(plan))
-        self.plan, self.generation = plan, reply["generation"]
+    def open_job(self, pack: str, job: JobSpec | None = None, *, plan: JobSpec | None = None) -> int:
+        """Create the job, or join it, and return its generation. Run, pack and specification must be the same.
+
+        `plan` is the former name of `job`.
+        """
+        if plan is not None:
+            warnings.warn("open_job: the argument plan is called job now", FutureWarning, stacklevel=2)
+        job = job or plan
+        if job is None:
+            raise ValueError("open_job was given no job: give a JobSpec")
+        reply = self.call("job", pack=pack, plan=to_wire(job))
+        self.job, self.generation = job, reply["generation"]
         return self.generation
 
-    def shards(self, worker: str, ahead: int = 2) -> Iterator[HeldShard]:
-        """Lease shards until there are none left for anyone; `open_job` comes first.
+    def shards(self, worker: str, ahead: int = 2) -> Iterator[HeldWorkItem]:
+        """The former name of `work_items`."""
+        warnings.warn("Client.shards is called work_items now", FutureWarning, stacklevel=2)
+        return self.work_items(worker, ahead)
 
-        `ahead` shards are leased before they are needed. A shard is committed when the body of the loop has ended (at
+    def work_items(self, worker: str, ahead: int = 2) -> Iterator[HeldWorkItem]:
+        """Lease work items until there are none left for anyone; `open_job` comes first.
+
+        `ahead` work items are leased before they are needed. A work item is committed when the body of the loop has ended (at
         the latest a second later), and given back when the loop ends amid it. Leases are renewed in the background as
         long as this process lives and the loop is not left.
         """
-        if self.plan is None:
+        if self.job is None:
             raise ValueError("there is no job: call open_job(pack, plan) first")
         if ahead < 0:
             raise ValueError(f"ahead is {ahead}: must not be negative")
-        keeper, waiting = _Keeper(self, worker, self.plan), deque[HeldShard]()
+        keeper, waiting = _Keeper(self, worker, self.job), deque[HeldWorkItem]()
         with keeper.beating():
             while True:
                 if len(waiting) <= ahead // 2:
@@ -128,15 +143,15 @@ class Client:
                         time.sleep(reply["retry_s"])
                 if not waiting:
                     continue
-                shard = waiting.popleft()
-                if shard.lost:
+                work_item = waiting.popleft()
+                if work_item.lost:
                     continue
                 try:
-                    yield shard
+                    yield work_item
                 except BaseException:  # the loop was left, by break or by an exception
                     keeper.give_back(f"worker {worker!r} left its loop")
                     raise
-                keeper.finish(shard)
+                keeper.finish(work_item)
 
 
 def _refusal(url: str, response: urllib3.BaseHTTPResponse) -> Refused:
@@ -148,13 +163,13 @@ def _refusal(url: str, response: urllib3.BaseHTTPResponse) -> Refused:
 
 
 @dataclass
-class HeldShard:
-    """A shard in this worker's hands."""
+class HeldWorkItem:
+    """A work item in this worker's hands."""
 
     epoch: int
-    shard: int
+    work_item: int
     attempt: int
-    done: int  # samples of the shard that an earlier attempt finished
+    done: int  # samples of the work item that an earlier attempt finished
     start: int
     stop: int
     lost: bool = False  # the lease ran out, or the job was rolled back: what is done for it does not count
@@ -167,8 +182,8 @@ class HeldShard:
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """(epoch, shard, attempt)."""
-        return self.epoch, self.shard, self.attempt
+        """(epoch, work item, attempt)."""
+        return self.epoch, self.work_item, self.attempt
 
     def progress(self, count: int) -> None:
         """The first `count` of `positions` are finished, and need not be done again. Sent within a second."""
@@ -182,9 +197,9 @@ class HeldShard:
 class _Keeper:
     """What one worker holds: renewed, committed, given back."""
 
-    def __init__(self, client: Client, worker: str, plan: Plan) -> None:
-        self._client, self._worker, self._lease_s = client, worker, plan.lease_s
-        self._held: dict[tuple[int, int, int], HeldShard] = {}
+    def __init__(self, client: Client, worker: str, job: JobSpec) -> None:
+        self._client, self._worker, self._lease_s = client, worker, job.lease_s
+        self._held: dict[tuple[int, int, int], HeldWorkItem] = {}
         self._to_commit: list[tuple[int, int, int]] = []
         self._told: dict[tuple[int, int, int], int] = {}  # progress that the coordinator knows
         self._state, self._sending = threading.Lock(), threading.Lock()
@@ -206,13 +221,13 @@ class _Keeper:
     def _beat(self) -> None:
         while not self._end.wait(min(1.0, self._lease_s / 4)):
             with self._state:
-                moved = any(self._told.get(key, 0) != shard.finished for key, shard in self._held.items())
+                moved = any(self._told.get(key, 0) != work_item.finished for key, work_item in self._held.items())
                 quiet = not (moved or self._to_commit or (self._held and self._renewal_due()))
             if quiet:
                 continue
             try:
                 self.exchange(0)
-            except Exception as error:  # the loop raises it when it next asks for shards
+            except Exception as error:  # the loop raises it when it next asks for work items
                 self._problem = error
                 return
 
@@ -220,7 +235,7 @@ class _Keeper:
         return time.monotonic() - self._renewed > self._lease_s / 3
 
     def exchange(self, count: int, patience_s: float | None = None) -> dict[str, Any]:
-        """Say all that is to be said, and lease up to `count` shards. Shards that were lost are marked so."""
+        """Say all that is to be said, and lease up to `count` work items. Work items that were lost are marked so."""
         if self._problem is not None:
             raise self._problem
         patience_s = self._client.patience_s if patience_s is None else patience_s
@@ -241,9 +256,9 @@ class _Keeper:
         with self._state:
             every, sent = self._renewal_due(), time.monotonic()
             moved = {
-                key: (shard.done, shard.finished)
-                for key, shard in self._held.items()
-                if every or self._told.get(key, 0) != shard.finished
+                key: (work_item.done, work_item.finished)
+                for key, work_item in self._held.items()
+                if every or self._told.get(key, 0) != work_item.finished
             }
             commit = list(self._to_commit)
         fields = {
@@ -264,24 +279,24 @@ class _Keeper:
         _log.warning("worker %s: %s; its work is dropped", self._worker, refused)
         with self._state:
             for key in refused.lost:
-                shard = self._held.pop(key, None)
-                if shard is not None:
-                    shard.lost = True
+                work_item = self._held.pop(key, None)
+                if work_item is not None:
+                    work_item.lost = True
             self._to_commit = [key for key in self._to_commit if key not in refused.lost]
 
-    def take(self, leases: list[dict[str, Any]]) -> list[HeldShard]:
-        """Shards that were just leased."""
-        shards = [HeldShard(**lease) for lease in leases]
+    def take(self, leases: list[dict[str, Any]]) -> list[HeldWorkItem]:
+        """Work items that were just leased."""
+        work_items = [HeldWorkItem(**from_wire(lease)) for lease in leases]
         with self._state:
-            self._held |= {shard.key: shard for shard in shards}
-        return shards
+            self._held |= {work_item.key: work_item for work_item in work_items}
+        return work_items
 
-    def finish(self, shard: HeldShard) -> None:
+    def finish(self, work_item: HeldWorkItem) -> None:
         """Its work is done; it is committed with the next message."""
         with self._state:
-            if self._held.pop(shard.key, None) is not None:
-                self._told.pop(shard.key, None)
-                self._to_commit.append(shard.key)
+            if self._held.pop(work_item.key, None) is not None:
+                self._told.pop(work_item.key, None)
+                self._to_commit.append(work_item.key)
 
     def give_back(self, reason: str) -> None:
         """Commit what is finished, give back the rest; without a coordinator the leases run out by themselves."""

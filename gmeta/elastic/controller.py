@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gmeta.elastic.actions import Action, Setting, changed
+from gmeta.elastic.actions import Action, Setting, apply_actions
 from gmeta.elastic.monitor import Monitor, Snapshot, StepTime
 
 Policy = Callable[[Snapshot], Sequence[Action]]
@@ -45,7 +45,7 @@ class Decided:
 
 
 @dataclass(frozen=True)
-class Nonsense:
+class RejectedDecision:
     """A policy raised, or asked for the impossible: NONE was done."""
 
     now: float
@@ -102,21 +102,23 @@ class Controller:
         until = self.monitor.furthest + self.ahead + spare
         return Granted(until) if until > self.until else None
 
-    def decide(self, now: float) -> tuple[Snapshot, Decided | Nonsense | None]:
+    def decide(self, now: float) -> tuple[Snapshot, Decided | RejectedDecision | None]:
         """Ask the policy. None: it had nothing to do, or what it asked for is in force already."""
         snapshot = self.monitor.snapshot(now, self.settings[-1], self._restarts_left(now))
         if self.settings[-1].restart is not None:  # everything ends there
             return snapshot, None
         try:
             actions = tuple(self.policy(snapshot))
-            setting = changed(self.settings[-1], actions, self.until + 1)
+            setting = apply_actions(self.settings[-1], actions, self.until + 1)
         except (Exception, SystemExit) as error:  # a user's function: whatever it raises, training goes on
-            return snapshot, Nonsense(now, f"{type(error).__name__}: {error}")
+            return snapshot, RejectedDecision(now, f"{type(error).__name__}: {error}")
         if setting.restart is not None and snapshot.restarts_left < 1:
-            return snapshot, Nonsense(now, f"KILL_RESTART of rank {setting.restart}: budget or cool-down forbids it")
+            return snapshot, RejectedDecision(
+                now, f"KILL_RESTART of rank {setting.restart}: budget or cool-down forbids it"
+            )
         last = self.settings[-1]
-        same = (setting.slots, setting.micro_batches, setting.drop_after_s, setting.restart) == (
-            last.slots,
+        same = (setting.tasks_per_rank, setting.micro_batches, setting.drop_after_s, setting.restart) == (
+            last.tasks_per_rank,
             last.micro_batches,
             last.drop_after_s,
             last.restart,

@@ -17,20 +17,21 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gmeta.elastic import ledger as ledgers
 from gmeta.elastic import messages
 from gmeta.elastic.actions import to_json
 from gmeta.elastic.activity import Activity
-from gmeta.elastic.controller import Controller, Decided, Granted, Limits, Nonsense, Policy
+from gmeta.elastic.controller import Controller, Decided, Granted, Limits, Policy, RejectedDecision
 from gmeta.elastic.journal import Journal, Unwritable
-from gmeta.elastic.ledger import Leased, Ledger, Plan, Refusal
+from gmeta.elastic.ledger import JobSpec, Leased, Ledger, Refusal
 from gmeta.elastic.messages import BadMessage
 from gmeta.elastic.monitor import Snapshot, snapshot_to_json
 from gmeta.elastic.records import Began, Introduced, Record, from_row, to_row
 from gmeta.elastic.trace import Trace
+from gmeta.elastic.wire import from_wire, to_wire, wire_name
 
 AWAY_S = 1.0
 """Between two ticks; beyond that the process was stopped, and leases are prolonged by the time that it was."""
@@ -40,8 +41,8 @@ DECIDE_SHARE = 0.1
 """Of the coordinator's time that policies may take."""
 
 
-class Refused(ValueError):
-    """A message that is understood and not followed. `lost`: those of its shards that are no longer its sender's."""
+class Conflict(ValueError):
+    """A message that is understood and not followed. `lost`: those of its work items that are no longer its sender's."""
 
     def __init__(self, reason: str, stale: bool = False, lost: list[list[int]] | None = None) -> None:
         super().__init__(reason)
@@ -55,11 +56,11 @@ class Job:
 
     run: str
     pack: str
-    plan: Plan
+    spec: JobSpec
 
 
 @dataclass(frozen=True)
-class Action:
+class ShownDecision:
     """What the page shows of a decision."""
 
     now: float
@@ -99,7 +100,7 @@ class Coordinator:
         self.began: Began | None = None
         self.snapshot: Snapshot | None = None  # the last that a policy was asked about
         self.activity = Activity()
-        self.actions: deque[Action] = deque(maxlen=200)
+        self.actions: deque[ShownDecision] = deque(maxlen=200)
         self.counts: Counter[str] = Counter()  # of actions, by name
         self.problems: dict[str, int] = {}  # -> how often
         self._about: dict[int, Mapping[str, Any]] = {}
@@ -111,7 +112,7 @@ class Coordinator:
         self.now: Callable[[], float] = lambda: steady() + ahead
         self._ticked = self.started = self.now()
         if self._ledger is not None:
-            self._prolong(self.now() + self._ledger.plan.lease_s)
+            self._prolong(self.now() + self._ledger.spec.lease_s)
 
     def _restore(self) -> float:
         """Apply what the journal holds; the time of its last record."""
@@ -130,25 +131,25 @@ class Coordinator:
         return last
 
     def _open(self, job: Mapping[str, Any]) -> None:
-        self.job = Job(job["run"], job["pack"], Plan(**job["plan"]))
-        self._ledger = Ledger(self.job.plan)
+        self.job = Job(job["run"], job["pack"], JobSpec(**from_wire(job["plan"])))
+        self._ledger = Ledger(self.job.spec)
 
     @property
     def ledger(self) -> Ledger:
-        """The job's; `Refused` before there is a job."""
+        """The job's; `Conflict` before there is a job."""
         if self._ledger is None:
-            raise Refused("there is no job yet: open one first (/v1/job)")
+            raise Conflict("there is no job yet: open one first (/v1/job)")
         return self._ledger
 
     # Messages
 
     def handle(self, name: str, body: Any) -> dict[str, Any]:
-        """The reply to message `name`. `BadMessage`, `Refused`, or `Unwritable`: nothing was changed."""
+        """The reply to message `name`. `BadMessage`, `Conflict`, or `Unwritable`: nothing was changed."""
         if not isinstance(body, dict):
             raise BadMessage("the message is no JSON object")
         request, run = messages.text(body, "request", 64), messages.text(body, "run")
         if self.job is not None and self.job.run != run:
-            raise Refused(
+            raise Conflict(
                 f"journal {self.journal.path} is of run {self.job.run!r}, the message of run {run!r}: "
                 "start a coordinator of that run's own, with another --journal"
             )
@@ -164,8 +165,8 @@ class Coordinator:
         return reply
 
     def _create_job(self, body: Mapping[str, Any], request: str, now: float) -> dict[str, Any]:
-        plan = messages.plan(body)
-        job = {"run": messages.text(body, "run"), "pack": messages.text(body, "pack"), "plan": asdict(plan)}
+        spec = messages.job_spec(body)
+        job = {"run": messages.text(body, "run"), "pack": messages.text(body, "pack"), "plan": to_wire(spec)}
         reply = {"generation": 0, "finished": False}
         self.journal.write([], now, request, reply, job)
         self._open(job)
@@ -174,9 +175,9 @@ class Coordinator:
     def _job(self, body: Mapping[str, Any], now: float) -> Decision:
         assert self.job is not None
         self._check_pack(body)
-        difference = messages.differences(self.job.plan, messages.plan(body))
+        difference = messages.spec_differences(self.job.spec, messages.job_spec(body))
         if difference:
-            raise Refused(
+            raise Conflict(
                 f"journal {self.journal.path} is of another job: {difference}; "
                 "correct the message, or start a coordinator with another --journal"
             )
@@ -185,7 +186,7 @@ class Coordinator:
     def _check_pack(self, body: Mapping[str, Any]) -> None:
         pack = messages.text(body, "pack")
         if self.job is not None and self.job.pack != pack:
-            raise Refused(
+            raise Conflict(
                 f"journal {self.journal.path} is of the pack {self.job.pack!r}, the message of {pack!r}: "
                 "name the pack that the run began with, or start a coordinator with another --journal"
             )
@@ -197,28 +198,28 @@ class Coordinator:
         records, after, _ = self._returned(body, now)
         if body["generation"] != after.generation:  # nothing to give back, but a trainer that was replaced meanwhile
             reason = f"the message is of generation {body['generation']}, the ledger is in {after.generation}"
-            raise Refused(reason, stale=True)
+            raise Conflict(reason, stale=True)
         return self._leased(body, now, after, records)
 
     def _leased(self, body: Mapping[str, Any], now: float, after: Ledger, records: list[Record]) -> Decision:
-        """Up to `count` shards of the ledger `after` those records."""
-        worker, count = messages.text(body, "worker", 200), messages.whole(body, "count", 0, messages.MOST_SHARDS)
+        """Up to `count` work items of the ledger `after` those records."""
+        worker, count = messages.text(body, "worker", 200), messages.integer(body, "count", 0, messages.MOST_WORK_ITEMS)
         if self.began is None:
             self.activity.seen(worker, now)
         found = ledgers.lease(after, worker, count, now) if count else ledgers.WAIT
         if isinstance(found, Leased):
             leases = [
                 {
-                    **{key: getattr(lease, key) for key in ("epoch", "shard", "attempt", "done")},
-                    "start": after.plan.positions(lease.shard).start,
-                    "stop": after.plan.positions(lease.shard).stop,
+                    **{wire_name(key): getattr(lease, key) for key in ("epoch", "work_item", "attempt", "done")},
+                    "start": after.spec.positions(lease.work_item).start,
+                    "stop": after.spec.positions(lease.work_item).stop,
                 }
                 for lease in found.leases
             ]
             return [*records, found], {"reply": "SHARD", "generation": after.generation, "leases": leases}
         if isinstance(found, Refusal):
             if not records:
-                raise Refused(found.reason, found.stale)
+                raise Conflict(found.reason, found.stale)
             found = ledgers.WAIT  # what it gives back counts; asked again, it hears of the refusal
         if found == ledgers.END or after.finished:
             return records, {"reply": "END"}
@@ -240,22 +241,22 @@ class Coordinator:
         return records, {"saved": after.save()}
 
     def _fail(self, body: Mapping[str, Any], now: float) -> Decision:
-        generation, reason = messages.whole(body, "generation"), messages.text(body, "reason", 2000)
+        generation, reason = messages.integer(body, "generation"), messages.text(body, "reason", 2000)
         decide = _Decider(self.ledger)
-        for place, (e, s, a) in enumerate(messages.shards(body, "shards")):  # the first is the one it was at
+        for place, (e, s, a) in enumerate(messages.work_item_keys(body, "shards")):  # the first is the one it was at
             decide(ledgers.fail(decide.after, generation, e, s, a, reason, begun=place == 0), [e, s, a])
         return decide.records(), {}
 
     def _returned(
         self, body: Mapping[str, Any], now: float, commits: str = "commit"
     ) -> tuple[list[Record], Ledger, int]:
-        """Progress, then commits: their records, the ledger after them, how many shards are newly done."""
+        """Progress, then commits: their records, the ledger after them, how many work items are newly done."""
         decide = _Decider(self.ledger)
-        progress, shards = messages.progress(body), messages.shards(body, commits)
-        generation = messages.whole(body, "generation")
+        progress, work_items = messages.progress(body), messages.work_item_keys(body, commits)
+        generation = messages.integer(body, "generation")
         for e, s, a, done in progress:
             decide(ledgers.renew(decide.after, generation, e, s, a, done, now), [e, s, a])
-        for e, s, a in shards:
+        for e, s, a in work_items:
             decide(ledgers.commit(decide.after, generation, e, s, a), [e, s, a])
         records = decide.records()
         return records, decide.after, sum(isinstance(record, ledgers.Committed) for record in records)
@@ -263,26 +264,26 @@ class Coordinator:
     def _begin(self, body: Mapping[str, Any], now: float) -> Decision:
         ledger = self.ledger
         self._check_pack(body)
-        back = ledgers.rollback(ledger, messages.saved(body, ledger.plan))
+        back = ledgers.rollback(ledger, messages.saved(body, ledger.spec))
         began = Began(
             back.generation,
-            messages.whole(body, "world_size", 1, messages.MOST_RANKS),
-            messages.whole(body, "batch", 1),
-            messages.whole(body, "first_step"),
-            messages.whole(body, "ahead", 0, 10_000),
+            messages.integer(body, "world_size", 1, messages.MOST_RANKS),
+            messages.integer(body, "batch", 1),
+            messages.integer(body, "first_step"),
+            messages.integer(body, "ahead", 0, 10_000),
             messages.number(body, "report_s"),
         )
         return [back, began], {"generation": back.generation}
 
     def _report(self, body: Mapping[str, Any], now: float) -> Decision:
         controller, began = self.controller, self.began
-        generation = messages.whole(body, "generation")
+        generation = messages.integer(body, "generation")
         if controller is None or began is None:
-            raise Refused("no group of ranks has begun: rank 0 says so first (/v1/begin)")
+            raise Conflict("no group of ranks has begun: rank 0 says so first (/v1/begin)")
         if generation != began.generation:
-            raise Refused(f"the report is of generation {generation}, the group of {began.generation}", stale=True)
-        rank = messages.whole(body, "rank", 0, began.world_size - 1)
-        known = messages.whole(body, "known", -1)
+            raise Conflict(f"the report is of generation {generation}, the group of {began.generation}", stale=True)
+        rank = messages.integer(body, "rank", 0, began.world_size - 1)
+        known = messages.integer(body, "known", -1)
         steps, facts, about = messages.steps(body), messages.facts(body), messages.about(body)
         records: list[Record] = []
         if about is not None and about != self._about.get(rank):
@@ -295,7 +296,7 @@ class Coordinator:
         granted = controller.grant()
         if granted is not None:
             records.append(granted)
-        settings = [dict(vars(setting)) for setting in controller.newer(known)]  # asdict copies deep: 5 ms, 1,024 ranks
+        settings = [to_wire(setting) for setting in controller.newer(known)]
         return records, {"until": controller.until if granted is None else granted.until, "settings": settings}
 
     # Changes
@@ -345,7 +346,7 @@ class Coordinator:
         assert self.began is not None
         done = [to_json(action) for action in record.actions]
         self.counts.update(action["action"] for action in done)
-        self.actions.append(Action(record.now, self.began.generation, record.setting.step, done))
+        self.actions.append(ShownDecision(record.now, self.began.generation, record.setting.step, done))
 
     # Time
 
@@ -356,8 +357,8 @@ class Coordinator:
         try:
             if self._ledger is not None:
                 if away > 0:
-                    for shard, lease in self._ledger.doing.items():
-                        self._ledger.doing[shard] = replace(lease, deadline=lease.deadline + away)
+                    for work_item, lease in self._ledger.doing.items():
+                        self._ledger.doing[work_item] = replace(lease, deadline=lease.deadline + away)
                 records: list[Record] = [*ledgers.expired(self._ledger, now)]
                 if records:
                     self._write(records, now)
@@ -371,8 +372,8 @@ class Coordinator:
 
     def _prolong(self, deadline: float) -> None:
         doing = self.ledger.doing
-        for shard, lease in doing.items():
-            doing[shard] = replace(lease, deadline=max(lease.deadline, deadline))
+        for work_item, lease in doing.items():
+            doing[work_item] = replace(lease, deadline=max(lease.deadline, deadline))
 
     def _decide(self, now: float) -> None:
         controller, began = self.controller, self.began
@@ -386,7 +387,7 @@ class Coordinator:
             decision = _plain(decision)
         if isinstance(decision, Decided):
             self._write([decision], now)
-        problem = decision.problem if isinstance(decision, Nonsense) else None
+        problem = decision.problem if isinstance(decision, RejectedDecision) else None
         if problem is not None:
             self.note(f"the policy was not followed ({problem}); training goes on as it was")
         if self.trace is not None:
@@ -397,7 +398,7 @@ class Coordinator:
                 began.generation,
                 snapshot=snapshot_to_json(self.snapshot),
                 actions=[to_json(action) for action in made.actions] if made else [],
-                setting=vars(made.setting) if made else None,
+                setting=to_wire(made.setting) if made else None,
                 problem=problem,
             )
         self._decide_s = time.perf_counter() - start
@@ -417,7 +418,7 @@ class Coordinator:
         return Counter(lease.worker for lease in self._ledger.doing.values()) if self._ledger is not None else Counter()
 
     def shown(self) -> list[str]:
-        """Names of the workers on the page: the ranks of a trainer, or whoever pulls shards."""
+        """Names of the workers on the page: the ranks of a trainer, or whoever pulls work items."""
         if self.began is not None:
             return [f"rank {rank}" for rank in range(self.began.world_size)]
         return sorted(self.activity.workers, key=_natural)
@@ -446,11 +447,11 @@ class _Decider:
         self._lost: list[list[int]] = []
         self._refusal: Refusal | None = None
 
-    def __call__(self, found: ledgers.Record | Refusal | None, shard: list[int]) -> None:
+    def __call__(self, found: ledgers.LedgerRecord | Refusal | None, work_item: list[int]) -> None:
         if isinstance(found, Refusal):
             self._refusal = self._refusal or found
             if found.stale:
-                self._lost.append(shard)
+                self._lost.append(work_item)
             elif self._refusal.stale:  # a mistake comes before a loss: sent again without the lost, it would come back
                 self._refusal = found
         elif found is not None:
@@ -458,19 +459,19 @@ class _Decider:
             ledgers.apply(self.after, found)
 
     def records(self) -> list[Record]:
-        """`Refused` where any message was."""
+        """`Conflict` where any message was."""
         if self._refusal is not None:
-            raise Refused(self._refusal.reason, self._refusal.stale, self._lost)
+            raise Conflict(self._refusal.reason, self._refusal.stale, self._lost)
         return self._records
 
 
-def _plain(decided: Decided) -> Decided | Nonsense:
+def _plain(decided: Decided) -> Decided | RejectedDecision:
     """As it will be read from the journal: a policy may have used numpy's numbers, or put anything else in there."""
     try:
         kind, body = to_row(decided)
         found = from_row(kind, json.loads(json.dumps(body, default=lambda value: value.tolist(), allow_nan=False)))
     except Exception as error:  # a user's objects: whatever they raise, training goes on
-        return Nonsense(decided.now, f"{type(error).__name__}: {error}")
+        return RejectedDecision(decided.now, f"{type(error).__name__}: {error}")
     assert isinstance(found, Decided)
     return found
 

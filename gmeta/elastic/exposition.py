@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from gmeta.elastic.coordinator import Coordinator
-from gmeta.elastic.view import group, shards, table
+from gmeta.elastic.view import group, table, work_item_counts
 
 
 class Exposition:
@@ -53,8 +53,8 @@ class Exposition:
 
     def _job(self) -> Iterator[Metric]:
         ledger = self._coordinator.ledger
-        found = GaugeMetricFamily("gmeta_shards", "Shards of the epoch by state", labels=["state"])
-        for name, count in shards(ledger).items():
+        found = GaugeMetricFamily("gmeta_shards", "Work items of the epoch by state", labels=["state"])
+        for name, count in work_item_counts(ledger).items():
             found.add_metric([name], count)
         yield found
         yield GaugeMetricFamily("gmeta_epoch", "Epochs that are done", value=ledger.epoch)
@@ -68,9 +68,9 @@ class Exposition:
     def _workers(self) -> Iterator[Metric]:
         named = {
             "throughput": ("gmeta_worker_samples_per_second", "Samples or slots a second"),
-            "batch_s": ("gmeta_worker_batch_seconds", "Computing a step, or a shard"),
+            "batch_s": ("gmeta_worker_batch_seconds", "Computing a step, or a work item"),
             "slots": ("gmeta_worker_slots", "Slots of the batch"),
-            "holding": ("gmeta_worker_leases", "Shards in hand"),
+            "holding": ("gmeta_worker_leases", "Work items in hand"),
             "silent_s": ("gmeta_worker_silent_seconds", "Since it was last heard of"),
         }
         rows = table(self._coordinator, self._coordinator.now())

@@ -1,7 +1,7 @@
-"""The data-shard ledger: which samples are to do, in whose hands, done. Pure: no clock, no I/O, no randomness.
+"""The data-work item ledger: which samples are to do, in whose hands, done. Pure: no clock, no I/O, no randomness.
 
-A shard is a range of positions in the order of an epoch. Shards are leased to workers, renewed with progress, and
-committed; a lease that fails or runs out gives its shard back (AntDT, arXiv 2404.09679, "stateful dynamic data
+A work item is a range of positions in the order of an epoch. Work items are leased to workers, renewed with progress, and
+committed; a lease that fails or runs out gives its work item back (AntDT, arXiv 2404.09679, "stateful dynamic data
 sharding"; the fencing and the modes are ours). Every function *decides*: it returns the record of a change, or a
 `Refusal`, and changes nothing; `apply` makes the change. So a service writes a record to its journal, then applies it,
 then replies; a journal read from its start gives the same ledger, and an audit needs the records alone.
@@ -9,77 +9,86 @@ then replies; a journal read from its start gives the same ledger, and an audit 
     record = lease(ledger, "worker-3", 2, now)     # Leased, WAIT, END or Refusal
     apply(ledger, record)
 
-Fencing: every lease of a shard has a higher attempt number, and every rollback a higher generation; a message that
+Fencing: every lease of a work item has a higher attempt number, and every rollback a higher generation; a message that
 names an older one is refused, however late it comes.
 
 What a mode promises of every sample of an epoch:
 
     at_least_once  taken at least once: what a lost worker had not reported is given out again
-    at_most_once   taken at most once: a shard counts as done when it is leased, and is never given out again
+    at_most_once   taken at most once: a work item counts as done when it is leased, and is never given out again
     exactly_once   takes effect exactly once: the ledger is saved in the checkpoint that holds the effects, and both are
-                   rolled back together. Until then the shard of a lost lease is not given out again, because some of
+                   rolled back together. Until then the work item of a lost lease is not given out again, because some of
                    its effects may be in the model.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Mode = Literal["at_least_once", "at_most_once", "exactly_once"]
-State = Literal["TODO", "DOING", "DONE", "QUARANTINED"]
-Key = tuple[int, int]  # epoch, shard
+WorkItemState = Literal["TODO", "DOING", "DONE", "QUARANTINED"]
+WorkItemId = tuple[int, int]  # epoch, work item
 
 _MASK = 2**64 - 1
-_MOST_SHARDS = 10_000_000  # an order of as many takes seconds and half a gigabyte
+_MOST_WORK_ITEMS = 10_000_000  # an order of as many takes seconds and half a gigabyte
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What there is to do: `num_samples` positions an epoch, in shards of `shard_size` (the last may be short)."""
+class JobSpec:
+    """What there is to do: `num_samples` positions an epoch, in work items of `shard_size` (the last may be short)."""
 
     num_samples: int
-    shard_size: int
+    work_item_size: int
     epochs: int = 1
     seed: int = 0
     shuffle: bool = True
-    """Give out an epoch's shards in a seeded order; otherwise one after the other."""
+    """Give out an epoch's work items in a seeded order; otherwise one after the other."""
     mode: Mode = "at_least_once"
     lease_s: float = 60.0
     max_failures: int = 3
-    """Failed or lost attempts of one shard after which it is quarantined."""
+    """Failed or lost attempts of one work item after which it is quarantined."""
     skip_quarantined: bool = False
-    """Go on without quarantined shards; otherwise nothing more is leased once there is one."""
+    """Go on without quarantined work items; otherwise nothing more is leased once there is one."""
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "shard_size", "epochs", "max_failures"):
+        for name in ("num_samples", "work_item_size", "epochs", "max_failures"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} is {value!r}: must be a whole number of at least 1")
-        if self.num_shards > _MOST_SHARDS:
-            raise ValueError(f"{self.num_shards:,} shards an epoch are more than {_MOST_SHARDS:,}: raise shard_size")
+        if self.num_work_items > _MOST_WORK_ITEMS:
+            raise ValueError(
+                f"{self.num_work_items:,} work items an epoch are more than {_MOST_WORK_ITEMS:,}: raise work_item_size"
+            )
         if not self.lease_s > 0:
             raise ValueError(f"lease_s is {self.lease_s}: must be more than 0")
         if self.mode not in ("at_least_once", "at_most_once", "exactly_once"):
             raise ValueError(f"mode is {self.mode!r}: must be one of at_least_once, at_most_once, exactly_once")
 
     @property
-    def num_shards(self) -> int:
-        """Shards of an epoch."""
-        return -(-self.num_samples // self.shard_size)
+    def num_work_items(self) -> int:
+        """Work items of an epoch."""
+        return -(-self.num_samples // self.work_item_size)
 
-    def positions(self, shard: int) -> range:
-        """The positions of a shard in its epoch's order."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.num_samples))
+    def positions(self, work_item: int) -> range:
+        """The positions of a work item in its epoch's order."""
+        start = work_item * self.work_item_size
+        return range(start, min(start + self.work_item_size, self.num_samples))
 
     def order(self, epoch: int) -> list[int]:
-        """The order in which an epoch's shards are given out."""
+        """The order in which an epoch's work items are given out."""
         if not self.shuffle:
-            return list(range(self.num_shards))
+            return list(range(self.num_work_items))
         state = _mix(self.seed) ^ _mix(epoch + 1)
-        return sorted(range(self.num_shards), key=lambda shard: (_mix(state, shard), shard))
+        return sorted(range(self.num_work_items), key=lambda work_item: (_mix(state, work_item), work_item))
+
+
+def Plan(num_samples: int, shard_size: int, **settings: Any) -> JobSpec:
+    """The former name of `JobSpec`, whose `work_item_size` was called `shard_size`."""
+    warnings.warn("Plan is called JobSpec now, and its shard_size work_item_size", FutureWarning, stacklevel=2)
+    return JobSpec(num_samples, shard_size, **settings)
 
 
 def _mix(state: int, value: int = 0) -> int:
@@ -92,19 +101,19 @@ def _mix(state: int, value: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Lease:
-    """A shard in a worker's hands. `done` of its samples were reported finished, by this attempt or an earlier one."""
+    """A work item in a worker's hands. `done` of its samples were reported finished, by this attempt or an earlier one."""
 
     epoch: int
-    shard: int
+    work_item: int
     attempt: int
     worker: str
     deadline: float
     done: int = 0
 
     @property
-    def key(self) -> Key:
-        """(epoch, shard)."""
-        return self.epoch, self.shard
+    def key(self) -> WorkItemId:
+        """(epoch, work item)."""
+        return self.epoch, self.work_item
 
 
 # Records: every change that the ledger can make, as it stands in the journal.
@@ -112,7 +121,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Leased:
-    """Shards were given to a worker."""
+    """Work items were given to a worker."""
 
     leases: tuple[Lease, ...]
 
@@ -126,23 +135,23 @@ class Renewed:
 
 @dataclass(frozen=True)
 class Committed:
-    """A shard is done."""
+    """A work item is done."""
 
     epoch: int
-    shard: int
+    work_item: int
     attempt: int
 
 
 @dataclass(frozen=True)
 class Returned:
-    """An attempt failed or ran out; the shard is to do again, or lost, or quarantined, as its mode says."""
+    """An attempt failed or ran out; the work item is to do again, or lost, or quarantined, as its mode says."""
 
     epoch: int
-    shard: int
+    work_item: int
     attempt: int
     reason: str
     begun: bool = True
-    """Whether the worker had begun it: only then the shard may be at fault, and the attempt counts as a failure."""
+    """Whether the worker had begun it: only then the work item may be at fault, and the attempt counts as a failure."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class RolledBack:
     saved: Mapping[str, Any]
 
 
-Record = Leased | Renewed | Committed | Returned | RolledBack
+LedgerRecord = Leased | Renewed | Committed | Returned | RolledBack
 
 
 @dataclass(frozen=True)
@@ -165,52 +174,58 @@ class Refusal:
 
 
 WAIT: Literal["WAIT"] = "WAIT"
-"""Nothing to lease now, but shards are in others' hands: ask again. Never the end of the data."""
+"""Nothing to lease now, but work items are in others' hands: ask again. Never the end of the data."""
 END: Literal["END"] = "END"
-"""Every shard of every epoch is done (or quarantined, where that is skipped)."""
+"""Every work item of every epoch is done (or quarantined, where that is skipped)."""
 
 
 @dataclass
 class Ledger:
-    """The state. An epoch's shards are leased in its order; the next epoch begins when all of this one is done."""
+    """The state. An epoch's work items are leased in its order; the next epoch begins when all of this one is done."""
 
-    plan: Plan
+    spec: JobSpec
     generation: int = 0
     epoch: int = 0
-    cursor: int = 0  # of the epoch's order: shards before it have been leased at least once
-    again: dict[int, int] = field(default_factory=dict)  # shards to be leased again, first come first -> samples done
-    doing: dict[int, Lease] = field(default_factory=dict)  # by shard
-    lost: dict[int, int] = field(default_factory=dict)  # exactly_once: shards that wait for a rollback -> samples done
-    num_done: int = 0  # shards of the epoch
-    attempts: dict[Key, int] = field(default_factory=dict)  # leases of each shard so far
-    failures: dict[Key, int] = field(default_factory=dict)  # survives a rollback, or a poisonous shard would loop
-    quarantined: dict[Key, str] = field(default_factory=dict)  # -> the last failure's reason
+    cursor: int = 0  # of the epoch's order: work items before it have been leased at least once
+    again: dict[int, int] = field(
+        default_factory=dict
+    )  # work items to be leased again, first come first -> samples done
+    doing: dict[int, Lease] = field(default_factory=dict)  # by work item
+    lost: dict[int, int] = field(
+        default_factory=dict
+    )  # exactly_once: work items that wait for a rollback -> samples done
+    num_done: int = 0  # work items of the epoch
+    attempts: dict[WorkItemId, int] = field(default_factory=dict)  # leases of each work item so far
+    failures: dict[WorkItemId, int] = field(
+        default_factory=dict
+    )  # survives a rollback, or a poisonous work item would loop
+    quarantined: dict[WorkItemId, str] = field(default_factory=dict)  # -> the last failure's reason
     _order: tuple[int, list[int]] = field(default=(-1, []), compare=False, repr=False)
 
     @property
     def order(self) -> list[int]:
         """Of the current epoch."""
         if self._order[0] != self.epoch:
-            self._order = (self.epoch, self.plan.order(self.epoch))
+            self._order = (self.epoch, self.spec.order(self.epoch))
         return self._order[1]
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.epoch >= self.plan.epochs
+        return self.epoch >= self.spec.epochs
 
-    def state(self, epoch: int, shard: int) -> State:
+    def state(self, epoch: int, work_item: int) -> WorkItemState:
         """TODO, DOING (lost until the rollback, too), DONE or QUARANTINED."""
-        if (epoch, shard) in self.quarantined:
+        if (epoch, work_item) in self.quarantined:
             return "QUARANTINED"
         if epoch != self.epoch:
             return "DONE" if epoch < self.epoch else "TODO"
-        if shard in self.doing or shard in self.lost:
+        if work_item in self.doing or work_item in self.lost:
             return "DOING"
-        return "TODO" if shard in self.again or (epoch, shard) not in self.attempts else "DONE"
+        return "TODO" if work_item in self.again or (epoch, work_item) not in self.attempts else "DONE"
 
     def todo(self) -> Iterator[tuple[int, int]]:
-        """(shard, samples done) of the shards that may be leased now, in order."""
+        """(work item, samples done) of the work items that may be leased now, in order."""
         if not self.finished:
             yield from self.again.items()
             for place in range(self.cursor, len(self.order)):  # no slice: a lease would copy what is left of the epoch
@@ -218,13 +233,13 @@ class Ledger:
                     yield self.order[place], 0
 
     def save(self) -> dict[str, Any]:
-        """What a checkpoint keeps, for JSON: shards in hand count as to be leased again, from where they are."""
+        """What a checkpoint keeps, for JSON: work items in hand count as to be leased again, from where they are."""
         return {
             "epoch": self.epoch,
             "cursor": self.cursor,
             "again": [*self.again.items(), *self.lost.items(), *((s, x.done) for s, x in self.doing.items())],
             "num_done": self.num_done,
-            "attempts": [(shard, n) for (epoch, shard), n in self.attempts.items() if epoch == self.epoch],
+            "attempts": [(work_item, n) for (epoch, work_item), n in self.attempts.items() if epoch == self.epoch],
         }
 
 
@@ -232,65 +247,67 @@ class Ledger:
 
 
 def lease(ledger: Ledger, worker: str, count: int, now: float) -> Leased | Literal["WAIT", "END"] | Refusal:
-    """Up to `count` shards for `worker`. Call `expired` first, so that what ran out can be had."""
+    """Up to `count` work items for `worker`. Call `expired` first, so that what ran out can be had."""
     if count < 1:
-        return Refusal(f"{count} shards were asked for: must be at least 1")
+        return Refusal(f"{count} work items were asked for: must be at least 1")
     if ledger.finished:
         return END
-    if ledger.quarantined and not ledger.plan.skip_quarantined:
-        (epoch, shard), reason = next(iter(ledger.quarantined.items()))
+    if ledger.quarantined and not ledger.spec.skip_quarantined:
+        (epoch, work_item), reason = next(iter(ledger.quarantined.items()))
         return Refusal(
-            f"shard {shard} of epoch {epoch} is quarantined after {ledger.plan.max_failures} failures: {reason}"
+            f"work item {work_item} of epoch {epoch} is quarantined after {ledger.spec.max_failures} failures: {reason}"
         )
     found = tuple(
         Lease(
             ledger.epoch,
-            shard,
-            ledger.attempts.get((ledger.epoch, shard), 0) + 1,
+            work_item,
+            ledger.attempts.get((ledger.epoch, work_item), 0) + 1,
             worker,
-            now + ledger.plan.lease_s,
+            now + ledger.spec.lease_s,
             done,
         )
-        for (shard, done), _ in zip(ledger.todo(), range(count), strict=False)
+        for (work_item, done), _ in zip(ledger.todo(), range(count), strict=False)
     )
     if found:
         return Leased(found)
     if ledger.lost and not ledger.doing:
-        return Refusal(f"shards {sorted(ledger.lost)} were lost: restart from a checkpoint and roll the ledger back")
+        return Refusal(
+            f"work items {sorted(ledger.lost)} were lost: restart from a checkpoint and roll the ledger back"
+        )
     return WAIT
 
 
 def renew(
-    ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int, done: int, now: float
+    ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int, done: int, now: float
 ) -> Renewed | Refusal | None:
-    """Keep a lease, and report that `done` samples of the shard are finished. None: accepted, nothing to write down."""
-    held = _held(ledger, generation, epoch, shard, attempt)
+    """Keep a lease, and report that `done` samples of the work item are finished. None: accepted, nothing to write down."""
+    held = _held(ledger, generation, epoch, work_item, attempt)
     if not isinstance(held, Lease):
         return held
-    size = len(ledger.plan.positions(shard))
+    size = len(ledger.spec.positions(work_item))
     if not held.done <= done <= size:
-        return Refusal(f"{done} samples of shard {shard} are reported done: must be {held.done} to {size}")
-    return Renewed(replace(held, done=done, deadline=max(held.deadline, now + ledger.plan.lease_s)))
+        return Refusal(f"{done} samples of work item {work_item} are reported done: must be {held.done} to {size}")
+    return Renewed(replace(held, done=done, deadline=max(held.deadline, now + ledger.spec.lease_s)))
 
 
-def commit(ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int) -> Committed | Refusal | None:
-    """The shard is done. None: it was already, by this attempt (a repeated message), or by its lease."""
-    held = _held(ledger, generation, epoch, shard, attempt)
-    return Committed(epoch, shard, attempt) if isinstance(held, Lease) else held
+def commit(ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int) -> Committed | Refusal | None:
+    """The work item is done. None: it was already, by this attempt (a repeated message), or by its lease."""
+    held = _held(ledger, generation, epoch, work_item, attempt)
+    return Committed(epoch, work_item, attempt) if isinstance(held, Lease) else held
 
 
 def fail(
-    ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int, reason: str, begun: bool = True
+    ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int, reason: str, begun: bool = True
 ) -> Returned | Refusal | None:
-    """The worker gives up on the shard; not `begun`: only because it ends."""
-    held = _held(ledger, generation, epoch, shard, attempt)
-    return Returned(epoch, shard, attempt, reason, begun or held.done > 0) if isinstance(held, Lease) else held
+    """The worker gives up on the work item; not `begun`: only because it ends."""
+    held = _held(ledger, generation, epoch, work_item, attempt)
+    return Returned(epoch, work_item, attempt, reason, begun or held.done > 0) if isinstance(held, Lease) else held
 
 
 def expired(ledger: Ledger, now: float) -> list[Returned]:
     """Leases whose deadline has passed. A clock that jumps back keeps leases longer, never shorter."""
     return [
-        Returned(x.epoch, x.shard, x.attempt, f"worker {x.worker!r} did not renew its lease", _begun(ledger, x))
+        Returned(x.epoch, x.work_item, x.attempt, f"worker {x.worker!r} did not renew its lease", _begun(ledger, x))
         for x in ledger.doing.values()
         if x.deadline < now
     ]
@@ -299,7 +316,7 @@ def expired(ledger: Ledger, now: float) -> list[Returned]:
 def _begun(ledger: Ledger, held: Lease) -> bool:
     """Whether it has progress, or is the first of its worker's leases, which are worked on one after the other."""
     first = next(lease for lease in ledger.doing.values() if lease.worker == held.worker)
-    return held.done > 0 or first.shard == held.shard
+    return held.done > 0 or first.work_item == held.work_item
 
 
 def rollback(ledger: Ledger, saved: Mapping[str, Any]) -> RolledBack:
@@ -307,27 +324,29 @@ def rollback(ledger: Ledger, saved: Mapping[str, Any]) -> RolledBack:
     return RolledBack(ledger.generation + 1, saved)
 
 
-def _held(ledger: Ledger, generation: int, epoch: int, shard: int, attempt: int) -> Lease | Refusal | None:
+def _held(ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int) -> Lease | Refusal | None:
     """The lease that a message is about; None where it is done by this very attempt."""
     if generation != ledger.generation:
         return Refusal(f"the message is of generation {generation}, the ledger is in {ledger.generation}", stale=True)
-    if not (0 <= epoch < ledger.plan.epochs and 0 <= shard < ledger.plan.num_shards):
-        return Refusal(f"there is no shard {shard} of epoch {epoch}")
+    if not (0 <= epoch < ledger.spec.epochs and 0 <= work_item < ledger.spec.num_work_items):
+        return Refusal(f"there is no work item {work_item} of epoch {epoch}")
     if epoch > ledger.epoch:
         return Refusal(f"epoch {epoch} has not begun")
-    found = ledger.doing.get(shard) if epoch == ledger.epoch else None
+    found = ledger.doing.get(work_item) if epoch == ledger.epoch else None
     if found is not None and found.attempt == attempt:
         return found
-    latest = ledger.attempts.get((epoch, shard), 0)
-    if attempt == latest and ledger.state(epoch, shard) == "DONE":
+    latest = ledger.attempts.get((epoch, work_item), 0)
+    if attempt == latest and ledger.state(epoch, work_item) == "DONE":
         return None
-    return Refusal(f"attempt {attempt} at shard {shard} of epoch {epoch} is over; the last was {latest}", stale=True)
+    return Refusal(
+        f"attempt {attempt} at work item {work_item} of epoch {epoch} is over; the last was {latest}", stale=True
+    )
 
 
 # Changes
 
 
-def apply(ledger: Ledger, record: Record) -> None:
+def apply(ledger: Ledger, record: LedgerRecord) -> None:
     """Make the change that was decided."""
     if isinstance(record, RolledBack):
         _roll_back(ledger, record)
@@ -335,9 +354,9 @@ def apply(ledger: Ledger, record: Record) -> None:
         for found in record.leases:
             _take(ledger, found)
     elif isinstance(record, Renewed):
-        ledger.doing[record.lease.shard] = record.lease
+        ledger.doing[record.lease.work_item] = record.lease
     elif isinstance(record, Committed):
-        del ledger.doing[record.shard]
+        del ledger.doing[record.work_item]
         ledger.num_done += 1
     else:
         _give_back(ledger, record)
@@ -345,27 +364,27 @@ def apply(ledger: Ledger, record: Record) -> None:
 
 
 def _take(ledger: Ledger, found: Lease) -> None:
-    if found.shard in ledger.again:
-        del ledger.again[found.shard]
+    if found.work_item in ledger.again:
+        del ledger.again[found.work_item]
     else:
-        ledger.cursor = ledger.order.index(found.shard, ledger.cursor) + 1
+        ledger.cursor = ledger.order.index(found.work_item, ledger.cursor) + 1
     ledger.attempts[found.key] = found.attempt
-    if ledger.plan.mode == "at_most_once":
+    if ledger.spec.mode == "at_most_once":
         ledger.num_done += 1
     else:
-        ledger.doing[found.shard] = found
+        ledger.doing[found.work_item] = found
 
 
 def _give_back(ledger: Ledger, record: Returned) -> None:
-    held, key = ledger.doing.pop(record.shard), (record.epoch, record.shard)
+    held, key = ledger.doing.pop(record.work_item), (record.epoch, record.work_item)
     if record.begun:
         ledger.failures[key] = ledger.failures.get(key, 0) + 1
-    if ledger.failures.get(key, 0) >= ledger.plan.max_failures:
+    if ledger.failures.get(key, 0) >= ledger.spec.max_failures:
         ledger.quarantined[key] = record.reason
-    elif ledger.plan.mode == "exactly_once":
-        ledger.lost[record.shard] = held.done
+    elif ledger.spec.mode == "exactly_once":
+        ledger.lost[record.work_item] = held.done
     else:
-        ledger.again[record.shard] = held.done
+        ledger.again[record.work_item] = held.done
 
 
 def _roll_back(ledger: Ledger, record: RolledBack) -> None:
@@ -374,12 +393,12 @@ def _roll_back(ledger: Ledger, record: RolledBack) -> None:
     ledger.epoch, ledger.cursor, ledger.num_done = saved["epoch"], saved["cursor"], saved["num_done"]
     ledger.again = {s: done for s, done in saved["again"] if (ledger.epoch, s) not in ledger.quarantined}
     ledger.attempts = {key: n for key, n in ledger.attempts.items() if key[0] < ledger.epoch}
-    ledger.attempts |= {(ledger.epoch, shard): n for shard, n in saved["attempts"]}
+    ledger.attempts |= {(ledger.epoch, work_item): n for work_item, n in saved["attempts"]}
     ledger.doing, ledger.lost = {}, {}
 
 
 def _end_epoch(ledger: Ledger) -> None:
-    skipped = sum(epoch == ledger.epoch for epoch, _ in ledger.quarantined) if ledger.plan.skip_quarantined else 0
-    if not ledger.finished and ledger.num_done + skipped == ledger.plan.num_shards:
+    skipped = sum(epoch == ledger.epoch for epoch, _ in ledger.quarantined) if ledger.spec.skip_quarantined else 0
+    if not ledger.finished and ledger.num_done + skipped == ledger.spec.num_work_items:
         ledger.epoch += 1
         ledger.cursor = ledger.num_done = 0

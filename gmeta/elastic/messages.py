@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
-from gmeta.elastic.ledger import Ledger, Plan
+from gmeta.elastic.ledger import JobSpec, Ledger
 from gmeta.elastic.monitor import StepTime
+from gmeta.elastic.wire import from_wire, to_wire, wire_name
 
-MOST_SHARDS = 4096
+MOST_WORK_ITEMS = 4096
 """In one list of a message."""
 MOST_RANKS = 65_536
 
-Shard = tuple[int, int, int]  # epoch, shard, attempt
-Progress = tuple[int, int, int, int]  # ..., samples of the shard that are done
+WorkItemKey = tuple[int, int, int]  # epoch, work item, attempt
+WorkItemProgress = tuple[int, int, int, int]  # ..., samples of the work item that are done
 
 
 class BadMessage(ValueError):
@@ -35,7 +36,7 @@ def text(body: Mapping[str, Any], key: str, most: int = 500) -> str:
     return value
 
 
-def whole(body: Mapping[str, Any], key: str, least: int = 0, most: int = 2**53) -> int:
+def integer(body: Mapping[str, Any], key: str, least: int = 0, most: int = 2**53) -> int:
     """A whole number within bounds."""
     value: Any = body.get(key)
     if not _is_whole(value) or not least <= value <= most:
@@ -59,29 +60,29 @@ def mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
     return value
 
 
-def shards(body: Mapping[str, Any], key: str) -> list[Shard]:
-    """[[epoch, shard, attempt], ...]; none where the field is left out."""
-    return [(e, s, a) for e, s, a in _rows(body, key, 3, "[epoch, shard, attempt]")]
+def work_item_keys(body: Mapping[str, Any], key: str) -> list[WorkItemKey]:
+    """[[epoch, work item, attempt], ...]; none where the field is left out."""
+    return [(e, s, a) for e, s, a in _rows(body, key, 3, "[epoch, work item, attempt]")]
 
 
-def progress(body: Mapping[str, Any], key: str = "progress") -> list[Progress]:
-    """[[epoch, shard, attempt, samples done], ...]; none where the field is left out."""
-    return [(e, s, a, d) for e, s, a, d in _rows(body, key, 4, "[epoch, shard, attempt, samples done]")]
+def progress(body: Mapping[str, Any], key: str = "progress") -> list[WorkItemProgress]:
+    """[[epoch, work item, attempt, samples done], ...]; none where the field is left out."""
+    return [(e, s, a, d) for e, s, a, d in _rows(body, key, 4, "[epoch, work item, attempt, samples done]")]
 
 
 def _rows(body: Mapping[str, Any], key: str, width: int, form: str) -> list[list[int]]:
     value = body.get(key, [])
-    if not isinstance(value, list) or len(value) > MOST_SHARDS:
-        raise _bad(key, value, f"a list of at most {MOST_SHARDS} {form}")
+    if not isinstance(value, list) or len(value) > MOST_WORK_ITEMS:
+        raise _bad(key, value, f"a list of at most {MOST_WORK_ITEMS} {form}")
     for row in value:
         if not isinstance(row, list) or len(row) != width or not all(map(_is_whole, row)):
             raise _bad(f"an entry of {key}", row, f"{form}, all whole numbers")
     return value
 
 
-def plan(body: Mapping[str, Any]) -> Plan:
-    """The fields of a `Plan`."""
-    found, known = mapping(body, "plan"), {field.name: str(field.type) for field in fields(Plan)}
+def job_spec(body: Mapping[str, Any]) -> JobSpec:
+    """The fields of a `JobSpec`."""
+    found, known = mapping(body, "plan"), {wire_name(field.name): str(field.type) for field in fields(JobSpec)}
     unknown = sorted(found.keys() - known.keys())
     if unknown:
         raise BadMessage(f"plan has no field {unknown[0]!r}: it has {', '.join(known)}")
@@ -96,7 +97,7 @@ def plan(body: Mapping[str, Any]) -> Plan:
         if not check(value):
             raise _bad(f"plan.{name}", value, rule)
     try:
-        return Plan(**found)
+        return JobSpec(**from_wire(found))
     except (TypeError, ValueError) as error:
         raise BadMessage(f"plan: {error}") from error
 
@@ -137,12 +138,12 @@ def about(body: Mapping[str, Any]) -> dict[str, Any] | None:
     return value
 
 
-def saved(body: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+def saved(body: Mapping[str, Any], spec: JobSpec) -> dict[str, Any]:
     """A ledger from a checkpoint (`Ledger.save`), or a fresh one where there is none."""
     if body.get("saved") is None:
-        return Ledger(plan).save()
-    value, n = mapping(body, "saved"), plan.num_shards
-    for key, most in (("epoch", plan.epochs), ("cursor", n), ("num_done", n)):
+        return Ledger(spec).save()
+    value, n = mapping(body, "saved"), spec.num_work_items
+    for key, most in (("epoch", spec.epochs), ("cursor", n), ("num_done", n)):
         if not _is_whole(value.get(key)) or not 0 <= value[key] <= most:
             raise _bad(f"saved.{key}", value.get(key), f"a whole number of 0 to {most}, as this job's plan has it")
     for key in ("again", "attempts"):
@@ -150,17 +151,17 @@ def saved(body: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         fine = isinstance(rows, list) and all(
             isinstance(row, list | tuple) and len(row) == 2 and all(map(_is_whole, row)) for row in rows
         )
-        if not fine or not all(0 <= shard < n and other >= 0 for shard, other in rows or ()):
-            raise _bad(f"saved.{key}", rows, f"pairs of a shard below {n} and a whole number")
+        if not fine or not all(0 <= work_item < n and other >= 0 for work_item, other in rows or ()):
+            raise _bad(f"saved.{key}", rows, f"pairs of a work item below {n} and a whole number")
     return {key: value[key] for key in ("epoch", "cursor", "again", "num_done", "attempts")}
 
 
-def differences(here: Plan, there: Plan) -> str:
+def spec_differences(here: JobSpec, there: JobSpec) -> str:
     """What differs between the job's plan and a message's, in words; empty where nothing does."""
-    theirs = asdict(there)
+    theirs = to_wire(there)
     return ", ".join(
         f"plan.{name} is {value!r} there and {theirs[name]!r} in the message"
-        for name, value in asdict(here).items()
+        for name, value in to_wire(here).items()
         if theirs[name] != value
     )
 

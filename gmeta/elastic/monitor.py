@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from gmeta.elastic.actions import Setting, setting_from_json
+from gmeta.elastic.wire import to_wire
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class Window:
+class StepStats:
     """A rank's last steps."""
 
     steps: int
@@ -43,8 +44,8 @@ class WorkerView:
     node: str = ""
     max_slots: int | None = None  # slots of a micro-batch that fit its memory
     silent_s: float = 0.0  # since its last report
-    short: Window | None = None  # None: nothing reported yet in this generation
-    long: Window | None = None  # None: fewer steps than the window has
+    short: StepStats | None = None  # None: nothing reported yet in this generation
+    long: StepStats | None = None  # None: fewer steps than the window has
     facts: Mapping[str, float] = field(default_factory=dict)  # of its node: cpu_steal, load, memory: shares of 1
 
     def speed(self, long: bool = False) -> float | None:
@@ -67,11 +68,11 @@ class Snapshot:
     @property
     def batch(self) -> int:
         """Slots of the global batch (G)."""
-        return sum(self.setting.slots)
+        return sum(self.setting.tasks_per_rank)
 
 
 class Monitor:
-    """Windows over the reports of `world_size` ranks, whose next step is `first_step`."""
+    """LeaseBook over the reports of `world_size` ranks, whose next step is `first_step`."""
 
     def __init__(self, world_size: int, first_step: int = 0, short_steps: int = 3, long_steps: int = 100) -> None:
         self.first_step = first_step
@@ -127,9 +128,9 @@ class Monitor:
         return WorkerView(rank, silent_s=silent, short=short, long=long, **self._about[rank])
 
 
-def _window(steps: Sequence[StepTime]) -> Window:
+def _window(steps: Sequence[StepTime]) -> StepStats:
     median = statistics.median
-    return Window(
+    return StepStats(
         len(steps),
         median(s.compute_s for s in steps),
         median(s.input_s for s in steps),
@@ -140,18 +141,18 @@ def _window(steps: Sequence[StepTime]) -> Window:
 
 def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
     """For a trace; NaN becomes null."""
-    values: dict[str, Any] = _finite(asdict(snapshot))
+    values: dict[str, Any] = _finite({**asdict(snapshot), "setting": to_wire(snapshot.setting)})
     return values
 
 
 def snapshot_from_json(values: Mapping[str, Any]) -> Snapshot:
     """The inverse of `snapshot_to_json`."""
 
-    def window(found: Mapping[str, Any] | None) -> Window | None:
+    def window(found: Mapping[str, Any] | None) -> StepStats | None:
         if found is None:
             return None
         numbers: dict[str, Any] = {key: float("nan") if value is None else value for key, value in found.items()}
-        return Window(**numbers)
+        return StepStats(**numbers)
 
     workers = tuple(
         WorkerView(**{**worker, "short": window(worker["short"]), "long": window(worker["long"])})

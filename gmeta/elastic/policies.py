@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from gmeta.elastic.actions import Action, AdjustAccumulation, AdjustBatch, DropLate, KillRestart
 from gmeta.elastic.balance import DeviceClass, Worker, accumulated, balanced, proportional
 from gmeta.elastic.controller import Policy
-from gmeta.elastic.monitor import Snapshot, Window, WorkerView
+from gmeta.elastic.monitor import Snapshot, StepStats, WorkerView
 
 SETTLED_STEPS = 3
 """Steps of a generation to see before the first decision: the first ones also fill caches and allocate."""
@@ -70,7 +70,7 @@ def nd(snapshot: Snapshot) -> list[Action]:
     are equal, shares by measured speed change nothing, and each repetition leaves the share a_i / T_i of the error. So
     no fixed cost has to be told apart, which from one number of slots a rank would be impossible.
     """
-    views, old = snapshot.workers, snapshot.setting.slots
+    views, old = snapshot.workers, snapshot.setting.tasks_per_rank
     if any(view.short is None for view in views):
         return []
     restart = _hopeless(snapshot)
@@ -113,9 +113,11 @@ def dd(snapshot: Snapshot) -> list[Action]:
     slots, parts = found
     crowded = any(
         view.max_slots and b > c * view.max_slots
-        for view, b, c in zip(snapshot.workers, snapshot.setting.slots, snapshot.setting.micro_batches, strict=True)
+        for view, b, c in zip(
+            snapshot.workers, snapshot.setting.tasks_per_rank, snapshot.setting.micro_batches, strict=True
+        )
     )
-    if not crowded and _gain(snapshot.setting.slots, slots, costs) <= CLASS_GAIN:
+    if not crowded and _gain(snapshot.setting.tasks_per_rank, slots, costs) <= CLASS_GAIN:
         return []
     return [AdjustBatch(slots), AdjustAccumulation(parts)]
 
@@ -130,7 +132,10 @@ def lb_bsp(snapshot: Snapshot) -> list[Action]:
     costs = [_seconds_a_slot(view.short) for view in snapshot.workers]
     if not _settled(snapshot) or any(cost is None for cost in costs):
         return []
-    now, goal = snapshot.setting.slots, proportional(snapshot.batch, [1 / cost for cost in costs if cost is not None])
+    now, goal = (
+        snapshot.setting.tasks_per_rank,
+        proportional(snapshot.batch, [1 / cost for cost in costs if cost is not None]),
+    )
     moved = proportional(snapshot.batch, [old + STRIDE * (new - old) for old, new in zip(now, goal, strict=True)])
     # A rank without slots would never be measured again.
     slots = tuple(moved) if min(moved) > 0 or snapshot.batch < len(moved) else _at_least_one(snapshot.batch, moved)
@@ -149,7 +154,7 @@ def backup(snapshot: Snapshot) -> list[Action]:
     if not times:
         return []
     after, old = LATE * statistics.median(times), snapshot.setting.drop_after_s
-    parts = tuple(min(PARTS, max(1, slots)) for slots in snapshot.setting.slots)
+    parts = tuple(min(PARTS, max(1, slots)) for slots in snapshot.setting.tasks_per_rank)
     same = old is not None and 1 / DEADLINE_CHANGED < after / old < DEADLINE_CHANGED
     if same and parts == snapshot.setting.micro_batches:
         return []
@@ -187,7 +192,7 @@ def _settled(snapshot: Snapshot) -> bool:
     return all(v.short for v in snapshot.workers) and snapshot.settled_steps >= max(SETTLED_STEPS, steps)
 
 
-def _seconds_a_slot(window: Window | None) -> float | None:
+def _seconds_a_slot(window: StepStats | None) -> float | None:
     """None where the window does not tell; limits far from any real speed keep sums of speeds finite."""
     return window.slot_s if window is not None and 1e-12 < window.slot_s < 1e12 else None
 
@@ -228,7 +233,7 @@ def _shares(snapshot: Snapshot, costs: Sequence[float | None]) -> list[int] | No
     leave no choice.
     """
     setting = snapshot.setting
-    kept = [max(1, old) if cost is None else 0 for old, cost in zip(setting.slots, costs, strict=True)]
+    kept = [max(1, old) if cost is None else 0 for old, cost in zip(setting.tasks_per_rank, costs, strict=True)]
     free = snapshot.batch - sum(kept)
     known = [i for i, cost in enumerate(costs) if cost is not None]
     if not known or free < 0:
@@ -273,8 +278,8 @@ def _hopeless(snapshot: Snapshot) -> KillRestart | None:
     best: tuple[float, KillRestart] | None = None
     for members in groups.values():
         (cost, slowest), peers = max(members), sorted(members)[:-1]
-        lately = _seconds_a_slot(views[slowest].short) if snapshot.setting.slots[slowest] else cost
-        long_enough = snapshot.settled_steps >= steps or not snapshot.setting.slots[slowest]
+        lately = _seconds_a_slot(views[slowest].short) if snapshot.setting.tasks_per_rank[slowest] else cost
+        long_enough = snapshot.settled_steps >= steps or not snapshot.setting.tasks_per_rank[slowest]
         if not peers or lately is None or not long_enough:
             continue
         usual = statistics.median(peer for peer, _ in peers)

@@ -9,6 +9,7 @@ from typing import Any
 from gmeta.elastic import ledger
 from gmeta.elastic.actions import action_from_json, setting_from_json, to_json
 from gmeta.elastic.controller import Decided, Granted
+from gmeta.elastic.wire import from_wire, to_wire
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Introduced:
     about: Mapping[str, Any]  # role, device, node, max_slots
 
 
-Record = ledger.Record | Granted | Decided | Began | Introduced
+Record = ledger.LedgerRecord | Granted | Decided | Began | Introduced
 
 _PLAIN: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (ledger.Committed, ledger.Returned, ledger.RolledBack, Granted, Began, Introduced)
@@ -41,23 +42,23 @@ _PLAIN: dict[str, type[Any]] = {
 def to_row(record: Record) -> tuple[str, dict[str, Any]]:
     """(kind, body for JSON)."""
     if isinstance(record, ledger.Leased):
-        return "Leased", {"leases": [vars(lease) for lease in record.leases]}
+        return "Leased", {"leases": [to_wire(lease) for lease in record.leases]}
     if isinstance(record, ledger.Renewed):
-        return "Renewed", {"lease": vars(record.lease)}
+        return "Renewed", {"lease": to_wire(record.lease)}
     if isinstance(record, Decided):
         actions = [to_json(action) for action in record.actions]
-        return "Decided", {"now": record.now, "actions": actions, "setting": dict(vars(record.setting))}
-    return type(record).__name__, dict(vars(record))
+        return "Decided", {"now": record.now, "actions": actions, "setting": to_wire(record.setting)}
+    return type(record).__name__, to_wire(record)
 
 
 def from_row(kind: str, body: Mapping[str, Any]) -> Record:
     """The inverse of `to_row`. KeyError or TypeError: this is no record of ours."""
     if kind == "Leased":
-        return ledger.Leased(tuple(ledger.Lease(**lease) for lease in body["leases"]))
+        return ledger.Leased(tuple(ledger.Lease(**from_wire(lease)) for lease in body["leases"]))
     if kind == "Renewed":
-        return ledger.Renewed(ledger.Lease(**body["lease"]))
+        return ledger.Renewed(ledger.Lease(**from_wire(body["lease"])))
     if kind == "Decided":
         actions = tuple(action_from_json(action) for action in body["actions"])
         return Decided(body["now"], actions, setting_from_json(body["setting"]))
-    record: Record = _PLAIN[kind](**body)
+    record: Record = _PLAIN[kind](**from_wire(body))
     return record

@@ -157,7 +157,7 @@ class Cut:
 
 
 Event = Deterministic | Transient | Persistent | Contention | Pause | Kill | Cut
-KINDS: dict[str, type] = {
+EVENT_KINDS: dict[str, type] = {
     kind.__name__.lower(): kind for kind in (Deterministic, Transient, Persistent, Contention, Pause, Kill, Cut)
 }
 
@@ -288,11 +288,11 @@ def parse_scenario(text: str, where: str) -> Scenario:
 def _event(values: Any, where: str) -> Event:
     values = dict(_mapping(values, where))
     kind = values.pop("kind", None)
-    if kind not in KINDS:
-        raise ValueError(f"{where}: kind is {kind!r}: must be one of {', '.join(KINDS)}")
+    if kind not in EVENT_KINDS:
+        raise ValueError(f"{where}: kind is {kind!r}: must be one of {', '.join(EVENT_KINDS)}")
     if isinstance(values.get("ranks"), list):
         values["ranks"] = tuple(values["ranks"])
-    found: Event = _build(KINDS[kind], values, f"{where} ({kind})")
+    found: Event = _build(EVENT_KINDS[kind], values, f"{where} ({kind})")
     return found
 
 

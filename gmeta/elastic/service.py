@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from importlib.resources import files
 
 from gmeta.elastic.controller import Limits
-from gmeta.elastic.coordinator import MESSAGES, Coordinator, Refused
+from gmeta.elastic.coordinator import MESSAGES, Conflict, Coordinator
 from gmeta.elastic.journal import Journal, Unwritable
 from gmeta.elastic.messages import BadMessage
 from gmeta.elastic.policies import load_policy
@@ -111,7 +111,7 @@ async def _answer(coordinator: Coordinator, name: str, request: Request) -> Resp
     except ClientDisconnect:  # a worker that was killed amid its message
         return _error(400, "the message was cut off")
     if body is None:
-        return _error(413, f"the message is larger than {MOST_BYTES} bytes: send fewer shards or steps at a time")
+        return _error(413, f"the message is larger than {MOST_BYTES} bytes: send fewer work items or steps at a time")
     try:
         message = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
@@ -120,7 +120,7 @@ async def _answer(coordinator: Coordinator, name: str, request: Request) -> Resp
         return JSONResponse(coordinator.handle(name, message))
     except BadMessage as error:
         return _error(400, str(error))
-    except Refused as error:
+    except Conflict as error:
         return _error(409, str(error), error.stale, error.lost)
     except Unwritable as error:
         return _error(503, str(error))

@@ -18,17 +18,18 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 from gmeta.elastic.actions import Setting, to_json
 from gmeta.elastic.balance import proportional
-from gmeta.elastic.controller import Controller, Decided, Nonsense, Policy
+from gmeta.elastic.controller import Controller, Decided, Policy, RejectedDecision
 from gmeta.elastic.monitor import Monitor, StepTime, snapshot_to_json
 from gmeta.elastic.policies import load_policy
 from gmeta.elastic.scenario import Contention, Cut, Kill, Pause, Scenario, parse_scenario
+from gmeta.elastic.wire import to_wire
 
 TICK_S = 0.05
 """The coordinator asks the policy so often, where there is news."""
@@ -54,7 +55,7 @@ class Slowness(Protocol):
 
 
 @dataclass
-class Result:
+class SimulationResult:
     """What a run came to. Seconds are of the virtual clock; busy, waiting and input are sums over ranks."""
 
     policy: str
@@ -96,7 +97,7 @@ def simulate(
     *,
     slowness: Slowness | None = None,
     trace: Callable[[dict[str, Any]], None] | None = None,
-) -> Result:
+) -> SimulationResult:
     """A whole job. `trace` gets what a coordinator's trace file would hold, less the decisions that changed nothing.
 
     ValueError for events that only the laboratory has.
@@ -119,7 +120,7 @@ class _Run:
         trace: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self.scenario, self.policy, self.slowness, self.trace = scenario, policy, slowness, trace
-        self.result = Result(name, scenario.workers, scenario.steps)
+        self.result = SimulationResult(name, scenario.workers, scenario.steps)
         n = scenario.workers
         self.cohorts = [range(c, n, COHORTS) for c in range(min(COHORTS, n))]
         self.report_s = max(scenario.report_s, n / REPORTS_PER_S)
@@ -233,8 +234,8 @@ class _Run:
                 now,
                 snapshot=snapshot_to_json(snapshot),
                 actions=[to_json(action) for action in decided.actions] if decided else [],
-                setting=asdict(decided.setting) if decided else None,
-                problem=made.problem if isinstance(made, Nonsense) else None,
+                setting=to_wire(decided.setting) if decided else None,
+                problem=made.problem if isinstance(made, RejectedDecision) else None,
             )
 
     def lose_coordinator(self, away_s: float) -> None:
@@ -247,7 +248,7 @@ class _Run:
 
     # The workers
 
-    def run(self) -> Result:
+    def run(self) -> SimulationResult:
         s, step, extra = self.scenario, 0, 0
         while step < s.steps or self.tail:
             killed = self.killed(step)
@@ -295,7 +296,11 @@ class _Run:
     def compute(self, step: int, setting: Setting, tasks: int, late: bool = True) -> None:
         """One step, of `tasks`; what is not begun in time goes to the tail, in which nothing is late."""
         s, start = self.scenario, self.now
-        slots = setting.slots if tasks == s.tasks_per_batch else proportional(tasks, [n + 1e-9 for n in setting.slots])
+        slots = (
+            setting.tasks_per_rank
+            if tasks == s.tasks_per_batch
+            else proportional(tasks, [n + 1e-9 for n in setting.tasks_per_rank])
+        )
         after = setting.drop_after_s if late else None
         factors = [
             self.slowness(rank, step=step, time_s=start, incarnation=self.incarnation[rank])
@@ -431,7 +436,7 @@ def read_trace(path: Path) -> tuple[Scenario, Recorded]:
 
 def run_simulations(
     scenario: str | None, trace_in: str | None, workers: int | None, policies: Sequence[str], out: str | None
-) -> list[Result]:
+) -> list[SimulationResult]:
     """One job for each policy, from a scenario file or a trace; writes a trace each, if `out` is given.
 
     With several policies their names come before the suffix of `out`. ValueError says what cannot be read or written.
@@ -466,7 +471,7 @@ def _to_file(path: Path, files: ExitStack) -> Callable[[dict[str, Any]], None]:
     return lambda record: print(json.dumps(record), file=file)
 
 
-def print_results(results: Sequence[Result]) -> None:
+def print_results(results: Sequence[SimulationResult]) -> None:
     """A table, one line a policy."""
     from rich.console import Console
     from rich.table import Table

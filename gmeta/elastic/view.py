@@ -9,9 +9,10 @@ from typing import Any
 from gmeta.elastic.activity import History, Point
 from gmeta.elastic.coordinator import Coordinator
 from gmeta.elastic.ledger import Ledger
+from gmeta.elastic.wire import to_wire
 
 CELLS = 480
-"""Of the shard bar."""
+"""Of the work item bar."""
 MOST_LINES = 16
 """Workers whose history is sent in numbers; of more, the slowest half as many and the fastest."""
 HEAT_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -26,7 +27,7 @@ def state(coordinator: Coordinator) -> dict[str, Any]:
     values: dict[str, Any] = {
         "now": now,
         "started": coordinator.started,
-        "job": {"run": job.run, "pack": job.pack, "plan": asdict(job.plan)} if job else None,
+        "job": {"run": job.run, "pack": job.pack, "plan": to_wire(job.spec)} if job else None,
         "problems": [{"problem": text, "count": count} for text, count in coordinator.problems.items()],
         "actions": [asdict(action) for action in reversed(coordinator.actions)],
         "action_counts": dict(coordinator.counts),
@@ -37,7 +38,7 @@ def state(coordinator: Coordinator) -> dict[str, Any]:
             "generation": ledger.generation,
             "finished": ledger.finished,
             "epoch": ledger.epoch,
-            "shards": shards(ledger),
+            "shards": work_item_counts(ledger),
             "cells": cells(ledger),
             "samples_done": samples_done(ledger),
         }
@@ -45,31 +46,31 @@ def state(coordinator: Coordinator) -> dict[str, Any]:
     return values | {"group": group(coordinator), "workers": workers, **history(coordinator.activity.history, workers)}
 
 
-def shards(ledger: Ledger) -> dict[str, int]:
+def work_item_counts(ledger: Ledger) -> dict[str, int]:
     """Of the current epoch, by state."""
     doing, lost = len(ledger.doing), len(ledger.lost)
     quarantined = sum(epoch == ledger.epoch for epoch, _ in ledger.quarantined)
     if ledger.finished:
-        done, doing, lost = ledger.plan.num_shards, 0, 0
+        done, doing, lost = ledger.spec.num_work_items, 0, 0
         quarantined = 0
     else:
         done = ledger.num_done
-    todo = ledger.plan.num_shards - done - doing - lost - quarantined
+    todo = ledger.spec.num_work_items - done - doing - lost - quarantined
     return {"todo": todo, "doing": doing, "done": done, "lost": lost, "quarantined": quarantined}
 
 
 def samples_done(ledger: Ledger) -> int:
-    """Of all epochs; the last shard of an epoch counts as a whole one."""
-    plan = ledger.plan
+    """Of all epochs; the last work item of an epoch counts as a whole one."""
+    spec = ledger.spec
     held = [lease.done for lease in ledger.doing.values()]
-    now = ledger.num_done * plan.shard_size + sum(held) + sum(ledger.again.values()) + sum(ledger.lost.values())
-    return ledger.epoch * plan.num_samples + min(now, plan.num_samples)
+    now = ledger.num_done * spec.work_item_size + sum(held) + sum(ledger.again.values()) + sum(ledger.lost.values())
+    return ledger.epoch * spec.num_samples + min(now, spec.num_samples)
 
 
 def cells(ledger: Ledger, most: int = CELLS) -> str:
-    """The epoch's shards in the order in which they are given out, cut into at most `most` cells, a character each:
+    """The epoch's work items in the order in which they are given out, cut into at most `most` cells, a character each:
     0 to 9 for the share that is done, or what is in it: d being done, l lost, q quarantined."""
-    total = ledger.plan.num_shards
+    total = ledger.spec.num_work_items
     count = min(most, total)
     if ledger.finished:
         return "9" * count
@@ -78,11 +79,11 @@ def cells(ledger: Ledger, most: int = CELLS) -> str:
         start, stop = -(-cell * total // count), -(-(cell + 1) * total // count)
         done[cell] = max(0, min(stop, ledger.cursor) - start)
     marks: dict[int, str] = {}
-    place = {shard: i for i, shard in enumerate(ledger.order)} if ledger.plan.shuffle else None
-    bad = [shard for epoch, shard in ledger.quarantined if epoch == ledger.epoch]
+    place = {work_item: i for i, work_item in enumerate(ledger.order)} if ledger.spec.shuffle else None
+    bad = [work_item for epoch, work_item in ledger.quarantined if epoch == ledger.epoch]
     for mark, found in (("", ledger.again), ("d", ledger.doing), ("l", ledger.lost), ("q", bad)):
-        for shard in found:
-            at = shard if place is None else place[shard]
+        for work_item in found:
+            at = work_item if place is None else place[work_item]
             cell = at * count // total
             done[cell] -= at < ledger.cursor
             if mark:
@@ -92,7 +93,7 @@ def cells(ledger: Ledger, most: int = CELLS) -> str:
 
 
 def group(coordinator: Coordinator) -> dict[str, Any] | None:
-    """Of a trainer's ranks; None where workers pull shards."""
+    """Of a trainer's ranks; None where workers pull work items."""
     began, controller = coordinator.began, coordinator.controller
     if began is None or controller is None:
         return None
@@ -102,7 +103,7 @@ def group(coordinator: Coordinator) -> dict[str, Any] | None:
         "batch": began.batch,
         "step": seen.step if seen is not None else began.first_step,
         "until": controller.until,
-        "setting": vars(controller.settings[-1]),
+        "setting": to_wire(controller.settings[-1]),
         "step_s": controller.monitor.step_s(),
         "restarts": len(controller.restarts),
     }
@@ -123,7 +124,7 @@ def table(coordinator: Coordinator, now: float) -> list[dict[str, Any]]:
         }
         if controller is not None:
             setting = controller.settings[-1]
-            row |= {"slots": setting.slots[rank], "micro_batches": setting.micro_batches[rank]}
+            row |= {"slots": setting.tasks_per_rank[rank], "micro_batches": setting.micro_batches[rank]}
             if seen is not None and rank < len(seen.workers):
                 view = seen.workers[rank]
                 row |= {"role": view.role, "device": view.device, "node": view.node, "facts": dict(view.facts)}
@@ -136,7 +137,7 @@ def table(coordinator: Coordinator, now: float) -> list[dict[str, Any]]:
 
 
 def last(series: list[Point] | None) -> Point:
-    """The newest value that is known, of the last three: shards may take longer than a point."""
+    """The newest value that is known, of the last three: work items may take longer than a point."""
     return next((value for value in reversed((series or [])[-3:]) if value is not None), None)
 
 

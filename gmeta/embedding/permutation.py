@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gmeta.core.hashing import GAMMA, splitmix64
+
 _MASK = 0xFFFFFFFF
 _ROUNDS = 4  # a Feistel network of 4 rounds is a pseudo-random permutation (Luby and Rackoff, 1988)
 _Step = Callable[[NDArray[np.int64]], NDArray[np.int64]]
@@ -119,18 +121,8 @@ def normal_rows(ids: Tensor, keys: Tensor, dim: int) -> Tensor:
     last division, because log and cos differ in the last bit between vector widths, and rows must not depend on
     how they were chunked.
     """
-    start = _splitmix64(ids.numpy().view(np.uint64) + keys.numpy().view(np.uint64))
-    step = np.arange(1, dim + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    word = _splitmix64(start[:, None] + step)
+    start = splitmix64(ids.numpy().view(np.uint64) + keys.numpy().view(np.uint64) - GAMMA)
+    word = splitmix64(start[:, None] + np.arange(dim, dtype=np.uint64) * GAMMA)
     pairs = (word & _LANES) + ((word >> _U16) & _LANES)
     total = (pairs & np.uint64(_MASK)) + (pairs >> _U32)
     return torch.from_numpy((total.astype(np.float64) - 2 * 65535) / math.sqrt(4 * (65536**2 - 1) / 12))
-
-
-def _splitmix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64, a bijection of 64-bit words."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x

@@ -1,8 +1,9 @@
-"""`gmeta evaluate`: before and after adaptation, beside the same model trained plainly and network-free baselines."""
+"""`gmeta evaluate`: measure a run before and after adaptation, beside a plain twin and baselines without a network."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gmeta.config.evaluation import EvaluateConfig
-from gmeta.config.train import TrainConfig
+from gmeta.config.train import LossName, TrainConfig
 from gmeta.core.files import replacing
+from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
@@ -26,6 +28,7 @@ from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.system import System, build_learner, load_system
+from gmeta.runs.data import is_own_pack, require_fitting_pack, require_same_training_data
 from gmeta.runs.directory import read_config
 
 FINETUNE_STEPS = (1, 3, 10)
@@ -33,8 +36,28 @@ FINETUNE_LR = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """The grid on which fine-tuning of the plainly trained model is tuned, on the valid split."""
 
 
+@dataclass(frozen=True)
+class Variants:
+    """What was scored: one entry a query row, by name of the variant."""
+
+    predictions: dict[str, Floats]  # [N], probabilities under bce, values otherwise
+    logits: dict[str, Floats]  # [N], of the variants that a network scored
+
+    @staticmethod
+    def of(logits: dict[str, Floats], loss: LossName) -> Variants:
+        """Variants that a network trained with `loss` scored."""
+        return Variants({name: to_predictions(values, loss) for name, values in logits.items()}, logits)
+
+
 def evaluate(config: EvaluateConfig) -> int:
-    """Run `gmeta evaluate` on this rank; rank 0 prints a table and writes evaluation.json and predictions.parquet."""
+    """Run `gmeta evaluate` on this rank; rank 0 prints a table and writes the evaluation and the predictions.
+
+    Those of the run's own pack are `evaluation.json` and `predictions.parquet`. Those of another pack get its name too.
+
+    Raises:
+        ValueError: the pack was not encoded as the run's own, or `plain_run` was trained on other data; both with what
+            differs.
+    """
     mesh = open_mesh(config.device, config.timeout_s)
     try:
         _evaluate(config, mesh)
@@ -46,33 +69,48 @@ def evaluate(config: EvaluateConfig) -> int:
 def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     run_dir = Path(config.run_dir)
     pack = open_pack(config.pack or read_config(run_dir).pack)
+    require_fitting_pack(run_dir, pack)
     split = pack.split(config.split)
-    system, trained = load_system(run_dir, config.checkpoint, mesh, pack_schema=pack.schema)
-    scores = score(system, split, tasks_per_batch=config.tasks_per_batch, steps=config.steps, inner_lr=config.inner_lr)
-    variants: dict[str, Floats] = {}
-    if scores is not None:
-        variants = {"before": scores.before, "after": scores.after}
-        if not trained.meta.adapt:
-            variants.pop("after")
-    notes: dict[str, Any] = {"checkpoint": config.checkpoint, "split": config.split, "pack": str(pack.path)}
     if config.plain_run is not None:
-        variants |= _plain_variants(config, trained, pack, mesh, notes)
+        require_same_training_data(run_dir, Path(config.plain_run))
+    if mesh.rank == 0:
+        _warn_of_unknown_columns(pack, split)
+    system, trained = load_system(run_dir, config.checkpoint, mesh)
+    scores = score(system, split, tasks_per_batch=config.tasks_per_batch, steps=config.steps, inner_lr=config.inner_lr)
+    notes: dict[str, Any] = {"checkpoint": config.checkpoint, "split": config.split, "pack": str(pack.path)}
+    plain = None if config.plain_run is None else _plain_variants(config, trained, pack, mesh, notes)
     if scores is None:
         return
-    predictions = {name: to_predictions(logits, trained.loss) for name, logits in variants.items()}
+    logits = {"before": scores.before, "after": scores.after}
+    if not trained.meta.adapt:
+        logits.pop("after")
+    found = Variants.of(logits, trained.loss)
+    if plain is not None:
+        found = Variants(found.predictions | plain.predictions, found.logits | plain.logits)
     if config.baselines:
-        predictions |= network_free(pack, split, config.seed)
+        found = replace(found, predictions=found.predictions | network_free(pack, split, config.seed))
     if config.truth is not None:
-        predictions |= truth_scores(pack, split, Path(config.truth))
-    _write(config, trained, pack, scores, predictions, notes)
+        found = replace(found, predictions=found.predictions | truth_scores(pack, split, Path(config.truth)))
+    _write(config, trained, pack, scores, found, notes)
+
+
+def _warn_of_unknown_columns(pack: TaskPack, split: PackSplit) -> None:
+    fractions: dict[str, float] = {}
+    for feature in pack.schema.features:  # one at a time: a copy of all columns may not fit in memory
+        fractions |= unknown_columns({feature.name: split.feature_ids(feature.name)})
+    if (warning := unknown_warning(fractions, f"{pack.path}, split {split.name},")) is not None:
+        print(f"evaluate: {warning}", file=sys.stderr)
 
 
 def _plain_variants(
     config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, mesh: Mesh, notes: dict[str, Any]
-) -> dict[str, Floats]:
-    """Logits of the plainly trained model, and of the same fine-tuned on the support as the run adapts."""
+) -> Variants | None:
+    """Scores of the plainly trained model, and of the same fine-tuned on the support as the run adapts; collective.
+
+    Returns None on other ranks than 0.
+    """
     assert config.plain_run is not None
-    plain, plain_config = load_system(Path(config.plain_run), config.checkpoint, mesh, pack_schema=pack.schema)
+    plain, plain_config = load_system(Path(config.plain_run), config.checkpoint, mesh)
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
     tuned = replace(trained.meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
@@ -87,13 +125,15 @@ def _plain_variants(
         steps=steps,
         inner_lr=rate,
     )
-    return {} if scores is None else {"plain": scores.before, "plain-finetuned": scores.after}
+    if scores is None:
+        return None
+    return Variants.of({"plain": scores.before, "plain-finetuned": scores.after}, plain_config.loss)
 
 
 def _tune(
     config: EvaluateConfig, plain: System, learner: MetaLearner, trained: TrainConfig, pack: TaskPack, mesh: Mesh
 ) -> tuple[int, float]:
-    """Inner steps and rate that minimise the loss on the valid split; collective."""
+    """Find the inner steps and the rate that minimise the loss on the valid split; collective."""
     if "valid" not in pack.splits:
         raise ValueError(f"plain-finetuned is tuned on the valid split, and {pack.path} has none: prepare with one")
     best = (float("inf"), FINETUNE_STEPS[0], 0.0)
@@ -112,7 +152,7 @@ def _tune(
 
 
 def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Floats]:
-    """Predictions of the baselines for the split's query rows, fitted on the train split."""
+    """Predict the split's query rows by the baselines, fitted on the train split."""
     item = pack.schema.item
     features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
     sides = []
@@ -124,7 +164,7 @@ def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Float
 
 
 def truth_scores(pack: TaskPack, split: PackSplit, log: Path) -> dict[str, Floats]:
-    """What the prior, the posterior and the oracle of a synthetic log score on the split's query rows.
+    """Score the split's query rows by the prior, the posterior and the oracle of a synthetic log.
 
     Raises ValueError where the pack's rows are not of that log, or its vocabulary left items out.
     """
@@ -151,12 +191,12 @@ def _write(
     trained: TrainConfig,
     pack: TaskPack,
     scores: Scores,
-    predictions: dict[str, Floats],
+    found: Variants,
     notes: dict[str, Any],
 ) -> None:
     run_dir, split = Path(config.run_dir), pack.split(config.split)
     evaluation = evaluation_records(
-        predictions,
+        found.predictions,
         label=scores.label,
         task=scores.task,
         support_size=np.asarray(split.num_support)[scores.task],
@@ -165,16 +205,46 @@ def _write(
         binary=trained.loss == "bce",
         resamples=config.resamples,
         seed=config.seed,
+        logits=found.logits,
     )
-    write_evaluation(run_dir / "evaluation.json", evaluation, notes)
-    table = {"task_id": split.task_id[scores.task], "row": scores.row, "label": scores.label, **predictions}
-    with replacing(run_dir / "predictions.parquet") as partial:
-        pq.write_table(pa.table({name: pa.array(values) for name, values in table.items()}), partial)
+    own = is_own_pack(run_dir, pack)
+    # Packs of one name in two folders must not replace each other's evaluation, so the manifest's checksum is added.
+    name = "" if own else f"-{pack.path.resolve().name}-{pack.manifest['xxh3'][:8]}"
+    write_evaluation(run_dir / f"evaluation{name}.json", evaluation, notes)
+    with replacing(run_dir / f"predictions{name}.parquet") as partial:
+        pq.write_table(pa.table(_prediction_columns(pack, split, scores, found)), partial)
     print_headline(evaluation)
+    if not own:
+        print(f"{pack.path} is not the run's own pack: written to {run_dir / f'evaluation{name}.json'}")
+
+
+def _prediction_columns(pack: TaskPack, split: PackSplit, scores: Scores, found: Variants) -> dict[str, pa.Array]:
+    """Columns of predictions.parquet, one entry a query row.
+
+    `task` is the raw key of the row's task, `item` the raw value of its item (null where the vocabulary does not know
+    it; no column where the items have no vocabulary).
+    """
+    keys = _task_keys(pack)
+    task_id = split.task_id[scores.task]
+    columns = {"task_id": pa.array(task_id), "task": pa.array([keys[task] for task in task_id.tolist()])}
+    if (values := _item_values(pack)) is not None:
+        ids = split.columns((str(pack.schema.item),)).ids[str(pack.schema.item)][scores.row]
+        columns["item"] = values.take(pa.array(ids))
+    columns |= {"row": pa.array(scores.row), "label": pa.array(scores.label)}
+    return columns | {name: pa.array(values) for name, values in found.predictions.items()}
+
+
+def _item_values(pack: TaskPack) -> pa.Array | None:
+    """Id -> raw value of an item, null for unknown ones; None where the items are no feature with a vocabulary."""
+    features = [f for f in pack.schema.features if f.name == pack.schema.item and f.kind == "categorical"]
+    if not features or features[0].table not in pack.manifest["vocab"]:
+        return None
+    values = pq.read_table(pack.vocab_file(features[0].table), columns=["value"])["value"].combine_chunks()
+    return pa.concat_arrays([pa.nulls(1, values.type), values])
 
 
 def _cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
-    """Whether each task's key names no training task, [num_tasks]: a partition may repeat a user."""
+    """Say of each task whether its key names no training task, [num_tasks]: a partition may repeat a user."""
     keys = _task_keys(pack)
     in_train = {keys[task] for task in pack.split("train").task_id.tolist()}
     return np.array([keys[task] not in in_train for task in split.task_id.tolist()])

@@ -1,8 +1,14 @@
 """Exact metrics of scored query rows, and paired bootstrap confidence intervals over tasks.
 
-Every metric takes flat arrays over rows: `score` and `label` [N], and `task` [N], a dense index in [0, num_tasks).
-All arithmetic is float64. A metric that the rows do not define (AUC of one class) is nan. Each metric but `auc` is a
-function of sums over tasks, which is what makes the bootstrap a matrix product. Definitions: docs/evaluation.md.
+Every metric takes flat arrays over rows: `score` and `label` [N], and `task` [N], any integers. All arithmetic is
+float64. A metric that the rows do not define (the AUC of one class) is nan; rows that nothing can be said of (none at
+all, values that are not finite, arrays of unequal length) are a ValueError. Each metric but `auc` is a function of
+sums over tasks, which makes the bootstrap a matrix product. docs/evaluation.md defines each.
+
+To add a metric: give `task_sums` its sums, and name it in BINARY_METRICS or RATING_METRICS.
+
+Ranking metrics (auc, gauc, ndcg) read the order of the scores alone. A probability loses that order where the sigmoid
+saturates: from a logit of 37 on, every float64 probability is 1. They therefore sort by logits where there are some.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 
@@ -22,7 +28,7 @@ BINARY_METRICS = ("auc", "gauc", "logloss", "rmse", "calibration", "ece", "ndcg@
 RATING_METRICS = ("mae", "task_mae", "rmse", "calibration", "ndcg@5", "ndcg@10")
 """Metrics of other labels."""
 HIGHER_IS_BETTER = frozenset({"auc", "gauc", "ndcg@5", "ndcg@10"})
-"""Of the other metrics lower is better, except `calibration`, whose best value is 1."""
+"""Lower is better for all others but `calibration`, whose best value is 1."""
 
 LOGLOSS_CLIP = 1e-7
 """Probabilities are clipped to [c, 1 - c]: a float32 sigmoid saturates at 1 - 6e-8, by rounding and not by claim."""
@@ -41,9 +47,10 @@ class Rows:
     label: FloatArray  # [N]
     task: NDArray[np.int64]  # [N], in [0, num_tasks)
     num_tasks: int
+    ranking: FloatArray  # [N], what ranking metrics sort by: the logits, or the score
 
     def sum_by_task(self, value: NDArray[Any]) -> FloatArray:
-        """Sums of a column [N] over each task's rows, [num_tasks]."""
+        """Sum a column [N] over each task's rows, [num_tasks]."""
         return np.bincount(self.task, value, minlength=self.num_tasks).astype(np.float64)
 
 
@@ -66,35 +73,60 @@ class Estimate:
     n: int  # tasks that took part
 
 
-def metric(name: str, score: NDArray[Any], label: NDArray[Any], task: NDArray[Any]) -> float:
-    """Value of one metric; `task` holds any integers. Names: BINARY_METRICS and RATING_METRICS.
+def metric(name: str, score: ArrayLike, label: ArrayLike, task: ArrayLike, *, logit: ArrayLike | None = None) -> float:
+    """Value of one metric.
+
+    Args:
+        name: one of BINARY_METRICS and RATING_METRICS.
+        score: [N], probabilities for binary metrics.
+        label: [N].
+        task: [N], any integers.
+        logit: [N], what ranking metrics sort by in place of `score`.
 
     Raises:
-        ValueError: unknown name, arrays of different lengths, values that are not finite, or labels that the metric
-            does not take.
+        ValueError: unknown name; no rows, arrays of unequal length, values that are not finite; or labels that the
+            metric does not take.
     """
-    rows = make_rows(score, label, task)
+    rows = make_rows(score, label, task, logit=logit)
     if name == "auc":
-        return auc(score, label)
+        return _auc(rows)
     sums = task_sums(name, rows)
     return float(sums.combine(sums.columns.sum(axis=0)))
 
 
-def make_rows(score: NDArray[Any], label: NDArray[Any], task: NDArray[Any]) -> Rows:
-    """Rows in float64, with tasks numbered densely in the order of their keys."""
-    if not len(score) == len(label) == len(task):
-        raise ValueError(f"score, label and task have {len(score)}, {len(label)} and {len(task)} rows: must be equal")
-    for column, values in (("score", score), ("label", label)):
-        if not np.isfinite(values).all():
-            raise ValueError(
-                f"{column} is not finite in row {np.flatnonzero(~np.isfinite(values))[0]}: cannot measure it"
-            )
-    keys, index = np.unique(task, return_inverse=True)
-    return Rows(score.astype(np.float64), label.astype(np.float64), index.astype(np.int64), len(keys))
+def make_rows(score: ArrayLike, label: ArrayLike, task: ArrayLike, *, logit: ArrayLike | None = None) -> Rows:
+    """Check the columns of some rows and number their tasks densely, in the order of their keys.
+
+    Raises:
+        ValueError: there are no rows, the columns differ in length, or one holds a value that is not finite.
+    """
+    columns = {"score": np.asarray(score), "label": np.asarray(label), "task": np.asarray(task)}
+    if logit is not None:
+        columns["logit"] = np.asarray(logit)
+    for name, column in columns.items():
+        if column.ndim != 1:
+            raise ValueError(f"{name} has shape {column.shape}: it must be a flat array with one entry a row")
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"{name} has {len(column)}" for name, column in columns.items())
+        raise ValueError(f"the columns of rows differ in length: {lengths} rows; they must be equal")
+    if len(columns["score"]) == 0:
+        raise ValueError("score is empty: there are no rows to measure")
+    for name, column in columns.items():
+        if len(bad := np.flatnonzero(~np.isfinite(column))):
+            raise ValueError(f"{name} is not finite in row {bad[0]} ({column[bad[0]]}): cannot measure it")
+    keys, index = np.unique(columns["task"], return_inverse=True)
+    values = columns["score"].astype(np.float64)
+    return Rows(
+        score=values,
+        label=columns["label"].astype(np.float64),
+        task=index.astype(np.int64),
+        num_tasks=len(keys),
+        ranking=columns["logit"].astype(np.float64) if logit is not None else values,
+    )
 
 
 def task_sums(name: str, rows: Rows) -> TaskSums:
-    """Per-task sums of every metric but `auc`, which is not a function of such sums."""
+    """Return a metric as sums over tasks; every metric but `auc`, which is not a function of such sums."""
     error = rows.score - rows.label
     if name == "gauc":
         return _gauc(rows)
@@ -119,47 +151,61 @@ def task_sums(name: str, rows: Rows) -> TaskSums:
     raise ValueError(f"metric {name!r} is unknown: must be one of {known}")
 
 
-def auc(score: NDArray[Any], label: NDArray[Any]) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half."""
-    _require_binary("auc", label)
-    ranking = _Ranking.build(score, label, np.zeros(len(score), dtype=np.int64))
-    return float(ranking.weighted_auc(np.ones((1, 1)))[0])
+def auc(score: ArrayLike, label: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, where ties count one half."""
+    return _auc(make_rows(score, label, _one_task(label)))
 
 
-def gauc(score: NDArray[Any], label: NDArray[Any], task: NDArray[Any]) -> float:
+def gauc(score: ArrayLike, label: ArrayLike, task: ArrayLike) -> float:
     """Mean of the tasks' AUCs weighted by their rows; tasks with one class are left out."""
     return metric("gauc", score, label, task)
 
 
-def logloss(score: NDArray[Any], label: NDArray[Any]) -> float:
+def logloss(score: ArrayLike, label: ArrayLike) -> float:
     """Mean binary cross-entropy of probabilities clipped to [LOGLOSS_CLIP, 1 - LOGLOSS_CLIP]."""
-    return metric("logloss", score, label, np.zeros(len(score)))
+    return metric("logloss", score, label, _one_task(label))
 
 
-def mae(score: NDArray[Any], label: NDArray[Any]) -> float:
+def mae(score: ArrayLike, label: ArrayLike) -> float:
     """Mean absolute error over rows."""
-    return metric("mae", score, label, np.zeros(len(score)))
+    return metric("mae", score, label, _one_task(label))
 
 
-def rmse(score: NDArray[Any], label: NDArray[Any]) -> float:
+def rmse(score: ArrayLike, label: ArrayLike) -> float:
     """Root of the mean squared error over rows."""
-    return metric("rmse", score, label, np.zeros(len(score)))
+    return metric("rmse", score, label, _one_task(label))
 
 
-def calibration_curve(score: NDArray[Any], label: NDArray[Any], num_bins: int = 10) -> list[dict[str, float | int]]:
+def calibration_curve(score: ArrayLike, label: ArrayLike, num_bins: int = 10) -> list[dict[str, float | int]]:
     """Mean prediction and mean label of (nearly) equally many rows a bin, by rising prediction.
 
     Equal scores never part: a bin ends at the last row of its score, so there may be fewer bins.
+
+    Raises:
+        ValueError: as `make_rows`.
     """
-    order = np.argsort(score, kind="stable")
-    score, label = score[order].astype(np.float64), label[order].astype(np.float64)
-    cuts = np.arange(1, num_bins) * len(score) // num_bins
-    ends = np.unique(np.append(np.searchsorted(score, score[cuts - 1], side="right"), len(score)))
+    rows = make_rows(score, label, _one_task(label))
+    order = np.argsort(rows.score, kind="stable")
+    predicted, observed = rows.score[order], rows.label[order]
+    cuts = np.arange(1, num_bins) * len(predicted) // num_bins
+    ends = np.unique(np.append(np.searchsorted(predicted, predicted[cuts - 1], side="right"), len(predicted)))
     ends = ends[ends > 0]
     bins = zip(np.append(0, ends[:-1]), ends, strict=True)
     return [
-        {"predicted": float(score[a:b].mean()), "observed": float(label[a:b].mean()), "n": int(b - a)} for a, b in bins
+        {"predicted": float(predicted[a:b].mean()), "observed": float(observed[a:b].mean()), "n": int(b - a)}
+        for a, b in bins
     ]
+
+
+def _one_task(label: ArrayLike) -> NDArray[np.int64]:
+    """Task keys that make all rows one task, [N]."""
+    return np.zeros(np.shape(label)[:1], dtype=np.int64)
+
+
+def _auc(rows: Rows) -> float:
+    _require_binary("auc", rows.label)
+    ranking = _Ranking.build(rows.ranking, rows.label, np.zeros(len(rows.label), dtype=np.int64))
+    return float(ranking.weighted_auc(np.ones((1, 1)))[0])
 
 
 def _ratio(sums: FloatArray) -> FloatArray:
@@ -216,9 +262,9 @@ def _group_starts(*keys: NDArray[Any]) -> NDArray[np.bool_]:
 def _gauc(rows: Rows) -> TaskSums:
     """Per-task AUC (by midranks) weighted by the task's rows; tasks with one class are left out."""
     _require_binary("gauc", rows.label)
-    order = np.lexsort((rows.score, rows.task))
-    task, score, label = rows.task[order], rows.score[order], rows.label[order]
-    start = _group_starts(task, score)
+    order = np.lexsort((rows.ranking, rows.task))
+    task, ranking, label = rows.task[order], rows.ranking[order], rows.label[order]
+    start = _group_starts(task, ranking)
     group = np.cumsum(start) - 1
     first = np.flatnonzero(start)
     size = np.diff(np.append(first, len(task)))
@@ -242,7 +288,7 @@ def _ndcg(rows: Rows, k: int) -> TaskSums:
     if len(bad):
         raise ValueError(f"ndcg needs labels in [0, {MAX_NDCG_LABEL:g}], found {bad[0]:g}")
     gain = np.exp2(rows.label) - 1
-    dcg = _dcg(rows, -rows.score, gain, k)
+    dcg = _dcg(rows, -rows.ranking, gain, k)
     ideal = _dcg(rows, -gain, gain, k)
     return _by_tasks(dcg / np.where(ideal > 0, ideal, 1.0), ideal > 0, np.ones(rows.num_tasks))
 
@@ -312,7 +358,7 @@ class Bootstrap:
             raise ValueError(f"rows have {rows.num_tasks} tasks, the bootstrap {self.num_tasks}: must be equal")
         if name == "auc":
             _require_binary(name, rows.label)
-            self._rankings[key] = (_Ranking.build(rows.score, rows.label, rows.task), rows)
+            self._rankings[key] = (_Ranking.build(rows.ranking, rows.label, rows.task), rows)
         else:
             self._sums[key] = task_sums(name, rows)
 

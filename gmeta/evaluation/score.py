@@ -1,4 +1,4 @@
-"""Scores a split before and after adaptation: sharded over ranks, gathered on rank 0, in the split's row order."""
+"""Score a split before and after adaptation: each rank scores a part, rank 0 gathers all in the split's row order."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Scores:
-    """One entry per query row, ordered by `row`; logits are unrounded."""
+    """One entry a query row, ordered by `row`."""
 
-    row: Ints
-    task: Ints
-    label: Floats
-    before: Floats
-    after: Floats
+    row: Ints  # [N], row of the split
+    task: Ints  # [N], position of its task in the split
+    label: Floats  # [N]
+    before: Floats  # [N], unrounded logits before adaptation
+    after: Floats  # [N], and after
 
 
 def score(
@@ -42,10 +42,10 @@ def score(
     steps: int | None = None,
     inner_lr: float | None = None,
 ) -> Scores | None:
-    """Logits of every query row before and after adapting on its task's support; None on other ranks than 0.
+    """Logits of every query row before and after adapting to its task's support; None on other ranks than 0.
 
-    `learner`, `steps` and `inner_lr` override what the system was trained with. Collective; no other loader may be
-    exchanging ids meanwhile.
+    `learner`, `steps` and `inner_lr` replace what the system was trained with. The call is collective, and no other
+    loader may exchange ids meanwhile.
     """
     mesh = system.mesh
     learner = learner or system.learner
@@ -83,24 +83,26 @@ def score(
 
 
 def to_predictions(logits: Floats, loss: LossName) -> Floats:
-    """Logits -> what is reported: probabilities under bce, values otherwise."""
+    """Turn logits into what is reported: probabilities under bce, values otherwise."""
     return prediction(loss)(torch.from_numpy(logits)).numpy().astype(np.float64)
 
 
 def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName) -> float:
-    """Mean over tasks of the mean loss of their query rows: what training minimises."""
+    """Mean over tasks of the mean loss of their query rows, which is what training minimises."""
     values = row_loss(loss)(torch.from_numpy(logits), torch.from_numpy(label)).numpy()
     _, index = np.unique(task, return_inverse=True)
     return float((np.bincount(index, values) / np.bincount(index)).mean())
 
 
 def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
-    """`<metric>_before` and `<metric>_after` of every metric that fits the loss."""
+    """`<metric>_before` and `<metric>_after` of every metric that fits the loss; empty without query rows."""
+    if len(scores.row) == 0:
+        return {}
     out: dict[str, float] = {}
     names = (*CLICK_METRICS, "mae", "rmse") if loss == "bce" else ("mae", "rmse")
     for when, logits in (("before", scores.before), ("after", scores.after)):
         out[f"loss_{when}"] = task_mean_loss(logits, scores.label, scores.task, loss)
         predicted = to_predictions(logits, loss)
         for name in names:
-            out[f"{name}_{when}"] = metric(name, predicted, scores.label, scores.task)
+            out[f"{name}_{when}"] = metric(name, predicted, scores.label, scores.task, logit=logits)
     return out

@@ -1,6 +1,6 @@
-"""evaluation.json: every metric of every variant on every slice, with paired intervals over tasks.
+"""Measure every metric of every variant on every slice, with paired intervals over tasks: evaluation.json.
 
-The layout of the document is in docs/evaluation.md.
+docs/evaluation.md shows the layout of the document.
 """
 
 from __future__ import annotations
@@ -33,16 +33,17 @@ from gmeta.evaluation.metrics import (
 SUPPORT_SIZES = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 """Inclusive ranges of the number of support rows, one slice each."""
 
-_PIPE_WIDTH = 110
 BOUNDS = ("posterior", "oracle")
 """Variants that know the truth of a synthetic log: no model is expected to beat them."""
 
+_PIPE_WIDTH = 110
 _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"}
 
 
 @dataclass(frozen=True)
 class _Query:
     scores: dict[str, NDArray[Any]]  # variant -> [N]
+    logits: dict[str, NDArray[Any]]  # variant -> [N], of the variants that have some
     label: NDArray[Any]  # [N]
     task: NDArray[Any]  # int [N]
     support_size: NDArray[Any]  # int [N]
@@ -52,6 +53,7 @@ class _Query:
 
     def __post_init__(self) -> None:
         sizes = {name: len(score) for name, score in self.scores.items()}
+        sizes |= {f"logits of {name}": len(logit) for name, logit in self.logits.items()}
         columns = ("label", "task", "support_size", "item_cold", "task_cold")
         sizes |= {name: len(getattr(self, name)) for name in columns}
         if len(set(sizes.values())) != 1:
@@ -71,8 +73,9 @@ def evaluation_records(
     binary: bool,
     resamples: int,
     seed: int,
+    logits: dict[str, NDArray[Any]] | None = None,
 ) -> dict[str, Any]:
-    """The content of evaluation.json, but for what only the caller knows (`write_evaluation` adds it).
+    """Return the content of evaluation.json, but for what only the caller knows (`write_evaluation` adds it).
 
     Args:
         scores: variant -> unrounded score of each query row, [N]; variants named in `BASELINES` are baselines.
@@ -84,7 +87,8 @@ def evaluation_records(
         task_cold: the row's task is in no training task, [N] or the same for all.
         binary: labels are 0/1 and scores are probabilities.
         resamples: bootstrap resamples per slice.
-        seed: of the resamples.
+        seed: seed of the resamples.
+        logits: variant -> logit of each query row, [N], where there are some: what ranking metrics sort by.
 
     Raises:
         ValueError: columns of different lengths, no rows, or values that a metric does not take.
@@ -93,6 +97,7 @@ def evaluation_records(
         raise ValueError("there are no scores to measure: name at least one variant")
     query = _Query(
         scores,
+        logits or {},
         label,
         task,
         support_size,
@@ -131,7 +136,7 @@ def write_evaluation(path: Path | str, evaluation: dict[str, Any], settings: dic
 
 @dataclass(frozen=True)
 class HeadlineRow:
-    """One variant's headline metric on one case, and what the reference gains on it."""
+    """The headline metric of one variant on one case, and what the reference gains on it."""
 
     variant: str
     record: dict[str, Any]
@@ -162,7 +167,7 @@ def _verdict(difference: dict[str, Any], sign: int) -> str:
 
 
 def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> None:
-    """Table of the headline metric: every variant, and the reference's paired difference to it (on standard output)."""
+    """Print the headline metric of every variant, and the reference's paired difference to it, on standard output."""
     metric, reference = evaluation["headline"]["metric"], evaluation["reference"]
     case = evaluation["cases"][0]
     better = "higher" if evaluation["headline"]["higher_is_better"] else "lower"
@@ -181,7 +186,7 @@ def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> No
 
 
 def _cells(record: dict[str, Any], sign: str) -> list[str]:
-    """Value and interval as text."""
+    """Return value and interval as text."""
     if record["value"] is None:
         return ["undefined", ""]
     interval = "" if record["low"] is None else f"{record['low']:{sign}.4f} … {record['high']:{sign}.4f}"
@@ -199,7 +204,7 @@ def _metrics_for(label: NDArray[Any], binary: bool) -> tuple[tuple[str, ...], li
 
 
 def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
-    """(case, description, rows) of every slice; the four cold slices part the rows, and so do the support sizes."""
+    """Return (case, description, rows) of every slice; the four cold slices part the rows, so do the support sizes."""
     cold_task, cold_item = query.task_cold, query.item_cold
     slices = [
         ("all", "every query row", np.ones(len(query.label), dtype=np.bool_)),
@@ -223,8 +228,11 @@ def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
 def _measure(
     query: _Query, case: str, mask: NDArray[np.bool_], metrics: Sequence[str], resamples: int, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records of one slice: values, and the paired differences of the reference to every other variant."""
-    rows = {name: make_rows(score[mask], query.label[mask], query.task[mask]) for name, score in query.scores.items()}
+    """Return the records of one slice: values, and paired differences of the reference to every other variant."""
+    rows = {}
+    for name, score in query.scores.items():
+        logit = query.logits[name][mask] if name in query.logits else None
+        rows[name] = make_rows(score[mask], query.label[mask], query.task[mask], logit=logit)
     bootstrap = Bootstrap(next(iter(rows.values())).num_tasks, resamples=resamples, seed=seed)
     for variant, sample in rows.items():
         for name in metrics:
@@ -244,6 +252,6 @@ def _measure(
 
 
 def _fields(estimate: Estimate) -> dict[str, Any]:
-    """JSON knows no nan: what is undefined is null."""
+    """Return an estimate as JSON, which knows no nan: what is undefined is null."""
     value, low, high = (x if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high))
     return {"value": value, "low": low, "high": high, "n": estimate.n}

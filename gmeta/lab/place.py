@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from gmeta.core.files import write_text
-from gmeta.elastic.scenario import KINDS, Scenario, parse_scenario
+from gmeta.elastic.scenario import EVENT_KINDS, Scenario, parse_scenario
 
-_NAMES = {kind: name for name, kind in KINDS.items()}
+_NAMES = {kind: name for name, kind in EVENT_KINDS.items()}
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gmeta.core.hashing import splitmix64_tensor
+
 QUERY_PASS = 0
 """Number of the query's forward pass; inner step k (from 0) is pass k + 1."""
 
@@ -34,8 +36,8 @@ def row_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tens
     """A key for each row: task ids int64 [T] (or a scalar), positions inside the task int64 [S] -> [T, S] (or [S])."""
     key = task_id
     for number in (*batch, pass_number):
-        key = _mix(key + number)
-    return _mix(key.unsqueeze(-1) + positions)
+        key = splitmix64_tensor(key + number)
+    return splitmix64_tensor(key.unsqueeze(-1) + positions)
 
 
 class SeededDropout:
@@ -72,19 +74,7 @@ class SeededDropout:
         width = input.shape[self.keys.dim() :].numel()
         # One hash of 64 bits decides four units: hashing is most of what dropout costs.
         fours = torch.arange(-(-width // 4), device=input.device)
-        hashed = _mix(_mix(self.keys + self.calls).unsqueeze(-1) + fours)
+        hashed = splitmix64_tensor(splitmix64_tensor(self.keys + self.calls).unsqueeze(-1) + fours)
         draws = (hashed.unsqueeze(-1) >> torch.arange(0, 64, 16, device=input.device)) & 0xFFFF
         keep = draws.flatten(-2)[..., :width] >= round(p * 0x10000)
         return input * (keep.reshape(input.shape).to(input.dtype) / (1 - p))
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _mix(z: Tensor) -> Tensor:
-    """splitmix64: int64 [...] -> int64 [...], with wrapping multiplication and logical shifts."""
-    z = z + _signed(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
-    return z ^ (z >> 31 & (1 << 33) - 1)

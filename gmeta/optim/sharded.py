@@ -1,6 +1,6 @@
 """The dense layers' gradients and updates: replicated on all ranks, or sharded as `dense.sharding` says.
 
-Both do the same in a training step: `begin`, `whole` around forward and backward passes, `backward` for each
+Both do the same in a training step: `begin`, `unsharded` around forward and backward passes, `backward` for each
 micro-batch, `flush` before any other collective, `finish`, and `step` once the norm of the whole gradient is known.
 Gradients are sums over ranks.
 """
@@ -17,10 +17,11 @@ from gmeta.optim.dense import adamw, decayed_names, dense_step, first_state, set
 from gmeta.parallel.collectives import GradientBuckets
 from gmeta.parallel.mesh import Mesh
 from gmeta.parallel.traffic import Sum, Traffic, add_sum
-from gmeta.sharding.auto import AUTO, Auto, resolve
-from gmeta.sharding.engine import Paro, paro
-from gmeta.sharding.hierarchy import group_mesh
-from gmeta.sharding.ring import Counter
+from gmeta.sharding.auto import AUTO, AutoSharding, choose_strategies
+from gmeta.sharding.engine import Paro
+from gmeta.sharding.hierarchy import node_mesh
+from gmeta.sharding.paro import paro
+from gmeta.sharding.ring import RankTraffic
 
 
 class ReplicatedDense:
@@ -40,7 +41,7 @@ class ReplicatedDense:
         """A step; `several`: more than one micro-batch, on some rank."""
         self._buckets.several = several
 
-    def whole(self) -> AbstractContextManager[None]:
+    def unsharded(self) -> AbstractContextManager[None]:
         """All parameters can be used."""
         return nullcontext()
 
@@ -91,7 +92,7 @@ class ShardedDense:
     def __init__(self, engine: Paro) -> None:
         self._engine = engine
         self._several = False
-        self._counted = Counter()  # what was sent until the last step's end
+        self._counted = RankTraffic()  # what was sent until the last step's end
         self._gathers = self._counted_gathers = 0
 
     @property
@@ -103,10 +104,10 @@ class ShardedDense:
         """Ranks may have different numbers of micro-batches: then gradients are reduced once, after all of them."""
         self._several = self._engine.deferred = several
 
-    def whole(self) -> AbstractContextManager[None]:
+    def unsharded(self) -> AbstractContextManager[None]:
         """All parameters can be used."""
         self._gathers += 1
-        return self._engine.gathered()
+        return self._engine.unsharded()
 
     def backward(self, loss: Tensor) -> None:
         """Of a micro-batch."""
@@ -126,17 +127,17 @@ class ShardedDense:
 
     def predict(self, traffic: Traffic) -> None:
         """What `finish` counts, by the formulas (`placement.sent_bytes`)."""
-        sent, size = self._engine.predicted_sent(gathers=self._counted_gathers), self._engine.groups.size
+        sent, size = self._engine.predicted_sent(gathers=self._counted_gathers), self._engine.layout.node_size
         self._add(traffic, sent.intra / size, sent.inter / size)
 
     def _add(self, traffic: Traffic, intra: float, inter: float) -> None:
         """As one call; all as if to the next rank of the group, and to the same place of the next group."""
-        groups, rank = self._engine.groups, traffic.rank
-        if groups.world_size == 1:
+        layout, rank = self._engine.layout, traffic.rank
+        if layout.world_size == 1:
             return
-        first = rank - rank % groups.size
-        traffic.add({first + (rank - first + 1) % groups.size: intra}, calls=0)
-        traffic.add({(rank + groups.size) % groups.world_size: inter})
+        first = rank - rank % layout.node_size
+        traffic.add({first + (rank - first + 1) % layout.node_size: intra}, calls=0)
+        traffic.add({(rank + layout.node_size) % layout.world_size: inter})
 
     def square_sum(self) -> Tensor:
         """Of all numbers of the whole gradient, float64 []; the same on every rank."""
@@ -188,10 +189,10 @@ def open_dense(
     optimizer = partial(adamw, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
     groups = None
     if placement != "NNN" and mesh.world_size > 1:
-        groups = group_mesh(group_size or mesh.local_world_size, mesh.device.type)
+        groups = node_mesh(group_size or mesh.local_world_size, mesh.device.type)
     if placement == AUTO:
-        auto = Auto(memory_bytes=memory_bytes, replicate=True)  # its AllReduce goes in buckets of many layers
-        placement = str(resolve(module, optimizer, groups, AUTO, auto, timeout_s=mesh.timeout_s)[""])
+        auto = AutoSharding(memory_bytes=memory_bytes, replicate=True)  # its AllReduce goes in buckets of many layers
+        placement = str(choose_strategies(module, optimizer, groups, AUTO, auto, timeout_s=mesh.timeout_s)[""])
     if placement == "NNN":
         return ReplicatedDense(module, optimizer, mesh, how, overlap)
     return ShardedDense(paro(module, optimizer, groups, placement, average=False, timeout_s=mesh.timeout_s))

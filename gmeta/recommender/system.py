@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gmeta.config.train import CommConfig, MetaConfig, ModelConfig, TrainConfig
 from gmeta.core.batch import EmbeddedRows, Lookup, RowGradients, TaskBatch, lookup_of, tasks_of, to_device
-from gmeta.data.schema import PackSchema, schema_difference
+from gmeta.data.schema import PackSchema
 from gmeta.embedding.exchange import Routes, exchange_ids, fetch, return_gradients
 from gmeta.embedding.lookup import LookupPlan, plan_lookup
 from gmeta.embedding.table import ShardedTables, TableSpec
@@ -277,17 +277,13 @@ def build_learner(
     )
 
 
-def load_system(
-    run_dir: Path, which: str, mesh: Mesh, *, pack_schema: PackSchema | None = None
-) -> tuple[System, TrainConfig]:
+def load_system(run_dir: Path, which: str, mesh: Mesh) -> tuple[System, TrainConfig]:
     """Build a run's system and load checkpoint `which`; collective.
 
-    Raises ValueError with the difference when `pack_schema` does not fit the run's.
+    Which packs it can read, `runs.data` says.
     """
     config = read_config(run_dir)
     schema, _ = read_schema(run_dir)
-    if pack_schema is not None and (lines := schema_difference(schema, pack_schema)):
-        raise ValueError(f"the data does not fit the run {run_dir}: " + "; ".join(lines))
     path = checkpoint.resolve(run_dir / "checkpoints", which)
     checkpoint.verify_together(path, mesh)
     system = build_system(config, schema, mesh)

@@ -31,7 +31,7 @@ from gmeta.core.files import read_mapping
 from gmeta.data.shards import checksum_file
 from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
-from gmeta.sharding.checkpoint import PieceWriter, differences
+from gmeta.sharding.checkpoint import PartitionWriter, metadata_differences
 
 FORMAT_VERSION = 1
 
@@ -77,7 +77,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
 
 
 def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
-    writer = PieceWriter(str(path))
+    writer = PartitionWriter(str(path))
     with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_save(
             {name: t.contiguous() for name, t in sorted(tensors.items())},
@@ -164,7 +164,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     Raises ValueError naming the tensors that are missing or have another shape (a checkpoint of another model).
     """
     reader = HuggingFaceStorageReader(str(path))
-    if shown := differences(reader.read_metadata().state_dict_metadata, tensors):
+    if shown := metadata_differences(reader.read_metadata().state_dict_metadata, tensors):
         raise ValueError(f"checkpoint {path} is of another model: {shown}")
     with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)

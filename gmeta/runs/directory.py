@@ -1,6 +1,9 @@
 """A run directory: one run, one writer, self-contained.
 
 config.yaml  environment.json  run_id  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
+
+`schema.json` holds the pack schema with the identity of its data (`pack`), the raw data schema (`data`), and checksums
+of the pack's tasks and splits (`tasks`) and of its manifest (`manifest`).
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from gmeta.config.deprecated import upgrade
 from gmeta.config.parse import parse_mapping
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import read_mapping, replacing, write_text
-from gmeta.data.pack import open_pack
-from gmeta.data.schema import PackSchema, pack_schema_from_json, schema_difference
+from gmeta.data.identity import identity_difference, identity_of
+from gmeta.data.pack import TaskPack, open_pack
+from gmeta.data.schema import PackSchema, pack_schema_from_json
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
@@ -107,25 +111,40 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
     if saved:
         last = checkpoint.step_dir(checkpoints, saved[-1])
         checkpoint.verify(last)
-        _require_same(checkpoint.read_state(last), config, pack.schema)
+        state = checkpoint.read_state(last)
+        _require_same(state, config)
+        _require_same_data(state, run_dir, pack)
     for leftover in checkpoints.glob(".partial-*"):  # of a process that was killed in a save
         shutil.rmtree(leftover)
     # An absolute path: a run is evaluated from anywhere.
     resolved = replace(config, pack=str(pack.path.resolve()))
     write_text(run_dir / "config.yaml", yaml.safe_dump(asdict(resolved), sort_keys=False))
-    schemas = {"pack": pack.schema.to_json(), "data": pack.manifest["data_schema"]}
-    write_text(run_dir / "schema.json", json.dumps(schemas, indent=1))
-    (run_dir / "vocab").mkdir(exist_ok=True)
-    for file in pack.vocabulary_files():
-        with replacing(run_dir / "vocab" / file.name) as partial:
-            shutil.copyfile(file, partial)
+    _write_data(run_dir, pack, keep=bool(saved))
     write_environment(run_dir / "environment.json")
     if not (run_dir / _RUN_ID).exists():
         write_text(run_dir / _RUN_ID, f"{run_dir.name}-{uuid.uuid4().hex[:12]}\n")
 
 
-def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -> None:
-    """ValueError naming the first setting, or the columns, that a checkpoint does not fit."""
+def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
+    """Write schema.json and the vocabularies; with `keep` only what is missing, for checkpoints rely on it."""
+    if not (keep and (run_dir / "schema.json").exists()):
+        schemas = {
+            "pack": pack.identity().schema.to_json(),
+            "data": pack.manifest["data_schema"],
+            "tasks": pack.tasks_checksum(),
+            "manifest": pack.manifest["xxh3"],
+        }
+        write_text(run_dir / "schema.json", json.dumps(schemas, indent=1))
+    (run_dir / "vocab").mkdir(exist_ok=True)
+    for file in pack.vocabulary_files():
+        target = run_dir / "vocab" / file.name
+        if not (keep and target.exists()):
+            with replacing(target) as partial:
+                shutil.copyfile(file, partial)
+
+
+def _require_same(state: dict[str, Any], now: TrainConfig) -> None:
+    """ValueError naming the first setting that a checkpoint cannot go on with."""
     # A setting younger than the checkpoint did then what its default does now.
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     saved, _ = upgrade(state["config"], saved=True)
@@ -136,8 +155,26 @@ def _require_same(state: dict[str, Any], now: TrainConfig, schema: PackSchema) -
                 f"{key} is {wanted[key]!r}, but the run to resume has {before.get(key)!r}: "
                 "start a new run_dir to change it"
             )
-    if lines := schema_difference(pack_schema_from_json(state["schema"]), schema):
-        raise ValueError(f"{now.pack} does not fit the run to resume: " + "; ".join(lines))
+
+
+def _require_same_data(state: dict[str, Any], run_dir: Path, pack: TaskPack) -> None:
+    """ValueError where the pack is not what the checkpoint was trained on, with what differs.
+
+    The schema is the checkpoint's own copy: schema.json may be lost.
+    """
+    data_schema, tasks = pack.manifest["data_schema"], None
+    if (run_dir / "schema.json").exists():
+        _, data_schema = read_schema(run_dir)
+        tasks = read_tasks_checksum(run_dir)
+    ours = identity_of(f"run {run_dir}", pack_schema_from_json(state["schema"]), data_schema, run_dir / "vocab")
+    lines = identity_difference(ours, pack.identity())
+    if not lines and tasks is not None and tasks != pack.tasks_checksum():
+        lines = ["its tasks, or the splits they lie in, are others"]
+    if lines:
+        raise ValueError(
+            f"{pack.path} is not the data that run {run_dir} was trained on: {'; '.join(lines)}. "
+            "Resume with the run's own pack, or a copy of it; to train on other data, name a new run_dir"
+        )
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -174,3 +211,9 @@ def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:
         return pack_schema_from_json(values["pack"]), values["data"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run ({error}): {_CURE}") from None
+
+
+def read_tasks_checksum(run_dir: Path) -> str | None:
+    """Checksum of the tasks and splits that a run was trained with; None where it is too old to have recorded it."""
+    tasks: str | None = read_mapping(run_dir / "schema.json", _CURE).get("tasks")
+    return tasks

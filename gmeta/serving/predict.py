@@ -1,8 +1,9 @@
-"""`gmeta predict`: adapt to a support file's tasks, score a query file's rows. Raw ids in, scores out."""
+"""`gmeta predict`: adapt to the tasks of a support file and score the rows of a query file; both hold raw values."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import duckdb
@@ -11,22 +12,27 @@ import pyarrow as pa
 from rich.console import Console
 
 from gmeta.config.evaluation import PredictConfig
+from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.prepare.encode import encode_tables
 from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import find_files, literal, open_file, require_free
 from gmeta.evaluation.score import Floats, score, to_predictions
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.system import load_system
+from gmeta.runs.data import require_own_vocabularies
 from gmeta.runs.directory import read_config, read_schema
 
 SCORES = ("score", "score_before")
+"""Columns that `predict` adds to the query's own, which hold the task's key and all else that names a row."""
 
 
 def predict(config: PredictConfig) -> int:
-    """Run `gmeta predict`; writes the query's rows with `score` (after adaptation) and `score_before`.
+    """Run `gmeta predict`; writes the query file's columns with `score` (after adaptation) and `score_before`.
 
-    Raises ValueError for files that do not fit the run's schema, with file, row and column; for a query file whose
-    columns clash with the scores'; for an `out` that is one of the inputs; and in one of several processes.
+    Raises:
+        ValueError: a file does not fit the run's schema (with file, row and column), a column of the query file has the
+            name of a score, `out` is one of the inputs, the run's vocabularies are not those it was trained with, or
+            there are several processes.
     """
     _check_files(config)
     mesh = open_mesh(config.device)
@@ -40,7 +46,7 @@ def predict(config: PredictConfig) -> int:
 
 
 def _check_files(config: PredictConfig) -> None:
-    """ValueError for an output that cannot be written beside its inputs, before any work."""
+    """Refuse, before any work, an output that cannot be written beside its inputs."""
     out = Path(config.out)
     for key, given in (("support", config.support), ("query", config.query)):
         for file in find_files([given]):
@@ -53,7 +59,7 @@ def _check_files(config: PredictConfig) -> None:
 
 
 def _partial(out: Path) -> Path:
-    """Where `out` is written before it gets its name."""
+    """Return where `out` is written before it gets its name."""
     return out.with_name(f".partial-{out.name}")
 
 
@@ -61,6 +67,7 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     run_dir = Path(config.run_dir)
     trained = read_config(run_dir)
     schema, data_schema = read_schema(run_dir)
+    require_own_vocabularies(run_dir)
     found = encode_tables(config.support, config.query, data_schema, run_dir / "vocab", schema)
     label = found.arrays["label"]
     if trained.loss == "bce" and not np.isin(label, (0, 1)).all():
@@ -68,6 +75,9 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
         raise ValueError(f"{config.support} has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
     system, _ = load_system(run_dir, config.checkpoint, mesh)
     split = split_in_memory(found.arrays, schema)
+    unknown = unknown_columns({feature.name: split.feature_ids(feature.name) for feature in schema.features})
+    if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:
+        print(f"predict: {warning}", file=sys.stderr)
     scores = score(system, split, tasks_per_batch=config.tasks_per_batch)
     assert scores is not None  # one process
     columns = {
@@ -82,7 +92,7 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
 
 
 def _write(config: PredictConfig, query_row: np.ndarray, columns: dict[str, Floats]) -> int:
-    """The query file's columns, in its order, beside the scores; whole or absent."""
+    """Write the query file's columns, in its order of rows, beside the scores; the file is whole or absent."""
     order = np.argsort(query_row)
     out = Path(config.out)
     partial = _partial(out)

@@ -1,5 +1,7 @@
-"""Parts of tensors for torch.distributed.checkpoint: any contiguous range of a tensor, so that any placement on any
-number of ranks loads what any other has saved, and what was saved whole.
+"""Partitions of tensors for torch.distributed.checkpoint.
+
+A partition may be any contiguous range of a flattened tensor. So what was saved under one strategy, or unsharded, loads
+under every other strategy and on any number of ranks.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offsets, sizes) in a tensor."""
+"""(offsets, sizes) of a box in a tensor."""
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Numbers `start` to `stop` of a flattened tensor as boxes of it, in their order; at most 2 x dimensions - 1."""
+    """Elements `start` to `stop` of a flattened tensor, as at most 2 x dimensions - 1 boxes of it, in order."""
     if start >= stop:
         return
     if len(shape) == 1:
@@ -45,25 +47,27 @@ def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
         start = end
 
 
-class PieceTensor(Tensor):
-    """Stands for a tensor of which this rank has the numbers from `start` on, in `local` (one-dimensional).
+class PartitionTensor(Tensor):
+    """Stands for a tensor of which this rank has the elements from `start` on, in the one-dimensional `local`.
 
-    Has the whole tensor's shape and no storage. torch.distributed.checkpoint saves from `local`, and loads into it.
+    It has the full tensor's shape and no storage. torch.distributed.checkpoint saves from `local` and loads into it.
     """
 
     local: Tensor
     start: int
 
     @staticmethod
-    def of(local: Tensor, shape: torch.Size, start: int) -> PieceTensor:
-        """A piece of a tensor of `shape`; a scalar's is saved as [1]."""
-        whole = tuple(shape) or (1,)
-        found: PieceTensor = Tensor._make_wrapper_subclass(PieceTensor, whole, dtype=local.dtype, device=local.device)
+    def of(local: Tensor, shape: torch.Size, start: int) -> PartitionTensor:
+        """A partition of a tensor of `shape`. That of a scalar is saved with shape [1]."""
+        full = tuple(shape) or (1,)
+        found: PartitionTensor = Tensor._make_wrapper_subclass(
+            PartitionTensor, full, dtype=local.dtype, device=local.device
+        )
         found.local, found.start = local.detach(), start
         return found
 
-    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> PieceTensor:
-        """Itself: `local` is contiguous."""
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> PartitionTensor:
+        """Return itself, since `local` is contiguous."""
         return self
 
     @classmethod
@@ -72,7 +76,7 @@ class PieceTensor(Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise TypeError(f"{func}: a piece of a tensor can be saved and loaded, nothing else; use its `local`")
+        raise TypeError(f"{func}: a partition of a tensor can be saved and loaded, nothing else; use its `local`")
 
     def _boxes(self) -> list[Box]:
         return list(boxes(tuple(self.shape), self.start, self.start + self.local.numel()))
@@ -101,8 +105,9 @@ class PieceTensor(Tensor):
         raise ValueError(f"{index.fqn} has no part at {index.offset} here")
 
 
-class PieceWriter(HuggingFaceStorageWriter):
-    """Writes safetensors, in which a name can stand once a file: a name's k-th box on a rank goes to its k-th file."""
+class PartitionWriter(HuggingFaceStorageWriter):
+    """Writes safetensors files, in which a name can stand once: the k-th box of a name on a rank goes to its k-th
+    file."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, save_distributed=True)
@@ -122,8 +127,8 @@ def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMeta
     return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
 
 
-def differences(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """How a checkpoint's metadata differ from what shall be loaded, for a message; empty where it fits."""
+def metadata_differences(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Say for a message how a checkpoint's metadata differ from the tensors to load; empty where they fit."""
     saved = {name: entry for name, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
     found = [
         f"{name} is missing" if name not in saved else f"{name} is {list(saved[name].size)}, expected {list(t.shape)}"
@@ -133,8 +138,8 @@ def differences(stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
     return "; ".join(found[:5]) + ("; …" if len(found) > 5 else "")
 
 
-def first_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer make its state, zeros, as it does in its first step, and change nothing else."""
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimizer create its state, as in its first step, with all zeros; nothing else is changed."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     before = [param.detach().clone() for param in params]
     for param in params:

@@ -1,87 +1,73 @@
-"""PaRO (arXiv 2310.06003): parameters, gradients and optimizer state, each sharded as far as memory needs.
+"""The engine of PaRO (arXiv 2310.06003), which `gmeta.sharding.paro.paro` makes.
 
-    mesh = group_mesh(8)                                     # groups of 8 ranks with fast links
-    engine = paro(model, partial(torch.optim.AdamW, lr=1e-3), mesh, placement="IIG")
-    for micro_batches in loader:
-        for k, batch in enumerate(micro_batches):
-            engine.backward(loss(engine(batch)) / len(micro_batches), last=k == len(micro_batches) - 1)
-        engine.step(clip_norm=1.0)
-
-One engine for all 14 placements: the levels of parameters, gradients and optimizer state decide which collectives run,
-and when (`Flat`). A unit, usually a layer, is gathered just before it computes, the next one meanwhile; its gradients
-are reduced while backward goes on; what the optimizer changed is gathered while the next forward pass begins.
+There is one engine for all 14 strategies. The scopes of parameters, gradients and optimizer state decide which
+collectives run, and when (`FlatParameter`). A unit, usually a layer, is gathered just before it computes, and the next
+one meanwhile. Its gradients are reduced while backward goes on. What the optimizer changed is gathered while the next
+forward pass begins.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from gmeta.sharding.auto import Auto, resolve
-from gmeta.sharding.checkpoint import PieceTensor, first_state
-from gmeta.sharding.flat_parameters import Flat, Lanes, Member, Piece
-from gmeta.sharding.hierarchy import Collectives, Levels
-from gmeta.sharding.ring import Counter
-from gmeta.sharding.strategy import Groups, Sent, sent_bytes
-from gmeta.sharding.streams import Lane
-from gmeta.sharding.torch_engine import TorchEngine
+from gmeta.sharding.checkpoint import PartitionTensor, create_optimizer_state
+from gmeta.sharding.flat_parameters import CommStreams, FlatParameter, ParameterSpan, Partition
+from gmeta.sharding.ring import RankTraffic
+from gmeta.sharding.strategy import NodeLayout, NodeTraffic, sent_bytes
 from gmeta.sharding.units import (
     Leave,
     OptimizerFactory,
-    Stepped,
+    StepResult,
     Unit,
-    broadcast_module,
     cast,
-    element_wise,
     make_optimizer,
-    make_units,
     tensors_in,
 )
 
 
 class Paro:
-    """A module whose training state is sharded; made by `paro`. All methods that are not properties are collective."""
+    """A module whose training state is sharded; `paro` makes it. All methods that are not properties are collective."""
 
     def __init__(
         self,
         module: nn.Module,
         units: Sequence[Unit],
         optimizer_factory: OptimizerFactory,
-        lanes: Lanes,
+        streams: CommStreams,
         input_dtype: torch.dtype | None,
     ) -> None:
         self.module = module
         self._units = list(units)
-        self._lanes = lanes
+        self._streams = streams
         self._input_dtype = input_dtype
-        self._flats = [flat for unit in units for flat in unit.flats]
-        self._trained = [flat for flat in self._flats if flat.trained]
-        self.pieces: list[Piece] = [piece for flat in self._trained for piece in flat.pieces]
-        self.optimizer = make_optimizer(optimizer_factory, self.pieces, module)
-        self._order: list[Unit] = []  # in which units computed in the last whole forward pass
-        self._visited: list[Unit] = []  # in this one
-        self._turn: list[Flat] = []  # trained flats whose gradients are still to be reduced, in the order of launching
-        self._complete: set[Flat] = set()
-        self._summed = False  # the gradients of a step are summed over ranks, and wait for it
+        self._flat_parameters = [flat for unit in units for flat in unit.flat_parameters]
+        self._trained = [flat for flat in self._flat_parameters if flat.trained]
+        self.partitions: list[Partition] = [partition for flat in self._trained for partition in flat.partitions]
+        self.optimizer = make_optimizer(optimizer_factory, self.partitions, module)
+        self._order: list[Unit] = []  # units in the order in which the last complete forward pass computed them
+        self._visited: list[Unit] = []  # the same in the present forward pass
+        self._turn: list[FlatParameter] = []  # those whose gradients are still to be reduced, in launching order
+        self._complete: set[FlatParameter] = set()
+        self._summed = False  # whether the gradients are summed over ranks and wait for the step
         self._in_backward = self._held = False
         self._last = True
-        self.deferred = False  # gradients stay in .grad, and add up there, until `collect`
-        self._provisional = False  # the optimizer's state is only a place to load into
+        self.deferred = False  # whether gradients add up in .grad until `collect`
+        self._provisional = False  # whether the optimizer's state exists only to be loaded into
         self._hooks: list[RemovableHandle] = []
         for unit in self._units:
             self._hook(unit)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass."""
+        """Run the module's forward pass."""
         return self.module(*args, **kwargs)
 
     def _hook(self, unit: Unit) -> None:
@@ -89,11 +75,11 @@ class Paro:
         before = module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
         after = module.register_forward_hook(partial(self._after_forward, unit), always_call=True, with_kwargs=True)
         self._hooks += [before, after]
-        for flat in unit.flats:
+        for flat in unit.flat_parameters:
             if flat.trained:
-                for member in flat.members:
-                    ready = partial(self._gradient_is_there, flat, member)
-                    self._hooks.append(member.param.register_post_accumulate_grad_hook(ready))  # type: ignore[no-untyped-call]
+                for span in flat.spans:
+                    ready = partial(self._gradient_is_there, flat, span)
+                    self._hooks.append(span.param.register_post_accumulate_grad_hook(ready))  # type: ignore[no-untyped-call]
         if unit.root:
             self._hooks.append(module.register_state_dict_pre_hook(self._refuse_when_sharded))  # type: ignore[no-untyped-call]
 
@@ -105,7 +91,7 @@ class Paro:
             if unit.root:
                 self._visited = []
             self._visited.append(unit)
-        self._arrive(unit)
+        self._unshard(unit)
         if not self._in_backward and not self._held:
             self._prefetch(self._order, len(self._visited))
         if unit.root:
@@ -113,7 +99,7 @@ class Paro:
         return self._expect_leaving(unit, (args, kwargs))
 
     def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
-        if self._in_backward or self._held:  # activation checkpointing computes again, in the backward pass
+        if self._in_backward or self._held:  # activation checkpointing computes again in the backward pass
             if torch.is_grad_enabled() and not self._held:
                 self._expect_backward(unit, output)
             return
@@ -121,10 +107,10 @@ class Paro:
         if unit.root and output is not None:
             self._order = self._visited
         if not (unit.root and expected):
-            unit.free()
+            unit.reshard()
 
     def _expect_backward(self, unit: Unit, output: Any) -> bool:
-        """Have the unit there when backward reaches it; whether backward will come."""
+        """Have the unit gathered when backward reaches it; returns whether backward will come."""
         found = tensors_in(output)
         if output is not None and not found:
             raise TypeError(
@@ -137,7 +123,7 @@ class Paro:
         return bool(out)
 
     def _expect_leaving(self, unit: Unit, inputs: Any) -> Any:
-        """The inputs through a node of their own, which backward reaches when it has left the unit."""
+        """Pass the inputs through a node of their own, which backward reaches when it has left the unit."""
         leaves, structure = tree_flatten(inputs)
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not places or not torch.is_grad_enabled():
@@ -150,40 +136,40 @@ class Paro:
     # Backward
 
     def _before_backward(self, unit: Unit, _grad: Tensor) -> None:
-        if self._held:  # also in an inner loop's torch.autograd.grad
+        if self._held:  # an inner loop's torch.autograd.grad comes here too
             return
         if not self._in_backward:
             raise RuntimeError(
                 "backward was called on the loss itself: call engine.backward(loss); for torch.autograd.grad in a "
-                "forward pass, have the parameters whole: `with engine.gathered():`"
+                "forward pass, gather the parameters first: `with engine.unsharded():`"
             )
-        self._arrive(unit)
+        self._unshard(unit)
         if unit in self._order:
             self._prefetch(self._order[::-1], len(self._order) - self._order.index(unit))
 
     def _after_backward(self, unit: Unit) -> None:
         if self._in_backward and not self._held:
-            unit.free()
+            unit.reshard()
 
-    def _gradient_is_there(self, flat: Flat, member: Member, _param: Tensor) -> None:
+    def _gradient_is_there(self, flat: FlatParameter, span: ParameterSpan, _param: Tensor) -> None:
         if not self._in_backward:
             raise RuntimeError("backward was called on the loss itself: call engine.backward(loss)")
         if self.deferred:
             return
         if flat not in self._turn:
             raise RuntimeError(
-                f"{member.name} got another gradient after the unit's were complete, as by a reentrant checkpoint of a "
+                f"{span.name} got another gradient after the unit's were complete, as by a reentrant checkpoint of a "
                 "layer that is used twice: take checkpoint(..., use_reentrant=False)"
             )
-        if flat.receive(member):
+        if flat.receive(span):
             self._complete.add(flat)
-            while self._turn and self._turn[0] in self._complete:  # all ranks launch in one order
+            while self._turn and self._turn[0] in self._complete:  # all ranks must launch in the same order
                 self._turn.pop(0).reduce(self._last)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """`loss.backward()` of a micro-batch; `last`: it is the step's last one, gradients are summed over ranks.
+        """Run `loss.backward()` for a micro-batch; with `last`, the step's last one, gradients are summed over ranks.
 
-        Gradients of a step's micro-batches add up: scale the loss where you want their mean.
+        The gradients of a step's micro-batches add up: scale the loss where you want their mean.
         """
         if self._summed:
             raise RuntimeError(
@@ -194,7 +180,7 @@ class Paro:
         self._turn, self._complete = self._launching_order(), set()
         try:
             loss.backward()  # type: ignore[no-untyped-call]
-            while self._turn and not self.deferred:  # units without a gradient on this rank: others may have one
+            while self._turn and not self.deferred:  # another rank may have a gradient where this one has none
                 self._turn.pop(0).reduce(last)
             self._summed = last and not self.deferred
         except BaseException:
@@ -203,20 +189,26 @@ class Paro:
         finally:
             self._in_backward = False
             if not self._held:
-                self._free()
+                self._reshard()
 
-    def _launching_order(self) -> list[Flat]:
-        """Trained flats as backward completes them: the last unit that computed first, the root's at the end."""
+    def _launching_order(self) -> list[FlatParameter]:
+        """Trained flat parameters as backward completes them: the last unit that computed comes first, the root at the
+        end."""
         units = dict.fromkeys([*self._order, *self._units])
         inner = [unit for unit in units if not unit.root]
-        return [flat for unit in [*inner[::-1], *(u for u in units if u.root)] for flat in unit.flats if flat.trained]
+        return [
+            flat
+            for unit in [*inner[::-1], *(u for u in units if u.root)]
+            for flat in unit.flat_parameters
+            if flat.trained
+        ]
 
     def collect(self) -> None:
         """Reduce the gradients of a step's `deferred` micro-batches, of which ranks may have different numbers."""
         for flat in self._trained:
-            for member in flat.members:
-                if member.param.grad is not None:
-                    flat.receive(member)
+            for span in flat.spans:
+                if span.param.grad is not None:
+                    flat.receive(span)
             flat.reduce(last=True)
         self._summed = True
 
@@ -228,7 +220,7 @@ class Paro:
 
     # Step
 
-    def step(self, clip_norm: float | None = None, grad_scale: float = 1.0) -> Stepped:
+    def step(self, clip_norm: float | None = None, grad_scale: float = 1.0) -> StepResult:
         """Update the parameters with the gradients of the micro-batches since the last step, all of them or none.
 
         The gradient is multiplied by `grad_scale` (such as 1 / loss scale), then shortened to `clip_norm` if its norm
@@ -241,25 +233,25 @@ class Paro:
             self.update(scale)
         else:
             self.forget_gradients()
-        return Stepped(norm, finite)
+        return StepResult(norm, finite)
 
     def square_sum(self) -> Tensor:
-        """Of all numbers of the whole gradient, float64 []; the same on every rank.
+        """The sum of squares of the full gradient, float64 [], the same on every rank.
 
-        Every part counts once: whoever shares it with others adds its share.
+        Every element counts once: each of the ranks that hold a partition adds its fraction.
         """
         self._need_gradients()
         for flat in self._trained:
             flat.reduced.wait()
-        levels = self._lanes.grads_levels
-        total = torch.zeros((), dtype=torch.float64, device=self._lanes.grads.device)
+        hierarchy = self._streams.grads_collectives
+        total = torch.zeros((), dtype=torch.float64, device=self._streams.grads.device)
         for flat in self._trained:
-            holders = levels.groups.world_size / levels.groups.divisor(flat.placement.state)
+            holders = hierarchy.layout.world_size / hierarchy.layout.num_partitions(flat.strategy.state)
             total += torch.linalg.vector_norm(flat.gradient(), dtype=torch.float64).square() / holders
-        return levels.sum_scalars(total)
+        return hierarchy.sum_scalars(total)
 
     def update(self, scale: float = 1.0) -> None:
-        """One update with the gradient times `scale`, without a look at it; see `step`."""
+        """Make one update with the gradient times `scale`, without looking at it; see `step`."""
         self._need_gradients()
         self._settle("step")
         self._summed = False
@@ -270,60 +262,62 @@ class Paro:
             assert flat.master is not None
             gradient = gradient.to(flat.master.dtype)
             at = 0
-            for piece in flat.pieces:
-                piece.tensor.grad = gradient[at : at + piece.tensor.numel()]
-                at += piece.tensor.numel()
+            for partition in flat.partitions:
+                partition.tensor.grad = gradient[at : at + partition.tensor.numel()]
+                at += partition.tensor.numel()
         if self._provisional:
             self.optimizer.state.clear()
             self._provisional = False
         self.optimizer.step()
-        for piece in self.pieces:
-            piece.tensor.grad = None
-        for unit in dict.fromkeys([*self._order, *self._units]):  # what the next forward pass needs first, first
-            for flat in unit.flats:
+        for partition in self.partitions:
+            partition.tensor.grad = None
+        for unit in dict.fromkeys(
+            [*self._order, *self._units]
+        ):  # in the order in which the next forward pass needs them
+            for flat in unit.flat_parameters:
                 if flat.trained:
                     flat.publish()
 
-    # Whole parameters
+    # Unsharded parameters
 
     @contextmanager
-    def gathered(self, write_back: bool = False) -> Iterator[None]:
-        """All parameters are whole inside, and stay so in forward and backward passes.
+    def unsharded(self, write_back: bool = False) -> Iterator[None]:
+        """Keep all parameters gathered inside the block, in forward and backward passes too.
 
-        For a model that is not called unit by unit (a meta step), or to look at weights. With `write_back` what was
-        changed inside, on all ranks alike, is taken over; RuntimeError where something was changed without it.
+        This is for a model that is not called unit by unit (a meta step), or to look at weights. With `write_back` what
+        was changed inside, on all ranks alike, is taken over; RuntimeError where something was changed without it.
         """
         for unit in self._units:
-            unit.fetch()
+            unit.start_unshard()
         for unit in self._units:
-            self._arrive(unit)
+            self._unshard(unit)
         outer, self._held = self._held, True
         try:
             yield
             self._refuse_replaced()
             if write_back:
-                for flat in self._flats:
+                for flat in self._flat_parameters:
                     flat.write_back()
             for unit in self._units:
                 self._refuse_touched(unit)
         finally:
             self._held = outer
             if not outer:
-                self._free()
+                self._reshard()
 
-    def _arrive(self, unit: Unit) -> None:
-        for flat in unit.flats:
-            flat.fetch()
-        for flat in unit.flats:
-            flat.arrive()
+    def _unshard(self, unit: Unit) -> None:
+        for flat in unit.flat_parameters:
+            flat.start_unshard()
+        for flat in unit.flat_parameters:
+            flat.wait_unshard()
 
     def _prefetch(self, order: Sequence[Unit], place: int) -> None:
         if place < len(order):
-            order[place].fetch()
+            order[place].start_unshard()
 
-    def _free(self) -> None:
+    def _reshard(self) -> None:
         for unit in self._units:
-            unit.free()
+            unit.reshard()
 
     # Errors
 
@@ -334,117 +328,119 @@ class Paro:
             )
 
     def _settle(self, what: str) -> None:
-        """Nothing is on its way, and no gathered copy is left that would be out of date."""
-        if self._held and any(flat.placement.params != "N" for flat in self._flats):
+        """Wait until nothing is in flight, and free gathered copies, which would be out of date."""
+        if self._held and any(flat.strategy.params != "N" for flat in self._flat_parameters):
             raise RuntimeError(
-                f"{what}() inside gathered() would leave the whole parameters out of date: call it after"
+                f"{what}() inside gather_traffic() would leave the unsharded parameters out of date: call it after"
             )
-        for flat in self._flats:
+        for flat in self._flat_parameters:
             flat.settle()
-        self._free()
+        self._reshard()
 
     def _refuse_touched(self, unit: Unit) -> None:
-        for flat in unit.flats:
+        for flat in unit.flat_parameters:
             name = flat.touched()
             if name is not None:
                 raise RuntimeError(
                     f"parameter {name} was changed outside of the engine, whose own copy would undo it: change "
-                    "parameters inside `with engine.gathered(write_back=True):`, on all ranks alike"
+                    "parameters inside `with engine.unsharded(write_back=True):`, on all ranks alike"
                 )
 
     def _refuse_replaced(self) -> None:
-        for flat in self._flats:
-            for member in flat.members:
-                if self.module.get_parameter(member.name) is not member.param:
+        for flat in self._flat_parameters:
+            for span in flat.spans:
+                if self.module.get_parameter(span.name) is not span.param:
                     raise RuntimeError(
-                        f"parameter {member.name} was replaced by another tensor, which the engine would not train: "
+                        f"parameter {span.name} was replaced by another tensor, which the engine would not train: "
                         "change it in place (load_state_dict without assign=True)"
                     )
 
     def _refuse_when_sharded(self, *_: Any) -> None:
-        if not all(flat.present for flat in self._flats):
+        if not all(flat.is_unsharded for flat in self._flat_parameters):
             raise RuntimeError(
                 "this rank holds parts of the parameters only: call module.state_dict() inside "
-                "`with engine.gathered():`, or save engine.state() with torch.distributed.checkpoint"
+                "`with engine.unsharded():`, or save engine.state() with torch.distributed.checkpoint"
             )
-        for flat in self._flats:  # updated parameters may be on their way
+        for flat in self._flat_parameters:  # updated parameters may be in flight
             flat.settle()
 
     # Facts
 
     @property
-    def groups(self) -> Groups:
-        """Of ranks."""
-        return self._lanes.params_levels.groups
+    def layout(self) -> NodeLayout:
+        """How ranks are spread over nodes."""
+        return self._streams.params_collectives.layout
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters, on all ranks together."""
-        return sum(member.stop - member.start for flat in self._flats for member in flat.members)
+        """The number of elements of all parameters, on all ranks together."""
+        return sum(span.stop - span.start for flat in self._flat_parameters for span in flat.spans)
 
     @property
-    def placements(self) -> dict[str, str]:
-        """Every parameter's placement, by name."""
-        return {member.name: str(flat.placement) for flat in self._flats for member in flat.members}
+    def strategies(self) -> dict[str, str]:
+        """Every parameter's strategy, by name."""
+        return {span.name: str(flat.strategy) for flat in self._flat_parameters for span in flat.spans}
 
     @property
-    def sent(self) -> Counter:
-        """Bytes that this rank has sent since it began, to its group and to others; waits for what is on its way."""
-        for flat in self._flats:
+    def sent(self) -> RankTraffic:
+        """Bytes that this rank has sent since it began, to its node and to others. This waits for what is in flight."""
+        for flat in self._flat_parameters:
             flat.settle()
-        parts = (self._lanes.params_levels.sent, self._lanes.grads_levels.sent)
-        return Counter(sum(part.intra for part in parts), sum(part.inter for part in parts))
+        parts = (self._streams.params_collectives.sent, self._streams.grads_collectives.sent)
+        return RankTraffic(sum(part.intra for part in parts), sum(part.inter for part in parts))
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's parts of all parameters and of the optimizer's state, by name, for torch.distributed.checkpoint.
+        """This rank's partitions of all parameters and of the optimizer's state, by name, for
+        torch.distributed.checkpoint.
 
-        They are saved under the module's names and shapes, the optimizer's as `optimizer.NAME.KEY`, so that every
-        placement on any number of ranks loads them, into the tensors of its own `state()`; call `loaded` then.
+        They are saved under the module's names and shapes, the optimizer's as `optimizer.NAME.KEY`. So every strategy
+        on any number of ranks can load them, into the tensors of its own `state()`; call `loaded` afterwards.
         ValueError where the optimizer keeps something else than tensors.
         """
-        for flat in self._flats:
+        for flat in self._flat_parameters:
             flat.settle()
-        if self.pieces and not self.optimizer.state:
-            first_state(self.optimizer)
+        if self.partitions and not self.optimizer.state:
+            create_optimizer_state(self.optimizer)
             self._provisional = True
         found: dict[str, Tensor] = {}
-        for flat in self._flats:
-            for piece in flat.pieces if flat.trained else flat.frozen_pieces():
-                found[piece.name] = PieceTensor.of(piece.tensor, piece.shape, piece.start)
-        for piece in self.pieces:
-            for key, value in self.optimizer.state[piece.tensor].items():
+        for flat in self._flat_parameters:
+            for partition in flat.partitions if flat.trained else flat.frozen_partitions():
+                found[partition.name] = PartitionTensor.of(partition.tensor, partition.shape, partition.start)
+        for partition in self.partitions:
+            for key, value in self.optimizer.state[partition.tensor].items():
                 if not isinstance(value, Tensor):
                     raise ValueError(f"the optimizer keeps {key} = {value!r}: only tensors can be saved in parts")
-                whole = value.view(1) if not value.ndim else PieceTensor.of(value, piece.shape, piece.start)
-                found[f"optimizer.{piece.name}.{key}"] = whole
+                saved = value.view(1) if not value.ndim else PartitionTensor.of(value, partition.shape, partition.start)
+                found[f"optimizer.{partition.name}.{key}"] = saved
         return found
 
     def loaded(self) -> None:
-        """To be called after the tensors of `state()` were loaded: everyone gets the parameters."""
+        """Send the parameters to all ranks. Call this after the tensors of `state()` were loaded."""
         self._provisional = False
         self._settle("loaded")
-        for flat in self._flats:
+        for flat in self._flat_parameters:
             flat.publish()
 
-    def predicted_sent(self, accumulation: int = 1, gathers: int | None = None) -> Sent:
-        """What this rank's group sends in a step of so many micro-batches, by the formulas (`placement.sent_bytes`).
+    def predicted_sent(self, accumulation: int = 1, gathers: int | None = None) -> NodeTraffic:
+        """What this rank's node sends in a step of so many micro-batches, by the formulas (`strategy.sent_bytes`).
 
-        gathers: how often a unit is gathered in a micro-batch; None: in forward and backward, the root once.
+        `gathers` is how often a unit is gathered in a micro-batch; None means in forward and in backward, and the root
+        once.
         """
-        levels = self._lanes.params_levels
-        total = Sent()
+        hierarchy = self._streams.params_collectives
+        total = NodeTraffic()
         for unit in self._units:
-            for flat in unit.flats:
+            for flat in unit.flat_parameters:
                 trained = flat.size if flat.trained else 0
                 total += sent_bytes(
-                    flat.placement,
-                    levels.groups,
+                    flat.strategy,
+                    hierarchy.layout,
                     params=flat.size * flat.full.element_size(),
                     updated=trained * flat.full.element_size(),
                     grads=trained * flat.grad_dtype.itemsize,
                     accumulation=accumulation,
                     gathers=gathers or (1 if unit.root else 2),
-                    flat=levels.collectives in ("backend", "flat"),
+                    flat=hierarchy.algorithm in ("backend", "flat"),
                 )
         return total
 
@@ -457,110 +453,15 @@ class Paro:
             if isinstance(value, Tensor) and value.ndim
         )
         return {
-            "params": sum(flat.params.nbytes for flat in self._flats),
+            "params": sum(flat.params.nbytes for flat in self._flat_parameters),
             "grads": sum(flat.kept_bytes for flat in self._trained),
             "state": state + sum(flat.master_bytes for flat in self._trained),
         }
 
     def close(self) -> None:
-        """Take the hooks off the module, whose parameters are whole again; the engine is over."""
+        """Take the hooks off the module and leave its parameters unsharded. The engine cannot be used any more."""
         for unit in self._units:
-            self._arrive(unit)
+            self._unshard(unit)
         for hook in self._hooks:
             hook.remove()
-        self._lanes.close()
-
-
-@overload
-def paro(
-    module: nn.Module,
-    optimizer_factory: OptimizerFactory,
-    mesh: DeviceMesh | None = ...,
-    placement: str | Mapping[str, str] = ...,
-    *,
-    units: Sequence[nn.Module] | None = ...,
-    compute_dtype: torch.dtype | None = ...,
-    grad_dtype: torch.dtype | None = ...,
-    collectives: Collectives = ...,
-    average: bool = ...,
-    timeout_s: float = ...,
-    auto: Auto | None = ...,
-    backend: Literal["gmeta"] = ...,
-) -> Paro: ...
-
-
-@overload
-def paro(
-    module: nn.Module,
-    optimizer_factory: OptimizerFactory,
-    mesh: DeviceMesh | None,
-    placement: str,
-    *,
-    units: Sequence[nn.Module] | None = ...,
-    compute_dtype: torch.dtype | None = ...,
-    grad_dtype: torch.dtype | None = ...,
-    backend: Literal["torch"],
-) -> TorchEngine: ...
-
-
-def paro(
-    module: nn.Module,
-    optimizer_factory: OptimizerFactory,
-    mesh: DeviceMesh | None = None,
-    placement: str | Mapping[str, str] = "IIG",
-    *,
-    units: Sequence[nn.Module] | None = None,
-    compute_dtype: torch.dtype | None = None,
-    grad_dtype: torch.dtype | None = None,
-    collectives: Collectives = "two_phase",
-    average: bool = True,
-    timeout_s: float = 300.0,
-    auto: Auto | None = None,
-    backend: Literal["gmeta", "torch"] = "gmeta",
-) -> Paro | TorchEngine:
-    """Shard `module`'s training state over `mesh` and return the engine that trains it. Collective.
-
-    mesh: two-dimensional, (groups, ranks of a group), see `group_mesh`; None: this process alone.
-    placement: three letters for all, or by name of submodule, the longest prefix wins: {"": "NNN", "text": "IIG"};
-        "auto" instead of letters has the planner choose, told what it cannot see by `auto`.
-    units: submodules that are gathered at a time; the items of every ModuleList and Sequential where not given.
-    compute_dtype: parameters and floating inputs in it, master weights in the module's own; None: the module's own.
-    grad_dtype: in which gradients are summed; that of computing where not given.
-    average: gradients are divided by the number of ranks, as DistributedDataParallel does.
-    backend: torch has FSDP2 do it, for III and GGG, averaging, behind the same methods.
-
-    Rank 0's parameters and buffers go to all ranks. A parameter whose requires_grad is off costs no gradient and no
-    state; the flag may not change later. ValueError: an invalid placement, one parameter in two units, an optimizer
-    that is not element-wise.
-    """
-    if backend not in ("gmeta", "torch"):
-        raise ValueError(f"backend is {backend!r}: must be gmeta or torch")
-    if backend == "torch":
-        if mesh is None or not isinstance(placement, str) or not average:
-            raise ValueError("backend torch takes a mesh and one placement for all, and averages gradients")
-        return TorchEngine(module, optimizer_factory, mesh, placement, units, compute_dtype, grad_dtype)
-    device = next((param.device for param in module.parameters()), torch.device("cpu"))
-    element_wise(module, optimizer_factory)
-    places = resolve(
-        module,
-        optimizer_factory,
-        mesh,
-        placement,
-        auto,
-        units=units,
-        compute_dtype=compute_dtype,
-        grad_dtype=grad_dtype,
-        collectives=collectives,
-        timeout_s=timeout_s,
-    )
-    opened = [Levels.open(mesh, collectives, timeout_s, device) for _ in range(2)]
-    lanes = Lanes(Lane(device, "params"), Lane(device, "grads"), *opened)
-    settings = partial(Flat, lanes=lanes, compute_dtype=compute_dtype, grad_dtype=grad_dtype, average=average)
-    try:
-        with opened[0].naming_lost_peers():
-            broadcast_module(module, opened[0].rings.everyone)
-        found = make_units(module, units, places, settings)
-        return Paro(module, found, optimizer_factory, lanes, compute_dtype)
-    except ValueError:
-        lanes.close()
-        raise
+        self._streams.close()

@@ -1,8 +1,8 @@
-"""Collectives between the levels of a placement, in place on one buffer, for the ranks of a two-dimensional mesh.
+"""Collectives that gather and scatter between scopes, in place on one buffer, over a two-dimensional mesh of ranks.
 
-A buffer of S numbers, S divisible by the world size, is cut into n chunks. Rank (group i, place j) owns part j of m at
-level I, chunks j * ng to (j + 1) * ng, and chunk j * ng + i of them at level G: what it has at G lies in what it has
-at I, so that going from one to the other moves nothing.
+A buffer of S elements, S divisible by the world size, is cut into n chunks. Rank (node i, local rank j) owns partition
+j of m at scope I, which is chunks j * ng to (j + 1) * ng, and chunk j * ng + i of them at scope G. What a rank has at G
+lies within what it has at I, so that going from one scope to the other moves nothing on the rank itself.
 """
 
 from __future__ import annotations
@@ -21,168 +21,171 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from gmeta.parallel.mesh import PeerLost
-from gmeta.sharding.ring import Blocks, Circle, Counter, Rings, scatter
-from gmeta.sharding.strategy import Groups, Level
-from gmeta.sharding.streams import Lane
+from gmeta.sharding.ring import Blocks, RankTraffic, Ring, RingCollectives, ring_reduce_scatter
+from gmeta.sharding.strategy import NodeLayout, ShardScope
+from gmeta.sharding.streams import CommStream
 
-Collectives = Literal["backend", "flat", "two_phase", "ho"]
-"""How buffers are exchanged between all ranks: by the backend's own collectives over everybody, by a ring of ours over
-everybody, by the backend's in two phases (between groups, within groups), or by HO-Ring."""
+CollectiveAlgorithm = Literal["backend", "flat", "two_phase", "ho"]
+"""How buffers are exchanged between all ranks: by the backend's own collectives over all of them, by a flat ring, by
+the backend's collectives in two phases (between nodes, then inside them), or by HO-Ring."""
 
 
-def group_mesh(group_size: int, device_type: str = "cpu") -> DeviceMesh:
-    """The mesh (inter, intra) of all ranks in groups of `group_size` consecutive ones. Collective.
+def node_mesh(node_size: int, device_type: str = "cpu") -> DeviceMesh:
+    """Make the mesh (inter, intra) of all ranks, with `node_size` consecutive ranks in a node. Collective.
 
-    The same one each time: a mesh has process groups, with threads, that nobody ends. ValueError where the world size
-    is no multiple of `group_size`.
+    It returns the same mesh each time, because a mesh has process groups, with threads, that nobody ends. ValueError
+    where the world size is no multiple of `node_size`.
     """
     world_size = dist.get_world_size()
-    if group_size < 1 or world_size % group_size:
+    if node_size < 1 or world_size % node_size:
         fits = [size for size in range(1, world_size + 1) if world_size % size == 0]
         raise ValueError(
-            f"groups of {group_size} ranks do not divide a world of {world_size}: group_size must be one of {fits}, "
+            f"nodes of {node_size} ranks do not divide a world of {world_size}: node_size must be one of {fits}, "
             "the ranks that share fast links"
         )
     world = dist.group.WORLD
     assert world is not None
-    return _mesh(world.group_name, world_size // group_size, group_size, device_type)
+    return _mesh(world.group_name, world_size // node_size, node_size, device_type)
 
 
 @functools.cache
-def _mesh(_world: str, groups: int, group_size: int, device_type: str) -> DeviceMesh:
-    return init_device_mesh(device_type, (groups, group_size), mesh_dim_names=("inter", "intra"))
+def _mesh(_world: str, num_nodes: int, node_size: int, device_type: str) -> DeviceMesh:
+    return init_device_mesh(device_type, (num_nodes, node_size), mesh_dim_names=("inter", "intra"))
 
 
 @dataclass
-class Levels:
-    """One rank's collectives between N, I and G. Blocking; every object has process groups of its own.
+class HierarchicalCollectives:
+    """One rank's collectives between the scopes N, I and G. They block; every object has process groups of its own.
 
-    `intra`, `inter` and `world` are None where there is one rank in them: then nothing is sent.
+    `intra`, `inter` and `world` are None where they would hold one rank: then nothing is sent.
     """
 
-    groups: Groups
-    group: int  # i
-    place: int  # j
+    layout: NodeLayout
+    node: int  # i
+    local_rank: int  # j
     rank: int
-    collectives: Collectives
+    algorithm: CollectiveAlgorithm
     intra: dist.ProcessGroup | None
     inter: dist.ProcessGroup | None
     world: dist.ProcessGroup | None
-    rings: Rings
+    rings: RingCollectives
     timeout_s: float = 300.0
-    sent: Counter = field(default_factory=Counter)
+    sent: RankTraffic = field(default_factory=RankTraffic)
 
     @staticmethod
-    def open(mesh: DeviceMesh | None, collectives: Collectives, timeout_s: float, device: torch.device) -> Levels:
-        """New process groups over `mesh`, two-dimensional: groups, and the ranks of each. Collective.
+    def open(
+        mesh: DeviceMesh | None, algorithm: CollectiveAlgorithm, timeout_s: float, device: torch.device
+    ) -> HierarchicalCollectives:
+        """Make new process groups over `mesh`, whose dimensions are nodes and the ranks of a node. Collective.
 
-        None: this process alone.
+        A mesh of None stands for this process alone. ValueError names a mesh of other dimensions, or an unknown
+        algorithm.
         """
-        if collectives not in get_args(Collectives):
-            raise ValueError(f"collectives is {collectives!r}: must be one of {', '.join(get_args(Collectives))}")
+        if algorithm not in get_args(CollectiveAlgorithm):
+            raise ValueError(f"collectives is {algorithm!r}: must be one of {', '.join(get_args(CollectiveAlgorithm))}")
         ranks = torch.zeros(1, 1, dtype=torch.int64) if mesh is None else mesh.mesh
         if ranks.ndim != 2:
-            raise ValueError(f"the mesh has {ranks.ndim} dimensions, it must have two: (groups, ranks of a group)")
+            raise ValueError(f"the mesh has {ranks.ndim} dimensions, it must have two: (nodes, ranks of a node)")
         if any(part.tolist() != sorted(part.tolist()) for part in (*ranks, *ranks.T, ranks.flatten())):
-            raise ValueError(
-                f"the mesh {ranks.tolist()} does not ascend: make it with group_mesh, of consecutive ranks"
-            )
+            raise ValueError(f"the mesh {ranks.tolist()} does not ascend: make it with node_mesh, of consecutive ranks")
         rank = 0 if mesh is None else dist.get_rank()
         (i, j) = (ranks == rank).nonzero()[0].tolist()
         everyone: list[int] = ranks.flatten().tolist()
-        row: list[int] = ranks[i].tolist()
-        column: list[int] = ranks[:, j].tolist()
-        sent = Counter()
-        groups = Groups(ranks.shape[1], ranks.shape[0])
+        in_node: list[int] = ranks[i].tolist()
+        across: list[int] = ranks[:, j].tolist()
+        sent = RankTraffic()
+        layout = NodeLayout(ranks.shape[1], ranks.shape[0])
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # Every rank makes every group, also those it is not in. Names made by the members alone come again after a
-        # group was left, and meet what the last group of that name left in the store.
+        # Every rank makes every group, also those it is not in. Were groups made by their members alone, a name would
+        # come again after its group was left, and would meet what that group has left in the store.
         intra = _own_group(ranks.tolist(), rank, backend, timeout_s)
         inter = _own_group(ranks.T.tolist(), rank, backend, timeout_s)
         world = _own_group([everyone], rank, backend, timeout_s)
-        m, ng = groups.size, groups.count
-        rings = Rings(
-            row=Circle(tuple(row), j, intra, (False,) * m, sent),
-            column=Circle(tuple(column), i, inter, (True,) * ng, sent),
-            everyone=Circle(tuple(everyone), i * m + j, world, ((False,) * (m - 1) + (ng > 1,)) * ng, sent),
-            helper=Lane(device, "helper"),
+        m, ng = layout.node_size, layout.num_nodes
+        rings = RingCollectives(
+            intra=Ring(tuple(in_node), j, intra, (False,) * m, sent),
+            inter=Ring(tuple(across), i, inter, (True,) * ng, sent),
+            world=Ring(tuple(everyone), i * m + j, world, ((False,) * (m - 1) + (ng > 1,)) * ng, sent),
+            helper=CommStream(device, "helper"),
         )
-        return Levels(groups, i, j, rank, collectives, intra, inter, world, rings, timeout_s, sent)
+        return HierarchicalCollectives(layout, i, j, rank, algorithm, intra, inter, world, rings, timeout_s, sent)
 
-    def own(self, size: int, level: Level, within: Level = "N") -> slice:
-        """This rank's part at `level` of a buffer of `size` numbers, counted from its part at the coarser `within`."""
-        chunk = size // self.groups.world_size
-        starts = {"N": 0, "I": self.place * self.groups.count * chunk}
-        starts["G"] = starts["I"] + self.group * chunk
-        start = starts[level] - starts[within]
-        return slice(start, start + size // self.groups.divisor(level))
+    def own(self, size: int, scope: ShardScope, within: ShardScope = "N") -> slice:
+        """This rank's partition at `scope` of a buffer of `size` elements, counted from its partition at the coarser
+        `within`."""
+        chunk = size // self.layout.world_size
+        starts = {"N": 0, "I": self.local_rank * self.layout.num_nodes * chunk}
+        starts["G"] = starts["I"] + self.node * chunk
+        start = starts[scope] - starts[within]
+        return slice(start, start + size // self.layout.num_partitions(scope))
 
-    def gather(self, buffer: Tensor, low: Level, high: Level) -> None:
-        """Fill `buffer`, this rank's part at the coarser level `high`, from all ranks' parts at level `low`."""
-        if low == high or not buffer.numel():
+    def gather(self, buffer: Tensor, finer: ShardScope, coarser: ShardScope) -> None:
+        """Fill `buffer`, this rank's partition at scope `coarser`, from all ranks' partitions at scope `finer`."""
+        if finer == coarser or not buffer.numel():
             return
         with self.naming_lost_peers():
-            self._gather(buffer, low, high)
+            self._gather(buffer, finer, coarser)
 
-    def _gather(self, buffer: Tensor, low: Level, high: Level) -> None:
-        if high == "I":
-            self._gather_column(buffer)
-        elif low == "I":
-            self._gather_row(buffer)
-        elif self._alone:
-            if self.groups.count > 1:
-                self._gather_column(buffer)
+    def _gather(self, buffer: Tensor, finer: ShardScope, coarser: ShardScope) -> None:
+        if coarser == "I":
+            self._gather_across_nodes(buffer)
+        elif finer == "I":
+            self._gather_in_node(buffer)
+        elif self._one_scope:
+            if self.layout.num_nodes > 1:
+                self._gather_across_nodes(buffer)
             else:
-                self._gather_row(buffer)
-        elif self.collectives == "two_phase":
-            self._gather_column(buffer[self.own(buffer.numel(), "I")])
-            self._gather_row(buffer)
-        elif self.collectives == "backend":
-            self._gather_everyone(buffer)
+                self._gather_in_node(buffer)
+        elif self.algorithm == "two_phase":
+            self._gather_across_nodes(buffer[self.own(buffer.numel(), "I")])
+            self._gather_in_node(buffer)
+        elif self.algorithm == "backend":
+            self._gather_world(buffer)
         else:
-            self.rings.all_gather(self._blocks(buffer), "flat" if self.collectives == "flat" else "ho")
+            self.rings.all_gather(self._blocks(buffer), "flat" if self.algorithm == "flat" else "ho")
 
-    def reduce_scatter(self, buffer: Tensor, high: Level, low: Level) -> None:
-        """Sum `buffer`, a part at `high`, over the ranks that share it; this rank's part at `low` holds it then.
+    def reduce_scatter(self, buffer: Tensor, coarser: ShardScope, finer: ShardScope) -> None:
+        """Sum `buffer`, a partition at scope `coarser`, over the ranks that share it, into this rank's partition at
+        `finer`.
 
-        The rest of the buffer is used up.
+        The rest of the buffer is overwritten.
         """
-        if low == high or not buffer.numel():
+        if finer == coarser or not buffer.numel():
             return
         with self.naming_lost_peers():
-            self._reduce_scatter(buffer, high, low)
+            self._reduce_scatter(buffer, coarser, finer)
 
-    def _reduce_scatter(self, buffer: Tensor, high: Level, low: Level) -> None:
-        if high == "I":
-            self._scatter(buffer, self.rings.column)
-        elif low == "I":
-            self._scatter(buffer, self.rings.row)
-        elif self._alone or self.collectives == "two_phase":
+    def _reduce_scatter(self, buffer: Tensor, coarser: ShardScope, finer: ShardScope) -> None:
+        if coarser == "I":
+            self._scatter(buffer, self.rings.inter)
+        elif finer == "I":
+            self._scatter(buffer, self.rings.intra)
+        elif self._one_scope or self.algorithm == "two_phase":
             self._reduce_scatter(buffer, "N", "I")
             self._reduce_scatter(buffer[self.own(buffer.numel(), "I")], "I", "G")
-        elif self.collectives == "backend":
-            self._scatter_everyone(buffer)
+        elif self.algorithm == "backend":
+            self._scatter_world(buffer)
         else:
-            self.rings.reduce_scatter(self._blocks(buffer), "flat" if self.collectives == "flat" else "ho")
+            self.rings.reduce_scatter(self._blocks(buffer), "flat" if self.algorithm == "flat" else "ho")
 
-    def all_reduce(self, buffer: Tensor, level: Level) -> None:
-        """Sum `buffer`, a part at `level`, over all ranks that hold the same part."""
+    def all_reduce(self, buffer: Tensor, scope: ShardScope) -> None:
+        """Sum `buffer`, a partition at `scope`, over all ranks that hold the same partition."""
         if not buffer.numel():
             return
-        if level == "N" and self.collectives != "backend":
+        if scope == "N" and self.algorithm != "backend":
             self.reduce_scatter(buffer, "N", "G")
             self.gather(buffer, "G", "N")
             return
         with self.naming_lost_peers():
-            if level == "I" and self.inter is not None:
+            if scope == "I" and self.inter is not None:
                 dist.all_reduce(buffer, group=self.inter)
-                self.sent.inter += 2 * _share(buffer, self.groups.count)
-            elif level == "N" and self.world is not None:
+                self.sent.inter += 2 * _ring_bytes(buffer, self.layout.num_nodes)
+            elif scope == "N" and self.world is not None:
                 dist.all_reduce(buffer, group=self.world)
-                self._count(self.rings.everyone, 2 * _share(buffer, self.groups.world_size))
+                self._count(self.rings.world, 2 * _ring_bytes(buffer, self.layout.world_size))
 
     def close(self) -> None:
-        """Leave the process groups. Once nothing is on its way."""
+        """Leave the process groups. Nothing may be in flight."""
         self.rings.helper.close()
         groups = [group for group in (self.intra, self.inter, self.world) if group is not None]
         self.intra = self.inter = self.world = None
@@ -191,7 +194,8 @@ class Levels:
             dist.destroy_process_group(groups.pop())
 
     def sum_scalars(self, values: Tensor) -> Tensor:
-        """The sum of a few numbers over all ranks, bitwise the same on all of them. Not counted."""
+        """Sum a few numbers over all ranks; the result is bitwise the same on all of them. It is not counted as
+        traffic."""
         if self.world is not None:
             with self.naming_lost_peers():
                 dist.all_reduce(values, group=self.world)
@@ -199,7 +203,7 @@ class Levels:
 
     @contextmanager
     def naming_lost_peers(self) -> Iterator[None]:
-        """Turns the backend's complaint into `PeerLost` with the ranks that are gone."""
+        """Turn the backend's complaint into a `PeerLost` that names the ranks that are gone."""
         try:
             yield
         except torch.OutOfMemoryError:
@@ -207,7 +211,7 @@ class Levels:
         except RuntimeError as error:
             if self.world is None:
                 raise
-            silent = silent_ranks(self.rank, self.rings.everyone.ranks)
+            silent = silent_ranks(self.rank, self.rings.world.ranks)
             names = ", ".join(f"rank {other}" for other in silent)
             who = f"no answer from {names} (dead, stuck or still waiting)" if silent else "all answer now: one was late"
             raise PeerLost(
@@ -216,68 +220,71 @@ class Levels:
             ) from error
 
     @property
-    def _alone(self) -> bool:
-        """Whether there is but one group, or groups of one rank: one level of links."""
-        return 1 in (self.groups.size, self.groups.count)
+    def _one_scope(self) -> bool:
+        """Whether there is only one node, or nodes of one rank: then there is one kind of link."""
+        return 1 in (self.layout.node_size, self.layout.num_nodes)
 
-    def _gather_row(self, buffer: Tensor) -> None:
-        """Parts I to N."""
+    def _gather_in_node(self, buffer: Tensor) -> None:
+        """Gather partitions of scope I into the full buffer."""
         if self.intra is not None:
             dist.all_gather_single(buffer, buffer[self.own(buffer.numel(), "I")], group=self.intra)
-        self.sent.intra += _share(buffer, self.groups.size)
+        self.sent.intra += _ring_bytes(buffer, self.layout.node_size)
 
-    def _gather_column(self, buffer: Tensor) -> None:
-        """Parts G to I."""
+    def _gather_across_nodes(self, buffer: Tensor) -> None:
+        """Gather partitions of scope G into one of scope I."""
         if self.inter is not None:
-            chunk = buffer.numel() // self.groups.count
-            dist.all_gather_single(buffer, buffer[self.group * chunk : (self.group + 1) * chunk], group=self.inter)
-        self.sent.inter += _share(buffer, self.groups.count)
+            chunk = buffer.numel() // self.layout.num_nodes
+            dist.all_gather_single(buffer, buffer[self.node * chunk : (self.node + 1) * chunk], group=self.inter)
+        self.sent.inter += _ring_bytes(buffer, self.layout.num_nodes)
 
-    def _gather_everyone(self, buffer: Tensor) -> None:
-        """Parts G to N in one collective, whose result is in the order of ranks: (group, place), not (place, group)."""
-        m, ng = self.groups.size, self.groups.count
+    def _gather_world(self, buffer: Tensor) -> None:
+        """Gather partitions of scope G into the full buffer in one collective.
+
+        Its result is in the order of ranks, (node, local rank), and is put into that of partitions, (local rank, node).
+        """
+        m, ng = self.layout.node_size, self.layout.num_nodes
         ordered = torch.empty_like(buffer)
         dist.all_gather_single(ordered, buffer[self.own(buffer.numel(), "G")].clone(), group=self.world)
         buffer.view(m, ng, -1).copy_(ordered.view(ng, m, -1).transpose(0, 1))
-        self._count(self.rings.everyone, _share(buffer, self.groups.world_size))
+        self._count(self.rings.world, _ring_bytes(buffer, self.layout.world_size))
 
-    def _scatter_everyone(self, buffer: Tensor) -> None:
-        m, ng = self.groups.size, self.groups.count
+    def _scatter_world(self, buffer: Tensor) -> None:
+        m, ng = self.layout.node_size, self.layout.num_nodes
         ordered = buffer.view(m, ng, -1).transpose(0, 1).contiguous()
         own = buffer[self.own(buffer.numel(), "G")]
         out = torch.empty_like(own)
         dist.reduce_scatter_single(out, ordered.view(-1), group=self.world)
         own.copy_(out)
-        self._count(self.rings.everyone, _share(buffer, self.groups.world_size))
+        self._count(self.rings.world, _ring_bytes(buffer, self.layout.world_size))
 
-    def _scatter(self, buffer: Tensor, circle: Circle) -> None:
-        if circle.group is None:
+    def _scatter(self, buffer: Tensor, ring: Ring) -> None:
+        if ring.group is None:
             return
         if not buffer.is_cuda:
-            # gloo's own is an all-reduce inside: it sends twice as much (measured: 6.0 buffers of 4 ranks, not 3.0)
-            scatter(buffer.view(circle.size, -1).unbind(), circle)
+            # gloo's own is an all-reduce inside, which sends twice as much (measured: 6.0 buffers of 4 ranks, not 3.0)
+            ring_reduce_scatter(buffer.view(ring.size, -1).unbind(), ring)
             return
-        out = torch.empty_like(buffer[: buffer.numel() // circle.size])
-        dist.reduce_scatter_single(out, buffer, group=circle.group)
-        buffer.view(circle.size, -1)[circle.place].copy_(out)
-        self._count(circle, _share(buffer, circle.size))
+        out = torch.empty_like(buffer[: buffer.numel() // ring.size])
+        dist.reduce_scatter_single(out, buffer, group=ring.group)
+        buffer.view(ring.size, -1)[ring.position].copy_(out)
+        self._count(ring, _ring_bytes(buffer, ring.size))
 
     def _blocks(self, buffer: Tensor) -> Blocks:
-        m, ng = self.groups.size, self.groups.count
-        chunks: Sequence[Tensor] = buffer.view(self.groups.world_size, -1).unbind()
+        m, ng = self.layout.node_size, self.layout.num_nodes
+        chunks: Sequence[Tensor] = buffer.view(self.layout.world_size, -1).unbind()
         return [[chunks[j * ng + i] for j in range(m)] for i in range(ng)]
 
-    def _count(self, circle: Circle, nbytes: float) -> None:
-        if circle.crossing[circle.place]:
+    def _count(self, ring: Ring, nbytes: float) -> None:
+        if ring.crossing[ring.position]:
             self.sent.inter += nbytes
         else:
             self.sent.intra += nbytes
 
 
 def silent_ranks(rank: int, ranks: Sequence[int], wait_s: float = 2.0) -> list[int]:
-    """After a failed collective: the ranks that have not come to the same conclusion within `wait_s`.
+    """After a failed collective, name the ranks that have not come to the same conclusion within `wait_s`.
 
-    Whoever lives finds the failure too, at its next collective; the dead and the stuck do not.
+    A rank that lives finds the failure too, at its next collective; the dead and the stuck do not.
     """
     end = time.monotonic() + wait_s
     try:
@@ -293,7 +300,7 @@ def silent_ranks(rank: int, ranks: Sequence[int], wait_s: float = 2.0) -> list[i
 
 
 def _own_group(groups: Sequence[Sequence[int]], rank: int, backend: str, timeout_s: float) -> dist.ProcessGroup | None:
-    """Makes all of `groups`; returns the one with `rank` in it, None where it is alone there."""
+    """Make all of `groups` and return the one that holds `rank`, or None where it would be alone."""
     own = None
     for members in groups:
         if len(members) > 1:
@@ -302,6 +309,6 @@ def _own_group(groups: Sequence[Sequence[int]], rank: int, backend: str, timeout
     return own
 
 
-def _share(buffer: Tensor, ranks: int) -> float:
-    """Bytes that a rank sends round a circle to gather, or to scatter, `buffer`."""
+def _ring_bytes(buffer: Tensor, ranks: int) -> float:
+    """Bytes that a rank sends round a ring to gather, or to scatter, `buffer`."""
     return buffer.nbytes * (ranks - 1) / ranks

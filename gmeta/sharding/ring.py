@@ -1,16 +1,17 @@
-"""All-gather, reduce-scatter and all-reduce over groups of ranks: flat ring, two phases, and HO-Ring.
+"""All-gather, reduce-scatter and all-reduce between all ranks: as a flat ring, in two phases, and as HO-Ring.
 
-Ranks are (i, j): group i, place j. A rank has two circles, its *column* (rank j of every group, over the slow links)
-and its *row* (the ranks of its group, over the fast ones). Block (i, j) is what rank (i, j) contributes to an
-all-gather, or gets from a reduce-scatter.
+A rank is (i, j): local rank j of node i. It is in two rings: the *inter* ring joins local rank j of every node over the
+slow links, the *intra* ring joins the ranks of a node over the fast ones. Block (i, j) is what rank (i, j) contributes
+to an all-gather, or what it gets from a reduce-scatter.
 
-- flat: one circle of all ranks; every block crosses every slow link.
-- two_phase: all-gather along the column, then along the row; reduce-scatter the other way round.
-- ho (hierarchical, overlapping; arXiv 2310.06003 as HO-Ring, NeurIPS 2024 as PaRO-CC): while block (i - t, j) goes
-  round the column, row i - t is spread in the group, in chunks, so that only the last chunk's spreading is not hidden.
+- flat: there is one ring of all ranks, and every block crosses every slow link.
+- two_phase: an all-gather goes along the inter ring and then along the intra ring; a reduce-scatter goes the other way.
+- ho (hierarchical and overlapping; arXiv 2310.06003 calls it HO-Ring, NeurIPS 2024 PaRO-CC): while block (i - t, j)
+  goes round the inter ring, the blocks of node i - t are spread inside this node. They go in chunks, so that only the
+  spreading of the last chunk is not hidden.
 
-All functions block; a `Lane` makes them asynchronous. They work in place, on views of one buffer or on any tensors, of
-any sizes (also 0), as long as all ranks know them.
+All functions block; a `CommStream` makes them asynchronous. They work in place, on views of one buffer or on any
+tensors. Blocks may have any sizes, also 0, as long as all ranks know them.
 """
 
 from __future__ import annotations
@@ -26,228 +27,232 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gmeta.parallel.mesh import PeerLost
-from gmeta.sharding.streams import Handle, Lane
+from gmeta.sharding.streams import CommStream, Handle
 
 Algorithm = Literal["flat", "two_phase", "ho"]
 ALGORITHMS: tuple[Algorithm, ...] = ("flat", "two_phase", "ho")
 Blocks = Sequence[Sequence[Tensor]]
-"""Blocks [group][place]."""
+"""Blocks [node][local rank]."""
 
 
 @dataclass
-class Counter:
-    """Bytes that this rank has sent, by where to."""
+class RankTraffic:
+    """Bytes that this rank has sent, by destination."""
 
-    intra: float = 0.0
-    inter: float = 0.0
+    intra: float = 0.0  # to ranks of its own node
+    inter: float = 0.0  # to other nodes
 
 
 @dataclass(frozen=True)
-class Circle:
-    """Ranks in a circle that each send to the next; `place` is this rank's."""
+class Ring:
+    """Ranks that each send to the next one; the last sends to the first."""
 
     ranks: tuple[int, ...]
-    place: int
-    group: dist.ProcessGroup | None  # None where there is one rank
-    crossing: tuple[bool, ...]  # whether what the rank at a place sends to the next goes to another group
-    sent: Counter
+    position: int  # of this rank
+    group: dist.ProcessGroup | None  # None where the ring has one rank
+    crossing: tuple[bool, ...]  # by position: whether the rank there sends to another node
+    sent: RankTraffic
 
     @property
     def size(self) -> int:
-        """Ranks in it."""
+        """The number of ranks."""
         return len(self.ranks)
 
 
 @dataclass
-class Rings:
-    """This rank's circles. `helper` carries one of the two in the overlapping algorithm."""
+class RingCollectives:
+    """Collectives over this rank's rings. In the overlapping algorithm `helper` drives one of the two rings."""
 
-    row: Circle
-    column: Circle
-    everyone: Circle
-    helper: Lane
+    intra: Ring
+    inter: Ring
+    world: Ring
+    helper: CommStream
     chunk_bytes: int = 1 << 20
 
     def leave(self) -> None:
-        """Forget the process groups, which others destroy."""
-        self.row, self.column, self.everyone = (
-            replace(circle, group=None) for circle in (self.row, self.column, self.everyone)
+        """Forget the process groups, which their owner destroys."""
+        self.intra, self.inter, self.world = (
+            replace(ring, group=None) for ring in (self.intra, self.inter, self.world)
         )
 
     def all_gather(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
-        """Every rank's block, from this rank's own; in place."""
+        """Fill every rank's block in place, starting from this rank's own block."""
         if algorithm == "flat":
-            gather([block for row in blocks for block in row], self.everyone)
+            ring_all_gather([block for node in blocks for block in node], self.world)
             return
-        i, j = self.column.place, self.row.place
+        i, j = self.inter.position, self.intra.position
         if algorithm == "two_phase":
-            gather([row[j] for row in blocks], self.column)
-            for row in blocks:
-                gather(row, self.row)
+            ring_all_gather([node[j] for node in blocks], self.inter)
+            for node in blocks:
+                ring_all_gather(node, self.intra)
             return
         chunks = self._chunks(blocks)
-        rings = [_gathering([row[j] for row in chunk], self.column) for chunk in chunks]
-        # The helper goes round the column, all chunks a step before the first one takes the next.
-        passed = [[self.helper.submit(partial(next, ring, None)) for ring in rings] for _ in range(self.column.size)]
-        spread = _Wave()
-        for t in range(self.column.size):
+        rounds = [_gather_steps([node[j] for node in chunk], self.inter) for chunk in chunks]
+        # The helper goes round the inter ring: all chunks make a step before the first one makes the next.
+        passed = [[self.helper.submit(partial(next, steps, None)) for steps in rounds] for _ in range(self.inter.size)]
+        spread = _Pipeline()
+        for t in range(self.inter.size):
             for arrived, chunk in zip(passed[t], chunks, strict=True):
                 arrived.wait()
-                spread.add(_gathering(chunk[(i - t) % self.column.size], self.row))
+                spread.add(_gather_steps(chunk[(i - t) % self.inter.size], self.intra))
         spread.end()
 
     def reduce_scatter(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
-        """This rank's block holds the sum of all ranks' blocks of its place; the other blocks are used up. In place."""
+        """Sum all ranks' blocks (i, j) into the block of rank (i, j), in place; the other blocks are overwritten."""
         if algorithm == "flat":
-            scatter([block for row in blocks for block in row], self.everyone)
+            ring_reduce_scatter([block for node in blocks for block in node], self.world)
             return
-        i, j, ng = self.column.place, self.row.place, self.column.size
+        i, j, num_nodes = self.inter.position, self.intra.position, self.inter.size
         if algorithm == "two_phase":
-            for row in blocks:
-                scatter(row, self.row)
-            scatter([row[j] for row in blocks], self.column)
+            for node in blocks:
+                ring_reduce_scatter(node, self.intra)
+            ring_reduce_scatter([node[j] for node in blocks], self.inter)
             return
-        # The mirror of the all-gather: a row is summed in the group, by the helper, while the row before it goes round
-        # the column. Row i - 1 leaves first, row i stays: it is summed last.
+        # This mirrors the all-gather. The helper sums one node's blocks inside this node, while the blocks of the node
+        # before go round the inter ring. Node i - 1 leaves first; node i stays here and is summed last.
         chunks = self._chunks(blocks)
-        rows = _Wave()
+        sums = _Pipeline()
         jobs = [
-            self.helper.submit(partial(rows.add, _scattering(chunk[(i - 1 - t) % ng], self.row)))
-            for t in range(ng)
+            self.helper.submit(partial(sums.add, _scatter_steps(chunk[(i - 1 - t) % num_nodes], self.intra)))
+            for t in range(num_nodes)
             for chunk in chunks
         ]
-        jobs += [self.helper.submit(rows.move) for _ in range(self.row.size - 1)]
-        done = jobs[self.row.size - 1 :]  # a row has made its steps when so many others have begun
-        rings = [
-            _scattering([row[j] for row in chunk], self.column, done[k :: len(chunks)])
+        jobs += [self.helper.submit(sums.move) for _ in range(self.intra.size - 1)]
+        done = jobs[self.intra.size - 1 :]  # a sum has made all its steps when so many others have begun
+        rounds = [
+            _scatter_steps([node[j] for node in chunk], self.inter, done[k :: len(chunks)])
             for k, chunk in enumerate(chunks)
         ]
-        for _ in range(ng):
-            for ring in rings:
-                next(ring, None)
+        for _ in range(num_nodes):
+            for steps in rounds:
+                next(steps, None)
 
     def all_reduce(self, blocks: Blocks, algorithm: Algorithm = "ho") -> None:
-        """Every block holds the sum of all ranks' blocks of its place: a reduce-scatter and an all-gather. In place."""
+        """Sum all ranks' blocks (i, j) into every rank's block (i, j): a reduce-scatter, then an all-gather."""
         self.reduce_scatter(blocks, algorithm)
         self.all_gather(blocks, algorithm)
 
     def _chunks(self, blocks: Blocks) -> list[Blocks]:
-        """`blocks` cut into so many parts that none is longer than `chunk_bytes`; part k of every block, in order."""
-        longest = max(block.nbytes for row in blocks for block in row)
+        """Cut every block into the same number of parts, so that none is longer than `chunk_bytes`.
+
+        Chunk k holds part k of every block.
+        """
+        longest = max(block.nbytes for node in blocks for block in node)
         parts = max(1, -(-longest // self.chunk_bytes))
-        return [[[_part(block, k, parts) for block in row] for row in blocks] for k in range(parts)]
+        return [[[_part(block, k, parts) for block in node] for node in blocks] for k in range(parts)]
 
 
 def _part(block: Tensor, k: int, parts: int) -> Tensor:
     return block[k * block.numel() // parts : (k + 1) * block.numel() // parts]
 
 
-class _Wave:
-    """Several rings of one circle on their way: when another joins, those before it move a step."""
+class _Pipeline:
+    """Several rounds of one ring in flight: when another round joins, those before it move by a step."""
 
     def __init__(self) -> None:
-        self._flying: list[Iterator[None]] = []
+        self._in_flight: list[Iterator[None]] = []
 
-    def add(self, ring: Iterator[None]) -> None:
-        """Its first step begins; it is through once so many others as it has steps have joined, or were moved."""
-        next(ring, None)
+    def add(self, steps: Iterator[None]) -> None:
+        """Begin a round's first step. The round has ended once it was moved as often as it has steps."""
+        next(steps, None)
         self.move()
-        self._flying.append(ring)
+        self._in_flight.append(steps)
 
     def move(self) -> None:
-        """A step of all of them."""
-        self._flying = [ring for ring in self._flying if next(ring, self) is not self]
+        """Move every round by a step."""
+        self._in_flight = [steps for steps in self._in_flight if next(steps, self) is not self]
 
     def end(self) -> None:
-        """All the steps that are left."""
-        while self._flying:
+        """Make all steps that are left."""
+        while self._in_flight:
             self.move()
 
 
-def _gathering(blocks: Sequence[Tensor], circle: Circle) -> Iterator[None]:
-    """Every block from its owner; a step begins before each `yield`, and ends after it."""
-    for t in range(circle.size - 1):
-        flight = _begin(blocks[(circle.place - t) % circle.size], blocks[(circle.place - t - 1) % circle.size], circle)
+def _gather_steps(blocks: Sequence[Tensor], ring: Ring) -> Iterator[None]:
+    """Gather every block from its owner; a step begins before each `yield` and ends after it."""
+    for t in range(ring.size - 1):
+        send, receive = blocks[(ring.position - t) % ring.size], blocks[(ring.position - t - 1) % ring.size]
+        flight = _begin(send, receive, ring)
         yield
-        _end(flight, circle)
+        _end(flight, ring)
 
 
-def _scattering(blocks: Sequence[Tensor], circle: Circle, there: Sequence[Handle] = ()) -> Iterator[None]:
-    """Block `place` ends as the sum over the circle, in steps as `_gathering`; each starts at the rank after its owner.
+def _scatter_steps(blocks: Sequence[Tensor], ring: Ring, ready: Sequence[Handle] = ()) -> Iterator[None]:
+    """Sum block p over the ring into the rank at position p, in steps like those of `_gather_steps`.
 
-    there[t]: to be waited for before block place - 1 - t is used.
+    Each block starts at the rank after its owner. `ready[t]` is waited for before block `position - 1 - t` is used.
     """
-    n, place = circle.size, circle.place
-    for handle in there[:1]:
+    n, position = ring.size, ring.position
+    for handle in ready[:1]:
         handle.wait()
     for t in range(n - 1):
-        mine = blocks[(place - 2 - t) % n]
+        mine = blocks[(position - 2 - t) % n]
         into = torch.empty_like(mine)
-        flight = _begin(blocks[(place - 1 - t) % n], into, circle)
+        flight = _begin(blocks[(position - 1 - t) % n], into, ring)
         yield
-        _end(flight, circle)
-        for handle in there[t + 1 : t + 2]:
+        _end(flight, ring)
+        for handle in ready[t + 1 : t + 2]:
             handle.wait()
         mine.add_(into)
 
 
-def gather(blocks: Sequence[Tensor], circle: Circle) -> None:
-    """All-gather on a circle: this rank's block `place` is there, then all are."""
-    for _ in _gathering(blocks, circle):
+def ring_all_gather(blocks: Sequence[Tensor], ring: Ring) -> None:
+    """Fill all blocks in place; block `ring.position` is this rank's own."""
+    for _ in _gather_steps(blocks, ring):
         pass
 
 
-def scatter(blocks: Sequence[Tensor], circle: Circle) -> None:
-    """Reduce-scatter on a circle: block `place` ends as the sum of everybody's; the others are used up."""
-    for _ in _scattering(blocks, circle):
+def ring_reduce_scatter(blocks: Sequence[Tensor], ring: Ring) -> None:
+    """Sum block `ring.position` over all ranks of the ring, in place; the other blocks are overwritten."""
+    for _ in _scatter_steps(blocks, ring):
         pass
 
 
-def exchange(send: Tensor, receive: Tensor, circle: Circle) -> None:
-    """Send to the next rank of the circle, receive from the one before; nothing where a tensor is empty.
+def send_and_receive(send: Tensor, receive: Tensor, ring: Ring) -> None:
+    """Send to the next rank of the ring and receive from the one before; an empty tensor is not sent.
 
-    PeerLost names both where that fails.
+    PeerLost names both neighbours where that fails.
     """
-    _end(_begin(send, receive, circle), circle)
+    _end(_begin(send, receive, ring), ring)
 
 
-def _begin(send: Tensor, receive: Tensor, circle: Circle) -> list[dist.Work]:
+def _begin(send: Tensor, receive: Tensor, ring: Ring) -> list[dist.Work]:
     ops = []
     if send.numel():
-        ops.append(dist.P2POp(dist.isend, send, _next(circle), circle.group))
-        if circle.crossing[circle.place]:
-            circle.sent.inter += send.nbytes
+        ops.append(dist.P2POp(dist.isend, send, _next(ring), ring.group))
+        if ring.crossing[ring.position]:
+            ring.sent.inter += send.nbytes
         else:
-            circle.sent.intra += send.nbytes
+            ring.sent.intra += send.nbytes
     if receive.numel():
-        ops.append(dist.P2POp(dist.irecv, receive, _before(circle), circle.group))
-    with _naming_neighbours(circle):
+        ops.append(dist.P2POp(dist.irecv, receive, _before(ring), ring.group))
+    with _naming_neighbours(ring):
         return dist.batch_isend_irecv(ops) if ops else []
 
 
-def _end(flight: Sequence[dist.Work], circle: Circle) -> None:
-    with _naming_neighbours(circle):
+def _end(flight: Sequence[dist.Work], ring: Ring) -> None:
+    with _naming_neighbours(ring):
         for work in flight:
             work.wait()
 
 
-def _next(circle: Circle) -> int:
-    return circle.ranks[(circle.place + 1) % circle.size]
+def _next(ring: Ring) -> int:
+    return ring.ranks[(ring.position + 1) % ring.size]
 
 
-def _before(circle: Circle) -> int:
-    return circle.ranks[(circle.place - 1) % circle.size]
+def _before(ring: Ring) -> int:
+    return ring.ranks[(ring.position - 1) % ring.size]
 
 
 @contextmanager
-def _naming_neighbours(circle: Circle) -> Iterator[None]:
+def _naming_neighbours(ring: Ring) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         raise PeerLost(
-            f"rank {circle.ranks[circle.place]} could not exchange with its neighbours, rank {_before(circle)} before "
-            f"it and rank {_next(circle)} after it: one of them died, or waits for another. "
+            f"rank {ring.ranks[ring.position]} could not exchange with its neighbours, rank {_before(ring)} before "
+            f"it and rank {_next(ring)} after it: one of them died, or waits for another. "
             f"[{str(error).splitlines()[0][:200]}]"
         ) from error

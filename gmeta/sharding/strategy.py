@@ -1,7 +1,8 @@
-"""Where parameters, gradients and optimizer state lie: PaRO's three levels, its rule, and what each choice costs.
+"""Where parameters, gradients and optimizer state lie: PaRO's three scopes, its rule, and what each strategy costs.
 
-A placement is three letters, for parameters, gradients and optimizer state (arXiv 2310.06003): N, replicated on all
-ranks; I, sharded inside a group of fast links and replicated across groups; G, sharded over all ranks. Pure.
+A sharding strategy is three letters, for parameters, gradients and optimizer state (arXiv 2310.06003): N keeps a
+replica on every rank; I shards inside a node, whose ranks are joined by fast links, and replicates across nodes; G
+shards over all ranks. Everything here is pure.
 """
 
 from __future__ import annotations
@@ -11,85 +12,86 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-Level = Literal["N", "I", "G"]
-LEVELS: tuple[Level, ...] = ("N", "I", "G")
+ShardScope = Literal["N", "I", "G"]
+"""Over which ranks something is sharded: over none, over those of a node, or over all."""
+SCOPES: tuple[ShardScope, ...] = ("N", "I", "G")
 RULE = "the optimizer state (third letter) must be sharded at least as finely as parameters and gradients (N < I < G)"
 
 
 @dataclass(frozen=True)
-class Groups:
-    """How ranks are grouped: rank r is place r % size of group r // size."""
+class NodeLayout:
+    """How ranks are spread over nodes: rank r is local rank r % node_size of node r // node_size."""
 
-    size: int  # ranks of one group, joined by fast links (m)
-    count: int = 1  # groups
+    node_size: int  # ranks of one node, joined by fast links (m in the paper)
+    num_nodes: int = 1
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.count < 1:
-            raise ValueError(f"{self.count} groups of {self.size} ranks: both must be at least 1")
+        if self.node_size < 1 or self.num_nodes < 1:
+            raise ValueError(f"{self.num_nodes} nodes of {self.node_size} ranks: both must be at least 1")
 
     @property
     def world_size(self) -> int:
-        """All ranks (n)."""
-        return self.size * self.count
+        """The number of all ranks (n in the paper)."""
+        return self.node_size * self.num_nodes
 
-    def divisor(self, level: Level) -> int:
-        """In how many parts something is cut at a level."""
-        return {"N": 1, "I": self.size, "G": self.world_size}[level]
+    def num_partitions(self, scope: ShardScope) -> int:
+        """The number of partitions into which a tensor is cut at a scope."""
+        return {"N": 1, "I": self.node_size, "G": self.world_size}[scope]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """One of the 14 placements; `Placement.parse` makes it from its name."""
+class ShardingStrategy:
+    """One of the 14 strategies; `ShardingStrategy.parse` makes it from its name."""
 
-    params: Level
-    grads: Level
-    state: Level  # of the optimizer
+    params: ShardScope
+    grads: ShardScope
+    state: ShardScope  # of the optimizer
 
     def __post_init__(self) -> None:
         for letter in (self.params, self.grads, self.state):
-            if letter not in LEVELS:
-                raise ValueError(f"placement {self}: {letter!r} is no level, it must be N, I or G")
+            if letter not in SCOPES:
+                raise ValueError(f"sharding {self}: {letter!r} is no scope, it must be N, I or G")
         if not _allowed(self.params, self.grads, self.state):
-            raise ValueError(f"placement {self}: {RULE}; nearest are {', '.join(nearest(str(self)))}")
+            raise ValueError(f"sharding {self}: {RULE}; nearest are {', '.join(nearest_strategies(str(self)))}")
 
     @staticmethod
-    def parse(name: str) -> Placement:
-        """From three letters, such as IIG. ValueError tells the rule, and the nearest placements that keep it."""
-        if not isinstance(name, str) or len(name) != 3 or set(name) - set(LEVELS):
+    def parse(name: str) -> ShardingStrategy:
+        """Parse three letters, such as IIG. ValueError tells the rule, and the nearest strategies that keep it."""
+        if not isinstance(name, str) or len(name) != 3 or set(name) - set(SCOPES):
             raise ValueError(
-                f"placement is {name!r}: it must be three of the letters N, I and G, for parameters, gradients and "
-                f"optimizer state, one of {', '.join(PLACEMENTS)}; or auto, for the planner to choose"
+                f"sharding is {name!r}: it must be three of the letters N, I and G, for parameters, gradients and "
+                f"optimizer state, one of {', '.join(STRATEGIES)}; or auto, for the planner to choose"
             )
-        params, grads, state = (LEVELS[LEVELS.index(letter)] for letter in name)
-        return Placement(params, grads, state)
+        params, grads, state = (SCOPES[SCOPES.index(letter)] for letter in name)
+        return ShardingStrategy(params, grads, state)
 
     def __str__(self) -> str:
         return f"{self.params}{self.grads}{self.state}"
 
 
-def _allowed(params: Level, grads: Level, state: Level) -> bool:
-    return LEVELS.index(state) >= max(LEVELS.index(params), LEVELS.index(grads))
+def _allowed(params: ShardScope, grads: ShardScope, state: ShardScope) -> bool:
+    return SCOPES.index(state) >= max(SCOPES.index(params), SCOPES.index(grads))
 
 
 def _names() -> Iterator[str]:
-    for params, grads, state in product(LEVELS, repeat=3):
+    for params, grads, state in product(SCOPES, repeat=3):
         if _allowed(params, grads, state):
             yield f"{params}{grads}{state}"
 
 
-PLACEMENTS: tuple[str, ...] = tuple(_names())
-"""Names of the 14 placements that keep the rule."""
+STRATEGIES: tuple[str, ...] = tuple(_names())
+"""The names of the 14 strategies that keep the rule."""
 
 
-def nearest(name: str) -> list[str]:
-    """The valid placements that differ from `name` in the fewest letters."""
-    distance = {valid: sum(a != b for a, b in zip(valid, name, strict=True)) for valid in PLACEMENTS}
-    return [valid for valid in PLACEMENTS if distance[valid] == min(distance.values())]
+def nearest_strategies(name: str) -> list[str]:
+    """The valid strategies that differ from `name` in the fewest letters."""
+    distance = {valid: sum(a != b for a, b in zip(valid, name, strict=True)) for valid in STRATEGIES}
+    return [valid for valid in STRATEGIES if distance[valid] == min(distance.values())]
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """Bytes of one number. The defaults are mixed-precision Adam's: bf16, and fp32 master weights and two moments."""
+class ElementBytes:
+    """Bytes of one element. The defaults are mixed-precision Adam's: bf16, with fp32 master weights and two moments."""
 
     param: int = 2
     grad: int = 2
@@ -97,58 +99,64 @@ class Bytes:
 
 
 def memory_bytes(
-    placement: Placement, groups: Groups, params: int, trainable: int | None = None, sizes: Bytes | None = None
+    strategy: ShardingStrategy,
+    layout: NodeLayout,
+    params: int,
+    trainable: int | None = None,
+    sizes: ElementBytes | None = None,
 ) -> dict[str, float]:
-    """Bytes a rank holds all the time, by what they are; activations and what is gathered for a moment not counted.
+    """The bytes that a rank holds all the time, by kind; activations and gathered copies are not counted.
 
-    2 P / d(p) + 2 P' / d(g) + 12 P' / d(os) in the paper's setting, P parameters of which P' are trained.
+    In the paper's setting this is 2 P / d(p) + 2 P' / d(g) + 12 P' / d(os), with P parameters of which P' are trained.
     """
-    sizes = sizes or Bytes()
+    sizes = sizes or ElementBytes()
     trainable = params if trainable is None else trainable
     return {
-        "params": sizes.param * params / groups.divisor(placement.params),
-        "grads": sizes.grad * trainable / groups.divisor(placement.grads),
-        "state": sizes.state * trainable / groups.divisor(placement.state),
+        "params": sizes.param * params / layout.num_partitions(strategy.params),
+        "grads": sizes.grad * trainable / layout.num_partitions(strategy.grads),
+        "state": sizes.state * trainable / layout.num_partitions(strategy.state),
     }
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Bytes that a whole group sends in one optimizer step, all its ranks together."""
+class NodeTraffic:
+    """Bytes that the ranks of one node send together in one optimizer step."""
 
-    intra: float = 0.0  # to ranks of the same group
-    inter: float = 0.0  # to other groups
+    intra: float = 0.0  # to ranks of the same node
+    inter: float = 0.0  # to other nodes
 
-    def __add__(self, other: Sent) -> Sent:
-        return Sent(self.intra + other.intra, self.inter + other.inter)
+    def __add__(self, other: NodeTraffic) -> NodeTraffic:
+        return NodeTraffic(self.intra + other.intra, self.inter + other.inter)
 
-    def __mul__(self, times: float) -> Sent:
-        return Sent(self.intra * times, self.inter * times)
+    def __mul__(self, times: float) -> NodeTraffic:
+        return NodeTraffic(self.intra * times, self.inter * times)
 
 
-def gathered(amount: float, low: Level, high: Level, groups: Groups, *, flat: bool) -> Sent:
-    """What a group sends to turn parts at level `low` into parts at the coarser `high`, of `amount` bytes in all.
+def gather_traffic(
+    amount: float, finer: ShardScope, coarser: ShardScope, layout: NodeLayout, *, flat: bool
+) -> NodeTraffic:
+    """What a node sends to gather partitions of scope `finer` into those of scope `coarser`, `amount` bytes in all.
 
-    The same as for the reduce-scatter that goes the other way. `flat` is a ring of all ranks in order; otherwise groups
-    exchange first, each rank with its counterparts, and then every group within itself.
+    The reduce-scatter that goes the other way sends the same. With `flat` there is one ring of all ranks in order.
+    Otherwise each rank first exchanges with its counterparts in other nodes, and then every node within itself.
     """
-    m, ng = groups.size, groups.count
-    if low == high:
-        return Sent()
-    if (low, high) == ("I", "N"):  # m rings of one group: each rank sends (m - 1) / m of it
-        return Sent(intra=amount * (m - 1))
-    if (low, high) == ("G", "I"):  # each rank holds 1 / m of it at the end, and sends (ng - 1) / ng of that
-        return Sent(inter=amount * (ng - 1) / ng)
+    m, ng = layout.node_size, layout.num_nodes
+    if finer == coarser:
+        return NodeTraffic()
+    if (finer, coarser) == ("I", "N"):  # m ranks in a ring: each sends (m - 1) / m of it
+        return NodeTraffic(intra=amount * (m - 1))
+    if (finer, coarser) == ("G", "I"):  # each rank holds 1 / m of it at the end, and sends (ng - 1) / ng of that
+        return NodeTraffic(inter=amount * (ng - 1) / ng)
     if flat:
-        n = groups.world_size
-        ring = amount * (n - 1) / n  # what each rank sends to the next one; the last of a group, to another group
-        return Sent(ring * (m - 1), ring) if ng > 1 else Sent(ring * m, 0.0)
-    return gathered(amount, "G", "I", groups, flat=flat) + gathered(amount, "I", "N", groups, flat=flat)
+        n = layout.world_size
+        ring = amount * (n - 1) / n  # what each rank sends to the next one; a node's last rank sends to another node
+        return NodeTraffic(ring * (m - 1), ring) if ng > 1 else NodeTraffic(ring * m, 0.0)
+    return gather_traffic(amount, "G", "I", layout, flat=flat) + gather_traffic(amount, "I", "N", layout, flat=flat)
 
 
 def sent_bytes(
-    placement: Placement,
-    groups: Groups,
+    strategy: ShardingStrategy,
+    layout: NodeLayout,
     *,
     params: float,
     updated: float,
@@ -156,29 +164,32 @@ def sent_bytes(
     accumulation: int = 1,
     gathers: int = 2,
     flat: bool = True,
-) -> Sent:
-    """What a group sends in one optimizer step of `accumulation` micro-batches, its ranks together.
+) -> NodeTraffic:
+    """What the ranks of a node send together in one optimizer step of `accumulation` micro-batches.
 
-    In bytes, padding included: `params` of all parameters, `updated` of those that are trained, both as they are
-    gathered, `grads` of all gradients as they are reduced. `gathers` times a micro-batch parameters are gathered: in
-    forward and in backward.
+    Amounts are bytes, padding included: `params` of all parameters and `updated` of those that are trained, both as
+    they are gathered, and `grads` of all gradients as they are reduced. `gathers` says how often parameters are
+    gathered in a micro-batch: twice, for forward and backward.
     """
-    p, g, state = placement.params, placement.grads, placement.state
-    every = gathered(params, p, "N", groups, flat=flat) * gathers + gathered(grads, g, "N", groups, flat=flat)
-    once = _synchronised(g, state, grads, groups, flat=flat) + gathered(updated, state, p, groups, flat=flat)
-    return every * accumulation + once
+    p, g, state = strategy.params, strategy.grads, strategy.state
+    gathered = gather_traffic(params, p, "N", layout, flat=flat) * gathers
+    per_micro_batch = gathered + gather_traffic(grads, g, "N", layout, flat=flat)
+    published = gather_traffic(updated, state, p, layout, flat=flat)
+    return per_micro_batch * accumulation + _sync_traffic(g, state, grads, layout, flat=flat) + published
 
 
-def _synchronised(grads: Level, state: Level, amount: float, groups: Groups, *, flat: bool) -> Sent:
-    """Of the gradients, once a step: summed over all ranks, and cut down to the optimizer's parts."""
-    m, ng = groups.size, groups.count
-    across = Sent(inter=2 * amount * (ng - 1) / ng)  # all-reduce between groups, 1 / m of it on each rank
+def _sync_traffic(
+    grads: ShardScope, state: ShardScope, amount: float, layout: NodeLayout, *, flat: bool
+) -> NodeTraffic:
+    """What sums gradients over all ranks once a step, and cuts them down to the optimizer's partitions."""
+    m, ng = layout.node_size, layout.num_nodes
+    across = NodeTraffic(inter=2 * amount * (ng - 1) / ng)  # an all-reduce between nodes, of 1 / m on each rank
     if (grads, state) == ("N", "N"):
-        n = groups.world_size
+        n = layout.world_size
         ring = 2 * amount * (n - 1) / n
         if not flat:
-            return gathered(amount, "I", "N", groups, flat=False) * 2 + across
-        return Sent(ring * (m - 1), ring) if ng > 1 else Sent(ring * m, 0.0)
+            return gather_traffic(amount, "I", "N", layout, flat=False) * 2 + across
+        return NodeTraffic(ring * (m - 1), ring) if ng > 1 else NodeTraffic(ring * m, 0.0)
     if state == "I":
-        return across if grads == "I" else gathered(amount, "I", "N", groups, flat=flat) + across
-    return gathered(amount, state, grads, groups, flat=flat)
+        return across if grads == "I" else gather_traffic(amount, "I", "N", layout, flat=flat) + across
+    return gather_traffic(amount, state, grads, layout, flat=flat)

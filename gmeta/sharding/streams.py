@@ -1,7 +1,7 @@
-"""Work that runs beside the computing, in order: a thread on CPU, a stream on CUDA.
+"""Work that runs beside computing, in order: on a thread on CPU, on a stream on CUDA.
 
-Collectives of several phases are written as plain blocking code, and made asynchronous here. All ranks submit the same
-jobs to a lane in the same order, as they must call collectives in the same order.
+Collectives of several phases are written as plain blocking code and are made asynchronous here. All ranks must submit
+the same jobs to a stream in the same order, as they must call collectives in the same order.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Job = Callable[[], None]
 
 
 class Handle:
-    """A job that was submitted; `wait` returns when it is done, or raises what it raised.
+    """A submitted job. `wait` returns when the job is done, or raises what it raised.
 
-    On CUDA it is the current stream of the lane's device that waits, not the host.
+    On CUDA the current stream of the job's device waits, not the host.
     """
 
     def __init__(
@@ -31,15 +31,16 @@ class Handle:
         self._future, self._event, self._device = future, event, device
 
     def wait(self) -> None:
-        """Once it was waited for, again costs nothing."""
+        """Wait for the job. Waiting again costs nothing."""
         if self._future is not None:
             self._future.result()
         if self._event is not None:
             torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
-class Lane:
-    """Runs jobs one after the other. After a job that failed all others fail likewise: nothing in flight is trusted."""
+class CommStream:
+    """Runs jobs one after the other. After a job has failed all others fail likewise, for nothing in flight is
+    trusted."""
 
     def __init__(self, device: torch.device, name: str) -> None:
         self.device = device
@@ -54,7 +55,7 @@ class Lane:
             self._thread.start()
 
     def submit(self, job: Job) -> Handle:
-        """Run `job` after all that were submitted before. RuntimeError: the lane is closed."""
+        """Run `job` after all that were submitted before. RuntimeError says that the stream is closed."""
         if self._closed:
             raise RuntimeError("the engine is closed: make another with paro()")
         if self._stream is not None:
@@ -84,6 +85,6 @@ class Lane:
             del item, job, future  # tensors that the job holds are free now, not when the next one comes
 
     def close(self) -> None:
-        """End the thread once its jobs are done; does not wait."""
+        """End the thread once its jobs are done; this does not wait for it."""
         self._closed = True
         self._jobs.put(None)

@@ -1,4 +1,4 @@
-"""torch's own FSDP2 behind the interface of `Paro`, for the placements that it has: III (as HSDP) and GGG."""
+"""torch's own FSDP2 behind the interface of `Paro`, for the strategies that it has: III (as HSDP) and GGG."""
 
 from __future__ import annotations
 
@@ -13,42 +13,45 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gmeta.sharding.checkpoint import first_state
-from gmeta.sharding.ring import Circle, Counter
-from gmeta.sharding.units import OptimizerFactory, Stepped, broadcast_module, items
+from gmeta.sharding.checkpoint import create_optimizer_state
+from gmeta.sharding.ring import RankTraffic, Ring
+from gmeta.sharding.units import OptimizerFactory, StepResult, broadcast_module, default_units
 
 
 class TorchEngine:
-    """See `Paro`, whose checkpoints it shares. Gradients are averaged; parameters of the root are in no unit."""
+    """An engine with the methods of `Paro`, whose checkpoints it shares.
+
+    It averages gradients. Parameters that are in no unit belong to the root.
+    """
 
     def __init__(
         self,
         module: nn.Module,
         optimizer_factory: OptimizerFactory,
         mesh: DeviceMesh,
-        placement: str,
+        strategy: str,
         units: Sequence[nn.Module] | None,
         compute_dtype: torch.dtype | None,
         grad_dtype: torch.dtype | None,
     ) -> None:
-        if placement not in ("III", "GGG"):
+        if strategy not in ("III", "GGG"):
             raise ValueError(
-                f"backend torch has no {placement}: it shards III (HSDP) and GGG (FSDP2); for NNN take "
+                f"backend torch has no {strategy}: it shards III (HSDP) and GGG (FSDP2); for NNN take "
                 "DistributedDataParallel itself"
             )
         kinds = {param.device.type for param in module.parameters()}
         if kinds != {mesh.device_type}:
             raise ValueError(
                 f"the mesh is of {mesh.device_type} devices, the module on {', '.join(sorted(kinds))}: make it with "
-                "group_mesh(size, device_type)"
+                "node_mesh(size, device_type)"
             )
-        self.module, self._late = module, placement == "III"
+        self.module, self._late = module, strategy == "III"
         everyone = tuple(mesh.mesh.flatten().tolist())
-        broadcast_module(module, Circle(everyone, 0, None, (), Counter()))
-        if placement == "GGG":
+        broadcast_module(module, Ring(everyone, 0, None, (), RankTraffic()))
+        if strategy == "GGG":
             mesh = DeviceMesh(mesh.device_type, mesh.mesh.flatten(), mesh_dim_names=("all",))
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=grad_dtype)
-        for unit in items(module) if units is None else units:
+        for unit in default_units(module) if units is None else units:
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
         self._parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
@@ -56,18 +59,18 @@ class TorchEngine:
         self.optimizer = optimizer_factory(self._named)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass."""
+        """Run the module's forward pass."""
         return self.module(*args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool = True) -> None:
-        """`loss.backward()` of a micro-batch; III sums between groups in the last one only."""
+        """Run `loss.backward()` for a micro-batch. III sums gradients between nodes in the last micro-batch only."""
         if self._late:
             for part in self._parts:
                 part.set_requires_all_reduce(last)
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self, clip_norm: float | None = None, grad_scale: float = 1.0) -> Stepped:
-        """As `Paro.step`."""
+    def step(self, clip_norm: float | None = None, grad_scale: float = 1.0) -> StepResult:
+        """Update the parameters, see `Paro.step`."""
         gradients = [p.grad for _, p in self._named if p.grad is not None]
         total: Any = nn.utils.get_total_norm(gradients)
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total) * grad_scale
@@ -79,11 +82,11 @@ class TorchEngine:
                     gradient.mul_(scale)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return Stepped(norm, finite)
+        return StepResult(norm, finite)
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """All parameters are whole inside."""
+    def unsharded(self) -> Iterator[None]:
+        """Keep all parameters unsharded inside the block."""
         for part in self._parts:
             part.unshard()
         try:
@@ -93,9 +96,9 @@ class TorchEngine:
                 part.reshard()
 
     def state(self) -> dict[str, Tensor]:
-        """As `Paro.state`."""
+        """Tensors to save and load, see `Paro.state`."""
         if not self.optimizer.state:
-            first_state(self.optimizer)
+            create_optimizer_state(self.optimizer)
         found: dict[str, Tensor] = {name: p.detach() for name, p in self.module.named_parameters()}
         for name, p in self._named:
             for key, value in self.optimizer.state[p].items():
@@ -103,7 +106,7 @@ class TorchEngine:
         return found
 
     def loaded(self) -> None:
-        """Nothing is left to do after the tensors of `state()` were loaded."""
+        """Do nothing: no work is left after the tensors of `state()` were loaded."""
 
     def close(self) -> None:
-        """Nothing to give back: parameters stay sharded."""
+        """Do nothing: parameters stay sharded."""

@@ -1,4 +1,4 @@
-"""Which parameters are gathered together: a module's units, and what is checked before any of it is sharded."""
+"""Which parameters are gathered together: the units of a module, and the checks made before any of it is sharded."""
 
 from __future__ import annotations
 
@@ -11,63 +11,65 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gmeta.sharding.flat_parameters import Flat, Piece
-from gmeta.sharding.ring import Circle
-from gmeta.sharding.strategy import Placement
+from gmeta.sharding.flat_parameters import FlatParameter, Partition
+from gmeta.sharding.ring import Ring
+from gmeta.sharding.strategy import ShardingStrategy
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-"""From named parameters to their optimizer, such as `partial(torch.optim.AdamW, lr=1e-3)`. The parameters are one-
-dimensional parts of the module's, under the names that those have; one is empty where this rank updates nothing."""
+"""Makes an optimizer from named parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`. It gets one-dimensional
+partitions of the module's parameters under the names that those have; the list is empty on a rank that updates nothing.
+"""
 T = TypeVar("T")
-MakeFlat = Callable[[Sequence[tuple[str, nn.Parameter]], Placement], Flat]
+MakeFlatParameter = Callable[[Sequence[tuple[str, nn.Parameter]], ShardingStrategy], FlatParameter]
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """What an engine's `step` did."""
 
-    grad_norm: float  # of the whole gradient, before clipping
-    finite: bool  # False: a gradient was not finite, on some rank, and no rank changed anything
+    grad_norm: float  # of the full gradient, before clipping
+    finite: bool  # False: a gradient was not finite on some rank, and no rank changed anything
 
 
 @dataclass(eq=False)
 class Unit:
-    """A submodule whose parameters, less those of units inside it, are there together and gone together."""
+    """A submodule whose parameters, except those of units inside it, are gathered and freed together."""
 
     name: str
     module: nn.Module
-    flats: list[Flat]
-    root: bool = False  # the whole module: what is in no other unit; stays from its forward to the end of backward
+    flat_parameters: list[FlatParameter]
+    root: bool = False  # the module itself, with all that no other unit has; stays until the end of backward
 
-    def fetch(self) -> None:
-        """Start to gather all of it."""
-        for flat in self.flats:
-            flat.fetch()
+    def start_unshard(self) -> None:
+        """Start to gather all parameters of the unit."""
+        for flat in self.flat_parameters:
+            flat.start_unshard()
 
-    def free(self) -> None:
-        """Forget what was gathered."""
-        for flat in self.flats:
-            flat.free()
+    def reshard(self) -> None:
+        """Free what was gathered."""
+        for flat in self.flat_parameters:
+            flat.reshard()
 
 
 def make_units(
     module: nn.Module,
     given: Sequence[nn.Module] | None,
-    placements: Mapping[str, Placement],
-    make_flat: MakeFlat,
+    strategies: Mapping[str, ShardingStrategy],
+    make_flat: MakeFlatParameter,
 ) -> list[Unit]:
     """The units of `module` in its own order, the root last.
 
-    ValueError: a given unit is no submodule; one parameter belongs to several units; a placement's name fits nothing.
+    ValueError where a given unit is no submodule, where one parameter belongs to several units, or where the name of a
+    strategy fits no parameter.
     """
     names = {child: name for name, child in module.named_modules()}
-    chosen = list(items(module)) if given is None else list(given)
+    chosen = list(default_units(module)) if given is None else list(given)
     for unit in chosen:
         if unit not in names:
             raise ValueError(f"a unit of type {type(unit).__name__} is no part of the module: give its submodules")
-    for prefix in filter(None, placements):
+    for prefix in filter(None, strategies):
         if not any(name == prefix or name.startswith(f"{prefix}.") for name, _ in module.named_parameters()):
-            raise ValueError(f"placement for {prefix!r}: no parameter has a name that begins so")
+            raise ValueError(f"sharding for {prefix!r}: no parameter has a name that begins with it")
     inside = {unit for unit in chosen if unit is not module}
     owners: dict[nn.Parameter, tuple[str, nn.Module]] = {}
     members: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {module: [], **{unit: [] for unit in inside}}
@@ -84,7 +86,7 @@ def make_units(
         members[unit].append((name, param))
     units = [
         Unit(
-            names[owner], owner, [make_flat(part, place) for part, place in _parts(found, placements)], owner is module
+            names[owner], owner, [make_flat(part, place) for part, place in _parts(found, strategies)], owner is module
         )
         for owner, found in members.items()
     ]
@@ -96,18 +98,18 @@ def _called(name: str) -> str:
     return name or "the module itself"
 
 
-def items(module: nn.Module) -> Iterator[nn.Module]:
+def default_units(module: nn.Module) -> Iterator[nn.Module]:
     """The outermost items of ModuleLists and Sequentials that have parameters."""
     for child in module.children():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             if any(True for _ in child.parameters()):
                 yield child
         else:
-            yield from items(child)
+            yield from default_units(child)
 
 
 def _owned(module: nn.Module, units: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
-    """Every (name, parameter, innermost unit); a shared parameter as often as it is there."""
+    """Yield every (name, parameter, innermost unit); a shared parameter comes as often as it occurs."""
 
     def walk(child: nn.Module, prefix: str, unit: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
         unit = child if child in units else unit
@@ -120,30 +122,30 @@ def _owned(module: nn.Module, units: set[nn.Module]) -> Iterator[tuple[str, nn.P
 
 
 def _parts(
-    members: Sequence[tuple[str, nn.Parameter]], placements: Mapping[str, Placement]
-) -> Iterator[tuple[list[tuple[str, nn.Parameter]], Placement]]:
-    """Members of one placement, one dtype, all trained or none, in order."""
-    found: dict[tuple[Placement, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+    members: Sequence[tuple[str, nn.Parameter]], strategies: Mapping[str, ShardingStrategy]
+) -> Iterator[tuple[list[tuple[str, nn.Parameter]], ShardingStrategy]]:
+    """Split members into runs of one strategy and one dtype that are all trained or all frozen, in order."""
+    found: dict[tuple[ShardingStrategy, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in members:
-        place = placed(name, placements) or Placement("N", "N", "N")
+        place = of_longest_prefix(name, strategies) or ShardingStrategy("N", "N", "N")
         found.setdefault((place, param.dtype, param.requires_grad), []).append((name, param))
     for (place, _, _), part in found.items():
         yield part, place
 
 
-def placed(name: str, placements: Mapping[str, T]) -> T | None:
-    """What `placements` says of a parameter: by the longest name that it is, or is in; None where it says nothing."""
-    prefixes = [p for p in placements if not p or name == p or name.startswith(f"{p}.")]
-    return placements[max(prefixes, key=len)] if prefixes else None
+def of_longest_prefix(name: str, strategies: Mapping[str, T]) -> T | None:
+    """The value for a parameter, by the longest of the names that it has or is inside; None where no name fits."""
+    prefixes = [p for p in strategies if not p or name == p or name.startswith(f"{p}.")]
+    return strategies[max(prefixes, key=len)] if prefixes else None
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """Tensors in nested lists, tuples and dictionaries."""
+    """The tensors in nested lists, tuples and dictionaries."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def broadcast_module(module: nn.Module, everyone: Circle) -> None:
-    """The first rank's parameters and buffers on all ranks."""
+def broadcast_module(module: nn.Module, everyone: Ring) -> None:
+    """Copy the first rank's parameters and buffers to all ranks."""
     if everyone.size == 1:
         return
     with torch.no_grad():
@@ -153,11 +155,11 @@ def broadcast_module(module: nn.Module, everyone: Circle) -> None:
             tensor.copy_(value)
 
 
-def element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
-    """ValueError unless the optimizer treats a parameter's numbers one by one, so that a part can be updated alone.
+def require_element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
+    """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone.
 
-    Tried out on small tensors, once whole and once cut in two, under the name of a parameter of each number of
-    dimensions: factories often tell matrices from the rest.
+    It is tried on small tensors, once as a whole and once cut in two, under the name of a parameter of each number of
+    dimensions, because factories often tell matrices from the rest.
     """
     if not callable(factory):
         raise ValueError(
@@ -206,29 +208,31 @@ def _updated(
 
 
 class Leave(torch.autograd.Function):
-    """The identity; calls `left` when backward has come so far."""
+    """The identity, which calls `left` when backward has come this far."""
 
     @staticmethod
     def forward(ctx: Any, left: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`tensors`."""
+        """Return `tensors`."""
         ctx.left = left
         return tensors
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """`grads`."""
+        """Return `grads`, after calling `left`."""
         ctx.left()
         return None, *grads
 
 
 def cast(dtype: torch.dtype, value: Any) -> Any:
-    """A floating tensor in `dtype`, anything else as it is."""
+    """A floating tensor in `dtype`; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def make_optimizer(factory: OptimizerFactory, pieces: Sequence[Piece], module: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer also where this rank has nothing to update: schedules change its rates on every rank."""
-    if pieces:
-        return factory([(piece.name, piece.tensor) for piece in pieces])
+def make_optimizer(
+    factory: OptimizerFactory, partitions: Sequence[Partition], module: nn.Module
+) -> torch.optim.Optimizer:
+    """Make an optimizer, also where this rank updates nothing, because schedules change rates on every rank."""
+    if partitions:
+        return factory([(partition.name, partition.tensor) for partition in partitions])
     name, like = next(iter(module.named_parameters()), ("none", torch.empty(0)))
     return factory([(name, nn.Parameter(torch.empty(0, device=like.device)))])

@@ -20,8 +20,8 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.batch import TaskBatch
 from gmeta.data.loader import Shares, TaskLoader
 from gmeta.data.pack import TaskPack
-from gmeta.elastic.agent import Agent, Windows
-from gmeta.elastic.ledger import Plan
+from gmeta.elastic.agent import Agent, LeaseBook
+from gmeta.elastic.ledger import JobSpec
 from gmeta.elastic.monitor import StepTime
 from gmeta.parallel.collectives import broadcast_from_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh
@@ -43,7 +43,7 @@ class Membership:
         """How the batch of `step` is divided; waits until the coordinator has granted the step."""
         setting = self.agent.setting(step)
         # before the first decision the loader's own division, so that nothing differs from a run without a coordinator
-        slots = setting.slots if setting.number else None
+        slots = setting.tasks_per_rank if setting.number else None
         return Shares(slots, setting.micro_batches, setting.drop_after_s)
 
     def finished(self, batch: TaskBatch, step: int, seconds: Mapping[str, float], tasks: int, window: int) -> None:
@@ -59,11 +59,11 @@ class Membership:
         self.agent.finished(spent, batch.epoch, window, tasks)
 
 
-def plan_of(config: TrainConfig, pack: TaskPack) -> Plan:
-    """The ledger of a training run: a shard is a window of the order, and windows come one after the other."""
-    return Plan(
+def plan_of(config: TrainConfig, pack: TaskPack) -> JobSpec:
+    """The ledger of a training run: a work item is a window of the order, and windows come one after the other."""
+    return JobSpec(
         num_samples=pack.split("train").num_tasks,
-        shard_size=config.loader.tasks_per_batch * config.loader.window_batches,
+        work_item_size=config.loader.tasks_per_batch * config.loader.window_batches,
         epochs=config.schedule.epochs,
         seed=config.seed,
         shuffle=False,
@@ -89,11 +89,11 @@ def join(
 
     token = None if elastic.token_file is None else read_token(Path(elastic.token_file))
     client = Client(elastic.url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
-    plan = plan_of(config, pack)
+    spec = plan_of(config, pack)
     generation, error = 0, None
     if mesh.rank == 0:
         try:
-            client.open_job(pack.manifest["xxh3"], plan)
+            client.open_job(pack.manifest["xxh3"], spec)
             answer = client.call(
                 "begin",
                 pack=pack.manifest["xxh3"],
@@ -102,7 +102,7 @@ def join(
                 first_step=step,
                 ahead=config.loader.prefetch + 1,
                 report_s=elastic.report_s,
-                saved=saved or ledger_at(plan, config, loader.state_dict()),
+                saved=saved or ledger_at(spec, config, loader.state_dict()),
             )
             generation = int(answer["generation"])
         except (ValueError, OSError) as problem:
@@ -121,14 +121,14 @@ def join(
             "max_slots": elastic.max_slots or None,
         },
         facts=NodeFacts(),
-        windows=_windows(plan, loader) if mesh.rank == 0 else None,
+        lease_book=_lease_book(spec, loader) if mesh.rank == 0 else None,
     )
     membership = Membership(agent, generation)
     loader.divide_by(membership.shares)
     return membership
 
 
-def ledger_at(plan: Plan, config: TrainConfig, state: Mapping[str, Any]) -> dict[str, Any] | None:
+def ledger_at(spec: JobSpec, config: TrainConfig, state: Mapping[str, Any]) -> dict[str, Any] | None:
     """The ledger of a run that kept none, from its loader's position; None at the start."""
     epoch, index = int(state["epoch"]), int(state["index"])
     if (epoch, index) == (0, 0):
@@ -146,8 +146,8 @@ def ledger_at(plan: Plan, config: TrainConfig, state: Mapping[str, Any]) -> dict
     }
 
 
-def _windows(plan: Plan, loader: TaskLoader[Any]) -> Windows:
-    return Windows(plan.shard_size, plan.num_samples, epochs_finished=loader.epochs_done)
+def _lease_book(spec: JobSpec, loader: TaskLoader[Any]) -> LeaseBook:
+    return LeaseBook(spec.work_item_size, spec.num_samples, epochs_finished=loader.epochs_done)
 
 
 def _device_name(device: torch.device) -> str:

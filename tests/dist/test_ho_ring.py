@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from gmeta.parallel.mesh import Mesh
-from gmeta.sharding.hierarchy import Levels, group_mesh
+from gmeta.sharding.hierarchy import HierarchicalCollectives, node_mesh
 from gmeta.sharding.ring import ALGORITHMS, Algorithm, Blocks
-from gmeta.sharding.streams import Lane
+from gmeta.sharding.streams import CommStream
 
 EVEN = [6] * 8
 UNEVEN = [5, 0, 3, 8, 1, 2, 0, 13]
@@ -27,8 +27,8 @@ def blocks_of(rank: int, sizes: list[int], group_size: int, dtype: torch.dtype) 
 
 
 def exchange(mesh: Mesh, group_size: int, sizes: list[int], dtype: torch.dtype, chunk_bytes: int) -> list[Any]:
-    levels = Levels.open(group_mesh(group_size), "ho", 60.0, torch.device("cpu"))
-    rings, n = levels.rings, mesh.world_size
+    hierarchy = HierarchicalCollectives.open(node_mesh(group_size), "ho", 60.0, torch.device("cpu"))
+    rings, n = hierarchy.rings, mesh.world_size
     rings.chunk_bytes = chunk_bytes
     sizes = sizes[:n]
     everyone = [blocks_of(rank, sizes, group_size, dtype) for rank in range(n)]
@@ -36,21 +36,21 @@ def exchange(mesh: Mesh, group_size: int, sizes: list[int], dtype: torch.dtype, 
     sums = [[torch.stack(parts).sum(0) for parts in zip(*rows, strict=True)] for rows in zip(*everyone, strict=True)]
     counts = []
     for algorithm in ALGORITHMS:
-        before = levels.sent.intra, levels.sent.inter
+        before = hierarchy.sent.intra, hierarchy.sent.inter
         mine = [[torch.full_like(block, 99) for block in row] for row in everyone[0]]
         mine[i][j].copy_(everyone[mesh.rank][i][j])
         rings.all_gather(mine, algorithm)
         for g, row in enumerate(mine):
             for p, block in enumerate(row):
                 assert torch.equal(block, everyone[g * group_size + p][g][p]), (algorithm, g, p)
-        counts.append((levels.sent.intra - before[0], levels.sent.inter - before[1]))
+        counts.append((hierarchy.sent.intra - before[0], hierarchy.sent.inter - before[1]))
         mine = [[block.clone() for block in row] for row in everyone[mesh.rank]]
         rings.reduce_scatter(mine, algorithm)
         assert torch.equal(mine[i][j], sums[i][j]), algorithm
         mine = [[block.clone() for block in row] for row in everyone[mesh.rank]]
         rings.all_reduce(mine, algorithm)
         assert_equal(mine, sums, algorithm)
-    levels.close()
+    hierarchy.close()
     return counts
 
 
@@ -84,13 +84,13 @@ def test_what_is_sent() -> None:
 
 
 def asynchronous(mesh: Mesh) -> None:
-    """Several collectives on their way in a lane, while the caller goes on."""
-    levels = Levels.open(group_mesh(2), "ho", 60.0, mesh.device)
-    lane = Lane(mesh.device, "test")
+    """Several collectives on their way in a stream, while the caller goes on."""
+    hierarchy = HierarchicalCollectives.open(node_mesh(2), "ho", 60.0, mesh.device)
+    stream = CommStream(mesh.device, "test")
     buffers = [torch.full((64,), -1.0, dtype=torch.float64) for _ in range(5)]
     for k, buffer in enumerate(buffers):
-        buffer[levels.own(64, "G")] = 10 * k + mesh.rank
-    handles = [lane.submit(lambda b=buffer: levels.gather(b, "G", "N")) for buffer in buffers]
+        buffer[hierarchy.own(64, "G")] = 10 * k + mesh.rank
+    handles = [stream.submit(lambda b=buffer: hierarchy.gather(b, "G", "N")) for buffer in buffers]
     for k in (4, 0, 3, 1, 2):
         handles[k].wait()
         expected = torch.empty(64, dtype=torch.float64)
@@ -98,17 +98,19 @@ def asynchronous(mesh: Mesh) -> None:
             part = rank % 2 * 2 + rank // 2
             expected[part * 16 : (part + 1) * 16] = 10 * k + rank
         assert torch.equal(buffers[k], expected)
-    failing = lane.submit(lambda: [][0])
+    failing = stream.submit(lambda: [][0])
     with pytest.raises(IndexError):
         failing.wait()
     with pytest.raises(IndexError):
-        lane.submit(lambda: None).wait()
-    lane.close()
+        stream.submit(lambda: None).wait()
+    stream.close()
     with pytest.raises(RuntimeError, match="closed"):
-        lane.submit(lambda: None)
+        stream.submit(lambda: None)
     with pytest.raises(ValueError, match="does not ascend"):
-        Levels.open(DeviceMesh("cpu", [[0, 2], [1, 3]], _init_backend=False), "flat", 60.0, mesh.device)
-    levels.close()
+        HierarchicalCollectives.open(
+            DeviceMesh("cpu", [[0, 2], [1, 3]], _init_backend=False), "flat", 60.0, mesh.device
+        )
+    hierarchy.close()
 
 
 def test_lanes() -> None:

@@ -1,4 +1,4 @@
-"""Every placement learns what DistributedDataParallel learns, and costs what the formulas say."""
+"""Every strategy learns what DistributedDataParallel learns, and costs what the formulas say."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
-from gmeta.sharding.auto import Auto
-from gmeta.sharding.engine import Paro, paro
-from gmeta.sharding.hierarchy import Collectives, group_mesh
-from gmeta.sharding.strategy import PLACEMENTS, Bytes, Groups, Placement, memory_bytes
+from gmeta.sharding.auto import AutoSharding
+from gmeta.sharding.engine import Paro
+from gmeta.sharding.hierarchy import CollectiveAlgorithm, node_mesh
+from gmeta.sharding.paro import paro
+from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout, ShardingStrategy, memory_bytes
 
 STEPS = 10
 
@@ -92,9 +93,9 @@ def by_ddp(mesh: Mesh, accumulation: int, dtype: torch.dtype, clip_norm: float) 
     return {"norms": norms, **{name: p.detach().clone() for name, p in model.named_parameters()}}
 
 
-def open_engine(mesh: Mesh, group_size: int, placement: Any, dtype: torch.dtype, **settings: Any) -> Paro:
-    groups = group_mesh(group_size) if mesh.world_size > 1 else None
-    return paro(tower(dtype, seed=1 + mesh.rank), ADAMW, groups, placement, **settings)
+def open_engine(mesh: Mesh, group_size: int, strategy: Any, dtype: torch.dtype, **settings: Any) -> Paro:
+    ranks = node_mesh(group_size) if mesh.world_size > 1 else None
+    return paro(tower(dtype, seed=1 + mesh.rank), ADAMW, ranks, strategy, **settings)
 
 
 def by_paro(engine: Paro, mesh: Mesh, accumulation: int, dtype: torch.dtype, clip_norm: float) -> dict[str, Any]:
@@ -103,19 +104,19 @@ def by_paro(engine: Paro, mesh: Mesh, accumulation: int, dtype: torch.dtype, cli
         for k, (x, y) in enumerate(micro_batches):
             engine.backward(nn.functional.mse_loss(engine(x), y) / accumulation, last=k == accumulation - 1)
         norms.append(engine.step(clip_norm=clip_norm).grad_norm)
-    with engine.gathered():
+    with engine.unsharded():
         found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     return {"norms": norms, **found}
 
 
-def compare(mesh: Mesh, group_size: int, placements: list[Any], accumulation: int, dtype: torch.dtype, **settings: Any):
+def compare(mesh: Mesh, group_size: int, strategies: list[Any], accumulation: int, dtype: torch.dtype, **settings: Any):
     clip_norm = 0.3
     expected = by_ddp(mesh, accumulation, dtype, clip_norm)
     assert min(expected["norms"]) > clip_norm / 2
     assert max(expected["norms"]) > clip_norm, "the premise: clipping does something"
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-    for placement in placements:
-        engine = open_engine(mesh, group_size, placement, dtype, **settings)
+    for strategy in strategies:
+        engine = open_engine(mesh, group_size, strategy, dtype, **settings)
         found = by_paro(engine, mesh, accumulation, dtype, clip_norm)
         engine.close()
         assert found["norms"] == pytest.approx(expected["norms"], rel=10 * tolerance)
@@ -126,7 +127,7 @@ def compare(mesh: Mesh, group_size: int, placements: list[Any], accumulation: in
                     value,
                     rtol=tolerance,
                     atol=tolerance,
-                    msg=lambda m, n=name, p=placement: f"{p} {n}: {m}",
+                    msg=lambda m, n=name, p=strategy: f"{p} {n}: {m}",
                 )
 
 
@@ -135,7 +136,7 @@ def compare(mesh: Mesh, group_size: int, placements: list[Any], accumulation: in
     [(1, 1, 1), (1, 1, 3), (4, 2, 3), pytest.param(4, 2, 1, marks=pytest.mark.slow)],
 )
 def test_all_placements_equal_ddp(ranks: int, group_size: int, accumulation: int) -> None:
-    run_ranks(ranks, compare, group_size, list(PLACEMENTS), accumulation, torch.float64)
+    run_ranks(ranks, compare, group_size, list(STRATEGIES), accumulation, torch.float64)
 
 
 @pytest.mark.parametrize("group_size", [1, 2])
@@ -163,13 +164,13 @@ def test_a_placement_a_submodule() -> None:
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_all_placements_on_eight_ranks(dtype: torch.dtype, accumulation: int) -> None:
-    run_ranks(8, compare, 2, list(PLACEMENTS), accumulation, dtype, timeout_s=900)
+    run_ranks(8, compare, 2, list(STRATEGIES), accumulation, dtype, timeout_s=900)
 
 
 def compare_with(
-    mesh: Mesh, group_size: int, placements: Any, accumulation: int, dtype: torch.dtype, more: Any
+    mesh: Mesh, group_size: int, strategies: Any, accumulation: int, dtype: torch.dtype, more: Any
 ) -> None:
-    compare(mesh, group_size, placements, accumulation, dtype, **more)
+    compare(mesh, group_size, strategies, accumulation, dtype, **more)
 
 
 def test_torch_backend_equals_ddp() -> None:
@@ -179,24 +180,27 @@ def test_torch_backend_equals_ddp() -> None:
 # bf16
 
 
-def half_precision(mesh: Mesh, placement: str) -> dict[str, tuple[Tensor, Tensor]]:
+def half_precision(mesh: Mesh, strategy: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Name -> (how far the master weights of this rank have moved, their bf16 copies less where they began)."""
     model = tower(torch.float32)
     begun = {name: p.detach().clone() for name, p in model.named_parameters()}
     slow = partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.0)
-    engine = paro(model, slow, group_mesh(2), placement, compute_dtype=torch.bfloat16)
+    engine = paro(model, slow, node_mesh(2), strategy, compute_dtype=torch.bfloat16)
     by_paro(engine, mesh, 2, torch.float32, 1.0)
     found = {}
-    for piece in engine.pieces:
-        start = begun[piece.name].flatten()[piece.start : piece.stop]
-        assert piece.tensor.dtype == torch.float32
-        found[piece.name] = piece.tensor.detach() - start, piece.tensor.detach().bfloat16() - start.bfloat16()
+    for partition in engine.partitions:
+        start = begun[partition.name].flatten()[partition.start : partition.stop]
+        assert partition.tensor.dtype == torch.float32
+        found[partition.name] = (
+            partition.tensor.detach() - start,
+            partition.tensor.detach().bfloat16() - start.bfloat16(),
+        )
     engine.close()
     return found
 
 
 @pytest.mark.parametrize(
-    "placement",
+    "strategy",
     [
         pytest.param("NNN", marks=pytest.mark.slow),
         "IIG",
@@ -204,21 +208,21 @@ def half_precision(mesh: Mesh, placement: str) -> dict[str, tuple[Tensor, Tensor
         pytest.param("NIG", marks=pytest.mark.slow),
     ],
 )
-def test_bf16_has_master_weights(placement: str) -> None:
+def test_bf16_has_master_weights(strategy: str) -> None:
     """Ten steps of 1e-5 are lost in bf16, whose numbers near 0.3 lie 2e-3 apart, and add up in fp32."""
-    moved = [pair for rank in run_ranks(4, half_precision, placement) for pair in rank.values()]
+    moved = [pair for rank in run_ranks(4, half_precision, strategy) for pair in rank.values()]
     far = torch.cat([master.abs() for master, _ in moved])
     near = torch.cat([copy.abs() for _, copy in moved])
     assert 2e-5 < far.median() < far.max() < 1.1e-4
     assert (near == 0).float().mean() > 0.5
 
 
-def in_bf16(mesh: Mesh, placements: list[str]) -> list[dict[str, Tensor]]:
+def in_bf16(mesh: Mesh, strategies: list[str]) -> list[dict[str, Tensor]]:
     found = []
-    for placement in placements:
-        engine = open_engine(mesh, 2, placement, torch.float32, compute_dtype=torch.bfloat16, grad_dtype=torch.float32)
+    for strategy in strategies:
+        engine = open_engine(mesh, 2, strategy, torch.float32, compute_dtype=torch.bfloat16, grad_dtype=torch.float32)
         by_paro(engine, mesh, 2, torch.float32, 1.0)
-        with engine.gathered():
+        with engine.unsharded():
             found.append({name: p.detach().float().clone() for name, p in engine.module.named_parameters()})
         engine.close()
     return found
@@ -236,9 +240,9 @@ def test_bf16_learns_the_same_under_every_placement() -> None:
 # Checkpoints
 
 
-def save_and_load(mesh: Mesh, folder: Path, placement: str, save: bool) -> dict[str, Any]:
+def save_and_load(mesh: Mesh, folder: Path, strategy: str, save: bool) -> dict[str, Any]:
     """Half of the steps, a checkpoint, the other half; or only what follows the checkpoint."""
-    engine = open_engine(mesh, 2 if mesh.world_size > 2 else 1, placement, torch.float64)
+    engine = open_engine(mesh, 2 if mesh.world_size > 2 else 1, strategy, torch.float64)
     batches = list(data(0, 1, torch.float64))  # the same on all ranks, so that their number does not matter
 
     def steps(some: list[list[tuple[Tensor, Tensor]]]) -> None:
@@ -253,7 +257,7 @@ def save_and_load(mesh: Mesh, folder: Path, placement: str, save: bool) -> dict[
         checkpoint.load_tensors(folder / "step-00000005", engine.state(), mesh)
         engine.loaded()
     steps(batches[5:])
-    with engine.gathered():
+    with engine.unsharded():
         found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     engine.close()
     return found
@@ -264,19 +268,19 @@ def save_and_load(mesh: Mesh, folder: Path, placement: str, save: bool) -> dict[
 )
 def test_saved_under_one_loaded_under_others(saved: str, tmp_path: Path) -> None:
     expected = run_ranks(4, save_and_load, tmp_path, saved, True)[0]
-    for ranks, placement in ((4, "NIG"), (4, "GGG"), (4, "NNN"), (2, "GNG"), (1, "III")):
-        for found in run_ranks(ranks, save_and_load, tmp_path, placement, False):
+    for ranks, strategy in ((4, "NIG"), (4, "GGG"), (4, "NNN"), (2, "GNG"), (1, "III")):
+        for found in run_ranks(ranks, save_and_load, tmp_path, strategy, False):
             for name, value in expected.items():
                 torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
 
 
 def save_under_each(mesh: Mesh, folder: Path) -> dict[str, Any]:
-    return {placement: save_and_load(mesh, folder / placement, placement, True) for placement in PLACEMENTS}
+    return {strategy: save_and_load(mesh, folder / strategy, strategy, True) for strategy in STRATEGIES}
 
 
 def load_each_under_each(mesh: Mesh, folder: Path, expected: dict[str, Any]) -> None:
-    for saved in PLACEMENTS:
-        for loaded in PLACEMENTS:
+    for saved in STRATEGIES:
+        for loaded in STRATEGIES:
             found = save_and_load(mesh, folder / saved, loaded, False)
             for name, value in expected[saved].items():
                 torch.testing.assert_close(
@@ -298,17 +302,17 @@ def test_saved_under_each_loaded_under_each(ranks: int, tmp_path: Path) -> None:
 # Costs
 
 
-def costs(mesh: Mesh, collectives: Collectives, compute_dtype: torch.dtype | None) -> list[tuple[Any, ...]]:
-    """(placement, bytes sent in the second step, prediction, bytes held, prediction)."""
+def costs(mesh: Mesh, collectives: CollectiveAlgorithm, compute_dtype: torch.dtype | None) -> list[tuple[Any, ...]]:
+    """(strategy, bytes sent in the second step, prediction, bytes held, prediction)."""
     found = []
-    groups, accumulation = Groups(2, 2), 3
-    sizes = Bytes(param=4, grad=4, state=8) if compute_dtype is None else Bytes()
-    for placement in PLACEMENTS:
+    layout, accumulation = NodeLayout(2, 2), 3
+    sizes = ElementBytes(param=4, grad=4, state=8) if compute_dtype is None else ElementBytes()
+    for strategy in STRATEGIES:
         torch.manual_seed(1)
         model = Tower(64)
-        engine = paro(model, ADAMW, group_mesh(2), placement, collectives=collectives, compute_dtype=compute_dtype)
-        params = sum(flat.members[-1].stop for flat in engine._flats)
-        trained = sum(flat.members[-1].stop for flat in engine._flats if flat.trained)
+        engine = paro(model, ADAMW, node_mesh(2), strategy, collectives=collectives, compute_dtype=compute_dtype)
+        params = sum(flat.spans[-1].stop for flat in engine._flat_parameters)
+        trained = sum(flat.spans[-1].stop for flat in engine._flat_parameters if flat.trained)
         before = engine.sent
         for micro_batches in list(data(mesh.rank, accumulation, torch.float32))[:2]:
             before = engine.sent
@@ -317,8 +321,8 @@ def costs(mesh: Mesh, collectives: Collectives, compute_dtype: torch.dtype | Non
             engine.step()
         after = engine.sent
         sent = after.intra - before.intra, after.inter - before.inter
-        expected = memory_bytes(Placement.parse(placement), groups, params, trained, sizes)
-        found.append((placement, sent, engine.predicted_sent(accumulation), engine.memory_bytes(), expected))
+        expected = memory_bytes(ShardingStrategy.parse(strategy), layout, params, trained, sizes)
+        found.append((strategy, sent, engine.predicted_sent(accumulation), engine.memory_bytes(), expected))
         engine.close()
     return found
 
@@ -332,16 +336,16 @@ def costs(mesh: Mesh, collectives: Collectives, compute_dtype: torch.dtype | Non
         pytest.param("ho", None, marks=pytest.mark.slow),
     ],
 )
-def test_bytes_are_what_the_formulas_say(collectives: Collectives, compute_dtype: torch.dtype | None) -> None:
+def test_bytes_are_what_the_formulas_say(collectives: CollectiveAlgorithm, compute_dtype: torch.dtype | None) -> None:
     ranks = run_ranks(4, costs, collectives, compute_dtype)
-    for found in zip(*ranks, strict=True):  # a placement, on every rank
-        placement, _, predicted, *_ = found[0]
+    for found in zip(*ranks, strict=True):  # a strategy, on every rank
+        strategy, _, predicted, *_ = found[0]
         for group in (found[:2], found[2:]):
-            assert sum(rank[1][0] for rank in group) == pytest.approx(predicted.intra, abs=1), placement
-            assert sum(rank[1][1] for rank in group) == pytest.approx(predicted.inter, abs=1), placement
+            assert sum(rank[1][0] for rank in group) == pytest.approx(predicted.intra, abs=1), strategy
+            assert sum(rank[1][1] for rank in group) == pytest.approx(predicted.inter, abs=1), strategy
         for _, _, _, held, expected in found:
             for kind, nbytes in expected.items():
-                assert held[kind] == pytest.approx(nbytes, rel=0.05), (placement, kind)
+                assert held[kind] == pytest.approx(nbytes, rel=0.05), (strategy, kind)
 
 
 # Other ways to compute
@@ -378,27 +382,27 @@ class Twice(Tower):
         return self.end(x) * self.scale
 
 
-def trained_as(mesh: Mesh, kind: type[Tower], placement: str, whole: bool) -> dict[str, Tensor]:
+def trained_as(mesh: Mesh, kind: type[Tower], strategy: str, whole: bool) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    engine = paro(kind().double(), ADAMW, group_mesh(2) if mesh.world_size > 1 else None, placement)
+    engine = paro(kind().double(), ADAMW, node_mesh(2) if mesh.world_size > 1 else None, strategy)
     for ((x, y),) in data(0, 1, torch.float64):
-        with engine.gathered() if whole else nullcontext():
+        with engine.unsharded() if whole else nullcontext():
             engine.backward(nn.functional.mse_loss(engine(x), y))
         engine.step(clip_norm=1.0)
         with torch.no_grad():
             engine(x)
-    with engine.gathered():
+    with engine.unsharded():
         found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     engine.close()
     return found
 
 
 @pytest.mark.parametrize("kind", [Checkpointed, CheckpointedReentrantly, Twice])
-@pytest.mark.parametrize(("placement", "whole"), [("IIG", False), ("GGG", False), ("GGG", True)])
-def test_recomputed_and_reused_layers(kind: type[Tower], placement: str, whole: bool) -> None:
+@pytest.mark.parametrize(("strategy", "whole"), [("IIG", False), ("GGG", False), ("GGG", True)])
+def test_recomputed_and_reused_layers(kind: type[Tower], strategy: str, whole: bool) -> None:
     plain = Twice if kind is Twice else Tower
     (expected,) = run_ranks(1, trained_as, plain, "NNN", False)
-    for found in run_ranks(4, trained_as, kind, placement, whole):
+    for found in run_ranks(4, trained_as, kind, strategy, whole):
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11)
 
@@ -418,14 +422,14 @@ class Meta(nn.Module):
         return nn.functional.mse_loss(torch.func.functional_call(self.tower, adapted, (x[2:],)), y[2:])
 
 
-def meta_trained(mesh: Mesh, placement: str) -> dict[str, Tensor]:
+def meta_trained(mesh: Mesh, strategy: str) -> dict[str, Tensor]:
     torch.manual_seed(1)
-    engine = paro(Meta().double(), ADAMW, group_mesh(2) if mesh.world_size > 1 else None, placement)
+    engine = paro(Meta().double(), ADAMW, node_mesh(2) if mesh.world_size > 1 else None, strategy)
     for ((x, y),) in data(0, 1, torch.float64):
-        with engine.gathered():
+        with engine.unsharded():
             engine.backward(engine(x, y))
         engine.step(clip_norm=1.0)
-    with engine.gathered():
+    with engine.unsharded():
         found = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     engine.close()
     return found
@@ -433,8 +437,8 @@ def meta_trained(mesh: Mesh, placement: str) -> dict[str, Tensor]:
 
 def test_second_order_with_sharded_parameters() -> None:
     (expected,) = run_ranks(1, meta_trained, "NNN")
-    for placement in ("IIG", "GGG"):
-        for found in run_ranks(4, meta_trained, placement):
+    for strategy in ("IIG", "GGG"):
+        for found in run_ranks(4, meta_trained, strategy):
             for name, value in expected.items():
                 torch.testing.assert_close(found[name], value, rtol=1e-11, atol=1e-11)
 
@@ -442,15 +446,15 @@ def test_second_order_with_sharded_parameters() -> None:
 # Bad input
 
 
-def not_finite(mesh: Mesh, placement: str) -> tuple[bool, bool, bool]:
+def not_finite(mesh: Mesh, strategy: str) -> tuple[bool, bool, bool]:
     """A gradient that overflows on one rank stops the update on all, and only that one."""
-    engine = open_engine(mesh, 2, placement, torch.float64)
+    engine = open_engine(mesh, 2, strategy, torch.float64)
     ((x, y),) = next(data(0, 1, torch.float64))
-    with engine.gathered():
+    with engine.unsharded():
         before = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     engine.backward(nn.functional.mse_loss(engine(x * (torch.inf if mesh.rank == 3 else 1)), y))
     stepped = engine.step(clip_norm=1.0)
-    with engine.gathered():
+    with engine.unsharded():
         same = all(torch.equal(p, before[name]) for name, p in engine.module.named_parameters())
     engine.backward(nn.functional.mse_loss(engine(x), y))
     again = engine.step(clip_norm=1.0)
@@ -458,24 +462,33 @@ def not_finite(mesh: Mesh, placement: str) -> tuple[bool, bool, bool]:
     return stepped.finite, same, again.finite
 
 
-@pytest.mark.parametrize("placement", ["NNN", "III", "IIG", "GGG"])
-def test_overflow_on_one_rank_stops_all(placement: str) -> None:
-    assert run_ranks(4, not_finite, placement) == [(False, True, True)] * 4
+@pytest.mark.parametrize("strategy", ["NNN", "III", "IIG", "GGG"])
+def test_overflow_on_one_rank_stops_all(strategy: str) -> None:
+    assert run_ranks(4, not_finite, strategy) == [(False, True, True)] * 4
 
 
 @pytest.mark.parametrize(
-    ("placement", "complaint"),
+    ("strategy", "complaint"),
     [
         ("GGN", r"at least as finely .* nearest are GGG"),
         ("GNI", r"nearest are .*GNG"),
         ("IIX", "must be three of the letters N, I and G"),
         ("ZeRO", "one of NNN, NNI"),
-        ({"": "NNN", "lyers": "IIG"}, "'lyers': no parameter has a name that begins so"),
+        ({"": "NNN", "lyers": "IIG"}, "'lyers': no parameter has a name that begins with it"),
     ],
 )
-def test_invalid_placements(placement: Any, complaint: str) -> None:
+def test_invalid_strategies(strategy: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        paro(Tower(), ADAMW, None, placement)
+        paro(Tower(), ADAMW, None, strategy)
+
+
+def test_the_former_name_of_sharding_works_and_says_the_new_one() -> None:
+    with pytest.warns(FutureWarning, match="the argument placement is called sharding now"):
+        engine = paro(Tower(), ADAMW, placement="NIG")
+    assert set(engine.strategies.values()) == {"NIG"}
+    engine.close()
+    with pytest.raises(ValueError, match="give sharding alone"):
+        paro(Tower(), ADAMW, sharding="III", placement="NIG")
 
 
 class Tied(nn.Module):
@@ -520,20 +533,20 @@ def test_settings_that_are_none() -> None:
         paro(Tower(), ADAMW, None, "NNN", collectives="hoo")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="backend is 'Torch': must be gmeta or torch"):
         paro(Tower(), ADAMW, None, "NNN", backend="Torch")  # type: ignore[call-overload]
-    with pytest.raises(ValueError, match="placement is None: it must be three of the letters"):
+    with pytest.raises(ValueError, match="sharding is None: it must be three of the letters"):
         paro(Tower(), ADAMW, None, None)  # type: ignore[call-overload]
     model = Tower()
     with pytest.raises(ValueError, match="give what makes one from named parameters"):
         paro(model, torch.optim.AdamW(model.parameters()), None, "NNN")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="memory_bytes is -5"):
-        paro(model, ADAMW, None, "auto", auto=Auto(memory_bytes=-5))
+        paro(model, ADAMW, None, "auto", auto=AutoSharding(memory_bytes=-5))
 
 
 def test_parameters_changed_outside() -> None:
     engine = paro(Tower(), ADAMW, None, "NNG")
     with torch.no_grad():
         engine.module.end.weight.zero_()
-    with pytest.raises(RuntimeError, match=r"parameter end.weight was changed outside .*gathered\(write_back=True\)"):
+    with pytest.raises(RuntimeError, match=r"parameter end.weight was changed outside .*unsharded\(write_back=True\)"):
         engine(torch.randn(2, 5))
 
 
@@ -542,19 +555,21 @@ def changed_inside(mesh: Mesh) -> list[float]:
     with pytest.raises(RuntimeError, match="parts of the parameters only"):
         engine.module.state_dict()
     other = {name: value + 1 for name, value in tower(torch.float64).state_dict().items()}
-    with engine.gathered(write_back=True):
+    with engine.unsharded(write_back=True):
         engine.module.load_state_dict(other)
-    with engine.gathered():
+    with engine.unsharded():
         assert all(torch.equal(value, other[name]) for name, value in engine.module.state_dict().items())
-        with engine.gathered():
+        with engine.unsharded():
             pass
         assert all(torch.equal(value, other[name]) for name, value in engine.module.state_dict().items())
-    with pytest.raises(RuntimeError, match=r"begin.weight was replaced"), engine.gathered(write_back=True):
+    with pytest.raises(RuntimeError, match=r"begin.weight was replaced"), engine.unsharded(write_back=True):
         engine.module.begin.weight = nn.Parameter(other["begin.weight"])
-    engine.module.begin.weight = next(m.param for f in engine._flats for m in f.members if m.name == "begin.weight")
+    engine.module.begin.weight = next(
+        m.param for f in engine._flat_parameters for m in f.spans if m.name == "begin.weight"
+    )
     with (
         pytest.raises(RuntimeError, match=r"parameter end\.weight was changed outside"),
-        engine.gathered(),
+        engine.unsharded(),
         torch.no_grad(),
     ):
         engine.module.end.weight.zero_()
@@ -581,8 +596,8 @@ def leaves_as_inputs(mesh: Mesh) -> None:
     plain = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 1)).double()
     x = torch.ones(3, 5, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(plain(x).square().sum(), x)
-    for placement in ("III", "GGG"):
-        engine = paro(copy.deepcopy(plain), ADAMW, group_mesh(2), placement)
+    for strategy in ("III", "GGG"):
+        engine = paro(copy.deepcopy(plain), ADAMW, node_mesh(2), strategy)
         x.grad = None
         engine.backward(engine(x).square().sum())
         assert x.grad is not None
@@ -606,7 +621,7 @@ def test_steps_without_gradients_and_gradients_without_steps() -> None:
     engine.backward(engine(x).sum())
     with pytest.raises(RuntimeError, match="summed over ranks already: call step"):
         engine.backward(engine(x).sum())
-    with engine.gathered(), pytest.raises(RuntimeError, match="call it after"):
+    with engine.unsharded(), pytest.raises(RuntimeError, match="call it after"):
         engine.step()
     engine.step()
     with pytest.raises(RuntimeError, match="there is no gradient"):
@@ -660,5 +675,5 @@ def test_groups_that_do_not_divide() -> None:
 
 
 def wrong_groups(mesh: Mesh) -> None:
-    with pytest.raises(ValueError, match=r"groups of 3 ranks do not divide a world of 4: .* one of \[1, 2, 4\]"):
-        group_mesh(3)
+    with pytest.raises(ValueError, match=r"nodes of 3 ranks do not divide a world of 4: .* one of \[1, 2, 4\]"):
+        node_mesh(3)

@@ -23,12 +23,12 @@ from gmeta.training.trainer import build_run, load_checkpoint, save_checkpoint
 DENSE: dict[str, Any] = {"lr": 0.01, "clip_norm": 0.05, "warmup_steps": 5, "decay": "cosine", "weight_decay": 0.1}
 
 
-def placed(placement: str, group_size: int = 2) -> DenseConfig:
-    return DenseConfig(**DENSE, sharding=placement, node_size=group_size)
+def placed(strategy: str, group_size: int = 2) -> DenseConfig:
+    return DenseConfig(**DENSE, sharding=strategy, node_size=group_size)
 
 
 @pytest.mark.parametrize(
-    ("nproc", "placement"),
+    ("nproc", "strategy"),
     [
         (1, "GGG"),
         (2, "III"),
@@ -37,20 +37,20 @@ def placed(placement: str, group_size: int = 2) -> DenseConfig:
         pytest.param(4, "GGG", marks=pytest.mark.slow),
     ],
 )
-def test_twenty_steps_equal_replicated_ones(tmp_path: Path, nproc: int, placement: str) -> None:
+def test_twenty_steps_equal_replicated_ones(tmp_path: Path, nproc: int, strategy: str) -> None:
     """Second order, learned inner rates, clipping, weight decay of matrices alone."""
     pack = make_pack(tmp_path / "pack")
     alone = run_steps(Mesh(), config(pack), 20)
-    together = run_ranks(nproc, run_steps, config(pack, dense=placed(placement)), 20)[0]
+    together = run_ranks(nproc, run_steps, config(pack, dense=placed(strategy)), 20)[0]
     assert_same(together, alone, 1e-9)
     assert not np.allclose(alone["trace"][0], alone["trace"][-1])
 
 
 @pytest.mark.parametrize("nproc", [1, 2, 4])
-@pytest.mark.parametrize("placement", ["IIG", pytest.param("NIG", marks=pytest.mark.slow), "GGG"])
-def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, placement: str) -> None:
+@pytest.mark.parametrize("strategy", ["IIG", pytest.param("NIG", marks=pytest.mark.slow), "GGG"])
+def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, strategy: str) -> None:
     """From the second step on: what the first one updated is sent before the second one's end."""
-    settings = config(make_pack(tmp_path / "pack"), dense=placed(placement))
+    settings = config(make_pack(tmp_path / "pack"), dense=placed(strategy))
     for steps in run_ranks(nproc, traffic_of_steps, settings):
         for found in steps[1:]:
             assert found["measured"] == found["predicted"]
@@ -86,7 +86,7 @@ def test_what_validation_gathers_is_expected(tmp_path: Path) -> None:
     ("nproc", "memory_gb", "engine"), [(1, None, "Replicated"), (4, None, "Replicated"), (4, 5e-6, "Sharded")]
 )
 def test_the_planner_chooses(tmp_path: Path, nproc: int, memory_gb: float | None, engine: str) -> None:
-    """The placement that the planner takes learns the same; with little memory it is a sharded one."""
+    """The strategy that the planner takes learns the same; with little memory it is a sharded one."""
     pack = make_pack(tmp_path / "pack")
     auto = DenseConfig(**DENSE, sharding="auto", node_size=2, memory_gb=memory_gb)
     assert set(run_ranks(nproc, engine_of, config(pack, dense=auto))) == {f"{engine}Dense"}
@@ -125,7 +125,7 @@ def trained_on(mesh: Mesh, settings: TrainConfig, load: bool, steps: int) -> dic
         if not load:
             save_checkpoint(run)
         validate(run)
-        with run.dense.whole():
+        with run.dense.unsharded():
             scores = score(run.system, run.pack.split("valid"), tasks_per_batch=8)
     run.log.close()
     run.dense.close()
@@ -143,8 +143,8 @@ def trained_on(mesh: Mesh, settings: TrainConfig, load: bool, steps: int) -> dic
 def test_a_checkpoint_of_one_placement_continues_under_another(tmp_path: Path, saved: str, loaded: str) -> None:
     pack = make_pack(tmp_path / "pack", valid=6)
 
-    def settings(placement: str) -> TrainConfig:
-        return config(pack, run_dir=str(tmp_path / "run"), dense=placed(placement))
+    def settings(strategy: str) -> TrainConfig:
+        return config(pack, run_dir=str(tmp_path / "run"), dense=placed(strategy))
 
     run_ranks(4, trained_on, settings(saved), False, 6)
     (expected, *_) = run_ranks(4, trained_on, settings(saved), True, 6)
@@ -154,13 +154,13 @@ def test_a_checkpoint_of_one_placement_continues_under_another(tmp_path: Path, s
 
 @pytest.mark.parametrize("divide", [changing, always_late])
 @pytest.mark.parametrize(
-    "placement", ["IIG", pytest.param("NIG", marks=pytest.mark.slow), pytest.param("GGG", marks=pytest.mark.slow)]
+    "strategy", ["IIG", pytest.param("NIG", marks=pytest.mark.slow), pytest.param("GGG", marks=pytest.mark.slow)]
 )
-def test_ranks_with_different_numbers_of_micro_batches(tmp_path: Path, placement: str, divide: Any) -> None:
+def test_ranks_with_different_numbers_of_micro_batches(tmp_path: Path, strategy: str, divide: Any) -> None:
     """Unequal slots, a rank without one, parts left over: gradients are reduced once, after all of them."""
     pack = make_pack(tmp_path / "pack")
     (expected, *_) = run_ranks(4, run_divided, config(pack), 12, divide)
-    (found, *_) = run_ranks(4, run_divided, config(pack, dense=placed(placement)), 12, divide)
+    (found, *_) = run_ranks(4, run_divided, config(pack, dense=placed(strategy)), 12, divide)
     assert_same(found["learned"], expected["learned"], 1e-9)
 
 

@@ -11,14 +11,13 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from coordinators import ENVIRONMENT, Process, audit, fails, records, until
 
 from gmeta.elastic.client import Client, Refused, Unreachable, read_token
-from gmeta.elastic.ledger import Plan
+from gmeta.elastic.ledger import JobSpec
 
 pytestmark = pytest.mark.faults
 
@@ -29,6 +28,7 @@ DYING = """
 import json, os, signal, sys
 from gmeta.elastic.coordinator import Coordinator, Refused
 from gmeta.elastic.journal import Journal
+from gmeta.elastic.wire import to_wire
 
 moment, fatal, count = sys.argv[1], int(sys.argv[2]), 0
 write, handle = Journal.write, Coordinator.handle
@@ -103,12 +103,12 @@ class Pipe:
         self.process.wait(timeout=60)
 
 
-def work(pipe: Pipe, plan: Plan) -> Counter[tuple[int, int]]:
-    """One worker that takes all there is, two shards at a time, reports progress, and once gives a shard back."""
+def work(pipe: Pipe, spec: JobSpec) -> Counter[tuple[int, int]]:
+    """One worker that takes all there is, two work items at a time, reports progress, and once gives a work item back."""
     delivered: Counter[tuple[int, int]] = Counter()
-    pipe.call("job", pack="p", plan=asdict(plan))
+    pipe.call("job", pack="p", plan=to_wire(spec))
     reply = pipe.call("lease", worker="w", count=2)
-    if plan.mode == "at_least_once":
+    if spec.mode == "at_least_once":
         key = [reply["leases"][0][name] for name in ("epoch", "shard", "attempt")]
         pipe.call("fail", generation=0, shards=[key], reason="once")
         del reply["leases"][0]
@@ -127,23 +127,23 @@ def work(pipe: Pipe, plan: Plan) -> Counter[tuple[int, int]]:
 @pytest.mark.parametrize("mode", ["at_least_once", "at_most_once", "exactly_once"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_every_write(tmp_path: Path, moment: str, mode: str):
-    plan = Plan(num_samples=5, shard_size=2, epochs=2, seed=4, mode=mode)
+    spec = JobSpec(num_samples=5, work_item_size=2, epochs=2, seed=4, mode=mode)
     undisturbed = Pipe(tmp_path / "undisturbed", "never", 0)
-    work(undisturbed, plan)
+    work(undisturbed, spec)
     whole = records(tmp_path / "undisturbed")
     assert undisturbed.count >= 5
     for fatal in range(1, undisturbed.count + 1):
         pipe = Pipe(tmp_path / f"killed-{fatal}", moment, fatal)
-        delivered = work(pipe, plan)
+        delivered = work(pipe, spec)
         assert pipe.deaths == 1
         assert set(delivered.values()) == {1}, "the worker lived: nothing is repeated, whatever the mode"
-        audit(pipe.journal, plan, delivered)
+        audit(pipe.journal, spec, delivered)
         assert [kind for kind, _ in records(pipe.journal)] == [kind for kind, _ in whole]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_the_client_goes_on_when_the_service_is_killed_at_a_write(tmp_path: Path, moment: str):
-    plan = Plan(num_samples=30, shard_size=3, epochs=2, seed=4)
+    spec = JobSpec(num_samples=30, work_item_size=3, epochs=2, seed=4)
     process = Process(tmp_path / "j", program=("-c", DYING + COMMAND, moment, "5"))
     process.program = ("-m", "gmeta")
 
@@ -154,28 +154,28 @@ def test_the_client_goes_on_when_the_service_is_killed_at_a_write(tmp_path: Path
     reviving = threading.Thread(target=revive)
     reviving.start()
     client = process.client()
-    client.open_job("p", plan)
-    delivered = Counter((x.epoch, p) for x in client.shards("w", ahead=1) for p in x.positions)
+    client.open_job("p", spec)
+    delivered = Counter((x.epoch, p) for x in client.work_items("w", ahead=1) for p in x.positions)
     reviving.join()
     process.end()
     assert set(delivered.values()) == {1}
-    audit(tmp_path / "j", plan, delivered)
+    audit(tmp_path / "j", spec, delivered)
 
 
 def test_workers_and_coordinator_are_killed(tmp_path: Path):
     """A worker dies with what it holds; the coordinator after it; another worker does all that is left."""
-    plan = Plan(num_samples=24, shard_size=2, seed=4, lease_s=1.0)
+    spec = JobSpec(num_samples=24, work_item_size=2, seed=4, lease_s=1.0)
     process = Process(tmp_path / "j")
     dead = process.client()
-    dead.open_job("p", plan)
+    dead.open_job("p", spec)
     dead.call("lease", worker="dead", count=5)
     process.kill()
     process.start()
     client = process.client()
-    client.open_job("p", plan)
-    delivered = Counter((x.epoch, p) for x in client.shards("alive") for p in x.positions)
+    client.open_job("p", spec)
+    delivered = Counter((x.epoch, p) for x in client.work_items("alive") for p in x.positions)
     process.end()
-    audit(tmp_path / "j", plan, delivered)
+    audit(tmp_path / "j", spec, delivered)
     returned = [body["reason"] for kind, body in records(tmp_path / "j") if kind == "Returned"]
     assert returned == ["worker 'dead' did not renew its lease"] * 5
 
@@ -185,7 +185,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory):
     """A coordinator with a token, and a job."""
     folder = tmp_path_factory.mktemp("guarded")
     process = Process(folder / "j", "--token_file", folder / "token")
-    process.client(read_token(folder / "token")).open_job("p", Plan(num_samples=8, shard_size=2))
+    process.client(read_token(folder / "token")).open_job("p", JobSpec(num_samples=8, work_item_size=2))
     yield process, read_token(folder / "token")
     process.end()
 
@@ -224,11 +224,11 @@ def test_strangers(guarded):
 def test_messages_of_another_job(guarded):
     process, token = guarded
     with pytest.raises(Refused, match="is of run 'r', the message of run 'other'"):
-        process.client(token, run="other").open_job("p", Plan(num_samples=8, shard_size=2))
+        process.client(token, run="other").open_job("p", JobSpec(num_samples=8, work_item_size=2))
     with pytest.raises(Refused, match="is of the pack 'p', the message of 'q'"):
-        process.client(token).open_job("q", Plan(num_samples=8, shard_size=2))
+        process.client(token).open_job("q", JobSpec(num_samples=8, work_item_size=2))
     with pytest.raises(Refused, match=r"plan.num_samples is 8 there and 9 in the message"):
-        process.client(token).open_job("p", Plan(num_samples=9, shard_size=2))
+        process.client(token).open_job("p", JobSpec(num_samples=9, work_item_size=2))
 
 
 def test_stale_messages(guarded):
@@ -237,7 +237,7 @@ def test_stale_messages(guarded):
     (lease,) = client.call("lease", worker="w", count=1)["leases"]
     key = [lease["epoch"], lease["shard"], lease["attempt"]]
     client.call("fail", generation=0, shards=[key], reason="x")
-    for generation, message in ((0, "attempt 1 at shard .* is over"), (7, "of generation 7, the ledger is in 0")):
+    for generation, message in ((0, "attempt 1 at work item .* is over"), (7, "of generation 7, the ledger is in 0")):
         with pytest.raises(Refused, match=message) as caught:
             client.call("commit", generation=generation, shards=[key])
         assert caught.value.stale
@@ -290,10 +290,10 @@ sys.exit(run(sys.argv[1:]))
 
 
 def test_a_full_disk(tmp_path: Path):
-    plan = Plan(num_samples=400, shard_size=1)
+    spec = JobSpec(num_samples=400, work_item_size=1)
     process = Process(tmp_path / "j", program=("-c", CROWDED))
     client = process.client(patience_s=0.2)
-    client.open_job("p", plan)
+    client.open_job("p", spec)
     with pytest.raises(Unreachable, match=r"cannot be written \(database or disk is full\): nothing was done"):
         client.call("lease", worker="w", count=400)
     status, state = raw(process, "GET", "/v1/state", None, None)
@@ -303,18 +303,18 @@ def test_a_full_disk(tmp_path: Path):
     process.program = ("-m", "gmeta")
     process.start()
     client = process.client()
-    client.open_job("p", plan)
-    delivered = Counter((x.epoch, p) for x in client.shards("w", ahead=100) for p in x.positions)
+    client.open_job("p", spec)
+    delivered = Counter((x.epoch, p) for x in client.work_items("w", ahead=100) for p in x.positions)
     process.end()
-    audit(tmp_path / "j", plan, delivered)
+    audit(tmp_path / "j", spec, delivered)
 
 
 def test_stopped_for_a_while(tmp_path: Path):
     """SIGSTOP for longer than a lease: nobody could renew, so nothing runs out."""
-    plan = Plan(num_samples=2, shard_size=1, lease_s=2.0)
+    spec = JobSpec(num_samples=2, work_item_size=1, lease_s=2.0)
     process = Process(tmp_path / "j")
     client = process.client()
-    client.open_job("p", plan)
+    client.open_job("p", spec)
     client.call("lease", worker="w", count=2)
     process.process.send_signal(signal.SIGSTOP)
     waited = threading.Event()
@@ -328,11 +328,11 @@ def test_stopped_for_a_while(tmp_path: Path):
 def test_it_ends_when_asked(tmp_path: Path):
     process = Process(tmp_path / "j", "--trace", tmp_path / "trace.jsonl")
     client = process.client()
-    client.open_job("p", Plan(num_samples=2, shard_size=1))
+    client.open_job("p", JobSpec(num_samples=2, work_item_size=1))
     assert process.end() == ""
     assert process.process.returncode == 0
     process.start()
-    assert process.client().open_job("p", Plan(num_samples=2, shard_size=1)) == 0
+    assert process.client().open_job("p", JobSpec(num_samples=2, work_item_size=1)) == 0
     process.process.send_signal(signal.SIGINT)
     process.process.communicate(timeout=60)
     assert process.process.returncode == 0

@@ -37,12 +37,12 @@ def restart_once(snapshot):
     return [KillRestart(1, "a test")] if snapshot.step >= 20 and snapshot.restarts_left == 2 else []
 
 def lopsided(snapshot):
-    ranks = len(snapshot.setting.slots)
+    ranks = len(snapshot.setting.tasks_per_rank)
     first = 1 + snapshot.step // 10 % 6
     return [AdjustBatch((first, 8 - first) if ranks == 2 else (8,)), AdjustAccumulation((2,) * ranks)]
 
 def late(snapshot):
-    ranks = len(snapshot.setting.slots)
+    ranks = len(snapshot.setting.tasks_per_rank)
     return [AdjustAccumulation((3,) * ranks), DropLate(1e-6 if snapshot.step % 20 < 15 else None)]
 
 def nonsense(snapshot):
@@ -209,15 +209,15 @@ def soak(pack: Path, undisturbed: Path, run_dir: Path, kills: int, epochs: int, 
 
 
 def surviving_commits(journal: Path) -> set[tuple[int, int]]:
-    """(epoch, shard) that are done at the journal's end, by its records alone; none is done twice."""
+    """(epoch, work item) that are done at the journal's end, by its records alone; none is done twice."""
     with sqlite3.connect(f"file:{journal}?mode=ro", uri=True) as db:
         records = [(kind, json.loads(body)) for kind, body in db.execute("SELECT kind, body FROM records ORDER BY seq")]
     done: set[tuple[int, int]] = set()
     for kind, body in records:
         if kind == "RolledBack":
             saved = body["saved"]
-            again = {(saved["epoch"], shard) for shard, _ in saved["again"]}
-            leased = {(saved["epoch"], shard) for shard in range(saved["cursor"])}
+            again = {(saved["epoch"], work_item) for work_item, _ in saved["again"]}
+            leased = {(saved["epoch"], work_item) for work_item in range(saved["cursor"])}
             done = {(e, s) for e, s in done if e < saved["epoch"]} | (leased - again)
         elif kind == "Committed":
             key = (body["epoch"], body["shard"])

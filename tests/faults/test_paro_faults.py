@@ -15,22 +15,22 @@ import torch
 from torch import nn
 
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.sharding.engine import paro
-from gmeta.sharding.hierarchy import group_mesh
+from gmeta.sharding.hierarchy import node_mesh
+from gmeta.sharding.paro import paro
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "dist"))
+sys.path.append(str(Path(__file__).choose_strategies().parents[1] / "dist"))
 from harness import Pool
 
 
-def lose_a_rank(mesh: Mesh, how: str, placement: str, collectives: str) -> str:
+def lose_a_rank(mesh: Mesh, how: str, strategy: str, collectives: str) -> str:
     """Rank 2 leaves, or hangs, between two steps; what do the others end with?"""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
     engine = paro(
         model,
         partial(torch.optim.SGD, lr=0.1),
-        group_mesh(2),
-        placement,
+        node_mesh(2),
+        strategy,
         collectives=collectives,  # type: ignore[arg-type]
         timeout_s=5,
     )
@@ -48,7 +48,7 @@ def lose_a_rank(mesh: Mesh, how: str, placement: str, collectives: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "placement", "collectives"),
+    ("how", "strategy", "collectives"),
     [
         ("dies", "IIG", "two_phase"),
         pytest.param("dies", "NNN", "backend", marks=pytest.mark.slow),
@@ -56,12 +56,12 @@ def lose_a_rank(mesh: Mesh, how: str, placement: str, collectives: str) -> str:
         pytest.param("hangs", "GGG", "two_phase", marks=pytest.mark.slow),
     ],
 )
-def test_the_lost_rank_is_named(how: str, placement: str, collectives: str) -> None:
+def test_the_lost_rank_is_named(how: str, strategy: str, collectives: str) -> None:
     pool = Pool(4, 60, 0)
     started = time.monotonic()
     try:
         with pytest.raises(AssertionError):
-            pool.run(lose_a_rank, (how, placement, collectives), 40 if how == "dies" else 30)
+            pool.run(lose_a_rank, (how, strategy, collectives), 40 if how == "dies" else 30)
         said = list(pool.results.values())
     finally:
         pool.close()
@@ -76,7 +76,7 @@ def test_doctor_measures_links(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "gmeta", "doctor", "--nproc", "2", "--network", str(network), "--group_size", "1"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "2 groups of 1" in done.stdout
+    assert "2 nodes of 1" in done.stdout
     links = json.loads(network.read_text())
     assert links["inter_bits_s"] > 1e6
     assert links["intra_latency_s"] > 0
@@ -88,7 +88,7 @@ def test_doctor_measures_links(tmp_path: Path) -> None:
     ("words", "complaint"),
     [
         (["--network", "n.json"], "one process has no links"),
-        (["--network", "n.json", "--nproc", "2", "--group_size", "3"], "groups of 3 ranks do not divide a world of 2"),
+        (["--network", "n.json", "--nproc", "2", "--group_size", "3"], "nodes of 3 ranks do not divide a world of 2"),
         pytest.param(["--network", "nowhere/n.json", "--nproc", "2"], "cannot be written", marks=pytest.mark.slow),
         (["--nproc", "2"], "nproc is for --network"),
     ],

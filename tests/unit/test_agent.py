@@ -5,17 +5,17 @@ from __future__ import annotations
 import random
 import threading
 import time
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from gmeta.elastic import ledger as ledgers
 from gmeta.elastic.actions import AdjustBatch, KillRestart
-from gmeta.elastic.agent import Agent, RestartRequested, Windows
+from gmeta.elastic.agent import Agent, LeaseBook, RestartRequested
 from gmeta.elastic.controller import Controller, Decided
-from gmeta.elastic.ledger import Committed, Leased, Ledger, Plan
+from gmeta.elastic.ledger import Committed, JobSpec, Leased, Ledger
 from gmeta.elastic.monitor import StepTime
+from gmeta.elastic.wire import to_wire
 
 TASKS, WINDOW = 60, 24
 
@@ -24,7 +24,7 @@ class Here:
     """What a coordinator answers, without one. `policy` sees snapshots; `broken` raises in place of answers."""
 
     def __init__(self, policy: Any = lambda snapshot: [], ranks: int = 1) -> None:
-        self.ledger = Ledger(Plan(TASKS, WINDOW, epochs=50, shuffle=False, mode="exactly_once", lease_s=1e6))
+        self.ledger = Ledger(JobSpec(TASKS, WINDOW, epochs=50, shuffle=False, mode="exactly_once", lease_s=1e6))
         self.controller = Controller.begin(policy, world_size=ranks, batch=8, ahead=3, report_s=0.01)
         self.lock = threading.Lock()
         self.broken: Exception | None = None
@@ -43,7 +43,7 @@ class Here:
         granted = self.controller.grant()
         if granted is not None:
             self.controller.apply(granted)
-        settings = [asdict(setting) for setting in self.controller.newer(known)]
+        settings = [to_wire(setting) for setting in self.controller.newer(known)]
         _, found = self.controller.decide(0.0)
         if isinstance(found, Decided):
             self.controller.apply(found)
@@ -52,10 +52,10 @@ class Here:
     def exchange(
         self, worker: str, generation: int, commit: list[Any], progress: list[Any], count: int
     ) -> dict[str, Any]:
-        for epoch, shard, attempt, done in progress:
-            self._apply(ledgers.renew(self.ledger, 0, epoch, shard, attempt, done, 0.0))
-        for epoch, shard, attempt in commit:
-            record = ledgers.commit(self.ledger, 0, epoch, shard, attempt)
+        for epoch, work_item, attempt, done in progress:
+            self._apply(ledgers.renew(self.ledger, 0, epoch, work_item, attempt, done, 0.0))
+        for epoch, work_item, attempt in commit:
+            record = ledgers.commit(self.ledger, 0, epoch, work_item, attempt)
             assert isinstance(record, Committed)
             self._apply(record)
         found = ledgers.lease(self.ledger, worker, count, 0.0) if count else ledgers.WAIT
@@ -63,7 +63,7 @@ class Here:
         if not isinstance(found, Leased):
             return {"reply": found}
         self._apply(found)
-        return {"reply": "SHARD", "leases": [asdict(lease) for lease in found.leases]}
+        return {"reply": "SHARD", "leases": [to_wire(lease) for lease in found.leases]}
 
     def saved(self, generation: int, commit: list[Any], progress: list[Any]) -> dict[str, Any]:
         self.exchange("trainer", generation, commit, progress, 0)
@@ -101,7 +101,7 @@ def test_the_ledger_follows_the_steps(late: bool, pause_s: float) -> None:
     """However slow the coordinator, a checkpoint holds the ledger of its very step."""
     here = Here()
     here.pause_s = pause_s
-    agent = Agent(here, generation=0, rank=0, report_s=0.001, windows=Windows(WINDOW, TASKS))
+    agent = Agent(here, generation=0, rank=0, report_s=0.001, lease_book=LeaseBook(WINDOW, TASKS))
     epoch_steps = 9 if late else 8
 
     def check(step: int, epoch: int, index: int) -> None:
@@ -123,7 +123,7 @@ def test_the_ledger_follows_the_steps(late: bool, pause_s: float) -> None:
 def test_a_new_generation_goes_on_from_the_saved_ledger() -> None:
     """Killed in the tail, before the new agent has leased anything: the epoch's end still commits every window."""
     here = Here()
-    agent = Agent(here, generation=0, rank=0, report_s=0.001, windows=Windows(WINDOW, TASKS))
+    agent = Agent(here, generation=0, rank=0, report_s=0.001, lease_book=LeaseBook(WINDOW, TASKS))
     run_steps(agent, 0, 8, random.Random(2))  # the tail of epoch 0 is to come
     saved = agent.saved()
     agent.close()
@@ -132,7 +132,7 @@ def test_a_new_generation_goes_on_from_the_saved_ledger() -> None:
     here.ledger.generation = 0  # `Here` knows one
     here.controller = Controller.begin(lambda snapshot: [], world_size=1, batch=8, first_step=8)
     here.pause_s = 0.02
-    agent = Agent(here, generation=0, rank=0, report_s=0.001, windows=Windows(WINDOW, TASKS))
+    agent = Agent(here, generation=0, rank=0, report_s=0.001, lease_book=LeaseBook(WINDOW, TASKS))
     agent.finished(step_time(8), 0, 2, 0)
     agent.finish_epoch(0)
     here.pause_s = 0.0
@@ -143,7 +143,7 @@ def test_a_new_generation_goes_on_from_the_saved_ledger() -> None:
 def test_all_ranks_see_the_same_settings() -> None:
     """A policy that changes its mind all the time; ranks ask at different moments, and never disagree."""
     here = Here(lambda s: [AdjustBatch((4 + s.step % 4, 4 - s.step % 4))], ranks=2)
-    agents = [Agent(here, generation=0, rank=r, report_s=0.002 * (1 + r), windows=None) for r in range(2)]
+    agents = [Agent(here, generation=0, rank=r, report_s=0.002 * (1 + r), lease_book=None) for r in range(2)]
     seen: list[dict[int, Any]] = [{}, {}]
 
     def rank(number: int) -> None:
@@ -176,7 +176,7 @@ def test_a_restart_is_raised_at_its_step() -> None:
 def test_an_error_of_the_thread_reaches_the_trainer(wait: str) -> None:
     here = Here()
     here.broken = ValueError("the message is of generation 1, the ledger is in 2")
-    agent = Agent(here, generation=0, rank=0, report_s=0.001, windows=Windows(WINDOW, TASKS))
+    agent = Agent(here, generation=0, rank=0, report_s=0.001, lease_book=LeaseBook(WINDOW, TASKS))
     with pytest.raises(ValueError, match="generation 1"):
         agent.setting(0) if wait == "setting" else [agent.saved() for _ in range(100)]
     agent.close()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmeta.elastic.balance import DeviceClass, Share, Worker, accumulated, balanced, proportional
+from gmeta.elastic.balance import DeviceClass, MicroBatching, Worker, accumulated, balanced, proportional
 
 speeds = st.floats(0.1, 10.0)
 workers = st.lists(
@@ -126,12 +126,12 @@ def test_no_accumulation_ends_earlier(total: int, classes: list[DeviceClass], mo
 
 def test_equal_ends_take_the_fewest_micro_batches() -> None:
     for speed in (0.3, 3.0, 7.0):
-        assert accumulated(240, [DeviceClass(1, Worker(speed))]) == [Share(240, 1)]
+        assert accumulated(240, [DeviceClass(1, Worker(speed))]) == [MicroBatching(240, 1)]
 
 
 def test_memory_makes_a_slow_class_accumulate() -> None:
     fast, slow = Worker(2.0, most=8), Worker(1.0, most=2)
-    assert accumulated(24, [DeviceClass(2, fast), DeviceClass(2, slow)]) == [Share(8, 1), Share(2, 2)]
+    assert accumulated(24, [DeviceClass(2, fast), DeviceClass(2, slow)]) == [MicroBatching(8, 1), MicroBatching(2, 2)]
 
 
 @pytest.mark.parametrize("bad", [{"speed": 0.0}, {"speed": 1.0, "fixed_s": -1.0}, {"speed": 1.0, "most": -1}])

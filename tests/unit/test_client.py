@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from coordinators import Process, audit, records, until
 
-from gmeta.elastic.client import Client, HeldShard, Refused, Unreachable, make_token, read_token
-from gmeta.elastic.ledger import Mode, Plan
+from gmeta.elastic.client import Client, HeldWorkItem, Refused, Unreachable, make_token, read_token
+from gmeta.elastic.ledger import JobSpec, Mode
 
-PLAN = Plan(num_samples=60, shard_size=4, epochs=2, seed=3, lease_s=30.0)
+PLAN = JobSpec(num_samples=60, work_item_size=4, epochs=2, seed=3, lease_s=30.0)
 
 
 @pytest.fixture
@@ -22,20 +22,20 @@ def coordinator(tmp_path: Path):
     process.end()
 
 
-def samples(lease: HeldShard) -> list[tuple[int, int]]:
+def samples(lease: HeldWorkItem) -> list[tuple[int, int]]:
     return [(lease.epoch, position) for position in lease.positions]
 
 
 @pytest.mark.parametrize(("ahead", "mode"), [(0, "at_least_once"), (7, "at_most_once"), (2, "exactly_once")])
 def test_every_sample_once(tmp_path: Path, ahead: int, mode: Mode):
-    plan = replace(PLAN, mode=mode)
+    spec = replace(PLAN, mode=mode)
     process = Process(tmp_path / "j")
     client = process.client()
-    assert client.open_job("p", plan) == 0
-    taken = Counter(sample for lease in client.shards("w0", ahead) for sample in samples(lease))
+    assert client.open_job("p", spec) == 0
+    taken = Counter(sample for lease in client.work_items("w0", ahead) for sample in samples(lease))
     process.end()
     assert taken == {(epoch, position): 1 for epoch in range(2) for position in range(60)}
-    audit(tmp_path / "j", plan, taken)
+    audit(tmp_path / "j", spec, taken)
 
 
 def test_workers_share_and_wait_for_each_other(coordinator: Process):
@@ -44,7 +44,7 @@ def test_workers_share_and_wait_for_each_other(coordinator: Process):
     def work(worker: int) -> None:
         client = coordinator.client()
         client.open_job("p", PLAN)
-        for lease in client.shards(f"w{worker}", ahead=1):
+        for lease in client.work_items(f"w{worker}", ahead=1):
             taken[worker].update(samples(lease))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
@@ -56,13 +56,13 @@ def test_workers_share_and_wait_for_each_other(coordinator: Process):
 
 
 def test_waiting_is_not_the_end(coordinator: Process):
-    plan = Plan(num_samples=2, shard_size=1, epochs=1)
+    spec = JobSpec(num_samples=2, work_item_size=1, epochs=1)
     slow, fast = coordinator.client(), coordinator.client()
-    slow.open_job("p", plan)
-    fast.open_job("p", plan)
+    slow.open_job("p", spec)
+    fast.open_job("p", spec)
     held = slow.call("lease", worker="slow", count=1)["leases"][0]
-    taken: list[HeldShard] = []
-    thread = threading.Thread(target=lambda: taken.extend(fast.shards("fast", ahead=0)))
+    taken: list[HeldWorkItem] = []
+    thread = threading.Thread(target=lambda: taken.extend(fast.work_items("fast", ahead=0)))
     thread.start()
     until(lambda: len(taken) == 1)
     assert thread.is_alive()
@@ -76,7 +76,7 @@ def test_a_loop_that_raises_gives_its_shards_back(coordinator: Process):
     client.open_job("p", PLAN)
 
     def train() -> None:
-        for number, _ in enumerate(client.shards("w0", ahead=2)):
+        for number, _ in enumerate(client.work_items("w0", ahead=2)):
             if number == 1:
                 raise KeyError("a bug of the user's")
 
@@ -87,16 +87,16 @@ def test_a_loop_that_raises_gives_its_shards_back(coordinator: Process):
     reasons = [body["reason"] for kind, body in found if kind == "Returned"]
     assert len(reasons) >= 2
     assert set(reasons) == {"worker 'w0' left its loop"}
-    for _ in client.shards("w1"):
+    for _ in client.work_items("w1"):
         pass
     audit(coordinator.journal, PLAN)
 
 
 def test_leases_are_renewed_while_the_loop_works(coordinator: Process):
-    plan = Plan(num_samples=4, shard_size=4, lease_s=0.6)
+    spec = JobSpec(num_samples=4, work_item_size=4, lease_s=0.6)
     client = coordinator.client()
-    client.open_job("p", plan)
-    for lease in client.shards("w0"):
+    client.open_job("p", spec)
+    for lease in client.work_items("w0"):
         lease.progress(3)
         until(lambda: sum(kind == "Renewed" for kind, _ in records(coordinator.journal)) >= 6)
         assert not lease.lost
@@ -106,11 +106,11 @@ def test_leases_are_renewed_while_the_loop_works(coordinator: Process):
 
 
 def test_a_lost_shard_is_dropped_and_the_loop_goes_on(coordinator: Process):
-    plan = Plan(num_samples=3, shard_size=1, lease_s=5.0)
+    spec = JobSpec(num_samples=3, work_item_size=1, lease_s=5.0)
     client, other = coordinator.client(), coordinator.client()
-    client.open_job("p", plan)
+    client.open_job("p", spec)
     lost = []
-    for number, lease in enumerate(client.shards("w0", ahead=0)):
+    for number, lease in enumerate(client.work_items("w0", ahead=0)):
         if number == 0:
             other.call("fail", generation=0, shards=[list(lease.key)], reason="taken away")
             lease.progress(1)
@@ -124,7 +124,7 @@ def test_a_lost_shard_is_dropped_and_the_loop_goes_on(coordinator: Process):
 def test_progress_is_checked(coordinator: Process):
     client = coordinator.client()
     client.open_job("p", PLAN)
-    lease = next(iter(client.shards("w0")))
+    lease = next(iter(client.work_items("w0")))
     lease.progress(2)
     for count in (1, 5):
         with pytest.raises(ValueError, match=rf"{count} positions are reported finished: must be 2 to 4"):
@@ -137,7 +137,7 @@ def test_a_coordinator_that_is_away_delays_and_loses_nothing(tmp_path: Path):
     client.open_job("p", PLAN)
     taken: Counter = Counter()
     starting = None
-    for number, lease in enumerate(client.shards("w0", ahead=2)):
+    for number, lease in enumerate(client.work_items("w0", ahead=2)):
         if number == 5:
             process.kill()
             starting = threading.Timer(3.0, process.start)
@@ -205,10 +205,10 @@ def test_mistakes_before_anything_is_sent():
         Client("localhost:7", run="r")
     client = Client("http://127.0.0.1:9", run="r")
     with pytest.raises(ValueError, match="call open_job"):
-        next(client.shards("w0"))
-    client.plan = PLAN
+        next(client.work_items("w0"))
+    client.job = PLAN
     with pytest.raises(ValueError, match="ahead is -1"):
-        next(client.shards("w0", ahead=-1))
+        next(client.work_items("w0", ahead=-1))
 
 
 def test_tokens(tmp_path: Path):

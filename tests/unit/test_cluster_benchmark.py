@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""The benchmark of placements on an emulated cluster: how links are shaped, what is told of the times."""
+"""The benchmark of strategies on an emulated cluster: how links are shaped, what is told of the times."""
 
 import importlib.util
 import statistics
@@ -13,8 +13,8 @@ sys.path.append(str(BENCHMARKS))  # scripts, no package
 
 import netns
 
-from gmeta.sharding.cost import Links
-from gmeta.sharding.strategy import PLACEMENTS
+from gmeta.sharding.schedule import Links
+from gmeta.sharding.strategy import STRATEGIES
 
 spec = importlib.util.spec_from_file_location("cluster_run", BENCHMARKS / "cluster" / "run.py")
 assert spec is not None
@@ -62,17 +62,17 @@ def test_rank_correlation():
 def test_records_hold_what_is_promised():
     """Of times that are exactly the planner's: every ratio is 1, the order is the planner's."""
     found = {("alone", 4): 1.0, ("fsdp2", 4): 9.0}
-    found |= {(name, 4): cluster_run.planned(LINKS, name, 4, found).step_s for name in PLACEMENTS}
+    found |= {(name, 4): cluster_run.planned(LINKS, name, 4, found).step_s for name in STRATEGIES}
     records = cluster_run.train_records("here", LINKS, found)
     values = {(r.case, r.variant, r.metric): r.value for r in records}
-    for name in PLACEMENTS:
+    for name in STRATEGIES:
         assert values["here, acc4", name, "achieved_over_predicted"] == pytest.approx(1)
         assert values["here, acc4", name, "speedup_over_fsdp2"] == pytest.approx(9 / found[name, 4])
     assert values["here, acc4", "planner", "spearman"] == pytest.approx(1)
     assert cluster_run.planned(LINKS, "ddp", 4, found) is None
     table = cluster_run.train_table("here", LINKS, found)
     assert "here, 4 micro-batches" in table
-    assert table.count("1.00") >= len(PLACEMENTS)
+    assert table.count("1.00") >= len(STRATEGIES)
 
 
 def test_flat_rings_have_nothing_to_gain_from_a_shared_card():

@@ -12,16 +12,17 @@ import pytest
 
 from gmeta.elastic.actions import AdjustBatch, KillRestart
 from gmeta.elastic.controller import Limits
-from gmeta.elastic.coordinator import Coordinator, Refused
+from gmeta.elastic.coordinator import Conflict, Coordinator
 from gmeta.elastic.journal import Journal, Unwritable
-from gmeta.elastic.ledger import Ledger, Plan
+from gmeta.elastic.ledger import JobSpec, Ledger
 from gmeta.elastic.messages import BadMessage
 from gmeta.elastic.monitor import snapshot_from_json
 from gmeta.elastic.trace import Trace
-from gmeta.elastic.view import cells, history, shards, state
+from gmeta.elastic.view import cells, history, state, work_item_counts
+from gmeta.elastic.wire import to_wire
 
-PLAN = Plan(num_samples=20, shard_size=5, epochs=2, seed=1, lease_s=10.0)
-TRAINER = Plan(num_samples=400, shard_size=40, shuffle=False, mode="exactly_once", lease_s=1000.0)
+PLAN = JobSpec(num_samples=20, work_item_size=5, epochs=2, seed=1, lease_s=10.0)
+TRAINER = JobSpec(num_samples=400, work_item_size=40, shuffle=False, mode="exactly_once", lease_s=1000.0)
 NUMBERS = itertools.count()
 
 
@@ -53,8 +54,8 @@ class Bench:
         reply = self.it.handle(name, {"run": run, "request": request, **json.loads(json.dumps(fields))})
         return json.loads(json.dumps(reply))
 
-    def open(self, plan: Plan = PLAN, pack: str = "p", **fields: Any) -> dict[str, Any]:
-        return self.send("job", pack=pack, plan=asdict(plan), **fields)
+    def open(self, spec: JobSpec = PLAN, pack: str = "p", **fields: Any) -> dict[str, Any]:
+        return self.send("job", pack=pack, plan=to_wire(spec), **fields)
 
     def tick(self, seconds: float = 0.0) -> None:
         """Time passes as it does where ticks are frequent."""
@@ -109,7 +110,7 @@ def test_count_zero_only_gives_back(bench: Bench):
     held = names(bench.send("lease", worker="a", count=2))
     reply = bench.send("exchange", worker="a", count=0, generation=0, commit=held, progress=[])
     assert reply["reply"] == "WAIT"
-    assert shards(bench.it.ledger) == {"todo": 2, "doing": 0, "done": 2, "lost": 0, "quarantined": 0}
+    assert work_item_counts(bench.it.ledger) == {"todo": 2, "doing": 0, "done": 2, "lost": 0, "quarantined": 0}
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -136,7 +137,7 @@ def test_a_stale_commit_refuses_the_whole_message(bench: Bench):
         ("exchange", {"worker": "a", "count": 2, "commit": [good, late], "progress": []}),
         ("renew", {"progress": [[*late, 3], [*good, 2]]}),
     ):
-        with pytest.raises(Refused, match="attempt 1 at shard") as caught:
+        with pytest.raises(Conflict, match="attempt 1 at work item") as caught:
             bench.send(name, generation=0, **fields)
         assert caught.value.stale
         assert caught.value.lost == [late]
@@ -149,7 +150,7 @@ def test_progress_survives_the_worker(bench: Bench):
     bench.open()
     (held,) = names(bench.send("lease", worker="a", count=1))
     bench.send("renew", generation=0, progress=[[*held, 3]])
-    with pytest.raises(Refused, match="2 samples of shard") as caught:
+    with pytest.raises(Conflict, match="2 samples of work item") as caught:
         bench.send("renew", generation=0, progress=[[*held, 2]])
     assert not caught.value.stale
     bench.tick(10.5)
@@ -210,7 +211,7 @@ def test_a_restart_reads_all_of_it(tmp_path: Path):
         controller.until,
         controller.restarts,
     )
-    assert after.settings[-1].slots == (3, 5)
+    assert after.settings[-1].tasks_per_rank == (3, 5)
     assert len(after.restarts) == 1
     assert after.monitor.snapshot(0.0, after.settings[-1], 0).workers[0].max_slots == 6
     bench.it.close()
@@ -231,7 +232,7 @@ def test_a_trainer_rolls_back(bench: Bench):
         ("saved", {"progress": [], "commit": [held[1]]}),
         ("report", {"rank": 0, "known": 0, "steps": [], "facts": {}, "about": None}),
     ):
-        with pytest.raises(Refused, match="of generation 1") as caught:
+        with pytest.raises(Conflict, match="of generation 1") as caught:
             bench.send(name, generation=first, **fields)
         assert caught.value.stale
     (lease,) = bench.send("exchange", worker="rank 0", count=1, generation=second, commit=[], progress=[])["leases"]
@@ -264,7 +265,7 @@ def test_settings_come_with_the_grant_that_reaches_them(tmp_path: Path):
     ("policy", "problem"),
     [
         (lambda s: 1 / 0, "ZeroDivisionError: division by zero"),
-        (lambda s: [AdjustBatch((1, 1))], "sums to 2: the global batch has 8 slots"),
+        (lambda s: [AdjustBatch((1, 1))], "sums to 2: the global batch has 8 tasks"),
         (lambda s: ["faster"], "'faster' is no action"),
         (lambda s: None, "TypeError"),
         (lambda s: sys.exit(3), "SystemExit: 3"),
@@ -282,7 +283,7 @@ def test_a_policy_that_talks_nonsense(tmp_path: Path, policy, problem: str):
     (line,) = bench.lines
     assert problem in line
     assert "training goes on" in line
-    assert bench.it.controller.settings[-1].slots == (4, 4)
+    assert bench.it.controller.settings[-1].tasks_per_rank == (4, 4)
     assert next(iter(bench.it.problems.values())) > 3
     bench.it.close()
 
@@ -294,7 +295,7 @@ def test_a_policy_that_computes_with_numpy(tmp_path: Path):
     bench.tick(1.0)
     assert not bench.lines
     bench.restart()
-    assert bench.it.controller.settings[-1].slots == (2, 6)
+    assert bench.it.controller.settings[-1].tasks_per_rank == (2, 6)
     json.dumps(state(bench.it))
     bench.it.close()
 
@@ -326,20 +327,20 @@ def test_a_full_disk_changes_nothing(bench: Bench, monkeypatch: pytest.MonkeyPat
     [
         ({"run": "other"}, r"is of run 'r', the message of run 'other'.*another --journal"),
         ({"pack": "q"}, r"is of the pack 'p', the message of 'q'.*another --journal"),
-        ({"plan": Plan(20, 4, epochs=2, seed=1, lease_s=10.0)}, r"plan.shard_size is 5 there and 4 in the message;"),
+        ({"spec": JobSpec(20, 4, epochs=2, seed=1, lease_s=10.0)}, r"plan.shard_size is 5 there and 4 in the message;"),
     ],
 )
 def test_another_job(bench: Bench, fields: dict[str, Any], message: str):
     bench.open()
-    with pytest.raises(Refused, match=message) as caught:
+    with pytest.raises(Conflict, match=message) as caught:
         bench.open(**fields)
     assert not caught.value.stale
     bench.restart()
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(Conflict, match=message):
         bench.open(**fields)
 
 
-SHARDS = "of at most 4096 [epoch, shard, attempt]"
+SHARDS = "of at most 4096 [epoch, work item, attempt]"
 
 
 @pytest.mark.parametrize(
@@ -404,10 +405,10 @@ def test_before_there_is_a_job(bench: Bench):
         ("commit", {"generation": 0, "shards": []}),
         ("begin", {"pack": "p"}),
     ):
-        with pytest.raises(Refused, match="there is no job yet"):
+        with pytest.raises(Conflict, match="there is no job yet"):
             bench.send(name, **fields)
     bench.open()
-    with pytest.raises(Refused, match="no group of ranks has begun"):
+    with pytest.raises(Conflict, match="no group of ranks has begun"):
         bench.report(0, 0, 0, 1)
     for body in ([], "x", {"run": "r"}, {"run": "r", "request": ""}):
         with pytest.raises(BadMessage):
@@ -416,7 +417,7 @@ def test_before_there_is_a_job(bench: Bench):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_the_shard_bar_shows_what_is_where(shuffle: bool):
-    ledger = Ledger(Plan(num_samples=12, shard_size=1, shuffle=shuffle))
+    ledger = Ledger(JobSpec(num_samples=12, work_item_size=1, shuffle=shuffle))
     _, second, third, fourth = ledger.order[:4]
     ledger.cursor, ledger.num_done = 6, 3
     ledger.attempts = {(0, s): 1 for s in ledger.order[:6]}
@@ -438,8 +439,8 @@ def test_the_heat_strip_is_relative_to_the_median(bench: Bench):
 
 
 def test_the_state_is_json_and_small_with_many_workers(bench: Bench):
-    plan = Plan(num_samples=8 * 1024, shard_size=1)
-    bench.open(plan)
+    spec = JobSpec(num_samples=8 * 1024, work_item_size=1)
+    bench.open(spec)
     for second in range(150):
         for worker in range(second % 4, 1024, 4) if second % 10 == 0 else range(0, 1024, 256):
             held = names(bench.send("lease", worker=f"w{worker}", count=1))

@@ -9,11 +9,12 @@ import pytest
 from gmeta.elastic import journal as journals
 from gmeta.elastic.actions import AdjustAccumulation, AdjustBatch, DropLate, KillRestart, Setting
 from gmeta.elastic.controller import Decided, Granted
+from gmeta.elastic.coordinator import Coordinator
 from gmeta.elastic.journal import Journal, Unwritable
-from gmeta.elastic.ledger import Committed, Lease, Leased, Renewed, Returned, RolledBack
+from gmeta.elastic.ledger import Committed, JobSpec, Lease, Leased, Renewed, Returned, RolledBack
 from gmeta.elastic.records import Began, Introduced, from_row, to_row
 
-LEASE = Lease(epoch=0, shard=3, attempt=2, worker="w0", deadline=12.5, done=4)
+LEASE = Lease(epoch=0, work_item=3, attempt=2, worker="w0", deadline=12.5, done=4)
 ACTIONS = (AdjustBatch((3, 5)), AdjustAccumulation((1, 2)), DropLate(0.5), KillRestart(1, "slow"))
 RECORDS = [
     Leased((LEASE,)),
@@ -133,3 +134,45 @@ def test_damage_is_found(tmp_path: Path, damage: str):
         db.close()
     with pytest.raises(ValueError, match=r"(is damaged|cannot be read) \(.*restore it from a copy"):
         list(Journal(path).records())
+
+
+def older_journal(folder: Path) -> Path:
+    """A journal with a record of each kind, as the release wrote it in which work items were called shards."""
+    path = folder / "older.db"
+    database = sqlite3.connect(path)
+    script = Path(__file__).parent / "fixtures" / "journal-of-an-older-release.sql"
+    database.executescript(script.read_text(encoding="utf-8"))
+    database.close()
+    return path
+
+
+def test_an_older_journal_is_read_and_would_be_written_alike(tmp_path: Path) -> None:
+    journal = Journal(older_journal(tmp_path))
+    rows = journal.rows(0, 1000)
+    kinds = {"Leased", "Renewed", "Committed", "Returned", "RolledBack", "Began", "Introduced", "Granted", "Decided"}
+    assert {row["kind"] for row in rows} == kinds
+    for row, (_, record) in zip(rows, journal.records(), strict=True):
+        kind, body = to_row(record)
+        assert (kind, json.dumps(body)) == (row["kind"], json.dumps(row["body"]))
+    journal.close()
+
+
+def test_a_coordinator_goes_on_from_an_older_journal(tmp_path: Path) -> None:
+    coordinator = Coordinator(Journal(older_journal(tmp_path)), lambda snapshot: [], clock=lambda: 1015.0)
+    assert coordinator.job is not None
+    assert coordinator.job.spec == JobSpec(100, 10, 2, 3, True, "exactly_once", 30.0, 2, True)
+    assert coordinator.ledger.save() == {
+        "epoch": 0,
+        "cursor": 4,
+        "again": [(8, 5), (9, 0)],
+        "num_done": 2,
+        "attempts": [(8, 2), (7, 1), (4, 2), (9, 1)],
+    }
+    assert coordinator.controller is not None
+    assert coordinator.controller.settings[-1] == Setting(2, 12, (6, 2), (2, 1), 1.5, 1)
+    repeated = coordinator.handle("exchange", {"run": "r1", "request": "q19"})  # as a client of that release asks
+    assert repeated["leases"] == [{"epoch": 0, "shard": 9, "attempt": 1, "done": 0, "start": 90, "stop": 100}]
+    settings = {"generation": 1, "rank": 0, "known": -1, "steps": [], "facts": {}}
+    reply = coordinator.handle("report", {"run": "r1", "request": "new", **settings})
+    assert reply["settings"][-1]["slots"] == (6, 2)
+    coordinator.close()

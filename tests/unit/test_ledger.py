@@ -12,9 +12,9 @@ from gmeta.elastic.ledger import (
     END,
     WAIT,
     Committed,
+    JobSpec,
     Leased,
     Ledger,
-    Plan,
     Refusal,
     Renewed,
     Returned,
@@ -36,28 +36,28 @@ def take(ledger: Ledger, worker: str, count: int = 1, now: float = 0.0) -> list:
 
 
 def finish(ledger: Ledger, found) -> None:
-    record = commit(ledger, ledger.generation, found.epoch, found.shard, found.attempt)
+    record = commit(ledger, ledger.generation, found.epoch, found.work_item, found.attempt)
     assert isinstance(record, Committed), record
     apply(ledger, record)
 
 
 def test_every_epoch_has_its_own_order_and_every_position():
-    plan = Plan(num_samples=103, shard_size=10, epochs=3, seed=7)
-    orders = [plan.order(epoch) for epoch in range(3)]
+    spec = JobSpec(num_samples=103, work_item_size=10, epochs=3, seed=7)
+    orders = [spec.order(epoch) for epoch in range(3)]
     assert orders[0] == [8, 4, 0, 5, 10, 3, 2, 6, 9, 1, 7], "journals refer to it: it may not change"
     assert len({tuple(order) for order in orders}) == 3
     for order in orders:
-        assert sorted(p for shard in order for p in plan.positions(shard)) == list(range(103))
-    assert Plan(103, 10, seed=8).order(0) != orders[0]
+        assert sorted(p for work_item in order for p in spec.positions(work_item)) == list(range(103))
+    assert JobSpec(103, 10, seed=8).order(0) != orders[0]
 
 
 def test_wait_is_not_the_end():
-    ledger = Ledger(Plan(num_samples=2, shard_size=1, epochs=2))
+    ledger = Ledger(JobSpec(num_samples=2, work_item_size=1, epochs=2))
     first, second = take(ledger, "a", 5)
     assert lease(ledger, "b", 1, 0.0) == WAIT
     finish(ledger, first)
     assert lease(ledger, "b", 1, 0.0) == WAIT
-    assert [ledger.state(0, s) for s in (first.shard, second.shard)] == ["DONE", "DOING"]
+    assert [ledger.state(0, s) for s in (first.work_item, second.work_item)] == ["DONE", "DOING"]
     finish(ledger, second)
     assert ledger.epoch == 1
     for found in take(ledger, "b", 5):
@@ -66,28 +66,28 @@ def test_wait_is_not_the_end():
 
 
 def test_a_late_commit_is_refused_and_a_repeated_one_is_not():
-    ledger = Ledger(Plan(num_samples=1, shard_size=1, lease_s=10))
+    ledger = Ledger(JobSpec(num_samples=1, work_item_size=1, lease_s=10))
     (old,) = take(ledger, "slow")
     (record,) = expired(ledger, 11.0)
     apply(ledger, record)
     (new,) = take(ledger, "fast", now=11.0)
     assert (old.attempt, new.attempt) == (1, 2)
-    late = commit(ledger, 0, 0, old.shard, old.attempt)
+    late = commit(ledger, 0, 0, old.work_item, old.attempt)
     assert isinstance(late, Refusal)
     assert late.stale
     finish(ledger, new)
-    assert commit(ledger, 0, 0, new.shard, new.attempt) is None
-    assert commit(ledger, 0, 0, old.shard, old.attempt).stale
+    assert commit(ledger, 0, 0, new.work_item, new.attempt) is None
+    assert commit(ledger, 0, 0, old.work_item, old.attempt).stale
 
 
 def test_progress_is_kept_and_cannot_go_back():
-    ledger = Ledger(Plan(num_samples=10, shard_size=10, lease_s=10))
+    ledger = Ledger(JobSpec(num_samples=10, work_item_size=10, lease_s=10))
     (found,) = take(ledger, "a")
     record = renew(ledger, 0, 0, 0, found.attempt, 4, 5.0)
     assert isinstance(record, Renewed)
     assert record.lease.deadline == 15.0
     apply(ledger, record)
-    assert renew(ledger, 0, 0, 0, found.attempt, 3, 5.0).reason.startswith("3 samples of shard 0")
+    assert renew(ledger, 0, 0, 0, found.attempt, 3, 5.0).reason.startswith("3 samples of work item 0")
     assert renew(ledger, 0, 0, 0, found.attempt, 11, 5.0).reason.endswith("must be 4 to 10")
     assert renew(ledger, 0, 0, 0, found.attempt, 4, 1.0).lease.deadline == 15.0, "a clock that jumps back"
     apply(ledger, fail(ledger, 0, 0, 0, found.attempt, "out of memory"))
@@ -97,11 +97,11 @@ def test_progress_is_kept_and_cannot_go_back():
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_poisonous_shard_is_set_aside(skip: bool):
-    ledger = Ledger(Plan(num_samples=2, shard_size=1, max_failures=2, skip_quarantined=skip))
+    ledger = Ledger(JobSpec(num_samples=2, work_item_size=1, max_failures=2, skip_quarantined=skip))
     bad = ledger.order[0]
     for _ in range(2):
         held = take(ledger, "a", 2)
-        (found,) = (x for x in held if x.shard == bad)
+        (found,) = (x for x in held if x.work_item == bad)
         apply(ledger, fail(ledger, 0, 0, bad, found.attempt, "boom"))
     assert ledger.state(0, bad) == "QUARANTINED"
     answer = lease(ledger, "a", 1, 0.0)
@@ -111,43 +111,45 @@ def test_a_poisonous_shard_is_set_aside(skip: bool):
         finish(ledger, other)
         assert lease(ledger, "a", 1, 0.0) == END
     else:
-        assert answer.reason == f"shard {bad} of epoch 0 is quarantined after 2 failures: boom"
+        assert answer.reason == f"work item {bad} of epoch 0 is quarantined after 2 failures: boom"
 
 
 def test_a_poisonous_shard_does_not_loop_through_rollbacks():
-    ledger = Ledger(Plan(num_samples=3, shard_size=1, mode="exactly_once", max_failures=2, skip_quarantined=True))
+    ledger = Ledger(
+        JobSpec(num_samples=3, work_item_size=1, mode="exactly_once", max_failures=2, skip_quarantined=True)
+    )
     start = json.loads(json.dumps(ledger.save()))
     bad = ledger.order[0]
     for _ in range(2):
-        found = next(x for x in take(ledger, "a", 3) if x.shard == bad)
+        found = next(x for x in take(ledger, "a", 3) if x.work_item == bad)
         apply(ledger, fail(ledger, ledger.generation, 0, bad, found.attempt, "boom"))
         apply(ledger, rollback(ledger, start))
     rest = take(ledger, "a", 3)
-    assert bad not in [x.shard for x in rest]
+    assert bad not in [x.work_item for x in rest]
     for found in rest:
         finish(ledger, found)
     assert ledger.finished
 
 
 def test_old_generations_are_refused():
-    ledger = Ledger(Plan(num_samples=4, shard_size=1, mode="exactly_once"))
+    ledger = Ledger(JobSpec(num_samples=4, work_item_size=1, mode="exactly_once"))
     start = ledger.save()
     (found,) = take(ledger, "a")
     apply(ledger, rollback(ledger, start))
-    answer = commit(ledger, 0, 0, found.shard, found.attempt)
+    answer = commit(ledger, 0, 0, found.work_item, found.attempt)
     assert answer == Refusal("the message is of generation 0, the ledger is in 1", stale=True)
-    assert take(ledger, "b")[0].shard == found.shard
+    assert take(ledger, "b")[0].work_item == found.work_item
 
 
 def test_messages_about_nothing():
-    ledger = Ledger(Plan(num_samples=4, shard_size=2, epochs=2))
-    assert commit(ledger, 0, 0, 9, 1).reason == "there is no shard 9 of epoch 0"
+    ledger = Ledger(JobSpec(num_samples=4, work_item_size=2, epochs=2))
+    assert commit(ledger, 0, 0, 9, 1).reason == "there is no work item 9 of epoch 0"
     assert commit(ledger, 0, 1, 0, 1).reason == "epoch 1 has not begun"
     assert commit(ledger, 0, 0, 0, 1).stale
-    assert lease(ledger, "a", 0, 0.0).reason.startswith("0 shards were asked for")
-    for bad in ({"num_samples": 0}, {"shard_size": 0}, {"lease_s": 0.0}, {"mode": "often"}):
+    assert lease(ledger, "a", 0, 0.0).reason.startswith("0 work items were asked for")
+    for bad in ({"num_samples": 0}, {"work_item_size": 0}, {"lease_s": 0.0}, {"mode": "often"}):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            Plan(**{"num_samples": 1, "shard_size": 1, **bad})
+            JobSpec(**{"num_samples": 1, "work_item_size": 1, **bad})
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -165,8 +167,8 @@ class Interleavings(RuleBasedStateMachine):
         seed=st.integers(0, 5),
     )
     def begin(self, mode: str, samples: int, size: int, epochs: int, seed: int) -> None:
-        self.plan = Plan(samples, size, epochs, seed, mode, lease_s=10.0, max_failures=10**6)
-        self.ledger = Ledger(self.plan)
+        self.spec = JobSpec(samples, size, epochs, seed, mode, lease_s=10.0, max_failures=10**6)
+        self.ledger = Ledger(self.spec)
         self.journal: list = []
         self.now = 0.0
         self.held: list = []  # [lease, samples finished, generation]
@@ -181,7 +183,7 @@ class Interleavings(RuleBasedStateMachine):
         apply(self.ledger, record)
 
     def samples(self, found, start: int, stop: int) -> list:
-        return [(found.epoch, position) for position in self.plan.positions(found.shard)[start:stop]]
+        return [(found.epoch, position) for position in self.spec.positions(found.work_item)[start:stop]]
 
     @rule(count=st.integers(1, 3), worker=st.sampled_from("abc"))
     def ask(self, count: int, worker: str) -> None:
@@ -196,10 +198,10 @@ class Interleavings(RuleBasedStateMachine):
         """A step: samples are computed, take effect, and are reported."""
         job = data.draw(st.sampled_from(self.held))
         found, done, generation = job
-        stop = min(done + count, len(self.plan.positions(found.shard)))
+        stop = min(done + count, len(self.spec.positions(found.work_item)))
         samples = self.samples(found, done, stop)
-        if self.plan.mode == "exactly_once":
-            record = renew(self.ledger, generation, found.epoch, found.shard, found.attempt, stop, self.now)
+        if self.spec.mode == "exactly_once":
+            record = renew(self.ledger, generation, found.epoch, found.work_item, found.attempt, stop, self.now)
             if isinstance(record, Refusal):
                 assert record.stale
                 return
@@ -212,7 +214,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(data=st.data())
     def report(self, data) -> None:
         found, done, generation = data.draw(st.sampled_from(self.held))
-        record = renew(self.ledger, generation, found.epoch, found.shard, found.attempt, done, self.now)
+        record = renew(self.ledger, generation, found.epoch, found.work_item, found.attempt, done, self.now)
         if isinstance(record, Renewed):
             self.write(record)
 
@@ -221,13 +223,13 @@ class Interleavings(RuleBasedStateMachine):
     def end(self, data) -> None:
         job = data.draw(st.sampled_from(self.held))
         found, done, generation = job
-        if done < len(self.plan.positions(found.shard)):
+        if done < len(self.spec.positions(found.work_item)):
             return
         self.held.remove(job)
-        record = commit(self.ledger, generation, found.epoch, found.shard, found.attempt)
+        record = commit(self.ledger, generation, found.epoch, found.work_item, found.attempt)
         if isinstance(record, Committed):
             self.write(record)
-            assert commit(self.ledger, generation, found.epoch, found.shard, found.attempt) is None
+            assert commit(self.ledger, generation, found.epoch, found.work_item, found.attempt) is None
         else:
             assert record is None or record.stale
 
@@ -239,17 +241,17 @@ class Interleavings(RuleBasedStateMachine):
         self.zombies.append(job)
         found, _, generation = job
         if told:
-            record = fail(self.ledger, generation, found.epoch, found.shard, found.attempt, "killed")
+            record = fail(self.ledger, generation, found.epoch, found.work_item, found.attempt, "killed")
             if isinstance(record, Returned):
                 self.write(record)
 
-    @precondition(lambda self: self.held and self.plan.mode == "exactly_once")
+    @precondition(lambda self: self.held and self.spec.mode == "exactly_once")
     @rule(data=st.data())
     def die_amid_a_step(self, data) -> None:
         """Samples are in the model, and nobody has said so."""
         job = data.draw(st.sampled_from(self.held))
         found, done, generation = job
-        held = self.ledger.doing.get(found.shard)
+        held = self.ledger.doing.get(found.work_item)
         if held is not None and (generation, *held.key) == (self.ledger.generation, *found.key):
             self.model.update(self.samples(found, done, done + 2))
             self.torn = True
@@ -258,12 +260,12 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.zombies)
     @rule(data=st.data())
     def rise(self, data) -> None:
-        """A worker that was given up commits after all: counted only if nobody has been given its shard since."""
+        """A worker that was given up commits after all: counted only if nobody has been given its work item since."""
         found, done, generation = data.draw(st.sampled_from(self.zombies))
         before = json.dumps(self.ledger.save())
-        if done < len(self.plan.positions(found.shard)):
+        if done < len(self.spec.positions(found.work_item)):
             return
-        record = commit(self.ledger, generation, found.epoch, found.shard, found.attempt)
+        record = commit(self.ledger, generation, found.epoch, found.work_item, found.attempt)
         if isinstance(record, Committed):
             self.write(record)
         else:
@@ -280,7 +282,7 @@ class Interleavings(RuleBasedStateMachine):
     def save(self) -> None:
         self.checkpoint = (json.dumps(self.ledger.save()), Counter(self.model))
 
-    @precondition(lambda self: self.plan.mode == "exactly_once")
+    @precondition(lambda self: self.spec.mode == "exactly_once")
     @rule()
     def restart(self) -> None:
         saved, model = self.checkpoint
@@ -293,7 +295,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def coordinator_restarts(self) -> None:
         """The journal alone gives the same ledger."""
-        again = Ledger(self.plan)
+        again = Ledger(self.spec)
         for record in self.journal:
             apply(again, record)
         assert again == self.ledger
@@ -310,24 +312,24 @@ class Interleavings(RuleBasedStateMachine):
             if record == END:
                 break
             if isinstance(record, Refusal):
-                assert self.plan.mode == "exactly_once"
+                assert self.spec.mode == "exactly_once"
                 self.restart()
                 continue
             assert isinstance(record, Leased), record
             self.write(record)
             for found in record.leases:
-                samples = self.samples(found, found.done, self.plan.shard_size)
+                samples = self.samples(found, found.done, self.spec.work_item_size)
                 self.taken.update(samples)
                 self.model.update(samples)
-                result = commit(self.ledger, self.ledger.generation, found.epoch, found.shard, found.attempt)
+                result = commit(self.ledger, self.ledger.generation, found.epoch, found.work_item, found.attempt)
                 if isinstance(result, Committed):
                     self.write(result)
         else:
             raise AssertionError("the data has no end")
-        everything = {(epoch, p) for epoch in range(self.plan.epochs) for p in range(self.plan.num_samples)}
-        if self.plan.mode == "at_least_once":
+        everything = {(epoch, p) for epoch in range(self.spec.epochs) for p in range(self.spec.num_samples)}
+        if self.spec.mode == "at_least_once":
             assert set(self.taken) == everything
-        elif self.plan.mode == "at_most_once":
+        elif self.spec.mode == "at_most_once":
             assert set(self.taken) <= everything
             assert all(count == 1 for count in self.taken.values())
         else:
@@ -339,7 +341,7 @@ TestInterleavings.settings = settings(max_examples=150, stateful_step_count=40, 
 
 
 def test_shards_that_a_lost_worker_had_not_begun_are_not_to_blame():
-    ledger = Ledger(Plan(num_samples=6, shard_size=1, max_failures=2, lease_s=10.0, shuffle=False))
+    ledger = Ledger(JobSpec(num_samples=6, work_item_size=1, max_failures=2, lease_s=10.0, shuffle=False))
     for round_ in range(2):
         leased = lease(ledger, "crashes", 3, now=100.0 * round_)
         apply(ledger, leased)
@@ -352,7 +354,7 @@ def test_shards_that_a_lost_worker_had_not_begun_are_not_to_blame():
 
 
 def test_a_shard_with_progress_was_begun():
-    ledger = Ledger(Plan(num_samples=6, shard_size=2, lease_s=10.0, shuffle=False))
+    ledger = Ledger(JobSpec(num_samples=6, work_item_size=2, lease_s=10.0, shuffle=False))
     apply(ledger, lease(ledger, "w", 2, now=0.0))
     apply(ledger, renew(ledger, 0, 0, 1, 1, 1, now=0.0))
     assert [record.begun for record in expired(ledger, 50.0)] == [True, True]
@@ -361,11 +363,11 @@ def test_a_shard_with_progress_was_begun():
 @pytest.mark.parametrize("value", [0, True, 2.5, "4"])
 def test_counts_are_whole_numbers(value: object):
     with pytest.raises(ValueError, match=f"epochs is {value!r}: must be a whole number of at least 1"):
-        Plan(num_samples=8, shard_size=2, epochs=value)
+        JobSpec(num_samples=8, work_item_size=2, epochs=value)
 
 
 def test_more_shards_than_an_order_can_have_are_refused():
     with pytest.raises(
-        ValueError, match=r"1,000,000,000,000 shards an epoch are more than 10,000,000: raise shard_size"
+        ValueError, match=r"1,000,000,000,000 work items an epoch are more than 10,000,000: raise work_item_size"
     ):
-        Plan(num_samples=10**12, shard_size=1)
+        JobSpec(num_samples=10**12, work_item_size=1)

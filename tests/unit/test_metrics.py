@@ -1,9 +1,11 @@
 """Metrics against scikit-learn and slow references; the bootstrap against repeated rows."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
@@ -112,12 +114,88 @@ def test_bad_input_is_named():
     one = np.ones(2)
     with pytest.raises(ValueError, match="'mea' is unknown: must be one of auc, gauc"):
         metric("mea", one, one, one)
-    with pytest.raises(ValueError, match="2, 2 and 1 rows"):
-        metric("mae", one, one, one[:1])
-    with pytest.raises(ValueError, match="score is not finite in row 1"):
-        metric("mae", np.array([0.0, np.nan]), one, one)
     with pytest.raises(ValueError, match="ndcg needs labels in"):
         metric("ndcg@5", one, -one, one)
+
+
+MEASURES = {name: partial(metric, name) for name in BINARY_METRICS + RATING_METRICS} | {
+    "auc()": lambda score, label, task: auc(score, label),
+    "gauc()": gauc,
+    "logloss()": lambda score, label, task: logloss(score, label),
+    "mae()": lambda score, label, task: mae(score, label),
+    "rmse()": lambda score, label, task: rmse(score, label),
+    "calibration_curve()": lambda score, label, task: calibration_curve(score, label),
+    "make_rows()": make_rows,
+}
+GOOD = {"score": [0.1, 0.8, 0.7, 0.4], "label": [0.0, 1.0, 1.0, 0.0], "task": [0, 0, 1, 1]}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+@pytest.mark.parametrize("column", ["score", "label"])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda column: [*column[:2], math.nan, column[3]], "{} is not finite in row 2 .nan."),
+        (lambda column: [*column[:2], math.inf, column[3]], "{} is not finite in row 2 .inf."),
+        (lambda column: [*column[:2], -math.inf, column[3]], "{} is not finite in row 2 .-inf."),
+        (lambda column: column[:3], "differ in length: .*{} has 3"),
+        (lambda column: [column], r"{} has shape \(1, 4\)"),
+    ],
+    ids=["nan", "inf", "-inf", "short", "matrix"],
+)
+def test_what_cannot_be_measured_is_named(measure, column, spoil, message):
+    values = {**GOOD, column: spoil(GOOD[column])}
+    for kind in (np.array, torch.tensor, list):
+        with pytest.raises(ValueError, match=message.format(column)):
+            measure(*(kind(value) for value in values.values()))
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_no_rows_cannot_be_measured(measure):
+    with pytest.raises(ValueError, match="score is empty: there are no rows"):
+        measure(np.zeros(0), np.zeros(0), np.zeros(0))
+
+
+def test_columns_of_any_kind_are_measured():
+    expected = metric("auc", *(np.array(column) for column in GOOD.values()))
+    assert auc(GOOD["score"], GOOD["label"]) == expected
+    assert auc(np.array(GOOD["score"], np.float16), np.array(GOOD["label"], bool)) == expected
+    assert auc(torch.tensor(GOOD["score"]), torch.tensor(GOOD["label"])) == expected
+    with pytest.raises(ValueError, match="logit is not finite in row 0"):
+        metric("auc", *GOOD.values(), logit=[math.nan, 0, 0, 0])
+    with pytest.raises(ValueError, match="auc needs labels 0 or 1, found -1"):
+        auc([0.1, 0.9], [-1, 1])
+
+
+RANKING = ("auc", "gauc", "ndcg@5", "ndcg@10")
+
+
+def spread_logits(scale):
+    _, label, task = clicks()
+    logit = np.random.default_rng(3).normal(size=len(label)) + label
+    return (logit * scale).astype(np.float32).astype(np.float64), label, task
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_ranking_metrics_keep_the_order_of_saturated_logits(name):
+    logit, label, task = spread_logits(1000.0)
+    score = 1 / (1 + np.exp(-np.clip(logit, -700, 700)))
+    assert len(np.unique(score)) < len(np.unique(logit)), "the premise: probabilities lost their order"
+    expected = metric(name, logit, label, task)
+    assert metric(name, score, label, task, logit=logit) == expected
+    assert metric(name, score, label, task) != expected
+    bootstrap = Bootstrap(len(np.unique(task)), resamples=3, seed=0)
+    bootstrap.add("x", name, make_rows(score, label, task, logit=logit))
+    bootstrap.add("y", name, make_rows(logit, label, task))
+    bootstrap.run()
+    np.testing.assert_array_equal(bootstrap.values("x"), bootstrap.values("y"))
+
+
+@pytest.mark.parametrize("name", BINARY_METRICS)
+def test_logits_change_no_bit_where_nothing_saturates(name):
+    logit, label, task = spread_logits(1.0)
+    score = 1 / (1 + np.exp(-logit))
+    assert metric(name, score, label, task, logit=logit) == metric(name, score, label, task)
 
 
 rows_strategy = st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers(0, 3)), min_size=1, max_size=40).map(

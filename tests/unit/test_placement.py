@@ -1,40 +1,48 @@
-"""The rule, the 14 placements, and the formulas, against the numbers of the paper's notes."""
+"""The rule, the 14 strategies, and the formulas, against the numbers of the paper's notes."""
 
 from __future__ import annotations
 
 import pytest
 
 from gmeta.sharding.checkpoint import boxes
-from gmeta.sharding.strategy import PLACEMENTS, Groups, Placement, Sent, memory_bytes, nearest, sent_bytes
+from gmeta.sharding.strategy import (
+    STRATEGIES,
+    NodeLayout,
+    NodeTraffic,
+    ShardingStrategy,
+    memory_bytes,
+    nearest_strategies,
+    sent_bytes,
+)
 
 
 def test_the_fourteen() -> None:
-    assert set(PLACEMENTS) == {
+    assert set(STRATEGIES) == {
         *("NNN", "NNI", "NNG", "NII", "NIG", "NGG", "INI", "ING", "III", "IIG", "IGG", "GNG", "GIG", "GGG")
     }
-    assert all(str(Placement.parse(name)) == name for name in PLACEMENTS)
+    assert all(str(ShardingStrategy.parse(name)) == name for name in STRATEGIES)
 
 
 @pytest.mark.parametrize(
     ("name", "valid"), [("GGN", ["GGG"]), ("NIN", ["NNN", "NII", "NIG"]), ("INN", ["NNN", "INI", "ING"])]
 )
 def test_nearest(name: str, valid: list[str]) -> None:
-    assert nearest(name) == valid
+    assert nearest_strategies(name) == valid
 
 
 def test_memory_of_the_paper() -> None:
     """65 B parameters on 4 groups of 8, in GB."""
-    groups = Groups(8, 4)
-    found = {p: sum(memory_bytes(Placement.parse(p), groups, 65_000_000_000).values()) / 1e9 for p in PLACEMENTS}
-    for placement, gb in {"IIG": 56.9, "IGG": 44.7, "GGG": 32.5, "III": 130, "NGG": 158}.items():
-        assert found[placement] == pytest.approx(gb, abs=0.5)
+    layout = NodeLayout(8, 4)
+    found = {p: sum(memory_bytes(ShardingStrategy.parse(p), layout, 65_000_000_000).values()) / 1e9 for p in STRATEGIES}
+    for strategy, gb in {"IIG": 56.9, "IGG": 44.7, "GGG": 32.5, "III": 130, "NGG": 158}.items():
+        assert found[strategy] == pytest.approx(gb, abs=0.5)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_bytes_between_groups(accumulation: int) -> None:
     """In multiples of P, the bytes of all parameters, from the paper's notes."""
     m, ng, s = 8, 4, accumulation
-    groups, n = Groups(m, ng), m * ng
+    layout, n = NodeLayout(m, ng), m * ng
     ring, across = (n - 1) / n, (ng - 1) / ng
     expected = {
         "GGG": 3 * s * ring,
@@ -48,31 +56,37 @@ def test_bytes_between_groups(accumulation: int) -> None:
         "ING": ring + across,
         **dict.fromkeys(("IIG", "III", "NII", "NNI", "INI"), 2 * across),
     }
-    for name in PLACEMENTS:
-        sent = sent_bytes(Placement.parse(name), groups, params=1.0, updated=1.0, grads=1.0, accumulation=s)
+    for name in STRATEGIES:
+        sent = sent_bytes(ShardingStrategy.parse(name), layout, params=1.0, updated=1.0, grads=1.0, accumulation=s)
         assert sent.inter == pytest.approx(expected[name]), name
 
 
 def test_hierarchical_sends_less_between_groups_never_more() -> None:
-    groups = Groups(4, 3)
-    for name in PLACEMENTS:
+    layout = NodeLayout(4, 3)
+    for name in STRATEGIES:
         flat, two = (
-            sent_bytes(Placement.parse(name), groups, params=1.0, updated=1.0, grads=1.0, flat=flat)
+            sent_bytes(ShardingStrategy.parse(name), layout, params=1.0, updated=1.0, grads=1.0, flat=flat)
             for flat in (True, False)
         )
         assert two.inter <= flat.inter + 1e-12
 
 
 def test_one_rank_sends_nothing() -> None:
-    for name in PLACEMENTS:
-        found = sent_bytes(Placement.parse(name), Groups(1, 1), params=1.0, updated=1.0, grads=1.0, accumulation=3)
-        assert found == Sent(0.0, 0.0)
+    for name in STRATEGIES:
+        found = sent_bytes(
+            ShardingStrategy.parse(name), NodeLayout(1, 1), params=1.0, updated=1.0, grads=1.0, accumulation=3
+        )
+        assert found == NodeTraffic(0.0, 0.0)
 
 
 def test_frozen_parameters_cost_no_gradient() -> None:
-    found = sent_bytes(Placement.parse("IIG"), Groups(2, 2), params=10.0, updated=0.0, grads=0.0)
+    found = sent_bytes(ShardingStrategy.parse("IIG"), NodeLayout(2, 2), params=10.0, updated=0.0, grads=0.0)
     assert found.inter == 0.0
-    assert memory_bytes(Placement.parse("IIG"), Groups(2, 2), 10, 0) == {"params": 10.0, "grads": 0.0, "state": 0.0}
+    assert memory_bytes(ShardingStrategy.parse("IIG"), NodeLayout(2, 2), 10, 0) == {
+        "params": 10.0,
+        "grads": 0.0,
+        "state": 0.0,
+    }
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (1, 6), (4, 1, 2)])

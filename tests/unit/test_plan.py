@@ -10,67 +10,68 @@ import pytest
 
 from gmeta.cli import run
 from gmeta.config.cluster import PlanConfig
-from gmeta.sharding.cost import Links, Wires, Workload, ring_s
-from gmeta.sharding.planner import make_plan, reason
-from gmeta.sharding.schedule import choose, cost, plan
-from gmeta.sharding.strategy import PLACEMENTS, Bytes, Groups
+from gmeta.sharding.planner import build_advice, reason
+from gmeta.sharding.schedule import CollectiveCost, Links, Workload, advise, choose, ring_s, step_cost
+from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout
 
 PAPER = Links(inter_bits_s=80e9, intra_bits_s=2000e9)
 SEVEN_B = Workload(7_000_000_000, 7_000_000_000, accumulation=10, units=32)
 
 
-def communication_s(placement: str) -> float:
-    found = cost(placement, Groups(8, 4), PAPER, SEVEN_B, "flat")
+def communication_s(strategy: str) -> float:
+    found = step_cost(strategy, NodeLayout(8, 4), PAPER, SEVEN_B, "flat")
     return found.inter_s + found.intra_s
 
 
 @pytest.mark.parametrize(
-    ("placement", "seconds"),
+    ("strategy", "seconds"),
     [("NII", 0.80), ("III", 1.73), ("IIG", 1.73), ("NIG", 1.98), ("IGG", 14.7), ("NGG", 14.9), ("GGG", 40.7)],
 )
-def test_the_papers_communication(placement: str, seconds: float) -> None:
+def test_the_papers_communication(strategy: str, seconds: float) -> None:
     """7 B parameters on 4 groups of 8, ten micro-batches: the notes' evaluation of its formulas."""
-    assert communication_s(placement) == pytest.approx(seconds, rel=0.01)
+    assert communication_s(strategy) == pytest.approx(seconds, rel=0.01)
 
 
 def test_collectives_by_hand() -> None:
-    groups, bits = Groups(2, 3), 6e6
+    layout, bits = NodeLayout(2, 3), 6e6
     links = Links(1e6, 1e8, inter_latency_s=0.01, intra_latency_s=0.001)
     row, column = 0.001 + 3e6 / 1e8, 2 * (0.01 + 1e6 / 1e6)
     assert ring_s(bits, 6, 1e6, 0.01) == pytest.approx(5 * (0.01 + 1.0))
-    assert Wires(groups, links).between(bits, "I", "N") == (("intra", pytest.approx(row)),)
-    assert Wires(groups, links).between(bits, "G", "I") == (("inter", pytest.approx(column)),)
-    assert sum(s for _, s in Wires(groups, links, "flat").between(bits, "G", "N")) == pytest.approx(5 * 1.01)
-    assert sum(s for _, s in Wires(groups, links).between(bits, "G", "N")) == pytest.approx(row + column)
+    assert CollectiveCost(layout, links).gather(bits, "I", "N") == (("intra", pytest.approx(row)),)
+    assert CollectiveCost(layout, links).gather(bits, "G", "I") == (("inter", pytest.approx(column)),)
+    assert sum(s for _, s in CollectiveCost(layout, links, "flat").gather(bits, "G", "N")) == pytest.approx(5 * 1.01)
+    assert sum(s for _, s in CollectiveCost(layout, links).gather(bits, "G", "N")) == pytest.approx(row + column)
     spread = 0.001 + 1e6 / 1e8
-    assert sum(s for _, s in Wires(groups, links, "ho").between(bits, "G", "N")) == pytest.approx(column + spread)
+    assert sum(s for _, s in CollectiveCost(layout, links, "ho").gather(bits, "G", "N")) == pytest.approx(
+        column + spread
+    )
     shared = Links(1e6, 1e8, 0.01, 0.001, shared_nic=True)
-    assert sum(s for _, s in Wires(groups, shared).between(bits, "G", "I")) == pytest.approx(2 * (0.01 + 2.0))
+    assert sum(s for _, s in CollectiveCost(layout, shared).gather(bits, "G", "I")) == pytest.approx(2 * (0.01 + 2.0))
 
 
 def test_embedding_rows_share_the_links() -> None:
-    groups, links = Groups(2, 4), Links(1e8, 1e9, 0.01, 0.001)
-    (inter, row), (intra, column) = Wires(groups, links).alltoall(8e6)
+    layout, links = NodeLayout(2, 4), Links(1e8, 1e9, 0.01, 0.001)
+    (inter, row), (intra, column) = CollectiveCost(layout, links).alltoall(8e6)
     assert (inter, intra) == ("inter", "intra")
     assert (row, column) == (pytest.approx(0.01 + 8e6 * 6 / 8 / 1e8), pytest.approx(0.001 + 8e6 / 8 / 1e9))
     shared = Links(1e8, 1e9, 0.01, 0.001, shared_nic=True)
-    assert Wires(groups, shared).alltoall(8e6)[0][1] == pytest.approx(0.01 + 2 * 8e6 * 6 / 8 / 1e8)
-    assert Wires(Groups(1), links).alltoall(8e6) == ()
+    assert CollectiveCost(layout, shared).alltoall(8e6)[0][1] == pytest.approx(0.01 + 2 * 8e6 * 6 / 8 / 1e8)
+    assert CollectiveCost(NodeLayout(1), links).alltoall(8e6) == ()
     work = Workload(1_000_000, 1_000_000, 2, 0.1, 4)
     with_rows = replace(work, alltoall_bytes=1e6)
-    for placement in PLACEMENTS:
-        without, found = cost(placement, groups, links, work), cost(placement, groups, links, with_rows)
+    for strategy in STRATEGIES:
+        without, found = step_cost(strategy, layout, links, work), step_cost(strategy, layout, links, with_rows)
         assert found.inter_s == pytest.approx(without.inter_s + 4 * row)
         assert without.step_s + 1e-9 < found.step_s <= found.compute_s + found.inter_s + found.intra_s + 1e-9
         assert found.bound_s <= found.step_s * (1 + 1e-9)
 
 
 def test_a_step_is_never_faster_than_its_bound_and_slower_with_less_bandwidth() -> None:
-    groups = Groups(4, 4)
+    layout = NodeLayout(4, 4)
     for accumulation in (1, 4):
         work = Workload(10_000_000, 5_000_000, accumulation, micro_batch_s=0.02, units=10)
-        for placement in PLACEMENTS:
-            fast, slow = (cost(placement, groups, Links(bits_s, 100e9, 1e-5, 1e-6), work) for bits_s in (10e9, 1e9))
+        for strategy in STRATEGIES:
+            fast, slow = (step_cost(strategy, layout, Links(bits_s, 100e9, 1e-5, 1e-6), work) for bits_s in (10e9, 1e9))
             assert fast.bound_s <= fast.step_s * (1 + 1e-9)
             assert fast.step_s <= slow.step_s * (1 + 1e-9)
             assert fast.step_s <= fast.compute_s + fast.inter_s + fast.intra_s + 1e-9
@@ -79,33 +80,33 @@ def test_a_step_is_never_faster_than_its_bound_and_slower_with_less_bandwidth() 
 def test_computing_hides_communication() -> None:
     """With much to compute, all but the first unit's gathering and the last one's gradients is hidden."""
     work = Workload(1_000_000, 1_000_000, 1, micro_batch_s=30.0, units=10)
-    found = cost("GGG", Groups(2, 2), Links(1e9, 1e10), work)
+    found = step_cost("GGG", NodeLayout(2, 2), Links(1e9, 1e10), work)
     assert 30.0 < found.step_s < 30.0 + (found.inter_s + found.intra_s) / 5
 
 
 def test_one_rank_only_computes() -> None:
-    for placement in PLACEMENTS:
-        found = cost(placement, Groups(1, 1), PAPER, Workload(1000, 1000, 3, micro_batch_s=2.0, units=4))
+    for strategy in STRATEGIES:
+        found = step_cost(strategy, NodeLayout(1, 1), PAPER, Workload(1000, 1000, 3, micro_batch_s=2.0, units=4))
         assert (found.step_s, found.inter_s, found.intra_s) == (pytest.approx(6.0), 0.0, 0.0)
 
 
 def test_the_plan_is_sorted_and_fits() -> None:
-    groups = Groups(8, 4)
-    found = plan(groups, PAPER, SEVEN_B, memory_cap=30e9)
+    layout = NodeLayout(8, 4)
+    found = advise(layout, PAPER, SEVEN_B, memory_cap=30e9)
     assert all(c.memory <= 30e9 for c in found)
     assert [c.step_s for c in found] == pytest.approx(sorted(c.step_s for c in found))
-    assert found[0].placement in ("NII", "NIG")
+    assert found[0].strategy in ("NII", "NIG")
     assert choose(found).memory <= found[0].memory
 
 
 def test_a_plan_that_fits_nowhere() -> None:
     with pytest.raises(ValueError, match=r"GGG needs least, 3.5 GB, 1.5 GB too much.* 56 ranks would do"):
-        plan(Groups(8, 4), PAPER, SEVEN_B, memory_cap=2e9)
+        advise(NodeLayout(8, 4), PAPER, SEVEN_B, memory_cap=2e9)
 
 
 def test_frozen_parameters_are_cheaper() -> None:
-    whole = cost("NIG", Groups(8, 4), PAPER, SEVEN_B)
-    part = cost("NIG", Groups(8, 4), PAPER, Workload(7_000_000_000, 437_500_000, 10, units=32))
+    whole = step_cost("NIG", NodeLayout(8, 4), PAPER, SEVEN_B)
+    part = step_cost("NIG", NodeLayout(8, 4), PAPER, Workload(7_000_000_000, 437_500_000, 10, units=32))
     assert part.step_s < whole.step_s / 10
     assert part.memory < whole.memory
 
@@ -116,7 +117,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     words = ["plan", "--params", "7e9", "--groups", "4", "--memory_gb", "40", "--accumulation", "4"]
     assert run([*words, "--network", str(network)]) == 0
     out = capsys.readouterr().out
-    assert all(placement in out for placement in PLACEMENTS)
+    assert all(strategy in out for strategy in STRATEGIES)
     assert "take " in out
     assert "what does not fit into 40 GB: NNN" in " ".join(out.split())
 
@@ -125,7 +126,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("words", "complaint"),
     [
         (["--params", "0"], "params is 0.0: must be at least 1"),
-        (["--params", "7e9", "--memory_gb", "1"], "no placement fits into 1 GB a rank"),
+        (["--params", "7e9", "--memory_gb", "1"], "no strategy fits into 1 GB a rank"),
         (["--params", "7e9", "--network", "nowhere.json"], "nowhere.json cannot be read"),
         (["--params", "7e9", "--trainable_share", "2"], "must be in [0, 1]"),
     ],
@@ -139,11 +140,11 @@ def test_files_that_hold_no_network(tmp_path: Path) -> None:
     for text in ("{}", "[1]", "not json"):
         (tmp_path / "n.json").write_text(text)
         with pytest.raises(ValueError, match="holds no links"):
-            make_plan(PlanConfig(params=1e9, network=str(tmp_path / "n.json")))
+            build_advice(PlanConfig(params=1e9, network=str(tmp_path / "n.json")))
 
 
 def test_why() -> None:
     config = PlanConfig(params=7e9, groups=4, accumulation=10)
-    found = make_plan(config)
-    assert reason(config, found).startswith(f"take {choose(found).placement}: ")
-    assert SEVEN_B.sizes == Bytes(2, 2, 12)
+    found = build_advice(config)
+    assert reason(config, found).startswith(f"take {choose(found).strategy}: ")
+    assert SEVEN_B.sizes == ElementBytes(2, 2, 12)

@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmeta.elastic.actions import AdjustAccumulation, AdjustBatch, DropLate, KillRestart, Setting, changed
+from gmeta.elastic.actions import AdjustAccumulation, AdjustBatch, DropLate, KillRestart, Setting, apply_actions
 from gmeta.elastic.controller import Controller, Decided, Granted, Limits
-from gmeta.elastic.monitor import Snapshot, StepTime, Window, WorkerView
+from gmeta.elastic.monitor import Snapshot, StepStats, StepTime, WorkerView
 from gmeta.elastic.policies import POLICIES, backup, dd, lb_bsp, load_policy, nd
 
 nan = float("nan")
 
 
-def window(slot_s: float, slots: float, steps: int = 5) -> Window:
-    return Window(steps, slot_s * slots if slots else 0.0, 0.0, 0.0, slot_s if slots else nan)
+def window(slot_s: float, slots: float, steps: int = 5) -> StepStats:
+    return StepStats(steps, slot_s * slots if slots else 0.0, 0.0, 0.0, slot_s if slots else nan)
 
 
 def known(slot_s, slots=None, settled: int = 100, restarts: int = 0, long: bool = True, **about) -> Snapshot:
     """Ranks that take `slot_s` seconds a slot, and always did."""
-    slots = slots or Setting.equal(16 * len(slot_s), len(slot_s)).slots
+    slots = slots or Setting.equal(16 * len(slot_s), len(slot_s)).tasks_per_rank
     views = []
     for rank, (cost, count) in enumerate(zip(slot_s, slots, strict=True)):
         mine = {key: values[rank] for key, values in about.items()}
@@ -35,7 +35,7 @@ def known(slot_s, slots=None, settled: int = 100, restarts: int = 0, long: bool 
 
 
 numbers = st.sampled_from([0.0, nan, float("inf"), -1.0, 1e-300, 1e300, 5e-324]) | st.floats(1e-4, 10.0)
-windows = st.none() | st.builds(Window, st.integers(1, 100), numbers, numbers, numbers, numbers)
+windows = st.none() | st.builds(StepStats, st.integers(1, 100), numbers, numbers, numbers, numbers)
 
 
 @st.composite
@@ -63,17 +63,17 @@ def snapshots(draw) -> Snapshot:
 @given(snapshot=snapshots())
 def test_every_action_is_possible_whatever_is_known(name: str, snapshot: Snapshot) -> None:
     actions = POLICIES[name](snapshot)
-    after = changed(snapshot.setting, actions, 9)
-    assert sum(after.slots) == snapshot.batch
+    after = apply_actions(snapshot.setting, actions, 9)
+    assert sum(after.tasks_per_rank) == snapshot.batch
     assert after.restart is None or snapshot.restarts_left
 
 
 @settings(max_examples=100, deadline=None)
 @given(costs=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=3), total=st.integers(3, 24))
 def test_nd_is_within_its_threshold_of_the_best(costs: list[float], total: int) -> None:
-    snapshot = known(costs, Setting.equal(total, len(costs)).slots)
+    snapshot = known(costs, Setting.equal(total, len(costs)).tasks_per_rank)
     actions = [action for action in nd(snapshot) if isinstance(action, AdjustBatch)]
-    slots = actions[0].slots if actions else snapshot.setting.slots
+    slots = actions[0].tasks_per_rank if actions else snapshot.setting.tasks_per_rank
 
     def ends(each) -> float:
         return max(n * cost for n, cost in zip(each, costs, strict=True))
@@ -100,7 +100,7 @@ def test_nd_believes_the_last_steps_only_when_they_differ_much() -> None:
 
     assert nd(with_last(0.0115)) == []
     (action,) = nd(with_last(0.03))
-    assert action.slots[3] < 8
+    assert action.tasks_per_rank[3] < 8
 
 
 def test_nd_does_not_chase_a_crowd() -> None:
@@ -111,7 +111,7 @@ def test_nd_does_not_chase_a_crowd() -> None:
         return Snapshot(1.0, 9, base.setting, 100, (*bursting, *base.workers[count:]), 0)
 
     (action,) = nd(with_bursts(4))
-    assert max(action.slots[:4]) < 10
+    assert max(action.tasks_per_rank[:4]) < 10
     assert nd(with_bursts(5)) == []
 
 
@@ -137,7 +137,7 @@ def test_nd_restarts_who_is_slow_for_long_among_its_peers() -> None:
 
 def test_nd_restarts_who_is_too_slow_for_any_slot() -> None:
     base = known([1.0, 1.0, 1.0, 100.0], (22, 21, 21, 0), settled=60, restarts=1)
-    before = WorkerView(3, short=window(100.0, 0), long=Window(100, 0.0, 0.0, 0.0, 100.0))
+    before = WorkerView(3, short=window(100.0, 0), long=StepStats(100, 0.0, 0.0, 0.0, 100.0))
     (action,) = nd(Snapshot(1.0, 9, base.setting, 60, (*base.workers[:3], before), 1))
     assert action.rank == 3
 
@@ -146,16 +146,16 @@ def test_nd_tries_a_rank_again_that_had_no_slots_for_long() -> None:
     slots = (22, 21, 21, 0)
     assert nd(known([0.01] * 4, slots, settled=0)) == []
     (action,) = nd(known([0.01] * 4, slots))
-    assert action.slots[3] == 1
+    assert action.tasks_per_rank[3] == 1
     slow = known([0.01, 0.01, 0.01, 1.0], (21, 21, 21, 1))
     (action,) = nd(slow)
-    assert action.slots[3] == 0
+    assert action.tasks_per_rank[3] == 0
 
 
 def test_nd_keeps_to_memory() -> None:
     snapshot = known([0.01, 0.01, 0.01, 0.05], max_slots=[18, 30, 18, 30])
     (action,) = nd(snapshot)
-    assert action.slots[0] == action.slots[2] == 18
+    assert action.tasks_per_rank[0] == action.tasks_per_rank[2] == 18
     assert nd(known([0.01, 0.05], max_slots=[16, 16])) == [], "there is no room"
 
 
@@ -172,17 +172,17 @@ def test_dd_gives_classes_whole_micro_batches_within_memory() -> None:
 def test_dd_cuts_unevenly_where_equal_parts_do_not_fit() -> None:
     found = dd(known([0.01] * 3 + [0.03] * 2, (4, 4, 4, 3, 2), device=["a"] * 3 + ["b"] * 2, max_slots=[3] * 5))
     slots, parts = found
-    assert sum(slots.slots) == 17
-    assert all(0 <= n <= 3 * c for n, c in zip(slots.slots, parts.micro_batches, strict=True))
-    assert max(slots.slots[:3]) - min(slots.slots[:3]) <= 1
+    assert sum(slots.tasks_per_rank) == 17
+    assert all(0 <= n <= 3 * c for n, c in zip(slots.tasks_per_rank, parts.micro_batches, strict=True))
+    assert max(slots.tasks_per_rank[:3]) - min(slots.tasks_per_rank[:3]) <= 1
 
 
 def test_lb_bsp_goes_step_by_step() -> None:
     (action,) = lb_bsp(known([0.01, 0.03], (16, 16)))
-    assert action.slots == (20, 12)
+    assert action.tasks_per_rank == (20, 12)
     assert lb_bsp(known([0.001, 1.0], (31, 1))) == [], "a rank without slots would never be measured again"
     (action,) = lb_bsp(known([0.001, 0.001, 0.001, 0.001, 0.04], (3, 4, 4, 1, 1)))
-    assert min(action.slots) == 1
+    assert min(action.tasks_per_rank) == 1
 
 
 def test_backup_stops_late_ranks_between_parts() -> None:
@@ -199,11 +199,11 @@ def run(policy, speeds, steps: int, noise: float = 0.0, fixed_s: float = 0.0, wo
         setting = [s for s in controller.settings if s.step <= step][-1]
         times = [
             (fixed_s + n * speeds(rank, step) * 0.00625) * (1 + noise * max(-1.0, min(draws.gauss(0, 1), 3.0)))
-            for rank, n in enumerate(setting.slots)
+            for rank, n in enumerate(setting.tasks_per_rank)
         ]
         now += max(times)
         seconds.append(max(times))
-        for rank, (took, n) in enumerate(zip(times, setting.slots, strict=True)):
+        for rank, (took, n) in enumerate(zip(times, setting.tasks_per_rank, strict=True)):
             controller.report(rank, now, [StepTime(step, took, 0.0, max(times) - took, n)], {})
         granted = controller.grant()
         if isinstance(granted, Granted):
@@ -211,7 +211,7 @@ def run(policy, speeds, steps: int, noise: float = 0.0, fixed_s: float = 0.0, wo
         _, decided = controller.decide(now)
         if isinstance(decided, Decided):
             controller.apply(decided)
-            decisions.append((step, decided.setting.slots))
+            decisions.append((step, decided.setting.tasks_per_rank))
     return decisions, seconds
 
 
@@ -261,6 +261,6 @@ def test_policies_are_found_by_name_or_by_place(tmp_path: Path, monkeypatch: pyt
 
 def test_no_more_micro_batches_than_slots() -> None:
     setting = Setting.equal(8, 2)
-    with pytest.raises(ValueError, match="a batch has 8 slots, and no more parts"):
-        changed(setting, [AdjustAccumulation((9, 1))], 5)
-    assert changed(setting, [AdjustAccumulation((8, 1))], 5).micro_batches == (8, 1)
+    with pytest.raises(ValueError, match="a batch has 8 tasks, and no more parts"):
+        apply_actions(setting, [AdjustAccumulation((9, 1))], 5)
+    assert apply_actions(setting, [AdjustAccumulation((8, 1))], 5).micro_batches == (8, 1)

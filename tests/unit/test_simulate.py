@@ -146,7 +146,7 @@ def test_a_trace_can_be_replayed(tmp_path: Path) -> None:
     decided = [r for r in records if r["kind"] == "decide"]
     assert len(decided) == result.decisions
     again = nd(snapshot_from_json(json.loads(json.dumps(decided[0]["snapshot"]))))
-    assert list(again[0].slots) == list(decided[0]["actions"][0]["slots"])
+    assert list(again[0].tasks_per_rank) == list(decided[0]["actions"][0]["slots"])
     path = tmp_path / "trace.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     job, slowness = read_trace(path)

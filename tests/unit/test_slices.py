@@ -71,6 +71,25 @@ def test_differences_are_after_minus_each_other_variant():
     assert document["baselines"] == ["global-mean"]
 
 
+def test_auc_sorts_by_logits_and_all_else_measures_probabilities():
+    """Adapted logits that all saturate to 1 keep their order; the variant without logits is measured as before."""
+    data = columns()
+    expected = evaluation_records(**data)
+    logits = np.random.default_rng(1).normal(size=480) + 300 + data["label"]
+    data["scores"]["after"] = np.ones(480)
+    document = evaluation_records(**data, logits={"after": logits})
+    found = record(document, case="all", variant="after", metric="auc")["value"]
+    assert found == metric("auc", logits, data["label"], data["task"])
+    assert found > 0.7
+    for name in ("logloss", "ece", "rmse"):
+        value = record(document, case="all", variant="after", metric=name)["value"]
+        assert value == pytest.approx(metric(name, np.ones(480), data["label"], data["task"]), abs=1e-12)
+    keys = {"case": "all", "variant": "before", "metric": "auc"}
+    assert record(document, **keys) == record(expected, **keys)
+    with pytest.raises(ValueError, match="'logits of after': 479"):
+        evaluation_records(**data, logits={"after": logits[1:]})
+
+
 def test_headline_judges_by_the_paired_interval():
     for binary in (True, False):
         document = evaluation_records(**columns(binary))

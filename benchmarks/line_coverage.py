@@ -1,0 +1,90 @@
+"""Which lines of gmeta the tests run, in all their processes, as a share of those that can run. `make coverage` runs it.
+
+Ranks that the tests keep alive in pools (tests/dist/harness.py) are killed at the end and leave no record, nor do those
+that a test kills: lines that only they run count as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Record, add_json, parse, publish, table
+
+SETTINGS = """
+[run]
+source_pkgs = gmeta
+parallel = true
+patch = subprocess
+data_file = {folder}/data
+disable_warnings = no-data-collected, module-not-measured, module-not-imported, couldnt-parse
+"""
+TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "600")
+
+
+def measure(folder: Path, tests: list[str]) -> dict[str, Any]:
+    """coverage.py's report of a run of the tests; their failures end the program."""
+    settings = folder / "coveragerc"
+    settings.write_text(SETTINGS.format(folder=folder))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def coverage(command: str, *words: str) -> None:
+        argv = [sys.executable, "-m", "coverage", command, f"--rcfile={settings}", *words]
+        if code := subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode:
+            raise SystemExit(code)
+
+    coverage("run", *TESTS, *tests)
+    coverage("combine", "--quiet")
+    coverage("json", "--quiet", "-o", str(folder / "report.json"))
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return report
+
+
+def by_room(files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Room -> (lines that ran, lines that can run), "all" last; a file of the package's root is a room."""
+    found = defaultdict[str, list[int]](lambda: [0, 0])
+    for path, file in sorted(files.items()):
+        summary = file["summary"]
+        for room in (Path(path).parts[1].removesuffix(".py"), "all"):
+            found[room][0] += summary["covered_lines"]
+            found[room][1] += summary["num_statements"]
+    return {room: (ran, lines) for room, (ran, lines) in found.items() if lines and room != "all"} | {
+        "all": (found["all"][0], found["all"][1])
+    }
+
+
+def show(report: Mapping[str, Any], arguments: argparse.Namespace, note: str = "") -> None:
+    """Publish the report's lines by room."""
+    rooms = by_room(report["files"])
+    records = []
+    for room, (ran, lines) in rooms.items():
+        records.append(Record(room, "lines", "coverage", ran / lines, "1"))
+        records.append(Record(room, "lines", "not_run", lines - ran, "1"))
+    rows = [(room, f"{lines:,}", f"{lines - ran:,}", f"{ran / lines:.1%}") for room, (ran, lines) in rooms.items()]
+    body = table(("room", "lines that can run", "not run", "coverage"), rows)
+    config = {"command": f"coverage run {' '.join(TESTS)}", "coverage": report["meta"]["version"]}
+    publish("coverage", body + (f"\n\n{note}" if note else ""), records, config, arguments)
+
+
+def main() -> None:
+    """Run all tests but the slow ones, or those that are named, and publish what they cover."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--quick", action="store_true", help="print the table; writes no result files")
+    parser.add_argument("tests", nargs="*", help="tests instead of all")
+    add_json(parser)
+    args = parse(parser)
+    args.quick |= bool(args.tests)
+    with tempfile.TemporaryDirectory() as folder:
+        show(measure(Path(folder), args.tests), args)
+
+
+if __name__ == "__main__":
+    main()

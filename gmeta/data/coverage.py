@@ -1,0 +1,43 @@
+"""Which columns a run's vocabularies do not know: their values are new, or written in another way than in training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from gmeta.data.schema import OOV
+
+NEARLY_ALL = 0.95
+"""From this fraction of unknown values on, a column is worth a warning."""
+
+
+def unknown_fraction(ids: npt.NDArray[np.integer]) -> float:
+    """Fraction of a feature's ids that are out of vocabulary; 0 where there are no ids."""
+    return float(np.mean(ids == OOV)) if ids.size else 0.0
+
+
+def unknown_columns(ids: Mapping[str, npt.NDArray[np.integer]], at_least: float = NEARLY_ALL) -> dict[str, float]:
+    """Feature -> fraction of its ids that are out of vocabulary, for the features where that is `at_least` so much.
+
+    Args:
+        ids: feature -> int array of any shape; of a many-valued feature, all its values.
+        at_least: fraction in (0, 1].
+    """
+    fractions = {name: unknown_fraction(column) for name, column in ids.items()}
+    return {name: fraction for name, fraction in fractions.items() if fraction >= at_least}
+
+
+def unknown_warning(fractions: Mapping[str, float], where: str) -> str | None:
+    """One line that names the columns of `unknown_columns`, or None where there are none.
+
+    `where` says whose rows they are, such as `query.csv` or `the split test of packs/a`.
+    """
+    if not fractions:
+        return None
+    shown = ", ".join(f"{name!r} ({fraction:.0%})" for name, fraction in fractions.items())
+    return (
+        f"warning: the run does not know the values of {where} in column {shown}: they all read the row of unknown "
+        "values. They are new, or written in another way than in training (7 and 7.0, true and True)"
+    )

@@ -1,0 +1,74 @@
+"""Which data a run fits: its own pack, packs that were encoded alike, and other runs of the same data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gmeta.core.files import read_mapping
+from gmeta.data.identity import DataIdentity, identity_difference, identity_of, table_identities
+from gmeta.data.pack import TaskPack, open_pack
+from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
+
+
+def run_identity(run_dir: Path) -> DataIdentity:
+    """The identity of the data that a run was trained on."""
+    schema, data_schema = read_schema(run_dir)
+    return identity_of(f"run {run_dir}", schema, data_schema, run_dir / "vocab")
+
+
+def require_fitting_pack(run_dir: Path, pack: TaskPack) -> None:
+    """Raise ValueError with what differs, unless the pack's ids and numbers mean what they meant in training."""
+    if lines := identity_difference(run_identity(run_dir), pack.identity()):
+        raise ValueError(
+            f"{pack.path} was not encoded as the data of run {run_dir}: {'; '.join(lines)}. "
+            "Score its raw rows with `gmeta predict`, which encodes them as the run does, or train a run on this pack"
+        )
+
+
+def require_own_vocabularies(run_dir: Path) -> None:
+    """Raise ValueError where the run's vocabulary files are not those that it was trained with."""
+    schema, data_schema = read_schema(run_dir)
+    if schema.identity is None:
+        return
+    found = table_identities(schema, data_schema, run_dir / "vocab")
+    for table, expected in schema.identity.items():
+        if found.get(table) != expected:
+            raise ValueError(
+                f"{run_dir / 'vocab'} does not hold the vocabulary {table!r} that the run was trained with: "
+                "copy it again from the pack, or train again"
+            )
+
+
+def require_same_training_data(run_dir: Path, other: Path) -> None:
+    """Raise ValueError with what differs, unless two runs were trained on the same data, tasks and splits."""
+    lines = identity_difference(run_identity(run_dir), run_identity(other))
+    mine, theirs = _trained_tasks(run_dir), _trained_tasks(other)
+    known = mine is not None and theirs is not None
+    if known and mine != theirs:
+        lines.append("its tasks, or the splits they lie in, are others")
+    if not known and read_config(run_dir).pack != read_config(other).pack:
+        lines.append(
+            "whether it had the same tasks is not recorded, and the packs of both runs are not there to compare"
+        )
+    if lines:
+        raise ValueError(
+            f"run {other} was not trained on the data of run {run_dir}: {'; '.join(lines)}. "
+            "Only runs of one pack can be compared: train it again on the pack of the other"
+        )
+
+
+def _trained_tasks(run_dir: Path) -> str | None:
+    """Checksum of a run's tasks and splits: recorded, or that of its pack; None where neither is there."""
+    recorded = read_tasks_checksum(run_dir)
+    pack = Path(read_config(run_dir).pack)
+    if recorded is None and (pack / "manifest.json").exists():
+        return open_pack(pack).tasks_checksum()
+    return recorded
+
+
+def is_own_pack(run_dir: Path, pack: TaskPack) -> bool:
+    """Whether a run was trained on this very pack, here or in another place."""
+    if Path(read_config(run_dir).pack).resolve() == pack.path.resolve():
+        return True
+    recorded = read_mapping(run_dir / "schema.json", "restore it").get("manifest")
+    return recorded is not None and recorded == pack.manifest["xxh3"]
