@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import gmeta
 from gmeta.cli import run
+from gmeta.meta.inner_loop import InnerLoop
 
 
 class TwoTowers(nn.Module):
@@ -40,7 +41,9 @@ def train(pack_path: Path, steps: int, dim: int = 16) -> list[float]:
     pack = gmeta.open_pack(pack_path)
     torch.manual_seed(0)  # the same initial weights on every rank
     model = TwoTowers(dim)
-    learner = gmeta.MetaLearner(model, embedding_features=model.features, adapt=["user.*"], inner_steps=2, inner_lr=0.5)
+    features = dict.fromkeys(model.features, dim)
+    loop = InnerLoop(adapt=["user.*"], steps=2, lr=0.5)
+    learner = gmeta.MetaLearner(model, features, len(pack.schema.numeric), loop)
     specs = [gmeta.TableSpec(name, pack.schema.feature(name).num_ids, dim, {name: None}) for name in model.features]
     tables = gmeta.ShardedTables(
         specs, mesh=mesh, seed=0, init_std=0.3, dtype=torch.float32, optimizer="rowwise_adagrad"
