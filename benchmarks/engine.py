@@ -42,6 +42,7 @@ from torch.func import functional_call, grad, vmap
 from gmeta.core.batch import Examples, TaskBatch, to_device
 from gmeta.data.loader import loader_thread
 from gmeta.embedding.table import ShardedTables, TableSpec
+from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
@@ -167,9 +168,10 @@ class Gmeta:
     def __post_init__(self) -> None:
         mesh = Mesh(device=self.device)
         model = build(self.case).to(self.device)
-        learner = MetaLearner(model, embedding_features=self.case.names, inner_lr=INNER_LR, **self.settings).to(
-            self.device
-        )
+        features = dict.fromkeys(self.case.names, self.case.dim)
+        loop = InnerLoop(lr=INNER_LR, **self.settings)
+        learner = MetaLearner(model, features, 0, loop).to(self.device)
+        assert not loop.adapt or learner.engine == "factored", learner.engine_reason
         specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
         tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
         self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=self.autocast)
@@ -439,7 +441,7 @@ Variant = Gmeta | Torch | PlainTorch
 
 def variants(case: Case, batches: list[TaskBatch], device: torch.device) -> dict[str, Variant]:
     """Name -> step. The libraries run on the CPU only."""
-    meta = {"adapt": ["embeddings", "dense"], "engine": "factored"}
+    meta = {"adapt": ["embeddings", "dense"]}
     ours = {
         "plain": Gmeta(case, batches, {"adapt": []}, device),
         "factored-first": Gmeta(case, batches, {**meta, "order": "first"}, device),

@@ -57,7 +57,7 @@ def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Tensor]
         "plain-torch": PlainTorch(case, batches, table_of_all, device),
         "plain-torch-fused": Torch(case, batches, table_of_all, plain_fused, device),
     }
-    meta = {"adapt": ["embeddings", "dense"], "engine": "factored"}
+    meta = {"adapt": ["embeddings", "dense"]}
     kinds = {
         "plain": {"adapt": []},
         "factored-first": {**meta, "order": "first"},

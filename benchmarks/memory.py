@@ -31,6 +31,7 @@ from engine import Case, make_batches
 from torch.profiler import ProfilerActivity, profile
 
 from gmeta.embedding.table import ShardedTables, TableSpec
+from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
@@ -61,15 +62,12 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     """Kept and peak memory of one step, in bytes; its loss and the norm of its gradients."""
     torch.manual_seed(0)
     network = MeLU(InputSpec(dict.fromkeys(case.names, case.dim), (), 0.0), hidden=case.hidden, **MODELS[model])
-    settings: dict[str, Any] = {"adapt": ["embeddings", "dense"], "engine": "factored", "order": "second"}
     learner = MetaLearner(
         network,
-        embedding_features=case.names,
-        inner_lr=0.1,
-        inner_steps=steps,
-        recompute=recompute,
-        seed=0,
-        **settings,
+        dict.fromkeys(case.names, case.dim),
+        0,
+        InnerLoop(adapt=["embeddings", "dense"], steps=steps, recompute=recompute),
+        engine="factored",
     )
     mesh = Mesh(device=torch.device("cpu"))
     specs = [TableSpec(name, 20_000, case.dim, {name: None}) for name in case.names]

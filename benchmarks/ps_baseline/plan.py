@@ -100,9 +100,9 @@ def describe(learner: MetaLearner, tables: ShardedTables, files: TaskFiles) -> F
     layout = only_layout(tables)
     stored = one_valued(files.schema)
     adapted = set(learner.adapted.features)
-    flat = [name for name in learner.embedding_features if tables.features[name].pooling is None]
+    flat = [name for name in learner.features if tables.features[name].pooling is None]
     names = [name for name in flat if name in adapted] + [name for name in flat if name not in adapted]
-    bags = [name for name in learner.embedding_features if tables.features[name].pooling is not None]
+    bags = [name for name in learner.features if tables.features[name].pooling is not None]
     slots = tables.features
     chunks = [
         layout.permutation.forward(torch.arange(start, min(start + _CHUNK, layout.num_rows)))

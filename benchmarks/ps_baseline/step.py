@@ -76,15 +76,15 @@ def task_loss(inner: Inner, task: Task, rows: Tensor, batch: Batch) -> tuple[Ten
     fast = inner.adapted
     support, query = task.support, task.query
     first = rows.new_zeros(())
-    for step in range(learner.inner_steps if len(support.label) else 0):
+    for step in range(learner.inner_loop.steps if len(support.label) else 0):
         changed = fast if step else None
         losses = learner.inner_loss(_logits(inner, support, rows, own, changed, task, key, step + 1), support.label)
         first = losses.detach().mean() if step == 0 else first
         leaves = [own, *fast.values()] if adapted.features else list(fast.values())
         gradients = torch.autograd.grad(
-            losses.sum() / (len(losses) + learner.inner_prior),
+            losses.sum() / (len(losses) + learner.inner_loop.prior),
             leaves,
-            create_graph=learner.second_order,
+            create_graph=learner.inner_loop.order == "second",
             allow_unused=True,
             materialize_grads=True,
         )
@@ -102,7 +102,7 @@ def task_loss(inner: Inner, task: Task, rows: Tensor, batch: Batch) -> tuple[Ten
 
 
 def _rate(learner: MetaLearner, step: int, group: int) -> float | Tensor:
-    return learner.initial_inner_lr if learner.inner_lr is None else learner.inner_lr[step, group]
+    return learner.inner_loop.lr if learner.inner_lr is None else learner.inner_lr[step, group]
 
 
 def _plain_loss(inner: Inner, task: Task, rows: Tensor, batch: Batch, key: BatchKey | None) -> tuple[Tensor, Tensor]:

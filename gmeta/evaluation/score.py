@@ -65,7 +65,7 @@ def score(
             batch = prepared.batch
             rows = system.fetch(prepared.routes)
             with system.precision():
-                before, after = learner.predict(rows, batch, steps=steps, inner_lr=inner_lr, plan=prepared.index)
+                before, after = learner.predict(rows, batch, prepared.index, steps=steps, inner_lr=inner_lr)
             mask = batch.query.mask
             values = (batch.query.row, batch.query.label, before, after)
             parts.append(tuple(v[mask].cpu() for v in values))

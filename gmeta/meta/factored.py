@@ -14,22 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmeta.core.batch import EmbeddedRows, Examples, TaskBatch
-from gmeta.core.selection import Selection, bmm_nt, product
-from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
-from gmeta.meta.gather_plan import Plan, changed, shared_rows
-from gmeta.meta.inner_loop import Adapted, InnerLoop, rate_group
+from gmeta.core.batch import EmbeddedRows, Examples
+from gmeta.core.selection import bmm_nt, product
+from gmeta.meta.dropout import QUERY_PASS, SeededDropout
+from gmeta.meta.fast_weights import FastWeights, LinearSite, LowRankUpdate
+from gmeta.meta.gather_plan import GatherPlan, apply_deltas, shared_rows
+from gmeta.meta.inner_loop import InnerPass, rate_group
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import task_mean, widen
-from gmeta.meta.modulation import Modulated, Modulation
+from gmeta.meta.modulation import Modulated
 from gmeta.meta.recompute import recomputed
 from gmeta.meta.views import Embedded
 
@@ -44,195 +45,137 @@ class Unsupported(ValueError):
         )
 
 
-class Site(NamedTuple):
-    """A call of F.linear with an adapted weight, bias or both."""
-
-    weight: str | None
-    bias: str | None
-
-    @property
-    def name(self) -> str:
-        """A name for messages."""
-        return self.weight or self.bias or ""
+_NOT_ADAPTED = LinearSite(None, None)  # a layer that is modulated only
 
 
-_NOT_ADAPTED = Site(None, None)  # a layer that is modulated only
+def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan) -> tuple[FastWeights, Tensor]:
+    """Fast weights of the T tasks of a support, and its loss before the first step [T], detached.
 
-
-class Step(NamedTuple):
-    """What one inner step changed at a site: W by `gradients^T inputs`, b by the sum of `gradients`."""
-
-    inputs: Tensor  # A [T, R, in]
-    gradients: Tensor  # -rate * D [T, R, out]
-
-
-@dataclass(frozen=True, slots=True)
-class Fast:
-    """A state of the inner loop: what its steps so far changed, for every task."""
-
-    sites: Mapping[Site, tuple[Step, ...]] = field(default_factory=dict)
-    values: Mapping[str, Tensor] = field(default_factory=dict)  # element-wise parameter -> [T, *shape]
-    deltas: Mapping[str, Tensor] = field(default_factory=dict)  # group -> change of private rows [P, d]
-
-    def tensors(self) -> list[Tensor]:
-        """All of them, in an order that `filled` knows."""
-        steps = [tensor for steps in self.sites.values() for step in steps for tensor in step]
-        return [*steps, *self.values.values(), *self.deltas.values()]
-
-    def filled(self, tensors: Iterator[Tensor]) -> Fast:
-        """The same state of other tensors."""
-        sites = {site: tuple(Step(next(tensors), next(tensors)) for _ in steps) for site, steps in self.sites.items()}
-        return Fast(sites, {n: next(tensors) for n in self.values}, {g: next(tensors) for g in self.deltas})
-
-
-def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Adapt to the support, score the query: (logits [T, Q], first step's support loss [T], detached)."""
-    support, query = shared_rows(rows, plan, 0), shared_rows(rows, plan, 1)
-    if loop.modulator is not None:
-        given = batch.support
-        embedded = Embedded(support, plan, (batch.num_tasks, given.mask.shape[1]))
-        with Intercept(embedded):
-            loop = loop.modulated(given.dense, embedded.features, given.label, given.mask)
-        # An alias: the inner loop differentiates by `support`, but not through what made the modulation.
-        support = {group: values.view_as(values) for group, values in support.items()}
-    if not loop.second_order:
-        support = {group: values.detach() for group, values in support.items()}
-    fast = Fast()
-    support_loss = batch.support.label.new_zeros(batch.num_tasks)
-    for step in range(len(loop.rates)):
-        if loop.recompute and loop.second_order:
-            fast, loss = _recomputed_step(model, loop, step, fast, support, batch, plan)
-        else:
-            fast, loss = _inner_step(model, loop, step, fast, support, batch, plan)
-        if step == 0:
-            support_loss = loss.detach()
-    seen = _as_seen(query, fast, plan, 1)
-    logits, _ = _forward(model, loop, fast, batch.query, seen, batch, plan, QUERY_PASS)
-    return logits, support_loss
-
-
-def check(
-    model: nn.Module, adapted: Adapted, dims: Mapping[str, int], num_numeric: int, modulated: Mapping[str, int]
-) -> None:
-    """`Unsupported` if this engine cannot adapt the model, found by one forward pass over zeros.
-
-    `dims` is the embedding dimension of each feature, `modulated` the number of units of each modulated layer. Tasks
-    and rows get different numbers, so that a model that moves these dimensions is found out.
+    With second order, and where the pass is modulated, the fast weights are differentiable.
     """
-    leading = (2, 3)
-    like = next(model.parameters(), torch.zeros(()))
-    modulation = {layer: Modulated(like.new_ones(leading[0], units), None) for layer, units in modulated.items()}
-    taped = AdaptedPass(model, adapted.parameters, Fast(), leading, modulation)
-    embedded = {name: like.new_zeros(*leading, dim) for name, dim in dims.items()}
-    dense = like.new_zeros(*leading, num_numeric)
-    with torch.no_grad(), Intercept(taped, SeededDropout(None)):
-        model(dense, embedded)
-    taped.require_all_seen()
+    num_tasks, length = support.mask.shape
+    shared = shared_rows(rows, plan)
+    modulation: dict[str, Modulated] = {}
+    if inner.modulator is not None:
+        embedded = Embedded(shared, plan, (num_tasks, length))
+        with Intercept(embedded):
+            modulation = inner.modulation(support.dense, embedded.features, support.label, support.mask)
+        # An alias: the inner loop differentiates by these rows, but not through what made the modulation.
+        shared = {group: values.view_as(values) for group, values in shared.items()}
+    if not inner.second_order:
+        shared = {group: values.detach() for group, values in shared.items()}
+    fast = FastWeights(num_tasks, pairs=plan.pairs, modulation=modulation)
+    first = support.label.new_zeros(num_tasks)
+    for step in range(len(inner.rates)):
+        if inner.recompute and inner.second_order:
+            fast, loss = _recomputed_step(inner, step, fast, shared, support, plan)
+        else:
+            fast, loss = _inner_step(inner, step, fast, shared, support, plan)
+        if step == 0:
+            first = loss.detach()
+    return fast, first
+
+
+def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan) -> Tensor:
+    """Logits [T, Q] of examples of the tasks that were adapted.
+
+    ValueError for fast weights of the reference engine that hold whole layers.
+    """
+    seen = apply_deltas(shared_rows(rows, plan), fast.deltas, plan)
+    return _forward(inner, fast, query, seen, plan, QUERY_PASS)[0]
 
 
 def _inner_step(
-    model: nn.Module,
-    loop: InnerLoop,
+    inner: InnerPass,
     step: int,
-    fast: Fast,
-    support: Mapping[str, Tensor],
-    batch: TaskBatch,
-    plan: Plan,
-) -> tuple[Fast, Tensor]:
+    fast: FastWeights,
+    shared: Mapping[str, Tensor],
+    support: Examples,
+    plan: GatherPlan,
+) -> tuple[FastWeights, Tensor]:
     """One SGD step of every task on its support: the next state, and the loss [T] before the step."""
-    pairs = {group: part.pairs[0] for group, part in plan.items() if part.pairs}
-    seen = _as_seen(support, fast, plan, 0)
-    read = {group: _differentiable(seen[group]) for group in pairs}
-    logits, taped = _forward(model, loop, fast, batch.support, {**seen, **read}, batch, plan, step + 1)
+    seen = apply_deltas(shared, fast.deltas, plan)
+    read = {group: _differentiable(seen[group]) for group in plan.reads}
+    logits, taped = _forward(inner, fast, support, {**seen, **read}, plan, step + 1)
     with _no_autocast(logits):
-        loss = task_mean(loop.loss(logits, batch.support.label), batch.support.mask)
-        num_rows = batch.support.mask.sum(-1).clamp(min=1).to(loss.dtype)
-        share = num_rows / (num_rows + loop.prior) if loop.prior else torch.ones_like(num_rows)
+        loss = task_mean(inner.loss(logits, support.label), support.mask)
+        num_rows = support.mask.sum(-1).clamp(min=1).to(loss.dtype)
+        share = num_rows / (num_rows + inner.prior) if inner.prior else torch.ones_like(num_rows)
         targets = [out for _, out in taped.sites.values()] + list(taped.values.values()) + list(read.values())
         changes: Iterator[Tensor] = iter(
             torch.autograd.grad(
                 loss,
                 targets,
-                share if loop.rate is None else share * -loop.rate,
-                create_graph=loop.second_order,
+                share if inner.rate is None else share * -inner.rate,
+                create_graph=inner.second_order,
                 materialize_grads=True,
                 allow_unused=True,
             )
         )
         names = [site.name for site in taped.sites] + list(taped.values)
-        of_parameter = [loop.adapted.rate_of(name) for name in names]
-        if loop.rate is None:
-            rates = [-loop.rates[step, i] for i in [*of_parameter, *[0] * len(read)]]
+        of_parameter = [inner.adapted.rate_of(name) for name in names]
+        if inner.rate is None:
+            rates = [-inner.rates[step, i] for i in [*of_parameter, *[0] * len(read)]]
             changes = (gradient * rate for gradient, rate in zip(changes, rates, strict=True))
-        sites, values, deltas = {}, {}, {}
+        updates, values, deltas = {}, {}, {}
         for site, (inputs, out) in taped.sites.items():
             change = next(changes).reshape(*inputs.shape[:2], out.shape[-1])
-            kept = inputs if loop.second_order else inputs.detach()
-            sites[site] = (*fast.sites.get(site, ()), Step(kept, change))
+            kept = inputs if inner.second_order else inputs.detach()
+            updates[site] = (*fast.updates.get(site, ()), LowRankUpdate(kept, change))
         for name, value in taped.values.items():
             values[name] = value + next(changes)
-        for group, selection in pairs.items():
-            deltas[group] = product(next(changes).flatten(0, 1), selection.transposed, fast.deltas.get(group))
-    return Fast(sites, values, deltas), loss
+        for group, reads in plan.reads.items():
+            deltas[group] = product(next(changes).flatten(0, 1), reads.transposed, fast.deltas.get(group))
+    return replace(fast, updates=updates, values=values, deltas=deltas), loss
 
 
 def _recomputed_step(
-    model: nn.Module,
-    loop: InnerLoop,
+    inner: InnerPass,
     step: int,
-    fast: Fast,
-    support: Mapping[str, Tensor],
-    batch: TaskBatch,
-    plan: Plan,
-) -> tuple[Fast, Tensor]:
+    fast: FastWeights,
+    shared: Mapping[str, Tensor],
+    support: Examples,
+    plan: GatherPlan,
+) -> tuple[FastWeights, Tensor]:
     """`_inner_step` without its graph: the state alone stays, the rest is computed again by the backward pass."""
-    after = Fast()
+    after = fast
 
     def run(inputs: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
         nonlocal after
-        values = iter(inputs)
-        modulation = {layer: start.filled(values) for layer, start in loop.modulation.items()}
-        own = replace(loop, modulation=modulation, rates=next(values), second_order=differentiable)
-        shared = {group: next(values) for group in support}
-        result, loss = _inner_step(model, own, step, fast.filled(values), shared, batch, plan)
+        given = iter(inputs)
+        own = replace(inner, rates=next(given), second_order=differentiable)
+        result, loss = _inner_step(
+            own, step, fast.filled(given), {group: next(given) for group in shared}, support, plan
+        )
         # Only what this step added: earlier steps' tensors are inputs, and need no second copy of their gradients.
-        after = Fast({site: steps[-1:] for site, steps in result.sites.items()}, result.values, result.deltas)
+        added = {site: steps[-1:] for site, steps in result.updates.items()}
+        after = replace(result, updates=added, modulation={})
         return [loss, *after.tensors()]
 
-    leaves = [p for p in model.parameters() if p.requires_grad]
-    starts = [tensor for start in loop.modulation.values() for tensor in start if tensor is not None]
-    loss, *tensors = recomputed(run, leaves, [*starts, loop.rates, *support.values(), *fast.tensors()])
+    leaves = [p for p in inner.model.parameters() if p.requires_grad]
+    loss, *tensors = recomputed(run, leaves, [inner.rates, *fast.tensors(), *shared.values()])
     added = after.filled(iter(tensors))
-    sites = {site: (*fast.sites.get(site, ()), *steps) for site, steps in added.sites.items()}
-    return Fast(sites, added.values, added.deltas), loss
-
-
-def _as_seen(values: Mapping[str, Tensor], fast: Fast, plan: Plan, side: int) -> dict[str, Tensor]:
-    """The rows of one side (0: support, 1: query) as the tasks see them."""
-    pairs: dict[str, Selection] = {group: part.pairs[side] for group, part in plan.items() if part.pairs}
-    return {group: changed(value, fast.deltas.get(group), pairs.get(group)) for group, value in values.items()}
+    updates = {site: (*fast.updates.get(site, ()), *steps) for site, steps in added.updates.items()}
+    return replace(added, updates=updates, modulation=fast.modulation), loss
 
 
 def _forward(
-    model: nn.Module,
-    loop: InnerLoop,
-    fast: Fast,
+    inner: InnerPass,
+    fast: FastWeights,
     examples: Examples,
     values: Mapping[str, Tensor],
-    batch: TaskBatch,
-    plan: Plan,
+    plan: GatherPlan,
     pass_number: int,
 ) -> tuple[Tensor, AdaptedPass]:
     tasks, length = examples.mask.shape
     make_keys = None
-    if loop.dropout_key is not None:
-        positions = torch.arange(length, device=batch.task_id.device)
-        make_keys = partial(row_keys, loop.dropout_key, batch.task_id, pass_number, positions)
-    taped = AdaptedPass(model, loop.adapted.parameters, fast, (tasks, length), loop.modulation)
+    if inner.keys is not None:
+        make_keys = partial(inner.keys, pass_number, torch.arange(length, device=examples.mask.device))
+    taped = AdaptedPass(inner.model, inner.adapted.parameters, fast, (tasks, length))
     embedded = Embedded(values, plan, (tasks, length))
     with Intercept(taped, embedded, SeededDropout(make_keys)):
-        logits = model(examples.dense, embedded.features)
-    taped.require_all_seen()
+        logits = inner.model(examples.dense, embedded.features)
+    taped.finish()
     return widen(logits), taped
 
 
@@ -262,16 +205,15 @@ class AdaptedPass:
         self,
         model: nn.Module,
         adapted: Sequence[str],
-        fast: Fast,
+        fast: FastWeights,
         leading: tuple[int, int],
-        modulation: Modulation,
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        owned = [f"{layer}.{kind}" for layer in modulation for kind in ("weight", "bias")]
+        owned = [f"{layer}.{kind}" for layer in fast.modulation for kind in ("weight", "bias")]
         self.names = {id(parameters[name]): name for name in (*adapted, *owned) if name in parameters}
-        self.adapted, self.modulation = frozenset(adapted), modulation
+        self.adapted = frozenset(adapted)
         self.fast, self.leading = fast, leading
-        self.sites: dict[Site, tuple[Tensor, Tensor]] = {}
+        self.sites: dict[LinearSite, tuple[Tensor, Tensor]] = {}
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
 
@@ -291,7 +233,7 @@ class AdaptedPass:
             return out
         raise Unsupported(found, f"{getattr(func, '__name__', func)} receives it")
 
-    def require_all_seen(self) -> None:
+    def finish(self) -> None:
         """`Unsupported` naming an adapted parameter that the pass did not meet."""
         for name in self.names.values():
             if name not in self.seen:
@@ -321,7 +263,7 @@ class AdaptedPass:
     def _task_value(self, parameter: Tensor, name: str, operand: Tensor) -> Tensor:
         """An element-wise parameter per task, shaped to broadcast against `operand` [T, S, ...]."""
         self._see(name)
-        if name not in self.adapted or rate_group(name) in self.modulation:
+        if name not in self.adapted or rate_group(name) in self.fast.modulation:
             raise Unsupported(name, "its layer is modulated, and the model's forward uses it outside F.linear")
         if parameter.dim() > operand.dim() - 2:
             raise Unsupported(name, f"its shape {list(parameter.shape)} spans the task and row dimensions")
@@ -353,18 +295,24 @@ class AdaptedPass:
         return out
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        met = Site(self._name(weight), self._name(bias))
+        met = LinearSite(self._name(weight), self._name(bias))
         self._require_leading(input, met.name)
         for name in met:
             if name is not None:
                 self._see(name)
         if met.weight and met.bias and rate_group(met.weight) != rate_group(met.bias):
             raise Unsupported(met.bias, f"it belongs to another module than its layer's weight {met.weight!r}")
-        start = self.modulation.get(rate_group(met.name))
+        start = self.fast.modulation.get(rate_group(met.name))
         if start is not None and (met.weight is None or (bias is not None and met.bias is None)):
             raise Unsupported(met.name, "its layer is modulated, and this call has the layer's weight or bias alone")
-        site = Site(*(name if name in self.adapted else None for name in met))
-        steps = self.fast.sites.get(site, ())
+        for name in met:
+            if name in self.fast.values:
+                raise ValueError(
+                    f"these fast weights hold {name!r} whole, as the reference engine makes them: the factored engine "
+                    "cannot apply them; score them with the engine that adapted"
+                )
+        site = LinearSite(*(name if name in self.adapted else None for name in met))
+        steps = self.fast.updates.get(site, ())
         with _no_autocast(input):
             inputs = widen(input).reshape(self.leading[0], input.shape[1:-1].numel(), input.shape[-1])
             form = site.weight is not None and forming_is_cheaper(steps, inputs, weight)
@@ -379,7 +327,7 @@ class AdaptedPass:
         return out.view(*input.shape[:-1], weight.shape[0])
 
 
-def forming_is_cheaper(steps: Sequence[Step], inputs: Tensor, weight: Tensor) -> bool:
+def forming_is_cheaper(steps: Sequence[LowRankUpdate], inputs: Tensor, weight: Tensor) -> bool:
     """Whether a task's weight is cheaper formed than applied as a low-rank change, in multiplications per row."""
     num_out, num_in = weight.shape
     rank, num_rows = sum(step.inputs.shape[1] for step in steps), max(inputs.shape[1], 1)
@@ -394,7 +342,7 @@ def _modulated(out: Tensor, start: Modulated | None) -> Tensor:
     return out if start.shift is None else out + start.shift.unsqueeze(1)
 
 
-def _low_rank(out: Tensor, inputs: Tensor, site: Site, steps: Sequence[Step]) -> Tensor:
+def _low_rank(out: Tensor, inputs: Tensor, site: LinearSite, steps: Sequence[LowRankUpdate]) -> Tensor:
     """The shared layer's output plus the changes of all steps: out [T, R, out], inputs [T, R, in]."""
     for step in steps:
         if site.weight is None:
@@ -409,8 +357,8 @@ def _formed(
     inputs: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    site: Site,
-    steps: Sequence[Step],
+    site: LinearSite,
+    steps: Sequence[LowRankUpdate],
     start: Modulated | None,
 ) -> Tensor:
     """The layer with every task's own weight [T, out, in] and bias."""

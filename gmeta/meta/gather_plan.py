@@ -10,7 +10,7 @@ Looked-up values lie as [examples, features, d], so that what a model concatenat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,24 +21,18 @@ from torch import Tensor
 from gmeta.core.batch import EmbeddedRows, Lookup
 from gmeta.core.selection import Ints, Selection, product, select, sort_keys
 
-Shapes = tuple[tuple[int, int], tuple[int, int]]
-"""((T, S), (T, Q))."""
-
 
 @dataclass(frozen=True, slots=True)
-class GroupPlan:
-    """Index work of one group: F features over n examples, U fetched rows, P pairs.
+class GatherPlan:
+    """How the n examples of one side, support or query, read the fetched rows. For each group of rows:
 
-    Where features are adapted, `lookups` and `pairs` have two parts, support (n = T*S) and query (n = T*Q).
-    Where none is, `lookups` has one, n = T*S + T*Q.
+    F features that read it, U fetched rows, P pairs. Groups whose rows no task adapts have neither reads nor pairs.
     """
 
-    features: tuple[str, ...]
-    lookups: tuple[Selection, ...]  # each [n * F, U]
-    pairs: tuple[Selection, ...]  # each [n * F, P]; empty where no feature is adapted
-
-
-Plan = dict[str, GroupPlan]
+    features: dict[str, tuple[str, ...]]  # group -> its features, in the order in which their values lie
+    lookups: dict[str, Selection]  # group -> [n * F, U]
+    reads: dict[str, Selection]  # group -> [n * F, P], which pair's change each entry reads
+    pairs: dict[str, Tensor]  # group -> int64 [P, 2]: position of the task, row
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,37 +51,101 @@ class _Entries:
         return np.arange(len(self.columns)) if self.lengths is None else _repeat(self.lengths)
 
 
-def plan_rows(
+def plan_batch(
     support: Mapping[str, Lookup],
     query: Mapping[str, Lookup],
     num_rows: Mapping[str, int],
-    shapes: Shapes,
     features: Sequence[str],
     adapted: Sequence[str],
-    split: bool = True,
-) -> Plan:
-    """Index work for a batch, a function of lookups alone, so that a loader's thread can do it ahead.
+) -> tuple[GatherPlan, GatherPlan]:
+    """The plans of support and query, from one sort of both. `num_rows[group]` is U.
 
-    `num_rows[group]` is U, `features` are those that the model reads. Without `split`, for plain training, support
-    and query are one side, and no feature is adapted.
+    A function of lookups alone, so that a loader's thread can do it ahead. The pairs are numbered as in
+    `plan_support`, and the query's plan is that of `plan_query` with these pairs.
     """
-    plan: Plan = {}
-    for group in dict.fromkeys(support[name].group for name in features):
-        names = tuple(name for name in features if support[name].group == group)
-        flags = np.array([name in adapted for name in names])
-        sides = [
-            _entries([side[name] for name in names], shape, flags)
-            for side, shape in zip((support, query), shapes, strict=True)
-        ]
-        parts = sides if split else [_joined(*sides)]
-        lookups = tuple(_selection(part, num_rows[group]) for part in parts)
-        pairs = _pairs(sides[0], sides[1], num_rows[group]) if flags.any() else ()
-        plan[group] = GroupPlan(names, lookups, pairs)
+    first, second = _plan((support, query), num_rows, features, adapted)
+    return first, second
+
+
+def plan_support(
+    support: Mapping[str, Lookup], num_rows: Mapping[str, int], features: Sequence[str], adapted: Sequence[str]
+) -> GatherPlan:
+    """The plan of a support alone; its pairs are in ascending order of (task, row)."""
+    (plan,) = _plan((support,), num_rows, features, adapted)
     return plan
 
 
-def _entries(lookups: list[Lookup], shape: tuple[int, int], flags: NDArray[np.bool_]) -> _Entries:
-    tasks, length = shape
+def plan_query(
+    query: Mapping[str, Lookup],
+    num_rows: Mapping[str, int],
+    features: Sequence[str],
+    adapted: Sequence[str],
+    pairs: Mapping[str, Tensor],
+) -> GatherPlan:
+    """The plan of a query of tasks that were adapted before, whose pairs are given, in any order.
+
+    A pair's row is a position among the rows fetched for this query, -1 where the row is not among them.
+    """
+    plan = GatherPlan({}, {}, {}, {})
+    for group, names, flags in _groups(query, features, adapted):
+        side = _entries([query[name] for name in names], flags)
+        plan.features[group], plan.lookups[group] = names, _selection(side, num_rows[group])
+        if group in pairs:
+            plan.reads[group] = _known_pairs(side, num_rows[group], pairs[group].cpu().numpy())
+            plan.pairs[group] = pairs[group]
+    return plan
+
+
+def plan_together(
+    support: Mapping[str, Lookup], query: Mapping[str, Lookup], num_rows: Mapping[str, int], features: Sequence[str]
+) -> GatherPlan:
+    """One plan of all support examples, then all query examples, for plain training: nothing is adapted."""
+    plan = GatherPlan({}, {}, {}, {})
+    for group, names, flags in _groups(support, features, ()):
+        sides = [_entries([side[name] for name in names], flags) for side in (support, query)]
+        plan.features[group], plan.lookups[group] = names, _selection(_joined(*sides), num_rows[group])
+    return plan
+
+
+def rows_among(pairs: Tensor, row_ids: Tensor) -> Tensor:
+    """Pairs whose rows are ids [P, 2] -> the same with positions in the distinct ids `row_ids` [U], or -1."""
+    ids, order = row_ids.sort()
+    place = torch.searchsorted(ids, pairs[:, 1].contiguous()).clamp(max=max(len(ids) - 1, 0))
+    found = ids[place] == pairs[:, 1] if len(ids) else torch.zeros_like(place, dtype=torch.bool)
+    rows = torch.where(found, order[place], -1) if len(ids) else torch.full_like(place, -1)
+    return torch.stack([pairs[:, 0], rows], 1)
+
+
+def _groups(
+    lookups: Mapping[str, Lookup], features: Sequence[str], adapted: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, ...], NDArray[np.bool_]]]:
+    """Each group of rows, the features that read it, and which of those are adapted."""
+    for group in dict.fromkeys(lookups[name].group for name in features):
+        names = tuple(name for name in features if lookups[name].group == group)
+        yield group, names, np.array([name in adapted for name in names])
+
+
+def _plan(
+    lookups: Sequence[Mapping[str, Lookup]],
+    num_rows: Mapping[str, int],
+    features: Sequence[str],
+    adapted: Sequence[str],
+) -> tuple[GatherPlan, ...]:
+    plans = tuple(GatherPlan({}, {}, {}, {}) for _ in lookups)
+    for group, names, flags in _groups(lookups[0], features, adapted):
+        sides = [_entries([side[name] for name in names], flags) for side in lookups]
+        for plan, side in zip(plans, sides, strict=True):
+            plan.features[group], plan.lookups[group] = names, _selection(side, num_rows[group])
+        if flags.any():
+            reads, keys = _pairs(sides, num_rows[group])
+            for plan, read in zip(plans, reads, strict=True):
+                plan.reads[group], plan.pairs[group] = read, keys
+    return plans
+
+
+def _entries(lookups: list[Lookup], flags: NDArray[np.bool_]) -> _Entries:
+    first = lookups[0]
+    tasks, length = first.index.shape if first.lengths is None else first.lengths.shape
     num_examples, num_features = tasks * length, len(lookups)
     if all(lookup.lengths is None for lookup in lookups):
         columns = np.stack([lookup.index.cpu().numpy().reshape(-1) for lookup in lookups], 1).reshape(-1)
@@ -139,19 +197,19 @@ def _selection(side: _Entries, num_columns: int) -> Selection:
     return select(torch.from_numpy(side.columns), lengths, num_columns, weights)
 
 
-def _pairs(support: _Entries, query: _Entries, num_rows: int) -> tuple[Selection, Selection]:
-    """Which pair each entry reads; pairs are numbered over those of the adapted support entries.
+def _pairs(sides: Sequence[_Entries], num_rows: int) -> tuple[list[Selection], Tensor]:
+    """Which pair each entry of each side reads, and the pairs [P, 2]; those of the first side's adapted entries count.
 
-    One sort by (task, row) gives the pairs and both matrices in both orders.
+    One sort by (task, row) gives the pairs and all matrices in both orders.
     """
-    sides = (support, query)
-    keys = np.concatenate([side.task * num_rows + side.columns for side in sides])
-    ordered, order = sort_keys(keys, (int(support.task.max(initial=0)) + 1) * max(num_rows, 1))
+    first, bound = sides[0], max(num_rows, 1)
+    keys = np.concatenate([side.task * bound + side.columns for side in sides])
+    ordered, order = sort_keys(keys, (int(first.task.max(initial=0)) + 1) * bound)
     is_first = np.empty(len(ordered), bool)
     is_first[:1] = True
     np.not_equal(ordered[1:], ordered[:-1], out=is_first[1:])
     unique = np.cumsum(is_first) - 1
-    in_support = order < len(support.columns)
+    in_support = order < len(first.columns)
     counted = in_support
     if any(side.adapted is not None for side in sides):
         adapted = np.concatenate([np.ones(len(s.columns), bool) if s.adapted is None else s.adapted for s in sides])
@@ -162,10 +220,32 @@ def _pairs(support: _Entries, query: _Entries, num_rows: int) -> tuple[Selection
     number = np.cumsum(touched) - 1
     found = touched[unique] if counted is in_support else touched[unique] & adapted
     pair, num_pairs = number[unique], int(touched.sum())
-    return (
-        _pair_selection(support, order[found & in_support], pair[found & in_support], num_pairs),
-        _pair_selection(query, order[found & ~in_support] - len(support.columns), pair[found & ~in_support], num_pairs),
-    )
+    start, selections = 0, []
+    for side in sides:
+        end = start + len(side.columns)
+        own = found if len(sides) == 1 else found & (order >= start) & (order < end)
+        selections.append(_pair_selection(side, order[own] - start, pair[own], num_pairs))
+        start = end
+    chosen = ordered[is_first][touched]
+    task = chosen // bound
+    return selections, torch.from_numpy(np.stack([task, chosen - task * bound], 1))
+
+
+def _known_pairs(side: _Entries, num_rows: int, pairs: Ints) -> Selection:
+    """Which of given pairs [P, 2] each entry reads."""
+    bound = max(num_rows, 1)
+    present = np.flatnonzero(pairs[:, 1] >= 0)
+    keys = pairs[present, 0] * bound + pairs[present, 1]
+    order = keys.argsort()
+    keys, present = keys[order], present[order]
+    wanted = side.task * bound + side.columns
+    place = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+    found = keys[place] == wanted if len(keys) else np.zeros(len(wanted), bool)
+    if side.adapted is not None:
+        found &= side.adapted
+    entry = np.flatnonzero(found)
+    pair, by_pair = sort_keys(present[place[entry]], len(pairs))
+    return _pair_selection(side, entry[by_pair], pair, len(pairs))
 
 
 def _pair_selection(side: _Entries, entry: Ints, pair: Ints, num_pairs: int) -> Selection:
@@ -187,17 +267,20 @@ def _pair_selection(side: _Entries, entry: Ints, pair: Ints, num_pairs: int) -> 
     )
 
 
-def shared_rows(rows: EmbeddedRows, plan: Plan, side: int = 0) -> dict[str, Tensor]:
-    """E0 as the features of each group read it on a side: group -> [n, F, d], pooled where the feature is a bag."""
+def shared_rows(rows: EmbeddedRows, plan: GatherPlan) -> dict[str, Tensor]:
+    """E0 as the features of each group read it: group -> [n, F, d], pooled where the feature is a bag."""
     out = {}
-    for group, part in plan.items():
+    for group, lookup in plan.lookups.items():
         weight = rows.weights[group]
-        out[group] = product(weight, part.lookups[side]).view(-1, len(part.features), weight.shape[1])
+        out[group] = product(weight, lookup).view(-1, len(plan.features[group]), weight.shape[1])
     return out
 
 
-def changed(values: Tensor, delta: Tensor | None, pairs: Selection | None) -> Tensor:
-    """Rows as the tasks see them: shared [n, F, d] plus their own change, delta [P, d]."""
-    if delta is None or pairs is None:
-        return values
-    return product(delta, pairs, values.flatten(0, 1)).view(values.shape)
+def apply_deltas(values: Mapping[str, Tensor], deltas: Mapping[str, Tensor], plan: GatherPlan) -> dict[str, Tensor]:
+    """Rows as the tasks see them: shared [n, F, d] plus the tasks' own changes, deltas [P, d]; by group."""
+    out = {}
+    for group, value in values.items():
+        out[group] = value
+        if group in deltas and group in plan.reads:
+            out[group] = product(deltas[group], plan.reads[group], value.flatten(0, 1)).view(value.shape)
+    return out

@@ -1,20 +1,58 @@
-"""What a task adapts: names and globs resolved to embedded features and model parameters, and the inner rates."""
+"""The inner loop: its settings, the names of what a task adapts, and the state of one pass through it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from gmeta.meta.dropout import BatchKey
-from gmeta.meta.losses import RowLoss
-from gmeta.meta.modulation import Modulation, Modulator
+from gmeta.core.errors import require
+from gmeta.meta.losses import RowLoss, row_loss
+from gmeta.meta.modulation import Modulated, Modulator
 
 EMBEDDINGS = "embeddings"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InnerLoop:
+    """How a task adapts to its support. ValueError for a setting that cannot be."""
+
+    adapt: Sequence[str]
+    """What a task adapts: names that `resolve` understands. Empty: plain training."""
+    order: Literal["first", "second"] = "second"
+    """`second` differentiates the outer loss through the inner steps; `first` takes inner gradients as constants."""
+    steps: int = 1
+    """SGD steps on the support, K."""
+    lr: float = 0.1
+    """The inner rate, or its start when it is learned."""
+    learn_lr: bool = False
+    """Make the rates a parameter [K, groups]: one group for all embeddings, one for each module that adapts."""
+    loss: str | None = None
+    """The support's loss; None: the query's."""
+    prior: float = 0.0
+    """Pseudo-rows: a step follows (sum of a task's losses) / (its rows + prior), so that a small support moves less."""
+    recompute: bool = False
+    """Factored engine, second order: build an inner step's graph again in the backward pass instead of keeping it."""
+
+    def __post_init__(self) -> None:
+        require(not isinstance(self.adapt, str), "adapt", self.adapt, "must be a list of names")
+        object.__setattr__(self, "adapt", tuple(self.adapt))
+        require(self.order in ("first", "second"), "order", self.order, "must be first or second")
+        require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(self.lr >= 0, "lr", self.lr, "must not be negative")
+        require(self.prior >= 0, "prior", self.prior, "must not be negative")
+        require(
+            not self.recompute or self.order == "second",
+            "recompute",
+            self.recompute,
+            "only second order keeps graphs of inner steps; leave it out",
+        )
+        if self.loss is not None:
+            row_loss(self.loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,68 +60,82 @@ class Adapted:
     """The adapted set. Each module that owns adapted parameters has one inner rate; all embeddings share one."""
 
     features: tuple[str, ...]  # embedded features whose rows are private to a task
-    parameters: tuple[str, ...]  # names of model parameters
+    parameters: tuple[str, ...]  # names of model parameters, one for each parameter
     rates: tuple[str, ...]  # names of the rate groups: "embeddings" first if there, then module names
 
     def __bool__(self) -> bool:
         return bool(self.features or self.parameters)
 
     def rate_of(self, parameter: str) -> int:
-        """Position of a parameter's inner rate."""
-        return self.rates.index(rate_group(parameter))
+        """Position of a parameter's inner rate. A module may be called "embeddings" too: the first one is not its."""
+        return self.rates.index(rate_group(parameter), 1 if self.features else 0)
 
 
 @dataclass(frozen=True, slots=True)
-class InnerLoop:
-    """What both engines need to know of the inner loop. K steps; rates [K, len(adapted.rates)].
+class InnerPass:
+    """What both engines need to know while they adapt and score: the settings, resolved for one batch."""
 
-    `rate` is the number that all rates are, where they are not learned: the loss is scaled by it, not every gradient.
-    """
-
+    model: nn.Module
     adapted: Adapted
-    loss: RowLoss
+    loss: RowLoss  # of the support
     second_order: bool
-    rates: Tensor
-    dropout_key: BatchKey | None  # None: dropout is off
-    rate: float | None = None
-    recompute: bool = False  # inner steps of second order, in the backward pass, instead of keeping their graphs
-    prior: float = 0.0  # pseudo-rows: a step follows (sum of row losses) / (rows + prior)
+    rates: Tensor  # [K, len(adapted.rates)]
+    rate: float | None = None  # the number that all rates are, where they are not learned: it scales the loss
+    prior: float = 0.0
+    recompute: bool = False
     modulator: Modulator | None = None  # None: every task starts from the shared weights
-    modulation: Modulation = field(default_factory=dict)  # where the tasks at hand start
+    keys: Callable[[int, Tensor], Tensor] | None = (
+        None  # (pass, positions [S]) -> dropout keys [T, S]; None: no dropout
+    )
 
-    def modulated(self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor) -> InnerLoop:
-        """The loop for tasks with this support. A loop of no steps takes nothing from it: it sees an empty one."""
+    def modulation(
+        self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
+    ) -> dict[str, Modulated]:
+        """Where tasks with this support start. A loop of no steps takes nothing from it: it sees an empty one."""
         if self.modulator is None:
-            return self
-        return replace(self, modulation=self.modulator(dense, embedded, label, mask & (len(self.rates) > 0)))
+            return {}
+        found: dict[str, Modulated] = self.modulator(dense, embedded, label, mask & (len(self.rates) > 0))
+        return found
 
 
-def resolve(adapt: Sequence[str], model: nn.Module, embedding_features: Sequence[str]) -> Adapted:
+def resolve(adapt: Sequence[str], model: nn.Module, features: Sequence[str]) -> Adapted:
     """The adapted set that `adapt` names.
 
     Words: `embeddings` (all features), `embeddings.<glob>`, `dense` (every parameter of the model), `head` (parameters
-    of `model.head`), `decision` (of `model.decision_layers`); anything else is a glob over parameter names.
-    ValueError, with the nearest name, for a pattern that matches nothing.
+    of `model.head`), `decision` (of `model.decision_layers`); anything else is a glob over parameter names. A
+    parameter that has several names, because weights are tied or a module is used twice, answers to each of them and
+    adapts as one, under the first. Frozen parameters (`requires_grad` False) do not adapt.
+    ValueError for a pattern that matches nothing, with the nearest name, or frozen parameters only.
     """
-    names = [name for name, _ in model.named_parameters()]
-    features: set[str] = set()
+    first: dict[int, str] = {}
+    names = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    private: set[str] = set()
     parameters: set[str] = set()
     for pattern in adapt:
         if pattern == EMBEDDINGS or pattern.startswith(EMBEDDINGS + "."):
             glob = pattern.partition(".")[2] or "*"
-            found = [name for name in embedding_features if fnmatchcase(name, glob)]
-            features.update(found)
+            found = [name for name in features if fnmatchcase(name, glob)]
+            private.update(found)
         else:
-            found = _matching(pattern, model, names)
-            parameters.update(found)
+            found = [names[name] for name in _matching(pattern, model, list(names))]
+            if found and trained.isdisjoint(found):
+                raise ValueError(
+                    f"meta.adapt names {pattern!r}, but {found[0]!r} is frozen (requires_grad is False), and so is all "
+                    "else that the name matches: leave it out, or let it train"
+                )
+            parameters.update(trained.intersection(found))
         if not found:
-            raise ValueError(_no_match(pattern, names, embedding_features))
+            raise ValueError(_no_match(pattern, list(names), features))
     ordered = tuple(name for name in names if name in parameters)
     owners = dict.fromkeys(rate_group(name) for name in ordered)
     return Adapted(
-        tuple(name for name in embedding_features if name in features),
+        tuple(name for name in features if name in private),
         ordered,
-        ((EMBEDDINGS,) if features else ()) + tuple(owners),
+        ((EMBEDDINGS,) if private else ()) + tuple(owners),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -10,14 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gmeta.core.batch import EmbeddedRows, Lookup, TaskBatch
-from gmeta.meta import factored, reference
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, to_device
+from gmeta.meta import factored, gather_plan, reference
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
-from gmeta.meta.gather_plan import Plan, plan_rows, shared_rows
-from gmeta.meta.inner_loop import InnerLoop, refuse_batch_norm, resolve
+from gmeta.meta.fast_weights import FastWeights
+from gmeta.meta.gather_plan import GatherPlan, shared_rows
+from gmeta.meta.inner_loop import InnerLoop, InnerPass, resolve
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import row_loss, task_mean, widen
 from gmeta.meta.modulation import Modulator
+from gmeta.meta.trial import choose_engine
 from gmeta.meta.views import Embedded
 
 
@@ -33,57 +35,47 @@ class LearnerOutput:
 class MetaLearner(nn.Module):
     """A model and its inner loop.
 
-    `adapt` names what a task adapts (see `resolve` in inner_loop.py); empty is plain training, whose task loss is the
-    mean over support and query rows. `inner_lr` is one number, or with `learn_inner_lr` the start of a parameter
-    [inner_steps, groups], one group for each module with adapted parameters and one for all embeddings
-    (`rate_names`). `engine` is factored, reference, or auto: factored where it can adapt the model, which the first
-    batch decides; `engine_reason` then says what was taken and why. With `inner_prior` pseudo-rows, the inner loss is
-    the sum of a task's support losses / (its rows + inner_prior), so that a small support moves less. A `modulator`
-    (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start. With
-    `recompute` the factored engine keeps of each inner step its state alone (`gmeta.meta.recompute`).
+    `features` has the embedding dimension of each feature that the model reads, `num_numeric` is the number of numeric
+    columns that it is given. `loss` is the query's and, unless the inner loop has its own, the support's. A
+    `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
+
+    `engine` is factored, reference, or auto: factored where it can adapt the model. The model is tried out here, on
+    random numbers; `engine_reason` then says what was taken and why. ValueError for a model that mixes examples, draws
+    random numbers that no seed reaches, returns another shape than one logit an example, or fails
+    (`gmeta.meta.trial`). The trial leaves the model, its buffers and the global random state as they were.
+
+    With learned rates `inner_lr` is a parameter [steps, groups]; `rate_names` names the groups.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        features: Mapping[str, int],
+        num_numeric: int,
+        inner_loop: InnerLoop,
         *,
-        embedding_features: Sequence[str],
-        adapt: Sequence[str],
-        order: Literal["first", "second"] = "second",
-        inner_steps: int = 1,
-        inner_lr: float = 0.1,
-        learn_inner_lr: bool = False,
         loss: str = "bce",
-        inner_loss: str | None = None,
-        inner_prior: float = 0.0,
-        recompute: bool = False,
         modulator: Modulator | None = None,
         engine: Literal["auto", "factored", "reference"] = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        refuse_batch_norm(model)
         self.model = model
-        self.embedding_features = tuple(embedding_features)
-        self.adapted = resolve(adapt, model, embedding_features)
-        self.second_order = order == "second"
-        self.inner_steps = inner_steps
-        self.initial_inner_lr = inner_lr
+        self.features = dict(features)
+        self.inner_loop = inner_loop
+        self.adapted = resolve(inner_loop.adapt, model, tuple(features))
         self.loss = row_loss(loss)
-        self.inner_loss = row_loss(inner_loss or loss)
-        self.inner_prior = inner_prior
-        self.recompute = recompute
+        self.inner_loss = row_loss(inner_loop.loss or loss)
         if modulator is not None and not self.adapted:
             raise ValueError("a modulator decides where the inner loop starts, but adapt is empty: name what it adapts")
         self.modulator = modulator
         self.seed = seed
-        self.engine: str = engine
-        self.engine_reason = "auto: not chosen yet" if engine == "auto" else f"{engine}, as configured"
-        if not self.adapted:
-            self.engine_reason = "none: plain training"
+        self.engine, self.engine_reason = choose_engine(
+            model, self.adapted, self.features, num_numeric, {} if modulator is None else modulator.sizes, engine
+        )
         learned = None
-        if learn_inner_lr and self.adapted:
-            learned = nn.Parameter(torch.full((inner_steps, len(self.adapted.rates)), inner_lr))
+        if inner_loop.learn_lr and self.adapted:
+            learned = nn.Parameter(torch.full((inner_loop.steps, len(self.adapted.rates)), inner_loop.lr))
         self.inner_lr = learned
 
     @property
@@ -91,51 +83,111 @@ class MetaLearner(nn.Module):
         """Names of the columns of `inner_lr`."""
         return self.adapted.rates
 
-    def choose_engine(self, dims: Mapping[str, int], num_numeric: int) -> None:
-        """Decide what `engine: auto` means for this model; called by the first batch if nobody did before.
+    def index(
+        self, support: Mapping[str, Lookup], query: Mapping[str, Lookup], num_rows: Mapping[str, int]
+    ) -> tuple[GatherPlan, ...]:
+        """The index work of a batch, which needs no rows, so that a loader's thread can do it ahead; on the CPU.
 
-        `dims` is the embedding dimension of each feature, `num_numeric` the number of numeric columns.
+        `num_rows[group]` is the number of rows U that will be fetched. Two plans, of support and query, or with plain
+        training one for both together.
         """
-        if self.engine != "auto":
-            return
-        try:
-            modulated = {} if self.modulator is None else self.modulator.sizes
-            factored.check(self.model, self.adapted, dims, num_numeric, modulated)
-        except factored.Unsupported as reason:
-            self.engine, self.engine_reason = "reference", f"reference, because {reason}"
-        else:
-            self.engine, self.engine_reason = "factored", "factored"
+        if not self.adapted:
+            return (gather_plan.plan_together(support, query, num_rows, tuple(self.features)),)
+        if self.engine == "reference":
+            plan = reference.plan_support(support, self.adapted.features)
+            return plan, reference.plan_query(plan.pairs)
+        return gather_plan.plan_batch(support, query, num_rows, tuple(self.features), self.adapted.features)
 
-    def plan(
+    def index_support(self, support: Mapping[str, Lookup], num_rows: Mapping[str, int]) -> GatherPlan:
+        """The index work of a support alone, for `adapt`; on the CPU.
+
+        Its `pairs[group]` int64 [P, 2] are the (position of the task, position of the row among the U fetched ones)
+        whose rows a task adapts, numbered as in `index`. The fast weights carry them on: `FastWeights.with_row_ids`
+        turns positions into ids that are found again among rows fetched later.
+        """
+        if self.engine == "reference":
+            return reference.plan_support(support, self.adapted.features)
+        return gather_plan.plan_support(support, num_rows, tuple(self.features), self.adapted.features)
+
+    def index_query(
         self,
-        support: Mapping[str, Lookup],
         query: Mapping[str, Lookup],
         num_rows: Mapping[str, int],
-        batch: TaskBatch,
-    ) -> Plan:
-        """Index work of a batch: what `forward` otherwise does itself. Needs no rows, so a loader's thread can do it.
+        pairs: Mapping[str, Tensor],
+        row_ids: Mapping[str, Tensor] | None = None,
+    ) -> GatherPlan:
+        """The index work of examples of tasks that were adapted before, for `score`; on the CPU.
 
-        `num_rows[group]` is the number of rows U that will be fetched.
+        `pairs` is that of their fast weights. Its rows are positions among the U rows fetched here or, with
+        `row_ids[group]` int64 [U], the distinct ids of the rows fetched here, ids: some may not be among them.
         """
-        shapes = ((batch.num_tasks, batch.support.mask.shape[1]), (batch.num_tasks, batch.query.mask.shape[1]))
-        features, adapted = self.embedding_features, self.adapted.features
-        return plan_rows(support, query, num_rows, shapes, features, adapted, split=bool(self.adapted))
+        pairs = {group: keys.cpu() for group, keys in pairs.items()}
+        if row_ids is not None:
+            pairs = {group: gather_plan.rows_among(keys, row_ids[group].cpu()) for group, keys in pairs.items()}
+        if self.engine == "reference":
+            return reference.plan_query(pairs)
+        return gather_plan.plan_query(query, num_rows, tuple(self.features), self.adapted.features, pairs)
 
-    def _plan(self, rows: EmbeddedRows, batch: TaskBatch) -> Plan:
-        return self.plan(rows.support, rows.query, {g: weight.shape[0] for g, weight in rows.weights.items()}, batch)
+    def adapt(
+        self,
+        rows: EmbeddedRows,
+        support: Examples,
+        index: GatherPlan | None = None,
+        *,
+        steps: int | None = None,
+        inner_lr: float | None = None,
+    ) -> FastWeights:
+        """The fast weights of every task of a support, without dropout; they hold no graph.
 
-    def forward(self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan | None = None) -> tuple[Tensor, LearnerOutput]:
+        Reads `rows.weights` and `rows.support`. Without `index`, that of `index_support` is made here. `steps` and
+        `inner_lr` override what was trained; learned rates repeat their last step beyond `inner_loop.steps`. With no
+        steps nothing of the support is seen: a modulator then sees an empty one. Plain training adapts nothing.
+        """
+        if not self.adapted:
+            return FastWeights(len(support.mask))
+        if index is None:
+            index = to_device(self.index_support(rows.support, _num_rows(rows)), support.mask.device)
+        inner = self._pass(rows, None, steps, inner_lr)
+        inner = replace(inner, second_order=False, rates=inner.rates.detach())
+        with torch.enable_grad():
+            fast, _ = self._adapt(inner, rows, support, index)
+        return fast.detach()
+
+    def score(
+        self, fast: FastWeights, rows: EmbeddedRows, examples: Examples, index: GatherPlan | None = None
+    ) -> Tensor:
+        """Logits [T, Q] of examples of the tasks whose fast weights are given, without dropout.
+
+        Reads `rows.weights` and `rows.query`. Without `index`, that of `index_query` is made here, for pairs that are
+        positions among these rows. Differentiable where gradients are enabled. ValueError for fast weights of another
+        number of tasks, or that this learner's engine cannot apply.
+        """
+        if fast.num_tasks != len(examples.mask):
+            raise ValueError(
+                f"fast weights of {fast.num_tasks} tasks cannot score examples of {len(examples.mask)} tasks: choose "
+                "them with of_tasks, in the order of the examples"
+            )
+        if index is None:
+            index = to_device(self.index_query(rows.query, _num_rows(rows), fast.pairs), examples.mask.device)
+        if not self.adapted:
+            return self._flat_logits(rows, (examples,), index, None)[0]
+        return self._score(self._pass(rows, None), fast, rows, examples, index)
+
+    def forward(
+        self, rows: EmbeddedRows, batch: TaskBatch, index: tuple[GatherPlan, ...] | None = None
+    ) -> tuple[Tensor, LearnerOutput]:
         """(loss, output). The loss is the sum over this rank's tasks of a task's mean loss / num_tasks_global.
 
         A task without support adapts nothing; a task without query rows contributes 0. With no task at all the loss
         is 0 and backward gives zero or no gradients.
         """
-        plan = plan or self._plan(rows, batch)
+        index = index or self._index(rows, batch)
         key = (self.seed, batch.epoch, batch.index) if self.training else None
         if not self.adapted:
-            return self._plain(rows, batch, plan, key)
-        loop = self._loop(self.inner_steps, None, key, rows)
-        logits, support_loss = self._run(loop, rows, batch, plan)
+            return self._plain(rows, batch, index[0], key)
+        inner = self._pass(rows, None if key is None else (key, batch.task_id))
+        fast, support_loss = self._adapt(inner, rows, batch.support, index[0])
+        logits = self._score(inner, fast, rows, batch.query, index[1])
         query_loss = task_mean(self.loss(logits, batch.query.label), batch.query.mask)
         loss = query_loss.sum() / batch.num_tasks_global
         return loss, LearnerOutput(logits.detach(), query_loss.detach(), support_loss)
@@ -144,64 +196,83 @@ class MetaLearner(nn.Module):
         self,
         rows: EmbeddedRows,
         batch: TaskBatch,
+        index: tuple[GatherPlan, ...] | None = None,
+        *,
         steps: int | None = None,
         inner_lr: float | None = None,
-        plan: Plan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Query logits [T, Q] before and after adaptation, without dropout; no graph is left behind.
 
-        Before adaptation nothing of the support is seen: a modulator then sees an empty one.
-        `steps` and `inner_lr` override what was trained; learned rates repeat their last step beyond `inner_steps`.
+        `steps` and `inner_lr` are those of `adapt`; before adaptation means no steps.
         """
-        plan = plan or self._plan(rows, batch)
-        if not self.adapted:
-            with torch.no_grad():
-                _, logits = self._flat_logits(rows, batch, plan, None)
-            return logits, logits
-        loop = replace(
-            self._loop(self.inner_steps if steps is None else steps, inner_lr, None, rows), second_order=False
-        )
-        loop = replace(loop, rates=loop.rates.detach())
+        index = index or self._index(rows, batch)
         with torch.no_grad():
-            before, _ = self._run(replace(loop, rates=loop.rates[:0]), rows, batch, plan)
-        with torch.enable_grad():
-            after, _ = self._run(loop, rows, batch, plan)
-        return before, after.detach()
+            if not self.adapted:
+                _, logits = self._flat_logits(rows, (batch.support, batch.query), index[0], None)
+                return logits, logits
+            before, after = (
+                self.score(
+                    self.adapt(rows, batch.support, index[0], steps=number, inner_lr=inner_lr),
+                    rows,
+                    batch.query,
+                    index[1],
+                )
+                for number in (0, steps)
+            )
+        return before, after
 
-    def _loop(self, steps: int, inner_lr: float | None, key: BatchKey | None, rows: EmbeddedRows) -> InnerLoop:
-        rate = None
+    def _index(self, rows: EmbeddedRows, batch: TaskBatch) -> tuple[GatherPlan, ...]:
+        return to_device(self.index(rows.support, rows.query, _num_rows(rows)), batch.task_id.device)
+
+    def _pass(
+        self,
+        rows: EmbeddedRows,
+        dropout: tuple[BatchKey, Tensor] | None,
+        steps: int | None = None,
+        inner_lr: float | None = None,
+    ) -> InnerPass:
+        """The inner loop for tasks at hand; `dropout` is the batch's key and the ids of its tasks."""
+        loop, rate = self.inner_loop, None
+        steps = loop.steps if steps is None else steps
         if self.inner_lr is None or inner_lr is not None:
             like = next(iter(rows.weights.values()))
-            rate = self.initial_inner_lr if inner_lr is None else inner_lr
+            rate = loop.lr if inner_lr is None else inner_lr
             rates = like.new_full((steps, len(self.adapted.rates)), rate)
-        elif steps <= self.inner_steps:
+        elif steps <= loop.steps:
             rates = self.inner_lr[:steps]
         else:
-            rates = torch.cat([self.inner_lr, self.inner_lr[-1:].expand(steps - self.inner_steps, -1)])
-        return InnerLoop(
+            rates = torch.cat([self.inner_lr, self.inner_lr[-1:].expand(steps - loop.steps, -1)])
+        return InnerPass(
+            self.model,
             self.adapted,
             self.inner_loss,
-            self.second_order,
+            loop.order == "second",
             rates,
-            key,
-            rate=rate,
-            recompute=self.recompute,
-            prior=self.inner_prior,
-            modulator=self.modulator,
+            rate,
+            loop.prior,
+            loop.recompute,
+            self.modulator,
+            None if dropout is None else partial(row_keys, *dropout),
         )
 
-    def _run(self, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, plan: Plan) -> tuple[Tensor, Tensor]:
-        dims = {name: rows.weights[lookup.group].shape[1] for name, lookup in rows.support.items()}
-        self.choose_engine(dims, batch.support.dense.shape[-1])
-        if self.engine == "reference":
-            return reference.run(self.model, loop, rows, batch)
-        return factored.run(self.model, loop, rows, batch, plan)
+    def _adapt(
+        self, inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan
+    ) -> tuple[FastWeights, Tensor]:
+        engine = reference.adapt if self.engine == "reference" else factored.adapt
+        return engine(inner, rows, support, plan)
+
+    def _score(
+        self, inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan
+    ) -> Tensor:
+        engine = reference.score if self.engine == "reference" else factored.score
+        return engine(inner, fast, rows, query, plan)
 
     def _plain(
-        self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: BatchKey | None
+        self, rows: EmbeddedRows, batch: TaskBatch, plan: GatherPlan, key: BatchKey | None
     ) -> tuple[Tensor, LearnerOutput]:
         sides = (batch.support, batch.query)
-        logits = self._flat_logits(rows, batch, plan, key)
+        keys = None if key is None else partial(row_keys, key, batch.task_id)
+        logits = self._flat_logits(rows, sides, plan, keys)
         losses = [self.loss(part, side.label) for part, side in zip(logits, sides, strict=True)]
         together = task_mean(torch.cat(losses, 1), torch.cat([side.mask for side in sides], 1))
         support_loss, query_loss = (
@@ -210,23 +281,28 @@ class MetaLearner(nn.Module):
         return together.sum() / batch.num_tasks_global, LearnerOutput(logits[1].detach(), query_loss, support_loss)
 
     def _flat_logits(
-        self, rows: EmbeddedRows, batch: TaskBatch, plan: Plan, key: BatchKey | None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of support [T, S] and query [T, Q] from one call of the unadapted model."""
-        sides = (batch.support, batch.query)
+        self,
+        rows: EmbeddedRows,
+        sides: tuple[Examples, ...],
+        plan: GatherPlan,
+        keys: Callable[[int, Tensor], Tensor] | None,
+    ) -> list[Tensor]:
+        """Logits of each side [T, S] from one call of the unadapted model; the last side is the query."""
+
+        def flat_keys() -> Tensor:
+            assert keys is not None
+            found = []
+            for number, side in zip((QUERY_PASS + 1, QUERY_PASS)[-len(sides) :], sides, strict=True):
+                found.append(keys(number, torch.arange(side.mask.shape[1], device=side.mask.device)).flatten())
+            return torch.cat(found)
+
         dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
         embedded = Embedded(shared_rows(rows, plan), plan, dense.shape[:1])
-        dropout = SeededDropout(None if key is None else partial(_flat_keys, key, batch))
-        with Intercept(embedded, dropout):
+        with Intercept(embedded, SeededDropout(None if keys is None else flat_keys)):
             logits = self.model(dense, embedded.features)
-        support, query = torch.split(widen(logits), [side.mask.numel() for side in sides])
-        return support.view(batch.support.mask.shape), query.view(batch.query.mask.shape)
+        parts = torch.split(widen(logits), [side.mask.numel() for side in sides])
+        return [part.view(side.mask.shape) for part, side in zip(parts, sides, strict=True)]
 
 
-def _flat_keys(key: BatchKey, batch: TaskBatch) -> Tensor:
-    """Dropout keys of all support rows, then all query rows: int64 [T*S + T*Q]."""
-    keys = []
-    for side, pass_number in ((batch.support, QUERY_PASS + 1), (batch.query, QUERY_PASS)):
-        positions = torch.arange(side.mask.shape[1], device=batch.task_id.device)
-        keys.append(row_keys(key, batch.task_id, pass_number, positions).flatten())
-    return torch.cat(keys)
+def _num_rows(rows: EmbeddedRows) -> dict[str, int]:
+    return {group: weight.shape[0] for group, weight in rows.weights.items()}

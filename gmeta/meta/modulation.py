@@ -12,7 +12,8 @@ mechanism, not their networks: docs/meta-learning.md says what differs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,20 @@ OPEN_GATE = 2.0
 """What gates start from, before the sigmoid: 0.88, near the unmodulated model and not yet saturated."""
 
 
-class Modulated(NamedTuple):
-    """What a task does to one linear layer before it adapts."""
+@dataclass(frozen=True, slots=True)
+class Modulated:
+    """Where the tasks' inner loops start at one linear layer: one scale, and maybe one shift, for each unit."""
 
     scale: Tensor  # [T, out]
-    shift: Tensor | None  # [T, out]
+    shift: Tensor | None  # [T, out]; None: no shift
+
+    def tensors(self) -> list[Tensor]:
+        """Scale and, where there is one, shift."""
+        return [self.scale] if self.shift is None else [self.scale, self.shift]
 
     def filled(self, tensors: Iterator[Tensor]) -> Modulated:
-        """The same of other tensors."""
+        """The same with other tensors in the place of `tensors()`."""
         return Modulated(next(tensors), None if self.shift is None else next(tensors))
-
-
-Modulation = Mapping[str, Modulated]
-"""Name of a linear layer -> its scale and shift for every task; a layer that is not in it is not modulated."""
 
 
 class TaskEncoder(nn.Module):
@@ -77,7 +79,9 @@ class ClusterGates(nn.Module):
         nn.init.zeros_(self.gate.weight)
         nn.init.constant_(self.gate.bias, OPEN_GATE)
 
-    def forward(self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor) -> Modulation:
+    def forward(
+        self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
+    ) -> dict[str, Modulated]:
         """As `TaskEncoder.forward`; for every layer a scale [T, out]."""
         task = self.encoder(dense, embedded, label, mask)
         distance = (task.unsqueeze(1) - self.centroids).square().sum(-1)  # [T, clusters]
@@ -103,7 +107,9 @@ class Film(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor) -> Modulation:
+    def forward(
+        self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
+    ) -> dict[str, Modulated]:
         """As `TaskEncoder.forward`; for every layer a scale and, with a bias, a shift [T, out]."""
         out = widen(self.head(self.encoder(dense, embedded, label, mask)))
         parts = torch.split(out, [*self.sizes.values(), *(self.sizes[name] for name in self.biased)], -1)
@@ -144,10 +150,11 @@ def build_modulator(
         return ClusterGates(layers, encoder, clusters) if kind == "cluster" else Film(layers, encoder)
 
 
-def modulated_parameters(model: nn.Module, modulation: Modulation, task: int) -> dict[str, Tensor]:
+def modulated_parameters(model: nn.Module, modulation: Mapping[str, Modulated], task: int) -> dict[str, Tensor]:
     """W_t0 and b_t0 of every modulated layer, by name, for one task."""
     start = {}
-    for name, (scale, shift) in modulation.items():
+    for name, modulated in modulation.items():
+        scale, shift = modulated.scale, modulated.shift
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         start[f"{name}.weight"] = scale[task].unsqueeze(-1) * layer.weight

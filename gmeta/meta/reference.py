@@ -6,29 +6,27 @@ cut off, bags are pooled in a loop, and an adapted feature reads the task's own 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
-from gmeta.meta.dropout import QUERY_PASS, SeededDropout, row_keys
-from gmeta.meta.inner_loop import InnerLoop
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup
+from gmeta.meta.dropout import QUERY_PASS, SeededDropout
+from gmeta.meta.fast_weights import FastWeights
+from gmeta.meta.gather_plan import GatherPlan
+from gmeta.meta.inner_loop import InnerPass
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import widen
 from gmeta.meta.modulation import modulated_parameters
 
-State = dict[tuple[str, str], Tensor]
-"""What a task adapts: ("parameter", name) -> value, ("table", group) -> the group's rows [U, d]."""
-Start = dict[str, Tensor]
-"""A task's modulated parameters before it adapts, by name; without modulation none."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """The real rows of one side of one task."""
+    """The real examples of one side of one task."""
 
     examples: Examples
     lookups: dict[str, Lookup]
@@ -43,90 +41,185 @@ class _Side:
         return self.examples.label[self.task, self.positions]
 
 
-def run(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch) -> tuple[Tensor, Tensor]:
-    """Adapt to the support, score the query: (logits [T, Q], 0 on padding; first step's support loss [T], detached)."""
-    anchor = torch.stack([weight.sum() * 0 for weight in rows.weights.values()]).sum()  # keeps the graph when T = 0
-    logits, losses = [], []
-    for task in range(batch.num_tasks):
-        support, side = _Side(batch.support, rows.support, task), _Side(batch.query, rows.query, task)
-        start = _start(model, loop, rows, support)
-        state, loss = _adapt(model, loop, rows, batch, support, start)
-        scores = _score(model, loop, rows, batch, side, start, state, QUERY_PASS)
-        padded = anchor + torch.zeros_like(batch.query.label[task], dtype=scores.dtype)
-        logits.append(padded.index_put((side.positions,), scores + anchor))
+def plan_support(support: Mapping[str, Lookup], adapted: Sequence[str]) -> GatherPlan:
+    """The (task, row) pairs of a support, task by task. The engine reads rows by the lookups themselves."""
+    found: dict[str, list[Tensor]] = {}
+    for name in adapted:
+        lookup = support[name]
+        index, lengths = lookup.index.cpu(), lookup.lengths
+        if lengths is None:
+            task = torch.arange(len(index)).repeat_interleave(index.shape[1])
+        else:
+            task = torch.arange(len(lengths)).repeat_interleave(lengths.cpu().sum(1))
+        found.setdefault(lookup.group, []).append(torch.stack([task, index.reshape(-1)], 1))
+    return GatherPlan({}, {}, {}, {group: torch.unique(torch.cat(keys), dim=0) for group, keys in found.items()})
+
+
+def plan_query(pairs: Mapping[str, Tensor]) -> GatherPlan:
+    """The plan of examples of tasks that were adapted before; see `gmeta.meta.gather_plan.plan_query`."""
+    return GatherPlan({}, {}, {}, dict(pairs))
+
+
+def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan) -> tuple[FastWeights, Tensor]:
+    """Fast weights of the T tasks of a support, and its loss before the first step [T], detached.
+
+    `values` has every adapted or modulated parameter whole.
+    """
+    num_tasks = len(support.mask)
+    sides = [_Side(support, rows.support, task) for task in range(num_tasks)]
+    starts = [_modulated(inner, rows, side) for side in sides]
+    parameters = dict(inner.model.named_parameters(remove_duplicate=False))
+    names = dict.fromkeys([*(starts[0] if starts else ()), *inner.adapted.parameters])
+    values: dict[str, list[Tensor]] = {name: [] for name in names}
+    deltas: dict[str, list[Tensor]] = {group: [] for group in plan.pairs}
+    losses = []
+    for task, (side, start) in enumerate(zip(sides, starts, strict=True)):
+        own = {**parameters, **start}
+        state, loss = _adapt_task(inner, rows, side, {name: own[name] for name in names})
+        for name in names:
+            values[name].append(state["parameter", name])
+        for group, pairs in plan.pairs.items():
+            place = pairs[pairs[:, 0] == task, 1]
+            deltas[group].append(state["table", group][place] - rows.weights[group][place])
         losses.append(loss)
-    empty = anchor + batch.query.label
-    return torch.stack(logits) if logits else empty, torch.stack(losses) if losses else batch.support.label.sum(-1)
+    fast = FastWeights(
+        num_tasks,
+        values={
+            n: torch.stack(v) if v else parameters[n].new_zeros(0, *parameters[n].shape) for n, v in values.items()
+        },
+        deltas={g: torch.cat(d) if d else rows.weights[g][:0] for g, d in deltas.items()},
+        pairs=plan.pairs,
+    )
+    return fast, torch.stack(losses) if losses else support.label.sum(-1)
 
 
-def _start(model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, side: _Side) -> Start:
-    """The modulated parameters of a task, from its real support rows as a batch of one task."""
-    if loop.modulator is None:
+def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan) -> Tensor:
+    """Logits [T, Q] of examples of the tasks that were adapted, by either engine; 0 on padding."""
+    anchor = torch.stack([weight.sum() * 0 for weight in rows.weights.values()]).sum()  # keeps the graph when T = 0
+    logits = []
+    for task in range(fast.num_tasks):
+        side = _Side(query, rows.query, task)
+        tables = {}
+        for group, pairs in plan.pairs.items():
+            weight = rows.weights[group]
+            tables[group] = weight
+            if group in fast.deltas:
+                own = (pairs[:, 0] == task) & (pairs[:, 1] >= 0)
+                tables[group] = weight.index_put((pairs[own, 1],), fast.deltas[group][own], accumulate=True)
+        scores = _score_task(inner, rows, side, whole_parameters(inner.model, fast, task), tables, QUERY_PASS)
+        padded = anchor + torch.zeros_like(query.label[task], dtype=scores.dtype)
+        logits.append(padded.index_put((side.positions,), scores + anchor))
+    return torch.stack(logits) if logits else anchor + query.label
+
+
+def whole_parameters(model: nn.Module, fast: FastWeights, task: int) -> dict[str, Tensor]:
+    """One task's own parameters by name, from fast weights of either engine."""
+    own = modulated_parameters(model, fast.modulation, task)
+    shared = dict(model.named_parameters(remove_duplicate=False))
+    for site, steps in fast.updates.items():
+        for step in steps:
+            inputs, gradients = step.inputs[task], step.gradients[task]
+            if site.weight is not None:
+                own[site.weight] = own.get(site.weight, shared[site.weight]) + gradients.mT @ inputs
+            if site.bias is not None:
+                own[site.bias] = own.get(site.bias, shared[site.bias]) + gradients.sum(0)
+    return {**own, **{name: value[task] for name, value in fast.values.items()}}
+
+
+@contextmanager
+def substituted(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model computes with `values` in the place of these parameters, under all their names.
+
+    Afterwards it is as it was, also after an exception. (`torch.func.functional_call` leaves a module that has two
+    names with the values, as of torch 2.13.)
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    by_id = {id(named[name]): value for name, value in values.items()}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in by_id
+    ]
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = by_id[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+        for layer in recurrent:
+            layer._update_flat_weights()  # torch keeps a list of the parameters beside them
+
+
+def _modulated(inner: InnerPass, rows: EmbeddedRows, side: _Side) -> dict[str, Tensor]:
+    """The modulated parameters of a task, from its real support examples as a batch of one task."""
+    if inner.modulator is None:
         return {}
     embedded = {
         name: _read(rows.weights[lookup.group], lookup, side).unsqueeze(0) for name, lookup in side.lookups.items()
     }
     dense, label = side.examples.dense[side.task, side.positions].unsqueeze(0), side.label.unsqueeze(0)
-    loop = loop.modulated(dense, embedded, label, torch.ones_like(label, dtype=torch.bool))
-    return modulated_parameters(model, loop.modulation, 0)
+    modulation = inner.modulation(dense, embedded, label, torch.ones_like(label, dtype=torch.bool))
+    return modulated_parameters(inner.model, modulation, 0)
 
 
-def _adapt(
-    model: nn.Module, loop: InnerLoop, rows: EmbeddedRows, batch: TaskBatch, side: _Side, start: Start
-) -> tuple[State, Tensor]:
-    parameters = {**dict(model.named_parameters(remove_duplicate=False)), **start}
-    state: State = {("parameter", name): parameters[name] for name in loop.adapted.parameters}
-    for name in loop.adapted.features:
+def _adapt_task(
+    inner: InnerPass, rows: EmbeddedRows, side: _Side, own: dict[str, Tensor]
+) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
+    """SGD on one task's support, from parameters `own`. Those that do not adapt stay as they are.
+
+    Returns ("parameter", name) -> value and ("table", group) -> the group's rows [U, d]; the first step's mean loss.
+    """
+    fixed = {name: value for name, value in own.items() if name not in inner.adapted.parameters}
+    state = {("parameter", name): own[name] for name in inner.adapted.parameters}
+    for name in inner.adapted.features:
         group = side.lookups[name].group
         state["table", group] = rows.weights[group].clone()  # features that do not adapt keep reading the original
     state = {key: value if value.requires_grad else value.detach().requires_grad_() for key, value in state.items()}
     first = side.label.new_zeros(())
-    if not len(side.positions):
-        return state, first
-    for step, rates in enumerate(loop.rates):
-        logits = _score(model, loop, rows, batch, side, start, state, step + 1)
+    for step, rates in enumerate(inner.rates if len(side.positions) else ()):
+        parameters = {name: value for (kind, name), value in state.items() if kind == "parameter"}
+        tables = {name: value for (kind, name), value in state.items() if kind == "table"}
+        logits = _score_task(inner, rows, side, {**fixed, **parameters}, tables, step + 1)
         with torch.autocast(logits.device.type, enabled=False):
-            losses = loop.loss(logits, side.label)
-            objective = losses.sum() / (len(losses) + loop.prior)
+            losses = inner.loss(logits, side.label)
+            objective = losses.sum() / (len(losses) + inner.prior)
             grads = torch.autograd.grad(
                 objective,
                 list(state.values()),
-                create_graph=loop.second_order,
+                create_graph=inner.second_order,
                 allow_unused=True,
                 materialize_grads=True,
             )
         state = {
-            key: value - (rates[0] if key[0] == "table" else rates[loop.adapted.rate_of(key[1])]) * grad
+            key: value - (rates[0] if key[0] == "table" else rates[inner.adapted.rate_of(key[1])]) * grad
             for (key, value), grad in zip(state.items(), grads, strict=True)
         }
         first = losses.detach().mean() if step == 0 else first
-    return state, first
+    return {**{("parameter", name): value for name, value in fixed.items()}, **state}, first
 
 
-def _score(
-    model: nn.Module,
-    loop: InnerLoop,
+def _score_task(
+    inner: InnerPass,
     rows: EmbeddedRows,
-    batch: TaskBatch,
     side: _Side,
-    start: Start,
-    state: State,
+    parameters: Mapping[str, Tensor],
+    tables: Mapping[str, Tensor],
     pass_number: int,
 ) -> Tensor:
-    """Logits of one task's real rows [n]."""
+    """Logits of one task's real examples [n], with the task's own parameters and, for adapted features, tables."""
     embedded = {}
     for name, lookup in side.lookups.items():
-        table = rows.weights[lookup.group]
-        if name in loop.adapted.features:
-            table = state["table", lookup.group]
+        table = tables[lookup.group] if name in inner.adapted.features else rows.weights[lookup.group]
         embedded[name] = _read(table, lookup, side)
-    parameters = {name: value for (kind, name), value in state.items() if kind == "parameter"}
     make_keys = None
-    if loop.dropout_key is not None:
-        make_keys = partial(row_keys, loop.dropout_key, batch.task_id[side.task], pass_number, side.positions)
-    with Intercept(SeededDropout(make_keys)):
-        dense = side.examples.dense[side.task, side.positions]
-        return widen(functional_call(model, {**start, **parameters}, (dense, embedded)))
+    if inner.keys is not None:
+        keys = inner.keys
+        make_keys = partial(lambda positions: keys(pass_number, positions)[side.task], side.positions)
+    with Intercept(SeededDropout(make_keys)), substituted(inner.model, parameters):
+        return widen(inner.model(side.examples.dense[side.task, side.positions], embedded))
 
 
 def _read(table: Tensor, lookup: Lookup, side: _Side) -> Tensor:

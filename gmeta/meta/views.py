@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gmeta.core.selection import cat
-from gmeta.meta.gather_plan import Plan
+from gmeta.meta.gather_plan import GatherPlan
 
 
 class Embedded:
@@ -20,13 +20,13 @@ class Embedded:
     in its backward.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], plan: Plan, leading: tuple[int, ...]) -> None:
-        self.groups = {group: values[group].view(*leading, *values[group].shape[1:]) for group in plan}
+    def __init__(self, values: Mapping[str, Tensor], plan: GatherPlan, leading: tuple[int, ...]) -> None:
+        self.groups = {group: values[group].view(*leading, *values[group].shape[1:]) for group in plan.features}
         self.features: dict[str, Tensor] = {}
         self.places: dict[int, tuple[str, int]] = {}
-        for group, part in plan.items():
-            self.features.update(zip(part.features, self.groups[group].unbind(-2), strict=True))
-            self.places.update((id(self.features[name]), (group, i)) for i, name in enumerate(part.features))
+        for group, names in plan.features.items():
+            self.features.update(zip(names, self.groups[group].unbind(-2), strict=True))
+            self.places.update((id(self.features[name]), (group, i)) for i, name in enumerate(names))
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of a call of `torch.cat` or `torch.stack`."""

@@ -16,7 +16,8 @@ from gmeta.data.schema import PackSchema
 from gmeta.embedding.exchange import Routes, exchange_ids, fetch, return_gradients
 from gmeta.embedding.lookup import LookupPlan, plan_lookup
 from gmeta.embedding.table import ShardedTables, TableSpec
-from gmeta.meta.gather_plan import Plan
+from gmeta.meta.gather_plan import GatherPlan
+from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
 from gmeta.models.inputs import InputSpec, input_spec
@@ -41,7 +42,7 @@ class MicroBatch:
     """Tasks that are computed together: all of a rank's batch, or a part of it."""
 
     batch: TaskBatch
-    index: Plan  # which of the fetched rows each feature of each task reads
+    index: tuple[GatherPlan, ...]  # which of the fetched rows each feature of each task reads
     lookups: tuple[dict[str, Lookup], dict[str, Lookup]] | None = None  # support, query; None: those of the whole batch
 
     def rows(self, fetched: EmbeddedRows) -> EmbeddedRows:
@@ -67,8 +68,8 @@ class Prepared:
     parts: tuple[MicroBatch, ...]
 
     @property
-    def index(self) -> Plan:
-        """Of a batch that is computed as one."""
+    def index(self) -> tuple[GatherPlan, ...]:
+        """The index of a batch that is computed as one."""
         (whole,) = self.parts
         return whole.index
 
@@ -98,13 +99,13 @@ class System:
         moved = to_device(batch, device, self.dtype)
         ends = (batch.num_tasks,) if batch.batch_split is None else batch.batch_split.ends(self.mesh.rank)
         if len(ends) == 1:
-            index = learner.plan(lookup.support, lookup.query, num_rows, batch)
+            index = learner.index(lookup.support, lookup.query, num_rows)
             return Indexed(moved, lookup, (MicroBatch(moved, to_device(index, device)),))
         parts, start = [], 0
         for stop in ends:
             support = {name: lookup_of(found, start, stop) for name, found in lookup.support.items()}
             query = {name: lookup_of(found, start, stop) for name, found in lookup.query.items()}
-            index = learner.plan(support, query, num_rows, tasks_of(batch, start, stop))
+            index = learner.index(support, query, num_rows)
             index, lookups = to_device((index, (support, query)), device)
             parts.append(MicroBatch(tasks_of(moved, start, stop), index, lookups))
             start = stop
@@ -220,8 +221,7 @@ def build_system(
     inputs = inputs_of(config.model, schema)
     model = make_model(config.model, schema, seed=config.seed, factory=factory).to(mesh.device, dtype)
     features = {name: inputs.features[name] for name in features_of(model, inputs)}
-    learner = build_learner(model, config, config.meta, features, inputs.num_numeric).to(mesh.device, dtype)
-    learner.choose_engine(features, len(schema.numeric))
+    learner = build_learner(model, config, config.meta, features, len(schema.numeric)).to(mesh.device, dtype)
     tables = ShardedTables(
         table_specs(schema, features),
         mesh=mesh,
@@ -246,7 +246,8 @@ def build_learner(
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features` are the embedded features that the model reads, name -> width, and `num_numeric` the numeric columns.
+    `features` are the embedded features that the model reads, name -> width, and `num_numeric` the numeric columns of
+    a batch, which a model may be told to leave out.
     """
     modulator = None
     if meta.modulation != "none":
@@ -254,23 +255,26 @@ def build_learner(
             meta.modulation,
             model,
             dims=features,
-            num_numeric=num_numeric,
+            num_numeric=num_numeric if config.model.numeric else 0,
             width=meta.modulation_dim,
             clusters=meta.clusters,
             seed=config.seed,
         )
     return MetaLearner(
         model,
-        embedding_features=tuple(features),
-        adapt=meta.adapt,
-        order=meta.order,
-        inner_steps=meta.inner_steps,
-        inner_lr=meta.inner_lr,
-        learn_inner_lr=meta.learn_inner_lr,
+        features,
+        num_numeric,
+        InnerLoop(
+            adapt=meta.adapt,
+            order=meta.order,
+            steps=meta.inner_steps,
+            lr=meta.inner_lr,
+            learn_lr=meta.learn_inner_lr,
+            loss=meta.inner_loss,
+            prior=meta.inner_prior,
+            recompute=meta.recompute,
+        ),
         loss=config.loss,
-        inner_loss=meta.inner_loss,
-        inner_prior=meta.inner_prior,
-        recompute=meta.recompute,
         modulator=modulator,
         engine=meta.engine,
         seed=config.seed,

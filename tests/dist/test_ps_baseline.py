@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -176,7 +176,7 @@ def test_a_model_that_the_hand_written_loop_does_not_know_takes_the_engine(pack:
     rows = torch.randn(len(task.rows), 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     batch = (0, 0, 7)
     assert choose(learner, features, task, rows, batch)[1] == "hand-written inner loop"
-    learner.initial_inner_lr, learner.inner_lr = 0.3, None
+    learner.inner_loop, learner.inner_lr = replace(learner.inner_loop, lr=0.3), None
     expected = engine_loss(learner, features, task, rows.requires_grad_(), batch)[0]
     learner.register_forward_hook(lambda module, args, out: (2 * out[0], out[1]))
     step, reason = choose(learner, features, task, rows, batch)

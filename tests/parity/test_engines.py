@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gmeta.core.batch import map_tensors
 from gmeta.meta import factored
+from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.dlrm import DLRM
 from gmeta.models.melu import MeLU
@@ -47,9 +48,18 @@ class Net(nn.Module):
         return self.out(x).squeeze(-1)
 
 
+LOOP = {field.name for field in fields(InnerLoop)}
+
+
 def learner_of(model: nn.Module, dtype: torch.dtype = torch.float64, **settings: object) -> MetaLearner:
-    settings = {"embedding_features": tuple(FEATURES), "adapt": ["embeddings", "dense"], "inner_lr": 0.3} | settings
-    return MetaLearner(model, **settings).to(dtype)
+    """`settings` are those of the inner loop and of the learner, in one; the model reads `features`."""
+    names = settings.pop("features", tuple(FEATURES))
+    loop = {name: settings.pop(name) for name in [*settings] if name in LOOP and name != "loss"}
+    if "inner_loss" in settings:
+        loop["loss"] = settings.pop("inner_loss")
+    inner_loop = InnerLoop(**{"adapt": ["embeddings", "dense"], "lr": 0.3} | loop)
+    features = {name: DIMS[FEATURES[name][0]] for name in names}
+    return MetaLearner(model.to(dtype), features, NUM_NUMERIC, inner_loop, **settings).to(dtype)
 
 
 def both(problem: Problem, model: nn.Module, **settings: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -70,7 +80,7 @@ def by_textbook(problem: Problem, learner: MetaLearner, **extra: object) -> dict
     rate_of = {name: adapted.rate_of(name) for name in adapted.parameters} | {f"table {g}": 0 for g in DIMS}
     rates = learner.inner_lr
     if rates is None:
-        rates = torch.full((learner.inner_steps, len(adapted.rates)), learner.initial_inner_lr, dtype=torch.float64)
+        rates = torch.full((learner.inner_loop.steps, len(adapted.rates)), learner.inner_loop.lr, dtype=torch.float64)
     loss = textbook(
         problem,
         learner.model,
@@ -78,7 +88,7 @@ def by_textbook(problem: Problem, learner: MetaLearner, **extra: object) -> dict
         adapted.features,
         rates,
         rate_of,
-        learner.second_order,
+        learner.inner_loop.order == "second",
         nn.BCEWithLogitsLoss(reduction="none"),
         nn.BCEWithLogitsLoss(reduction="none"),
         **extra,
@@ -110,7 +120,7 @@ ADAPTED_SETS = [
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_engines_agree_with_torch_func(adapt: list[str], steps: int, order: str) -> None:
     problem, model = poison_padding(make_problem()), Net().double()
-    settings = {"adapt": adapt, "inner_steps": steps, "order": order}
+    settings = {"adapt": adapt, "steps": steps, "order": order}
     fast, slow = both(problem, model, **settings)
     assert_same(fast, slow)
     assert_same(fast, by_textbook(problem, learner_of(model, **settings)))
@@ -120,7 +130,7 @@ def test_engines_agree_with_torch_func(adapt: list[str], steps: int, order: str)
 @pytest.mark.parametrize("learn_inner_lr", [False, True])
 def test_recomputed_inner_steps_give_the_same(adapt: list[str], learn_inner_lr: bool) -> None:
     problem, model = make_problem(), Net(dropout=0.3).double()
-    settings = {"adapt": adapt, "inner_steps": 3, "learn_inner_lr": learn_inner_lr, "inner_prior": 0.5}
+    settings = {"adapt": adapt, "steps": 3, "learn_lr": learn_inner_lr, "prior": 0.5}
     kept, _ = both(problem, model, **settings)
     again, _ = both(problem, model, **settings, recompute=True)
     assert_same(again, kept, 1e-13)
@@ -131,7 +141,7 @@ def test_recomputed_inner_steps_give_the_same(adapt: list[str], learn_inner_lr: 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_float32(order: str, steps: int) -> None:
     problem, model = make_problem(torch.float32), Net()
-    fast, slow = both(problem, model, inner_steps=steps, order=order)
+    fast, slow = both(problem, model, steps=steps, order=order)
     assert_same(fast, slow, 1e-5)
 
 
@@ -152,18 +162,16 @@ def test_engines_agree_on_any_shape(
     problem = make_problem(
         support=tuple(s for s, _ in sizes), query=tuple(q for _, q in sizes), seed=seed, features=names
     )
-    assert_same(
-        *both(problem, Net(names).double(), adapt=adapt, inner_steps=steps, order=order, embedding_features=names)
-    )
+    assert_same(*both(problem, Net(names).double(), adapt=adapt, steps=steps, order=order, features=names))
 
 
-def test_a_plan_made_ahead_changes_nothing() -> None:
+def test_an_index_made_ahead_changes_nothing() -> None:
     problem, learner = make_problem(), learner_of(Net().double())
     num_rows = {group: len(weight) for group, weight in problem.rows.weights.items()}
-    plan = learner.plan(problem.rows.support, problem.rows.query, num_rows, problem.batch)
-    assert torch.equal(learner(problem.rows, problem.batch, plan=plan)[0], learner(problem.rows, problem.batch)[0])
+    index = learner.index(problem.rows.support, problem.rows.query, num_rows)
+    assert torch.equal(learner(problem.rows, problem.batch, index)[0], learner(problem.rows, problem.batch)[0])
     for ahead, here in zip(
-        learner.predict(problem.rows, problem.batch, plan=plan),
+        learner.predict(problem.rows, problem.batch, index),
         learner.predict(problem.rows, problem.batch),
         strict=True,
     ):
@@ -181,7 +189,7 @@ def test_second_order_is_material() -> None:
 
 
 def test_finite_differences() -> None:
-    problem, learner = make_problem(), learner_of(Net().double(), inner_steps=2, learn_inner_lr=True)
+    problem, learner = make_problem(), learner_of(Net().double(), steps=2, learn_lr=True)
     loss, _ = learner(problem.rows, problem.batch)
     generator = torch.Generator().manual_seed(1)
     for name, grad in gradients(problem, learner, loss).items():
@@ -200,7 +208,7 @@ def test_finite_differences() -> None:
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_learned_rates_have_exact_gradients(order: str) -> None:
     problem, model = make_problem(), Net().double()
-    settings = {"inner_steps": 3, "learn_inner_lr": True, "order": order}
+    settings = {"steps": 3, "learn_lr": True, "order": order}
     fast, slow = both(problem, model, **settings)
     assert fast["inner_lr"].abs().min() > 1e-7
     assert_same(fast, slow)
@@ -218,9 +226,9 @@ def test_tasks_share_rows_and_sides_overlap() -> None:
     weights = {group: weight.detach().requires_grad_() for group, weight in problem.rows.weights.items()}
     problem = Problem(replace(rows, weights=weights, **lengths), problem.batch)
     model = Net().double()
-    fast, slow = both(problem, model, inner_steps=3)
+    fast, slow = both(problem, model, steps=3)
     assert_same(fast, slow)
-    assert_same(fast, by_textbook(problem, learner_of(model, inner_steps=3)))
+    assert_same(fast, by_textbook(problem, learner_of(model, steps=3)))
     assert fast["table wide"][0].abs().sum() == 0 < fast["table wide"][1].abs().sum()
 
 
@@ -233,9 +241,9 @@ def test_losses(loss: str, inner_loss: str | None) -> None:
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_pseudo_rows(order: str) -> None:
     problem, model = make_problem(), Net().double()
-    fast, slow = both(problem, model, inner_prior=2.5, inner_steps=3, order=order)
+    fast, slow = both(problem, model, prior=2.5, steps=3, order=order)
     assert_same(fast, slow)
-    without, _ = both(problem, model, inner_steps=3, order=order)
+    without, _ = both(problem, model, steps=3, order=order)
     assert_same({"first": fast["support_loss"]}, {"first": without["support_loss"]})
     assert (fast["loss"] - without["loss"]).abs() > 1e-4
 
@@ -243,15 +251,15 @@ def test_pseudo_rows(order: str) -> None:
 def test_pseudo_rows_scale_a_tasks_steps_by_its_rows() -> None:
     """n / (n + prior) of the rate: with n = 4 rows everywhere, a prior of 4 halves it."""
     problem, model = make_problem(support=(4, 4, 4, 4)), Net().double()
-    half, _ = both(problem, model, inner_lr=0.15)
-    same, _ = both(problem, model, inner_prior=4.0)
+    half, _ = both(problem, model, lr=0.15)
+    same, _ = both(problem, model, prior=4.0)
     assert_same(same, half)
 
 
 @pytest.mark.parametrize("adapt", [["embeddings", "dense"], []])
 def test_dropout_is_the_same_in_any_slot_and_engine(adapt: list[str]) -> None:
     problem, model = make_problem(), Net(dropout=0.4).double()
-    fast, slow = both(problem, model, adapt=adapt, inner_steps=2)
+    fast, slow = both(problem, model, adapt=adapt, steps=2)
     assert_same(fast, slow)
     alone = make_problem(support=(4, 2, 0, 3, 6), query=(2, 3, 2, 0, 5))  # other numbers: only the masks can agree
     masks = [_dropped_units(p, adapt) for p in (problem, alone)]
@@ -284,7 +292,7 @@ def _dropped_units(problem: Problem, adapt: list[str]) -> list[Tensor]:
 @pytest.mark.parametrize("support", [(), (0, 0)])
 def test_no_tasks_or_no_support(engine: str, adapt: list[str], support: tuple[int, ...]) -> None:
     problem = make_problem(support=support, query=(0,) * len(support))
-    learner = learner_of(Net().double(), engine=engine, adapt=adapt, inner_steps=2, learn_inner_lr=True)
+    learner = learner_of(Net().double(), engine=engine, adapt=adapt, steps=2, learn_lr=True)
     loss, out = learner(problem.rows, problem.batch)
     loss.backward()
     assert loss == 0
@@ -295,7 +303,7 @@ def test_no_tasks_or_no_support(engine: str, adapt: list[str], support: tuple[in
 
 
 def test_a_task_without_support_is_not_adapted() -> None:
-    problem, learner = make_problem(), learner_of(Net().double(), inner_steps=2)
+    problem, learner = make_problem(), learner_of(Net().double(), steps=2)
     before, after = learner.predict(problem.rows, problem.batch)
     mask = problem.batch.query.mask
     assert torch.equal(before[2][mask[2]], after[2][mask[2]])
@@ -321,7 +329,7 @@ def test_plain_training_is_the_mean_over_support_and_query() -> None:
 def test_predict(engine: str) -> None:
     problem, model = make_problem(), Net(dropout=0.4).double()
     mask = problem.batch.query.mask
-    learner = learner_of(model, engine=engine, inner_steps=2)
+    learner = learner_of(model, engine=engine, steps=2)
     with torch.no_grad():
         before, after = learner.predict(problem.rows, problem.batch)
     assert not before.requires_grad
@@ -332,8 +340,7 @@ def test_predict(engine: str) -> None:
     unadapted = learner_of(model, adapt=[]).eval()(problem.rows, problem.batch)[1].query_logits
     torch.testing.assert_close(before[mask], unadapted[mask], rtol=0, atol=1e-12)
     more, one = (
-        learner_of(model, engine=engine, inner_steps=n, inner_lr=0.05).predict(problem.rows, problem.batch)[1]
-        for n in (4, 1)
+        learner_of(model, engine=engine, steps=n, lr=0.05).predict(problem.rows, problem.batch)[1] for n in (4, 1)
     )
     torch.testing.assert_close(learner.predict(problem.rows, problem.batch, steps=4, inner_lr=0.05)[1], more)
     torch.testing.assert_close(learner.predict(problem.rows, problem.batch, steps=1, inner_lr=0.05)[1], one)
@@ -343,10 +350,10 @@ def test_predict(engine: str) -> None:
 
 def test_learned_rates_repeat_beyond_their_last_step() -> None:
     problem = make_problem()
-    learner = learner_of(Net().double(), inner_steps=2, learn_inner_lr=True)
+    learner = learner_of(Net().double(), steps=2, learn_lr=True)
     with torch.no_grad():
         learner.inner_lr[1] *= 0.5
-    longer = learner_of(learner.model, inner_steps=4, learn_inner_lr=True)
+    longer = learner_of(learner.model, steps=4, learn_lr=True)
     with torch.no_grad():
         longer.inner_lr.copy_(learner.inner_lr[[0, 1, 1, 1]])
     expected = longer.predict(problem.rows, problem.batch)[1]
@@ -358,21 +365,21 @@ def test_forming_weights_is_exact_and_chosen_by_counting(monkeypatch: pytest.Mon
     chosen: list[bool] = []
     count = factored.forming_is_cheaper
     monkeypatch.setattr(factored, "forming_is_cheaper", lambda *args: chosen.append(count(*args)) or chosen[-1])
-    as_counted, _ = both(problem, model, inner_steps=3)
+    as_counted, _ = both(problem, model, steps=3)
     assert any(chosen)
     assert not all(chosen)
     for always in (True, False):
         monkeypatch.setattr(factored, "forming_is_cheaper", lambda *args, always=always: always)
-        assert_same(as_counted, both(problem, model, inner_steps=3)[0])
+        assert_same(as_counted, both(problem, model, steps=3)[0])
 
 
 @pytest.mark.parametrize("engine", ["factored", "reference"])
 def test_bf16_autocast_stays_near_float32(engine: str) -> None:
     """Losses within 2 %, gradients within 5 % of their norm; what the inner loop differentiates stays float32."""
     problem, model = make_problem(torch.float32), Net()
-    exact, _ = both(problem, model, inner_steps=2)
+    exact, _ = both(problem, model, steps=2)
     with torch.autocast("cpu", torch.bfloat16):
-        learner = learner_of(model, torch.float32, inner_steps=2, engine=engine)
+        learner = learner_of(model, torch.float32, steps=2, engine=engine)
         steps: list[Tensor] = []
         hook = learner.model.first.register_forward_hook(lambda _module, _args, out: steps.append(out))
         loss, out = learner(problem.rows, problem.batch)
@@ -397,7 +404,7 @@ def test_models(name: str, order: str) -> None:
         torch.manual_seed(0)
         model = MeLU(inputs, **sizes) if name == "melu" else DLRM(inputs, bottom=[4], **sizes)
     for adapt in (["embeddings", "dense"], ["decision"], ["head"]):
-        settings = {"adapt": adapt, "embedding_features": features, "order": order, "inner_steps": 2}
+        settings = {"adapt": adapt, "features": features, "order": order, "steps": 2}
         assert_same(*both(problem, model.double(), **settings))
 
 
@@ -417,13 +424,13 @@ class Tied(Net):
 
 
 def test_auto_takes_the_reference_for_what_factored_cannot() -> None:
-    problem, learner = make_problem(), learner_of(Tied().double(), inner_steps=2)
+    problem, learner = make_problem(), learner_of(Tied().double(), steps=2)
     loss, _ = learner(problem.rows, problem.batch)
     assert "cannot adapt 'square.weight'" in learner.engine_reason
     assert_same({"loss": loss} | gradients(problem, learner, loss), by_textbook(problem, learner))
     with pytest.raises(factored.Unsupported, match=r"square.weight.* twice.*set meta.engine to 'reference'"):
         learner_of(Tied().double(), engine="factored")(problem.rows, problem.batch)
-    untied = learner_of(Tied().double(), adapt=["embeddings", "head", "first.*"], inner_steps=2)
+    untied = learner_of(Tied().double(), adapt=["embeddings", "head", "first.*"], steps=2)
     loss, _ = untied(problem.rows, problem.batch)
     assert untied.engine_reason == "factored"
     assert_same({"loss": loss} | gradients(problem, untied, loss), by_textbook(problem, untied))
@@ -447,7 +454,7 @@ def test_memory_grows_by_a_constant_for_each_inner_step(layer_norm: bool) -> Non
     slopes = {}
     for recompute in (False, True):
         learners = [
-            learner_of(model, torch.float32, embedding_features=model.features, inner_steps=steps, recompute=recompute)
+            learner_of(model, torch.float32, features=model.features, steps=steps, recompute=recompute)
             for steps in range(1, 6)
         ]
         sizes = [kept_bytes(problem, learner) for learner in learners]

@@ -34,7 +34,7 @@ def modulated(
         with torch.no_grad():
             for parameter in modulator.parameters():
                 parameter += torch.randn(parameter.shape, generator=generator) * 0.4
-    return learner_of(model.double(), modulator=modulator, embedding_features=features, **settings)
+    return learner_of(model.double(), modulator=modulator, features=features, **settings)
 
 
 def run(problem: Problem, learner: MetaLearner) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def by_formula(problem: Problem, learner: MetaLearner, kind: str) -> Callable[[I
 def test_engines_agree_with_the_formulas(kind: str, order: str, steps: int, adapt: list[str]) -> None:
     """With and without biases; most of these sets leave layers that are modulated and not adapted."""
     problem, model = poison_padding(make_problem()), Net()
-    settings = {"adapt": adapt, "inner_steps": steps, "order": order}
+    settings = {"adapt": adapt, "steps": steps, "order": order}
     fast, slow = both(problem, model, kind, **settings)
     assert_same(fast, slow)
     learner = modulated(model, kind, **settings)
@@ -115,7 +115,7 @@ def test_engines_agree_with_the_formulas(kind: str, order: str, steps: int, adap
 def test_recomputed_inner_steps_give_the_same(kind: str) -> None:
     problem, model = make_problem(), Net()
     kept, again = (
-        run(problem, modulated(model, kind, engine="factored", inner_steps=3, recompute=recompute))
+        run(problem, modulated(model, kind, engine="factored", steps=3, recompute=recompute))
         for recompute in (False, True)
     )
     assert_same(again, kept, 1e-13)
@@ -124,10 +124,10 @@ def test_recomputed_inner_steps_give_the_same(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_forming_weights_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, model = make_problem(), Net()
-    slow = run(problem, modulated(model, kind, engine="reference", inner_steps=3))
+    slow = run(problem, modulated(model, kind, engine="reference", steps=3))
     for always in (True, False):
         monkeypatch.setattr(factored, "forming_is_cheaper", lambda *args, always=always: always)
-        assert_same(run(problem, modulated(model, kind, engine="factored", inner_steps=3)), slow)
+        assert_same(run(problem, modulated(model, kind, engine="factored", steps=3)), slow)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +135,7 @@ def test_forming_weights_is_exact(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("engine", ["factored", "reference"])
 def test_no_tasks_or_no_support(kind: str, support: tuple[int, ...], engine: str) -> None:
     problem = make_problem(support=support, query=tuple(2 for _ in support))
-    found = run(problem, modulated(Net(), kind, engine=engine, inner_steps=2))
+    found = run(problem, modulated(Net(), kind, engine=engine, steps=2))
     assert found["query_loss"].shape == (len(support),)
     assert all(value.isfinite().all() for value in found.values())
     if support:
@@ -150,7 +150,7 @@ def test_no_tasks_or_no_support(kind: str, support: tuple[int, ...], engine: str
 @pytest.mark.parametrize("engine", ["factored", "reference"])
 def test_before_adaptation_nothing_of_the_support_is_seen(kind: str, engine: str) -> None:
     problem, mask = make_problem(), make_problem().batch.query.mask
-    learner = modulated(Net(), kind, engine=engine, inner_steps=2)
+    learner = modulated(Net(), kind, engine=engine, steps=2)
     before, after = learner.predict(problem.rows, problem.batch)
     torch.testing.assert_close(before[2][mask[2]], after[2][mask[2]], rtol=0, atol=1e-14)  # a task without support
     assert (before - after)[[0, 1]][mask[[0, 1]]].abs().min() > 1e-4
@@ -163,8 +163,8 @@ def test_before_adaptation_nothing_of_the_support_is_seen(kind: str, engine: str
 
 def test_film_starts_from_the_unmodulated_model() -> None:
     problem, model = make_problem(), Net()
-    fresh = run(problem, modulated(model, "film", trained=False, inner_steps=2))
-    assert_same(fresh, run(problem, learner_of(model, inner_steps=2)), 1e-14)
+    fresh = run(problem, modulated(model, "film", trained=False, steps=2))
+    assert_same(fresh, run(problem, learner_of(model, steps=2)), 1e-14)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,16 +183,16 @@ def test_models(kind: str, name: str) -> None:
         else:
             model = Taste(inputs, task_features=["user"], bottom=[4], **sizes)
     for adapt in (["decision"], ["embeddings", "dense"]):
-        settings = {"adapt": adapt, "features": features, "inner_steps": 2, "learn_inner_lr": True}
+        settings = {"adapt": adapt, "features": features, "steps": 2, "learn_lr": True}
         assert_same(*both(problem, model, kind, **settings))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_and_bf16(kind: str) -> None:
-    exact = run(make_problem(), modulated(Net(), kind, inner_steps=2, engine="reference"))
+    exact = run(make_problem(), modulated(Net(), kind, steps=2, engine="reference"))
     problem = make_problem(torch.float32)
     for engine in ("factored", "reference"):
-        learner = modulated(Net(), kind, inner_steps=2, engine=engine).float()
+        learner = modulated(Net(), kind, steps=2, engine=engine).float()
         assert run(problem, learner)["loss"].item() == pytest.approx(exact["loss"].item(), rel=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             loss, _ = learner(problem.rows, problem.batch)
@@ -202,7 +202,7 @@ def test_float32_and_bf16(kind: str) -> None:
 
 def test_auto_takes_the_reference_for_what_factored_cannot_modulate() -> None:
     """`square` is used twice: not adapted here, only modulated."""
-    problem, learner = make_problem(), modulated(Tied(), "film", adapt=["head"], inner_steps=2)
+    problem, learner = make_problem(), modulated(Tied(), "film", adapt=["head"], steps=2)
     found = run(problem, learner)
     assert "'square.weight': the model's forward uses it twice" in learner.engine_reason
     assert_same(found, by_textbook(problem, learner, modulate=by_formula(problem, learner, "film")))

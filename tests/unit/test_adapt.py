@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.meta.dropout import SeededDropout, row_keys
-from gmeta.meta.inner_loop import resolve
+from gmeta.meta.inner_loop import InnerLoop, resolve
 from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss, task_mean
@@ -64,13 +64,11 @@ def test_a_model_that_declares_no_head() -> None:
 
 
 def test_learned_rates_are_a_parameter_by_step_and_layer() -> None:
-    learner = MetaLearner(
-        melu(), embedding_features=FEATURES, adapt=["embeddings", "head"], inner_steps=3, learn_inner_lr=True
-    )
+    learner = MetaLearner(melu(), DIMS, 2, InnerLoop(adapt=["embeddings", "head"], steps=3, learn_lr=True))
     assert learner.rate_names == ("embeddings", "output")
     assert learner.inner_lr.shape == (3, 2)
     assert "inner_lr" in dict(learner.named_parameters())
-    fixed = MetaLearner(melu(), embedding_features=FEATURES, adapt=["head"])
+    fixed = MetaLearner(melu(), DIMS, 2, InnerLoop(adapt=["head"]))
     assert fixed.inner_lr is None
 
 
@@ -127,8 +125,7 @@ UNSUPPORTED = {
 def test_the_factored_engine_says_what_it_cannot_adapt(case: str) -> None:
     forward, modules, message = UNSUPPORTED[case]
     model = Around(forward, **modules)
-    learner = MetaLearner(model, embedding_features=("user",), adapt=["dense"])
-    learner.choose_engine({"user": 4}, 0)
+    learner = MetaLearner(model, {"user": 4}, 0, InnerLoop(adapt=["dense"]))
     assert learner.engine == "reference"
     assert "set meta.engine to 'reference'" in learner.engine_reason
     assert re.search(message, learner.engine_reason)
@@ -143,18 +140,17 @@ def test_metadata_of_an_adapted_parameter_is_free_to_read() -> None:
 
     model = Around(forward)
     model.vector_2 = nn.Parameter(torch.ones(4))
-    learner = MetaLearner(model, embedding_features=("user",), adapt=["dense"])
-    learner.choose_engine({"user": 4}, 0)
+    learner = MetaLearner(model, {"user": 4}, 0, InnerLoop(adapt=["dense"]))
     assert learner.engine_reason == "factored"
 
 
 def test_batch_norm_is_refused() -> None:
     with pytest.raises(ValueError, match="batch norm at 'norm'"):
-        MetaLearner(Around(lambda m, x: x, norm=nn.BatchNorm1d(4)), embedding_features=("user",), adapt=[])
+        MetaLearner(Around(lambda m, x: x, norm=nn.BatchNorm1d(4)), {"user": 4}, 0, InnerLoop(adapt=[]))
 
 
 def test_plain_training_needs_no_engine() -> None:
-    assert MetaLearner(melu(), embedding_features=FEATURES, adapt=[]).engine_reason == "none: plain training"
+    assert MetaLearner(melu(), DIMS, 2, InnerLoop(adapt=[])).engine_reason == "none: plain training"
 
 
 @pytest.mark.parametrize("name", ["bce", "mse", "l1", "huber"])

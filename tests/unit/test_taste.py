@@ -17,6 +17,7 @@ from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, map_tens
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare
 from gmeta.data.schema import Feature, NumericColumn, PackSchema, schema_difference
+from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import base_rate
 from gmeta.recommender.system import make_model
@@ -120,9 +121,9 @@ def one_group() -> tuple[EmbeddedRows, TaskBatch]:
 
 def learner(engine: str, **settings: object) -> MetaLearner:
     model = make_model(config(dropout=0.3), schema()).double()
-    values = {"adapt": ["decision"], "inner_steps": 3, "inner_lr": 0.5, "learn_inner_lr": True, "loss": "l1"}
-    values |= {"inner_loss": "huber", "inner_prior": 5.0, "engine": engine}
-    return MetaLearner(model, embedding_features=model.features, **{**values, **settings}).double()
+    values = {"adapt": ["decision"], "steps": 3, "lr": 0.5, "learn_lr": True, "loss": "huber", "prior": 5.0}
+    features = dict.fromkeys(model.features, DIM)
+    return MetaLearner(model, features, 2, InnerLoop(**{**values, **settings}), loss="l1", engine=engine).double()
 
 
 def as_double(rows: EmbeddedRows, batch: TaskBatch) -> tuple[EmbeddedRows, TaskBatch]:
@@ -157,7 +158,7 @@ def test_engines_agree() -> None:
 
 def test_adaptation_moves_towards_the_support() -> None:
     """A task that rates everything higher than the mean is predicted higher on other items."""
-    ours = learner("auto", learn_inner_lr=False).eval()
+    ours = learner("auto", learn_lr=False).eval()
     rows, batch = as_double(*one_group())
     batch.support.label[0] += 2.0 * batch.support.mask[0]
     before, after = ours.predict(rows, batch)

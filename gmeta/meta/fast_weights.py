@@ -1,0 +1,217 @@
+"""What a task's adaptation changed, as plain tensors: made by `adapt`, read by `score`, stored by whoever serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gmeta.meta.modulation import Modulated
+
+
+class LinearSite(NamedTuple):
+    """A call of `F.linear` with an adapted weight, an adapted bias, or both: their names in the model."""
+
+    weight: str | None
+    bias: str | None
+
+    @property
+    def name(self) -> str:
+        """The parameter that messages and inner rates go by."""
+        return self.weight or self.bias or ""
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """What one inner step changed at a site: W by `gradients^T inputs`, b by the sum of `gradients` over R."""
+
+    inputs: Tensor  # A [T, R, in]
+    gradients: Tensor  # -rate * D [T, R, out]
+
+
+@dataclass(frozen=True, slots=True)
+class FastWeights:
+    """The adapted state of T tasks: plain tensors and names, no graph of its own and nothing of the model.
+
+    The factored engine fills `updates`, `modulation` and, for element-wise parameters, `values`. The reference engine
+    fills `values` with whole parameters. Both fill `deltas`: delta p belongs to `pairs[group][p]`, a (task, row).
+    """
+
+    num_tasks: int
+    updates: dict[LinearSite, tuple[LowRankUpdate, ...]] = field(default_factory=dict)  # one for each inner step
+    values: dict[str, Tensor] = field(default_factory=dict)  # parameter -> the tasks' own values [T, *shape]
+    deltas: dict[str, Tensor] = field(default_factory=dict)  # group -> change of the tasks' private rows [P, d]
+    pairs: dict[str, Tensor] = field(default_factory=dict)  # group -> int64 [P, 2]: position of the task, row
+    modulation: dict[str, Modulated] = field(default_factory=dict)  # where the tasks' linear layers started
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors that gradients flow through, in an order that `filled` knows."""
+        parts = [
+            tensor for steps in self.updates.values() for step in steps for tensor in (step.inputs, step.gradients)
+        ]
+        starts = [tensor for start in self.modulation.values() for tensor in start.tensors()]
+        return [*parts, *self.values.values(), *self.deltas.values(), *starts]
+
+    def filled(self, tensors: Iterator[Tensor]) -> FastWeights:
+        """The same state with other tensors in the place of `tensors()`."""
+        return FastWeights(
+            self.num_tasks,
+            {
+                site: tuple(LowRankUpdate(next(tensors), next(tensors)) for _ in steps)
+                for site, steps in self.updates.items()
+            },
+            {name: next(tensors) for name in self.values},
+            {group: next(tensors) for group in self.deltas},
+            self.pairs,
+            {layer: start.filled(tensors) for layer, start in self.modulation.items()},
+        )
+
+    def detach(self) -> FastWeights:
+        """The same state without a graph."""
+        return self.filled(tensor.detach() for tensor in self.tensors())
+
+    def with_row_ids(self, row_ids: Mapping[str, Tensor]) -> FastWeights:
+        """The same state whose pairs name rows by id: `row_ids[group]` int64 [U] are those of the rows fetched."""
+        pairs = {
+            group: torch.stack([keys[:, 0], row_ids[group].to(keys.device)[keys[:, 1]]], 1)
+            for group, keys in self.pairs.items()
+        }
+        return replace(self, pairs=pairs)
+
+    def of_tasks(self, positions: Sequence[int]) -> FastWeights:
+        """The state of the tasks at `positions`, in that order; a position may come twice. Copies.
+
+        IndexError for a position outside 0 to T - 1.
+        """
+        for position in positions:
+            if not 0 <= position < self.num_tasks:
+                raise IndexError(f"task {position} of fast weights that hold {self.num_tasks} tasks")
+        chosen = torch.tensor(list(positions), dtype=torch.int64)
+        deltas, pairs = {}, {}
+        for group, keys in self.pairs.items():
+            which = chosen.to(keys.device)
+            order = keys[:, 0].argsort(stable=True)
+            counts = torch.bincount(keys[:, 0], minlength=self.num_tasks)
+            starts, sizes = (counts.cumsum(0) - counts)[which], counts[which]
+            task = torch.repeat_interleave(sizes)
+            within = torch.arange(len(task), device=keys.device) - (sizes.cumsum(0) - sizes)[task]
+            found = order[starts[task] + within]
+            pairs[group] = torch.stack([task, keys[found, 1]], 1)
+            if group in self.deltas:
+                deltas[group] = self.deltas[group][found]
+
+        def take(tensor: Tensor) -> Tensor:
+            return tensor[chosen.to(tensor.device)]
+
+        return FastWeights(
+            len(chosen),
+            {
+                site: tuple(LowRankUpdate(take(step.inputs), take(step.gradients)) for step in steps)
+                for site, steps in self.updates.items()
+            },
+            {name: take(value) for name, value in self.values.items()},
+            deltas,
+            pairs,
+            {
+                layer: Modulated(take(start.scale), None if start.shift is None else take(start.shift))
+                for layer, start in self.modulation.items()
+            },
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything as one flat dict of tensors, for `torch.save` or safetensors; `from_state_dict` reads it."""
+        out = {"num_tasks": torch.tensor([self.num_tasks])}
+        for site, steps in self.updates.items():
+            for step, update in enumerate(steps):
+                out[_key("inputs", step, *site)] = update.inputs
+                out[_key("gradients", step, *site)] = update.gradients
+        for kind, tensors in (("values", self.values), ("deltas", self.deltas), ("pairs", self.pairs)):
+            out |= {_key(kind, name): tensor for name, tensor in tensors.items()}
+        for layer, start in self.modulation.items():
+            out[_key("scale", layer)] = start.scale
+            if start.shift is not None:
+                out[_key("shift", layer)] = start.shift
+        return {name: tensor.contiguous() for name, tensor in out.items()}
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Tensor]) -> FastWeights:
+        """The fast weights that `state_dict` wrote, whatever the order of its entries."""
+        found: dict[str, dict[tuple[int | str | None, ...], Tensor]] = {}
+        for key, tensor in state.items():
+            if key != "num_tasks":
+                kind, *name = json.loads(key)
+                found.setdefault(kind, {})[tuple(name)] = tensor
+        inputs, gradients = found.get("inputs", {}), found.get("gradients", {})
+        updates: dict[LinearSite, tuple[LowRankUpdate, ...]] = {}
+        for step, weight, bias in sorted(inputs, key=lambda name: int(name[0] or 0)):
+            site = LinearSite(*(None if name is None else str(name) for name in (weight, bias)))
+            update = LowRankUpdate(inputs[step, weight, bias], gradients[step, weight, bias])
+            updates[site] = (*updates.get(site, ()), update)
+        plain = {
+            kind: {str(name): tensor for (name,), tensor in found.get(kind, {}).items()}
+            for kind in ("values", "deltas", "pairs", "scale", "shift")
+        }
+        modulation = {layer: Modulated(scale, plain["shift"].get(layer)) for layer, scale in plain["scale"].items()}
+        num_tasks = int(state["num_tasks"])
+        return FastWeights(num_tasks, updates, plain["values"], plain["deltas"], plain["pairs"], modulation)
+
+
+def join(parts: Sequence[FastWeights]) -> FastWeights:
+    """The tasks of all parts as one state, in order. ValueError when the parts are of different inner loops."""
+    if len({_form(part) for part in parts}) != 1:
+        raise ValueError(
+            f"cannot join {len(parts)} fast weights of different inner loops: adapt all tasks with one model, one "
+            "engine and one number of steps"
+        )
+    first = parts[0]
+    pairs = {}
+    for group in first.pairs:
+        start, shifted = 0, []
+        for part in parts:
+            shifted.append(part.pairs[group] + torch.tensor([start, 0], device=part.pairs[group].device))
+            start += part.num_tasks
+        pairs[group] = torch.cat(shifted)
+    updates = {}
+    for site, steps in first.updates.items():
+        longest = max(part.updates[site][0].inputs.shape[1] for part in parts) if steps else 0
+        updates[site] = tuple(
+            LowRankUpdate(
+                torch.cat([_padded(part.updates[site][step].inputs, longest) for part in parts]),
+                torch.cat([_padded(part.updates[site][step].gradients, longest) for part in parts]),
+            )
+            for step in range(len(steps))
+        )
+    modulation = {}
+    for layer, start_of in first.modulation.items():
+        shifts = [shift for part in parts if (shift := part.modulation[layer].shift) is not None]
+        scale = torch.cat([part.modulation[layer].scale for part in parts])
+        modulation[layer] = Modulated(scale, None if start_of.shift is None else torch.cat(shifts))
+    return FastWeights(
+        sum(part.num_tasks for part in parts),
+        updates,
+        {name: torch.cat([part.values[name] for part in parts]) for name in first.values},
+        {group: torch.cat([part.deltas[group] for part in parts]) for group in first.deltas},
+        pairs,
+        modulation,
+    )
+
+
+def _form(fast: FastWeights) -> object:
+    """What two states must share to be joined."""
+    updates = frozenset((site, len(steps)) for site, steps in fast.updates.items())
+    shifts = frozenset((layer, start.shift is None) for layer, start in fast.modulation.items())
+    return updates, frozenset(fast.values), frozenset(fast.deltas), frozenset(fast.pairs), shifts
+
+
+def _padded(rows: Tensor, length: int) -> Tensor:
+    """[T, R, n] -> [T, length, n]; rows of zeros change nothing."""
+    return F.pad(rows, (0, 0, 0, length - rows.shape[1]))
+
+
+def _key(kind: str, *name: int | str | None) -> str:
+    return json.dumps([kind, *name])
