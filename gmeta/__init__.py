@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from gmeta.data.loader import TaskLoader
     from gmeta.data.pack import PackWriter, open_pack, verify_pack
     from gmeta.data.schema import Feature, NumericColumn, PackSchema
-    from gmeta.embedding.exchange import exchange_ids, fetch, return_gradients
-    from gmeta.embedding.lookup import plan_lookup
+    from gmeta.embedding.exchange import RowExchange
     from gmeta.embedding.table import ShardedTables, TableSpec
     from gmeta.meta.learner import MetaLearner
     from gmeta.models import build_model
@@ -30,8 +29,7 @@ _HOMES = {
     "gmeta.data.loader": ("TaskLoader",),
     "gmeta.data.pack": ("PackWriter", "open_pack", "verify_pack"),
     "gmeta.data.schema": ("Feature", "NumericColumn", "PackSchema"),
-    "gmeta.embedding.exchange": ("exchange_ids", "fetch", "return_gradients"),
-    "gmeta.embedding.lookup": ("plan_lookup",),
+    "gmeta.embedding.exchange": ("RowExchange",),
     "gmeta.embedding.table": ("ShardedTables", "TableSpec"),
     "gmeta.meta.learner": ("MetaLearner",),
     "gmeta.models": ("build_model",),
@@ -49,6 +47,7 @@ __all__ = [
     "NumericColumn",
     "PackSchema",
     "PackWriter",
+    "RowExchange",
     "ShardedTables",
     "SparseOptimizer",
     "TableSpec",
@@ -58,12 +57,8 @@ __all__ = [
     "all_reduce_sum",
     "build_model",
     "close_mesh",
-    "exchange_ids",
-    "fetch",
     "open_mesh",
     "open_pack",
-    "plan_lookup",
-    "return_gradients",
     "verify_pack",
 ]
 

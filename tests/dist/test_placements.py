@@ -125,7 +125,7 @@ def trained_on(mesh: Mesh, settings: TrainConfig, load: bool, steps: int) -> dic
         if not load:
             save_checkpoint(run)
         validate(run)
-        with run.dense.whole():
+        with run.dense.unsharded():
             scores = score(run.system, run.pack.split("valid"), tasks_per_batch=8)
     run.log.close()
     run.dense.close()
