@@ -43,8 +43,9 @@ from torch.distributed import TCPStore
 from gmeta.config.train import TrainConfig
 from gmeta.parallel.launch import worker_environment
 from gmeta.parallel.mesh import open_mesh
-from gmeta.training.loop import build_run, finish_step, train_step
+from gmeta.training.build import build_run
 from gmeta.training.statistics import Stopwatch
+from gmeta.training.step import finish_step, train_step
 
 WAIT_S = 120.0
 
@@ -180,13 +181,13 @@ def gmeta_rank(config: TrainConfig, rank: int, nproc: int, port: int, steps: int
     os.environ.update(worker_environment(rank, nproc, port))
     torch.set_num_threads(1)
     run = build_run(config, open_mesh("cpu", int(WAIT_S)), threading.Event())
-    run.system.tables.groups  # noqa: B018 (allocated here, not in the first step)
+    run.state.system.tables.state_dict()  # allocated here, not in the first step
     trace = []
     cpu = time.process_time()
     with run.loader:
         for _ in range(steps):
             start = time.perf_counter()
-            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(run.mesh.device)))
+            stats = finish_step(run.state, train_step(run.state, next(run.loader), Stopwatch(run.state.mesh.device)))
             trace.append((stats["samples"], time.perf_counter() - start))
     results.send((trace, time.process_time() - cpu))
     results.recv()  # together: a rank that leaves takes its connections with it

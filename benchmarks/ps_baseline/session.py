@@ -12,7 +12,8 @@ from gmeta.config.train import TrainConfig
 from gmeta.data.order import num_batches
 from gmeta.data.schema import PackSchema
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.system import System, build_system
+from gmeta.recommender.build import build_system
+from gmeta.recommender.system import System
 from ps_baseline.wire import Place
 
 STATS = 3

@@ -38,6 +38,8 @@ class EvaluateConfig:
     """Tasks scored at a time, over all ranks."""
     seed: int = 0
     """Seed of the bootstrap."""
+    trust_model: bool = False
+    """Import the code of a model that is not gmeta's own, as the run names it; without it such a run is refused."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     timeout_s: int = 300
@@ -66,6 +68,8 @@ class PredictConfig:
     """Checkpoint to load: best, last, or a step number."""
     tasks_per_batch: int = 256
     """Tasks scored at a time."""
+    trust_model: bool = False
+    """Import the code of a model that is not gmeta's own, as the run names it; without it such a run is refused."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
 

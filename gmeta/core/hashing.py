@@ -27,7 +27,8 @@ def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x ^= x >> np.uint64(27)
     x *= _SECOND
     x ^= x >> np.uint64(31)
-    return x
+    mixed: NDArray[np.uint64] = x
+    return mixed
 
 
 def _signed(word: np.uint64) -> int:

@@ -27,7 +27,8 @@ from gmeta.evaluation.slices import evaluation_records, print_headline, write_ev
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
-from gmeta.recommender.system import System, build_learner, load_system
+from gmeta.recommender.build import build_learner, load_system
+from gmeta.recommender.system import System
 from gmeta.runs.data import is_own_pack, require_fitting_pack, require_same_training_data
 from gmeta.runs.directory import read_config
 
@@ -75,7 +76,7 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
         require_same_training_data(run_dir, Path(config.plain_run))
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
-    system, trained = load_system(run_dir, config.checkpoint, mesh)
+    system, trained = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     scores = score(system, split, tasks_per_batch=config.tasks_per_batch, steps=config.steps, inner_lr=config.inner_lr)
     notes: dict[str, Any] = {"checkpoint": config.checkpoint, "split": config.split, "pack": str(pack.path)}
     plain = None if config.plain_run is None else _plain_variants(config, trained, pack, mesh, notes)
@@ -110,13 +111,13 @@ def _plain_variants(
     Returns None on other ranks than 0.
     """
     assert config.plain_run is not None
-    plain, plain_config = load_system(Path(config.plain_run), config.checkpoint, mesh)
+    plain, plain_config = load_system(Path(config.plain_run), config.checkpoint, mesh, trust_model=config.trust_model)
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
     tuned = replace(trained.meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
-    learner = build_learner(plain.learner.model, plain_config, tuned, plain.features, len(pack.schema.numeric)).to(
-        mesh.device, plain.dtype
-    )
+    learner = build_learner(
+        plain.learner.model, plain_config, tuned, plain.learner.features, len(pack.schema.numeric)
+    ).to(mesh.device, plain.dtype)
     steps, rate = _tune(config, plain, learner, plain_config, pack, mesh)
     notes["plain-finetuned"] = {"adapt": tuned.adapt, "steps": steps, "inner_lr": rate}
     scores = score(

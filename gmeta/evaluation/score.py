@@ -16,7 +16,7 @@ from gmeta.evaluation.metrics import metric
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss
 from gmeta.parallel.collectives import gather_to_rank_0
-from gmeta.recommender.system import Prepared, System
+from gmeta.recommender.system import PreparedBatch, System
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -49,7 +49,7 @@ def score(
     """
     mesh = system.mesh
     learner = learner or system.learner
-    loader: TaskLoader[Prepared] = TaskLoader(
+    loader: TaskLoader[PreparedBatch] = TaskLoader(
         split,
         tasks_per_batch=max(tasks_per_batch, mesh.world_size),
         seed=0,
@@ -62,13 +62,15 @@ def score(
     learner.eval()
     with loader:
         for prepared in loader:
-            batch = prepared.batch
-            rows = system.fetch(prepared.routes)
-            with system.precision():
-                before, after = learner.predict(rows, batch, prepared.index, steps=steps, inner_lr=inner_lr)
-            mask = batch.query.mask
-            values = (batch.query.row, batch.query.label, before, after)
-            parts.append(tuple(v[mask].cpu() for v in values))
+            rows = system.exchange.fetch(prepared.routed)
+            for part in prepared.parts:
+                query = part.tasks.query
+                with system.precision():
+                    before, after = learner.predict(
+                        part.rows(rows), part.tasks, part.index, steps=steps, inner_lr=inner_lr
+                    )
+                values = (query.row, query.label, before, after)
+                parts.append(tuple(v[query.mask].cpu() for v in values))
     learner.train()
     empty = (torch.zeros(0, dtype=torch.int64), *(torch.zeros(0, dtype=system.dtype) for _ in range(3)))
     columns = [torch.cat(column).numpy() for column in zip(*(parts or [empty]), strict=True)]

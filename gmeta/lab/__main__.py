@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+from gmeta.config.train import TrainConfig
 from gmeta.lab.device import Device, bind_to, contended_core, machines_so_far
 from gmeta.lab.place import Place
 from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_USER_ERROR, follow_launcher, report_error, worker_rank
 from gmeta.parallel.mesh import PeerLost
 from gmeta.runs.directory import read_config
-from gmeta.training.loop import train
+from gmeta.training.trainer import Trainer
 
 
 def main(folder: str) -> int:
@@ -27,7 +29,7 @@ def main(folder: str) -> int:
         device = Device(scenario, rank, machines_so_far(place.trace, rank), place)
         if device.contended:
             bind_to(contended_core())
-        return train(config, emulate=device)
+        return train_on(device, config)
     except (ValueError, OSError) as error:
         report_error(f"gmeta lab: error: {error}")
         return EXIT_USER_ERROR
@@ -39,6 +41,19 @@ def main(folder: str) -> int:
     finally:
         if device is not None:
             device.close()
+
+
+def train_on(device: Device, config: TrainConfig) -> int:
+    """Train as `gmeta train` does, with each micro-batch taking as long as the emulated device would."""
+    with Trainer(config) as trainer:
+        for batch in trainer:
+            begun_s = time.perf_counter()
+            loss, _ = trainer.forward(batch)
+            trainer.backward(loss)
+            step = trainer.run.state.progress.step
+            device(step, batch.work, batch.number == 0, time.perf_counter() - begun_s)
+            trainer.step()
+    return trainer.result.exit_code
 
 
 if __name__ == "__main__":

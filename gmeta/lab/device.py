@@ -25,7 +25,7 @@ _BLOCK = bytes(1 << 18)  # hashed in 0.2 to 0.4 ms, without holding the interpre
 
 
 class Device:
-    """`gmeta.training.trainer.Emulate` for one rank; writes a line for every micro-batch.
+    """The emulated device of one rank; writes a line for every micro-batch.
 
     `incarnation` counts the machines that the rank has had.
     """

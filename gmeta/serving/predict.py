@@ -18,7 +18,7 @@ from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import find_files, literal, open_file, require_free
 from gmeta.evaluation.score import Floats, score, to_predictions
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
-from gmeta.recommender.system import load_system
+from gmeta.recommender.build import load_system
 from gmeta.runs.data import require_own_vocabularies
 from gmeta.runs.directory import read_config, read_schema
 
@@ -73,7 +73,7 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     if trained.loss == "bce" and not np.isin(label, (0, 1)).all():
         wrong = label[~np.isin(label, (0, 1))][0]
         raise ValueError(f"{config.support} has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
-    system, _ = load_system(run_dir, config.checkpoint, mesh)
+    system, _ = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     split = split_in_memory(found.arrays, schema)
     unknown = unknown_columns({feature.name: split.feature_ids(feature.name) for feature in schema.features})
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:

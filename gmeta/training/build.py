@@ -14,14 +14,14 @@ from torch import nn
 from gmeta.config.train import TrainConfig
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import open_pack
-from gmeta.embedding.exchange import Exchange, RowExchange
-from gmeta.embedding.table import FusedTable
+from gmeta.embedding.exchange import RowExchange
 from gmeta.models.registry import ModelFactory
 from gmeta.optim.dense import OuterReduce
 from gmeta.optim.sharded import open_dense
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.system import PreparedBatch, build_system
+from gmeta.recommender.build import MakeExchange, build_system
+from gmeta.recommender.system import PreparedBatch
 from gmeta.runs.log import RunLog
 from gmeta.training.run import Run
 from gmeta.training.state import LearningRates, TrainState
@@ -32,7 +32,7 @@ from gmeta.training.statistics import Stopwatch
 class Parts:
     """Parts of a trainer that a study replaces; the defaults are the product's."""
 
-    exchange: Callable[[Mapping[str, FusedTable], Mesh, torch.dtype | None], Exchange] = RowExchange
+    exchange: MakeExchange = RowExchange
     outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None
     loader_arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -70,7 +70,7 @@ def build_run(
         inner_lr_lr=config.dense.inner_lr_lr,
         weight_decay=config.dense.weight_decay,
         sharding=config.dense.sharding,
-        group_size=config.dense.node_size,
+        node_size=config.dense.node_size,
         memory_bytes=None if config.dense.memory_gb is None else 1e9 * config.dense.memory_gb,
         outer_reduce=parts.outer_reduce,
     )

@@ -43,8 +43,8 @@ class OpenStep:
 def train_step(state: TrainState, prepared: PreparedBatch, watch: Stopwatch) -> InFlightStep:
     """Start one optimizer step on one global batch; `finish_step` reads its global statistics.
 
-    Rows are fetched (AlltoAll), the inner and the outer loop run, gradients go home (AlltoAll, AllReduce), and every row
-    and parameter is updated once. Which rows, and from whom, the loader's thread exchanged ahead.
+    Rows are fetched (AlltoAll), the inner and the outer loop run, gradients go home (AlltoAll, AllReduce), and every
+    row and parameter is updated once. Which rows, and from whom, the loader's thread exchanged ahead.
     """
     step = begin_step(state, prepared, watch)
     while (part := next_part(step)) is not None:
@@ -120,9 +120,7 @@ def end_step(state: TrainState, step: OpenStep) -> InFlightStep:
     stats = AsyncScalars(dict(zip(sum_names(batch), sums, strict=True)) | {"grad_norm": norm})
     lr = state.rates.scale(batch.epoch, batch.index)
     query_loss = torch.cat(step.query_loss)
-    started = InFlightStep(
-        state.progress.step, batch, query_loss, state.rates.peak * lr, stats, prepared.routed, watch
-    )
+    started = InFlightStep(state.progress.step, batch, query_loss, state.rates.peak * lr, stats, prepared.routed, watch)
     state.ok = still_finite(state.ok, sums[0], norm)
     if not state.read_late:
         _checked_stats(state, started)

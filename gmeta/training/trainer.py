@@ -27,7 +27,8 @@ from gmeta.data.pack import open_pack
 from gmeta.meta.learner import LearnerOutput
 from gmeta.models.registry import ModelFactory, name_of
 from gmeta.parallel.launch import EXIT_RESTART, was_restarted
-from gmeta.recommender.system import MicroBatch, resolve_model
+from gmeta.recommender.build import resolve_model
+from gmeta.recommender.system import MicroBatch
 from gmeta.training.build import Parts
 from gmeta.training.loop import batches, finish_steps, training_loop
 from gmeta.training.run import Run

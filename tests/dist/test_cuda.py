@@ -18,12 +18,13 @@ from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, TrainCo
 from gmeta.core.batch import RowGradients, to_device
 from gmeta.core.selection import segment_sum
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
-from gmeta.optim.dense import global_norm
+from gmeta.optim.dense import global_norm, square_sum
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
-from gmeta.training.loop import build_run, finish_step, train_step
+from gmeta.training.build import build_run
 from gmeta.training.statistics import Stopwatch
+from gmeta.training.step import finish_step, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA, none here")]
 
@@ -51,16 +52,16 @@ def test_the_whole_step_never_waits(pack: Path, model: str, adapt: list[str], pr
         dense=DenseConfig(clip_norm=0.1),
     )
     training = build_run(settings, cuda(), threading.Event())
-    assert training.read_late
+    assert training.state.read_late
     with training.loader:
         for warm in (False, False, True, True):  # the first steps load kernels and make state
             prepared = next(training.loader)
             torch.cuda.set_sync_debug_mode("error" if warm else "default")
             try:
-                started = train_step(training, prepared, Stopwatch(cuda().device))
+                started = train_step(training.state, prepared, Stopwatch(cuda().device))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-            assert finish_step(training, started)["grad_norm"] > 0
+            assert finish_step(training.state, started)["grad_norm"] > 0
             assert sum(started.watch.seconds.values()) > 0
 
 
@@ -98,12 +99,14 @@ def test_updates_equal_the_cpu_and_never_wait(name: str) -> None:
         )
         gradients = {"d8": RowGradients(rows.to(mesh.device), grad.to(mesh.device))}
         there = [g.to(mesh.device) for g in dense]
-        stored, ok = tables.groups["d8"], torch.ones((), dtype=torch.bool, device=mesh.device)
+        stored, ok = tables.fused["d8"], torch.ones((), dtype=torch.bool, device=mesh.device)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            norm = global_norm(there, gradients, mesh)
+            norm = global_norm(square_sum(there, mesh), gradients, mesh)
             for flag in (ok, ~ok, ok):
-                SparseOptimizer(name, lr=0.1, weight_decay=0.1).step(tables, gradients, grad_scale=1 / norm, ok=flag)
+                SparseOptimizer(name, lr=0.1, weight_decay=0.1).step(
+                    tables.fused, gradients, grad_scale=1 / norm, ok=flag
+                )
         finally:
             torch.cuda.set_sync_debug_mode("default")
         found.append([t.cpu() for t in (norm, stored.weight, *stored.state.values())])

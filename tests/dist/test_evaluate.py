@@ -14,7 +14,7 @@ from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.pack import open_pack
 from gmeta.evaluation.score import score, validation_metrics
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.system import build_system
+from gmeta.recommender.build import build_system
 
 pytestmark = pytest.mark.dist
 

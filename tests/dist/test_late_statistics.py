@@ -23,8 +23,12 @@ from torch.distributed.tensor import DTensor
 from gmeta.config.train import EmbeddingConfig, ScheduleConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
-from gmeta.training import loop as train
-from gmeta.training.trainer import checkpoint_tensors
+from gmeta.training import loop
+from gmeta.training.build import build_run
+from gmeta.training.run import Run
+from gmeta.training.saving import checkpoint_tensors
+from gmeta.training.state import TrainState
+from gmeta.training.statistics import InFlightStep
 
 pytestmark = pytest.mark.dist
 STEPS, SAVE_EVERY = 8, 3
@@ -42,9 +46,9 @@ def settings_of(tmp_path: Path, name: str, optimizer: str = "adam") -> TrainConf
     )
 
 
-def everything(run: train.Run) -> list[torch.Tensor]:
+def everything(run: Run) -> list[torch.Tensor]:
     """Copies of all that an update changes."""
-    return [tensor.detach().clone() for _, tensor in sorted(checkpoint_tensors(run).items())]
+    return [tensor.detach().clone() for _, tensor in sorted(checkpoint_tensors(run.state).items())]
 
 
 def run_loop(
@@ -54,28 +58,29 @@ def run_loop(
 
     poison: step in which a label of the last rank is not a number; stop_at: step before which rank 0 asks to stop.
     """
-    run = train.build_run(settings, mesh, threading.Event())
-    run.read_late = late
+    run = build_run(settings, mesh, threading.Event())
+    run.state.read_late = late
     states: list[list[torch.Tensor]] = []
-    real = train.train_step
+    real = loop.train_step
 
-    def step(run: train.Run, prepared: Any, watch: Any) -> train.Started:
-        if run.progress.step == poison and mesh.rank == mesh.world_size - 1:
+    def step(state: TrainState, prepared: Any, watch: Any) -> InFlightStep:
+        if run.state.progress.step == poison and mesh.rank == mesh.world_size - 1:
             prepared.batch.query.label.fill_(math.nan)
-        if run.progress.step == stop_at and mesh.rank == 0:
-            run.stop.set()
+        if run.state.progress.step == stop_at and mesh.rank == 0:
+            run.state.stop.set()
         states.append(everything(run))
-        return real(run, prepared, watch)
+        return real(state, prepared, watch)
 
     with pytest.MonkeyPatch.context() as patch, run.loader:
-        patch.setattr(train, "train_step", step)
+        patch.setattr(loop, "train_step", step)
         run.log.start()
         try:
-            end = f"exit code {train.training_loop(run)}"
+            loop.training_loop(run)
+            end = f"exit code {run.exit_code}"
         except ValueError as error:
             end = str(error)
     run.log.close()
-    run.dense.close()
+    run.state.dense.close()
     states.append(everything(run))
     pairs = itertools.pairwise(states)
     return end, [not all(map(_same_whole, before, after)) for before, after in pairs]

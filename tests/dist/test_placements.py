@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from harness import run_ranks
 from packs import make_pack
+from steps import end_of, one_step, start_step
 from test_division import always_late, changing, run_divided
 from test_train import assert_same, config, run_steps, traffic_of_steps
 
 from gmeta.config.train import DenseConfig, MetaConfig, TrainConfig
 from gmeta.evaluation.score import score
 from gmeta.parallel.mesh import Mesh
-from gmeta.training.loop import finish_step, traffic_record, train_step, validate
-from gmeta.training.statistics import Stopwatch
-from gmeta.training.trainer import build_run, load_checkpoint, save_checkpoint
+from gmeta.training.build import build_run
+from gmeta.training.records import traffic_record
+from gmeta.training.saving import load_checkpoint, save_checkpoint
+from gmeta.training.validation import validate
 
 DENSE: dict[str, Any] = {"lr": 0.01, "clip_norm": 0.05, "warmup_steps": 5, "decay": "cosine", "weight_decay": 0.1}
 
@@ -64,13 +66,13 @@ def traffic_around_validation(mesh: Mesh, settings: TrainConfig) -> list[dict[st
     found = []
     with run.loader:
         for step in range(4):
-            started = train_step(run, next(run.loader), Stopwatch(mesh.device))
-            found.append(traffic_record(run, started))
-            finish_step(run, started)
+            started = start_step(run)
+            found.append(traffic_record(run.state, started))
+            end_of(run, started)
             if step == 1:
                 validate(run)
     run.log.close()
-    run.dense.close()
+    run.state.dense.close()
     return found
 
 
@@ -98,8 +100,8 @@ def test_the_planner_chooses(tmp_path: Path, nproc: int, memory_gb: float | None
 def engine_of(mesh: Mesh, settings: TrainConfig) -> str:
     run = build_run(settings, mesh, threading.Event())
     run.loader.close()
-    run.dense.close()
-    return type(run.dense).__name__
+    run.state.dense.close()
+    return type(run.state.dense).__name__
 
 
 @pytest.mark.slow
@@ -117,18 +119,18 @@ def trained_on(mesh: Mesh, settings: TrainConfig, load: bool, steps: int) -> dic
     trace = []
     with run.loader:
         if load:
-            (found,) = run.checkpoints.glob("step-*")
+            (found,) = (run.state.run_dir / "checkpoints").glob("step-*")
             load_checkpoint(run, found)
         for _ in range(steps):
-            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
+            stats = one_step(run)
             trace.append([stats["loss"], stats["grad_norm"]])
         if not load:
             save_checkpoint(run)
         validate(run)
-        with run.dense.unsharded():
-            scores = score(run.system, run.pack.split("valid"), tasks_per_batch=8)
+        with run.state.dense.unsharded():
+            scores = score(run.state.system, run.pack.split("valid"), tasks_per_batch=8)
     run.log.close()
-    run.dense.close()
+    run.state.dense.close()
     return {"trace": np.array(trace), "after": scores.after if scores is not None else None}
 
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from packs import make_pack
+from steps import one_step
 from torch.distributed import HashStore
 
 from gmeta.config.evaluation import EvaluateConfig
@@ -34,10 +35,9 @@ from gmeta.config.train import (
 )
 from gmeta.evaluation.evaluate import evaluate
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.recommender.system import load_system
+from gmeta.recommender.build import load_system
 from gmeta.runs.log import read_metrics
-from gmeta.training.loop import build_run, finish_step, train_step
-from gmeta.training.statistics import Stopwatch
+from gmeta.training.build import build_run
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -86,11 +86,11 @@ def ours(settings: TrainConfig) -> dict[str, Any]:
     trace = []
     with run.loader:
         for _ in range(STEPS):
-            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(torch.device("cpu"))))
+            stats = one_step(run)
             trace.append([stats[key] for key in ("loss", "support_loss", "samples", "grad_norm", "lr")])
-    run.dense.close()
-    tables = sorted(run.system.tables.state_dict().items())
-    dense = {name: p.detach().numpy() for name, p in run.system.learner.named_parameters()}
+    run.state.dense.close()
+    tables = sorted(run.state.system.tables.state_dict().items())
+    dense = {name: p.detach().numpy() for name, p in run.state.system.learner.named_parameters()}
     return {"trace": np.array(trace), **dense, **{f"table {i}": value.numpy() for i, (_, value) in enumerate(tables)}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,11 @@ import numpy as np
 import pytest
 from harness import Pool, run_ranks
 from packs import make_pack, small_model
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no package
+
+from steps import one_step, start_step
+from study.variants import parts
 
 from gmeta.config.train import (
     CommConfig,
@@ -26,9 +32,9 @@ from gmeta.config.train import (
 from gmeta.evaluation.score import score
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.training.loop import build_run, finish_step, traffic_record, train_step
-from gmeta.training.statistics import Stopwatch
-from gmeta.training.trainer import Run
+from gmeta.training.build import build_run
+from gmeta.training.records import traffic_record
+from gmeta.training.run import Run
 
 pytestmark = pytest.mark.dist
 
@@ -48,25 +54,25 @@ def config(pack: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-def run_steps(mesh: Mesh, settings: TrainConfig, steps: int) -> dict[str, Any]:
-    """Losses and norms of each step, then every weight, on rank 0."""
-    run = build_run(settings, mesh, threading.Event())
+def run_steps(mesh: Mesh, settings: TrainConfig, steps: int, switches: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Losses and norms of each step, then every weight, on rank 0. `switches` are the study's."""
+    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
     trace = []
     with run.loader:
         for _ in range(steps):
-            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
+            stats = one_step(run)
             trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
     return learned(run, trace)
 
 
 def learned(run: Run, trace: list[list[float]]) -> dict[str, Any]:
     """`trace`, and every weight, on rank 0; the run is over."""
-    run.dense.close()
-    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
+    run.state.dense.close()
+    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.state.system.learner.named_parameters()}
     rows = {
-        f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), run.mesh)
-        for name, group in run.system.tables.groups.items()
-        for key, value in (("weight", group.weight), *group.state.items())
+        f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), run.state.mesh)
+        for name, table in run.state.system.tables.fused.items()
+        for key, value in (("weight", table.weight), *table.state.items())
     }
     return {"trace": np.array(trace), **dense, **rows}
 
@@ -130,30 +136,24 @@ def test_fewer_tasks_than_workers_is_refused(tmp_path: Path) -> None:
         run_ranks(2, run_steps, settings, 1)
 
 
-CHOICES: list[dict[str, Any]] = [
-    {"comm": CommConfig(fetch="separate")},
-    {"comm": CommConfig(dedup=False)},
-    {"comm": CommConfig(dense="gather")},
-    {"comm": CommConfig(dense="gather", overlap=False)},
-    {"comm": CommConfig(overlap=False)},
-    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, ahead="index")},
-    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, ahead="none")},
-    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, prefetch=0)},
+CHOICES = [
+    ("separate",),
+    ("copies",),
+    ("central",),
+    ("central", "no_overlap"),
+    ("no_overlap",),
+    ("ids_in_step",),
+    ("nothing_ahead",),
+    ("separate", "copies", "central", "no_overlap", "nothing_ahead"),
 ]
 
 
-def name_of(choice: dict[str, Any]) -> str:
-    (value,) = choice.values()
-    default = type(value)(tasks_per_batch=7, window_batches=3) if "loader" in choice else type(value)()
-    return "-".join(str(v) for k, v in vars(value).items() if v != vars(default)[k])
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=name_of)
+@pytest.mark.parametrize("switches", CHOICES, ids="-".join)
 @pytest.mark.parametrize("nproc", [1, 2, 4])
-def test_no_choice_changes_what_is_learned(tmp_path: Path, nproc: int, choice: dict[str, Any]) -> None:
-    pack = make_pack(tmp_path / "pack")
-    alone = run_steps(Mesh(), config(pack), 4)
-    assert_same(run_ranks(nproc, run_steps, config(pack, **choice), 4)[0], alone, 1e-9)
+def test_no_switch_of_the_study_changes_what_is_learned(tmp_path: Path, nproc: int, switches: tuple[str, ...]) -> None:
+    settings = config(make_pack(tmp_path / "pack"))
+    alone = run_steps(Mesh(), settings, 4)
+    assert_same(run_ranks(nproc, run_steps, settings, 4, switches)[0], alone, 1e-9)
 
 
 def test_nodes_do_not_change_what_is_learned(tmp_path: Path) -> None:
@@ -165,9 +165,9 @@ def test_nodes_do_not_change_what_is_learned(tmp_path: Path) -> None:
 def losses_and_dense_bits(mesh: Mesh, settings: TrainConfig) -> tuple[list[float], list[bytes]]:
     run = build_run(settings, mesh, threading.Event())
     with run.loader:
-        losses = [finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))["loss"] for _ in range(4)]
-    run.dense.close()
-    return losses, [p.detach().numpy().tobytes() for p in run.system.learner.parameters()]
+        losses = [one_step(run)["loss"] for _ in range(4)]
+    run.state.dense.close()
+    return losses, [p.detach().numpy().tobytes() for p in run.state.system.learner.parameters()]
 
 
 @pytest.mark.parametrize(("wire", "tolerance"), [("bf16", 2**-7), ("fp16", 2**-10)])
@@ -191,9 +191,9 @@ def ask_to_stop(mesh: Mesh, settings: TrainConfig, who: int) -> list[bool]:
         for step in range(3):
             if step == 1 and mesh.rank == who:
                 stop.set()
-            stats = finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))
+            stats = one_step(run)
             stops.append(stats["stop"] > 0)
-    run.dense.close()
+    run.state.dense.close()
     return stops
 
 
@@ -203,32 +203,34 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, nproc: int) -> None:
     assert run_ranks(nproc, ask_to_stop, settings, nproc - 1) == [[False, True, True]] * nproc
 
 
-def traffic_of_steps(mesh: Mesh, settings: TrainConfig) -> list[dict[str, Any]]:
-    run = build_run(settings, mesh, threading.Event())
+def traffic_of_steps(mesh: Mesh, settings: TrainConfig, switches: tuple[str, ...]) -> list[dict[str, Any]]:
+    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
     found = []
     with run.loader:
         for _ in range(3):
-            started = train_step(run, next(run.loader), Stopwatch(mesh.device))
-            found.append(traffic_record(run, started))
-    run.dense.close()
+            started = start_step(run)
+            found.append(traffic_record(run.state, started))
+    run.state.dense.close()
     return found
 
 
 @pytest.mark.parametrize(
-    "comm",
+    ("switches", "wire"),
     [
-        CommConfig(),
-        CommConfig(fetch="separate", dedup=False),
-        CommConfig(dense="gather"),
-        CommConfig(overlap=False, wire="bf16"),
-        CommConfig(wire="fp16"),
+        ((), "float32"),
+        (("separate", "copies"), "float32"),
+        (("central",), "float32"),
+        (("no_overlap", "ids_in_step"), "bf16"),
+        ((), "fp16"),
     ],
-    ids=["default", "separate", "gather", "bf16", "fp16"],
+    ids=["default", "separate", "central", "bf16", "fp16"],
 )
 @pytest.mark.parametrize(("nproc", "node_size"), [(1, 0), (2, 0), (4, 0), (4, 2)])
-def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, node_size: int, comm: CommConfig) -> None:
-    settings = config(make_pack(tmp_path / "pack"), precision="float32", comm=comm)
-    ranks = run_ranks(nproc, traffic_of_steps, settings, node_size=node_size)
+def test_a_step_sends_what_the_formulas_say(
+    tmp_path: Path, nproc: int, node_size: int, switches: tuple[str, ...], wire: Any
+) -> None:
+    settings = config(make_pack(tmp_path / "pack"), precision="float32", comm=CommConfig(wire=wire))
+    ranks = run_ranks(nproc, traffic_of_steps, settings, switches, node_size=node_size)
     for steps in ranks:
         for found in steps:
             assert found["measured"] == found["predicted"]
@@ -238,7 +240,7 @@ def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, node_siz
     size = 4 * sum(p.numel() for p in build_run(settings, Mesh(), threading.Event()).system.learner.parameters())
     for rank, steps in enumerate(ranks):
         dense = steps[0]["measured"]["dense"]
-        if comm.dense == "gather":
+        if "central" in switches:
             assert dense == {
                 "bytes": size * (nproc - 1 if rank == 0 else 1),
                 "remote_bytes": dense["bytes"],
@@ -256,11 +258,11 @@ def validate_between_steps(mesh: Mesh, settings: TrainConfig) -> list[float]:
     losses = []
     with run.loader:
         for _ in range(4):
-            losses.append(finish_step(run, train_step(run, next(run.loader), Stopwatch(mesh.device)))["loss"])
+            losses.append(one_step(run)["loss"])
             run.loader.settle()
-            scores = score(run.system, run.pack.split("valid"), tasks_per_batch=4)
+            scores = score(run.state.system, run.pack.split("valid"), tasks_per_batch=4)
             losses.append(0.0 if scores is None else float(scores.after.sum()))
-    run.dense.close()
+    run.state.dense.close()
     return losses
 
 
@@ -286,7 +288,7 @@ def fail_in_the_thread(mesh: Mesh, settings: TrainConfig) -> str:
     try:
         with run.loader:
             while True:
-                train_step(run, next(run.loader), Stopwatch(mesh.device))
+                start_step(run)
     except ValueError as error:
         assert len(made) == 3, "a batch was made, and its ids sent, after the one that failed"
         os._exit(int(str(error) != "shard 7 is damaged"))  # as a process with a user's mistake ends

@@ -137,7 +137,7 @@ def test_config_files_that_are_none(tmp_path: Path, capsys: Capture, content: by
 def test_labels_that_are_no_clicks(tmp_path: Path, capsys: Capture, pack: Path) -> None:
     from gmeta.data.schema import pack_schema_from_json
     from gmeta.parallel.mesh import Mesh
-    from gmeta.recommender.system import build_system
+    from gmeta.recommender.build import build_system
     from gmeta.runs.directory import read_config
 
     schema = json.loads((pack / "manifest.json").read_text())["schema"]

@@ -10,7 +10,7 @@ from gmeta.config.train import ModelConfig
 from gmeta.data.schema import Feature, NumericColumn, PackSchema
 from gmeta.models.dlrm import DLRM
 from gmeta.models.inputs import InputSpec
-from gmeta.recommender.system import make_model
+from gmeta.recommender.build import make_model
 
 FEATURES = tuple(Feature(name=n, kind="categorical", num_ids=9, table=n) for n in ("user_id", "item_id", "genre"))
 

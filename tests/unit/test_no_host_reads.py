@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
-from gmeta.training import loop as train
+from gmeta.training.build import build_run
 from gmeta.training.statistics import Stopwatch
+from gmeta.training.step import finish_step, train_step
 
 aten = torch.ops.aten
 READS = {
@@ -84,9 +85,9 @@ def test_the_step_reads_nothing(tmp_path: Path, model: str, adapt: list[str], op
         dense=DenseConfig(clip_norm=0.1, weight_decay=0.1),
         embedding=EmbeddingConfig(optimizer=optimizer, weight_decay=0.1),
     )
-    run = train.build_run(settings, Mesh(), threading.Event())
-    run.read_late = True
-    assert run.system.tables.groups  # allocated here, not in the first step
+    run = build_run(settings, Mesh(), threading.Event())
+    run.state.read_late = True
+    assert run.state.system.tables.state_dict()  # allocated here, not in the first step
     mode = NoHostReads()
 
     with run.loader:
@@ -94,5 +95,5 @@ def test_the_step_reads_nothing(tmp_path: Path, model: str, adapt: list[str], op
             prepared = next(run.loader)
             watch = Stopwatch(torch.device("cpu"))
             with mode:
-                started = train.train_step(run, prepared, watch)
-            assert train.finish_step(run, started)["grad_norm"] > 0
+                started = train_step(run.state, prepared, watch)
+            assert finish_step(run.state, started)["grad_norm"] > 0

@@ -20,7 +20,7 @@ from gmeta.data.schema import Feature, NumericColumn, PackSchema, schema_differe
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import base_rate
-from gmeta.recommender.system import make_model
+from gmeta.recommender.build import make_model
 
 NAMES = ("item_id", "genre", "age", "zip")
 DIM = 4

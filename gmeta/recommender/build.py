@@ -1,0 +1,171 @@
+"""From a config and a schema to a system: the only file of this room that reads config sections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.data.schema import PackSchema
+from gmeta.embedding.exchange import Exchange, RowExchange
+from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
+from gmeta.meta.inner_loop import InnerLoop
+from gmeta.meta.learner import MetaLearner
+from gmeta.meta.modulation import build_modulator
+from gmeta.models.inputs import InputSpec, input_spec
+from gmeta.models.registry import ModelFactory, build_model, features_of, find_model, is_foreign, resolved_args
+from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.system import System
+from gmeta.runs import checkpoint
+from gmeta.runs.directory import read_config, read_schema
+
+WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of rows and row gradients on the way; None: as the tables hold them."""
+
+MakeExchange = Callable[[Mapping[str, FusedTable], Mesh, torch.dtype | None], Exchange]
+
+
+def inputs_of(config: ModelConfig, schema: PackSchema) -> InputSpec:
+    """Return what the configured model reads of a pack."""
+    return input_spec(schema, features=config.features, numeric=config.numeric, embedding_dim=config.embedding_dim)
+
+
+def make_model(
+    config: ModelConfig, schema: PackSchema, *, seed: int = 0, factory: ModelFactory | None = None
+) -> nn.Module:
+    """Return the configured model for a pack; errors as `find_model`, `resolved_args` and `build_model`."""
+    factory = factory or find_model(config.name)
+    args = resolved_args(factory, config.args, config.name)
+    return build_model(factory, inputs_of(config, schema), args, name=config.name, seed=seed)
+
+
+def resolve_model(config: TrainConfig, factory: ModelFactory | None = None) -> TrainConfig:
+    """Return the config with the model's own defaults among `model.args`, so that a saved run tells all of them.
+
+    Raises ValueError where the model does not exist or does not take the arguments.
+    """
+    factory = factory or find_model(config.model.name)
+    args = resolved_args(factory, config.model.args, config.model.name)
+    return replace(config, model=replace(config.model, args=args))
+
+
+def build_system(
+    config: TrainConfig,
+    schema: PackSchema,
+    mesh: Mesh,
+    *,
+    factory: ModelFactory | None = None,
+    exchange: MakeExchange = RowExchange,
+    training: bool = True,
+) -> System:
+    """Build model, learner and tables with the config's seed; without `training`, tables have no optimizer state.
+
+    `factory` makes the model, where it is not the one that `model.name` names, and `exchange` the way that rows travel.
+
+    Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
+    """
+    if config.loss == "bce" and not schema.binary_label:
+        raise ValueError(
+            f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
+            "prepare with --label_threshold, or train with --loss mse, l1 or huber"
+        )
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    if mesh.device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
+    inputs = inputs_of(config.model, schema)
+    model = make_model(config.model, schema, seed=config.seed, factory=factory).to(mesh.device, dtype)
+    features = {name: inputs.features[name] for name in features_of(model, inputs)}
+    learner = build_learner(model, config, config.meta, features, inputs.num_numeric).to(mesh.device, dtype)
+    tables = ShardedTables(
+        table_specs(schema, features),
+        mesh=mesh,
+        seed=config.seed,
+        init_std=config.embedding.init_std,
+        dtype=dtype,
+        optimizer=config.embedding.optimizer if training else None,
+    )
+    return System(
+        learner=learner,
+        tables=tables,
+        exchange=exchange(tables.fused, mesh, WIRE[config.comm.wire]),
+        mesh=mesh,
+        dtype=dtype,
+        autocast=config.precision == "bf16",
+        num_numeric=inputs.num_numeric,
+    )
+
+
+def table_specs(schema: PackSchema, features: Mapping[str, int]) -> list[TableSpec]:
+    """Return one table per vocabulary that the features (name -> width) read; those of one vocabulary share it."""
+    specs: dict[str, TableSpec] = {}
+    for name, dim in features.items():
+        feature = schema.feature(name)
+        pooling = None if feature.kind == "categorical" else feature.pooling
+        spec = specs.setdefault(feature.table, TableSpec(feature.table, feature.num_ids, dim, {}))
+        specs[feature.table] = replace(spec, features={**spec.features, name: pooling})
+    return list(specs.values())
+
+
+def build_learner(
+    model: nn.Module, config: TrainConfig, meta: MetaConfig, features: Mapping[str, int], num_numeric: int
+) -> MetaLearner:
+    """Return the learner of a model, with the run's losses and the inner loop of `meta`.
+
+    `features` are the embedded features that the model reads, name -> width, and `num_numeric` the numeric columns.
+    """
+    modulator = None
+    if meta.modulation != "none":
+        modulator = build_modulator(
+            meta.modulation,
+            model,
+            dims=features,
+            num_numeric=num_numeric,
+            width=meta.modulation_dim,
+            clusters=meta.clusters,
+            seed=config.seed,
+        )
+    return MetaLearner(
+        model,
+        features,
+        num_numeric,
+        InnerLoop(
+            adapt=meta.adapt,
+            order=meta.order,
+            steps=meta.inner_steps,
+            lr=meta.inner_lr,
+            learn_lr=meta.learn_inner_lr,
+            loss=meta.inner_loss,
+            prior=meta.inner_prior,
+            recompute=meta.recompute,
+        ),
+        loss=config.loss,
+        modulator=modulator,
+        engine=meta.engine,
+        seed=config.seed,
+    )
+
+
+def load_system(
+    run_dir: Path, which: str, mesh: Mesh, *, factory: ModelFactory | None = None, trust_model: bool = False
+) -> tuple[System, TrainConfig]:
+    """Build a run's system and load checkpoint `which`, without optimizer state; collective.
+
+    Which packs it can read, `runs.data` says. A run that names a model of somebody's own is opened with `factory`, or
+    with `trust_model`, which imports what the run names. Raises ValueError otherwise.
+    """
+    config = read_config(run_dir)
+    schema, _ = read_schema(run_dir)
+    if factory is None and is_foreign(config.model.name) and not trust_model:
+        raise ValueError(
+            f"{run_dir} has a model of its own, {config.model.name}: loading it runs that code. Where you trust it, "
+            "say --trust_model true (from Python: gmeta.load(…, model=YourClass), or trust_model=True)"
+        )
+    path = checkpoint.resolve(run_dir / "checkpoints", which)
+    checkpoint.verify_together(path, mesh)
+    system = build_system(config, schema, mesh, factory=factory, training=False)
+    checkpoint.load_tensors(path, system.tensors(), mesh)
+    return system, config
