@@ -41,6 +41,7 @@ from torch.func import functional_call, grad, vmap
 
 from gmeta.core.batch import Examples, TaskBatch, to_device
 from gmeta.data.loader import loader_thread
+from gmeta.embedding.exchange import RowExchange
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import InputSpec
@@ -172,7 +173,14 @@ class Gmeta:
         )
         specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
         tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
-        self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=self.autocast)
+        self.system = System(
+            learner=learner,
+            tables=tables,
+            mesh=mesh,
+            dtype=torch.float32,
+            autocast=self.autocast,
+            exchange=RowExchange(tables.fused, mesh),
+        )
         self.dense = dense_optimizer(learner, lr=LR, inner_lr_lr=LR)
         self.sparse = SparseOptimizer("rowwise_adagrad", lr=LR)
         self.loader = loader_thread()
@@ -191,39 +199,38 @@ class Gmeta:
 
     def take(self, prepared: Prepared, lap: Callable[[str], object]) -> Tensor:
         """A step on a prepared batch, `lap` called at the end of each phase; the loss."""
-        rows = self.system.fetch(prepared.routes)
+        rows = self.system.exchange.fetch(prepared.routed)
         lap("fetch")
         with self.system.precision():
             loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
         lap("forward")
         loss.backward()
         lap("backward")
-        gradients = self.system.return_gradients(prepared.routes, rows)
+        gradients = self.system.exchange.return_gradients(prepared.routed, rows)
         dense_step(self.dense)
-        self.sparse.step(self.system.tables, gradients)
+        self.sparse.step(self.system.tables.fused, gradients)
         lap("updates")
         return loss.detach()
 
     def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
         """Loss and gradients on the first batch, without an update; those of rows as [features * ids, d], dense."""
         prepared = self.system.prepare(self.batches[0])
-        rows = self.system.fetch(prepared.routes)
+        rows = self.system.exchange.fetch(prepared.routed)
         loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
         loss.backward()
-        found = self.system.return_gradients(prepared.routes, rows)
-        ((group, of_rows),) = found.items()
-        layout = self.system.tables.layouts[group]
-        whole = of_rows.grad.new_zeros(layout.num_rows, layout.dim)
-        whole[layout.permutation.inverse(of_rows.rows.cpu()).to(whole.device)] = of_rows.grad
+        found = self.system.exchange.return_gradients(prepared.routed, rows)
+        ((name, of_rows),) = found.items()
+        table = self.system.tables.fused[name]
+        whole = of_rows.grad.new_zeros(table.num_rows, table.dim)
+        whole[table.permutation.inverse(of_rows.rows.cpu()).to(whole.device)] = of_rows.grad
         dense = [p.grad.clone() for p in self.system.learner.parameters() if p.grad is not None]
         self.dense.zero_grad(set_to_none=False)
         return loss.detach(), dense, whole
 
     def initial_rows(self) -> Tensor:
         """All tables' rows, [features * ids, d]."""
-        ((group, layout),) = self.system.tables.layouts.items()
-        where = layout.permutation.forward(torch.arange(layout.num_rows)).to(self.device)
-        return self.system.tables.groups[group].weight[where]
+        (table,) = self.system.tables.fused.values()
+        return table.weight[table.permutation.forward(torch.arange(table.num_rows)).to(self.device)]
 
 
 StepLoss = Callable[[nn.Module, Tensor, TaskBatch, Tensor], Tensor]

@@ -30,6 +30,7 @@ from common import Record, arguments, publish, table
 from engine import Case, make_batches
 from torch.profiler import ProfilerActivity, profile
 
+from gmeta.embedding.exchange import RowExchange
 from gmeta.embedding.table import ShardedTables, TableSpec
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import InputSpec
@@ -74,9 +75,10 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     mesh = Mesh(device=torch.device("cpu"))
     specs = [TableSpec(name, 20_000, case.dim, {name: None}) for name in case.names]
     tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
-    system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False)
+    exchange = RowExchange(tables.fused, mesh)
+    system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False, exchange=exchange)
     prepared = system.prepare(make_batches(case, 1)[0])
-    rows = system.fetch(prepared.routes)
+    rows = system.exchange.fetch(prepared.routed)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loss, _ = learner(rows, prepared.batch, prepared.index)
         loss.backward()

@@ -46,17 +46,17 @@ def train(pack_path: Path, steps: int, dim: int = 16) -> list[float]:
         specs, mesh=mesh, seed=0, init_std=0.3, dtype=torch.float32, optimizer="rowwise_adagrad"
     )
     dense, sparse = torch.optim.AdamW(learner.parameters(), lr=0.01), gmeta.SparseOptimizer("rowwise_adagrad", lr=0.1)
-    losses = []
+    exchange, losses = gmeta.RowExchange(tables.fused, mesh), []
     with gmeta.TaskLoader(
         pack.split("train"), tasks_per_batch=64, seed=0, rank=mesh.rank, world_size=mesh.world_size
     ) as loader:
         for _ in range(steps):
             batch = next(loader)
-            routes = gmeta.exchange_ids(tables, gmeta.plan_lookup(tables, batch), mesh)
-            rows = gmeta.fetch(tables, routes, mesh)  # one AlltoAll for support and query
+            routed = exchange.exchange_ids(exchange.request(batch.support, batch.query))
+            rows = exchange.fetch(routed)  # one AlltoAll for support and query
             loss, _ = learner(rows, batch)  # this rank's share: sums over tasks, divided by the global number of tasks
             loss.backward()
-            sparse.step(tables, gmeta.return_gradients(tables, routes, rows, mesh))
+            sparse.step(tables.fused, exchange.return_gradients(routed, rows))
             for parameter in learner.parameters():
                 parameter.grad = gmeta.all_reduce_sum(parameter.grad, mesh)
             dense.step()

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from gmeta.data.loader import TaskLoader
     from gmeta.data.pack import PackWriter, open_pack, verify_pack
     from gmeta.data.schema import Feature, NumericColumn, PackSchema
-    from gmeta.embedding.exchange import exchange_ids, fetch, return_gradients
-    from gmeta.embedding.lookup import plan_lookup
+    from gmeta.embedding.exchange import RowExchange
     from gmeta.embedding.table import ShardedTables, TableSpec
     from gmeta.meta.learner import MetaLearner
     from gmeta.optim.sparse import SparseOptimizer
@@ -29,8 +28,7 @@ _HOMES = {
     "gmeta.data.loader": ("TaskLoader",),
     "gmeta.data.pack": ("PackWriter", "open_pack", "verify_pack"),
     "gmeta.data.schema": ("Feature", "NumericColumn", "PackSchema"),
-    "gmeta.embedding.exchange": ("exchange_ids", "fetch", "return_gradients"),
-    "gmeta.embedding.lookup": ("plan_lookup",),
+    "gmeta.embedding.exchange": ("RowExchange",),
     "gmeta.embedding.table": ("ShardedTables", "TableSpec"),
     "gmeta.meta.learner": ("MetaLearner",),
     "gmeta.optim.sparse": ("SparseOptimizer",),
@@ -47,6 +45,7 @@ __all__ = [
     "NumericColumn",
     "PackSchema",
     "PackWriter",
+    "RowExchange",
     "ShardedTables",
     "SparseOptimizer",
     "TableSpec",
@@ -55,12 +54,8 @@ __all__ = [
     "TrainConfig",
     "all_reduce_sum",
     "close_mesh",
-    "exchange_ids",
-    "fetch",
     "open_mesh",
     "open_pack",
-    "plan_lookup",
-    "return_gradients",
     "verify_pack",
 ]
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.data.shards import one_valued
-from gmeta.embedding.table import GroupLayout, ShardedTables
+from gmeta.embedding.table import FusedTable, ShardedTables
 from gmeta.meta.learner import MetaLearner
 from ps_baseline.taskfiles import StoredTask, TaskFiles
 
@@ -89,32 +89,31 @@ class Task:
         return len(self.support.label) + len(self.query.label)
 
 
-def only_layout(tables: ShardedTables) -> GroupLayout:
-    """The one physical table of a gmeta model (all its features have one width)."""
-    (layout,) = tables.layouts.values()
-    return layout
+def only_table(tables: ShardedTables) -> FusedTable:
+    """The one fused table of a gmeta model (all its features have one width)."""
+    (table,) = tables.fused.values()
+    return table
 
 
 def describe(learner: MetaLearner, tables: ShardedTables, files: TaskFiles) -> Features:
     """What of a task file the model reads, and where the rows are."""
-    layout = only_layout(tables)
+    table = only_table(tables)
     stored = one_valued(files.schema)
     adapted = set(learner.adapted.features)
-    flat = [name for name in learner.embedding_features if tables.features[name].pooling is None]
+    flat = [name for name in learner.embedding_features if table.pooling(name) is None]
     names = [name for name in flat if name in adapted] + [name for name in flat if name not in adapted]
-    bags = [name for name in learner.embedding_features if tables.features[name].pooling is not None]
-    slots = tables.features
+    bags = [name for name in learner.embedding_features if table.pooling(name) is not None]
     chunks = [
-        layout.permutation.forward(torch.arange(start, min(start + _CHUNK, layout.num_rows)))
-        for start in range(0, layout.num_rows, _CHUNK)
+        table.permutation.forward(torch.arange(start, min(start + _CHUNK, table.num_rows)))
+        for start in range(0, table.num_rows, _CHUNK)
     ]
-    ranges = [layout.local_range(server) for server in range(layout.world_size)]
+    ranges = [table.local_range(server) for server in range(tables.mesh.world_size)]
     return Features(
         names=tuple(names),
         num_adapted=sum(name in adapted for name in names),
         columns=np.array([stored.index(name) for name in names], np.int64),
-        offsets=np.array([slots[name].offset for name in names], np.int64).reshape(-1, 1),
-        bags=tuple(BagFeature(n, n in adapted, slots[n].pooling == "mean", slots[n].offset) for n in bags),
+        offsets=np.array([table.offset(name) for name in names], np.int64).reshape(-1, 1),
+        bags=tuple(BagFeature(n, n in adapted, table.pooling(n) == "mean", table.offset(n)) for n in bags),
         row_of=torch.cat(chunks).numpy(),
         bounds=np.array([0, *(part.stop for part in ranges)], np.int64),
     )

@@ -19,7 +19,7 @@ from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import PeerLost
 from ps_baseline import wire
-from ps_baseline.plan import only_layout
+from ps_baseline.plan import only_table
 from ps_baseline.session import ANSWER, STATS, Flat, Session, flatten, tables_state
 from ps_baseline.wire import Links, Wire
 
@@ -44,7 +44,7 @@ class Shard:
     sparse: SparseOptimizer
     first_row: int
     weight: Tensor  # [local rows, d]
-    group: str
+    table: str  # name of the fused table
     step: int = 0
 
 
@@ -60,15 +60,15 @@ def open_shard(session: Session) -> Shard:
     rates = {"lr": config.dense.lr, "inner_lr_lr": config.dense.inner_lr_lr}
     dense = dense_optimizer(system.learner, **rates, weight_decay=config.dense.weight_decay) if mine else None
     embedding = config.embedding
-    layout = only_layout(system.tables)
+    table = only_table(system.tables)
     return Shard(
         session=session,
         flat=flat,
         dense=dense,
         sparse=SparseOptimizer(embedding.optimizer, lr=embedding.lr, weight_decay=embedding.weight_decay),
-        first_row=layout.local_range(server).start,
-        weight=system.tables.groups[layout.name].weight,
-        group=layout.name,
+        first_row=table.local_range(server).start,
+        weight=table.weight,
+        table=table.name,
     )
 
 
@@ -196,4 +196,4 @@ def _sum_over_servers(value: float, shard: Shard, links: Links) -> float:
 def _apply(shard: Shard, rows: RowGradients, clip: Tensor | None, lr: float) -> None:
     if shard.dense is not None:
         dense_step(shard.dense, lr_scale=lr, grad_scale=clip)
-    shard.sparse.step(shard.session.system.tables, {shard.group: rows}, lr_scale=lr, grad_scale=clip)
+    shard.sparse.step(shard.session.system.tables.fused, {shard.table: rows}, lr_scale=lr, grad_scale=clip)

@@ -35,6 +35,7 @@ from gmeta.recommender.system import build_system
 from gmeta.runs import checkpoint
 from gmeta.runs.directory import prepare_run_dir, run_lock
 from gmeta.runs.log import RunLog
+from ps_baseline.plan import only_table
 from ps_baseline.server import serve
 from ps_baseline.session import Session, open_session
 from ps_baseline.taskfiles import TaskFiles, open_task_files
@@ -234,8 +235,8 @@ def save(session: Session, files: TaskFiles, client: Client, last: StepRecord) -
     with torch.no_grad():
         for name, p in whole.learner.named_parameters():
             p.copy_(parameters[name])
-    layout = next(iter(session.system.tables.layouts.values()))
-    ranges = [layout.local_range(server) for server in range(session.place.servers)]
+    table = only_table(session.system.tables)
+    ranges = [table.local_range(server) for server in range(session.place.servers)]
     rows = [value for _, value in sorted(whole.tables.state_dict().items())]
     client.pull_state([[value[part.start : part.stop] for value in rows] for part in ranges])
     state = {

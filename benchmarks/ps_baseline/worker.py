@@ -17,7 +17,7 @@ from torch import Tensor
 from gmeta.config.train import TrainConfig
 from gmeta.data.order import num_batches, split_slots, window_of_batches
 from ps_baseline import wire
-from ps_baseline.plan import Features, Task, describe, only_layout, plan_task
+from ps_baseline.plan import Features, Task, describe, only_table, plan_task
 from ps_baseline.server import require_finite
 from ps_baseline.session import ANSWER, STATS, Flat, Session, flatten
 from ps_baseline.step import Step, choose
@@ -98,9 +98,9 @@ class Client:
         self.flat: list[Flat] = [
             flatten(session.parameters(server), session.system.dtype) for server in range(len(self.servers))
         ]
-        layout = only_layout(session.system.tables)
-        self.dim, self.dtype = layout.dim, session.system.dtype
-        self.bounds = torch.tensor([layout.local_range(server).stop for server in range(len(self.servers))])
+        table = only_table(session.system.tables)
+        self.dim, self.dtype = table.dim, session.system.dtype
+        self.bounds = torch.tensor([table.local_range(server).stop for server in range(len(self.servers))])
 
     def pull_dense(self) -> None:
         """The dense weights, into the model's parameters."""

@@ -1,43 +1,42 @@
 """Rows to the workers that need them, gradients back to the workers that own them.
 
-One fetch and one return a step, for support and query together, both outside the inner loop (G-Meta,
-arXiv 2401.04338). Ids are a function of the batch alone, so their exchange is no part of the step: it runs ahead, on
-the host, in the loader's thread, and leaves to the step an AlltoAll of rows and one of gradients, all sizes known.
+A step makes one fetch and one return, for support and query together, both outside the inner loop (G-Meta,
+arXiv 2401.04338). Ids are a function of the batch alone, so their exchange is no part of the step: the loader's thread
+does it ahead, on the host. It leaves to the step one AlltoAll of rows and one of gradients, whose sizes are known.
 With U unique rows of width d in float32 a worker moves 8U bytes of ids, 4dU of rows and 4dU of gradients, of which
 about (N - 1) / N go to other workers.
 
-The exchange is a chain of hops, each an AlltoAll inside one process group. One stage is one hop, to the owners. Two
-stages are two: a worker asks inside its node, of the peer that has there the place that the owner has in its own; that
-peer asks the owner once for what its whole node wants of it. Rows come back through the hops in reverse, gradients
-follow the ids and are added up at every hop.
+The exchange is a chain of hops. Each hop is an AlltoAll inside one process group. With one stage there is one hop, to
+the owners. With two stages there are two: a worker asks the peer of its own node that has the same position in the
+node as the owner has in its own, and that peer asks the owner once for all that its node wants. Rows come back through
+the hops in reverse. Gradients follow the ids and are added up at every hop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gmeta.core.batch import EmbeddedRows, Lookup, to_device
-from gmeta.core.batch import RowGradients as RowGradients
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, RowGradients, to_device
 from gmeta.core.selection import Ints, Selection, distinct, product
-from gmeta.embedding.lookup import LookupPlan, peer_of
-from gmeta.embedding.table import ShardedTables
+from gmeta.embedding.lookup import RowRequest, peer_of, request_rows
+from gmeta.embedding.table import FusedTable
 from gmeta.parallel.collectives import all_to_all, exchange_counts
 from gmeta.parallel.mesh import ExchangeStage, Mesh
-from gmeta.parallel.traffic import Asked, CommStats, Traffic, predicted_traffic
+from gmeta.parallel.traffic import ID_BYTES, CommStats, Traffic, add_all_reduce
 
 _EXPONENT = 1  # columns that fp16 gradients carry besides their own
-_MARK = 2.0**-100  # of a row that was used and has no gradient
+_MARK = 2.0**-100  # marks a row that was used and has no gradient
 
 
 @dataclass(frozen=True)
 class Hop:
-    """What one stage's AlltoAll moves for one `Ask`."""
+    """What one stage's AlltoAll moves for one fused table."""
 
     send: list[int]  # rows asked of each peer
     receive: list[int]  # rows that each peer asks of this rank
@@ -45,74 +44,201 @@ class Hop:
 
 
 @dataclass(frozen=True)
-class Leg:
-    """One `Ask` from here to the owners."""
+class RowRoute:
+    """How the rows of one fused table travel between this worker and their owners, for one batch."""
 
-    group: str
-    hops: tuple[Hop, ...]  # one a stage
-    take: Tensor  # int64, rows of this worker's shard that peers ask for in the last hop
+    hops: tuple[Hop, ...]  # one a stage; none in one process
+    take: Tensor  # int64, rows of this worker's part that peers ask for in the last hop, in the order of the peers
+    owned: Tensor  # int64 [R], rows of this worker's part that anyone asked for, unique, ascending
+    merge: Selection | None  # [R, len(take)], adds up gradients; None where they arrive one a row, in this order
 
-
-@dataclass(frozen=True)
-class Owned:
-    """Rows of this worker's shard that anyone asked for."""
-
-    rows: Tensor  # int64 [R] positions in the shard, unique, ascending
-    merge: Selection | None  # [R, gradients that arrive]; None where they arrive in this order, one a row
+    @property
+    def num_rows(self) -> int:
+        """Rows that this worker asked for."""
+        return sum(self.hops[0].send) if self.hops else len(self.take)
 
 
 @dataclass(frozen=True)
-class Routes:
-    """A `LookupPlan` after ids were exchanged: who sends which rows to whom. Tensors are on the mesh's device."""
+class RoutedRequest:
+    """A `RowRequest` after ids were exchanged: who sends which rows to whom. Tensors are on the mesh's device."""
 
-    num_rows: dict[str, int]
-    legs: tuple[Leg, ...]
-    first: dict[str, Tensor | None]
-    owned: dict[str, Owned]
+    routes: dict[str, RowRoute]  # by fused table
     support: dict[str, Lookup]
     query: dict[str, Lookup]
-    traffic: CommStats  # of this batch; `fetch` and `return_gradients` add theirs
+    traffic: CommStats  # what was sent for this batch until now
 
 
-def exchange_ids(tables: ShardedTables, plan: LookupPlan, mesh: Mesh) -> Routes:
-    """Tell the owners, through every stage, which rows this worker needs, and plan what will come back.
+class Exchange(Protocol):
+    """How a batch's rows travel. `RowExchange` is the way; benchmarks compare it with others.
 
-    Collective over gloo groups that nothing else uses, so that a background thread may do it while the step runs, as
-    long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
+    What is learned must not depend on the way: rows are read as their owners hold them (rounded to the wire's type),
+    and all gradients of a row reach its owner.
     """
-    traffic = CommStats(mesh.rank)
-    rows: list[Ints] = [ask.rows.numpy() for ask in plan.asks]
-    hops: list[list[Hop]] = [[] for _ in rows]
-    for stage in mesh.stages:
-        layouts = [tables.layouts[ask.group] for ask in plan.asks]
-        send = [
-            np.bincount(peer_of(part, layout, stage), minlength=len(stage.ranks)).tolist()
-            for part, layout in zip(rows, layouts, strict=True)
+
+    def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
+        """The rows that a batch needs. Local; the loader's thread calls it."""
+
+    def exchange_ids(self, request: RowRequest) -> RoutedRequest:
+        """Tell the owners which rows this worker needs. Collective; the loader's thread calls it ahead of the step."""
+
+    def fetch(self, routed: RoutedRequest) -> EmbeddedRows:
+        """Fetch the rows from their owners. Collective.
+
+        A fused table of which nothing is asked gets a leaf of one zero row, so that padded positions have something to
+        point at.
+        """
+
+    def return_gradients(
+        self, routed: RoutedRequest, rows: EmbeddedRows, used: Mapping[str, Tensor] | None = None
+    ) -> dict[str, RowGradients]:
+        """Send `rows.weights[...].grad` home and add what arrives for one row. Collective, once after each `fetch`."""
+
+    def expected_traffic(
+        self, routed: RoutedRequest, *, control_bytes: Sequence[int] = (), marked: bool = False
+    ) -> CommStats:
+        """What the formulas say that a step with these routes sends; `routed.traffic` has what it sent.
+
+        `control_bytes` are the sizes of the step's small AllReduces; `marked` says that `used` was given. Dense layers
+        predict what they send themselves (`optim.dense.Dense`).
+        """
+
+
+class RowExchange:
+    """One request, one fetch and one return a step, each row once.
+
+    `tables` are a model's fused tables (`ShardedTables.fused`). `wire` is the type of rows and gradients on the way;
+    None sends them as the tables hold them. Gradients are always summed in the tables' own type.
+    """
+
+    def __init__(self, tables: Mapping[str, FusedTable], mesh: Mesh, wire: torch.dtype | None = None) -> None:
+        self._tables = tables
+        self._mesh = mesh
+        self._wire = wire
+
+    def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
+        """The rows that support and query, or one of them, need; see `request_rows`."""
+        return request_rows(self._tables, support, query)
+
+    def exchange_ids(self, request: RowRequest) -> RoutedRequest:
+        """Tell the owners, through every stage, which rows this worker needs, and prepare what will come back.
+
+        Collective, over gloo groups that nothing else uses, so that a background thread may do it while the step runs,
+        as long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
+        """
+        mesh, traffic = self._mesh, CommStats(self._mesh.rank)
+        rows: dict[str, Ints] = {name: request.rows[name].numpy() for name in self._tables}
+        hops: dict[str, list[Hop]] = {name: [] for name in rows}
+        for stage in mesh.stages:
+            size = len(stage.ranks)
+            send = [
+                np.bincount(peer_of(rows[name], table, stage), minlength=size).tolist()
+                for name, table in self._tables.items()
+            ]
+            receive = _exchange_counts(send, stage, mesh, traffic)
+            arrived = _exchange_rows(list(rows.values()), send, receive, stage, mesh, traffic)
+            for name, asked, out, into in zip(rows, arrived, send, receive, strict=True):
+                merge = None
+                rows[name] = asked
+                if stage is not mesh.stages[-1]:
+                    rows[name], _, merge = distinct(asked, self._tables[name].num_rows)
+                hops[name].append(Hop(out, into, merge))
+        routes = {name: self._route(table, rows[name], hops[name]) for name, table in self._tables.items()}
+        moved = to_device((routes, request.support, request.query), mesh.device)
+        return RoutedRequest(*moved, traffic)
+
+    def _route(self, table: FusedTable, asked: Ints, hops: list[Hop]) -> RowRoute:
+        """`asked`: the physical rows that peers ask of this worker in the last hop."""
+        take = asked - table.local_range(self._mesh.rank).start
+        if not hops:  # one worker: what it asked of itself is unique and ascending
+            return RowRoute((), torch.from_numpy(take), torch.from_numpy(take), None)
+        owned, _, merge = distinct(take, table.num_rows)
+        return RowRoute(tuple(hops), torch.from_numpy(take), torch.from_numpy(owned), merge)
+
+    def fetch(self, routed: RoutedRequest) -> EmbeddedRows:
+        """Fetch the rows from their owners: an AlltoAll a stage for each fused table. Waits for no device.
+
+        Collective. With a `wire` type rows are rounded to it, also those that stay here, so that what is learned does
+        not depend on who owns a row.
+        """
+        mesh, routes = self._mesh, routed.routes
+        values = [
+            self._tables[name].weight.index_select(0, route.take).to(self._wire) for name, route in routes.items()
         ]
-        receive = _exchange_counts(send, stage, mesh, traffic)
-        rows = _exchange_rows(rows, send, receive, stage, mesh, traffic)
-        for i, layout in enumerate(layouts):
-            merge = None
-            if stage is not mesh.stages[-1]:
-                rows[i], _, merge = distinct(rows[i], layout.num_rows)
-            hops[i].append(Hop(send[i], receive[i], merge))
-    legs, owned = [], {}
-    for ask, part, chain in zip(plan.asks, rows, hops, strict=True):
-        start = tables.layouts[ask.group].local_range(mesh.rank).start
-        legs.append(Leg(ask.group, tuple(chain), torch.from_numpy(part - start if start else part)))
-    for name, layout in tables.layouts.items():
-        arriving = _joined([leg.take for leg in legs if leg.group == name])
-        if not mesh.stages and plan.first[name] is None:
-            owned[name] = Owned(arriving, None)  # one worker: what it asked of itself is unique and ascending
-        else:
-            unique, _, matrix = distinct(arriving.numpy(), layout.num_rows)
-            owned[name] = Owned(torch.from_numpy(unique), matrix)
-    moved = to_device((tuple(legs), plan.first, owned, plan.support, plan.query), mesh.device)
-    return Routes(plan.num_rows, *moved, traffic)
+        for depth, stage in reversed(list(enumerate(mesh.stages))):
+            coming = []
+            for route, value in zip(routes.values(), values, strict=True):
+                hop = route.hops[depth]
+                if hop.merge is not None:
+                    value = value.index_select(0, hop.merge.rows)
+                coming.append(all_to_all(value, hop.receive, hop.send, stage.rows, mesh))
+                _count(routed.traffic.rows, coming[-1].result, hop.send, stage)
+            values = [pending.wait() for pending in coming]
+        leaves = {name: as_leaf(value.to(self._tables[name].dtype)) for name, value in zip(routes, values, strict=True)}
+        return EmbeddedRows(leaves, routed.support, routed.query)
+
+    def return_gradients(
+        self, routed: RoutedRequest, rows: EmbeddedRows, used: Mapping[str, Tensor] | None = None
+    ) -> dict[str, RowGradients]:
+        """Send `rows.weights[...].grad` home and add what arrives for one row. Collective, once after each `fetch`.
+
+        Gradients of a row are added in the tables' type, in the order of the ranks they come from, so that runs repeat
+        bitwise. A leaf that no graph reached (its grad is None) returns zeros: its rows were fetched, hence took part.
+
+        Where some tasks were left for later, `used[table]` (bool [U]) says on every rank which rows the others read.
+        Rows that nobody used did not take part and are not returned. This costs one more column.
+        """
+        mesh, wire, routes = self._mesh, self._wire, routed.routes
+        values = [
+            _outgoing(rows.weights[name], route.num_rows, None if used is None else used[name])
+            for name, route in routes.items()
+        ]
+        dtypes = [self._tables[name].dtype for name in routes]
+        if not mesh.stages:
+            values = [_decode(_encode(value, wire), dtype, wire) for value, dtype in zip(values, dtypes, strict=True)]
+        for depth, stage in enumerate(mesh.stages):
+            coming = []
+            for route, value in zip(routes.values(), values, strict=True):
+                hop = route.hops[depth]
+                sent = _encode(value, wire)
+                coming.append(all_to_all(sent, hop.send, hop.receive, stage.rows, mesh))
+                _count(routed.traffic.gradients, sent, hop.send, stage)
+            values = [_decode(pending.wait(), dtype, wire) for pending, dtype in zip(coming, dtypes, strict=True)]
+            merges = [route.hops[depth].merge for route in routes.values()]
+            values = [_added(value, merge) for value, merge in zip(values, merges, strict=True)]
+        out = {}
+        for (name, route), value in zip(routes.items(), values, strict=True):
+            grad = _added(value, route.merge)
+            out[name] = RowGradients(route.owned, grad)
+            if used is not None:
+                took_part = grad[:, -1] > 0
+                out[name] = RowGradients(route.owned[took_part], grad[took_part, :-1])
+        return out
+
+    def expected_traffic(
+        self, routed: RoutedRequest, *, control_bytes: Sequence[int] = (), marked: bool = False
+    ) -> CommStats:
+        """What the formulas say that a step with these routes sends: 8 U, b d U and b d U bytes a stage.
+
+        U is counted by the peer asked. With two stages the second's U is what this rank asks for its whole node.
+        """
+        expected = CommStats(self._mesh.rank)
+        for depth, stage in enumerate(self._mesh.stages):
+            expected.counts.add(dict.fromkeys(stage.ranks, ID_BYTES * len(routed.routes)))
+            for name, route in routed.routes.items():
+                table, asked = self._tables[name], dict(zip(stage.ranks, route.hops[depth].send, strict=True))
+                size = (self._wire or table.dtype).itemsize
+                sent = table.dim + marked + _EXPONENT * (self._wire == torch.float16)
+                expected.ids.add({peer: ID_BYTES * count for peer, count in asked.items()})
+                expected.rows.add({peer: size * table.dim * count for peer, count in asked.items()})
+                expected.gradients.add({peer: size * sent * count for peer, count in asked.items()})
+        for size in control_bytes:
+            add_all_reduce(expected.control, size, self._mesh.world_size)
+        return expected
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def as_leaf(rows: Tensor) -> Tensor:
+    """Fetched rows [U, d] as a leaf of the graph; one zero row where there is none."""
+    return (rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])).requires_grad_()
 
 
 def _exchange_counts(send: list[list[int]], stage: ExchangeStage, mesh: Mesh, traffic: CommStats) -> list[list[int]]:
@@ -129,7 +255,7 @@ def _exchange_rows(
     mesh: Mesh,
     traffic: CommStats,
 ) -> list[Ints]:
-    """What peers ask of this rank, in the order of the peers, for each `Ask`."""
+    """The rows that peers ask of this rank, in the order of the peers, for each fused table."""
     coming = []
     for part, out, into in zip(rows, send, receive, strict=True):
         ids = torch.from_numpy(part)
@@ -139,106 +265,31 @@ def _exchange_rows(
 
 
 def _count(traffic: Traffic, rows: Tensor, counts: Sequence[int], stage: ExchangeStage) -> None:
-    """Book `counts` rows, of the size that those of `rows` have, by peer."""
+    """Count `counts` rows, by peer, each of the size that a row of `rows` has."""
     size = rows.nbytes // max(1, rows.shape[0])
     traffic.add({rank: size * n for rank, n in zip(stage.ranks, counts, strict=True)})
 
 
-def fetch(tables: ShardedTables, routes: Routes, mesh: Mesh, wire: torch.dtype | None = None) -> EmbeddedRows:
-    """Fetch the rows from their owners: an AlltoAll a stage. Collective; waits for no device.
-
-    With a `wire` type rows are rounded to it, also those that stay here, so that what is learned does not depend on
-    who owns a row. A group of which nothing is asked gets one zero row, so that padded positions have something to
-    point at.
-    """
-    weights = [tables.groups[leg.group].weight for leg in routes.legs]
-    values = [w.index_select(0, leg.take).to(wire) for w, leg in zip(weights, routes.legs, strict=True)]
-    for depth, stage in reversed(list(enumerate(mesh.stages))):
-        coming = []
-        for leg, value in zip(routes.legs, values, strict=True):
-            hop = leg.hops[depth]
-            if hop.merge is not None:
-                value = value.index_select(0, hop.merge.rows)
-            coming.append(all_to_all(value, hop.receive, hop.send, stage.rows, mesh))
-            _count(routes.traffic.rows, coming[-1].result, hop.send, stage)
-        values = [pending.wait() for pending in coming]
-    leaves = {}
-    for name, parts in groupby(zip(routes.legs, values, strict=True), lambda item: item[0].group):
-        leaves[name] = _leaf([value for _, value in parts], routes.first[name], tables.dtype)
-    return EmbeddedRows(leaves, routes.support, routes.query)
+def _added(values: Tensor, merge: Selection | None) -> Tensor:
+    return values if merge is None else product(values, merge)
 
 
-def _leaf(parts: list[Tensor], first: Tensor | None, dtype: torch.dtype) -> Tensor:
-    rows = _joined(parts)
-    rows = (rows if first is None else rows.index_select(0, first)).to(dtype)
-    return (rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])).requires_grad_()
-
-
-def return_gradients(
-    tables: ShardedTables,
-    routes: Routes,
-    rows: EmbeddedRows,
-    mesh: Mesh,
-    wire: torch.dtype | None = None,
-    *,
-    used: Mapping[str, Tensor] | None = None,
-) -> dict[str, RowGradients]:
-    """Send `rows.weights[...].grad` home and add what arrives for one row; collective, once after each `fetch`.
-
-    Gradients of a row are added in the table's type, in the order of the ranks they come from, so that runs repeat
-    bitwise. Rows that no graph reached (grad is None) return zeros: they were fetched, hence took part in the step. Of
-    a row that was fetched more than once the first copy carries the gradient, and the others zeros.
-
-    Where some tasks were left for later, `used[group]` (bool [U]) says which rows the others read, on every rank: rows
-    that nobody used did not take part, and are not returned. This costs one more column.
-    """
-    values: list[Tensor] = []
-    for name, weight in rows.weights.items():
-        values += _outgoing(name, routes, weight, None if used is None else used[name], mesh)
-    if not mesh.stages:
-        values = [_decode(_encode(value, wire), tables.dtype, wire) for value in values]
-    for depth, stage in enumerate(mesh.stages):
-        coming = []
-        for leg, value in zip(routes.legs, values, strict=True):
-            hop = leg.hops[depth]
-            sent = _encode(value, wire)
-            coming.append(all_to_all(sent, hop.send, hop.receive, stage.rows, mesh))
-            _count(routes.traffic.gradients, sent, hop.send, stage)
-        values = [_decode(pending.wait(), tables.dtype, wire) for pending in coming]
-        merges = [leg.hops[depth].merge for leg in routes.legs]
-        values = [v if m is None else product(v, m) for v, m in zip(values, merges, strict=True)]
-    out = {}
-    for name, owned in routes.owned.items():
-        grad = _joined([value for leg, value in zip(routes.legs, values, strict=True) if leg.group == name])
-        grad = grad if owned.merge is None else product(grad, owned.merge)
-        out[name] = RowGradients(owned.rows, grad)
-        if used is not None:
-            took_part = grad[:, -1] > 0
-            out[name] = RowGradients(owned.rows[took_part], grad[took_part, :-1])
-    return out
-
-
-def _outgoing(name: str, routes: Routes, weight: Tensor, used: Tensor | None, mesh: Mesh) -> Sequence[Tensor]:
-    """The gradients that each leg of a group sends off."""
-    grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    grad = grad[: routes.num_rows[name]]
-    if used is not None:  # marked by a number of the row's own size, which fp16's scaling keeps
-        mark = grad.abs().amax(1).clamp(min=_MARK) * used[: grad.shape[0]]
-        grad = torch.cat([grad, mark[:, None]], 1)
-    first = routes.first[name]
-    if first is None:
-        return [grad]
-    sizes = [sum(leg.hops[0].send) if mesh.stages else len(leg.take) for leg in routes.legs if leg.group == name]
-    copies = grad.new_zeros(sum(sizes), grad.shape[1]).index_copy_(0, first, grad)
-    return torch.split(copies, sizes)
+def _outgoing(weight: Tensor, num_rows: int, used: Tensor | None) -> Tensor:
+    """The gradient of a leaf, as it sets off: [num_rows, d], or [num_rows, d + 1] with the mark of used rows."""
+    grad = (torch.zeros_like(weight) if weight.grad is None else weight.grad)[:num_rows]
+    if used is None:
+        return grad
+    # the mark is a number of the row's own size, so that fp16's scaling keeps it
+    mark = grad.abs().amax(1).clamp(min=_MARK) * used[:num_rows]
+    return torch.cat([grad, mark[:, None]], 1)
 
 
 def _encode(grad: Tensor, wire: torch.dtype | None) -> Tensor:
     """Gradients [n, d] as they travel: as they are, in bf16 [n, d], or in fp16 [n, d + 1].
 
-    fp16 spans 6e-8 to 65504 and gradients divided by the global number of tasks are small, so that each row is scaled
-    by a power of two, which brings its largest number into [0.5, 1) and travels as one more column. Infinite and NaN
-    gradients stay so.
+    fp16 spans 6e-8 to 65504, and gradients divided by the global number of tasks are small. So each row is scaled by a
+    power of two that brings its largest number into [0.5, 1), and the exponent travels as one more column. Infinite
+    and NaN gradients stay so.
     """
     if wire != torch.float16:
         return grad.to(wire)
@@ -251,25 +302,3 @@ def _decode(values: Tensor, dtype: torch.dtype, wire: torch.dtype | None) -> Ten
         return values.to(dtype)
     values = values.to(dtype)
     return values[:, :-_EXPONENT] * torch.exp2(values[:, -_EXPONENT:])
-
-
-def expected_traffic(
-    tables: ShardedTables,
-    routes: Routes,
-    mesh: Mesh,
-    wire: torch.dtype | None = None,
-    *,
-    control_bytes: Sequence[int] = (),
-    marked: bool = False,
-) -> CommStats:
-    """What the formulas of `predicted_traffic` say about a step with these routes; `marked`: which rows were used."""
-    size = (wire or tables.dtype).itemsize
-    stages = []
-    for depth, stage in enumerate(mesh.stages):
-        asked = []
-        for leg in routes.legs:
-            dim = tables.layouts[leg.group].dim
-            rows: Mapping[int, int] = dict(zip(stage.ranks, leg.hops[depth].send, strict=True))
-            asked.append(Asked(rows, dim * size, (dim + marked + _EXPONENT * (wire == torch.float16)) * size))
-        stages.append(asked)
-    return predicted_traffic(mesh.rank, mesh.world_size, stages, control_bytes=control_bytes)

@@ -1,9 +1,9 @@
 """Row-sharded embedding tables with their optimizer state beside the rows.
 
-Logical tables of one width are fused into one physical group. Row `id` of a table has the key offset[table] + id;
-a seeded bijection sends keys to physical rows, and worker r holds the contiguous rows [r * c, (r + 1) * c) with
-c = ceil(N / workers), the placement of `DTensor` with `Shard(0)`. Keys, initial rows and optimizer steps never
-depend on the number of workers.
+Logical tables of one width are fused into one physical table of N rows. The id `i` of a logical table has the key
+offset[table] + i. A seeded bijection sends keys to physical rows. Worker r holds the contiguous rows
+[r * c, (r + 1) * c) with c = ceil(N / workers), as `DTensor` does with `Shard(0)`. Keys, initial rows and optimizer
+steps never depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from gmeta.core.batch import Pooling
-from gmeta.embedding.permutation import Permutation, normal_rows, table_key
+from gmeta.embedding.permutation import RowPermutation, normal_rows, table_key
 from gmeta.parallel.mesh import Mesh
 
-# Optimizer state by name: whether a row has one value per column (True) or one in all, and its dtype (None: the rows').
 STATE: dict[str, dict[str, tuple[bool, torch.dtype | None]]] = {
     "sgd": {},
     "rowwise_adagrad": {"sum_squares": (False, None)},
     "adam": {"exp_avg": (True, None), "exp_avg_sq": (True, None), "steps": (False, torch.int32)},
 }
-_FILL_ROWS = 1 << 12  # rows initialised at a time: temporaries stay in the cache
-_FREE_SHARE = 0.9  # of free memory that tables may take; activations and buffers need the rest
+"""Optimizer -> its state by name: whether a row has a value for each column or one in all, and the dtype (None: the
+rows' own)."""
+
+_FILL_ROWS = 1 << 12  # rows that are initialised at a time, so that temporaries stay in the cache
+_FREE_FRACTION = 0.9  # of the free memory, which tables may take; activations and buffers need the rest
 
 
 @dataclass(frozen=True)
@@ -43,69 +46,108 @@ class TableSpec:
     features: dict[str, Pooling | None]  # feature -> pooling of a many-valued one, None for a one-valued one
 
 
-@dataclass(frozen=True)
-class GroupLayout:
-    """One physical table: the logical tables of one width behind each other, permuted, cut over workers."""
+@dataclass(frozen=True, kw_only=True)
+class FusedTable:
+    """One physical table: the logical tables of one width behind each other, permuted, cut over workers.
+
+    `weight` and `state` hold this worker's rows. Each is allocated when it is first used.
+    """
 
     name: str
-    dim: int
-    tables: tuple[TableSpec, ...]
+    specs: tuple[TableSpec, ...]  # the logical tables, all of one width
+    mesh: Mesh
     seed: int
-    world_size: int
+    init_std: float
+    dtype: torch.dtype
+    optimizer: str | None
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+        return self.specs[0].dim
 
     @cached_property
-    def offsets(self) -> dict[str, int]:
-        """Table name -> first key."""
-        out, total = {}, 0
-        for table in self.tables:
-            out[table.name] = total
-            total += table.num_ids
-        return out
-
-    @property
     def num_rows(self) -> int:
         """Rows on all workers."""
-        return sum(table.num_ids for table in self.tables)
+        return sum(spec.num_ids for spec in self.specs)
 
     @property
-    def chunk(self) -> int:
-        """Rows a worker, the last ones may have fewer: torch.chunk's rule, which Shard(0) follows."""
-        return -(-self.num_rows // self.world_size)
-
-    @property
-    def permutation(self) -> Permutation:
-        """Key <-> physical row."""
-        return Permutation(self.num_rows, self.seed)
+    def rows_per_worker(self) -> int:
+        """Rows of a worker; the last ones may have fewer. This is torch.chunk's rule, which Shard(0) follows."""
+        return -(-self.num_rows // self.mesh.world_size)
 
     def local_range(self, rank: int) -> range:
         """Physical rows of worker `rank`; may be empty."""
-        return range(min(rank * self.chunk, self.num_rows), min((rank + 1) * self.chunk, self.num_rows))
+        size, total = self.rows_per_worker, self.num_rows
+        return range(min(rank * size, total), min((rank + 1) * size, total))
 
+    @cached_property
+    def offsets(self) -> dict[str, int]:
+        """Name of a logical table -> key of its id 0."""
+        ends = accumulate((spec.num_ids for spec in self.specs), initial=0)
+        return dict(zip((spec.name for spec in self.specs), ends, strict=False))
 
-@dataclass(frozen=True)
-class Slot:
-    """Where a feature's ids live."""
+    @cached_property
+    def features(self) -> dict[str, TableSpec]:
+        """Feature -> the logical table that it looks up."""
+        return {feature: spec for spec in self.specs for feature in spec.features}
 
-    group: str
-    offset: int  # key of id 0
-    num_ids: int
-    table: str
-    pooling: Pooling | None
+    def pooling(self, feature: str) -> Pooling | None:
+        """How a many-valued feature is pooled; None for a one-valued feature."""
+        return self.features[feature].features[feature]
 
+    def offset(self, feature: str) -> int:
+        """Key of the feature's id 0."""
+        return self.offsets[self.features[feature].name]
 
-@dataclass(frozen=True)
-class TableGroup:
-    """This worker's rows of one group, and the optimizer's state for them."""
+    @property
+    def permutation(self) -> RowPermutation:
+        """Key <-> physical row."""
+        return RowPermutation(self.num_rows, self.seed)
 
-    weight: Tensor  # [local rows, dim]
-    state: dict[str, Tensor]  # [local rows] or [local rows, dim]
+    @cached_property
+    def weight(self) -> Tensor:
+        """This worker's rows, [local rows, dim]."""
+        rows = self.local_range(self.mesh.rank)
+        weight = torch.empty(len(rows), self.dim, dtype=self.dtype, device=self.mesh.device)
+        offsets = torch.tensor(list(self.offsets.values()))
+        table_keys = torch.from_numpy(
+            np.array([table_key(self.seed, spec.name) for spec in self.specs], np.uint64).view(np.int64)
+        )
+        for start in range(0, len(rows), _FILL_ROWS):
+            end = min(start + _FILL_ROWS, len(rows))
+            keys = self.permutation.inverse(torch.arange(rows.start + start, rows.start + end))
+            table = torch.searchsorted(offsets, keys, right=True) - 1
+            weight[start:end] = normal_rows(keys - offsets[table], table_keys[table], self.dim) * self.init_std
+        return weight
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's state of this worker's rows, by name: [local rows] or [local rows, dim]; it starts at 0."""
+        size = len(self.local_range(self.mesh.rank))
+        return {
+            name: torch.zeros((size, self.dim) if wide else (size,), dtype=dtype, device=self.mesh.device)
+            for name, (wide, dtype) in self._state_columns.items()
+        }
+
+    @property
+    def _state_columns(self) -> dict[str, tuple[bool, torch.dtype]]:
+        columns = STATE[self.optimizer] if self.optimizer is not None else {}
+        return {name: (wide, dtype or self.dtype) for name, (wide, dtype) in columns.items()}
+
+    @property
+    def row_bytes(self) -> tuple[int, int]:
+        """Bytes of one row, and of its optimizer state."""
+        state = sum((self.dim if wide else 1) * dtype.itemsize for wide, dtype in self._state_columns.values())
+        return self.dim * self.dtype.itemsize, state
 
 
 class ShardedTables:
-    """All embedding tables of a model, this worker's share of them.
+    """All embedding tables of a model, this worker's part of them.
 
-    optimizer: sgd, rowwise_adagrad or adam. Rows and state are allocated at the first use of `groups`, so that
-    `memory_report()` can be printed before. ValueError when they cannot fit into the free memory.
+    `optimizer` is sgd, rowwise_adagrad or adam, or None where rows are only read. Rows and state are allocated when
+    they are first used, so that `memory_report()` can be printed before. ValueError when they cannot fit into the free
+    memory, when a feature looks up two tables, or when a table is given twice.
     """
 
     def __init__(
@@ -116,75 +158,51 @@ class ShardedTables:
         seed: int,
         init_std: float,
         dtype: torch.dtype,
-        optimizer: str,
+        optimizer: str | None,
     ) -> None:
-        if optimizer not in STATE:
+        if optimizer is not None and optimizer not in STATE:
             raise ValueError(f"optimizer is {optimizer!r}: must be one of {', '.join(STATE)}")
+        _check_specs(specs)
         self.mesh = mesh
-        self.seed = seed
-        self.init_std = init_std
         self.dtype = dtype
         self.optimizer = optimizer
-        self.layouts = _fuse(specs, seed, mesh.world_size)
-        self.features = _slots(self.layouts)
-        self._check_memory()
-
-    @cached_property
-    def groups(self) -> dict[str, TableGroup]:
-        """Group name -> this worker's rows."""
-        return {layout.name: self._allocate(layout) for layout in self.layouts.values()}
-
-    def _allocate(self, layout: GroupLayout) -> TableGroup:
-        rows = layout.local_range(self.mesh.rank)
-        weight = torch.empty(len(rows), layout.dim, dtype=self.dtype, device=self.mesh.device)
-        offsets = torch.tensor(list(layout.offsets.values()))
-        table_keys = torch.from_numpy(
-            np.array([table_key(self.seed, t.name) for t in layout.tables], np.uint64).view(np.int64)
-        )
-        for start in range(0, len(rows), _FILL_ROWS):
-            end = min(start + _FILL_ROWS, len(rows))
-            keys = layout.permutation.inverse(torch.arange(rows.start + start, rows.start + end))
-            table = torch.searchsorted(offsets, keys, right=True) - 1
-            weight[start:end] = normal_rows(keys - offsets[table], table_keys[table], layout.dim) * self.init_std
-        state = {
-            name: torch.zeros(
-                (len(rows), layout.dim) if wide else (len(rows),), dtype=dtype or self.dtype, device=self.mesh.device
+        self.fused = {
+            f"d{dim}": FusedTable(
+                name=f"d{dim}",
+                specs=tuple(spec for spec in specs if spec.dim == dim),
+                mesh=mesh,
+                seed=seed,
+                init_std=init_std,
+                dtype=dtype,
+                optimizer=optimizer,
             )
-            for name, (wide, dtype) in STATE[self.optimizer].items()
+            for dim in sorted({spec.dim for spec in specs})
         }
-        return TableGroup(weight, state)
+        self._check_memory()
 
     # memory
 
-    def _row_bytes(self, layout: GroupLayout) -> tuple[int, int]:
-        """Bytes of one row, and of its optimizer state."""
-        state = sum(
-            (layout.dim if wide else 1) * (dtype or self.dtype).itemsize
-            for wide, dtype in STATE[self.optimizer].values()
-        )
-        return layout.dim * self.dtype.itemsize, state
-
     def memory_report(self) -> str:
-        """Lines for the console: rows, bytes of weights and optimizer state, per group and in all."""
+        """Lines for the console: rows, bytes of weights and optimizer state, by fused table and in all."""
         lines, total, local = [], 0, 0
-        for layout in self.layouts.values():
-            weight, state = self._row_bytes(layout)
-            names = ", ".join(f"{t.name} {t.num_ids:,}" for t in layout.tables)
+        for table in self.fused.values():
+            weight, state = table.row_bytes
+            names = ", ".join(f"{spec.name} {spec.num_ids:,}" for spec in table.specs)
+            held = f", {self.optimizer} state {human_bytes(table.num_rows * state)}" if self.optimizer else ""
             lines.append(
-                f"embedding group {layout.name}: {layout.num_rows:,} rows ({names}), weights "
-                f"{human_bytes(layout.num_rows * weight)}, {self.optimizer} state "
-                f"{human_bytes(layout.num_rows * state)}"
+                f"embedding table {table.name}: {table.num_rows:,} rows ({names}), weights "
+                f"{human_bytes(table.num_rows * weight)}{held}"
             )
-            total += layout.num_rows * (weight + state)
-            local += layout.chunk * (weight + state)
+            total += table.num_rows * (weight + state)
+            local += table.rows_per_worker * (weight + state)
         return "\n".join([*lines, f"embeddings in all: {human_bytes(total)}, {human_bytes(local)} on each worker"])
 
     def _check_memory(self) -> None:
         mesh = self.mesh
-        total = sum(layout.num_rows * sum(self._row_bytes(layout)) for layout in self.layouts.values())
-        local = sum(layout.chunk * sum(self._row_bytes(layout)) for layout in self.layouts.values())
+        total = sum(table.num_rows * sum(table.row_bytes) for table in self.fused.values())
+        local = sum(table.rows_per_worker * sum(table.row_bytes) for table in self.fused.values())
         sharing = 1 if mesh.device.type == "cuda" else mesh.local_world_size
-        free = int(_free_bytes(mesh.device) * _FREE_SHARE)
+        free = int(_free_bytes(mesh.device) * _FREE_FRACTION)
         if local * sharing <= free:
             return
         machines = -(-total // max(1, free))
@@ -193,8 +211,9 @@ class ShardedTables:
         else:
             where = f"this machine, shared by {sharing} workers"
             cure = f"use at least {machines * sharing} workers on {machines} such machines"
+        what = f" and their {self.optimizer} state" if self.optimizer else ""
         raise ValueError(
-            f"embedding tables and their {self.optimizer} state need {total:,} bytes ({human_bytes(total)}), "
+            f"embedding tables{what} need {total:,} bytes ({human_bytes(total)}), "
             f"{human_bytes(local * sharing)} of it on {where}, which has {human_bytes(free)} to give: {cure}, "
             "a smaller model.embedding_dim, fewer ids (a higher minimum count), or sgd or rowwise_adagrad"
         )
@@ -202,15 +221,15 @@ class ShardedTables:
     # state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<group>.weight` and `<group>.<optimizer state>`: the live rows, not copies, so that loading may fill them.
+        """`<fused table>.weight` and `<fused table>.<optimizer state>`: the live rows, so that loading may fill them.
 
-        DTensors with Shard(0) where there is a process group, plain tensors of all rows where there is none;
-        torch.distributed.checkpoint reshards between any two numbers of workers.
+        They are DTensors with Shard(0) where there is a process group, and plain tensors of all rows where there is
+        none. torch.distributed.checkpoint reshards them between any two numbers of workers.
         """
         out: dict[str, Tensor] = {}
-        for name, group in self.groups.items():
-            for key, local in (("weight", group.weight), *group.state.items()):
-                out[f"{name}.{key}"] = self._as_global(local, self.layouts[name].num_rows)
+        for name, table in self.fused.items():
+            for key, local in (("weight", table.weight), *table.state.items()):
+                out[f"{name}.{key}"] = self._as_global(local, table.num_rows)
         return out
 
     def _as_global(self, local: Tensor, num_rows: int) -> Tensor:
@@ -222,7 +241,7 @@ class ShardedTables:
         )
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a `state_dict` of the same layout and number of workers into the rows.
+        """Copy a `state_dict` of the same tables and number of workers into the rows.
 
         ValueError names a missing tensor or one of another shape.
         """
@@ -235,10 +254,10 @@ class ShardedTables:
             _local(ours).copy_(_local(state[key]))
 
     def describe(self) -> dict[str, Any]:
-        """What decides which row belongs to which id (JSON); rows fit only where this is equal."""
+        """What decides which row belongs to which id (JSON). Stored rows fit only where this is equal."""
         return {
-            name: {"seed": layout.seed, "dim": layout.dim, "tables": {t.name: t.num_ids for t in layout.tables}}
-            for name, layout in self.layouts.items()
+            name: {"seed": table.seed, "dim": table.dim, "tables": {spec.name: spec.num_ids for spec in table.specs}}
+            for name, table in self.fused.items()
         }
 
 
@@ -246,34 +265,23 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _fuse(specs: Sequence[TableSpec], seed: int, world_size: int) -> dict[str, GroupLayout]:
-    names = [spec.name for spec in specs]
+def _check_specs(specs: Sequence[TableSpec]) -> None:
+    """ValueError for a table given twice, without rows or columns, and for a feature of two tables."""
+    names: set[str] = set()
+    table_of: dict[str, str] = {}
     for spec in specs:
-        if names.count(spec.name) > 1:
+        if spec.name in names:
             raise ValueError(
                 f"embedding table {spec.name!r} is given twice: features of one vocabulary share one table"
             )
         if spec.num_ids < 1 or spec.dim < 1:
             raise ValueError(f"embedding table {spec.name!r} is {spec.num_ids} x {spec.dim}: both must be at least 1")
-    dims = sorted({spec.dim for spec in specs})
-    return {
-        f"d{dim}": GroupLayout(f"d{dim}", dim, tuple(s for s in specs if s.dim == dim), seed, world_size)
-        for dim in dims
-    }
-
-
-def _slots(layouts: Mapping[str, GroupLayout]) -> dict[str, Slot]:
-    slots: dict[str, Slot] = {}
-    for layout in layouts.values():
-        for table in layout.tables:
-            for feature, pooling in table.features.items():
-                if feature in slots:
-                    tables = f"{slots[feature].table!r} and {table.name!r}"
-                    raise ValueError(
-                        f"feature {feature!r} is in the embedding tables {tables}: it can look up only one"
-                    )
-                slots[feature] = Slot(layout.name, layout.offsets[table.name], table.num_ids, table.name, pooling)
-    return slots
+        names.add(spec.name)
+        for feature in spec.features:
+            if feature in table_of:
+                tables = f"{table_of[feature]!r} and {spec.name!r}"
+                raise ValueError(f"feature {feature!r} is in the embedding tables {tables}: it can look up only one")
+            table_of[feature] = spec.name
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -63,7 +63,7 @@ def score(
     with loader:
         for prepared in loader:
             batch = prepared.batch
-            rows = system.fetch(prepared.routes)
+            rows = system.exchange.fetch(prepared.routed)
             with system.precision():
                 before, after = learner.predict(rows, batch, steps=steps, inner_lr=inner_lr, plan=prepared.index)
             mask = batch.query.mask

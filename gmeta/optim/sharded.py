@@ -1,22 +1,18 @@
-"""The dense layers' gradients and updates: replicated on all ranks, or sharded as `dense.sharding` says.
-
-Both do the same in a training step: `begin`, `unsharded` around forward and backward passes, `backward` for each
-micro-batch, `flush` before any other collective, `finish`, and `step` once the norm of the whole gradient is known.
-Gradients are sums over ranks.
-"""
+"""The two forms of `Dense`: replicated on all ranks, or sharded as `dense.sharding` says."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gmeta.optim.dense import adamw, decayed_names, dense_step, first_state, set_rates, square_sum
+from gmeta.optim.dense import Dense, OuterReduce, adamw, decayed_names, dense_step, first_state, set_rates, square_sum
 from gmeta.parallel.collectives import GradientBuckets
 from gmeta.parallel.mesh import Mesh
-from gmeta.parallel.traffic import Sum, Traffic, add_sum
+from gmeta.parallel.traffic import Traffic
 from gmeta.sharding.auto import AUTO, AutoSharding, choose_strategies
 from gmeta.sharding.engine import Paro
 from gmeta.sharding.hierarchy import node_mesh
@@ -25,53 +21,49 @@ from gmeta.sharding.ring import RankTraffic
 
 
 class ReplicatedDense:
-    """Placement NNN: gradients are summed by bucketed AllReduce, every rank makes every update."""
+    """Sharding NNN: every rank holds all parameters and makes every update; `reduce` sums the gradients."""
 
-    def __init__(self, module: nn.Module, optimizer: partial[torch.optim.AdamW], mesh: Mesh, how: Sum, overlap: bool):
-        self._module, self._mesh, self._how = module, mesh, how
+    def __init__(
+        self, module: nn.Module, optimizer: partial[torch.optim.AdamW], mesh: Mesh, reduce: OuterReduce
+    ) -> None:
+        self._module, self._mesh, self._reduce = module, mesh, reduce
         self.optimizer = optimizer([(name, p) for name, p in module.named_parameters() if p.requires_grad])
-        self._buckets = GradientBuckets(list(module.parameters()), mesh, how=how, overlap=overlap)
 
     @property
     def num_parameters(self) -> int:
         """Numbers in all parameters."""
         return sum(p.numel() for p in self._module.parameters())
 
-    def begin(self, several: bool) -> None:
-        """A step; `several`: more than one micro-batch, on some rank."""
-        self._buckets.several = several
+    @contextmanager
+    def computing(self, several: bool) -> Iterator[None]:
+        """Sums over ranks start under backward; the rest starts on leaving."""
+        self._reduce.begin(several)
+        yield
+        self._reduce.flush()
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """All parameters can be used."""
+        """Parameters are always at hand."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Of a micro-batch."""
+        """The backward pass of one micro-batch."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def flush(self) -> None:
-        """Start what of the sums over ranks was not started yet."""
-        self._buckets.flush()
-
-    def finish(self, traffic: Traffic | None = None) -> None:
-        """Wait for the sums."""
-        self._buckets.finish(traffic)
-
-    def predict(self, traffic: Traffic) -> None:
-        """What `finish` counts, by the formulas."""
-        for size in self._buckets.bucket_bytes:
-            add_sum(traffic, self._how, size, self._mesh.world_size)
-
-    def square_sum(self) -> Tensor:
-        """Of all numbers of the whole gradient, float64 []; the same on every rank."""
+    def reduce(self, traffic: Traffic | None = None) -> Tensor:
+        """Wait for the sums; the sum of the gradient's squares, float64 []."""
+        self._reduce.finish(traffic)
         return square_sum([p.grad for p in self._module.parameters() if p.grad is not None], self._mesh)
 
     def step(self, *, lr_scale: float, grad_scale: Tensor | None, ok: Tensor | None) -> None:
-        """See `dense_step`."""
+        """One update of every parameter; see `dense_step`."""
         dense_step(self.optimizer, lr_scale=lr_scale, grad_scale=grad_scale, ok=ok)
 
+    def add_expected(self, traffic: Traffic) -> None:
+        """Add what `reduce` counts, by the formulas."""
+        self._reduce.add_expected(traffic)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters as `dense.NAME` and moments as `optimizer.NAME.KEY`; 0-dim tensors as [1]."""
+        """All parameters as `dense.NAME` and their moments as `optimizer.NAME.KEY`; 0-dim tensors as [1]."""
         found = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self._module.named_parameters()}
         for name, parameter in self._module.named_parameters():
             state = self.optimizer.state.get(parameter) or first_state(self.optimizer, parameter)
@@ -79,19 +71,21 @@ class ReplicatedDense:
         return found
 
     def loaded(self) -> None:
-        """Nothing is left to do after `tensors` were loaded."""
+        """Nothing is left to do: `tensors` are the live ones."""
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        self._buckets.close()
+        self._reduce.close()
 
 
 class ShardedDense:
-    """Any other placement, by PaRO's engine. Parameters are whole during a step: a meta step uses them as tensors."""
+    """Any other sharding, by PaRO's engine.
+
+    Parameters are unsharded during a step, because a meta step uses them as tensors, again and again.
+    """
 
     def __init__(self, engine: Paro) -> None:
         self._engine = engine
-        self._several = False
         self._counted = RankTraffic()  # what was sent until the last step's end
         self._gathers = self._counted_gathers = 0
 
@@ -100,48 +94,51 @@ class ShardedDense:
         """Numbers in all parameters, on all ranks together."""
         return self._engine.num_parameters
 
-    def begin(self, several: bool) -> None:
-        """Ranks may have different numbers of micro-batches: then gradients are reduced once, after all of them."""
-        self._several = self._engine.deferred = several
+    @contextmanager
+    def computing(self, several: bool) -> Iterator[None]:
+        """Gradients are reduced under backward, or once after all of `several` micro-batches.
+
+        Ranks may have different numbers of micro-batches, so that a reduction for each of them would not meet.
+        """
+        self._engine.deferred = several
+        with self.unsharded():
+            yield
+        if several:
+            self._engine.collect()
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """All parameters can be used."""
+        """All parameters at hand."""
         self._gathers += 1
         return self._engine.unsharded()
 
     def backward(self, loss: Tensor) -> None:
-        """Of a micro-batch."""
+        """The backward pass of one micro-batch."""
         self._engine.backward(loss)
 
-    def flush(self) -> None:
-        """Start what of the reductions was not started yet."""
-        if self._several:
-            self._engine.collect()
+    def reduce(self, traffic: Traffic | None = None) -> Tensor:
+        """Wait for the reductions; the sum of the whole gradient's squares, float64 [], the same on every rank.
 
-    def finish(self, traffic: Traffic | None = None) -> None:
-        """Wait for the reductions; count what was sent since the last step's, its updated parameters among it."""
+        `traffic` counts what was sent since the last step's reductions, its updated parameters among it.
+        """
         sent = self._engine.sent
         if traffic is not None:
             self._add(traffic, sent.intra - self._counted.intra, sent.inter - self._counted.inter)
         self._counted, self._counted_gathers, self._gathers = sent, self._gathers, 0
+        return self._engine.square_sum()
 
-    def predict(self, traffic: Traffic) -> None:
-        """What `finish` counts, by the formulas (`placement.sent_bytes`)."""
+    def add_expected(self, traffic: Traffic) -> None:
+        """Add what `reduce` counts, by the formulas (`strategy.sent_bytes`)."""
         sent, size = self._engine.predicted_sent(gathers=self._counted_gathers), self._engine.layout.node_size
         self._add(traffic, sent.intra / size, sent.inter / size)
 
     def _add(self, traffic: Traffic, intra: float, inter: float) -> None:
-        """As one call; all as if to the next rank of the group, and to the same place of the next group."""
+        """Count one call that sends all to the next rank of the node, and to the same rank of the next node."""
         layout, rank = self._engine.layout, traffic.rank
         if layout.world_size == 1:
             return
         first = rank - rank % layout.node_size
         traffic.add({first + (rank - first + 1) % layout.node_size: intra}, calls=0)
         traffic.add({(rank + layout.node_size) % layout.world_size: inter})
-
-    def square_sum(self) -> Tensor:
-        """Of all numbers of the whole gradient, float64 []; the same on every rank."""
-        return self._engine.square_sum()
 
     def step(self, *, lr_scale: float, grad_scale: Tensor | None, ok: Tensor | None) -> None:
         """One update of every parameter, unless `ok` is False."""
@@ -157,15 +154,12 @@ class ShardedDense:
         return {name if name.startswith("optimizer.") else f"dense.{name}": value for name, value in state.items()}
 
     def loaded(self) -> None:
-        """After `tensors` were loaded: everyone gets the parameters."""
+        """Give all ranks the parameters that were loaded into `tensors`."""
         self._engine.loaded()
 
     def close(self) -> None:
-        """Parameters are whole again."""
+        """Leave the module unsharded."""
         self._engine.close()
-
-
-Dense = ReplicatedDense | ShardedDense
 
 
 def open_dense(
@@ -175,24 +169,29 @@ def open_dense(
     lr: float,
     inner_lr_lr: float,
     weight_decay: float,
-    placement: str = "NNN",
-    group_size: int = 0,
+    sharding: str = "NNN",
+    node_size: int = 0,
     memory_bytes: float | None = None,
-    how: Sum = "all_reduce",
-    overlap: bool = True,
+    outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None,
 ) -> Dense:
-    """AdamW over `module`'s parameters, placed as told; collective.
+    """AdamW over `module`'s parameters, sharded as told; collective.
 
-    `placement` auto: NNN where it holds no more than `memory_bytes` a rank, otherwise what the planner takes.
-    ValueError: see `paro`.
+    `sharding` auto: NNN where it holds no more than `memory_bytes` a rank, otherwise what the planner takes.
+    `outer_reduce` makes the sum over ranks of replicated gradients, `GradientBuckets` by default. ValueError where it
+    is given for sharded layers, which reduce in their own way; for others see `paro`.
     """
     optimizer = partial(adamw, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
-    groups = None
-    if placement != "NNN" and mesh.world_size > 1:
-        groups = node_mesh(group_size or mesh.local_world_size, mesh.device.type)
-    if placement == AUTO:
+    nodes = None
+    if sharding != "NNN" and mesh.world_size > 1:
+        nodes = node_mesh(node_size or mesh.local_world_size, mesh.device.type)
+    if sharding == AUTO:
         auto = AutoSharding(memory_bytes=memory_bytes, replicate=True)  # its AllReduce goes in buckets of many layers
-        placement = str(choose_strategies(module, optimizer, groups, AUTO, auto, timeout_s=mesh.timeout_s)[""])
-    if placement == "NNN":
-        return ReplicatedDense(module, optimizer, mesh, how, overlap)
-    return ShardedDense(paro(module, optimizer, groups, placement, average=False, timeout_s=mesh.timeout_s))
+        sharding = str(choose_strategies(module, optimizer, nodes, AUTO, auto, timeout_s=mesh.timeout_s)[""])
+    if sharding == "NNN":
+        return ReplicatedDense(module, optimizer, mesh, (outer_reduce or GradientBuckets)(module.parameters(), mesh))
+    if outer_reduce is not None:
+        raise ValueError(
+            f"an outer_reduce is given, and dense layers are sharded as {sharding}: it sums replicated gradients; use "
+            "NNN with it, or leave it out"
+        )
+    return ShardedDense(paro(module, optimizer, nodes, sharding, average=False, timeout_s=mesh.timeout_s))

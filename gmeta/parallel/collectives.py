@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gmeta.parallel.mesh import Mesh, PeerLost
-from gmeta.parallel.traffic import Sum, Traffic, add_sum
+from gmeta.parallel.traffic import Traffic, add_all_reduce
 
 _LOST = (
     "timed out",
@@ -99,50 +99,40 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup, mesh: Mesh) -> lis
 class GradientBuckets:
     """Sums dense gradients over ranks while backward still runs.
 
-    Gradients are packed into flat buckets in the reverse order of the parameters, roughly the order in which
-    backward makes them. A bucket is launched when it and all before it are complete, so that every rank launches
-    the same buckets in the same order, whatever its own graph looks like. A parameter without a gradient counts
+    Gradients are packed into flat buckets in the reverse order of the parameters, which is roughly the order in which
+    backward makes them. A bucket's AllReduce starts when the bucket and all before it are complete, so that every rank
+    starts the same buckets in the same order, whatever its own graph looks like. A parameter without a gradient counts
     as zeros.
 
-    With `several` set, gradients of several backwards add up, and nothing is launched before `flush`.
-
-    `how` is all_reduce, or gather: all gradients go to rank 0, which adds them in the order of ranks and sends the sum
-    back (a central outer rule, for comparison). Without `overlap` nothing is launched before `finish`.
-
-        loss.backward()       # hooks launch the buckets that fill up
-        buckets.flush()       # launches the rest; before any other collective
+        buckets.begin(several=False)
+        loss.backward()       # hooks start the buckets that fill up
+        buckets.flush()       # starts the rest; before any other collective
         ...
         buckets.finish()      # waits; every p.grad now holds the sum over ranks
     """
 
-    def __init__(
-        self,
-        params: Iterable[torch.nn.Parameter],
-        mesh: Mesh,
-        bucket_mb: float = 4.0,
-        *,
-        how: Sum = "all_reduce",
-        overlap: bool = True,
-    ) -> None:
+    def __init__(self, params: Iterable[torch.nn.Parameter], mesh: Mesh, bucket_mb: float = 4.0) -> None:
         self._mesh = mesh
-        self._how = how
-        self._overlap = overlap
-        self.several = False  # micro-batches: more than one backward comes before `finish`
+        self._several = False
         self._buckets = _cut(list(params)[::-1], int(bucket_mb * 2**20))
         self._flat = [bucket[0].new_zeros(sum(p.numel() for p in bucket)) for bucket in self._buckets]
         self._missing = [len(bucket) for bucket in self._buckets]
-        self._pending: list[Pending | _CentralSum] = []
+        self._pending: list[Pending] = []
         self._hooks = [_hook(p, partial(self._ready, i)) for i, bucket in enumerate(self._buckets) for p in bucket]
 
+    def begin(self, several: bool) -> None:
+        """Begin a step. With `several` backward passes gradients add up, and nothing starts before `flush`."""
+        self._several = several
+
     def _ready(self, index: int, _param: Tensor) -> None:
-        if self.several:  # a gradient is complete after the last backward only
+        if self._several:  # a gradient is complete only after the last backward pass
             return
         assert self._missing[index] > 0, "one backward a step: finish() was not called"
         self._missing[index] -= 1
-        while self._overlap and len(self._pending) < len(self._buckets) and self._missing[len(self._pending)] == 0:
-            self._launch()
+        while len(self._pending) < len(self._buckets) and self._missing[len(self._pending)] == 0:
+            self._start()
 
-    def _launch(self) -> None:
+    def _start(self) -> None:
         index = len(self._pending)
         flat = self._flat[index]
         for param, part in _parts(self._buckets[index], flat):
@@ -151,33 +141,20 @@ class GradientBuckets:
             else:
                 part.copy_(param.grad)
         self._missing[index] = 0
-        if self._how == "gather":
-            self._pending.append(_CentralSum(flat, self._mesh))
-        else:
-            self._pending.append(_all_reduce(flat, dist.ReduceOp.SUM, self._mesh.dense_group, self._mesh))
-
-    @property
-    def bucket_bytes(self) -> list[int]:
-        """Bytes of each bucket: one AllReduce, or one gather and its way back, a step."""
-        return [flat.nbytes for flat in self._flat]
+        self._pending.append(_all_reduce(flat, dist.ReduceOp.SUM, self._mesh.dense_group, self._mesh))
 
     def flush(self) -> None:
-        """Launch the buckets that backward did not complete."""
-        if self._overlap:
-            self._launch_all()
-
-    def _launch_all(self) -> None:
+        """Start the buckets that backward did not complete."""
         while len(self._pending) < len(self._buckets):
-            self._launch()
+            self._start()
 
     def finish(self, traffic: Traffic | None = None) -> None:
         """Wait for all buckets and put the sums into `p.grad`, on every rank for every parameter."""
-        self._launch_all()
-        mesh = self._mesh
+        self.flush()
         for bucket, pending in zip(self._buckets, self._pending, strict=True):
             total = pending.wait()
             if traffic is not None:
-                add_sum(traffic, self._how, total.nbytes, mesh.world_size)
+                add_all_reduce(traffic, total.nbytes, self._mesh.world_size)
             for param, part in _parts(bucket, total):
                 if param.grad is None:
                     param.grad = part.clone()
@@ -186,35 +163,15 @@ class GradientBuckets:
         self._pending.clear()
         self._missing = [len(bucket) for bucket in self._buckets]
 
+    def add_expected(self, traffic: Traffic) -> None:
+        """Add what a step sends by the formula: a ring AllReduce a bucket."""
+        for flat in self._flat:
+            add_all_reduce(traffic, flat.nbytes, self._mesh.world_size)
+
     def close(self) -> None:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
             hook.remove()
-
-
-class _CentralSum:
-    """The sum over ranks, made on rank 0 in the order of ranks: gather, add, scatter."""
-
-    def __init__(self, flat: Tensor, mesh: Mesh) -> None:
-        self._flat = flat
-        self._mesh = mesh
-        self._work: dist.Work | None = None
-        self._parts = [torch.empty_like(flat) for _ in range(mesh.world_size)] if mesh.is_main else None
-        if mesh.dense_group is not None:
-            with naming_lost_peers(mesh):
-                self._work = dist.gather(flat, self._parts, dst=0, group=mesh.dense_group, async_op=True)
-
-    def wait(self) -> Tensor:
-        """The sum, on every rank."""
-        if self._work is None:
-            return self._flat
-        with naming_lost_peers(self._mesh):
-            self._work.wait()
-            copies = None
-            if self._parts is not None:
-                copies = [sum(self._parts[1:], start=self._parts[0])] * len(self._parts)
-            dist.scatter(self._flat, copies, src=0, group=self._mesh.dense_group)
-        return self._flat
 
 
 def _hook(param: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
@@ -252,7 +209,7 @@ def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.Process
 def all_reduce_sum(tensor: Tensor, mesh: Mesh, traffic: Traffic | None = None) -> Tensor:
     """The sum of `tensor` over ranks, bitwise the same on all of them; counted in `traffic`."""
     if traffic is not None:
-        add_sum(traffic, "all_reduce", tensor.nbytes, mesh.world_size)
+        add_all_reduce(traffic, tensor.nbytes, mesh.world_size)
     return _all_reduce(tensor.clone(), dist.ReduceOp.SUM, mesh.dense_group, mesh).wait()
 
 

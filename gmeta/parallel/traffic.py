@@ -1,17 +1,16 @@
-"""What a step sends: counted where it is sent, and predicted by formulas to hold the counts against.
+"""What a step sends. It is counted where it is sent; formulas predict it, and tests hold the two together.
 
 With U unique rows of width d that a worker needs, b bytes a number, K bytes of dense gradients and N workers, one step
 moves per worker (G-Meta, arXiv 2401.04338; the ring of Patarasuk and Yuan, J. Parallel Distrib. Comput. 2009):
 
     ids 8 U    rows b d U    gradients b d U    dense 2 K (N - 1) / N by AllReduce
-    dense gathered: K from each worker to rank 0, hence (N - 1) K into it, and as much out of it
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 KINDS = ("counts", "ids", "rows", "gradients", "dense", "control")
 ID_BYTES = 8
@@ -20,7 +19,7 @@ ID_BYTES = 8
 
 @dataclass
 class Traffic:
-    """Messages of one kind, as this rank sends them (for rows, which others send: as it asks for them)."""
+    """Messages of one kind that this rank sends. Rows, which others send, are counted where they are asked for."""
 
     rank: int
     calls: int = 0  # collectives
@@ -34,7 +33,7 @@ class Traffic:
 
     @property
     def bytes(self) -> float:
-        """All bytes, this rank's own share included."""
+        """All bytes, those to this rank itself included."""
         return sum(self.by_rank.values())
 
     @property
@@ -58,60 +57,12 @@ class CommStats:
         }
 
 
-Sum = Literal["all_reduce", "gather"]
-"""How dense gradients are summed: by AllReduce, or on rank 0 (gather, add, send back)."""
-
-
-def add_sum(traffic: Traffic, how: Sum, num_bytes: int, world_size: int) -> None:
-    """Count the sum over ranks of a tensor of `num_bytes`; nothing is sent in a world of one."""
-    if world_size == 1:
-        return
-    if how == "all_reduce":
+def add_all_reduce(traffic: Traffic, num_bytes: int, world_size: int) -> None:
+    """Count the AllReduce of a tensor of `num_bytes`. Nothing is sent in a world of one."""
+    if world_size > 1:
         traffic.add(ring_traffic(num_bytes, traffic.rank, world_size))
-    else:
-        traffic.add(central_traffic(num_bytes, traffic.rank, world_size), calls=2)
 
 
 def ring_traffic(num_bytes: int, rank: int, world_size: int) -> dict[int, float]:
     """What a rank sends in a ring AllReduce of `num_bytes`, all of it to its successor: 2 n (N - 1) / N."""
     return {(rank + 1) % world_size: 2 * num_bytes * (world_size - 1) / world_size}
-
-
-def central_traffic(num_bytes: int, rank: int, world_size: int) -> dict[int, float]:
-    """What a rank sends when `num_bytes` go from everyone to rank 0 and the sum comes back to everyone."""
-    return {r: float(num_bytes) for r in range(1, world_size)} if rank == 0 else {0: float(num_bytes)}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a rank asks of its peers in one AlltoAll of rows."""
-
-    rows: Mapping[int, int]  # peer -> rows
-    row_bytes: int
-    gradient_bytes: int
-
-
-def predicted_traffic(
-    rank: int,
-    world_size: int,
-    stages: Sequence[Sequence[Asked]],
-    *,
-    control_bytes: Sequence[int] = (),
-) -> CommStats:
-    """The formulas above for one step of one rank.
-
-    `stages` holds, for each stage of the AlltoAll (one, or two with nodes), what is asked in each of its exchanges: one
-    a group of tables, two with separate fetches. With two stages the second holds what a rank asks for its whole
-    node. `control_bytes` are the sizes of the small AllReduces. One worker exchanges nothing: it reads its own
-    rows. What dense layers send, they predict themselves (`optim.sharded`).
-    """
-    expected = CommStats(rank)
-    for stage in stages:
-        expected.counts.add({peer: ID_BYTES * len(stage) for peer in stage[0].rows})
-        for asked in stage:
-            expected.ids.add({peer: ID_BYTES * n for peer, n in asked.rows.items()})
-            expected.rows.add({peer: asked.row_bytes * n for peer, n in asked.rows.items()})
-            expected.gradients.add({peer: asked.gradient_bytes * n for peer, n in asked.rows.items()})
-    for size in control_bytes:
-        add_sum(expected.control, "all_reduce", size, world_size)
-    return expected

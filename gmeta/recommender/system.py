@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gmeta.config.train import CommConfig, MetaConfig, ModelConfig, TrainConfig
-from gmeta.core.batch import EmbeddedRows, Lookup, RowGradients, TaskBatch, lookup_of, tasks_of, to_device
+from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.core.batch import EmbeddedRows, Lookup, TaskBatch, lookup_of, tasks_of, to_device
 from gmeta.data.schema import PackSchema
-from gmeta.embedding.exchange import Routes, exchange_ids, fetch, return_gradients
-from gmeta.embedding.lookup import LookupPlan, plan_lookup
-from gmeta.embedding.table import ShardedTables, TableSpec
+from gmeta.embedding.exchange import Exchange, RoutedRequest, RowExchange
+from gmeta.embedding.lookup import RowRequest
+from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
 from gmeta.meta.gather_plan import Plan
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
@@ -54,7 +54,7 @@ class Indexed:
     """A batch on this rank's device, and its index work: what needs no other rank."""
 
     batch: TaskBatch
-    lookup: LookupPlan  # which rows to fetch
+    request: RowRequest  # which rows to fetch
     parts: tuple[MicroBatch, ...]
 
 
@@ -63,7 +63,7 @@ class Prepared:
     """A batch whose ids were exchanged too: its step moves rows and gradients only."""
 
     batch: TaskBatch
-    routes: Routes  # which rows to fetch, from whom, and what others fetch here
+    routed: RoutedRequest  # which rows to fetch, from whom, and what others fetch here
     parts: tuple[MicroBatch, ...]
 
     @property
@@ -87,28 +87,27 @@ class System:
     dtype: torch.dtype
     autocast: bool
     features: Mapping[str, int]  # embedded features that the model reads, name -> width
-    comm: CommConfig = field(default_factory=CommConfig)
+    exchange: Exchange
 
     def index(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Indexed:
         """All index work of a batch, for its own learner or another; local, so the loader's thread does it."""
-        lookup = plan_lookup(self.tables, batch, separate=self.comm.fetch == "separate", dedup=self.comm.dedup)
+        request = self.exchange.request(batch.support, batch.query)
         learner = learner or self.learner
-        num_rows = {name: max(1, count) for name, count in lookup.num_rows.items()}
         device = self.mesh.device
         moved = to_device(batch, device, self.dtype)
         ends = (batch.num_tasks,) if batch.batch_split is None else batch.batch_split.ends(self.mesh.rank)
         if len(ends) == 1:
-            index = learner.plan(lookup.support, lookup.query, num_rows, batch)
-            return Indexed(moved, lookup, (MicroBatch(moved, to_device(index, device)),))
+            index = learner.plan(request.support, request.query, request.num_rows, batch)
+            return Indexed(moved, request, (MicroBatch(moved, to_device(index, device)),))
         parts, start = [], 0
         for stop in ends:
-            support = {name: lookup_of(found, start, stop) for name, found in lookup.support.items()}
-            query = {name: lookup_of(found, start, stop) for name, found in lookup.query.items()}
-            index = learner.plan(support, query, num_rows, tasks_of(batch, start, stop))
+            support = {name: lookup_of(found, start, stop) for name, found in request.support.items()}
+            query = {name: lookup_of(found, start, stop) for name, found in request.query.items()}
+            index = learner.plan(support, query, request.num_rows, tasks_of(batch, start, stop))
             index, lookups = to_device((index, (support, query)), device)
             parts.append(MicroBatch(tasks_of(moved, start, stop), index, lookups))
             start = stop
-        return Indexed(moved, lookup, tuple(parts))
+        return Indexed(moved, request, tuple(parts))
 
     def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> Prepared:
         """Everything that can be done before the step: index work, then the exchange of ids, which is collective.
@@ -122,17 +121,7 @@ class System:
         if isinstance(work, Prepared):
             return work
         indexed = self.index(work.batch) if isinstance(work, Loaded) else work
-        return Prepared(indexed.batch, exchange_ids(self.tables, indexed.lookup, self.mesh), indexed.parts)
-
-    def fetch(self, routes: Routes) -> EmbeddedRows:
-        """Fetch a batch's rows; collective."""
-        return fetch(self.tables, routes, self.mesh, WIRE[self.comm.wire])
-
-    def return_gradients(
-        self, routes: Routes, rows: EmbeddedRows, used: dict[str, Tensor] | None = None
-    ) -> dict[str, RowGradients]:
-        """Send the gradients of fetched rows home; collective. `used`: see `used_rows`."""
-        return return_gradients(self.tables, routes, rows, self.mesh, WIRE[self.comm.wire], used=used)
+        return Prepared(indexed.batch, self.exchange.exchange_ids(indexed.request), indexed.parts)
 
     def precision(self) -> AbstractContextManager[object]:
         """Autocast for forward passes, where configured."""
@@ -201,11 +190,18 @@ def resolve_model(config: TrainConfig, factory: ModelFactory | None = None) -> T
 
 
 def build_system(
-    config: TrainConfig, schema: PackSchema, mesh: Mesh, *, factory: ModelFactory | None = None, training: bool = True
+    config: TrainConfig,
+    schema: PackSchema,
+    mesh: Mesh,
+    *,
+    factory: ModelFactory | None = None,
+    training: bool = True,
+    exchange: Callable[[Mapping[str, FusedTable], Mesh, torch.dtype | None], Exchange] = RowExchange,
 ) -> System:
     """Build model, learner and tables with the config's seed; without `training`, no optimizer state.
 
-    `factory` makes the model, where it is not the one that `model.name` names.
+    `factory` makes the model, where it is not the one that `model.name` names. `exchange` makes the way that rows
+    travel.
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
@@ -228,7 +224,7 @@ def build_system(
         seed=config.seed,
         init_std=config.embedding.init_std,
         dtype=dtype,
-        optimizer=config.embedding.optimizer,
+        optimizer=config.embedding.optimizer if training else None,
     )
     return System(
         learner=learner,
@@ -237,7 +233,7 @@ def build_system(
         dtype=dtype,
         autocast=config.precision == "bf16",
         features=features,
-        comm=config.comm,
+        exchange=exchange(tables.fused, mesh, WIRE[config.comm.wire]),
     )
 
 
@@ -286,6 +282,6 @@ def load_system(run_dir: Path, which: str, mesh: Mesh) -> tuple[System, TrainCon
     schema, _ = read_schema(run_dir)
     path = checkpoint.resolve(run_dir / "checkpoints", which)
     checkpoint.verify_together(path, mesh)
-    system = build_system(config, schema, mesh)
+    system = build_system(config, schema, mesh, training=False)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config

@@ -25,13 +25,12 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.batch import EmbeddedRows, RowGradients, TaskBatch
 from gmeta.data.pack import open_pack
 from gmeta.elastic.agent import RestartRequested
-from gmeta.embedding.exchange import expected_traffic
 from gmeta.evaluation.score import score, validation_metrics
-from gmeta.optim.dense import clip_scale, lr_scale, norm_with_rows
+from gmeta.optim.dense import clip_scale, global_norm, lr_scale
 from gmeta.parallel.collectives import all_reduce_sum, broadcast_from_rank_0, gather_to_rank_0
 from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, was_restarted
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
-from gmeta.recommender.system import WIRE, Prepared, Work, resolve_model, used_rows
+from gmeta.recommender.system import Prepared, Work, resolve_model, used_rows
 from gmeta.runs.directory import prepare_run_dir, run_lock
 from gmeta.training.membership import dropped_tasks, join
 from gmeta.training.statistics import OnItsWay, Started, Stopwatch, still_finite
@@ -51,20 +50,19 @@ def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
     """
     system, mesh = run.system, run.mesh
     prepared = system.complete(work)
-    batch, routes = prepared.batch, prepared.routes
-    rows = system.fetch(routes)
+    batch, routed = prepared.batch, prepared.routed
+    rows = system.exchange.fetch(routed)
     watch.lap("exchange")
 
-    with run.dense.unsharded():
+    with run.dense.computing(several=batch.batch_split is not None and batch.batch_split.in_parts):
         sums, query_loss, finished = _forward_backward(run, prepared, rows)
     watch.lap("compute")
 
-    run.dense.flush()
     used = used_rows(prepared, rows, finished) if batch.drop_after_s is not None else None
-    row_gradients = system.return_gradients(routes, rows, used)
-    run.dense.finish(routes.traffic.dense)
-    sums = all_reduce_sum(sums, mesh, routes.traffic.control)
-    norm = norm_with_rows(run.dense.square_sum(), row_gradients, mesh, routes.traffic.control)
+    row_gradients = system.exchange.return_gradients(routed, rows, used)
+    square_sum = run.dense.reduce(routed.traffic.dense)
+    sums = all_reduce_sum(sums, mesh, routed.traffic.control)
+    norm = global_norm(square_sum, row_gradients, mesh, routed.traffic.control)
     scale = None
     if batch.drop_after_s is not None:  # what was computed is a sum over fewer tasks than it was divided by
         scale = batch.num_tasks_global / sums[SUMS.index("tasks")]
@@ -74,7 +72,7 @@ def train_step(run: Run, work: Work, watch: Stopwatch) -> Started:
     stats = OnItsWay(dict(zip(_sum_names(batch), sums, strict=True)) | {"grad_norm": norm})
     place = batch.epoch * run.loader.batches_per_epoch + min(batch.index, run.loader.batches_per_epoch - 1)
     lr = lr_scale(place, run.config.dense.warmup_steps, run.total_steps, run.config.dense.decay)
-    started = Started(run.progress.step, batch, query_loss, run.config.dense.lr * lr, stats, routes, watch)
+    started = Started(run.progress.step, batch, query_loss, run.config.dense.lr * lr, stats, routed, watch)
     run.ok = still_finite(run.ok, sums[0], norm)
     if not run.read_late:
         _checked_stats(run, started)
@@ -99,7 +97,6 @@ def _forward_backward(run: Run, prepared: Prepared, rows: EmbeddedRows) -> tuple
     """
     system, batch = run.system, prepared.batch
     sums = torch.zeros(len(_sum_names(batch)), dtype=torch.float64, device=run.mesh.device)
-    run.dense.begin(several=batch.batch_split is not None and batch.batch_split.in_parts)
     losses, begun = [], time.perf_counter()
     for number, part in enumerate(prepared.parts):
         if number and _too_late(batch, begun, run.mesh.device):
@@ -160,7 +157,7 @@ def _update(
         clip = scale if clip is None else clip * scale
     ok = run.ok if run.read_late else None
     run.dense.step(lr_scale=lr, grad_scale=clip, ok=ok)
-    run.sparse.step(run.system.tables, row_gradients, lr_scale=lr, grad_scale=clip, ok=ok)
+    run.sparse.step(run.system.tables.fused, row_gradients, lr_scale=lr, grad_scale=clip, ok=ok)
 
 
 def _checked_stats(run: Run, started: Started) -> dict[str, float]:
@@ -315,17 +312,14 @@ def _split_record(run: Run, started: Started, stats: dict[str, float]) -> dict[s
 
 def traffic_record(run: Run, started: Started) -> dict[str, Any]:
     """What this rank sent in a step, and what the formulas say it had to."""
-    routes = started.routes
-    expected = expected_traffic(
-        run.system.tables,
-        routes,
-        run.mesh,
-        WIRE[run.config.comm.wire],
+    routed = started.routed
+    expected = run.system.exchange.expected_traffic(
+        routed,
         control_bytes=(8 * len(_sum_names(started.batch)), 8),  # the sums, the squared norm of the row gradients
         marked=started.batch.drop_after_s is not None,
     )
-    run.dense.predict(expected.dense)
-    return {"measured": routes.traffic.record(), "predicted": expected.record()}
+    run.dense.add_expected(expected.dense)
+    return {"measured": routed.traffic.record(), "predicted": expected.record()}
 
 
 @contextmanager
@@ -346,9 +340,9 @@ def stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def train(config: TrainConfig, emulate: Emulate | None = None) -> int:
+def train(config: TrainConfig, emulate: Emulate | None = None, **parts: Any) -> int:
     """Run `gmeta train` on this rank; returns the exit code: 0, 75 when stopped on request and saved, or 77 when saved
-    to be started again with another worker. `emulate` is the laboratory's."""
+    to be started again with another worker. `emulate` is the laboratory's; for `parts` see `build_run`."""
     open_pack(config.pack)  # before anything is created
     config = resolve_model(config)
     if config.elastic.enabled and was_restarted():
@@ -357,14 +351,16 @@ def train(config: TrainConfig, emulate: Emulate | None = None) -> int:
         mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
         try:
             with run_lock(Path(config.run_dir), mesh):
-                return _train(config, mesh, stop, emulate)
+                return _train(config, mesh, stop, emulate, parts)
         finally:
             close_mesh(mesh)
 
 
-def _train(config: TrainConfig, mesh: Mesh, stop: threading.Event, emulate: Emulate | None) -> int:
+def _train(
+    config: TrainConfig, mesh: Mesh, stop: threading.Event, emulate: Emulate | None, parts: dict[str, Any]
+) -> int:
     resume_from = prepare_run_dir(config, mesh)
-    run = build_run(config, mesh, stop)
+    run = build_run(config, mesh, stop, **parts)
     run.emulate = emulate
     try:
         run.log.say(_banner(run))  # before the tables are allocated

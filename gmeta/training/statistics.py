@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gmeta.core.batch import TaskBatch
-from gmeta.embedding.exchange import Routes
+from gmeta.embedding.exchange import RoutedRequest
 
 
 def still_finite(ok: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
@@ -98,5 +98,5 @@ class Started:
     query_loss: Tensor  # [T] of this rank
     lr: float
     stats: OnItsWay
-    routes: Routes  # with what it sent
+    routed: RoutedRequest  # with what the step sent
     watch: Stopwatch

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmeta.config.train import TrainConfig
-from gmeta.core.batch import TaskBatch
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.optim.sharded import Dense, open_dense
+from gmeta.embedding.exchange import Exchange, RowExchange
+from gmeta.embedding.table import FusedTable
+from gmeta.optim.dense import Dense, OuterReduce
+from gmeta.optim.sharded import open_dense
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.system import Loaded, System, Work, build_system
+from gmeta.recommender.system import System, Work, build_system
 from gmeta.runs import checkpoint
 from gmeta.runs.log import RunLog
 from gmeta.training.membership import Membership
@@ -71,24 +73,36 @@ class Run:
         return Path(self.config.run_dir) / "checkpoints"
 
 
-def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
-    """Build everything a rank needs; raises ValueError for what does not fit, before anything is written."""
+def build_run(
+    config: TrainConfig,
+    mesh: Mesh,
+    stop: threading.Event,
+    *,
+    exchange: Callable[[Mapping[str, FusedTable], Mesh, torch.dtype | None], Exchange] = RowExchange,
+    outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None,
+    loader_arguments: Mapping[str, Any] | None = None,
+) -> Run:
+    """Build everything a rank needs; raises ValueError for what does not fit, before anything is written.
+
+    Parts other than the product's plug in here: `exchange` makes the way that rows travel, `outer_reduce` the sum of
+    dense gradients over ranks, and `loader_arguments` change arguments of `TaskLoader`.
+    """
     pack = open_pack(config.pack)
     split = pack.split("train")
-    system = build_system(config, pack.schema, mesh)
-    ahead: dict[str, Callable[[TaskBatch], Work]] = {"none": Loaded, "index": system.index, "ids": system.prepare}
+    system = build_system(config, pack.schema, mesh, exchange=exchange)
     loader: TaskLoader[Work] = TaskLoader(
         split,
-        tasks_per_batch=config.loader.tasks_per_batch,
-        seed=config.seed,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        window_batches=config.loader.window_batches,
-        sequential=config.loader.sequential,
-        size_buckets=config.loader.size_buckets,
-        prefetch=config.loader.prefetch,
-        resample=config.loader.resample,
-        transform=ahead[config.loader.ahead],
+        **{
+            "tasks_per_batch": config.loader.tasks_per_batch,
+            "seed": config.seed,
+            "rank": mesh.rank,
+            "world_size": mesh.world_size,
+            "window_batches": config.loader.window_batches,
+            "prefetch": config.loader.prefetch,
+            "resample": config.loader.resample,
+            "transform": system.prepare,
+            **(loader_arguments or {}),
+        },
     )
     total = config.schedule.epochs * loader.batches_per_epoch
     if config.schedule.max_steps:
@@ -102,11 +116,10 @@ def build_run(config: TrainConfig, mesh: Mesh, stop: threading.Event) -> Run:
             lr=config.dense.lr,
             inner_lr_lr=config.dense.inner_lr_lr,
             weight_decay=config.dense.weight_decay,
-            placement=config.dense.sharding,
-            group_size=config.dense.node_size,
+            sharding=config.dense.sharding,
+            node_size=config.dense.node_size,
             memory_bytes=None if config.dense.memory_gb is None else 1e9 * config.dense.memory_gb,
-            how=config.comm.dense,
-            overlap=config.comm.overlap,
+            outer_reduce=outer_reduce,
         ),
         sparse=SparseOptimizer(
             config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay

@@ -18,7 +18,7 @@ from gmeta.config.train import DenseConfig, EmbeddingConfig, MetaConfig, TrainCo
 from gmeta.core.batch import RowGradients, to_device
 from gmeta.core.selection import segment_sum
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
-from gmeta.optim.dense import global_norm
+from gmeta.optim.dense import global_norm, square_sum
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
@@ -98,12 +98,14 @@ def test_updates_equal_the_cpu_and_never_wait(name: str) -> None:
         )
         gradients = {"d8": RowGradients(rows.to(mesh.device), grad.to(mesh.device))}
         there = [g.to(mesh.device) for g in dense]
-        stored, ok = tables.groups["d8"], torch.ones((), dtype=torch.bool, device=mesh.device)
+        stored, ok = tables.fused["d8"], torch.ones((), dtype=torch.bool, device=mesh.device)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            norm = global_norm(there, gradients, mesh)
+            norm = global_norm(square_sum(there, mesh), gradients, mesh)
             for flag in (ok, ~ok, ok):
-                SparseOptimizer(name, lr=0.1, weight_decay=0.1).step(tables, gradients, grad_scale=1 / norm, ok=flag)
+                SparseOptimizer(name, lr=0.1, weight_decay=0.1).step(
+                    tables.fused, gradients, grad_scale=1 / norm, ok=flag
+                )
         finally:
             torch.cuda.set_sync_debug_mode("default")
         found.append([t.cpu() for t in (norm, stored.weight, *stored.state.values())])

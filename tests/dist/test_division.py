@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from harness import run_ranks
 from packs import make_pack
-from test_train import assert_same, config, learned, run_steps
+from test_train import assert_same, config, learned, parts, run_steps
 
-from gmeta.config.train import LoaderConfig, MetaConfig, TrainConfig
+from gmeta.config.train import MetaConfig, TrainConfig
 from gmeta.core.batch import TaskBatch
 from gmeta.data.loader import Shares
 from gmeta.parallel.mesh import Mesh
@@ -37,9 +37,11 @@ def always_late(world_size: int, step: int) -> Shares:
     return Shares(None, (3,) * world_size, 1e-9 if step % 3 else None)
 
 
-def run_divided(mesh: Mesh, settings: TrainConfig, steps: int, divide: Any) -> dict[str, Any]:
+def run_divided(
+    mesh: Mesh, settings: TrainConfig, steps: int, divide: Any, switches: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """As `run_steps`, and which tasks each step finished."""
-    run = build_run(settings, mesh, threading.Event())
+    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
     run.loader.divide_by(lambda step: divide(mesh.world_size, step))
     trace, finished, places = [], [], []
     with run.loader:
@@ -69,20 +71,22 @@ def run_given(settings: TrainConfig, batches: list[list[int]], places: list[tupl
     return learned(run, trace)
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"meta": MetaConfig(inner_steps=1, inner_lr=0.3, engine="reference")},
-    {"meta": MetaConfig(adapt=[])},
-    {"loader": LoaderConfig(tasks_per_batch=TASKS, window_batches=3, ahead="none")},
+SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({}, ()),
+    ({"meta": MetaConfig(inner_steps=1, inner_lr=0.3, engine="reference")}, ()),
+    ({"meta": MetaConfig(adapt=[])}, ()),
+    ({}, ("ids_in_step", "no_overlap")),
 ]
 
 
-@pytest.mark.parametrize("changes", SETTINGS, ids=["factored", "reference", "plain", "nothing-ahead"])
+@pytest.mark.parametrize(("changes", "switches"), SETTINGS, ids=["factored", "reference", "plain", "naive"])
 @pytest.mark.parametrize("nproc", [1, 2, 4])
-def test_no_division_changes_what_is_learned(tmp_path: Path, nproc: int, changes: dict[str, Any]) -> None:
+def test_no_division_changes_what_is_learned(
+    tmp_path: Path, nproc: int, changes: dict[str, Any], switches: tuple[str, ...]
+) -> None:
     settings = config(make_pack(tmp_path / "pack"), **changes)
     alone = run_steps(Mesh(), settings, 12)
-    assert_same(run_ranks(nproc, run_divided, settings, 12, changing)[0]["learned"], alone, 1e-10)
+    assert_same(run_ranks(nproc, run_divided, settings, 12, changing, switches)[0]["learned"], alone, 1e-10)
 
 
 @pytest.mark.parametrize("nproc", [1, 2, 4])

@@ -1,7 +1,10 @@
 """Fetch, return and update on 1, 2 and 4 workers: the same rows, whoever holds them and whoever asks."""
 
+import sys
 import warnings
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,17 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.tensor import DTensor
 
 from gmeta.core.batch import Bag, EmbeddedRows, Examples, Lookup, TaskBatch
-from gmeta.embedding.exchange import Routes, exchange_ids, expected_traffic, fetch, return_gradients
-from gmeta.embedding.lookup import plan_lookup
+from gmeta.embedding.exchange import Exchange, RowExchange
+from gmeta.embedding.lookup import request_rows
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
 from gmeta.optim.dense import global_norm
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
 from gmeta.parallel.traffic import CommStats
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no package
+
+from study.exchange import IdsInStep, NaiveExchange
 
 pytestmark = pytest.mark.dist
 
@@ -110,26 +117,40 @@ def make(mesh: Mesh, optimizer: str, dtype: torch.dtype = torch.float64) -> Shar
     return ShardedTables(SPECS, mesh=mesh, seed=5, init_std=0.5, dtype=dtype, optimizer=optimizer)
 
 
-def routes_of(tables: ShardedTables, batch: TaskBatch, mesh: Mesh, **how: bool) -> Routes:
-    return exchange_ids(tables, plan_lookup(tables, batch, **how), mesh)
+# ways to exchange rows: the product's, and those of the study
+EXCHANGES = {
+    "product": RowExchange,
+    "ids in the step": lambda *given: IdsInStep(RowExchange(*given)),
+    "separate": partial(NaiveExchange, separate=True),
+    "copies": partial(NaiveExchange, dedup=False),
+    "separate copies": partial(NaiveExchange, separate=True, dedup=False),
+}
+
+
+def exchange_of(tables: ShardedTables, mesh: Mesh, wire: torch.dtype | None = None, how: str = "product") -> Exchange:
+    return EXCHANGES[how](tables.fused, mesh, wire)
+
+
+def routed_of(exchange: Exchange, batch: TaskBatch):
+    return exchange.exchange_ids(exchange.request(batch.support, batch.query))
 
 
 def train(
-    mesh: Mesh, optimizer: str, steps: int, **how: bool
+    mesh: Mesh, optimizer: str, steps: int, how: str = "product"
 ) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
     """Tables of all workers after `steps`, losses of this rank's tasks, and gradient norms."""
     tables = make(mesh, optimizer)
     sparse = SparseOptimizer(optimizer, lr=0.3, weight_decay=0.1)
-    losses, norms = [], []
+    exchange, losses, norms = exchange_of(tables, mesh, how=how), [], []
     for step in range(steps):
         batch = batch_of(mesh, step)
-        routes = routes_of(tables, batch, mesh, **how)
-        rows = fetch(tables, routes, mesh)
+        routed = routed_of(exchange, batch)
+        rows = exchange.fetch(routed)
         loss = loss_of(rows, batch)
         loss.backward()
-        gradients = return_gradients(tables, routes, rows, mesh)
-        norms.append(global_norm([], gradients, mesh).item())
-        sparse.step(tables, gradients)
+        gradients = exchange.return_gradients(routed, rows)
+        norms.append(global_norm(torch.zeros((), dtype=torch.float64), gradients, mesh).item())
+        sparse.step(tables.fused, gradients)
         losses.append(loss.item())
     state = tables.state_dict()
     whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
@@ -140,10 +161,10 @@ def sgd_reference(steps: int) -> dict[str, torch.Tensor]:
     """Plain autograd and SGD on one whole tensor a table."""
     tables = make(Mesh(), "sgd")
     weights = {}
-    for spec in SPECS:
-        slot = next(s for s in tables.features.values() if s.table == spec.name)
-        where = tables.layouts[slot.group].permutation.forward(torch.arange(spec.num_ids) + slot.offset)
-        weights[spec.name] = tables.groups[slot.group].weight[where]
+    for table in tables.fused.values():
+        for spec in table.specs:
+            where = table.permutation.forward(torch.arange(spec.num_ids) + table.offsets[spec.name])
+            weights[spec.name] = table.weight[where]
     for step in range(steps):
         batch = batch_of(Mesh(), step)
         leaves = {name: w.clone().requires_grad_() for name, w in weights.items()}
@@ -151,15 +172,15 @@ def sgd_reference(steps: int) -> dict[str, torch.Tensor]:
         touched: dict[str, set[int]] = {name: set() for name in weights}
         for which, examples in (("support", batch.support), ("query", batch.query)):
             lookups[which] = {}
-            for feature, slot in tables.features.items():
-                if slot.pooling is None:
+            for spec, (feature, pooling) in ((s, f) for s in SPECS for f in s.features.items()):
+                if pooling is None:
                     ids = examples.ids[feature]
-                    lookups[which][feature] = Lookup(slot.table, ids)
-                    touched[slot.table] |= set(ids[examples.mask].tolist())
+                    lookups[which][feature] = Lookup(spec.name, ids)
+                    touched[spec.name] |= set(ids[examples.mask].tolist())
                 else:
                     bag = examples.bags[feature]
-                    lookups[which][feature] = Lookup(slot.table, bag.values, bag.lengths, slot.pooling)
-                    touched[slot.table] |= set(bag.values.tolist())
+                    lookups[which][feature] = Lookup(spec.name, bag.values, bag.lengths, pooling)
+                    touched[spec.name] |= set(bag.values.tolist())
         loss_of(EmbeddedRows(leaves, lookups["support"], lookups["query"]), batch).backward()
         for name, leaf in leaves.items():
             rows = sorted(touched[name])
@@ -171,9 +192,9 @@ def test_one_worker_matches_plain_autograd():
     whole, _, _ = train(Mesh(), "sgd", 4)
     tables = make(Mesh(), "sgd")
     for name, weight in sgd_reference(4).items():
-        slot = next(s for s in tables.features.values() if s.table == name)
-        where = tables.layouts[slot.group].permutation.forward(torch.arange(len(weight)) + slot.offset)
-        torch.testing.assert_close(whole[f"{slot.group}.weight"][where], weight, rtol=1e-12, atol=1e-12)
+        table = next(t for t in tables.fused.values() if name in t.offsets)
+        where = table.permutation.forward(torch.arange(len(weight)) + table.offsets[name])
+        torch.testing.assert_close(whole[f"{table.name}.weight"][where], weight, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("optimizer", list(STATE))
@@ -197,38 +218,40 @@ def test_two_runs_are_bitwise_equal():
         assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def exchange_nothing(mesh: Mesh) -> None:
+def exchange_nothing(mesh: Mesh, how: str) -> None:
     tables = make(mesh, "adam")
-    before = {name: group.weight.clone() for name, group in tables.groups.items()}
+    before = {name: table.weight.clone() for name, table in tables.fused.items()}
     batch = batch_of(mesh, 0)
     nothing = slice(0, 0)
     batch = replace(batch, support=cut(batch.support, nothing), query=cut(batch.query, nothing), task_id=torch.zeros(0))
-    routes = routes_of(tables, batch, mesh)
-    rows = fetch(tables, routes, mesh)
+    exchange = exchange_of(tables, mesh, how=how)
+    routed = routed_of(exchange, batch)
+    rows = exchange.fetch(routed)
     assert {name: tuple(w.shape) for name, w in rows.weights.items()} == {"d2": (1, 2), "d4": (1, 4)}
     loss_of(rows, batch).backward()
-    gradients = return_gradients(tables, routes, rows, mesh)
+    gradients = exchange.return_gradients(routed, rows)
     assert all(g.rows.numel() == 0 and g.grad.shape[0] == 0 for g in gradients.values())
-    SparseOptimizer("adam", lr=1.0, weight_decay=1.0).step(tables, gradients)
-    assert all(torch.equal(group.weight, before[name]) for name, group in tables.groups.items())
+    SparseOptimizer("adam", lr=1.0, weight_decay=1.0).step(tables.fused, gradients)
+    assert all(torch.equal(table.weight, before[name]) for name, table in tables.fused.items())
 
 
+@pytest.mark.parametrize("how", EXCHANGES)
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_a_batch_without_rows_changes_nothing(world):
-    run_ranks(world, exchange_nothing)
+def test_a_batch_without_rows_changes_nothing(world, how):
+    run_ranks(world, exchange_nothing, how)
 
 
 NODES = [(2, 0), (4, 0), (4, 2)]  # workers, workers of a node
 
 
-def train_in(mesh: Mesh, how: dict[str, bool]) -> dict[str, torch.Tensor]:
-    return train(mesh, "adam", 4, **how)[0]
+def train_in(mesh: Mesh, how: str) -> dict[str, torch.Tensor]:
+    return train(mesh, "adam", 4, how)[0]
 
 
-@pytest.mark.parametrize("how", [{}, {"separate": True}, {"dedup": False}, {"separate": True, "dedup": False}])
+@pytest.mark.parametrize("how", EXCHANGES)
 @pytest.mark.parametrize(("world", "node_size"), [(1, 0), *NODES])
 def test_every_way_to_exchange_trains_the_same_rows(world, node_size, how):
-    (expected,) = run_ranks(1, train_in, {})
+    (expected,) = run_ranks(1, train_in, "product")
     for whole in run_ranks(world, train_in, how, node_size=node_size):
         for name, value in expected.items():
             torch.testing.assert_close(whole[name], value, rtol=1e-12, atol=1e-12)
@@ -238,8 +261,9 @@ def exchanged(mesh: Mesh, wire: torch.dtype | None) -> dict[str, torch.Tensor]:
     """Rows as support and query read them, then every worker's summed gradients."""
     tables = make(mesh, "sgd")
     batch = batch_of(mesh, 0)
-    routes = routes_of(tables, batch, mesh)
-    rows = fetch(tables, routes, mesh, wire)
+    exchange = exchange_of(tables, mesh, wire)
+    routed = routed_of(exchange, batch)
+    rows = exchange.fetch(routed)
     read = {f"{name}.rows": rows.weights[name].detach() for name in rows.weights}
     ids = {
         f"{lookup.group}.{which}.{name}": lookup.index
@@ -248,8 +272,8 @@ def exchanged(mesh: Mesh, wire: torch.dtype | None) -> dict[str, torch.Tensor]:
     }
     values = {name: read[f"{name.split('.')[0]}.rows"][index] for name, index in ids.items()}
     loss_of(rows, batch).backward()
-    home = return_gradients(tables, routes, rows, mesh, wire)
-    start = {name: tables.layouts[name].local_range(mesh.rank).start for name in home}
+    home = exchange.return_gradients(routed, rows)
+    start = {name: tables.fused[name].local_range(mesh.rank).start for name in home}
     return values | {f"home.{n}": torch.cat([(g.rows + start[n])[:, None], g.grad], 1) for n, g in home.items()}
 
 
@@ -286,58 +310,50 @@ def test_a_short_wire_type_rounds_rows_and_gradients_once_a_hop(world, node_size
 def test_fp16_gradients_neither_vanish_nor_overflow(scale):
     tables = make(Mesh(), "sgd", torch.float32)
     batch = batch_of(Mesh(), 0)
-    routes = routes_of(tables, batch, Mesh())
-    rows = fetch(tables, routes, Mesh())
+    exchange = exchange_of(tables, Mesh(), torch.float16)
+    routed = routed_of(exchange, batch)
+    rows = exchange.fetch(routed)
     for weight in rows.weights.values():
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)) * scale
-    home = return_gradients(tables, routes, rows, Mesh(), torch.float16)
+    home = exchange.return_gradients(routed, rows)
     for name, weight in rows.weights.items():
         largest = weight.grad.abs().amax(1, keepdim=True)
         assert ((home[name].grad - weight.grad).abs() <= 2**-11 * largest).all()
     weight.grad[0, 0], weight.grad[1, 0] = float("inf"), float("nan")
-    home = return_gradients(tables, routes, rows, Mesh(), torch.float16)[name].grad
+    home = exchange.return_gradients(routed, rows)[name].grad
     assert home[0, 0].isinf()
     assert home[1, 0].isnan()
 
 
-def traffic(mesh: Mesh, how: dict[str, bool], wire: torch.dtype | None) -> tuple[CommStats, CommStats, list[int]]:
-    """Counted and predicted of one exchange, and the lookups of (support, query) that it serves, in each group."""
+def traffic(mesh: Mesh, how: str, wire: torch.dtype | None = None) -> tuple[CommStats, CommStats, dict[str, int]]:
+    """Counted and predicted of one exchange, and the rows that this rank needs of each fused table."""
     tables = make(mesh, "sgd", torch.float32)
     batch = batch_of(mesh, 0)
-    routes = routes_of(tables, batch, mesh, **how)
-    rows = fetch(tables, routes, mesh, wire)
-    return_gradients(tables, routes, rows, mesh, wire)
-    return routes.traffic, expected_traffic(tables, routes, mesh, wire), wanted(tables, batch, **how)
+    exchange = exchange_of(tables, mesh, wire, how)
+    routed = routed_of(exchange, batch)
+    exchange.return_gradients(routed, exchange.fetch(routed))
+    return routed.traffic, exchange.expected_traffic(routed), wanted(tables, batch, how)
 
 
-def wanted(tables: ShardedTables, batch: TaskBatch, separate: bool = False, dedup: bool = True) -> dict[str, int]:
-    """Rows to ask for in each group, counted the plain way."""
+def wanted(tables: ShardedTables, batch: TaskBatch, how: str) -> dict[str, int]:
+    """Rows to ask for of each fused table, counted the plain way."""
     out = {}
-    for name in tables.layouts:
+    for name, table in tables.fused.items():
         sides: list[list[int]] = []
         for examples in (batch.support, batch.query):
             keys: list[int] = []
-            for feature, slot in tables.features.items():
-                if slot.group == name:
-                    bag = slot.pooling is not None
-                    ids = examples.bags[feature].values if bag else examples.ids[feature][examples.mask]
-                    keys += (ids + slot.offset).tolist()
+            for feature in table.features:
+                one = table.pooling(feature) is None
+                ids = examples.ids[feature][examples.mask] if one else examples.bags[feature].values
+                keys += (ids + table.offset(feature)).tolist()
             sides.append(keys)
-        sides = sides if separate else [sides[0] + sides[1]]
-        out[name] = sum(len(set(keys)) if dedup else len(keys) for keys in sides)
+        sides = sides if "separate" in how else [sides[0] + sides[1]]
+        out[name] = sum(len(keys if "copies" in how else set(keys)) for keys in sides)
     return out
 
 
 @pytest.mark.parametrize(
-    ("how", "wire"),
-    [
-        ({}, None),
-        ({"separate": True}, None),
-        ({"dedup": False}, None),
-        ({"separate": True, "dedup": False}, None),
-        ({}, torch.bfloat16),
-        ({}, torch.float16),
-    ],
+    ("how", "wire"), [*product(EXCHANGES, [None]), ("product", torch.bfloat16), ("product", torch.float16)]
 )
 @pytest.mark.parametrize(("world", "node_size"), [(1, 0), *NODES])
 def test_counted_bytes_are_the_formula(world, node_size, how, wire):
@@ -358,7 +374,7 @@ def test_counted_bytes_are_the_formula(world, node_size, how, wire):
 
 
 def between_nodes(mesh: Mesh) -> dict[str, float]:
-    counted = traffic(mesh, {}, None)[0]
+    counted = traffic(mesh, "product")[0]
     node = mesh.rank // 2
     return {
         kind: sum(size for rank, size in getattr(counted, kind).by_rank.items() if rank // 2 != node)
@@ -372,26 +388,49 @@ def test_two_levels_carry_shared_rows_between_nodes_once():
         assert 0 < sum(rank[kind] for rank in two) < sum(rank[kind] for rank in one)
 
 
-# plans
+# requests
 
 
-def test_each_row_is_asked_once_and_padding_asks_for_nothing():
+@pytest.mark.parametrize("asked", [("support", "query"), ("support",), ("query",)])
+def test_each_row_is_asked_once_and_padding_asks_for_nothing(asked):
+    """The request of both sides, and that of one alone."""
     tables = make(Mesh(world_size=4), "sgd")
     batch = batch_of(Mesh(), 1)
-    plan = plan_lookup(tables, batch)
-    needed = {
-        (slot.group, int(key))
-        for examples in (batch.support, batch.query)
-        for feature, slot in tables.features.items()
-        for key in slot.offset
-        + (examples.ids[feature][examples.mask] if slot.pooling is None else examples.bags[feature].values)
-    }
-    assert plan.first == {"d2": None, "d4": None}
-    for ask in plan.asks:
-        keys = tables.layouts[ask.group].permutation.inverse(ask.rows).tolist()
-        assert sorted(keys) == sorted(key for where, key in needed if where == ask.group)
-        assert torch.equal(ask.rows, ask.rows.sort().values)
-        assert plan.num_rows[ask.group] == len(keys)
+    sides = {name: getattr(batch, name) for name in asked}
+    request = request_rows(tables.fused, **sides)
+    for name, table in tables.fused.items():
+        needed = {
+            int(key)
+            for examples in sides.values()
+            for feature in table.features
+            for key in table.offset(feature)
+            + (
+                examples.ids[feature][examples.mask]
+                if table.pooling(feature) is None
+                else examples.bags[feature].values
+            )
+        }
+        rows = request.rows[name]
+        assert sorted(table.permutation.inverse(rows).tolist()) == sorted(needed)
+        assert torch.equal(rows, rows.sort().values)
+        assert request.num_rows[name] == len(needed)
+    for side in ("support", "query"):
+        assert set(getattr(request, side)) == ({"user", "item", "history", "city"} if side in asked else set())
+
+
+@pytest.mark.parametrize("side", ["support", "query"])
+def test_positions_name_the_physical_rows(side):
+    """A position of a lookup is that of the row in the request, and in what is fetched."""
+    tables, batch = make(Mesh(), "sgd"), batch_of(Mesh(), 1)
+    exchange = exchange_of(tables, Mesh())
+    request = exchange.request(**{side: getattr(batch, side)})
+    rows = exchange.fetch(exchange.exchange_ids(request))
+    examples, table = getattr(batch, side), tables.fused["d4"]
+    for feature in ("user", "item"):
+        keys = examples.ids[feature][examples.mask] + table.offset(feature)
+        position = getattr(request, side)[feature].index[examples.mask]
+        assert torch.equal(request.rows["d4"][position], table.permutation.forward(keys))
+        assert torch.equal(rows.weights["d4"][position], table.weight[table.permutation.forward(keys)])
 
 
 @pytest.mark.parametrize("bad", [-1, 9])
@@ -403,7 +442,7 @@ def test_an_id_outside_its_table_is_named(feature, bad):
     else:
         batch.query.bags["history"].values[0] = bad
     with pytest.raises(ValueError, match=rf"'{feature}' has the id {bad}, but its table 'item' has the ids 0 to 8"):
-        plan_lookup(make(Mesh(), "sgd"), batch)
+        request_rows(make(Mesh(), "sgd").fused, batch.support, batch.query)
 
 
 @pytest.mark.parametrize("feature", ["item", "history"])
@@ -411,7 +450,7 @@ def test_a_feature_missing_from_the_batch_is_named(feature):
     batch = batch_of(Mesh(), 0)
     (batch.support.ids if feature == "item" else batch.support.bags).pop(feature)
     with pytest.raises(ValueError, match=f"no .*-valued feature '{feature}'"):
-        plan_lookup(make(Mesh(), "sgd"), batch)
+        request_rows(make(Mesh(), "sgd").fused, batch.support, batch.query)
 
 
 # checkpoints of sharded tables
@@ -419,8 +458,8 @@ def test_a_feature_missing_from_the_batch_is_named(feature):
 
 def save(mesh: Mesh, path: str) -> None:
     tables = make(mesh, "adam")
-    for name, group in tables.groups.items():
-        group.state["steps"].copy_(torch.tensor(tables.layouts[name].local_range(mesh.rank)))
+    for table in tables.fused.values():
+        table.state["steps"].copy_(torch.tensor(table.local_range(mesh.rank)))
     dcp.save(
         tables.state_dict(),
         storage_writer=HuggingFaceStorageWriter(path, save_distributed=True),
@@ -430,10 +469,10 @@ def save(mesh: Mesh, path: str) -> None:
 
 
 def load(mesh: Mesh, path: str) -> None:
-    expected = make(Mesh(), "adam").groups
+    expected = make(Mesh(), "adam").fused
     tables = make(mesh, "adam")
-    for group in tables.groups.values():
-        group.weight.zero_()
+    for table in tables.fused.values():
+        table.weight.zero_()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
         dcp.load(
@@ -442,10 +481,10 @@ def load(mesh: Mesh, path: str) -> None:
             process_group=mesh.control_group,
             no_dist=mesh.control_group is None,
         )
-    for name, group in tables.groups.items():
-        mine = tables.layouts[name].local_range(mesh.rank)
-        assert torch.equal(group.weight, expected[name].weight[mine.start : mine.stop])
-        assert group.state["steps"].tolist() == list(mine)
+    for name, table in tables.fused.items():
+        mine = table.local_range(mesh.rank)
+        assert torch.equal(table.weight, expected[name].weight[mine.start : mine.stop])
+        assert table.state["steps"].tolist() == list(mine)
 
 
 def test_tables_saved_on_two_workers_load_on_any_number(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 from harness import Pool, run_ranks
 from packs import make_pack, small_model
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))  # scripts, no package
+
+from study.variants import parts
 
 from gmeta.config.train import (
     CommConfig,
@@ -48,9 +53,9 @@ def config(pack: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-def run_steps(mesh: Mesh, settings: TrainConfig, steps: int) -> dict[str, Any]:
-    """Losses and norms of each step, then every weight, on rank 0."""
-    run = build_run(settings, mesh, threading.Event())
+def run_steps(mesh: Mesh, settings: TrainConfig, steps: int, switches: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Losses and norms of each step, then every weight, on rank 0. `switches` are the study's."""
+    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
     trace = []
     with run.loader:
         for _ in range(steps):
@@ -65,8 +70,8 @@ def learned(run: Run, trace: list[list[float]]) -> dict[str, Any]:
     dense = {name: p.detach().cpu().numpy().copy() for name, p in run.system.learner.named_parameters()}
     rows = {
         f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), run.mesh)
-        for name, group in run.system.tables.groups.items()
-        for key, value in (("weight", group.weight), *group.state.items())
+        for name, table in run.system.tables.fused.items()
+        for key, value in (("weight", table.weight), *table.state.items())
     }
     return {"trace": np.array(trace), **dense, **rows}
 
@@ -130,30 +135,24 @@ def test_fewer_tasks_than_workers_is_refused(tmp_path: Path) -> None:
         run_ranks(2, run_steps, settings, 1)
 
 
-CHOICES: list[dict[str, Any]] = [
-    {"comm": CommConfig(fetch="separate")},
-    {"comm": CommConfig(dedup=False)},
-    {"comm": CommConfig(dense="gather")},
-    {"comm": CommConfig(dense="gather", overlap=False)},
-    {"comm": CommConfig(overlap=False)},
-    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, ahead="index")},
-    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, ahead="none")},
-    {"loader": LoaderConfig(tasks_per_batch=7, window_batches=3, prefetch=0)},
+CHOICES = [
+    ("separate",),
+    ("copies",),
+    ("central",),
+    ("central", "no_overlap"),
+    ("no_overlap",),
+    ("ids_in_step",),
+    ("nothing_ahead",),
+    ("separate", "copies", "central", "no_overlap", "nothing_ahead"),
 ]
 
 
-def name_of(choice: dict[str, Any]) -> str:
-    (value,) = choice.values()
-    default = type(value)(tasks_per_batch=7, window_batches=3) if "loader" in choice else type(value)()
-    return "-".join(str(v) for k, v in vars(value).items() if v != vars(default)[k])
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=name_of)
+@pytest.mark.parametrize("switches", CHOICES, ids="-".join)
 @pytest.mark.parametrize("nproc", [1, 2, 4])
-def test_no_choice_changes_what_is_learned(tmp_path: Path, nproc: int, choice: dict[str, Any]) -> None:
-    pack = make_pack(tmp_path / "pack")
-    alone = run_steps(Mesh(), config(pack), 4)
-    assert_same(run_ranks(nproc, run_steps, config(pack, **choice), 4)[0], alone, 1e-9)
+def test_no_switch_of_the_study_changes_what_is_learned(tmp_path: Path, nproc: int, switches: tuple[str, ...]) -> None:
+    settings = config(make_pack(tmp_path / "pack"))
+    alone = run_steps(Mesh(), settings, 4)
+    assert_same(run_ranks(nproc, run_steps, settings, 4, switches)[0], alone, 1e-9)
 
 
 def test_nodes_do_not_change_what_is_learned(tmp_path: Path) -> None:
@@ -203,8 +202,8 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, nproc: int) -> None:
     assert run_ranks(nproc, ask_to_stop, settings, nproc - 1) == [[False, True, True]] * nproc
 
 
-def traffic_of_steps(mesh: Mesh, settings: TrainConfig) -> list[dict[str, Any]]:
-    run = build_run(settings, mesh, threading.Event())
+def traffic_of_steps(mesh: Mesh, settings: TrainConfig, switches: tuple[str, ...]) -> list[dict[str, Any]]:
+    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
     found = []
     with run.loader:
         for _ in range(3):
@@ -215,20 +214,22 @@ def traffic_of_steps(mesh: Mesh, settings: TrainConfig) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "comm",
+    ("switches", "wire"),
     [
-        CommConfig(),
-        CommConfig(fetch="separate", dedup=False),
-        CommConfig(dense="gather"),
-        CommConfig(overlap=False, wire="bf16"),
-        CommConfig(wire="fp16"),
+        ((), "float32"),
+        (("separate", "copies"), "float32"),
+        (("central",), "float32"),
+        (("no_overlap", "ids_in_step"), "bf16"),
+        ((), "fp16"),
     ],
-    ids=["default", "separate", "gather", "bf16", "fp16"],
+    ids=["default", "separate", "central", "bf16", "fp16"],
 )
 @pytest.mark.parametrize(("nproc", "node_size"), [(1, 0), (2, 0), (4, 0), (4, 2)])
-def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, node_size: int, comm: CommConfig) -> None:
-    settings = config(make_pack(tmp_path / "pack"), precision="float32", comm=comm)
-    ranks = run_ranks(nproc, traffic_of_steps, settings, node_size=node_size)
+def test_a_step_sends_what_the_formulas_say(
+    tmp_path: Path, nproc: int, node_size: int, switches: tuple[str, ...], wire: Any
+) -> None:
+    settings = config(make_pack(tmp_path / "pack"), precision="float32", comm=CommConfig(wire=wire))
+    ranks = run_ranks(nproc, traffic_of_steps, settings, switches, node_size=node_size)
     for steps in ranks:
         for found in steps:
             assert found["measured"] == found["predicted"]
@@ -238,7 +239,7 @@ def test_a_step_sends_what_the_formulas_say(tmp_path: Path, nproc: int, node_siz
     size = 4 * sum(p.numel() for p in build_run(settings, Mesh(), threading.Event()).system.learner.parameters())
     for rank, steps in enumerate(ranks):
         dense = steps[0]["measured"]["dense"]
-        if comm.dense == "gather":
+        if "central" in switches:
             assert dense == {
                 "bytes": size * (nproc - 1 if rank == 0 else 1),
                 "remote_bytes": dense["bytes"],

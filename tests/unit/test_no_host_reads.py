@@ -86,7 +86,7 @@ def test_the_step_reads_nothing(tmp_path: Path, model: str, adapt: list[str], op
     )
     run = train.build_run(settings, Mesh(), threading.Event())
     run.read_late = True
-    assert run.system.tables.groups  # allocated here, not in the first step
+    assert run.system.tables.state_dict()  # allocated here, not in the first step
     mode = NoHostReads()
 
     with run.loader:

@@ -10,7 +10,7 @@ from torch import nn
 from gmeta.core.batch import RowGradients
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
 from gmeta.optim import sparse as sparse_module
-from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale
+from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale, square_sum
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
 
@@ -40,13 +40,13 @@ def train(optimizer, steps=12, dim=D, weight_decay=0.0, scale=1.0):
     ours = tables(optimizer, dim)
     sparse = SparseOptimizer(optimizer, lr=LR, weight_decay=weight_decay)
     for rows, grad in gradients(steps, dim):
-        sparse.step(ours, {f"d{dim}": RowGradients(rows, grad)}, lr_scale=scale)
-    return ours.groups[f"d{dim}"].weight
+        sparse.step(ours.fused, {f"d{dim}": RowGradients(rows, grad)}, lr_scale=scale)
+    return ours.fused[f"d{dim}"].weight
 
 
 def reference(make, steps=12, dim=D):
     """Every row is a parameter with a dense torch optimizer of its own that steps only when the row is touched."""
-    rows = [nn.Parameter(row.clone()) for row in tables("sgd", dim).groups[f"d{dim}"].weight]
+    rows = [nn.Parameter(row.clone()) for row in tables("sgd", dim).fused[f"d{dim}"].weight]
     optimizers = [make([row]) for row in rows]
     for touched, grad in gradients(steps, dim):
         for index, g in zip(touched.tolist(), grad, strict=True):
@@ -85,7 +85,7 @@ def test_rowwise_adagrad_of_width_one_is_torch_adagrad():
 
 
 def test_rowwise_adagrad_shares_the_mean_square_of_a_row():
-    weight = tables("sgd").groups[f"d{D}"].weight.clone()
+    weight = tables("sgd").fused[f"d{D}"].weight.clone()
     total = [0.0] * N
     for rows, grad in gradients(12):
         for index, g in zip(rows.tolist(), grad.tolist(), strict=True):
@@ -97,17 +97,17 @@ def test_rowwise_adagrad_shares_the_mean_square_of_a_row():
 
 def test_adam_matches_torch_sparse_adam_when_all_rows_are_touched():
     ours = tables("adam")
-    weight = nn.Parameter(ours.groups["d3"].weight.clone())
+    weight = nn.Parameter(ours.fused["d3"].weight.clone())
     theirs = torch.optim.SparseAdam([weight], lr=LR)
     sparse = SparseOptimizer("adam", lr=LR)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         grad = torch.randn(N, D, dtype=torch.float64, generator=generator)
-        sparse.step(ours, {"d3": RowGradients(torch.arange(N), grad)})
+        sparse.step(ours.fused, {"d3": RowGradients(torch.arange(N), grad)})
         weight.grad = torch.sparse_coo_tensor(torch.arange(N)[None], grad, (N, D), check_invariants=True).coalesce()
         theirs.step()
     # SparseAdam adds eps before the bias correction
-    torch.testing.assert_close(ours.groups["d3"].weight, weight.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.fused["d3"].weight, weight.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(STATE))
@@ -116,7 +116,7 @@ def test_untouched_rows_and_their_state_do_not_change(name):
     before = {key: value.clone() for key, value in ours.state_dict().items()}
     touched = torch.tensor([1, 4])
     SparseOptimizer(name, lr=LR, weight_decay=0.1).step(
-        ours, {"d3": RowGradients(touched, torch.ones(2, D, dtype=torch.float64))}
+        ours.fused, {"d3": RowGradients(touched, torch.ones(2, D, dtype=torch.float64))}
     )
     rest = [i for i in range(N) if i not in (1, 4)]
     for key, value in ours.state_dict().items():
@@ -131,9 +131,9 @@ def test_grad_scale_is_the_scaled_gradient(name):
         torch.tensor([0, 3]),
         torch.randn(2, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
     )
-    SparseOptimizer(name, lr=LR).step(a, {"d3": RowGradients(rows, grad)}, grad_scale=0.25)
-    SparseOptimizer(name, lr=LR).step(b, {"d3": RowGradients(rows, grad * 0.25)})
-    assert torch.equal(a.groups["d3"].weight, b.groups["d3"].weight)
+    SparseOptimizer(name, lr=LR).step(a.fused, {"d3": RowGradients(rows, grad)}, grad_scale=0.25)
+    SparseOptimizer(name, lr=LR).step(b.fused, {"d3": RowGradients(rows, grad * 0.25)})
+    assert torch.equal(a.fused["d3"].weight, b.fused["d3"].weight)
 
 
 def textbook_sgd(rows, grad, state, lr):
@@ -171,14 +171,13 @@ TEXTBOOK = {"sgd": textbook_sgd, "rowwise_adagrad": textbook_adagrad, "adam": te
 )
 def test_updates_are_the_textbook_formulas(name, dtype, dim, size, decay, scale, block, seed):
     """To 1e-12 of the largest number in float64 and 1e-6 in float32, in blocks of any size."""
-    ours, theirs = tables(name, dim, dtype).groups[f"d{dim}"], tables(name, dim, dtype).groups[f"d{dim}"]
+    ours, theirs = tables(name, dim, dtype).fused[f"d{dim}"], tables(name, dim, dtype).fused[f"d{dim}"]
     optimizer = SparseOptimizer(name, lr=LR, weight_decay=decay)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sparse_module, "_BLOCK_ROWS", block)
         for touched, grad in gradients(6, dim, seed):
             grad = (grad * size).to(dtype)
-            held = type("Tables", (), {"groups": {"g": ours}})
-            optimizer.step(held, {"g": RowGradients(touched, grad)}, lr_scale=0.5, grad_scale=scale)
+            optimizer.step({"g": ours}, {"g": RowGradients(touched, grad)}, lr_scale=0.5, grad_scale=scale)
             rows = theirs.weight[touched] * (1 - LR * 0.5 * decay)
             state = {key: value[touched] for key, value in theirs.state.items()}
             rows, state = TEXTBOOK[name](rows, grad if scale is None else grad * scale, state, LR * 0.5)
@@ -199,9 +198,9 @@ def test_a_step_that_is_not_ok_changes_nothing(name):
     bad = RowGradients(torch.tensor([0, 4]), torch.full((2, D), math.nan, dtype=torch.float64))
     yes, no = torch.tensor(True), torch.tensor(False)
     for found, ok in ((good, yes), (bad, no), (good, no), (good, yes)):
-        sparse.step(ours, {"d3": found}, ok=ok)
+        sparse.step(ours.fused, {"d3": found}, ok=ok)
     for _ in range(2):
-        sparse.step(plain, {"d3": good})
+        sparse.step(plain.fused, {"d3": good})
     for key, value in ours.state_dict().items():
         assert torch.equal(value, plain.state_dict()[key]), key
 
@@ -252,23 +251,27 @@ def test_lr_schedule():
         lr_scale(0, 0, 1, "step")
 
 
+def norm_of(dense, rows):
+    return global_norm(square_sum(dense, Mesh()), rows, Mesh())
+
+
 def test_global_norm_is_the_norm_of_everything():
     generator = torch.Generator().manual_seed(0)
     dense = [torch.randn(4, 3, generator=generator), torch.randn(2, generator=generator)]
     rows = {"d3": RowGradients(torch.arange(2), torch.randn(2, 3, generator=generator))}
     expected = torch.cat([t.double().flatten() for t in (*dense, rows["d3"].grad)]).norm().item()
-    assert global_norm(dense, rows, Mesh()).item() == pytest.approx(expected, rel=1e-12)
-    assert global_norm([], {}, Mesh()).item() == 0.0
+    assert norm_of(dense, rows).item() == pytest.approx(expected, rel=1e-12)
+    assert norm_of([], {}).item() == 0.0
 
 
 def test_global_norm_keeps_float64_accuracy():
     """Of float32 gradients whose squares a float32 sum would lose."""
     grad = torch.cat([torch.full((1,), 1e4), torch.full((200_000,), 1e-2)])
     exact = math.sqrt(math.fsum(x * x for x in grad.tolist()))
-    assert global_norm([grad], {}, Mesh()).item() == pytest.approx(exact, rel=1e-11)
+    assert norm_of([grad], {}).item() == pytest.approx(exact, rel=1e-11)
     rows = {"d1": RowGradients(torch.arange(len(grad)), grad[:, None])}
-    assert global_norm([], rows, Mesh()).item() == pytest.approx(exact, rel=1e-11)
-    assert math.isnan(global_norm([torch.tensor([1.0, math.nan])], {}, Mesh()).item())
+    assert norm_of([], rows).item() == pytest.approx(exact, rel=1e-11)
+    assert math.isnan(norm_of([torch.tensor([1.0, math.nan])], {}).item())
 
 
 def stepped(calls, dtype):

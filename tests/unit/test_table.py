@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmeta.embedding.permutation import Permutation, normal_rows, table_key
+from gmeta.embedding.permutation import RowPermutation, normal_rows, table_key
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec, human_bytes
 from gmeta.optim.sparse import UPDATES
 from gmeta.parallel.mesh import Mesh
@@ -33,7 +33,7 @@ SPECS = [
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
 @settings(deadline=None, max_examples=60)
 def test_permutation_is_a_bijection_and_inverts(size, seed):
-    permutation = Permutation(size, seed)
+    permutation = RowPermutation(size, seed)
     keys = torch.arange(size)
     rows = permutation.forward(keys)
     assert torch.equal(rows.sort().values, keys)
@@ -43,7 +43,7 @@ def test_permutation_is_a_bijection_and_inverts(size, seed):
 @given(size=st.integers(2**31, 2**61), seed=st.integers(0, 9))
 @settings(deadline=None, max_examples=20)
 def test_permutation_inverts_on_huge_tables(size, seed):
-    permutation = Permutation(size, seed)
+    permutation = RowPermutation(size, seed)
     keys = torch.randint(size, (50,), generator=torch.Generator().manual_seed(seed))
     rows = permutation.forward(keys)
     assert ((rows >= 0) & (rows < size)).all()
@@ -52,9 +52,9 @@ def test_permutation_inverts_on_huge_tables(size, seed):
 
 def test_permutation_depends_on_the_seed_and_refuses_nothing_to_permute():
     keys = torch.arange(1000)
-    assert not torch.equal(Permutation(1000, 0).forward(keys), Permutation(1000, 1).forward(keys))
+    assert not torch.equal(RowPermutation(1000, 0).forward(keys), RowPermutation(1000, 1).forward(keys))
     with pytest.raises(ValueError, match="0 rows"):
-        Permutation(0, 0)
+        RowPermutation(0, 0)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -65,7 +65,7 @@ def test_rows_and_zipf_load_are_balanced(world):
     popularity = 1.0 / torch.arange(1, size + 1, dtype=torch.float64)
     for seed in range(3):
         batches = [torch.multinomial(popularity, 20_000, True, generator=generator).unique() for _ in range(4)]
-        rows = Permutation(size, seed).forward(torch.cat(batches))
+        rows = RowPermutation(size, seed).forward(torch.cat(batches))
         load = torch.bincount(rows // chunk, minlength=world).double()
         assert (load / load.mean() - 1).abs().max() < 0.1, load
     # contiguous ids without the bijection would not be: the first worker gets most
@@ -91,35 +91,34 @@ def test_initial_rows_are_normal_and_a_function_of_seed_table_and_id():
 def test_shards_of_any_world_size_join_to_the_same_tables(world):
     parts = [make(SPECS, world, rank) for rank in range(world)]
     whole = make(SPECS)
-    for name, group in whole.groups.items():
-        joined = torch.cat([part.groups[name].weight for part in parts])
-        assert torch.equal(joined, group.weight)
-        expected = [c.shape[0] for c in torch.chunk(group.weight, world)]
-        sizes = [part.groups[name].weight.shape[0] for part in parts]
+    for name, table in whole.fused.items():
+        joined = torch.cat([part.fused[name].weight for part in parts])
+        assert torch.equal(joined, table.weight)
+        expected = [c.shape[0] for c in torch.chunk(table.weight, world)]
+        sizes = [part.fused[name].weight.shape[0] for part in parts]
         assert sizes == expected + [0] * (world - len(expected))  # the rule of Shard(0)
 
 
 def test_every_id_finds_its_initial_row():
     tables = make(SPECS)
-    for feature, slot in tables.features.items():
-        ids = torch.arange(slot.num_ids)
-        rows = tables.layouts[slot.group].permutation.forward(ids + slot.offset)
-        dim = tables.layouts[slot.group].dim
-        expected = initial(ids, dim, slot.table, 3) * 0.05
-        assert torch.equal(tables.groups[slot.group].weight[rows], expected), feature
+    for table in tables.fused.values():
+        for feature, spec in table.features.items():
+            ids = torch.arange(spec.num_ids)
+            rows = table.permutation.forward(ids + table.offset(feature))
+            assert torch.equal(table.weight[rows], initial(ids, spec.dim, spec.name, 3) * 0.05), feature
 
 
 def test_tables_of_one_width_are_fused():
     tables = make(SPECS)
-    assert {name: layout.num_rows for name, layout in tables.layouts.items()} == {"d2": 3, "d4": 48}
+    assert {name: table.num_rows for name, table in tables.fused.items()} == {"d2": 3, "d4": 48}
     assert tables.describe()["d4"]["tables"] == {"user": 37, "item": 11}
-    assert tables.features["history"].pooling == "mean"
+    assert tables.fused["d4"].pooling("history") == "mean"
 
 
 def test_memory_is_reported_before_it_is_allocated():
     tables = make([TableSpec("a", 1_000, 16, {"a": None})], world=4, dtype=torch.float32)
     report = tables.memory_report()
-    assert "groups" not in vars(tables)
+    assert not vars(tables.fused["d16"]).keys() & {"weight", "state"}
     assert (
         "1,000 rows (a 1,000), weights 62.5 KiB, adam state 128.9 KiB" in report
     )  # 16 * 4; 2 * 16 * 4 + 4 bytes a row
@@ -164,11 +163,18 @@ def test_state_dict_round_trips_and_refuses_another_model():
     state = {key: value.clone() for key, value in theirs.state_dict().items()}
     assert list(state) == [f"{g}.{k}" for g, k in itertools.product(("d2", "d4"), ("weight", *STATE["adam"]))]
     ours.load_state_dict(state)
-    assert torch.equal(ours.groups["d4"].weight, theirs.groups["d4"].weight)
+    assert torch.equal(ours.fused["d4"].weight, theirs.fused["d4"].weight)
     with pytest.raises(ValueError, match=r"'d4.weight' is of shape \[48, 4\], expected \[37, 4\]"):
         make(SPECS[:1]).load_state_dict(state)
     with pytest.raises(ValueError, match=r"'d4.steps' is missing"):
         ours.load_state_dict({k: v for k, v in state.items() if k != "d4.steps"})
+
+
+def test_without_an_optimizer_there_is_no_state():
+    tables = make(SPECS, optimizer=None)
+    assert list(tables.state_dict()) == ["d2.weight", "d4.weight"]
+    assert torch.equal(tables.fused["d4"].weight, make(SPECS).fused["d4"].weight)
+    assert "state" not in tables.memory_report()
 
 
 def test_state_is_laid_out_for_every_optimizer():

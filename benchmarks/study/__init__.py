@@ -1,0 +1,1 @@
+"""The naive ways that the G-Meta study compares gmeta with, as parts that plug into the trainer."""
