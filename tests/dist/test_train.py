@@ -202,7 +202,7 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, nproc: int) -> None:
     assert run_ranks(nproc, ask_to_stop, settings, nproc - 1) == [[False, True, True]] * nproc
 
 
-def traffic_of_steps(mesh: Mesh, settings: TrainConfig, switches: tuple[str, ...]) -> list[dict[str, Any]]:
+def traffic_of_steps(mesh: Mesh, settings: TrainConfig, switches: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     run = build_run(settings, mesh, threading.Event(), **parts(*switches))
     found = []
     with run.loader:
