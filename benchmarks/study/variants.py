@@ -1,6 +1,6 @@
 """The study's switches by name, and the parts of the trainer that they stand for.
 
-    build_run(config, mesh, stop, **parts("separate", "central"))
+    Trainer(config, parts=parts("separate", "central"))
 
 | switch | what happens instead of the product's way |
 |---|---|
@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from gmeta.embedding.exchange import Exchange, RowExchange
+from gmeta.training.build import Parts
 from study.exchange import IdsInStep, NaiveExchange
 from study.outer_reduce import CentralReduce, NoOverlap
 
@@ -31,8 +32,8 @@ LOADER: dict[str, dict[str, Any]] = {
 SWITCHES = ("separate", "copies", "ids_in_step", "central", "no_overlap", *LOADER)
 
 
-def parts(*switches: str) -> dict[str, Any]:
-    """Arguments of the trainer: `exchange`, `outer_reduce` and `loader_arguments`, each only where something differs.
+def parts(*switches: str) -> Parts:
+    """The trainer's parts; what no switch names is the product's.
 
     ValueError names a switch that does not exist.
     """
@@ -49,7 +50,7 @@ def parts(*switches: str) -> dict[str, Any]:
         found["outer_reduce"] = NoOverlap
     if arguments := {key: value for name in switches for key, value in LOADER.get(name, {}).items()}:
         found["loader_arguments"] = arguments
-    return found
+    return Parts(**found)
 
 
 def _exchange(*given: Any, separate: bool, dedup: bool, late: bool) -> Exchange:

@@ -21,7 +21,15 @@ RENAMED = {
 }
 """Old key of `gmeta train` to the new one."""
 
-DROPPED: dict[str, Any] = {}
+DROPPED: dict[str, Any] = {
+    "comm.fetch": "fused",
+    "comm.dedup": True,
+    "comm.dense": "all_reduce",
+    "comm.overlap": True,
+    "loader.sequential": True,
+    "loader.size_buckets": True,
+    "loader.ahead": "ids",
+}
 """Switches that existed for comparison, and the one value that is left. The others live in benchmarks/study."""
 
 _TAKES = {

@@ -150,15 +150,8 @@ class LoaderConfig:
     """Tasks of one global batch, over all ranks (G)."""
     window_batches: int = 64
     """Batches per shuffle window: larger mixes better, smaller reads closer to sequentially."""
-    sequential: bool = True
-    """Fill windows with blocks of consecutive tasks. Off, for comparison: with tasks from anywhere in the pack."""
-    size_buckets: bool = True
-    """Put tasks of similar size into one batch. Off, for comparison: any of the window, so padding grows."""
     prefetch: int = 2
     """Batches prepared ahead in a background thread; 0 is off."""
-    ahead: Literal["none", "index", "ids"] = "ids"
-    """What the background thread does with a batch besides reading it: nothing, the uniques and other index work,
-    or the exchange of ids between workers as well. What it does not do ahead, the step does."""
     resample: bool = False
     """Redraw each training task's support/query cut every epoch, at random with the stored sizes."""
 
@@ -170,17 +163,8 @@ class LoaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CommConfig:
-    """How rows and gradients travel between workers. The defaults are the fast ones; the others are for the study."""
+    """How rows and gradients travel between workers."""
 
-    fetch: Literal["fused", "separate"] = "fused"
-    """Support and query rows in one AlltoAll, or in one each; the gradients likewise."""
-    dedup: bool = True
-    """Ask for each row once, or once for every lookup."""
-    dense: Literal["all_reduce", "gather"] = "all_reduce"
-    """Dense gradients: AllReduce, or gather to rank 0, sum there and broadcast (the central outer rule)."""
-    overlap: bool = True
-    """Run the AllReduce of dense gradients during backward and under the AlltoAll of row gradients; off: after each
-    other."""
     wire: Literal["float32", "bf16", "fp16"] = "float32"
     """Type of rows and row gradients on the way; float32 leaves them as the table holds them. Gradients are summed
     in the table's own type."""

@@ -181,12 +181,12 @@ def open_dense(
     is given for sharded layers, which reduce in their own way; for others see `paro`.
     """
     optimizer = partial(adamw, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
-    groups = None
+    nodes = None
     if sharding != "NNN" and mesh.world_size > 1:
-        groups = node_mesh(node_size or mesh.local_world_size, mesh.device.type)
+        nodes = node_mesh(node_size or mesh.local_world_size, mesh.device.type)
     if sharding == AUTO:
         auto = AutoSharding(memory_bytes=memory_bytes, replicate=True)  # its AllReduce goes in buckets of many layers
-        sharding = str(choose_strategies(module, optimizer, groups, AUTO, auto, timeout_s=mesh.timeout_s)[""])
+        sharding = str(choose_strategies(module, optimizer, nodes, AUTO, auto, timeout_s=mesh.timeout_s)[""])
     if sharding == "NNN":
         return ReplicatedDense(module, optimizer, mesh, (outer_reduce or GradientBuckets)(module.parameters(), mesh))
     if outer_reduce is not None:
@@ -194,4 +194,4 @@ def open_dense(
             f"an outer_reduce is given, and dense layers are sharded as {sharding}: it sums replicated gradients; use "
             "NNN with it, or leave it out"
         )
-    return ShardedDense(paro(module, optimizer, groups, sharding, average=False, timeout_s=mesh.timeout_s))
+    return ShardedDense(paro(module, optimizer, nodes, sharding, average=False, timeout_s=mesh.timeout_s))

@@ -56,7 +56,7 @@ def config(pack: Path, **changes: Any) -> TrainConfig:
 
 def run_steps(mesh: Mesh, settings: TrainConfig, steps: int, switches: tuple[str, ...] = ()) -> dict[str, Any]:
     """Losses and norms of each step, then every weight, on rank 0. `switches` are the study's."""
-    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
+    run = build_run(settings, mesh, threading.Event(), parts=parts(*switches))
     trace = []
     with run.loader:
         for _ in range(steps):
@@ -203,8 +203,8 @@ def test_all_ranks_stop_at_the_same_step(tmp_path: Path, nproc: int) -> None:
     assert run_ranks(nproc, ask_to_stop, settings, nproc - 1) == [[False, True, True]] * nproc
 
 
-def traffic_of_steps(mesh: Mesh, settings: TrainConfig, switches: tuple[str, ...]) -> list[dict[str, Any]]:
-    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
+def traffic_of_steps(mesh: Mesh, settings: TrainConfig, switches: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    run = build_run(settings, mesh, threading.Event(), parts=parts(*switches))
     found = []
     with run.loader:
         for _ in range(3):
