@@ -73,6 +73,4 @@ def batches_of(split: PackSplit, config: TrainConfig, epoch: int) -> Iterator[Ta
             seed=config.seed,
             epoch=epoch,
             window=window,
-            sequential=loader.sequential,
-            size_buckets=loader.size_buckets,
         )

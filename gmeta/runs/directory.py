@@ -42,8 +42,6 @@ FIXED_ON_RESUME = (
     "embedding.optimizer",
     "loader.tasks_per_batch",
     "loader.window_batches",
-    "loader.sequential",
-    "loader.size_buckets",
     "loader.resample",
 )
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
@@ -147,6 +145,12 @@ def _require_same(state: dict[str, Any], now: TrainConfig) -> None:
     """ValueError naming the first setting that a checkpoint cannot go on with."""
     # A setting younger than the checkpoint did then what its default does now.
     defaults = asdict(TrainConfig(pack="", run_dir=""))
+    for key in ("sequential", "size_buckets"):
+        if state["config"].get("loader", {}).get(key, True) is False:
+            raise ValueError(
+                f"the run to resume was trained with loader.{key} off, an order of batches that only "
+                "benchmarks/study still has: start a new run_dir"
+            )
     saved, _ = upgrade(state["config"], saved=True)
     before, wanted = _leaves(defaults) | _leaves(saved), _leaves(asdict(now))
     for key in wanted:

@@ -42,7 +42,7 @@ def run_divided(
     mesh: Mesh, settings: TrainConfig, steps: int, divide: Any, switches: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """As `run_steps`, and which tasks each step finished."""
-    run = build_run(settings, mesh, threading.Event(), **parts(*switches))
+    run = build_run(settings, mesh, threading.Event(), parts=parts(*switches))
     run.loader.divide_by(lambda step: divide(mesh.world_size, step))
     trace, finished, places = [], [], []
     with run.loader:

@@ -237,7 +237,7 @@ def test_a_step_sends_what_the_formulas_say(
     if nproc == 1:
         assert not any(kind["calls"] for kind in ranks[0][0]["measured"].values())
         return
-    size = 4 * sum(p.numel() for p in build_run(settings, Mesh(), threading.Event()).system.learner.parameters())
+    size = 4 * sum(p.numel() for p in build_run(settings, Mesh(), threading.Event()).state.system.learner.parameters())
     for rank, steps in enumerate(ranks):
         dense = steps[0]["measured"]["dense"]
         if "central" in switches:

@@ -10,12 +10,23 @@ from packs import SCHEMA
 from gmeta.config.train import LoaderConfig, TrainConfig
 from gmeta.runs.directory import _require_same
 
+CONFIG = TrainConfig(pack="pack", run_dir="run")
+
 
 def test_a_setting_younger_than_the_checkpoint_had_its_default() -> None:
-    config = TrainConfig(pack="pack", run_dir="run")
-    state = {"config": asdict(config), "schema": SCHEMA.to_json()}
-    del state["config"]["loader"]["size_buckets"]
-    _require_same(state, config)
-    changed = replace(config, loader=LoaderConfig(size_buckets=False))
-    with pytest.raises(ValueError, match=r"loader.size_buckets is False, but the run to resume has True"):
+    state = {"config": asdict(CONFIG), "schema": SCHEMA.to_json()}
+    del state["config"]["loader"]["resample"]
+    _require_same(state, CONFIG)
+    changed = replace(CONFIG, loader=LoaderConfig(resample=True))
+    with pytest.raises(ValueError, match=r"loader.resample is True, but the run to resume has False"):
         _require_same(state, changed)
+
+
+@pytest.mark.parametrize("key", ["sequential", "size_buckets"])
+def test_an_order_that_is_gone_is_not_resumed(key: str) -> None:
+    state = {"config": asdict(CONFIG), "schema": SCHEMA.to_json()}
+    state["config"]["loader"][key] = True  # as every run of the release before
+    _require_same(state, CONFIG)
+    state["config"]["loader"][key] = False
+    with pytest.raises(ValueError, match=rf"loader.{key} off"):
+        _require_same(state, CONFIG)
