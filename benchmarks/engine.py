@@ -181,6 +181,7 @@ class Gmeta:
             mesh=mesh,
             dtype=torch.float32,
             autocast=self.autocast,
+            features=dict.fromkeys(self.case.names, self.case.dim),
             exchange=RowExchange(tables.fused, mesh),
         )
         self.dense = dense_optimizer(learner, lr=LR, inner_lr_lr=LR)

@@ -2,9 +2,10 @@
 
     python benchmarks/io.py [--quick] [--json FILE]
 
-The loaders alone, each in a process of its own, one torch thread, 20 features, 128 tasks of 10 to 30 rows a batch;
-before anything is timed, each must give the tasks of its first batch exactly as the pack's loader does. Then
-`gmeta train` with parts of the loader on and off. All files are in a temporary directory that is removed at the end.
+The loaders alone run each in a process of its own, one torch thread, 20 features, 128 tasks of 10 to 30 rows a batch.
+Before anything is timed, each must give the tasks of its first batch exactly as the pack's loader does. Then `gmeta
+train` runs with parts of the loader on and off (`study.variants`). All files are in a temporary directory that is
+removed at the end.
 
     a CPU second   samples for a second of processor time, of workers too: what a core gives, also on a busy machine
     first batch    seconds from opening to the first batch, imports not counted
@@ -26,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,10 +35,9 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from common import Record, arguments, publish, table
+from common import ROOT, Record, arguments, publish, table
 from io_formats import OPEN, TASKS_PER_BATCH, differences, write_csv, write_files, write_pack, write_parquet
 
-from gmeta.config.train import LoaderConfig
 from gmeta.data.pack import open_pack
 from gmeta.runs.log import read_metrics
 
@@ -243,17 +243,14 @@ def loaders(case: Case, root: Path) -> tuple[list[Record], list[list[str]]]:
 # ------------------------------------------------------------------------------------------ with training
 
 
-def ablations() -> dict[str, list[str]]:
-    """Variant -> overrides of `gmeta train`."""
-    found = {
-        "all on": [],
-        "not sequential": ["--loader.sequential", "false"],
-        "no size buckets": ["--loader.size_buckets", "false"],
-        "no prefetch": ["--loader.prefetch", "0"],
-    }
-    if "ahead" in {field.name for field in fields(LoaderConfig)}:
-        found |= {f"ahead: {ahead}": ["--loader.ahead", ahead] for ahead in ("none", "index", "ids")}
-    return found
+ABLATIONS = {
+    "all on": (),
+    "not sequential": ("random_reads",),
+    "no size buckets": ("no_size_buckets",),
+    "nothing ahead": ("nothing_ahead",),
+    "ids in the step": ("ids_in_step",),
+}
+"""Variant -> switches of the study (`study.variants`)."""
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -273,7 +270,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def train(pack: Path, run_dir: Path, overrides: Sequence[str], steps: int) -> dict[str, float]:
+def train(pack: Path, run_dir: Path, switches: Sequence[str], steps: int) -> dict[str, float]:
     """`gmeta train` of a second-order MeLU, 20 features of width 16, layers of 256 and 128."""
     settings = {
         "pack": pack,
@@ -285,8 +282,11 @@ def train(pack: Path, run_dir: Path, overrides: Sequence[str], steps: int) -> di
         "device": "cpu",
     }
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "gmeta", "train", *words, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    program = ["study.train", ",".join(switches)] if switches else ["gmeta", "train"]
+    command = [sys.executable, "-m", *program, *words]
+    paths = [str(Path(__file__).parent), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
     found = summary(read_metrics(run_dir / "metrics.jsonl"))
@@ -298,8 +298,8 @@ def training(root: Path, variants: Mapping[str, Sequence[str]], steps: int) -> t
     """Records and table rows, a run each."""
     records, rows = [], []
     units = {"samples_per_s": "1/s", "padding": "1", "input_share": "1", "input_ms": "ms"}
-    for name, overrides in variants.items():
-        found = train(root / "pack", root / "run", overrides, steps)
+    for name, switches in variants.items():
+        found = train(root / "pack", root / "run", switches, steps)
         records += [Record("training", name, metric, found[metric], unit) for metric, unit in units.items()]
         forms = ("{:,.0f}", "{:.1%}", "{:.2%}", "{:.2f}")
         rows.append([name, *(form.format(found[metric]) for form, metric in zip(forms, units, strict=True))])
@@ -318,7 +318,7 @@ def in_directory(root: Path, quick: bool) -> tuple[list[Record], str, dict[str, 
         cases.append(LARGE)
     records, rows = [], []
     steps = WARM_UP_STEPS + (10 if quick else 60)
-    variants = {name: words for name, words in ablations().items() if not quick or name in ("all on", "no prefetch")}
+    variants = {name: found for name, found in ABLATIONS.items() if not quick or name in ("all on", "nothing ahead")}
     trained: tuple[list[Record], list[list[str]]] = ([], [])
     for number, case in enumerate(cases):
         place = root / str(number)

@@ -73,8 +73,15 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     mesh = Mesh(device=torch.device("cpu"))
     specs = [TableSpec(name, 20_000, case.dim, {name: None}) for name in case.names]
     tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
-    exchange = RowExchange(tables.fused, mesh)
-    system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False, exchange=exchange)
+    system = System(
+        learner=learner,
+        tables=tables,
+        mesh=mesh,
+        dtype=torch.float32,
+        autocast=False,
+        features=dict.fromkeys(case.names, case.dim),
+        exchange=RowExchange(tables.fused, mesh),
+    )
     prepared = system.prepare(make_batches(case, 1)[0])
     rows = system.exchange.fetch(prepared.routed)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

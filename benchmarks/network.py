@@ -1,11 +1,12 @@
-"""What each option of the exchange buys on a slow network: step times of real training, links held to a rate.
+"""What each part of the exchange buys on a slow network: step times of real training, links held to a rate.
 
     sudo python benchmarks/network.py [--quick] [--json FILE]
 
 Ranks are processes in network namespaces (netns.py) that run `gmeta train` on a synthetic pack, one short run after
-another: every option in turn, at every rate, and again. The baseline has every option at its good setting; each variant
-changes one of them, or several; the baseline is run twice in a turn, and what its two rows differ by is noise. Every
-rate is checked by a raw TCP transfer. Needs root and iproute2; elsewhere it says so and ends with 0.
+another: every variant in turn, at every rate, and again. The baseline is gmeta as it is. A variant replaces parts of it
+by naive ones (`study.variants`), or changes a setting. The baseline runs twice in a turn, and what its two rows differ
+by is noise. Every rate is checked by a raw TCP transfer. The benchmark needs root and iproute2; elsewhere it says so
+and ends with 0.
 """
 
 from __future__ import annotations
@@ -16,52 +17,50 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from common import Record, arguments, median, publish, table
 from netns import Cluster, cluster, measured_bits_per_s, unavailable
 from ranks import Ranks, Workload, read_steps, write_pack
 
-from gmeta.config.train import TrainConfig
-
 LOAD = Workload(tasks=4096, features=10, num_ids=8000, dim=64, hidden=(64, 32))
 TASKS_PER_RANK = 16
-GOOD = {
-    "comm.fetch": "fused",
-    "comm.dedup": "true",
-    "comm.dense": "all_reduce",
-    "comm.overlap": "true",
-    "comm.wire": "float32",
-    "comm.node_size": "0",
-    "loader.ahead": "ids",
-}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs from the baseline: parts of the study in place of the product's, and settings of `gmeta train`."""
+
+    switches: tuple[str, ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def words(self) -> list[str]:
+        """The settings as command-line words."""
+        return [word for key, value in self.settings.items() for word in (f"--{key}", value)]
+
+
 BASELINE, AGAIN = "baseline", "baseline again"
-VARIANTS: dict[str, dict[str, str]] = {
-    BASELINE: {},
-    "two fetches": {"comm.fetch": "separate"},
-    "not deduplicated": {"comm.dedup": "false"},
-    "gather to rank 0": {"comm.dense": "gather"},
-    "no overlap": {"comm.overlap": "false"},
-    "ids not ahead": {"loader.ahead": "index"},
-    "nothing ahead": {"loader.ahead": "none"},
-    "bf16 rows": {"comm.wire": "bf16"},
-    "fp16 rows": {"comm.wire": "fp16"},
-    "all five off": {
-        "comm.fetch": "separate",
-        "comm.dedup": "false",
-        "comm.dense": "gather",
-        "comm.overlap": "false",
-        "loader.ahead": "none",
-    },
-    AGAIN: {},  # what a ratio means nothing within
+VARIANTS = {
+    BASELINE: Variant(),
+    "two fetches": Variant(("separate",)),
+    "not deduplicated": Variant(("copies",)),
+    "gather to rank 0": Variant(("central",)),
+    "no overlap": Variant(("no_overlap",)),
+    "ids not ahead": Variant(("ids_in_step",)),
+    "nothing ahead": Variant(("nothing_ahead",)),
+    "bf16 rows": Variant(settings={"comm.wire": "bf16"}),
+    "fp16 rows": Variant(settings={"comm.wire": "fp16"}),
+    "all five off": Variant(("separate", "copies", "central", "no_overlap", "nothing_ahead")),
+    AGAIN: Variant(),  # ratios nearer to 1 than this one's say nothing
 }
-TWO_LEVELS: dict[str, dict[str, str]] = {
-    BASELINE: {},
-    "two levels": {"comm.node_size": "2"},
-    "two levels, bf16 rows": {"comm.node_size": "2", "comm.wire": "bf16"},
-    AGAIN: {},
+TWO_STAGES = {
+    BASELINE: Variant(),
+    "two stages": Variant(settings={"comm.node_size": "2"}),
+    "two stages, bf16 rows": Variant(settings={"comm.node_size": "2", "comm.wire": "bf16"}),
+    AGAIN: Variant(),
 }
 RATES = {"unshaped": None, "1 Gb/s": "1gbit", "100 Mb/s": "100mbit"}
 PROBE_MIB = {"unshaped": 400, "1 Gb/s": 60, "100 Mb/s": 10}
@@ -74,7 +73,7 @@ class Layout:
     name: str
     nodes: int
     ranks_per_node: int
-    variants: Mapping[str, Mapping[str, str]]
+    variants: Mapping[str, Variant]
     rates: Sequence[str]
     budget_s: float
 
@@ -83,7 +82,7 @@ SHAPED = ("1 Gb/s", "100 Mb/s")  # without a rate, four ranks wait for two cores
 LAYOUTS = (
     Layout("2 ranks", 2, 1, VARIANTS, tuple(RATES), budget_s=80),
     Layout("4 ranks", 4, 1, VARIANTS, SHAPED, budget_s=105),
-    Layout("2 nodes x 2 ranks", 2, 2, TWO_LEVELS, SHAPED, budget_s=45),
+    Layout("2 nodes x 2 ranks", 2, 2, TWO_STAGES, SHAPED, budget_s=45),
 )
 
 
@@ -115,20 +114,6 @@ class Sample:
     failure: str = ""
 
 
-def available(key: str) -> bool:
-    """Whether this version's `gmeta train` knows a dotted key."""
-    kind: Any = TrainConfig
-    for name in key.split("."):
-        kind = get_type_hints(kind).get(name) if is_dataclass(kind) else None
-    return kind is not None
-
-
-def options(overrides: Mapping[str, str]) -> list[str]:
-    """Options of `gmeta train`: the good setting of every key this version knows, save what `overrides` changes."""
-    settings = {key: value for key, value in GOOD.items() if available(key)} | dict(overrides)
-    return [word for key, value in settings.items() for word in (f"--{key}", value)]
-
-
 def measure(layout: Layout, effort: Effort, folder: Path) -> tuple[dict[tuple[str, str], Sample], list[Record]]:
     """Samples by (rate, variant), and the measured bandwidths."""
     samples: dict[tuple[str, str], Sample] = defaultdict(Sample)
@@ -141,42 +126,37 @@ def measure(layout: Layout, effort: Effort, folder: Path) -> tuple[dict[tuple[st
         for turn in range(effort.turns):
             if turn and (time.monotonic() - start) * (turn + 1) / turn > layout.budget_s:
                 break
-            for rate, name, overrides in plan(layout, samples):
+            for rate, name, variant in turn_of(layout, samples):
                 net.set_rates(None, RATES[rate])
-                run_once(net, ranks, overrides, effort, folder, next(ports), samples[rate, name])
+                run_once(net, ranks, variant, effort, folder, next(ports), samples[rate, name])
     return samples, checks
 
 
-def plan(layout: Layout, samples: Mapping[tuple[str, str], Sample]) -> Iterator[tuple[str, str, Mapping[str, str]]]:
+def turn_of(layout: Layout, samples: Mapping[tuple[str, str], Sample]) -> Iterator[tuple[str, str, Variant]]:
     """One turn: every rate, every variant that has not failed."""
     for rate in layout.rates:
-        for name, overrides in layout.variants.items():
+        for name, variant in layout.variants.items():
             if not samples[rate, name].failure:
-                yield rate, name, overrides
+                yield rate, name, variant
 
 
 def run_once(
     net: Cluster,
     ranks: Ranks,
-    overrides: Mapping[str, str],
+    variant: Variant,
     effort: Effort,
     folder: Path,
     port: int,
     sample: Sample,
 ) -> None:
     """One short run, added to `sample`."""
-    missing = [key for key in overrides if not available(key)]
-    if missing:
-        sample.failure = f"not available in this version ({', '.join(missing)})"
-        return
     steps = effort.warm_up + effort.steps
     run_dir = folder / "run"
     argv = ["--pack", str(folder / "pack"), "--run_dir", str(run_dir), "--timeout_s", "60"]
     argv += ["--loader.tasks_per_batch", str(TASKS_PER_RANK * net.world_size), "--schedule.max_steps", str(steps)]
     before = net.sent_bytes()
-    sample.failure = ranks.train(
-        [*argv, *LOAD.options, *options(overrides)], [net.environment(rank, port) for rank in range(net.world_size)]
-    )
+    environments = [net.environment(rank, port) for rank in range(net.world_size)]
+    sample.failure = ranks.train([*argv, *LOAD.options, *variant.words], environments, switches=variant.switches)
     if not sample.failure:
         sent = {link: now - before[link] for link, now in net.sent_bytes().items()}
         _book(sample, sent, steps * net.world_size, read_steps(run_dir, effort.warm_up))
@@ -288,7 +268,11 @@ def main() -> int:
         f"`{AGAIN}` is the baseline once more: its ratio shows the noise.",
         *sections,
     ]
-    config = {"workload": f"{LOAD}, {TASKS_PER_RANK} tasks a rank", "baseline": GOOD, "steps a run": effort.steps}
+    config = {
+        "workload": f"{LOAD}, {TASKS_PER_RANK} tasks a rank",
+        "baseline": "gmeta as it is",
+        "steps a run": effort.steps,
+    }
     publish("network", "\n\n".join(body), records, config, args)
     return 0
 

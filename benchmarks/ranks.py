@@ -1,10 +1,11 @@
-"""Ranks that stay up and run one `gmeta train` after another: short runs in turn, without an import of torch for each.
+"""Ranks that stay up and run one `gmeta train` after another, so that short runs need no import of torch each.
 
     with Ranks([[], []]) as ranks:                     # two, each with what its command line starts with
         failure = ranks.train(argv, environments)      # argv as after `gmeta train`; an environment a rank
 
-A rank runs the command through the function that `python -m gmeta` calls; what a user would run is what is timed. Also
-here: the pack that such runs train on, and the reading of their step times.
+A rank runs the command through the function that `python -m gmeta` calls, so that what is timed is what a user would
+run. Naive ways of the study run through `study.train`. This file also makes the pack that such runs train on, and
+reads their step times.
 """
 
 from __future__ import annotations
@@ -118,15 +119,18 @@ class Ranks:
         argv: Sequence[str],
         environments: Sequence[Mapping[str, str]],
         own: Sequence[Sequence[str]] | None = None,
+        switches: Sequence[str] = (),
     ) -> str:
         """Run `gmeta train` + argv (+ its `own` words) on the first ranks, one for each environment (torchrun's).
 
-        Returns why it failed, empty where it did not; after a failure all processes start anew.
+        `switches` of the study replace parts of the trainer (`study.variants`). Returns why the run failed, or an
+        empty text where it did not. After a failure all processes start anew.
         """
         taking_part = self._processes[: len(environments)]
         for process, environment, words in zip(taking_part, environments, own or [[]] * len(environments), strict=True):
             assert process.stdin is not None
-            process.stdin.write(json.dumps({"argv": ["train", *argv, *words], "environment": dict(environment)}) + "\n")
+            order = {"argv": [*argv, *words], "environment": dict(environment), "switches": list(switches)}
+            process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
         messages = [self._hear(process) for process in taking_part]
         if not any(messages):
@@ -144,6 +148,8 @@ def _python_path() -> str:
 
 def serve() -> None:
     """A rank: runs each command line that stdin brings, and answers with a message, empty when all went well."""
+    from study.train import run
+
     import gmeta.training.loop  # noqa: F401  before the first command line comes, not in its time
     from gmeta import cli
     from gmeta.parallel import launch
@@ -158,7 +164,8 @@ def serve() -> None:
         os.environ.update(order["environment"])
         told.clear()
         try:
-            code = cli.run(order["argv"])
+            words, switches = order["argv"], order["switches"]
+            code = run(words, switches) if switches else cli.run(["train", *words])
             message = "" if code == 0 else (told[-1] if told else f"exit code {code}")
         except Exception as error:
             message = traceback.format_exception_only(error)[-1].strip()

@@ -5,7 +5,7 @@
 Whole training steps, input included, of the same tasks in batches of the same size; processes of one thread each.
 
     ps-baseline      ps_baseline/README.md: one task at a time, separate pulls, per-task files
-    gmeta-off        gmeta's engine, its input and network optimisations off
+    gmeta-off        gmeta's engine, its input and network optimisations off (`study.variants`)
     gmeta-input      input on: prefetch, sequential reads, size buckets, index work ahead
     gmeta-network    network on: one fused, deduplicated fetch, AllReduce, overlap
     gmeta            both on, the default
@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from ps_baseline.taskfiles import TaskFiles, open_task_files
 from ps_baseline.train import CONTEXT, parse
 from ps_baseline.wire import Place, meet
 from ps_baseline.worker import Client, work
+from study.variants import parts
 from synthetic import write_tasks
 from torch.distributed import TCPStore
 
@@ -49,18 +50,17 @@ from gmeta.training.step import finish_step, train_step
 
 WAIT_S = 120.0
 
-INPUT = {
-    "loader.prefetch": ("0", "2"),
-    "loader.sequential": ("false", "true"),
-    "loader.size_buckets": ("false", "true"),
-}
-INPUT |= {"loader.ahead": ("none", "ids")}
-NETWORK = {"comm.fetch": ("separate", "fused"), "comm.dedup": ("false", "true"), "comm.dense": ("gather", "all_reduce")}
-NETWORK |= {"comm.overlap": ("false", "true")}
-"""Setting -> (off, on)."""
+INPUT = ("random_reads", "no_size_buckets", "nothing_ahead")
+NETWORK = ("separate", "copies", "central", "no_overlap")
+"""What is off, as switches of the study (`study.variants`)."""
 BASELINE = "ps-baseline"
-VARIANTS = {"gmeta-off": (0, 0), "gmeta-input": (1, 0), "gmeta-network": (0, 1), "gmeta": (1, 1)}
-"""Variant -> (input, network), 1 is on."""
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "gmeta-off": (*INPUT, *NETWORK),
+    "gmeta-input": NETWORK,
+    "gmeta-network": INPUT,
+    "gmeta": (),
+}
+"""Variant of gmeta -> the switches of what is off in it."""
 
 
 @dataclass(frozen=True)
@@ -123,28 +123,6 @@ def servers_for(workers: int) -> int:
     return max(1, workers // 2)
 
 
-def settings_of(variant: str) -> list[str]:
-    """Overrides of a variant. KeyError names a switch that this gmeta does not have, where it would have to be off.
-
-    What cannot be switched off is on, so that an unknown switch is left out where it is to be on.
-    """
-    words = []
-    for switches, on in zip((INPUT, NETWORK), VARIANTS[variant], strict=True):
-        for key, values in switches.items():
-            if _known(key):
-                words += [f"--{key}", values[on]]
-            elif not on:
-                raise KeyError(key)
-    return words
-
-
-def _known(key: str) -> bool:
-    section, _, name = key.partition(".")
-    default = next((f.default_factory for f in fields(TrainConfig) if f.name == section), None)
-    made = default() if callable(default) else None
-    return is_dataclass(made) and hasattr(made, name)
-
-
 def configure(case: Case, pack: Path, words: list[str]) -> TrainConfig:
     """The case's settings with `words` on top; the data's own run directory is not used."""
     config = case.settings
@@ -176,11 +154,13 @@ def ps_rank(config: TrainConfig, files: TaskFiles, place: Place, port: int, step
     results.recv()
 
 
-def gmeta_rank(config: TrainConfig, rank: int, nproc: int, port: int, steps: int, results: Connection) -> None:
+def gmeta_rank(
+    config: TrainConfig, switches: tuple[str, ...], rank: int, nproc: int, port: int, steps: int, results: Connection
+) -> None:
     """A rank of gmeta; sends the same."""
     os.environ.update(worker_environment(rank, nproc, port))
     torch.set_num_threads(1)
-    run = build_run(config, open_mesh("cpu", int(WAIT_S)), threading.Event())
+    run = build_run(config, open_mesh("cpu", int(WAIT_S)), threading.Event(), parts=parts(*switches))
     run.state.system.tables.state_dict()  # allocated here, not in the first step
     trace = []
     cpu = time.process_time()
@@ -231,8 +211,8 @@ def measure(case: Case, variant: str, pack: Path, workers: int, plan: Plan) -> M
     steps = plan.steps["ps" if variant == BASELINE else "gmeta"]
     end = ["--schedule.max_steps", str(steps), "--schedule.epochs", "1000"]
     if variant != BASELINE:
-        config = configure(case, pack, [*end, *settings_of(variant)])
-        ranks = [(config, rank, workers, store.port) for rank in range(workers)]
+        config = configure(case, pack, end)
+        ranks = [(config, VARIANTS[variant], rank, workers, store.port) for rank in range(workers)]
         return run_processes(gmeta_rank, ranks, steps, plan.warm_up)
     config, servers = configure(case, pack, end), servers_for(workers)
     files = open_task_files(pack, pack.with_name(f"{pack.name}-task-files"))
@@ -268,18 +248,6 @@ def synthetic_pack(path: Path, tasks: int = 2048, rows: int = 20, features: int 
 
 
 # results
-
-
-def available() -> tuple[list[str], str]:
-    """Variants that this gmeta can run, and a line on those that it cannot."""
-    found, missing = [BASELINE], []
-    for variant in VARIANTS:
-        try:
-            settings_of(variant)
-            found.append(variant)
-        except KeyError as setting:
-            missing.append(f"{variant} is unavailable: this gmeta has no setting {setting.args[0]}.")
-    return found, "\n".join(missing)
 
 
 def run_case(case: Case, pack: Path, variants: list[str], plan: Plan) -> list[Record]:
@@ -328,7 +296,7 @@ def main() -> None:
         plan = Plan(cases, (1, 2), 1, {"ps": 4, "gmeta": 8}, 2)
     else:
         plan = Plan(CASES, (1, 2, 4), 2, {"ps": 6, "gmeta": 12}, 2)
-    variants, missing = available()
+    variants = [BASELINE, *VARIANTS]
     records = []
     with tempfile.TemporaryDirectory(prefix="gmeta-throughput-") as folder:
         for case in plan.cases:
@@ -340,8 +308,7 @@ def main() -> None:
         "synthetic": "64 tasks x (10 + 10) a batch; embeddings and all dense layers adapted, second order, K = 1",
         "public data": "settings of examples/ml-100k.yaml and examples/ml-1m-melu-own-features.yaml",
     }
-    body = "\n\n".join(part for part in (render(records), missing) if part)
-    publish("throughput", body, records, facts, args)
+    publish("throughput", render(records), records, facts, args)
 
 
 if __name__ == "__main__":

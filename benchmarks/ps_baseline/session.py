@@ -61,9 +61,6 @@ def _require_supported(config: TrainConfig) -> None:
         "precision": (config.precision == "bf16", False, "the baseline computes in float32 or float64"),
         "device": (config.device == "cuda", False, "the baseline's workers are CPUs"),
     }
-    # the baseline's order is gmeta's default one, which later settings may change
-    for key in ("sequential", "size_buckets"):
-        found[f"loader.{key}"] = (getattr(config.loader, key, True), True, "the baseline has the default order only")
     for key, (value, allowed, rule) in found.items():
         if value != allowed:
             raise ValueError(f"{key} is {getattr(config, key, value)!r}: {rule}")

@@ -88,10 +88,9 @@ def test_shares_are_weighted_by_time_and_leave_the_warm_up_out(bench: ModuleType
     )
 
 
-def test_every_ablation_is_a_setting(bench: ModuleType) -> None:
-    from gmeta.config.train import LoaderConfig
+def test_every_ablation_is_of_the_study(bench: ModuleType) -> None:
+    from study.variants import parts
 
-    variants = bench.ablations()
-    assert {"all on", "not sequential", "no size buckets", "no prefetch"} <= variants.keys()
-    names = {words[0].removeprefix("--loader.") for words in variants.values() if words}
-    assert names <= set(LoaderConfig.__dataclass_fields__)
+    assert {"all on", "not sequential", "no size buckets", "nothing ahead"} <= bench.ABLATIONS.keys()
+    for name, switches in bench.ABLATIONS.items():
+        assert bool(parts(*switches)) == (name != "all on")

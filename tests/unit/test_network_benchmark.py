@@ -21,8 +21,14 @@ import network
 import ranks
 import scaling
 from common import Record
+from study.outer_reduce import central_traffic
+from study.variants import parts
 
+from gmeta.cli import command_parser
+from gmeta.config.parse import parse_words
+from gmeta.config.train import TrainConfig
 from gmeta.data.pack import open_pack, verify_pack
+from gmeta.parallel.traffic import ring_traffic
 from gmeta.runs.log import METRICS_FILE
 
 
@@ -126,24 +132,24 @@ def test_without_root_the_benchmark_is_skipped_with_a_reason(monkeypatch, capsys
 
 
 def test_every_variant_differs_from_the_baseline():
-    for variants in (network.VARIANTS, network.TWO_LEVELS):
-        for name, overrides in variants.items():
-            changed = {key for key, value in overrides.items() if network.GOOD[key] != value}
-            assert changed == set(overrides), name
-            assert bool(changed) != (name in (network.BASELINE, network.AGAIN))
+    for variants in (network.VARIANTS, network.TWO_STAGES):
+        for name, variant in variants.items():
+            assert bool(parts(*variant.switches) or variant.settings) != (name in (network.BASELINE, network.AGAIN))
+            parse_words(command_parser("train"), TrainConfig, ["--pack", "p", "--run_dir", "r", *variant.words])
+        assert len({str(variant) for variant in variants.values()}) == len(variants) - 1
 
 
-def test_a_key_is_known_or_not():
-    assert network.available("loader.tasks_per_batch")
-    assert not network.available("loader.tasks_per_fortnight")
-    assert not network.available("nowhere.at_all")
-    assert not network.available("seed.deeper")
+def test_a_switch_that_the_study_lacks_is_named():
+    with pytest.raises(ValueError, match=r"no switch 'comm.teleport': it has separate, copies"):
+        parts("separate", "comm.teleport")
 
 
-def test_an_unknown_key_is_reported_and_nothing_is_run():
-    sample = network.Sample()
-    network.run_once(None, None, {"comm.teleport": "true"}, network.QUICK, Path(), 1, sample)
-    assert sample.failure == "not available in this version (comm.teleport)"
+def test_what_rank_0_sends_in_a_central_sum():
+    """Two collectives: everyone's bytes into rank 0, the sum out of it to everyone."""
+    assert central_traffic(100, 0, 4) == {1: 100, 2: 100, 3: 100}
+    assert central_traffic(100, 2, 4) == {0: 100}
+    ring = sum(sum(ring_traffic(100, rank, 4).values()) for rank in range(4))
+    assert sum(sum(central_traffic(100, rank, 4).values()) for rank in range(4)) == ring
 
 
 def _samples() -> dict[tuple[str, str], network.Sample]:
@@ -151,7 +157,7 @@ def _samples() -> dict[tuple[str, str], network.Sample]:
     for rate, slow in (("unshaped", 1), ("100 Mb/s", 3)):
         found[rate, "baseline"] = network.Sample([10 * slow] * 3, [0.5] * 3, {"between": [2000.0], "inside": [0.0]})
         found[rate, "two fetches"] = network.Sample([15 * slow] * 3, [0.75] * 3, {"between": [4000.0], "inside": [0.0]})
-        found[rate, "fp16 rows"] = network.Sample(failure="not available in this version (comm.wire)")
+        found[rate, "fp16 rows"] = network.Sample(failure="gmeta train: error: no card")
     return found
 
 
@@ -164,7 +170,7 @@ def test_the_table_compares_with_the_baseline_and_names_what_failed():
     assert re.search(r"\| two fetches +\| 4 +\| not logged", text)
     assert "45 ms, 1.50 ×, 75%" in text
     assert "raw TCP between nodes, 2 ranks, 100 Mb/s: 96 Mb/s" in text
-    assert text.count("fp16 rows: not available in this version (comm.wire)") == 1
+    assert text.count("fp16 rows: gmeta train: error: no card") == 1
     records = network.records_of(layout, _samples())
     ratios = {(r.case, r.variant): r.value for r in records if r.metric == "over_baseline"}
     assert ratios["2 ranks, 100 Mb/s", "two fetches"] == 1.5
@@ -212,7 +218,12 @@ def test_ranks_train_again_and_again_and_start_anew_after_a_failure(tmp_path):
         for name in ("a", "b"):
             assert one.train([*argv, "--run_dir", str(tmp_path / name)], environment) == ""
             assert len(ranks.read_steps(tmp_path / name, 0)) == 2
-        assert "loader.prefetch" in one.train([*argv, "--run_dir", "c", "--loader.prefetch", "-1"], environment)
+        for switches in ((), ("separate",)):
+            wrong = [*argv, "--run_dir", "c", "--loader.prefetch", "-1"]
+            assert "loader.prefetch" in one.train(wrong, environment, switches=switches)
+        assert "no switch" in one.train([*argv, "--run_dir", "c"], environment, switches=("teleport",))
+        every = ("separate", "copies", "central", "no_overlap", "nothing_ahead", "random_reads", "no_size_buckets")
+        assert one.train([*argv, "--run_dir", str(tmp_path / "e")], environment, switches=every) == ""
         assert one.train([*argv, "--run_dir", str(tmp_path / "d")], environment) == ""
 
 
