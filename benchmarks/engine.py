@@ -174,7 +174,14 @@ class Gmeta:
         assert not loop.adapt or learner.engine == "factored", learner.engine_reason
         specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
         tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
-        self.system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=self.autocast)
+        self.system = System(
+            learner=learner,
+            tables=tables,
+            features=features,
+            mesh=mesh,
+            dtype=torch.float32,
+            autocast=self.autocast,
+        )
         self.dense = dense_optimizer(learner, lr=LR, inner_lr_lr=LR)
         self.sparse = SparseOptimizer("rowwise_adagrad", lr=LR)
         self.loader = loader_thread()

@@ -62,9 +62,10 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     """Kept and peak memory of one step, in bytes; its loss and the norm of its gradients."""
     torch.manual_seed(0)
     network = MeLU(InputSpec(dict.fromkeys(case.names, case.dim), (), 0.0), hidden=case.hidden, **MODELS[model])
+    features = dict.fromkeys(case.names, case.dim)
     learner = MetaLearner(
         network,
-        dict.fromkeys(case.names, case.dim),
+        features,
         0,
         InnerLoop(adapt=["embeddings", "dense"], steps=steps, recompute=recompute),
         engine="factored",
@@ -72,7 +73,7 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     mesh = Mesh(device=torch.device("cpu"))
     specs = [TableSpec(name, 20_000, case.dim, {name: None}) for name in case.names]
     tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
-    system = System(learner=learner, tables=tables, mesh=mesh, dtype=torch.float32, autocast=False)
+    system = System(learner=learner, tables=tables, features=features, mesh=mesh, dtype=torch.float32, autocast=False)
     prepared = system.prepare(make_batches(case, 1)[0])
     rows = system.fetch(prepared.routes)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
