@@ -50,7 +50,7 @@ from gmeta.models.melu import MeLU
 from gmeta.optim.dense import dense_optimizer, dense_step
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.system import Prepared, System
+from gmeta.recommender.system import PreparedBatch, System
 from gmeta.training.statistics import Stopwatch
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # as by default; where nobody says so Adagrad warns
@@ -164,7 +164,7 @@ class Gmeta:
     device: torch.device = CPU
     autocast: bool = False
     steps: int = 0
-    ahead: Future[Prepared] | None = None
+    ahead: Future[PreparedBatch] | None = None
 
     def __post_init__(self) -> None:
         mesh = Mesh(device=self.device)
@@ -181,14 +181,14 @@ class Gmeta:
             mesh=mesh,
             dtype=torch.float32,
             autocast=self.autocast,
-            features=dict.fromkeys(self.case.names, self.case.dim),
+            num_numeric=0,
             exchange=RowExchange(tables.fused, mesh),
         )
         self.dense = dense_optimizer(learner, lr=LR, inner_lr_lr=LR)
         self.sparse = SparseOptimizer("rowwise_adagrad", lr=LR)
         self.loader = loader_thread()
 
-    def _next(self) -> Prepared:
+    def _next(self) -> PreparedBatch:
         """This step's batch; the thread goes on with the next."""
         batch = self.batches[(self.steps + 1) % len(self.batches)]
         ahead = self.ahead or self.loader.submit(self.system.prepare, self.batches[self.steps % len(self.batches)])
@@ -200,12 +200,12 @@ class Gmeta:
         """One step; the loss."""
         return self.take(self._next(), lambda phase: None)
 
-    def take(self, prepared: Prepared, lap: Callable[[str], object]) -> Tensor:
+    def take(self, prepared: PreparedBatch, lap: Callable[[str], object]) -> Tensor:
         """A step on a prepared batch, `lap` called at the end of each phase; the loss."""
         rows = self.system.exchange.fetch(prepared.routed)
         lap("fetch")
         with self.system.precision():
-            loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
+            loss, _ = self.system.learner(rows, prepared.batch, prepared.parts[0].index)
         lap("forward")
         loss.backward()
         lap("backward")
@@ -219,7 +219,7 @@ class Gmeta:
         """Loss and gradients on the first batch, without an update; those of rows as [features * ids, d], dense."""
         prepared = self.system.prepare(self.batches[0])
         rows = self.system.exchange.fetch(prepared.routed)
-        loss, _ = self.system.learner(rows, prepared.batch, prepared.index)
+        loss, _ = self.system.learner(rows, prepared.batch, prepared.parts[0].index)
         loss.backward()
         found = self.system.exchange.return_gradients(prepared.routed, rows)
         ((name, of_rows),) = found.items()

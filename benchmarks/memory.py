@@ -63,9 +63,10 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     """Kept and peak memory of one step, in bytes; its loss and the norm of its gradients."""
     torch.manual_seed(0)
     network = MeLU(InputSpec(dict.fromkeys(case.names, case.dim), (), 0.0), hidden=case.hidden, **MODELS[model])
+    features = dict.fromkeys(case.names, case.dim)
     learner = MetaLearner(
         network,
-        dict.fromkeys(case.names, case.dim),
+        features,
         0,
         InnerLoop(adapt=["embeddings", "dense"], steps=steps, recompute=recompute),
         engine="factored",
@@ -79,13 +80,13 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
         mesh=mesh,
         dtype=torch.float32,
         autocast=False,
-        features=dict.fromkeys(case.names, case.dim),
+        num_numeric=0,
         exchange=RowExchange(tables.fused, mesh),
     )
     prepared = system.prepare(make_batches(case, 1)[0])
     rows = system.exchange.fetch(prepared.routed)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        loss, _ = learner(rows, prepared.batch, prepared.index)
+        loss, _ = learner(rows, prepared.batch, prepared.parts[0].index)
         loss.backward()
     peak = peak_of(profiled)
     gradients = [p.grad for p in learner.parameters() if p.grad is not None]
@@ -99,7 +100,7 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
         return kept
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda kept: kept.tensor):
-        loss, _ = learner(rows, prepared.batch, prepared.index)
+        loss, _ = learner(rows, prepared.batch, prepared.parts[0].index)
     storages = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.untyped_storage().nbytes() for kept in held}
     kept = sum(storages.values())
     return {"kept": kept, "peak": peak, "loss": loss.item(), "norm": norm.item()}

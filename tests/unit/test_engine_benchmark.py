@@ -42,7 +42,7 @@ def test_a_variant_that_computes_something_else_is_not_timed() -> None:
     batches = engine.make_batches(TINY)
     steps = engine.variants(TINY, batches, engine.CPU)
     engine.check_agreement(steps)
-    settings = {"engine": "factored", "order": "first"}
+    settings = {"order": "first"}
     for changes in ({"adapt": ["dense"], "order": "second"}, {"adapt": ["embeddings", "dense"]}):
         other = engine.Gmeta(TINY, batches, settings | changes)
         with pytest.raises(AssertionError, match="other-second: loss or a gradient is off"):
