@@ -3,9 +3,9 @@
     python benchmarks/coordinator.py [--quick] [--json FILE]
 
 Each exchange commits the work items of the one before and leases as many more, in one transaction of the journal.
-Paced: the clients together ask at a fixed rate, and latency is what a training loop would wait. Otherwise every client asks
-again as soon as it was answered, so latency is mostly the wait for the other seven. CPU time is a process's own, of an
-exchange; clients and coordinator share the machine.
+Paced: the clients together ask at a fixed rate, and latency is what a training loop would wait. Otherwise every client
+asks again as soon as it was answered, so that latency is mostly the wait for the other seven. CPU time is that of a
+process for an exchange; clients and coordinator share the machine.
 """
 
 from __future__ import annotations

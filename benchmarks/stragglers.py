@@ -30,8 +30,8 @@ from gmeta.elastic.monitor import Snapshot
 from gmeta.elastic.policies import load_policy
 from gmeta.elastic.scenario import Contention, Deterministic, Devices, Event, Kill, Persistent, Scenario, Transient
 from gmeta.elastic.simulate import simulate
+from gmeta.lab.folder import LabFolder
 from gmeta.lab.measure import executions
-from gmeta.lab.place import Place
 from gmeta.lab.run import difference
 from gmeta.runs.log import METRICS_FILE, read_metrics
 
@@ -148,7 +148,7 @@ def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, A
     out = folder / f"{name} {policy}".replace(" ", "-").replace(",", "").replace(":", "-")
     source = folder / "scenario"
     source.mkdir(exist_ok=True)
-    Place(source).write_scenario(scenario)
+    LabFolder(source).write_scenario(scenario)
     if (out / "result.json").exists():
         return {**json.loads((out / "result.json").read_text()), "out": out}
     words = ["--scenario", source / "scenario.yaml", "--policy", policy, "--out", out, "--max_restarts", 0]
@@ -156,7 +156,7 @@ def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, A
     return {**json.loads((out / "result.json").read_text()), "out": out}
 
 
-def ideal_gain(scenario: Scenario, place: Place) -> float:
+def ideal_gain(scenario: Scenario, place: LabFolder) -> float:
     """How much faster than with equal slots the run's computing would have been, had every step been balanced."""
     last = [{e.step: e for e in executions(place, rank)} for rank in range(scenario.workers)]
     equal = ideal = 0.0
@@ -174,10 +174,10 @@ def measured(
     case: Case, policy: str, found: dict[str, Any], reference: dict[str, Any], static: dict[str, Any] | None
 ) -> list[Record]:
     """The records of a run; `static` is that of the same work with equal slots."""
-    changed = difference(Place(found["out"]), Place(reference["out"]))["weights"]
+    changed = difference(LabFolder(found["out"]), LabFolder(reference["out"]))["weights"]
     loss = found["metrics"]["loss_after"] - reference["metrics"]["loss_after"]
     attainable_s = found["ideal_s"] + found["steps"] * max(0.0, found["overhead_s"])
-    gain = ideal_gain(case.scenario, Place(found["out"]))
+    gain = ideal_gain(case.scenario, LabFolder(found["out"]))
     rows = (
         *((("achieved_over_ideal", static["jct_s"] / found["jct_s"] / gain, ""),) if static else ()),
         ("ideal_gain", gain, ""),

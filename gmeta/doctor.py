@@ -29,7 +29,7 @@ from rich.text import Text
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import close_mesh, open_mesh
 from gmeta.sharding.hierarchy import HierarchicalCollectives, node_mesh
-from gmeta.sharding.links import describe, measure_links
+from gmeta.sharding.links import describe, measure_links, suspicion
 
 GIB = 2**30
 
@@ -74,6 +74,9 @@ def write_network(path: str, group_size: int, timeout_s: int) -> None:
                 Path(path).write_text(json.dumps(asdict(links), indent=1) + "\n")
                 layout = hierarchy.layout
                 print(f"{layout.num_nodes} nodes of {layout.node_size}\n{describe(links)}\nwritten to {path}")
+                warning = suspicion(links)
+                if warning is not None:
+                    print(f"warning: {warning}", file=sys.stderr)
             except OSError as problem:
                 error = ValueError(f"network {path} cannot be written ({problem.strerror}): name another file")
         raise_together(error, mesh)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from gmeta.core.errors import require
@@ -94,10 +95,15 @@ class PlanConfig:
     """How buffers are exchanged between all ranks."""
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, item.name, value, "must be a finite number")
         require(self.params >= 1, "params", self.params, "must be at least 1")
         require(0 <= self.trainable_share <= 1, "trainable_share", self.trainable_share, "must be in [0, 1]")
         for name in ("group_size", "groups", "accumulation", "units"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.units <= self.params, "units", self.units, f"must be at most params, which is {self.params:g}")
         for name in ("inter_gbit_s", "intra_gbit_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be more than 0")
         for name in ("micro_batch_s", "alltoall_mb", "inter_us", "intra_us"):

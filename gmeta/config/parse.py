@@ -118,9 +118,12 @@ def explain(message: str, parser: ArgumentParser) -> str:
         choices = re.search(r"typing\.Literal\[(.*?)\]", message)
         kinds = re.search(r"(?:Expected an? |Subtypes: \[)(.+?)(?:\. Got value|\]\n|\n)", message)
         kind = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]) if kinds else "another type"
-        rule = (
-            f"one of {choices[1]}" if choices else f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
-        )
+        if choices:
+            rule = f"one of {choices[1]}"
+        elif value[1].strip("'\" +-").lower() in ("nan", "inf", "infinity"):  # YAML takes these for text
+            rule = "a finite number"
+        else:
+            rule = f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
         return f"{named[1]} is {value[1]!r}: must be {rule}"
     found_key = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
     if found_key and found_key[1] not in keys_of(parser):

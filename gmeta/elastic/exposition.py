@@ -25,7 +25,7 @@ class Exposition:
         self.errors: Counter[int] = Counter()
 
     def count(self, message: str, status: int) -> None:
-        """A request was answered."""
+        """Count a request that was answered."""
         self.requests[message] += 1
         if status >= 400:
             self.errors[status] += 1
@@ -35,7 +35,7 @@ class Exposition:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """For prometheus_client."""
+        """The metrics, for prometheus_client."""
         requests = CounterMetricFamily("gmeta_requests", "Requests by message", labels=["message"])
         for message, count in sorted(self.requests.items()):
             requests.add_metric([message], count)
@@ -67,9 +67,9 @@ class Exposition:
 
     def _workers(self) -> Iterator[Metric]:
         named = {
-            "throughput": ("gmeta_worker_samples_per_second", "Samples or slots a second"),
+            "throughput": ("gmeta_worker_samples_per_second", "Samples or tasks a second"),
             "batch_s": ("gmeta_worker_batch_seconds", "Computing a step, or a work item"),
-            "slots": ("gmeta_worker_slots", "Slots of the batch"),
+            "slots": ("gmeta_worker_slots", "Tasks of the batch"),
             "holding": ("gmeta_worker_leases", "Work items in hand"),
             "silent_s": ("gmeta_worker_silent_seconds", "Since it was last heard of"),
         }

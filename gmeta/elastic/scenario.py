@@ -67,9 +67,10 @@ class Deterministic:
 
 @dataclass(frozen=True)
 class Transient:
-    """Each of the ranks is slower in random bursts of exponential length, a share of the time.
+    """Each of the ranks is slower in random bursts of exponential length, for a fraction `share` of the time.
 
-    Bursts are of steps (`mean_steps`), so that they are the same whatever a policy does, or of seconds (`mean_s`).
+    Bursts are counted in steps (`mean_steps`), so that they are the same whatever a policy does, or in seconds
+    (`mean_s`).
     """
 
     ranks: tuple[int, ...]
@@ -102,7 +103,8 @@ class Persistent:
 
 @dataclass(frozen=True)
 class Contention:
-    """Something else computes on the rank's core. For the laboratory: no model says how slow that makes it."""
+    """Something else computes on the rank's core. Only the laboratory has it: no model says how slow that makes the
+    rank."""
 
     rank: int
     from_s: float = 0.0
@@ -120,7 +122,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL, once. A coordinator is started again after `away_s`."""
+    """A process gets SIGKILL, once. A coordinator is started again after `away_s`."""
 
     who: str
     at_s: float | None = None
@@ -134,7 +136,7 @@ class Kill:
 
     @property
     def rank(self) -> int | None:
-        """Of the worker that is killed."""
+        """The rank whose worker is killed; None where none is."""
         found = re.match(r"rank (\d+)", self.who)
         return int(found[1]) if found else None
 
@@ -150,7 +152,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Cut:
-    """No connection between workers and coordinator."""
+    """There is no connection between workers and coordinator."""
 
     at_s: float
     for_s: float
@@ -164,7 +166,7 @@ EVENT_KINDS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run and its troubles. Durations in seconds."""
+    """A run and its troubles. Durations are in seconds."""
 
     workers: int
     steps: int
@@ -232,7 +234,7 @@ class Scenario:
         return factor
 
     def _bursting(self, number: int, event: Transient, rank: int, now: float) -> bool:
-        """Whether a burst is on: `_bursts` holds when bursts begin and end, and is drawn as far as asked for."""
+        """Whether a burst is on. `_bursts` holds when bursts begin and end, and is drawn as far as it was asked for."""
         mean = event.mean_steps if event.mean_steps is not None else event.mean_s
         assert mean is not None
         times = self._bursts.setdefault((number, rank), [])
@@ -245,12 +247,12 @@ class Scenario:
         return bisect.bisect_right(times, now) % 2 == 1
 
     def ideal_step_s(self, tasks: int, factors: Sequence[float]) -> float:
-        """Seconds of a step of `tasks` with the best possible slots for ranks that are so many times slower."""
+        """Seconds of a step of `tasks` with the best possible division among ranks that are so many times slower."""
         workers = [Worker(1 / (self.slot_s * factor), self.fixed_s * factor) for factor in factors]
         return max(w.seconds(n) for w, n in zip(workers, balanced(tasks, workers), strict=True))
 
     def scaled(self, workers: int) -> Scenario:
-        """The same for another number of workers: batch and devices in proportion, slow ranks again and again."""
+        """The same scenario for another number of workers: batch and devices in proportion, slow ranks repeated."""
         if workers == self.workers:
             return self
         counts = [device.count for device in self.devices]
@@ -306,7 +308,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """`kind(**values)`, checked: no unknown or missing key, no value of another type."""
+    """`kind(**values)`, after a check that no key is unknown or missing and no value has another type."""
     known = {f.name: f for f in fields(kind) if not f.name.startswith("_")}
     for name, value in values.items():
         if name not in known:
@@ -349,7 +351,7 @@ def _list(values: Mapping[str, Any], key: str, where: str) -> Sequence[Any]:
 
 
 def _ranks(event: Event) -> tuple[int, ...]:
-    """Ranks that an event is about."""
+    """The ranks that an event is about."""
     if isinstance(event, Transient):
         return event.ranks
     rank = getattr(event, "rank", None)
