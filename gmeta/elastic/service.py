@@ -39,7 +39,7 @@ except ImportError as error:
 
 MOST_BYTES = 16 * 2**20
 """The largest message. The longest is a trainer's `begin`, with the ledger of its checkpoint."""
-TICK_S = 0.05
+_TICK_S = 0.05
 
 
 def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
@@ -95,7 +95,7 @@ async def _tick(coordinator: Coordinator) -> None:
             coordinator.tick()
         except Exception as error:  # shown on the page; without ticks leases would never run out
             coordinator.note(f"a fault of the coordinator's own: {error!r}")
-        await asyncio.sleep(TICK_S)
+        await asyncio.sleep(_TICK_S)
 
 
 def _authorized(request: Request, token: str) -> bool:
