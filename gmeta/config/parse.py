@@ -94,14 +94,14 @@ def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainC
     return parse_mapping(TrainConfig, upgraded, name)
 
 
-def modern_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words of `gmeta train` without old names, in flags and in config files, and what to warn of.
+def modern_words(words: Sequence[str], command: str = "train") -> tuple[list[str], list[str]]:
+    """Return the words of a command without old names, in flags and in config files, and what to warn of.
 
     A file with old names is handed on as YAML text in place of its path.
     """
-    renamed, told = upgrade_words(words)
+    renamed, told = upgrade_words(words, command)
     for position, path in _config_files(renamed):
-        values, found = upgrade(read_mapping(path, "correct it, it must hold `key: value` lines"))
+        values, found = upgrade(read_mapping(path, "correct it, it must hold `key: value` lines"), command=command)
         if not found:
             continue
         told += [f"{path}: {sentence}" for sentence in found]

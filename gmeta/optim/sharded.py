@@ -25,7 +25,7 @@ from gmeta.sharding.ring import RankTraffic
 
 
 class ReplicatedDense:
-    """Placement NNN: gradients are summed by bucketed AllReduce, every rank makes every update."""
+    """Sharding NNN: gradients are summed by bucketed AllReduce, every rank makes every update."""
 
     def __init__(self, module: nn.Module, optimizer: partial[torch.optim.AdamW], mesh: Mesh, how: Sum, overlap: bool):
         self._module, self._mesh, self._how = module, mesh, how
@@ -87,7 +87,7 @@ class ReplicatedDense:
 
 
 class ShardedDense:
-    """Any other placement, by PaRO's engine. Parameters are whole during a step: a meta step uses them as tensors."""
+    """Any other sharding, by PaRO's engine. Parameters are whole during a step: a meta step uses them as tensors."""
 
     def __init__(self, engine: Paro) -> None:
         self._engine = engine
@@ -126,7 +126,7 @@ class ShardedDense:
         self._counted, self._counted_gathers, self._gathers = sent, self._gathers, 0
 
     def predict(self, traffic: Traffic) -> None:
-        """What `finish` counts, by the formulas (`placement.sent_bytes`)."""
+        """What `finish` counts, by the formulas (`strategy.sent_bytes`)."""
         sent, size = self._engine.predicted_sent(gathers=self._counted_gathers), self._engine.layout.node_size
         self._add(traffic, sent.intra / size, sent.inter / size)
 
@@ -175,24 +175,24 @@ def open_dense(
     lr: float,
     inner_lr_lr: float,
     weight_decay: float,
-    placement: str = "NNN",
-    group_size: int = 0,
+    sharding: str = "NNN",
+    node_size: int = 0,
     memory_bytes: float | None = None,
     how: Sum = "all_reduce",
     overlap: bool = True,
 ) -> Dense:
     """AdamW over `module`'s parameters, placed as told; collective.
 
-    `placement` auto: NNN where it holds no more than `memory_bytes` a rank, otherwise what the planner takes.
+    With sharding auto it is NNN where it holds no more than `memory_bytes` a rank, otherwise what the planner takes.
     ValueError: see `paro`.
     """
     optimizer = partial(adamw, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
-    groups = None
-    if placement != "NNN" and mesh.world_size > 1:
-        groups = node_mesh(group_size or mesh.local_world_size, mesh.device.type)
-    if placement == AUTO:
+    ranks = None
+    if sharding != "NNN" and mesh.world_size > 1:
+        ranks = node_mesh(node_size or mesh.local_world_size, mesh.device.type)
+    if sharding == AUTO:
         auto = AutoSharding(memory_bytes=memory_bytes, replicate=True)  # its AllReduce goes in buckets of many layers
-        placement = str(choose_strategies(module, optimizer, groups, AUTO, auto, timeout_s=mesh.timeout_s)[""])
-    if placement == "NNN":
+        sharding = str(choose_strategies(module, optimizer, ranks, AUTO, auto, timeout_s=mesh.timeout_s)[""])
+    if sharding == "NNN":
         return ReplicatedDense(module, optimizer, mesh, how, overlap)
-    return ShardedDense(paro(module, optimizer, groups, placement, average=False, timeout_s=mesh.timeout_s))
+    return ShardedDense(paro(module, optimizer, ranks, sharding, average=False, timeout_s=mesh.timeout_s))

@@ -107,6 +107,6 @@ def suspicion(links: Links) -> str | None:
         return None
     return (
         f"links inside nodes are slower than those between nodes ({links.intra_bits_s / 1e9:.3g} and "
-        f"{links.inter_bits_s / 1e9:.3g} Gbit/s): see that consecutive ranks share a machine, and that group_size is "
+        f"{links.inter_bits_s / 1e9:.3g} Gbit/s): see that consecutive ranks share a machine, and that node_size is "
         "the number of ranks on each; otherwise sharding inside nodes gains nothing"
     )

@@ -115,7 +115,7 @@ def test_frozen_parameters_are_cheaper() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = tmp_path / "network.json"
     network.write_text(json.dumps(asdict(Links(1e9, 1e10, 1e-4, 1e-5, True))))
-    words = ["plan", "--params", "7e9", "--groups", "4", "--memory_gb", "40", "--accumulation", "4"]
+    words = ["plan", "--params", "7e9", "--nodes", "4", "--memory_gb", "40", "--accumulation", "4"]
     assert run([*words, "--network", str(network)]) == 0
     out = capsys.readouterr().out
     assert all(strategy in out for strategy in STRATEGIES)
@@ -155,7 +155,7 @@ def test_links_that_look_wrong() -> None:
     found = suspicion(Links(inter_bits_s=1e9, intra_bits_s=5e8))
     assert found is not None
     assert "inside nodes are slower" in found
-    assert "group_size" in found
+    assert "node_size" in found
 
 
 def test_files_that_hold_no_network(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_files_that_hold_no_network(tmp_path: Path) -> None:
 
 
 def test_why() -> None:
-    config = PlanConfig(params=7e9, groups=4, accumulation=10)
+    config = PlanConfig(params=7e9, nodes=4, accumulation=10)
     found = build_advice(config)
     assert reason(config, found).startswith(f"take {choose(found).strategy}: ")
     assert SEVEN_B.sizes == ElementBytes(2, 2, 12)
