@@ -131,12 +131,12 @@ class Agent:
         self._settings: list[Setting] = []
         self._until = -1
         self._told, self._reported = -_TELL_S, -_SILENT_S
-        self._wanted = -1  # a step that somebody waits for
+        self._wanted = -1  # the step that somebody waits for
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self._call = threading.Lock()  # one conversation at a time: the thread's, or `saved`
-        self.cpu_s = 0.0  # of the thread so far
+        self._call = threading.Lock()  # held for a conversation: the thread's, or that of `saved`
+        self.cpu_s = 0.0  # CPU time of the thread so far
         self._thread = threading.Thread(target=self._run, name="gmeta-agent", daemon=True)
         self._thread.start()
 

@@ -106,12 +106,12 @@ class Controller:
     def decide(self, now: float) -> tuple[Snapshot, Decided | RejectedDecision | None]:
         """Ask the policy. None: it had nothing to do, or what it asked for is in force already."""
         snapshot = self.monitor.snapshot(now, self.settings[-1], self._restarts_left(now))
-        if self.settings[-1].restart is not None:  # everything ends there
+        if self.settings[-1].restart is not None:  # the generation ends there
             return snapshot, None
         try:
             actions = tuple(self.policy(snapshot))
             setting = apply_actions(self.settings[-1], actions, self.until + 1)
-        except (Exception, SystemExit) as error:  # a user's function: whatever it raises, training goes on
+        except (Exception, SystemExit) as error:  # whatever a user's function raises, training goes on
             return snapshot, RejectedDecision(now, f"{type(error).__name__}: {error}")
         if setting.restart is not None and snapshot.restarts_left < 1:
             return snapshot, RejectedDecision(

@@ -96,7 +96,7 @@ class Coordinator:
         log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         self.journal, self.policy, self.limits, self._log = journal, policy, limits or Limits(), log
-        self.trace: Trace | None = None  # what the journal holds is in the trace already
+        self.trace: Trace | None = None  # opened after the journal was read, which the trace holds already
         self.job: Job | None = None
         self._ledger: Ledger | None = None
         self.controller: Controller | None = None
@@ -105,7 +105,7 @@ class Coordinator:
         self.activity = Activity()
         self.actions: deque[ShownDecision] = deque(maxlen=200)
         self.counts: Counter[str] = Counter()  # of actions, by name
-        self.problems: dict[str, int] = {}  # -> how often
+        self.problems: dict[str, int] = {}  # problem -> how often it occurred
         self._about: dict[int, Mapping[str, Any]] = {}
         self._decided, self._decide_s, self._news = 0.0, 0.0, False
         last = self._restore()
@@ -130,7 +130,7 @@ class Coordinator:
                     f"journal {self.journal.path} is damaged ({type(record).__name__} does not follow from what is "
                     f"before it): restore it from a copy, or name another --journal to begin anew"
                 ) from error
-        self.activity = Activity()  # what happened at times before this process is no throughput of now
+        self.activity = Activity()  # what happened before this process began is no throughput of now
         return last
 
     def _open(self, job: Mapping[str, Any]) -> None:
@@ -199,7 +199,7 @@ class Coordinator:
 
     def _exchange(self, body: Mapping[str, Any], now: float) -> Decision:
         records, after, _ = self._returned(body, now)
-        if body["generation"] != after.generation:  # nothing to give back, but a trainer that was replaced meanwhile
+        if body["generation"] != after.generation:  # a trainer that was replaced meanwhile, with nothing to commit
             reason = f"the message is of generation {body['generation']}, the ledger is in {after.generation}"
             raise Conflict(reason, stale=True)
         return self._leased(body, now, after, records)
@@ -223,7 +223,7 @@ class Coordinator:
         if isinstance(found, Refusal):
             if not records:
                 raise Conflict(found.reason, found.stale)
-            found = ledgers.WAIT  # what it gives back counts; asked again, it hears of the refusal
+            found = ledgers.WAIT  # its commits count; when it asks again, it hears of the refusal
         if found == ledgers.END or after.finished:
             return records, {"reply": "END"}
         return records, {"reply": "WAIT", "retry_s": self._retry_s()}
@@ -247,7 +247,7 @@ class Coordinator:
     def _fail(self, body: Mapping[str, Any], now: float) -> Decision:
         generation, reason = messages.integer(body, "generation"), messages.text(body, "reason", 2000)
         decide = _Decider(self.ledger)
-        for number, (e, s, a) in enumerate(messages.work_item_keys(body, "shards")):  # it was at the first one
+        for number, (e, s, a) in enumerate(messages.work_item_keys(body, "shards")):  # the worker was at the first one
             decide(ledgers.fail(decide.after, generation, e, s, a, reason, begun=number == 0), [e, s, a])
         return decide.records(), {}
 
@@ -284,9 +284,11 @@ class Coordinator:
         controller, began = self.controller, self.began
         generation = messages.integer(body, "generation")
         if controller is None or began is None:
-            raise Conflict("no group of ranks has begun: rank 0 says so first (/v1/begin)")
+            raise Conflict("no worker group has begun: rank 0 says so first (/v1/begin)")
         if generation != began.generation:
-            raise Conflict(f"the report is of generation {generation}, the group of {began.generation}", stale=True)
+            raise Conflict(
+                f"the report is of generation {generation}, the worker group of {began.generation}", stale=True
+            )
         rank = messages.integer(body, "rank", 0, began.world_size - 1)
         known = messages.integer(body, "known", -1)
         steps, facts, about = messages.steps(body), messages.facts(body), messages.about(body)
@@ -325,7 +327,7 @@ class Coordinator:
         elif isinstance(record, Began):
             self._begin_group(record, now)
         else:
-            if self.began is None:  # ranks report what they do; rank 0 leases for all of them
+            if self.began is None:  # in a trainer rank 0 leases for all ranks, and each reports its own steps
                 self.activity.changed(self.ledger, record, now)
             ledgers.apply(self.ledger, record)
 
@@ -457,7 +459,7 @@ class _Decider:
             self._refusal = self._refusal or found
             if found.stale:
                 self._lost.append(work_item)
-            elif self._refusal.stale:  # a mistake comes before a loss: sent again without the lost, it would come back
+            elif self._refusal.stale:  # told before a loss: without the lost work items the message would fail again
                 self._refusal = found
         elif found is not None:
             self._records.append(found)
@@ -476,7 +478,7 @@ def _plain(decided: Decided) -> Decided | RejectedDecision:
     try:
         kind, body = to_row(decided)
         found = from_row(kind, json.loads(json.dumps(body, default=lambda value: value.tolist(), allow_nan=False)))
-    except Exception as error:  # a user's objects: whatever they raise, training goes on
+    except Exception as error:  # whatever a user's objects raise, training goes on
         return RejectedDecision(decided.now, f"{type(error).__name__}: {error}")
     assert isinstance(found, Decided)
     return found

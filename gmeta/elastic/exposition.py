@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from gmeta.elastic.coordinator import Coordinator
-from gmeta.elastic.view import group, table, work_item_counts
+from gmeta.elastic.view import table, work_item_counts, worker_group
 
 
 class Exposition:
@@ -58,8 +58,8 @@ class Exposition:
             found.add_metric([name], count)
         yield found
         yield GaugeMetricFamily("gmeta_epoch", "Epochs that are done", value=ledger.epoch)
-        yield GaugeMetricFamily("gmeta_generation", "Times that a group of ranks began", value=ledger.generation)
-        trained = group(self._coordinator)
+        yield GaugeMetricFamily("gmeta_generation", "Times that a worker group began", value=ledger.generation)
+        trained = worker_group(self._coordinator)
         if trained is not None:
             yield GaugeMetricFamily("gmeta_step", "Steps that every rank has finished", value=trained["step"])
             if trained["step_s"] is not None:

@@ -80,7 +80,7 @@ class Monitor:
         self.first_step = first_step
         self.short_steps = short_steps
         self._steps: list[deque[StepTime]] = [deque(maxlen=long_steps) for _ in range(world_size)]
-        self._leader = 0  # the rank that is furthest: kept, because every report asks for it
+        self._leader = 0  # the rank that is furthest; it is kept because every report asks for it
         self._last: list[float | None] = [None] * world_size
         self._about: list[dict[str, Any]] = [{} for _ in range(world_size)]
 

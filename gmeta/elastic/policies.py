@@ -182,7 +182,7 @@ def load_policy(text: str) -> Policy:
         sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's file: whatever importing it raises
+    except Exception as error:  # importing a user's file may raise anything
         raise ValueError(f"policy {text!r} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise ValueError(f"policy {text!r} is a {type(found).__name__}: must be a function of a snapshot")
@@ -310,8 +310,8 @@ def _by_class(
             [shares[d].accumulation for d in devices],
         )
     except ValueError:
-        pass  # no whole micro-batches give the batch
-    most = 8  # micro-batches, as in `accumulated`
+        pass  # no equal micro-batches give the batch
+    most = 8  # micro-batches at most, as in `accumulated`
     try:
         workers = [Worker(1 / cost[d], most=None if (cap := caps[d]) is None else most * cap) for d in devices]
         tasks = balanced(snapshot.batch, workers)

@@ -133,7 +133,7 @@ class _Run:
         self.now, self.generation = 0.0, 0
         self.incarnation = [0] * n
         self.tail = 0  # tasks put back in this epoch
-        self.best: dict[frozenset[tuple[float, int]], float] = {}  # how many ranks are how slow -> ideal seconds
+        self.best: dict[frozenset[tuple[float, int]], float] = {}  # {(slowness, number of ranks)} -> ideal seconds
         self.events: list[tuple[float, int, Callable[[float], None]]] = []
         self.count = 0
         self.restarts: list[float] = []
@@ -420,7 +420,7 @@ def read_trace(path: Path) -> tuple[Scenario, Recorded]:
         reports = [record for record in records if record["kind"] == "report" and record["steps"]]
         recorded = Recorded(reports)
         steps = sorted((row[0], row[3]) for record in reports for row in record["steps"])
-        # Whoever comes last waits for the exchange alone.
+        # The rank that comes last waits for the exchange alone.
         comm = [min(wait for _, wait in rows) for _, rows in groupby(steps, key=lambda row: row[0])]
         scenario = Scenario(
             workers=begin["world_size"],

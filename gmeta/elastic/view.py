@@ -43,7 +43,11 @@ def state(coordinator: Coordinator) -> dict[str, Any]:
             "samples_done": samples_done(ledger),
         }
     workers = table(coordinator, now)
-    return values | {"group": group(coordinator), "workers": workers, **history(coordinator.activity.history, workers)}
+    return values | {
+        "group": worker_group(coordinator),
+        "workers": workers,
+        **history(coordinator.activity.history, workers),
+    }
 
 
 def work_item_counts(ledger: Ledger) -> dict[str, int]:
@@ -95,7 +99,7 @@ def cells(ledger: Ledger, most: int = CELLS) -> str:
     return "".join(marks.get(cell) or str(9 * max(0, done[cell]) // sizes[cell]) for cell in range(count))
 
 
-def group(coordinator: Coordinator) -> dict[str, Any] | None:
+def worker_group(coordinator: Coordinator) -> dict[str, Any] | None:
     """The state of a trainer's ranks; None where workers pull work items."""
     began, controller = coordinator.began, coordinator.controller
     if began is None or controller is None:
