@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(case: Case, folder: Path, seconds: float) -> dict[str, float]:
-    """Numbers of one case; milliseconds are of an exchange."""
+    """The numbers of one case; milliseconds are of an exchange."""
     words = [sys.executable, "-m", "gmeta", "coordinate", "--journal", str(folder / "journal")]
     words += ["--durable", str(case.durable).lower()]
     context = multiprocessing.get_context("spawn")
@@ -98,7 +98,7 @@ def measure(case: Case, folder: Path, seconds: float) -> dict[str, float]:
 
 
 def ask(url: str, case: Case, number: int, seconds: float, barrier: Barrier, send: Connection) -> None:
-    """One client; sends (seconds of each exchange in the window, CPU seconds of all of them)."""
+    """Be one client, and send (seconds of each exchange in the window, CPU seconds of all of them)."""
     client = Client(url, run="benchmark")
     client.open_job("none", PLAN)
     held: list[list[int]] = []

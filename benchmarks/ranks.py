@@ -48,12 +48,12 @@ class Workload:
 
     @property
     def options(self) -> list[str]:
-        """Of `gmeta train`: the model, all of it adapted in one step, second order."""
+        """The options of `gmeta train`: the model, all of it adapted in one step, in second order."""
         return ["--model.embedding_dim", str(self.dim), "--model.args.hidden", json.dumps(list(self.hidden))]
 
 
 def write_pack(path: Path, load: Workload, seed: int = 0) -> None:
-    """A pack of `load.tasks` training tasks and nothing else.
+    """Write a pack of `load.tasks` training tasks and nothing else.
 
     A quarter of the features describe the task, and are the same in all its rows; the others are drawn for each row by
     Zipf's law (exponent 1), so that rows are shared within and between tasks as in click logs. Labels are coin tosses.
@@ -121,7 +121,7 @@ class Ranks:
     ) -> str:
         """Run `gmeta train` + argv (+ its `own` words) on the first ranks, one for each environment (torchrun's).
 
-        Returns why it failed, empty where it did not; after a failure all processes start anew.
+        Returns why it failed, or nothing where it did not; after a failure all processes start anew.
         """
         taking_part = self._processes[: len(environments)]
         for process, environment, words in zip(taking_part, environments, own or [[]] * len(environments), strict=True):
@@ -138,12 +138,13 @@ class Ranks:
 
 
 def _python_path() -> str:
-    """The same gmeta as this process's, wherever the ranks start."""
+    """A path on which ranks find the same gmeta as this process, wherever they start."""
     return os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def serve() -> None:
-    """A rank: runs each command line that stdin brings, and answers with a message, empty when all went well."""
+    """Be a rank: run each command line that stdin brings, and answer with a message, which is empty when all went
+    well."""
     import gmeta.training.loop  # noqa: F401  before the first command line comes, not in its time
     from gmeta import cli
     from gmeta.parallel import launch

@@ -1,17 +1,19 @@
-"""What goes wrong in a run, written down: who is slow, when and how much, who is killed. For the laboratory, where
-workers are slowed down so, and for the simulator. Pure: slowness follows from the scenario and its seed alone.
+"""A scenario: what goes wrong in a run, who is slow, when and how much, who is killed.
+
+The laboratory slows workers down as it says, and the simulator computes with it. It is pure: slowness follows from the
+scenario and its seed alone.
 
     workers: 4
     seed: 1
     steps: 1000
     tasks_per_batch: 64
-    slot_s: 0.00625        # seconds of compute a slot takes a worker of speed 1
-    fixed_s: 0.0           # seconds of any micro-batch at all
-    comm_s: 0.0            # seconds of a step's exchanges
-    noise: 0.0             # of each step's compute seconds: standard deviation, as a share
-    restart_s: 10.0        # what ending and starting all workers takes
-    checkpoint_steps: 100  # between checkpoints
-    report_s: 0.1          # between a worker's reports
+    slot_s: 0.00625        # seconds that a worker of speed 1 computes for a task
+    fixed_s: 0.0           # seconds that any micro-batch takes at all
+    comm_s: 0.0            # seconds that a step's exchanges take
+    noise: 0.0             # standard deviation of a step's compute seconds, as a fraction
+    restart_s: 10.0        # seconds to end and start all workers
+    checkpoint_steps: 100  # steps between checkpoints
+    report_s: 0.1          # seconds between a worker's reports
     ahead: 3               # batches that are loaded ahead
     devices:
       - {name: fast, count: 2, speed: 2.0, max_slots: 32}
@@ -24,7 +26,7 @@ workers are slowed down so, and for the simulator. Pure: slowness follows from t
       - {kind: kill, who: rank 2, at_step: 300}              # or at_s; or coordinator, rank 2 + coordinator
       - {kind: cut, at_s: 5, for_s: 30}                      # no connection to the coordinator
 
-Only `workers` and `steps` must be there. Ranks not in `devices` have speed 1.
+Only `workers` and `steps` are required. Ranks that are not in `devices` have speed 1.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ class Scenario:
                 value = getattr(event, name, None)
                 _check(value is None or value >= 0, name, value, "must not be negative")
             _check(getattr(event, "factor", 1.0) > 0, "factor", getattr(event, "factor", 1.0), "must be more than 0")
-        for number, event in enumerate(self.events):  # by rank: asked for every rank at every step
+        for number, event in enumerate(self.events):  # kept by rank, because every rank is asked for at every step
             if isinstance(event, Deterministic | Transient | Persistent):
                 for rank in set(_ranks(event)):
                     self._slow.setdefault(rank, []).append((number, event))
