@@ -3,9 +3,9 @@
     python benchmarks/coordinator.py [--quick] [--json FILE]
 
 Each exchange commits the work items of the one before and leases as many more, in one transaction of the journal.
-Paced: the clients together ask at a fixed rate, and latency is what a training loop would wait. Otherwise every client asks
-again as soon as it was answered, so latency is mostly the wait for the other seven. CPU time is a process's own, of an
-exchange; clients and coordinator share the machine.
+Paced: the clients together ask at a fixed rate, and latency is what a training loop would wait. Otherwise every client
+asks again as soon as it was answered, so that latency is mostly the wait for the other seven. CPU time is that of a
+process for an exchange; clients and coordinator share the machine.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(case: Case, folder: Path, seconds: float) -> dict[str, float]:
-    """Numbers of one case; milliseconds are of an exchange."""
+    """The numbers of one case; milliseconds are of an exchange."""
     words = [sys.executable, "-m", "gmeta", "coordinate", "--journal", str(folder / "journal")]
     words += ["--durable", str(case.durable).lower()]
     context = multiprocessing.get_context("spawn")
@@ -98,7 +98,7 @@ def measure(case: Case, folder: Path, seconds: float) -> dict[str, float]:
 
 
 def ask(url: str, case: Case, number: int, seconds: float, barrier: Barrier, send: Connection) -> None:
-    """One client; sends (seconds of each exchange in the window, CPU seconds of all of them)."""
+    """Be one client, and send (seconds of each exchange in the window, CPU seconds of all of them)."""
     client = Client(url, run="benchmark")
     client.open_job("none", PLAN)
     held: list[list[int]] = []

@@ -41,14 +41,14 @@ class Worker:
         return {}
 
     def take(self) -> dict[str, Any]:
-        """The next shard. An empty task is the end, as to `ShardingClient`; one that says WAIT would be heeded."""
+        """Take the next shard. An empty task is the end, as to `ShardingClient`; one that says WAIT would be heeded."""
         _, task = self._client.get_task(DATASET)
         if task.shard.end > task.shard.start:
             return {"reply": "SHARD", "key": task.task_id, "start": task.shard.start, "stop": task.shard.end}
         return {"reply": "WAIT" if task.type == elastic_training_pb2.WAIT else "END"}
 
     def done(self, key: int) -> dict[str, Any]:
-        """Whether the master agrees."""
+        """Commit the shard, and return whether the master agrees."""
         return {"accepted": bool(self._client.report_task_result(DATASET, key, "").success)}
 
     def fail(self, key: int) -> dict[str, Any]:
@@ -61,12 +61,12 @@ class Worker:
         return {"saved": self._client.get_shard_checkpoint(DATASET)}
 
     def restore(self, saved: str) -> dict[str, Any]:
-        """All as in `saved` again."""
+        """Put everything back to what is in `saved`."""
         self._client.report_shard_checkpoint(saved)
         return {}
 
     def run(self, how: str, shards: int) -> dict[str, Any]:
-        """Take and finish so many; the seconds from having finished until the next is in hand."""
+        """Take and finish so many; returns the seconds from having finished one until the next is in hand."""
         _, task = self._client.get_task(DATASET)
         waits, began = [], time.monotonic()
         for _ in range(shards):

@@ -6,11 +6,12 @@ PATH is the interpreter of an environment of DLRover's own; without it DLRover's
 
     python -m venv DIR && DIR/bin/pip install 'dlrover[k8s]==0.6.1' protobuf
 
-Speed: workers take and finish shards one after the other and do nothing between. Audits: the same script of events for
-every system (ledger_audit.py), counted from what workers finish. DLRover runs at its best: gRPC (its default; 690
-shards/s with one worker, 210 over its HTTP), without a log line for every shard (with it, as by default, 510), state in
-memory. Its `--task_process_timeout` is set to gmeta's lease, though its local master does not use it. gmeta runs on its
-defaults: every change is in its journal before the reply.
+What a worker takes is called a shard here; in gmeta it is a work item. For speed, workers take and finish shards one
+after the other and do nothing between. The audits run the same script of events for every system (ledger_audit.py), and
+count from what workers finish. DLRover runs at its best: gRPC (its default; 690 shards/s with one worker, 210 over its
+HTTP), without a log line for every shard (with it, as by default, 510), and state in memory. Its
+`--task_process_timeout` is set to gmeta's lease, though its local master does not use it. gmeta runs on its defaults:
+every change is in its journal before the reply.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Speed:
     waits: list[float] = field(default_factory=list)  # seconds from a finished shard (or batch) to the next
 
     def numbers(self) -> Numbers:
-        """The median turn; waits of all turns together."""
+        """The numbers of the median turn, with the waits of all turns together."""
         waits = sorted(self.waits)
         return {
             "shards/s": sorted(self.rates)[len(self.rates) // 2],
@@ -89,7 +90,7 @@ class Speed:
 
 
 def main() -> int:
-    """Speed in turns, then the audits."""
+    """Measure speed in turns, then run the audits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few shards, under 50 s; writes no result files")
     parser.add_argument("--dlrover_python", type=Path, help=f"interpreter of an environment with DLRover {DLROVER}")
@@ -121,7 +122,7 @@ def main() -> int:
 
 
 def unusable(python: Path) -> str:
-    """Why this interpreter cannot run DLRover; empty: it can."""
+    """Why this interpreter cannot run DLRover; empty where it can."""
     program = (
         "from importlib.metadata import version; import dlrover.python.elastic_agent.master_client; "
         "print(version('dlrover'))"
@@ -151,7 +152,7 @@ def of(case: str, python: Path | None) -> list[System]:
 def measure_speed(
     python: Path | None, shards: Mapping[int, int], turns: int, folder: Path, loads: list[float]
 ) -> dict[str, dict[str, Numbers]]:
-    """By case and variant. In each turn both systems start anew, and every way is run on each number of workers.
+    """Speed by case and variant. In each turn both systems start anew, and every way is run on each number of workers.
 
     The machine's load average after each turn is added to `loads`: 8 workers and a server alone make about 2 to 3.
     """
@@ -183,7 +184,7 @@ def measure_speed(
 
 
 def pull(workers: Sequence[Puppet], how: str, shards: int) -> tuple[float, list[float]]:
-    """So many shards by all workers together: shards/s, and each wait in seconds."""
+    """Let all workers together take so many shards; returns shards/s, and each wait in seconds."""
     for worker in workers:
         worker.send("run", how=how, shards=shards // len(workers))
     answers = [worker.receive() for worker in workers]
@@ -203,7 +204,7 @@ def records_of(found: Mapping[str, Mapping[str, Numbers]]) -> list[Record]:
 
 
 def show(found: Mapping[str, Mapping[str, Numbers]], effort: Effort, with_dlrover: bool) -> str:
-    """A table a case."""
+    """Print a table for each case."""
     parts = [
         f"An epoch of an audit: {effort.shards} shards of {effort.shard_size} samples. `wait` is what a worker waits "
         "from having finished a shard (gmeta-batch: 32) until it has the next. `missing` and `repeated` are samples; "

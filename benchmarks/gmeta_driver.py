@@ -47,7 +47,7 @@ class Worker:
                     self._client.call("renew", generation=0, progress=held)
 
     def take(self) -> dict[str, Any]:
-        """The next work item."""
+        """Take the next work item."""
         try:
             reply = self._client.call("lease", worker=self._name, count=1)
         except Refused as refused:
@@ -60,7 +60,7 @@ class Worker:
         return {"reply": "SHARD", "key": key, "start": lease["start"], "stop": lease["stop"]}
 
     def done(self, key: list[int]) -> dict[str, Any]:
-        """Whether the coordinator agrees."""
+        """Commit the work item, and return whether the coordinator agrees."""
         self._held.discard((key[0], key[1], key[2]))
         try:
             self._client.call("commit", generation=0, shards=[key])
@@ -75,9 +75,10 @@ class Worker:
         return {}
 
     def run(self, how: str, shards: int) -> dict[str, Any]:
-        """Take and finish so many; the seconds from having finished until the next is in hand.
+        """Take and finish so many; returns the seconds from having finished one until the next is in hand.
 
-        "two messages": commit, lease. "exchange": one message is both. "batch": one message is both for 32 work items.
+        "two messages" are a commit and a lease; "exchange" is one message for both; "batch" is one for both of 32 work
+        items.
         """
         count = BATCH if how == "batch" else 1
         held = self._exchange(count, [])

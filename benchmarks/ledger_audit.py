@@ -89,7 +89,7 @@ class Running:
             return subprocess.Popen(words, stdout=log, stderr=log, text=True, env=variables, cwd=self._folder)
 
     def wait(self) -> None:
-        """Until the server accepts connections."""
+        """Wait until the server accepts connections."""
         deadline = time.monotonic() + START_S
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 1.0):
@@ -100,19 +100,19 @@ class Running:
             time.sleep(0.05)
 
     def open(self) -> None:
-        """Every worker tells the server of the data, as it does when it starts."""
+        """Have every worker tell the server of the data, as it does when it starts."""
         for worker in self.workers:
             worker.ask("open", **self._plan)
 
     def restart_server(self) -> None:
-        """SIGKILL, and the same command on the same port and folder."""
+        """Send SIGKILL, and run the same command on the same port and folder."""
         self._server.kill()
         self._server.wait()
         self._server = self._start()
         self.wait()
 
     def end(self) -> None:
-        """Of all processes."""
+        """End all processes."""
         for worker in self.workers:
             worker.end()
         self._server.kill()
@@ -128,7 +128,7 @@ def _free_port() -> int:
 
 @contextlib.contextmanager
 def running(system: System, folder: Path, num_workers: int, **plan: Any) -> Iterator[Running]:
-    """Started, and told of the data."""
+    """Start a system, and tell it of the data."""
     folder.mkdir(parents=True)
     found = Running(system, folder, num_workers, **{**plan, **system.options})
     try:
@@ -141,14 +141,14 @@ def running(system: System, folder: Path, num_workers: int, **plan: Any) -> Iter
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of an epoch: samples that nobody finished, and how often samples were finished once more than needed."""
+    """Of an epoch's samples, how many nobody finished, and how often one was finished once more than needed."""
 
     missing: int
     repeated: int
 
 
 def coverage(num_samples: int, finished: Iterable[range]) -> Coverage:
-    """From the ranges of samples that workers finished, each as often as it was."""
+    """Count from the ranges of samples that workers finished, each as often as it was."""
     counts = Counter(sample for samples in finished for sample in samples)
     outside = [sample for sample in counts if not 0 <= sample < num_samples]
     if outside:
@@ -158,7 +158,7 @@ def coverage(num_samples: int, finished: Iterable[range]) -> Coverage:
 
 @dataclass(frozen=True)
 class Effort:
-    """Sizes of the audits. `watch_s`: for so long a worker that was told the end asks again."""
+    """Sizes of the audits. A worker that was told the end asks again for `watch_s`."""
 
     shards: int
     shard_size: int
@@ -189,11 +189,11 @@ class Scene:
 
     @property
     def coverage(self) -> Coverage:
-        """Until now."""
+        """The coverage until now."""
         return coverage(self._num_samples, self.finished)
 
     def take(self, worker: int) -> str:
-        """SHARD, WAIT, END or REFUSED."""
+        """Take a shard, and return SHARD, WAIT, END or REFUSED."""
         answer = self._workers[worker].ask("take")
         if answer["reply"] == "SHARD":
             self.held[worker] = answer
@@ -201,17 +201,17 @@ class Scene:
         return str(answer["reply"])
 
     def finish(self, worker: int) -> bool:
-        """The worker has done its shard; whether the server says that it counts."""
+        """Finish the worker's shard, and return whether the server says that it counts."""
         shard = self.held.pop(worker)
         self.finished.append(range(shard["start"], shard["stop"]))
         return bool(self._workers[worker].ask("done", key=shard["key"])["accepted"])
 
     def fail(self, worker: int) -> None:
-        """The worker gives its shard up."""
+        """Have the worker give its shard up."""
         self._workers[worker].ask("fail", key=self.held.pop(worker)["key"])
 
     def rounds(self, count: int, workers: Sequence[int]) -> None:
-        """Every worker takes a shard, then every worker finishes it, `count` times."""
+        """Have every worker take a shard, then finish it, `count` times."""
         for _ in range(count):
             for worker in workers:
                 assert self.take(worker) == "SHARD"
@@ -219,10 +219,11 @@ class Scene:
                 self.finish(worker)
 
     def drain(self, workers: Sequence[int], watch_s: float, poison: int | None = None) -> dict[int, str]:
-        """Workers take and finish until nothing is left for them; what each was told first, other than SHARD or WAIT.
+        """Have workers take and finish until nothing is left, and return what each was told first, other than SHARD or
+        WAIT.
 
-        A worker that was told the end asks again for `watch_s` as long as samples are missing. The shard that starts
-        at sample `poison` fails every time.
+        A worker that was told the end asks again for `watch_s` as long as samples are missing. The shard that starts at
+        sample `poison` fails every time.
         """
         told: dict[int, str] = {}
         first_told = None
@@ -248,11 +249,11 @@ class Scene:
 
 
 Numbers = dict[str, float]
-"""By metric."""
+"""Numbers by metric."""
 
 
 def worker_killed(system: System, folder: Path, effort: Effort) -> Numbers:
-    """SIGKILL of one of four workers amid a shard."""
+    """Kill one of four workers (SIGKILL) amid a shard."""
     with running(system, folder, 4, **effort.plan) as found:
         scene = Scene(found.workers, effort.plan["num_samples"])
         scene.rounds(4, range(4))
@@ -271,7 +272,7 @@ def worker_killed(system: System, folder: Path, effort: Effort) -> Numbers:
 
 
 def server_killed(system: System, folder: Path, effort: Effort) -> Numbers:
-    """SIGKILL of the server while three of four workers are amid a shard; the fourth asks first, then all go on.
+    """Kill the server (SIGKILL) while three of four workers are amid a shard; the fourth asks first, then all go on.
 
     Where the system has checkpoints of its own, one is taken before the fifth round and restored after the restart.
     """
@@ -294,7 +295,7 @@ def server_killed(system: System, folder: Path, effort: Effort) -> Numbers:
 
 
 def failing_shard(system: System, folder: Path, effort: Effort) -> Numbers:
-    """The first shard fails in every worker's hands."""
+    """Let the first shard fail in every worker's hands."""
     with running(system, folder, 4, **effort.plan) as found:
         scene = Scene(found.workers, effort.plan["num_samples"])
         told = scene.drain(range(4), min(effort.watch_s, 3.0), poison=0)
@@ -306,7 +307,7 @@ def failing_shard(system: System, folder: Path, effort: Effort) -> Numbers:
 
 
 def late_report(system: System, folder: Path, effort: Effort) -> Numbers:
-    """A worker is stopped amid the only shard and taken for dead; another has the shard when the first one wakes.
+    """Stop a worker amid the only shard and take it for dead; another has the shard when the first one wakes.
 
     A lease runs out by itself. For a system without leases a third worker reports the failure in the stopped one's
     name, as DLRover's master on Kubernetes does for the tasks of a pod that failed. At last the second worker fails.

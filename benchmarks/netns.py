@@ -46,7 +46,7 @@ _UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running one; ranks are numbered node by node."""
+    """A running cluster, whose ranks are numbered node by node."""
 
     prefix: str
     nodes: int
@@ -54,21 +54,21 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """Ranks of all nodes."""
+        """The number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
     def namespace(self, rank: int) -> str:
-        """Name of the namespace that holds `rank`."""
+        """The name of the namespace that holds `rank`."""
         return f"{self.prefix}-node{rank // self.ranks_per_node}"
 
     def enter(self, rank: int) -> list[str]:
-        """What a command line starts with, to run where `rank` does."""
+        """The words with which a command line starts, to run where `rank` does."""
         return ["ip", "netns", "exec", self.namespace(rank)]
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
-        """What torchrun would set for `rank`, and the interface that gloo binds to; rank 0 serves the store at `port`.
+        """The variables that torchrun would set for `rank`, and the interface that gloo binds to.
 
-        A port serves one run: take another for the next.
+        Rank 0 serves the store at `port`. A port serves one run: take another for the next.
         """
         return {
             "RANK": str(rank),
@@ -81,13 +81,14 @@ class Cluster:
         }
 
     def set_rates(self, inside_rate: str | None, between_rate: str | None) -> None:
-        """Hold the links to other rates, as `tc` writes them ("100mbit"); None: as fast as the kernel goes."""
+        """Hold the links to other rates, as `tc` writes them ("100mbit"); None lets them go as fast as the kernel
+        does."""
         for node in range(self.nodes):
             for words in shape_node(self.prefix, node, inside_rate, between_rate):
                 _run(words)
 
     def set_group_rates(self, group_size: int, inside_rate: str, between_rate: str) -> None:
-        """Groups of consecutive nodes with faster links inside: each node's card has a rate for either kind of peer."""
+        """Give runs of consecutive nodes faster links inside: each node's card has a rate for either kind of peer."""
         for node in range(self.nodes):
             for words in shape_groups(self.prefix, node, group_size, inside_rate, between_rate):
                 _run(words)
@@ -115,7 +116,7 @@ def unavailable() -> str:
 
 
 def _probe() -> str:
-    """Root may still be refused (containers), and the kernel may lack tbf: try all of it once."""
+    """Try everything once: root may still be refused (containers), and the kernel may lack tbf."""
     try:
         with cluster(1, 1, inside_rate="1gbit", between_rate="1gbit"):
             return ""
@@ -125,9 +126,9 @@ def _probe() -> str:
 
 @contextmanager
 def cluster(nodes: int, ranks_per_node: int, inside_rate: str | None, between_rate: str | None) -> Iterator[Cluster]:
-    """Set up `nodes` namespaces and their links; on exit, also through Ctrl-C, all of it and what runs in it ends.
+    """Set up `nodes` namespaces and their links. On exit, also through Ctrl-C, all of it and what runs in it ends.
 
-    RuntimeError: a command of iproute2 failed; nothing is left behind.
+    RuntimeError says that a command of iproute2 failed; nothing is left behind then.
     """
     remove_leftovers()
     prefix = f"gmeta-{os.getpid()}-{next(_COUNT)}"
@@ -150,7 +151,7 @@ def remove_leftovers() -> list[str]:
 
 
 def address(node: int) -> str:
-    """A node's address; a cluster's network is its own, so all clusters use the same."""
+    """A node's address. Every cluster has a network of its own, so all use the same addresses."""
     return f"10.77.{node // 250}.{node % 250 + 1}"
 
 
@@ -193,7 +194,7 @@ def _shape(namespace: str, link: str, rate: str | None) -> list[str]:
 
 
 def shape_groups(prefix: str, node: int, group_size: int, inside_rate: str, between_rate: str) -> list[list[str]]:
-    """Commands that hold what a node exchanges with its group to one rate, and all else to another."""
+    """Commands that hold what a node exchanges with the nodes of its run to one rate, and all else to another."""
     first = node // group_size * group_size
     peers = [address(other) for other in range(first, first + group_size) if other != node]
     commands = []
@@ -245,7 +246,8 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
 
 
 def measured_bits_per_s(net: Cluster, sender: int, receiver: int, mebibytes: int, skip_bytes: int = 4 * 2**20) -> float:
-    """Payload bit/s of one TCP stream from rank to rank, without its first `skip_bytes`: do the links hold the rate?"""
+    """Payload bit/s of one TCP stream from rank to rank, without its first `skip_bytes`; it shows whether links hold
+    the rate."""
     place = address(receiver // net.ranks_per_node)
     python = [sys.executable, "-c"]
     with subprocess.Popen(
@@ -276,7 +278,7 @@ def _remove(prefix: str) -> None:
 
 
 def _end_processes(namespace: str, patience_s: float = 2.0) -> None:
-    """Kill what runs there and wait until it is gone: a namespace lives as long as a process in it."""
+    """Kill what runs there and wait until it is gone, because a namespace lives as long as a process in it."""
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
         found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)

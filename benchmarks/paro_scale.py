@@ -2,11 +2,11 @@
 
     python benchmarks/paro_scale.py [--quick]
 
-On the virtual clock of the planner (gmeta/sharding/schedule.py), which the emulated cluster checks: 8 GPUs a machine,
-NVLink inside, 100 Gb/s between machines, shared by a machine's GPUs or one link each; ten micro-batches of four
-sequences of 512 tokens on each GPU, computing at half an A100's peak. Efficiency is throughput a GPU over that on 16.
-The paper (PaRO, 16 to 128 GPUs, 7 B, measured there) says 0.92 for IIG, 0.84 for NIG and 0.63 for ZeRO-2 and -3; its
-setting is not known in full, and no number here was measured on GPUs.
+It runs on the virtual clock of the planner (gmeta/sharding/schedule.py), which the emulated cluster checks. There are 8
+GPUs a machine, NVLink inside, and 100 Gb/s between machines, shared by a machine's GPUs or one link each. A step has
+ten micro-batches of four sequences of 512 tokens on each GPU, computing at half an A100's peak. Efficiency is
+throughput a GPU over that on 16. The paper (PaRO, 16 to 128 GPUs, 7 B, measured there) says 0.92 for IIG, 0.84 for NIG
+and 0.63 for ZeRO-2 and -3; its setting is not known in full, and no number here was measured on GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAPER = {"IIG": 0.92, "NIG": 0.84, "GGG": 0.63}
 
 
 def step(strategy: str, gpus: int, model: str, shared: bool) -> StepCost:
-    """One optimizer step."""
+    """The cost of one optimizer step."""
     params, layers = MODELS[model]
     links = Links(100e9, 2000e9, inter_latency_s=20e-6, intra_latency_s=5e-6, shared_nic=shared)
     work = Workload(int(params), int(params), 10, 6 * params * TOKENS / FLOPS, layers)
@@ -35,7 +35,7 @@ def step(strategy: str, gpus: int, model: str, shared: bool) -> StepCost:
 
 
 def plot(found: dict[tuple[str, str, bool, int], StepCost], path: Path) -> None:
-    """Efficiency over GPUs: a row a model, a column a kind of link."""
+    """Draw efficiency over GPUs, with a row for each model and a column for each kind of link."""
     import matplotlib
 
     matplotlib.use("Agg")

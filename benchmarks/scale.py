@@ -35,7 +35,7 @@ def job(name: str, workers: int, policy: str, steps: int) -> tuple[SimulationRes
 
 
 def plot(results: dict[tuple[str, int, str], SimulationResult], path: Path) -> None:
-    """One panel a scenario: share of the ideal over the number of workers."""
+    """Draw a panel for each scenario: the fraction of the ideal over the number of workers."""
     import matplotlib
 
     matplotlib.use("Agg")

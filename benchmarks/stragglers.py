@@ -3,11 +3,11 @@
     python benchmarks/stragglers.py [--quick] [--json FILE] [--out FOLDER]
 
 Four workers on emulated devices (`gmeta lab`) train the same batches in every run. `achieved / ideal` compares with
-each step balanced exactly by the true speeds of that very step, and nothing else taking any time: exchanges, the
-trainer's own work on shared cores, the steps before the first decision and restarts all count against it. Attainable
+each step balanced exactly by the true speeds of that very step, when nothing else takes any time. So exchanges, the
+trainer's own work on shared cores, the steps before the first decision, and restarts all count against it. Attainable
 is the ideal plus, for each step, the run's median time of a step besides its slowest rank's computing: what is missing
-from that is the policy's, or a restart's. The simulator runs the same scenarios; what a step takes besides computing,
-and what a restart takes, it is told as measured: the former once, in the first run.
+from that is the policy's, or a restart's. The simulator runs the same scenarios. It is told what a step takes besides
+computing, as measured in the first run, and what a restart takes.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from gmeta.elastic.monitor import Snapshot
 from gmeta.elastic.policies import load_policy
 from gmeta.elastic.scenario import Contention, Deterministic, Devices, Event, Kill, Persistent, Scenario, Transient
 from gmeta.elastic.simulate import simulate
+from gmeta.lab.folder import LabFolder
 from gmeta.lab.measure import executions
-from gmeta.lab.place import Place
 from gmeta.lab.run import difference
 from gmeta.runs.log import METRICS_FILE, read_metrics
 
 SLOT_S = 0.0125
-"""16 slots: 0.2 s. Four real trainers on two cores take 10 to 30 ms a step besides: shorter steps drown in that. Where
-balancing makes a step less than half as long, they drown as well: 4x has longer slots."""
+"""With 16 tasks a rank a step takes 0.2 s. Four real trainers on two cores take 10 to 30 ms a step besides, in which
+shorter steps would drown. Where balancing makes a step less than half as long, they would drown as well, so 4x has
+longer tasks."""
 TARGETS = {"deterministic": 0.90, "persistent": 0.90, "transient, 50": 0.80}
-"""By how a case's name begins."""
+"""The target of a case, by how its name begins."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A scenario, and who is compared in it. Policies may replace no worker: the machine has none to spare."""
+    """A scenario, and who is compared in it. Policies may replace no worker, because the machine has none to spare."""
 
     name: str
     policies: tuple[str, ...]
@@ -56,7 +57,7 @@ class Case:
 
     @property
     def scenario(self) -> Scenario:
-        """As it is run."""
+        """The scenario as it is run."""
         return Scenario(
             workers=4,
             steps=self.steps,
@@ -70,7 +71,7 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    """More steps where the first ones, made before anything can be known, cost most."""
+    """The cases. There are more steps where the first ones, made before anything can be known, cost most."""
     everyone, devices = (0, 1, 2, 3), (Devices("fast", 2, 1.0, max_slots=32), Devices("slow", 2, 0.5, max_slots=8))
     longest, long, usual, short = (200, 200, 120, 100) if quick else (450, 300, 240, 160)
     found = [
@@ -144,11 +145,11 @@ def calm(scenario: Scenario) -> Scenario:
 
 
 def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, Any]:
-    """One run; its result.json, and where it is."""
+    """Make one run, and return its result.json and where it is."""
     out = folder / f"{name} {policy}".replace(" ", "-").replace(",", "").replace(":", "-")
     source = folder / "scenario"
     source.mkdir(exist_ok=True)
-    Place(source).write_scenario(scenario)
+    LabFolder(source).write_scenario(scenario)
     if (out / "result.json").exists():
         return {**json.loads((out / "result.json").read_text()), "out": out}
     words = ["--scenario", source / "scenario.yaml", "--policy", policy, "--out", out, "--max_restarts", 0]
@@ -156,8 +157,8 @@ def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, A
     return {**json.loads((out / "result.json").read_text()), "out": out}
 
 
-def ideal_gain(scenario: Scenario, place: Place) -> float:
-    """How much faster than with equal slots the run's computing would have been, had every step been balanced."""
+def ideal_gain(scenario: Scenario, place: LabFolder) -> float:
+    """How much faster than with equal batches the run's computing would have been, had every step been balanced."""
     last = [{e.step: e for e in executions(place, rank)} for rank in range(scenario.workers)]
     equal = ideal = 0.0
     for record in read_metrics(place.run_dir / METRICS_FILE):
@@ -173,11 +174,11 @@ def ideal_gain(scenario: Scenario, place: Place) -> float:
 def measured(
     case: Case, policy: str, found: dict[str, Any], reference: dict[str, Any], static: dict[str, Any] | None
 ) -> list[Record]:
-    """The records of a run; `static` is that of the same work with equal slots."""
-    changed = difference(Place(found["out"]), Place(reference["out"]))["weights"]
+    """The records of a run; `static` is that of the same work with equal batches."""
+    changed = difference(LabFolder(found["out"]), LabFolder(reference["out"]))["weights"]
     loss = found["metrics"]["loss_after"] - reference["metrics"]["loss_after"]
     attainable_s = found["ideal_s"] + found["steps"] * max(0.0, found["overhead_s"])
-    gain = ideal_gain(case.scenario, Place(found["out"]))
+    gain = ideal_gain(case.scenario, LabFolder(found["out"]))
     rows = (
         *((("achieved_over_ideal", static["jct_s"] / found["jct_s"] / gain, ""),) if static else ()),
         ("ideal_gain", gain, ""),

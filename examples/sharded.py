@@ -1,8 +1,8 @@
-"""Sharded dense layers in a plain PyTorch loop: what a rank holds and sends under a strategy, and that it learns.
+"""Sharded dense layers in a plain PyTorch loop: what a rank holds and sends, and that it learns.
 
     torchrun --standalone --nproc_per_node 4 examples/sharded.py IIG     # or any of `gmeta plan`'s, or auto
 
-Groups of two ranks. A checkpoint is written half-way, and loaded again at the end, as after a crash.
+A node has two ranks here. A checkpoint is written half-way, and loaded again at the end, as after a crash.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def make_model() -> nn.Module:
 
 
 def train(engine: Paro, steps: int, rank: int) -> float:
-    """`steps` of two micro-batches; the last loss."""
+    """Make `steps` of two micro-batches, and return the last loss."""
     draws = torch.Generator().manual_seed(rank)
     loss = torch.zeros(())
     for _ in range(steps):
@@ -45,12 +45,12 @@ def train(engine: Paro, steps: int, rank: int) -> float:
 
 
 def target(x: Tensor) -> Tensor:
-    """What is to be learned."""
+    """The function to learn."""
     return torch.sin(x.sum(1))
 
 
 def main() -> None:
-    """Train, save, go on; load, go on again."""
+    """Train, save and go on; then load and go on again."""
     strategy = sys.argv[1] if len(sys.argv) > 1 else "IIG"
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
@@ -71,10 +71,10 @@ def main() -> None:
 
     if rank == 0:
         held, sent = engine.memory_bytes(), engine.sent
-        whole = 4 * sum(shape.numel() for shape in (p.shape for p in make_model().parameters()))
+        unsharded = 4 * sum(shape.numel() for shape in (p.shape for p in make_model().parameters()))
         print(f"strategies {sorted(set(engine.strategies.values()))} on {world_size} rank(s)")
-        print(f"a rank holds {sum(held.values()):,} bytes for {whole:,} bytes of weights: {held}")
-        print(f"and sent {sent.intra:,.0f} to its group, {sent.inter:,.0f} to others")
+        print(f"a rank holds {sum(held.values()):,} bytes for {unsharded:,} bytes of weights: {held}")
+        print(f"and sent {sent.intra:,.0f} to its node, {sent.inter:,.0f} to others")
         print(f"loss {first:.3f} -> {before:.3f}; from the checkpoint again: {again:.3f}")
     engine.close()
     if dist.is_initialized():

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
+from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import modern_words, parse_words, parser_of
 from gmeta.config.train import TrainConfig
@@ -78,7 +79,7 @@ def _doctor(config: DoctorConfig) -> int:
     from gmeta.doctor import diagnose, print_checks, write_network
 
     if config.network is not None:
-        write_network(config.network, config.group_size, config.timeout_s)
+        write_network(config.network, config.node_size, config.timeout_s)
         return 0
     if is_worker():
         raise ValueError("nproc is for --network FILE: without it doctor checks this machine alone")
@@ -217,8 +218,8 @@ def run(argv: list[str]) -> int:
         print(COMMANDS[name].epilog or "")
         return 0
     try:
-        if COMMANDS[name].config is TrainConfig:
-            words, told = modern_words(words)
+        if name in RENAMED_BY_COMMAND:
+            words, told = modern_words(words, name)
             for sentence in told:
                 _warn(parser.prog, sentence)
         config: Any

@@ -29,14 +29,14 @@ from rich.text import Text
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import close_mesh, open_mesh
 from gmeta.sharding.hierarchy import HierarchicalCollectives, node_mesh
-from gmeta.sharding.links import describe, measure_links
+from gmeta.sharding.links import describe, measure_links, suspicion
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the diagnosis; `cure` is empty where nothing needs doing."""
+    """One line of the diagnosis; `cure` is empty where there is nothing to do."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -45,7 +45,7 @@ class Check:
 
 
 def diagnose(timeout_s: int) -> list[Check]:
-    """Check this machine; the self-tests of collectives get `timeout_s` seconds each."""
+    """Check this machine. The self-tests of collectives get `timeout_s` seconds each."""
     checks = [check_python(), *check_dependencies(), check_cpu(), check_threads(), check_gpus(), check_backends()]
     checks += [check_collectives("gloo", timeout_s), check_nccl(timeout_s)]
     checks.append(check_memory(psutil.virtual_memory().available))
@@ -53,10 +53,10 @@ def diagnose(timeout_s: int) -> list[Check]:
     return checks + [check_space(name, folder) for name, folder in folders.items() if folder.is_dir()]
 
 
-def write_network(path: str, group_size: int, timeout_s: int) -> None:
+def write_network(path: str, node_size: int, timeout_s: int) -> None:
     """Measure the links between all processes and write them as JSON, which `gmeta plan --network` reads. Collective.
 
-    ValueError: one process, groups that do not divide the processes, a file that cannot be written.
+    ValueError where there is one process, where nodes do not divide the processes, or where the file cannot be written.
     """
     mesh = open_mesh("auto", timeout_s)
     try:
@@ -64,7 +64,7 @@ def write_network(path: str, group_size: int, timeout_s: int) -> None:
             raise ValueError(
                 "one process has no links: start doctor --network with --nproc N, or torchrun on all machines"
             )
-        ranks = node_mesh(group_size or mesh.local_world_size, mesh.device.type)
+        ranks = node_mesh(node_size or mesh.local_world_size, mesh.device.type)
         hierarchy = HierarchicalCollectives.open(ranks, "backend", timeout_s, mesh.device)
         links = measure_links(hierarchy, mesh.device)
         hierarchy.close()
@@ -74,6 +74,9 @@ def write_network(path: str, group_size: int, timeout_s: int) -> None:
                 Path(path).write_text(json.dumps(asdict(links), indent=1) + "\n")
                 layout = hierarchy.layout
                 print(f"{layout.num_nodes} nodes of {layout.node_size}\n{describe(links)}\nwritten to {path}")
+                warning = suspicion(links)
+                if warning is not None:
+                    print(f"warning: {warning}", file=sys.stderr)
             except OSError as problem:
                 error = ValueError(f"network {path} cannot be written ({problem.strerror}): name another file")
         raise_together(error, mesh)
@@ -82,7 +85,7 @@ def write_network(path: str, group_size: int, timeout_s: int) -> None:
 
 
 def print_checks(checks: list[Check]) -> int:
-    """Print the diagnosis as a table; returns the exit code, 1 where a check failed."""
+    """Print the diagnosis as a table, and return the exit code: 1 where a check failed."""
     console = Console()
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     table = Table(title="gmeta doctor")
@@ -97,18 +100,18 @@ def print_checks(checks: list[Check]) -> int:
 
 
 def check_python() -> Check:
-    """The interpreter; too old a one cannot import gmeta in the first place."""
+    """Name the interpreter; too old a one cannot import gmeta in the first place."""
     return Check("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
 
 
 def check_dependencies() -> list[Check]:
-    """gmeta's runtime dependencies, as its own metadata declares them."""
+    """Check gmeta's runtime dependencies, as its own metadata declares them."""
     requirements = importlib.metadata.requires("gmeta") or []
     return [check_dependency(line) for line in requirements if "extra ==" not in line]
 
 
 def check_dependency(requirement: str) -> Check:
-    """One requirement, a name with an optional least version such as `torch>=2.13`."""
+    """Check one requirement, a name with an optional least version such as `torch>=2.13`."""
     found = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", requirement.replace(" ", ""))
     assert found, f"requirement {requirement!r} is neither NAME nor NAME>=VERSION"
     name, least = found[1], found[2]
@@ -128,13 +131,13 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def check_cpu() -> Check:
-    """Processors this process may use."""
+    """Count the processors that this process may use."""
     usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
     return Check("cpu", "ok", f"{usable} usable of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
 
 
 def check_threads() -> Check:
-    """OMP_NUM_THREADS, which every process of `--nproc N` inherits."""
+    """Check OMP_NUM_THREADS, which every process of `--nproc N` inherits."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
     cpus = os.cpu_count() or 1
     if threads.isdigit() and int(threads) > cpus:
@@ -144,7 +147,7 @@ def check_threads() -> Check:
 
 
 def check_gpus() -> Check:
-    """CUDA devices, and whether torch can compute on them."""
+    """Check that torch can compute on the CUDA devices."""
     count = torch.cuda.device_count()
     if count == 0:
         if shutil.which("nvidia-smi"):
@@ -162,7 +165,7 @@ def check_gpus() -> Check:
 
 
 def check_backends() -> Check:
-    """Backends of torch.distributed that this build has."""
+    """Name the backends of torch.distributed that this build has."""
     if not dist.is_available() or not dist.is_gloo_available():
         return Check("backends", "fail", "no gloo", "install a build of torch with torch.distributed")
     names = ["gloo"] + ["nccl"] * dist.is_nccl_available() + ["mpi"] * dist.is_mpi_available()
@@ -195,7 +198,7 @@ dist.destroy_process_group()
 
 
 def check_nccl(timeout_s: int) -> Check:
-    """NCCL's version, and what it moved the self-test's bytes over between the first two GPUs."""
+    """Name NCCL's version, and what it moved the self-test's bytes over between the first two GPUs."""
     count = torch.cuda.device_count()
     if count == 0 or not dist.is_nccl_available():
         return Check("nccl", "ok", "not used: " + ("no CUDA device" if count == 0 else "not in this build of torch"))
@@ -211,10 +214,10 @@ _P2P_PATHS = {"NVL": "NVLink", "NVB": "NVLink", "C2C": "NVLink-C2C", "SYS": "PCI
 
 
 def nccl_transports(log: str) -> str:
-    """What NCCL connected its channels over, from a log of NCCL_DEBUG=INFO with the subsystems INIT, GRAPH and NET.
+    """Say what NCCL connected its channels over, from a log of NCCL_DEBUG=INFO with the subsystems INIT, GRAPH and NET.
 
-    Such as `P2P (NVLink); between machines NET/IB (RoCE)`, where the second part is what NCCL would take there.
-    Empty where the log names no channel. The lines are those of NCCL 2.12 and later.
+    The result is such as `P2P (NVLink); between machines NET/IB (RoCE)`, where the second part is what NCCL would take
+    there. It is empty where the log names no channel. The lines are those of NCCL 2.12 and later.
     """
     via = re.findall(r"Channel \S+ : \w+\[\w+\] -> \w+\[\w+\](?: \[\w+\])? via (P2P|SHM|NET/[^/\n]+)", log)
     used = [_describe_transport(name, log) for name in dict.fromkeys(via)]
@@ -225,7 +228,7 @@ def nccl_transports(log: str) -> str:
 
 
 def _describe_transport(name: str, log: str) -> str:
-    """With what lies under it, where the log tells."""
+    """Describe a transport, with what lies under it where the log tells."""
     if name == "P2P" and (path := re.search(r"Pattern \d+, .* type (\w+)/", log)):
         return f"P2P ({_P2P_PATHS.get(path[1], 'PCIe')})"
     if name.startswith("NET/IB"):  # plugins call themselves IBext_v8 and the like
@@ -235,7 +238,7 @@ def _describe_transport(name: str, log: str) -> str:
 
 
 def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program: str = _SELF_TEST) -> Check:
-    """AllReduce and AlltoAll between two processes of this machine; both are killed at the time limit."""
+    """Try AllReduce and AlltoAll between two processes of this machine; both are killed at the time limit."""
     name = f"{backend} self-test"
     cure = {
         "gloo": "see that the host name resolves and no firewall blocks local ports; "
@@ -266,7 +269,10 @@ def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: int) -> list[int | None]:
-    """Exit codes once all have ended, one has failed, or time is up (None: still running); none runs on after."""
+    """Wait until all have ended, one has failed, or time is up, and return the exit codes (None: still running).
+
+    No process runs on after that.
+    """
     deadline = time.monotonic() + timeout_s
     codes = [process.poll() for process in processes]
     while None in codes and not any(codes) and time.monotonic() < deadline:
@@ -279,13 +285,13 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: int) -> list[int 
 
 
 def _last_line(text: str) -> str:
-    """The exception in a worker's last words, or their last line: the backend's threads may complain after it."""
+    """The exception in a worker's last words, or their last line, since the backend's threads may complain after it."""
     lines = [line.strip() for line in text.strip().splitlines()]
     return next((line for line in reversed(lines) if "Error: " in line), lines[-1] if lines else "no message")
 
 
 def check_memory(available: int) -> Check:
-    """Free memory, in bytes."""
+    """Check the free memory, in bytes."""
     found = f"{available / GIB:.1f} GiB free"
     if available < 2 * GIB:
         return Check("memory", "warn", found, "close other programs; prepare takes --memory_limit")
@@ -293,7 +299,7 @@ def check_memory(available: int) -> Check:
 
 
 def check_space(name: str, folder: Path) -> Check:
-    """Free space of the file system that holds `folder`."""
+    """Check the free space of the file system that holds `folder`."""
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free at {folder}"
     if name == "/dev/shm":

@@ -57,7 +57,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Something of all weights; [rows, width]."""
+        """Some function of all weights; [rows, width]."""
         q, k, v = self.qkv(x).chunk(3, -1)
         x = x + self.out(torch.tanh(q * k) * v)
         x = x + self.down(torch.relu(self.up(x)))
@@ -70,7 +70,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(width, micro_batch_s / layers) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """A loss."""
+        """Some loss."""
         for layer in self.layers:
             x = layer(x)
         return x.square().mean()
@@ -89,7 +89,7 @@ class Contender:
 
 
 def contender(name: str, model: Model, group_size: int) -> Contender:
-    """`name`: alone, a peer, or a strategy[:collectives]."""
+    """A contender by its name: alone, a peer, or a strategy[:collectives]."""
     if name == "alone":
         return Contender(alone(model))
     if name in ("fsdp2", "fsdp2 late", "hsdp", "ddp"):
@@ -106,7 +106,7 @@ def contender(name: str, model: Model, group_size: int) -> Contender:
 
 
 def alone(model: Model) -> Step:
-    """Every rank by itself, without any communication: what computing takes on this machine."""
+    """Compute on every rank by itself, without any communication: what computing takes on this machine."""
     optimizer = ADAMW(model.parameters())
 
     def step(micro_batches: list[Tensor]) -> None:
@@ -120,10 +120,10 @@ def alone(model: Model) -> Step:
 
 
 def peer(name: str, model: Model, group_size: int) -> Step:
-    """torch's own, each with the accumulation that its documentation recommends.
+    """One of torch's own engines, with the accumulation that its documentation recommends.
 
-    fsdp2 shards everything over all ranks and reduces gradients in every micro-batch; fsdp2 late keeps whole gradients
-    until the last one; hsdp shards inside groups and sums between them once a step.
+    fsdp2 shards everything over all ranks and reduces gradients in every micro-batch; fsdp2 late keeps full gradients
+    until the last one; hsdp shards inside nodes and sums between them once a step.
     """
     wrapped: nn.Module = model
     if name == "ddp":
@@ -153,7 +153,7 @@ def peer(name: str, model: Model, group_size: int) -> Step:
 
 @functools.cache
 def peers_mesh(shard: int) -> DeviceMesh:
-    """Sharded over so many ranks, replicated beyond."""
+    """A mesh that shards over so many ranks, and replicates beyond."""
     n = dist.get_world_size()
     if shard == n:
         return init_device_mesh("cpu", (n,), mesh_dim_names=("shard",))
@@ -169,10 +169,10 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every contender in turn, round after round; a step's seconds.
+    """Time the steps of every contender in turn, round after round, in seconds.
 
-    One lives at a time, and makes a step before it is timed: every process group of gloo wakes a thread a hundred
-    times a second, and those of twenty contenders in eight processes take a core.
+    One contender lives at a time, and makes a step before it is timed: every process group of gloo wakes a thread a
+    hundred times a second, and those of twenty contenders in eight processes would take a core.
     """
     draws = torch.Generator().manual_seed(dist.get_rank())
     for accumulation in order["accumulation"]:
@@ -189,14 +189,14 @@ def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def run_steps(made: Contender, micro_batches: list[Tensor], steps: int) -> None:
-    """So many steps, and what they have started."""
+    """Make so many steps, and wait for what they have started."""
     for _ in range(steps):
         made.step(micro_batches)
     made.settle()
 
 
 def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All-gather, reduce-scatter and all-reduce by every algorithm in turn; median seconds."""
+    """Median seconds of all-gather, reduce-scatter and all-reduce, with every algorithm in turn."""
     device = torch.device("cpu")
     every = {
         name: HierarchicalCollectives.open(node_mesh(order["group_size"]), name, 300.0, device)

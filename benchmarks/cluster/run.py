@@ -2,10 +2,11 @@
 
     python benchmarks/cluster/run.py [--quick] [--json FILE]
 
-Four groups of two ranks, in network namespaces: fast links inside a group, slow ones between. Layouts: a link to other
-groups for each rank (rails), one that the ranks of a group share, and rails with links inside that are some 100 times
-as fast. Contenders take turns in the same processes; medians over rounds. Computing is emulated by sleeping (rank.py);
-the planner is told what the model takes on all ranks at once without communication. Needs Linux, root and iproute2.
+Four nodes of two ranks run in network namespaces, with fast links inside a node and slow ones between nodes. There are
+three layouts: a link to other nodes for each rank (rails), one that the ranks of a node share, and rails with links
+inside that are some 100 times as fast. Contenders take turns in the same processes; numbers are medians over rounds.
+Computing is emulated by sleeping (rank.py). The planner is told what the model takes on all ranks at once without
+communication. This needs Linux, root and iproute2.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout
 
 LAYOUT = NodeLayout(2, 4)
 MODEL = {"layers": 4, "width": 192, "micro_batch_s": 0.24}
-"""7 MB of fp32 weights; the ratio of computing to what full sharding sends is a 7 B model's on 32 A100 with 100 Gb/s
-between machines (40.7 s of communication and some 6 s of computing at ten micro-batches)."""
+"""The model has 7 MB of fp32 weights. The ratio of computing to what full sharding sends is that of a 7 B model on 32
+A100 with 100 Gb/s between machines (40.7 s of communication and some 6 s of computing at ten micro-batches)."""
 PEERS = ("fsdp2", "fsdp2 late", "hsdp", "ddp")
 SOME = ("NNN", "NII", "III", "IIG", "NIG", "GGG", *PEERS)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How groups are joined, and what is trained on it: contenders by number of micro-batches."""
+    """How nodes are joined, and what is trained on them: contenders by number of micro-batches."""
 
     name: str
     inside: str
@@ -107,7 +108,7 @@ _PORTS = iter(range(29600, 29700))
 
 
 def run_ranks(net: Cluster, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What rank 0 prints, record by record. RuntimeError with the end of its complaint when a rank fails."""
+    """Yield what rank 0 prints, record by record. RuntimeError with the end of its complaint when a rank fails."""
     words = [
         sys.executable,
         str(Path(__file__).with_name("rank.py")),
@@ -152,7 +153,7 @@ Found = dict[tuple[str, int], float]
 
 
 def trained(net: Cluster, layout: Layout, quick: bool) -> Found:
-    """Every contender of `layout`."""
+    """Train with every contender of `layout`."""
     rounds = {"rounds": 2, "steps": 1} if quick else {"rounds": 3, "steps": 2}
     seconds: dict[tuple[str, int], list[float]] = {}
     for contenders, accumulation in layout.work[:1] if quick else layout.work:
@@ -164,7 +165,7 @@ def trained(net: Cluster, layout: Layout, quick: bool) -> Found:
 
 
 def planned(links: Links, contender: str, accumulation: int, found: Found) -> StepCost | None:
-    """What the planner says of a step, told what computing takes; None for torch's own."""
+    """What the planner says of a step, given the time of computing; None for torch's own engines."""
     strategy, _, collectives = contender.partition(":")
     if strategy not in STRATEGIES:
         return None
@@ -192,7 +193,7 @@ def train_records(layout: str, links: Links, found: Found) -> list[Record]:
 
 
 def rank_correlation(links: Links, found: Found, accumulation: int) -> float:
-    """Spearman's, of predicted and measured times of the strategies."""
+    """Spearman's correlation of predicted and measured times of the strategies."""
     names = [name for name, acc in found if acc == accumulation and name in STRATEGIES]
     plans = [planned(links, name, accumulation, found) for name in names]
     return spearman([found[name, accumulation] for name in names], [plan.step_s for plan in plans if plan is not None])
@@ -236,7 +237,7 @@ def ring_order(sizes: Sequence[int], quick: bool) -> dict[str, Any]:
 
 
 def theory_s(links: Links, what: str, algorithm: str, nbytes: int) -> float:
-    """Seconds by alpha and beta alone; the backend's are taken for flat rings."""
+    """Seconds by alpha and beta alone; the backend's collectives are taken for flat rings."""
     wires = CollectiveCost(LAYOUT, links, "flat" if algorithm == "backend" else algorithm)
     seconds = sum(busy for _, busy in wires.gather(8.0 * nbytes, "G", "N"))
     return 2 * seconds if what == "all_reduce" else seconds

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from gmeta.core.errors import require
@@ -15,34 +16,34 @@ class DoctorConfig:
     timeout_s: int = 60
     """Seconds given to the self-test."""
     network: str | None = None
-    """Instead: measure the links between processes, started with --nproc or torchrun, and write them to this file
-    (JSON), for `gmeta plan`."""
-    group_size: int = 0
-    """Ranks with fast links between them; 0: those of one machine."""
+    """Instead of checking: measure the links between processes, started with --nproc or torchrun, and write them to
+    this file (JSON), for `gmeta plan`."""
+    node_size: int = 0
+    """Ranks of a node, which are joined by fast links; 0: those of one machine."""
 
     def __post_init__(self) -> None:
         require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
-        require(self.group_size >= 0, "group_size", self.group_size, "must not be negative")
+        require(self.node_size >= 0, "node_size", self.node_size, "must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoordinateConfig:
-    """Serve one job's shards, and balance its workers; restarted on the same journal it goes on where it was."""
+    """Serve one job's work items, and balance its workers; restarted on the same journal it goes on where it was."""
 
     journal: str
-    """File of all that was given out and done (SQLite), one a job; created where there is none."""
+    """File of all that was given out and done (SQLite), one for each job; it is created where there is none."""
     host: str = "127.0.0.1"
     """Address to listen on; others than this machine's own need a token."""
     port: int = 0
-    """Port to listen on; 0 takes a free one. Printed as `listening on http://...`."""
+    """Port to listen on; 0 takes a free one. It is printed as `listening on http://...`."""
     token_file: str | None = None
-    """File with the secret that every request must name; created where there is none."""
+    """File with the secret that every request must name; it is created where there is none."""
     policy: str = "nd"
-    """Who decides on stragglers: a policy by name, or one's own as module:function."""
+    """Who decides on stragglers: a policy by name, or your own as module:function."""
     durable: bool = False
-    """Wait for the disk at each write: survives the loss of power too, at a fraction of the speed."""
+    """Wait for the disk at each write. The journal then survives the loss of power too, at a fraction of the speed."""
     trace: str | None = None
-    """File to append reports and decisions to, one JSON object a line."""
+    """File to which reports and decisions are appended, one JSON object a line."""
     max_restarts: int = 2
     """Slow workers that may be restarted in a run."""
     cooldown_s: float = 300.0
@@ -56,48 +57,54 @@ class CoordinateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Which placement of dense parameters, gradients and optimizer state fits and trains fastest (PaRO)."""
+    """Say which sharding of dense parameters, gradients and optimizer state fits and trains fastest (PaRO)."""
 
     params: float
     """Parameters of the dense model, such as 7e9."""
     trainable_share: float = 1.0
-    """Share of them that is trained."""
-    group_size: int = 8
-    """Ranks joined by fast links: the GPUs of a machine."""
-    groups: int = 1
-    """How many such groups."""
+    """Fraction of them that is trained."""
+    node_size: int = 8
+    """Ranks of a node, joined by fast links: the GPUs of a machine."""
+    nodes: int = 1
+    """The number of nodes."""
     accumulation: int = 1
     """Micro-batches of an optimizer step."""
     micro_batch_s: float = 0.0
-    """Seconds that a rank computes for a micro-batch, forward and backward; 0: communication alone."""
+    """Seconds that a rank computes for a micro-batch, forward and backward; 0 looks at communication alone."""
     units: int = 32
     """Parts of the model that are gathered one at a time: its layers."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: parameters and gradients in bf16, master weights and AdamW's moments in fp32."""
+    """bf16 has parameters and gradients in bf16, master weights and AdamW's moments in fp32."""
     alltoall_mb: float = 0.0
-    """MB of embedding rows that a rank asks for in a micro-batch (their gradients go back), over the same links."""
+    """MB of embedding rows that a rank asks for in a micro-batch, over the same links; as much goes back as gradients.
+    """
     memory_gb: float | None = None
-    """GB a rank that parameters, gradients and optimizer state may take."""
+    """GB of a rank that parameters, gradients and optimizer state may take."""
     network: str | None = None
-    """File that `gmeta doctor --network FILE` has measured; instead of the following."""
+    """File that `gmeta doctor --network FILE` has measured; it takes the place of the following."""
     inter_gbit_s: float = 100.0
-    """Gbit/s of a link between groups."""
+    """Gbit/s of a link between nodes."""
     intra_gbit_s: float = 2000.0
-    """Gbit/s of a rank's link inside its group."""
+    """Gbit/s of a rank's link inside its node."""
     inter_us: float = 20.0
-    """Microseconds of a message between groups."""
+    """Microseconds of a message between nodes."""
     intra_us: float = 5.0
-    """Microseconds of a message inside a group."""
+    """Microseconds of a message inside a node."""
     shared_nic: bool = False
-    """The ranks of a group share one link to other groups; otherwise each has its own."""
+    """Whether the ranks of a node share one link to other nodes; otherwise each has its own."""
     collectives: Literal["flat", "two_phase", "ho"] = "two_phase"
     """How buffers are exchanged between all ranks."""
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            require(finite, item.name, value, "must be a finite number")
         require(self.params >= 1, "params", self.params, "must be at least 1")
         require(0 <= self.trainable_share <= 1, "trainable_share", self.trainable_share, "must be in [0, 1]")
-        for name in ("group_size", "groups", "accumulation", "units"):
+        for name in ("node_size", "nodes", "accumulation", "units"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
+        require(self.units <= self.params, "units", self.units, f"must be at most params, which is {self.params:g}")
         for name in ("inter_gbit_s", "intra_gbit_s"):
             require(getattr(self, name) > 0, name, getattr(self, name), "must be more than 0")
         for name in ("micro_batch_s", "alltoall_mb", "inter_us", "intra_us"):
@@ -114,9 +121,9 @@ class SimulateConfig:
     trace_in: str | None = None
     """Instead of a scenario: trace of a training job, whose workers' speeds over time are taken."""
     workers: int | None = None
-    """Workers, where not as many as in the file: batch, devices and slow workers are repeated in proportion."""
+    """Number of workers, if not that of the file: batch, devices and slow workers are repeated in proportion."""
     policies: list[str] = field(default_factory=lambda: ["static", "lb_bsp", "backup", "nd"])
-    """Policies by name (static, nd, dd, lb_bsp, backup), or one's own as module:function."""
+    """Policies by name (static, nd, dd, lb_bsp, backup), or your own as module:function."""
     out: str | None = None
     """File for the trace of the simulated job; with several policies their names come before its suffix."""
 
@@ -136,13 +143,13 @@ class LabConfig:
     out: str
     """Folder to create: the run, what was done to it, result.json and report.html."""
     policy: str = "nd"
-    """Who decides on stragglers: nd, dd, lb_bsp, backup, static, or one's own as module:function."""
+    """Who decides on stragglers: nd, dd, lb_bsp, backup, static, or your own as module:function."""
     workers: int = 0
-    """Workers; 0 is the scenario's number. Batch, devices and slow ranks grow in proportion."""
+    """Number of workers; 0 takes the scenario's. Batch, devices and slow ranks grow in proportion."""
     steps: int = 0
-    """Steps; 0 is the scenario's number."""
+    """Number of steps; 0 takes the scenario's."""
     compare: bool = False
-    """Train undisturbed as well, and compare the weights."""
+    """Whether to train undisturbed as well, and compare the weights."""
     max_restarts: int = 2
     """Slow workers that the policy may replace."""
 

@@ -21,6 +21,13 @@ RENAMED = {
 }
 """Old key of `gmeta train` to the new one."""
 
+RENAMED_BY_COMMAND: dict[str, Mapping[str, str]] = {
+    "train": RENAMED,
+    "plan": {"group_size": "node_size", "groups": "nodes"},
+    "doctor": {"group_size": "node_size"},
+}
+"""Old key of every command that has one, to the new key."""
+
 DROPPED: dict[str, Any] = {
     "comm.fetch": "fused",
     "comm.dedup": True,
@@ -40,8 +47,10 @@ _TAKES = {
 """Arguments of each built-in model. The old sections gave every model all of them, and ignored the rest."""
 
 
-def upgrade(values: Mapping[str, Any], *, saved: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """Return `gmeta train` settings under today's names, and one sentence for each old name that was found.
+def upgrade(
+    values: Mapping[str, Any], *, saved: bool = False, command: str = "train"
+) -> tuple[dict[str, Any], list[str]]:
+    """Return a command's settings under today's names, and one sentence for each old name that was found.
 
     `saved` settings belong to a run of the release before: how it was measured is history, so that every value of a
     dropped switch is accepted.
@@ -52,7 +61,7 @@ def upgrade(values: Mapping[str, Any], *, saved: bool = False) -> tuple[dict[str
     told = []
     model = values.get("model")
     takes = _TAKES.get(model.get("name", "melu")) if isinstance(model, Mapping) else None
-    for old, name in RENAMED.items():
+    for old, name in RENAMED_BY_COMMAND[command].items():
         if not _has(new, old):
             continue
         value = _pop(new, old)
@@ -64,7 +73,7 @@ def upgrade(values: Mapping[str, Any], *, saved: bool = False) -> tuple[dict[str
             raise ValueError(f"{old} is the old name of {name}, and both are set: leave {old} out")
         _put(new, name, value)
         told.append(f"{old} is now {name}; the old name works in this release only")
-    for old, kept in DROPPED.items():
+    for old, kept in DROPPED.items() if command == "train" else ():
         if not _has(new, old):
             continue
         value = _pop(new, old)
@@ -74,31 +83,32 @@ def upgrade(values: Mapping[str, Any], *, saved: bool = False) -> tuple[dict[str
     return new, told
 
 
-def upgrade_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+def upgrade_words(words: Sequence[str], command: str = "train") -> tuple[list[str], list[str]]:
     """Return command-line words under today's names, and one sentence for each old name; errors as `upgrade`."""
     out: list[str] = []
     told: list[str] = []
     position = 0
+    renamed, dropped = RENAMED_BY_COMMAND[command], DROPPED if command == "train" else {}
     named = {word.partition("=")[0][2:] for word in words if word.startswith("--")}
     while position < len(words):
         word = words[position]
         key, equals, value = word[2:].partition("=")
         position += 1
-        if not word.startswith("--") or not (key in RENAMED or key in DROPPED):
+        if not word.startswith("--") or not (key in renamed or key in dropped):
             out.append(word)
             continue
         if not equals and position < len(words):
             value = words[position]
             position += 1
-        if key in DROPPED:
+        if key in dropped:
             if value not in (str(DROPPED[key]), str(DROPPED[key]).lower()):
                 raise ValueError(f"{key} is {value!r}: this comparison moved to benchmarks/study; leave --{key} out")
             told.append(f"{key} is gone, gmeta always does what {DROPPED[key]!r} did; leave it out")
             continue
-        if RENAMED[key] in named:
-            raise ValueError(f"{key} is the old name of {RENAMED[key]}, and both are set: leave --{key} out")
-        out += [f"--{RENAMED[key]}", value]
-        told.append(f"{key} is now {RENAMED[key]}; the old name works in this release only")
+        if renamed[key] in named:
+            raise ValueError(f"{key} is the old name of {renamed[key]}, and both are set: leave --{key} out")
+        out += [f"--{renamed[key]}", value]
+        told.append(f"{key} is now {renamed[key]}; the old name works in this release only")
     return out, told
 
 

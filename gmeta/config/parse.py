@@ -94,14 +94,14 @@ def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainC
     return parse_mapping(TrainConfig, upgraded, name)
 
 
-def modern_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words of `gmeta train` without old names, in flags and in config files, and what to warn of.
+def modern_words(words: Sequence[str], command: str = "train") -> tuple[list[str], list[str]]:
+    """Return the words of a command without old names, in flags and in config files, and what to warn of.
 
     A file with old names is handed on as YAML text in place of its path.
     """
-    renamed, told = upgrade_words(words)
+    renamed, told = upgrade_words(words, command)
     for position, path in _config_files(renamed):
-        values, found = upgrade(read_mapping(path, "correct it, it must hold `key: value` lines"))
+        values, found = upgrade(read_mapping(path, "correct it, it must hold `key: value` lines"), command=command)
         if not found:
             continue
         told += [f"{path}: {sentence}" for sentence in found]
@@ -118,9 +118,12 @@ def explain(message: str, parser: ArgumentParser) -> str:
         choices = re.search(r"typing\.Literal\[(.*?)\]", message)
         kinds = re.search(r"(?:Expected an? |Subtypes: \[)(.+?)(?:\. Got value|\]\n|\n)", message)
         kind = re.sub(r"<class '(\w+)'>", r"\1", kinds[1]) if kinds else "another type"
-        rule = (
-            f"one of {choices[1]}" if choices else f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
-        )
+        if choices:
+            rule = f"one of {choices[1]}"
+        elif value[1].strip("'\" +-").lower() in ("nan", "inf", "infinity"):  # YAML takes these for text
+            rule = "a finite number"
+        else:
+            rule = f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
         return f"{named[1]} is {value[1]!r}: must be {rule}"
     found_key = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
     if found_key and found_key[1] not in keys_of(parser):

@@ -1,8 +1,8 @@
 """What a policy may ask for, and the setting that all ranks train under: who computes how much of a batch, and how.
 
 The actions are AntDT's (arXiv 2404.09679), as far as they are known: ADJUST_BATCH, ADJUST_ACCUMULATION, DROP_LATE (what
-backup workers are for, without lost data) and KILL_RESTART; no action at all is NONE. None of them changes what batch
-k is, only who computes which part of it, so none changes what is learned.
+backup workers are for, without lost data) and KILL_RESTART; no action at all is NONE. None of them changes what batch k
+is, only who computes which part of it, so none changes what is learned.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from gmeta.elastic.wire import from_wire, to_wire
 
 @dataclass(frozen=True)
 class Setting:
-    """How ranks share batches from step `step` on. Applied by all of them at that step, or by none."""
+    """How ranks share batches from step `step` on. All ranks apply it at that step, or none does."""
 
     number: int  # 0 at the start of a generation, one more with each decision
     step: int  # the first step under it
     tasks_per_rank: tuple[int, ...]  # the sum is the global batch
-    micro_batches: tuple[int, ...]  # of each rank: its slots are computed in so many parts
-    drop_after_s: float | None = None  # a rank begins no further part after so many seconds of a step; None: never
-    restart: int | None = None  # rank to replace: before this step all save, end and are started again
+    micro_batches: tuple[int, ...]  # of each rank: it computes its tasks in so many parts
+    drop_after_s: float | None = None  # a rank begins no further part after so many seconds of a step; None never drops
+    restart: int | None = None  # the rank to replace: before this step all ranks save, end and are started again
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -35,29 +35,29 @@ class Setting:
 
     @staticmethod
     def equal(batch: int, world_size: int, step: int = 0) -> Setting:
-        """The setting to begin with: equal slots, one part each."""
+        """The setting to begin with: every rank has equally many tasks, in one part."""
         return Setting(0, step, tuple(proportional(batch, [1.0] * world_size)), (1,) * world_size)
 
 
 @dataclass(frozen=True)
 class AdjustBatch:
-    """Slots of each rank; their sum stays the global batch. A rank may get none."""
+    """Set the tasks of each rank. Their sum stays the global batch; a rank may get none."""
 
     tasks_per_rank: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class AdjustAccumulation:
-    """Micro-batches of each rank: it computes its slots in so many parts, and adds up their gradients."""
+    """Set the micro-batches of each rank, which computes its tasks in so many parts and adds up their gradients."""
 
     micro_batches: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class DropLate:
-    """A rank begins no further micro-batch `after_s` seconds into a step; what is left goes to the epoch's tail.
+    """Let ranks begin no further micro-batch `after_s` seconds into a step; what is left goes to the epoch's tail.
 
-    None turns it off. Without micro-batches (AdjustAccumulation) there is nothing between which to stop.
+    None turns this off. Without micro-batches (AdjustAccumulation) there is no point at which to stop.
     """
 
     after_s: float | None
@@ -137,6 +137,6 @@ def action_from_json(values: Mapping[str, Any]) -> Action:
 
 
 def setting_from_json(values: Mapping[str, Any]) -> Setting:
-    """A `Setting` from `dataclasses.asdict` after JSON."""
+    """A `Setting` from its JSON object."""
     fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     return Setting(**from_wire(fields))

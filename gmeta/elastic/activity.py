@@ -1,4 +1,4 @@
-"""What workers did, over time: throughput and batch time of each, for the page and the metrics. Lost with a restart."""
+"""What workers did over time: throughput and batch time of each, for the page and the metrics. A restart loses it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from gmeta.elastic.records import Record
 MOST_POINTS = 120
 MOST_WORKERS = 4096
 FORGET_S = 600.0
-"""A worker that was silent for so long, and holds nothing, is no longer shown."""
+"""Seconds of silence after which a worker that holds nothing is no longer shown."""
 
 Point = float | None
 
 
 @dataclass
 class WorkerActivity:
-    """Of one worker, since the last sample of its history."""
+    """What one worker did since the last point of its history."""
 
     seen: float  # when it was last heard of
     since: float  # when it finished the last thing that is in the history
     ended: float = 0.0  # when it finished the last thing of all
     samples: float = 0.0
-    batches: int = 0  # steps of a rank; work items of a worker that pulls them
+    batches: int = 0  # steps of a rank, or work items of a worker that pulls them
     seconds: float | None = None  # of computing those batches, where they were reported
     latest: tuple[Point, Point] = (None, None)
 
     def rates(self, now: float) -> tuple[Point, Point]:
-        """(samples a second, seconds a batch); those of before, while a worker is amid a batch as long as before."""
+        """(samples a second, seconds a batch); the former ones while a worker is amid a batch and not late with it."""
         if not self.batches:
             known = self.latest[1]
             return self.latest if known is not None and now - self.since < 3 * max(known, 1.0) else (0.0, None)
@@ -42,13 +42,13 @@ class WorkerActivity:
         return self.latest
 
     def finished(self, now: float, samples: float, batches: int) -> None:
-        """It says so."""
+        """Note that the worker says it finished so much."""
         self.ended, self.samples, self.batches = now, self.samples + samples, self.batches + batches
 
 
 @dataclass
 class History:
-    """Points at equal spacing; when there are too many, each pair becomes one and the spacing doubles."""
+    """Points at equal spacing. When there are too many, each pair becomes one and the spacing doubles."""
 
     spacing_s: float = 1.0
     times: list[float] = field(default_factory=list)
@@ -57,14 +57,14 @@ class History:
     drawn: dict[str, Any] | None = None  # what the page was told of these points
 
     def add(self, now: float, rates: Mapping[str, tuple[Point, Point]]) -> None:
-        """One more point of every worker; those not in `rates` are forgotten."""
+        """Add a point for every worker; those not in `rates` are forgotten."""
         self.drawn = None
         self.times.append(now)
-        for place, store in enumerate((self.throughput, self.batch_s)):
+        for which, store in enumerate((self.throughput, self.batch_s)):
             for name in store.keys() - rates.keys():
                 del store[name]
             for name, values in rates.items():
-                store.setdefault(name, [None] * (len(self.times) - 1)).append(values[place])
+                store.setdefault(name, [None] * (len(self.times) - 1)).append(values[which])
         if len(self.times) >= MOST_POINTS:
             self.spacing_s *= 2
             self.times = self.times[1::2]
@@ -74,7 +74,7 @@ class History:
 
     @property
     def due(self) -> float:
-        """When the next point is."""
+        """When the next point is due."""
         return self.times[-1] + self.spacing_s if self.times else 0.0
 
 
@@ -91,7 +91,7 @@ class Activity:
         self.history = History()
 
     def seen(self, worker: str, now: float) -> WorkerActivity:
-        """The worker's account; it was heard of just now."""
+        """The worker's account, after it was heard of just now."""
         if worker not in self.workers and len(self.workers) >= MOST_WORKERS:
             del self.workers[min(self.workers, key=lambda name: self.workers[name].seen)]
         work = self.workers.setdefault(worker, WorkerActivity(now, now))
@@ -99,7 +99,7 @@ class Activity:
         return work
 
     def changed(self, ledger: Ledger, record: Record, now: float) -> None:
-        """A record that is about to be applied to `ledger`."""
+        """Take a record that is about to be applied to `ledger`."""
         if isinstance(record, Leased):
             for lease in record.leases:
                 work = self.seen(lease.worker, now)
@@ -113,18 +113,18 @@ class Activity:
             self.seen(held.worker, now).finished(now, len(ledger.spec.positions(record.work_item)) - held.done, 1)
 
     def reported(self, rank: int, steps: Sequence[StepTime], now: float) -> None:
-        """Steps of a rank."""
+        """Take steps of a rank."""
         work = self.seen(f"rank {rank}", now)
         work.finished(now, sum(step.work for step in steps), len(steps))
         work.seconds = (work.seconds or 0.0) + sum(step.compute_s for step in steps)
 
     def sample(self, now: float, shown: Sequence[str], holding: Mapping[str, int]) -> None:
-        """A point of the history, of the workers in `shown`; `holding` has the leases of each. Call it when due."""
+        """Add a point for the workers in `shown`, when it is due; `holding` has the leases of each."""
         for name, work in list(self.workers.items()):
             if now - work.seen > FORGET_S and not holding.get(name):
                 del self.workers[name]
         self.history.add(now, {name: self.workers[name].rates(now) for name in shown if name in self.workers})
 
     def restart(self) -> None:
-        """A new group of ranks: the accounts of the old one's are closed, the history goes on."""
+        """A new worker group has begun: the accounts of the old one are closed, the history goes on."""
         self.workers = {}

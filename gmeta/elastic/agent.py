@@ -1,8 +1,8 @@
-"""A rank's side: reports what its steps took, in the background, and tells how each coming batch is divided.
+"""A rank's side: it reports in the background what its steps took, and tells how each coming batch is divided.
 
-`setting(step)` is asked by whoever loads batch `step`; it waits until the coordinator has granted the step, and with
-the grant it knows every setting up to there (see `gmeta.elastic.controller`). Rank 0 also keeps the ledger's account of
-the order's lease_book: it leases them ahead, reports progress, commits.
+Whoever loads batch `step` asks `setting(step)`. It waits until the coordinator has granted the step, and with the grant
+it knows every setting up to there (see `gmeta.elastic.controller`). Rank 0 also keeps the ledger's account: it leases
+windows of the order ahead, reports progress, and commits them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gmeta.elastic.monitor import StepTime
 
 _WINDOWS_AHEAD = 2
 _TELL_S = 2.0
-"""Seconds between two messages of mere progress; a finished window is told at once, a checkpoint knows all."""
+"""Seconds between two messages of mere progress. A finished window is told at once, and a checkpoint knows all."""
 
 _SILENT_S = 1.0
 """Seconds after which an agent reports even though no step was made."""
@@ -29,12 +29,12 @@ class Caller(Protocol):
     """The part of `gmeta.elastic.client.Client` that an agent needs."""
 
     def call(self, name: str, **fields: Any) -> dict[str, Any]:
-        """One request, retried until it was answered."""
+        """Send one request, and repeat it until it was answered."""
         ...
 
 
 class RestartRequested(Exception):
-    """The setting of a step is to replace a worker: save, end, and be started again."""
+    """The setting of a step says to replace a worker: save, end, and be started again."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(f"before step {setting.step} the worker of rank {setting.restart} is replaced")
@@ -43,7 +43,7 @@ class RestartRequested(Exception):
 
 @dataclass
 class LeaseBook:
-    """Rank 0's account of the ledger's work items: whole windows of the order, leased in order.
+    """Rank 0's account of the ledger's work items. Each is a window of the order, and they are leased in order.
 
     Tasks that were put back leave their window open until the end of the epoch, when all are done.
     """
@@ -51,34 +51,36 @@ class LeaseBook:
     window_tasks: int  # of a full window
     epoch_tasks: int
     leases: dict[tuple[int, int], int] = field(default_factory=dict)  # (epoch, window) -> attempt
-    done: dict[tuple[int, int], int] = field(default_factory=dict)  # tasks that took effect
+    done: dict[tuple[int, int], int] = field(default_factory=dict)  # tasks that took effect, by (epoch, window)
     epochs_finished: int = 0
-    ended: bool = False  # nothing is left to lease
+    ended: bool = False  # whether nothing is left to lease
 
     def size(self, window: int) -> int:
         """Tasks of a window; an epoch's last may be short."""
         return min(self.window_tasks, self.epoch_tasks - window * self.window_tasks)
 
     def take(self, lease: Mapping[str, Any]) -> None:
-        """A lease as the coordinator answers it. It may come late: training does not wait for it."""
+        """Enter a lease, as the coordinator answers it. It may come late, since training does not wait for it."""
         key = (int(lease["epoch"]), int(lease["shard"]))
         self.leases[key] = int(lease["attempt"])
         self.done[key] = self.done.get(key, 0) + int(lease["done"])
 
     def add(self, epoch: int, window: int, tasks: int) -> None:
-        """So many tasks of a window took effect. Those of an epoch's tail are not counted: see `epochs_finished`."""
+        """Enter that so many tasks of a window took effect. Those of an epoch's tail are not counted: see
+        `epochs_finished`."""
         if tasks:
             self.done[epoch, window] = self.done.get((epoch, window), 0) + tasks
 
     @property
     def outrun(self) -> bool:
-        """Whether steps were faster than leases: the ledger does not know of all that has begun, or is finished."""
+        """Whether steps were faster than leases, so that the ledger does not know of all that has begun or is
+        finished."""
         begun = self.done.keys() - self.leases.keys()
         return not self.ended and (bool(begun) or all(epoch < self.epochs_finished for epoch, _ in self.leases))
 
     @property
     def ahead(self) -> int:
-        """LeaseBook leased of which nothing is done. Those that wait for the epoch's tail are any number."""
+        """Windows that are leased and not begun. Those that wait for the epoch's tail may be any number."""
         return sum(not self.done.get(key) for key in self.leases)
 
     def message(self) -> tuple[list[list[int]], list[list[int]]]:
@@ -93,16 +95,17 @@ class LeaseBook:
         return commit, progress
 
     def committed(self, commit: list[list[int]]) -> None:
-        """The coordinator has these commits."""
+        """Remove leases whose commits the coordinator has."""
         for epoch, window, _ in commit:
             del self.leases[epoch, window]
             self.done.pop((epoch, window), None)
 
 
 class Agent:
-    """One rank of generation `generation`. Its thread reports every `report_s` seconds while steps are made.
+    """The agent of one rank in generation `generation`. Its thread reports every `report_s` seconds while steps are
+    made.
 
-    `facts` gives the node's state (shares of 1); `about` is told once. Errors of the thread are raised by the next
+    `facts` gives the node's state, as fractions of 1; `about` is told once. Errors of the thread are raised by the next
     `setting` or `saved`: the coordinator refuses this generation, or was away for longer than the client's patience.
     """
 
@@ -128,17 +131,18 @@ class Agent:
         self._settings: list[Setting] = []
         self._until = -1
         self._told, self._reported = -_TELL_S, -_SILENT_S
-        self._wanted = -1  # a step that somebody waits for
+        self._wanted = -1  # the step that somebody waits for
         self._error: BaseException | None = None
         self._closed = False
         self._changed = threading.Condition()
-        self._call = threading.Lock()  # one conversation at a time: the thread's, or `saved`
-        self.cpu_s = 0.0  # of the thread so far
+        self._call = threading.Lock()  # held for a conversation: the thread's, or that of `saved`
+        self.cpu_s = 0.0  # CPU time of the thread so far
         self._thread = threading.Thread(target=self._run, name="gmeta-agent", daemon=True)
         self._thread.start()
 
     def setting(self, step: int) -> Setting:
-        """How the batch of `step` is divided; waits until it is granted. Raises RestartRequested."""
+        """How the batch of `step` is divided; waits until it is granted. Raises RestartRequested where a worker is
+        replaced."""
         with self._changed:
             if step > self._until:
                 self._wanted = max(self._wanted, step)
@@ -154,20 +158,20 @@ class Agent:
         return found
 
     def finished(self, time: StepTime, epoch: int, window: int, tasks: int) -> None:
-        """A step is finished: `tasks` of a window took effect in all ranks together."""
+        """Note that a step is finished: `tasks` of a window took effect in all ranks together."""
         with self._changed:
             self._steps.append(time)
             if self._lease_book is not None:
                 self._lease_book.add(epoch, window, tasks)
 
     def finish_epoch(self, epoch: int) -> None:
-        """Every task of the epoch took effect."""
+        """Note that every task of the epoch took effect."""
         with self._changed:
             if self._lease_book is not None:
                 self._lease_book.epochs_finished = epoch + 1
 
     def saved(self) -> dict[str, Any]:
-        """The ledger as of the last finished step, for the checkpoint of that step. Rank 0 only."""
+        """The ledger as of the last finished step, for the checkpoint of that step. Only rank 0 may ask."""
         if self._error is not None:
             raise self._error
         assert self._lease_book is not None
@@ -237,7 +241,7 @@ class Agent:
             self._changed.notify_all()
 
     def _lease(self) -> None:
-        """Commit what is done, lease the next windows."""
+        """Commit what is done, and lease the next windows."""
         assert self._lease_book is not None
         with self._changed:
             commit, progress = self._lease_book.message()

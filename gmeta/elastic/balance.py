@@ -1,7 +1,7 @@
-"""Who gets how many slots of a batch: exact assignments on integers that end as early as possible.
+"""Who gets how many tasks of a batch: exact assignments of whole numbers that end as early as possible.
 
-Worker i needs T_i(b) = a_i + b / v_i seconds for b > 0 slots, and none for none: a fixed cost (a_i) and a speed (v_i,
-slots a second, of computing only; waiting for others would hide a straggler).
+Worker i needs T_i(b) = a_i + b / v_i seconds for b > 0 tasks, and none for none. The fixed cost is a_i; the speed v_i,
+in tasks a second, is that of computing only, because waiting for others would hide a straggler.
 """
 
 from __future__ import annotations
@@ -15,66 +15,67 @@ from dataclasses import dataclass
 class Worker:
     """What is known of a worker, and what it may be given."""
 
-    speed: float  # slots a second
-    fixed_s: float = 0.0  # seconds of any work at all
+    speed: float  # tasks a second
+    fixed_s: float = 0.0  # seconds that any work takes at all
     least: int = 0
-    most: int | None = None  # slots that fit its memory; None: any number
+    most: int | None = None  # tasks that fit its memory; None for any number
 
     def __post_init__(self) -> None:
         if not self.speed > 0:
-            raise ValueError(f"speed is {self.speed}: must be more than 0 slots a second")
+            raise ValueError(f"speed is {self.speed}: must be more than 0 tasks a second")
         if not self.fixed_s >= 0:
             raise ValueError(f"fixed_s is {self.fixed_s}: must not be negative")
         if self.least < 0 or (self.most is not None and self.most < self.least):
-            raise ValueError(f"a worker gets {self.least} to {self.most} slots: must be 0 <= least <= most")
+            raise ValueError(f"a worker gets {self.least} to {self.most} tasks: must be 0 <= least <= most")
 
-    def seconds(self, slots: int) -> float:
+    def seconds(self, tasks: int) -> float:
         """T_i."""
-        return self.fixed_s + slots / self.speed if slots else 0.0
+        return self.fixed_s + tasks / self.speed if tasks else 0.0
 
 
 def proportional(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` slots in proportion to `weights`, by largest remainder; ties go to the first."""
+    """Split `total` in proportion to `weights` by the largest remainder; ties go to the first."""
     whole = sum(weights)
     if not whole > 0 or min(weights) < 0:
         raise ValueError(f"weights are {list(weights)}: must not be negative, not all 0")
     exact = [total * weight / whole for weight in weights]
-    slots = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (slots[i] - exact[i], i))
-    for i in by_remainder[: total - sum(slots)]:
-        slots[i] += 1
-    return slots
+    tasks = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (tasks[i] - exact[i], i))
+    for i in by_remainder[: total - sum(tasks)]:
+        tasks[i] += 1
+    return tasks
 
 
 def balanced(total: int, workers: Sequence[Worker]) -> list[int]:
-    """Slots of each worker, `total` in all, with the least possible max_i T_i; exact.
+    """The tasks of each worker, `total` in all, with the least possible max_i T_i. This is exact.
 
-    Slots are given one by one to whoever would end first with one more. That is optimal because no T_i falls with
-    more slots: an assignment with a smaller maximum would give some worker fewer, and so another one more, than was
-    refused here. Of equally good choices whoever has fewer slots is taken, then the first. Slots that would end well
-    before the time at which continuous shares end are given at once: one by one, they would all have come first.
-    ValueError where bounds leave no assignment.
+    Tasks are given one by one to whoever would end first with one more. That is optimal because no T_i falls with more
+    tasks: an assignment with a smaller maximum would give some worker fewer, and so another one more, than was refused
+    here. Of equally good choices the worker with fewer tasks is taken, then the first. Tasks that would end well before
+    the time at which continuous fractions end are given at once: one by one, they would all have come first. ValueError
+    where bounds leave no assignment.
     """
     least = [worker.least for worker in workers]
     most = [worker.most if worker.most is not None else total for worker in workers]
     if not sum(least) <= total <= max(sum(most), sum(least)):
-        raise ValueError(f"{total} slots do not fit workers that take {sum(least)} to {sum(most)}")
-    slots = _surely(total, workers, least, most)
-    ends = [(worker.seconds(slots[i] + 1), slots[i], i) for i, worker in enumerate(workers) if slots[i] < most[i]]
+        raise ValueError(f"{total} tasks do not fit workers that take {sum(least)} to {sum(most)}")
+    tasks = _surely(total, workers, least, most)
+    ends = [(worker.seconds(tasks[i] + 1), tasks[i], i) for i, worker in enumerate(workers) if tasks[i] < most[i]]
     heapq.heapify(ends)
-    for _ in range(total - sum(slots)):
+    for _ in range(total - sum(tasks)):
         _, _, i = heapq.heappop(ends)
-        slots[i] += 1
-        if slots[i] < most[i]:
-            heapq.heappush(ends, (workers[i].seconds(slots[i] + 1), slots[i], i))
-    return slots
+        tasks[i] += 1
+        if tasks[i] < most[i]:
+            heapq.heappush(ends, (workers[i].seconds(tasks[i] + 1), tasks[i], i))
+    return tasks
 
 
 def _surely(total: int, workers: Sequence[Worker], least: list[int], most: list[int]) -> list[int]:
-    """All slots that end before a time at which fewer than `total` have ended; `least` where no such time is found.
+    """Tasks that end before a time at which fewer than `total` have ended; `least` where no such time is found.
 
-    The time is the end of continuous shares, sum_i clip((T - a_i) v_i, least, most) = total, by Newton's method (the
-    sum is piecewise linear), less a millionth: far above rounding, and only the last few slots are then given singly.
+    The time is the end of continuous fractions, sum_i clip((T - a_i) v_i, least, most) = total, by Newton's method (the
+    sum is piecewise linear), less a millionth. That is far above rounding, and only the last few tasks are then given
+    singly.
     """
     end = (total + sum(w.fixed_s * w.speed for w in workers)) / sum(w.speed for w in workers)
     for _ in range(20):
@@ -86,16 +87,16 @@ def _surely(total: int, workers: Sequence[Worker], least: list[int], most: list[
         if abs(step) <= 1e-9 * end:
             break
     end -= 1e-6 * abs(end)
-    slots = [
+    tasks = [
         min(max(int((end - w.fixed_s) * w.speed), lo), hi) if 0 < (end - w.fixed_s) * w.speed < 2**53 else lo
         for w, lo, hi in zip(workers, least, most, strict=True)
     ]
-    return slots if sum(slots) <= total else list(least)
+    return tasks if sum(tasks) <= total else list(least)
 
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """`count` equal devices that run micro-batches of at most `most` slots, T = a + m / v seconds each."""
+    """`count` equal devices that run micro-batches of at most `most` tasks in T = a + m / v seconds each."""
 
     count: int
     worker: Worker
@@ -103,19 +104,20 @@ class DeviceClass:
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """What each device of a class does in a step: `accumulation` micro-batches of `micro_batch` slots."""
+    """What each device of a class does in a step: `accumulation` micro-batches of `micro_batch` tasks."""
 
     micro_batch: int
     accumulation: int
 
 
 def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: int = 8) -> list[MicroBatching]:
-    """Micro-batch and accumulation of each device class, `total` slots in all, that end first (AntDT-DD); exact.
+    """Micro-batch and accumulation of each device class, `total` tasks in all, that end first (AntDT-DD). This is
+    exact.
 
-    Minimises max_i c_i (a_i + m_i / v_i) with sum_i count_i c_i m_i = total, m_i within memory. Class by class, it
-    keeps for every number of slots that classes so far can take the choice that ends first: whatever later classes do,
-    none that takes as many slots can be better. Of equal choices, that with fewer micro-batches. ValueError where no
-    whole micro-batches give the total.
+    It minimises max_i c_i (a_i + m_i / v_i) with sum_i count_i c_i m_i = total and m_i within memory. Class by class,
+    it keeps the choice that ends first for every number of tasks that the classes so far can take: whatever later
+    classes do, no other choice for as many tasks can be better. Of equal choices it takes the one with fewer
+    micro-batches. ValueError where no micro-batches give the total.
     """
     reached: dict[int, tuple[float, tuple[MicroBatching, ...]]] = {0: (0.0, ())}
     for last, options in ((k is classes[-1], _options(total, k, max_accumulation)) for k in classes):
@@ -132,12 +134,12 @@ def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: in
         reached = longer
     if total not in reached:
         sizes_text = ", ".join(f"{k.count} devices of up to {k.worker.most}" for k in classes)
-        raise ValueError(f"{total} slots cannot be cut into whole micro-batches for {sizes_text}")
+        raise ValueError(f"{total} tasks cannot be cut into micro-batches for {sizes_text}")
     return list(reached[total][1])
 
 
 def _options(total: int, devices: DeviceClass, max_accumulation: int) -> dict[int, tuple[float, MicroBatching]]:
-    """{slots of the whole class: (seconds, the share that ends first)}, up to `total` slots."""
+    """{tasks of all devices of the class: (seconds, the choice that ends first)}, up to `total` tasks."""
     worker, found = devices.worker, dict[int, tuple[float, MicroBatching]]()
     for c in range(1, max_accumulation + 1):
         most = total // (devices.count * c)

@@ -1,7 +1,7 @@
-"""The Python client of a coordinator, for any training loop. Thread-safe; a forked process needs one of its own.
+"""The Python client of a coordinator, for any training loop. It is thread-safe; a forked process needs one of its own.
 
     client = Client("http://127.0.0.1:7070", read_token("job.token"), run="tonight")
-    client.open_job(pack="clicks-2024-05", plan=Plan(num_samples=10**6, shard_size=1000))
+    client.open_job(pack="clicks-2024-05", job=JobSpec(num_samples=10**6, work_item_size=1000))
     for lease in client.work_items(worker="w0"):
         for position in lease.positions:
             ...
@@ -36,15 +36,15 @@ __all__ = ["Client", "HeldWorkItem", "Refused", "Unreachable", "make_token", "re
 _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _ANSWER_S = 30.0
-"""A coordinator that has said nothing for so long is asked again."""
+"""Seconds without a word after which a coordinator is asked again."""
 _LEAVE_S = 5.0
-"""A loop that is left tries for so long to give its work items back."""
+"""Seconds for which a loop that is left tries to give its work items back."""
 
 
 class Refused(ValueError):
-    """The coordinator will not do it. `stale`: the sender lost its lease, or its generation is over.
+    """The coordinator refuses a message. `stale` says that the sender lost its lease, or that its generation is over.
 
-    `lost` are those of the message's [epoch, work item, attempt] that are no longer the sender's.
+    `lost` are those of the message's (epoch, work item, attempt) that are no longer the sender's.
     """
 
     def __init__(self, message: str, stale: bool = False, lost: Sequence[Sequence[int]] = ()) -> None:
@@ -74,7 +74,7 @@ class Client:
         )
 
     def call(self, name: str, **fields: Any) -> dict[str, Any]:
-        """The reply to one POST /v1/<name>. `Refused`, or `Unreachable` after `patience_s`."""
+        """The reply to one POST /v1/<name>. Raises `Refused`, or `Unreachable` after `patience_s`."""
         return self._call(name, fields, self.patience_s)
 
     def _call(self, name: str, fields: dict[str, Any], patience_s: float) -> dict[str, Any]:
@@ -120,9 +120,9 @@ class Client:
         return self.work_items(worker, ahead)
 
     def work_items(self, worker: str, ahead: int = 2) -> Iterator[HeldWorkItem]:
-        """Lease work items until there are none left for anyone; `open_job` comes first.
+        """Lease work items until none is left for anyone; call `open_job` first.
 
-        `ahead` work items are leased before they are needed. A work item is committed when the body of the loop has ended (at
+        `ahead` work items are leased before they are needed. One is committed when the body of the loop has ended (at
         the latest a second later), and given back when the loop ends amid it. Leases are renewed in the background as
         long as this process lives and the loop is not left.
         """
@@ -169,11 +169,11 @@ class HeldWorkItem:
     epoch: int
     work_item: int
     attempt: int
-    done: int  # samples of the work item that an earlier attempt finished
+    done: int  # samples that an earlier attempt finished
     start: int
     stop: int
-    lost: bool = False  # the lease ran out, or the job was rolled back: what is done for it does not count
-    finished: int = field(default=0)  # of `positions`, as told by `progress`
+    lost: bool = False  # the lease ran out, or the job was rolled back: work done for it does not count
+    finished: int = field(default=0)  # how many of `positions`, as told by `progress`
 
     @property
     def positions(self) -> range:
@@ -186,7 +186,8 @@ class HeldWorkItem:
         return self.epoch, self.work_item, self.attempt
 
     def progress(self, count: int) -> None:
-        """The first `count` of `positions` are finished, and need not be done again. Sent within a second."""
+        """Tell that the first `count` of `positions` are finished and need not be done again. It is sent within a
+        second."""
         if not self.finished <= count <= len(self.positions):
             raise ValueError(
                 f"{count} positions are reported finished: must be {self.finished} to {len(self.positions)}"
@@ -195,7 +196,7 @@ class HeldWorkItem:
 
 
 class _Keeper:
-    """What one worker holds: renewed, committed, given back."""
+    """What one worker holds, to be renewed, committed or given back."""
 
     def __init__(self, client: Client, worker: str, job: JobSpec) -> None:
         self._client, self._worker, self._lease_s = client, worker, job.lease_s
@@ -209,7 +210,7 @@ class _Keeper:
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
-        """Renews, and sends what is to be said, in a thread of its own."""
+        """Renew leases, and send what there is to say, in a thread of its own."""
         thread = threading.Thread(target=self._beat, name=f"gmeta leases of {self._worker}", daemon=True)
         thread.start()
         try:
@@ -235,7 +236,7 @@ class _Keeper:
         return time.monotonic() - self._renewed > self._lease_s / 3
 
     def exchange(self, count: int, patience_s: float | None = None) -> dict[str, Any]:
-        """Say all that is to be said, and lease up to `count` work items. Work items that were lost are marked so."""
+        """Say all there is to say, and lease up to `count` work items. Those that were lost are marked as lost."""
         if self._problem is not None:
             raise self._problem
         patience_s = self._client.patience_s if patience_s is None else patience_s
@@ -285,21 +286,21 @@ class _Keeper:
             self._to_commit = [key for key in self._to_commit if key not in refused.lost]
 
     def take(self, leases: list[dict[str, Any]]) -> list[HeldWorkItem]:
-        """Work items that were just leased."""
+        """Take work items that were just leased."""
         work_items = [HeldWorkItem(**from_wire(lease)) for lease in leases]
         with self._state:
             self._held |= {work_item.key: work_item for work_item in work_items}
         return work_items
 
     def finish(self, work_item: HeldWorkItem) -> None:
-        """Its work is done; it is committed with the next message."""
+        """Note that the work is done; it is committed with the next message."""
         with self._state:
             if self._held.pop(work_item.key, None) is not None:
                 self._told.pop(work_item.key, None)
                 self._to_commit.append(work_item.key)
 
     def give_back(self, reason: str) -> None:
-        """Commit what is finished, give back the rest; without a coordinator the leases run out by themselves."""
+        """Commit what is finished and give back the rest. Without a coordinator the leases run out by themselves."""
         with contextlib.suppress(Unreachable, Refused):
             self.exchange(0, _LEAVE_S)
             with self._state:

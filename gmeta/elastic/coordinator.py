@@ -1,12 +1,12 @@
 """The coordinator's state machine, without HTTP: one job, one journal, one method a message.
 
-Every message is decided on first, which changes nothing; then its records and its reply go to the journal in one
-transaction; then they are applied; then the reply leaves. A message sent again (the same `request`) gets the reply that
-is in the journal. So whatever moment the process is killed at, a client that repeats its message loses nothing and has
-nothing done twice. A restart reads the journal from its start.
+Every message is decided on first, which changes nothing. Then its records and its reply go to the journal in one
+transaction, then they are applied, then the reply leaves. A message sent again (the same `request`) gets the reply that
+is in the journal. So at whatever moment the process is killed, a client that repeats its message loses nothing and has
+nothing done twice. After a restart the journal is read from its start.
 
-Leases run by this process's own clock, which starts at wall time and then only counts seconds: no host's clock can
-expire a lease, and time in which the coordinator was away or stopped, and nobody could renew, does not count.
+Leases run by this process's own clock, which starts at wall time and then only counts seconds. So no host's clock can
+expire a lease. Time in which the coordinator was away or stopped, when nobody could renew, does not count.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ from gmeta.elastic.trace import Trace
 from gmeta.elastic.wire import from_wire, to_wire, wire_name
 
 AWAY_S = 1.0
-"""Between two ticks; beyond that the process was stopped, and leases are prolonged by the time that it was."""
+"""After so many seconds without a tick the process counts as stopped; leases are prolonged by the time that it was."""
 IDLE_DECIDE_S = 1.0
-"""A policy is asked so often where nothing new was reported: ranks may be silent."""
+"""Seconds between two questions to the policy while nothing new is reported, because ranks may be silent."""
 DECIDE_SHARE = 0.1
-"""Of the coordinator's time that policies may take."""
+"""The fraction of the coordinator's time that policies may take."""
 
 
 class Conflict(ValueError):
-    """A message that is understood and not followed. `lost`: those of its work items that are no longer its sender's."""
+    """A message that is understood but not followed (HTTP 409).
+
+    `stale` says that its sender is out of date; `lost` has those of its work items that are no longer its sender's.
+    """
 
     def __init__(self, reason: str, stale: bool = False, lost: list[list[int]] | None = None) -> None:
         super().__init__(reason)
@@ -74,13 +77,13 @@ Decision = tuple[list[Record], dict[str, Any]]
 
 
 def steady_clock() -> Callable[[], float]:
-    """Wall time now, plus the seconds since: a clock that is set does not move it."""
+    """Wall time now, plus the seconds since then. Setting the host's clock does not move it."""
     wall, start = time.time(), time.monotonic()
     return lambda: wall + time.monotonic() - start
 
 
 class Coordinator:
-    """Reads the journal, and goes on from there. `policy` decides on settings; `log` hears of problems, once each."""
+    """Reads the journal, and goes on from there. `policy` decides on settings; `log` hears of each problem once."""
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class Coordinator:
         log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         self.journal, self.policy, self.limits, self._log = journal, policy, limits or Limits(), log
-        self.trace: Trace | None = None  # what the journal holds is in the trace already
+        self.trace: Trace | None = None  # opened after the journal was read, which the trace holds already
         self.job: Job | None = None
         self._ledger: Ledger | None = None
         self.controller: Controller | None = None
@@ -102,7 +105,7 @@ class Coordinator:
         self.activity = Activity()
         self.actions: deque[ShownDecision] = deque(maxlen=200)
         self.counts: Counter[str] = Counter()  # of actions, by name
-        self.problems: dict[str, int] = {}  # -> how often
+        self.problems: dict[str, int] = {}  # problem -> how often it occurred
         self._about: dict[int, Mapping[str, Any]] = {}
         self._decided, self._decide_s, self._news = 0.0, 0.0, False
         last = self._restore()
@@ -115,7 +118,7 @@ class Coordinator:
             self._prolong(self.now() + self._ledger.spec.lease_s)
 
     def _restore(self) -> float:
-        """Apply what the journal holds; the time of its last record."""
+        """Apply what the journal holds, and return the time of its last record."""
         found, last = self.journal.job(), 0.0
         if found is not None:
             self._open(found)
@@ -127,7 +130,7 @@ class Coordinator:
                     f"journal {self.journal.path} is damaged ({type(record).__name__} does not follow from what is "
                     f"before it): restore it from a copy, or name another --journal to begin anew"
                 ) from error
-        self.activity = Activity()  # what happened at times before this process is no throughput of now
+        self.activity = Activity()  # what happened before this process began is no throughput of now
         return last
 
     def _open(self, job: Mapping[str, Any]) -> None:
@@ -136,7 +139,7 @@ class Coordinator:
 
     @property
     def ledger(self) -> Ledger:
-        """The job's; `Conflict` before there is a job."""
+        """The job's ledger. `Conflict` before there is a job."""
         if self._ledger is None:
             raise Conflict("there is no job yet: open one first (/v1/job)")
         return self._ledger
@@ -144,7 +147,7 @@ class Coordinator:
     # Messages
 
     def handle(self, name: str, body: Any) -> dict[str, Any]:
-        """The reply to message `name`. `BadMessage`, `Conflict`, or `Unwritable`: nothing was changed."""
+        """The reply to message `name`. Where it raises BadMessage, Conflict or Unwritable, nothing was changed."""
         if not isinstance(body, dict):
             raise BadMessage("the message is no JSON object")
         request, run = messages.text(body, "request", 64), messages.text(body, "run")
@@ -196,13 +199,13 @@ class Coordinator:
 
     def _exchange(self, body: Mapping[str, Any], now: float) -> Decision:
         records, after, _ = self._returned(body, now)
-        if body["generation"] != after.generation:  # nothing to give back, but a trainer that was replaced meanwhile
+        if body["generation"] != after.generation:  # a trainer that was replaced meanwhile, with nothing to commit
             reason = f"the message is of generation {body['generation']}, the ledger is in {after.generation}"
             raise Conflict(reason, stale=True)
         return self._leased(body, now, after, records)
 
     def _leased(self, body: Mapping[str, Any], now: float, after: Ledger, records: list[Record]) -> Decision:
-        """Up to `count` work items of the ledger `after` those records."""
+        """Lease up to `count` work items of the ledger `after` those records."""
         worker, count = messages.text(body, "worker", 200), messages.integer(body, "count", 0, messages.MOST_WORK_ITEMS)
         if self.began is None:
             self.activity.seen(worker, now)
@@ -220,13 +223,14 @@ class Coordinator:
         if isinstance(found, Refusal):
             if not records:
                 raise Conflict(found.reason, found.stale)
-            found = ledgers.WAIT  # what it gives back counts; asked again, it hears of the refusal
+            found = ledgers.WAIT  # its commits count; when it asks again, it hears of the refusal
         if found == ledgers.END or after.finished:
             return records, {"reply": "END"}
         return records, {"reply": "WAIT", "retry_s": self._retry_s()}
 
     def _retry_s(self) -> float:
-        """A worker that waits asks again after so long: soon where there are few, at most 500 times a second in all."""
+        """The pause before a waiting worker asks again: short where there are few, at most 500 questions a second in
+        all."""
         return min(2.0, max(0.05, 0.002 * len(self.activity.workers)))
 
     def _commit(self, body: Mapping[str, Any], now: float) -> Decision:
@@ -243,14 +247,15 @@ class Coordinator:
     def _fail(self, body: Mapping[str, Any], now: float) -> Decision:
         generation, reason = messages.integer(body, "generation"), messages.text(body, "reason", 2000)
         decide = _Decider(self.ledger)
-        for place, (e, s, a) in enumerate(messages.work_item_keys(body, "shards")):  # the first is the one it was at
-            decide(ledgers.fail(decide.after, generation, e, s, a, reason, begun=place == 0), [e, s, a])
+        for number, (e, s, a) in enumerate(messages.work_item_keys(body, "shards")):  # the worker was at the first one
+            decide(ledgers.fail(decide.after, generation, e, s, a, reason, begun=number == 0), [e, s, a])
         return decide.records(), {}
 
     def _returned(
         self, body: Mapping[str, Any], now: float, commits: str = "commit"
     ) -> tuple[list[Record], Ledger, int]:
-        """Progress, then commits: their records, the ledger after them, how many work items are newly done."""
+        """Take progress, then commits; return their records, the ledger after them, and how many work items are newly
+        done."""
         decide = _Decider(self.ledger)
         progress, work_items = messages.progress(body), messages.work_item_keys(body, commits)
         generation = messages.integer(body, "generation")
@@ -279,9 +284,11 @@ class Coordinator:
         controller, began = self.controller, self.began
         generation = messages.integer(body, "generation")
         if controller is None or began is None:
-            raise Conflict("no group of ranks has begun: rank 0 says so first (/v1/begin)")
+            raise Conflict("no worker group has begun: rank 0 says so first (/v1/begin)")
         if generation != began.generation:
-            raise Conflict(f"the report is of generation {generation}, the group of {began.generation}", stale=True)
+            raise Conflict(
+                f"the report is of generation {generation}, the worker group of {began.generation}", stale=True
+            )
         rank = messages.integer(body, "rank", 0, began.world_size - 1)
         known = messages.integer(body, "known", -1)
         steps, facts, about = messages.steps(body), messages.facts(body), messages.about(body)
@@ -302,7 +309,7 @@ class Coordinator:
     # Changes
 
     def _write(self, records: list[Record], now: float, request: str | None = None, reply: Any = None) -> None:
-        """Journal, then apply."""
+        """Write records to the journal, then apply them."""
         self.journal.write(records, now, request, reply)
         for record in records:
             self._apply(record, now)
@@ -320,7 +327,7 @@ class Coordinator:
         elif isinstance(record, Began):
             self._begin_group(record, now)
         else:
-            if self.began is None:  # ranks report what they do; rank 0 leases for all of them
+            if self.began is None:  # in a trainer rank 0 leases for all ranks, and each reports its own steps
                 self.activity.changed(self.ledger, record, now)
             ledgers.apply(self.ledger, record)
 
@@ -351,7 +358,7 @@ class Coordinator:
     # Time
 
     def tick(self) -> None:
-        """To be called many times a second: expires leases, asks the policy, keeps the history."""
+        """Expire leases, ask the policy, keep the history. To be called many times a second."""
         now = self.now()
         away, self._ticked = now - self._ticked - AWAY_S, now
         try:
@@ -404,7 +411,7 @@ class Coordinator:
         self._decide_s = time.perf_counter() - start
 
     def note(self, text: str) -> None:
-        """Count a problem; tell the log of the first of its kind. At most 50 kinds are told apart."""
+        """Count a problem, and tell the log of the first of its kind. At most 50 kinds are told apart."""
         if text not in self.problems and len(self.problems) >= 50:
             text = "further problems"
         self.problems[text] = self.problems.get(text, 0) + 1
@@ -414,17 +421,17 @@ class Coordinator:
     # What the page shows
 
     def holding(self) -> Counter[str]:
-        """Leases of each worker."""
+        """The number of leases of each worker."""
         return Counter(lease.worker for lease in self._ledger.doing.values()) if self._ledger is not None else Counter()
 
     def shown(self) -> list[str]:
-        """Names of the workers on the page: the ranks of a trainer, or whoever pulls work items."""
+        """Names of the workers on the page: the ranks of a trainer, or the workers that pull work items."""
         if self.began is not None:
             return [f"rank {rank}" for rank in range(self.began.world_size)]
         return sorted(self.activity.workers, key=_natural)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self.journal.close()
         if self.trace is not None:
             self.trace.close()
@@ -452,32 +459,33 @@ class _Decider:
             self._refusal = self._refusal or found
             if found.stale:
                 self._lost.append(work_item)
-            elif self._refusal.stale:  # a mistake comes before a loss: sent again without the lost, it would come back
+            elif self._refusal.stale:  # told before a loss: without the lost work items the message would fail again
                 self._refusal = found
         elif found is not None:
             self._records.append(found)
             ledgers.apply(self.after, found)
 
     def records(self) -> list[Record]:
-        """`Conflict` where any message was."""
+        """The records of all messages. `Conflict` where any was refused."""
         if self._refusal is not None:
             raise Conflict(self._refusal.reason, self._refusal.stale, self._lost)
         return self._records
 
 
 def _plain(decided: Decided) -> Decided | RejectedDecision:
-    """As it will be read from the journal: a policy may have used numpy's numbers, or put anything else in there."""
+    """The decision as it will be read from the journal: a policy may have used numpy's numbers, or put anything else in
+    it."""
     try:
         kind, body = to_row(decided)
         found = from_row(kind, json.loads(json.dumps(body, default=lambda value: value.tolist(), allow_nan=False)))
-    except Exception as error:  # a user's objects: whatever they raise, training goes on
+    except Exception as error:  # whatever a user's objects raise, training goes on
         return RejectedDecision(decided.now, f"{type(error).__name__}: {error}")
     assert isinstance(found, Decided)
     return found
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts w2 before w10."""
+    """A key that sorts w2 before w10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -493,4 +501,4 @@ _DECISIONS: dict[str, Callable[[Coordinator, Mapping[str, Any], float], Decision
     "saved": Coordinator._saved,
 }
 MESSAGES = tuple(_DECISIONS)
-"""Names of the POST requests."""
+"""The names of the POST requests."""

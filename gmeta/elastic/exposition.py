@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from gmeta.elastic.coordinator import Coordinator
-from gmeta.elastic.view import group, table, work_item_counts
+from gmeta.elastic.view import table, work_item_counts, worker_group
 
 
 class Exposition:
@@ -25,7 +25,7 @@ class Exposition:
         self.errors: Counter[int] = Counter()
 
     def count(self, message: str, status: int) -> None:
-        """A request was answered."""
+        """Count a request that was answered."""
         self.requests[message] += 1
         if status >= 400:
             self.errors[status] += 1
@@ -35,7 +35,7 @@ class Exposition:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """For prometheus_client."""
+        """The metrics, for prometheus_client."""
         requests = CounterMetricFamily("gmeta_requests", "Requests by message", labels=["message"])
         for message, count in sorted(self.requests.items()):
             requests.add_metric([message], count)
@@ -58,8 +58,8 @@ class Exposition:
             found.add_metric([name], count)
         yield found
         yield GaugeMetricFamily("gmeta_epoch", "Epochs that are done", value=ledger.epoch)
-        yield GaugeMetricFamily("gmeta_generation", "Times that a group of ranks began", value=ledger.generation)
-        trained = group(self._coordinator)
+        yield GaugeMetricFamily("gmeta_generation", "Times that a worker group began", value=ledger.generation)
+        trained = worker_group(self._coordinator)
         if trained is not None:
             yield GaugeMetricFamily("gmeta_step", "Steps that every rank has finished", value=trained["step"])
             if trained["step_s"] is not None:
@@ -67,9 +67,9 @@ class Exposition:
 
     def _workers(self) -> Iterator[Metric]:
         named = {
-            "throughput": ("gmeta_worker_samples_per_second", "Samples or slots a second"),
+            "throughput": ("gmeta_worker_samples_per_second", "Samples or tasks a second"),
             "batch_s": ("gmeta_worker_batch_seconds", "Computing a step, or a work item"),
-            "slots": ("gmeta_worker_slots", "Slots of the batch"),
+            "slots": ("gmeta_worker_slots", "Tasks of the batch"),
             "holding": ("gmeta_worker_leases", "Work items in hand"),
             "silent_s": ("gmeta_worker_silent_seconds", "Since it was last heard of"),
         }

@@ -1,8 +1,8 @@
 """The coordinator's journal: one SQLite file in WAL mode, one transaction a request, one coordinator at a time.
 
 A transaction holds the records of a change and the reply to the request that made it. So after a crash either both are
-there, and the request sent again gets the same reply, or neither is, and it is carried out then. `durable` asks
-for `synchronous=FULL`: what was answered survives the loss of power, not only the death of the process.
+there, and the request sent again gets the same reply, or neither is, and the request is carried out then. `durable`
+asks for `synchronous=FULL`: what was answered then survives the loss of power, not only the death of the process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from gmeta.elastic.records import Record, from_row, to_row
 
 KEPT_REPLIES = 10_000
-"""A client sends a request again within minutes; the newest replies are enough."""
+"""The number of newest replies that are kept. It is enough, because a client repeats a request within minutes."""
 _PRUNE_EVERY = 1_000
 _APPLICATION_ID = 0x676D4A31  # in the file's header: tells our journals from other SQLite files
 _SCHEMA = f"""
@@ -33,11 +33,14 @@ COMMIT;
 
 
 class Unwritable(RuntimeError):
-    """The journal cannot be written now (a full disk): nothing of the request was done, and it may be sent again."""
+    """The journal cannot be written now (a full disk). Nothing of the request was done, and it may be sent again."""
 
 
 class Journal:
-    """Opens or creates the journal at `path`. ValueError: another coordinator has it, or it is damaged, or none."""
+    """Opens or creates the journal at `path`.
+
+    ValueError says that another coordinator has it, that it is damaged, or that the file is no journal.
+    """
 
     def __init__(self, path: Path | str, durable: bool = False) -> None:
         self.path = Path(path)
@@ -78,7 +81,7 @@ class Journal:
         return job
 
     def records(self) -> Iterator[tuple[float, Record]]:
-        """(time, record) from the first to the last. ValueError where one cannot be understood."""
+        """Yield (time, record) from the first to the last. ValueError where one cannot be understood."""
         for seq, time, kind, body in self._db.execute("SELECT seq, time, kind, body FROM records ORDER BY seq"):
             try:
                 yield time, from_row(kind, json.loads(body))
@@ -86,7 +89,7 @@ class Journal:
                 raise ValueError(f"journal {self.path} is damaged (record {seq}, {error!r}): {_CURE}") from error
 
     def rows(self, after: int, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` records that follow number `after`, as they stand there; for audits."""
+        """Up to `limit` records after number `after`, as they stand in the file; for audits."""
         found = self._db.execute(
             "SELECT seq, time, kind, body FROM records WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
         )
@@ -106,7 +109,7 @@ class Journal:
         reply: Any = None,
         job: dict[str, Any] | None = None,
     ) -> None:
-        """All of it in one transaction, or nothing and `Unwritable`."""
+        """Write everything in one transaction, or nothing, and raise `Unwritable`."""
         rows = [(time, kind, json.dumps(body)) for kind, body in map(to_row, records)]
         try:
             self._db.execute("BEGIN IMMEDIATE")
@@ -131,7 +134,7 @@ class Journal:
         self._writes += 1
 
     def close(self) -> None:
-        """Let another coordinator have it."""
+        """Release the journal, so that another coordinator can have it."""
         self._db.close()
         os.close(self._lock)
 
@@ -140,7 +143,7 @@ _CURE = "restore it from a copy, or name another --journal to begin anew"
 
 
 def _lock(path: Path) -> int:
-    """A lock beside the journal, held until the process ends, however it ends; the file says whose it is."""
+    """Lock a file beside the journal, which says whose it is. The lock ends with the process, however it ends."""
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

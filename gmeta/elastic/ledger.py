@@ -1,24 +1,25 @@
-"""The data-work item ledger: which samples are to do, in whose hands, done. Pure: no clock, no I/O, no randomness.
+"""The ledger of a job: which samples are still to do, which are in whose hands, which are done.
 
-A work item is a range of positions in the order of an epoch. Work items are leased to workers, renewed with progress, and
-committed; a lease that fails or runs out gives its work item back (AntDT, arXiv 2404.09679, "stateful dynamic data
-sharding"; the fencing and the modes are ours). Every function *decides*: it returns the record of a change, or a
-`Refusal`, and changes nothing; `apply` makes the change. So a service writes a record to its journal, then applies it,
-then replies; a journal read from its start gives the same ledger, and an audit needs the records alone.
+It is pure: it has no clock, no I/O and no randomness. A work item is a range of positions in the order of an epoch.
+Work items are leased to workers, renewed with progress, and committed; a lease that fails or runs out gives its work
+item back (AntDT, arXiv 2404.09679, calls this "stateful dynamic data sharding"; the fencing and the modes are ours).
+Every function *decides*: it returns the record of a change, or a `Refusal`, and changes nothing; `apply` makes the
+change. So a service writes a record to its journal, then applies it, then replies. A journal that is read from its
+start gives the same ledger, and an audit needs the records alone.
 
     record = lease(ledger, "worker-3", 2, now)     # Leased, WAIT, END or Refusal
     apply(ledger, record)
 
-Fencing: every lease of a work item has a higher attempt number, and every rollback a higher generation; a message that
+Fencing: every lease of a work item has a higher attempt number, and every rollback a higher generation. A message that
 names an older one is refused, however late it comes.
 
-What a mode promises of every sample of an epoch:
+What a mode promises for every sample of an epoch:
 
-    at_least_once  taken at least once: what a lost worker had not reported is given out again
-    at_most_once   taken at most once: a work item counts as done when it is leased, and is never given out again
-    exactly_once   takes effect exactly once: the ledger is saved in the checkpoint that holds the effects, and both are
-                   rolled back together. Until then the work item of a lost lease is not given out again, because some of
-                   its effects may be in the model.
+    at_least_once  It is taken at least once: what a lost worker had not reported is given out again.
+    at_most_once   It is taken at most once: a work item counts as done when it is leased, and is never given out again.
+    exactly_once   It takes effect exactly once: the ledger is saved in the checkpoint that holds the effects, and both
+                   are rolled back together. Until then the work item of a lost lease is not given out again, because
+                   some of its effects may be in the model.
 """
 
 from __future__ import annotations
@@ -38,20 +39,21 @@ _MOST_WORK_ITEMS = 10_000_000  # an order of as many takes seconds and half a gi
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What there is to do: `num_samples` positions an epoch, in work items of `shard_size` (the last may be short)."""
+    """What there is to do: `num_samples` positions an epoch, in work items of `work_item_size` (the last may be
+    shorter)."""
 
     num_samples: int
     work_item_size: int
     epochs: int = 1
     seed: int = 0
     shuffle: bool = True
-    """Give out an epoch's work items in a seeded order; otherwise one after the other."""
+    """Whether an epoch's work items are given out in a seeded order; otherwise they come one after the other."""
     mode: Mode = "at_least_once"
     lease_s: float = 60.0
     max_failures: int = 3
-    """Failed or lost attempts of one work item after which it is quarantined."""
+    """The number of failed or lost attempts at one work item after which it is quarantined."""
     skip_quarantined: bool = False
-    """Go on without quarantined work items; otherwise nothing more is leased once there is one."""
+    """Whether to go on without quarantined work items; otherwise nothing more is leased once there is one."""
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "work_item_size", "epochs", "max_failures"):
@@ -69,7 +71,7 @@ class JobSpec:
 
     @property
     def num_work_items(self) -> int:
-        """Work items of an epoch."""
+        """The number of work items of an epoch."""
         return -(-self.num_samples // self.work_item_size)
 
     def positions(self, work_item: int) -> range:
@@ -92,7 +94,8 @@ def Plan(num_samples: int, shard_size: int, **settings: Any) -> JobSpec:
 
 
 def _mix(state: int, value: int = 0) -> int:
-    """splitmix64's output function (Steele, Lea and Flood, OOPSLA 2014): an order outlives Python's own generators."""
+    """The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), because an order outlives Python's
+    generators."""
     x = (state + value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -101,7 +104,7 @@ def _mix(state: int, value: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Lease:
-    """A work item in a worker's hands. `done` of its samples were reported finished, by this attempt or an earlier one."""
+    """A work item in a worker's hands. This attempt or earlier ones have reported `done` of its samples finished."""
 
     epoch: int
     work_item: int
@@ -128,7 +131,7 @@ class Leased:
 
 @dataclass(frozen=True)
 class Renewed:
-    """A lease goes on, its progress known."""
+    """A lease was renewed, with its progress."""
 
     lease: Lease
 
@@ -144,19 +147,19 @@ class Committed:
 
 @dataclass(frozen=True)
 class Returned:
-    """An attempt failed or ran out; the work item is to do again, or lost, or quarantined, as its mode says."""
+    """An attempt failed or ran out. As the mode says, the work item is to do again, lost, or quarantined."""
 
     epoch: int
     work_item: int
     attempt: int
     reason: str
     begun: bool = True
-    """Whether the worker had begun it: only then the work item may be at fault, and the attempt counts as a failure."""
+    """Whether the worker had begun it. Only then the work item may be at fault, and the attempt counts as a failure."""
 
 
 @dataclass(frozen=True)
 class RolledBack:
-    """All is as in `saved` again (`Ledger.save`), but for the generation, and attempts, which never go back."""
+    """All is as in `saved` again (`Ledger.save`), except the generation and the attempts, which never go back."""
 
     generation: int
     saved: Mapping[str, Any]
@@ -167,44 +170,44 @@ LedgerRecord = Leased | Renewed | Committed | Returned | RolledBack
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a message changes nothing. `stale` messages come from a lost lease or an older generation: drop the work."""
+    """Why a message changes nothing. A `stale` one comes from a lost lease or an older generation: its work is
+    dropped."""
 
     reason: str
     stale: bool = False
 
 
 WAIT: Literal["WAIT"] = "WAIT"
-"""Nothing to lease now, but work items are in others' hands: ask again. Never the end of the data."""
+"""There is nothing to lease now, but others hold work items: ask again. This is never the end of the data."""
 END: Literal["END"] = "END"
 """Every work item of every epoch is done (or quarantined, where that is skipped)."""
 
 
 @dataclass
 class Ledger:
-    """The state. An epoch's work items are leased in its order; the next epoch begins when all of this one is done."""
+    """The state of a job. An epoch's work items are leased in its order; the next epoch begins when all of them are
+    done."""
 
     spec: JobSpec
     generation: int = 0
     epoch: int = 0
-    cursor: int = 0  # of the epoch's order: work items before it have been leased at least once
-    again: dict[int, int] = field(
-        default_factory=dict
-    )  # work items to be leased again, first come first -> samples done
+    cursor: int = 0  # a place in the epoch's order: work items before it have been leased at least once
+    again: dict[int, int] = field(default_factory=dict)  # work items to lease again, in this order -> samples done
     doing: dict[int, Lease] = field(default_factory=dict)  # by work item
     lost: dict[int, int] = field(
         default_factory=dict
     )  # exactly_once: work items that wait for a rollback -> samples done
     num_done: int = 0  # work items of the epoch
-    attempts: dict[WorkItemId, int] = field(default_factory=dict)  # leases of each work item so far
+    attempts: dict[WorkItemId, int] = field(default_factory=dict)  # how often each work item was leased
     failures: dict[WorkItemId, int] = field(
         default_factory=dict
-    )  # survives a rollback, or a poisonous work item would loop
-    quarantined: dict[WorkItemId, str] = field(default_factory=dict)  # -> the last failure's reason
+    )  # these survive a rollback, or a poisonous work item would loop
+    quarantined: dict[WorkItemId, str] = field(default_factory=dict)  # -> the reason of the last failure
     _order: tuple[int, list[int]] = field(default=(-1, []), compare=False, repr=False)
 
     @property
     def order(self) -> list[int]:
-        """Of the current epoch."""
+        """The order of the current epoch."""
         if self._order[0] != self.epoch:
             self._order = (self.epoch, self.spec.order(self.epoch))
         return self._order[1]
@@ -215,7 +218,7 @@ class Ledger:
         return self.epoch >= self.spec.epochs
 
     def state(self, epoch: int, work_item: int) -> WorkItemState:
-        """TODO, DOING (lost until the rollback, too), DONE or QUARANTINED."""
+        """TODO, DOING (also while it is lost until the rollback), DONE or QUARANTINED."""
         if (epoch, work_item) in self.quarantined:
             return "QUARANTINED"
         if epoch != self.epoch:
@@ -225,15 +228,17 @@ class Ledger:
         return "TODO" if work_item in self.again or (epoch, work_item) not in self.attempts else "DONE"
 
     def todo(self) -> Iterator[tuple[int, int]]:
-        """(work item, samples done) of the work items that may be leased now, in order."""
+        """Yield (work item, samples done) for the work items that may be leased now, in order."""
         if not self.finished:
             yield from self.again.items()
-            for place in range(self.cursor, len(self.order)):  # no slice: a lease would copy what is left of the epoch
-                if (self.epoch, self.order[place]) not in self.quarantined:
-                    yield self.order[place], 0
+            for position in range(
+                self.cursor, len(self.order)
+            ):  # no slice: a lease would copy what is left of the epoch
+                if (self.epoch, self.order[position]) not in self.quarantined:
+                    yield self.order[position], 0
 
     def save(self) -> dict[str, Any]:
-        """What a checkpoint keeps, for JSON: work items in hand count as to be leased again, from where they are."""
+        """The part that a checkpoint keeps, for JSON. Work items in hand are to be leased again."""
         return {
             "epoch": self.epoch,
             "cursor": self.cursor,
@@ -247,7 +252,8 @@ class Ledger:
 
 
 def lease(ledger: Ledger, worker: str, count: int, now: float) -> Leased | Literal["WAIT", "END"] | Refusal:
-    """Up to `count` work items for `worker`. Call `expired` first, so that what ran out can be had."""
+    """Lease up to `count` work items to `worker`. Call `expired` first, so that leases that ran out can be given
+    again."""
     if count < 1:
         return Refusal(f"{count} work items were asked for: must be at least 1")
     if ledger.finished:
@@ -280,7 +286,7 @@ def lease(ledger: Ledger, worker: str, count: int, now: float) -> Leased | Liter
 def renew(
     ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int, done: int, now: float
 ) -> Renewed | Refusal | None:
-    """Keep a lease, and report that `done` samples of the work item are finished. None: accepted, nothing to write down."""
+    """Keep a lease, and report that `done` samples of it are finished. None: accepted, with nothing to record."""
     held = _held(ledger, generation, epoch, work_item, attempt)
     if not isinstance(held, Lease):
         return held
@@ -291,7 +297,7 @@ def renew(
 
 
 def commit(ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int) -> Committed | Refusal | None:
-    """The work item is done. None: it was already, by this attempt (a repeated message), or by its lease."""
+    """Mark the work item as done. None: it was already, by this attempt (a repeated message), or when it was leased."""
     held = _held(ledger, generation, epoch, work_item, attempt)
     return Committed(epoch, work_item, attempt) if isinstance(held, Lease) else held
 
@@ -299,13 +305,13 @@ def commit(ledger: Ledger, generation: int, epoch: int, work_item: int, attempt:
 def fail(
     ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int, reason: str, begun: bool = True
 ) -> Returned | Refusal | None:
-    """The worker gives up on the work item; not `begun`: only because it ends."""
+    """Return a work item that its worker gives up on. With `begun` False the worker only ends, and is not at fault."""
     held = _held(ledger, generation, epoch, work_item, attempt)
     return Returned(epoch, work_item, attempt, reason, begun or held.done > 0) if isinstance(held, Lease) else held
 
 
 def expired(ledger: Ledger, now: float) -> list[Returned]:
-    """Leases whose deadline has passed. A clock that jumps back keeps leases longer, never shorter."""
+    """Return the leases whose deadline has passed. A clock that jumps back keeps leases longer, never shorter."""
     return [
         Returned(x.epoch, x.work_item, x.attempt, f"worker {x.worker!r} did not renew its lease", _begun(ledger, x))
         for x in ledger.doing.values()
@@ -320,12 +326,12 @@ def _begun(ledger: Ledger, held: Lease) -> bool:
 
 
 def rollback(ledger: Ledger, saved: Mapping[str, Any]) -> RolledBack:
-    """All as in `saved`, in a new generation: no message of an older one counts from now on."""
+    """Go back to `saved` in a new generation: from now on no message of an older one counts."""
     return RolledBack(ledger.generation + 1, saved)
 
 
 def _held(ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int) -> Lease | Refusal | None:
-    """The lease that a message is about; None where it is done by this very attempt."""
+    """The lease that a message is about; None where this very attempt has done it already."""
     if generation != ledger.generation:
         return Refusal(f"the message is of generation {generation}, the ledger is in {ledger.generation}", stale=True)
     if not (0 <= epoch < ledger.spec.epochs and 0 <= work_item < ledger.spec.num_work_items):

@@ -1,4 +1,7 @@
-"""Checks of what clients send. `BadMessage` says which field is wrong, what was found and what it must be."""
+"""Checks of what clients send. `BadMessage` says which field is wrong, what was found and what it must be.
+
+Messages name a work item `shard`, as the first release did.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from gmeta.elastic.monitor import StepTime
 from gmeta.elastic.wire import from_wire, to_wire, wire_name
 
 MOST_WORK_ITEMS = 4096
-"""In one list of a message."""
+"""The largest number of work items in one list of a message."""
 MOST_RANKS = 65_536
 
 WorkItemKey = tuple[int, int, int]  # epoch, work item, attempt
@@ -61,12 +64,12 @@ def mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def work_item_keys(body: Mapping[str, Any], key: str) -> list[WorkItemKey]:
-    """[[epoch, work item, attempt], ...]; none where the field is left out."""
+    """[[epoch, work item, attempt], ...]; an empty list where the field is left out."""
     return [(e, s, a) for e, s, a in _rows(body, key, 3, "[epoch, work item, attempt]")]
 
 
 def progress(body: Mapping[str, Any], key: str = "progress") -> list[WorkItemProgress]:
-    """[[epoch, work item, attempt, samples done], ...]; none where the field is left out."""
+    """[[epoch, work item, attempt, samples done], ...]; an empty list where the field is left out."""
     return [(e, s, a, d) for e, s, a, d in _rows(body, key, 4, "[epoch, work item, attempt, samples done]")]
 
 
@@ -81,7 +84,7 @@ def _rows(body: Mapping[str, Any], key: str, width: int, form: str) -> list[list
 
 
 def job_spec(body: Mapping[str, Any]) -> JobSpec:
-    """The fields of a `JobSpec`."""
+    """The specification of a job, from the field `plan`."""
     found, known = mapping(body, "plan"), {wire_name(field.name): str(field.type) for field in fields(JobSpec)}
     unknown = sorted(found.keys() - known.keys())
     if unknown:
@@ -115,7 +118,7 @@ def steps(body: Mapping[str, Any]) -> list[StepTime]:
 
 
 def facts(body: Mapping[str, Any]) -> dict[str, float]:
-    """{name: number}, of a node."""
+    """{name: number}, the state of a node."""
     value = body.get("facts", {})
     if not isinstance(value, dict) or len(value) > 100 or not all(map(_is_number, value.values())):
         raise _bad("facts", value, "an object of at most 100 numbers")
@@ -123,7 +126,7 @@ def facts(body: Mapping[str, Any]) -> dict[str, float]:
 
 
 def about(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Fixed facts of a rank, those that were given; None where there are none."""
+    """Those fixed facts of a rank that were given; None where there are none."""
     if body.get("about") is None:
         return None
     value = mapping(body, "about")
@@ -157,7 +160,7 @@ def saved(body: Mapping[str, Any], spec: JobSpec) -> dict[str, Any]:
 
 
 def spec_differences(here: JobSpec, there: JobSpec) -> str:
-    """What differs between the job's plan and a message's, in words; empty where nothing does."""
+    """What differs between the job's specification and a message's, in words; empty where nothing does."""
     theirs = to_wire(there)
     return ", ".join(
         f"plan.{name} is {value!r} there and {theirs[name]!r} in the message"

@@ -1,4 +1,4 @@
-"""What stands in a coordinator's journal: records of the ledger, of the controller, and of a group of ranks."""
+"""The records of a coordinator's journal: those of the ledger, of the controller, and of a worker group."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gmeta.elastic.wire import from_wire, to_wire
 
 @dataclass(frozen=True)
 class Began:
-    """A group of ranks (re)started: the record after its `RolledBack`. A new controller begins with it."""
+    """A worker group was started, or started again: this follows its `RolledBack`. A new controller begins with it."""
 
     generation: int
     world_size: int
-    batch: int  # slots of the global batch
+    batch: int  # tasks of the global batch
     first_step: int
     ahead: int  # batches that a rank loads before it needs them
     report_s: float
@@ -26,7 +26,7 @@ class Began:
 
 @dataclass(frozen=True)
 class Introduced:
-    """Fixed facts of a rank, such as its memory: policies count on them after a coordinator's restart too."""
+    """Fixed facts of a rank, such as its memory. Policies count on them after the coordinator was restarted, too."""
 
     rank: int
     about: Mapping[str, Any]  # role, device, node, max_slots
@@ -52,7 +52,7 @@ def to_row(record: Record) -> tuple[str, dict[str, Any]]:
 
 
 def from_row(kind: str, body: Mapping[str, Any]) -> Record:
-    """The inverse of `to_row`. KeyError or TypeError: this is no record of ours."""
+    """The inverse of `to_row`. KeyError or TypeError says that this is no record of ours."""
     if kind == "Leased":
         return ledger.Leased(tuple(ledger.Lease(**from_wire(lease)) for lease in body["leases"]))
     if kind == "Renewed":

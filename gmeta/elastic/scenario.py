@@ -1,17 +1,19 @@
-"""What goes wrong in a run, written down: who is slow, when and how much, who is killed. For the laboratory, where
-workers are slowed down so, and for the simulator. Pure: slowness follows from the scenario and its seed alone.
+"""A scenario: what goes wrong in a run, who is slow, when and how much, who is killed.
+
+The laboratory slows workers down as it says, and the simulator computes with it. It is pure: slowness follows from the
+scenario and its seed alone.
 
     workers: 4
     seed: 1
     steps: 1000
     tasks_per_batch: 64
-    slot_s: 0.00625        # seconds of compute a slot takes a worker of speed 1
-    fixed_s: 0.0           # seconds of any micro-batch at all
-    comm_s: 0.0            # seconds of a step's exchanges
-    noise: 0.0             # of each step's compute seconds: standard deviation, as a share
-    restart_s: 10.0        # what ending and starting all workers takes
-    checkpoint_steps: 100  # between checkpoints
-    report_s: 0.1          # between a worker's reports
+    slot_s: 0.00625        # seconds that a worker of speed 1 computes for a task
+    fixed_s: 0.0           # seconds that any micro-batch takes at all
+    comm_s: 0.0            # seconds that a step's exchanges take
+    noise: 0.0             # standard deviation of a step's compute seconds, as a fraction
+    restart_s: 10.0        # seconds to end and start all workers
+    checkpoint_steps: 100  # steps between checkpoints
+    report_s: 0.1          # seconds between a worker's reports
     ahead: 3               # batches that are loaded ahead
     devices:
       - {name: fast, count: 2, speed: 2.0, max_slots: 32}
@@ -24,7 +26,7 @@ workers are slowed down so, and for the simulator. Pure: slowness follows from t
       - {kind: kill, who: rank 2, at_step: 300}              # or at_s; or coordinator, rank 2 + coordinator
       - {kind: cut, at_s: 5, for_s: 30}                      # no connection to the coordinator
 
-Only `workers` and `steps` must be there. Ranks not in `devices` have speed 1.
+Only `workers` and `steps` are required. Ranks that are not in `devices` have speed 1.
 """
 
 from __future__ import annotations
@@ -67,9 +69,10 @@ class Deterministic:
 
 @dataclass(frozen=True)
 class Transient:
-    """Each of the ranks is slower in random bursts of exponential length, a share of the time.
+    """Each of the ranks is slower in random bursts of exponential length, for a fraction `share` of the time.
 
-    Bursts are of steps (`mean_steps`), so that they are the same whatever a policy does, or of seconds (`mean_s`).
+    Bursts are counted in steps (`mean_steps`), so that they are the same whatever a policy does, or in seconds
+    (`mean_s`).
     """
 
     ranks: tuple[int, ...]
@@ -102,7 +105,8 @@ class Persistent:
 
 @dataclass(frozen=True)
 class Contention:
-    """Something else computes on the rank's core. For the laboratory: no model says how slow that makes it."""
+    """Something else computes on the rank's core. Only the laboratory has it: no model says how slow that makes the
+    rank."""
 
     rank: int
     from_s: float = 0.0
@@ -120,7 +124,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL, once. A coordinator is started again after `away_s`."""
+    """A process gets SIGKILL, once. A coordinator is started again after `away_s`."""
 
     who: str
     at_s: float | None = None
@@ -134,7 +138,7 @@ class Kill:
 
     @property
     def rank(self) -> int | None:
-        """Of the worker that is killed."""
+        """The rank whose worker is killed; None where none is."""
         found = re.match(r"rank (\d+)", self.who)
         return int(found[1]) if found else None
 
@@ -150,7 +154,7 @@ class Kill:
 
 @dataclass(frozen=True)
 class Cut:
-    """No connection between workers and coordinator."""
+    """There is no connection between workers and coordinator."""
 
     at_s: float
     for_s: float
@@ -164,7 +168,7 @@ EVENT_KINDS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run and its troubles. Durations in seconds."""
+    """A run and its troubles. Durations are in seconds."""
 
     workers: int
     steps: int
@@ -199,7 +203,7 @@ class Scenario:
                 value = getattr(event, name, None)
                 _check(value is None or value >= 0, name, value, "must not be negative")
             _check(getattr(event, "factor", 1.0) > 0, "factor", getattr(event, "factor", 1.0), "must be more than 0")
-        for number, event in enumerate(self.events):  # by rank: asked for every rank at every step
+        for number, event in enumerate(self.events):  # kept by rank, because every rank is asked for at every step
             if isinstance(event, Deterministic | Transient | Persistent):
                 for rank in set(_ranks(event)):
                     self._slow.setdefault(rank, []).append((number, event))
@@ -232,7 +236,7 @@ class Scenario:
         return factor
 
     def _bursting(self, number: int, event: Transient, rank: int, now: float) -> bool:
-        """Whether a burst is on: `_bursts` holds when bursts begin and end, and is drawn as far as asked for."""
+        """Whether a burst is on. `_bursts` holds when bursts begin and end, and is drawn as far as it was asked for."""
         mean = event.mean_steps if event.mean_steps is not None else event.mean_s
         assert mean is not None
         times = self._bursts.setdefault((number, rank), [])
@@ -245,12 +249,12 @@ class Scenario:
         return bisect.bisect_right(times, now) % 2 == 1
 
     def ideal_step_s(self, tasks: int, factors: Sequence[float]) -> float:
-        """Seconds of a step of `tasks` with the best possible slots for ranks that are so many times slower."""
+        """Seconds of a step of `tasks` with the best possible division among ranks that are so many times slower."""
         workers = [Worker(1 / (self.slot_s * factor), self.fixed_s * factor) for factor in factors]
         return max(w.seconds(n) for w, n in zip(workers, balanced(tasks, workers), strict=True))
 
     def scaled(self, workers: int) -> Scenario:
-        """The same for another number of workers: batch and devices in proportion, slow ranks again and again."""
+        """The same scenario for another number of workers: batch and devices in proportion, slow ranks repeated."""
         if workers == self.workers:
             return self
         counts = [device.count for device in self.devices]
@@ -306,7 +310,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """`kind(**values)`, checked: no unknown or missing key, no value of another type."""
+    """`kind(**values)`, after a check that no key is unknown or missing and no value has another type."""
     known = {f.name: f for f in fields(kind) if not f.name.startswith("_")}
     for name, value in values.items():
         if name not in known:
@@ -349,7 +353,7 @@ def _list(values: Mapping[str, Any], key: str, where: str) -> Sequence[Any]:
 
 
 def _ranks(event: Event) -> tuple[int, ...]:
-    """Ranks that an event is about."""
+    """The ranks that an event is about."""
     if isinstance(event, Transient):
         return event.ranks
     rank = getattr(event, "rank", None)

@@ -1,6 +1,6 @@
 """`gmeta coordinate`: the coordinator as an HTTP service. All requests run on one event loop, so nothing needs a lock.
 
-Needs the packages of `gmeta[serve]`, which are imported here alone.
+It needs the packages of `gmeta[serve]`, which are imported here alone.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ except ImportError as error:
     ) from error
 
 MOST_BYTES = 16 * 2**20
-"""Of a message; the largest is a trainer's `begin` with the ledger of its checkpoint."""
-TICK_S = 0.05
+"""The largest message. The longest is a trainer's `begin`, with the ledger of its checkpoint."""
+_TICK_S = 0.05
 
 
 def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
-    """The service over a coordinator; with a token every request but the page's needs it."""
+    """The service over a coordinator. With a token, every request but the page's needs it."""
     metrics = Exposition(coordinator)
 
     @contextlib.asynccontextmanager
@@ -95,7 +95,7 @@ async def _tick(coordinator: Coordinator) -> None:
             coordinator.tick()
         except Exception as error:  # shown on the page; without ticks leases would never run out
             coordinator.note(f"a fault of the coordinator's own: {error!r}")
-        await asyncio.sleep(TICK_S)
+        await asyncio.sleep(_TICK_S)
 
 
 def _authorized(request: Request, token: str) -> bool:
@@ -127,7 +127,8 @@ async def _answer(coordinator: Coordinator, name: str, request: Request) -> Resp
 
 
 async def _body(request: Request) -> bytes | None:
-    """None where it is too large; the rest of it is read all the same, or the sender would see no answer."""
+    """The request's body; None where it is too large. It is read to its end all the same, or the sender would see no
+    answer."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -147,7 +148,7 @@ def _error(status: int, text: str, stale: bool = False, lost: list[list[int]] | 
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections; port 0 takes any free one. ValueError: the address cannot be had."""
+    """A socket that accepts connections; port 0 takes any free one. ValueError says that the address cannot be had."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
@@ -160,7 +161,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect."""
+    """Whether only this machine can connect to a host name."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
@@ -178,7 +179,7 @@ def coordinate(
     max_restarts: int,
     cooldown_s: float,
 ) -> None:
-    """The command. ValueError: it cannot begin, and why."""
+    """Run the command. ValueError says why it cannot begin."""
     if token_file is None and not is_loopback(host):
         raise ValueError(f"host is {host!r}, which others can reach: name a --token_file (created where there is none)")
     decide = load_policy(policy)
@@ -195,7 +196,7 @@ def _log(line: str) -> None:
 
 
 def serve(coordinator: Coordinator, bound: socket.socket, token: str | None) -> None:
-    """Until SIGTERM or Ctrl-C."""
+    """Serve until SIGTERM or Ctrl-C."""
     host, port = bound.getsockname()[:2]
     print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     config = uvicorn.Config(

@@ -1,9 +1,9 @@
-"""Straggler mitigation on a virtual clock: the coordinator's own Controller, Monitor and policies, for workers that are
-only numbers.
+"""Straggler mitigation on a virtual clock: the coordinator's own Controller, Monitor and policies, with simulated
+workers.
 
-What is modelled of a worker: its compute seconds s_i(t) * sum over micro-batches of (fixed_s + slots * slot_s), the
-wait for the slowest, the exchanges of a step, its reports (when, how late, what they carry), the grant without which it
-may not load a batch. What decides is the code that decides in a real run.
+What is modelled of a worker: its compute seconds s_i(t) * sum over micro-batches of (fixed_s + tasks * slot_s), the
+wait for the slowest, the exchanges of a step, its reports (when, how late, what they carry), and the grant without
+which it may not load a batch. What decides is the code that decides in a real run.
 
     gmeta simulate --scenario examples/scenarios/transient-50.yaml --policies '[nd, static]'
 """
@@ -32,25 +32,25 @@ from gmeta.elastic.scenario import Contention, Cut, Kill, Pause, Scenario, parse
 from gmeta.elastic.wire import to_wire
 
 TICK_S = 0.05
-"""The coordinator asks the policy so often, where there is news."""
+"""Seconds between two questions to the policy while there is news."""
 DECIDE_S = 1e-3
-"""A rank more makes two decisions lie so much further apart: a coordinator gives policies a tenth of its time, and a
-snapshot of 1,024 ranks takes it 0.1 s (measured)."""
+"""Seconds by which each rank delays the next decision: a coordinator gives policies a tenth of its time, and a snapshot
+of 1,024 ranks takes it 0.1 s (measured)."""
 IDLE_S = 1.0
-"""It asks so often where there is none."""
+"""Seconds between two questions to the policy while there is no news."""
 DELAY_S = 0.005
-"""Of a message, one way: HTTP, the journal."""
+"""Seconds that a message takes one way, over HTTP and into the journal."""
 REPORTS_PER_S = 1000
-"""About what one coordinator takes (benchmarks/coordinator.py); more ranks report less often."""
+"""Reports that one coordinator takes a second, about (benchmarks/coordinator.py); more ranks report less often."""
 COHORTS = 8
-"""Ranks report in so many groups: 1,024 conversations one by one would take most of the simulator's time."""
+"""Ranks report in so many groups, since 1,024 conversations one by one would take most of the simulator's time."""
 
 
 class Slowness(Protocol):
     """`Scenario.slowdown`, or what a recorded trace shows."""
 
     def __call__(self, rank: int, *, step: int, time_s: float, incarnation: int = 0) -> float:
-        """How many times longer than a scenario's `slot_s` a slot takes."""
+        """How many times longer than a scenario's `slot_s` a task takes."""
         ...
 
 
@@ -62,10 +62,10 @@ class SimulationResult:
     workers: int
     steps: int
     jct_s: float = 0.0  # job completion time
-    ideal_s: float = 0.0  # had each step been balanced exactly, by the speeds of that very step, and nothing been lost
+    ideal_s: float = 0.0  # had each step been balanced exactly, by its true speeds, and nothing been lost
     busy_s: float = 0.0
     waiting_s: float = 0.0
-    input_s: float = 0.0  # of it, without leave to load the batch
+    input_s: float = 0.0  # the part of waiting without leave to load the batch
     decisions: int = 0
     problems: int = 0
     problem: str = ""  # the first of them
@@ -76,17 +76,17 @@ class SimulationResult:
 
     @property
     def achieved(self) -> float:
-        """Of the ideal speed; 1 is perfect."""
+        """The fraction of the ideal speed; 1 is perfect."""
         return self.ideal_s / self.jct_s
 
     @property
     def utilisation(self) -> float:
-        """Share of all ranks' time that they compute."""
+        """The fraction of all ranks' time in which they compute."""
         return self.busy_s / (self.workers * self.jct_s)
 
     @property
     def waiting(self) -> float:
-        """Share of all ranks' time that they wait for each other."""
+        """The fraction of all ranks' time in which they wait for each other."""
         return self.waiting_s / (self.workers * self.jct_s)
 
 
@@ -98,9 +98,10 @@ def simulate(
     slowness: Slowness | None = None,
     trace: Callable[[dict[str, Any]], None] | None = None,
 ) -> SimulationResult:
-    """A whole job. `trace` gets what a coordinator's trace file would hold, less the decisions that changed nothing.
+    """Run a whole job. `trace` gets what a coordinator's trace file would hold, less the decisions that changed
+    nothing.
 
-    ValueError for events that only the laboratory has.
+    ValueError where the scenario has events that only the laboratory can make.
     """
     for event in scenario.events:
         if isinstance(event, Contention):
@@ -109,7 +110,7 @@ def simulate(
 
 
 class _Run:
-    """A job's state: the clock, the coordinator, what each cohort of ranks knows and has not told yet."""
+    """A job's state: the clock, the coordinator, and what each cohort of ranks knows and has not told yet."""
 
     def __init__(
         self,
@@ -132,7 +133,7 @@ class _Run:
         self.now, self.generation = 0.0, 0
         self.incarnation = [0] * n
         self.tail = 0  # tasks put back in this epoch
-        self.best: dict[frozenset[tuple[float, int]], float] = {}  # how many ranks are how slow -> ideal seconds
+        self.best: dict[frozenset[tuple[float, int]], float] = {}  # {(slowness, number of ranks)} -> ideal seconds
         self.events: list[tuple[float, int, Callable[[float], None]]] = []
         self.count = 0
         self.restarts: list[float] = []
@@ -141,7 +142,7 @@ class _Run:
     # The coordinator
 
     def begin(self, first_step: int) -> None:
-        """All workers (re)start."""
+        """Start all workers, at first or again."""
         s = self.scenario
         self.generation += 1
         self.controller = Controller.begin(
@@ -180,7 +181,7 @@ class _Run:
         heapq.heappush(self.events, (time, self.count, lambda now: do(now, *args)))
 
     def reachable(self, now: float) -> float:
-        """When a message of `now` arrives at the coordinator's end of the line, retries included."""
+        """When a message sent at `now` reaches the coordinator, retries included."""
         for start, stop in self.outages:
             if start <= now < stop:
                 now = stop
@@ -197,7 +198,7 @@ class _Run:
         self.at(self.reachable(now) + DELAY_S, self.receive, cohort, steps)
 
     def receive(self, now: float, cohort: int, reports: Sequence[list[StepTime]]) -> None:
-        """The coordinator takes it, and answers."""
+        """The coordinator takes a report, and answers."""
         for rank, steps in zip(self.cohorts[cohort], reports, strict=True):
             self.controller.report(rank, now, steps, {})
             self.news = self.news or bool(steps)
@@ -239,7 +240,7 @@ class _Run:
             )
 
     def lose_coordinator(self, away_s: float) -> None:
-        """Its journal brings back settings and grants; what was reported is gone."""
+        """The coordinator dies: its journal brings back settings and grants, and what was reported is gone."""
         self.outages.append([self.now, self.now + away_s])
         s, old = self.scenario, self.controller.monitor
         self.controller.monitor = Monitor(s.workers, old.first_step, old.short_steps)
@@ -276,14 +277,14 @@ class _Run:
         return next(x for x in reversed(self.controller.settings) if x.step <= step)
 
     def advance(self, time: float) -> None:
-        """Let happen what happens until `time`."""
+        """Let everything happen that happens until `time`."""
         while self.events and self.events[0][0] <= time:
             now, _, do = heapq.heappop(self.events)
             do(now)
         self.now = time
 
     def load(self, step: int) -> None:
-        """Wait until every rank may load the batch; a loader that runs out of leave has its rank report at once."""
+        """Wait until every rank may load the batch. A loader without leave has its rank report at once."""
         for cohort, until in enumerate(self.until):
             if until < step + self.scenario.ahead:
                 self.report(self.now, cohort)
@@ -294,9 +295,9 @@ class _Run:
         self.waited = self.now - start
 
     def compute(self, step: int, setting: Setting, tasks: int, late: bool = True) -> None:
-        """One step, of `tasks`; what is not begun in time goes to the tail, in which nothing is late."""
+        """Make one step of `tasks`. What is not begun in time goes to the tail, in which nothing is late."""
         s, start = self.scenario, self.now
-        slots = (
+        tasks_per_rank = (
             setting.tasks_per_rank
             if tasks == s.tasks_per_batch
             else proportional(tasks, [n + 1e-9 for n in setting.tasks_per_rank])
@@ -307,7 +308,7 @@ class _Run:
             for rank in range(s.workers)
         ]
         took, done = [], []
-        for rank, (n, parts) in enumerate(zip(slots, setting.micro_batches, strict=True)):
+        for rank, (n, parts) in enumerate(zip(tasks_per_rank, setting.micro_batches, strict=True)):
             factor = factors[rank] * (1 + max(-0.5, self.noise.gauss(0, s.noise)) if s.noise else 1.0)
             seconds, finished = _micro_batches(n, parts, factor * s.fixed_s, factor * s.slot_s, after)
             took.append(self.stopped(rank, start, seconds))
@@ -328,7 +329,7 @@ class _Run:
             result.ideal_s += self.ideal(factors) + s.comm_s
 
     def ideal(self, factors: list[float]) -> float:
-        """Seconds of a step with the best possible slots for these very speeds."""
+        """Seconds of a step with the best possible division for these very speeds."""
         s, key = self.scenario, frozenset(Counter(factors).items())
         if key not in self.best:
             self.best[key] = s.ideal_step_s(s.tasks_per_batch, factors)
@@ -343,7 +344,7 @@ class _Run:
         return end - start
 
     def killed(self, step: int) -> int | None:
-        """Do what kills are due; the step to go on from, if a worker is among the killed."""
+        """Make the kills that are due; returns the step to go on from, if a worker was killed."""
         for kill in [kill for kill in self.kills if kill.due(step, self.now)]:
             self.kills.remove(kill)
             if kill.coordinator:
@@ -359,7 +360,7 @@ class _Run:
         return None
 
     def replace_worker(self, rank: int, step: int) -> None:
-        """KILL_RESTART: everything was saved, the rank gets another machine."""
+        """KILL_RESTART: everything was saved, and the rank gets another machine."""
         self.restarts = list(self.controller.restarts)
         self.incarnation[rank] += 1
         self.restart(step)
@@ -370,12 +371,12 @@ class _Run:
         self.begin(step)
 
 
-def _micro_batches(slots: int, parts: int, fixed_s: float, slot_s: float, after: float | None) -> tuple[float, int]:
-    """(seconds, slots that were computed): none is begun `after` seconds into the step, but the first always is."""
-    if after is None and parts <= slots:
-        return (parts * fixed_s if slots else 0.0) + slots * slot_s, slots
+def _micro_batches(tasks: int, parts: int, fixed_s: float, slot_s: float, after: float | None) -> tuple[float, int]:
+    """(seconds, tasks that were computed). None is begun `after` seconds into the step, but the first always is."""
+    if after is None and parts <= tasks:
+        return (parts * fixed_s if tasks else 0.0) + tasks * slot_s, tasks
     seconds, done = 0.0, 0
-    for n in proportional(slots, [1.0] * parts):
+    for n in proportional(tasks, [1.0] * parts):
         if n and (not done or after is None or seconds < after):
             seconds, done = seconds + fixed_s + n * slot_s, done + n
     return seconds, done
@@ -385,10 +386,10 @@ def _micro_batches(slots: int, parts: int, fixed_s: float, slot_s: float, after:
 
 
 class Recorded:
-    """Seconds a slot of each rank, step by step, from a trace's reports; begins anew after the last step.
+    """Seconds a task of each rank, step by step, from a trace's reports; it begins anew after the last step.
 
-    By steps and not by time, so that every policy meets the same slowness. A step without a slot takes the speed of the
-    one before. More ranks than were recorded repeat them.
+    It goes by steps and not by time, so that every policy meets the same slowness. A step without a task takes the
+    speed of the one before. More ranks than were recorded repeat them.
     """
 
     def __init__(self, reports: Sequence[Mapping[str, Any]]) -> None:
@@ -402,21 +403,24 @@ class Recorded:
         self._steps = max(found[-1][0] for found in self._points) + 1 - self.first
 
     def __call__(self, rank: int, *, step: int, time_s: float, incarnation: int = 0) -> float:
-        """Seconds a slot."""
+        """Seconds a task."""
         found = self._points[rank % len(self._points)]
         at = bisect.bisect_right(found, (self.first + step % self._steps, float("inf")))
         return found[max(0, at - 1)][1]
 
 
 def read_trace(path: Path) -> tuple[Scenario, Recorded]:
-    """The job that a trace shows, as many steps, with equal slots and nobody's decisions. ValueError if it is none."""
+    """The job that a trace shows, with as many steps, equal batches and nobody's decisions.
+
+    ValueError where the file is no trace.
+    """
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         begin = next(record for record in records if record["kind"] == "begin")
         reports = [record for record in records if record["kind"] == "report" and record["steps"]]
         recorded = Recorded(reports)
         steps = sorted((row[0], row[3]) for record in reports for row in record["steps"])
-        # Whoever comes last waits for the exchange alone.
+        # The rank that comes last waits for the exchange alone.
         comm = [min(wait for _, wait in rows) for _, rows in groupby(steps, key=lambda row: row[0])]
         scenario = Scenario(
             workers=begin["world_size"],
@@ -437,7 +441,7 @@ def read_trace(path: Path) -> tuple[Scenario, Recorded]:
 def run_simulations(
     scenario: str | None, trace_in: str | None, workers: int | None, policies: Sequence[str], out: str | None
 ) -> list[SimulationResult]:
-    """One job for each policy, from a scenario file or a trace; writes a trace each, if `out` is given.
+    """Run one job for each policy, from a scenario file or a trace, and write a trace each if `out` is given.
 
     With several policies their names come before the suffix of `out`. ValueError says what cannot be read or written.
     """
@@ -472,7 +476,7 @@ def _to_file(path: Path, files: ExitStack) -> Callable[[dict[str, Any]], None]:
 
 
 def print_results(results: Sequence[SimulationResult]) -> None:
-    """A table, one line a policy."""
+    """Print a table with one line a policy."""
     from rich.console import Console
     from rich.table import Table
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Trace:
-    """Appends to a file. A file that cannot be written ends the trace and is told to `log`; training goes on."""
+    """Appends to a file. Where it cannot be written the trace ends and `log` is told; training goes on."""
 
     def __init__(self, path: Path | str, log: Callable[[str], None]) -> None:
         self.path = Path(path)
@@ -20,7 +20,7 @@ class Trace:
             raise ValueError(f"trace {self.path} cannot be written ({error.strerror}): name another file") from error
 
     def write(self, kind: str, now: float, generation: int, **values: Any) -> None:
-        """One line."""
+        """Append one line."""
         line = json.dumps({"kind": kind, "now": now, "generation": generation, **values})
         self._guarded(lambda: self._file.write(line + "\n"))
 
@@ -29,7 +29,7 @@ class Trace:
         self._guarded(self._file.flush)
 
     def close(self) -> None:
-        """The end of it."""
+        """Close the file."""
         self._guarded(self._file.close)
 
     def _guarded(self, action: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the live page shows of a coordinator, as JSON. Small enough to be asked for every second, with 1,024 workers."""
+"""What the live page shows of a coordinator, as JSON. With 1,024 workers it is small enough to be sent every second."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from gmeta.elastic.ledger import Ledger
 from gmeta.elastic.wire import to_wire
 
 CELLS = 480
-"""Of the work item bar."""
+"""The most cells of the bar of work items."""
 MOST_LINES = 16
 """Workers whose history is sent in numbers; of more, the slowest half as many and the fastest."""
 HEAT_LEVELS = "0123456789abcdefghijklmnopqrstuvwxyz"
-"""Batch time as a share of the median at that time: 'i' is the median, a step is 2 ** (1 / 6), '.' is unknown."""
+"""Batch time relative to the median at that time: 'i' is the median, a step is 2 ** (1 / 6), '.' is unknown."""
 
 _HEAT_BOUNDS = [2 ** ((level - 17.5) / 6) for level in range(len(HEAT_LEVELS) - 1)]
 
 
 def state(coordinator: Coordinator) -> dict[str, Any]:
-    """All of it."""
+    """All that the page shows."""
     job, now = coordinator.job, coordinator.now()
     values: dict[str, Any] = {
         "now": now,
@@ -43,11 +43,15 @@ def state(coordinator: Coordinator) -> dict[str, Any]:
             "samples_done": samples_done(ledger),
         }
     workers = table(coordinator, now)
-    return values | {"group": group(coordinator), "workers": workers, **history(coordinator.activity.history, workers)}
+    return values | {
+        "group": worker_group(coordinator),
+        "workers": workers,
+        **history(coordinator.activity.history, workers),
+    }
 
 
 def work_item_counts(ledger: Ledger) -> dict[str, int]:
-    """Of the current epoch, by state."""
+    """The number of work items of the current epoch in each state."""
     doing, lost = len(ledger.doing), len(ledger.lost)
     quarantined = sum(epoch == ledger.epoch for epoch, _ in ledger.quarantined)
     if ledger.finished:
@@ -60,7 +64,7 @@ def work_item_counts(ledger: Ledger) -> dict[str, int]:
 
 
 def samples_done(ledger: Ledger) -> int:
-    """Of all epochs; the last work item of an epoch counts as a whole one."""
+    """Samples done in all epochs; the last work item of an epoch counts as a full one."""
     spec = ledger.spec
     held = [lease.done for lease in ledger.doing.values()]
     now = ledger.num_done * spec.work_item_size + sum(held) + sum(ledger.again.values()) + sum(ledger.lost.values())
@@ -68,8 +72,11 @@ def samples_done(ledger: Ledger) -> int:
 
 
 def cells(ledger: Ledger, most: int = CELLS) -> str:
-    """The epoch's work items in the order in which they are given out, cut into at most `most` cells, a character each:
-    0 to 9 for the share that is done, or what is in it: d being done, l lost, q quarantined."""
+    """The epoch's work items in the order in which they are given out, cut into at most `most` cells of a character
+    each.
+
+    0 to 9 is the part of a cell that is done; a letter says what is in it: d being done, l lost, q quarantined.
+    """
     total = ledger.spec.num_work_items
     count = min(most, total)
     if ledger.finished:
@@ -79,11 +86,11 @@ def cells(ledger: Ledger, most: int = CELLS) -> str:
         start, stop = -(-cell * total // count), -(-(cell + 1) * total // count)
         done[cell] = max(0, min(stop, ledger.cursor) - start)
     marks: dict[int, str] = {}
-    place = {work_item: i for i, work_item in enumerate(ledger.order)} if ledger.spec.shuffle else None
+    position = {work_item: i for i, work_item in enumerate(ledger.order)} if ledger.spec.shuffle else None
     bad = [work_item for epoch, work_item in ledger.quarantined if epoch == ledger.epoch]
     for mark, found in (("", ledger.again), ("d", ledger.doing), ("l", ledger.lost), ("q", bad)):
         for work_item in found:
-            at = work_item if place is None else place[work_item]
+            at = work_item if position is None else position[work_item]
             cell = at * count // total
             done[cell] -= at < ledger.cursor
             if mark:
@@ -92,8 +99,8 @@ def cells(ledger: Ledger, most: int = CELLS) -> str:
     return "".join(marks.get(cell) or str(9 * max(0, done[cell]) // sizes[cell]) for cell in range(count))
 
 
-def group(coordinator: Coordinator) -> dict[str, Any] | None:
-    """Of a trainer's ranks; None where workers pull work items."""
+def worker_group(coordinator: Coordinator) -> dict[str, Any] | None:
+    """The state of a trainer's ranks; None where workers pull work items."""
     began, controller = coordinator.began, coordinator.controller
     if began is None or controller is None:
         return None
@@ -110,7 +117,7 @@ def group(coordinator: Coordinator) -> dict[str, Any] | None:
 
 
 def table(coordinator: Coordinator, now: float) -> list[dict[str, Any]]:
-    """A row a worker: what it did last."""
+    """One row a worker: what it did last."""
     holding, seen, controller = coordinator.holding(), coordinator.snapshot, coordinator.controller
     latest = coordinator.activity.history
     rows = []
@@ -137,14 +144,14 @@ def table(coordinator: Coordinator, now: float) -> list[dict[str, Any]]:
 
 
 def last(series: list[Point] | None) -> Point:
-    """The newest value that is known, of the last three: work items may take longer than a point."""
+    """The newest known value of the last three, because a work item may take longer than a point."""
     return next((value for value in reversed((series or [])[-3:]) if value is not None), None)
 
 
 def history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lines of a few workers and in all, and a heat strip of every worker.
+    """Lines of a few workers and of all together, and a heat strip of every worker.
 
-    Made once a point: with 1,024 workers it takes about 50 ms, in which nobody else is answered.
+    It is made once a point: with 1,024 workers it takes about 50 ms, in which nobody else is answered.
     """
     if kept.drawn is None:
         kept.drawn = _history(kept, workers)
@@ -180,7 +187,7 @@ def _history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _median(values: list[Point]) -> Point:
-    """None where fewer than half are known: at the end of the data the slowest would be the median."""
+    """The median, or None where fewer than half are known: at the end of the data it would be the slowest."""
     known = sorted(value for value in values if value is not None)
     return known[len(known) // 2] if 2 * len(known) >= len(values) and known else None
 

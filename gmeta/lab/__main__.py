@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gmeta.config.train import TrainConfig
 from gmeta.lab.device import Device, bind_to, contended_core, machines_so_far
-from gmeta.lab.place import Place
+from gmeta.lab.folder import LabFolder
 from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_USER_ERROR, follow_launcher, report_error, worker_rank
 from gmeta.parallel.mesh import PeerLost
 from gmeta.runs.directory import read_config
@@ -18,15 +18,15 @@ from gmeta.training.trainer import Trainer
 
 def main(folder: str) -> int:
     """Train as folder/config.yaml says, on the device of this rank; the exit codes are `gmeta train`'s."""
-    place, rank = Place(Path(folder)), worker_rank()
+    lab, rank = LabFolder(Path(folder)), worker_rank()
     device = None
     try:
-        scenario, config = place.scenario(), read_config(place.path)
+        scenario, config = lab.scenario(), read_config(lab.path)
         kind = scenario.device(rank)
         if kind is not None:
             elastic = replace(config.elastic, device_class=kind.name, max_slots=kind.max_slots or 0)
             config = replace(config, elastic=elastic)
-        device = Device(scenario, rank, machines_so_far(place.trace, rank), place)
+        device = Device(scenario, rank, machines_so_far(lab.trace, rank), lab)
         if device.contended:
             bind_to(contended_core())
         return train_on(device, config)

@@ -1,6 +1,6 @@
-"""Whether every task of every epoch took effect exactly once: from metrics.jsonl and the pack alone.
+"""Checks that every task of every epoch took effect exactly once, from metrics.jsonl and the pack alone.
 
-Nothing is taken from the ledger or the coordinator: what each batch held is computed again from the order, and what of
+Nothing is taken from the ledger or the coordinator. What each batch held is computed again from the order, and what of
 it took effect follows from what the trainer logged step by step.
 """
 
@@ -22,7 +22,7 @@ class Audit:
     """Tasks counted over all epochs."""
 
     expected: int = 0
-    lost: int = 0  # took effect in no step of an epoch
+    lost: int = 0  # that took effect in no step of an epoch
     repeated: int = 0  # effects too many
     problems: list[str] = field(default_factory=list)  # records that contradict the order
 
@@ -33,7 +33,7 @@ class Audit:
 
 
 def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainConfig) -> Audit:
-    """`records` are those of kind train, of a run that has finished its epochs."""
+    """Check a run that has finished its epochs. `records` are those of kind train."""
     found = Audit(expected=split.num_tasks * config.schedule.epochs)
     size = config.loader.tasks_per_batch
     for epoch in range(config.schedule.epochs):
@@ -48,7 +48,9 @@ def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainC
             tail = tail if index < len(order) else tail[size:]
             back = record["put_back"]
             if sum(record["slots"]) != len(tasks):
-                text = f"{sum(record['slots'])} slots for the {len(tasks)} tasks of batch {index}"
+                text = (
+                    f"{sum(record['slots'])} tasks were divided among ranks for the {len(tasks)} tasks of batch {index}"
+                )
                 found.problems.append(f"step {record['step']}: {text}")
             if not set(back) <= set(tasks.tolist()):
                 found.problems.append(f"step {record['step']}: tasks were put back that were not in the batch")
@@ -61,7 +63,7 @@ def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainC
 
 
 def batches_of(split: PackSplit, config: TrainConfig, epoch: int) -> Iterator[Tasks]:
-    """The batches of an epoch, in order: positions in the split."""
+    """The batches of an epoch, in order, as positions in the split."""
     loader = config.loader
     batches = num_batches(split.num_tasks, loader.tasks_per_batch)
     for window in range(-(-batches // loader.window_batches)):

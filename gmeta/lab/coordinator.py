@@ -1,4 +1,4 @@
-"""The coordinator of a laboratory run: one that can be killed, and a line to it that can be cut."""
+"""The coordinator of a laboratory run, which can be killed, and the line to it, which can be cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 1 << 16
 
 
 class LabCoordinator:
-    """A `gmeta coordinate` process; after `kill` it is started again on the same journal and port."""
+    """A `gmeta coordinate` process. After `kill` it is started again on the same journal and port."""
 
     def __init__(self, folder: Path, policy: str, max_restarts: int) -> None:
         self.token_file = folder / "coordinator.token"
@@ -27,12 +27,12 @@ class LabCoordinator:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """Of the process that is there, or was last."""
+        """The process that is there, or was last."""
         return self._process.pid
 
     def _start(self) -> subprocess.Popen[str]:
@@ -40,7 +40,7 @@ class LabCoordinator:
         return process
 
     def kill(self, away_s: float) -> None:
-        """SIGKILL; `away_s` later it is started again, which takes a second more."""
+        """Send SIGKILL. It is started again `away_s` later, which takes a second more."""
         self._process.kill()
         self._process.wait()
         self._again = threading.Timer(away_s, self._restart)
@@ -51,7 +51,7 @@ class LabCoordinator:
         self._process = self._start()
 
     def close(self) -> None:
-        """End it."""
+        """End the coordinator."""
         if self._again is not None:
             self._again.cancel()
             self._again.join()
@@ -59,7 +59,7 @@ class LabCoordinator:
 
 
 class Line:
-    """A TCP proxy to 127.0.0.1:`port` that can be cut: connections break, new ones are refused, until it is mended."""
+    """A TCP proxy to 127.0.0.1:`port`. While it is cut, connections are broken and new ones are refused."""
 
     def __init__(self, port: int) -> None:
         self._to, self.port = port, 0
@@ -69,7 +69,7 @@ class Line:
 
     @property
     def url(self) -> str:
-        """Where workers find the coordinator."""
+        """The address at which workers find the coordinator."""
         return f"http://127.0.0.1:{self.port}"
 
     def mend(self) -> None:
@@ -91,7 +91,7 @@ class Line:
             self._threads = [thread for thread in self._threads if thread.is_alive()]
 
     def close(self) -> None:
-        """End it."""
+        """End the proxy."""
         self.cut()
 
     def _accept(self) -> None:
@@ -116,7 +116,7 @@ class Line:
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
-    """Until one end closes; then both are closed."""
+    """Copy until one end closes; then close both."""
     with contextlib.suppress(OSError):
         while data := source.recv(_CHUNK):
             target.sendall(data)

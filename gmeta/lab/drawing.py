@@ -1,4 +1,4 @@
-"""Lanes and lines over one axis of seconds, as one SVG; what is drawn is added from top to bottom."""
+"""Lanes and lines over one axis of seconds, as one SVG. What is drawn is added from top to bottom."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _LETTER = 6.1  # width of one, at 10.5 px
 
 
 def rank_colour(rank: int) -> str:
-    """Colours repeat after eight."""
+    """The colour of a rank; colours repeat after eight."""
     return _RANKS[rank % len(_RANKS)]
 
 
 class Picture:
-    """From second `begin` to `end`; `y` is where the next thing goes."""
+    """A picture from second `begin` to second `end`. The next thing is drawn at `y`."""
 
     def __init__(self, begin: float, end: float, width: float = 1040.0) -> None:
         self.begin, self.end, self.width = begin, max(end, begin + 1e-3), width
@@ -27,16 +27,16 @@ class Picture:
         self._parts: list[str] = []
 
     def x(self, at: float) -> float:
-        """Place of a time, within the axis."""
+        """The position of a time, kept within the axis."""
         share = (at - self.begin) / (self.end - self.begin)
         return _LEFT + self.width * min(1.0, max(0.0, share))
 
     def text(
         self, x: float, y: float, text: str, colour: str = _MUTED, anchor: str = "start", size: float = 10.5
     ) -> None:
-        """Words, their baseline at `y`."""
-        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
-        self._parts.append(f'<text {place} fill="{colour}">{escape(text)}</text>')
+        """Write words, with their baseline at `y`."""
+        attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"'
+        self._parts.append(f'<text {attributes} fill="{colour}">{escape(text)}</text>')
 
     def box(
         self,
@@ -49,7 +49,7 @@ class Picture:
         inside: str = "",
         rim: bool = False,
     ) -> None:
-        """A stretch of time; `about` is shown when it is pointed at, `inside` written in it where there is room."""
+        """Draw a stretch of time. `about` is shown on pointing at it, `inside` is written in it where there is room."""
         if end <= self.begin or begin >= self.end or end <= begin:
             return
         x, width = self.x(begin), max(0.5, self.x(end) - self.x(begin))
@@ -60,12 +60,12 @@ class Picture:
             self.text(x + width / 2, y + height / 2 + 3.7, inside, "#fff", "middle")
 
     def path(self, data: str, colour: str) -> None:
-        """A filled shape."""
+        """Draw a filled shape."""
         if data:
             self._parts.append(f'<path d="{data}" fill="{colour}"/>')
 
     def lane(self, height: float, label: str) -> float:
-        """Room for a worker; its top."""
+        """Make room for a worker, and return its top."""
         top = self.y + 4
         if label:
             self.text(_LEFT - 8, top + height / 2 + 3.7, label, _INK, "end")
@@ -73,7 +73,7 @@ class Picture:
         return top
 
     def marks(self, label: str, marks: Sequence[tuple[float, str, str]], kind: str) -> None:
-        """A row of marks (time, name, about); names are written where they do not run into the next mark."""
+        """Draw a row of marks (time, name, about). Names are written where they do not run into the next mark."""
         y, colour = self.y + 12, _MARKS[kind]
         self.text(_LEFT - 8, y, label, _MUTED, "end")
         groups: list[tuple[float, list[str]]] = []
@@ -94,7 +94,7 @@ class Picture:
         self.y += 18
 
     def chart(self, height: float, label: str, top: float) -> float:
-        """Room for lines from 0 to `top`; its top."""
+        """Make room for lines from 0 to `top`, and return its top."""
         y = self.y + 22
         self.text(_LEFT, y - 6, label, _MUTED)
         for share in (0.0, 0.5, 1.0):
@@ -107,27 +107,27 @@ class Picture:
     def line(
         self, points: Sequence[tuple[float, float]], y: float, height: float, top: float, colour: str, about: str
     ) -> None:
-        """Points (seconds, value) joined, in a chart."""
+        """Join points (seconds, value) in a chart."""
         data = "L".join(f"{self.x(at):.1f} {y + height * (1 - value / top):.1f}" for at, value in points)
         shape = f'd="M{data}" fill="none" stroke="{colour}" stroke-width="1.5" stroke-linejoin="round"'
         self._parts.append(f"<path {shape}><title>{escape(about)}</title></path>")
 
     def key(self, names: Sequence[tuple[str, str]], y: float) -> None:
-        """Names of a chart's lines, at its right above it."""
+        """Write the names of a chart's lines above it, at its right."""
         x = _LEFT + self.width
         for name, colour in reversed(names):
             self.text(x, y - 6, name, colour, "end")
             x -= 14 + _LETTER * len(name)
 
     def rules(self, times: Sequence[float], top: float) -> None:
-        """Thin lines from `top` to here, where something was decided."""
+        """Draw thin lines from `top` to here, where something was decided."""
         for at in times:
             line = f"M{self.x(at):.1f} {top:.1f}V{self.y:.1f}"
             colour = f'stroke="{_MARKS["action"]}" stroke-width="0.7" stroke-opacity="0.45"'
             self._parts.append(f'<path d="{line}" {colour}/>')
 
     def axis(self) -> None:
-        """Seconds."""
+        """Draw the axis of seconds."""
         self.y += 6
         self._parts.append(f'<path d="M{_LEFT} {self.y:.1f}h{self.width}" stroke="{_MUTED}" stroke-width="0.8"/>')
         step = _round_step((self.end - self.begin) / 10)
@@ -140,7 +140,7 @@ class Picture:
         self.y += 22
 
     def svg(self, label: str) -> str:
-        """The whole, as wide as the page, yet never too small to read."""
+        """The full picture. It is as wide as the page, yet never too small to read."""
         width = _LEFT + self.width + _RIGHT
         return (
             f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {self.y:.0f}" '
@@ -150,7 +150,7 @@ class Picture:
 
 
 def share_path(picture: Picture, shares: Sequence[float], size: float, y: float, height: float) -> str:
-    """The outline of bars from the bottom of a lane, `shares` of its height, each `size` seconds wide."""
+    """The outline of bars that fill `shares` of a lane's height from its bottom, each `size` seconds wide."""
     bottom, data, level = y + height, [f"M{picture.x(picture.begin):.1f} {y + height:.1f}"], 0.0
     for i, share in enumerate(shares):
         if abs(share - level) > 5e-3:

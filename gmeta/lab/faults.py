@@ -16,14 +16,14 @@ import psutil
 from gmeta.elastic.scenario import Contention, Cut, Event, Kill, Pause, Scenario
 from gmeta.lab.coordinator import LabCoordinator, Line
 from gmeta.lab.device import bind_to, contended_core
-from gmeta.lab.place import Place, read_lines
+from gmeta.lab.folder import LabFolder, read_lines
 
 _POLL_S = 0.02
 _BURNER = "while True: pass"
 
 
 @dataclass(frozen=True)
-class Planned:
+class ScriptStep:
     """Something to do once `due(step, seconds since the start)`."""
 
     due: Callable[[int, float], bool]
@@ -31,22 +31,22 @@ class Planned:
 
 
 class Faults:
-    """A thread that lives as long as the run. An error in it is raised by `close`."""
+    """A thread that lives as long as the run, and works off the script of its faults. `close` raises an error in it."""
 
-    def __init__(self, scenario: Scenario, place: Place, coordinator: LabCoordinator, line: Line | None) -> None:
-        self._place, self._coordinator, self._line = place, coordinator, line
-        self._planned = [planned for event in scenario.events for planned in self._plan(event)]
+    def __init__(self, scenario: Scenario, folder: LabFolder, coordinator: LabCoordinator, line: Line | None) -> None:
+        self._folder, self._coordinator, self._line = folder, coordinator, line
+        self._script = [step for event in scenario.events for step in self._steps_of(event)]
         self._stopped: dict[int, int] = {}  # rank -> pid
         self._burners: dict[int, subprocess.Popen[bytes]] = {}  # rank -> process
         self._closing = threading.Event()
         self._error: BaseException | None = None
-        self._file = place.faults.open("a", buffering=1)
+        self._file = folder.faults.open("a", buffering=1)
         self._thread = threading.Thread(target=self._run, name="gmeta-lab-faults", daemon=True)
         self._thread.start()
 
-    def _plan(self, event: Event) -> list[Planned]:
+    def _steps_of(self, event: Event) -> list[ScriptStep]:
         if isinstance(event, Kill):
-            return [Planned(event.due, lambda: self._kill(event))]
+            return [ScriptStep(event.due, lambda: self._kill(event))]
         if isinstance(event, Pause):
             begin, end, rank = event.at_s, event.at_s + event.for_s, event.rank
             return [_at(begin, lambda: self._stop(rank)), _at(end, lambda: self._go_on(rank))]
@@ -59,15 +59,15 @@ class Faults:
         return []  # slowness is the emulated device's
 
     def _run(self) -> None:
-        progress = _Progress(self._place)
+        progress = _Progress(self._folder)
         try:
-            while self._planned and not self._closing.wait(_POLL_S):
-                elapsed = self._place.elapsed_s()
+            while self._script and not self._closing.wait(_POLL_S):
+                elapsed = self._folder.elapsed_s()
                 if elapsed is None:
                     continue
-                for planned in [p for p in self._planned if p.due(progress.step(), elapsed)]:
-                    self._planned.remove(planned)
-                    planned.do()
+                for step in [p for p in self._script if p.due(progress.step(), elapsed)]:
+                    self._script.remove(step)
+                    step.do()
         except BaseException as error:
             self._error = error
 
@@ -84,12 +84,12 @@ class Faults:
             raise self._error
 
     def _tell(self, what: str, **values: object) -> None:
-        line = {"at": self._place.elapsed_s(), "what": what, **values}
+        line = {"at": self._folder.elapsed_s(), "what": what, **values}
         self._file.write(json.dumps(line) + "\n")
 
     def _pid(self, rank: int) -> int | None:
         """The worker's process; None while the group is being started again."""
-        starts = [line["pid"] for line in read_lines(self._place.worker(rank)) if line["kind"] == "start"]
+        starts = [line["pid"] for line in read_lines(self._folder.worker(rank)) if line["kind"] == "start"]
         pid: int | None = starts[-1] if starts and _is_alive(starts[-1]) else None
         return pid
 
@@ -113,7 +113,7 @@ class Faults:
             self._tell(f"continue rank {rank}")
 
     def _signal(self, rank: int, number: signal.Signals) -> int | None:
-        """The process that got it; None, said in the file, when there was none."""
+        """Signal a worker, and return its process. Where there is none, the file says so and None is returned."""
         pid = self._pid(rank)
         if pid is None:
             self._tell(f"no rank {rank} to signal", signal=number.name)
@@ -145,8 +145,8 @@ class Faults:
         self._tell("line mended")
 
 
-def _at(when_s: float, do: Callable[[], None]) -> Planned:
-    return Planned(lambda _, elapsed: elapsed >= when_s, do)
+def _at(when_s: float, do: Callable[[], None]) -> ScriptStep:
+    return ScriptStep(lambda _, elapsed: elapsed >= when_s, do)
 
 
 def _is_alive(pid: int) -> bool:
@@ -158,13 +158,13 @@ def _is_alive(pid: int) -> bool:
 
 
 class _Progress:
-    """The step that the run is in, by the file of rank 0's device, which is read once."""
+    """The step that the run is in, from the file of rank 0's device, each line of which is read once."""
 
-    def __init__(self, place: Place) -> None:
-        self._path, self._offset, self._step = place.worker(0), 0, 0
+    def __init__(self, folder: LabFolder) -> None:
+        self._path, self._offset, self._step = folder.worker(0), 0, 0
 
     def step(self) -> int:
-        """Steps that rank 0 has computed."""
+        """The number of steps that rank 0 has computed."""
         if not self._path.exists():
             return 0
         with self._path.open("rb") as file:

@@ -9,32 +9,32 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gmeta.elastic.scenario import Scenario
-from gmeta.lab.place import Place, read_lines
+from gmeta.lab.folder import LabFolder, read_lines
 
 
 @dataclass
 class Execution:
-    """One step of one rank, as its device computed it; a step is executed again after a rollback. Seconds."""
+    """One step of one rank, as its device computed it, in seconds. After a rollback a step is executed again."""
 
     step: int
     begin: float  # since the start of the run
     end: float
     busy_s: float
-    work: float  # slots
+    work: float  # tasks, weighed by their rows
     factor: float  # how many times slower than speed 1 the device was
     target_s: float = 0.0
     spent_s: float = 0.0  # in real computing
 
 
 @dataclass
-class Result:
+class LabResult:
     """The numbers of a run. Seconds of busy and waiting are sums over ranks."""
 
     policy: str
     workers: int
     steps: int
     jct_s: float  # job completion time: from the first step's start to the last one's end
-    ideal_s: float  # had each step been balanced exactly, by the speeds of that very step, and cost nothing else
+    ideal_s: float  # had each step been balanced exactly, by its true speeds, and cost nothing else
     busy_s: float
     overhead_s: float  # median over steps of what a step took besides its slowest rank's computing
     restarts: int
@@ -43,8 +43,8 @@ class Result:
     tail_tasks: int  # that were put back and done at an epoch's end
     decisions: int
     actions: dict[str, int] = field(default_factory=dict)
-    agent_cpu_share: float = 0.0  # CPU of rank 0's agent, of the time of steps
-    not_emulated: float = 0.0  # share of micro-batches whose real computing took longer than the emulated
+    agent_cpu_share: float = 0.0  # CPU time of rank 0's agent, as a fraction of the time of steps
+    not_emulated: float = 0.0  # fraction of micro-batches whose real computing took longer than the emulated
     metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
     expected: int = 0
     lost: int = 0
@@ -54,19 +54,19 @@ class Result:
 
     @property
     def achieved(self) -> float:
-        """Of the ideal speed; 1 is perfect."""
+        """The fraction of the ideal speed; 1 is perfect."""
         return self.ideal_s / self.jct_s
 
     @property
     def utilisation(self) -> float:
-        """Share of all ranks' time that they compute."""
+        """The fraction of all ranks' time in which they compute."""
         return self.busy_s / (self.workers * self.jct_s)
 
 
-def executions(place: Place, rank: int) -> list[Execution]:
+def executions(folder: LabFolder, rank: int) -> list[Execution]:
     """Every step that the rank's device computed, in order of time."""
     found: list[Execution] = []
-    for part in read_lines(place.worker(rank)):
+    for part in read_lines(folder.worker(rank)):
         if part["kind"] != "part":
             continue
         if part["first"]:
@@ -82,23 +82,23 @@ def executions(place: Place, rank: int) -> list[Execution]:
 
 
 def measure(
-    place: Place, scenario: Scenario, policy: str, records: Sequence[Mapping[str, Any]], batches_per_epoch: int
-) -> Result:
-    """All but the audit and the comparison. `records` are those of metrics.jsonl."""
-    by_rank = [executions(place, rank) for rank in range(scenario.workers)]
+    folder: LabFolder, scenario: Scenario, policy: str, records: Sequence[Mapping[str, Any]], batches_per_epoch: int
+) -> LabResult:
+    """All numbers but those of the audit and the comparison. `records` are those of metrics.jsonl."""
+    by_rank = [executions(folder, rank) for rank in range(scenario.workers)]
     last = [{e.step: e for e in found} for found in by_rank]
     train = [record for record in records if record["kind"] == "train"]
     in_order = [record for record in train if record["index"] < batches_per_epoch]
     ideal = sum(
         scenario.ideal_step_s(sum(r["slots"]), [steps[r["step"] - 1].factor for steps in last]) for r in in_order
     )
-    gaps = _gaps(place, by_rank[0])
+    gaps = _gaps(folder, by_rank[0])
     everything = [e for found in by_rank for e in found]
-    decided = [line for line in read_lines(place.trace) if line["kind"] == "decide" and line["setting"]]
+    decided = [line for line in read_lines(folder.trace) if line["kind"] == "decide" and line["setting"]]
     names = [action["action"] for line in decided for action in line["actions"]]
     valid = [record for record in records if record["kind"] == "valid"]
     emulated = [e for e in everything if e.work > 0]
-    return Result(
+    return LabResult(
         policy=policy,
         workers=scenario.workers,
         steps=len(train),
@@ -118,9 +118,9 @@ def measure(
     )
 
 
-def _gaps(place: Place, found: Sequence[Execution]) -> list[float]:
+def _gaps(folder: LabFolder, found: Sequence[Execution]) -> list[float]:
     """Seconds without a step at each restart of the group."""
-    kinds = [(line["kind"], line.get("at", 0.0), line.get("took_s", 0.0)) for line in read_lines(place.worker(0))]
+    kinds = [(line["kind"], line.get("at", 0.0), line.get("took_s", 0.0)) for line in read_lines(folder.worker(0))]
     gaps: list[float] = []
     for before, start, after in zip(kinds, kinds[1:], kinds[2:], strict=False):
         if (before[0], start[0], after[0]) == ("part", "start", "part"):

@@ -1,4 +1,4 @@
-"""The data of a laboratory run: tasks of equal size, so that every slot is the same work."""
+"""The data of a laboratory run: tasks of equal size, so that every task of a batch is the same work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _DIM = 4  # of the taste that clicks follow
 
 
 def write_lab_pack(path: Path, num_tasks: int, seed: int) -> None:
-    """`num_tasks` training tasks and `VALID_TASKS` valid ones, each of `ROWS` clicks that follow a taste of its own."""
+    """Write `num_tasks` training tasks and `VALID_TASKS` valid ones, each of `ROWS` clicks that follow a taste of its
+    own."""
     schema = PackSchema(
         features=(Feature(name="item", kind="categorical", num_ids=NUM_ITEMS, table="item"),),
         numeric=(),
@@ -45,7 +46,7 @@ def write_lab_pack(path: Path, num_tasks: int, seed: int) -> None:
 def _arrays(
     rng: np.random.Generator, latent: np.ndarray[Any, np.dtype[np.float64]], tasks: np.ndarray[Any, np.dtype[np.int64]]
 ) -> dict[str, Any]:
-    """A shard's tensors."""
+    """The tensors of a shard."""
     item = rng.integers(1, NUM_ITEMS, len(tasks) * ROWS)
     taste = np.repeat(rng.normal(size=(len(tasks), _DIM)), ROWS, axis=0)
     logit = latent[item, 0] + (latent[item] * taste).sum(1)  # what all like, and what each likes

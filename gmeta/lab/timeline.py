@@ -1,4 +1,4 @@
-"""The report of a laboratory run: one HTML file with a picture of who computed, who waited, what was done, and when."""
+"""The report of a laboratory run: one HTML file that shows who computed, who waited, what was done, and when."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 from gmeta.core.files import write_text
 from gmeta.elastic.scenario import Scenario
 from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, rank_colour, share_path
-from gmeta.lab.measure import Execution, Result, executions
-from gmeta.lab.place import Place, read_lines
+from gmeta.lab.folder import LabFolder, read_lines
+from gmeta.lab.measure import Execution, LabResult, executions
 
 _ZOOM_S = 6.0
 _BIN_PX = 2.0
@@ -47,9 +47,9 @@ class Story:
     end: float
 
 
-def write_timeline(place: Place, scenario: Scenario, result: Result) -> Path:
+def write_timeline(folder: LabFolder, scenario: Scenario, result: LabResult) -> Path:
     """Write report.html into the folder."""
-    story = _story(place, scenario)
+    story = _story(folder, scenario)
     sections = [
         _cards(result),
         _legend(),
@@ -62,20 +62,20 @@ def write_timeline(place: Place, scenario: Scenario, result: Result) -> Path:
     title = f"{result.policy} on {scenario.workers} emulated workers"
     subtitle = " · ".join([f"{scenario.steps} steps of {scenario.tasks_per_batch} tasks", *_troubles(scenario)])
     page = Template(template).substitute(title=escape(title), subtitle=escape(subtitle), body="\n".join(sections))
-    path = place.path / "report.html"
+    path = folder.path / "report.html"
     write_text(path, page)
     return path
 
 
-def _story(place: Place, scenario: Scenario) -> Story:
-    ranks = [executions(place, rank) for rank in range(scenario.workers)]
+def _story(folder: LabFolder, scenario: Scenario) -> Story:
+    ranks = [executions(folder, rank) for rank in range(scenario.workers)]
     inputs: list[dict[int, float]] = [{} for _ in ranks]
-    trace, started = read_lines(place.trace), place.clock() or 0.0
+    trace, started = read_lines(folder.trace), folder.clock() or 0.0
     for line in trace:
         if line["kind"] == "report":
             inputs[line["rank"]] |= {step: input_s for step, _, input_s, *_ in line["steps"]}
     moments = [
-        Moment(line["at"], "fault", line["what"], _words(line, ("at", "what"))) for line in read_lines(place.faults)
+        Moment(line["at"], "fault", line["what"], _words(line, ("at", "what"))) for line in read_lines(folder.faults)
     ]
     for line in trace:
         if line["kind"] == "decide":
@@ -104,11 +104,11 @@ def _whole(story: Story) -> str:
     for rank, found in enumerate(story.ranks):
         busy = sum(e.busy_s for e in found) / story.end
         _lane(picture, story, rank, height, f"rank {rank}  {busy:.0%}" if height >= 12 else "")
-    _slots(picture, story)
+    _tasks(picture, story)
     _step_times(picture, story)
     picture.rules([m.at for m in story.moments if m.kind == "action"], top)
     picture.axis()
-    return picture.svg("Timeline: computing, waiting, slots and step time of every worker")
+    return picture.svg("Timeline: computing, waiting, tasks and step time of every worker")
 
 
 def _moments(picture: Picture, moments: Sequence[Moment]) -> None:
@@ -119,7 +119,7 @@ def _moments(picture: Picture, moments: Sequence[Moment]) -> None:
 
 
 def _lane(picture: Picture, story: Story, rank: int, height: float, label: str) -> None:
-    """Shares of computing, input and waiting over time, bin by bin; a strip above it where the device is slow."""
+    """Draw the fractions of computing, input and waiting, bin by bin, with a strip above where the device is slow."""
     found, inputs = story.ranks[rank], story.inputs[rank]
     bins = max(1, int(picture.width / _BIN_PX))
     size = story.end / bins
@@ -143,14 +143,14 @@ def _lane(picture: Picture, story: Story, rank: int, height: float, label: str) 
 
 
 def spread(bins: list[float], size: float, begin: float, end: float) -> None:
-    """Add the seconds of [begin, end) to bins of `size` seconds that they lie in."""
+    """Add the seconds of [begin, end) to the bins of `size` seconds that they lie in."""
     first, last = max(0, int(begin / size)), min(len(bins) - 1, int(end / size))
     for i in range(first, last + 1):
         bins[i] += max(0.0, min(end, (i + 1) * size) - max(begin, i * size))
 
 
 def stretches(found: Sequence[Execution]) -> list[list[Execution]]:
-    """Steps that were made one after the other, without a restart between them."""
+    """Runs of steps that were made one after the other, without a restart between them."""
     parts: list[list[Execution]] = []
     for e in found:
         if parts and e.step == parts[-1][-1].step + 1 and e.begin - parts[-1][-1].end < _PAUSE_S:
@@ -173,9 +173,9 @@ def _slow(found: Sequence[Execution]) -> list[tuple[float, float, float]]:
     return stretches
 
 
-def _slots(picture: Picture, story: Story) -> None:
+def _tasks(picture: Picture, story: Story) -> None:
     top = max((e.work for found in story.ranks for e in found), default=1.0)
-    y = picture.chart(90, "slots of a step", top)
+    y = picture.chart(90, "tasks of a step", top)
     for rank, found in enumerate(story.ranks):
         for stretch in stretches(found):
             corners = [(stretch[0].begin, stretch[0].work)]
@@ -189,7 +189,8 @@ def _slots(picture: Picture, story: Story) -> None:
 
 
 def _step_times(picture: Picture, story: Story) -> None:
-    """From a step's begin on rank 0 to the next one's, beside the ideal; means of equal numbers of steps."""
+    """Draw the time from a step's begin on rank 0 to the next one's, beside the ideal, as means over equally many
+    steps."""
     factors = [{e.step: e.factor for e in found} for found in story.ranks]
     parts: list[list[tuple[float, float, float]]] = []
     for stretch in stretches(story.ranks[0]):
@@ -213,7 +214,7 @@ def _step_times(picture: Picture, story: Story) -> None:
 
 
 def _means(rows: Sequence[tuple[float, float, float]], size: int) -> list[tuple[float, float, float]]:
-    """Of `size` rows at a time, the first one's place."""
+    """The mean of every `size` rows, at the position of the first of them."""
     found = []
     for i in range(0, len(rows), size):
         group = rows[i : i + size]
@@ -233,7 +234,7 @@ def _zoom_title(story: Story) -> str:
 
 
 def _zoom(story: Story) -> str:
-    """Every step as it was, with its slots."""
+    """Draw every step of a short time as it was, with its tasks."""
     begin = _zoom_begin(story)
     end = min(begin + _ZOOM_S, story.end)
     picture = Picture(begin, end)
@@ -248,7 +249,7 @@ def _zoom(story: Story) -> str:
                 wait = min(story.inputs[rank].get(e.step, 0.0), e.begin - before.end)
                 picture.box(before.end, e.begin - wait, y, 24, WAITING, f"step {before.step}: waiting")
                 picture.box(e.begin - wait, e.begin, y, 24, INPUT, f"step {e.step}: no batch yet")
-            text = f"step {e.step}: {e.work:.4g} slots in {e.busy_s:.3f} s, {e.factor:.2g} times slower than speed 1"
+            text = f"step {e.step}: {e.work:.4g} tasks in {e.busy_s:.3f} s, {e.factor:.2g} times slower than speed 1"
             picture.box(e.begin, e.end, y, 24, BUSY, text, f"{e.work:.3g}", rim=True)
     picture.rules([m.at for m in story.moments if m.kind == "action" and begin <= m.at <= end], top)
     picture.axis()
@@ -263,7 +264,7 @@ def _troubles(scenario: Scenario) -> list[str]:
     return [*(f"{d.count} × {d.name} at speed {d.speed:g}" for d in scenario.devices), *events]
 
 
-def _cards(result: Result) -> str:
+def _cards(result: LabResult) -> str:
     whole = "each task exactly once an epoch" if not (result.lost or result.repeated) else "see below"
     cards = (
         ("job completion time", f"{result.jct_s:.1f} s", f"ideal {result.ideal_s:.1f} s"),
@@ -290,7 +291,7 @@ def _legend() -> str:
     return f'<p class="note" style="margin:22px 0 0">{inner}<span>white: no process</span></p>'
 
 
-def _numbers(result: Result) -> list[tuple[str, ...]]:
+def _numbers(result: LabResult) -> list[tuple[str, ...]]:
     actions = ", ".join(f"{name} {count}" for name, count in result.actions.items()) or "none"
     rows: list[tuple[str, ...]] = [
         ("actions", actions),

@@ -99,3 +99,14 @@ def describe(links: Links) -> str:
         f"inside nodes    {links.intra_bits_s / 1e9:8.3f} Gbit/s {links.intra_latency_s * 1e6:8.0f} us a message\n"
         f"between nodes   {links.inter_bits_s / 1e9:8.3f} Gbit/s {links.inter_latency_s * 1e6:8.0f} us a message, {nic}"
     )
+
+
+def suspicion(links: Links) -> str | None:
+    """What looks wrong about measured links, and what to do; None where nothing does."""
+    if links.intra_bits_s >= links.inter_bits_s:
+        return None
+    return (
+        f"links inside nodes are slower than those between nodes ({links.intra_bits_s / 1e9:.3g} and "
+        f"{links.inter_bits_s / 1e9:.3g} Gbit/s): see that consecutive ranks share a machine, and that node_size is "
+        "the number of ranks on each; otherwise sharding inside nodes gains nothing"
+    )

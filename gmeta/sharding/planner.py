@@ -30,7 +30,7 @@ def read_links(path: str) -> Links:
 
 def build_advice(config: PlanConfig) -> list[StepCost]:
     """All strategies that fit, fastest first. ValueError where none does."""
-    layout = NodeLayout(config.group_size, config.groups)
+    layout = NodeLayout(config.node_size, config.nodes)
     return advise(layout, _links(config), _workload(config), _cap(config), config.collectives)
 
 
@@ -69,7 +69,7 @@ def print_advice(config: PlanConfig, fitting: Sequence[StepCost]) -> None:
     from rich.table import Table
 
     console = Console()
-    layout = NodeLayout(config.group_size, config.groups)
+    layout = NodeLayout(config.node_size, config.nodes)
     every = [step_cost(name, layout, _links(config), _workload(config), config.collectives) for name in STRATEGIES]
     names = {c.strategy for c in fitting}
     out = sorted((c for c in every if c.strategy not in names), key=lambda c: c.memory)
@@ -95,7 +95,7 @@ def reason(config: PlanConfig, fitting: Sequence[StepCost]) -> str:
     if config.memory_gb is not None and len(fitting) < len(STRATEGIES):
         out = [name for name in STRATEGIES if name not in {c.strategy for c in fitting}]
         told.append(f"what does not fit into {config.memory_gb:g} GB: {', '.join(out)}")
-    if config.groups * config.group_size == 1:
+    if config.nodes * config.node_size == 1:
         return "one rank: nothing to share, every strategy is the same"
     equal = [c.strategy for c in fitting if c.step_s <= TIE * fitting[0].step_s and c is not best]
     if equal:

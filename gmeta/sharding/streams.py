@@ -13,8 +13,6 @@ from queue import SimpleQueue
 
 import torch
 
-Job = Callable[[], None]
-
 
 class Handle:
     """A submitted job. `wait` returns when the job is done, or raises what it raised.
@@ -47,14 +45,14 @@ class CommStream:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._error: BaseException | None = None
         self._closed = False
-        self._jobs: SimpleQueue[tuple[Job, Future[None]] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         if self._stream is None:
             # A daemon: a job that waits for a dead peer must not keep the process from ending.
             self._thread = threading.Thread(target=self._work, name=f"gmeta-{name}", daemon=True)
             self._thread.start()
 
-    def submit(self, job: Job) -> Handle:
+    def submit(self, job: Callable[[], None]) -> Handle:
         """Run `job` after all that were submitted before. RuntimeError says that the stream is closed."""
         if self._closed:
             raise RuntimeError("the engine is closed: make another with paro()")

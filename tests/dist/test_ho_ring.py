@@ -20,7 +20,7 @@ UNEVEN = [5, 0, 3, 8, 1, 2, 0, 13]
 
 
 def blocks_of(rank: int, sizes: list[int], group_size: int, dtype: torch.dtype) -> list[list[Tensor]]:
-    """Blocks [group][place] that a rank contributes to a sum; whole numbers, so that every order gives the same."""
+    """Blocks [node][local rank] that a rank contributes to a sum; whole numbers, so that every order gives the same."""
     draws = torch.Generator().manual_seed(rank)
     parts = [torch.randint(-8, 9, (size,), generator=draws).to(dtype) for size in sizes]
     return [parts[start : start + group_size] for start in range(0, len(parts), group_size)]
@@ -76,7 +76,7 @@ def test_eight_ranks(group_size: int, chunk_bytes: int) -> None:
 
 
 def test_what_is_sent() -> None:
-    """Of V bytes on two groups of two a flat ring sends 3/4 V between groups, from one rank; the others 1/4 each."""
+    """A flat ring sends 3/4 of V bytes between two nodes of two, from one rank; the other algorithms 1/4 from each."""
     flat, two_phase, ho = zip(*run_ranks(4, exchange, 2, EVEN, torch.float64, 16), strict=True)
     block = 6 * 8
     assert flat == ((3 * block, 0), (0, 3 * block)) * 2
@@ -94,7 +94,7 @@ def asynchronous(mesh: Mesh) -> None:
     for k in (4, 0, 3, 1, 2):
         handles[k].wait()
         expected = torch.empty(64, dtype=torch.float64)
-        for rank in range(4):  # group rank // 2, place rank % 2 owns part place * 2 + group
+        for rank in range(4):  # local rank rank % 2 of node rank // 2 owns partition local_rank * 2 + node
             part = rank % 2 * 2 + rank // 2
             expected[part * 16 : (part + 1) * 16] = 10 * k + rank
         assert torch.equal(buffers[k], expected)

@@ -18,6 +18,7 @@ from coordinators import ENVIRONMENT, Process, audit, fails, records, until
 
 from gmeta.elastic.client import Client, Refused, Unreachable, read_token
 from gmeta.elastic.ledger import JobSpec
+from gmeta.elastic.wire import to_wire
 
 pytestmark = pytest.mark.faults
 
@@ -104,7 +105,7 @@ class Pipe:
 
 
 def work(pipe: Pipe, spec: JobSpec) -> Counter[tuple[int, int]]:
-    """One worker that takes all there is, two work items at a time, reports progress, and once gives a work item back."""
+    """One worker that takes all there is, two work items at a time, reports progress, and once gives one back."""
     delivered: Counter[tuple[int, int]] = Counter()
     pipe.call("job", pack="p", plan=to_wire(spec))
     reply = pipe.call("lease", worker="w", count=2)

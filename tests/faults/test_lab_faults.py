@@ -7,7 +7,7 @@ import json
 import pytest
 
 from gmeta.elastic.scenario import Deterministic, Kill, Scenario
-from gmeta.lab.place import read_lines
+from gmeta.lab.folder import read_lines
 from gmeta.lab.run import run_lab, summary
 
 pytestmark = pytest.mark.faults

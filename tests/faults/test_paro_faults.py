@@ -73,14 +73,14 @@ def test_the_lost_rank_is_named(how: str, strategy: str, collectives: str) -> No
 
 def test_doctor_measures_links(tmp_path: Path) -> None:
     network = tmp_path / "network.json"
-    argv = [sys.executable, "-m", "gmeta", "doctor", "--nproc", "2", "--network", str(network), "--group_size", "1"]
+    argv = [sys.executable, "-m", "gmeta", "doctor", "--nproc", "2", "--network", str(network), "--node_size", "1"]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "2 nodes of 1" in done.stdout
     links = json.loads(network.read_text())
     assert links["inter_bits_s"] > 1e6
     assert links["intra_latency_s"] > 0
-    plan = [sys.executable, "-m", "gmeta", "plan", "--params", "1e9", "--groups", "2", "--network", str(network)]
+    plan = [sys.executable, "-m", "gmeta", "plan", "--params", "1e9", "--nodes", "2", "--network", str(network)]
     assert "take " in subprocess.run(plan, capture_output=True, text=True, check=True).stdout
 
 
@@ -88,7 +88,7 @@ def test_doctor_measures_links(tmp_path: Path) -> None:
     ("words", "complaint"),
     [
         (["--network", "n.json"], "one process has no links"),
-        (["--network", "n.json", "--nproc", "2", "--group_size", "3"], "nodes of 3 ranks do not divide a world of 2"),
+        (["--network", "n.json", "--nproc", "2", "--node_size", "3"], "nodes of 3 ranks do not divide a world of 2"),
         pytest.param(["--network", "nowhere/n.json", "--nproc", "2"], "cannot be written", marks=pytest.mark.slow),
         (["--nproc", "2"], "nproc is for --network"),
     ],

@@ -36,7 +36,7 @@ def every_assignment(total: int, found: list[Worker]) -> list[tuple[int, ...]]:
 def test_no_assignment_ends_earlier(total: int, found: list[Worker]) -> None:
     every = every_assignment(total, found)
     if not every:
-        with pytest.raises(ValueError, match=f"{total} slots do not fit workers that take"):
+        with pytest.raises(ValueError, match=f"{total} tasks do not fit workers that take"):
             balanced(total, found)
         return
     slots = balanced(total, found)
@@ -111,7 +111,7 @@ def test_no_accumulation_ends_earlier(total: int, classes: list[DeviceClass], mo
         if sum(k.count * c * m for k, (c, m) in zip(classes, choice, strict=True)) == total
     ]
     if not every:
-        with pytest.raises(ValueError, match=f"{total} slots cannot be cut"):
+        with pytest.raises(ValueError, match=f"{total} tasks cannot be cut"):
             accumulated(total, classes, most)
         return
     found = accumulated(total, classes, most)

@@ -10,7 +10,7 @@ import pytest
 from coordinators import Process, audit, records, until
 
 from gmeta.elastic.client import Client, HeldWorkItem, Refused, Unreachable, make_token, read_token
-from gmeta.elastic.ledger import JobSpec, Mode
+from gmeta.elastic.ledger import JobSpec, Mode, Plan
 
 PLAN = JobSpec(num_samples=60, work_item_size=4, epochs=2, seed=3, lease_s=30.0)
 
@@ -71,7 +71,7 @@ def test_waiting_is_not_the_end(coordinator: Process):
     assert [lease.attempt for lease in taken] == [1, 2]
 
 
-def test_a_loop_that_raises_gives_its_shards_back(coordinator: Process):
+def test_a_loop_that_raises_gives_its_work_items_back(coordinator: Process):
     client = coordinator.client()
     client.open_job("p", PLAN)
 
@@ -105,7 +105,7 @@ def test_leases_are_renewed_while_the_loop_works(coordinator: Process):
     assert [body["lease"]["done"] for kind, body in found if kind == "Renewed"][-1] == 3
 
 
-def test_a_lost_shard_is_dropped_and_the_loop_goes_on(coordinator: Process):
+def test_a_lost_work_item_is_dropped_and_the_loop_goes_on(coordinator: Process):
     spec = JobSpec(num_samples=3, work_item_size=1, lease_s=5.0)
     client, other = coordinator.client(), coordinator.client()
     client.open_job("p", spec)
@@ -148,6 +148,20 @@ def test_a_coordinator_that_is_away_delays_and_loses_nothing(tmp_path: Path):
     process.end()
     assert set(taken.values()) == {1}
     audit(tmp_path / "j", PLAN, taken)
+
+
+def test_the_former_names_work_and_say_the_new_ones(coordinator: Process):
+    client = coordinator.client()
+    with pytest.warns(FutureWarning, match="Plan is called JobSpec now"):
+        job = Plan(num_samples=3, shard_size=2)
+    assert job == JobSpec(num_samples=3, work_item_size=2)
+    with pytest.warns(FutureWarning, match="the argument plan is called job now"):
+        client.open_job(pack="p", plan=job)
+    with pytest.warns(FutureWarning, match="Client.shards is called work_items now"):
+        leases = client.shards("w0")
+    assert sorted(position for lease in leases for position in lease.positions) == [0, 1, 2]
+    with pytest.raises(ValueError, match="give a JobSpec"):
+        client.open_job("p")
 
 
 def test_nobody_answers():

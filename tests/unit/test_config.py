@@ -78,6 +78,27 @@ def test_words_and_files_of_the_release_before(tmp_path: Path) -> None:
     assert modern_words(untouched) == (untouched, [])
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (
+            ["plan", "--params", "7e9", "--group_size", "4", "--groups=2"],
+            {"group_size": "node_size", "groups": "nodes"},
+        ),
+        (["doctor", "--network", "n.json", "--group_size", "4"], {"group_size": "node_size"}),
+    ],
+)
+def test_old_keys_of_other_commands(
+    words: list[str], names: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(words)
+    told = capsys.readouterr().err
+    for old, new in names.items():
+        assert told.count(f"warning: {old} is now {new}") == 1
+    assert run([*words, "--node_size", "8"]) == 2
+    assert "group_size is the old name of node_size, and both are set" in capsys.readouterr().err
+
+
 def test_every_setting_of_today_is_left_alone() -> None:
     from dataclasses import asdict
 

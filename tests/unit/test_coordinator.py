@@ -408,7 +408,7 @@ def test_before_there_is_a_job(bench: Bench):
         with pytest.raises(Conflict, match="there is no job yet"):
             bench.send(name, **fields)
     bench.open()
-    with pytest.raises(Conflict, match="no group of ranks has begun"):
+    with pytest.raises(Conflict, match="no worker group has begun"):
         bench.report(0, 0, 0, 1)
     for body in ([], "x", {"run": "r"}, {"run": "r", "request": ""}):
         with pytest.raises(BadMessage):

@@ -24,9 +24,9 @@ from gmeta.lab.audit import audit, batches_of
 from gmeta.lab.coordinator import Line
 from gmeta.lab.device import Device, machines_so_far
 from gmeta.lab.faults import Faults
-from gmeta.lab.measure import Result, executions, measure
+from gmeta.lab.folder import LabFolder, read_lines
+from gmeta.lab.measure import LabResult, executions, measure
 from gmeta.lab.pack import write_lab_pack
-from gmeta.lab.place import Place, read_lines
 from gmeta.lab.run import lab, run_lab
 from gmeta.lab.timeline import spread, write_timeline
 
@@ -56,21 +56,30 @@ def _closed_devices():
         MADE.pop().close()
 
 
-def device(place: Place, scenario: Scenario, rank: int = 0, incarnation: int = 0) -> tuple[Device, Clock]:
+def device(folder: LabFolder, scenario: Scenario, rank: int = 0, incarnation: int = 0) -> tuple[Device, Clock]:
     clock = Clock()
-    MADE.append(Device(scenario, rank, incarnation, place, now=clock, sleep=clock.sleep))
+    MADE.append(Device(scenario, rank, incarnation, folder, now=clock, sleep=clock.sleep))
     return MADE[-1], clock
 
 
-def parts(place: Place, rank: int = 0) -> list[dict[str, float]]:
-    return [line for line in read_lines(place.worker(rank)) if line["kind"] == "part"]
+def parts(folder: LabFolder, rank: int = 0) -> list[dict[str, float]]:
+    return [line for line in read_lines(folder.worker(rank)) if line["kind"] == "part"]
 
 
 # The emulated device
 
 
+def test_a_wrapped_function_takes_as_long_as_the_device(tmp_path) -> None:
+    emulate, clock = device(LabFolder(tmp_path), SCENARIO)
+    slow = emulate.slowed(lambda step, tasks: step + tasks, lambda step, tasks: (step, float(tasks), True))
+    assert slow(3, tasks=4) == 7
+    (line,) = parts(LabFolder(tmp_path))
+    assert (line["step"], line["work"], line["target_s"]) == (3, 4.0, pytest.approx(0.8))
+    assert clock.now == pytest.approx(1000.8, abs=0.1)
+
+
 def test_a_device_takes_as_long_as_the_scenario_says(tmp_path):
-    emulate, clock = device(Place(tmp_path), replace(SCENARIO, fixed_s=0.05))
+    emulate, clock = device(LabFolder(tmp_path), replace(SCENARIO, fixed_s=0.05))
     clock.now += 0.01  # real computing
     emulate(0, 4.0, True, 0.01)
     assert clock.now == pytest.approx(1000.0 + 2 * (0.05 + 4 * 0.1))
@@ -79,33 +88,33 @@ def test_a_device_takes_as_long_as_the_scenario_says(tmp_path):
 
 
 def test_a_fast_rank_is_not_slowed(tmp_path):
-    emulate, clock = device(Place(tmp_path), SCENARIO, rank=1)
+    emulate, clock = device(LabFolder(tmp_path), SCENARIO, rank=1)
     emulate(0, 4.0, True, 0.0)
     assert clock.now == pytest.approx(1000.4)
 
 
 def test_no_work_takes_no_time(tmp_path):
-    emulate, clock = device(Place(tmp_path), replace(SCENARIO, fixed_s=0.5))
+    emulate, clock = device(LabFolder(tmp_path), replace(SCENARIO, fixed_s=0.5))
     emulate(0, 0.0, True, 0.0)
     assert clock.now == 1000.0
 
 
 def test_real_computing_that_takes_longer_is_on_record(tmp_path):
-    emulate, clock = device(Place(tmp_path), SCENARIO)
+    emulate, clock = device(LabFolder(tmp_path), SCENARIO)
     clock.now += 1.0
     emulate(0, 1.0, True, 1.0)
     assert clock.now == 1001.0
-    assert parts(Place(tmp_path))[0]["spent_s"] > parts(Place(tmp_path))[0]["target_s"]
+    assert parts(LabFolder(tmp_path))[0]["spent_s"] > parts(LabFolder(tmp_path))[0]["target_s"]
 
 
 def test_noise_is_that_of_the_step_and_rank(tmp_path):
     noisy = replace(SCENARIO, noise=0.1)
     for number in range(2):
-        emulate, _ = device(Place(tmp_path / str(number)), noisy)
+        emulate, _ = device(LabFolder(tmp_path / str(number)), noisy)
         for step in range(3):
             emulate(step, 2.0, True, 0.0)
             emulate(step, 2.0, False, 0.0)
-    first, again = (parts(Place(tmp_path / str(number))) for number in range(2))
+    first, again = (parts(LabFolder(tmp_path / str(number))) for number in range(2))
     assert [p["target_s"] for p in first] == [p["target_s"] for p in again]
     assert first[0]["target_s"] == first[1]["target_s"] != first[2]["target_s"]
 
@@ -113,11 +122,11 @@ def test_noise_is_that_of_the_step_and_rank(tmp_path):
 def test_a_replaced_machine_is_no_longer_slow(tmp_path):
     scenario = replace(SCENARIO, events=(Persistent(0, 3.0, from_step=2, until="restart"),))
     for incarnation, expected in ((0, [1.0, 3.0]), (1, [1.0, 1.0])):
-        place = Place(tmp_path / str(incarnation))
-        emulate, _ = device(place, scenario, incarnation=incarnation)
+        folder = LabFolder(tmp_path / str(incarnation))
+        emulate, _ = device(folder, scenario, incarnation=incarnation)
         for step in (1, 2):
             emulate(step, 1.0, True, 0.0)
-        assert [p["factor"] for p in parts(place)] == expected
+        assert [p["factor"] for p in parts(folder)] == expected
 
 
 def test_machines_are_counted_by_the_restarts_decided(tmp_path):
@@ -130,19 +139,19 @@ def test_machines_are_counted_by_the_restarts_decided(tmp_path):
 
 def test_a_contended_device_computes_instead_of_sleeping(tmp_path):
     scenario = replace(SCENARIO, slot_s=0.02, events=(Contention(0),))
-    emulate = Device(scenario, 0, 0, Place(tmp_path), sleep=lambda _: pytest.fail("it slept"))
+    emulate = Device(scenario, 0, 0, LabFolder(tmp_path), sleep=lambda _: pytest.fail("it slept"))
     MADE.append(emulate)
     before = time.thread_time()
     emulate(0, 1.0, True, 0.0)
     assert time.thread_time() - before >= 0.02  # CPU time: however busy the machine is
-    assert parts(Place(tmp_path))[0]["factor"] >= 1.0
+    assert parts(LabFolder(tmp_path))[0]["factor"] >= 1.0
 
 
 def test_the_clock_starts_once(tmp_path):
-    place = Place(tmp_path)
-    assert place.elapsed_s() is None
-    assert place.start_clock(5.0) == 5.0
-    assert place.start_clock(7.0) == place.clock() == 5.0
+    folder = LabFolder(tmp_path)
+    assert folder.elapsed_s() is None
+    assert folder.start_clock(5.0) == 5.0
+    assert folder.start_clock(7.0) == folder.clock() == 5.0
 
 
 def test_a_scenario_is_written_as_it_was_read(tmp_path):
@@ -153,8 +162,8 @@ def test_a_scenario_is_written_as_it_was_read(tmp_path):
         Persistent(0, 2.0, from_s=1.0, until="restart"),
     )
     scenario = replace(SCENARIO, events=events, devices=(Devices("fast", 1, 2.0, max_slots=5),))
-    Place(tmp_path).write_scenario(scenario)
-    assert Place(tmp_path).scenario() == scenario
+    LabFolder(tmp_path).write_scenario(scenario)
+    assert LabFolder(tmp_path).scenario() == scenario
 
 
 # Faults
@@ -164,10 +173,10 @@ def test_a_scenario_is_written_as_it_was_read(tmp_path):
 def sleeper(tmp_path):
     """A process that is taken for rank 0's worker."""
     process = subprocess.Popen([sys.executable, "-c", "import time\nwhile True: time.sleep(0.1)"])
-    place = Place(tmp_path)
-    place.worker(0).parent.mkdir()
-    place.worker(0).write_text(json.dumps({"kind": "start", "pid": process.pid, "incarnation": 0}) + "\n")
-    yield place, process
+    folder = LabFolder(tmp_path)
+    folder.worker(0).parent.mkdir()
+    folder.worker(0).write_text(json.dumps({"kind": "start", "pid": process.pid, "incarnation": 0}) + "\n")
+    yield folder, process
     process.kill()
     process.wait()
 
@@ -187,61 +196,61 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def whats(place: Place) -> list[str]:
-    return [line["what"] for line in read_lines(place.faults)]
+def whats(folder: LabFolder) -> list[str]:
+    return [line["what"] for line in read_lines(folder.faults)]
 
 
 def test_a_worker_and_the_coordinator_are_killed_at_their_step(sleeper):
-    place, process = sleeper
+    folder, process = sleeper
     coordinator = FakeCoordinator()
     scenario = replace(SCENARIO, events=(Kill("rank 0 + coordinator", at_step=2, away_s=0.5),))
-    faults = Faults(scenario, place, coordinator, None)
-    place.start_clock(time.time())
-    with place.worker(0).open("a") as file:
+    faults = Faults(scenario, folder, coordinator, None)
+    folder.start_clock(time.time())
+    with folder.worker(0).open("a") as file:
         file.write(json.dumps({"kind": "part", "step": 0}) + "\n")
     time.sleep(0.1)
     assert process.poll() is None
-    with place.worker(0).open("a") as file:
+    with folder.worker(0).open("a") as file:
         file.write(json.dumps({"kind": "part", "step": 1}) + "\n")
     assert process.wait(60) == -signal.SIGKILL
     wait_for(lambda: coordinator.kills == [0.5])
     faults.close()
-    assert whats(place) == ["kill rank 0", "kill coordinator"]
+    assert whats(folder) == ["kill rank 0", "kill coordinator"]
 
 
 def test_a_worker_is_stopped_and_goes_on(sleeper):
-    place, process = sleeper
-    place.start_clock(time.time())
-    faults = Faults(replace(SCENARIO, events=(Pause(0, 0.0, 1.0),)), place, FakeCoordinator(), None)
+    folder, process = sleeper
+    folder.start_clock(time.time())
+    faults = Faults(replace(SCENARIO, events=(Pause(0, 0.0, 1.0),)), folder, FakeCoordinator(), None)
     wait_for(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED)
-    wait_for(lambda: len(whats(place)) == 2)
+    wait_for(lambda: len(whats(folder)) == 2)
     wait_for(lambda: psutil.Process(process.pid).status() != psutil.STATUS_STOPPED)
     faults.close()
-    assert whats(place) == ["stop rank 0", "continue rank 0"]
+    assert whats(folder) == ["stop rank 0", "continue rank 0"]
 
 
 def test_no_worker_stays_stopped(sleeper):
-    place, process = sleeper
-    place.start_clock(time.time())
-    faults = Faults(replace(SCENARIO, events=(Pause(0, 0.0, 1000.0),)), place, FakeCoordinator(), None)
-    wait_for(lambda: whats(place) == ["stop rank 0"])
+    folder, process = sleeper
+    folder.start_clock(time.time())
+    faults = Faults(replace(SCENARIO, events=(Pause(0, 0.0, 1000.0),)), folder, FakeCoordinator(), None)
+    wait_for(lambda: whats(folder) == ["stop rank 0"])
     faults.close()
     wait_for(lambda: psutil.Process(process.pid).status() != psutil.STATUS_STOPPED)
 
 
 def test_a_worker_that_is_not_there_is_on_record(tmp_path):
-    place = Place(tmp_path)
-    place.start_clock(time.time())
-    faults = Faults(replace(SCENARIO, events=(Kill("rank 0", at_s=0.0),)), place, FakeCoordinator(), None)
-    wait_for(lambda: whats(place) == ["no rank 0 to signal"])
+    folder = LabFolder(tmp_path)
+    folder.start_clock(time.time())
+    faults = Faults(replace(SCENARIO, events=(Kill("rank 0", at_s=0.0),)), folder, FakeCoordinator(), None)
+    wait_for(lambda: whats(folder) == ["no rank 0 to signal"])
     faults.close()
 
 
 def test_a_burner_ends_with_the_run(tmp_path):
-    place = Place(tmp_path)
-    place.start_clock(time.time())
-    faults = Faults(replace(SCENARIO, events=(Contention(0),)), place, FakeCoordinator(), None)
-    wait_for(lambda: whats(place) == ["burner beside rank 0"])
+    folder = LabFolder(tmp_path)
+    folder.start_clock(time.time())
+    faults = Faults(replace(SCENARIO, events=(Contention(0),)), folder, FakeCoordinator(), None)
+    wait_for(lambda: whats(folder) == ["burner beside rank 0"])
     (burner,) = [p for p in psutil.Process(os.getpid()).children() if "while True: pass" in p.cmdline()]
     assert len(burner.cpu_affinity()) == 1
     faults.close()
@@ -357,11 +366,11 @@ def test_the_ideal_is_the_best_division():
 
 
 @pytest.fixture
-def finished(tmp_path) -> tuple[Place, Scenario]:
+def finished(tmp_path) -> tuple[LabFolder, Scenario]:
     """What four steps leave, the third of which was made twice: rank 0 is twice as slow, slots are 4 and 4."""
-    place = Place(tmp_path)
+    folder = LabFolder(tmp_path)
     scenario = replace(SCENARIO, steps=4)
-    place.start_clock(1000.0)
+    folder.start_clock(1000.0)
     for rank, took in enumerate((0.8, 0.4)):
         lines: list[dict[str, object]] = [{"kind": "start", "pid": 1, "incarnation": 0}]
         for number, step in enumerate((0, 1, 2, 2, 3)):
@@ -370,17 +379,17 @@ def finished(tmp_path) -> tuple[Place, Scenario]:
             at = number + (5.0 if number >= 3 else 0.0)
             part = {"kind": "part", "step": step, "first": True, "work": 4.0, "factor": 2.0 - rank, "at": at}
             lines.append({**part, "took_s": took, "target_s": took, "spent_s": 0.01})
-        place.worker(rank).parent.mkdir(exist_ok=True)
-        place.worker(rank).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    place.faults.write_text(json.dumps({"at": 2.5, "what": "kill rank 1 <b>"}) + "\n")
+        folder.worker(rank).parent.mkdir(exist_ok=True)
+        folder.worker(rank).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder.faults.write_text(json.dumps({"at": 2.5, "what": "kill rank 1 <b>"}) + "\n")
     setting = {"step": 3, "restart": None}
     actions = [{"action": "ADJUST_BATCH", "slots": [3, 5]}]
     trace = [
         {"kind": "report", "rank": 0, "steps": [[1, 0.8, 0.1, 0.1, 4.0]]},
         {"kind": "decide", "now": 1001.5, "setting": setting, "actions": actions},
     ]
-    place.trace.write_text("".join(json.dumps(line) + "\n" for line in trace))
-    return place, scenario
+    folder.trace.write_text("".join(json.dumps(line) + "\n" for line in trace))
+    return folder, scenario
 
 
 def finished_records() -> list[dict[str, object]]:
@@ -393,8 +402,8 @@ def finished_records() -> list[dict[str, object]]:
 
 
 def test_a_run_is_measured(finished):
-    place, scenario = finished
-    found = measure(place, scenario, "nd", finished_records(), 4)
+    folder, scenario = finished
+    found = measure(folder, scenario, "nd", finished_records(), 4)
     assert found.jct_s == pytest.approx(9.8)
     assert found.ideal_s == pytest.approx(4 * 0.6)  # 3 slots at half the speed, 5 at the full one
     assert found.achieved == pytest.approx(2.4 / 9.8)
@@ -407,11 +416,11 @@ def test_a_run_is_measured(finished):
 
 
 def test_micro_batches_of_a_step_are_one_execution(tmp_path):
-    emulate, _ = device(Place(tmp_path), SCENARIO)
+    emulate, _ = device(LabFolder(tmp_path), SCENARIO)
     emulate(0, 2.0, True, 0.0)
     emulate(0, 1.0, False, 0.0)
     emulate(1, 2.0, True, 0.0)
-    found = executions(Place(tmp_path), 0)
+    found = executions(LabFolder(tmp_path), 0)
     assert [(e.step, e.work) for e in found] == [(0, 3.0), (1, 2.0)]
     assert found[0].busy_s == pytest.approx(0.6)
 
@@ -449,9 +458,9 @@ class Page(HTMLParser):
 
 
 def test_the_report_is_one_page_that_shows_what_was_done(finished):
-    place, scenario = finished
-    result = measure(place, scenario, "nd", finished_records(), 4)
-    text = write_timeline(place, scenario, result).read_text()
+    folder, scenario = finished
+    result = measure(folder, scenario, "nd", finished_records(), 4)
+    text = write_timeline(folder, scenario, result).read_text()
     page = Page()
     page.feed(text)
     assert not page.open
@@ -463,11 +472,11 @@ def test_the_report_is_one_page_that_shows_what_was_done(finished):
 
 
 def test_a_report_of_a_run_without_incidents(tmp_path):
-    place, scenario = Place(tmp_path), replace(SCENARIO, workers=1, events=())
-    emulate, _ = device(place, scenario)
+    folder, scenario = LabFolder(tmp_path), replace(SCENARIO, workers=1, events=())
+    emulate, _ = device(folder, scenario)
     emulate(0, 8.0, True, 0.0)
-    result = Result("static", 1, 1, 0.8, 0.8, 0.8, 0.0, 0, 0.0, 0, 0, 0)
-    assert "<svg" in write_timeline(place, scenario, result).read_text()
+    result = LabResult("static", 1, 1, 0.8, 0.8, 0.8, 0.0, 0, 0.0, 0, 0, 0)
+    assert "<svg" in write_timeline(folder, scenario, result).read_text()
 
 
 # The user's mistakes

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 
 from gmeta.cli import run
 from gmeta.config.cluster import PlanConfig
+from gmeta.sharding.links import suspicion
 from gmeta.sharding.planner import build_advice, reason
 from gmeta.sharding.schedule import CollectiveCost, Links, Workload, advise, choose, ring_s, step_cost
 from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout
@@ -114,7 +115,7 @@ def test_frozen_parameters_are_cheaper() -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = tmp_path / "network.json"
     network.write_text(json.dumps(asdict(Links(1e9, 1e10, 1e-4, 1e-5, True))))
-    words = ["plan", "--params", "7e9", "--groups", "4", "--memory_gb", "40", "--accumulation", "4"]
+    words = ["plan", "--params", "7e9", "--nodes", "4", "--memory_gb", "40", "--accumulation", "4"]
     assert run([*words, "--network", str(network)]) == 0
     out = capsys.readouterr().out
     assert all(strategy in out for strategy in STRATEGIES)
@@ -129,11 +130,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--params", "7e9", "--memory_gb", "1"], "no strategy fits into 1 GB a rank"),
         (["--params", "7e9", "--network", "nowhere.json"], "nowhere.json cannot be read"),
         (["--params", "7e9", "--trainable_share", "2"], "must be in [0, 1]"),
+        (["--params", "10", "--units", "11"], "units is 11: must be at most params, which is 10"),
     ],
 )
 def test_wrong_plans(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", *words]) == 2
     assert complaint in capsys.readouterr().err
+
+
+FLOATS = [item.name for item in fields(PlanConfig) if "float" in str(item.type)]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_numbers_are_finite(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("nan", ".nan", "inf", ".inf"):
+        words = {"params": "7e9", name: text}
+        assert run(["plan", *(word for key, value in words.items() for word in (f"--{key}", value))]) == 2
+        assert "must be a finite number" in capsys.readouterr().err
+
+
+def test_links_that_look_wrong() -> None:
+    assert suspicion(Links(inter_bits_s=1e9, intra_bits_s=1e10)) is None
+    assert suspicion(Links(inter_bits_s=1e9, intra_bits_s=1e9)) is None
+    found = suspicion(Links(inter_bits_s=1e9, intra_bits_s=5e8))
+    assert found is not None
+    assert "inside nodes are slower" in found
+    assert "node_size" in found
 
 
 def test_files_that_hold_no_network(tmp_path: Path) -> None:
@@ -144,7 +166,7 @@ def test_files_that_hold_no_network(tmp_path: Path) -> None:
 
 
 def test_why() -> None:
-    config = PlanConfig(params=7e9, groups=4, accumulation=10)
+    config = PlanConfig(params=7e9, nodes=4, accumulation=10)
     found = build_advice(config)
     assert reason(config, found).startswith(f"take {choose(found).strategy}: ")
     assert SEVEN_B.sizes == ElementBytes(2, 2, 12)

@@ -1,7 +1,7 @@
-"""A laboratory run's folder: what is where, and the scenario as it is run.
+"""The folder of a laboratory run: what lies where, and the scenario as it is run.
 
-scenario.yaml  config.yaml  pack/  run/ (as of `gmeta train`)  workers/rank-N.jsonl  coordinator.{db,jsonl,log,token}
-clock  faults.jsonl  result.json  report.html
+scenario.yaml  config.yaml  pack/  run/ (as of `gmeta train`)  workers/rank-N.jsonl
+coordinator.{db,jsonl,log,token}  clock  faults.jsonl  result.json  report.html
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAMES = {kind: name for name, kind in EVENT_KINDS.items()}
 
 
 @dataclass(frozen=True)
-class Place:
+class LabFolder:
     """The folder of one run."""
 
     path: Path
@@ -57,11 +57,11 @@ class Place:
         return parse_scenario(file.read_text(encoding="utf-8"), str(file))
 
     def write_scenario(self, scenario: Scenario) -> None:
-        """Write it down, as it is run."""
+        """Write the scenario down, as it is run."""
         write_text(self.path / "scenario.yaml", yaml.safe_dump(_plain(scenario), sort_keys=False))
 
     def start_clock(self, at: float) -> float:
-        """Seconds of Unix time at which the run began: `at`, unless somebody has said so before."""
+        """The Unix time at which the run began: `at`, unless somebody has said so before."""
         try:
             with (self.path / "clock").open("x") as file:
                 file.write(f"{at!r}\n")
@@ -70,7 +70,7 @@ class Place:
             return self.clock() or at
 
     def clock(self) -> float | None:
-        """When the first step began; None before."""
+        """The Unix time at which the first step began; None before."""
         file = self.path / "clock"
         text = file.read_text() if file.exists() else ""
         return float(text) if text.endswith("\n") else None
@@ -82,7 +82,7 @@ class Place:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; a last line torn by a kill is left out. No file: none."""
+    """The objects of a JSONL file, without a last line that was torn by a kill; none where there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
