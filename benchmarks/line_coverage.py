@@ -1,4 +1,4 @@
-"""Which lines of gmeta the tests run, in all their processes, as a share of those that can run. `make coverage` runs it.
+"""Which lines of gmeta the tests run, in all their processes, as a share of those that can run: `make coverage`.
 
 Ranks that the tests keep alive in pools (tests/dist/harness.py) are killed at the end and leave no record, nor do those
 that a test kills: lines that only they run count as not run.
