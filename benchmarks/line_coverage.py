@@ -1,4 +1,4 @@
-"""Which lines of gmeta the tests run, in all their processes, as a share of those that can run. `make coverage` runs it.
+"""Which lines of gmeta the tests run, in all their processes, as a share of those that can run: `make coverage`.
 
 Ranks that the tests keep alive in pools (tests/dist/harness.py) are killed at the end and leave no record, nor do those
 that a test kills: lines that only they run count as not run.
@@ -30,22 +30,20 @@ disable_warnings = no-data-collected, module-not-measured, module-not-imported, 
 TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--timeout", "600")
 
 
-def measure(folder: Path, tests: list[str]) -> dict[str, Any]:
-    """coverage.py's report of a run of the tests; their failures end the program."""
+def measure(folder: Path, tests: list[str]) -> tuple[dict[str, Any], int]:
+    """coverage.py's report of a run of the tests, and pytest's exit code."""
     settings = folder / "coveragerc"
     settings.write_text(SETTINGS.format(folder=folder))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
-    def coverage(command: str, *words: str) -> None:
+    def coverage(command: str, *words: str) -> int:
         argv = [sys.executable, "-m", "coverage", command, f"--rcfile={settings}", *words]
-        if code := subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode:
-            raise SystemExit(code)
+        return subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode
 
-    coverage("run", *TESTS, *tests)
-    coverage("combine", "--quiet")
-    coverage("json", "--quiet", "-o", str(folder / "report.json"))
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-    return report
+    code = coverage("run", *TESTS, *tests)
+    if coverage("combine", "--quiet") or coverage("json", "--quiet", "-o", str(folder / "report.json")):
+        raise SystemExit(f"the tests ended with {code} and left no coverage that could be read")
+    return json.loads((folder / "report.json").read_text()), code
 
 
 def by_room(files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
@@ -61,7 +59,7 @@ def by_room(files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int]
     }
 
 
-def show(report: Mapping[str, Any], arguments: argparse.Namespace, note: str = "") -> None:
+def show(report: Mapping[str, Any], arguments: argparse.Namespace) -> None:
     """Publish the report's lines by room."""
     rooms = by_room(report["files"])
     records = []
@@ -71,20 +69,25 @@ def show(report: Mapping[str, Any], arguments: argparse.Namespace, note: str = "
     rows = [(room, f"{lines:,}", f"{lines - ran:,}", f"{ran / lines:.1%}") for room, (ran, lines) in rooms.items()]
     body = table(("room", "lines that can run", "not run", "coverage"), rows)
     config = {"command": f"coverage run {' '.join(TESTS)}", "coverage": report["meta"]["version"]}
-    publish("coverage", body + (f"\n\n{note}" if note else ""), records, config, arguments)
+    publish("coverage", body, records, config, arguments)
 
 
-def main() -> None:
-    """Run all tests but the slow ones, or those that are named, and publish what they cover."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
+def main() -> int:
+    """Run all tests but the slow ones, or those that are named, and publish what they cover.
+
+    Result files are written only where all tests were run, and passed.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="print the table; writes no result files")
     parser.add_argument("tests", nargs="*", help="tests instead of all")
     add_json(parser)
     args = parse(parser)
-    args.quick |= bool(args.tests)
     with tempfile.TemporaryDirectory() as folder:
-        show(measure(Path(folder), args.tests), args)
+        report, code = measure(Path(folder), args.tests)
+    args.quick |= bool(args.tests or code)
+    show(report, args)
+    return code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,6 +20,7 @@ import pytest
 from packs import make_pack
 from safetensors.torch import load_file
 
+from gmeta.cli import run
 from gmeta.data.pack import open_pack
 from gmeta.lab.audit import Audit, audit
 from gmeta.runs import checkpoint
@@ -155,9 +156,9 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without a coordinator."""
+    """A run without a coordinator; its launcher is this process, which has imported torch already."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    finish(start(command(pack, run_dir, elastic=False)))
+    assert run(command(pack, run_dir, elastic=False)[3:]) == 0
     return run_dir
 
 
@@ -357,13 +358,14 @@ def test_restarts_that_lead_nowhere_end_the_run(pack: Path, tmp_path: Path) -> N
     assert "1 restarts without a new checkpoint: giving up" in said
 
 
-def test_a_coordinator_that_stays_away_is_named(pack: Path, tmp_path: Path) -> None:
+def test_a_coordinator_that_stays_away_is_named(pack: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run_dir = tmp_path / "run"
     token = tmp_path / "token"
     token.write_text("0123456789abcdef\n")
     token.chmod(0o600)
     words = ["--elastic.url", "http://127.0.0.1:9", "--elastic.token_file", token, "--elastic.patience_s", 1]
-    process = start(command(pack, run_dir, *words))
-    said = end(process)
-    assert process.returncode == 2, said
+    code = run(command(pack, run_dir, *words)[3:])
+    said = capfd.readouterr().err
+    assert code == 2, said
+    assert "Traceback" not in said
     assert "http://127.0.0.1:9" in said

@@ -1,10 +1,14 @@
-"""Kill a two-process run at random moments, resume it, and end bit-equal to a run that nobody disturbed."""
+"""Kill a two-process run at random moments, resume it, and end bit-equal to a run that nobody disturbed.
+
+Who is not to be killed is launched from the test's own process, which has imported torch already.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +20,7 @@ import pytest
 from packs import make_pack
 from safetensors.torch import load_file
 
+from gmeta.cli import run
 from gmeta.runs import checkpoint
 
 pytestmark = pytest.mark.faults
@@ -30,18 +35,13 @@ def command(pack: Path, run_dir: Path, resume: bool, nproc: int = 2) -> list[str
     words += ["--loader.tasks_per_batch", 8, "--dense.warmup_steps", 9]
     words += ["--model.args.hidden", "[16]", "--model.args.dropout", 0.2]
     words += ["--embedding.optimizer", "adam", "--dense.decay", "cosine", "--timeout_s", 20]
-    return [sys.executable, "-m", "gmeta", *map(str, words)]
+    return [str(word) for word in words]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
+def start(words: list[str]) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, out + err
-    return out + err
+    argv = [sys.executable, "-m", "gmeta", *words]
+    return subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -73,9 +73,34 @@ def final_state(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, float]]
     return tensors, [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
-def kill_and_compare(tmp_path: Path, kills: int, seed: int) -> None:
-    pack = make_pack(tmp_path / "pack")
-    finish(start(command(pack, tmp_path / "undisturbed", resume=False)))
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("pack") / "pack")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes that nobody disturbed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert run(command(pack, run_dir, resume=False)) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def stopped(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, asked to stop by SIGTERM after step 20; to be copied before it goes on."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    process = start(command(pack, run_dir, resume=False))
+    wait_for_step(process, run_dir, 20)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, out + err
+    assert "Traceback" not in err
+    assert "--resume" in out + err
+    return run_dir
+
+
+def kill_and_compare(pack: Path, undisturbed: Path, tmp_path: Path, kills: int, seed: int) -> None:
     rng = random.Random(seed)
     disturbed = tmp_path / "disturbed"
     for number in range(kills):
@@ -93,57 +118,44 @@ def kill_and_compare(tmp_path: Path, kills: int, seed: int) -> None:
             assert "SIGKILL" in err, err
         else:
             process.communicate(timeout=120)
-    finish(start(command(pack, disturbed, resume=True)))
-    ours, theirs = final_state(disturbed), final_state(tmp_path / "undisturbed")
+    assert run(command(pack, disturbed, resume=True)) == 0
+    ours, theirs = final_state(disturbed), final_state(undisturbed)
     assert ours[0].keys() == theirs[0].keys()
     assert ours[0] == theirs[0]
     assert ours[1] == theirs[1]
 
 
-def test_three_kills(tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, kills=3, seed=1)
+def test_three_kills(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
+    kill_and_compare(pack, undisturbed, tmp_path, kills=3, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_kills(tmp_path: Path) -> None:
-    kill_and_compare(tmp_path, kills=10, seed=2)
+def test_ten_kills(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
+    kill_and_compare(pack, undisturbed, tmp_path, kills=10, seed=2)
 
 
-def test_sigterm_saves_after_the_step_and_resumes_bit_equal(tmp_path: Path) -> None:
-    pack = make_pack(tmp_path / "pack")
-    finish(start(command(pack, tmp_path / "undisturbed", resume=False)))
-    run_dir = tmp_path / "stopped"
-    process = start(command(pack, run_dir, resume=False))
-    wait_for_step(process, run_dir, 20)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 75, out + err
-    assert "Traceback" not in err
-    assert "--resume" in out + err
-    finish(start(command(pack, run_dir, resume=True)))
-    assert final_state(run_dir) == final_state(tmp_path / "undisturbed")
+def test_sigterm_saves_after_the_step_and_resumes_bit_equal(
+    pack: Path, undisturbed: Path, stopped: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    assert run(command(pack, run_dir, resume=True)) == 0
+    assert final_state(run_dir) == final_state(undisturbed)
 
 
-def test_resume_on_another_world_size(tmp_path: Path) -> None:
-    pack = make_pack(tmp_path / "pack")
-    finish(start(command(pack, tmp_path / "undisturbed", resume=False, nproc=1)))
-    run_dir = tmp_path / "moved"
-    process = start(command(pack, run_dir, resume=False))
-    wait_for_step(process, run_dir, 20)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    finish(start(command(pack, run_dir, resume=True, nproc=1)))
-    losses = [
-        [r["loss"] for r in final_state(d)[1] if r["kind"] == "train"] for d in (run_dir, tmp_path / "undisturbed")
-    ]
+def test_resume_on_another_world_size(pack: Path, stopped: Path, tmp_path: Path) -> None:
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    assert run(command(pack, alone, resume=False, nproc=1)) == 0
+    shutil.copytree(stopped, moved)
+    assert run(command(pack, moved, resume=True, nproc=1)) == 0
+    losses = [[r["loss"] for r in final_state(d)[1] if r["kind"] == "train"] for d in (moved, alone)]
     assert len(losses[0]) == STEPS
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_rank_that_hangs_ends_the_run_in_time(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_ends_the_run_in_time(pack: Path, tmp_path: Path) -> None:
     """A stopped process answers nothing: the others give up after timeout_s, and the message says what to do."""
-    pack = make_pack(tmp_path / "pack")
     run_dir = tmp_path / "run"
     words = [*command(pack, run_dir, resume=False), "--timeout_s", "5", "--schedule.max_steps", "100000"]
     process = start(words)
@@ -159,9 +171,8 @@ def test_a_rank_that_hangs_ends_the_run_in_time(tmp_path: Path) -> None:
     assert not victim.is_running()
 
 
-def test_workers_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+def test_workers_do_not_outlive_their_launcher(pack: Path, tmp_path: Path) -> None:
     """Whoever kills the launcher meant the run: its workers save and end, and the directory is free again."""
-    pack = make_pack(tmp_path / "pack")
     run_dir = tmp_path / "run"
     process = start([*command(pack, run_dir, resume=False), "--schedule.max_steps", "100000"])
     wait_for_step(process, run_dir, 10)

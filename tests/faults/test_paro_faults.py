@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from functools import partial
@@ -14,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from gmeta.cli import run
 from gmeta.parallel.mesh import Mesh, PeerLost
 from gmeta.sharding.hierarchy import node_mesh
 from gmeta.sharding.paro import paro
 
-sys.path.append(str(Path(__file__).choose_strategies().parents[1] / "dist"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "dist"))
 from harness import Pool
 
 
@@ -71,17 +71,17 @@ def test_the_lost_rank_is_named(how: str, strategy: str, collectives: str) -> No
     assert time.monotonic() - started < 60
 
 
-def test_doctor_measures_links(tmp_path: Path) -> None:
+def test_doctor_measures_links(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     network = tmp_path / "network.json"
-    argv = [sys.executable, "-m", "gmeta", "doctor", "--nproc", "2", "--network", str(network), "--node_size", "1"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "2 nodes of 1" in done.stdout
+    code = run(["doctor", "--nproc", "2", "--network", str(network), "--node_size", "1"])
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    assert "2 nodes of 1" in said.out
     links = json.loads(network.read_text())
     assert links["inter_bits_s"] > 1e6
     assert links["intra_latency_s"] > 0
-    plan = [sys.executable, "-m", "gmeta", "plan", "--params", "1e9", "--nodes", "2", "--network", str(network)]
-    assert "take " in subprocess.run(plan, capture_output=True, text=True, check=True).stdout
+    assert run(["plan", "--params", "1e9", "--nodes", "2", "--network", str(network)]) == 0
+    assert "take " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,11 @@ def test_doctor_measures_links(tmp_path: Path) -> None:
         (["--nproc", "2"], "nproc is for --network"),
     ],
 )
-def test_links_that_cannot_be_measured(words: list[str], complaint: str, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "gmeta", "doctor", *words]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert complaint in done.stderr
-    assert "Traceback" not in done.stderr
+def test_links_that_cannot_be_measured(
+    words: list[str], complaint: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["doctor", *words]) == 2
+    said = capfd.readouterr().err
+    assert complaint in said
+    assert "Traceback" not in said

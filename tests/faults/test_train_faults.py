@@ -7,8 +7,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -259,18 +257,17 @@ def test_resume_of_a_finished_run_says_so(pack: Path, trained_copy: Path, capsys
     assert "done after step 6 of 6" in said
 
 
-def test_nproc_in_yaml(pack: Path, tmp_path: Path) -> None:
+def test_nproc_in_yaml(pack: Path, tmp_path: Path, capfd: Capture) -> None:
     """`nproc` is a key like any other; workers do not start workers."""
     file = tmp_path / "config.yaml"
     words = train_words(pack, tmp_path / "run")[1:]
     pairs = dict(zip((w.removeprefix("--") for w in words[::2]), words[1::2], strict=True))
     file.write_text("nproc: 2\n" + "".join(f"{key}: {value}\n" for key, value in pairs.items() if "." not in key))
     more = [word for key, value in pairs.items() if "." in key for word in (f"--{key}", value)]
-    result = subprocess.run(
-        [sys.executable, "-m", "gmeta", "train", "--config", file, *more], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert "on 2 process(es)" in result.stderr
+    code = run(["train", "--config", str(file), *more])
+    said = capfd.readouterr().err
+    assert code == 0, said
+    assert "on 2 process(es)" in said
 
 
 def test_a_run_is_evaluated_from_anywhere(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
