@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gmeta.core.files import read_mapping
-from gmeta.data.identity import DataIdentity, identity_difference, identity_of, table_identities
+from gmeta.data.identity import DataIdentity, identity_difference, identity_of, table_identities, vocabulary_file
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
 
@@ -34,7 +34,7 @@ def require_own_vocabularies(run_dir: Path) -> None:
     for table, expected in schema.identity.items():
         if found.get(table) != expected:
             raise ValueError(
-                f"{run_dir / 'vocab'} does not hold the vocabulary {table!r} that the run was trained with: "
+                f"{vocabulary_file(run_dir / 'vocab', table)} is missing, or not what the run was trained with: "
                 "copy it again from the pack, or train again"
             )
 
