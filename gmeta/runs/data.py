@@ -13,7 +13,7 @@ from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
 def run_identity(run_dir: Path) -> DataIdentity:
     """The identity of the data that a run was trained on."""
     schema, data_schema = read_schema(run_dir)
-    return identity_of(f"run {run_dir}", schema, data_schema, run_dir / "vocab")
+    return identity_of(schema, data_schema, run_dir / "vocab")
 
 
 def require_fitting_pack(run_dir: Path, pack: TaskPack) -> None:

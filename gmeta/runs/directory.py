@@ -166,7 +166,7 @@ def _require_same_data(state: dict[str, Any], run_dir: Path, pack: TaskPack) -> 
     if (run_dir / "schema.json").exists():
         _, data_schema = read_schema(run_dir)
         tasks = read_tasks_checksum(run_dir)
-    ours = identity_of(f"run {run_dir}", pack_schema_from_json(state["schema"]), data_schema, run_dir / "vocab")
+    ours = identity_of(pack_schema_from_json(state["schema"]), data_schema, run_dir / "vocab")
     lines = identity_difference(ours, pack.identity())
     if not lines and tasks is not None and tasks != pack.tasks_checksum():
         lines = ["its tasks, or the splits they lie in, are others"]

@@ -7,12 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from gmeta.cli import COMMANDS, run
+from gmeta.data.pack import open_pack
+from gmeta.evaluation.metrics import metric
+from gmeta.evaluation.score import score, to_predictions
+from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.system import load_system
 
 
 def gmeta(*words: object) -> None:
@@ -97,6 +103,19 @@ def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path:
 def test_more_steps_at_evaluation_than_in_training(out: Path) -> None:
     gmeta("evaluate", "--run_dir", out / "run", "--steps", 5, "--inner_lr", 0.3, "--baselines", "false")
     assert set(json.loads((out / "run" / "evaluation.json").read_text())["variants"]) == {"before", "after"}
+
+
+def test_auc_of_saturated_predictions_is_that_of_the_logits(out: Path) -> None:
+    """A wild inner rate drives probabilities to 0 and 1, where they lose the order that the logits keep."""
+    gmeta("evaluate", "--run_dir", out / "run", "--inner_lr", 3000, "--baselines", "false", "--resamples", 2)
+    records = json.loads((out / "run" / "evaluation.json").read_text())["records"]
+    found = {(r["variant"], r["metric"]): r["value"] for r in records if r["case"] == "all"}
+    system, _ = load_system(out / "run", "best", Mesh())
+    scores = score(system, open_pack(out / "pack").split("test"), tasks_per_batch=256, inner_lr=3000)
+    assert scores is not None
+    assert len(np.unique(to_predictions(scores.after, "bce"))) < len(np.unique(scores.after))
+    for variant, logits in (("before", scores.before), ("after", scores.after)):
+        assert found[variant, "auc"] == metric("auc", logits, scores.label, scores.task)
 
 
 def by_key(table: pa.Table, task: str, item: str, value: str) -> dict[tuple[str, str], list[float]]:
