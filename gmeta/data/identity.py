@@ -1,4 +1,4 @@
-"""What must be equal for two packs to mean the same by an id or a number, and what differs where they do not.
+"""The identity of data: what must be equal for two packs to mean the same by an id or a number.
 
 An id is a place in a vocabulary or a seeded hash, a number is a distance from a mean: neither means anything without
 them. Two packs of equal sizes therefore look alike, and a model reads the wrong one without complaint. The identity of
@@ -38,7 +38,7 @@ class DataIdentity:
 
 
 def identity_of(schema: PackSchema, data_schema: Mapping[str, Any], vocabularies: Path) -> DataIdentity:
-    """The identity of what was encoded with `schema` and the files of a directory of vocabularies.
+    """Return the identity of what was encoded with `schema` and the files of a directory of vocabularies.
 
     Args:
         schema: the pack schema; its `identity` is computed from the files where it was not recorded.
@@ -54,7 +54,7 @@ def identity_of(schema: PackSchema, data_schema: Mapping[str, Any], vocabularies
 
 
 def table_identities(schema: PackSchema, data_schema: Mapping[str, Any], vocabularies: Path) -> dict[str, str]:
-    """Embedding table -> checksum of its vocabulary, or `hash seed N`; and the checksum of the item statistics.
+    """Map each embedding table to the checksum of its vocabulary, or `hash seed N`, and `item_statistics` to theirs.
 
     A table without a vocabulary file is left out, so that it differs from one that has a file.
     """
@@ -73,12 +73,12 @@ def table_identities(schema: PackSchema, data_schema: Mapping[str, Any], vocabul
 
 
 def vocabulary_file(directory: Path, table: str) -> Path:
-    """Where a directory of vocabularies holds that of `table`."""
+    """Return where a directory of vocabularies holds that of `table`."""
     return directory / f"{quote(table, safe='')}.parquet"
 
 
 def identity_difference(ours: DataIdentity, theirs: DataIdentity) -> list[str]:
-    """What makes `theirs` other than `ours`, which is expected, one line each; empty where both mean the same."""
+    """Say what makes `theirs` other than `ours`, which is expected, one line each; empty where both mean the same."""
     lines = schema_difference(ours.schema, theirs.schema)
     if ours.label_threshold != theirs.label_threshold:
         lines.append(f"label_threshold is {theirs.label_threshold}, expected {ours.label_threshold}")
@@ -129,13 +129,13 @@ def _statistics_difference(*files: Path) -> str:
 
 
 def _entries(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Rows of a Parquet file, as tuples."""
+    """Return the rows of a Parquet file, as tuples."""
     table = pq.read_table(file, columns=list(columns))
     return zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
 def content_checksum(file: Path, columns: Sequence[str]) -> str:
-    """XXH3-64 of the values of a Parquet file's columns in their order, as 16 hex digits.
+    """Return the XXH3-64 of the values of a Parquet file's columns in their order, as 16 hex digits.
 
     It does not depend on the file's encoding, compression or row groups, so that files written by another release of
     a library are equal. Memory does not grow with the file.

@@ -1,4 +1,4 @@
-"""Which data a run fits: its own pack, packs that were encoded alike, and other runs of the same data."""
+"""Decide which data a run fits: its own pack, packs that were encoded alike, and other runs of the same data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
 
 
 def run_identity(run_dir: Path) -> DataIdentity:
-    """The identity of the data that a run was trained on."""
+    """Return the identity of the data that a run was trained on."""
     schema, data_schema = read_schema(run_dir)
     return identity_of(schema, data_schema, run_dir / "vocab")
 
@@ -58,7 +58,7 @@ def require_same_training_data(run_dir: Path, other: Path) -> None:
 
 
 def _trained_tasks(run_dir: Path) -> str | None:
-    """Checksum of a run's tasks and splits: recorded, or that of its pack; None where neither is there."""
+    """Return the checksum of a run's tasks and splits, recorded or that of its pack; None where neither is there."""
     recorded = read_tasks_checksum(run_dir)
     pack = Path(read_config(run_dir).pack)
     if recorded is None and (pack / "manifest.json").exists():
@@ -67,7 +67,7 @@ def _trained_tasks(run_dir: Path) -> str | None:
 
 
 def is_own_pack(run_dir: Path, pack: TaskPack) -> bool:
-    """Whether a run was trained on this very pack, here or in another place."""
+    """Say whether a run was trained on this very pack, here or in another place."""
     if Path(read_config(run_dir).pack).resolve() == pack.path.resolve():
         return True
     recorded = read_mapping(run_dir / "schema.json", "restore it").get("manifest")
