@@ -81,8 +81,12 @@ def make_pack(
     data_schema: DataSchema = DATA_SCHEMA,
     values: Callable[[str, int], list[str]] = values_of,
     statistics: pa.Table | None = None,
+    change: Callable[[dict[str, np.ndarray]], object] = lambda arrays: None,
 ) -> Path:
-    """Write a pack of three splits at `path`; hashed tables of `data_schema` get no vocabulary."""
+    """Write a pack of three splits at `path`; hashed tables of `data_schema` get no vocabulary.
+
+    `change` may change a shard's arrays in place.
+    """
     rng = np.random.default_rng(seed)
     with PackWriter(path, schema, settings={}, data_schema=data_schema.to_json()) as writer:
         hashed = {f.table for f in data_schema.features if f.hash_buckets is not None}
@@ -96,7 +100,9 @@ def make_pack(
             if count == 0:
                 continue
             ids = np.arange(first, first + count)
-            writer.add_shard(split, _arrays(rng, count, first))
+            arrays = _arrays(rng, count, first)
+            change(arrays)
+            writer.add_shard(split, arrays)
             writer.write_tasks(ids, pa.array([f"u{i}" for i in ids]), [split] * count)
             first += count
         return writer.finish()

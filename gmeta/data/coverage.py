@@ -1,4 +1,4 @@
-"""Which columns a run's vocabularies do not know: their values are new, or written in another way than in training."""
+"""Find columns that a run's vocabularies do not know: their values are new, or written otherwise than in training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ NEARLY_ALL = 0.95
 
 
 def unknown_fraction(ids: npt.NDArray[np.integer]) -> float:
-    """Fraction of a feature's ids that are out of vocabulary; 0 where there are no ids."""
+    """Return the fraction of a feature's ids that are out of vocabulary; 0 where there are no ids."""
     return float(np.mean(ids == OOV)) if ids.size else 0.0
 
 
 def unknown_columns(ids: Mapping[str, npt.NDArray[np.integer]], at_least: float = NEARLY_ALL) -> dict[str, float]:
-    """Feature -> fraction of its ids that are out of vocabulary, for the features where that is `at_least` so much.
+    """Return the fraction of ids out of vocabulary of each feature where that is `at_least` so much.
 
     Args:
         ids: feature -> int array of any shape; of a many-valued feature, all its values.
@@ -30,7 +30,7 @@ def unknown_columns(ids: Mapping[str, npt.NDArray[np.integer]], at_least: float 
 
 
 def unknown_warning(fractions: Mapping[str, float], where: str) -> str | None:
-    """One line that names the columns of `unknown_columns`, or None where there are none.
+    """Return one line that names the columns of `unknown_columns`, or None where there are none.
 
     `where` says whose rows they are, such as `query.csv` or `the split test of packs/a`.
     """

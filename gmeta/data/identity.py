@@ -1,4 +1,4 @@
-"""What must be equal for two packs to mean the same by an id or a number, and what differs where they do not.
+"""The identity of data: what must be equal for two packs to mean the same by an id or a number.
 
 An id is a place in a vocabulary or a seeded hash, a number is a distance from a mean: neither means anything without
 them. Two packs of equal sizes therefore look alike, and a model reads the wrong one without complaint. The identity of
@@ -25,23 +25,22 @@ import xxhash
 from gmeta.data.schema import ITEM_STATISTICS, PackSchema, schema_difference
 
 _STATISTICS = ("value", "label_sum", "count")
+_SAME_VALUES = "no value differs, so one of the two files is not what was recorded: copy it again"
 
 
 @dataclass(frozen=True)
 class DataIdentity:
     """The identity of a pack's data, or of the data that a run was trained on."""
 
-    name: str  # what messages call it: "the run runs/a", "pack packs/week2"
     schema: PackSchema  # with its `identity`
     label_threshold: float | None  # label >= threshold was made 1
     vocabularies: Path  # the directory of vocabulary files; they are read only to say what differs
 
 
-def identity_of(name: str, schema: PackSchema, data_schema: Mapping[str, Any], vocabularies: Path) -> DataIdentity:
-    """The identity of what was encoded with `schema` and the files of a directory of vocabularies.
+def identity_of(schema: PackSchema, data_schema: Mapping[str, Any], vocabularies: Path) -> DataIdentity:
+    """Return the identity of what was encoded with `schema` and the files of a directory of vocabularies.
 
     Args:
-        name: what messages call the data.
         schema: the pack schema; its `identity` is computed from the files where it was not recorded.
         data_schema: the raw data schema as JSON, for the hash seed and the label's threshold.
         vocabularies: directory of `<table>.parquet` and `item_statistics.parquet`.
@@ -51,11 +50,11 @@ def identity_of(name: str, schema: PackSchema, data_schema: Mapping[str, Any], v
     """
     if schema.identity is None:
         schema = replace(schema, identity=table_identities(schema, data_schema, vocabularies))
-    return DataIdentity(name, schema, data_schema.get("label_threshold"), vocabularies)
+    return DataIdentity(schema, data_schema.get("label_threshold"), vocabularies)
 
 
 def table_identities(schema: PackSchema, data_schema: Mapping[str, Any], vocabularies: Path) -> dict[str, str]:
-    """Embedding table -> checksum of its vocabulary, or `hash seed N`; and the checksum of the item statistics.
+    """Map each embedding table to the checksum of its vocabulary, or `hash seed N`, and `item_statistics` to theirs.
 
     A table without a vocabulary file is left out, so that it differs from one that has a file.
     """
@@ -74,12 +73,12 @@ def table_identities(schema: PackSchema, data_schema: Mapping[str, Any], vocabul
 
 
 def vocabulary_file(directory: Path, table: str) -> Path:
-    """Where a directory of vocabularies holds that of `table`."""
+    """Return where a directory of vocabularies holds that of `table`."""
     return directory / f"{quote(table, safe='')}.parquet"
 
 
 def identity_difference(ours: DataIdentity, theirs: DataIdentity) -> list[str]:
-    """What makes `theirs` other than `ours`, which is expected, one line each; empty where both mean the same."""
+    """Say what makes `theirs` other than `ours`, which is expected, one line each; empty where both mean the same."""
     lines = schema_difference(ours.schema, theirs.schema)
     if ours.label_threshold != theirs.label_threshold:
         lines.append(f"label_threshold is {theirs.label_threshold}, expected {ours.label_threshold}")
@@ -97,46 +96,46 @@ def _table_difference(table: str, ours: DataIdentity, theirs: DataIdentity) -> s
         return f"table {table!r} is encoded with {found}, expected {expected}"
     what = "the item statistics" if table == ITEM_STATISTICS else f"vocabulary {table!r}"
     for side, value in sides:
-        if not value or not vocabulary_file(side.vocabularies, table).exists():
-            return f"{what} differs, and {side.name} holds none to say how"
+        file = vocabulary_file(side.vocabularies, table)
+        if not value or not file.exists():
+            return f"{what} differs, and there is no {file} to say how"
     files = [vocabulary_file(side.vocabularies, table) for side, _ in sides]
-    return f"{what}: " + (_statistics_difference if table == ITEM_STATISTICS else _vocabulary_difference)(
-        (ours.name, theirs.name), *files
-    )
+    return f"{what}: " + (_statistics_difference if table == ITEM_STATISTICS else _vocabulary_difference)(*files)
 
 
-def _vocabulary_difference(names: tuple[str, str], *files: Path) -> str:
+def _vocabulary_difference(*files: Path) -> str:
     pairs = list(zip_longest(*([value for (value,) in _entries(file, ("value",))] for file in files)))
     changed = [(index, pair) for index, pair in enumerate(pairs, start=1) if pair[0] != pair[1]]
     if not changed:
-        return "the ids of its file are not 1, 2, 3, …"
+        return _SAME_VALUES
     first, (ours, theirs) = changed[0]
     return (
-        f"{len(changed):,} of {len(pairs):,} ids stand for another value; "
-        f"id {first} is {ours!r} in {names[0]} and {theirs!r} in {names[1]}"
+        f"{len(changed):,} of {len(pairs):,} ids stand for another value; id {first} is {theirs!r}, expected {ours!r}"
     )
 
 
-def _statistics_difference(names: tuple[str, str], *files: Path) -> str:
+def _statistics_difference(*files: Path) -> str:
     ours, theirs = ({item: tuple(sums) for item, *sums in _entries(file, _STATISTICS)} for file in files)
     items = list(dict.fromkeys([*ours, *theirs]))
-    changed = [item for item in items if ours.get(item) != theirs.get(item)] or items[:1]
+    changed = [item for item in items if ours.get(item) != theirs.get(item)]
+    if not changed:
+        return _SAME_VALUES
     first = changed[0]
     name = "all items" if first is None else f"item {first!r}"
     return (
-        f"{len(changed):,} of {len(items):,} entries differ; {name} has (label sum, rows) "
-        f"{ours.get(first)} in {names[0]} and {theirs.get(first)} in {names[1]}"
+        f"{len(changed):,} of {len(items):,} entries differ; "
+        f"{name} has (label sum, rows) {theirs.get(first)}, expected {ours.get(first)}"
     )
 
 
 def _entries(file: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Rows of a Parquet file, as tuples."""
+    """Return the rows of a Parquet file, as tuples."""
     table = pq.read_table(file, columns=list(columns))
     return zip(*(table[name].to_pylist() for name in columns), strict=True)
 
 
 def content_checksum(file: Path, columns: Sequence[str]) -> str:
-    """XXH3-64 of the values of a Parquet file's columns in their order, as 16 hex digits.
+    """Return the XXH3-64 of the values of a Parquet file's columns in their order, as 16 hex digits.
 
     It does not depend on the file's encoding, compression or row groups, so that files written by another release of
     a library are equal. Memory does not grow with the file.

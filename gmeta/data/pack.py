@@ -406,7 +406,7 @@ class TaskPack:
         """What the pack's ids and numbers mean; computed from its files where the manifest does not record it."""
         if self.schema.identity is None:
             self.vocabulary_files()  # verifies their checksums
-        return identity_of(f"pack {self.path}", self.schema, self.manifest["data_schema"], self.path / "vocab")
+        return identity_of(self.schema, self.manifest["data_schema"], self.path / "vocab")
 
     def tasks_checksum(self) -> str:
         """Checksum of which tasks there are and in which split each lies; the same for a copy of the pack."""

@@ -1,4 +1,4 @@
-"""Baselines that need no network: what a recommender gets from means and a linear factor model alone.
+"""Baselines without a network: they show what means and a linear factor model reach alone.
 
 Every baseline is fitted on the rows (support and query) of the training tasks, sees the support of each test task,
 and scores its query rows. Predictions are clipped to the range of the training labels, which makes them
@@ -25,7 +25,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BaselineRows:
-    """Rows of a pack split in any order; all arrays have one entry a row."""
+    """The rows of a pack split, in any order; each array has one entry a row."""
 
     task: NDArray[Any]  # integer key of the row's task
     label: NDArray[Any]
@@ -41,7 +41,7 @@ class BaselineRows:
 
 
 def baseline_scores(train: BaselineRows, test: BaselineRows, *, seed: int) -> dict[str, FloatArray]:
-    """Score of every query row of `test` (in its order) under each baseline.
+    """Score every query row of `test`, in its order, by each baseline.
 
     Without an item column the three item baselines are left out: compare the keys with `BASELINES`.
     `seed` draws the initial loadings of the factor analysis.
@@ -60,7 +60,7 @@ def baseline_scores(train: BaselineRows, test: BaselineRows, *, seed: int) -> di
     scores = {"global-mean": np.full(int(query.sum()), mean), "task-mean": mean + residual[task[query]]}
     if train.item is not None and test.item is not None:
         items, item = np.unique(train.item, return_inverse=True)
-        # Items that no training row holds get position -1: the global mean, or the average item.
+        # Items that no training row holds get position -1, which stands for the global mean or the average item.
         position = np.minimum(np.searchsorted(items, test.item), len(items) - 1)
         position = np.where(items[position] == test.item, position, -1)
         item_mean = np.append(np.bincount(item, label) / np.bincount(item), mean)[position]
@@ -76,7 +76,7 @@ def baseline_scores(train: BaselineRows, test: BaselineRows, *, seed: int) -> di
 
 
 def _support_mean(task: NDArray[Any], value: NDArray[Any], support: NDArray[np.bool_]) -> FloatArray:
-    """Mean of `value` over each task's support, [tasks]; 0 for a task without support."""
+    """Take the mean of `value` over each task's support, [tasks]; it is 0 for a task without support."""
     num_tasks = int(task.max()) + 1 if len(task) else 0
     count = np.bincount(task[support], minlength=num_tasks)
     total = np.bincount(task[support], value[support], minlength=num_tasks)
@@ -85,7 +85,7 @@ def _support_mean(task: NDArray[Any], value: NDArray[Any], support: NDArray[np.b
 
 @dataclass(frozen=True)
 class FactorModel:
-    """label(task, item) = mean[item] + loadings[item] · z(task) + noise; z ~ N(0, I), noise ~ N(0, variance).
+    """The model label(task, item) = mean[item] + loadings[item] · z(task) + noise, z ~ N(0, I), noise ~ N(0, variance).
 
     The last entry, which index -1 finds, is the average item: what is expected of an item never seen.
     """
@@ -95,7 +95,7 @@ class FactorModel:
     variance: float
 
     def score(self, latent: FloatArray, item: NDArray[Any]) -> FloatArray:
-        """Expected label [rows] given each row's task vector [rows, k]; item -1 is an unknown one."""
+        """Return the expected label [rows] given each row's task vector [rows, k]; item -1 is an unknown one."""
         score = self.mean.numpy()[item] + np.einsum("rk,rk->r", self.loadings.numpy()[item], latent)
         return np.asarray(score, dtype=np.float64)
 
@@ -111,16 +111,18 @@ def fit_factors(
     loading_ridge: float = 40.0,
     mean_ridge: float = 1.0,
 ) -> FactorModel:
-    """Probabilistic PCA with missing entries, by EM (Tipping & Bishop 1999; a Gaussian prior on loadings and means).
+    """Fit probabilistic PCA with missing entries by EM (Tipping & Bishop 1999).
+
+    Loadings and means have a Gaussian prior.
 
     The prior is centred on the average item, so that an item with few rows still shows a task's general level. Its
     default widths were chosen on held-out *training* users of ML-1M.
 
     Args:
-        task: int [rows], dense indices of tasks; `item` likewise.
-        item: int [rows].
+        task: int [rows], dense indices of tasks.
+        item: int [rows], dense indices of items.
         label: [rows], centred on the global mean.
-        seed: of the initial loadings.
+        seed: seed of the initial loadings.
         num_factors: k.
         num_iterations: EM iterations.
         loading_ridge: pseudo-rows that pull an item's loadings to the average item's.
@@ -151,7 +153,10 @@ def fit_factors(
 
 
 def _model(weights: Tensor, variance: float) -> FactorModel:
-    """From loadings and mean of every item, [items, k + 1]. A floor under the variance keeps exact fits invertible."""
+    """Make a model of every item's loadings and mean, [items, k + 1].
+
+    A floor under the variance keeps exact fits invertible.
+    """
     weights = torch.cat([weights, weights.mean(dim=0, keepdim=True)])
     return FactorModel(weights[:, :-1].contiguous(), weights[:, -1].contiguous(), variance + 1e-9)
 
@@ -159,13 +164,13 @@ def _model(weights: Tensor, variance: float) -> FactorModel:
 def fold_in(
     model: FactorModel, task: NDArray[Any], item: NDArray[Any], label: FloatArray, *, num_tasks: int
 ) -> FloatArray:
-    """Exact posterior mean of each task's vector given its rows, [num_tasks, k]; the prior's, zero, without rows."""
+    """Return the exact posterior mean of each task's vector given its rows, [num_tasks, k]; zero without rows."""
     latent, _ = _posterior(model, _Segments.build(task, item, label, num_tasks))
     return latent.numpy()
 
 
 def _posterior(model: FactorModel, rows: _Segments) -> tuple[Tensor, Tensor]:
-    """Posterior mean [T, k] and covariance [T, k, k] of the task vectors."""
+    """Return the posterior mean [T, k] and covariance [T, k, k] of the task vectors."""
     loadings, mean = model.loadings, model.mean
     identity = torch.eye(loadings.shape[1], dtype=torch.float64)
     precision = rows.sum_symmetric(loadings[:, :, None] * loadings[:, None, :]) + model.variance * identity
@@ -176,7 +181,7 @@ def _posterior(model: FactorModel, rows: _Segments) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Segments:
-    """Rows sorted by segment: sums over a segment's rows of a table entry that each row points at.
+    """Rows sorted by segment. Each row points at an entry of a table; the entries are summed over a segment's rows.
 
     `embedding_bag` is exactly that sum and never forms a [rows, width] array.
     """
@@ -204,7 +209,7 @@ class _Segments:
         return self.sum(table, self.weight)
 
     def sum_symmetric(self, table: Tensor) -> Tensor:
-        """Sums of symmetric matrices [entries, k, k] -> [segments, k, k], through their upper triangles."""
+        """Sum symmetric matrices [entries, k, k] -> [segments, k, k], through their upper triangles."""
         k = table.shape[1]
         row, column = torch.triu_indices(k, k)
         upper = self.sum(table[:, row, column])

@@ -1,6 +1,6 @@
-"""The report's charts: plain data in, one inline SVG out, with selectable text and a width that follows the page.
+"""Charts of the report. Each function takes plain data and returns one inline SVG, whose width follows the page.
 
-Drawn small (about 320 px wide) so that text stays readable on a phone, where nothing is scaled down.
+They are drawn small (about 320 px wide), so that text stays readable on a phone, where nothing is scaled down.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Points:
 
 
 def colour(name: str) -> str:
-    """Colour of a variant or curve, the same in every chart."""
+    """Return the colour of a variant or curve, which is the same in every chart."""
     return _COLOURS.get(name, _OTHER_COLOUR)
 
 
 def line_chart(title: str, series: Sequence[Points], *, x_label: str, y_label: str, from_zero: bool = False) -> str:
-    """Lines over numbers; single points are marked, so that one validation is visible."""
+    """Draw lines over numbers; single points are marked, so that one validation is visible."""
 
     def draw(axes: Any) -> None:
         for points in series:
@@ -88,7 +88,7 @@ def line_chart(title: str, series: Sequence[Points], *, x_label: str, y_label: s
 def category_chart(
     title: str, categories: Sequence[str], series: Sequence[Points], *, x_label: str, y_label: str
 ) -> str:
-    """Intervals over ordered categories, joined by lines; `x` counts categories."""
+    """Draw intervals over ordered categories and join them by lines; `x` counts categories."""
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(series):
@@ -109,7 +109,7 @@ def category_chart(
 def dot_chart(
     title: str, categories: Sequence[str], series: Sequence[Points], *, x_label: str, separate: bool = True
 ) -> str:
-    """Intervals along a scale, categories from top to bottom; here `x` counts categories and `y` is drawn across.
+    """Draw intervals along a scale, categories from top to bottom; `x` counts categories, and `y` is drawn across.
 
     `separate` sets the dots of one category apart and names the series; without it, each category holds one.
     """
@@ -131,7 +131,7 @@ def dot_chart(
 
 
 def calibration_chart(title: str, series: Sequence[Points]) -> str:
-    """Observed over predicted, beside the diagonal of a calibrated model."""
+    """Draw observed over predicted values, beside the diagonal of a calibrated model."""
 
     def draw(axes: Any) -> None:
         values = [v for points in series for v in (*points.x, *_defined(points.x, points.y)[1])]
@@ -147,7 +147,7 @@ def calibration_chart(title: str, series: Sequence[Points]) -> str:
 
 
 def share_chart(title: str, steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -> str:
-    """Parts of a whole over steps, stacked."""
+    """Draw the parts of a whole over steps, one above the other."""
     colours = ["#94a3b8", "#f59e0b", "#2563eb"]
 
     def draw(axes: Any) -> None:
@@ -181,14 +181,14 @@ def _defined(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[floa
 
 
 def _legend(axes: Any) -> None:
-    """Above the plot, where it hides nothing."""
+    """Put the legend above the plot, where it hides nothing."""
     names = axes.get_legend_handles_labels()[1]
     columns = len(names) if sum(map(len, names)) < 36 else 2
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, columnspacing=1.2)
 
 
 def _svg(title: str, draw: Callable[[Any], None], *, height: float = 2.8) -> str:
-    """Draw on fresh axes; `height` in inches of 72 px."""
+    """Draw on fresh axes and return the SVG; `height` is in inches of 72 px."""
     with matplotlib.rc_context(_STYLE):  # type: ignore[arg-type, unused-ignore]
         figure = Figure(figsize=(4.5, height))
         draw(figure.add_subplot())
@@ -196,7 +196,7 @@ def _svg(title: str, draw: Callable[[Any], None], *, height: float = 2.8) -> str
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # What the page must not inherit, and what it must set itself: style rules, size, unique ids.
+    # The page must not inherit style rules, must set the size itself, and needs ids that are unique on it.
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     text = re.sub(r"font-family: [^;]*; ", "", text)
     text = re.sub(r' (width|height)="[^"]*"', "", text, count=2)

@@ -46,7 +46,7 @@ class Variants:
 
     @staticmethod
     def of(logits: dict[str, Floats], loss: LossName) -> Variants:
-        """Variants that a network trained with `loss` scored."""
+        """Make the variants that a network trained with `loss` scored."""
         return Variants({name: to_predictions(values, loss) for name, values in logits.items()}, logits)
 
 
@@ -106,7 +106,7 @@ def _warn_of_unknown_columns(pack: TaskPack, split: PackSplit) -> None:
 def _plain_variants(
     config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, mesh: Mesh, notes: dict[str, Any]
 ) -> Variants | None:
-    """Scores of the plainly trained model, and of the same fine-tuned on the support as the run adapts; collective.
+    """Score by the plainly trained model, and by the same fine-tuned on the support as the run adapts; collective.
 
     Returns None on other ranks than 0.
     """
@@ -222,7 +222,7 @@ def _write(
 
 
 def _prediction_columns(pack: TaskPack, split: PackSplit, scores: Scores, found: Variants) -> dict[str, pa.Array]:
-    """Columns of predictions.parquet, one entry a query row.
+    """Make the columns of predictions.parquet, with one entry a query row.
 
     `task` is the raw key of the row's task, `item` the raw value of its item (null where the vocabulary does not know
     it; no column where the items have no vocabulary).
@@ -238,7 +238,7 @@ def _prediction_columns(pack: TaskPack, split: PackSplit, scores: Scores, found:
 
 
 def _item_values(pack: TaskPack) -> pa.Array | None:
-    """Id -> raw value of an item, null for unknown ones; None where the items are no feature with a vocabulary."""
+    """Return the raw value of each item id, null for id 0; None where the items are no feature with a vocabulary."""
     features = [f for f in pack.schema.features if f.name == pack.schema.item and f.kind == "categorical"]
     if not features or features[0].table not in pack.manifest["vocab"]:
         return None

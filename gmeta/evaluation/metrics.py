@@ -74,7 +74,7 @@ class Estimate:
 
 
 def metric(name: str, score: ArrayLike, label: ArrayLike, task: ArrayLike, *, logit: ArrayLike | None = None) -> float:
-    """Value of one metric.
+    """Return the value of one metric.
 
     Args:
         name: one of BINARY_METRICS and RATING_METRICS.
@@ -152,32 +152,32 @@ def task_sums(name: str, rows: Rows) -> TaskSums:
 
 
 def auc(score: ArrayLike, label: ArrayLike) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, where ties count one half."""
+    """Return the area under the ROC curve: the chance that a positive scores above a negative; a tie is ½."""
     return _auc(make_rows(score, label, _one_task(label)))
 
 
 def gauc(score: ArrayLike, label: ArrayLike, task: ArrayLike) -> float:
-    """Mean of the tasks' AUCs weighted by their rows; tasks with one class are left out."""
+    """Return the mean of the tasks' AUCs, weighted by their rows; tasks with one class are left out."""
     return metric("gauc", score, label, task)
 
 
 def logloss(score: ArrayLike, label: ArrayLike) -> float:
-    """Mean binary cross-entropy of probabilities clipped to [LOGLOSS_CLIP, 1 - LOGLOSS_CLIP]."""
+    """Return the mean binary cross-entropy of probabilities clipped to [LOGLOSS_CLIP, 1 - LOGLOSS_CLIP]."""
     return metric("logloss", score, label, _one_task(label))
 
 
 def mae(score: ArrayLike, label: ArrayLike) -> float:
-    """Mean absolute error over rows."""
+    """Return the mean absolute error over rows."""
     return metric("mae", score, label, _one_task(label))
 
 
 def rmse(score: ArrayLike, label: ArrayLike) -> float:
-    """Root of the mean squared error over rows."""
+    """Return the root of the mean squared error over rows."""
     return metric("rmse", score, label, _one_task(label))
 
 
 def calibration_curve(score: ArrayLike, label: ArrayLike, num_bins: int = 10) -> list[dict[str, float | int]]:
-    """Mean prediction and mean label of (nearly) equally many rows a bin, by rising prediction.
+    """Return mean prediction and mean label of (nearly) equally many rows a bin, by rising prediction.
 
     Equal scores never part: a bin ends at the last row of its score, so there may be fewer bins.
 
@@ -198,7 +198,7 @@ def calibration_curve(score: ArrayLike, label: ArrayLike, num_bins: int = 10) ->
 
 
 def _one_task(label: ArrayLike) -> NDArray[np.int64]:
-    """Task keys that make all rows one task, [N]."""
+    """Return task keys [N] that make all rows one task."""
     return np.zeros(np.shape(label)[:1], dtype=np.int64)
 
 
@@ -209,7 +209,7 @@ def _auc(rows: Rows) -> float:
 
 
 def _ratio(sums: FloatArray) -> FloatArray:
-    """sums[..., 0] / sums[..., 1]; nan where the denominator is 0."""
+    """Return sums[..., 0] / sums[..., 1]; nan where the denominator is 0."""
     bottom = sums[..., 1]
     return np.where(bottom != 0, sums[..., 0] / np.where(bottom != 0, bottom, 1.0), np.nan)
 
@@ -222,7 +222,7 @@ def _by_rows(
 
 
 def _by_tasks(value: FloatArray, counted: NDArray[np.bool_], weight: FloatArray) -> TaskSums:
-    """Weighted mean of one value a task, over the tasks that count."""
+    """Make the weighted mean of one value a task, over the tasks that count."""
     weight = np.where(counted, weight, 0.0)
     return TaskSums(np.stack([np.where(counted, value, 0.0) * weight, weight], axis=1), _ratio, counted)
 
@@ -239,7 +239,7 @@ def _row_logloss(rows: Rows) -> FloatArray:
 
 
 def _ece(rows: Rows) -> TaskSums:
-    """Expected calibration error over equally wide bins of the prediction in [0, 1]."""
+    """Make the expected calibration error over equally wide bins of the prediction in [0, 1]."""
     bins = np.clip((rows.score * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     cell = rows.task * CALIBRATION_BINS + bins
     gap = np.bincount(cell, rows.score - rows.label, minlength=rows.num_tasks * CALIBRATION_BINS)
@@ -252,7 +252,7 @@ def _ece(rows: Rows) -> TaskSums:
 
 
 def _group_starts(*keys: NDArray[Any]) -> NDArray[np.bool_]:
-    """True where any of the sorted keys differs from the row before."""
+    """Mark where any of the sorted keys differs from the row before."""
     start = np.ones(len(keys[0]), dtype=np.bool_)
     if len(start):
         start[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
@@ -260,7 +260,7 @@ def _group_starts(*keys: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def _gauc(rows: Rows) -> TaskSums:
-    """Per-task AUC (by midranks) weighted by the task's rows; tasks with one class are left out."""
+    """Make the tasks' AUCs (by midranks), weighted by their rows; tasks with one class are left out."""
     _require_binary("gauc", rows.label)
     order = np.lexsort((rows.ranking, rows.task))
     task, ranking, label = rows.task[order], rows.ranking[order], rows.label[order]
@@ -268,7 +268,7 @@ def _gauc(rows: Rows) -> TaskSums:
     group = np.cumsum(start) - 1
     first = np.flatnonzero(start)
     size = np.diff(np.append(first, len(task)))
-    # Midranks over all rows; the task's own offset leaves with the mean rank of its rows below.
+    # Ranks count over all rows; the line of `rank_sum` takes away the rows of the tasks before.
     midrank = (first + (size - 1) / 2 + 1)[group]
     count, positive = rows.sum_by_task(np.ones(len(task))), rows.sum_by_task(rows.label)
     offset = np.cumsum(count) - count
@@ -279,7 +279,7 @@ def _gauc(rows: Rows) -> TaskSums:
 
 
 def _ndcg(rows: Rows, k: int) -> TaskSums:
-    """Mean over tasks of nDCG@k, gain 2^label - 1, discount 1 / log2(rank + 1).
+    """Make the mean over tasks of nDCG@k, with gain 2^label - 1 and discount 1 / log2(rank + 1).
 
     Tied scores get the expected gain over their orders (McSherry & Najork 2008), so that a constant score earns what
     chance earns. Tasks whose ideal DCG is 0 (no label above 0) are left out.
@@ -294,7 +294,7 @@ def _ndcg(rows: Rows, k: int) -> TaskSums:
 
 
 def _dcg(rows: Rows, key: FloatArray, gain: FloatArray, k: int) -> FloatArray:
-    """DCG@k of each task's rows by rising key, gains averaged over equal keys, [num_tasks]."""
+    """Return DCG@k of each task's rows by rising key, [num_tasks]; equal keys share the mean of their gains."""
     order = np.lexsort((key, rows.task))
     task, key, gain = rows.task[order], key[order], gain[order]
     count = np.bincount(task, minlength=rows.num_tasks)
@@ -308,7 +308,7 @@ def _dcg(rows: Rows, key: FloatArray, gain: FloatArray, k: int) -> FloatArray:
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Rows sorted once by score, so that AUC under any task weights costs one pass."""
+    """Rows sorted once, so that AUC under any task weights costs one pass."""
 
     positive: NDArray[np.int64]  # task of each positive row, by rising score
     negative: NDArray[np.int64]  # task of each negative row, by rising score
@@ -324,7 +324,7 @@ class _Ranking:
         return _Ranking(task[is_positive], task[~is_positive], below, upto)
 
     def weighted_auc(self, weights: FloatArray) -> FloatArray:
-        """AUC with each row weighted by its task, for each row of `weights` [R, tasks] -> [R]; nan without pairs."""
+        """Return AUC with each row weighted by its task, for each row of `weights` [R, tasks]; nan without pairs."""
         out = np.full(len(weights), np.nan)
         below = np.zeros(len(self.negative) + 1)
         for i, weight in enumerate(weights):
@@ -363,7 +363,7 @@ class Bootstrap:
             self._sums[key] = task_sums(name, rows)
 
     def run(self) -> None:
-        """Value and resampled values of everything registered."""
+        """Compute the value and the resampled values of everything registered."""
         values: dict[Any, list[FloatArray]] = {key: [] for key in (*self._sums, *self._rankings)}
         columns = [sums.columns for sums in self._sums.values()]
         table = np.concatenate(columns, axis=1) if columns else np.zeros((self.num_tasks, 0))
@@ -377,7 +377,7 @@ class Bootstrap:
         self._values = {key: np.concatenate(parts) for key, parts in values.items()}
 
     def estimate(self, key: Any, against: Any = None) -> Estimate:
-        """The metric registered under `key`, or its difference to the one under `against`."""
+        """Return the metric registered under `key`, or its difference to the one under `against`."""
         values = self._values[key] if against is None else self._values[key] - self._values[against]
         n = self._num_counted(key)
         resampled = values[1:][np.isfinite(values[1:])]
@@ -387,7 +387,7 @@ class Bootstrap:
         return Estimate(float(values[0]), float(low), float(high), n)
 
     def values(self, key: Any) -> FloatArray:
-        """The metric registered under `key`: its value, then every resampled one, [1 + resamples]."""
+        """Return the metric registered under `key`: its value, then every resampled one, [1 + resamples]."""
         return self._values[key]
 
     def _num_counted(self, key: Any) -> int:
@@ -396,7 +396,7 @@ class Bootstrap:
         return len(np.unique(self._rankings[key][1].task))
 
     def _weights(self) -> Iterator[FloatArray]:
-        """Blocks [R, tasks] of how often each task was drawn; the very first row is all ones, the sample itself."""
+        """Yield blocks [R, tasks] of how often each task was drawn. The first row is all ones, the sample itself."""
         rng = np.random.default_rng(self.seed)
         block = max(1, _BLOCK_VALUES // max(self.num_tasks, 1))
         yield np.ones((1, self.num_tasks))

@@ -1,6 +1,6 @@
-"""`gmeta report`: one self-contained HTML page from a run directory, readable offline and on a phone.
+"""`gmeta report`: make one self-contained HTML page of a run directory, which can be read offline and on a phone.
 
-What a run does not hold yet is replaced by the command that makes it.
+Where a run does not hold something yet, the page names the command that makes it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _require_keys(evaluation: Json, path: Path) -> None:
 
 
 def _subtitle(config: Json) -> str:
-    """One line that says what was trained."""
+    """Say in one line what was trained."""
     meta, model = config.get("meta", {}), config.get("model", {})
     adapt = meta.get("adapt") or []
     steps = meta.get("inner_steps", 1)
@@ -184,7 +184,7 @@ def _headline_table(rows: Sequence[HeadlineRow], metric: str, reference: str) ->
 
 
 def _variant_chart(evaluation: Json, rows: Sequence[HeadlineRow]) -> str:
-    """Each variant on its own line, in its own colour."""
+    """Draw each variant on a line of its own, in its own colour."""
     series = [_points(row.variant, [i], [row.record]) for i, row in enumerate(rows)]
     names = [row.variant for row in rows]
     return charts.dot_chart(
@@ -238,7 +238,7 @@ def _adaptation_section(evaluation: Json | None) -> str:
 
 
 def _compared(evaluation: Json) -> list[str]:
-    """The variants that charts show: more would hide each other. The table has them all."""
+    """Choose the variants that charts show: more would hide each other. The table has them all."""
     wanted = ["before", "after", "plain-finetuned", _best_baseline(evaluation, "all")]
     return [name for name in evaluation["variants"] if name in wanted]
 
@@ -249,7 +249,7 @@ def _counts(names: Sequence[str], labels: Sequence[str], cases: dict[str, Json])
 
 
 def _case_table(evaluation: Json, names: Sequence[str], metric: str) -> str:
-    """Slices down, variants across."""
+    """Make a table with slices down and variants across."""
     cases = {case["case"]: case for case in evaluation["cases"]}
     rows = []
     for case in names:
@@ -280,7 +280,7 @@ def _variant_table(corner: str, variants: Iterable[str], rows: Iterable[str]) ->
 
 
 def _row_cells(records: Sequence[Json | None], metric: str) -> str:
-    """One cell a variant, the best in bold."""
+    """Make one cell a variant, the best in bold."""
     values = [None if record is None else record["value"] for record in records]
     defined = [_badness(value, metric) for value in values if value is not None]
     best = min(defined, default=None)
@@ -292,7 +292,7 @@ def _row_cells(records: Sequence[Json | None], metric: str) -> str:
 
 
 def _badness(value: float, metric: str) -> float:
-    """Lower is better, whatever the metric."""
+    """Turn a value into one of which lower is better, whatever the metric."""
     if metric == "calibration":
         return abs(value - 1)
     return -value if metric in ("auc", "gauc") or metric.startswith("ndcg") else value
@@ -381,7 +381,7 @@ def _training_cards(train: list[Json]) -> str:
 
 
 def _validation_figures(valid: list[Json]) -> list[str]:
-    """Before and after adaptation, one chart a metric."""
+    """Draw one chart a metric, before and after adaptation."""
     names = dict.fromkeys(key.removesuffix("_after") for record in valid for key in record if key.endswith("_after"))
     figures = []
     for name in list(names)[:_MAX_CURVES]:
@@ -410,7 +410,7 @@ def _time_figure(steps: Sequence[int], train: list[Json]) -> str:
 
 
 def _thinned(steps: Sequence[int], records: list[Json], key: str) -> tuple[list[float], list[float | None]]:
-    """A column averaged over runs of equally many records; None where a run holds no number."""
+    """Average a column over stretches of equally many records; None where a stretch holds no number."""
     size = -(-len(records) // _MAX_POINTS)
     xs: list[float] = []
     ys: list[float | None] = []
@@ -425,9 +425,9 @@ def _thinned(steps: Sequence[int], records: list[Json], key: str) -> tuple[list[
 
 
 def _communication_section(records: list[Json | None]) -> str:
-    """What rank 0 sent in a step, on average, beside what the formulas say; nothing for a run of one process.
+    """Show what rank 0 sent in a step, on average, beside what the formulas say; nothing for a run of one process.
 
-    Only of the last steps that made the same calls: a resumed run may have another number of workers.
+    Only the last steps that made the same calls count: a resumed run may have another number of workers.
     """
     steps: list[Json] = []
     for record in reversed(records):
@@ -492,7 +492,7 @@ def _details(title: str, values: Json) -> str:
 
 
 def _flat(values: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
-    """Nested keys, dotted as on the command line."""
+    """Yield nested keys with their values, dotted as on the command line."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
@@ -504,7 +504,7 @@ def _flat(values: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _name(metric: str) -> str:
-    """A metric's name as people write it."""
+    """Return a metric's name as people write it."""
     return _NAMES.get(metric, metric)
 
 
@@ -534,7 +534,7 @@ def _interval(record: Json, sign: str = "", prefix: str = "") -> str:
 
 
 def _stacked(record: Json, sign: str = "") -> str:
-    """A table cell: value above its interval."""
+    """Fill a table cell with a value above its interval."""
     if record["low"] is None:
         return _number(record["value"], sign)
     interval = f"{_number(record['low'], sign)} … {_number(record['high'], sign)}"

@@ -42,7 +42,7 @@ def score(
     steps: int | None = None,
     inner_lr: float | None = None,
 ) -> Scores | None:
-    """Logits of every query row before and after adapting to its task's support; None on other ranks than 0.
+    """Return the logits of every query row before and after adapting to its task's support; None on other ranks than 0.
 
     `learner`, `steps` and `inner_lr` replace what the system was trained with. The call is collective, and no other
     loader may exchange ids meanwhile.
@@ -90,14 +90,14 @@ def to_predictions(logits: Floats, loss: LossName) -> Floats:
 
 
 def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName) -> float:
-    """Mean over tasks of the mean loss of their query rows, which is what training minimises."""
+    """Return the mean over tasks of the mean loss of their query rows, which is what training minimises."""
     values = row_loss(loss)(torch.from_numpy(logits), torch.from_numpy(label)).numpy()
     _, index = np.unique(task, return_inverse=True)
     return float((np.bincount(index, values) / np.bincount(index)).mean())
 
 
 def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
-    """`<metric>_before` and `<metric>_after` of every metric that fits the loss; empty without query rows."""
+    """Return `<metric>_before` and `<metric>_after` of every metric that fits the loss; nothing without query rows."""
     if len(scores.row) == 0:
         return {}
     out: dict[str, float] = {}

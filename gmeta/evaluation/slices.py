@@ -145,7 +145,7 @@ class HeadlineRow:
 
 
 def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:
-    """The headline metric of every variant on `case`; empty when the case has no rows."""
+    """Return the headline metric of every variant on `case`; nothing when the case has no rows."""
     metric = evaluation["headline"]["metric"]
     sign = 1 if evaluation["headline"]["higher_is_better"] else -1
     differences = {d["against"]: d for d in evaluation["differences"] if d["case"] == case and d["metric"] == metric}

@@ -1,4 +1,4 @@
-"""Checkpoints: tensors through torch.distributed.checkpoint as safetensors, the rest as JSON.
+"""Checkpoints hold tensors as safetensors, through torch.distributed.checkpoint, and all else as JSON.
 
     checkpoints/step-00001000/
         shard-00001-model-00001-of-00001.safetensors …   one a rank: dense tensors once, each rank's table rows
@@ -37,12 +37,12 @@ FORMAT_VERSION = 1
 
 
 def step_dir(root: Path, step: int) -> Path:
-    """Directory of the checkpoint after `step` steps."""
+    """Return the directory of the checkpoint after `step` steps."""
     return root / f"step-{step:08d}"
 
 
 def steps_saved(root: Path) -> list[int]:
-    """Steps that have a whole checkpoint under `root`, ascending."""
+    """Return the steps that have a whole checkpoint under `root`, ascending."""
     return sorted(int(path.name[5:]) for path in root.glob("step-*") if path.name[5:].isdigit())
 
 
@@ -62,7 +62,7 @@ def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any
         _dcp_save(partial, tensors, mesh)
     except OSError as problem:
         error = problem
-    except CheckpointException as problem:  # a BaseException; on all ranks alike
+    except CheckpointException as problem:  # it is a BaseException, and raised on all ranks alike
         error = _first_failure(problem)
     if mesh.rank == 0 and error is None:
         error = _seal(partial, final, {"format_version": FORMAT_VERSION, "step": step, **state})
@@ -88,7 +88,7 @@ def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
 
 
 def _seal(partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
-    """Write state and checksums, sync, rename; the complaint if the disk refuses."""
+    """Write state and checksums, sync, rename; returns the error if the disk refuses."""
     try:
         (partial / "state.json").write_text(json.dumps(state, indent=1))
         files = sorted(path for path in partial.iterdir() if path.is_file())
@@ -114,7 +114,7 @@ def sync(path: Path) -> None:
 
 
 def _first_failure(error: CheckpointException) -> Exception:
-    """What the lowest failing rank raised, if that is the disk's fault; anything else is ours and goes up."""
+    """Return what the lowest failing rank raised, if that is the disk's fault; anything else is our bug and goes up."""
     cause = error.failures[min(error.failures)][0]
     if isinstance(cause, OSError | SafetensorError) or "I/O error" in str(cause):
         return ValueError(str(cause))
@@ -137,7 +137,7 @@ def verify(path: Path) -> None:
 
 
 def verify_together(path: Path, mesh: Mesh) -> None:
-    """`verify` on rank 0, its error on all; collective."""
+    """Verify on rank 0 and raise its error on all ranks; collective."""
     error: Exception | None = None
     if mesh.rank == 0:
         try:
@@ -148,7 +148,7 @@ def verify_together(path: Path, mesh: Mesh) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The JSON part of a checkpoint. ValueError where it cannot be read or is of a newer format."""
+    """Return the JSON part of a checkpoint. Raises ValueError where it cannot be read or is of a newer format."""
     state = read_mapping(path / "state.json", CURE)
     version = state.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -172,7 +172,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
 
 @contextmanager
 def _single_process_is_fine() -> Iterator[None]:
-    """DCP warns when there is no process group; world size 1 is an ordinary case here."""
+    """Silence the warning of DCP that there is no process group: world size 1 is an ordinary case here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is", category=UserWarning)
         yield
@@ -183,15 +183,17 @@ def prune(root: Path, keep_last: int, best: int | None) -> None:
     steps = steps_saved(root)
     for step in steps[: max(0, len(steps) - keep_last)]:
         if step != best:
-            leaving = root / f".partial-{step_dir(root, step).name}"  # never a checkpoint that lost some of its files
+            leaving = (
+                root / f".partial-{step_dir(root, step).name}"
+            )  # so that no checkpoint is ever seen without some of its files
             os.rename(step_dir(root, step), leaving)
             shutil.rmtree(leaving)
 
 
 def resolve(root: Path, which: str) -> Path:
-    """Directory of checkpoint `which`: best (of the newest that can be read), last, or a step number.
+    """Return the directory of checkpoint `which`: best (of the newest that can be read), last, or a step number.
 
-    ValueError lists what exists.
+    Raises ValueError that lists what exists.
     """
     steps = steps_saved(root)
     if not steps:
@@ -207,7 +209,7 @@ def resolve(root: Path, which: str) -> Path:
 
 
 def _best_step(root: Path, steps: list[int]) -> int | None:
-    """Best step by the newest checkpoint that can be read; a damaged last one must not hide a healthy best."""
+    """Return the best step by the newest checkpoint that can be read; a damaged last one hides no healthy best."""
     for step in reversed(steps):
         try:
             best = read_state(step_dir(root, step)).get("best_step")

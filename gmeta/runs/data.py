@@ -1,19 +1,19 @@
-"""Which data a run fits: its own pack, packs that were encoded alike, and other runs of the same data."""
+"""Decide which data a run fits: its own pack, packs that were encoded alike, and other runs of the same data."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from gmeta.core.files import read_mapping
-from gmeta.data.identity import DataIdentity, identity_difference, identity_of, table_identities
+from gmeta.data.identity import DataIdentity, identity_difference, identity_of, table_identities, vocabulary_file
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
 
 
 def run_identity(run_dir: Path) -> DataIdentity:
-    """The identity of the data that a run was trained on."""
+    """Return the identity of the data that a run was trained on."""
     schema, data_schema = read_schema(run_dir)
-    return identity_of(f"run {run_dir}", schema, data_schema, run_dir / "vocab")
+    return identity_of(schema, data_schema, run_dir / "vocab")
 
 
 def require_fitting_pack(run_dir: Path, pack: TaskPack) -> None:
@@ -34,7 +34,7 @@ def require_own_vocabularies(run_dir: Path) -> None:
     for table, expected in schema.identity.items():
         if found.get(table) != expected:
             raise ValueError(
-                f"{run_dir / 'vocab'} does not hold the vocabulary {table!r} that the run was trained with: "
+                f"{vocabulary_file(run_dir / 'vocab', table)} is missing, or not what the run was trained with: "
                 "copy it again from the pack, or train again"
             )
 
@@ -58,7 +58,7 @@ def require_same_training_data(run_dir: Path, other: Path) -> None:
 
 
 def _trained_tasks(run_dir: Path) -> str | None:
-    """Checksum of a run's tasks and splits: recorded, or that of its pack; None where neither is there."""
+    """Return the checksum of a run's tasks and splits, recorded or that of its pack; None where neither is there."""
     recorded = read_tasks_checksum(run_dir)
     pack = Path(read_config(run_dir).pack)
     if recorded is None and (pack / "manifest.json").exists():
@@ -67,7 +67,7 @@ def _trained_tasks(run_dir: Path) -> str | None:
 
 
 def is_own_pack(run_dir: Path, pack: TaskPack) -> bool:
-    """Whether a run was trained on this very pack, here or in another place."""
+    """Say whether a run was trained on this very pack, here or in another place."""
     if Path(read_config(run_dir).pack).resolve() == pack.path.resolve():
         return True
     recorded = read_mapping(run_dir / "schema.json", "restore it").get("manifest")

@@ -1,4 +1,4 @@
-"""A run directory: one run, one writer, self-contained.
+"""The run directory, which holds one run, has one writer, and needs nothing outside.
 
 config.yaml  environment.json  run_id  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
 
@@ -47,7 +47,7 @@ FIXED_ON_RESUME = (
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
 
 FREE_ON_RESUME = ("meta.engine", "meta.recompute")
-"""Of these, settings that only say how the same numbers are computed."""
+"""Settings among FIXED_ON_RESUME that only say how the same numbers are computed."""
 
 _RUN_ID = "run_id"
 
@@ -114,7 +114,7 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
         _require_same_data(state, run_dir, pack)
     for leftover in checkpoints.glob(".partial-*"):  # of a process that was killed in a save
         shutil.rmtree(leftover)
-    # An absolute path: a run is evaluated from anywhere.
+    # The path is absolute, so that the run can be evaluated from anywhere.
     resolved = replace(config, pack=str(pack.path.resolve()))
     write_text(run_dir / "config.yaml", yaml.safe_dump(asdict(resolved), sort_keys=False))
     _write_data(run_dir, pack, keep=bool(saved))
@@ -142,7 +142,7 @@ def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
 
 
 def _require_same(state: dict[str, Any], now: TrainConfig) -> None:
-    """ValueError naming the first setting that a checkpoint cannot go on with."""
+    """Raise ValueError naming the first setting that a checkpoint cannot go on with."""
     # A setting younger than the checkpoint did then what its default does now.
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     for key in ("sequential", "size_buckets"):
@@ -162,7 +162,7 @@ def _require_same(state: dict[str, Any], now: TrainConfig) -> None:
 
 
 def _require_same_data(state: dict[str, Any], run_dir: Path, pack: TaskPack) -> None:
-    """ValueError where the pack is not what the checkpoint was trained on, with what differs.
+    """Raise ValueError with what differs, where the pack is not what the checkpoint was trained on.
 
     The schema is the checkpoint's own copy: schema.json may be lost.
     """
@@ -170,7 +170,7 @@ def _require_same_data(state: dict[str, Any], run_dir: Path, pack: TaskPack) -> 
     if (run_dir / "schema.json").exists():
         _, data_schema = read_schema(run_dir)
         tasks = read_tasks_checksum(run_dir)
-    ours = identity_of(f"run {run_dir}", pack_schema_from_json(state["schema"]), data_schema, run_dir / "vocab")
+    ours = identity_of(pack_schema_from_json(state["schema"]), data_schema, run_dir / "vocab")
     lines = identity_difference(ours, pack.identity())
     if not lines and tasks is not None and tasks != pack.tasks_checksum():
         lines = ["its tasks, or the splits they lie in, are others"]
@@ -189,7 +189,7 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_run_id(run_dir: Path) -> str:
-    """A name that no other run has, nor this one's repetition in a new directory."""
+    """Return a name that no other run has, nor this one when it is repeated in a new directory."""
     return (run_dir / _RUN_ID).read_text().strip()
 
 
@@ -197,7 +197,7 @@ _CURE = "restore it, or take the one that a checkpoint's state.json holds"
 
 
 def read_config(run_dir: Path) -> TrainConfig:
-    """The resolved config of a run. ValueError when the directory holds no run, or the file is damaged."""
+    """Return the resolved config of a run. Raises ValueError when there is no run, or the file is damaged."""
     file = run_dir / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run_dir} holds no run (no config.yaml): name a directory made by `gmeta train`")
@@ -209,7 +209,7 @@ def read_config(run_dir: Path) -> TrainConfig:
 
 
 def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:
-    """The pack schema and the raw data schema that a run was trained with."""
+    """Return the pack schema and the raw data schema that a run was trained with."""
     values = read_mapping(run_dir / "schema.json", _CURE)
     try:
         return pack_schema_from_json(values["pack"]), values["data"]
@@ -218,6 +218,6 @@ def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:
 
 
 def read_tasks_checksum(run_dir: Path) -> str | None:
-    """Checksum of the tasks and splits that a run was trained with; None where it is too old to have recorded it."""
+    """Return the checksum of the tasks and splits that a run was trained with; None where it recorded none."""
     tasks: str | None = read_mapping(run_dir / "schema.json", _CURE).get("tasks")
     return tasks

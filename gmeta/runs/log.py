@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard, the console; and environment.json.
+"""The log that a run writes while it trains: metrics.jsonl, TensorBoard and the console; and environment.json.
 
 Rank 0 writes; on the other ranks every call does nothing, so that the training loop need not ask.
 """
@@ -99,7 +99,7 @@ class RunLog:
         return record
 
     def say(self, text: str) -> None:
-        """A line on the console, above the progress bar."""
+        """Print a line on the console, above the progress bar."""
         if self._active:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -116,7 +116,7 @@ class RunLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl, in order; a last line torn by a kill is left out. No file: no records.
+    """Return the records of a metrics.jsonl, in order, none without a file; a last line torn by a kill is left out.
 
     Raises:
         ValueError: another line is not a record.
@@ -154,7 +154,7 @@ def write_environment(path: Path | str, **facts: Any) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, hardware, platform, and the commit of gmeta's source (null for an installed wheel)."""
+    """Return versions, hardware, platform, and the commit of gmeta's source (null for an installed wheel)."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     return {
         "python": platform.python_version(),
@@ -172,9 +172,9 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _board_writer(directory: Path, *, purge_step: int) -> Any:
-    """A torch `FileWriter` whose readers forget earlier events from `purge_step` on."""
+    """Open a torch `FileWriter` whose readers forget earlier events from `purge_step` on."""
     with warnings.catch_warnings():
-        # TensorBoard's own imports use deprecated names; nothing that a user of gmeta can change.
+        # TensorBoard's own imports use deprecated names, which a user of gmeta cannot change.
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.utils.tensorboard import FileWriter  # late: importing TensorBoard takes a second
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -187,7 +187,7 @@ def _board_writer(directory: Path, *, purge_step: int) -> Any:
 
 
 def _write_scalars(writer: Any, record: dict[str, Any]) -> None:
-    """All numbers of a record as one event: a fifth of the time of `SummaryWriter.add_scalar` for each."""
+    """Write all numbers of a record as one event, in a fifth of the time of `SummaryWriter.add_scalar` for each."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     names = [key for key, value in record.items() if key != "step" and isinstance(value, int | float)]
@@ -205,7 +205,7 @@ def _finite(value: Any) -> Any:
 
 
 def _describe_step(record: dict[str, Any]) -> str:
-    """One line: loss, speed, padding, and where the time went."""
+    """Say in one line loss, speed, padding, and where the time went."""
     parts = []
     for key, form in (
         ("loss", "loss {:.4f}"),
@@ -222,7 +222,7 @@ def _describe_step(record: dict[str, Any]) -> str:
 
 
 def _describe_metrics(record: dict[str, Any]) -> str:
-    """Each metric before -> after adaptation; one number where they are the same (plain training)."""
+    """Show each metric before -> after adaptation; one number where they are the same (plain training)."""
     parts = []
     for key, after in record.items():
         if key.endswith("_after"):
@@ -240,7 +240,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> str:
-    """Marketing name of the CPU where the platform tells it."""
+    """Return the marketing name of the CPU, where the platform tells it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -250,14 +250,17 @@ def _processor() -> str:
 
 
 def _commit(source: Path) -> str | None:
-    """Commit of the checkout that tracks `source`, with "+changes" when it has any; None where none does."""
+    """Return the commit of the checkout that tracks `source`, with "+changes" when it has any; None if none does."""
 
     def git(*arguments: str) -> str | None:
         try:
             result = subprocess.run(
                 ["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10, check=False
             )
-        except (FileNotFoundError, subprocess.TimeoutExpired):  # no git, or a hanging file system: not worth a run
+        except (
+            FileNotFoundError,
+            subprocess.TimeoutExpired,
+        ):  # without git, or on a file system that hangs, the run still counts
             return None
         return result.stdout.strip() if result.returncode == 0 else None
 

@@ -12,7 +12,8 @@ from packs import make_pack
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.pack import open_pack
-from gmeta.evaluation.score import score, validation_metrics
+from gmeta.evaluation.metrics import metric
+from gmeta.evaluation.score import Scores, score, to_predictions, validation_metrics
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import build_system
 
@@ -44,6 +45,24 @@ def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -
     for name, value in alone.items():
         np.testing.assert_allclose(together[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
     assert not np.allclose(alone["before"], alone["after"])
+
+
+def test_validation_sorts_by_logits() -> None:
+    """Logits beyond the sigmoid's reach keep their order in AUC and GAUC; small ones change no bit."""
+    rng = np.random.default_rng(0)
+    task, label = np.repeat(np.arange(20), 6), rng.integers(2, size=120).astype(np.float64)
+    logits = rng.normal(size=120) + label
+    found = validation_metrics(Scores(np.arange(120), task, label, before=logits, after=logits + 300), "bce")
+    for name in ("auc", "gauc"):
+        assert found[f"{name}_after"] == found[f"{name}_before"] == metric(name, logits, label, task)
+        assert found[f"{name}_before"] == metric(name, to_predictions(logits, "bce"), label, task)
+        assert metric(name, to_predictions(logits + 300, "bce"), label, task) == 0.5
+    assert found["logloss_after"] > found["logloss_before"]
+
+
+def test_a_split_without_query_rows_has_no_metrics() -> None:
+    nothing, none = np.zeros(0), np.zeros(0, dtype=np.int64)
+    assert validation_metrics(Scores(none, none, nothing, nothing, nothing), "bce") == {}
 
 
 def test_rows_labels_and_tasks_are_those_of_the_pack(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from gmeta.data.identity import content_checksum
 from gmeta.data.pack import _manifest_checksum, open_pack
 from gmeta.data.schema import DataSchema, NumericColumn, PackSchema
 from gmeta.data.shards import checksum_file
+from gmeta.evaluation.evaluate import _item_values
 from gmeta.runs.data import require_fitting_pack, require_same_training_data
 from gmeta.runs.directory import _write_data
 
@@ -52,11 +53,11 @@ BASE: dict[str, Any] = {"data_schema": HASHED, "statistics": statistics()}
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "content of a vocabulary": (
         {"values": other_values(lambda v: [*v[:4], "new", *v[5:]])},
-        "vocabulary 'item': 1 of 39 ids stand for another value; id 5 is 'item5' in run",
+        "vocabulary 'item': 1 of 39 ids stand for another value; id 5 is 'new', expected 'item5'",
     ),
     "order of a vocabulary": (
         {"values": other_values(lambda v: [v[1], v[0], *v[2:]])},
-        "vocabulary 'item': 2 of 39 ids stand for another value; id 1 is 'item1' in run",
+        "vocabulary 'item': 2 of 39 ids stand for another value; id 1 is 'item2', expected 'item1'",
     ),
     "border between two values": (
         {"values": other_values(lambda v: ["item", "1item2", *v[2:]])},
@@ -72,11 +73,11 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "logarithm": ({"schema": numeric(log=True)}, "numeric column 'age': log is True, expected False"),
     "label sum of an item": (
         {"statistics": statistics(label_sum=3.5)},
-        "the item statistics: 1 of 3 entries differ; item 'item1' has (label sum, rows) (3.0, 5) in run",
+        "the item statistics: 1 of 3 entries differ; item 'item1' has (label sum, rows) (3.5, 5), expected (3.0, 5)",
     ),
     "rows of an item": ({"statistics": statistics(count=6)}, "the item statistics: 1 of 3 entries differ"),
     "items with statistics": ({"statistics": statistics(item="item9")}, "the item statistics: 2 of 4 entries differ"),
-    "item statistics": ({"statistics": None}, "the item statistics differs, and pack"),
+    "item statistics": ({"statistics": None}, "the item statistics differs, and there is no "),
     "threshold of the label": (
         {"data_schema": hashed(3, label_threshold=4.0)},
         "label_threshold is 4.0, expected None",
@@ -159,7 +160,7 @@ def test_other_data_are_refused_with_what_differs(place: Path, run_dir: Path, ca
     shutil.copytree(place / "plain", other)
     _write_data(other, open_pack(pack), keep=False)
     words = ["evaluate", "--run_dir", run_dir, "--plain_run", other]
-    fails(words, capsys, expected.replace("and pack", "and run"), f"run {other} was not trained on the data of run")
+    fails(words, capsys, expected, f"run {other} was not trained on the data of run")
     assert contents(run_dir) == before
 
 
@@ -257,6 +258,52 @@ def test_evaluations_of_other_packs_lie_beside_the_own(
     assert (run_dir / "evaluation.json").exists()
 
 
+def test_predictions_name_unknown_items_null(place: Path, run_dir: Path) -> None:
+    assert run(["evaluate", "--run_dir", str(run_dir), "--resamples", "2", "--baselines", "false"]) == 0
+    found = pq.read_table(run_dir / "predictions.parquet")
+    assert found.column_names == ["task_id", "task", "item", "row", "label", "before", "after"]
+    split = open_pack(place / "pack").split("test")
+    ids = split.columns(("item",)).ids["item"][found["row"].to_numpy()]
+    assert found["item"].to_pylist() == [f"item{i}" if i else None for i in ids.tolist()]
+    assert None in found["item"].to_pylist()
+    assert found["task"].to_pylist() == [f"u{i}" for i in found["task_id"].to_pylist()]
+
+
+def test_items_without_a_vocabulary_get_no_column(tmp_path: Path) -> None:
+    """They are hashed, or no feature: their raw values are not kept."""
+    item = replace(DATA_SCHEMA.features[1], hash_buckets=39)
+    hashed_item = replace(DATA_SCHEMA, features=(DATA_SCHEMA.features[0], item, DATA_SCHEMA.features[2]))
+    packs = {"hashed": {"data_schema": hashed_item}, "none": {"schema": replace(SCHEMA, item=None)}}
+    packs["no feature"] = {"schema": replace(SCHEMA, item="movie")}
+    for name, changes in packs.items():
+        assert _item_values(open_pack(make_pack(tmp_path / name, **changes))) is None
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_a_column_of_unknown_values_is_a_warning(place: Path, tmp_path: Path, capsys: Capture, command: str) -> None:
+    """Values written in another way, such as item_1 for item1, are all unknown: the scores say nothing."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(place / "run", run_dir)
+    files = [tmp_path / "support.csv", tmp_path / "query.csv"]
+    for file in files:
+        rows = "".join(f"a,g,item_{i},tags1|tags2,1,2,1\n" for i in range(3))
+        file.write_text("user,group,item,tags,age,price,click\n" + rows)
+    if command == "predict":
+        schema = json.loads((run_dir / "schema.json").read_text())
+        schema["data"]["features"][2]["separator"] = "|"
+        (run_dir / "schema.json").write_text(json.dumps(schema))
+        words = ["--support", files[0], "--query", files[1], "--out", tmp_path / "scores.csv"]
+        where = f"{files[0]} and {files[1]}"
+    else:
+        pack = make_pack(tmp_path / "pack", change=lambda arrays: arrays["ids"][:, 1].fill(0), **BASE)
+        words = ["--pack", pack, "--resamples", 2, "--baselines", "false"]
+        where = f"{pack}, split test,"
+    assert run([str(word) for word in [command, "--run_dir", run_dir, *words]]) == 0
+    said = capsys.readouterr().err
+    assert f"{command}: warning: the run does not know the values of {where} in column 'item' (100%): " in said
+    assert "'tags'" not in said
+
+
 def test_a_vocabulary_that_is_not_the_runs_is_refused_in_predict(
     place: Path, run_dir: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -266,7 +313,7 @@ def test_a_vocabulary_that_is_not_the_runs_is_refused_in_predict(
     for file in files:
         file.write_text("user,group,item,tags,age,price,click\n")
     words = ["predict", "--run_dir", run_dir, "--support", files[0], "--query", files[1], "--out", tmp_path / "s.csv"]
-    fails(words, capsys, "does not hold the vocabulary 'item' that the run was trained with", "copy it again")
+    fails(words, capsys, "item.parquet is missing, or not what the run was trained with", "copy it again")
 
 
 def test_a_vocabulary_that_was_lost_comes_back_with_a_resume(place: Path, run_dir: Path) -> None:

@@ -7,12 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from gmeta.cli import COMMANDS, run
+from gmeta.data.pack import open_pack
+from gmeta.evaluation.metrics import metric
+from gmeta.evaluation.score import score, to_predictions
+from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.system import load_system
 
 
 def gmeta(*words: object) -> None:
@@ -99,8 +105,29 @@ def test_more_steps_at_evaluation_than_in_training(out: Path) -> None:
     assert set(json.loads((out / "run" / "evaluation.json").read_text())["variants"]) == {"before", "after"}
 
 
+def test_auc_of_saturated_predictions_is_that_of_the_logits(out: Path) -> None:
+    """A wild inner rate drives probabilities to 0 and 1, where they lose the order that the logits keep."""
+    gmeta("evaluate", "--run_dir", out / "run", "--inner_lr", 3000, "--baselines", "false", "--resamples", 2)
+    records = json.loads((out / "run" / "evaluation.json").read_text())["records"]
+    found = {(r["variant"], r["metric"]): r["value"] for r in records if r["case"] == "all"}
+    system, _ = load_system(out / "run", "best", Mesh())
+    scores = score(system, open_pack(out / "pack").split("test"), tasks_per_batch=256, inner_lr=3000)
+    assert scores is not None
+    assert len(np.unique(to_predictions(scores.after, "bce"))) < len(np.unique(scores.after))
+    for variant, logits in (("before", scores.before), ("after", scores.after)):
+        assert found[variant, "auc"] == metric("auc", logits, scores.label, scores.task)
+
+
+def by_key(table: pa.Table, task: str, item: str, value: str) -> dict[tuple[str, str], list[float]]:
+    """Raw task key and raw item -> the values of their rows, in rising order."""
+    out: dict[tuple[str, str], list[float]] = {}
+    for row in table.select([task, item, value]).to_pylist():
+        out.setdefault((str(row[task]), str(row[item])), []).append(row[value])
+    return {key: sorted(values) for key, values in out.items()}
+
+
 def test_predict_equals_evaluate(out: Path, tmp_path: Path) -> None:
-    """The same support and query as raw files give the same scores as the pack."""
+    """The same support and query as raw files give each user and item the same scores as the pack."""
     tasks = pq.read_table(out / "pack" / "tasks.parquet").to_pydict()
     users = {int(k) for k, split in zip(tasks["key"], tasks["split"], strict=True) if split == "test"}
     log = [row for row in pq.read_table(out / "log" / "part-00000.parquet").to_pylist() if row["user_id"] in users]
@@ -117,8 +144,12 @@ def test_predict_equals_evaluate(out: Path, tmp_path: Path) -> None:
     gmeta("evaluate", "--run_dir", out / "run", "--baselines", "false")
     expected = pq.read_table(out / "run" / "predictions.parquet")
     for ours, theirs in (("score", "after"), ("score_before", "before")):
-        # The order of tasks differs, and with it padding and rounding.
-        assert sorted(found[ours].to_pylist()) == pytest.approx(sorted(expected[theirs].to_pylist()), abs=1e-5)
+        scored = by_key(found, "user_id", "item_id", ours)
+        known = by_key(expected, "task", "item", theirs)
+        assert scored.keys() == known.keys()
+        for key, values in scored.items():
+            # The order of tasks differs, and with it padding and rounding.
+            assert values == pytest.approx(known[key], abs=1e-5)
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == found.num_rows + 1
 
 
