@@ -80,14 +80,12 @@ def evaluation_records(
     Args:
         scores: variant -> unrounded score of each query row, [N]; variants named in `BASELINES` are baselines.
             Differences are those of `after` to each other variant (of the first variant where there is no `after`).
-        label: [N].
-        task: integer key of each row's task, [N].
+        label, task: label, and integer key of the task, of each row, [N].
         support_size: support rows of each row's task, [N].
         item_cold: the row's item is in no training task, [N]; False where unknown.
         task_cold: the row's task is in no training task, [N] or the same for all.
         binary: labels are 0/1 and scores are probabilities.
-        resamples: bootstrap resamples per slice.
-        seed: seed of the resamples.
+        resamples, seed: bootstrap resamples per slice, and their seed.
         logits: variant -> logit of each query row, [N], where there are some: what ranking metrics sort by.
 
     Raises:

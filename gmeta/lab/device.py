@@ -1,13 +1,14 @@
-"""The emulated device of a worker: makes its computing take what the scenario says, in proportion to the work.
+"""The emulated device of a worker: its computing takes what the scenario says, in proportion to the work.
 
-A worker sleeps through the time that a slower device would compute, so that eight of them fit two cores, and what a
-scheduler gives to whom decides how long a step takes. The real computing must be far below the emulated; how often it
-was not is counted. A rank that shares its core with a burner (`contention`) cannot sleep: it computes for as much CPU
-time, and what the burner makes of it is measured.
+A worker sleeps through the time for which a slower device would compute. So eight of them fit two cores, and the
+system's scheduler does not decide how long a step takes. The real computing must be far below the emulated; how often
+it was not is counted. A rank that shares its core with a burner (`contention`) cannot sleep: it computes for as much
+CPU time, and what the burner makes of that is measured.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,17 +16,20 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import psutil
 
 from gmeta.elastic.scenario import Contention, Scenario
-from gmeta.lab.place import Place, read_lines
+from gmeta.lab.folder import LabFolder, read_lines
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _BLOCK = bytes(1 << 18)  # hashed in 0.2 to 0.4 ms, without holding the interpreter: loader and agent go on
 
 
 class Device:
-    """The emulated device of one rank; writes a line for every micro-batch.
+    """Emulates the device of one rank, and writes a line for every micro-batch.
 
     `incarnation` counts the machines that the rank has had.
     """
@@ -35,26 +39,26 @@ class Device:
         scenario: Scenario,
         rank: int,
         incarnation: int,
-        place: Place,
+        folder: LabFolder,
         *,
         now: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.scenario, self.rank, self.incarnation = scenario, rank, incarnation
         self.contended = any(isinstance(e, Contention) and e.rank == rank for e in scenario.events)
-        self._place, self._now, self._sleep = place, now, sleep
+        self._folder, self._now, self._sleep = folder, now, sleep
         self._started: float | None = None
         self._measured = 1.0  # slowdown of a contended core, last time
-        path = place.worker(rank)
+        path = folder.worker(rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", buffering=1)
         self._file.write(json.dumps({"kind": "start", "pid": os.getpid(), "incarnation": incarnation}) + "\n")
 
     def __call__(self, step: int, work: float, first: bool, spent_s: float) -> None:
-        """A micro-batch of `work` slots was computed in `spent_s` seconds: take as long as the device would."""
+        """After a micro-batch of `work` tasks that took `spent_s` seconds, wait until the device would have ended."""
         begun = self._now() - spent_s
         if self._started is None:
-            self._started = self._place.start_clock(begun)
+            self._started = self._folder.start_clock(begun)
         at = begun - self._started
         factor = self.scenario.slowdown(self.rank, step=step, time_s=at, incarnation=self.incarnation)
         nominal_s = self.scenario.fixed_s + work * self.scenario.slot_s if work > 0 else 0.0
@@ -79,12 +83,29 @@ class Device:
         }
         self._file.write(json.dumps(line) + "\n")
 
+    def slowed(self, compute: Callable[P, R], describe: Callable[P, tuple[int, float, bool]]) -> Callable[P, R]:
+        """Wrap a function that computes one micro-batch, so that it takes as long as the emulated device would.
+
+        `describe` gets the arguments of a call and returns (step, tasks of work, whether it is the step's first
+        micro-batch).
+        """
+
+        @functools.wraps(compute)
+        def compute_slowly(*args: P.args, **kwargs: P.kwargs) -> R:
+            step, work, first = describe(*args, **kwargs)
+            begun = time.perf_counter()
+            result = compute(*args, **kwargs)
+            self(step, work, first, time.perf_counter() - begun)
+            return result
+
+        return compute_slowly
+
     def close(self) -> None:
-        """No more lines."""
+        """Close the file."""
         self._file.close()
 
     def _noise(self, step: int) -> float:
-        """The same for all micro-batches of a step."""
+        """The noise factor of a step, which is the same for all its micro-batches."""
         if not self.scenario.noise:
             return 1.0
         draw = random.Random(f"{self.scenario.seed} noise {self.rank} {step}").gauss(0, self.scenario.noise)
@@ -112,5 +133,5 @@ def contended_core() -> int:
 
 
 def bind_to(core: int, pid: int | None = None) -> None:
-    """Let a process (this one) run on one core only."""
+    """Let a process (this one by default) run on one core only."""
     psutil.Process(pid).cpu_affinity([core])

@@ -185,13 +185,11 @@ def sources() -> dict[str, str]:
     return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-@pytest.mark.xfail(strict=True, reason="the concepts of the step are being merged; 84 when this test was written")
 def test_a_step_reaches_few_types():
     reached = sorted(Source(sources()).step_types())
     assert len(reached) <= MAX_TYPES, "\n".join(f"{module}.{name}" for module, name in reached)
 
 
-@pytest.mark.xfail(strict=True, reason="the loop is being taken apart; 38 when this test was written")
 def test_the_loop_imports_few_names():
     names = sorted(name for name, _ in own_imports(ast.parse(sources()[LOOP])))
     assert len(names) <= MAX_NAMES, names
