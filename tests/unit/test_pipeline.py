@@ -18,7 +18,7 @@ from gmeta.data.pack import open_pack
 from gmeta.evaluation.metrics import metric
 from gmeta.evaluation.score import score, to_predictions
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.system import load_system
+from gmeta.recommender.build import load_system
 
 
 def gmeta(*words: object) -> None:
