@@ -86,6 +86,11 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
         ) from error
 
 
+def local_mesh(device: Literal["auto", "cpu", "cuda"] = "auto") -> Mesh:
+    """A mesh of this process alone, also where a launcher started several. ValueError as `open_mesh`."""
+    return Mesh(device=_device(device, 0))
+
+
 def _join(
     rank: int, world_size: int, local_world_size: int, place: torch.device, timeout_s: int, node_size: int
 ) -> Mesh:

@@ -59,7 +59,7 @@ class System:
         That is the index work and the exchange of ids. The latter is collective: all ranks prepare the same batches in
         the same order, in the loader's thread, and one loader at a time.
         """
-        batch = self.readable(batch)
+        batch = replace(batch, support=self.examples(batch.support), query=self.examples(batch.query))
         request = self.exchange.request(batch.support, batch.query)
         parts = self._micro_batches(batch, request, learner or self.learner)
         return PreparedBatch(
@@ -68,13 +68,10 @@ class System:
             parts,
         )
 
-    def readable(self, batch: TaskBatch) -> TaskBatch:
-        """Return the batch with the numeric columns that the model reads."""
-        if batch.support.dense.shape[-1] == self.num_numeric:
-            return batch
-        return replace(batch, support=self._numeric(batch.support), query=self._numeric(batch.query))
-
-    def _numeric(self, side: Examples) -> Examples:
+    def examples(self, side: Examples) -> Examples:
+        """Return examples with the numeric columns that the model reads."""
+        if side.dense.shape[-1] == self.num_numeric:
+            return side
         return replace(side, dense=side.dense[..., : self.num_numeric])
 
     def _micro_batches(self, batch: TaskBatch, request: RowRequest, learner: MetaLearner) -> tuple[MicroBatch, ...]:

@@ -1,0 +1,190 @@
+"""`gmeta.load`: a trained run as an object that adapts to examples and scores candidates, in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gmeta.core.batch import Bag, Examples, to_device
+from gmeta.data.prepare.encode import EncodedTables, encode_raw
+from gmeta.data.schema import PackSchema
+from gmeta.data.shards import split_in_memory
+from gmeta.data.tables import TableLike, as_arrow
+from gmeta.meta.fast_weights import FastWeights, join
+from gmeta.meta.losses import prediction
+from gmeta.models.registry import ModelFactory
+from gmeta.parallel.mesh import Mesh, local_mesh
+from gmeta.recommender.build import load_system
+from gmeta.recommender.system import System
+from gmeta.runs import checkpoint
+from gmeta.runs.data import require_own_vocabularies
+from gmeta.runs.directory import read_run_id, read_schema
+
+_TASKS_AT_A_TIME = 256
+
+
+def load(
+    run: str | os.PathLike[str],
+    *,
+    checkpoint: str = "best",
+    model: ModelFactory | None = None,
+    trust_model: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> Recommender:
+    """Load a trained run: weights, tables and vocabularies, without optimizer state.
+
+    `run` is a run directory or what `gmeta.train` returned; `checkpoint` is best, last or a step number. A run whose
+    model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what it names.
+
+    Raises ValueError for what is missing, damaged, or not trusted.
+    """
+    return Recommender(Path(run), which=checkpoint, factory=model, trust_model=trust_model, mesh=local_mesh(device))
+
+
+class Recommender:
+    """A trained model, ready to adapt: `rec.adapt(support).predict(candidates)`. Tables have raw values, as the logs."""
+
+    def __init__(
+        self, run_dir: Path, *, which: str, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
+    ) -> None:
+        require_own_vocabularies(run_dir)
+        self.run_dir = run_dir
+        self.system, self.config = load_system(run_dir, which, mesh, factory=factory, trust_model=trust_model)
+        self.system.learner.eval()
+        schema, self._data_schema = read_schema(run_dir)
+        self.schema: PackSchema = schema
+        step = checkpoint.resolve(run_dir / "checkpoints", which).name
+        self.version = f"{read_run_id(run_dir)}/{step}"
+
+    def adapt(self, support: TableLike) -> AdaptedTasks:
+        """Adapt to every task of a table of labelled examples: a user's ratings, say.
+
+        The table has the columns of the training logs: task, label, features, numeric columns. It may be a pandas or
+        polars DataFrame, an Arrow table, or a dict of columns; other columns are ignored.
+
+        Raises ValueError for columns that are missing, and for values that cannot be used, with row and column.
+        """
+        encoded = self._encode(support, "support")
+        if encoded is None:
+            return AdaptedTasks(self, (), self._without_support(0))
+        self._check_labels(encoded)
+        split = split_in_memory(encoded.arrays, self.schema)
+        parts = []
+        for tasks in _chunks(len(encoded.keys)):
+            examples, _, _ = split.examples(tasks)
+            parts.append(self._adapt(examples))
+        return AdaptedTasks(self, tuple(encoded.keys), join(parts))
+
+    def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
+        """Return what `AdaptedTasks.state` gave. ValueError where another model adapted it."""
+        if state.get("version") != self.version:
+            raise ValueError(
+                f"the state was adapted by {state.get('version')!r}, this model is {self.version!r}: adapt again"
+            )
+        fast = FastWeights.from_state_dict(state["fast_weights"])
+        return AdaptedTasks(self, tuple(state["keys"]), to_device(fast, self.system.mesh.device))
+
+    def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
+        """Return a table's rows in the run's encoding, None without rows."""
+        found = as_arrow(table, role)
+        if found.num_rows == 0:
+            return None
+        return encode_raw(found, role, self._data_schema, self.run_dir / "vocab", self.schema)
+
+    def _check_labels(self, encoded: EncodedTables) -> None:
+        label = encoded.arrays["label"]
+        if self.config.loss == "bce" and not np.isin(label, (0, 1)).all():
+            wrong = label[~np.isin(label, (0, 1))][0]
+            raise ValueError(f"support has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
+
+    def _adapt(self, support: Examples) -> FastWeights:
+        """Return the fast weights of padded examples, whose pairs name rows by their position in the whole table."""
+        system = self.system
+        support = system.examples(support)
+        request = system.exchange.request(support=support)
+        rows = system.exchange.fetch(system.exchange.exchange_ids(request))
+        index = system.learner.index_support(request.support, request.num_rows)
+        with system.precision():
+            fast = system.learner.adapt(rows, to_device(support, system.mesh.device, system.dtype), to_device(index, system.mesh.device))
+        return fast.with_row_ids(request.rows)
+
+    def _without_support(self, num_tasks: int) -> FastWeights:
+        """Return the fast weights of tasks of which nothing is known."""
+        return self._adapt(_no_examples(self.schema, num_tasks))
+
+    def _score(self, fast: FastWeights, query: Examples) -> Tensor:
+        """Return logits [T, Q]."""
+        system = self.system
+        query = system.examples(query)
+        request = system.exchange.request(query=query)
+        rows = system.exchange.fetch(system.exchange.exchange_ids(request))
+        index = system.learner.index_query(request.query, request.num_rows, fast.pairs, request.rows)
+        with system.precision(), torch.no_grad():
+            return system.learner.score(fast, rows, to_device(query, system.mesh.device, system.dtype), to_device(index, system.mesh.device))
+
+
+@dataclass(frozen=True)
+class AdaptedTasks:
+    """What a model has learned about some tasks from their support: small, and of no use to another model."""
+
+    recommender: Recommender
+    keys: tuple[str, ...]  # raw values of the task column, as text
+    fast_weights: FastWeights  # of the tasks, in the order of `keys`
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def predict(self, candidates: TableLike) -> NDArray[np.float64]:
+        """Return the score of each row of `candidates`, [N]: a probability for clicks, a value otherwise.
+
+        The table is like the support's, without labels. Rows of tasks that were not adapted get the score of a task of
+        which nothing is known.
+        """
+        rec = self.recommender
+        encoded = rec._encode(candidates, "candidates")
+        if encoded is None:
+            return np.zeros(0)
+        split, logits = split_in_memory(encoded.arrays, rec.schema), np.zeros(len(encoded.query_row))
+        known = {key: position for position, key in enumerate(self.keys)}
+        position = np.array([known.get(key, len(known)) for key in encoded.keys])
+        fast = self.fast_weights
+        if (position == len(known)).any():
+            fast = join([fast, rec._without_support(1)]) if known else rec._without_support(1)
+        for tasks in _chunks(len(encoded.keys)):
+            _, query, _ = split.examples(tasks)
+            found = rec._score(fast.of_tasks(position[tasks].tolist()), query)
+            logits[encoded.query_row[query.row[query.mask].numpy()]] = found.cpu()[query.mask].double().numpy()
+        return prediction(rec.config.loss)(torch.from_numpy(logits)).numpy()
+
+    def state(self) -> dict[str, Any]:
+        """Return keys, version and tensors, for `torch.save` or a store; `Recommender.restore` reads them."""
+        tensors = {name: tensor.cpu() for name, tensor in self.fast_weights.state_dict().items()}
+        return {"version": self.recommender.version, "keys": list(self.keys), "fast_weights": tensors}
+
+
+def _chunks(num_tasks: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, num_tasks, _TASKS_AT_A_TIME):
+        yield np.arange(start, min(start + _TASKS_AT_A_TIME, num_tasks))
+
+
+def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
+    """Return the support of tasks that have none, [T, 0]."""
+    whole = torch.zeros(num_tasks, 0, dtype=torch.int64)
+    flags, numbers = whole.bool(), torch.zeros(num_tasks, 0)
+    return Examples(
+        ids={feature.name: whole for feature in schema.features if feature.kind == "categorical"},
+        bags={f.name: Bag(whole.reshape(0), whole) for f in schema.features if f.kind != "categorical"},
+        dense=torch.zeros(num_tasks, 0, len(schema.numeric)),
+        label=numbers,
+        mask=flags,
+        row=whole,
+        item_cold=flags,
+    )
