@@ -78,7 +78,9 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     unknown = unknown_columns({feature.name: split.feature_ids(feature.name) for feature in schema.features})
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:
         print(f"predict: {warning}", file=sys.stderr)
-    scores = score(system, split, tasks_per_batch=config.tasks_per_batch)
+    scores = score(
+        system, split, tasks_per_batch=config.tasks_per_batch, max_support_rows=trained.loader.max_support_rows
+    )
     assert scores is not None  # one process
     columns = {
         "score": to_predictions(scores.after, trained.loss),
