@@ -59,7 +59,8 @@ class TaskLoader(Generic[_T]):
 
     `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them. Without
     `shuffle` a larger batch is cut into several. With `shuffle` the tasks of a batch are given, and a rank that would
-    exceed the bound gets them as several micro-batches (`TaskBatch.parts`). One task alone may still exceed it.
+    exceed the bound gets them as several micro-batches (`TaskBatch.parts`). One task alone may still exceed it;
+    `ends_within` says where the cuts are.
 
     `sequential=False` draws every window from the whole split, not from blocks of consecutive tasks, and
     `size_buckets=False` fills batches without regard to sizes: other orders, there to measure what the two buy.

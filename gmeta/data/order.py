@@ -33,40 +33,39 @@ def stored_batches(num_support: Tasks, num_query: Tasks, tasks_per_batch: int, m
     """Cut a pass in stored order (evaluation) into batches: batch k has the tasks from bound k to bound k + 1.
 
     Sizes are int64 [num_tasks]; returns the bounds, int64 [B + 1].
-    Batches have `tasks_per_batch` tasks, the last one the rest. Where one would be padded to more than `max_cells`
-    cells, support and query together, it is cut into smaller ones as `ends_within` says.
+    Batches have `tasks_per_batch` tasks, the last one the rest, and are cut further as `ends_within` says.
     """
     num_tasks = len(num_support)
     starts = np.arange(0, num_tasks, tasks_per_batch)
+    bounds = np.append(starts, num_tasks)
     if max_cells is None or num_tasks == 0:
-        return np.append(starts, num_tasks)
-    longest = np.maximum.reduceat(num_support, starts) + np.maximum.reduceat(num_query, starts)
-    bounds = [np.zeros(1, np.int64)]
-    for start, rows in zip(starts.tolist(), longest.tolist(), strict=True):
-        stop = min(start + tasks_per_batch, num_tasks)
-        ends: Sequence[int] = (stop - start,)
-        if (stop - start) * rows > max_cells:
-            ends = ends_within(num_support[start:stop], num_query[start:stop], max_cells)
-        bounds.append(start + np.array(ends, np.int64))
-    return np.concatenate(bounds)
+        return bounds
+    rows = np.maximum.reduceat(num_support, starts) + np.maximum.reduceat(num_query, starts)
+    cut = [bounds]
+    for k in np.flatnonzero(np.diff(bounds) * rows > max_cells):
+        batch = slice(bounds[k], bounds[k + 1])
+        cut.append(bounds[k] + np.array(ends_within(num_support[batch], num_query[batch], max_cells)))
+    return np.unique(np.concatenate(cut))
 
 
 def ends_within(num_support: Tasks, num_query: Tasks, max_cells: int | None) -> tuple[int, ...]:
-    """Cut consecutive tasks into parts of at most `max_cells` padded cells each; returns where each part ends.
+    """Cut consecutive tasks into parts that are padded on their own; returns where each part ends.
 
-    A part is padded to its longest support and its longest query. A task that alone has more cells is a part of its
-    own. Without a limit, or without tasks, there is one part.
+    Together they are padded to the longest support and the longest query. There is one part where that is no more than
+    `max_cells` cells. Otherwise parts have at most a quarter of that each: one task is then far longer than its
+    neighbours, and must not pad as many of them as still fit. A task that alone has more is a part of its own.
     """
-    if max_cells is None:
-        return (len(num_support),)
+    num_tasks = len(num_support)
+    if max_cells is None or num_tasks * int(num_support.max(initial=0) + num_query.max(initial=0)) <= max_cells:
+        return (num_tasks,)
     ends: list[int] = []
     start = support = query = 0
     for i, (s, q) in enumerate(zip(num_support.tolist(), num_query.tolist(), strict=True)):
         support, query = max(support, s), max(query, q)
-        if i > start and (i + 1 - start) * (support + query) > max_cells:
+        if i > start and (i + 1 - start) * (support + query) > max_cells // 4:
             ends.append(i)
             start, support, query = i, s, q
-    return (*ends, len(num_support))
+    return (*ends, num_tasks)
 
 
 def window_of_batches(
