@@ -11,10 +11,12 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
 from gmeta.core.batch import BatchSplit, TaskBatch, joined
 from gmeta.data.order import Tasks, ends_within, num_batches, stored_batches, tasks_per_rank, window_of_batches
+from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
@@ -331,6 +333,26 @@ class TaskLoader(Generic[_T]):
             self._window = (epoch, window, tasks, self._locate(tasks))
         mine = slice(offset * size, (offset + 1) * size)  # only an epoch's last batch may be short
         return self._window[2][mine], self._window[3][mine]
+
+
+def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_support_rows: int) -> str | None:
+    """Name the longest task of split `name`, and the cure, where it would pad a batch beyond `MAX_CELLS`.
+
+    None where no task does, and where tasks are long in general: more than a tenth of the longest is no exception.
+    """
+    split = pack.split(name)
+    support, query = split.sizes_to_warn()
+    rows = (np.minimum(support, max_support_rows) if max_support_rows else support) + query
+    longest, median = int(rows.argmax()), float(np.median(rows))
+    if rows[longest] * tasks_per_batch <= MAX_CELLS or rows[longest] <= 10 * median:
+        return None
+    task_id = int(split.locate(np.array([longest])).task_id[0])
+    keys = pq.read_table(pack.tasks_file(), filters=[("task_id", "=", task_id)])["key"].to_pylist()
+    return (
+        f"warning: task {keys[0]!r} of split {name} has {rows[longest]:,} rows, the median task {median:,.0f}. It is "
+        "computed apart from its batch, and steps with it take long and much memory: set loader.max_support_rows to keep "
+        "the last support rows of every task, or prepare with --max_task_rows to leave such tasks out"
+    )
 
 
 def padding_share(batch: TaskBatch) -> float:

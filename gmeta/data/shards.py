@@ -211,6 +211,15 @@ class PackSplit:
         sizes = [np.diff(shard.read("row_start"), append=shard.num_rows) for shard in self._shards]
         return np.concatenate(sizes)
 
+    def sizes_to_warn(self) -> tuple[Array, Array]:
+        """Return (support rows, query rows) of all tasks, each int64 [num_tasks], from files that are not verified yet.
+
+        This reads some bytes a task; `num_task_rows` would read every shard whole, to verify it.
+        """
+        support = [shard.arrays["num_support"].astype(np.int64) for shard in self._shards]
+        rows = [np.diff(shard.arrays["row_start"], append=shard.num_rows) for shard in self._shards]
+        return np.concatenate(support), np.concatenate(rows) - np.concatenate(support)
+
     def sizes(self, tasks: Array) -> tuple[Array, Array]:
         """(support rows, query rows), each int64 [T], of the tasks at these positions; touches their shards only."""
         at = self.locate(tasks)
