@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.config.train import TrainConfig
-from gmeta.data.order import num_batches, split_slots, window_of_batches
+from gmeta.data.order import num_batches, tasks_per_rank, window_of_batches
 from ps_baseline import wire
 from ps_baseline.plan import Features, Task, describe, only_table, plan_task
 from ps_baseline.server import require_finite
@@ -72,7 +72,7 @@ def slots(config: TrainConfig, files: TaskFiles, worker: int, workers: int) -> I
             )
             for number, tasks in enumerate(batches):
                 num_support, num_query = files.sizes(tasks)
-                mine = tasks[split_slots(num_support + num_query, workers)[worker]]
+                mine = tasks[tasks_per_rank(num_support + num_query, workers)[worker]]
                 yield Slots(epoch, window * window_batches + number, mine, len(tasks))
         epoch += 1
 

@@ -154,10 +154,15 @@ class LoaderConfig:
     """Batches prepared ahead in a background thread; 0 is off."""
     resample: bool = False
     """Redraw each training task's support/query cut every epoch, at random with the stored sizes."""
+    max_support_rows: int = 0
+    """Keep only the last n support rows of every task, in training and in evaluation and predictions of the run;
+    0 keeps all."""
 
     def __post_init__(self) -> None:
         require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
+        rows = self.max_support_rows
+        require(rows >= 0, "loader.max_support_rows", rows, "must be 0 (all) or a number of rows")
         require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "must not be negative")
 
 

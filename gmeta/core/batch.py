@@ -6,7 +6,7 @@ U fetched rows, d embedding dimension. Padding is marked by `mask`; padded ids a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -43,37 +43,39 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class BatchSplit:
-    """How a global batch of G tasks is divided over N ranks, and each rank's slots into micro-batches."""
+    """How a global batch of G tasks is split over N ranks, and each rank's tasks into micro-batches."""
 
-    tasks: NDArray[np.int64]  # [G] positions in the split, in the order of the slots
-    cuts: tuple[int, ...]  # [N + 1]: rank r has slots cuts[r] to cuts[r + 1]
-    micro_batches: tuple[int, ...]  # [N], each at least 1
+    tasks: NDArray[np.int64]  # [G] positions in the pack's split, in the batch's order
+    ends: tuple[tuple[int, ...], ...]  # [N]: where each rank's micro-batches end, counted from the rank's first task
     drop_after_s: float | None  # a rank begins no further micro-batch so long after its first; None: never
-    work: float  # of this rank: its share of the batch's rows, in slots
+    work: float  # of this rank: its fraction of the batch's rows, times G
+
+    @property
+    def tasks_per_rank(self) -> tuple[int, ...]:
+        """Number of tasks of each rank; ranks take them one after the other."""
+        return tuple(ends[-1] for ends in self.ends)
 
     @property
     def in_parts(self) -> bool:
-        """Whether some rank has several micro-batches."""
-        return max(self.micro_batches) > 1
-
-    def ends(self, rank: int) -> tuple[int, ...]:
-        """Where a rank's micro-batches end, counted from its first slot; none is empty unless the rank has no slot."""
-        size = self.cuts[rank + 1] - self.cuts[rank]
-        parts = min(self.micro_batches[rank], max(1, size))
-        return tuple(size * (i + 1) // parts for i in range(parts))
+        """Whether some rank has several micro-batches; all ranks agree on it."""
+        return any(len(ends) > 1 for ends in self.ends)
 
     def unfinished(self, finished: Sequence[int]) -> NDArray[np.int64]:
-        """Tasks left over when rank r finished `finished[r]` micro-batches: positions in the split."""
-        left = [
-            self.tasks[self.cuts[rank] + (0, *self.ends(rank))[done] : self.cuts[rank + 1]]
-            for rank, done in enumerate(finished)
-        ]
+        """Return the tasks (positions in the split) left over when rank r finished `finished[r]` micro-batches."""
+        left, first = [], 0
+        for ends, done in zip(self.ends, finished, strict=True):
+            left.append(self.tasks[first + (0, *ends)[done] : first + ends[-1]])
+            first += ends[-1]
         return np.concatenate(left)
 
 
 @dataclass(frozen=True, slots=True)
 class TaskBatch:
-    """The slots of one global batch that this rank computes. T may be 0: the rank still takes part."""
+    """The tasks of one global batch that this rank computes. T may be 0: the rank still takes part.
+
+    A batch that is computed in several micro-batches has them as `parts`, each padded on its own. Its own support and
+    query then hold the same rows without padding, as if they were of one task: [1, all rows].
+    """
 
     support: Examples
     query: Examples
@@ -81,7 +83,8 @@ class TaskBatch:
     num_tasks_global: int  # tasks of the whole batch, over all ranks: the divisor of every sum
     epoch: int
     index: int  # batch number inside the epoch
-    batch_split: BatchSplit | None = None  # None: equal parts, each computed as one
+    batch_split: BatchSplit | None = None  # None: about equal over the ranks, each part computed at once
+    parts: tuple[TaskBatch, ...] = ()  # micro-batches, where there are several
 
     @property
     def num_tasks(self) -> int:
@@ -140,39 +143,53 @@ def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
     return out  # type: ignore[no-any-return]
 
 
-def tasks_of(batch: TaskBatch, start: int, stop: int) -> TaskBatch:
-    """Tasks `start` to `stop` of this rank's, as a micro-batch of the same global batch; views."""
+def joined(parts: Sequence[TaskBatch]) -> TaskBatch:
+    """Make the batch whose micro-batches are `parts`: see `TaskBatch`."""
     return replace(
-        batch,
-        support=_tasks_of(batch.support, start, stop),
-        query=_tasks_of(batch.query, start, stop),
-        task_id=batch.task_id[start:stop],
+        parts[0],
+        support=_without_padding([part.support for part in parts]),
+        query=_without_padding([part.query for part in parts]),
+        task_id=torch.cat([part.task_id for part in parts]),
+        parts=tuple(parts),
     )
 
 
-def _tasks_of(side: Examples, start: int, stop: int) -> Examples:
+def _without_padding(sides: Sequence[Examples]) -> Examples:
+    def rows(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t[side.mask] for t, side in zip(tensors, sides, strict=True)])[None]
+
     return Examples(
-        ids={name: ids[start:stop] for name, ids in side.ids.items()},
-        bags={name: Bag(_bag_values(bag, start, stop), bag.lengths[start:stop]) for name, bag in side.bags.items()},
-        dense=side.dense[start:stop],
-        label=side.label[start:stop],
-        mask=side.mask[start:stop],
-        row=side.row[start:stop],
-        item_cold=side.item_cold[start:stop],
+        ids={name: rows([side.ids[name] for side in sides]) for name in sides[0].ids},
+        bags={
+            name: Bag(
+                torch.cat([side.bags[name].values for side in sides]), rows([side.bags[name].lengths for side in sides])
+            )
+            for name in sides[0].bags
+        },
+        dense=rows([side.dense for side in sides]),
+        label=rows([side.label for side in sides]),
+        mask=rows([side.mask for side in sides]),
+        row=rows([side.row for side in sides]),
+        item_cold=rows([side.item_cold for side in sides]),
     )
 
 
-def lookup_of(lookup: Lookup, start: int, stop: int) -> Lookup:
-    """A lookup for tasks `start` to `stop`."""
-    if lookup.lengths is None:
-        return replace(lookup, index=lookup.index[start:stop])
-    bag = Bag(lookup.index, lookup.lengths)
-    return replace(lookup, index=_bag_values(bag, start, stop), lengths=lookup.lengths[start:stop])
-
-
-def _bag_values(bag: Bag, start: int, stop: int) -> Tensor:
-    first, last = int(bag.lengths[:start].sum()), int(bag.lengths[:stop].sum())
-    return bag.values[first:last]
+def lookups_of_parts(found: Mapping[str, Lookup], sides: Sequence[Examples]) -> list[dict[str, Lookup]]:
+    """Cut the lookups of one side of a batch that was `joined`: feature -> lookup, for that side of each part."""
+    parts: list[dict[str, Lookup]] = [{} for _ in sides]
+    for name, lookup in found.items():
+        if lookup.lengths is not None:
+            lengths = [side.bags[name].lengths for side in sides]
+            pieces = torch.split(lookup.index, [int(length.sum()) for length in lengths])
+            for part, piece, length in zip(parts, pieces, lengths, strict=True):
+                part[name] = replace(lookup, index=piece, lengths=length)
+            continue
+        pieces = torch.split(lookup.index[0], [int(side.mask.sum()) for side in sides])
+        for part, piece, side in zip(parts, pieces, sides, strict=True):
+            index = piece.new_zeros(side.mask.shape)
+            index[side.mask] = piece
+            part[name] = replace(lookup, index=index)
+    return parts
 
 
 def to_device(value: _T, device: torch.device, dtype: torch.dtype | None = None) -> _T:

@@ -21,7 +21,7 @@ def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. The state advances by
     `GAMMA` before it is mixed, so that the n-th number of a stream is `splitmix64(start + (n - 1) * GAMMA)`.
     """
-    x = state + GAMMA
+    x: NDArray[np.uint64] = state + GAMMA
     x ^= x >> np.uint64(30)
     x *= _FIRST
     x ^= x >> np.uint64(27)

@@ -1,4 +1,4 @@
-"""From a pack's split to this rank's part of each global batch, in an order that resumes anywhere."""
+"""Batches of tasks: this rank's part of each global batch of a pack's split, in an order that resumes anywhere."""
 
 from __future__ import annotations
 
@@ -6,31 +6,42 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 
-from gmeta.core.batch import BatchSplit, TaskBatch
-from gmeta.data.order import Tasks, num_batches, split_slots, stored_batch, window_of_batches
+from gmeta.core.batch import BatchSplit, TaskBatch, joined
+from gmeta.data.order import Tasks, ends_within, num_batches, stored_batches, tasks_per_rank, window_of_batches
+from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
 _Place = tuple[int, int, int]  # epoch, index of the batch in it (from `batches_per_epoch` on: in its tail), step
 
 
-@dataclass(frozen=True)
-class Shares:
-    """How to divide a batch: see `BatchSplit`. One entry a rank."""
+MAX_CELLS = 1 << 20
+"""Padded rows, support and query together, that a rank computes at once in training and evaluation.
 
-    slots: Sequence[float] | None  # in proportion to these; None: equally
-    micro_batches: tuple[int, ...]
-    drop_after_s: float | None = None
+Only batches with a very long task have more: 64 tasks reach it where one has 16,000 rows. A step holds some kilobytes
+a row.
+"""
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """How to split a batch over the ranks, and each rank's tasks into micro-batches: one entry a rank."""
+
+    fractions: Sequence[float] | None = None  # of the batch's rows, in proportion to these; None: equal
+    micro_batches: tuple[int, ...] | None = None  # of about equally many tasks; None: one
+    drop_after_s: float | None = None  # see `BatchSplit`
 
 
 def loader_thread() -> ThreadPoolExecutor:
-    """A thread for batches ahead, whose torch operations use it alone.
+    """Start a thread for batches ahead, whose torch operations use no other thread.
 
     OpenMP would give it a second team of threads, which spin on the cores that the step needs: measured on 2 cores, the
     index of 2,560 rows of 20 features took 18 ms of CPU instead of 12. Calling threads keep their number.
@@ -40,16 +51,23 @@ def loader_thread() -> ThreadPoolExecutor:
 
 
 class TaskLoader(Generic[_T]):
-    """Iterator over this rank's share of every global batch of `tasks_per_batch` tasks.
+    """Iterates over this rank's tasks of every global batch of `tasks_per_batch` tasks.
 
     With `shuffle` it never ends: epoch after epoch, each in its own order. Without, it makes one pass in stored order
     and is then back at its start. `for batch in loader` goes on where the last loop stopped. `resample` draws the
     support of every task anew each epoch. The loader hands out `transform(batch)`, or the TaskBatch without one.
 
+    `max_support_rows` keeps only the last so many support rows of every task, in stored order; 0 keeps all.
+
+    `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them. Without
+    `shuffle` a larger batch is cut into several. With `shuffle` the tasks of a batch are given, and a rank that would
+    exceed the bound gets them as several micro-batches (`TaskBatch.parts`). One task alone may still exceed it;
+    `ends_within` says where the cuts are.
+
     `sequential=False` draws every window from the whole split, not from blocks of consecutive tasks, and
     `size_buckets=False` fills batches without regard to sizes: other orders, there to measure what the two buy.
 
-    With `prefetch` > 0 that many batches are made ahead, transform included, in one background thread; an error there
+    With `prefetch` > 0 that many batches are made ahead, transform included, in one background thread. An error there
     is raised by the `next` that asks for its batch, and no batch is made after it. `close`, or leaving the loader's
     `with` block, ends the thread. Batches that were asked for are made to their end, because a collective `transform`
     must run equally often on every rank.
@@ -71,6 +89,8 @@ class TaskLoader(Generic[_T]):
         size_buckets: bool = True,
         prefetch: int = 2,
         resample: bool = False,
+        max_support_rows: int = 0,
+        max_cells: int | None = None,
         transform: Callable[[TaskBatch], _T] | None = None,
     ) -> None:
         if tasks_per_batch < world_size:
@@ -78,7 +98,6 @@ class TaskLoader(Generic[_T]):
                 f"loader.tasks_per_batch is {tasks_per_batch}, world size is {world_size}: a batch needs a task for "
                 f"each worker; raise tasks_per_batch to {world_size} or more, or start fewer workers"
             )
-        self.batches_per_epoch = num_batches(split.num_tasks, tasks_per_batch)
         self._split = split
         self._tasks_per_batch = tasks_per_batch
         self._seed = seed
@@ -90,8 +109,12 @@ class TaskLoader(Generic[_T]):
         self._size_buckets = size_buckets
         self._prefetch = prefetch
         self._resample = resample
+        self._max_support_rows = max_support_rows
+        self._max_cells = max_cells
         self._transform = transform
-        self._divide: Callable[[int], Shares] | None = None
+        self._split_by: Callable[[int], SplitSpec] | None = None
+        self._stored = np.zeros(0, np.int64) if shuffle else self._stored_batches()  # bounds of a pass's batches
+        self.batches_per_epoch = num_batches(split.num_tasks, tasks_per_batch) if shuffle else len(self._stored) - 1
         self._place: _Place = (0, 0, 0)  # of the batch that `next` hands out
         self._tail: list[int] = []  # tasks of this epoch that were put back: positions in the split
         self._window: tuple[int, int, Tasks, TaskRows] | None = None  # epoch, window and tasks of the last one made
@@ -134,23 +157,24 @@ class TaskLoader(Generic[_T]):
         """Whether the next batch is the first of an epoch, or of its tail: all before it must be finished by then."""
         return self._place[1] == 0 or self._place[1] >= self.batches_per_epoch
 
-    def divide_by(self, divide: Callable[[int], Shares]) -> None:
-        """Batches are divided as `divide(step)` says from now on (the first batch ever is of step 0).
+    def split_by(self, spec: Callable[[int], SplitSpec]) -> None:
+        """Split batches as `spec(step)` says from now on (the first batch ever is of step 0).
 
         It is asked in the thread that makes the batch, and may wait there. The loader then no longer reads ahead beyond
         the end of an epoch: `put_back` may still give it tasks that nobody finished, for the epoch's tail.
         """
         self.close()
-        self._divide = divide
+        self._split_by = spec
 
     def put_back(self, tasks: Tasks) -> None:
-        """Tasks of this epoch that were handed out and not finished (positions in the split): they come again in it."""
+        """Have tasks of this epoch (positions in the split) come again in it: they were handed out and not finished."""
         self._tail += tasks.tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """{"epoch", "index"} of the batch that `next` hands out, whatever has been prefetched.
+        """Return {"epoch", "index"} of the batch that `next` hands out, whatever has been prefetched.
 
-        And where tasks were put back "step", the batches before it, and "tail", those that are to come again.
+        Where tasks were put back, it also has "step", the number of batches before it, and "tail", the tasks that are
+        to come again.
         """
         epoch, index, step = self._place
         if index >= self.batches_per_epoch and not self._tail:
@@ -163,7 +187,7 @@ class TaskLoader(Generic[_T]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position, before or amid iteration; ValueError where an epoch has no such batch."""
+        """Go to a position, before or amid iteration. Raises ValueError where an epoch has no such batch."""
         epoch, index, tail = int(state["epoch"]), int(state["index"]), list(state.get("tail", ()))
         if epoch < 0 or index < 0 or (index >= self.batches_per_epoch and not tail):
             raise ValueError(
@@ -199,7 +223,7 @@ class TaskLoader(Generic[_T]):
 
     def _after(self, place: _Place) -> _Place:
         epoch, index, step = place
-        if index + 1 < self.batches_per_epoch or self._divide is not None or self._tail:
+        if index + 1 < self.batches_per_epoch or self._split_by is not None or self._tail:
             return epoch, index + 1, step + 1
         return epoch + 1, 0, step + 1
 
@@ -236,34 +260,67 @@ class TaskLoader(Generic[_T]):
 
     def _make(self, place: _Place) -> _T:
         epoch, index, step = place
-        tasks, rows = self._tasks(epoch, index)
-        shares = None if self._divide is None else self._divide(step)
-        slots = split_slots(rows.num_rows, self._world_size, None if shares is None else shares.slots)
-        mine = slots[self._rank]
-        batch_split = None
-        if shares is not None:
-            cuts = (0, *(part.stop for part in slots))
-            work = len(tasks) * float(rows.num_rows[mine].sum()) / float(rows.num_rows.sum())
-            batch_split = BatchSplit(tasks, cuts, shares.micro_batches, shares.drop_after_s, work)
+        tasks, at = self._tasks(epoch, index)
+        spec = SplitSpec() if self._split_by is None else self._split_by(step)
+        ranks = tasks_per_rank(at.num_rows, self._world_size, spec.fractions)
+        ends = tuple(
+            self._micro_batches(at[part], 1 if spec.micro_batches is None else spec.micro_batches[rank])
+            for rank, part in enumerate(ranks)
+        )
+        mine, batch_split = at[ranks[self._rank]], None
+        if self._split_by is not None or any(len(of_rank) > 1 for of_rank in ends):
+            work = len(tasks) * float(mine.num_rows.sum()) / float(at.num_rows.sum())
+            batch_split = BatchSplit(tasks, ends, spec.drop_after_s, work)
         redraw = (self._seed, epoch) if self._resample else None
-        support, query, task_id = self._split.gather(rows[mine], redraw)
-        batch = TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split)
+
+        def gathered(some: TaskRows) -> TaskBatch:
+            support, query, task_id = self._split.gather(some, redraw)
+            return TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split)
+
+        parts = [gathered(mine[a:b]) for a, b in pairwise((0, *ends[self._rank]))]
+        batch = parts[0] if len(parts) == 1 else joined(parts)
         return cast(_T, batch) if self._transform is None else self._transform(batch)
 
+    def _micro_batches(self, at: TaskRows, count: int) -> tuple[int, ...]:
+        """Return where a rank's micro-batches end: `count` of them, none empty, and more where one is too large."""
+        size = len(at)
+        count = min(count, max(1, size))
+        ends = [size * (i + 1) // count for i in range(count)]
+        if not self._shuffle:
+            return tuple(ends)
+        parts = ((a, at[a:b]) for a, b in pairwise((0, *ends)))
+        cells = self._max_cells
+        return tuple(a + end for a, part in parts for end in ends_within(part.num_support, part.num_query, cells))
+
+    def _locate(self, tasks: Tasks) -> TaskRows:
+        return self._split.locate(tasks).last_support(self._max_support_rows)
+
+    def _sizes(self, tasks: Tasks) -> tuple[Tasks, Tasks]:
+        at = self._locate(tasks)
+        return at.num_support, at.num_query
+
+    def _stored_batches(self) -> Tasks:
+        """Cut a pass in stored order into batches; looks at sizes only where `max_cells` needs them."""
+        num_tasks = self._split.num_tasks
+        if self._max_cells is None:
+            nothing = np.zeros(num_tasks, np.int64)
+            return stored_batches(nothing, nothing, self._tasks_per_batch, None)
+        return stored_batches(*self._sizes(np.arange(num_tasks)), self._tasks_per_batch, self._max_cells)
+
     def _tasks(self, epoch: int, index: int) -> tuple[Tasks, TaskRows]:
-        """The tasks of the global batch. They are located once a window: it costs an index look-up in every shard."""
+        """Return the tasks of the global batch. They are located once a window: it costs a look-up in every shard."""
         size = self._tasks_per_batch
         if index >= self.batches_per_epoch:
             tasks = np.asarray(self._tail[:size], np.int64)
-            return tasks, self._split.locate(tasks)
+            return tasks, self._locate(tasks)
         if not self._shuffle:
-            tasks = stored_batch(self._split.num_tasks, size, index)
-            return tasks, self._split.locate(tasks)
+            tasks = np.arange(*self._stored[index : index + 2])
+            return tasks, self._locate(tasks)
         window, offset = divmod(index, self._window_batches)
         if self._window is None or self._window[:2] != (epoch, window):
             batches = window_of_batches(
                 self._split.num_tasks,
-                self._split.sizes,
+                self._sizes,
                 tasks_per_batch=size,
                 window_batches=self._window_batches,
                 seed=self._seed,
@@ -273,13 +330,34 @@ class TaskLoader(Generic[_T]):
                 size_buckets=self._size_buckets,
             )
             tasks = np.concatenate(batches)
-            self._window = (epoch, window, tasks, self._split.locate(tasks))
+            self._window = (epoch, window, tasks, self._locate(tasks))
         mine = slice(offset * size, (offset + 1) * size)  # only an epoch's last batch may be short
         return self._window[2][mine], self._window[3][mine]
 
 
+def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_support_rows: int) -> str | None:
+    """Name the longest task of split `name`, and the cure, where it would pad a batch beyond `MAX_CELLS`.
+
+    None where no task does, and where tasks are long in general: more than a tenth of the longest is no exception.
+    """
+    split = pack.split(name)
+    support, query = split.sizes_to_warn()
+    rows = (np.minimum(support, max_support_rows) if max_support_rows else support) + query
+    longest, median = int(rows.argmax()), float(np.median(rows))
+    if rows[longest] * tasks_per_batch <= MAX_CELLS or rows[longest] <= 10 * median:
+        return None
+    task_id = int(split.locate(np.array([longest])).task_id[0])
+    keys = pq.read_table(pack.tasks_file(), filters=[("task_id", "=", task_id)])["key"].to_pylist()
+    return (
+        f"warning: task {keys[0]!r} of split {name} has {rows[longest]:,} rows, the median task {median:,.0f}. It is "
+        "computed apart from its batch, and steps with it take long and much memory: set loader.max_support_rows to keep "
+        "the last support rows of every task, or prepare with --max_task_rows to leave such tasks out"
+    )
+
+
 def padding_share(batch: TaskBatch) -> float:
-    """Share of the batch's cells, support and query, that is padding; 0 for an empty batch."""
-    cells = batch.support.mask.numel() + batch.query.mask.numel()
-    filled = int(batch.support.mask.sum()) + int(batch.query.mask.sum())
+    """Return the fraction of the batch's cells, support and query, that is padding; 0 for an empty batch."""
+    masks = [side.mask for part in batch.parts or (batch,) for side in (part.support, part.query)]
+    cells = sum(mask.numel() for mask in masks)
+    filled = sum(int(mask.sum()) for mask in masks)
     return 1 - filled / cells if cells else 0.0

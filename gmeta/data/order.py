@@ -19,19 +19,53 @@ from gmeta.core.hashing import splitmix64
 
 Tasks = NDArray[np.int64]
 Sizes = Callable[[Tasks], tuple[Tasks, Tasks]]
-"""Tasks -> (support rows, query rows) of each."""
+"""Gives the support rows and the query rows of each task."""
 
 BLOCK_TASKS = 64
 
 
 def num_batches(num_tasks: int, tasks_per_batch: int) -> int:
-    """Batches of an epoch; the last may be short."""
+    """Count the batches of an epoch, the last of which may be short."""
     return -(-num_tasks // tasks_per_batch)
 
 
-def stored_batch(num_tasks: int, tasks_per_batch: int, index: int) -> Tasks:
-    """Batch `index` of a pass in stored order (evaluation)."""
-    return np.arange(index * tasks_per_batch, min((index + 1) * tasks_per_batch, num_tasks))
+def stored_batches(num_support: Tasks, num_query: Tasks, tasks_per_batch: int, max_cells: int | None) -> Tasks:
+    """Cut a pass in stored order (evaluation) into batches: batch k has the tasks from bound k to bound k + 1.
+
+    Sizes are int64 [num_tasks]; returns the bounds, int64 [B + 1].
+    Batches have `tasks_per_batch` tasks, the last one the rest, and are cut further as `ends_within` says.
+    """
+    num_tasks = len(num_support)
+    starts = np.arange(0, num_tasks, tasks_per_batch)
+    bounds = np.append(starts, num_tasks)
+    if max_cells is None or num_tasks == 0:
+        return bounds
+    rows = np.maximum.reduceat(num_support, starts) + np.maximum.reduceat(num_query, starts)
+    cut = [bounds]
+    for k in np.flatnonzero(np.diff(bounds) * rows > max_cells):
+        batch = slice(bounds[k], bounds[k + 1])
+        cut.append(bounds[k] + np.array(ends_within(num_support[batch], num_query[batch], max_cells)))
+    return np.unique(np.concatenate(cut))
+
+
+def ends_within(num_support: Tasks, num_query: Tasks, max_cells: int | None) -> tuple[int, ...]:
+    """Cut consecutive tasks into parts that are padded on their own; returns where each part ends.
+
+    Together they are padded to the longest support and the longest query. There is one part where that is no more than
+    `max_cells` cells. Otherwise parts have at most a quarter of that each: one task is then far longer than its
+    neighbours, and must not pad as many of them as still fit. A task that alone has more is a part of its own.
+    """
+    num_tasks = len(num_support)
+    if max_cells is None or num_tasks * int(num_support.max(initial=0) + num_query.max(initial=0)) <= max_cells:
+        return (num_tasks,)
+    ends: list[int] = []
+    start = support = query = 0
+    for i, (s, q) in enumerate(zip(num_support.tolist(), num_query.tolist(), strict=True)):
+        support, query = max(support, s), max(query, q)
+        if i > start and (i + 1 - start) * (support + query) > max_cells // 4:
+            ends.append(i)
+            start, support, query = i, s, q
+    return (*ends, num_tasks)
 
 
 def window_of_batches(
@@ -46,13 +80,13 @@ def window_of_batches(
     sequential: bool = True,
     size_buckets: bool = True,
 ) -> list[Tasks]:
-    """The batches of one window of an epoch: batch k of the epoch is number k % window_batches of window
+    """Return the batches of one window of an epoch: batch k of the epoch is number k % window_batches of window
     k // window_batches.
 
     Every task is in exactly one batch of an epoch. Only the epoch's last batch may be short, and the tasks in it
     are a random draw of its window, because a task of a short batch weighs more.
 
-    Not `sequential`: blocks of one task. Without `size_buckets`, batches are cut from the shuffled window as it comes.
+    Not `sequential`, blocks have one task. Without `size_buckets`, batches are cut from the window as it is shuffled.
     """
     length = tasks_per_batch * window_batches
     block = BLOCK_TASKS if sequential else 1
@@ -61,7 +95,7 @@ def window_of_batches(
     num_full = len(tasks) // tasks_per_batch * tasks_per_batch
     full, short = tasks[:num_full], tasks[num_full:]
     if size_buckets:
-        batches = [full[slots] for slots in bucket_by_size(*sizes(full), tasks_per_batch)]
+        batches = [full[members] for members in bucket_by_size(*sizes(full), tasks_per_batch)]
     else:
         batches = list(full.reshape(-1, tasks_per_batch))
     shuffled = [batches[i] for i in permutation(len(batches), seed, epoch, window, 1)]
@@ -75,58 +109,58 @@ def bucket_by_size(num_support: Tasks, num_query: Tasks, size: int) -> list[Task
     side with the wider range until one group is left. Ties keep their order.
     """
 
-    def halve(slots: Tasks) -> list[Tasks]:
-        if len(slots) <= size:
-            return [slots] if len(slots) else []
-        support, query = num_support[slots], num_query[slots]
+    def halve(members: Tasks) -> list[Tasks]:
+        if len(members) <= size:
+            return [members] if len(members) else []
+        support, query = num_support[members], num_query[members]
         support_range, query_range = np.ptp(support), np.ptp(query)
         if support_range == query_range == 0:
             # What halving would come to, without its 127 sorts for 64 groups.
-            return np.split(slots, range(size, len(slots), size))
+            return np.split(members, range(size, len(members), size))
         wider = support if support_range >= query_range else query
-        ranked = slots[np.argsort(wider, kind="stable")]
-        middle = (len(slots) // size + 1) // 2 * size
+        ranked = members[np.argsort(wider, kind="stable")]
+        middle = (len(members) // size + 1) // 2 * size
         return halve(ranked[:middle]) + halve(ranked[middle:])
 
     return halve(np.arange(len(num_support)))
 
 
-def split_slots(cost: Tasks, world_size: int, shares: Sequence[float] | None = None) -> list[slice]:
-    """Each rank's slots of a batch: consecutive, of about equal cost, or in proportion to `shares` (one a rank).
+def tasks_per_rank(cost: Tasks, world_size: int, fractions: Sequence[float] | None = None) -> list[slice]:
+    """Split the tasks of a batch over ranks: each gets consecutive ones, of about equal cost, or as `fractions` says.
 
-    A slot goes to the rank in whose part of the total cost its middle lies, so a rank's cost is off by at most one
-    slot's, and a rank may get none. Slots of similar size are neighbours, so consecutive ones pad least.
+    A task goes to the rank in whose part of the total cost its middle lies, so that a rank's cost is off by at most one
+    task's, and a rank may get none. Tasks of similar size are neighbours, so that consecutive ones pad least.
     """
-    weights = np.ones(world_size) if shares is None else np.asarray(shares, dtype=np.float64)
+    weights = np.ones(world_size) if fractions is None else np.asarray(fractions, dtype=np.float64)
     if len(weights) != world_size or (weights < 0).any() or not weights.sum() > 0:
-        raise ValueError(f"shares are {shares}: must be {world_size} numbers, not negative, not all 0")
+        raise ValueError(f"fractions are {fractions}: must be {world_size} numbers, not negative, not all 0")
     middle = np.cumsum(cost) - cost / 2
     ends = np.cumsum(weights) * (cost.sum() / weights.sum())
-    cuts = [0, *np.searchsorted(middle, ends[:-1], side="left").tolist(), len(cost)]
-    return [slice(a, b) for a, b in pairwise(cuts)]
+    bounds = [0, *np.searchsorted(middle, ends[:-1], side="left").tolist(), len(cost)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def permutation(n: int, *key: int) -> Tasks:
-    """A permutation of n that is a function of the key alone."""
+    """Return a permutation of 0 … n - 1 that is a function of the key alone."""
     return np.argsort(keyed_hash(np.arange(n), *key), kind="stable")
 
 
 def keyed_hash(values: Tasks, *key: int) -> NDArray[np.uint64]:
-    """A 64-bit hash of each value under a key of non-negative integers."""
+    """Hash each value under a key of non-negative integers, each to 64 bits."""
     start = reduce(lambda state, k: splitmix64(state + np.uint64(k)), key, np.zeros(1, np.uint64))
     return splitmix64(start + values.astype(np.uint64))
 
 
 @lru_cache(maxsize=2)
 def _blocks(num_tasks: int, seed: int, epoch: int, block_tasks: int) -> tuple[Tasks, Tasks]:
-    """The epoch's blocks in their permuted order: (first task of each, its end in the stream)."""
+    """Return the epoch's blocks in their permuted order: the first task of each, and its end in the stream."""
     starts = np.arange(0, num_tasks, block_tasks)
     starts = starts[permutation(len(starts), seed, epoch)]
     return starts, np.cumsum(np.minimum(block_tasks, num_tasks - starts))
 
 
 def _stream(num_tasks: int, seed: int, epoch: int, block_tasks: int, first: int, last: int) -> Tasks:
-    """Tasks at places [first, last) of the epoch's block-permuted stream."""
+    """Return the tasks at places [first, last) of the epoch's stream of permuted blocks."""
     starts, ends = _blocks(num_tasks, seed, epoch, block_tasks)
     place = np.arange(first, last)
     block = np.searchsorted(ends, place, side="right")

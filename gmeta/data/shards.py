@@ -7,7 +7,7 @@ rows asked for. Anonymous memory does not grow with the pack: shards stay mapped
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -148,9 +148,26 @@ class TaskRows:
     def __len__(self) -> int:
         return len(self.task_id)
 
-    def __getitem__(self, slots: slice) -> TaskRows:
+    def __getitem__(self, tasks: slice) -> TaskRows:
         return TaskRows(
-            self.task_id[slots], self.shard[slots], self.start[slots], self.num_support[slots], self.num_rows[slots]
+            self.task_id[tasks], self.shard[tasks], self.start[tasks], self.num_support[tasks], self.num_rows[tasks]
+        )
+
+    @property
+    def num_query(self) -> Array:
+        """Query rows of each task, int64 [T]."""
+        return self.num_rows - self.num_support
+
+    def last_support(self, max_rows: int) -> TaskRows:
+        """Keep the last `max_rows` support rows of every task, in stored order; 0 keeps all."""
+        if max_rows == 0:
+            return self
+        left_out = np.maximum(self.num_support - max_rows, 0)
+        return replace(
+            self,
+            start=self.start + left_out,
+            num_support=self.num_support - left_out,
+            num_rows=self.num_rows - left_out,
         )
 
 
@@ -194,10 +211,19 @@ class PackSplit:
         sizes = [np.diff(shard.read("row_start"), append=shard.num_rows) for shard in self._shards]
         return np.concatenate(sizes)
 
+    def sizes_to_warn(self) -> tuple[Array, Array]:
+        """Return (support rows, query rows) of all tasks, each int64 [num_tasks], from files that are not verified yet.
+
+        This reads some bytes a task; `num_task_rows` would read every shard whole, to verify it.
+        """
+        support = [shard.arrays["num_support"].astype(np.int64) for shard in self._shards]
+        rows = [np.diff(shard.arrays["row_start"], append=shard.num_rows) for shard in self._shards]
+        return np.concatenate(support), np.concatenate(rows) - np.concatenate(support)
+
     def sizes(self, tasks: Array) -> tuple[Array, Array]:
         """(support rows, query rows), each int64 [T], of the tasks at these positions; touches their shards only."""
         at = self.locate(tasks)
-        return at.num_support, at.num_rows - at.num_support
+        return at.num_support, at.num_query
 
     def columns(self, features: Sequence[str] = ()) -> SplitColumns:
         """Whole columns, with the ids of the one-valued `features`; views where the split has one shard."""
@@ -239,15 +265,15 @@ class PackSplit:
         shard_of = np.searchsorted(self._task_bounds, tasks, side="right") - 1
         task_id, start, support, rows = np.empty((4, len(tasks)), np.int64)
         for index in np.unique(shard_of):
-            slots = np.flatnonzero(shard_of == index)
-            shard, local = self._shards[index], tasks[slots] - self._task_bounds[index]
+            here = np.flatnonzero(shard_of == index)
+            shard, local = self._shards[index], tasks[here] - self._task_bounds[index]
             row_start = shard.read("row_start")
             is_last = local == len(row_start) - 1
             end = np.where(is_last, shard.num_rows, row_start[np.where(is_last, 0, local + 1)])
-            task_id[slots] = shard.read("task_id")[local]
-            start[slots] = row_start[local] + self._row_bounds[index]
-            support[slots] = shard.read("num_support")[local]
-            rows[slots] = end - row_start[local]
+            task_id[here] = shard.read("task_id")[local]
+            start[here] = row_start[local] + self._row_bounds[index]
+            support[here] = shard.read("num_support")[local]
+            rows[here] = end - row_start[local]
         return TaskRows(task_id, shard_of, start, support, rows)
 
     def examples(self, tasks: Array, redraw: tuple[int, int] | None = None) -> tuple[Examples, Examples, Tensor]:
@@ -261,9 +287,8 @@ class PackSplit:
         (seed, epoch, row) alone; rows keep their stored order within either side.
         """
         if redraw is None:
-            num_query = at.num_rows - at.num_support
             support_row = _row_matrix(at.start, at.num_support)
-            query_row = _row_matrix(at.start + at.num_support, num_query)
+            query_row = _row_matrix(at.start + at.num_support, at.num_query)
         else:
             support_row, query_row = _redraw(at.start, at.num_support, at.num_rows, *redraw)
         cells = self._cells(at.shard, np.concatenate([support_row, query_row], axis=1))

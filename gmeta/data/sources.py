@@ -1,8 +1,8 @@
-"""Where raw rows come from: Parquet and CSV files, and named data sets.
+"""Raw rows from Parquet and CSV files, as SQL that DuckDB runs.
 
-A source is a list of `RawPart`: a SQL query in DuckDB's dialect whose column `__row` is the row's number in its file
-(from 1, a CSV header not counted) and whose other columns are what a `DataSchema` names. To add a data set, write a
-function like `_ml_100k` and list it in `DATA_SETS`.
+A `RawPart` is the SQL of one file. Its column `__row` is the row's number in the file (from 1, a CSV header not
+counted); the other columns are the file's own and those that its folders name (`day=2024-11-03/part-0.parquet`). Named
+data sets, whose rows come from several files, are in `gmeta/data/datasets`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import csv
 import glob
 import gzip
 import io
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import unquote
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from gmeta.data.schema import DataSchema, parse_data_schema
 
 Connection: TypeAlias = duckdb.DuckDBPyConnection
 
@@ -29,48 +30,50 @@ CSV = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 DELIMITERS = ",\t;|"
 RESERVED = ("__row", "__problem", "file_row_number")
 """Columns that reading and staging add: DuckDB would take a file's own column of the name, in any case, for ours."""
-NEW_USER_SHARE = 0.2
-"""MeLU's share of new users: 1,208 of 6,040."""
+NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
+"""What Hive and Spark call the folder of the rows whose partition column is missing."""
 
 
 @dataclass(frozen=True)
 class RawPart:
-    """Raw rows of one file."""
+    """The raw rows of one file, or of one named data set."""
 
     file: str  # as told to the user
-    query: str
+    query: str  # SQL
     columns: dict[str, str]  # name -> DuckDB type
     ordered: bool  # rows are numbered as they are read, so they must be read in order
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """A named data set: what its columns mean, how to read it, and the settings it is usually prepared with."""
-
-    schema: DataSchema
-    open: Callable[[Connection, Path], RawPart]
-    files: tuple[str, ...]
-    origin: str
-    settings: Mapping[str, Any]
-
-
 def identifier(name: str) -> str:
-    """`name` quoted as a SQL identifier."""
+    """Quote `name` as a SQL identifier."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def literal(text: str) -> str:
-    """`text` quoted as a SQL string."""
+    """Quote `text` as a SQL string."""
     return "'" + text.replace("'", "''") + "'"
 
 
+def only_file(path: Path) -> str:
+    """Quote the path of one file that DuckDB is to read.
+
+    DuckDB takes the paths that it reads for patterns: `a[1].csv` would be `a1.csv`. The paths that it writes
+    (COPY … TO), and those that pyarrow reads, are taken as they are. Raises ValueError for a pattern's characters
+    beside a backslash, which would part folders.
+    """
+    pattern = glob.escape(str(path))
+    if pattern != str(path) and "\\" in pattern:
+        raise ValueError(f"{path} has a backslash and one of *?[ in its name, which cannot be read together: rename it")
+    return literal(pattern)
+
+
 def md5_64(*parts: str) -> str:
-    """SQL for a 64-bit hash of the joined SQL strings. MD5 gives the same numbers in any engine and version."""
+    """Return SQL for a 64-bit hash of the joined SQL strings. MD5 gives the same numbers in any engine and version."""
     return f"md5_number_lower(concat_ws('|', {', '.join(parts)}))"
 
 
 def scalar(con: Connection, query: str) -> Any:
-    """The one value that `query` gives. (A result that is not fetched to its end blocks the connection.)"""
+    """Run `query` and return its one value. (A result that is not fetched to its end blocks the connection.)"""
     ((value,),) = con.execute(query).fetchall()
     return value
 
@@ -79,20 +82,23 @@ def scalar(con: Connection, query: str) -> Any:
 
 
 def find_files(inputs: Iterable[str]) -> list[Path]:
-    """Files that `inputs` (files, globs, directories) stand for, sorted. ValueError names what matches nothing."""
+    """Find the files that `inputs` (files, directories, globs) stand for, sorted.
+
+    What exists under its literal name is no pattern, brackets and stars or not. Raises ValueError for what matches
+    nothing, and for a file that is neither Parquet nor CSV by its name.
+    """
     found: set[Path] = set()
     for text in inputs:
         path = Path(text)
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file() and _is_data(p.relative_to(path))]
+            files = _data_below(path)
             if not files:
                 raise ValueError(f"input {text} is a directory without Parquet or CSV files")
         else:
-            files = (
-                [path] if path.is_file() else [Path(p) for p in glob.glob(text, recursive=True) if Path(p).is_file()]
-            )
+            files = [path] if path.is_file() else _matches(path)
             if not files:
-                raise ValueError(f"input {text} does not exist or matches no file")
+                hint = "; in a pattern, a bracket that belongs to the name is written [[]" if "[" in text else ""
+                raise ValueError(f"input {text} does not exist or matches no file{hint}")
         found.update(files)
     odd = sorted(p for p in found if not p.name.lower().endswith(PARQUET + CSV))
     if odd:
@@ -102,57 +108,156 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
     return sorted(found)
 
 
-def _is_data(path: Path) -> bool:
-    """Whether a file below a directory is meant: as other readers do, not where a name begins with _ or a dot."""
-    return path.name.lower().endswith(PARQUET + CSV) and not any(part.startswith(("_", ".")) for part in path.parts)
+def _data_below(directory: Path) -> list[Path]:
+    """Find the data files below a directory: as for other readers, no name on the way may begin with _ or a dot."""
+    below = (path for path in directory.rglob("*") if path.is_file() and path.name.lower().endswith(PARQUET + CSV))
+    return [p for p in below if not any(part.startswith(("_", ".")) for part in p.relative_to(directory).parts)]
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Find the files that match a pattern, or else the data files below the directories that match it.
+
+    The pattern begins after the directories that exist under their literal names.
+    """
+    known, wild = Path(), list(pattern.parts)
+    while wild and (known / wild[0]).exists():
+        known /= wild.pop(0)
+    found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(known)), *wild)), recursive=True)]
+    files = [path for path in found if path.is_file()]
+    folders = [path for path in found if path.is_dir() and not path.name.startswith(("_", "."))]
+    return files or [file for folder in folders for file in _data_below(folder)]
+
+
+def open_files(con: Connection, paths: Sequence[Path]) -> tuple[list[RawPart], list[Path]]:
+    """Open the files of one input. Returns their rows, and the files that are empty, which have none.
+
+    Raises ValueError where all are empty, and as `open_file` does.
+    """
+    empty = [path for path in paths if _is_empty(path)]
+    if len(empty) == len(paths):
+        which = (
+            f"{paths[0]} is empty" if len(paths) == 1 else f"all of its {len(paths)} files are empty, {paths[0]} first"
+        )
+        raise ValueError(f"the input has no rows: {which}")
+    return [open_file(con, path) for path in paths if path not in empty], empty
 
 
 def open_file(con: Connection, path: Path) -> RawPart:
-    """A Parquet or CSV file as raw rows. ValueError where it is empty, unreadable, or its columns clash."""
+    """Open a Parquet or CSV file as raw rows.
+
+    The columns that the folders above it name (`key=value`, as Hive and Spark write them) are text columns beside its
+    own; where the file has a column of that name, the file's is taken. Raises ValueError for a file that is empty or
+    cannot be read, and where the names of columns clash.
+    """
+    if _is_empty(path):
+        raise ValueError(f"{path} is empty: it has neither rows nor names of columns")
     is_parquet = path.name.lower().endswith(PARQUET)
-    names, query = _parquet(path) if is_parquet else _csv(path)
+    names, columns, source = _parquet(path) if is_parquet else _csv(path)
     _require_distinct(names, path)
-    require_free(names, RESERVED, path)
-    return _part(con, str(path), query, ordered=not is_parquet)
+    own = {name.lower() for name in names}
+    in_path = {name: value for name, value in partition_columns(path).items() if name.lower() not in own}
+    require_free([*names, *in_path], RESERVED, path)
+    select = [*columns, *(f"CAST({_value(value)} AS VARCHAR) AS {identifier(n)}" for n, value in in_path.items())]
+    return described(con, str(path), f"SELECT {', '.join(select)} FROM {source}", ordered=not is_parquet)
 
 
-def _part(con: Connection, file: str, query: str, *, ordered: bool) -> RawPart:
-    described = con.execute(f"DESCRIBE {query}").fetchall()
-    return RawPart(file, query, {name: kind for name, kind, *_ in described if name != "__row"}, ordered)
+def described(con: Connection, file: str, query: str, *, ordered: bool) -> RawPart:
+    """Make the `RawPart` of a query; DuckDB tells its columns."""
+    columns = con.execute(f"DESCRIBE {query}").fetchall()
+    return RawPart(file, query, {name: kind for name, kind, *_ in columns if name != "__row"}, ordered)
 
 
-def _parquet(path: Path) -> tuple[list[str], str]:
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Turn what DuckDB cannot read of a file into a ValueError that names the file."""
+    try:
+        yield
+    except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
+        cure = "write it again, with line ends of one kind and every quote closed"
+        raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): {cure}") from error
+
+
+def partition_columns(path: Path) -> dict[str, str | None]:
+    """Read the columns that the folders directly above a file name (`day=2024-11-03`), the outermost first.
+
+    Names and values are percent-decoded; a value is None where it is missing. Of two folders with one name the inner
+    one counts.
+    """
+    found: dict[str, str | None] = {}
+    for folder in path.absolute().parents:
+        name, equals, value = folder.name.partition("=")
+        if not (name and equals):
+            break
+        found.setdefault(unquote(name), None if value == NO_VALUE else unquote(value))
+    return dict(reversed(found.items()))
+
+
+def _value(text: str | None) -> str:
+    return "NULL" if text is None else literal(text)
+
+
+def _is_empty(path: Path) -> bool:
+    """Tell whether a file has no content: no byte, or for CSV nothing after decompression but a byte order mark."""
+    if path.name.lower().endswith(PARQUET):
+        return path.stat().st_size == 0
+    return _first_line(path) == ""
+
+
+def _first_line(path: Path) -> str:
+    """Read a CSV file's first line, up to CR, LF or CR LF, which it keeps; empty where the file is."""
+    try:
+        # Latin-1 decodes any bytes: those of later lines, which are read along, may be broken.
+        with (
+            gzip.open(path) if path.suffix == ".gz" else path.open("rb") as binary,
+            io.TextIOWrapper(binary, "latin-1", newline="") as text,
+        ):
+            line = text.readline()
+        return line.encode("latin-1").decode("utf-8-sig")
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no readable UTF-8 CSV file ({error}): convert it") from None
+
+
+def _parquet(path: Path) -> tuple[list[str], list[str], str]:
+    """Return a Parquet file's column names, the SQL of its columns with `__row`, and the SQL that reads it."""
     try:
         names = pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} is no readable Parquet file ({error}): write it again") from None
-    source = f"read_parquet({literal(str(path))}, file_row_number=true, hive_partitioning=false)"
-    return names, f"SELECT file_row_number + 1 AS __row, * EXCLUDE (file_row_number) FROM {source}"
+    source = f"read_parquet({only_file(path)}, file_row_number=true, hive_partitioning=false)"
+    return names, ["file_row_number + 1 AS __row", "* EXCLUDE (file_row_number)"], source
 
 
-def _csv(path: Path) -> tuple[list[str], str]:
+def _csv(path: Path) -> tuple[list[str], list[str], str]:
+    """Return a CSV file's column names, the SQL of its columns with `__row`, and the SQL that reads it.
+
+    Columns without a name get the one that pandas gives them, `Unnamed: 0` for the first: an index that was written
+    along, or what follows a last comma.
+    """
+    header = _first_line(path).rstrip("\r\n")
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            header = file.readline().decode("utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path} is no readable UTF-8 CSV file ({error}): convert it") from None
-    rows = {d: next(csv.reader(io.StringIO(header), delimiter=d), []) for d in DELIMITERS}
+        rows = {d: next(csv.reader(io.StringIO(header), delimiter=d), []) for d in DELIMITERS}
+    except csv.Error as error:
+        raise ValueError(f"{path} has a first line that names no columns ({error}): write it again") from None
     delimiter = max(DELIMITERS, key=lambda d: len(rows[d]))
-    if not rows[delimiter]:
-        raise ValueError(f"{path} is empty: its first line must name the columns")
-    return rows[delimiter], _numbered(read_csv(path, rows[delimiter], delimiter, header=True))
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(rows[delimiter])]
+    if not names:
+        raise ValueError(f"{path} has an empty first line: it must name the columns")
+    return names, ["row_number() OVER () AS __row", "*"], read_csv(path, names, delimiter, header=True)
 
 
 def read_csv(path: Path, names: Iterable[str], delimiter: str, *, header: bool, quote: str = '"') -> str:
-    """SQL that reads a CSV file as text. Nothing is guessed; broken lines go to DuckDB's table `reject_errors`."""
+    """Return SQL that reads a CSV file as text. Nothing is guessed; broken lines go to table `reject_errors`."""
+    compression = "gzip" if path.suffix == ".gz" else "none"
     columns = ", ".join(f"{literal(n)}: 'VARCHAR'" for n in dict.fromkeys(names))
     return (
-        f"read_csv({literal(str(path))}, auto_detect=false, columns={{{columns}}}, delim={literal(delimiter)}, "
-        f"quote={literal(quote)}, escape={literal(quote)}, header={str(header).lower()}, store_rejects=true)"
+        f"read_csv({only_file(path)}, auto_detect=false, columns={{{columns}}}, delim={literal(delimiter)}, "
+        f"quote={literal(quote)}, escape={literal(quote)}, header={str(header).lower()}, store_rejects=true, "
+        f"compression={literal(compression)}, hive_partitioning=false)"
     )
 
 
-def _numbered(source: str) -> str:
+def numbered(source: str) -> str:
+    """Return SQL of the rows of `source` with their number as `__row`; they must be read in order."""
     return f"SELECT row_number() OVER () AS __row, * FROM {source}"
 
 
@@ -166,190 +271,8 @@ def _require_distinct(names: list[str], path: Path) -> None:
 
 
 def require_free(names: Iterable[str], ours: Iterable[str], path: Path) -> None:
-    """ValueError where a column of the file has, in any case, the name of one that is to be added."""
+    """Raise ValueError where a column has, in any case, the name of one that is to be added."""
     taken = {name.lower(): name for name in names}
     for name in ours:
         if name in taken:
             raise ValueError(f"{path} has a column {taken[name]!r}, a name that gmeta uses itself: rename the column")
-
-
-# --------------------------------------------------------------------------------------- named data sets
-
-
-def open_data_set(con: Connection, name: str, root: str | None) -> RawPart:
-    """The raw rows of a named data set. ValueError where files are missing, and where to get them."""
-    data = DATA_SETS[name]
-    if root is None:
-        raise ValueError(f"dataset {name} needs root, the directory with {', '.join(data.files)}. {data.origin}")
-    missing = [f for f in data.files if not any((Path(root) / option).is_file() for option in f.split(" or "))]
-    if missing:
-        raise ValueError(f"dataset {name}: {root} lacks {', '.join(missing)}. {data.origin}")
-    return data.open(con, Path(root))
-
-
-def _register(con: Connection, name: str, path: Path, columns: tuple[str, ...]) -> None:
-    """A small `::`-separated file, UTF-8 or Latin-1, as view `name`; further fields of a line are ignored."""
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    rows = [line.split("::") for line in text.replace("\r\n", "\n").split("\n") if line]
-    for number, row in enumerate(rows, 1):
-        if len(row) < len(columns):
-            raise ValueError(f"{path}, line {number}: {len(row)} fields, expected {len(columns)}: download it again")
-    con.register(name, pa.table({c: pa.array([row[i] for row in rows], pa.string()) for i, c in enumerate(columns)}))
-
-
-def _ml_100k(con: Connection, root: Path) -> RawPart:
-    def read(suffix: str) -> str:
-        path = root / f"ml-100k.{suffix}"
-        with path.open(encoding="utf-8") as file:
-            names = [field.split(":")[0] for field in file.readline().rstrip("\n").split("\t")]
-        return read_csv(path, names, "\t", header=True, quote="")
-
-    query = f"""
-        SELECT r.__row, r.user_id, r.item_id, r.rating, r.timestamp, u.gender, u.occupation,
-               CAST(TRY_CAST(u.age AS INTEGER) // 10 * 10 AS VARCHAR) AS age,
-               left(u.zip_code, 3) AS zip, i.release_year, string_split(i.class, ' ') AS class
-        FROM ({_numbered(read("inter"))}) r
-        LEFT JOIN {read("user")} u USING (user_id) LEFT JOIN {read("item")} i USING (item_id)"""
-    return _part(con, str(root / "ml-100k.inter"), query, ordered=True)
-
-
-_RATINGS = ("user_id", "item_id", "rating", "timestamp")
-_USERS = ("user_id", "gender", "age", "occupation", "zip")
-
-
-def _ml_1m(con: Connection, root: Path) -> RawPart:
-    _register(con, "ml_users", root / "users.dat", _USERS)
-    _register(con, "ml_movies", root / "movies.dat", ("item_id", "title", "genres"))
-    ratings = _numbered(read_csv(root / "ratings.dat", _RATINGS, "::", header=False, quote=""))
-    query = f"""
-        SELECT r.__row, r.user_id, r.item_id, r.rating, r.timestamp, u.gender, u.age, u.occupation,
-               left(u.zip, 3) AS zip, regexp_extract(m.title, '\\((\\d{{4}})\\)\\s*$', 1) AS release_year,
-               string_split(m.genres, '|') AS genre
-        FROM ({ratings}) r LEFT JOIN ml_users u USING (user_id) LEFT JOIN ml_movies m USING (item_id)"""
-    return _part(con, str(root / "ratings.dat"), query, ordered=True)
-
-
-def _ml_1m_melu(con: Connection, root: Path) -> RawPart:
-    facts = ("item_id", "title", "year", "rate", "released", "genre", "director", "writer", "actor")
-    _register(con, "ml_users", root / "users.dat", _USERS)
-    _register(con, "ml_facts", root / "movies_extrainfos.dat", facts)
-    file = root / "ratings.csv"
-    if file.is_file():
-        ratings = _numbered(read_csv(file, ("user_id", "item_id", "rating", "partition"), ",", header=True))
-    else:
-        file = root / "ratings.dat"
-        ratings = _melu_partition(_numbered(read_csv(file, _RATINGS, "::", header=False, quote="")))
-
-    def names(column: str) -> str:
-        return f"list_filter(string_split({column}, ', '), lambda x: x NOT IN ('', 'N/A'))"
-
-    query = f"""
-        SELECT r.__row, r.user_id, r.item_id, r.rating, r.partition, u.gender, u.age, u.occupation,
-               left(u.zip, 5) AS zip, f.year, f.rate,
-               {names("f.genre")} AS genre, {names("f.director")} AS director, {names("f.actor")} AS actor
-        FROM ({ratings}) r LEFT JOIN ml_users u USING (user_id) LEFT JOIN ml_facts f USING (item_id)"""
-    return _part(con, str(file), query, ordered=True)
-
-
-def _melu_partition(ratings: str) -> str:
-    """MeLU's partitions: films of 1998 to 2000 are cold; a fifth of the users is new.
-
-    MeLU drew its new users at random and kept no list, so ours (by a fixed hash) are as many but not the same.
-    """
-    order = f"ORDER BY {md5_64(literal('melu'), 'user_id')}, user_id"
-    new = f"row_number() OVER ({order}) <= round({NEW_USER_SHARE} * count(*) OVER ())"
-    users = f"SELECT user_id, {new} AS new FROM ml_users"
-    return f"""
-        SELECT r.*, CASE WHEN f.item_id IS NULL THEN 'no_film_facts'
-                         WHEN CAST(f.year AS INTEGER) >= 1998 THEN if(n.new, 'user_item_cold', 'item_cold')
-                         ELSE if(n.new, 'user_cold', 'warm') END AS partition
-        FROM ({ratings}) r LEFT JOIN ({users}) n USING (user_id) LEFT JOIN ml_facts f USING (item_id)"""
-
-
-_GROUPLENS = "Download {} from https://grouplens.org/datasets/movielens/ and unpack it there"
-
-DATA_SETS: dict[str, DataSet] = {
-    "ml-100k": DataSet(
-        schema=parse_data_schema(
-            {
-                "task": "user_id",
-                "label": "rating",
-                "time": "timestamp",
-                "item": "item_id",
-                "categorical": [
-                    "user_id",
-                    "item_id",
-                    {"name": "age", "nulls": "oov"},
-                    "gender",
-                    "occupation",
-                    {"name": "zip", "nulls": "oov"},
-                    {"name": "release_year", "nulls": "oov"},
-                ],
-                "multi": [{"name": "class", "nulls": "oov"}],
-                "item_statistics": True,
-            }
-        ),
-        open=_ml_100k,
-        files=("ml-100k.inter", "ml-100k.user", "ml-100k.item"),
-        origin="These are MovieLens-100K as RecBole's atomic files (tab separated, header name:type): "
-        + "recbole.io lists downloads and the conversion of the original from https://grouplens.org/datasets/movielens/",
-        settings={"task_split": "user", "valid_fraction": 0.1, "test_fraction": 0.2},
-    ),
-    "ml-1m": DataSet(
-        schema=parse_data_schema(
-            {
-                "task": "user_id",
-                "label": "rating",
-                "time": "timestamp",
-                "item": "item_id",
-                "categorical": ["user_id", "item_id", "gender", "age", "occupation", "zip", "release_year"],
-                "multi": ["genre"],
-                "item_statistics": True,
-            }
-        ),
-        open=_ml_1m,
-        files=("ratings.dat", "users.dat", "movies.dat"),
-        origin=_GROUPLENS.format("ml-1m.zip"),
-        settings={"task_split": "user", "valid_fraction": 0.1, "test_fraction": 0.2},
-    ),
-    "ml-1m-melu": DataSet(
-        schema=parse_data_schema(
-            {
-                "task": "user_id",
-                "label": "rating",
-                "item": "item_id",
-                "partition": "partition",
-                "categorical": [
-                    "user_id",
-                    "item_id",
-                    # Two films have no facts; their ratings are in no partition.
-                    {"name": "rate", "nulls": "oov"},
-                    {"name": "year", "nulls": "oov"},
-                    "gender",
-                    "age",
-                    "occupation",
-                    "zip",
-                ],
-                "multi": [{"name": name, "nulls": "oov"} for name in ("genre", "director", "actor")],
-                "item_statistics": True,
-            }
-        ),
-        open=_ml_1m_melu,
-        files=("ratings.dat or ratings.csv", "users.dat", "movies_extrainfos.dat"),
-        origin=_GROUPLENS.format("ml-1m.zip")
-        + ", and put movies_extrainfos.dat of github.com/hoyeoplee/MeLU beside its files",
-        settings={
-            "task_split": "column",
-            "partitions": {"item_cold": "train", "user_item_cold": "test"},
-            "valid_fraction": 0.08,
-            "split_query": "random",
-            "query_size": 10,
-            "min_task_rows": 13,
-            "max_task_rows": 100,
-        },
-    ),
-}

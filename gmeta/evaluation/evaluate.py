@@ -77,7 +77,14 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
     system, trained = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
-    scores = score(system, split, tasks_per_batch=config.tasks_per_batch, steps=config.steps, inner_lr=config.inner_lr)
+    scores = score(
+        system,
+        split,
+        tasks_per_batch=config.tasks_per_batch,
+        max_support_rows=trained.loader.max_support_rows,
+        steps=config.steps,
+        inner_lr=config.inner_lr,
+    )
     notes: dict[str, Any] = {"checkpoint": config.checkpoint, "split": config.split, "pack": str(pack.path)}
     plain = None if config.plain_run is None else _plain_variants(config, trained, pack, mesh, notes)
     if scores is None:
@@ -118,12 +125,14 @@ def _plain_variants(
     learner = build_learner(
         plain.learner.model, plain_config, tuned, plain.learner.features, len(pack.schema.numeric)
     ).to(mesh.device, plain.dtype)
-    steps, rate = _tune(config, plain, learner, plain_config, pack, mesh)
+    most = trained.loader.max_support_rows
+    steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, most)
     notes["plain-finetuned"] = {"adapt": tuned.adapt, "steps": steps, "inner_lr": rate}
     scores = score(
         plain,
         pack.split(config.split),
         tasks_per_batch=config.tasks_per_batch,
+        max_support_rows=trained.loader.max_support_rows,
         learner=learner,
         steps=steps,
         inner_lr=rate,
@@ -134,7 +143,13 @@ def _plain_variants(
 
 
 def _tune(
-    config: EvaluateConfig, plain: System, learner: MetaLearner, trained: TrainConfig, pack: TaskPack, mesh: Mesh
+    config: EvaluateConfig,
+    plain: System,
+    learner: MetaLearner,
+    trained: TrainConfig,
+    pack: TaskPack,
+    mesh: Mesh,
+    max_support_rows: int,
 ) -> tuple[int, float]:
     """Find the inner steps and the rate that minimise the loss on the valid split; collective."""
     if "valid" not in pack.splits:
@@ -145,6 +160,7 @@ def _tune(
             plain,
             pack.split("valid"),
             tasks_per_batch=config.tasks_per_batch,
+            max_support_rows=max_support_rows,
             learner=learner,
             steps=steps,
             inner_lr=rate,
@@ -202,7 +218,7 @@ def _write(
         found.predictions,
         label=scores.label,
         task=scores.task,
-        support_size=np.asarray(split.num_support)[scores.task],
+        support_size=_support_used(split, trained)[scores.task],
         item_cold=split.columns(()).item_cold[scores.row],
         task_cold=_cold_tasks(pack, split)[scores.task],
         binary=trained.loss == "bce",
@@ -244,6 +260,12 @@ def _item_values(pack: TaskPack) -> pa.Array | None:
         return None
     values = pq.read_table(pack.vocab_file(features[0].table), columns=["value"])["value"].combine_chunks()
     return pa.concat_arrays([pa.nulls(1, values.type), values])
+
+
+def _support_used(split: PackSplit, trained: TrainConfig) -> NDArray[np.int64]:
+    """Return the support rows that each task adapts to, [num_tasks]."""
+    most = trained.loader.max_support_rows
+    return np.minimum(split.num_support, most) if most else np.asarray(split.num_support)
 
 
 def _cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gmeta.config.train import CLICK_METRICS, LossName
-from gmeta.data.loader import TaskLoader
+from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.metrics import metric
 from gmeta.meta.learner import MetaLearner
@@ -38,12 +38,15 @@ def score(
     split: PackSplit,
     *,
     tasks_per_batch: int,
+    max_support_rows: int = 0,
+    max_cells: int = MAX_CELLS,
     learner: MetaLearner | None = None,
     steps: int | None = None,
     inner_lr: float | None = None,
 ) -> Scores | None:
     """Return the logits of every query row before and after adapting to its task's support; None on other ranks than 0.
 
+    Tasks adapt to their last `max_support_rows` support rows (0: to all), which is a setting of the run's loader.
     `learner`, `steps` and `inner_lr` replace what the system was trained with. The call is collective, and no other
     loader may exchange ids meanwhile.
     """
@@ -56,6 +59,8 @@ def score(
         rank=mesh.rank,
         world_size=mesh.world_size,
         shuffle=False,
+        max_support_rows=max_support_rows,
+        max_cells=max_cells,
         transform=partial(system.prepare, learner=learner),
     )
     parts: list[tuple[torch.Tensor, ...]] = []

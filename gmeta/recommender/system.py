@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookup_of, tasks_of, to_device
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, to_device
 from gmeta.embedding.exchange import Exchange, RoutedRequest
 from gmeta.embedding.lookup import RowRequest
 from gmeta.embedding.table import ShardedTables
@@ -59,14 +59,18 @@ class System:
         That is the index work and the exchange of ids. The latter is collective: all ranks prepare the same batches in
         the same order, in the loader's thread, and one loader at a time.
         """
-        batch = replace(batch, support=self.examples(batch.support), query=self.examples(batch.query))
+        batch = self._readable(batch)
         request = self.exchange.request(batch.support, batch.query)
         parts = self._micro_batches(batch, request, learner or self.learner)
         return PreparedBatch(
-            parts[0].tasks if len(parts) == 1 else to_device(batch, self.mesh.device, self.dtype),
+            parts[0].tasks if len(parts) == 1 else to_device(replace(batch, parts=()), self.mesh.device, self.dtype),
             self.exchange.exchange_ids(request),
             parts,
         )
+
+    def _readable(self, batch: TaskBatch) -> TaskBatch:
+        sides = {"support": self.examples(batch.support), "query": self.examples(batch.query)}
+        return replace(batch, **sides, parts=tuple(self._readable(part) for part in batch.parts))
 
     def examples(self, side: Examples) -> Examples:
         """Return examples with the numeric columns that the model reads."""
@@ -75,23 +79,17 @@ class System:
         return replace(side, dense=side.dense[..., : self.num_numeric])
 
     def _micro_batches(self, batch: TaskBatch, request: RowRequest, learner: MetaLearner) -> tuple[MicroBatch, ...]:
-        device, split = self.mesh.device, batch.batch_split
-        moved = to_device(batch, device, self.dtype)
-        ends = (batch.num_tasks,) if split is None else split.ends(self.mesh.rank)
-        work = _work(batch, ends)
-        if len(ends) == 1:
+        device, work = self.mesh.device, _work(batch)
+        if not batch.parts:
             index = learner.index(request.support, request.query, request.num_rows)
-            return (MicroBatch(moved, to_device(index, device), None, 0, work[0]),)
-        parts, start = [], 0
-        for number, stop in enumerate(ends):
-            support, query = (
-                {name: lookup_of(found, start, stop) for name, found in side.items()}
-                for side in (request.support, request.query)
-            )
+            return (MicroBatch(to_device(batch, device, self.dtype), to_device(index, device), None, 0, work[0]),)
+        supports = lookups_of_parts(request.support, [part.support for part in batch.parts])
+        queries = lookups_of_parts(request.query, [part.query for part in batch.parts])
+        parts = []
+        for number, (tasks, support, query) in enumerate(zip(batch.parts, supports, queries, strict=True)):
             index = learner.index(support, query, request.num_rows)
             index, lookups = to_device((index, (support, query)), device)
-            parts.append(MicroBatch(tasks_of(moved, start, stop), index, lookups, number, work[number]))
-            start = stop
+            parts.append(MicroBatch(to_device(tasks, device, self.dtype), index, lookups, number, work[number]))
         return tuple(parts)
 
     def precision(self) -> AbstractContextManager[object]:
@@ -110,10 +108,9 @@ class System:
         return {f"tables.{name}": t for name, t in self.tables.state_dict().items()}
 
 
-def _work(batch: TaskBatch, ends: tuple[int, ...]) -> list[float]:
+def _work(batch: TaskBatch) -> list[float]:
     """Return the work of each micro-batch, by its examples."""
     whole = batch.num_tasks if batch.batch_split is None else batch.batch_split.work
-    examples = batch.support.mask.sum(1) + batch.query.mask.sum(1)
-    total = float(examples.sum())
-    starts = (0, *ends[:-1])
-    return [whole * float(examples[a:b].sum()) / total if total else 0.0 for a, b in zip(starts, ends, strict=True)]
+    examples = [float(part.support.mask.sum() + part.query.mask.sum()) for part in batch.parts or (batch,)]
+    total = sum(examples)
+    return [whole * count / total if total else 0.0 for count in examples]

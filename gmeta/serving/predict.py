@@ -15,7 +15,7 @@ from gmeta.config.evaluation import PredictConfig
 from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.prepare.encode import encode_tables
 from gmeta.data.shards import split_in_memory
-from gmeta.data.sources import find_files, literal, open_file, require_free
+from gmeta.data.sources import find_files, literal, open_file, reading, require_free
 from gmeta.evaluation.score import Floats, score, to_predictions
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import load_system
@@ -78,7 +78,9 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     unknown = unknown_columns({feature.name: split.feature_ids(feature.name) for feature in schema.features})
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:
         print(f"predict: {warning}", file=sys.stderr)
-    scores = score(system, split, tasks_per_batch=config.tasks_per_batch)
+    scores = score(
+        system, split, tasks_per_batch=config.tasks_per_batch, max_support_rows=trained.loader.max_support_rows
+    )
     assert scores is not None  # one process
     columns = {
         "score": to_predictions(scores.after, trained.loss),
@@ -107,7 +109,8 @@ def _write(config: PredictConfig, query_row: np.ndarray, columns: dict[str, Floa
             out.parent.mkdir(parents=True, exist_ok=True)
             try:
                 # Beside what a killed process left, DuckDB would write to a third name, which nobody removes.
-                con.execute(f"COPY ({query}) TO {literal(str(partial))} (FORMAT {kind}, USE_TMP_FILE false)")
+                with reading(part.file):
+                    con.execute(f"COPY ({query}) TO {literal(str(partial))} (FORMAT {kind}, USE_TMP_FILE false)")
                 os.replace(partial, out)
             finally:
                 partial.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gmeta.config.train import TrainConfig
-from gmeta.data.loader import TaskLoader
+from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.pack import open_pack
 from gmeta.embedding.exchange import RowExchange
 from gmeta.models.registry import ModelFactory
@@ -57,6 +57,8 @@ def build_run(
         "window_batches": config.loader.window_batches,
         "prefetch": config.loader.prefetch,
         "resample": config.loader.resample,
+        "max_support_rows": config.loader.max_support_rows,
+        "max_cells": MAX_CELLS,
         "transform": system.prepare,
     }
     loader: TaskLoader[PreparedBatch] = TaskLoader(pack.split("train"), **{**arguments, **parts.loader_arguments})

@@ -34,7 +34,7 @@ def finished_names(batch: TaskBatch) -> tuple[str, ...]:
     """Return the names of the sums that tell how many micro-batches each rank finished, where it may leave some."""
     if batch.batch_split is None or batch.drop_after_s is None:
         return ()
-    return tuple(f"finished_{rank}" for rank in range(len(batch.batch_split.micro_batches)))
+    return tuple(f"finished_{rank}" for rank in range(len(batch.batch_split.ends)))
 
 
 def used_rows(prepared: PreparedBatch, rows: EmbeddedRows, finished: int) -> dict[str, Tensor] | None:

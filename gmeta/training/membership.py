@@ -17,7 +17,7 @@ import torch
 
 from gmeta.config.train import TrainConfig
 from gmeta.core.batch import TaskBatch
-from gmeta.data.loader import Shares, TaskLoader
+from gmeta.data.loader import SplitSpec, TaskLoader
 from gmeta.data.pack import TaskPack
 from gmeta.elastic.agent import Agent, LeaseBook
 from gmeta.elastic.ledger import JobSpec
@@ -38,12 +38,12 @@ class Membership:
     agent: Agent
     generation: int
 
-    def shares(self, step: int) -> Shares:
-        """How the batch of `step` is divided; waits until the coordinator has granted the step."""
+    def split(self, step: int) -> SplitSpec:
+        """How the batch of `step` is split over the ranks; waits until the coordinator has granted the step."""
         setting = self.agent.setting(step)
-        # before the first decision the loader's own division, so that nothing differs from a run without a coordinator
-        slots = setting.tasks_per_rank if setting.number else None
-        return Shares(slots, setting.micro_batches, setting.drop_after_s)
+        # before the first decision the loader's own split, so that nothing differs from a run without a coordinator
+        fractions = setting.tasks_per_rank if setting.number else None
+        return SplitSpec(fractions, setting.micro_batches, setting.drop_after_s)
 
     def finished(self, batch: TaskBatch, step: int, seconds: Mapping[str, float], tasks: int, window: int) -> None:
         """A step is finished: `tasks` of its batch took effect, in all ranks together."""
@@ -123,7 +123,7 @@ def join(
         lease_book=_lease_book(spec, loader) if mesh.rank == 0 else None,
     )
     membership = Membership(agent, generation)
-    loader.divide_by(membership.shares)
+    loader.split_by(membership.split)
     return membership
 
 

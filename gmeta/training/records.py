@@ -45,7 +45,7 @@ def _split_record(started: InFlightStep, stats: dict[str, float], membership: Me
     return {
         "generation": membership.generation,
         "index": started.batch.index,
-        "slots": [stop - start for start, stop in zip(split.cuts, split.cuts[1:], strict=False)],
+        "slots": list(split.tasks_per_rank),
         "agent_cpu_s": membership.agent.cpu_s,  # since the generation began
         "put_back": dropped_tasks(started.batch, stats).tolist(),
     }

@@ -19,7 +19,8 @@ def validate(run: Run) -> bool:
     run.loader.settle()  # the ids of two loaders must not cross
     with state.dense.unsharded():
         tasks = max(256, run.config.loader.tasks_per_batch)
-        scores = score(state.system, run.pack.split("valid"), tasks_per_batch=tasks)
+        most = run.config.loader.max_support_rows
+        scores = score(state.system, run.pack.split("valid"), tasks_per_batch=tasks, max_support_rows=most)
     metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), state.mesh)
     if state.mesh.rank == 0:

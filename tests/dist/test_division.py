@@ -1,4 +1,4 @@
-"""Who computes which part of a batch never changes what is learned: unequal slots, micro-batches, tasks put back."""
+"""Who computes which part of a batch never changes what is learned: fractions, micro-batches, tasks put back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from test_train import assert_same, config, learned, parts, run_steps
 
 from gmeta.config.train import MetaConfig, TrainConfig
 from gmeta.core.batch import TaskBatch
-from gmeta.data.loader import Shares
+from gmeta.data.loader import SplitSpec
 from gmeta.parallel.mesh import Mesh
-from gmeta.training.build import build_run
+from gmeta.training.build import Parts, build_run
 from gmeta.training.statistics import Stopwatch
 from gmeta.training.step import finish_step, train_step
 
@@ -26,16 +26,16 @@ pytestmark = pytest.mark.dist
 TASKS = 7
 
 
-def changing(world_size: int, step: int) -> Shares:
-    """Another division every second step: a rank with nothing, one with nearly all, one to three micro-batches."""
+def changing(world_size: int, step: int) -> SplitSpec:
+    """Another split every second step: a rank with nothing, one with nearly all, one to three micro-batches."""
     rng = np.random.default_rng(step // 2)
-    slots = rng.multinomial(TASKS, rng.dirichlet([0.5] * world_size))
-    return Shares(tuple(slots.tolist()), tuple(rng.integers(1, 4, world_size).tolist()))
+    tasks = rng.multinomial(TASKS, rng.dirichlet([0.5] * world_size))
+    return SplitSpec(tuple(tasks.tolist()), tuple(rng.integers(1, 4, world_size).tolist()))
 
 
-def always_late(world_size: int, step: int) -> Shares:
+def always_late(world_size: int, step: int) -> SplitSpec:
     """Every rank is late after its first micro-batch, in two steps of three."""
-    return Shares(None, (3,) * world_size, 1e-9 if step % 3 else None)
+    return SplitSpec(None, (3,) * world_size, 1e-9 if step % 3 else None)
 
 
 def run_divided(
@@ -43,7 +43,7 @@ def run_divided(
 ) -> dict[str, Any]:
     """As `run_steps`, and which tasks each step finished."""
     run = build_run(settings, mesh, threading.Event(), parts=parts(*switches))
-    run.loader.divide_by(lambda step: divide(mesh.world_size, step))
+    run.loader.split_by(lambda step: divide(mesh.world_size, step))
     trace, finished, places = [], [], []
     with run.loader:
         for _ in range(steps):
@@ -116,7 +116,7 @@ def resumed(mesh: Mesh, settings: TrainConfig, cut: int, steps: int) -> list[lis
     for count in (cut, steps - cut):
         run = build_run(settings, mesh, threading.Event())
         run.loader.load_state_dict(state)
-        run.loader.divide_by(lambda step: always_late(mesh.world_size, step))
+        run.loader.split_by(lambda step: always_late(mesh.world_size, step))
         with run.loader:
             for _ in range(count):
                 started = start_step(run)
@@ -132,3 +132,32 @@ def resumed(mesh: Mesh, settings: TrainConfig, cut: int, steps: int) -> list[lis
 def test_a_tail_survives_a_restart(tmp_path: Path, cut: int) -> None:
     settings = config(make_pack(tmp_path / "pack"))
     assert resumed(Mesh(), settings, cut, 20) == resumed(Mesh(), settings, 0, 20)
+
+
+def run_within(mesh: Mesh, settings: TrainConfig, steps: int, max_cells: int) -> dict[str, Any]:
+    """As `run_steps`, with a budget of cells; and how many steps had several micro-batches on some rank."""
+    run = build_run(settings, mesh, threading.Event(), parts=Parts(loader_arguments={"max_cells": max_cells}))
+    trace, cut = [], 0
+    with run.loader:
+        for _ in range(steps):
+            started = start_step(run)
+            stats = end_of(run, started)
+            trace.append([stats["loss"], stats["support_loss"], stats["grad_norm"], stats["samples"]])
+            cut += started.batch.batch_split is not None and started.batch.batch_split.in_parts
+    return {"learned": learned(run, trace), "cut": cut}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"meta": MetaConfig(inner_steps=1, inner_lr=0.3, engine="reference")}, {"meta": MetaConfig(adapt=[])}],
+    ids=["factored", "reference", "plain"],
+)
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_budget_of_cells_changes_only_how_much_is_computed_at_once(
+    tmp_path: Path, nproc: int, changes: dict[str, Any]
+) -> None:
+    settings = config(make_pack(tmp_path / "pack"), **changes)
+    alone = run_steps(Mesh(), settings, 12)
+    within = run_ranks(nproc, run_within, settings, 12, 60 // nproc)[0]
+    assert within["cut"] > 6
+    assert_same(within["learned"], alone, 1e-10)

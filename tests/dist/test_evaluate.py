@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from harness import run_ranks
 from packs import make_pack
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.data.loader import MAX_CELLS
 from gmeta.data.pack import open_pack
 from gmeta.evaluation.metrics import metric
 from gmeta.evaluation.score import Scores, score, to_predictions, validation_metrics
@@ -73,3 +75,31 @@ def test_rows_labels_and_tasks_are_those_of_the_pack(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found["row"], np.flatnonzero(columns.is_query))
     np.testing.assert_array_equal(found["label"], columns.label[columns.is_query])
     np.testing.assert_array_equal(found["task"], columns.task[columns.is_query])
+
+
+def test_batches_cut_to_a_budget_of_cells_give_the_same_scores(tmp_path: Path) -> None:
+    settings = TrainConfig(
+        pack=str(make_pack(tmp_path / "pack", test=33)),
+        run_dir="unused",
+        precision="float64",
+        model=ModelConfig(hidden=[8]),
+        meta=MetaConfig(inner_steps=2, inner_lr=0.5),
+    )
+    pack = open_pack(settings.pack)
+    split, system = pack.split("test"), build_system(settings, pack.schema, Mesh())
+    usual = score(system, split, tasks_per_batch=33, max_cells=10**9)
+    assert usual is not None
+    for max_cells, equal in (
+        (MAX_CELLS, np.testing.assert_array_equal),
+        (300, partial(np.testing.assert_allclose, rtol=1e-12)),
+    ):
+        found = score(system, split, tasks_per_batch=33, max_cells=max_cells)
+        assert found is not None
+        for name in ("row", "task", "label", "before", "after"):
+            equal(getattr(found, name), getattr(usual, name), err_msg=name)
+    longest = 3
+    short = score(system, split, tasks_per_batch=33, max_support_rows=longest)
+    assert short is not None
+    np.testing.assert_allclose(short.before, usual.before, rtol=1e-12)
+    changed = ~np.isclose(short.after, usual.after, rtol=1e-10)
+    assert set(short.task[changed].tolist()) == set(np.flatnonzero(split.num_support > longest).tolist())

@@ -211,3 +211,38 @@ def _task(inputs: Inputs, task: int) -> Inputs:
 def inputs_of(features: Iterable[str], dim: int, num_numeric: int) -> InputSpec:
     """The inputs of a model of gmeta/models."""
     return InputSpec(dict.fromkeys(features, dim), tuple(f"x{i}" for i in range(num_numeric)), 0.0)
+
+
+def tasks_of(batch: TaskBatch, start: int, stop: int) -> TaskBatch:
+    """Tasks `start` to `stop` of this rank's, as a micro-batch of the same global batch; views."""
+    return replace(
+        batch,
+        support=_tasks_of(batch.support, start, stop),
+        query=_tasks_of(batch.query, start, stop),
+        task_id=batch.task_id[start:stop],
+    )
+
+
+def _tasks_of(side: Examples, start: int, stop: int) -> Examples:
+    return Examples(
+        ids={name: ids[start:stop] for name, ids in side.ids.items()},
+        bags={name: Bag(_bag_values(bag, start, stop), bag.lengths[start:stop]) for name, bag in side.bags.items()},
+        dense=side.dense[start:stop],
+        label=side.label[start:stop],
+        mask=side.mask[start:stop],
+        row=side.row[start:stop],
+        item_cold=side.item_cold[start:stop],
+    )
+
+
+def lookup_of(lookup: Lookup, start: int, stop: int) -> Lookup:
+    """A lookup for tasks `start` to `stop`."""
+    if lookup.lengths is None:
+        return replace(lookup, index=lookup.index[start:stop])
+    bag = Bag(lookup.index, lookup.lengths)
+    return replace(lookup, index=_bag_values(bag, start, stop), lengths=lookup.lengths[start:stop])
+
+
+def _bag_values(bag: Bag, start: int, stop: int) -> Tensor:
+    first, last = int(bag.lengths[:start].sum()), int(bag.lengths[:stop].sum())
+    return bag.values[first:last]

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import FEATURES, Problem, make_problem
+from problems import FEATURES, Problem, lookup_of, make_problem, tasks_of
 from safetensors.torch import load, save
 from test_engines import ADAPTED_SETS, Net, learner_of
 from test_modulation import modulated
 from torch import Tensor
 
-from gmeta.core.batch import EmbeddedRows, Examples, lookup_of, map_tensors, tasks_of
+from gmeta.core.batch import EmbeddedRows, Examples, map_tensors
 from gmeta.meta.fast_weights import FastWeights, join
 from gmeta.meta.learner import MetaLearner
 

@@ -258,6 +258,112 @@ def test_no_batch_is_made_after_one_that_failed(split: PackSplit) -> None:
     assert made == [0, 1]
 
 
+def cells_of(batch: TaskBatch) -> int:
+    return batch.support.mask.numel() + batch.query.mask.numel()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_pass_in_stored_order_keeps_within_a_budget_of_cells(
+    split: PackSplit, world_size: int, prefetch: int
+) -> None:
+    for rank in range(world_size):
+        settings = {"shuffle": False, "rank": rank, "world_size": world_size, "prefetch": prefetch}
+        usual, cut = list(loader(split, **settings)), list(loader(split, **settings, max_cells=60))
+        assert len(cut) > len(usual)
+        assert world_size > 1 or any(cells_of(batch) > 60 for batch in usual)
+        assert all(cells_of(batch) <= 60 or batch.num_tasks == 1 for batch in cut)
+        if world_size == 1:
+            assert torch.equal(torch.cat([b.task_id for b in cut]), torch.cat([b.task_id for b in usual]))
+            assert all(b.num_tasks_global == b.num_tasks and not b.parts and b.batch_split is None for b in cut)
+        large = loader(split, **settings, max_cells=10**6)
+        assert all(same(a, b) for a, b in zip(large, usual, strict=True)), "what fits is as without a budget"
+
+
+def examples_by_task(batch: TaskBatch) -> list[tuple[object, ...]]:
+    """A slow reference: every task's rows, one value after the other, whatever the padding."""
+    found: list[tuple[object, ...]] = []
+    for part in batch.parts or (batch,):
+        for t, task in enumerate(part.task_id.tolist()):
+            values: list[object] = [task]
+            for side in (part.support, part.query):
+                keep = side.mask[t]
+                columns = (*side.ids.values(), side.dense, side.label, side.row, side.item_cold)
+                values += [column[t][keep].tolist() for column in columns]
+                for bag in side.bags.values():
+                    first = int(bag.lengths[:t].sum())
+                    of_task = bag.values[first : first + int(bag.lengths[t].sum())].tolist()
+                    values.append((bag.lengths[t][keep].tolist(), of_task))
+            found.append(tuple(values))
+    return found
+
+
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_batch_beyond_the_budget_comes_in_micro_batches(split: PackSplit, world_size: int, resample: bool) -> None:
+    """The same tasks and rows, and every rank knows how many micro-batches each of them has."""
+    settings = {"world_size": world_size, "resample": resample}
+    usual = [loader(split, rank=r, **settings) for r in range(world_size)]
+    cut = [loader(split, rank=r, max_cells=50 // world_size, **settings) for r in range(world_size)]
+    several = 0
+    for _ in range(16):
+        wholes, found = [next(rank) for rank in usual], [next(rank) for rank in cut]
+        splits = [batch.batch_split for batch in found]
+        assert len({None if s is None else s.ends for s in splits}) == 1
+        assert (splits[0] is not None) == any(batch.parts for batch in found)
+        for rank, (whole, batch) in enumerate(zip(wholes, found, strict=True)):
+            assert examples_by_task(batch) == examples_by_task(whole)
+            assert torch.equal(batch.task_id, whole.task_id)
+            if splits[rank] is None:
+                assert same(batch, whole)
+                continue
+            assert splits[rank].in_parts
+            assert splits[rank].tasks_per_rank == tuple(w.num_tasks for w in wholes)
+            assert len(splits[rank].ends[rank]) == max(1, len(batch.parts))
+            for part in batch.parts:
+                several += 1
+                assert cells_of(part) <= 50 // world_size // 4 or part.num_tasks == 1
+                assert (part.epoch, part.index, part.num_tasks_global) == (
+                    whole.epoch,
+                    whole.index,
+                    whole.num_tasks_global,
+                )
+            if batch.parts:
+                rows = [side.row[side.mask] for side in (whole.support, whole.query)]
+                assert torch.equal(batch.support.row[0], rows[0])
+                assert torch.equal(batch.query.row[0], rows[1])
+                assert padding_share(batch) < padding_share(whole)
+    assert several > 10
+
+
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_only_the_last_support_rows_are_kept(split: PackSplit, shuffle: bool, resample: bool) -> None:
+    whole, kept = (
+        {
+            task[0]: task
+            for batch in islice(loader(split, shuffle=shuffle, resample=resample, max_support_rows=n), 8)
+            for task in examples_by_task(batch)
+        }
+        for n in (0, 3)
+    )
+    assert whole.keys() == kept.keys()
+    stored = dict(zip(split.task_id.tolist(), split.num_support.tolist(), strict=True))
+    place = 5  # of the rows among a side's columns: two features, dense, label
+    longer = 0
+    for task, found in kept.items():
+        support, query = found[place], found[place + 7]
+        before = whole[task][place] + whole[task][place + 7]  # type: ignore[operator]
+        assert len(support) == min(3, stored[task])  # type: ignore[arg-type]
+        assert len(query) == len(whole[task][place + 7])  # type: ignore[arg-type]
+        first = min(before) + max(0, stored[task] - 3)
+        assert sorted(support + query) == [row for row in sorted(before) if row >= first]  # type: ignore[operator]
+        longer += stored[task] > 3
+        if not resample:
+            assert query == whole[task][place + 7]
+    assert longer > 5
+
+
 def test_padding_share_counts_cells(split: PackSplit) -> None:
     batch = next(loader(split))
     cells = batch.support.mask.numel() + batch.query.mask.numel()

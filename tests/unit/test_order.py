@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,8 +17,8 @@ from gmeta.data.order import (
     keyed_hash,
     num_batches,
     permutation,
-    split_slots,
-    stored_batch,
+    stored_batches,
+    tasks_per_rank,
     window_of_batches,
 )
 
@@ -71,8 +73,36 @@ def test_every_task_once_an_epoch_and_short_only_at_its_end(
 
 
 def test_stored_batches_are_the_stored_order() -> None:
-    batches = [stored_batch(10, 4, i).tolist() for i in range(num_batches(10, 4))]
-    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert stored_batches(np.full(10, 2), np.full(10, 3), 4, None).tolist() == [0, 4, 8, 10]
+    assert stored_batches(np.zeros(0, np.int64), np.zeros(0, np.int64), 4, 100).tolist() == [0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=60),
+    size=st.integers(1, 20),
+    max_cells=st.integers(1, 2000),
+)
+def test_a_pass_is_cut_where_batches_are_too_large(sizes, size, max_cells) -> None:
+    support, query = np.array(sizes, np.int64).reshape(-1, 2).T
+    usual = stored_batches(support, query, size, None).tolist()
+    assert usual == [*range(0, len(sizes), size), len(sizes)]
+    support[3:4] *= 100
+    bounds = stored_batches(support, query, size, max_cells).tolist()
+    assert set(usual) <= set(bounds), "only what is too large is cut"
+    assert bounds == sorted(set(bounds))
+
+    def cells(a: int, b: int) -> int:
+        return int((b - a) * (support[a:b].max() + query[a:b].max()))
+
+    for a, b in itertools.pairwise(usual):
+        inside = [bound for bound in bounds if a <= bound <= b]
+        if cells(a, b) <= max_cells:
+            assert inside == [a, b]
+            continue
+        for c, d in itertools.pairwise(inside):
+            assert d - c == 1 or cells(c, d) <= max_cells // 4
+            assert d == b or cells(c, d + 1) > max_cells // 4, "parts are as large as they may be"
 
 
 def test_order_depends_on_seed_and_epoch() -> None:
@@ -175,26 +205,26 @@ def test_buckets_of_any_number_of_tasks(num_tasks: int, equal: bool) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(cost=st.lists(st.integers(1, 100), max_size=40), world_size=st.integers(1, 8), data=st.data())
-def test_slots_are_dealt_once_and_about_evenly(cost, world_size, data) -> None:
-    shares = data.draw(
+def test_tasks_are_dealt_once_and_about_evenly(cost, world_size, data) -> None:
+    fractions = data.draw(
         st.none() | st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=world_size, max_size=world_size)
     )
-    if shares is not None and sum(shares) == 0:
+    if fractions is not None and sum(fractions) == 0:
         with pytest.raises(ValueError, match=f"must be {world_size} numbers, not negative, not all 0"):
-            split_slots(np.array(cost, np.int64), world_size, shares)
+            tasks_per_rank(np.array(cost, np.int64), world_size, fractions)
         return
     costs = np.array(cost, np.int64)
-    slots = split_slots(costs, world_size, shares)
-    assert np.concatenate([np.arange(len(cost))[s] for s in slots]).tolist() == list(range(len(cost)))
-    weights = np.array(shares or [1.0] * world_size)
-    for part, weight in zip(slots, weights, strict=True):
+    ranks = tasks_per_rank(costs, world_size, fractions)
+    assert np.concatenate([np.arange(len(cost))[s] for s in ranks]).tolist() == list(range(len(cost)))
+    weights = np.array(fractions or [1.0] * world_size)
+    for part, weight in zip(ranks, weights, strict=True):
         load, ideal = costs[part].sum(), costs.sum() * weight / weights.sum()
         assert abs(load - ideal) <= max(cost, default=0) + 1e-9
         assert weight > 0 or load == 0
 
 
 def test_equal_tasks_are_dealt_equally() -> None:
-    assert split_slots(np.full(8, 20), 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
-    assert split_slots(np.full(2, 20), 4)[1:3] == [slice(0, 1), slice(1, 1)]
+    assert tasks_per_rank(np.full(8, 20), 4) == [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 8)]
+    assert tasks_per_rank(np.full(2, 20), 4)[1:3] == [slice(0, 1), slice(1, 1)]
     with pytest.raises(ValueError, match="must be 2 numbers"):
-        split_slots(np.full(8, 20), 2, [1.0])
+        tasks_per_rank(np.full(8, 20), 2, [1.0])

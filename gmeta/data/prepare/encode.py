@@ -29,7 +29,18 @@ from gmeta.data.schema import (
     Role,
     data_schema_from_json,
 )
-from gmeta.data.sources import Connection, RawPart, find_files, identifier, literal, md5_64, open_file, scalar
+from gmeta.data.sources import (
+    Connection,
+    RawPart,
+    find_files,
+    identifier,
+    literal,
+    md5_64,
+    only_file,
+    open_file,
+    reading,
+    scalar,
+)
 
 Array = npt.NDArray[Any]
 
@@ -321,7 +332,7 @@ def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> N
 
 def _load(con: Connection, table: str, columns: str, file: Path) -> None:
     try:
-        con.execute(f"CREATE TABLE {table} AS SELECT {columns} FROM read_parquet({literal(str(file))})")
+        con.execute(f"CREATE TABLE {table} AS SELECT {columns} FROM read_parquet({only_file(file)})")
     except duckdb.Error as error:
         cure = "copy it again from the pack, or train again"
         raise ValueError(f"{file} is missing or damaged ({error}): {cure}") from None
@@ -442,7 +453,8 @@ def encode_tables(
             if len(found) != 1:
                 raise ValueError(f"{path} stands for {len(found)} files: give one Parquet or CSV file")
             files.append(path)
-            relations.append(stage(con, open_file(con, found[0]), index, schema, needed, types={}))
+            with reading(path):
+                relations.append(stage(con, open_file(con, found[0]), index, schema, needed, types={}))
         if counts := reject_counts(con):
             raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")
         load_vocabularies(con, schema, vocab_dir)

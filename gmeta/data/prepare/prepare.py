@@ -13,6 +13,7 @@ depends neither on threads nor on the memory limit.
 from __future__ import annotations
 
 import errno
+import glob
 import math
 import os
 import shutil
@@ -33,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gmeta.config.data import PrepareConfig
+from gmeta.data.datasets import open_data_set
 from gmeta.data.order import bucket_by_size
 from gmeta.data.pack import SPLITS, PackWriter, lock_directory
 from gmeta.data.prepare.encode import (
@@ -47,7 +49,7 @@ from gmeta.data.prepare.encode import (
 )
 from gmeta.data.prepare.tasks import Settings, ShardPlan, plan_tasks, resolve, row_bytes
 from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, Feature, NumericColumn, PackSchema, Role
-from gmeta.data.sources import Connection, RawPart, find_files, literal, md5_64, open_data_set, open_file, scalar
+from gmeta.data.sources import Connection, RawPart, find_files, literal, md5_64, open_files, reading, scalar
 
 Array = npt.NDArray[Any]
 Report = Callable[[str, int, int], None]
@@ -184,16 +186,14 @@ def _stage_all(
     roles: list[Role] = ["task", "label", "time", "item"]
     if settings.task_split == "column":
         roles.append("partition")
-    parts = _parts(con, config)
+    parts, empty = _parts(con, config)
     types = id_types(schema, parts)
     create_staged(con, schema, types)
     relations = []
     for index, part in enumerate(parts):
         tell("reading files", index, len(parts))
-        try:
+        with reading(part.file):
             relations.append(stage(con, part, index, schema, roles, types))
-        except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-            raise ValueError(f"{part.file} cannot be read: {str(error).splitlines()[0]}") from error
     tell("reading files", len(parts), len(parts))
     files = [part.file for part in parts]
     bad = reject_counts(con)
@@ -209,15 +209,17 @@ def _stage_all(
     rows = scalar(con, "SELECT count(*) FROM raw_rows")
     if rows == 0:
         raise ValueError(f"{', '.join(files)}: no row that can be used ({sum(bad.values())} rows were set aside)")
-    return {"rows_read": rows + sum(bad.values()), "bad_rows": bad}
+    skipped = {"empty_files": len(empty)} if empty else {}
+    return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, **skipped}
 
 
-def _parts(con: Connection, config: PrepareConfig) -> list[RawPart]:
+def _parts(con: Connection, config: PrepareConfig) -> tuple[list[RawPart], list[Path]]:
+    """Open the input: its rows, and its files that are empty."""
     if config.dataset is not None:
-        return [open_data_set(con, config.dataset, config.root)]
+        return [open_data_set(con, config.dataset, config.root)], []
     if config.root is not None:
         raise ValueError("root has no effect without dataset: leave it out")
-    return [open_file(con, file) for file in find_files(config.inputs)]
+    return open_files(con, find_files(config.inputs))
 
 
 def _write_rejects(con: Connection, files: list[str], scratch: Path) -> None:
@@ -258,7 +260,8 @@ def _deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path
 
 def _dealt(schema: DataSchema, scratch: Path, shards: list[ShardPlan]) -> str:
     """SQL that reads the dealt rows of some shards."""
-    files = ", ".join(literal(str(scratch / "rows" / f"shard={s.index}" / "*.parquet")) for s in shards)
+    folders = [scratch / "rows" / f"shard={s.index}" for s in shards]
+    files = ", ".join(literal(f"{glob.escape(str(folder))}/*.parquet") for folder in folders)
     rows = f"read_parquet([{files}], hive_partitioning=false)"
     feature = _item_feature(schema)
     return rows if feature is None else f"(SELECT *, f{feature} AS item FROM {rows})"
@@ -529,6 +532,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"support and query: min / median / max rows of a task; padding at {BATCH_TASKS} tasks a batch")
     console.print(f"items in no training row: {summary['cold_items']:,}")
     console.print("ids: " + ", ".join(f"{name} {size:,}" for name, size in summary["vocab"].items()))
+    if summary.get("empty_files"):
+        console.print(f"skipped: {summary['empty_files']:,} empty files")
     for reason, tasks in summary["dropped_tasks"].items():
         console.print(f"left out: {tasks:,} tasks ({summary['dropped_rows'][reason]:,} rows): {reason}")
     for reason, rows in summary["bad_rows"].items():

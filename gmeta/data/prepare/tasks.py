@@ -10,10 +10,11 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import nearest
+from gmeta.data.datasets import DATA_SETS
 from gmeta.data.pack import SPLITS
 from gmeta.data.prepare.encode import FOLDS
 from gmeta.data.schema import DataSchema, load_data_schema
-from gmeta.data.sources import DATA_SETS, Connection, literal, md5_64, scalar
+from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 
 @dataclass(frozen=True)
