@@ -67,7 +67,7 @@ class FlatParameter:
 
     def __init__(
         self,
-        spans: Sequence[tuple[str, nn.Parameter]],
+        named: Sequence[tuple[str, nn.Parameter]],
         strategy: ShardingStrategy,
         streams: CommStreams,
         compute_dtype: torch.dtype | None,
@@ -75,17 +75,17 @@ class FlatParameter:
         average: bool,
     ) -> None:
         self.strategy, self.streams = strategy, streams
-        self.trained = spans[0][1].requires_grad
+        self.trained = named[0][1].requires_grad
         self._separate = False  # whether master weights are tensors of their own
         hierarchy, layout = streams.params_collectives, streams.params_collectives.layout
         self.spans: list[ParameterSpan] = []
         at = 0
-        for name, param in spans:
+        for name, param in named:
             self.spans.append(ParameterSpan(name, param, param.shape, at, at + param.numel()))
             at += param.numel()
         self.size = -(-at // layout.world_size) * layout.world_size  # padded to equal partitions
         self._own_params = hierarchy.own(self.size, strategy.params)
-        original = spans[0][1].detach().new_zeros(self.size)
+        original = named[0][1].detach().new_zeros(self.size)
         for span in self.spans:
             original[span.start : span.stop].copy_(span.param.detach().reshape(-1))
         dtype = compute_dtype or original.dtype

@@ -27,9 +27,8 @@ MOMENTS = ("before the write", "written, not applied", "applied, not answered")
 # Kills its process at the n-th write of the journal. `requests` go to the coordinator without HTTP between.
 DYING = """
 import json, os, signal, sys
-from gmeta.elastic.coordinator import Coordinator, Refused
+from gmeta.elastic.coordinator import Conflict, Coordinator
 from gmeta.elastic.journal import Journal
-from gmeta.elastic.wire import to_wire
 
 moment, fatal, count = sys.argv[1], int(sys.argv[2]), 0
 write, handle = Journal.write, Coordinator.handle
@@ -58,7 +57,7 @@ for line in sys.stdin:
     name, body = json.loads(line)
     try:
         answer = coordinator.handle(name, body)
-    except Refused as error:
+    except Conflict as error:
         answer = {"error": str(error)}
     print(json.dumps([count, answer]), flush=True)
     coordinator.tick()
