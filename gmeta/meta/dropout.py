@@ -56,6 +56,9 @@ class SeededDropout:
         """The masked input, for a call of `F.dropout`."""
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
+        if func is torch.dropout:  # which calls its third argument `train`
+            given = dict(zip(("input", "p", "train"), args, strict=False)) | {**kwargs}
+            return self._dropout(given["input"], given["p"], given["train"])
         if func in _UNSEEDED and kwargs.get("training", True) and self.make_keys is not None:
             raise ValueError(f"F.{func.__name__} cannot be seeded per task: use torch.nn.Dropout")
         return NotImplemented

@@ -210,17 +210,21 @@ class AdaptedPass:
     ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         owned = [f"{layer}.{kind}" for layer in fast.modulation for kind in ("weight", "bias")]
-        self.names = {id(parameters[name]): name for name in (*adapted, *owned) if name in parameters}
+        self.names = {id(parameters[name]): name for name in (*owned, *adapted) if name in parameters}
         self.adapted = frozenset(adapted)
         self.fast, self.leading = fast, leading
         self.sites: dict[LinearSite, tuple[Tensor, Tensor]] = {}
         self.values: dict[str, Tensor] = {}
         self.seen: set[str] = set()
+        self.versions: list[tuple[str, Tensor, int]] = []
+        self.differentiates = torch.is_grad_enabled()
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The result of a call that receives an adapted parameter; `Unsupported` if there is no rule for it."""
         found = next(self._names_in((*args, *kwargs.values())), None)
         if found is None:
+            if func is torch.autograd.grad:  # then D and A are not all that a weight's gradient depends on
+                raise Unsupported(next(iter(self.names.values()), ""), "the model's forward differentiates itself")
             return NotImplemented
         if func is F.linear:
             return self._linear(*args, **kwargs)
@@ -228,16 +232,21 @@ class AdaptedPass:
             return self._layer_norm(*args, **kwargs)
         if func in _ELEMENTWISE and len(args) == 2:
             return self._elementwise(func, args, kwargs, found)
-        out = func(*args, **kwargs)
-        if func in _METADATA or (func.__name__ == "__get__" and not isinstance(out, Tensor)):
-            return out
-        raise Unsupported(found, f"{getattr(func, '__name__', func)} receives it")
+        name = getattr(func, "__name__", str(func))
+        if func in _METADATA or name == "__get__":
+            out = func(*args, **kwargs)
+            if func in _METADATA or not isinstance(out, Tensor):
+                return out
+        raise Unsupported(found, f"{name} receives it")
 
     def finish(self) -> None:
-        """`Unsupported` naming an adapted parameter that the pass did not meet."""
+        """`Unsupported` naming an adapted parameter that the pass did not meet, or could not follow to the end."""
         for name in self.names.values():
             if name not in self.seen:
                 raise Unsupported(name, "the model's forward never uses it")
+        for name, tensor, version in self.versions:
+            if tensor._version != version:
+                raise Unsupported(name, "the input or the output of its layer is changed in place")
 
     def _names_in(self, values: Sequence[Any]) -> Iterator[str]:
         for value in values:
@@ -253,6 +262,8 @@ class AdaptedPass:
     def _see(self, name: str) -> None:
         if name in self.seen:
             raise Unsupported(name, "the model's forward uses it twice")
+        if self.differentiates and not torch.is_grad_enabled():
+            raise Unsupported(name, "the model's forward uses it where gradients are switched off")
         self.seen.add(name)
 
     def _require_leading(self, value: Any, name: str) -> None:
@@ -297,6 +308,8 @@ class AdaptedPass:
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         met = LinearSite(self._name(weight), self._name(bias))
         self._require_leading(input, met.name)
+        if weight.dim() != 2:
+            raise Unsupported(met.name, f"F.linear has a weight of shape {list(weight.shape)}")
         for name in met:
             if name is not None:
                 self._see(name)
@@ -324,6 +337,7 @@ class AdaptedPass:
         if site != _NOT_ADAPTED:
             out = _differentiable(out)
             self.sites[site] = (inputs, out)
+            self.versions += [(site.name, tensor, tensor._version) for tensor in (inputs, out)]
         return out.view(*input.shape[:-1], weight.shape[0])
 
 

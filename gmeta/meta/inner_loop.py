@@ -139,15 +139,6 @@ def resolve(adapt: Sequence[str], model: nn.Module, features: Sequence[str]) -> 
     )
 
 
-def refuse_batch_norm(model: nn.Module) -> None:
-    """ValueError if the model has batch norm: its statistics would mix tasks, padding, support and query."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(
-                f"model has batch norm at {name!r}, which mixes tasks and is not supported: use layer norm instead"
-            )
-
-
 def rate_group(parameter: str) -> str:
     """The module that owns a parameter; parameters of the model itself share the group `parameters`."""
     return parameter.rpartition(".")[0] or "parameters"

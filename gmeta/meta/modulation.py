@@ -140,6 +140,11 @@ def build_modulator(
     """
     layers: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "weight" not in module._parameters:
+            raise ValueError(
+                f"meta.modulation is {kind!r}, but the weight of {name!r} is computed (a parametrization, as in weight "
+                "norm): modulation scales weights that are parameters; leave one of the two out"
+            )
         if isinstance(module, nn.Linear) and not any(module.weight is layer.weight for layer in layers.values()):
             layers[name] = module
     if not layers:

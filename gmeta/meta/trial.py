@@ -1,18 +1,66 @@
-"""A model is tried out once, before it is trained: which engine can adapt it."""
+"""A model is tried out once, before anything is trained, on a few random examples. What cannot be right is refused.
+
+A model gets its examples in two forms: [n, ...] in plain training and in the reference engine, [T, S, ...] in the
+factored one, padding included, in any batch, on any rank. So an example's logit may depend on nothing but the example,
+and in training on its own dropout key. The trial compares the same examples in both forms and beside other
+neighbours, watches the random state, the buffers and the inputs, and names the call where numbers part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gmeta.meta.dropout import SeededDropout
+from gmeta.meta.dropout import SeededDropout, row_keys
 from gmeta.meta.factored import AdaptedPass, Unsupported
 from gmeta.meta.fast_weights import FastWeights
-from gmeta.meta.inner_loop import Adapted, refuse_batch_norm
+from gmeta.meta.gather_plan import GatherPlan
+from gmeta.meta.inner_loop import Adapted
 from gmeta.meta.interception import Intercept
 from gmeta.meta.modulation import Modulated
+from gmeta.meta.reference import substituted
+from gmeta.meta.views import Embedded
+
+_LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_TASKS, _ROWS = 2, 3
+_CHANGED = 4  # the example whose neighbours must not notice: task 1, position 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Examples:
+    """Random examples in one form: with the leading dimensions [6] or [2, 3], or fewer."""
+
+    dense: Tensor  # [*leading, F]
+    values: dict[str, Tensor]  # group -> [n, features, d]
+    keys: Tensor  # int64 [*leading], of dropout: the same for the same example in every form
+    plan: GatherPlan
+    leading: tuple[int, ...]
+
+    def of(self, *leading: int, start: int = 0) -> _Examples:
+        """The examples from `start` on, with other leading dimensions."""
+        which = slice(start, start + torch.Size(leading).numel())
+        values = {group: value[which].clone() for group, value in self.values.items()}
+        dense = self.dense.flatten(0, -2)[which].clone()
+        keys = self.keys.flatten()[which].view(leading)
+        return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, self.plan, leading)
+
+    def changed(self) -> _Examples:
+        """The same with one example that has zeros as numeric columns, as padding has, and other rows."""
+        other = self.of(*self.leading)
+        other.dense.flatten(0, -2)[_CHANGED] = 0
+        for value in other.values.values():
+            value[_CHANGED] = value[_CHANGED].flip(-1) * 3 + 1
+        return other
 
 
 def choose_engine(
@@ -23,22 +71,328 @@ def choose_engine(
     modulated: Mapping[str, int],
     engine: str,
 ) -> tuple[str, str]:
-    """(engine, reason)."""
-    refuse_batch_norm(model)
-    if not adapted:
-        return engine, "none: plain training"
-    if engine != "auto":
-        return engine, f"{engine}, as configured"
-    leading = (2, 3)
-    like = next(model.parameters(), torch.zeros(()))
-    modulation = {layer: Modulated(like.new_ones(leading[0], units), None) for layer, units in modulated.items()}
-    taped = AdaptedPass(model, adapted.parameters, FastWeights(leading[0], modulation=modulation), leading)
-    embedded = {name: like.new_zeros(*leading, dim) for name, dim in features.items()}
-    dense: Tensor = like.new_zeros(*leading, num_numeric)
+    """(engine, why) for a model that passes the trial; `engine` may be auto.
+
+    `features` has the embedding dimension of each feature, `modulated` the number of units of each modulated layer.
+    ValueError, naming the call where possible, for a model that fails, mixes examples, returns another shape than one
+    logit an example, draws random numbers without a seed, or changes its buffers or inputs; `Unsupported`, which is
+    one, where `engine` is factored and that engine cannot adapt the model. The model, its buffers, gradients and
+    flags, and the global random state are left as they were.
+    """
+    _refuse_modules(model)
+    flat = _examples(model, features, num_numeric)
+    parameters = {
+        name: _noise(parameter, seed).requires_grad_(parameter.requires_grad)
+        for seed, (name, parameter) in enumerate(model.named_parameters())
+        if parameter.is_floating_point() and not parameter.any()  # what starts at 0 hides what it multiplies
+    }
+    with _undisturbed(model), substituted(model, parameters):
+        _refuse_signature(model, flat)
+        with torch.no_grad():
+            for training in (False, True):
+                model.train(training)
+                _try_repeated(model, flat)
+            logits = _try_alone(model, flat)
+            _run(model, flat.of(1))
+        finite = not bool(logits.isfinite().all()) or _finite_on_padding(model, flat)
+        if not adapted or engine == "reference":
+            with torch.no_grad():
+                _run(model, flat.of(0))
+        if not adapted:
+            if not finite:
+                raise ValueError(_not_finite(model))
+            return engine, "none: plain training"
+        if engine == "reference":
+            return engine, "reference, as configured"
+        both = flat.of(_TASKS, _ROWS)
+        with torch.no_grad():
+            if not _same(_try_alone(model, both).flatten(), logits):
+                where = _first_difference(model, flat, both)
+                raise ValueError(
+                    f"{_name(model)}.forward mixes examples{where}: {_form(both)} gives other logits than the same "
+                    f"examples as {_form(flat)}{_cure(both)}"
+                )
+            for none in (flat.of(0, _ROWS), flat.of(0)):
+                _run(model, none)
+        try:
+            if not finite:
+                raise Unsupported(next(iter((*adapted.parameters, *adapted.features))), _not_finite(model))
+            _try_adapted(model, adapted, both, modulated)
+        except Unsupported as reason:
+            if engine == "factored":
+                raise
+            return "reference", f"reference, because {reason}"
+    return "factored", "factored" if engine == "auto" else "factored, as configured"
+
+
+def _refuse_modules(model: nn.Module) -> None:
+    """ValueError for modules that cannot be right, wherever they are used."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"model has batch norm at {name!r}, which mixes tasks and is not supported: use layer norm instead"
+            )
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.requires_grad:
+            raise ValueError(
+                f"model has an embedding table of its own at {name!r}, which would be neither sharded nor updated by "
+                "row: make it a feature of the pack (the model gets its rows as embedded[name]); for positions and "
+                "other small sets, index an nn.Parameter"
+            )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(f"model has the lazy parameter {name!r}: give its layer the size of its input")
+
+
+def _refuse_signature(model: nn.Module, examples: _Examples) -> None:
     try:
-        with torch.no_grad(), Intercept(taped, SeededDropout(None)):
-            model(dense, embedded)
+        inspect.signature(model.forward).bind(examples.dense, {})
+    except TypeError as error:
+        raise ValueError(
+            f"{_name(model)}.forward{inspect.signature(model.forward)} cannot be called with (dense, embedded), a "
+            f"tensor and a dict of tensors: {error}"
+        ) from error
+
+
+def _examples(model: nn.Module, features: Mapping[str, int], num_numeric: int) -> _Examples:
+    """Six examples [6, ...] of random numbers, features of one width side by side as tables hold them."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    number = _TASKS * _ROWS
+    plan, values = GatherPlan({}, {}, {}, {}), {}
+    for dim in dict.fromkeys(features.values()):
+        names = tuple(name for name, width in features.items() if width == dim)
+        plan.features[f"width {dim}"] = names
+        values[f"width {dim}"] = _noise(like.new_empty(number, len(names), dim), dim)
+    keys = row_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
+    return _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, (number,))
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    """Normal numbers from a generator of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Training flags, buffers and the global random state are restored at the end. ValueError if a buffer changed."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(module, name, b) for module in model.modules() for name, b in module._buffers.items() if b is not None]
+    kept = [buffer.clone() for _, _, buffer in buffers]
+    states = [(set_, get()) for get, set_ in _generators(model)]
+    names = {id(buffer): name for name, buffer in model.named_buffers()}
+    changed = None
+    try:
+        yield
+    finally:
+        for (module, name, buffer), value in zip(buffers, kept, strict=True):
+            if module._buffers.get(name) is not buffer or not torch.equal(buffer.nan_to_num(), value.nan_to_num()):
+                changed = changed or names[id(buffer)]
+            module._buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(value)
+        for module, training in flags:
+            module.training = training
+        for set_, state in states:
+            set_(state)
+    if changed is not None:
+        raise ValueError(
+            f"{_name(model)}.forward changes its buffer {changed!r}: examples would change each other through it, and "
+            "checkpoints do not hold it; compute it from the inputs, or keep it fixed"
+        )
+
+
+def _generators(model: nn.Module) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
+    """How to read and write the state of the global generators that the model may draw from."""
+    found: list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = [(torch.get_rng_state, torch.set_rng_state)]
+    for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
+        found.append((partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)))
+    return found
+
+
+def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
+    """Logits of examples; ValueError where the model fails, returns another shape, or changes its inputs."""
+    given = examples.of(*examples.leading)
+    embedded = Embedded(given.values, given.plan, given.leading)
+    versions = [tensor._version for tensor in (given.dense, *given.values.values())]
+    try:
+        with Intercept(*handlers, embedded, SeededDropout(lambda: examples.keys)):
+            out = model(given.dense, embedded.features)
+    except Unsupported:
+        raise
+    except Exception as error:
+        known = f" (embedded has: {', '.join(embedded.features) or 'nothing'})" if isinstance(error, KeyError) else ""
+        raise ValueError(
+            f"{_name(model)}.forward fails{_raised_at(error)} for {_form(given)}: {type(error).__name__}: {error}"
+            f"{known}{_cure(given)}"
+        ) from error
+    if not isinstance(out, Tensor) or tuple(out.shape) != given.leading:
+        found = f"{list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
+        raise ValueError(
+            f"{_name(model)}.forward returns {found} for {_form(given)}: it must return one logit an example, "
+            f"{list(given.leading)}; a last dimension of 1 is left out by .squeeze(-1){_cure(given)}"
+        )
+    if versions != [tensor._version for tensor in (given.dense, *given.values.values())]:
+        raise ValueError(
+            f"{_name(model)}.forward changes its inputs in place: every inner step reads them again; use an operation "
+            "that makes a new tensor"
+        )
+    return out
+
+
+def _cure(examples: _Examples) -> str:
+    """What to do where the form [tasks, examples, ...] is the fault."""
+    if len(examples.leading) == 1:
+        return ""
+    return (
+        "; a model must accept any leading dimensions: work on the last ones only (dim=-1, x[..., 0], flatten(-2)), or "
+        "set meta.engine to 'reference', which calls it with [examples, ...]"
+    )
+
+
+def _raised_at(error: Exception) -> str:
+    """The last line of the model's own code in a traceback, in words."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_LIBRARIES)]
+    return f" at {Path(frames[-1].filename).name}, line {frames[-1].lineno}," if frames else ""
+
+
+def _form(examples: _Examples) -> str:
+    shapes = [f"dense {list(examples.dense.shape)}"]
+    shapes += [f"embedded {[*examples.leading, value.shape[-1]]}" for value in examples.values.values()]
+    return " and ".join(shapes)
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether numbers agree up to rounding, which differs with the form of a product."""
+    tolerance = 1e-9 if one.dtype == torch.float64 else 1e-3
+    scale = max(1.0, float(other.abs().nan_to_num(posinf=0).max())) if other.numel() else 1.0
+    return torch.allclose(one, other, rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def _others(values: Tensor) -> Tensor:
+    """All but the changed example, of values [6, ...]."""
+    return torch.cat([values[:_CHANGED], values[_CHANGED + 1 :]])
+
+
+def _try_alone(model: nn.Module, examples: _Examples) -> Tensor:
+    """The logits of examples in one form; ValueError where they depend on their neighbours."""
+    logits = _run(model, examples)
+    mixes = not _same(_others(_run(model, examples.changed()).flatten()), _others(logits.flatten()))
+    if not mixes and len(examples.leading) == 1:  # a maximum may not notice one changed example
+        half = len(logits) // 2
+        mixes = not _same(torch.cat([_run(model, examples.of(half, start=start)) for start in (0, half)]), logits)
+    if mixes:
+        where = _first_difference(model, examples, examples.changed())
+        raise ValueError(
+            f"{_name(model)}.forward mixes examples{where}: for {_form(examples)}, an example gets other logits beside "
+            "other examples. A logit may depend on its own example alone, whatever is in the batch or in its "
+            f"padding{_cure(examples)}"
+        )
+    return logits
+
+
+def _try_repeated(model: nn.Module, examples: _Examples) -> None:
+    """ValueError for a model that draws random numbers other than those of dropout that is seeded."""
+    generators = _generators(model)
+    before = [get() for get, _ in generators]
+    one, other = _run(model, examples), _run(model, examples)
+    drawn = not all(torch.equal(get(), state) for (get, _), state in zip(generators, before, strict=True))
+    if drawn or not torch.equal(one.nan_to_num(), other.nan_to_num()):
+        calls = _Calls(model)
+        _run(model, examples, calls)
+        where = calls.drawing or (" from a generator of its own" if not drawn else "")
+        mode = "while training" if model.training else "in evaluation"
+        raise ValueError(
+            f"{_name(model)}.forward draws random numbers{where} {mode}, which no seed of gmeta reaches: a run would "
+            "not repeat. nn.Dropout is seeded by (seed, step, task); give other layers dropout=0 and put nn.Dropout "
+            "behind them"
+        )
+
+
+def _finite_on_padding(model: nn.Module, examples: _Examples) -> bool:
+    """Whether an example of zeros leaves all gradients finite, though no loss reads it."""
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.enable_grad():
+        out = _run(model, examples.changed())
+        loss = torch.where(torch.arange(len(out), device=out.device) == _CHANGED, 0, out).sum()
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves and loss.requires_grad else ()
+    return bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+
+
+def _not_finite(model: nn.Module) -> str:
+    return (
+        f"{_name(model)}.forward has gradients that are not finite for an example whose numeric columns are all 0, as "
+        "in padding: guard the quotient, root or logarithm, as in x / y.clamp(min=1e-6)"
+    )
+
+
+def _try_adapted(model: nn.Module, adapted: Adapted, examples: _Examples, modulated: Mapping[str, int]) -> None:
+    """`Unsupported` if the factored engine cannot adapt the model."""
+    modulation = {layer: Modulated(examples.dense.new_ones(_TASKS, units), None) for layer, units in modulated.items()}
+    fast = FastWeights(_TASKS, modulation=modulation)
+    with torch.enable_grad():
+        taped = AdaptedPass(model, adapted.parameters, fast, (_TASKS, _ROWS))
+        _run(model, examples, taped)
         taped.finish()
-    except Unsupported as reason:
-        return "reference", f"reference, because {reason}"
-    return "factored", "factored"
+
+
+class _Calls:
+    """A handler that keeps what each torch function returned, where it was called, and which one drew numbers first."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.generators = [get for get, _ in _generators(model)]
+        self.found: list[tuple[str, Any]] = []
+        self.drawing = ""
+
+    def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The call's result, computed here, but for what other handlers replace."""
+        name = getattr(func, "__name__", "")
+        if "dropout" in name or name in ("cat", "concat", "concatenate", "stack"):
+            return NotImplemented
+        before = [get() for get in self.generators]
+        out = func(*args, **kwargs)
+        where = f" in {name}{_line()}"
+        if not self.drawing and any(
+            not torch.equal(get(), state) for get, state in zip(self.generators, before, strict=True)
+        ):
+            self.drawing = where
+        kept = out[0] if isinstance(out, tuple) and out else out
+        if name != "__get__":
+            self.found.append((where, kept.detach().clone() if isinstance(kept, Tensor) else None))
+        return out
+
+
+def _line() -> str:
+    """Where the model's own code is, of the frames above."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return f" ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
+
+
+def _first_difference(model: nn.Module, one: _Examples, other: _Examples) -> str:
+    """The first call whose result is not the same for the examples that are the same, in words; or nothing."""
+    calls = []
+    for examples in (one, other):
+        calls.append(_Calls(model))
+        _run(model, examples, calls[-1])
+    number = _TASKS * _ROWS
+    for (where, first), (_, second) in zip(calls[0].found, calls[1].found, strict=False):
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+            continue
+        if first.shape[: len(one.leading)] != one.leading:
+            continue
+        rest = first.shape[len(one.leading) :]
+        if second.shape != (*other.leading, *rest):
+            return where
+        values = [tensor.reshape(number, *rest) for tensor in (first, second)]
+        if one.leading == other.leading:
+            values = [_others(value) for value in values]
+        if not values[0].is_floating_point():
+            values = [value.double() for value in values]
+        if not _same(*values):
+            return where
+    return ""

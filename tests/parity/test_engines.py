@@ -278,8 +278,9 @@ def test_dropout_is_the_same_in_any_slot_and_engine(adapt: list[str]) -> None:
 def _dropped_units(problem: Problem, adapt: list[str]) -> list[Tensor]:
     """Which units dropout zeroed: [T, S, width] of the support's and of the query's pass."""
     model, dropped = Net(dropout=0.4).double(), []
+    learner = learner_of(model, adapt=adapt, engine="factored")
     model.dropout.register_forward_hook(lambda _module, _args, out: dropped.append(out == 0))
-    learner_of(model, adapt=adapt, engine="factored")(problem.rows, problem.batch)
+    learner(problem.rows, problem.batch)
     if adapt:
         return dropped
     shapes = [side.mask.shape for side in (problem.batch.support, problem.batch.query)]
