@@ -86,12 +86,10 @@ def evaluation_records(
         item_cold: the row's item is in no training task, [N]; False where unknown.
         task_cold: the row's task is in no training task, [N] or the same for all.
         binary: labels are 0/1 and scores are probabilities.
-        resamples: bootstrap resamples per slice.
-        seed: seed of the resamples.
+        resamples, seed: bootstrap resamples per slice, and their seed.
         logits: variant -> logit of each query row, [N], where there are some: what ranking metrics sort by.
 
-    Raises:
-        ValueError: columns of different lengths, no rows, or values that a metric does not take.
+    Raises ValueError for columns of different lengths, no rows, and values that a metric does not take.
     """
     if not scores:
         raise ValueError("there are no scores to measure: name at least one variant")
