@@ -105,14 +105,17 @@ def finish(process: Started, timeout_s: float = 240) -> str:
 
 
 def processes(process: Started, word: str) -> list[psutil.Process]:
-    """Children that run gmeta's command `word`."""
+    """Children that run gmeta's command `word`; those that train are workers.
+
+    A process that is just being started still shows the words of its launcher, but not yet a rank.
+    """
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            words = child.cmdline()
+            words, started = child.cmdline(), word != "train" or "RANK" in child.environ()
         except psutil.Error:
             continue
-        if "gmeta" in words and word in words:
+        if "gmeta" in words and word in words and started:
             found.append(child)
     return found
 
