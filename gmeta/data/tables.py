@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 TableLike = Any
-"""A pandas or polars DataFrame, an Arrow table or batch, any other exporter of an Arrow stream, or a dict of columns."""
+"""A pandas or polars DataFrame, an Arrow table or batch, anything else that exports an Arrow stream, or a dict."""
 
 
 def as_arrow(table: TableLike, name: str) -> pa.Table:
@@ -28,7 +28,8 @@ def as_arrow(table: TableLike, name: str) -> pa.Table:
         found = pa.table(table)
     else:
         raise ValueError(
-            f"{name} is a {type(table).__name__}: give a pandas or polars DataFrame, an Arrow table, or a dict of columns"
+            f"{name} is a {type(table).__name__}: give a pandas or polars DataFrame, an Arrow table, "
+            "or a dict of columns"
         )
     if len(set(found.column_names)) != found.num_columns:
         raise ValueError(f"{name} has two columns of one name: {', '.join(found.column_names)}")

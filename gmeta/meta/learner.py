@@ -25,11 +25,11 @@ from gmeta.meta.views import Embedded
 
 @dataclass(frozen=True, slots=True)
 class LearnerOutput:
-    """What a step is judged by; nothing here holds a graph."""
+    """What a step is judged by. The logits hold the graph, for terms that a loop of your own adds to the loss."""
 
     query_logits: Tensor  # [T, Q]
-    query_loss: Tensor  # [T], mean over the task's query rows, after adaptation
-    support_loss: Tensor  # [T], before adaptation
+    query_loss: Tensor  # [T], mean over the task's query rows, after adaptation; detached
+    support_loss: Tensor  # [T], before adaptation; detached
 
 
 class MetaLearner(nn.Module):
@@ -190,7 +190,7 @@ class MetaLearner(nn.Module):
         logits = self._score(inner, fast, rows, batch.query, index[1])
         query_loss = task_mean(self.loss(logits, batch.query.label), batch.query.mask)
         loss = query_loss.sum() / batch.num_tasks_global
-        return loss, LearnerOutput(logits.detach(), query_loss.detach(), support_loss)
+        return loss, LearnerOutput(logits, query_loss.detach(), support_loss)
 
     def predict(
         self,
@@ -278,7 +278,7 @@ class MetaLearner(nn.Module):
         support_loss, query_loss = (
             task_mean(part.detach(), side.mask) for part, side in zip(losses, sides, strict=True)
         )
-        return together.sum() / batch.num_tasks_global, LearnerOutput(logits[1].detach(), query_loss, support_loss)
+        return together.sum() / batch.num_tasks_global, LearnerOutput(logits[1], query_loss, support_loss)
 
     def _flat_logits(
         self,

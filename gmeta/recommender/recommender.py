@@ -23,7 +23,6 @@ from gmeta.meta.losses import prediction
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import load_system
-from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
 from gmeta.runs.data import require_own_vocabularies
 from gmeta.runs.directory import read_run_id, read_schema
@@ -50,7 +49,7 @@ def load(
 
 
 class Recommender:
-    """A trained model, ready to adapt: `rec.adapt(support).predict(candidates)`. Tables have raw values, as the logs."""
+    """A trained model, ready to adapt: `rec.adapt(support).predict(candidates)`. Values are raw, as in the logs."""
 
     def __init__(
         self, run_dir: Path, *, which: str, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
@@ -113,7 +112,9 @@ class Recommender:
         rows = system.exchange.fetch(system.exchange.exchange_ids(request))
         index = system.learner.index_support(request.support, request.num_rows)
         with system.precision():
-            fast = system.learner.adapt(rows, to_device(support, system.mesh.device, system.dtype), to_device(index, system.mesh.device))
+            fast = system.learner.adapt(
+                rows, to_device(support, system.mesh.device, system.dtype), to_device(index, system.mesh.device)
+            )
         return fast.with_row_ids(request.rows)
 
     def _without_support(self, num_tasks: int) -> FastWeights:
@@ -128,7 +129,9 @@ class Recommender:
         rows = system.exchange.fetch(system.exchange.exchange_ids(request))
         index = system.learner.index_query(request.query, request.num_rows, fast.pairs, request.rows)
         with system.precision(), torch.no_grad():
-            return system.learner.score(fast, rows, to_device(query, system.mesh.device, system.dtype), to_device(index, system.mesh.device))
+            return system.learner.score(
+                fast, rows, to_device(query, system.mesh.device, system.dtype), to_device(index, system.mesh.device)
+            )
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ class System:
         )
 
     def _readable(self, batch: TaskBatch) -> TaskBatch:
-        sides = {"support": self.examples(batch.support), "query": self.examples(batch.query)}
-        return replace(batch, **sides, parts=tuple(self._readable(part) for part in batch.parts))
+        parts = tuple(self._readable(part) for part in batch.parts)
+        return replace(batch, support=self.examples(batch.support), query=self.examples(batch.query), parts=parts)
 
     def examples(self, side: Examples) -> Examples:
         """Return examples with the numeric columns that the model reads."""
