@@ -85,32 +85,33 @@ def check(
     selected = [f"CAST({found[name]} AS {kind}) AS {name}" for name, kind in columns.items()]
     place = f"{file} AS file, __row AS row"
     problem = f"list_position([{', '.join(f'coalesce({condition}, false)' for _, condition, _ in checks)}], true)"
-    checked = f"(SELECT *, {problem} AS __problem FROM ({part.query}))"
-    why = ", ".join(_of_check(texts) for texts in _texts(checks))
+    why = f"SELECT {place}, {_why(checks)}"
+    source = f"(SELECT *, {problem} AS __problem FROM ({part.query}))"
     if part.ordered:
         con.execute("SET preserve_insertion_order=true")
-        con.execute(f"INSERT INTO checked SELECT {place}, {why}, {', '.join(selected)} FROM {checked}")
+        con.execute(f"INSERT INTO checked {why}, {', '.join(selected)} FROM {source}")
         con.execute("SET preserve_insertion_order=false")
         con.execute(f"""INSERT INTO rejects SELECT file, row, reason, bad_column, bad_value FROM checked
                         WHERE file = {file} AND reason IS NOT NULL""")
         _reject_broken_lines(con, file)
         return "SELECT * EXCLUDE (reason, bad_column, bad_value) FROM checked WHERE reason IS NULL"
-    ((bad,),) = con.execute(
-        f"INSERT INTO rejects SELECT {place}, {why} FROM {checked} WHERE __problem IS NOT NULL"
-    ).fetchall()
-    where = f" WHERE {problem} IS NULL" if bad else ""
-    return f"SELECT {place}, {', '.join(selected)} FROM ({part.query}){where}"
+    usable = f"SELECT {place}, {', '.join(selected)} FROM ({part.query})"
+    # Nearly always no row is bad, and to ask only that is cheaper than to ask why.
+    bad = " OR ".join(f"({condition})" for _, condition, _ in checks)
+    if not scalar(con, f"SELECT count(*) FROM ({part.query}) WHERE {bad}"):
+        return usable
+    con.execute(f"INSERT INTO rejects {why} FROM {source} WHERE __problem IS NOT NULL")
+    return f"{usable} WHERE {problem} IS NULL"
 
 
-def _texts(checks: Sequence[tuple[str, str, str]]) -> tuple[list[str], list[str], list[str]]:
-    """SQL of the reason, the column and the value of every check."""
-    reasons = [literal(reason) for _, _, reason in checks]
-    names = [literal(column) for column, _, _ in checks]
-    return reasons, names, [f"CAST({identifier(column)} AS VARCHAR)" for column, _, _ in checks]
-
-
-def _of_check(texts: Sequence[str]) -> str:
-    return f"CASE __problem {' '.join(f'WHEN {i} THEN {text}' for i, text in enumerate(texts, 1))} END"
+def _why(checks: Sequence[tuple[str, str, str]]) -> str:
+    """SQL of the reason, the column and the value of the check that `__problem` (from 1) names; NULL for none."""
+    columns = list(dict.fromkeys(column for column, _, _ in checks))
+    reasons = ", ".join(literal(reason) for _, _, reason in checks)
+    names = ", ".join(literal(column) for column, _, _ in checks)
+    numbers = ", ".join(str(columns.index(column)) for column, _, _ in checks)
+    shown = " ".join(f"WHEN {i} THEN CAST({identifier(column)} AS VARCHAR)" for i, column in enumerate(columns))
+    return f"[{reasons}][__problem], [{names}][__problem], CASE [{numbers}][__problem] {shown} END"
 
 
 def _reject_broken_lines(con: Connection, file: int) -> None:

@@ -35,12 +35,13 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
     con.execute("SET parquet_metadata_cache=true")
 
 
-def dealt(schema: DataSchema, scratch: Path, shards: Sequence[Shard]) -> str:
-    """SQL that reads the dealt rows of some shards."""
+def dealt(schema: DataSchema, scratch: Path, shards: Sequence[Shard], *, item: bool = False) -> str:
+    """SQL that reads the dealt rows of some shards, with column `item` where it is asked for."""
     files = ", ".join(literal(str(scratch / "rows" / f"shard={s.index}" / "*.parquet")) for s in shards)
     rows = f"read_parquet([{files}], hive_partitioning=false)"
     feature = item_feature(schema)
-    return rows if feature is None else f"(SELECT *, f{feature} AS item FROM {rows})"
+    # With many features a star takes longer than the query, so that it is left out where it may be.
+    return rows if feature is None or not item else f"(SELECT *, f{feature} AS item FROM {rows})"
 
 
 def item_feature(schema: DataSchema) -> int | None:

@@ -18,7 +18,7 @@ from gmeta.data.prepare.columns import batched
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.summary import Report
 from gmeta.data.prepare.tasks import FOLDS, Shard
-from gmeta.data.schema import ITEM_STATISTICS, DataSchema, Feature, NumericColumn, PackSchema
+from gmeta.data.schema import ITEM_STATISTICS, DataSchema, Feature, NumericColumn, PackSchema, RawFeature
 from gmeta.data.sources import Connection, literal, scalar
 
 PRIOR_ROWS = 10.0
@@ -27,39 +27,22 @@ PRIOR_ROWS = 10.0
 
 def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[Shard], tell: Report) -> PackSchema:
     """Make vocabularies and statistics from training rows, and the pack schema."""
-    tables = schema.tables()
-    train = dealt(schema, scratch, [s for s in shards if s.split == "train"])
-    num_ids = {}
-    for index, (table, features) in enumerate(tables.items()):
-        tell("building vocabularies", index, len(tables))
-        if features[0].hash_buckets is not None:
-            num_ids[table] = features[0].hash_buckets + 1
-            continue
-        members = [(schema.features.index(f), f.kind) for f in features]
-        values = " UNION ALL ".join(
-            f"SELECT {f'f{i}' if kind == 'categorical' else f'unnest(f{i})'} AS value FROM {train}"
-            for i, kind in members
-        )
-        con.execute(f"""
-            CREATE TABLE vocab_{index} AS SELECT value, count,
-                row_number() OVER (ORDER BY count DESC, CAST(value AS VARCHAR)) AS id
-            FROM (SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value)
-            WHERE count >= {features[0].min_count}""")
-        size = scalar(con, f"SELECT count(*) FROM vocab_{index}")
-        num_ids[table] = size + 1
-    tell("building vocabularies", len(tables), len(tables))
+    train_shards = [s for s in shards if s.split == "train"]
+    train = dealt(schema, scratch, train_shards)
+    num_ids = _make_vocabularies(con, schema, train, tell)
+    with_item = dealt(schema, scratch, train_shards, item=True)
     if (vocabulary := item_vocabulary(schema)) is not None:
         con.execute(f"CREATE VIEW seen_items AS SELECT value FROM vocab_{vocabulary}")
     elif schema.item is not None:
-        con.execute(f"CREATE TABLE seen_items AS SELECT DISTINCT item AS value FROM {train}")
+        con.execute(f"CREATE TABLE seen_items AS SELECT DISTINCT item AS value FROM {with_item}")
     if schema.item_statistics:
-        _item_statistics(con, train)
+        _item_statistics(con, with_item)
     return PackSchema(
         features=tuple(
             Feature(name=f.name, kind=f.kind, num_ids=num_ids[f.table], table=f.table, pooling=f.pooling)
             for f in schema.features
         ),
-        numeric=_numeric_columns(con, schema, train),
+        numeric=_numeric_columns(con, schema, with_item if schema.item_statistics else train),
         label=schema.label,
         binary_label=scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {dealt(schema, scratch, shards)}"),
         task=schema.task,
@@ -67,6 +50,42 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         time=schema.time,
         label_mean=_label_mean(con, train),
     )
+
+
+def _make_vocabularies(con: Connection, schema: DataSchema, train: str, tell: Report) -> dict[str, int]:
+    """Table `vocab_<index>` (value, count, id) of every embedding table; returns their numbers of ids by name."""
+    tables = list(enumerate(schema.tables().items()))
+    num_ids = {}
+    con.execute("BEGIN")  # one commit, not one for each vocabulary
+    for some in batched(tables):
+        source = train
+        if len(tables) > len(some):  # a query a vocabulary over files of all columns grows with their square
+            columns = [f"f{schema.features.index(f)}" for _, (_, features) in some for f in features]
+            con.execute(f"CREATE OR REPLACE TEMP TABLE some_columns AS SELECT {', '.join(columns)} FROM {train}")
+            source = "some_columns"
+        for index, (table, features) in some:
+            tell("building vocabularies", index, len(tables))
+            first = features[0]
+            num_ids[table] = 1 + (first.hash_buckets or _make_vocabulary(con, schema, index, features, source))
+    con.execute("DROP TABLE IF EXISTS some_columns; COMMIT")
+    tell("building vocabularies", len(tables), len(tables))
+    return num_ids
+
+
+def _make_vocabulary(
+    con: Connection, schema: DataSchema, index: int, features: Sequence[RawFeature], source: str
+) -> int:
+    """Make `vocab_<index>` of the values that `features` have in `source`; returns its size."""
+    members = [(schema.features.index(f), f.kind) for f in features]
+    values = " UNION ALL ".join(
+        f"SELECT {f'f{i}' if kind == 'categorical' else f'unnest(f{i})'} AS value FROM {source}" for i, kind in members
+    )
+    ((size,),) = con.execute(f"""
+        CREATE TABLE vocab_{index} AS SELECT value, count,
+            row_number() OVER (ORDER BY count DESC, CAST(value AS VARCHAR)) AS id
+        FROM (SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value)
+        WHERE count >= {features[0].min_count}""").fetchall()
+    return int(size)
 
 
 def _label_mean(con: Connection, train: str) -> float:

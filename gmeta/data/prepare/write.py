@@ -85,9 +85,10 @@ def _in_order(con: Connection, rows: str, settings: Settings) -> tuple[str, str]
 def _shard_arrays(
     con: Connection, schema: DataSchema, pack_schema: PackSchema, settings: Settings, scratch: Path, shard: Shard
 ) -> dict[str, Array]:
-    rows, order = _in_order(con, dealt(schema, scratch, [shard]), settings)
-    more = ["label"] + ["time"] * (schema.time is not None)
     known = item_vocabulary(schema) is not None
+    dealt_rows = dealt(schema, scratch, [shard], item=schema.item_statistics or not known)
+    rows, order = _in_order(con, dealt_rows, settings)
+    more = ["label"] + ["time"] * (schema.time is not None)
     if schema.item is not None and not known:
         rows = f"""(SELECT r.*, CAST(i.value IS NULL AS UTINYINT) AS item_cold
                     FROM {rows} r LEFT JOIN seen_items i ON i.value = r.item)"""
@@ -113,5 +114,6 @@ def _cold_items(con: Connection, schema: DataSchema, scratch: Path, shards: Sequ
     held_out = [shard for shard in shards if shard.split != "train"]
     if not held_out:
         return 0
-    query = f"SELECT count(DISTINCT item) FROM {dealt(schema, scratch, held_out)} WHERE item NOT IN (FROM seen_items)"
+    rows = dealt(schema, scratch, held_out, item=True)
+    query = f"SELECT count(DISTINCT item) FROM {rows} WHERE item NOT IN (FROM seen_items)"
     return int(scalar(con, query))
