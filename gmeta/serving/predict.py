@@ -14,7 +14,6 @@ from rich.console import Console
 from gmeta.config.evaluation import PredictConfig
 from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.prepare.encode import encode_tables
-from gmeta.data.prepare.unknown import describe_unknown, ids_by_feature
 from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import find_files, literal, open_file, require_free
 from gmeta.evaluation.score import Floats, score, to_predictions
@@ -70,8 +69,6 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     schema, data_schema = read_schema(run_dir)
     require_own_vocabularies(run_dir)
     found = encode_tables(config.support, config.query, data_schema, run_dir / "vocab", schema)
-    for warning in describe_unknown(ids_by_feature(found.arrays, schema), schema):
-        print(f"predict: warning: {warning}", file=sys.stderr)
     label = found.arrays["label"]
     if trained.loss == "bce" and not np.isin(label, (0, 1)).all():
         wrong = label[~np.isin(label, (0, 1))][0]

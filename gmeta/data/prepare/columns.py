@@ -23,6 +23,6 @@ COLUMNS_A_QUERY = 32
 """Every join copies all columns of its query: with all features in one query the work grows with their square."""
 
 
-def batched(items: Sequence[T], size: int = COLUMNS_A_QUERY) -> Iterator[Sequence[T]]:
-    """`items` in parts of at most `size`."""
-    return (items[start : start + size] for start in range(0, len(items), size))
+def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """`items` in parts of at most COLUMNS_A_QUERY."""
+    return (items[start : start + COLUMNS_A_QUERY] for start in range(0, len(items), COLUMNS_A_QUERY))

@@ -176,5 +176,5 @@ def _text_microseconds(text: str) -> str:
     digits = f"replace({zone}, ':', '')"
     minutes = f"(TRY_CAST(substr({digits}, 2, 2) AS INTEGER) * 60 + TRY_CAST('0' || substr({digits}, 4, 2) AS INTEGER))"
     offset = f"""CASE left({zone}, 1) WHEN '+' THEN {minutes} WHEN '-' THEN -{minutes} ELSE 0 END"""
-    micros = f"epoch_us(TRY_CAST(({local}) AS TIMESTAMP)) - ({offset}) * 60000000"
+    micros = f"epoch_us(TRY_CAST(({local}) AS TIMESTAMP)) - CAST({offset} AS BIGINT) * 60000000"
     return f"CASE WHEN regexp_full_match({local}, '{_LOCAL}') THEN {micros} END"
