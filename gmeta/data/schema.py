@@ -17,6 +17,9 @@ from gmeta.core.errors import nearest
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean"]
 
+ENCODING = 2
+"""The version of the rules by which raw values become ids and numbers (gmeta/data/prepare/values.py)."""
+
 OOV = 0
 """The id of values that are not in the vocabulary (and of padding)."""
 
@@ -57,6 +60,7 @@ class PackSchema:
     identity: dict[str, str] | None = (
         None  # of each table's ids (see `data.identity`); None: made before it was recorded
     )
+    encoding: int = ENCODING  # packs and runs that record none have 1
 
     def feature(self, name: str) -> Feature:
         """The feature called `name`; ValueError naming the known ones otherwise."""
@@ -72,10 +76,13 @@ class PackSchema:
 
 
 def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
-    """Inverse of `PackSchema.to_json`."""
+    """Inverse of `PackSchema.to_json`. ValueError where a newer gmeta encoded the data."""
+    encoding = data.get("encoding", 1)
+    if encoding not in range(1, ENCODING + 1):
+        raise ValueError(f"the data have encoding {encoding!r}, this gmeta reads 1 to {ENCODING}: upgrade gmeta")
     features = tuple(Feature(**f) for f in data["features"])
     numeric = tuple(NumericColumn(**c) for c in data["numeric"])
-    return PackSchema(**{**data, "features": features, "numeric": numeric})
+    return PackSchema(**{**data, "features": features, "numeric": numeric, "encoding": encoding})
 
 
 def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
@@ -111,6 +118,10 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
         for field in ("task", "item", "label", "binary_label")
         if getattr(ours, field) != getattr(theirs, field)
     ]
+    if ours.encoding != theirs.encoding:
+        lines.append(
+            f"encoding is {theirs.encoding}, expected {ours.encoding}: prepare the raw rows again and train anew"
+        )
     return lines
 
 

@@ -2,71 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+
+from gmeta.core.errors import nearest
 
 TableLike = Any
 """A pandas or polars DataFrame, an Arrow table or batch, anything else that exports an Arrow stream, or a dict."""
 
 
-def as_arrow(table: TableLike, name: str) -> pa.Table:
-    """Return the columns of a table in memory; an index of pandas is no column.
+def as_arrow(table: TableLike, name: str, needed: Sequence[str]) -> pa.Table:
+    """Return the `needed` columns of a table in memory; others are ignored, and so is an index of pandas.
 
-    Raises ValueError that names the table, and the column where one cannot be read.
+    Categories become the values that they stand for. Raises ValueError that names the table, and the column that is
+    missing or cannot be read.
     """
+    if isinstance(table, pa.RecordBatch):
+        table = pa.Table.from_batches([table])
+    elif not isinstance(table, Mapping | pa.Table) and not _is_pandas(table) and hasattr(table, "__arrow_c_stream__"):
+        table = pa.table(table)
     if isinstance(table, pa.Table):
-        found = table
-    elif isinstance(table, pa.RecordBatch):
-        found = pa.Table.from_batches([table])
-    elif isinstance(table, Mapping):
-        found = _from_columns(table, name)
-    elif hasattr(table, "index") and hasattr(table, "columns") and hasattr(table, "dtypes"):
-        found = _from_pandas(table, name)
-    elif hasattr(table, "__arrow_c_stream__"):
-        found = pa.table(table)
+        given = table.column_names
+    elif isinstance(table, Mapping) or _is_pandas(table):
+        given = list(table.keys())
     else:
         raise ValueError(
             f"{name} is a {type(table).__name__}: give a pandas or polars DataFrame, an Arrow table, "
             "or a dict of columns"
         )
-    if len(set(found.column_names)) != found.num_columns:
-        raise ValueError(f"{name} has two columns of one name: {', '.join(found.column_names)}")
-    return pa.table({column: _decoded(found[column]) for column in found.column_names})
-
-
-def _from_columns(columns: Mapping[str, Any], name: str) -> pa.Table:
-    found = {}
-    for key, values in columns.items():
-        if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
-            raise ValueError(f"{name}[{key!r}] is {values!r}: must be a list or array of values")
-        found[str(key)] = _column(values, name, key)
-    sizes = {key: len(values) for key, values in found.items()}
+    for column in needed:
+        if column not in given:
+            if _is_pandas(table) and column in table.index.names:
+                raise ValueError(f"{name} has {column!r} as its index, not as a column: call reset_index()")
+            raise ValueError(f"{name} has no column {column!r}: {nearest(column, map(str, given))}")
+        if list(given).count(column) > 1:
+            raise ValueError(f"{name} has two columns {column!r}: leave one out")
+    columns = {column: _column(table[column], name, column) for column in needed}
+    sizes = {column: len(values) for column, values in columns.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the columns of {name} have different lengths: {sizes}")
-    return pa.table(found)
+    return pa.table(columns)
 
 
-def _from_pandas(frame: Any, name: str) -> pa.Table:
-    for column in frame.columns:
-        if not isinstance(column, str):
-            raise ValueError(f"{name} has a column named {column!r}: names must be text")
-    indexed = [level for level in frame.index.names if level is not None and level not in frame.columns]
-    columns = {column: _column(frame[column], name, column) for column in frame.columns}
-    table = pa.table(columns) if columns else pa.table({})
-    return table.replace_schema_metadata({"index": ", ".join(map(str, indexed))} if indexed else None)
+def _is_pandas(table: object) -> bool:
+    return type(table).__module__.partition(".")[0] == "pandas"
 
 
-def _column(values: Any, name: str, key: Any) -> pa.Array | pa.ChunkedArray:
-    try:
-        if isinstance(values, pa.Array | pa.ChunkedArray):
-            return values
-        return pa.array(values, from_pandas=True)
-    except (pa.ArrowException, ValueError, TypeError) as error:
-        raise ValueError(f"{name}[{key!r}] holds values of several types ({error}): convert it to one") from None
-
-
-def _decoded(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return categories (pandas, polars) as the values that they stand for."""
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+def _column(values: Any, name: str, key: str) -> pa.Array | pa.ChunkedArray:
+    if not isinstance(values, pa.Array | pa.ChunkedArray):
+        if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+            raise ValueError(f"{name}[{key!r}] is {values!r}: must be a list or array of values")
+        try:
+            values = pa.array(values, from_pandas=True)
+        except (pa.ArrowException, ValueError, TypeError) as error:
+            raise ValueError(f"{name}[{key!r}] holds values of several types ({error}): convert it to one") from None
+    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, to_device
-from gmeta.data.prepare.encode import EncodedTables, encode_raw
-from gmeta.data.schema import PackSchema
+from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
+from gmeta.data.schema import PackSchema, Role, data_schema_from_json
 from gmeta.data.shards import split_in_memory
 from gmeta.data.tables import TableLike, as_arrow
 from gmeta.meta.fast_weights import FastWeights, join
@@ -93,10 +93,14 @@ class Recommender:
 
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
-        found = as_arrow(table, role)
+        schema = data_schema_from_json(self._data_schema)
+        roles: list[Role] = ["task", *(["item"] if schema.item_statistics else [])]
+        if isinstance(table, Mapping) and not table:
+            return None
+        found = as_arrow(table, role, schema.columns([*roles, "label"] if role == "support" else roles))
         if found.num_rows == 0:
             return None
-        return encode_raw(found, role, self._data_schema, self.run_dir / "vocab", self.schema)
+        return encode_in_memory(found, role, self._data_schema, self.run_dir / "vocab", self.schema)
 
     def _check_labels(self, encoded: EncodedTables) -> None:
         label = encoded.arrays["label"]

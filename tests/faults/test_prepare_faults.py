@@ -338,8 +338,8 @@ def test_a_rival_is_refused_and_leftovers_are_removed(tmp_path: Path, capsys: py
 
 RUN = """
 import resource, signal, sys, time
-from gmeta.config import PrepareConfig
-from gmeta.data.prepare import prepare
+from gmeta.config.data import PrepareConfig
+from gmeta.data.prepare.prepare import prepare
 limit, pause, *values = sys.argv[1:]
 if int(limit):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -372,7 +372,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, limit: int):
 
 
 def test_too_little_space_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gmeta.data.prepare import prepare as module
+    from gmeta.data.prepare import scratch as module
 
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage)

@@ -1,6 +1,6 @@
 """Which tasks a pack holds: settings, sizes, splits, and the place of every task in its shard.
 
-Works on view `raw_rows`, the rows that `stage` (encode.py) gave; leaves table `tasks`, one row a kept task.
+Works on view `raw_rows`, the rows that `check` gave; leaves table `tasks`, one row a kept task.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import nearest
 from gmeta.data.datasets import DATA_SETS
 from gmeta.data.pack import SPLITS
-from gmeta.data.prepare.encode import FOLDS
 from gmeta.data.schema import DataSchema, load_data_schema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
+
+FOLDS = 10
+"""Folds of the training tasks: an item's statistics in a training row leave the row's own fold out."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class ShardPlan:
+class Shard:
     """One shard to be written."""
 
     index: int
@@ -100,7 +102,7 @@ def _check_settings(config: PrepareConfig, schema: DataSchema, settings: Setting
         raise ValueError(f"partitions is {settings.partitions}: map a partition to train")
 
 
-def plan_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any]) -> list[ShardPlan]:
+def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any]) -> list[Shard]:
     """Make table `tasks`; returns its shards.
 
     It holds task, key (its text), partition, split, num_rows, num_support, fold (of training tasks), task_id, shard.
@@ -124,7 +126,7 @@ def plan_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     found = con.execute("SELECT DISTINCT shard, split FROM tasks ORDER BY shard").fetchall()
     if not any(split == "train" for _, split in found):
         raise ValueError(f"no task is left to train on{f' ({why})' if why else ''}: check partitions and fractions")
-    return [ShardPlan(shard, split) for shard, split in found]
+    return [Shard(shard, split) for shard, split in found]
 
 
 def _group_tasks(con: Connection, settings: Settings) -> None:

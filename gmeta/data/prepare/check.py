@@ -1,0 +1,250 @@
+"""Stage 1 of `prepare`, and of encoding a file for `predict`: raw rows to checked rows, every value in its one form.
+
+`check` puts rows that cannot be used into table `rejects` with their reason, and gives a relation of the others.
+Where every file holds a key or id as whole numbers, these stand in for their text, which is then made of the distinct
+ones alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+from gmeta.core.errors import nearest
+from gmeta.data.prepare import encoding_v1, values
+from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value
+from gmeta.data.prepare.times import time_columns
+from gmeta.data.schema import ENCODING, DataSchema, RawFeature, RawNumeric, Role
+from gmeta.data.sources import Connection, RawPart, identifier, literal, scalar
+
+SHOWN_REJECTS = 5
+
+_RULES: Mapping[int, ModuleType] = {1: encoding_v1, 2: values}
+_PLACES = "file INTEGER, row BIGINT, reason VARCHAR, bad_column VARCHAR, bad_value VARCHAR"
+
+
+def id_types(schema: DataSchema, parts: Sequence[RawPart]) -> dict[str, str]:
+    """SQL type of the ids of a table, and of the roles task and item: INTEGER or BIGINT where all parts hold such."""
+    columns = {table: [f.name for f in features] for table, features in schema.tables().items()}
+    types = {table: _common_type(parts, names) for table, names in columns.items()}
+    roles = {f"role {role}": name for role, name in (("task", schema.task), ("item", schema.item)) if name is not None}
+    return types | {role: _common_type(parts, [name]) for role, name in roles.items()}
+
+
+def _common_type(parts: Sequence[RawPart], columns: Sequence[str]) -> str:
+    kinds = {part.columns.get(column, "VARCHAR").removesuffix("[]") for part in parts for column in columns}
+    kinds.discard('"NULL"')  # a column without a value fits any other
+    if not kinds or not kinds <= set(INTEGERS):
+        return "VARCHAR"
+    return "INTEGER" if kinds <= set(SMALL_INTEGERS) else "BIGINT"
+
+
+def create_checked(con: Connection, schema: DataSchema, types: Mapping[str, str]) -> None:
+    """Create the empty tables `rejects` (file, row, reason, bad_column, bad_value) and `checked`.
+
+    `checked` has the columns of `rejects`, then those of `checked_columns`. `types` is what `id_types` gives.
+    """
+    columns = [f"{name} {kind}" for name, kind in checked_columns(schema, types).items()]
+    con.execute(f"CREATE TABLE checked ({', '.join([_PLACES, *columns])})")
+    con.execute(f"CREATE TABLE rejects ({_PLACES})")
+    con.execute("SET TimeZone='UTC'")  # values do not depend on it; what a rejected time looks like does
+    # A Parquet file's minimum and maximum pass over NaN; DuckDB 2.0 concludes that there is none and drops isnan().
+    con.execute("SET disabled_optimizers='statistics_propagation'")
+
+
+def checked_columns(schema: DataSchema, types: Mapping[str, str]) -> dict[str, str]:
+    """Column -> SQL type of a checked row's values: the roles, f0 … of the features, n0 … of the numeric columns."""
+    task, item = (types.get(f"role {role}", "VARCHAR") for role in ("task", "item"))
+    columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
+    columns |= {"item": item, "partition": "VARCHAR"}
+    for i, feature in enumerate(schema.features):
+        columns[f"f{i}"] = types.get(feature.table, "VARCHAR") + ("" if feature.kind == "categorical" else "[]")
+    return columns | {f"n{i}": "DOUBLE" for i in range(len(schema.numeric))}
+
+
+def check(
+    con: Connection,
+    part: RawPart,
+    file: int,
+    schema: DataSchema,
+    roles: Sequence[Role],
+    types: Mapping[str, str],
+    encoding: int = ENCODING,
+) -> str:
+    """Check the rows of `part`, which is file number `file`; returns SQL of its rows that can be used.
+
+    Their columns are file, row, and those of `checked_columns`; roles that are not asked for are NULL. Rows of a part
+    that must be read in order are copied to `checked`; the others are read from the file each time, which is cheaper
+    than to write them. Raises ValueError for a column that is missing or whose type cannot hold what the schema says
+    of it.
+    """
+    for name in schema.columns(roles):
+        if name not in part.columns:
+            raise ValueError(f"{part.file} has no column {name!r}: {nearest(name, part.columns)}")
+    columns = checked_columns(schema, types)
+    found, checks = _Columns(con, part, schema, types, encoding).all(roles)
+    selected = [f"CAST({found[name]} AS {kind}) AS {name}" for name, kind in columns.items()]
+    place = f"{file} AS file, __row AS row"
+    problem = f"list_position([{', '.join(f'coalesce({condition}, false)' for _, condition, _ in checks)}], true)"
+    why = f"SELECT {place}, {_why(checks)}"
+    source = f"(SELECT *, {problem} AS __problem FROM ({part.query}))"
+    if part.ordered:
+        con.execute("SET preserve_insertion_order=true")
+        con.execute(f"INSERT INTO checked {why}, {', '.join(selected)} FROM {source}")
+        con.execute("SET preserve_insertion_order=false")
+        con.execute(f"""INSERT INTO rejects SELECT file, row, reason, bad_column, bad_value FROM checked
+                        WHERE file = {file} AND reason IS NOT NULL""")
+        _reject_broken_lines(con, file)
+        return "SELECT * EXCLUDE (reason, bad_column, bad_value) FROM checked WHERE reason IS NULL"
+    usable = f"SELECT {place}, {', '.join(selected)} FROM ({part.query})"
+    # Nearly always no row is bad, and to ask only that is cheaper than to ask why.
+    bad = " OR ".join(f"({condition})" for _, condition, _ in checks)
+    if not scalar(con, f"SELECT count(*) FROM ({part.query}) WHERE {bad}"):
+        return usable
+    con.execute(f"INSERT INTO rejects {why} FROM {source} WHERE __problem IS NOT NULL")
+    return f"{usable} WHERE {problem} IS NULL"
+
+
+def _why(checks: Sequence[tuple[str, str, str]]) -> str:
+    """SQL of the reason, the column and the value of the check that `__problem` (from 1) names; NULL for none."""
+    columns = list(dict.fromkeys(column for column, _, _ in checks))
+    reasons = ", ".join(literal(reason) for _, _, reason in checks)
+    names = ", ".join(literal(column) for column, _, _ in checks)
+    numbers = ", ".join(str(columns.index(column)) for column, _, _ in checks)
+    shown = " ".join(f"WHEN {i} THEN CAST({identifier(column)} AS VARCHAR)" for i, column in enumerate(columns))
+    return f"[{reasons}][__problem], [{names}][__problem], CASE [{numbers}][__problem] {shown} END"
+
+
+def _reject_broken_lines(con: Connection, file: int) -> None:
+    """Move the CSV lines that DuckDB could not read to `rejects`."""
+    if not scalar(con, "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'"):
+        return
+    con.execute(f"""
+        INSERT INTO rejects (file, row, reason, bad_value)
+        SELECT {file}, line, 'is no valid CSV line: ' || any_value(error_message), any_value(csv_line)
+        FROM reject_errors GROUP BY line""")
+    con.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
+
+
+class _Columns:
+    """SQL of a part's values by the rules of an encoding."""
+
+    def __init__(
+        self, con: Connection, part: RawPart, schema: DataSchema, types: Mapping[str, str], encoding: int
+    ) -> None:
+        self.con, self.part, self.schema, self.types = con, part, schema, types
+        self.rules = _RULES[encoding]
+
+    def all(self, roles: Sequence[Role]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+        """Column of `checked_columns` -> SQL, and (raw column, condition, reason) of every check."""
+        found: dict[str, str] = dict.fromkeys(checked_columns(self.schema, self.types), "NULL")
+        checks: list[tuple[str, str, str]] = []
+
+        def add(name: str, column: str, value: Value) -> None:
+            found[name] = value[0]
+            checks.extend((column, condition, reason) for condition, reason in value[1])
+
+        for role in roles:
+            column = getattr(self.schema, role)
+            if column is None:
+                continue
+            if role == "label":
+                add(role, column, self._label(column))
+            elif role == "time":
+                whole, fraction, bad = time_columns(self.con, self.part, column)
+                add(role, column, (whole, bad))
+                found["time_fraction"] = fraction
+            else:
+                as_type = self.types.get(f"role {role}", "VARCHAR")
+                add(role, column, self._id(column, as_type, nulls="error", used_as=role))
+        for i, feature in enumerate(self.schema.features):
+            as_type = self.types.get(feature.table, "VARCHAR")
+            one = feature.kind == "categorical"
+            value = (
+                self._id(feature.name, as_type, feature.nulls, feature.kind) if one else self._list(feature, as_type)
+            )
+            add(f"f{i}", feature.name, value)
+        for i, numeric in enumerate(self.schema.numeric):
+            add(f"n{i}", numeric.name, self._number(numeric))
+        return found, checks
+
+    def _id(self, column: str, as_type: str, nulls: str, used_as: str) -> Value:
+        kind = self.part.columns[column]
+        found = None if kind.endswith("[]") else self.rules.id_value(identifier(column), kind, as_type)
+        if found is None:
+            cure = "it needs one text or whole number a row (lists go under multi or sequence)"
+            raise unfit(self.part, column, used_as, cure)
+        text, checks = found
+        return text, checks + ([(f"({text}) IS NULL", "is missing")] if nulls == "error" else [])
+
+    def _list(self, feature: RawFeature, as_type: str) -> Value:
+        value, kind, separator = identifier(feature.name), self.part.columns[feature.name], feature.separator
+        checks: Checks = []
+        if kind == '"NULL"':
+            return f"CAST([] AS {as_type}[])", [("true", "is missing")] if feature.nulls == "error" else []
+        if kind == "VARCHAR" and separator is not None:
+            # A CSV file cannot tell an empty list from none.
+            elements = (
+                f"list_filter(string_split(coalesce({value}, ''), {literal(separator)}), lambda x: trim(x) <> '')"
+            )
+            elements, kind = f"list_transform({elements}, lambda x: trim(x))", "VARCHAR"
+        elif kind.endswith("[]"):
+            elements, kind = value, kind.removesuffix("[]")
+            checks = [(f"{value} IS NULL", "is missing")] if feature.nulls == "error" else []
+        else:
+            cure = "it needs a list column, or text and the key separator"
+            raise unfit(self.part, feature.name, feature.kind, cure)
+        found = self.rules.id_value("x", kind, as_type)
+        if found is None:
+            raise unfit(self.part, feature.name, feature.kind, "its elements must be texts or whole numbers")
+        text, element_checks = found
+        bad = [*element_checks, (f"({text}) IS NULL", "has a missing element")]
+        checks += [(f"len(list_filter({elements}, lambda x: {condition})) > 0", reason) for condition, reason in bad]
+        ids = f"list_transform({elements}, lambda x: {text})"
+        if feature.max_length is not None:
+            ids = f"({ids})[-{feature.max_length}:]"
+        return f"coalesce({ids}, [])", checks
+
+    def _label(self, column: str) -> Value:
+        threshold = self.schema.label_threshold
+        found: Value | None = self.rules.label_value(identifier(column), self.part.columns[column], threshold)
+        if found is None:
+            raise unfit(self.part, column, "label", "it needs a number")
+        return found
+
+    def _number(self, numeric: RawNumeric) -> Value:
+        found = self.rules.number_value(identifier(numeric.name), self.part.columns[numeric.name])
+        if found is None:
+            raise unfit(self.part, numeric.name, "numeric", "it needs a number")
+        number, checks = found
+        if numeric.nulls == "error":
+            checks = [*checks, (f"({number} IS NULL OR isnan({number}))", "is missing")]
+        if numeric.log:
+            checks = [*checks, (f"{number} < 0", "is negative, and the schema takes its logarithm")]
+        return f"CASE WHEN NOT isnan({number}) THEN {number} END", checks
+
+
+def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
+    """The error for a column whose type cannot hold what the schema says of it."""
+    return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
+
+
+# ---------------------------------------------------------------------------------------------- rejects
+
+
+def reject_counts(con: Connection) -> dict[str, int]:
+    """Reason -> number of rows, most frequent first."""
+    query = """SELECT coalesce(bad_column || ' ', 'line ') || regexp_replace(reason, ':.*', '') AS why, count(*)
+               FROM rejects GROUP BY why ORDER BY count(*) DESC, why"""
+    return dict(con.execute(query).fetchall())
+
+
+def describe_rejects(con: Connection, files: Sequence[str]) -> str:
+    """The first few rows that cannot be used, one a line: file, row, column, value and reason."""
+    query = f"SELECT file, row, bad_column, bad_value, reason FROM rejects ORDER BY file, row LIMIT {SHOWN_REJECTS}"
+    lines = []
+    for file, row, column, value, reason in con.execute(query).fetchall():
+        shown = "" if value is None else repr(value if len(value) <= 80 else value[:77] + "...") + " "
+        where = f"row {row}, column {column!r}" if column is not None else f"line {row}"
+        lines.append(f"  {files[file]}, {where}: {shown}{reason}")
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""What the stages share: DuckDB's types, what a rule for a value returns, and how many columns a query takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+SMALL_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "UTINYINT", "USMALLINT")
+INTEGERS = (*SMALL_INTEGERS, "UINTEGER", "BIGINT")
+WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
+MISSING_TEXT = "('', 'nan', 'NaN')"
+TOO_LARGE = "is a whole number beyond int64: put a letter before it to keep it as text"
+FLOAT32_MAX = "3.4e38"
+
+Checks: TypeAlias = list[tuple[str, str]]
+"""Pairs of SQL that is true for a bad value, and the reason."""
+Value: TypeAlias = tuple[str, Checks]
+"""SQL of a value (NULL where it is missing), and its checks."""
+
+COLUMNS_A_QUERY = 32
+"""Every join copies all columns of its query: with all features in one query the work grows with their square."""
+
+
+def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """`items` in parts of at most COLUMNS_A_QUERY."""
+    return (items[start : start + COLUMNS_A_QUERY] for start in range(0, len(items), COLUMNS_A_QUERY))

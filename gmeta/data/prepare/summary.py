@@ -1,0 +1,94 @@
+"""What `prepare` tells: progress while it works, tables when it is done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from gmeta.data.order import bucket_by_size
+from gmeta.data.sources import Connection, literal, scalar
+
+Report: TypeAlias = Callable[[str, int, int], None]
+"""Told (stage, done, total) as work goes on."""
+
+BATCH_TASKS = 64
+"""Tasks a batch for which the summary states the expected padding."""
+
+
+@contextmanager
+def console_report() -> Iterator[Report]:
+    """Progress on stderr: a bar on a terminal, a line a stage elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("prepare", total=None)
+        last = ""
+
+        def report(name: str, done: int, total: int) -> None:
+            nonlocal last
+            progress.update(task, description=name, completed=done, total=total)
+            if name != last and not console.is_terminal:
+                print(f"prepare: {name} ({total})", file=sys.stderr)
+            last = name
+
+        yield report
+
+
+def split_summary(con: Connection, split: str, cold_rows: int) -> dict[str, Any]:
+    """Sizes of a split's tasks, and the shares that are padding, cold tasks and rows of cold items."""
+    where = f"WHERE split = {literal(split)}"
+    sizes = con.execute(f"SELECT num_support, num_rows FROM tasks {where} ORDER BY task_id").fetchnumpy()
+    support = sizes["num_support"].astype(np.int64)
+    query = sizes["num_rows"].astype(np.int64) - support
+    seen = f"SELECT count(*) FROM tasks {where} AND key IN (SELECT key FROM tasks WHERE split = 'train')"
+    warm = scalar(con, seen)
+    rows = int(support.sum() + query.sum())
+    return {
+        "tasks": len(support),
+        "rows": rows,
+        "support": [int(support.min()), float(np.median(support)), int(support.max())],
+        "query": [int(query.min()), float(np.median(query)), int(query.max())],
+        "padding": round(_expected_padding(support, query), 4),
+        "cold_tasks": round(1 - warm / len(support), 4),
+        "cold_item_rows": round(cold_rows / rows, 4),
+    }
+
+
+def _expected_padding(support: npt.NDArray[Any], query: npt.NDArray[Any]) -> float:
+    """The share of cells that is padding when tasks are bucketed by size into batches of BATCH_TASKS."""
+    cells = sum(
+        len(slots) * int(support[slots].max() + query[slots].max())
+        for slots in bucket_by_size(support, query, BATCH_TASKS)
+    )
+    return 1 - int(support.sum() + query.sum()) / cells
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """Print what `prepare` returned as tables."""
+    console = Console()
+    table = Table(title=f"task pack {summary['out']}")
+    table.add_column("split")
+    for name in ("tasks", "rows", "support", "query", "padding", "cold tasks", "rows of cold items"):
+        table.add_column(name, justify="right")
+    for name, s in summary["splits"].items():
+        sizes = [f"{low} / {middle:g} / {high}" for low, middle, high in (s["support"], s["query"])]
+        shares = [f"{s[key]:.1%}" for key in ("padding", "cold_tasks", "cold_item_rows")]
+        table.add_row(name, f"{s['tasks']:,}", f"{s['rows']:,}", *sizes, *shares)
+    console.print(table)
+    console.print(f"support and query: min / median / max rows of a task; padding at {BATCH_TASKS} tasks a batch")
+    console.print(f"items in no training row: {summary['cold_items']:,}")
+    console.print("ids: " + ", ".join(f"{name} {size:,}" for name, size in summary["vocab"].items()))
+    if summary.get("empty_files"):
+        console.print(f"skipped: {summary['empty_files']:,} empty files")
+    for reason, tasks in summary["dropped_tasks"].items():
+        console.print(f"left out: {tasks:,} tasks ({summary['dropped_rows'][reason]:,} rows): {reason}")
+    for reason, rows in summary["bad_rows"].items():
+        console.print(f"in rejects.parquet: {rows:,} rows: {reason}")

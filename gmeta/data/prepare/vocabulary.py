@@ -1,0 +1,201 @@
+"""Stage 4 of `prepare`: vocabularies, item statistics, means and deviations, all of training rows only.
+
+They are tables of the connection (`vocab_<index of the embedding table>`, `item_totals`, `item_folds`), which `prepare`
+learns, and `predict` loads from a run's vocabulary directory. `encode` looks values up in them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import duckdb
+
+from gmeta.data.prepare.columns import batched
+from gmeta.data.prepare.deal import dealt, item_vocabulary
+from gmeta.data.prepare.summary import Report
+from gmeta.data.prepare.tasks import FOLDS, Shard
+from gmeta.data.schema import ITEM_STATISTICS, DataSchema, Feature, NumericColumn, PackSchema, RawFeature
+from gmeta.data.sources import Connection, only_file, scalar
+
+PRIOR_ROWS = 10.0
+"""Rows' worth of the global mean that an item's mean is smoothed with."""
+
+
+def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[Shard], tell: Report) -> PackSchema:
+    """Make vocabularies and statistics from training rows, and the pack schema."""
+    train_shards = [s for s in shards if s.split == "train"]
+    train = dealt(schema, scratch, train_shards)
+    num_ids = _make_vocabularies(con, schema, train, tell)
+    with_item = dealt(schema, scratch, train_shards, item=True)
+    if (vocabulary := item_vocabulary(schema)) is not None:
+        con.execute(f"CREATE VIEW seen_items AS SELECT value FROM vocab_{vocabulary}")
+    elif schema.item is not None:
+        con.execute(f"CREATE TABLE seen_items AS SELECT DISTINCT item AS value FROM {with_item}")
+    if schema.item_statistics:
+        _item_statistics(con, with_item)
+    return PackSchema(
+        features=tuple(
+            Feature(name=f.name, kind=f.kind, num_ids=num_ids[f.table], table=f.table, pooling=f.pooling)
+            for f in schema.features
+        ),
+        numeric=_numeric_columns(con, schema, with_item if schema.item_statistics else train),
+        label=schema.label,
+        binary_label=scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {dealt(schema, scratch, shards)}"),
+        task=schema.task,
+        item=schema.item,
+        time=schema.time,
+        label_mean=_label_mean(con, train),
+    )
+
+
+def _make_vocabularies(con: Connection, schema: DataSchema, train: str, tell: Report) -> dict[str, int]:
+    """Table `vocab_<index>` (value, count, id) of every embedding table; returns their numbers of ids by name."""
+    tables = list(enumerate(schema.tables().items()))
+    num_ids = {}
+    con.execute("BEGIN")  # one commit, not one for each vocabulary
+    for some in batched(tables):
+        source = train
+        if len(tables) > len(some):  # a query a vocabulary over files of all columns grows with their square
+            columns = [f"f{schema.features.index(f)}" for _, (_, features) in some for f in features]
+            con.execute(f"CREATE OR REPLACE TEMP TABLE some_columns AS SELECT {', '.join(columns)} FROM {train}")
+            source = "some_columns"
+        for index, (table, features) in some:
+            tell("building vocabularies", index, len(tables))
+            first = features[0]
+            num_ids[table] = 1 + (first.hash_buckets or _make_vocabulary(con, schema, index, features, source))
+    con.execute("DROP TABLE IF EXISTS some_columns; COMMIT")
+    tell("building vocabularies", len(tables), len(tables))
+    return num_ids
+
+
+def _make_vocabulary(
+    con: Connection, schema: DataSchema, index: int, features: Sequence[RawFeature], source: str
+) -> int:
+    """Make `vocab_<index>` of the values that `features` have in `source`; returns its size."""
+    members = [(schema.features.index(f), f.kind) for f in features]
+    values = " UNION ALL ".join(
+        f"SELECT {f'f{i}' if kind == 'categorical' else f'unnest(f{i})'} AS value FROM {source}" for i, kind in members
+    )
+    ((size,),) = con.execute(f"""
+        CREATE TABLE vocab_{index} AS SELECT value, count,
+            row_number() OVER (ORDER BY count DESC, CAST(value AS VARCHAR)) AS id
+        FROM (SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value)
+        WHERE count >= {features[0].min_count}""").fetchall()
+    return int(size)
+
+
+def _label_mean(con: Connection, train: str) -> float:
+    """Mean training label, the same bits whatever order the rows come in."""
+    scale = _label_scale(con, train)
+    query = f"SELECT {_exact_sum('CAST(label AS DOUBLE)', scale)}, count(*) FROM {train}"
+    total, count = con.execute(query).fetchall()[0]
+    return float(total or 0) / scale / max(int(count), 1)
+
+
+def _item_statistics(con: Connection, train: str) -> None:
+    """Tables `item_folds` and `item_totals`: rows and label sum of every item, by fold and in all (NULL: all items)."""
+    scale = _label_scale(con, train)
+    con.execute(f"""
+        CREATE TABLE item_sums AS SELECT item AS value, fold, {_exact_sum("CAST(label AS DOUBLE)", scale)} AS total,
+            count(*) AS count FROM {train} GROUP BY ALL""")
+    sums = f"CAST(sum(total) AS DOUBLE) / {scale!r} AS label_sum, CAST(sum(count) AS BIGINT) AS count FROM item_sums"
+    con.execute(f"CREATE TABLE item_folds AS SELECT value, fold, {sums} GROUP BY value, fold")
+    con.execute(f"""CREATE TABLE item_totals AS SELECT value, {sums} GROUP BY value
+                    UNION ALL SELECT NULL, {sums}""")
+
+
+def _label_scale(con: Connection, train: str) -> float:
+    return _fixed_point(float(scalar(con, f"SELECT max(abs(CAST(label AS DOUBLE))) FROM {train}") or 0.0))
+
+
+def _fixed_point(largest: float | None) -> float:
+    """Power of two that turns values up to `largest` into integers of 52 bits, whose sums do not depend on order."""
+    return 2.0 ** min(52 - math.frexp(largest)[1], 1000) if largest else 1.0
+
+
+def _exact_sum(value: str, scale: float) -> str:
+    return f"sum(CAST(round({value} * {scale!r}) AS BIGINT))"
+
+
+def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[NumericColumn, ...]:
+    """Mean and standard deviation of every numeric column over the training rows that have it."""
+    values = numeric_values(con, schema)
+    logs = [c.log for c in schema.numeric] + [False] * (len(values) - len(schema.numeric))
+    moments = [
+        moment
+        for part in batched(list(enumerate(values)))
+        for moment in _moments(con, train, dict.fromkeys(statistics_join(schema, i) for i, _ in part), part)
+    ]
+    return tuple(
+        NumericColumn(name=name, mean=mean, std=std, log=log)
+        for name, (mean, std), log in zip(schema.numeric_names(), moments, logs, strict=True)
+    )
+
+
+def _moments(
+    con: Connection, train: str, joins: Iterable[str], columns: Sequence[tuple[int, str]]
+) -> list[tuple[float, float]]:
+    """Mean and standard deviation (1 where it is 0) of SQL expressions, by sums that do not depend on order."""
+    relation, values = f"{train} b {' '.join(joins)}", [value for _, value in columns]
+
+    def one_row(expressions: list[str]) -> list[Any]:
+        return list(con.execute(f"SELECT {', '.join(expressions)} FROM {relation}").fetchall()[0])
+
+    def means_of(values: list[str], scales: list[float]) -> list[float]:
+        sums = one_row([_exact_sum(value, scale) for value, scale in zip(values, scales, strict=True)])
+        return [float(total or 0) / scale / max(n, 1) for total, scale, n in zip(sums, scales, counts, strict=True)]
+
+    found = one_row([f"count({value})" for value in values] + [f"max(abs({value}))" for value in values])
+    counts, largest = found[: len(values)], [float(x or 0) for x in found[len(values) :]]
+    means = means_of(values, [_fixed_point(x) for x in largest])
+    squares = [f"(({value}) - {mean!r}) * (({value}) - {mean!r})" for value, mean in zip(values, means, strict=True)]
+    variances = means_of(squares, [_fixed_point((2 * x) ** 2) for x in largest])
+    return [(mean, math.sqrt(variance) or 1.0) for mean, variance in zip(means, variances, strict=True)]
+
+
+def numeric_values(con: Connection, schema: DataSchema) -> list[str]:
+    """SQL of the numeric columns before standardisation, over a relation b and what `statistics_join` joins."""
+    values = [f"ln(1 + n{i})" if c.log else f"n{i}" for i, c in enumerate(schema.numeric)]
+    if schema.item_statistics:
+        mean = scalar(con, "SELECT label_sum / count FROM item_totals WHERE value IS NULL")
+        total, count = (
+            "(coalesce(t.label_sum, 0) - coalesce(o.label_sum, 0))",
+            "(coalesce(t.count, 0) - coalesce(o.count, 0))",
+        )
+        values.append(f"({total} + {PRIOR_ROWS * mean!r}) / ({count} + {PRIOR_ROWS!r})")
+        # A training row sees the other folds only; scaled up, its count means what it means elsewhere.
+        values.append(f"ln(1 + {count} * CASE WHEN b.fold IS NULL THEN 1 ELSE {FOLDS / (FOLDS - 1)!r} END)")
+    return values
+
+
+def statistics_join(schema: DataSchema, column: int) -> str:
+    """JOIN clause that stored numeric column number `column` needs: item statistics need their tables."""
+    if column < len(schema.numeric):
+        return ""
+    return """LEFT JOIN item_totals t ON t.value = b.item
+              LEFT JOIN item_folds o ON o.value = b.item AND o.fold = b.fold"""
+
+
+def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> None:
+    """Load what `encode` looks values up in from a run's vocabulary directory.
+
+    Raises ValueError for a file that is missing or damaged, with its name.
+    """
+    for index, (table, features) in enumerate(schema.tables().items()):
+        if features[0].hash_buckets is None:
+            _load(con, f"vocab_{index}", "value, id", vocab_dir / f"{quote(table, safe='')}.parquet")
+    if schema.item_statistics:
+        _load(con, "item_totals", "value, label_sum, count", vocab_dir / f"{ITEM_STATISTICS}.parquet")
+        con.execute("CREATE TABLE item_folds (value VARCHAR, fold INTEGER, label_sum DOUBLE, count BIGINT)")
+
+
+def _load(con: Connection, table: str, columns: str, file: Path) -> None:
+    try:
+        con.execute(f"CREATE TABLE {table} AS SELECT {columns} FROM read_parquet({only_file(file)})")
+    except duckdb.Error as error:
+        cure = "copy it again from the pack, or train again"
+        raise ValueError(f"{file} is missing or damaged ({error}): {cure}") from None
