@@ -58,4 +58,9 @@ def _column(values: Any, name: str, key: str) -> pa.Array | pa.ChunkedArray:
             values = pa.array(values, from_pandas=True)
         except (pa.ArrowException, ValueError, TypeError) as error:
             raise ValueError(f"{name}[{key!r}] holds values of several types ({error}): convert it to one") from None
-    return values.cast(values.type.value_type) if pa.types.is_dictionary(values.type) else values
+    if not pa.types.is_dictionary(values.type):
+        return values
+    chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]
+    kind = values.type.value_type
+    kind = pa.large_string() if kind == pa.string_view() else kind  # the one text type that take does not know
+    return pa.chunked_array([chunk.dictionary.cast(kind).take(chunk.indices) for chunk in chunks], kind)

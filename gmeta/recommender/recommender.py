@@ -94,7 +94,7 @@ class Recommender:
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
         schema = data_schema_from_json(self._data_schema)
-        roles: list[Role] = ["task", *(["item"] if schema.item_statistics else [])]
+        roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         if isinstance(table, Mapping) and not table:
             return None
         found = as_arrow(table, role, schema.columns([*roles, "label"] if role == "support" else roles))

@@ -1,0 +1,217 @@
+"""`gmeta.load`: adapt to tables in memory and score candidates, as `gmeta predict` does with files."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from packs import ITEMS, TAGS, USERS, make_pack
+
+import gmeta
+from gmeta.cli import run
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "factored": {"meta": {"inner_steps": 2, "inner_lr": 0.5}},
+    "reference": {"meta": {"engine": "reference", "inner_lr": 0.5}},
+    "embeddings": {"meta": {"adapt": ["embeddings"], "inner_steps": 2, "inner_lr": 2.0, "order": "first"}},
+    "modulated": {"meta": {"adapt": ["head"], "modulation": "film", "inner_lr": 0.5}},
+    "plain": {"meta": {"adapt": []}},
+}
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pack(tmp_path_factory.mktemp("recommender") / "pack")
+
+
+@pytest.fixture(scope="module")
+def runs(pack: Path) -> dict[str, Path]:
+    """A trained run of each of `SETTINGS`."""
+    trained = {}
+    for name, values in SETTINGS.items():
+        config = {"pack": str(pack), "run_dir": str(pack.parent / name), "loader": {"tasks_per_batch": 20}, **values}
+        config |= {"schedule": {"epochs": 1}, "precision": "float64", "embedding": {"init_std": 0.5}}
+        trained[name] = gmeta.train(config).path
+    return trained
+
+
+@pytest.fixture(scope="module")
+def rec(runs: dict[str, Path]) -> gmeta.Recommender:
+    return gmeta.load(runs["factored"])
+
+
+def rows(num_tasks: int, each: int, seed: int, *, label: bool) -> pa.Table:
+    """Raw rows of users, interleaved; some values are in no vocabulary."""
+    rng = np.random.default_rng(seed)
+    total = num_tasks * each
+    tags = [[f"tags{i}" for i in rng.integers(0, TAGS, n)] for n in rng.integers(0, 4, total)]
+    columns: dict[str, Any] = {
+        "user": [f"new{i % num_tasks}" for i in range(total)],
+        "group": [f"group{i}" for i in rng.integers(0, USERS, total)],
+        "item": [f"item{i}" for i in rng.integers(0, ITEMS, total)],
+        "tags": tags,
+        "age": rng.normal(size=total),
+        "price": rng.normal(size=total),
+    }
+    if label:
+        columns["click"] = rng.integers(0, 2, total)
+    return pa.table(columns)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_scores_are_those_of_the_command(runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    support, candidates = rows(5, 4, 1, label=True), rows(7, 3, 2, label=False)  # two users have no support
+    pq.write_table(support, tmp_path / "support.parquet")
+    pq.write_table(candidates, tmp_path / "query.parquet")
+    words = ["predict", "--run_dir", runs[name], "--support", tmp_path / "support.parquet"]
+    words += ["--query", tmp_path / "query.parquet", "--out", tmp_path / "out.parquet"]
+    assert run([str(word) for word in words]) == 0
+    expected = pq.read_table(tmp_path / "out.parquet")
+    rec = gmeta.load(runs[name])
+    users = rec.adapt(support)
+    np.testing.assert_allclose(users.predict(candidates), expected["score"].to_numpy(), rtol=1e-12)
+    before = rec.adapt({}).predict(candidates)
+    np.testing.assert_allclose(before, expected["score_before"].to_numpy(), rtol=1e-12)
+    changed = np.abs(users.predict(candidates) - before) > 1e-9
+    known = np.isin(candidates["user"].to_pylist(), list(users.keys))
+    assert changed[known].any() == (name != "plain")
+    assert not changed[~known].any()
+
+
+def test_every_kind_of_table_gives_the_same(rec: gmeta.Recommender) -> None:
+    support, candidates = rows(3, 4, 1, label=True), rows(3, 3, 2, label=False)
+    expected = rec.adapt(support).predict(candidates)
+    frame = support.to_pandas()
+    odd = frame.set_index(np.arange(100, 112)).astype({"user": "category", "item": "category", "click": "int8"})
+    tables = [
+        support.to_pydict(),
+        frame,
+        odd,
+        frame.convert_dtypes(),
+        pl.from_arrow(support),
+        pl.from_arrow(support).with_columns(pl.col("item").cast(pl.Categorical), pl.col("click").cast(pl.Boolean)),
+        support.to_batches()[0],
+        support.append_column("other", [["x"] * support.num_rows]),
+        {name: np.array(values) if name not in ("tags",) else values for name, values in support.to_pydict().items()},
+    ]
+    for table in tables:
+        np.testing.assert_array_equal(rec.adapt(table).predict(candidates), expected, type(table).__name__)
+    assert rec.adapt(frame).predict(candidates.to_pandas()).tolist() == expected.tolist()
+
+
+def test_candidates_keep_their_order_and_may_repeat(rec: gmeta.Recommender) -> None:
+    users, candidates = rec.adapt(rows(4, 3, 1, label=True)), rows(4, 3, 2, label=False)
+    expected = users.predict(candidates)
+    order = np.random.default_rng(0).permutation(12)
+    np.testing.assert_allclose(users.predict(candidates.take(order)), expected[order], rtol=1e-12)
+    twice = users.predict(pa.concat_tables([candidates, candidates]))
+    np.testing.assert_allclose(twice, np.tile(expected, 2), rtol=1e-12)
+
+
+def test_tasks_do_not_depend_on_each_other(rec: gmeta.Recommender) -> None:
+    """300 tasks take two passes; each of them learns from its own rows alone."""
+    support, candidates = rows(300, 3, 1, label=True), rows(300, 2, 2, label=False)
+    together = rec.adapt(support).predict(candidates)
+    for user in ("new0", "new299"):
+        mine = pa.compute.equal(candidates["user"], user)
+        own = rec.adapt(support.filter(pa.compute.equal(support["user"], user)))
+        assert own.keys == (user,)
+        found = own.predict(candidates.filter(mine))
+        np.testing.assert_allclose(found, together[mine.to_numpy()], rtol=1e-9)
+
+
+def test_a_state_can_be_sent(rec: gmeta.Recommender, runs: dict[str, Path]) -> None:
+    users, candidates = rec.adapt(rows(3, 4, 1, label=True)), rows(4, 3, 2, label=False)
+    file = io.BytesIO()
+    torch.save(users.state(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again = gmeta.load(runs["factored"]).restore(state)
+    assert again.keys == users.keys
+    assert again.predict(candidates).tolist() == users.predict(candidates).tolist()
+    with pytest.raises(ValueError, match=r"this model is .*: adapt again"):
+        gmeta.load(runs["embeddings"]).restore(state)
+
+
+def test_nothing_is_no_mistake(rec: gmeta.Recommender) -> None:
+    support, candidates = rows(3, 4, 1, label=True), rows(3, 3, 2, label=False)
+    assert len(rec.adapt(support.slice(0, 0))) == 0
+    assert rec.adapt(support).predict(candidates.slice(0, 0)).shape == (0,)
+    assert len(rec.adapt(support)) == 3
+
+
+SUPPORT = rows(2, 3, 1, label=True).to_pydict()
+
+
+@pytest.mark.parametrize(
+    ("support", "message"),
+    [
+        ({k: v for k, v in SUPPORT.items() if k != "click"}, "support has no column 'click'"),
+        ({("itm" if k == "item" else k): v for k, v in SUPPORT.items()}, "no column 'item': did you mean 'itm'"),
+        (SUPPORT | {"age": [1.0]}, "the columns of support have different lengths"),
+        (SUPPORT | {"age": "old"}, "support['age'] is 'old': must be a list"),
+        (SUPPORT | {"age": [1, "x", 2, 3, 4, 5]}, "support['age'] holds values of several types"),
+        (SUPPORT | {"age": ["x"] * 6}, "is no number"),
+        (SUPPORT | {"click": [2] * 6}, "support has label 2: the run was trained on clicks"),
+        (SUPPORT | {"click": [None, 1, 1, 1, 1, 1]}, "is missing"),
+        ([1, 2], "support is a list: give a pandas or polars DataFrame"),
+        (pd.DataFrame(SUPPORT).set_index("user"), "support has 'user' as its index, not as a column"),
+    ],
+)
+def test_mistakes_are_named(rec: gmeta.Recommender, support: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="support") as caught:
+        rec.adapt(support)
+    assert message in str(caught.value)
+
+
+def test_a_run_of_somebody_elses_code_is_not_opened_unasked(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_towers.py").write_text(
+        "import torch\n"
+        "from pathlib import Path\n"
+        "Path('imported').touch()\n"
+        "class Towers(torch.nn.Module):\n"
+        "    def __init__(self, inputs, *, hidden: int = 4):\n"
+        "        super().__init__()\n"
+        "        self.layer, self.head_ = torch.nn.Linear(inputs.width, hidden), torch.nn.Linear(hidden, 1)\n"
+        "    def forward(self, dense, embedded):\n"
+        "        x = torch.cat([dense, *embedded.values()], -1)\n"
+        "        return self.head_(torch.relu(self.layer(x))).squeeze(-1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["train", "--pack", pack, "--run_dir", "run", "--loader.tasks_per_batch", 30, "--schedule.epochs", 1]
+    assert run([str(w) for w in [*words, "--model.name", "my_towers:Towers", "--model.args.hidden", 5]]) == 0
+    (tmp_path / "imported").unlink()
+    monkeypatch.delitem(__import__("sys").modules, "my_towers")
+    with pytest.raises(ValueError, match=r"my_towers:Towers: loading it runs that code"):
+        gmeta.load("run")
+    assert run(["evaluate", "--run_dir", "run", "--resamples", "5"]) == 2
+    assert "--trust_model true" in capsys.readouterr().err
+    assert not (tmp_path / "imported").exists()
+    assert run(["evaluate", "--run_dir", "run", "--resamples", "5", "--trust_model", "true"]) == 0
+    assert (tmp_path / "imported").exists()
+    assert run(["report", "--run_dir", "run"]) == 0
+    trusted = gmeta.load("run", trust_model=True)
+    from my_towers import Towers  # type: ignore[import-not-found]
+
+    given = gmeta.load("run", model=Towers)
+    support, candidates = rows(2, 3, 1, label=True), rows(2, 3, 2, label=False)
+    assert trusted.adapt(support).predict(candidates).tolist() == given.adapt(support).predict(candidates).tolist()
+    assert json.loads(json.dumps(given.config.model.args)) == {"hidden": 5}
+
+
+def test_loading_holds_no_optimizer_state(runs: dict[str, Path]) -> None:
+    rec = gmeta.load(runs["factored"])
+    assert all(not table.state for table in rec.system.tables.fused.values())
+    assert not any(p.grad is not None for p in rec.system.learner.parameters())
