@@ -8,7 +8,6 @@ CPU time, and what the burner makes of that is measured.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -16,15 +15,12 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import psutil
 
 from gmeta.elastic.scenario import Contention, Scenario
 from gmeta.lab.folder import LabFolder, read_lines
 
-P = ParamSpec("P")
-R = TypeVar("R")
 _BLOCK = bytes(1 << 18)  # hashed in 0.2 to 0.4 ms, without holding the interpreter: loader and agent go on
 
 
@@ -82,23 +78,6 @@ class Device:
             "spent_s": spent_s,
         }
         self._file.write(json.dumps(line) + "\n")
-
-    def slowed(self, compute: Callable[P, R], describe: Callable[P, tuple[int, float, bool]]) -> Callable[P, R]:
-        """Wrap a function that computes one micro-batch, so that it takes as long as the emulated device would.
-
-        `describe` gets the arguments of a call and returns (step, tasks of work, whether it is the step's first
-        micro-batch).
-        """
-
-        @functools.wraps(compute)
-        def compute_slowly(*args: P.args, **kwargs: P.kwargs) -> R:
-            step, work, first = describe(*args, **kwargs)
-            begun = time.perf_counter()
-            result = compute(*args, **kwargs)
-            self(step, work, first, time.perf_counter() - begun)
-            return result
-
-        return compute_slowly
 
     def close(self) -> None:
         """Close the file."""

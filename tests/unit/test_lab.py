@@ -69,15 +69,6 @@ def parts(folder: LabFolder, rank: int = 0) -> list[dict[str, float]]:
 # The emulated device
 
 
-def test_a_wrapped_function_takes_as_long_as_the_device(tmp_path) -> None:
-    emulate, clock = device(LabFolder(tmp_path), SCENARIO)
-    slow = emulate.slowed(lambda step, tasks: step + tasks, lambda step, tasks: (step, float(tasks), True))
-    assert slow(3, tasks=4) == 7
-    (line,) = parts(LabFolder(tmp_path))
-    assert (line["step"], line["work"], line["target_s"]) == (3, 4.0, pytest.approx(0.8))
-    assert clock.now == pytest.approx(1000.8, abs=0.1)
-
-
 def test_a_device_takes_as_long_as_the_scenario_says(tmp_path):
     emulate, clock = device(LabFolder(tmp_path), replace(SCENARIO, fixed_s=0.05))
     clock.now += 0.01  # real computing
