@@ -24,7 +24,7 @@ _PLACES = "file INTEGER, row BIGINT, reason VARCHAR, bad_column VARCHAR, bad_val
 
 
 def id_types(schema: DataSchema, parts: Sequence[RawPart]) -> dict[str, str]:
-    """SQL type of the ids of a table, and of the roles task and item: INTEGER or BIGINT where all parts hold such."""
+    """Return the SQL type of each table's ids and of the roles task and item: INTEGER or BIGINT where all parts fit."""
     columns = {table: [f.name for f in features] for table, features in schema.tables().items()}
     types = {table: _common_type(parts, names) for table, names in columns.items()}
     roles = {f"role {role}": name for role, name in (("task", schema.task), ("item", schema.item)) if name is not None}
@@ -53,7 +53,7 @@ def create_checked(con: Connection, schema: DataSchema, types: Mapping[str, str]
 
 
 def checked_columns(schema: DataSchema, types: Mapping[str, str]) -> dict[str, str]:
-    """Column -> SQL type of a checked row's values: the roles, f0 … of the features, n0 … of the numeric columns."""
+    """Return column -> SQL type of a checked row: the roles, f0 … (features) and n0 … (numeric columns)."""
     task, item = (types.get(f"role {role}", "VARCHAR") for role in ("task", "item"))
     columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
     columns |= {"item": item, "partition": "VARCHAR"}
@@ -106,7 +106,7 @@ def check(
 
 
 def _why(checks: Sequence[tuple[str, str, str]]) -> str:
-    """SQL of the reason, the column and the value of the check that `__problem` (from 1) names; NULL for none."""
+    """Return SQL of the reason, column and value of the check that `__problem` (from 1) names; NULL for none."""
     columns = list(dict.fromkeys(column for column, _, _ in checks))
     reasons = ", ".join(literal(reason) for _, _, reason in checks)
     names = ", ".join(literal(column) for column, _, _ in checks)
@@ -127,7 +127,7 @@ def _reject_broken_lines(con: Connection, file: int) -> None:
 
 
 class _Columns:
-    """SQL of a part's values by the rules of an encoding."""
+    """Makes the SQL of a part's values by the rules of an encoding."""
 
     def __init__(
         self, con: Connection, part: RawPart, schema: DataSchema, types: Mapping[str, str], encoding: int
@@ -136,7 +136,7 @@ class _Columns:
         self.rules = _RULES[encoding]
 
     def all(self, roles: Sequence[Role]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-        """Column of `checked_columns` -> SQL, and (raw column, condition, reason) of every check."""
+        """Return column of `checked_columns` -> SQL, and (raw column, condition, reason) of every check."""
         found: dict[str, str] = dict.fromkeys(checked_columns(self.schema, self.types), "NULL")
         checks: list[tuple[str, str, str]] = []
 
@@ -225,7 +225,7 @@ class _Columns:
 
 
 def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
-    """The error for a column whose type cannot hold what the schema says of it."""
+    """Return the error for a column whose type cannot hold what the schema says of it."""
     return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
 
 
@@ -233,14 +233,14 @@ def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
 
 
 def reject_counts(con: Connection) -> dict[str, int]:
-    """Reason -> number of rows, most frequent first."""
+    """Return reason -> number of rows, most frequent first."""
     query = """SELECT coalesce(bad_column || ' ', 'line ') || regexp_replace(reason, ':.*', '') AS why, count(*)
                FROM rejects GROUP BY why ORDER BY count(*) DESC, why"""
     return dict(con.execute(query).fetchall())
 
 
 def describe_rejects(con: Connection, files: Sequence[str]) -> str:
-    """The first few rows that cannot be used, one a line: file, row, column, value and reason."""
+    """Describe the first few rows that cannot be used, one a line: file, row, column, value and reason."""
     query = f"SELECT file, row, bad_column, bad_value, reason FROM rejects ORDER BY file, row LIMIT {SHOWN_REJECTS}"
     lines = []
     for file, row, column, value, reason in con.execute(query).fetchall():

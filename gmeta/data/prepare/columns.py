@@ -15,14 +15,14 @@ TOO_LARGE = "is a whole number beyond int64: put a letter before it to keep it a
 FLOAT32_MAX = "3.4e38"
 
 Checks: TypeAlias = list[tuple[str, str]]
-"""Pairs of SQL that is true for a bad value, and the reason."""
+"""Each check is SQL that is true for a bad value, and the reason to give."""
 Value: TypeAlias = tuple[str, Checks]
-"""SQL of a value (NULL where it is missing), and its checks."""
+"""A value is its SQL (NULL where it is missing) and its checks."""
 
 COLUMNS_A_QUERY = 32
 """Every join copies all columns of its query: with all features in one query the work grows with their square."""
 
 
 def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:
-    """`items` in parts of at most COLUMNS_A_QUERY."""
+    """Cut `items` into parts of at most COLUMNS_A_QUERY."""
     return (items[start : start + COLUMNS_A_QUERY] for start in range(0, len(items), COLUMNS_A_QUERY))

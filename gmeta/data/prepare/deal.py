@@ -1,4 +1,4 @@
-"""Stage 3 of `prepare`: the rows of kept tasks to one folder of Parquet files a shard.
+"""Stage 3 of `prepare` deals the rows of kept tasks to one folder of Parquet files a shard.
 
 From here on a shard is an independent job.
 """
@@ -37,7 +37,7 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
 
 
 def dealt(schema: DataSchema, scratch: Path, shards: Sequence[Shard], *, item: bool = False) -> str:
-    """SQL that reads the dealt rows of some shards, with column `item` where it is asked for."""
+    """Return SQL that reads the dealt rows of some shards, with column `item` where it is asked for."""
     folders = [scratch / "rows" / f"shard={s.index}" for s in shards]
     files = ", ".join(literal(f"{glob.escape(str(folder))}/*.parquet") for folder in folders)
     rows = f"read_parquet([{files}], hive_partitioning=false)"
@@ -47,13 +47,13 @@ def dealt(schema: DataSchema, scratch: Path, shards: Sequence[Shard], *, item: b
 
 
 def item_feature(schema: DataSchema) -> int | None:
-    """Index of the feature that is the item column too, so that its rows need not hold it twice."""
+    """Return the index of the feature that is the item column too, so that its rows need not hold it twice."""
     found = [i for i, f in enumerate(schema.features) if f.name == schema.item and f.kind == "categorical"]
     return found[0] if found else None
 
 
 def item_vocabulary(schema: DataSchema) -> int | None:
-    """Index of the embedding table whose vocabulary is the items of training rows, all of them and nothing else."""
+    """Return the index of the embedding table whose vocabulary is exactly the items of training rows."""
     feature = item_feature(schema)
     for index, members in enumerate(schema.tables().values()):
         alone = feature is not None and members == [schema.features[feature]]

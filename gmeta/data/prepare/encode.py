@@ -1,4 +1,7 @@
-"""Stage 5 of `prepare`, and all of it for `predict`: checked rows to the arrays of a shard."""
+"""Stage 5 of `prepare` makes arrays of a shard of its checked rows; `predict` makes them of two files.
+
+Both share `encode`, so that a value means the same in training and in serving.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +89,7 @@ def _list_ids(con: Connection, relation: str, schema: DataSchema, index: int, vo
 
 @dataclass(frozen=True)
 class EncodedTables:
-    """Tasks of raw support and query rows, in the layout of a shard."""
+    """The tasks of raw support and query rows, laid out as a shard is."""
 
     keys: list[str]  # raw key of each task
     arrays: dict[str, Array]  # as a shard's, without time; label is 0 in query rows, item_cold is 0

@@ -19,7 +19,7 @@ _PLAIN = (*INTEGERS, "BOOLEAN", "DATE", "UUID", "TIME")
 
 
 def id_value(value: str, kind: str, as_type: str) -> Value | None:
-    """SQL of an id as `as_type` (NULL where it is missing) and its checks; None for a type that is no id."""
+    """Return SQL of an id as `as_type` (NULL where it is missing) and its checks; None for a type that is no id."""
     if as_type != "VARCHAR":
         return f"CAST({value} AS {as_type})", []
     if kind in _PLAIN or kind.startswith(("TIMESTAMP", "ENUM")):
@@ -41,7 +41,7 @@ def id_value(value: str, kind: str, as_type: str) -> Value | None:
 
 
 def number_value(value: str, kind: str) -> Value | None:
-    """SQL of a number as DOUBLE (NULL where it is missing) and its checks; None for a type that is no number."""
+    """Return SQL of a number as DOUBLE (NULL where it is missing) and its checks; None for a type that is no number."""
     if kind not in (*INTEGERS, *WIDE_INTEGERS, "BOOLEAN", "FLOAT", "DOUBLE", "VARCHAR") and "DECIMAL" not in kind:
         return None
     number = f"TRY_CAST({value} AS DOUBLE)"
@@ -53,7 +53,7 @@ def number_value(value: str, kind: str) -> Value | None:
 
 
 def label_value(value: str, kind: str, threshold: float | None) -> Value | None:
-    """SQL of a label as FLOAT and its checks; None for a type that is no number."""
+    """Return SQL of a label as FLOAT and its checks; None for a type that is no number."""
     found = number_value(value, kind)
     if found is None:
         return None

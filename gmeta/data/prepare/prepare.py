@@ -70,7 +70,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
 def _check_all(
     con: Connection, config: PrepareConfig, schema: DataSchema, settings: Settings, scratch: Path, tell: Report
 ) -> dict[str, Any]:
-    """Make view `raw_rows`, the rows that can be used; returns the counts so far."""
+    """Check all files and make view `raw_rows` of the rows that can be used; returns the counts so far."""
     roles: list[Role] = ["task", "label", "time", "item"]
     if settings.task_split == "column":
         roles.append("partition")

@@ -1,4 +1,4 @@
-"""Where `prepare` works: a scratch directory and a database beside the pack, and what a full disk or memory says."""
+"""`prepare` works in a scratch directory beside the pack, and says what to do when the disk or memory is full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gmeta.data.sources import Connection
 
 @contextmanager
 def scratch_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` for what does not fit in memory, held by this process alone, removed at the end."""
+    """Give a directory beside `out` for what does not fit in memory, to this process alone; remove it at the end."""
     if out.exists():
         raise ValueError(f"{out} exists: remove it or choose another out")
     path = out.with_name(out.name + ".scratch")
@@ -38,7 +38,7 @@ def scratch_directory(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def connect(scratch: Path, config: PrepareConfig) -> Iterator[Connection]:
-    """A database in `scratch`, within the limits of the config."""
+    """Open a database in `scratch`, within the limits of the config."""
     settings: dict[str, Any] = {"memory_limit": config.memory_limit, "temp_directory": str(scratch / "spill")}
     if config.threads:
         settings["threads"] = config.threads

@@ -1,4 +1,4 @@
-"""What `prepare` tells: progress while it works, tables when it is done."""
+"""`prepare` tells its progress while it works, and prints tables when it is done."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gmeta.data.order import bucket_by_size
 from gmeta.data.sources import Connection, literal, scalar
 
 Report: TypeAlias = Callable[[str, int, int], None]
-"""Told (stage, done, total) as work goes on."""
+"""It is told (stage, done, total) as work goes on."""
 
 BATCH_TASKS = 64
-"""Tasks a batch for which the summary states the expected padding."""
+"""The summary states the padding that batches of so many tasks have."""
 
 
 @contextmanager
 def console_report() -> Iterator[Report]:
-    """Progress on stderr: a bar on a terminal, a line a stage elsewhere."""
+    """Report progress on stderr: a bar on a terminal, a line a stage elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -43,7 +43,7 @@ def console_report() -> Iterator[Report]:
 
 
 def split_summary(con: Connection, split: str, cold_rows: int) -> dict[str, Any]:
-    """Sizes of a split's tasks, and the shares that are padding, cold tasks and rows of cold items."""
+    """Return the sizes of a split's tasks, and the fractions that are padding, cold tasks and rows of cold items."""
     where = f"WHERE split = {literal(split)}"
     sizes = con.execute(f"SELECT num_support, num_rows FROM tasks {where} ORDER BY task_id").fetchnumpy()
     support = sizes["num_support"].astype(np.int64)
@@ -63,7 +63,7 @@ def split_summary(con: Connection, split: str, cold_rows: int) -> dict[str, Any]
 
 
 def _expected_padding(support: npt.NDArray[Any], query: npt.NDArray[Any]) -> float:
-    """The share of cells that is padding when tasks are bucketed by size into batches of BATCH_TASKS."""
+    """Return the fraction of cells that is padding when tasks are bucketed by size into batches of BATCH_TASKS."""
     cells = sum(
         len(slots) * int(support[slots].max() + query[slots].max())
         for slots in bucket_by_size(support, query, BATCH_TASKS)

@@ -1,6 +1,6 @@
-"""Which tasks a pack holds: settings, sizes, splits, and the place of every task in its shard.
+"""Stage 2 of `prepare` decides which tasks a pack holds, their splits and sizes, and the place of each in its shard.
 
-Works on view `raw_rows`, the rows that `check` gave; leaves table `tasks`, one row a kept task.
+It reads view `raw_rows`, the rows that `check` gave, and leaves table `tasks`, one row a kept task.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gmeta.data.schema import DataSchema, load_data_schema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 FOLDS = 10
-"""Folds of the training tasks: an item's statistics in a training row leave the row's own fold out."""
+"""Training tasks fall into so many folds: an item's statistics in a training row leave the row's own fold out."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the pack's content besides the rows and the schema."""
+    """What decides the content of a pack besides its rows and the schema."""
 
     split_query: str
     query_size: int | None
@@ -45,7 +45,7 @@ class Shard:
 
 
 def resolve(config: PrepareConfig) -> tuple[DataSchema, Settings]:
-    """The data schema and the settings, with what is unset taken from the named data set or the defaults."""
+    """Return the data schema and the settings; what is unset is taken from the named data set or the defaults."""
     usual: dict[str, Any] = {}
     if config.dataset is not None:
         if config.dataset not in DATA_SETS:
@@ -154,7 +154,7 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
 
 
 def _split_tasks(con: Connection, settings: Settings) -> None:
-    """Table `split_tasks`: the kept tasks with their split. Whole keys are held out, exact shares of them."""
+    """Make table `split_tasks`, the kept tasks with their split. Whole keys are held out, exact fractions of them."""
     drawn = md5_64(literal(f"split|{settings.seed}"), "key")
     if settings.task_split == "column":
         pool, split = "WHERE mapped = 'train'", "mapped"
@@ -163,8 +163,8 @@ def _split_tasks(con: Connection, settings: Settings) -> None:
     order = "min(first_time) DESC, key" if settings.task_split == "time" else f"{drawn}, key"
     query = f"SELECT count(DISTINCT key) FROM (SELECT * FROM grouped WHERE dropped IS NULL) {pool}"
     keys = scalar(con, query)
-    test = _share(settings.test_fraction, keys)
-    valid = _share(settings.valid_fraction, keys)
+    test = _held_out(settings.test_fraction, keys)
+    valid = _held_out(settings.valid_fraction, keys)
     con.execute(f"""
         CREATE TABLE split_tasks AS
         SELECT g.*, CASE WHEN h.rank <= {test} THEN 'test' WHEN h.rank <= {test + valid} THEN 'valid'
@@ -176,13 +176,13 @@ def _split_tasks(con: Connection, settings: Settings) -> None:
         WHERE g.dropped IS NULL""")
 
 
-def _share(fraction: float, total: int) -> int:
-    """Tasks to hold out: at least one where any is asked for and two are left."""
+def _held_out(fraction: float, total: int) -> int:
+    """Return how many tasks to hold out: at least one where any is asked for and two are left."""
     return max(round(fraction * total), 1 if fraction > 0 and total > 2 else 0)
 
 
 def row_bytes(con: Connection, schema: DataSchema) -> float:
-    """Mean bytes of an encoded row."""
+    """Return the mean number of bytes of an encoded row."""
     many = [i for i, f in enumerate(schema.features) if f.kind != "categorical"]
     one_valued = len(schema.features) - len(many)
     fixed = 4 * one_valued + 4 * len(schema.numeric_names()) + 4 + 1 + 8 * (schema.time is not None) + 8 * len(many)
@@ -195,7 +195,7 @@ def row_bytes(con: Connection, schema: DataSchema) -> float:
 
 
 def _place_tasks(con: Connection, schema: DataSchema, settings: Settings) -> None:
-    """Table `tasks`: stored order is random within a split; shards are cut from it, about equal in rows."""
+    """Make table `tasks`. Its order is random within a split; shards are cut from it, about equal in rows."""
     rows_per_shard = max(1.0, settings.shard_mb * 1e6 / row_bytes(con, schema))
     order = f"{md5_64(literal(f'order|{settings.seed}'), 'key', 'partition')}, key, partition"
     fold = f"CAST({md5_64(literal(f'fold|{settings.seed}'), 'key')} % {FOLDS} AS INTEGER)"

@@ -23,7 +23,7 @@ _MAX = 2**63 // 10**6
 
 
 def time_columns(con: Connection, part: RawPart, column: str) -> tuple[str, str, Checks]:
-    """SQL of a part's time in whole units, of the fraction in millionths, and the checks.
+    """Return SQL of a part's time in whole units, of the fraction in millionths, and the checks.
 
     Raises ValueError for a type that is no time.
     """
@@ -38,7 +38,7 @@ def time_columns(con: Connection, part: RawPart, column: str) -> tuple[str, str,
 
 
 def _as_number(con: Connection, part: RawPart, column: str) -> bool:
-    """Whether a text column holds numbers: its first time decides, the others must be like it."""
+    """Return whether a text column holds numbers: its first time decides, the others must be like it."""
     if part.columns[column] != "VARCHAR":
         return False
     value = identifier(column)
@@ -58,7 +58,7 @@ class _Span:
 
 
 def common_time(con: Connection, parts: Sequence[RawPart], column: str | None) -> str:
-    """SQL of the time of a checked row (BIGINT) in the one unit of all parts, which were checked in this order.
+    """Return SQL of the time of a checked row (BIGINT) in the one unit of all parts, which were checked in this order.
 
     Raises ValueError, which names two files, where parts hold numbers and dates, or numbers of other units.
     """
@@ -89,19 +89,19 @@ def common_time(con: Connection, parts: Sequence[RawPart], column: str | None) -
 
 
 def _that_differ(spans: Sequence[_Span], key: Callable[[_Span], str | None]) -> list[tuple[_Span, _Span]]:
-    """The first span beside the first one of another key; none where all are alike."""
+    """Return the first span beside the first one of another key; none where all are alike."""
     return [(spans[0], span) for span in spans if key(span) != key(spans[0])][:1]
 
 
 def _unit(span: _Span) -> str | None:
-    """The unit in which the last time of a file is a date of our days; None for a counter, and for dates."""
+    """Return the unit in which the last time of a file is a date of our days; None for a counter, and for dates."""
     if span.kind != "number":
         return None
     return next((unit for unit, scale in _UNITS.items() if _DATES[0] * scale <= span.high < _DATES[1] * scale), None)
 
 
 def _span(con: Connection, part: RawPart, file: int, column: str) -> _Span | None:
-    """What the times of a part are, by its column alone; None where it has none."""
+    """Return what the times of a part are, by its column alone; None where it has none."""
     kind = part.columns[column]
     as_number = _as_number(con, part, column)
     times = f"SELECT time, time_fraction FROM checked WHERE file = {file}"

@@ -24,7 +24,7 @@ from gmeta.data.prepare.columns import (
 
 _PLAIN = (*INTEGERS, "BOOLEAN", "DATE", "UUID", "TIME")
 _EXACT = {"FLOAT": 2**24, "DOUBLE": 2**53}
-"""Up to here every whole number is a float of its own."""
+"""Up to these numbers every whole number has a float of its own."""
 _EXACT_DIGITS = 15
 """A DECIMAL of so many digits divides two exact doubles, so that its DOUBLE is the one that its text gives."""
 
@@ -32,7 +32,7 @@ _EXACT_DIGITS = 15
 
 
 def id_value(value: str, kind: str, as_type: str) -> Value | None:
-    """SQL of an id as `as_type` (NULL where it is missing) and its checks; None for a type that is no id."""
+    """Return SQL of an id as `as_type` (NULL where it is missing) and its checks; None for a type that is no id."""
     if kind == '"NULL"':
         return f"CAST(NULL AS {as_type})", []
     if as_type != "VARCHAR":
@@ -65,7 +65,7 @@ def id_value(value: str, kind: str, as_type: str) -> Value | None:
 
 
 def _text_id(text: str) -> Value:
-    """Text as an id. The cheap tests come first: regular expressions see only text that ends as a number may."""
+    """Return SQL of a text as an id. Cheap tests come first, so that regular expressions see little text."""
     # Spark writes doubles from 10^7 on as 1.2345678E7. Without a decimal point it could be a hexadecimal id.
     power = f"""CASE WHEN regexp_full_match({text}, '-?[1-9][.][0-9]+E[0-9]+')
                      AND TRY_CAST({text} AS DOUBLE) = floor(TRY_CAST({text} AS DOUBLE))
@@ -85,7 +85,7 @@ def _text_id(text: str) -> Value:
 
 
 def number_value(value: str, kind: str) -> Value | None:
-    """SQL of a number as DOUBLE (NULL where it is missing) and its checks; None for a type that is no number."""
+    """Return SQL of a number as DOUBLE (NULL where it is missing) and its checks; None for a type that is no number."""
     if kind == '"NULL"':
         return "CAST(NULL AS DOUBLE)", []
     if kind == "VARCHAR":
@@ -109,7 +109,7 @@ def _digits(decimal: str) -> int:
 
 
 def label_value(value: str, kind: str, threshold: float | None) -> Value | None:
-    """SQL of a label as FLOAT and its checks; None for a type that is no number."""
+    """Return SQL of a label as FLOAT and its checks; None for a type that is no number."""
     found = number_value(value, kind)
     if found is None:
         return None
@@ -129,7 +129,7 @@ _LOCAL = "[0-9]{4}[-/][0-9]{1,2}[-/][0-9]{1,2}([T ][0-9]{1,2}:[0-9]{2}(:[0-9]{2}
 
 
 def time_value(value: str, kind: str, *, as_number: bool) -> tuple[str, str, Checks] | None:
-    """SQL of a time's whole units, of its fraction in millionths of a unit, and the checks; None for another type.
+    """Return SQL of a time's whole units and of its fraction in millionths, and the checks; None for another type.
 
     Dates and timestamps are whole microseconds since 1970 UTC. Numbers keep their unit here: whether all files
     together have fractions decides it. Text is a number where `as_number`, else a date or a timestamp in ISO 8601,
@@ -153,7 +153,7 @@ def time_value(value: str, kind: str, *, as_number: bool) -> tuple[str, str, Che
         what = "a number like the first time of the file" if kind == "VARCHAR" else "a time within int64"
     elif kind == "VARCHAR":
         whole, fraction = _text_microseconds(value), "0"
-        what = "a date or time in ISO 8601, with Z or an offset such as +02:00 where it names a zone"
+        what = "a date or time in ISO 8601 (a zone is Z or an offset such as +0200)"
     elif kind.startswith(("TIMESTAMP", "DATE")):
         whole, fraction, what = _microseconds(value, kind), "0", "a time within int64"
     else:
@@ -162,7 +162,7 @@ def time_value(value: str, kind: str, *, as_number: bool) -> tuple[str, str, Che
 
 
 def _microseconds(value: str, kind: str) -> str:
-    """SQL of microseconds since 1970 UTC of a DATE or of a timestamp of any unit, with a zone or without."""
+    """Return SQL of microseconds since 1970 UTC of a DATE or of a timestamp of any unit, with a zone or without."""
     if kind in ("TIMESTAMP_NS", "TIMESTAMPTZ_NS"):  # casts round; the text of a timestamp is cut, in every reader
         nanoseconds = f"epoch_ns({value})"
         return f"(({nanoseconds} - (({nanoseconds} % 1000) + 1000) % 1000) // 1000)"
@@ -170,7 +170,7 @@ def _microseconds(value: str, kind: str) -> str:
 
 
 def _text_microseconds(text: str) -> str:
-    """SQL of microseconds since 1970 UTC of ISO text. DuckDB's own cast ignores offsets and the names of zones."""
+    """Return SQL of microseconds since 1970 UTC of ISO text. DuckDB's cast ignores offsets and names of zones."""
     zone = f"regexp_extract({text}, '{_CLOCK}{_ZONE}$', 2)"
     local = f"CASE WHEN {zone} = '' THEN {text} ELSE rtrim(left({text}, length({text}) - length({zone}))) END"
     digits = f"replace({zone}, ':', '')"

@@ -1,4 +1,4 @@
-"""Stage 4 of `prepare`: vocabularies, item statistics, means and deviations, all of training rows only.
+"""Stage 4 of `prepare` learns vocabularies, item statistics, means and deviations, all from training rows alone.
 
 They are tables of the connection (`vocab_<index of the embedding table>`, `item_totals`, `item_folds`), which `prepare`
 learns, and `predict` loads from a run's vocabulary directory. `encode` looks values up in them.
@@ -22,7 +22,7 @@ from gmeta.data.schema import ITEM_STATISTICS, DataSchema, Feature, NumericColum
 from gmeta.data.sources import Connection, only_file, scalar
 
 PRIOR_ROWS = 10.0
-"""Rows' worth of the global mean that an item's mean is smoothed with."""
+"""An item's mean label is smoothed with so many rows of the global mean."""
 
 
 def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[Shard], tell: Report) -> PackSchema:
@@ -53,7 +53,7 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
 
 
 def _make_vocabularies(con: Connection, schema: DataSchema, train: str, tell: Report) -> dict[str, int]:
-    """Table `vocab_<index>` (value, count, id) of every embedding table; returns their numbers of ids by name."""
+    """Make table `vocab_<index>` (value, count, id) of every embedding table; returns their numbers of ids by name."""
     tables = list(enumerate(schema.tables().items()))
     num_ids = {}
     con.execute("BEGIN")  # one commit, not one for each vocabulary
@@ -89,7 +89,7 @@ def _make_vocabulary(
 
 
 def _label_mean(con: Connection, train: str) -> float:
-    """Mean training label, the same bits whatever order the rows come in."""
+    """Return the mean training label, the same bits whatever order the rows come in."""
     scale = _label_scale(con, train)
     query = f"SELECT {_exact_sum('CAST(label AS DOUBLE)', scale)}, count(*) FROM {train}"
     total, count = con.execute(query).fetchall()[0]
@@ -97,7 +97,7 @@ def _label_mean(con: Connection, train: str) -> float:
 
 
 def _item_statistics(con: Connection, train: str) -> None:
-    """Tables `item_folds` and `item_totals`: rows and label sum of every item, by fold and in all (NULL: all items)."""
+    """Make tables `item_folds` and `item_totals`: rows and label sum of every item (NULL: all items)."""
     scale = _label_scale(con, train)
     con.execute(f"""
         CREATE TABLE item_sums AS SELECT item AS value, fold, {_exact_sum("CAST(label AS DOUBLE)", scale)} AS total,
@@ -113,7 +113,7 @@ def _label_scale(con: Connection, train: str) -> float:
 
 
 def _fixed_point(largest: float | None) -> float:
-    """Power of two that turns values up to `largest` into integers of 52 bits, whose sums do not depend on order."""
+    """Return the power of two that makes integers of 52 bits of values up to `largest`: their sums are exact."""
     return 2.0 ** min(52 - math.frexp(largest)[1], 1000) if largest else 1.0
 
 
@@ -122,7 +122,7 @@ def _exact_sum(value: str, scale: float) -> str:
 
 
 def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[NumericColumn, ...]:
-    """Mean and standard deviation of every numeric column over the training rows that have it."""
+    """Return mean and standard deviation of every numeric column over the training rows that have it."""
     values = numeric_values(con, schema)
     logs = [c.log for c in schema.numeric] + [False] * (len(values) - len(schema.numeric))
     moments = [
@@ -139,7 +139,7 @@ def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[N
 def _moments(
     con: Connection, train: str, joins: Iterable[str], columns: Sequence[tuple[int, str]]
 ) -> list[tuple[float, float]]:
-    """Mean and standard deviation (1 where it is 0) of SQL expressions, by sums that do not depend on order."""
+    """Return mean and standard deviation (1 where it is 0) of SQL expressions, by sums that do not depend on order."""
     relation, values = f"{train} b {' '.join(joins)}", [value for _, value in columns]
 
     def one_row(expressions: list[str]) -> list[Any]:
@@ -158,7 +158,7 @@ def _moments(
 
 
 def numeric_values(con: Connection, schema: DataSchema) -> list[str]:
-    """SQL of the numeric columns before standardisation, over a relation b and what `statistics_join` joins."""
+    """Return SQL of the numeric columns before standardisation, over a relation b and what `statistics_join` joins."""
     values = [f"ln(1 + n{i})" if c.log else f"n{i}" for i, c in enumerate(schema.numeric)]
     if schema.item_statistics:
         mean = scalar(con, "SELECT label_sum / count FROM item_totals WHERE value IS NULL")
@@ -173,7 +173,7 @@ def numeric_values(con: Connection, schema: DataSchema) -> list[str]:
 
 
 def statistics_join(schema: DataSchema, column: int) -> str:
-    """JOIN clause that stored numeric column number `column` needs: item statistics need their tables."""
+    """Return the JOIN clause that stored numeric column number `column` needs: item statistics need their tables."""
     if column < len(schema.numeric):
         return ""
     return """LEFT JOIN item_totals t ON t.value = b.item

@@ -1,4 +1,4 @@
-"""Stage 6 of `prepare`: each shard is put in order, encoded and saved, the last one while the next is encoded."""
+"""Stage 6 of `prepare` puts each shard in order, encodes it, and saves it while the next one is encoded."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def write_shards(
 
 
 def _in_order(con: Connection, rows: str, settings: Settings) -> tuple[str, str]:
-    """A shard's rows and their order: by task, support first, each by time."""
+    """Return a shard's rows and their order: by task, support first, each by time."""
     if settings.split_query == "last":
         return rows, "b.task_id, b.time, b.file, b.row"
     drawn = md5_64(literal(f"query|{settings.seed}"), "file", "row")
@@ -108,7 +108,7 @@ def _shard_arrays(
 
 
 def _cold_items(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[Shard]) -> int:
-    """Items that no training row has."""
+    """Count the items that no training row has."""
     if schema.item is None:
         return 0
     held_out = [shard for shard in shards if shard.split != "train"]
