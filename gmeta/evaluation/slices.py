@@ -88,8 +88,7 @@ def evaluation_records(
         resamples, seed: bootstrap resamples per slice, and their seed.
         logits: variant -> logit of each query row, [N], where there are some: what ranking metrics sort by.
 
-    Raises:
-        ValueError: columns of different lengths, no rows, or values that a metric does not take.
+    Raises ValueError for columns of different lengths, no rows, and values that a metric does not take.
     """
     if not scores:
         raise ValueError("there are no scores to measure: name at least one variant")
