@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from itertools import product
@@ -22,7 +23,7 @@ from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
 from gmeta.data.synthetic import Rows, reference_scores
 from gmeta.evaluation.baselines import BaselineRows, baseline_scores
-from gmeta.evaluation.score import Floats, Scores, score, to_predictions, validation_metrics
+from gmeta.evaluation.score import Floats, Scores, score, task_mean_loss, to_predictions
 from gmeta.evaluation.slices import evaluation_records, print_headline, write_evaluation
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
@@ -151,7 +152,10 @@ def _tune(
     mesh: Mesh,
     max_support_rows: int,
 ) -> tuple[int, float]:
-    """Find the inner steps and the rate that minimise the loss on the valid split; collective."""
+    """Find the inner steps and the rate that minimise the loss on the valid split; collective.
+
+    The rate is 0 where fine-tuning diverges with all of them.
+    """
     if "valid" not in pack.splits:
         raise ValueError(f"plain-finetuned is tuned on the valid split, and {pack.path} has none: prepare with one")
     best = (float("inf"), FINETUNE_STEPS[0], 0.0)
@@ -165,8 +169,12 @@ def _tune(
             steps=steps,
             inner_lr=rate,
         )
-        loss = float("nan") if scores is None else validation_metrics(scores, trained.loss)["loss_after"]
-        best = min(best, (broadcast_from_rank_0(loss, mesh), steps, rate))
+        loss = math.nan
+        if scores is not None:
+            loss = task_mean_loss(scores.after, scores.label, scores.task, trained.loss)
+        loss = broadcast_from_rank_0(loss, mesh)
+        if math.isfinite(loss):  # large rates diverge
+            best = min(best, (loss, steps, rate))
     return best[1], best[2]
 
 

@@ -100,6 +100,21 @@ def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path:
     assert "plain-finetuned" in json.loads((tmp_path / "evaluation.json").read_text())["variants"]
 
 
+def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> None:
+    """What a model of loss mse returns is a value, also beside a run of clicks whose logits become probabilities.
+
+    Fine-tuning it diverges at the largest rates of the grid, which then are not chosen.
+    """
+    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--schedule.max_steps", 1]
+    gmeta(*train, "--run_dir", tmp_path, "--meta.adapt", "[]", "--loss", "mse")
+    gmeta("evaluate", "--run_dir", out / "run", "--plain_run", tmp_path, "--resamples", 2, "--baselines", "false")
+    found = pq.read_table(out / "run" / "predictions.parquet")
+    system, _ = load_system(tmp_path, "best", Mesh())
+    scores = score(system, open_pack(out / "pack").split("test"), tasks_per_batch=256)
+    assert scores is not None
+    np.testing.assert_allclose(found["plain"].to_numpy(), scores.before, atol=1e-6)
+
+
 def test_more_steps_at_evaluation_than_in_training(out: Path) -> None:
     gmeta("evaluate", "--run_dir", out / "run", "--steps", 5, "--inner_lr", 0.3, "--baselines", "false")
     assert set(json.loads((out / "run" / "evaluation.json").read_text())["variants"]) == {"before", "after"}
