@@ -27,7 +27,10 @@ LOOP = "training/loop.py"
 
 SAME_MEANING = {
     "main": {"__main__.py", "lab/__main__.py"},  # entry points of two programs
-    "run": {"meta/factored.py", "meta/reference.py"},  # the two engines, called alike
+    "adapt": {"meta/factored.py", "meta/reference.py"},  # the two engines, called alike
+    "score": {"meta/factored.py", "meta/reference.py"},
+    "plan_support": {"meta/gather_plan.py", "meta/reference.py"},
+    "plan_query": {"meta/gather_plan.py", "meta/reference.py"},
 }
 """Public names that may be defined in several files, and in which."""
 

@@ -35,7 +35,7 @@ def test_only_whole_runs_that_passed_are_kept(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["line_coverage.py", *words])
     monkeypatch.setattr(line_coverage, "measure", lambda folder, tests: (report(cli=(4, 5)), code))
-    monkeypatch.setattr("common.RESULTS", tmp_path / "results")
+    monkeypatch.setitem(line_coverage.publish.__globals__, "RESULTS", tmp_path / "results")  # of its `common`
     assert line_coverage.main() == code
     assert (tmp_path / "results").exists() == kept
     for file in tmp_path.glob("results/*.md"):
