@@ -350,8 +350,8 @@ def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_su
     keys = pq.read_table(pack.tasks_file(), filters=[("task_id", "=", task_id)])["key"].to_pylist()
     return (
         f"warning: task {keys[0]!r} of split {name} has {rows[longest]:,} rows, the median task {median:,.0f}. It is "
-        "computed apart from its batch, and steps with it take long and much memory: set loader.max_support_rows to keep "
-        "the last support rows of every task, or prepare with --max_task_rows to leave such tasks out"
+        "computed apart from its batch, which takes long and much memory: set loader.max_support_rows to keep the last "
+        "support rows of every task, or prepare with --max_task_rows to leave such tasks out"
     )
 
 
