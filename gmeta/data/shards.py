@@ -221,7 +221,7 @@ class PackSplit:
         return np.concatenate(support), np.concatenate(rows) - np.concatenate(support)
 
     def sizes(self, tasks: Array) -> tuple[Array, Array]:
-        """Return (support rows, query rows) of the tasks at these positions, each int64 [T]; reads their shards only."""
+        """Return (support rows, query rows) of tasks at these positions, each int64 [T]; reads their shards only."""
         at = self.locate(tasks)
         return at.num_support, at.num_query
 
