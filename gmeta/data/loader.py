@@ -199,7 +199,7 @@ class TaskLoader(Generic[_T]):
         self._tail = tail
 
     def close(self) -> None:
-        """Drop prefetched batches and end the thread; the loader may still be iterated, from its position on."""
+        """Drop prefetched batches and end the thread. The loader may still be iterated, from its position on."""
         if self._pool is not None:
             self._pool.shutdown(wait=True)
         self._pool = None
@@ -207,7 +207,7 @@ class TaskLoader(Generic[_T]):
         self._error = None
 
     def settle(self) -> None:
-        """Wait until the batches asked for ahead are made: no transform runs from here to the next `next`."""
+        """Wait until the batches asked for ahead are made. No transform runs from here to the next `next`."""
         wait(self._ahead)
 
     def __enter__(self) -> TaskLoader[_T]:
@@ -228,7 +228,7 @@ class TaskLoader(Generic[_T]):
         return epoch + 1, 0, step + 1
 
     def _take_ahead(self) -> _T:
-        """The batch at the position, from the thread, which is kept `prefetch` batches ahead."""
+        """Take the batch at the position from the thread, which is kept `prefetch` batches ahead."""
         if self._pool is None:
             self._pool = loader_thread()
             self._next_ahead = self._place
@@ -250,7 +250,7 @@ class TaskLoader(Generic[_T]):
             self._next_ahead = self._after(self._next_ahead)
 
     def _make_ahead(self, place: _Place) -> _T:
-        if self._error is not None:  # other ranks wait for the batch that failed, not for this one
+        if self._error is not None:  # the other ranks wait for the batch that failed, not for this one
             raise self._error
         try:
             return self._make(place)
@@ -350,8 +350,8 @@ def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_su
     keys = pq.read_table(pack.tasks_file(), filters=[("task_id", "=", task_id)])["key"].to_pylist()
     return (
         f"warning: task {keys[0]!r} of split {name} has {rows[longest]:,} rows, the median task {median:,.0f}. It is "
-        "computed apart from its batch, and steps with it take long and much memory: set loader.max_support_rows to keep "
-        "the last support rows of every task, or prepare with --max_task_rows to leave such tasks out"
+        "computed apart from its batch, which takes long and much memory: set loader.max_support_rows to keep the last "
+        "support rows of every task, or prepare with --max_task_rows to leave such tasks out"
     )
 
 

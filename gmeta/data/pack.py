@@ -97,7 +97,7 @@ class PackWriter:
         self.abort()
 
     def abort(self) -> None:
-        """Remove what was written so far; nothing to do after `finish`."""
+        """Remove what was written so far. After `finish` this does nothing."""
         if self._lock is None:
             return
         if self._tasks is not None:
@@ -110,7 +110,7 @@ class PackWriter:
 
     @property
     def directory(self) -> Path:
-        """Where the pack grows until `finish` renames it: a file put here becomes part of the pack, with a checksum."""
+        """The directory in which the pack grows until `finish` renames it: a file put here becomes part of the pack."""
         return self._partial
 
     def add_shard(self, split: str, arrays: Mapping[str, Array]) -> None:
@@ -141,7 +141,7 @@ class PackWriter:
             self._vocab[table] = _file_entry(self._partial, path)
 
     def write_tasks(self, task_id: Array, key: pa.Array | pa.ChunkedArray, split: Sequence[str] | pa.Array) -> None:
-        """Append to tasks.parquet: which raw key each task id stands for, and its split."""
+        """Append to tasks.parquet, which says what raw key each task id stands for, and its split."""
         columns = {"task_id": pa.array(np.asarray(task_id, dtype=np.int64)), "key": key, "split": pa.array(split)}
         table = pa.table(columns)
         path = self._partial / "tasks.parquet"
@@ -275,13 +275,13 @@ def save_file(arrays: Mapping[str, Array], path: Path) -> str:
 
 
 def _file_entry(root: Path, path: Path) -> dict[str, Any]:
-    """Manifest entry of a file just written, which is synced to disk first."""
+    """Sync a file just written to disk and return its manifest entry."""
     _sync(path)
     return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "xxh3": checksum_file(path)}
 
 
 def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
-    """ValueError where the arrays are not a valid shard of `schema`: names, dtypes, shapes, values."""
+    """Raise ValueError where the arrays are not a valid shard of `schema`: names, dtypes, shapes, values."""
     for name in ("label", "task_id"):
         if name not in arrays:
             raise ValueError(f"array {name!r} is missing")
@@ -353,7 +353,7 @@ def open_pack(path: str | Path) -> TaskPack:
 
 
 def verify_pack(path: str | Path) -> None:
-    """Open a pack and verify the checksum of every file; ValueError names the first damaged one."""
+    """Open a pack and verify the checksum of every file. Raises ValueError with the name of the first damaged one."""
     pack = open_pack(path)
     for split in pack.splits:
         pack.split(split).verify()
@@ -381,25 +381,25 @@ class TaskPack:
         return tuple(name for name in SPLITS if name in self._splits)
 
     def split(self, name: str) -> PackSplit:
-        """The split called `name`; ValueError where the pack has no task in it."""
+        """Return the split called `name`. Raises ValueError where the pack has no task in it."""
         if name not in self._splits:
             raise ValueError(f"{self.path} has no tasks in split {name!r}; it has: {', '.join(self.splits)}")
         return self._splits[name]
 
     def vocab_file(self, table: str) -> Path:
-        """Parquet file (value, id, count) of a table's vocabulary, its checksum verified."""
+        """Return the Parquet file (value, id, count) of a table's vocabulary, after its checksum was verified."""
         if table not in self.manifest["vocab"]:
             known = ", ".join(self.manifest["vocab"]) or "none"
             raise ValueError(f"{self.path} has no vocabulary {table!r}; it has: {known}")
         return verified_file(self.path, self.manifest["vocab"][table])
 
     def vocabulary_files(self) -> list[Path]:
-        """All files that raw rows are encoded with, their checksums verified."""
+        """Return all files that raw rows are encoded with, after their checksums were verified."""
         entries = [*self.manifest["vocab"].values(), *self.manifest["others"]]
         return [verified_file(self.path, entry) for entry in entries if entry["file"].startswith("vocab/")]
 
     def tasks_file(self) -> Path:
-        """Parquet file (task_id, key, split), its checksum verified."""
+        """Return the Parquet file (task_id, key, split), after its checksum was verified."""
         return verified_file(self.path, self.manifest["tasks"])
 
     def identity(self) -> DataIdentity:

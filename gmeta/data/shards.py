@@ -33,7 +33,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[str, tuple[int | None, ...]]]:
-    """Name -> (numpy dtype, shape) of every tensor of a shard; None is a length that the shard decides."""
+    """Return name -> (numpy dtype, shape) of every tensor of a shard; None is a length that the shard decides."""
     layout: dict[str, tuple[str, tuple[int | None, ...]]] = {
         "ids": ("int32", (rows, len(one_valued(schema)))),
         "dense": ("float32", (rows, len(schema.numeric))),
@@ -52,17 +52,17 @@ def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[s
 
 
 def one_valued(schema: PackSchema) -> tuple[str, ...]:
-    """Features that are columns of `ids`, in column order."""
+    """Return the features that are columns of `ids`, in column order."""
     return tuple(f.name for f in schema.features if f.kind == "categorical")
 
 
 def many_valued(schema: PackSchema) -> tuple[str, ...]:
-    """Features stored as `<name>.values` and `<name>.offsets`."""
+    """Return the features that are stored as `<name>.values` and `<name>.offsets`."""
     return tuple(f.name for f in schema.features if f.kind != "categorical")
 
 
 def checksum_file(path: Path) -> str:
-    """xxh3-64 of a file's bytes, 16 hex digits."""
+    """Return the xxh3-64 of a file's bytes, as 16 hex digits."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
@@ -71,7 +71,7 @@ def checksum_file(path: Path) -> str:
 
 
 def check_size(root: Path, entry: Mapping[str, Any]) -> Path:
-    """Path of a manifest entry's file; ValueError where it is missing or of another size."""
+    """Return the path of a manifest entry's file. Raises ValueError where it is missing or of another size."""
     path = root / str(entry["file"])
     if not path.is_file():
         raise ValueError(f"{path} is missing: {CURE}")
@@ -81,7 +81,7 @@ def check_size(root: Path, entry: Mapping[str, Any]) -> Path:
 
 
 def verified_file(root: Path, entry: Mapping[str, Any]) -> Path:
-    """Path of a manifest entry's file; ValueError where its bytes are not those that were written."""
+    """Return the path of a manifest entry's file. Raises ValueError where its bytes are not those that were written."""
     path = check_size(root, entry)
     if (found := checksum_file(path)) != entry["xxh3"]:
         raise ValueError(f"{path} is damaged (checksum {found}, the manifest says {entry['xxh3']}): {CURE}")
@@ -124,13 +124,13 @@ class Shard:
         self._verified = False
 
     def verify(self) -> None:
-        """Verify the checksum, once; ValueError names the file."""
+        """Verify the checksum, once. Raises ValueError with the file's name."""
         if not self._verified:
             verified_file(self.path.parent, self._entry)
             self._verified = True
 
     def read(self, name: str) -> Array:
-        """A mapped array, after verification."""
+        """Return a mapped array, after verification."""
         self.verify()
         return self.arrays[name]
 
@@ -197,17 +197,17 @@ class PackSplit:
 
     @cached_property
     def task_id(self) -> Array:
-        """int64 [num_tasks], the pack-wide id of each task."""
+        """The pack-wide id of each task, int64 [num_tasks]."""
         return self._column("task_id")
 
     @cached_property
     def num_support(self) -> Array:
-        """int64 [num_tasks], support rows of each task."""
+        """Support rows of each task, int64 [num_tasks]."""
         return self._column("num_support").astype(np.int64)
 
     @cached_property
     def num_task_rows(self) -> Array:
-        """int64 [num_tasks], support and query rows of each task."""
+        """Support and query rows of each task, int64 [num_tasks]."""
         sizes = [np.diff(shard.read("row_start"), append=shard.num_rows) for shard in self._shards]
         return np.concatenate(sizes)
 
@@ -221,12 +221,12 @@ class PackSplit:
         return np.concatenate(support), np.concatenate(rows) - np.concatenate(support)
 
     def sizes(self, tasks: Array) -> tuple[Array, Array]:
-        """(support rows, query rows), each int64 [T], of the tasks at these positions; touches their shards only."""
+        """Return (support rows, query rows) of tasks at these positions, each int64 [T]; reads their shards only."""
         at = self.locate(tasks)
         return at.num_support, at.num_query
 
     def columns(self, features: Sequence[str] = ()) -> SplitColumns:
-        """Whole columns, with the ids of the one-valued `features`; views where the split has one shard."""
+        """Return whole columns, with the ids of the one-valued `features`: views, where the split has one shard."""
         for name in features:
             if name not in self._one_valued:
                 known = ", ".join(self._one_valued)
@@ -247,19 +247,19 @@ class PackSplit:
         )
 
     def feature_ids(self, name: str) -> Array:
-        """All ids of one feature: int32 [rows], or [values] of a many-valued one."""
+        """Return all ids of one feature: int32 [rows], or [values] of a many-valued one."""
         if name in self._many_valued:
             return self._column(f"{name}.values")
         column = self._one_valued.index(name)
         return _joined([shard.read("ids")[:, column] for shard in self._shards])
 
     def verify(self) -> None:
-        """Verify every shard's checksum; ValueError names the damaged one."""
+        """Verify every shard's checksum. Raises ValueError with the name of a damaged one."""
         for shard in self._shards:
             shard.verify()
 
     def locate(self, tasks: Array) -> TaskRows:
-        """Where the tasks at these positions lie; touches their shards only. To do once for many batches."""
+        """Look up where the tasks at these positions lie; touches their shards only. Do it once for many batches."""
         if len(tasks) and (tasks.min() < 0 or tasks.max() >= self.num_tasks):
             raise IndexError(f"tasks {tasks.min()} to {tasks.max()} asked of split {self.name!r} of {self.num_tasks}")
         shard_of = np.searchsorted(self._task_bounds, tasks, side="right") - 1
@@ -277,11 +277,11 @@ class PackSplit:
         return TaskRows(task_id, shard_of, start, support, rows)
 
     def examples(self, tasks: Array, redraw: tuple[int, int] | None = None) -> tuple[Examples, Examples, Tensor]:
-        """`gather` of the tasks at these positions."""
+        """Locate the tasks at these positions and `gather` them."""
         return self.gather(self.locate(tasks), redraw)
 
     def gather(self, at: TaskRows, redraw: tuple[int, int] | None = None) -> tuple[Examples, Examples, Tensor]:
-        """Support, query and task ids [T] of located tasks, each side padded to its longest task.
+        """Return support, query and task ids [T] of located tasks, each side padded to its longest task.
 
         `redraw=(seed, epoch)` draws each task's support anew, at random and with the stored size, as a function of
         (seed, epoch, row) alone; rows keep their stored order within either side.
@@ -314,7 +314,7 @@ class PackSplit:
         return _joined([shard.read(name) for shard in self._shards])
 
     def _cells(self, shard_of: Array, row: Array) -> _Cells:
-        """The cells of `row` [T, W]: row numbers of tasks that lie in `shard_of` [T], -1 on padding."""
+        """Return the cells of `row` [T, W]: row numbers of tasks that lie in `shard_of` [T], -1 on padding."""
         order = np.argsort(shard_of, kind="stable")
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
@@ -334,8 +334,8 @@ class PackSplit:
 class _Cells:
     """The cells of a [T, W] matrix of rows, tasks sorted by shard: each shard then fills one run of the flat cells.
 
-    One gather per shard straight into its run, then one of whole tasks back into the batch's order. In numpy, whose
-    calls cost less than torch's on some hundred rows of a shard.
+    Each shard is gathered straight into its run, then whole tasks are gathered back into the batch's order. numpy does
+    it, because its calls cost less than torch's on some hundred rows of a shard.
     """
 
     shape: tuple[int, ...]
@@ -345,7 +345,7 @@ class _Cells:
     pad: Array  # flat cells that are padding
 
     def column(self, name: str) -> Array:
-        """[T, W, …] in the batch's order: tensor `name`, 0 on padding."""
+        """Return tensor `name` of the cells, [T, W, …] in the batch's order, 0 on padding."""
         like = self.like.arrays[name]
         out = np.empty((self.shape[0] * self.shape[1], *like.shape[1:]), like.dtype)
         if out.size:
@@ -356,7 +356,7 @@ class _Cells:
         return out.reshape(*self.shape, *like.shape[1:])[self.back]
 
     def bag(self, name: str) -> _Bags:
-        """A many-valued feature."""
+        """Return a many-valued feature of the cells."""
         first, length = np.zeros((2, *self.shape), np.int64)
         flat_first, flat_length = first.reshape(-1), length.reshape(-1)
         for shard, run, local in self.runs:
@@ -380,14 +380,14 @@ class _Bags:
     length: Array  # [T, W]
 
     def cut(self, columns: slice) -> Bag:
-        """The bag of one side."""
+        """Return the bag of one side."""
         length = np.ascontiguousarray(self.length[:, columns])
         values = self.values[_ranges(self.first[:, columns].reshape(-1), length.reshape(-1))]
         return Bag(torch.from_numpy(values.astype(np.int64)), torch.from_numpy(length))
 
 
 def _ranges(first: Array, length: Array) -> Array:
-    """first[0], first[0] + 1, … (length[0] numbers), then those from first[1], and so on."""
+    """Return first[0], first[0] + 1, … (length[0] numbers), then those from first[1], and so on."""
     end = np.cumsum(length)
     ranges: Array = np.arange(int(length.sum())) + np.repeat(first - (end - length), length)
     return ranges
@@ -398,13 +398,13 @@ def _joined(arrays: Sequence[Array]) -> Array:
 
 
 def _row_matrix(start: Array, count: Array) -> Array:
-    """int64 [T, max(count)]: task t's row holds start[t], start[t] + 1, … and -1 beyond count[t]."""
+    """Return int64 [T, max(count)]: task t's row holds start[t], start[t] + 1, … and -1 beyond count[t]."""
     column = np.arange(count.max(initial=0))
     return np.where(column < count[:, None], start[:, None] + column, -1)
 
 
 def _redraw(start: Array, support: Array, rows: Array, seed: int, epoch: int) -> tuple[Array, Array]:
-    """Support and query row matrices after a new draw of each task's support."""
+    """Return support and query row matrices after a new draw of each task's support."""
     first = np.cumsum(rows) - rows
     task = np.repeat(np.arange(len(rows)), rows)
     flat = np.arange(int(rows.sum())) - first[task] + start[task]
@@ -416,14 +416,14 @@ def _redraw(start: Array, support: Array, rows: Array, seed: int, epoch: int) ->
 
 
 def _scatter_rows(flat: Array, count: Array) -> Array:
-    """int64 [T, max(count)]: the first count[0] of `flat` in task 0's row, and so on; -1 beyond."""
+    """Return int64 [T, max(count)]: the first count[0] of `flat` in task 0's row, and so on; -1 beyond."""
     out = np.full((len(count), count.max(initial=0)), -1, np.int64)
     out[np.arange(out.shape[1]) < count[:, None]] = flat
     return out
 
 
 def split_in_memory(arrays: Mapping[str, Array], schema: PackSchema) -> PackSplit:
-    """A split of one shard that lies in memory, as if it had been written and opened; `time` is not needed."""
+    """Make a split of one shard that lies in memory, as if it had been written and opened; `time` is not needed."""
     entry = {"rows": len(arrays["label"]), "tasks": len(arrays["task_id"])}
     shard = Shard(Path("memory"), entry, {name: np.ascontiguousarray(array) for name, array in arrays.items()})
     shard._verified = True

@@ -43,6 +43,7 @@ FIXED_ON_RESUME = (
     "loader.tasks_per_batch",
     "loader.window_batches",
     "loader.resample",
+    "loader.max_support_rows",
 )
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
 

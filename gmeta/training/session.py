@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from gmeta.config.train import TrainConfig
+from gmeta.data.loader import long_task_warning
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.launch import EXIT_STOPPED
 from gmeta.parallel.mesh import close_mesh, open_mesh
@@ -58,6 +59,13 @@ def _banner(run: Run) -> str:
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
     ]
+    for name in ("train", "valid") if state.mesh.is_main else ():
+        settings = run.config.loader
+        warning = name in run.pack.splits and long_task_warning(
+            run.pack, name, tasks_per_batch=settings.tasks_per_batch, max_support_rows=settings.max_support_rows
+        )
+        if warning:
+            lines.append(warning)
     return "\n".join(lines)
 
 

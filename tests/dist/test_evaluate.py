@@ -82,7 +82,7 @@ def test_batches_cut_to_a_budget_of_cells_give_the_same_scores(tmp_path: Path) -
         pack=str(make_pack(tmp_path / "pack", test=33)),
         run_dir="unused",
         precision="float64",
-        model=ModelConfig(hidden=[8]),
+        model=ModelConfig(args={"hidden": [8]}),
         meta=MetaConfig(inner_steps=2, inner_lr=0.5),
     )
     pack = open_pack(settings.pack)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from itertools import chain, islice, product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from random_packs import random_tasks, schema, write_pack
 
 from gmeta.core.batch import TaskBatch, map_tensors
-from gmeta.data.loader import TaskLoader, padding_share
+from gmeta.data.loader import TaskLoader, long_task_warning, padding_share
 from gmeta.data.order import window_of_batches
 from gmeta.data.pack import PackSplit, open_pack
 
@@ -362,6 +363,27 @@ def test_only_the_last_support_rows_are_kept(split: PackSplit, shuffle: bool, re
         if not resample:
             assert query == whole[task][place + 7]
     assert longer > 5
+
+
+@pytest.mark.parametrize("long", [0, 30_000])
+def test_a_task_far_above_the_rest_is_named(tmp_path: Path, long: int) -> None:
+    tasks = random_tasks(np.random.default_rng(1), schema(), 20, first_id=7, max_rows=12)
+    if long:
+        tasks[13].rows = tasks[13].rows[:1] * long
+        tasks[13].num_support = long - 5
+    pack = open_pack(write_pack(tmp_path / "pack", schema(), [("train", tasks[:10]), ("train", tasks[10:])]))
+
+    def warning(most: int) -> str | None:
+        return long_task_warning(pack, "train", tasks_per_batch=64, max_support_rows=most)
+
+    assert warning(100) is None
+    if not long:
+        assert warning(0) is None
+        return
+    found = str(warning(0))
+    assert found.startswith("warning: task 'u20' of split train has 30,000 rows, the median task ")
+    assert "loader.max_support_rows" in found
+    assert "--max_task_rows" in found
 
 
 def test_padding_share_counts_cells(split: PackSplit) -> None:

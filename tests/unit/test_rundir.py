@@ -13,12 +13,13 @@ from gmeta.runs.directory import _require_same
 CONFIG = TrainConfig(pack="pack", run_dir="run")
 
 
-def test_a_setting_younger_than_the_checkpoint_had_its_default() -> None:
+@pytest.mark.parametrize(("key", "value", "usual"), [("resample", True, False), ("max_support_rows", 5, 0)])
+def test_a_setting_younger_than_the_checkpoint_had_its_default(key: str, value: int, usual: int) -> None:
     state = {"config": asdict(CONFIG), "schema": SCHEMA.to_json()}
-    del state["config"]["loader"]["resample"]
+    del state["config"]["loader"][key]
     _require_same(state, CONFIG)
-    changed = replace(CONFIG, loader=LoaderConfig(resample=True))
-    with pytest.raises(ValueError, match=r"loader.resample is True, but the run to resume has False"):
+    changed = replace(CONFIG, loader=LoaderConfig(**{key: value}))
+    with pytest.raises(ValueError, match=f"loader.{key} is {value}, but the run to resume has {usual}"):
         _require_same(state, changed)
 
 
