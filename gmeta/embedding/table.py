@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import psutil
@@ -252,13 +251,6 @@ class ShardedTables:
                     f"embedding state {key!r} is {found}, expected {list(ours.shape)}: it is of another model"
                 )
             _local(ours).copy_(_local(state[key]))
-
-    def describe(self) -> dict[str, Any]:
-        """What decides which row belongs to which id (JSON). Stored rows fit only where this is equal."""
-        return {
-            name: {"seed": table.seed, "dim": table.dim, "tables": {spec.name: spec.num_ids for spec in table.specs}}
-            for name, table in self.fused.items()
-        }
 
 
 def _local(tensor: Tensor) -> Tensor:

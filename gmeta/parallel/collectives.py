@@ -1,7 +1,7 @@
 """Every collective of gmeta: AlltoAll of rows, bucketed AllReduce, and small helpers.
 
-All ranks must call the same functions in the same order, a rank without work with empty tensors. Without a process
-group (world size 1) each is the identity. A peer that died or hangs is a `PeerLost`.
+All ranks must call the same functions in the same order; a rank without work does so with empty tensors. Without a
+process group (world size 1) each is the identity. A peer that died or hangs is a `PeerLost`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOST = (
 
 @contextmanager
 def naming_lost_peers(mesh: Mesh) -> Iterator[None]:
-    """Turns the backend's complaint about a peer that is gone into `PeerLost`, with the cure."""
+    """Turn the backend's complaint about a peer that is gone into `PeerLost`, with the cure."""
     try:
         yield
     except RuntimeError as error:
@@ -71,7 +71,7 @@ class Pending:
 def all_to_all(
     rows: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, mesh: Mesh
 ) -> Pending:
-    """Start an AlltoAll of rows: `rows` [sum(send), ...] is cut by `send` over the ranks of `group`.
+    """Start an AlltoAll of rows: the ranks of `group` get `send[i]` rows each of `rows` [sum(send), ...].
 
     The result is [sum(receive), ...], in the order of the sending ranks. Sizes are known on the host, so that nothing
     waits for the device.
@@ -141,7 +141,7 @@ class GradientBuckets:
             else:
                 part.copy_(param.grad)
         self._missing[index] = 0
-        self._pending.append(_all_reduce(flat, dist.ReduceOp.SUM, self._mesh.dense_group, self._mesh))
+        self._pending.append(_start_sum(flat, self._mesh))
 
     def flush(self) -> None:
         """Start the buckets that backward did not complete."""
@@ -199,37 +199,22 @@ def _parts(bucket: Sequence[torch.nn.Parameter], flat: Tensor) -> Iterator[tuple
         yield param, part.view_as(param)
 
 
-def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None, mesh: Mesh) -> Pending:
-    if group is None:
+def _start_sum(tensor: Tensor, mesh: Mesh) -> Pending:
+    """Start an AllReduce in place."""
+    if mesh.dense_group is None:
         return Pending(tensor, None, mesh)
     with naming_lost_peers(mesh):
-        return Pending(tensor, dist.all_reduce(tensor, op, group=group, async_op=True), mesh)
+        return Pending(tensor, dist.all_reduce(tensor, group=mesh.dense_group, async_op=True), mesh)
 
 
 def all_reduce_sum(tensor: Tensor, mesh: Mesh, traffic: Traffic | None = None) -> Tensor:
-    """The sum of `tensor` over ranks, bitwise the same on all of them; counted in `traffic`."""
+    """The sum of `tensor` over ranks, bitwise the same on all of them. What is sent is counted in `traffic`."""
     if traffic is not None:
         add_all_reduce(traffic, tensor.nbytes, mesh.world_size)
-    return _all_reduce(tensor.clone(), dist.ReduceOp.SUM, mesh.dense_group, mesh).wait()
-
-
-def all_reduce_max(tensor: Tensor, mesh: Mesh) -> Tensor:
-    """The maximum of `tensor` over ranks."""
-    return _all_reduce(tensor.clone(), dist.ReduceOp.MAX, mesh.dense_group, mesh).wait()
+    return _start_sum(tensor.clone(), mesh).wait()
 
 
 # values, arrays, errors
-
-
-def broadcast_(tensors: Iterable[Tensor], mesh: Mesh) -> None:
-    """Overwrite `tensors` (parameters, buffers) with rank 0's, in place."""
-    if mesh.dense_group is None:
-        return
-    with naming_lost_peers(mesh), torch.no_grad():
-        for tensor in tensors:
-            value = tensor.detach().contiguous()
-            dist.broadcast(value, src=0, group=mesh.dense_group)
-            tensor.copy_(value)
 
 
 def broadcast_from_rank_0(value: float, mesh: Mesh) -> float:
@@ -243,7 +228,7 @@ def broadcast_from_rank_0(value: float, mesh: Mesh) -> float:
 
 
 def gather_to_rank_0(array: NDArray[Any], mesh: Mesh) -> NDArray[Any]:
-    """The ranks' arrays joined along the first axis, in rank order, on rank 0; an empty array elsewhere.
+    """Join the ranks' arrays along the first axis, in rank order, on rank 0; other ranks get an empty array.
 
     Lengths may differ, a rank may have none; the other axes and the dtype (numbers or booleans, else ValueError)
     must agree. Sent as plain bytes.
@@ -258,7 +243,7 @@ def gather_to_rank_0(array: NDArray[Any], mesh: Mesh) -> NDArray[Any]:
 
 
 def _gather_bytes(payload: Tensor, mesh: Mesh) -> list[Tensor]:
-    """Every rank's uint8 [n] on rank 0, nothing elsewhere."""
+    """Every rank's uint8 [n] on rank 0, an empty list on the others."""
     if mesh.control_group is None:
         return [payload]
     parts = []

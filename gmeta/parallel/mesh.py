@@ -1,8 +1,8 @@
 """Ranks, process groups and the device of this worker, from the environment that a launcher sets.
 
 torchrun, or `gmeta.parallel.launch`, sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. Without them, or with a
-world of one, there is no process group: the group fields are None and every collective is the identity,
-so that one process runs the same code as many.
+world of one, there is no process group: the group fields are None and every collective is the identity, so that one
+process runs the same code as many.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 class PeerLost(RuntimeError):
-    """Another worker died or did not answer in time; nothing that was in flight can be trusted."""
+    """Another worker died or did not answer in time. Nothing that was in flight can be trusted."""
 
 
 @dataclass(frozen=True)
 class ExchangeStage:
     """One stage of the AlltoAll of rows: the ranks that this one exchanges with directly.
 
-    A row of owner `o` is asked of the peer at place `o // stride % len(ranks)` of `ranks`: of the owner itself where
-    there is one stage; where there are two, first of the rank of the own node that has the owner's place there,
-    then, by that rank, of the owner.
+    A row of owner `o` is asked of the peer at position `o // stride % len(ranks)` of `ranks`. With one stage that is
+    the owner itself. With two stages this rank first asks the rank of its own node that has the owner's position in
+    its node; that rank then asks the owner.
     """
 
     ranks: tuple[int, ...]
     stride: int
     rows: dist.ProcessGroup  # rows and row gradients, on the device
-    ids: dist.ProcessGroup  # gloo: counts and ids, exchanged ahead in the loader's thread, which nobody else uses
+    ids: dist.ProcessGroup  # gloo: counts and ids, which the loader's thread exchanges ahead; nobody else uses it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This worker's place among the others."""
+    """What this worker knows of the others: its rank, its device, and the process groups."""
 
     rank: int = 0
     world_size: int = 1
@@ -47,10 +47,10 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_s: int = 300
     row_group: dist.ProcessGroup | None = None  # all ranks that hold rows
-    stages: tuple[ExchangeStage, ...] = ()  # of the AlltoAll of rows; none in one process
+    stages: tuple[ExchangeStage, ...] = ()  # stages of the AlltoAll of rows; none in one process
     dense_group: dist.ProcessGroup | None = None  # AllReduce of dense gradients
     control_group: dist.ProcessGroup | None = None  # gloo: barriers, small objects, checkpoints
-    row_mesh: DeviceMesh | None = None  # of row_group, for DTensor
+    row_mesh: DeviceMesh | None = None  # row_group as DTensor wants it
 
     @property
     def is_main(self) -> bool:
@@ -61,10 +61,11 @@ class Mesh:
 def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 300, node_size: int = 0) -> Mesh:
     """Join the other workers, if there are any.
 
-    gloo on CPU, NCCL on CUDA. AlltoAll and AllReduce get a group each, because both are in flight at once
-    during backward; ids have a gloo group on any device. `node_size` > 1 makes the AlltoAll two-stage, with nodes of
-    that many consecutive ranks. ValueError when CUDA is asked for and there is none, or fewer devices than workers, or
-    when `node_size` does not divide the number of workers.
+    The backend is gloo on CPU and NCCL on CUDA. AlltoAll and AllReduce get a process group each, because both are in
+    flight at once during backward. Ids have a gloo group on any device. `node_size` > 1 makes an AlltoAll of two
+    stages, with nodes of that many consecutive ranks. ValueError when CUDA is asked for and there is none, or fewer
+    devices than workers, or when `node_size` does not divide the number of workers. `PeerLost` when the others do not
+    come.
     """
     rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank, local_world_size = _environment_int("LOCAL_RANK", 0), _environment_int("LOCAL_WORLD_SIZE", 1)
@@ -73,12 +74,12 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
             f"comm.node_size is {node_size}, world size is {world_size}: it must divide the number of workers; "
             "set it to the workers of one node, or to 0 for one stage"
         )
-    place = _device(device, local_rank)
+    own_device = _device(device, local_rank)
     if world_size == 1:
-        return Mesh(device=place, timeout_s=timeout_s)
+        return Mesh(device=own_device, timeout_s=timeout_s)
     begun = time.monotonic()
     try:
-        return _join(rank, world_size, local_world_size, place, timeout_s, node_size)
+        return _join(rank, world_size, local_world_size, own_device, timeout_s, node_size)
     except RuntimeError as error:
         waited = time.monotonic() - begun
         raise PeerLost(
@@ -87,30 +88,30 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
 
 
 def _join(
-    rank: int, world_size: int, local_world_size: int, place: torch.device, timeout_s: int, node_size: int
+    rank: int, world_size: int, local_world_size: int, device: torch.device, timeout_s: int, node_size: int
 ) -> Mesh:
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", store=_agent_store(timeout), rank=rank, world_size=world_size, timeout=timeout)
-    backend = "nccl" if place.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     row_group = dist.new_group(backend=backend, timeout=timeout)
     return Mesh(
         rank=rank,
         world_size=world_size,
         local_world_size=local_world_size,
-        device=place,
+        device=device,
         timeout_s=timeout_s,
         row_group=row_group,
         stages=_stages(rank, world_size, node_size, backend, timeout, row_group),
         dense_group=dist.new_group(backend=backend, timeout=timeout),
         control_group=dist.group.WORLD,
-        row_mesh=DeviceMesh.from_group(row_group, place.type),
+        row_mesh=DeviceMesh.from_group(row_group, device.type),
     )
 
 
 def _agent_store(timeout: timedelta) -> dist.Store | None:
-    """The launcher's store, if it lends one, with a prefix for each start of the group; None: rank 0 makes one.
+    """The launcher's store, if it lends one, with a prefix for each start of the workers; None: rank 0 makes one.
 
-    torchrun's store outlives a group that failed. A new one would find the dead workers' addresses in it (torch 2.13).
+    torchrun's store outlives workers that failed. New ones would find the dead ones' addresses in it (torch 2.13).
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -138,7 +139,7 @@ def _stages(
 
 
 def close_mesh(mesh: Mesh) -> None:
-    """Leave the process groups. Only after a clean end: a worker that gives up on its peers just exits."""
+    """Leave the process groups. Call it only after a clean end: a worker that gives up on its peers just exits."""
     if mesh.control_group is not None:
         dist.destroy_process_group()
 
@@ -170,6 +171,6 @@ def _device(device: str, local_rank: int) -> torch.device:
             f"device is {device!r} and this machine has {count} CUDA devices, too few for local rank {local_rank}: "
             "start fewer workers, or set device to cpu"
         )
-    place = torch.device("cuda", local_rank)
-    torch.cuda.set_device(place)
-    return place
+    found = torch.device("cuda", local_rank)
+    torch.cuda.set_device(found)
+    return found

@@ -111,7 +111,7 @@ def test_every_id_finds_its_initial_row():
 def test_tables_of_one_width_are_fused():
     tables = make(SPECS)
     assert {name: table.num_rows for name, table in tables.fused.items()} == {"d2": 3, "d4": 48}
-    assert tables.describe()["d4"]["tables"] == {"user": 37, "item": 11}
+    assert {spec.name: spec.num_ids for spec in tables.fused["d4"].specs} == {"user": 37, "item": 11}
     assert tables.fused["d4"].pooling("history") == "mean"
 
 
