@@ -49,7 +49,7 @@ class Workload:
 
     @property
     def options(self) -> list[str]:
-        """Of `gmeta train`: the model, all of it adapted in one step, second order."""
+        """Options of `gmeta train` for the model. All of it adapts, in one step, second order."""
         return ["--model.embedding_dim", str(self.dim), "--model.args.hidden", json.dumps(list(self.hidden))]
 
 

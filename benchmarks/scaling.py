@@ -2,11 +2,11 @@
 
     python benchmarks/scaling.py [--quick] [--json FILE]
 
-Real training on a synthetic pack, gloo over the loopback interface, one thread a process, each process held to one
-core, cores dealt in turn: more processes than cores share them, and the table says so. Runs alternate. Efficiency is
-the speed over that of one process times the *cores* in use, which are what there is to win; where every process has a
-core of its own that is the usual definition. *Apart* are as many processes as there are cores that train at once and
-know nothing of each other: what the cores, their caches and their memory give at most.
+Real training on a synthetic pack runs with gloo over the loopback interface. A process has one thread and is held to
+one core; cores are dealt in turn, so that more processes than cores share them, and the table says so. Runs alternate.
+Efficiency is the speed over that of one process times the *cores* in use, which are what there is to win; where every
+process has a core of its own, that is the usual definition. *Apart* are as many processes as there are cores that train
+at once and know nothing of each other: what the cores, their caches and their memory give at most.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODES = (*TASKS, "apart")
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run; turns go on while one more fits into `budget_s`."""
+    """How much is run. Turns go on while one more fits into `budget_s`."""
 
     turns: int
     warm_up: int
@@ -94,7 +94,7 @@ def measure(effort: Effort, cores: Sequence[int], folder: Path) -> dict[tuple[st
 
 
 def options(folder: Path, tasks: int, effort: Effort) -> list[str]:
-    """Of `gmeta train`, but for the run directory."""
+    """The options of `gmeta train`, without the run directory."""
     return [
         *["--pack", str(folder / "pack"), "--timeout_s", "60", *LOAD.options],
         *["--loader.tasks_per_batch", str(tasks), "--schedule.max_steps", str(effort.warm_up + effort.steps)],

@@ -1,10 +1,10 @@
-"""What short types on the wire do to the metric, and to the bytes of a step: MovieLens-100K, new users, 2 workers.
+"""What short types on the wire do to the metric and to the bytes of a step: MovieLens-100K, new users, 2 workers.
 
     python benchmarks/wire.py [--quick] [--json FILE]
 
-The same training (examples/ml-100k.yaml, fewer epochs) with rows and row gradients in float32, bf16 and fp16, over
-seeds; differences are to float32 with the same seed. Bytes are those that rank 0 counted in a step, mean of a run. Data
-is read from GMETA_DATA (default ../shared/data); without it the benchmark says so and ends.
+The same training (examples/ml-100k.yaml, fewer epochs) runs with rows and row gradients in float32, bf16 and fp16,
+over seeds. Differences are to float32 with the same seed. Bytes are those that rank 0 counted in a step, mean of a run.
+Data is read from GMETA_DATA (default ../shared/data); without it the benchmark says so and ends.
 """
 
 from __future__ import annotations

@@ -241,6 +241,17 @@ def test_a_batch_without_rows_changes_nothing(world, how):
     run_ranks(world, exchange_nothing, how)
 
 
+def test_naive_ways_refuse_to_drop_late_tasks():
+    """They return all rows, and must not pass over a mark of those that were used."""
+    tables, batch = make(Mesh(), "sgd"), batch_of(Mesh(), 0)
+    exchange = exchange_of(tables, Mesh(), how="separate")
+    routed = routed_of(exchange, batch)
+    rows = exchange.fetch(routed)
+    used = {name: torch.ones(len(weight), dtype=torch.bool) for name, weight in rows.weights.items()}
+    with pytest.raises(ValueError, match="late tasks cannot be dropped"):
+        exchange.return_gradients(routed, rows, used)
+
+
 NODES = [(2, 0), (4, 0), (4, 2)]  # workers, workers of a node
 
 

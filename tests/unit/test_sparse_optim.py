@@ -11,7 +11,9 @@ from gmeta.core.batch import RowGradients
 from gmeta.embedding.table import STATE, ShardedTables, TableSpec
 from gmeta.optim import sparse as sparse_module
 from gmeta.optim.dense import clip_scale, dense_optimizer, dense_step, global_norm, lr_scale, square_sum
+from gmeta.optim.sharded import open_dense
 from gmeta.optim.sparse import SparseOptimizer
+from gmeta.parallel.collectives import GradientBuckets
 from gmeta.parallel.mesh import Mesh
 
 N, D, LR = 7, 3, 0.1
@@ -251,6 +253,13 @@ def test_lr_schedule():
         lr_scale(0, 0, 1, "step")
 
 
+def test_a_sum_for_replicated_layers_is_refused_by_sharded_ones():
+    with pytest.raises(ValueError, match=r"dense layers are sharded as IIG: it sums replicated gradients; use NNN"):
+        open_dense(
+            Toy(), Mesh(), lr=0.1, inner_lr_lr=0.1, weight_decay=0.0, sharding="IIG", outer_reduce=GradientBuckets
+        )
+
+
 def norm_of(dense, rows):
     return global_norm(square_sum(dense, Mesh()), rows, Mesh())
 
@@ -265,7 +274,7 @@ def test_global_norm_is_the_norm_of_everything():
 
 
 def test_global_norm_keeps_float64_accuracy():
-    """Of float32 gradients whose squares a float32 sum would lose."""
+    """A float32 sum would lose the squares of most of these gradients."""
     grad = torch.cat([torch.full((1,), 1e4), torch.full((200_000,), 1e-2)])
     exact = math.sqrt(math.fsum(x * x for x in grad.tolist()))
     assert norm_of([grad], {}).item() == pytest.approx(exact, rel=1e-11)
