@@ -27,7 +27,8 @@ LOOP = "training/loop.py"
 
 SAME_MEANING = {
     "main": {"__main__.py", "lab/__main__.py"},  # entry points of two programs
-    "run": {"meta/factored.py", "meta/reference.py"},  # the two engines, called alike
+    "adapt": {"meta/factored.py", "meta/reference.py"},  # the two engines, called alike
+    "score": {"meta/factored.py", "meta/reference.py"},
 }
 """Public names that may be defined in several files, and in which."""
 
