@@ -44,9 +44,9 @@ def _prepare(config: PrepareConfig) -> int:
 
 
 def _synth(config: SynthConfig) -> int:
-    from gmeta.data.synthetic import print_summary, synthesize
+    from gmeta.data.synthetic import print_synthesis, synthesize
 
-    print_summary(synthesize(config))
+    print_synthesis(synthesize(config))
     return 0
 
 

@@ -104,7 +104,7 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class LogRows:
     """Raw rows of a split: which user met which item, and whether they clicked."""
 
     user_id: Ints  # [R]
@@ -268,7 +268,7 @@ def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
     return summary
 
 
-def print_summary(summary: dict[str, Any]) -> None:
+def print_synthesis(summary: dict[str, Any]) -> None:
     """Print what `synthesize` returned as two tables."""
     settings = summary["settings"]
     console = Console()
@@ -285,7 +285,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(table)
 
 
-def last_rows(out: Path, users: Iterable[int], num_query: int) -> tuple[Rows, Rows]:
+def last_rows(out: Path, users: Iterable[int], num_query: int) -> tuple[LogRows, LogRows]:
     """Support and query of the given users of the log at `out`: a user's last `num_query` rows by time are the query.
 
     Both come in (user, time) order; time is strict within a user, so this is the split `gmeta prepare` makes.
@@ -301,23 +301,23 @@ def last_rows(out: Path, users: Iterable[int], num_query: int) -> tuple[Rows, Ro
     _, start, counts = np.unique(user, return_index=True, return_counts=True)
     to_end = np.repeat(start + counts, counts) - np.arange(len(user))
     is_query = to_end <= num_query
-    support, query = (Rows(user[part], item[part], label[part]) for part in (~is_query, is_query))
+    support, query = (LogRows(user[part], item[part], label[part]) for part in (~is_query, is_query))
     return support, query
 
 
-def reference_aucs(out: Path, support: Rows, query: Rows) -> dict[str, dict[str, float]]:
+def reference_aucs(out: Path, support: LogRows, query: LogRows) -> dict[str, dict[str, float]]:
     """`{"oracle" | "posterior" | "prior": {"auc", "gauc"}}` on the query rows; see `reference_scores`.
 
     `auc` is over all rows; `gauc` is the mean of the users' AUCs weighted by their rows, over users with both labels.
     Either is NaN where no pair of labels differs.
     """
     return {
-        name: {"auc": auc(score, query.label), "gauc": grouped_auc(score, query.label, query.user_id)}
+        name: {"auc": exact_auc(score, query.label), "gauc": grouped_auc(score, query.label, query.user_id)}
         for name, score in reference_scores(out, support, query).items()
     }
 
 
-def reference_scores(out: Path, support: Rows, query: Rows) -> dict[str, Floats]:
+def reference_scores(out: Path, support: LogRows, query: LogRows) -> dict[str, Floats]:
     """Click probability of every query row, in its order, under what each reference knows; `out` holds the log.
 
     `prior` averages over the taste's prior, `posterior` over its exact posterior given the user's support rows
@@ -346,8 +346,8 @@ def _groups(key: Ints) -> list[Ints]:
     return [part for part in parts if len(part)]
 
 
-def _truth_of(truth: Path, rows: Rows) -> tuple[Floats, Floats, Floats]:
-    """Of every row: the logit without taste [R], its gradient by the standardised taste [R, K], that taste [R, K]."""
+def _truth_of(truth: Path, rows: LogRows) -> tuple[Floats, Floats, Floats]:
+    """Return for every row the logit without taste [R], its gradient by the standardised taste [R, K], that taste."""
     taste_std = float(json.loads((truth / "truth.json").read_text(encoding="utf-8"))["taste_std"])
     unique, user_at = np.unique(rows.user_id, return_inverse=True)
     keep = pads.field("user_id").isin(pa.array(unique))
@@ -429,7 +429,7 @@ def _mode(base: Floats, coefficient: Floats, label: Ints) -> tuple[Floats, Float
     return mode, precision
 
 
-def auc(score: Floats, label: Ints) -> float:
+def exact_auc(score: Floats, label: Ints) -> float:
     """Area under the ROC curve by the rank-sum statistic, ties counted half; NaN without both labels."""
     _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
@@ -443,7 +443,7 @@ def auc(score: Floats, label: Ints) -> float:
 def grouped_auc(score: Floats, label: Ints, group: Ints) -> float:
     """Mean of the groups' AUCs weighted by their rows, over groups with both labels; NaN without any."""
     parts = _groups(group)
-    values = np.array([auc(score[rows], label[rows]) for rows in parts])
+    values = np.array([exact_auc(score[rows], label[rows]) for rows in parts])
     weights = np.array([len(rows) for rows in parts], dtype=np.float64)
     both = ~np.isnan(values)
     return float(np.average(values[both], weights=weights[both])) if both.any() else float("nan")

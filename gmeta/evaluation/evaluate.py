@@ -21,9 +21,9 @@ from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
-from gmeta.data.synthetic import Rows, reference_scores
+from gmeta.data.synthetic import reference_scores
 from gmeta.evaluation.baselines import BaselineRows, baseline_scores
-from gmeta.evaluation.score import Floats, Scores, score, task_mean_loss, to_predictions
+from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss, to_predictions
 from gmeta.evaluation.slices import evaluation_records, print_headline, write_evaluation
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
@@ -78,7 +78,7 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
     system, trained = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
-    scores = score(
+    scores = score_split(
         system,
         split,
         tasks_per_batch=config.tasks_per_batch,
@@ -129,7 +129,7 @@ def _plain_variants(
     most = trained.loader.max_support_rows
     steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, most)
     notes["plain-finetuned"] = {"adapt": tuned.adapt, "steps": steps, "inner_lr": rate}
-    scores = score(
+    scores = score_split(
         plain,
         pack.split(config.split),
         tasks_per_batch=config.tasks_per_batch,
@@ -160,7 +160,7 @@ def _tune(
         raise ValueError(f"plain-finetuned is tuned on the valid split, and {pack.path} has none: prepare with one")
     best = (float("inf"), FINETUNE_STEPS[0], 0.0)
     for steps, rate in product(FINETUNE_STEPS, FINETUNE_LR):
-        scores = score(
+        scores = score_split(
             plain,
             pack.split("valid"),
             tasks_per_batch=config.tasks_per_batch,
@@ -204,7 +204,7 @@ def truth_scores(pack: TaskPack, split: PackSplit, log: Path) -> dict[str, Float
     user = np.array([int(keys[task]) for task in split.task_id.tolist()])[columns.task]
     label = columns.label.astype(np.int64)
     query = columns.is_query
-    support, asked = (Rows(user[part], item[part], label[part]) for part in (~query, query))
+    support, asked = (LogRows(user[part], item[part], label[part]) for part in (~query, query))
     return reference_scores(log, support, asked)
 
 

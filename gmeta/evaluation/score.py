@@ -33,7 +33,7 @@ class Scores:
     after: Floats  # [N], and after
 
 
-def score(
+def score_split(
     system: System,
     split: PackSplit,
     *,

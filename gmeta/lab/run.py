@@ -129,7 +129,7 @@ def difference(folder: LabFolder, other: LabFolder) -> dict[str, float]:
 
 def _last_tensors(folder: LabFolder) -> dict[str, np.ndarray[Any, Any]]:
     """All tensors of the last checkpoint, by file and name."""
-    last = checkpoint.resolve(folder.run_dir / "checkpoints", "last")
+    last = checkpoint.find_checkpoint(folder.run_dir / "checkpoints", "last")
     return {
         f"{file.name} {name}": tensor
         for file in sorted(last.glob("*.safetensors"))

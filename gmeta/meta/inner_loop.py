@@ -98,7 +98,7 @@ class InnerPass:
         return found
 
 
-def resolve(adapt: Sequence[str], model: nn.Module, features: Sequence[str]) -> Adapted:
+def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[str]) -> Adapted:
     """The adapted set that `adapt` names.
 
     Words: `embeddings` (all features), `embeddings.<glob>`, `dense` (every parameter of the model), `head` (parameters

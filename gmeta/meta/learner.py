@@ -15,7 +15,7 @@ from gmeta.meta import factored, gather_plan, reference
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan, shared_rows
-from gmeta.meta.inner_loop import InnerLoop, InnerPass, resolve
+from gmeta.meta.inner_loop import InnerLoop, InnerPass, resolve_adapted
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import row_loss, task_mean, widen
 from gmeta.meta.modulation import Modulator
@@ -63,7 +63,7 @@ class MetaLearner(nn.Module):
         self.model = model
         self.features = dict(features)
         self.inner_loop = inner_loop
-        self.adapted = resolve(inner_loop.adapt, model, tuple(features))
+        self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
         self.loss = row_loss(loss)
         self.inner_loss = row_loss(inner_loop.loss or loss)
         if modulator is not None and not self.adapted:

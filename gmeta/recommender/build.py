@@ -164,7 +164,7 @@ def load_system(
             f"{run_dir} has a model of its own, {config.model.name}: loading it runs that code. Where you trust it, "
             "say --trust_model true (from Python: gmeta.load(…, model=YourClass), or trust_model=True)"
         )
-    path = checkpoint.resolve(run_dir / "checkpoints", which)
+    path = checkpoint.find_checkpoint(run_dir / "checkpoints", which)
     checkpoint.verify_together(path, mesh)
     system = build_system(config, schema, mesh, factory=factory, training=False)
     checkpoint.load_tensors(path, system.tensors(), mesh)

@@ -60,7 +60,7 @@ class Recommender:
         self.system.learner.eval()
         schema, self._data_schema = read_schema(run_dir)
         self.schema: PackSchema = schema
-        step = checkpoint.resolve(run_dir / "checkpoints", which).name
+        step = checkpoint.find_checkpoint(run_dir / "checkpoints", which).name
         self.version = f"{read_run_id(run_dir)}/{step}"
 
     def adapt(self, support: TableLike) -> AdaptedTasks:

@@ -190,7 +190,7 @@ def prune(root: Path, keep_last: int, best: int | None) -> None:
             shutil.rmtree(leaving)
 
 
-def resolve(root: Path, which: str) -> Path:
+def find_checkpoint(root: Path, which: str) -> Path:
     """Return the directory of checkpoint `which`: best (of the newest that can be read), last, or a step number.
 
     Raises ValueError that lists what exists.

@@ -96,7 +96,7 @@ def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
             error = problem
     raise_together(error, mesh)
     if config.resume and checkpoint.steps_saved(run_dir / "checkpoints"):
-        return checkpoint.resolve(run_dir / "checkpoints", "last")
+        return checkpoint.find_checkpoint(run_dir / "checkpoints", "last")
     return None
 
 

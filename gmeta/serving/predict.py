@@ -16,7 +16,7 @@ from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.prepare.encode import encode_tables
 from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import find_files, literal, open_file, reading, require_free
-from gmeta.evaluation.score import Floats, score, to_predictions
+from gmeta.evaluation.score import Floats, score_split, to_predictions
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import load_system
 from gmeta.runs.data import require_own_vocabularies
@@ -78,7 +78,7 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     unknown = unknown_columns({feature.name: split.feature_ids(feature.name) for feature in schema.features})
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:
         print(f"predict: {warning}", file=sys.stderr)
-    scores = score(
+    scores = score_split(
         system, split, tasks_per_batch=config.tasks_per_batch, max_support_rows=trained.loader.max_support_rows
     )
     assert scores is not None  # one process

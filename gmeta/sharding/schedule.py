@@ -239,5 +239,5 @@ def advise(
 
 
 def choose(fitting: Sequence[StepCost]) -> StepCost:
-    """Of the strategies that are as fast as the fastest, take the one that holds least."""
+    """Take the strategy that holds least among those that are as fast as the fastest."""
     return min((c for c in fitting if c.step_s <= TIE * fitting[0].step_s), key=lambda c: (c.memory, c.step_s))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from gmeta.evaluation.score import score, validation_metrics
+from gmeta.evaluation.score import score_split, validation_metrics
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.training.run import Run
 
@@ -20,7 +20,7 @@ def validate(run: Run) -> bool:
     with state.dense.unsharded():
         tasks = max(256, run.config.loader.tasks_per_batch)
         most = run.config.loader.max_support_rows
-        scores = score(state.system, run.pack.split("valid"), tasks_per_batch=tasks, max_support_rows=most)
+        scores = score_split(state.system, run.pack.split("valid"), tasks_per_batch=tasks, max_support_rows=most)
     metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), state.mesh)
     if state.mesh.rank == 0:

@@ -15,7 +15,7 @@ from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.pack import open_pack
 from gmeta.evaluation.metrics import metric
-from gmeta.evaluation.score import Scores, score, to_predictions, validation_metrics
+from gmeta.evaluation.score import Scores, score_split, to_predictions, validation_metrics
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import build_system
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.dist
 
 def scores_of(mesh: Mesh, settings: TrainConfig, tasks_per_batch: int) -> dict[str, Any] | None:
     pack = open_pack(settings.pack)
-    found = score(build_system(settings, pack.schema, mesh), pack.split("test"), tasks_per_batch=tasks_per_batch)
+    found = score_split(build_system(settings, pack.schema, mesh), pack.split("test"), tasks_per_batch=tasks_per_batch)
     if found is None:
         return None
     columns = {name: getattr(found, name) for name in ("row", "task", "label", "before", "after")}
@@ -87,18 +87,18 @@ def test_batches_cut_to_a_budget_of_cells_give_the_same_scores(tmp_path: Path) -
     )
     pack = open_pack(settings.pack)
     split, system = pack.split("test"), build_system(settings, pack.schema, Mesh())
-    usual = score(system, split, tasks_per_batch=33, max_cells=10**9)
+    usual = score_split(system, split, tasks_per_batch=33, max_cells=10**9)
     assert usual is not None
     for max_cells, equal in (
         (MAX_CELLS, np.testing.assert_array_equal),
         (300, partial(np.testing.assert_allclose, rtol=1e-12)),
     ):
-        found = score(system, split, tasks_per_batch=33, max_cells=max_cells)
+        found = score_split(system, split, tasks_per_batch=33, max_cells=max_cells)
         assert found is not None
         for name in ("row", "task", "label", "before", "after"):
             equal(getattr(found, name), getattr(usual, name), err_msg=name)
     longest = 3
-    short = score(system, split, tasks_per_batch=33, max_support_rows=longest)
+    short = score_split(system, split, tasks_per_batch=33, max_support_rows=longest)
     assert short is not None
     np.testing.assert_allclose(short.before, usual.before, rtol=1e-12)
     changed = ~np.isclose(short.after, usual.after, rtol=1e-10)

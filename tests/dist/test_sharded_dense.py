@@ -15,7 +15,7 @@ from test_division import always_late, changing, run_divided
 from test_train import assert_same, config, run_steps, traffic_of_steps
 
 from gmeta.config.train import DenseConfig, MetaConfig, TrainConfig
-from gmeta.evaluation.score import score
+from gmeta.evaluation.score import score_split
 from gmeta.parallel.mesh import Mesh
 from gmeta.training.build import build_run
 from gmeta.training.records import traffic_record
@@ -128,7 +128,7 @@ def trained_on(mesh: Mesh, settings: TrainConfig, load: bool, steps: int) -> dic
             save_checkpoint(run)
         validate(run)
         with run.state.dense.unsharded():
-            scores = score(run.state.system, run.pack.split("valid"), tasks_per_batch=8)
+            scores = score_split(run.state.system, run.pack.split("valid"), tasks_per_batch=8)
     run.log.close()
     run.state.dense.close()
     return {"trace": np.array(trace), "after": scores.after if scores is not None else None}

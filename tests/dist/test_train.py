@@ -29,7 +29,7 @@ from gmeta.config.train import (
     ModelConfig,
     TrainConfig,
 )
-from gmeta.evaluation.score import score
+from gmeta.evaluation.score import score_split
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.parallel.mesh import Mesh, PeerLost
 from gmeta.training.build import build_run
@@ -260,7 +260,7 @@ def validate_between_steps(mesh: Mesh, settings: TrainConfig) -> list[float]:
         for _ in range(4):
             losses.append(one_step(run)["loss"])
             run.loader.settle()
-            scores = score(run.state.system, run.pack.split("valid"), tasks_per_batch=4)
+            scores = score_split(run.state.system, run.pack.split("valid"), tasks_per_batch=4)
             losses.append(0.0 if scores is None else float(scores.after.sum()))
     run.state.dense.close()
     return losses

@@ -189,7 +189,7 @@ def test_data_of_another_schema(trained_copy: Path, capsys: Capture) -> None:
 
 
 def test_damaged_checkpoint(trained_copy: Path, capsys: Capture) -> None:
-    last = checkpoint.resolve(trained_copy / "checkpoints", "last")
+    last = checkpoint.find_checkpoint(trained_copy / "checkpoints", "last")
     (file,) = last.glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-10] ^= 4
@@ -222,8 +222,8 @@ def test_damaged_run_files(trained_copy: Path, capsys: Capture, name: str, conte
 
 def test_a_damaged_last_checkpoint_does_not_hide_the_best(trained_copy: Path) -> None:
     (trained_copy / "checkpoints" / "step-00000006" / "state.json").write_text("")
-    assert checkpoint.resolve(trained_copy / "checkpoints", "best").name in ("step-00000003", "step-00000006")
-    assert checkpoint.resolve(trained_copy / "checkpoints", "3").name == "step-00000003"
+    assert checkpoint.find_checkpoint(trained_copy / "checkpoints", "best").name in ("step-00000003", "step-00000006")
+    assert checkpoint.find_checkpoint(trained_copy / "checkpoints", "3").name == "step-00000003"
 
 
 def test_damaged_vocabulary_is_not_copied(pack: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -244,7 +244,7 @@ def test_a_metric_that_is_not_defined_is_no_best(tmp_path: Path, capsys: Capture
     assert len(set(label[int(support) :].tolist())) == 1, "the premise: one class, hence no AUC"
     assert run(words) == 0
     said = capsys.readouterr().err
-    state = checkpoint.read_state(checkpoint.resolve(tmp_path / "run" / "checkpoints", "last"))
+    state = checkpoint.read_state(checkpoint.find_checkpoint(tmp_path / "run" / "checkpoints", "last"))
     assert "is not defined on the valid split" in said
     assert state["best_step"] is None
     assert state["progress"]["step"] == 6

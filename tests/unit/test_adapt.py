@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.meta.dropout import SeededDropout, row_keys
-from gmeta.meta.inner_loop import InnerLoop, resolve
+from gmeta.meta.inner_loop import InnerLoop, resolve_adapted
 from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import prediction, row_loss, task_mean
@@ -30,18 +30,18 @@ def melu(**extras: object) -> MeLU:
 def test_words() -> None:
     model = melu(layer_norm=True)
     names = [name for name, _ in model.named_parameters()]
-    everything = resolve(["embeddings", "dense"], model, FEATURES)
+    everything = resolve_adapted(["embeddings", "dense"], model, FEATURES)
     assert everything.features == FEATURES
     assert everything.parameters == tuple(names)
     assert everything.rates == ("embeddings", "layers.0", "layers.1", "norms.0", "norms.1", "output")
     assert everything.rate_of("layers.1.bias") == 2
-    head = resolve(["head"], model, FEATURES)
+    head = resolve_adapted(["head"], model, FEATURES)
     assert (head.features, head.parameters, head.rates) == ((), ("output.weight", "output.bias"), ("output",))
-    assert resolve(["decision"], model, FEATURES).parameters == tuple(names)
-    some = resolve(["embeddings.item*", "*.bias", "layers.0.*"], model, FEATURES)
+    assert resolve_adapted(["decision"], model, FEATURES).parameters == tuple(names)
+    some = resolve_adapted(["embeddings.item*", "*.bias", "layers.0.*"], model, FEATURES)
     assert some.features == ("item", "item_genre")
     assert some.parameters == tuple(n for n in names if n.endswith("bias") or n.startswith("layers.0."))
-    assert not resolve([], model, FEATURES)
+    assert not resolve_adapted([], model, FEATURES)
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,12 @@ def test_words() -> None:
 )
 def test_a_name_that_matches_nothing_suggests_the_nearest(pattern: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=f"'{pattern}', which matches nothing; the nearest name is '{nearest}'"):
-        resolve(["dense", pattern], melu(), FEATURES)
+        resolve_adapted(["dense", pattern], melu(), FEATURES)
 
 
 def test_a_model_that_declares_no_head() -> None:
     with pytest.raises(ValueError, match="names 'head', but Linear declares no `head`"):
-        resolve(["head"], nn.Linear(2, 1), FEATURES)
+        resolve_adapted(["head"], nn.Linear(2, 1), FEATURES)
 
 
 def test_learned_rates_are_a_parameter_by_step_and_layer() -> None:

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 from gmeta.config.data import SynthConfig
 from gmeta.data import synthetic
 from gmeta.data.synthetic import (
-    Rows,
+    LogRows,
     last_rows,
     lattice,
     posterior_predictive,
@@ -70,7 +70,7 @@ def test_labels_follow_the_true_logit(tmp_path):
     config = SynthConfig(out=str(tmp_path / "x"), users=1500, items=50, rows_per_user=16)
     synthesize(config)
     _, rows = last_rows(tmp_path / "x", range(1500), 10)
-    chance = reference_scores(tmp_path / "x", Rows(*[np.empty(0, np.int64)] * 3), rows)["oracle"]
+    chance = reference_scores(tmp_path / "x", LogRows(*[np.empty(0, np.int64)] * 3), rows)["oracle"]
     cut = np.quantile(chance, np.linspace(0, 1, 11)[1:-1])
     decile = np.searchsorted(cut, chance)
     for d in range(10):
@@ -161,7 +161,7 @@ def test_scores_follow_the_rows_and_not_their_order(log):
     straight = reference_scores(out, support, query)
     rng = np.random.default_rng(0)
     mix = [rng.permutation(len(rows.label)) for rows in (support, query)]
-    mixed = [Rows(r.user_id[m], r.item_id[m], r.label[m]) for r, m in zip((support, query), mix, strict=True)]
+    mixed = [LogRows(r.user_id[m], r.item_id[m], r.label[m]) for r, m in zip((support, query), mix, strict=True)]
     for name, score in reference_scores(out, *mixed).items():
         np.testing.assert_allclose(score, straight[name][mix[1]], atol=1e-12)
 
@@ -170,7 +170,7 @@ def test_a_user_without_support_has_the_prior(log):
     out, _ = log
     support, query = last_rows(out, range(20), 6)
     others = support.user_id != 3
-    scores = reference_scores(out, Rows(*(column[others] for column in dataclasses.astuple(support))), query)
+    scores = reference_scores(out, LogRows(*(column[others] for column in dataclasses.astuple(support))), query)
     alone = query.user_id == 3
     np.testing.assert_array_equal(scores["posterior"][alone], scores["prior"][alone])
     assert (scores["posterior"][~alone] != scores["prior"][~alone]).all()
@@ -205,9 +205,9 @@ def test_rows_of_another_log_are_refused(log):
     out, _ = log
     one = np.array([1])
     with pytest.raises(ValueError, match="user_id 5000 is not in the truth"):
-        reference_scores(out, Rows(one, one, one), Rows(np.array([5000]), one, one))
+        reference_scores(out, LogRows(one, one, one), LogRows(np.array([5000]), one, one))
     with pytest.raises(ValueError, match="item_id 50 is not in the truth"):
-        reference_scores(out, Rows(one, np.array([50]), one), Rows(one, one, one))
+        reference_scores(out, LogRows(one, np.array([50]), one), LogRows(one, one, one))
 
 
 def test_an_existing_directory_is_left_alone(log):

@@ -9,7 +9,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmeta.data.prepare.tasks import Settings, Shard
+from gmeta.data.prepare.tasks import Settings, ShardJob
 from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal
 
@@ -36,7 +36,7 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
     con.execute("SET parquet_metadata_cache=true")
 
 
-def dealt(schema: DataSchema, scratch: Path, shards: Sequence[Shard], *, item: bool = False) -> str:
+def dealt(schema: DataSchema, scratch: Path, shards: Sequence[ShardJob], *, item: bool = False) -> str:
     """Return SQL that reads the dealt rows of some shards, with column `item` where it is asked for."""
     folders = [scratch / "rows" / f"shard={s.index}" for s in shards]
     files = ", ".join(literal(f"{glob.escape(str(folder))}/*.parquet") for folder in folders)

@@ -28,7 +28,7 @@ from gmeta.data.prepare.check import check, create_checked, describe_rejects, id
 from gmeta.data.prepare.deal import deal
 from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scratch_directory
 from gmeta.data.prepare.summary import Report, console_report, print_summary
-from gmeta.data.prepare.tasks import Settings, make_tasks, resolve, row_bytes
+from gmeta.data.prepare.tasks import Settings, make_tasks, resolve_settings, row_bytes
 from gmeta.data.prepare.times import common_time
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
@@ -45,7 +45,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
     that do not go together, tasks that are too few, a full disk. No pack is left behind then.
     """
     out = Path(config.out)
-    schema, settings = resolve(config)
+    schema, settings = resolve_settings(config)
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
         counts = _check_all(con, config, schema, settings, scratch, tell)

@@ -37,14 +37,14 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardJob:
     """One shard to be written."""
 
     index: int
     split: str
 
 
-def resolve(config: PrepareConfig) -> tuple[DataSchema, Settings]:
+def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
     """Return the data schema and the settings; what is unset is taken from the named data set or the defaults."""
     usual: dict[str, Any] = {}
     if config.dataset is not None:
@@ -102,7 +102,7 @@ def _check_settings(config: PrepareConfig, schema: DataSchema, settings: Setting
         raise ValueError(f"partitions is {settings.partitions}: map a partition to train")
 
 
-def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any]) -> list[Shard]:
+def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any]) -> list[ShardJob]:
     """Make table `tasks`; returns its shards.
 
     It holds task, key (its text), partition, split, num_rows, num_support, fold (of training tasks), task_id, shard.
@@ -126,7 +126,7 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     found = con.execute("SELECT DISTINCT shard, split FROM tasks ORDER BY shard").fetchall()
     if not any(split == "train" for _, split in found):
         raise ValueError(f"no task is left to train on{f' ({why})' if why else ''}: check partitions and fractions")
-    return [Shard(shard, split) for shard, split in found]
+    return [ShardJob(shard, split) for shard, split in found]
 
 
 def _group_tasks(con: Connection, settings: Settings) -> None:

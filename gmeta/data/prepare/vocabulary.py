@@ -17,7 +17,7 @@ import duckdb
 from gmeta.data.prepare.columns import batched
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.summary import Report
-from gmeta.data.prepare.tasks import FOLDS, Shard
+from gmeta.data.prepare.tasks import FOLDS, ShardJob
 from gmeta.data.schema import ITEM_STATISTICS, DataSchema, Feature, NumericColumn, PackSchema, RawFeature
 from gmeta.data.sources import Connection, only_file, scalar
 
@@ -25,7 +25,7 @@ PRIOR_ROWS = 10.0
 """An item's mean label is smoothed with so many rows of the global mean."""
 
 
-def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[Shard], tell: Report) -> PackSchema:
+def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[ShardJob], tell: Report) -> PackSchema:
     """Make vocabularies and statistics from training rows, and the pack schema."""
     train_shards = [s for s in shards if s.split == "train"]
     train = dealt(schema, scratch, train_shards)

@@ -14,7 +14,7 @@ from gmeta.data.pack import SPLITS, PackWriter
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.encode import encode
 from gmeta.data.prepare.summary import Report, split_summary
-from gmeta.data.prepare.tasks import Settings, Shard
+from gmeta.data.prepare.tasks import Settings, ShardJob
 from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, PackSchema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
@@ -43,7 +43,7 @@ def write_shards(
     pack_schema: PackSchema,
     settings: Settings,
     scratch: Path,
-    shards: Sequence[Shard],
+    shards: Sequence[ShardJob],
     counts: dict[str, Any],
     tell: Report,
 ) -> None:
@@ -83,7 +83,7 @@ def _in_order(con: Connection, rows: str, settings: Settings) -> tuple[str, str]
 
 
 def _shard_arrays(
-    con: Connection, schema: DataSchema, pack_schema: PackSchema, settings: Settings, scratch: Path, shard: Shard
+    con: Connection, schema: DataSchema, pack_schema: PackSchema, settings: Settings, scratch: Path, shard: ShardJob
 ) -> dict[str, Array]:
     known = item_vocabulary(schema) is not None
     dealt_rows = dealt(schema, scratch, [shard], item=schema.item_statistics or not known)
@@ -107,7 +107,7 @@ def _shard_arrays(
     return arrays | {name: np.asarray(array) for name, array in tasks.items()}
 
 
-def _cold_items(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[Shard]) -> int:
+def _cold_items(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[ShardJob]) -> int:
     """Count the items that no training row has."""
     if schema.item is None:
         return 0
