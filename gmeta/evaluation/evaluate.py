@@ -21,7 +21,7 @@ from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
-from gmeta.data.synthetic import reference_scores
+from gmeta.data.synthetic import LogRows, reference_scores
 from gmeta.evaluation.baselines import BaselineRows, baseline_scores
 from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss, to_predictions
 from gmeta.evaluation.slices import evaluation_records, print_headline, write_evaluation

@@ -192,12 +192,12 @@ def test_aucs_are_those_of_scikit_learn():
     rng = np.random.default_rng(0)
     score, label, group = rng.integers(8, size=400) / 8, rng.integers(2, size=400), rng.integers(60, size=400)
     label[group == 5] = 1
-    assert synthetic.auc(score, label) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
+    assert synthetic.exact_auc(score, label) == pytest.approx(roc_auc_score(label, score), abs=1e-12)
     parts = [group == g for g in range(60) if len(set(label[group == g])) == 2]
     values = [roc_auc_score(label[part], score[part]) for part in parts]
     expected = np.average(values, weights=[part.sum() for part in parts])
     assert synthetic.grouped_auc(score, label, group) == pytest.approx(expected, abs=1e-12)
-    assert np.isnan(synthetic.auc(score[:1], label[:1]))
+    assert np.isnan(synthetic.exact_auc(score[:1], label[:1]))
     assert np.isnan(synthetic.grouped_auc(score[:1], label[:1], group[:1]))
 
 
@@ -237,7 +237,7 @@ def test_values_out_of_range_are_named(key, value):
 
 
 def test_the_summary_is_printed(log, capsys):
-    synthetic.print_summary(log[1])
+    synthetic.print_synthesis(log[1])
     printed = capsys.readouterr().out
     assert "300 users, 50 items" in printed
     assert f"{log[1]['reference']['posterior']['auc']:.4f}" in printed
