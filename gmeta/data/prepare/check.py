@@ -85,7 +85,7 @@ def check(
     found, checks = _Columns(con, part, schema, types, encoding).all(roles)
     selected = [f"CAST({found[name]} AS {kind}) AS {name}" for name, kind in columns.items()]
     place = f"{file} AS file, __row AS row"
-    problem = f"list_position([{', '.join(f'coalesce({condition}, false)' for _, condition, _ in checks)}], true)"
+    problem = f"CASE {' '.join(f'WHEN {condition} THEN {i}' for i, (_, condition, _) in enumerate(checks, 1))} END"
     why = f"SELECT {place}, {_why(checks)}"
     source = f"(SELECT *, {problem} AS __problem FROM ({part.query}))"
     if part.ordered:
