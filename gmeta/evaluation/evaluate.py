@@ -123,9 +123,9 @@ def _plain_variants(
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
     tuned = replace(trained.meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
-    learner = build_learner(
-        plain.learner.model, plain_config, tuned, plain.learner.features, len(pack.schema.numeric)
-    ).to(mesh.device, plain.dtype)
+    learner = build_learner(plain.learner.model, plain_config, tuned, plain.learner.features, plain.num_numeric).to(
+        mesh.device, plain.dtype
+    )
     most = trained.loader.max_support_rows
     steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, most)
     notes["plain-finetuned"] = {"adapt": tuned.adapt, "steps": steps, "inner_lr": rate}

@@ -123,6 +123,46 @@ class FastWeights:
             },
         )
 
+    @staticmethod
+    def join(parts: Sequence[FastWeights]) -> FastWeights:
+        """The tasks of all parts as one state, in order. ValueError when the parts are of different inner loops."""
+        if len({_form(part) for part in parts}) != 1:
+            raise ValueError(
+                f"cannot join {len(parts)} fast weights of different inner loops: adapt all tasks with one model, one "
+                "engine and one number of steps"
+            )
+        first = parts[0]
+        pairs = {}
+        for group in first.pairs:
+            start, shifted = 0, []
+            for part in parts:
+                shifted.append(part.pairs[group] + torch.tensor([start, 0], device=part.pairs[group].device))
+                start += part.num_tasks
+            pairs[group] = torch.cat(shifted)
+        updates = {}
+        for site, steps in first.updates.items():
+            longest = max(part.updates[site][0].inputs.shape[1] for part in parts) if steps else 0
+            updates[site] = tuple(
+                LowRankUpdate(
+                    torch.cat([_padded(part.updates[site][step].inputs, longest) for part in parts]),
+                    torch.cat([_padded(part.updates[site][step].gradients, longest) for part in parts]),
+                )
+                for step in range(len(steps))
+            )
+        modulation = {}
+        for layer, start_of in first.modulation.items():
+            shifts = [shift for part in parts if (shift := part.modulation[layer].shift) is not None]
+            scale = torch.cat([part.modulation[layer].scale for part in parts])
+            modulation[layer] = Modulated(scale, None if start_of.shift is None else torch.cat(shifts))
+        return FastWeights(
+            sum(part.num_tasks for part in parts),
+            updates,
+            {name: torch.cat([part.values[name] for part in parts]) for name in first.values},
+            {group: torch.cat([part.deltas[group] for part in parts]) for group in first.deltas},
+            pairs,
+            modulation,
+        )
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything as one flat dict of tensors, for `torch.save` or safetensors; `from_state_dict` reads it."""
         out = {"num_tasks": torch.tensor([self.num_tasks])}
@@ -159,46 +199,6 @@ class FastWeights:
         modulation = {layer: Modulated(scale, plain["shift"].get(layer)) for layer, scale in plain["scale"].items()}
         num_tasks = int(state["num_tasks"])
         return FastWeights(num_tasks, updates, plain["values"], plain["deltas"], plain["pairs"], modulation)
-
-
-def join(parts: Sequence[FastWeights]) -> FastWeights:
-    """The tasks of all parts as one state, in order. ValueError when the parts are of different inner loops."""
-    if len({_form(part) for part in parts}) != 1:
-        raise ValueError(
-            f"cannot join {len(parts)} fast weights of different inner loops: adapt all tasks with one model, one "
-            "engine and one number of steps"
-        )
-    first = parts[0]
-    pairs = {}
-    for group in first.pairs:
-        start, shifted = 0, []
-        for part in parts:
-            shifted.append(part.pairs[group] + torch.tensor([start, 0], device=part.pairs[group].device))
-            start += part.num_tasks
-        pairs[group] = torch.cat(shifted)
-    updates = {}
-    for site, steps in first.updates.items():
-        longest = max(part.updates[site][0].inputs.shape[1] for part in parts) if steps else 0
-        updates[site] = tuple(
-            LowRankUpdate(
-                torch.cat([_padded(part.updates[site][step].inputs, longest) for part in parts]),
-                torch.cat([_padded(part.updates[site][step].gradients, longest) for part in parts]),
-            )
-            for step in range(len(steps))
-        )
-    modulation = {}
-    for layer, start_of in first.modulation.items():
-        shifts = [shift for part in parts if (shift := part.modulation[layer].shift) is not None]
-        scale = torch.cat([part.modulation[layer].scale for part in parts])
-        modulation[layer] = Modulated(scale, None if start_of.shift is None else torch.cat(shifts))
-    return FastWeights(
-        sum(part.num_tasks for part in parts),
-        updates,
-        {name: torch.cat([part.values[name] for part in parts]) for name in first.values},
-        {group: torch.cat([part.deltas[group] for part in parts]) for group in first.deltas},
-        pairs,
-        modulation,
-    )
 
 
 def _form(fast: FastWeights) -> object:

@@ -94,8 +94,8 @@ class MetaLearner(nn.Module):
         if not self.adapted:
             return (gather_plan.plan_together(support, query, num_rows, tuple(self.features)),)
         if self.engine == "reference":
-            plan = reference.plan_support(support, self.adapted.features)
-            return plan, reference.plan_query(plan.pairs)
+            plan = self.index_support(support, num_rows)
+            return plan, plan
         return gather_plan.plan_batch(support, query, num_rows, tuple(self.features), self.adapted.features)
 
     def index_support(self, support: Mapping[str, Lookup], num_rows: Mapping[str, int]) -> GatherPlan:
@@ -106,7 +106,7 @@ class MetaLearner(nn.Module):
         turns positions into ids that are found again among rows fetched later.
         """
         if self.engine == "reference":
-            return reference.plan_support(support, self.adapted.features)
+            return GatherPlan({}, {}, {}, reference.pairs_of(support, self.adapted.features))
         return gather_plan.plan_support(support, num_rows, tuple(self.features), self.adapted.features)
 
     def index_query(
@@ -125,7 +125,7 @@ class MetaLearner(nn.Module):
         if row_ids is not None:
             pairs = {group: gather_plan.rows_among(keys, row_ids[group].cpu()) for group, keys in pairs.items()}
         if self.engine == "reference":
-            return reference.plan_query(pairs)
+            return GatherPlan({}, {}, {}, pairs)
         return gather_plan.plan_query(query, num_rows, tuple(self.features), self.adapted.features, pairs)
 
     def adapt(

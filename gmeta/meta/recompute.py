@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Run = Callable[[Sequence[Tensor], bool], Sequence[Tensor]]
-"""(inputs, whether its results must be differentiable) -> results."""
-
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Run, num_leaves: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, run: Callable[[Sequence[Tensor], bool], Sequence[Tensor]], num_leaves: int, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.run, ctx.num_leaves = run, num_leaves
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
@@ -46,8 +45,12 @@ class _Recomputed(torch.autograd.Function):
         return (None, None, *found)
 
 
-def recomputed(run: Run, leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """`run(inputs)`, differentiable by `inputs` and by `leaves`, the parameters that `run` uses by itself.
+def recomputed(
+    run: Callable[[Sequence[Tensor], bool], Sequence[Tensor]], leaves: Sequence[Tensor], inputs: Sequence[Tensor]
+) -> list[Tensor]:
+    """`run(inputs, ...)`, differentiable by `inputs` and by `leaves`, the parameters that `run` uses by itself.
+
+    `run` takes the inputs, and whether its results must be differentiable.
 
     Differentiable once; autocast is as it was when this was called.
     """

@@ -41,8 +41,11 @@ class _Side:
         return self.examples.label[self.task, self.positions]
 
 
-def plan_support(support: Mapping[str, Lookup], adapted: Sequence[str]) -> GatherPlan:
-    """The (task, row) pairs of a support, task by task. The engine reads rows by the lookups themselves."""
+def pairs_of(support: Mapping[str, Lookup], adapted: Sequence[str]) -> dict[str, Tensor]:
+    """Group -> the (task, row) pairs [P, 2] of a support, in ascending order: all the index work of this engine.
+
+    It reads rows by the lookups themselves.
+    """
     found: dict[str, list[Tensor]] = {}
     for name in adapted:
         lookup = support[name]
@@ -52,12 +55,7 @@ def plan_support(support: Mapping[str, Lookup], adapted: Sequence[str]) -> Gathe
         else:
             task = torch.arange(len(lengths)).repeat_interleave(lengths.cpu().sum(1))
         found.setdefault(lookup.group, []).append(torch.stack([task, index.reshape(-1)], 1))
-    return GatherPlan({}, {}, {}, {group: torch.unique(torch.cat(keys), dim=0) for group, keys in found.items()})
-
-
-def plan_query(pairs: Mapping[str, Tensor]) -> GatherPlan:
-    """The plan of examples of tasks that were adapted before; see `gmeta.meta.gather_plan.plan_query`."""
-    return GatherPlan({}, {}, {}, dict(pairs))
+    return {group: torch.unique(torch.cat(keys), dim=0) for group, keys in found.items()}
 
 
 def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan) -> tuple[FastWeights, Tensor]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmeta.core.errors import UserCodeError
 from gmeta.meta.dropout import SeededDropout, row_keys
 from gmeta.meta.factored import AdaptedPass, Unsupported
 from gmeta.meta.fast_weights import FastWeights
@@ -71,13 +72,13 @@ def choose_engine(
     modulated: Mapping[str, int],
     engine: str,
 ) -> tuple[str, str]:
-    """(engine, why) for a model that passes the trial; `engine` may be auto.
+    """Try the model out and return (engine, why); `engine` may be auto.
 
     `features` has the embedding dimension of each feature, `modulated` the number of units of each modulated layer.
-    ValueError, naming the call where possible, for a model that fails, mixes examples, returns another shape than one
-    logit an example, draws random numbers without a seed, or changes its buffers or inputs; `Unsupported`, which is
-    one, where `engine` is factored and that engine cannot adapt the model. The model, its buffers, gradients and
-    flags, and the global random state are left as they were.
+    The model, its buffers, gradients and flags, and the global random state are left as they were.
+    Raises ValueError, which names the call where possible, for a model that mixes examples, returns another shape than
+    one logit an example, draws random numbers without a seed, or changes its buffers or inputs; `UserCodeError` for
+    one that raises; `Unsupported` where `engine` is factored and that engine cannot adapt the model.
     """
     _refuse_modules(model)
     flat = _examples(model, features, num_numeric)
@@ -221,7 +222,7 @@ def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
         raise
     except Exception as error:
         known = f" (embedded has: {', '.join(embedded.features) or 'nothing'})" if isinstance(error, KeyError) else ""
-        raise ValueError(
+        raise UserCodeError(
             f"{_name(model)}.forward fails{_raised_at(error)} for {_form(given)}: {type(error).__name__}: {error}"
             f"{known}{_cure(given)}"
         ) from error

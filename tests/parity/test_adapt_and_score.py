@@ -14,7 +14,7 @@ from test_modulation import modulated
 from torch import Tensor
 
 from gmeta.core.batch import EmbeddedRows, Examples, map_tensors
-from gmeta.meta.fast_weights import FastWeights, join
+from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.learner import MetaLearner
 
 ENGINES = ("factored", "reference")
@@ -130,7 +130,9 @@ def test_tasks_are_chosen_joined_and_stored(engine: str, modulation: str) -> Non
     problem, order = make_problem(), [3, 0, 2, 1, 0]
     learner = learner_for(engine, modulation, learn_lr=True).eval()
     fast, logits = apart(learner, problem)
-    joined = join([stored(fast.of_tasks([3, 0])), stored(fast.of_tasks([])), stored(fast.of_tasks([2, 1, 0]))])
+    joined = FastWeights.join(
+        [stored(fast.of_tasks([3, 0])), stored(fast.of_tasks([])), stored(fast.of_tasks([2, 1, 0]))]
+    )
     rows, query = query_of(problem, order)
     scored = learner.score(joined, rows, query)
     torch.testing.assert_close(scored[query.mask], logits[order][query.mask], rtol=1e-12, atol=1e-12)
@@ -150,7 +152,7 @@ def test_tasks_are_chosen_joined_and_stored(engine: str, modulation: str) -> Non
         )
         halves.append(learner.adapt(EmbeddedRows(problem.rows.weights, lookups, {}), support))
     rows, query = query_of(problem, [0, 1, 2, 3])
-    again = learner.score(join(halves), rows, query)
+    again = learner.score(FastWeights.join(halves), rows, query)
     torch.testing.assert_close(again[query.mask], logits[query.mask], rtol=1e-12, atol=1e-12)
 
 
@@ -174,6 +176,6 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(IndexError, match="task 4 of fast weights that hold 4 tasks"):
         fast.of_tasks([4])
     with pytest.raises(ValueError, match="cannot join 2 fast weights of different inner loops"):
-        join([fast, apart(learner, problem, steps=1)[0]])
+        FastWeights.join([fast, apart(learner, problem, steps=1)[0]])
     with pytest.raises(ValueError, match="cannot join 0 fast weights"):
-        join([])
+        FastWeights.join([])

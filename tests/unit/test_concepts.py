@@ -29,8 +29,6 @@ SAME_MEANING = {
     "main": {"__main__.py", "lab/__main__.py"},  # entry points of two programs
     "adapt": {"meta/factored.py", "meta/reference.py"},  # the two engines, called alike
     "score": {"meta/factored.py", "meta/reference.py"},
-    "plan_support": {"meta/gather_plan.py", "meta/reference.py"},
-    "plan_query": {"meta/gather_plan.py", "meta/reference.py"},
 }
 """Public names that may be defined in several files, and in which."""
 
