@@ -103,6 +103,7 @@ def choose_engine(
             if not finite:
                 raise ValueError(_not_finite(model))
             return engine, "none: plain training"
+        _refuse_second_reading(model, adapted, flat)
         if engine == "reference":
             return engine, "reference, as configured"
         both = flat.of(_TASKS, _ROWS)
@@ -321,6 +322,26 @@ def _finite_on_padding(model: nn.Module, examples: _Examples) -> bool:
         loss = torch.where(torch.arange(len(out), device=out.device) == _CHANGED, 0, out).sum()
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves and loss.requires_grad else ()
     return bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
+
+
+def _refuse_second_reading(model: nn.Module, adapted: Adapted, examples: _Examples) -> None:
+    """ValueError for a model that reads adapted parameters in its backward pass, when they are no longer a task's."""
+    shared = dict(model.named_parameters(remove_duplicate=False))
+    own = {name: (shared[name].detach() * 1.1).requires_grad_() for name in adapted.parameters}
+    with torch.enable_grad():
+        with substituted(model, own):
+            within, after = _run(model, examples).sum(), _run(model, examples).sum()
+            if not own or not within.requires_grad:
+                return
+            expected = torch.autograd.grad(within, list(own.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(after, list(own.values()), allow_unused=True, materialize_grads=True)
+    for name, one, other in zip(own, found, expected, strict=True):
+        if not _same(one, other):
+            raise ValueError(
+                f"{_name(model)}.forward computes with {name!r} again in the backward pass, as torch.utils.checkpoint "
+                "does: there it would find the shared weights, not those of a task. Leave the checkpoint out (what "
+                "saves memory in inner steps is meta.recompute), or do not adapt what it holds"
+            )
 
 
 def _not_finite(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.meta.inner_loop import InnerLoop
@@ -474,6 +475,24 @@ def test_frozen_parameters_stay() -> None:
     for pattern in ("mix.weight", "mix.*", "out.bias"):
         with pytest.raises(ValueError, match=rf"names '{re.escape(pattern)}', but '(mix.weight|out.bias)' is frozen"):
             learner_of(model, adapt=["dense", pattern])
+
+
+def test_a_checkpoint_around_adapted_layers_is_refused() -> None:
+    """Its second forward pass runs when the task's weights are gone. Around other layers it changes nothing."""
+
+    def forward(model: Any, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        return model.logit(checkpoint(model.hidden, embedded, use_reentrant=False))
+
+    for engine in ("auto", "reference"):
+        with pytest.raises(ValueError, match=r"computes with 'mix.weight' again in the backward pass"):
+            learner_of(Own(forward), engine=engine)
+    rows, batch = problem()
+    losses = []
+    for model in (Own(forward), Own(GOOD["plain"])):
+        loss, _ = learner_of(model, adapt=["head"])(rows, batch)
+        losses.append([loss, *torch.autograd.grad(loss, [*model.parameters(), *rows.weights.values()])])
+    for one, other in zip(*losses, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_an_inner_loop_checks_its_settings() -> None:
