@@ -18,7 +18,7 @@ from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
 from gmeta.data.shards import split_in_memory
 from gmeta.data.tables import TableLike, as_arrow
-from gmeta.meta.fast_weights import FastWeights, join
+from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.losses import prediction
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
@@ -80,7 +80,7 @@ class Recommender:
         for tasks in _chunks(len(encoded.keys)):
             examples, _, _ = split.examples(tasks)
             parts.append(self._adapt(examples))
-        return AdaptedTasks(self, tuple(encoded.keys), join(parts))
+        return AdaptedTasks(self, tuple(encoded.keys), FastWeights.join(parts))
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
         """Return what `AdaptedTasks.state` gave. ValueError where another model adapted it."""
@@ -164,7 +164,7 @@ class AdaptedTasks:
         position = np.array([known.get(key, len(known)) for key in encoded.keys])
         fast = self.fast_weights
         if (position == len(known)).any():
-            fast = join([fast, rec._without_support(1)]) if known else rec._without_support(1)
+            fast = FastWeights.join([fast, rec._without_support(1)]) if known else rec._without_support(1)
         for tasks in _chunks(len(encoded.keys)):
             _, query, _ = split.examples(tasks)
             found = rec._score(fast.of_tasks(position[tasks].tolist()), query)
