@@ -1,4 +1,4 @@
-"""Dropout whose mask depends on (seed, epoch, batch, task, inner step, row, unit) and on nothing else.
+"""Dropout whose mask depends on (seed, epoch, batch, task, inner step, example, unit) and on nothing else.
 
 The same task drops the same units whatever rank, slot or padding it gets, and in both engines: a counter-based hash
 (the finaliser of splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)
@@ -33,7 +33,10 @@ BatchKey = tuple[int, int, int]
 
 
 def row_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tensor) -> Tensor:
-    """A key for each row: task ids int64 [T] (or a scalar), positions inside the task int64 [S] -> [T, S] (or [S])."""
+    """Return a key for each example: task ids int64 [T], positions inside the task int64 [S] -> [T, S].
+
+    A single task id, a scalar, gives [S].
+    """
     key = task_id
     for number in (*batch, pass_number):
         key = splitmix64_tensor(key + number)
@@ -41,10 +44,10 @@ def row_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tens
 
 
 class SeededDropout:
-    """Replaces `F.dropout` by a mask hashed from one key per row; without keys, dropout does nothing.
+    """Replaces `F.dropout` and `torch.dropout` by a mask that is hashed from one key for each example.
 
-    For `gmeta.meta.interception`.
-    `make_keys()`, called once a model has dropout, gives int64 of the leading dimensions that the model is called with.
+    It is a handler of `gmeta.meta.interception`. `make_keys()` is called when a model first drops something, and gives
+    int64 keys of the leading dimensions that the model is called with. Without it, dropout does nothing.
     """
 
     def __init__(self, make_keys: Callable[[], Tensor] | None) -> None:
@@ -53,7 +56,7 @@ class SeededDropout:
         self.calls = 0
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The masked input, for a call of `F.dropout`."""
+        """Return the masked input for a call of dropout. Raises ValueError for kinds that cannot be seeded."""
         if func is F.dropout:
             return self._dropout(*args, **kwargs)
         if func is torch.dropout:  # which calls its third argument `train`
@@ -72,7 +75,7 @@ class SeededDropout:
         if input.shape[: self.keys.dim()] != self.keys.shape:
             raise ValueError(
                 f"dropout input has shape {list(input.shape)}, expected leading dimensions {list(self.keys.shape)}: "
-                "a model must keep the dimensions of tasks and rows first"
+                "a model must keep the dimensions of tasks and examples first"
             )
         width = input.shape[self.keys.dim() :].numel()
         # One hash of 64 bits decides four units: hashing is most of what dropout costs.

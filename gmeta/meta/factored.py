@@ -36,7 +36,7 @@ from gmeta.meta.views import Embedded
 
 
 class Unsupported(ValueError):
-    """The model uses an adapted parameter in a way that only the reference engine can follow."""
+    """Says that a model uses an adapted parameter in a way that only the reference engine can follow."""
 
     def __init__(self, parameter: str, what: str) -> None:
         super().__init__(
@@ -49,9 +49,9 @@ _NOT_ADAPTED = LinearSite(None, None)  # a layer that is modulated only
 
 
 def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan) -> tuple[FastWeights, Tensor]:
-    """Fast weights of the T tasks of a support, and its loss before the first step [T], detached.
+    """Adapt every task to its support; return the fast weights, and the loss [T] before the first step, detached.
 
-    With second order, and where the pass is modulated, the fast weights are differentiable.
+    The fast weights are differentiable with second order, and where the pass is modulated.
     """
     num_tasks, length = support.mask.shape
     shared = shared_rows(rows, plan)
@@ -77,9 +77,9 @@ def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherP
 
 
 def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan) -> Tensor:
-    """Logits [T, Q] of examples of the tasks that were adapted.
+    """Return the logits [T, Q] of examples of the tasks that were adapted.
 
-    ValueError for fast weights of the reference engine that hold whole layers.
+    Raises ValueError for fast weights of the reference engine that hold whole layers.
     """
     seen = apply_deltas(shared_rows(rows, plan), fast.deltas, plan)
     return _forward(inner, fast, query, seen, plan, QUERY_PASS)[0]
@@ -93,7 +93,7 @@ def _inner_step(
     support: Examples,
     plan: GatherPlan,
 ) -> tuple[FastWeights, Tensor]:
-    """One SGD step of every task on its support: the next state, and the loss [T] before the step."""
+    """Take one SGD step of every task on its support; return the next state, and the loss [T] before the step."""
     seen = apply_deltas(shared, fast.deltas, plan)
     read = {group: _differentiable(seen[group]) for group in plan.reads}
     logits, taped = _forward(inner, fast, support, {**seen, **read}, plan, step + 1)
@@ -137,7 +137,7 @@ def _recomputed_step(
     support: Examples,
     plan: GatherPlan,
 ) -> tuple[FastWeights, Tensor]:
-    """`_inner_step` without its graph: the state alone stays, the rest is computed again by the backward pass."""
+    """Take `_inner_step` without keeping its graph: the backward pass computes again all but the state."""
     after = fast
 
     def run(inputs: Sequence[Tensor], differentiable: bool) -> list[Tensor]:
@@ -194,11 +194,11 @@ _METADATA = {  # functions that read only shape, type or place
 
 
 class AdaptedPass:
-    """One forward pass in which calls that receive adapted parameters see every task's own values.
+    """Handles one forward pass, in which calls that receive adapted parameters compute with every task's own values.
 
-    Records what the next inner step differentiates: `sites` (inputs and outputs of linear layers) and `values`
-    (element-wise parameters, one per task). `leading` is (T, S); inputs must keep these dimensions first. Linear layers
-    named in `modulation` start from every task's own scale and shift, adapted or not.
+    It records what the next inner step differentiates: `sites` (inputs and outputs of linear layers) and `values`
+    (element-wise parameters, one for each task). `leading` is (T, S); inputs must keep these dimensions first. Linear
+    layers that `fast.modulation` names start from every task's own scale and shift, adapted or not.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class AdaptedPass:
         self.differentiates = torch.is_grad_enabled()
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The result of a call that receives an adapted parameter; `Unsupported` if there is no rule for it."""
+        """Return the result of a call that receives an adapted parameter. Raises `Unsupported` where no rule fits."""
         found = next(self._names_in((*args, *kwargs.values())), None)
         if found is None:
             if func is torch.autograd.grad:  # then D and A are not all that a weight's gradient depends on
@@ -240,7 +240,7 @@ class AdaptedPass:
         raise Unsupported(found, f"{name} receives it")
 
     def finish(self) -> None:
-        """`Unsupported` naming an adapted parameter that the pass did not meet, or could not follow to the end."""
+        """Raise `Unsupported` for an adapted parameter that the pass did not meet, or could not follow to the end."""
         for name in self.names.values():
             if name not in self.seen:
                 raise Unsupported(name, "the model's forward never uses it")
@@ -272,7 +272,7 @@ class AdaptedPass:
             raise Unsupported(name, f"its input is {shape}, expected a tensor of [T, S, ...] = {list(self.leading)}")
 
     def _task_value(self, parameter: Tensor, name: str, operand: Tensor) -> Tensor:
-        """An element-wise parameter per task, shaped to broadcast against `operand` [T, S, ...]."""
+        """Return an element-wise parameter of every task, shaped to broadcast against `operand` [T, S, ...]."""
         self._see(name)
         if name not in self.adapted or rate_group(name) in self.fast.modulation:
             raise Unsupported(name, "its layer is modulated, and the model's forward uses it outside F.linear")
@@ -342,14 +342,14 @@ class AdaptedPass:
 
 
 def forming_is_cheaper(steps: Sequence[LowRankUpdate], inputs: Tensor, weight: Tensor) -> bool:
-    """Whether a task's weight is cheaper formed than applied as a low-rank change, in multiplications per row."""
+    """Whether forming a task's weight takes fewer multiplications than applying its low-rank changes."""
     num_out, num_in = weight.shape
     rank, num_rows = sum(step.inputs.shape[1] for step in steps), max(inputs.shape[1], 1)
     return rank * (num_in + num_out) > num_in * num_out * (1 + rank / num_rows)
 
 
 def _modulated(out: Tensor, start: Modulated | None) -> Tensor:
-    """A layer's output [T, R, out], or its bias [out], as every task's inner loop starts from it [T, R or 1, out]."""
+    """Scale and shift a layer's output [T, R, out], or its bias [out] -> [T, 1, out], to where every task starts."""
     if start is None:
         return out
     out = out * start.scale.unsqueeze(1)
@@ -357,7 +357,7 @@ def _modulated(out: Tensor, start: Modulated | None) -> Tensor:
 
 
 def _low_rank(out: Tensor, inputs: Tensor, site: LinearSite, steps: Sequence[LowRankUpdate]) -> Tensor:
-    """The shared layer's output plus the changes of all steps: out [T, R, out], inputs [T, R, in]."""
+    """Add the changes of all steps to the shared layer's output: out [T, R, out], inputs [T, R, in]."""
     for step in steps:
         if site.weight is None:
             out = out + step.gradients.sum(1, keepdim=True)
@@ -375,7 +375,7 @@ def _formed(
     steps: Sequence[LowRankUpdate],
     start: Modulated | None,
 ) -> Tensor:
-    """The layer with every task's own weight [T, out, in] and bias."""
+    """Compute the layer with every task's own weight [T, out, in] and bias."""
     own = weight.expand(inputs.shape[0], *weight.shape)
     own = own if start is None else own * start.scale.unsqueeze(-1)
     bias = None if bias is None else _modulated(bias, start)
@@ -388,7 +388,7 @@ def _formed(
 
 
 def _differentiable(value: Tensor) -> Tensor:
-    """`value`, as something that `autograd.grad` accepts also where nothing before it requires a gradient."""
+    """Make `value` something that `autograd.grad` accepts, also where nothing before it requires a gradient."""
     return value if value.requires_grad or not torch.is_grad_enabled() else value.detach().requires_grad_()
 
 

@@ -37,7 +37,7 @@ class GatherPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """The entries of all features of a group on one side, example after example."""
+    """Entries of all features of a group on one side, example after example."""
 
     columns: Ints  # [E]
     lengths: Ints | None  # [n * F]; None: one each
@@ -180,7 +180,7 @@ def _repeat(lengths: Ints) -> Ints:
 
 
 def _joined(first: _Entries, second: _Entries) -> _Entries:
-    """Both sides as one; adaptation is left out."""
+    """Put both sides together; adaptation is left out."""
     pieces = (first, second)
     lengths = weights = None
     if any(piece.lengths is not None for piece in pieces):

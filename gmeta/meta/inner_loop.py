@@ -22,7 +22,7 @@ class InnerLoop:
     """How a task adapts to its support. ValueError for a setting that cannot be."""
 
     adapt: Sequence[str]
-    """What a task adapts: names that `resolve` understands. Empty: plain training."""
+    """What a task adapts: names that `resolve_adapted` understands. Empty: plain training."""
     order: Literal["first", "second"] = "second"
     """`second` differentiates the outer loss through the inner steps; `first` takes inner gradients as constants."""
     steps: int = 1

@@ -1,4 +1,4 @@
-"""One torch-function mode for everything a forward pass replaces: nested modes would each see every call."""
+"""One torch-function mode for all that a forward pass replaces, because nested modes would each see every call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Handler(Protocol):
     """Replaces some calls of torch functions."""
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The call's result, or NotImplemented where it is none of this handler's."""
+        """Return the call's result, or NotImplemented for a call that this handler leaves alone."""
 
 
 class Intercept(TorchFunctionMode):

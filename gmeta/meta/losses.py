@@ -1,4 +1,4 @@
-"""Losses of one row, the scores that go with them, and the mean over the rows of a task."""
+"""Losses of single examples, the predictions that go with them, and the mean over the examples of a task."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _LOSSES: dict[str, RowLoss] = {
 
 
 def row_loss(name: str) -> RowLoss:
-    """The loss called `name`: (logits [...], label [...]) -> [...], in at least float32.
+    """Return the loss called `name`: (logits [...], label [...]) -> [...], in at least float32.
 
-    bce takes logits; huber has delta 1. ValueError for an unknown name.
+    bce takes logits; huber has delta 1. Raises ValueError for an unknown name.
     """
     _require_known(name)
     loss = _LOSSES[name]
@@ -29,18 +29,18 @@ def row_loss(name: str) -> RowLoss:
 
 
 def prediction(name: str) -> Callable[[Tensor], Tensor]:
-    """What a model trained with the loss `name` predicts from logits: a probability for bce, the logit otherwise."""
+    """Return how a model trained with the loss `name` predicts: as a probability for bce, else the logit itself."""
     _require_known(name)
     return torch.sigmoid if name == "bce" else lambda logits: logits
 
 
 def task_mean(loss: Tensor, mask: Tensor) -> Tensor:
-    """Mean over a task's real rows: [T, S], bool [T, S] -> [T]; 0 for tasks without rows."""
+    """Return the mean over each task's real examples: [T, S], bool [T, S] -> [T]; it is 0 for a task without any."""
     return torch.where(mask, loss, 0).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def widen(values: Tensor) -> Tensor:
-    """Half precision to float32; wider types as they are."""
+    """Turn half precision into float32, and leave wider types as they are."""
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 

@@ -1,6 +1,6 @@
 """Modulation: the support set itself decides where a task's inner loop starts.
 
-For each linear layer and task t there is a scale g_t and, where the layer has a bias, a shift s_t, one number a unit:
+Each linear layer gets, for each task t, a scale g_t and, where it has a bias, a shift s_t, one number for each unit:
 
     W_t0 = diag(g_t) W,    b_t0 = g_t * b + s_t,    so the layer's output is g_t * (x W^T + b) + s_t
 
@@ -41,10 +41,10 @@ class Modulated:
 
 
 class TaskEncoder(nn.Module):
-    """A support set as one vector: the mean over its rows of relu(linear([embeddings, numeric columns, label])).
+    """Encodes a support as one vector: the mean of relu(linear([embeddings, numeric columns, label])) of its examples.
 
-    The rows' order does not matter, and the empty set is the zero vector. `dims` is the embedding dimension of
-    each feature.
+    Their order does not matter, and the empty support is the zero vector. `dims` has the embedding dimension of each
+    feature.
     """
 
     def __init__(self, dims: Mapping[str, int], num_numeric: int, width: int) -> None:
@@ -63,7 +63,7 @@ class TaskEncoder(nn.Module):
 
 
 class ClusterGates(nn.Module):
-    """A gate in (0, 1) for each unit, from the task's vector and from the learned clusters it is near to.
+    """Gives each unit a gate in (0, 1), by the task's vector and the learned clusters that it is near to.
 
     A task belongs to cluster c with weight softmax_c(-|task - centroid_c|^2 / 2). The gates see the task's vector,
     which is its own, and the mix of centroids, which it shares with tasks like it. There is no shift.
@@ -82,7 +82,7 @@ class ClusterGates(nn.Module):
     def forward(
         self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
     ) -> dict[str, Modulated]:
-        """As `TaskEncoder.forward`; for every layer a scale [T, out]."""
+        """Takes what `TaskEncoder.forward` takes, and gives every layer a scale [T, out]."""
         task = self.encoder(dense, embedded, label, mask)
         distance = (task.unsqueeze(1) - self.centroids).square().sum(-1)  # [T, clusters]
         shared = torch.softmax(-distance / 2, -1) @ self.centroids
@@ -92,7 +92,7 @@ class ClusterGates(nn.Module):
 
 
 class Film(nn.Module):
-    """A scale and a shift for each unit, linear in the task's vector; training starts from the unmodulated model.
+    """Gives each unit a scale and a shift, linear in the task's vector. Training starts from the unmodulated model.
 
     A layer without a bias gets no shift.
     """
@@ -110,7 +110,7 @@ class Film(nn.Module):
     def forward(
         self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
     ) -> dict[str, Modulated]:
-        """As `TaskEncoder.forward`; for every layer a scale and, with a bias, a shift [T, out]."""
+        """Takes what `TaskEncoder.forward` takes, and gives every layer a scale and, with a bias, a shift [T, out]."""
         out = widen(self.head(self.encoder(dense, embedded, label, mask)))
         parts = torch.split(out, [*self.sizes.values(), *(self.sizes[name] for name in self.biased)], -1)
         shifts = dict(zip(self.biased, parts[len(self.sizes) :], strict=True))
@@ -133,10 +133,11 @@ def build_modulator(
     clusters: int = 8,
     seed: int = 0,
 ) -> Modulator:
-    """A modulator of every linear layer of `model`, initialised from `seed`; the global random state is left alone.
+    """Build a modulator of every linear layer of `model` from `seed`; the global random state is left alone.
 
-    `dims` is the embedding dimension of each feature that the task encoder reads, `num_numeric` the number of numeric
-    columns (0: it reads none), `width` the size of the task's vector. ValueError for a model without linear layers.
+    `dims` has the embedding dimension of each feature that the task encoder reads, `num_numeric` is the number of
+    numeric columns (0: it reads none), `width` the size of the task's vector. Raises ValueError for a model without
+    linear layers, and for a layer whose weight is computed.
     """
     layers: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
@@ -156,7 +157,7 @@ def build_modulator(
 
 
 def modulated_parameters(model: nn.Module, modulation: Mapping[str, Modulated], task: int) -> dict[str, Tensor]:
-    """W_t0 and b_t0 of every modulated layer, by name, for one task."""
+    """Return W_t0 and b_t0 of every modulated layer, by name, for one task."""
     start = {}
     for name, modulated in modulation.items():
         scale, shift = modulated.scale, modulated.shift

@@ -1,8 +1,8 @@
-"""An inner step that keeps its inputs and results alone, and builds its graph again in the backward pass.
+"""An inner step that keeps only its inputs and results, and builds its graph again in the backward pass.
 
-`torch.utils.checkpoint` cannot do this: an inner step calls `autograd.grad`, for which it recomputes at once and keeps
-what it recomputed (measured: more memory than without). Exact: nothing in an inner step draws random numbers, as
-dropout is a hash.
+`torch.utils.checkpoint` cannot do this: an inner step calls `autograd.grad`, at which it recomputes and keeps what it
+recomputed (measured: more memory than without). The numbers are exactly the same, because nothing in an inner step
+draws random numbers: dropout is a hash.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class _Side:
 
 
 def pairs_of(support: Mapping[str, Lookup], adapted: Sequence[str]) -> dict[str, Tensor]:
-    """Group -> the (task, row) pairs [P, 2] of a support, in ascending order: all the index work of this engine.
+    """Return group -> the (task, row) pairs [P, 2] of a support, in ascending order: all the index work of this engine.
 
     It reads rows by the lookups themselves.
     """
@@ -59,9 +59,9 @@ def pairs_of(support: Mapping[str, Lookup], adapted: Sequence[str]) -> dict[str,
 
 
 def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan) -> tuple[FastWeights, Tensor]:
-    """Fast weights of the T tasks of a support, and its loss before the first step [T], detached.
+    """Adapt every task to its support; return the fast weights, and the loss [T] before the first step, detached.
 
-    `values` has every adapted or modulated parameter whole.
+    Their `values` have every adapted or modulated parameter whole.
     """
     num_tasks = len(support.mask)
     sides = [_Side(support, rows.support, task) for task in range(num_tasks)]
@@ -92,7 +92,7 @@ def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherP
 
 
 def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan) -> Tensor:
-    """Logits [T, Q] of examples of the tasks that were adapted, by either engine; 0 on padding."""
+    """Return the logits [T, Q] of examples of tasks that either engine adapted; they are 0 on padding."""
     anchor = torch.stack([weight.sum() * 0 for weight in rows.weights.values()]).sum()  # keeps the graph when T = 0
     logits = []
     for task in range(fast.num_tasks):
@@ -111,7 +111,7 @@ def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Exampl
 
 
 def whole_parameters(model: nn.Module, fast: FastWeights, task: int) -> dict[str, Tensor]:
-    """One task's own parameters by name, from fast weights of either engine."""
+    """Return one task's own parameters by name, from fast weights of either engine."""
     own = modulated_parameters(model, fast.modulation, task)
     shared = dict(model.named_parameters(remove_duplicate=False))
     for site, steps in fast.updates.items():
@@ -126,7 +126,7 @@ def whole_parameters(model: nn.Module, fast: FastWeights, task: int) -> dict[str
 
 @contextmanager
 def substituted(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model computes with `values` in the place of these parameters, under all their names.
+    """Let the model compute with `values` in the place of these parameters, under all their names.
 
     Afterwards it is as it was, also after an exception. (`torch.func.functional_call` leaves a module that has two
     names with the values, as of torch 2.13.)
@@ -152,7 +152,7 @@ def substituted(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 
 def _modulated(inner: InnerPass, rows: EmbeddedRows, side: _Side) -> dict[str, Tensor]:
-    """The modulated parameters of a task, from its real support examples as a batch of one task."""
+    """Return a task's modulated parameters, from its real support examples as a batch of one task."""
     if inner.modulator is None:
         return {}
     embedded = {
@@ -166,7 +166,7 @@ def _modulated(inner: InnerPass, rows: EmbeddedRows, side: _Side) -> dict[str, T
 def _adapt_task(
     inner: InnerPass, rows: EmbeddedRows, side: _Side, own: dict[str, Tensor]
 ) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
-    """SGD on one task's support, from parameters `own`. Those that do not adapt stay as they are.
+    """Take SGD steps on one task's support, from parameters `own`. Those that do not adapt stay as they are.
 
     Returns ("parameter", name) -> value and ("table", group) -> the group's rows [U, d]; the first step's mean loss.
     """
@@ -207,7 +207,7 @@ def _score_task(
     tables: Mapping[str, Tensor],
     pass_number: int,
 ) -> Tensor:
-    """Logits of one task's real examples [n], with the task's own parameters and, for adapted features, tables."""
+    """Return the logits of one task's real examples [n], with its own parameters and, for adapted features, tables."""
     embedded = {}
     for name, lookup in side.lookups.items():
         table = tables[lookup.group] if name in inner.adapted.features else rows.weights[lookup.group]
@@ -221,7 +221,7 @@ def _score_task(
 
 
 def _read(table: Tensor, lookup: Lookup, side: _Side) -> Tensor:
-    """Rows of one feature for one task: [n, d]."""
+    """Return the rows that one feature reads for one task: [n, d]."""
     if lookup.lengths is None:
         return table[lookup.index[side.task, side.positions]]
     ends = lookup.lengths.flatten().cumsum(0).view_as(lookup.lengths)[side.task]

@@ -128,7 +128,7 @@ def choose_engine(
 
 
 def _refuse_modules(model: nn.Module) -> None:
-    """ValueError for modules that cannot be right, wherever they are used."""
+    """Raise ValueError for modules that cannot be right, wherever they are used."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(
@@ -156,7 +156,7 @@ def _refuse_signature(model: nn.Module, examples: _Examples) -> None:
 
 
 def _examples(model: nn.Module, features: Mapping[str, int], num_numeric: int) -> _Examples:
-    """Six examples [6, ...] of random numbers, features of one width side by side as tables hold them."""
+    """Make six examples [6, ...] of random numbers, with features of one width side by side, as tables hold them."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     number = _TASKS * _ROWS
     plan, values = GatherPlan({}, {}, {}, {}), {}
@@ -169,14 +169,14 @@ def _examples(model: nn.Module, features: Mapping[str, int], num_numeric: int) -
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:
-    """Normal numbers from a generator of their own."""
+    """Return normal numbers, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
 
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training flags, buffers and the global random state are restored at the end. ValueError if a buffer changed."""
+    """Restore training flags, buffers and the global random state at the end. Raises ValueError if a buffer changed."""
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, b) for module in model.modules() for name, b in module._buffers.items() if b is not None]
     kept = [buffer.clone() for _, _, buffer in buffers]
@@ -212,7 +212,7 @@ def _generators(model: nn.Module) -> list[tuple[Callable[[], Tensor], Callable[[
 
 
 def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
-    """Logits of examples; ValueError where the model fails, returns another shape, or changes its inputs."""
+    """Return the logits of examples. Raises ValueError where the model fails, returns another shape or changes inputs."""
     given = examples.of(*examples.leading)
     embedded = Embedded(given.values, given.plan, given.leading)
     versions = [tensor._version for tensor in (given.dense, *given.values.values())]
@@ -280,7 +280,7 @@ def _others(values: Tensor) -> Tensor:
 
 
 def _try_alone(model: nn.Module, examples: _Examples) -> Tensor:
-    """The logits of examples in one form; ValueError where they depend on their neighbours."""
+    """Return the logits of examples in one form. Raises ValueError where they depend on their neighbours."""
     logits = _run(model, examples)
     mixes = not _same(_others(_run(model, examples.changed()).flatten()), _others(logits.flatten()))
     if not mixes and len(examples.leading) == 1:  # a maximum may not notice one changed example
@@ -297,7 +297,7 @@ def _try_alone(model: nn.Module, examples: _Examples) -> Tensor:
 
 
 def _try_repeated(model: nn.Module, examples: _Examples) -> None:
-    """ValueError for a model that draws random numbers other than those of dropout that is seeded."""
+    """Raise ValueError for a model that draws random numbers other than those of dropout that is seeded."""
     generators = _generators(model)
     before = [get() for get, _ in generators]
     one, other = _run(model, examples), _run(model, examples)
@@ -325,7 +325,7 @@ def _finite_on_padding(model: nn.Module, examples: _Examples) -> bool:
 
 
 def _refuse_second_reading(model: nn.Module, adapted: Adapted, examples: _Examples) -> None:
-    """ValueError for a model that reads adapted parameters in its backward pass, when they are no longer a task's."""
+    """Raise ValueError for a model that reads adapted parameters in its backward pass, when they are no longer a task's."""
     shared = dict(model.named_parameters(remove_duplicate=False))
     own = {name: (shared[name].detach() * 1.1).requires_grad_() for name in adapted.parameters}
     with torch.enable_grad():
@@ -352,7 +352,7 @@ def _not_finite(model: nn.Module) -> str:
 
 
 def _try_adapted(model: nn.Module, adapted: Adapted, examples: _Examples, modulated: Mapping[str, int]) -> None:
-    """`Unsupported` if the factored engine cannot adapt the model."""
+    """Raise `Unsupported` if the factored engine cannot adapt the model."""
     modulation = {layer: Modulated(examples.dense.new_ones(_TASKS, units), None) for layer, units in modulated.items()}
     fast = FastWeights(_TASKS, modulation=modulation)
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""What a model reads of embedded features: one [..., d] for each, and their concatenation without a copy."""
+"""How a model reads embedded features: one [..., d] for each, which it concatenates without a copy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gmeta.meta.gather_plan import GatherPlan
 
 
 class Embedded:
-    """One forward pass in which features that lie side by side are concatenated, or stacked, as a view.
+    """Handles one forward pass, in which features that lie side by side are concatenated, or stacked, as a view.
 
     `features` is the model's `embedded`: feature -> [*leading, d], from the values [n, F, d] of each group. Measured
     on 20 features of [2560, 16], one core: torch.cat was a quarter of a plain training step, and half of that again
@@ -29,7 +29,7 @@ class Embedded:
             self.places.update((id(self.features[name]), (group, i)) for i, name in enumerate(names))
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The result of a call of `torch.cat` or `torch.stack`."""
+        """Return the result of a call of `torch.cat` or `torch.stack`, or NotImplemented."""
         if func not in _JOINS or not _is_plain(args, kwargs):
             return NotImplemented
         parts, stack = args[0], func is torch.stack
@@ -62,7 +62,7 @@ _JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 
 def _is_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is `func(tensors, dim)` of tensors of one dtype and number of dimensions."""
+    """Whether a call is `func(tensors, dim)`, with tensors of one dtype and number of dimensions."""
     if not kwargs.keys() <= {"dim"} or not args or not isinstance(args[0], list | tuple) or not args[0]:
         return False
     return len({(part.dtype, part.dim()) for part in args[0]}) == 1 and args[0][0].dim() > 0

@@ -179,3 +179,14 @@ def test_what_does_not_fit_is_refused() -> None:
         FastWeights.join([fast, apart(learner, problem, steps=1)[0]])
     with pytest.raises(ValueError, match="cannot join 0 fast weights"):
         FastWeights.join([])
+
+
+def test_plain_training_adapts_nothing_and_scores_all_the_same() -> None:
+    problem = make_problem()
+    learner = learner_of(Net(dropout=0.3).double(), adapt=[]).eval()
+    fast, logits = apart(learner, problem)
+    assert fast.tensors() == []
+    assert fast.num_tasks == 4
+    mask = problem.batch.query.mask
+    torch.testing.assert_close(logits[mask], learner.predict(problem.rows, problem.batch)[1][mask])
+    assert stored(FastWeights.join([fast, fast])).num_tasks == 8

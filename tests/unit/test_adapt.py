@@ -198,5 +198,5 @@ def test_dropout_that_cannot_be_seeded_is_refused() -> None:
     with Intercept(SeededDropout(lambda: torch.zeros(2, 3, dtype=torch.int64))):
         with pytest.raises(ValueError, match="alpha_dropout cannot be seeded"):
             F.alpha_dropout(torch.ones(2, 3, 4), 0.5, training=True)
-        with pytest.raises(ValueError, match="keep the dimensions of tasks and rows first"):
+        with pytest.raises(ValueError, match="keep the dimensions of tasks and examples first"):
             F.dropout(torch.ones(3, 2, 4), 0.5)
