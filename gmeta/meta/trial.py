@@ -212,7 +212,7 @@ def _generators(model: nn.Module) -> list[tuple[Callable[[], Tensor], Callable[[
 
 
 def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
-    """Return the logits of examples. Raises ValueError where the model fails, returns another shape or changes inputs."""
+    """Return the logits of examples. Raises ValueError where the model fails, errs in shape, or changes its inputs."""
     given = examples.of(*examples.leading)
     embedded = Embedded(given.values, given.plan, given.leading)
     versions = [tensor._version for tensor in (given.dense, *given.values.values())]
@@ -325,7 +325,7 @@ def _finite_on_padding(model: nn.Module, examples: _Examples) -> bool:
 
 
 def _refuse_second_reading(model: nn.Module, adapted: Adapted, examples: _Examples) -> None:
-    """Raise ValueError for a model that reads adapted parameters in its backward pass, when they are no longer a task's."""
+    """Raise ValueError for a model that reads adapted parameters in its backward pass: they are no task's by then."""
     shared = dict(model.named_parameters(remove_duplicate=False))
     own = {name: (shared[name].detach() * 1.1).requires_grad_() for name in adapted.parameters}
     with torch.enable_grad():
