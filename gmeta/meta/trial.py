@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import UserCodeError
-from gmeta.meta.dropout import SeededDropout, row_keys
+from gmeta.meta.dropout import SeededDropout, example_keys
 from gmeta.meta.factored import AdaptedPass, Unsupported
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan
@@ -164,7 +164,7 @@ def _examples(model: nn.Module, features: Mapping[str, int], num_numeric: int) -
         names = tuple(name for name, width in features.items() if width == dim)
         plan.features[f"width {dim}"] = names
         values[f"width {dim}"] = _noise(like.new_empty(number, len(names), dim), dim)
-    keys = row_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
+    keys = example_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
     return _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, (number,))
 
 
