@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
-from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
+from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, example_keys
 from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import MetaLearner
 from ps_baseline.plan import Features, Side, Task
@@ -132,7 +132,7 @@ def _logits(
     keys = None
     if key is not None:
         positions = torch.arange(len(side.label))
-        keys = partial(row_keys, key, torch.tensor(task.task_id), pass_number, positions)
+        keys = partial(example_keys, key, torch.tensor(task.task_id), pass_number, positions)
     # A function mode costs every operation of the pass; only a model with dropout needs it.
     model = inner.learner.model
     with Intercept(SeededDropout(keys)) if inner.has_dropout else nullcontext():

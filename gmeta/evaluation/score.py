@@ -14,7 +14,7 @@ from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.metrics import metric
 from gmeta.meta.learner import MetaLearner
-from gmeta.meta.losses import prediction, row_loss
+from gmeta.meta.losses import example_loss, prediction
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.recommender.system import PreparedBatch, System
 
@@ -96,7 +96,7 @@ def to_predictions(logits: Floats, loss: LossName) -> Floats:
 
 def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName) -> float:
     """Return the mean over tasks of the mean loss of their query rows, which is what training minimises."""
-    values = row_loss(loss)(torch.from_numpy(logits), torch.from_numpy(label)).numpy()
+    values = example_loss(loss)(torch.from_numpy(logits), torch.from_numpy(label)).numpy()
     _, index = np.unique(task, return_inverse=True)
     return float((np.bincount(index, values) / np.bincount(index)).mean())
 

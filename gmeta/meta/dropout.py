@@ -32,7 +32,7 @@ BatchKey = tuple[int, int, int]
 """(seed, epoch, index) of a batch."""
 
 
-def row_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tensor) -> Tensor:
+def example_keys(batch: BatchKey, task_id: Tensor, pass_number: int, positions: Tensor) -> Tensor:
     """Return a key for each example: task ids int64 [T], positions inside the task int64 [S] -> [T, S].
 
     A single task id, a scalar, gives [S].

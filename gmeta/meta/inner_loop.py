@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from gmeta.core.errors import require
-from gmeta.meta.losses import RowLoss, row_loss
+from gmeta.meta.losses import ExampleLoss, example_loss
 from gmeta.meta.modulation import Modulated, Modulator
 
 EMBEDDINGS = "embeddings"
@@ -52,7 +52,7 @@ class InnerLoop:
             "only second order keeps graphs of inner steps; leave it out",
         )
         if self.loss is not None:
-            row_loss(self.loss)
+            example_loss(self.loss)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class InnerPass:
 
     model: nn.Module
     adapted: Adapted
-    loss: RowLoss  # of the support
+    loss: ExampleLoss  # of the support
     second_order: bool
     rates: Tensor  # [K, len(adapted.rates)]
     rate: float | None = None  # the number that all rates are, where they are not learned: it scales the loss

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, to_device
 from gmeta.meta import factored, gather_plan, reference
-from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, row_keys
+from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, example_keys
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan, shared_rows
 from gmeta.meta.inner_loop import InnerLoop, InnerPass, resolve_adapted
 from gmeta.meta.interception import Intercept
-from gmeta.meta.losses import row_loss, task_mean, widen
+from gmeta.meta.losses import example_loss, task_mean, widen
 from gmeta.meta.modulation import Modulator
 from gmeta.meta.trial import choose_engine
 from gmeta.meta.views import Embedded
@@ -64,8 +64,8 @@ class MetaLearner(nn.Module):
         self.features = dict(features)
         self.inner_loop = inner_loop
         self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
-        self.loss = row_loss(loss)
-        self.inner_loss = row_loss(inner_loop.loss or loss)
+        self.loss = example_loss(loss)
+        self.inner_loss = example_loss(inner_loop.loss or loss)
         if modulator is not None and not self.adapted:
             raise ValueError("a modulator decides where the inner loop starts, but adapt is empty: name what it adapts")
         self.modulator = modulator
@@ -252,7 +252,7 @@ class MetaLearner(nn.Module):
             loop.prior,
             loop.recompute,
             self.modulator,
-            None if dropout is None else partial(row_keys, *dropout),
+            None if dropout is None else partial(example_keys, *dropout),
         )
 
     def _adapt(
@@ -271,7 +271,7 @@ class MetaLearner(nn.Module):
         self, rows: EmbeddedRows, batch: TaskBatch, plan: GatherPlan, key: BatchKey | None
     ) -> tuple[Tensor, LearnerOutput]:
         sides = (batch.support, batch.query)
-        keys = None if key is None else partial(row_keys, key, batch.task_id)
+        keys = None if key is None else partial(example_keys, key, batch.task_id)
         logits = self._flat_logits(rows, sides, plan, keys)
         losses = [self.loss(part, side.label) for part, side in zip(logits, sides, strict=True)]
         together = task_mean(torch.cat(losses, 1), torch.cat([side.mask for side in sides], 1))

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RowLoss = Callable[[Tensor, Tensor], Tensor]
+ExampleLoss = Callable[[Tensor, Tensor], Tensor]
 
-_LOSSES: dict[str, RowLoss] = {
+_LOSSES: dict[str, ExampleLoss] = {
     "bce": lambda logits, label: F.binary_cross_entropy_with_logits(logits, label, reduction="none"),
     "mse": lambda logits, label: F.mse_loss(logits, label, reduction="none"),
     "l1": lambda logits, label: F.l1_loss(logits, label, reduction="none"),
@@ -18,7 +18,7 @@ _LOSSES: dict[str, RowLoss] = {
 }
 
 
-def row_loss(name: str) -> RowLoss:
+def example_loss(name: str) -> ExampleLoss:
     """Return the loss called `name`: (logits [...], label [...]) -> [...], in at least float32.
 
     bce takes logits; huber has delta 1. Raises ValueError for an unknown name.

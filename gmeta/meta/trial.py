@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import UserCodeError
-from gmeta.meta.dropout import SeededDropout, row_keys
+from gmeta.meta.dropout import SeededDropout, example_keys
 from gmeta.meta.factored import AdaptedPass, Unsupported
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan
@@ -164,7 +164,7 @@ def _examples(model: nn.Module, features: Mapping[str, int], num_numeric: int) -
         names = tuple(name for name, width in features.items() if width == dim)
         plan.features[f"width {dim}"] = names
         values[f"width {dim}"] = _noise(like.new_empty(number, len(names), dim), dim)
-    keys = row_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
+    keys = example_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
     return _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, (number,))
 
 
@@ -212,7 +212,7 @@ def _generators(model: nn.Module) -> list[tuple[Callable[[], Tensor], Callable[[
 
 
 def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
-    """Return the logits of examples. Raises ValueError where the model fails, changes inputs or shapes."""
+    """Return the logits of examples. Raises ValueError where the model fails, errs in shape, or changes its inputs."""
     given = examples.of(*examples.leading)
     embedded = Embedded(given.values, given.plan, given.leading)
     versions = [tensor._version for tensor in (given.dense, *given.values.values())]
@@ -325,7 +325,7 @@ def _finite_on_padding(model: nn.Module, examples: _Examples) -> bool:
 
 
 def _refuse_second_reading(model: nn.Module, adapted: Adapted, examples: _Examples) -> None:
-    """Raise ValueError for a model that reads adapted parameters in its backward pass: they are not a task's then."""
+    """Raise ValueError for a model that reads adapted parameters in its backward pass: they are no task's by then."""
     shared = dict(model.named_parameters(remove_duplicate=False))
     own = {name: (shared[name].detach() * 1.1).requires_grad_() for name in adapted.parameters}
     with torch.enable_grad():

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gmeta.meta.dropout import SeededDropout, row_keys
+from gmeta.meta.dropout import SeededDropout, example_keys
 from gmeta.meta.inner_loop import InnerLoop, resolve_adapted
 from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import MetaLearner
-from gmeta.meta.losses import prediction, row_loss, task_mean
+from gmeta.meta.losses import example_loss, prediction, task_mean
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
 
@@ -162,15 +162,15 @@ def test_losses_match_torch(name: str) -> None:
         "l1": nn.L1Loss,
         "huber": nn.HuberLoss,
     }[name]
-    assert torch.equal(row_loss(name)(logits, label), torch_loss(reduction="none")(logits, label))
-    assert row_loss(name)(logits.bfloat16(), label).dtype == torch.float32
+    assert torch.equal(example_loss(name)(logits, label), torch_loss(reduction="none")(logits, label))
+    assert example_loss(name)(logits.bfloat16(), label).dtype == torch.float32
     expected = torch.sigmoid(logits) if name == "bce" else logits
     assert torch.equal(prediction(name)(logits), expected)
 
 
 def test_unknown_loss() -> None:
     with pytest.raises(ValueError, match="loss is 'auc': must be one of bce, mse, l1, huber"):
-        row_loss("auc")
+        example_loss("auc")
 
 
 def test_task_mean_ignores_padding() -> None:
@@ -181,7 +181,7 @@ def test_task_mean_ignores_padding() -> None:
 
 def test_dropout_depends_on_every_part_of_its_key() -> None:
     def mask(seed: int = 1, epoch: int = 2, index: int = 3, task: int = 4, pass_number: int = 0) -> Tensor:
-        make_keys = partial(row_keys, (seed, epoch, index), torch.tensor([task]), pass_number, torch.arange(50))
+        make_keys = partial(example_keys, (seed, epoch, index), torch.tensor([task]), pass_number, torch.arange(50))
         with Intercept(SeededDropout(make_keys)):
             return F.dropout(torch.ones(1, 50, 40), 0.3)
 

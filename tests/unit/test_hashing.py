@@ -12,7 +12,7 @@ from xxhash import xxh3_64
 from gmeta.core.hashing import GAMMA, splitmix64, splitmix64_tensor
 from gmeta.data.order import keyed_hash
 from gmeta.embedding.permutation import normal_rows, table_key
-from gmeta.meta.dropout import SeededDropout, row_keys
+from gmeta.meta.dropout import SeededDropout, example_keys
 
 
 def test_the_numbers_are_those_of_the_published_generator() -> None:
@@ -40,7 +40,7 @@ def test_orders_rows_and_masks_are_those_of_saved_runs() -> None:
     ids = torch.arange(0, 3000, 7)
     key = np.array([table_key(5, "item")], np.uint64).view(np.int64)
     assert digest(normal_rows(ids, torch.from_numpy(key).expand(len(ids)).clone(), 9).numpy()) == "c8f6701ca42724d4"
-    keys = row_keys((7, 2**62, 5), torch.arange(0, 90, 3), 2, torch.arange(11))
+    keys = example_keys((7, 2**62, 5), torch.arange(0, 90, 3), 2, torch.arange(11))
     assert digest(keys.numpy()) == "2eef28b3a0bc4e9b"
     dropped = SeededDropout(lambda: keys).handle(F.dropout, (torch.ones(30, 11, 7),), {"p": 0.3})
     assert digest(dropped.numpy()) == "f0c97991d64618bc"
