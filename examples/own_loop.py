@@ -1,7 +1,7 @@
 """Your own training loop, with everything that `gmeta train` has: here a penalty on confident logits is added.
 
-python examples/own_loop.py PACK RUN_DIR                                   # a pack made by `gmeta prepare`
-torchrun --nproc_per_node 2 examples/own_loop.py PACK RUN_DIR              # two processes, the same model
+python examples/own_loop.py PACK RUN_DIR                                # by default on the pack of `make demo`
+torchrun --nproc_per_node 2 examples/own_loop.py PACK RUN_DIR           # two processes learn the same model
 """
 
 import sys
@@ -23,4 +23,4 @@ def main(pack: str, run_dir: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*(sys.argv[1:] or ("runs/demo/pack", "runs/own_loop"))))

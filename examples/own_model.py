@@ -1,7 +1,9 @@
 """A model of your own: train it, adapt it to users it has never seen, score what they might click.
 
-python examples/own_model.py                                    # one process
-torchrun --nproc_per_node 2 examples/own_model.py               # two, the same model
+python examples/own_model.py PACK RUN_DIR                               # by default on the pack of `make demo`
+torchrun --nproc_per_node 2 examples/own_model.py PACK RUN_DIR          # two processes learn the same model
+
+`gmeta train --model.name own_model:TwoTowers` does the same where this file can be imported.
 """
 
 import sys
@@ -28,7 +30,7 @@ class TwoTowers(nn.Module):
 
 
 if __name__ == "__main__":
-    pack, run_dir = sys.argv[1:]
+    pack, run_dir = sys.argv[1:] or ("runs/demo/pack", "runs/own_model")
     settings = {"embedding": {"lr": 0.1}, "dense": {"lr": 0.01}, "meta": {"inner_lr": 0.3}, "schedule": {"epochs": 2}}
     run = gmeta.train({"pack": pack, "run_dir": run_dir, **settings}, model=TwoTowers)
     print(f"best loss {run.best:.4f} on valid at step {run.best_step} of {run.step}: {run.path}")

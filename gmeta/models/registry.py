@@ -79,7 +79,11 @@ def name_of(model: str | ModelFactory) -> str:
         if model is known:
             return name
     qualified = getattr(model, "__qualname__", type(model).__qualname__)
-    return f"{getattr(model, '__module__', '__main__')}:{qualified}"
+    module = getattr(model, "__module__", "__main__")
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if module == "__main__" and script is not None:
+        module = Path(script).stem  # the name under which others can import it
+    return f"{module}:{qualified}"
 
 
 def is_foreign(name: str) -> bool:

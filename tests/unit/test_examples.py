@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import re
 import subprocess
 import sys
@@ -17,13 +19,68 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 CONFIGS = sorted(path for path in EXAMPLES.glob("*.yaml") if not path.name.startswith("schema"))
 
 
-def test_own_model_learns() -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / "own_model.py", "30"], capture_output=True, text=True, check=False
-    )
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack of a synthetic log, such as `make demo` makes."""
+    out = tmp_path_factory.mktemp("examples")
+    assert run(["synth", "--out", str(out / "log"), "--users", "1500", "--items", "60"]) == 0
+    words = ["--input", f"{out}/log/*.parquet", "--schema", f"{out}/log/schema.yaml", "--out", str(out / "pack")]
+    assert run(["prepare", *words]) == 0
+    return out / "pack"
+
+
+def example(name: str, *words: object, processes: int = 1) -> str:
+    """Run an example as a user would; its output."""
+    launcher = TORCHRUN if processes == 2 else ["-W", "error"]
+    argv = [sys.executable, *launcher, EXAMPLES / name, *words]
+    result = subprocess.run(list(map(str, argv)), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    first, last = (float(x) for x in re.findall(r"\d\.\d+", result.stdout.splitlines()[-1]))
-    assert last < first - 0.05
+    return result.stdout
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line["loss_after"] for line in lines if line["kind"] == "valid"]
+
+
+@pytest.mark.parametrize("name", ["own_model.py", "own_loop.py"])
+def test_examples_that_train_learn_the_same_on_two_processes(pack: Path, tmp_path: Path, name: str) -> None:
+    for processes in (1, 2):
+        assert "best loss" in example(name, pack, tmp_path / str(processes), processes=processes)
+    alone, together = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert alone == pytest.approx(together, rel=1e-4)
+    assert alone[-1] < alone[0]
+
+
+def test_a_model_of_ones_own_is_found_again(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line, under the name that the script's run records."""
+    monkeypatch.chdir(EXAMPLES)
+    words = ["--pack", pack, "--schedule.max_steps", 3, "--model.args.hidden", 8]
+    train = ["train", *words, "--run_dir", tmp_path / "run", "--model.name", "own_model:TwoTowers"]
+    assert run(list(map(str, train))) == 0
+    evaluate = ["evaluate", "--run_dir", tmp_path / "run", "--trust_model", "true", "--resamples", 5]
+    assert run(list(map(str, evaluate))) == 0
+    assert (tmp_path / "run" / "evaluation.json").exists()
+
+
+def test_one_user_is_adapted_in_memory(pack: Path, tmp_path: Path) -> None:
+    gmeta.train({"pack": str(pack), "run_dir": str(tmp_path / "run"), "schedule": {"max_steps": 5}})
+    lines = example("adapt_one_user.py", tmp_path / "run").splitlines()
+    scores = [[float(x) for x in re.findall(r"0\.\d+", line)] for line in lines]
+    assert len(scores) == 5
+    assert any(after != before for after, before in scores)
+
+
+def test_a_model_of_ones_own_takes_few_lines() -> None:
+    """Code lines: neither blank, nor comment, nor docstring."""
+    tree = ast.parse((EXAMPLES / "own_model.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    assert len(ast.unparse(tree).replace("\n\n", "\n").strip().splitlines()) <= 25
 
 
 @pytest.mark.parametrize("words", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]])
