@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from gmeta.cli import run
 from gmeta.data.pack import open_pack, verify_pack
@@ -69,9 +70,18 @@ def test_training_goes_on(old: Path, tmp_path: Path) -> None:
     gmeta("evaluate", "--run_dir", tmp_path / "run", "--resamples", 2, "--baselines", "false")
 
 
-def test_its_settings_and_its_pack_train_a_new_run(old: Path, tmp_path: Path) -> None:
+def test_its_settings_and_its_pack_train_a_new_run(
+    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each old key is told once, with the new one where there is one."""
     gmeta("train", "--config", "train.yaml", "--run_dir", tmp_path / "run")
     assert checkpoint.steps_saved(tmp_path / "run" / "checkpoints")[-1] == 10
+    told = capsys.readouterr().err
+    for old_key, new_key in (("dense.placement", "dense.sharding"), ("model.hidden", "model.args.hidden")):
+        assert told.count(f"{old_key} is now {new_key}") == 1
+    for dropped in ("comm.fetch", "comm.dedup", "comm.dense", "loader.ahead", "loader.sequential"):
+        assert told.count(f"{dropped} is gone") == 1
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["args"]["hidden"] == [6]
 
 
 def test_its_schema_and_log_make_the_same_vocabularies(old: Path, tmp_path: Path) -> None:
