@@ -45,7 +45,7 @@ from gmeta.data.shards import (
 __all__ = ["PackSplit", "PackWriter", "SplitColumns", "TaskPack", "open_pack", "shard_layout", "verify_pack"]
 
 FORMAT = "gmeta-task-pack"
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "valid", "test")
 
 

@@ -33,7 +33,7 @@ from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 from gmeta.sharding.checkpoint import PartitionWriter, metadata_differences
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def step_dir(root: Path, step: int) -> Path:

@@ -80,7 +80,7 @@ def rewrite_manifest(path: Path, change: Callable[[dict[str, object]], object]) 
 
 def test_a_newer_format_is_refused(path: Path) -> None:
     rewrite_manifest(path, lambda m: m.update(version=3, schema="of another kind"))
-    with pytest.raises(ValueError, match="made by gmeta pack format 3; this gmeta reads up to 1: upgrade"):
+    with pytest.raises(ValueError, match="made by gmeta pack format 3; this gmeta reads up to 2: upgrade"):
         open_pack(path)
 
 
@@ -112,7 +112,7 @@ def test_flipped_bits_of_the_manifest_are_refused(path: Path) -> None:
             assert "manifest.json" in str(error) or "format" in str(error)  # noqa: PT017
         else:
             # A bit of white space may turn into other white space; what was read is still what was written.
-            assert json.loads((path / "manifest.json").read_text())["version"] == 1
+            assert json.loads((path / "manifest.json").read_text())["version"] == 2
         flip(path / "manifest.json", at)
     open_pack(path)
 

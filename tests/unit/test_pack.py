@@ -292,4 +292,4 @@ def test_manifest_is_sorted_json(pack: Path) -> None:
     text = (pack / "manifest.json").read_text()
     manifest = json.loads(text)
     assert text == json.dumps(manifest, sort_keys=True, indent=1) + "\n"
-    assert (manifest["format"], manifest["version"]) == ("gmeta-task-pack", 1)
+    assert (manifest["format"], manifest["version"]) == ("gmeta-task-pack", 2)

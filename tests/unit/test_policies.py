@@ -41,7 +41,7 @@ windows = st.none() | st.builds(StepStats, st.integers(1, 100), numbers, numbers
 @st.composite
 def snapshots(draw) -> Snapshot:
     size = draw(st.integers(1, 6))
-    slots = draw(st.lists(st.integers(0, 40), min_size=size, max_size=size))
+    slots = draw(st.lists(st.integers(0, 40), min_size=size, max_size=size).filter(any))  # a batch has tasks
     parts = draw(st.lists(st.integers(1, 4), min_size=size, max_size=size))
     views = [
         WorkerView(
