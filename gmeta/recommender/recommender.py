@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, to_device
+from gmeta.data.loader import MAX_CELLS
+from gmeta.data.order import ends_within
 from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
-from gmeta.data.shards import split_in_memory
+from gmeta.data.shards import TaskRows, split_in_memory
 from gmeta.data.tables import TableLike, as_arrow
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.losses import prediction
@@ -73,14 +75,14 @@ class Recommender:
         """
         encoded = self._encode(support, "support")
         if encoded is None:
-            return AdaptedTasks(self, (), self._without_support(0))
+            return AdaptedTasks(self, (), np.zeros(0, np.int64), ())
         self._check_labels(encoded)
-        split = split_in_memory(encoded.arrays, self.schema)
-        parts = []
-        for tasks in _chunks(len(encoded.keys)):
-            examples, _, _ = split.examples(tasks)
+        at = self._rows(encoded)
+        split, parts = split_in_memory(encoded.arrays, self.schema), []
+        for tasks in _chunks(at.num_support, at.num_query):
+            examples, _, _ = split.gather(at[tasks])
             parts.append(self._adapt(examples))
-        return AdaptedTasks(self, tuple(encoded.keys), FastWeights.join(parts))
+        return AdaptedTasks(self, tuple(encoded.keys), at.num_support, tuple(parts))
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
         """Return what `AdaptedTasks.state` gave. ValueError where another model adapted it."""
@@ -88,8 +90,10 @@ class Recommender:
             raise ValueError(
                 f"the state was adapted by {state.get('version')!r}, this model is {self.version!r}: adapt again"
             )
-        fast = FastWeights.from_state_dict(state["fast_weights"])
-        return AdaptedTasks(self, tuple(state["keys"]), to_device(fast, self.system.mesh.device))
+        parts = tuple(
+            to_device(FastWeights.from_state_dict(part), self.system.mesh.device) for part in state["fast_weights"]
+        )
+        return AdaptedTasks(self, tuple(state["keys"]), state["num_support"].numpy(), parts)
 
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
@@ -101,6 +105,11 @@ class Recommender:
         if found.num_rows == 0:
             return None
         return encode_in_memory(found, role, self._data_schema, self.run_dir / "vocab", self.schema)
+
+    def _rows(self, encoded: EncodedTables) -> TaskRows:
+        """Return where each task's rows lie, with as many support rows as the run keeps."""
+        split = split_in_memory(encoded.arrays, self.schema)
+        return split.locate(np.arange(len(encoded.keys))).last_support(self.config.loader.max_support_rows)
 
     def _check_labels(self, encoded: EncodedTables) -> None:
         label = encoded.arrays["label"]
@@ -144,7 +153,8 @@ class AdaptedTasks:
 
     recommender: Recommender
     keys: tuple[str, ...]  # raw values of the task column, as text
-    fast_weights: FastWeights  # of the tasks, in the order of `keys`
+    num_support: NDArray[np.int64]  # [tasks], support rows that each adapted to
+    parts: tuple[FastWeights, ...]  # of consecutive tasks, which were adapted together
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -159,27 +169,50 @@ class AdaptedTasks:
         encoded = rec._encode(candidates, "candidates")
         if encoded is None:
             return np.zeros(0)
-        split, logits = split_in_memory(encoded.arrays, rec.schema), np.zeros(len(encoded.query_row))
+        parts, num_support = (*self.parts, rec._without_support(1)), np.append(self.num_support, 0)
         known = {key: position for position, key in enumerate(self.keys)}
         position = np.array([known.get(key, len(known)) for key in encoded.keys])
-        fast = self.fast_weights
-        if (position == len(known)).any():
-            fast = FastWeights.join([fast, rec._without_support(1)]) if known else rec._without_support(1)
-        for tasks in _chunks(len(encoded.keys)):
-            _, query, _ = split.examples(tasks)
-            found = rec._score(fast.of_tasks(position[tasks].tolist()), query)
-            logits[encoded.query_row[query.row[query.mask].numpy()]] = found.cpu()[query.mask].double().numpy()
+        split, at = split_in_memory(encoded.arrays, rec.schema), rec._rows(encoded)
+        logits = np.zeros(len(encoded.query_row))
+        for tasks in _chunks(num_support[position], at.num_query):
+            _, query, _ = split.gather(at[tasks])
+            found = rec._score(_chosen(parts, position[tasks]), query).cpu()
+            logits[encoded.query_row[query.row[query.mask].numpy()]] = found[query.mask].double().numpy()
         return prediction(rec.config.loss)(torch.from_numpy(logits)).numpy()
 
     def state(self) -> dict[str, Any]:
         """Return keys, version and tensors, for `torch.save` or a store; `Recommender.restore` reads them."""
-        tensors = {name: tensor.cpu() for name, tensor in self.fast_weights.state_dict().items()}
-        return {"version": self.recommender.version, "keys": list(self.keys), "fast_weights": tensors}
+        parts = [{name: tensor.cpu() for name, tensor in part.state_dict().items()} for part in self.parts]
+        num_support = torch.from_numpy(self.num_support)
+        return {
+            "version": self.recommender.version,
+            "keys": list(self.keys),
+            "num_support": num_support,
+            "fast_weights": parts,
+        }
 
 
-def _chunks(num_tasks: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, num_tasks, _TASKS_AT_A_TIME):
-        yield np.arange(start, min(start + _TASKS_AT_A_TIME, num_tasks))
+def _chosen(parts: Sequence[FastWeights], positions: NDArray[np.int64]) -> FastWeights:
+    """Return the fast weights of tasks, counted over all parts, in the order of `positions`."""
+    starts = np.cumsum([0, *(part.num_tasks for part in parts)])
+    part_of = np.searchsorted(starts, positions, side="right") - 1
+    order = np.argsort(part_of, kind="stable")
+    needed = [
+        parts[number].of_tasks((positions[part_of == number] - starts[number]).tolist())
+        for number in np.unique(part_of).tolist()
+    ]
+    joined = needed[0] if len(needed) == 1 else FastWeights.join(needed)
+    return joined if (order[1:] > order[:-1]).all() else joined.of_tasks(np.argsort(order).tolist())
+
+
+def _chunks(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Iterator[slice]:
+    """Cut tasks into parts of which none is padded beyond what memory holds."""
+    for start in range(0, len(num_support), _TASKS_AT_A_TIME):
+        part = slice(start, start + _TASKS_AT_A_TIME)
+        begin = start
+        for end in ends_within(num_support[part], num_query[part], MAX_CELLS):
+            yield slice(begin, start + end)
+            begin = start + end
 
 
 def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:

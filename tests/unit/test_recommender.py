@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {"meta": {"engine": "reference", "inner_lr": 0.5}},
     "embeddings": {"meta": {"adapt": ["embeddings"], "inner_steps": 2, "inner_lr": 2.0, "order": "first"}},
     "modulated": {"meta": {"adapt": ["head"], "modulation": "film", "inner_lr": 0.5}},
+    "short": {"meta": {"inner_lr": 0.5}, "loader": {"tasks_per_batch": 20, "max_support_rows": 2}},
     "plain": {"meta": {"adapt": []}},
 }
 
@@ -127,6 +128,21 @@ def test_tasks_do_not_depend_on_each_other(rec: gmeta.Recommender) -> None:
         assert own.keys == (user,)
         found = own.predict(candidates.filter(mine))
         np.testing.assert_allclose(found, together[mine.to_numpy()], rtol=1e-9)
+
+
+def test_one_long_task_pads_no_other(rec: gmeta.Recommender, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bound on cells, tasks are adapted and scored in parts; nothing else changes."""
+    long = rows(1, 40, 3, label=True)
+    support = pa.concat_tables([rows(6, 3, 1, label=True), long.set_column(0, "user", pa.array(["new6"] * 40))])
+    candidates = rows(8, 3, 2, label=False)  # one of them has no support
+    expected = rec.adapt(support)
+    monkeypatch.setattr("gmeta.recommender.recommender.MAX_CELLS", 100)
+    found = rec.adapt(support)
+    assert len(expected.parts) == 1
+    assert len(found.parts) > 1
+    np.testing.assert_allclose(found.predict(candidates), expected.predict(candidates), rtol=1e-9)
+    again = rec.restore(found.state())
+    assert again.predict(candidates).tolist() == found.predict(candidates).tolist()
 
 
 def test_a_state_can_be_sent(rec: gmeta.Recommender, runs: dict[str, Path]) -> None:
