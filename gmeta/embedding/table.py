@@ -49,14 +49,15 @@ class TableSpec:
 class FusedTable:
     """One physical table: the logical tables of one width behind each other, permuted, cut over workers.
 
-    `weight` and `state` hold this worker's rows. Each is allocated when it is first used.
+    `weight` and `state` hold this worker's rows. Each is allocated when it is first used. Rows start as normal numbers
+    of deviation `init_std`; where that is None they hold no numbers yet, and a checkpoint fills them.
     """
 
     name: str
     specs: tuple[TableSpec, ...]  # the logical tables, all of one width
     mesh: Mesh
     seed: int
-    init_std: float
+    init_std: float | None
     dtype: torch.dtype
     optimizer: str | None
 
@@ -109,6 +110,8 @@ class FusedTable:
         """This worker's rows, [local rows, dim]."""
         rows = self.local_range(self.mesh.rank)
         weight = torch.empty(len(rows), self.dim, dtype=self.dtype, device=self.mesh.device)
+        if self.init_std is None:
+            return weight
         offsets = torch.tensor(list(self.offsets.values()))
         table_keys = torch.from_numpy(
             np.array([table_key(self.seed, spec.name) for spec in self.specs], np.uint64).view(np.int64)
@@ -145,8 +148,8 @@ class ShardedTables:
     """All embedding tables of a model, this worker's part of them.
 
     `optimizer` is sgd, rowwise_adagrad or adam, or None where rows are only read. Rows and state are allocated when
-    they are first used, so that `memory_report()` can be printed before. ValueError when they cannot fit into the free
-    memory, when a feature looks up two tables, or when a table is given twice.
+    they are first used, so that `memory_report()` can be printed before. `init_std` is as in `FusedTable`. ValueError
+    when they cannot fit into the free memory, when a feature looks up two tables, or when a table is given twice.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class ShardedTables:
         *,
         mesh: Mesh,
         seed: int,
-        init_std: float,
+        init_std: float | None,
         dtype: torch.dtype,
         optimizer: str | None,
     ) -> None:

@@ -62,8 +62,9 @@ def build_system(
     exchange: MakeExchange = RowExchange,
     training: bool = True,
 ) -> System:
-    """Build model, learner and tables with the config's seed; without `training`, tables have no optimizer state.
+    """Build model, learner and tables with the config's seed.
 
+    Without `training`, tables have no optimizer state, and their rows hold no numbers until a checkpoint is loaded.
     `factory` makes the model, where it is not the one that `model.name` names, and `exchange` the way that rows travel.
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
@@ -84,7 +85,7 @@ def build_system(
         table_specs(schema, features),
         mesh=mesh,
         seed=config.seed,
-        init_std=config.embedding.init_std,
+        init_std=config.embedding.init_std if training else None,
         dtype=dtype,
         optimizer=config.embedding.optimizer if training else None,
     )

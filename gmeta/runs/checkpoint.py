@@ -23,7 +23,6 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -31,7 +30,7 @@ from gmeta.core.files import read_mapping
 from gmeta.data.shards import checksum_file
 from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
-from gmeta.sharding.checkpoint import PartitionWriter, metadata_differences
+from gmeta.sharding.checkpoint import PartitionWriter, StreamReader, metadata_differences
 
 FORMAT_VERSION = 2
 
@@ -159,11 +158,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
-    """Fill `tensors` in place from a checkpoint; collective.
+    """Fill `tensors` in place from a checkpoint; collective. Only what they need is read, straight into them.
 
     Raises ValueError naming the tensors that are missing or have another shape (a checkpoint of another model).
     """
-    reader = HuggingFaceStorageReader(str(path))
+    reader = StreamReader(str(path))
     if shown := metadata_differences(reader.read_metadata().state_dict_metadata, tensors):
         raise ValueError(f"checkpoint {path} is of another model: {shown}")
     with _single_process_is_fine(), naming_lost_peers(mesh):

@@ -6,24 +6,37 @@ under every other strategy and on any number of ranks.
 
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from io import FileIO
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.futures import Future
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes) of a box in a tensor."""
+
+_PIECE_BYTES = 1 << 23  # what is read at a time, where it cannot be read into its place
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
@@ -121,6 +134,69 @@ class PartitionWriter(HuggingFaceStorageWriter):
             seen[item.index.fqn] += 1
             files.setdefault(seen[item.index.fqn], []).append(item)
         return files
+
+
+class StreamReader(HuggingFaceStorageReader):
+    """Reads boxes of safetensors files straight into the tensors to fill, so that loading needs no memory beside them.
+
+    The reader of torch maps the files: all that it has read counts as memory of the process, a second time.
+    """
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read the boxes that `plan` names, and nothing else of the files."""
+        items: defaultdict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            items[self.storage_data[item.storage_index].relative_path].append(item)
+        for name, boxes_of_file in items.items():
+            with open(name, "rb", buffering=0) as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(header_bytes))
+                for item in boxes_of_file:
+                    stored = self.storage_data[item.storage_index]
+                    start = 8 + header_bytes + header[item.storage_index.fqn]["data_offsets"][0]
+                    target = planner.resolve_tensor(item).detach()
+                    box = (tuple(item.storage_offsets), tuple(item.lengths))
+                    _read_box(file, start, tuple(stored.shape), stored.dtype, box, target)
+                    planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def _read_box(file: FileIO, start: int, shape: tuple[int, ...], dtype: torch.dtype, box: Box, target: Tensor) -> None:
+    """Fill `target` with a box of a tensor of `shape` that lies in `file` from byte `start` on, in row-major order."""
+    offsets, sizes = box
+    if not shape:
+        shape, offsets, sizes, target = (1,), (0,), (1,), target.view(1)
+    inner = len(shape) - 1  # the last dimension of which the box has a part: from there on it lies in one run
+    while inner > 0 and sizes[inner] == shape[inner]:
+        inner -= 1
+    row_bytes = math.prod(shape[inner + 1 :]) * dtype.itemsize
+    rows = max(1, _PIECE_BYTES // max(1, row_bytes))
+    for outer in product(*(range(size) for size in sizes[:inner])):
+        at = 0
+        for index, offset, length in zip((*outer, 0), offsets, shape, strict=False):
+            at = at * length + offset + index
+        file.seek(start + at * row_bytes)
+        run = target[outer]
+        for first in range(0, len(run), rows):
+            piece = run[first : first + rows]
+            if piece.device.type == "cpu" and piece.dtype == dtype and piece.is_contiguous():
+                _read_into(file, piece)
+            else:
+                staged = torch.empty(piece.shape, dtype=dtype)
+                _read_into(file, staged)
+                piece.copy_(staged)
+
+
+def _read_into(file: FileIO, tensor: Tensor) -> None:
+    """Fill a contiguous tensor in CPU memory with the next bytes of a file. Raises OSError where they are too few."""
+    left = tensor.reshape(-1).view(torch.uint8).numpy().data
+    while len(left):
+        count = file.readinto(left)
+        if not count:
+            raise OSError(f"{file.name} ends {len(left)} bytes too early")
+        left = left[count:]
 
 
 def _chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> ChunkStorageMetadata:
