@@ -3,8 +3,8 @@
     python benchmarks/load_memory.py [--quick] [--json FILE]
 
 A run is made whose one table has 1 GiB of float32 rows (--quick: 128 MiB) and Adam's two moments beside them: a pack of
-a few tasks, a hashed feature, two steps, one checkpoint, by `gmeta prepare` and `gmeta train`. Each command then runs in
-a process of its own, which imports everything first. The unit is the bytes of the table's rows. Measured is the growth
+a few tasks, a hashed feature, two steps, by `gmeta prepare` and `gmeta train`. Each command then runs in a process of
+its own, which imports everything first. The unit is the bytes of the table's rows. Measured is the growth
 
     total      from then on to the most that the process ever held (VmHWM, reset first), mapped files included
     anonymous  the same without mapped files (RssAnon, looked at every 5 ms)
@@ -124,7 +124,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_run(root, num_rows)
-        checkpoint = sum(file.stat().st_size for file in (root / "run" / "checkpoints").rglob("*.safetensors"))
+        saved = sorted((root / "run" / "checkpoints").glob("step-*"))[-1]
+        checkpoint = sum(file.stat().st_size for file in saved.glob("*.safetensors"))
         found = {what: in_a_process(what, root) for what in COMMANDS}
     case = f"{weights >> 20} MiB of rows"
     records = [Record(case, "checkpoint", "bytes", checkpoint / weights, "x weights")]

@@ -181,7 +181,7 @@ def _read_box(file: FileIO, start: int, shape: tuple[int, ...], dtype: torch.dty
         run = target[outer]
         for first in range(0, len(run), rows):
             piece = run[first : first + rows]
-            if piece.device.type == "cpu" and piece.dtype == dtype and piece.is_contiguous():
+            if piece.device.type == "cpu" and piece.dtype == dtype and piece.is_contiguous() and piece.stride(-1) == 1:
                 _read_into(file, piece)
             else:
                 staged = torch.empty(piece.shape, dtype=dtype)
