@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
-BENCHMARKS := engine memory io prepare throughput scaling network parity wire
+BENCHMARKS := engine memory load_memory io prepare throughput scaling network parity wire
 # Processes that share the tests: they wait for ranks, time-outs and disks more often than they compute.
 WORKERS ?= 2
 WHEEL_PYTHON := $(CURDIR)/build/wheel-venv/bin/python

@@ -11,6 +11,8 @@ from gmeta.data.schema import OOV
 
 NEARLY_ALL = 0.95
 """From this fraction of unknown values on, a column is worth a warning."""
+FEW_VALUES = 10
+"""Columns of fewer values say nothing: a few new items are no fault."""
 
 
 def unknown_fraction(ids: npt.NDArray[np.integer]) -> float:
@@ -18,14 +20,21 @@ def unknown_fraction(ids: npt.NDArray[np.integer]) -> float:
     return float(np.mean(ids == OOV)) if ids.size else 0.0
 
 
-def unknown_columns(ids: Mapping[str, npt.NDArray[np.integer]], at_least: float = NEARLY_ALL) -> dict[str, float]:
+def unknown_columns(
+    ids: Mapping[str, npt.NDArray[np.integer]], task: str, at_least: float = NEARLY_ALL
+) -> dict[str, float]:
     """Return the fraction of ids out of vocabulary of each feature where that is `at_least` so much.
+
+    Columns of fewer than FEW_VALUES values are left out, and so is the task column: new tasks are what a run adapts to.
 
     Args:
         ids: feature -> int array of any shape; of a many-valued feature, all its values.
+        task: name of the task column.
         at_least: fraction in (0, 1].
     """
-    fractions = {name: unknown_fraction(column) for name, column in ids.items()}
+    fractions = {
+        name: unknown_fraction(column) for name, column in ids.items() if name != task and column.size >= FEW_VALUES
+    }
     return {name: fraction for name, fraction in fractions.items() if fraction >= at_least}
 
 

@@ -106,7 +106,7 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
 def _warn_of_unknown_columns(pack: TaskPack, split: PackSplit) -> None:
     fractions: dict[str, float] = {}
     for feature in pack.schema.features:  # one at a time: a copy of all columns may not fit in memory
-        fractions |= unknown_columns({feature.name: split.feature_ids(feature.name)})
+        fractions |= unknown_columns({feature.name: split.feature_ids(feature.name)}, pack.schema.task)
     if (warning := unknown_warning(fractions, f"{pack.path}, split {split.name},")) is not None:
         print(f"evaluate: {warning}", file=sys.stderr)
 

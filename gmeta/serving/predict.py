@@ -75,7 +75,7 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
         raise ValueError(f"{config.support} has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
     system, _ = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     split = split_in_memory(found.arrays, schema)
-    unknown = unknown_columns({feature.name: split.feature_ids(feature.name) for feature in schema.features})
+    unknown = unknown_columns({f.name: split.feature_ids(f.name) for f in schema.features}, schema.task)
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:
         print(f"predict: {warning}", file=sys.stderr)
     scores = score_split(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gmeta.data.coverage import unknown_columns, unknown_fraction, unknown_warning
+from gmeta.data.coverage import FEW_VALUES, unknown_columns, unknown_fraction, unknown_warning
 
 
 def test_columns_are_named_from_a_fraction_on():
@@ -13,9 +13,11 @@ def test_columns_are_named_from_a_fraction_on():
         "most": np.r_[np.zeros(94, np.int32), np.ones(6, np.int32)],
         "none": np.ones(100, np.int32),
         "empty": np.zeros(0, np.int32),
+        "few": np.zeros(FEW_VALUES - 1, np.int32),
+        "user": np.zeros(100, np.int32),  # new tasks are normal
     }
-    assert unknown_columns(ids) == {"all": 1.0, "nearly": 0.95}
-    assert unknown_columns(ids, at_least=0.9) == {"all": 1.0, "nearly": 0.95, "most": 0.94}
+    assert unknown_columns(ids, "user") == {"all": 1.0, "nearly": 0.95}
+    assert unknown_columns(ids, "user", at_least=0.9) == {"all": 1.0, "nearly": 0.95, "most": 0.94}
     assert unknown_fraction(ids["most"]) == pytest.approx(0.94)
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import open_pack, verify_pack
+from gmeta.data.prepare import encode
 from gmeta.data.prepare.encode import encode_tables
 from gmeta.data.prepare.prepare import prepare
 from gmeta.data.schema import data_schema_from_json, load_data_schema, parse_data_schema
@@ -221,6 +222,40 @@ def test_bytes_depend_on_neither_threads_nor_memory(config: PrepareConfig, tmp_p
     prepare(other, quiet)
     assert tree_bytes(Path(other.out)) != first
     assert not [p for p in tmp_path.iterdir() if p.name.endswith((".scratch", ".partial"))]
+
+
+@pytest.mark.parametrize("split_query", ["last", "random"])
+def test_ids_looked_up_in_memory_are_those_of_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split_query: str):
+    rows = make_rows(30)
+    columns: dict[str, pa.Array] = {
+        name: pa.array([r[name] for r in rows]) for name in ("user", "item", "at", "rating")
+    }
+    rng = np.random.default_rng(1)
+    for i in range(12):  # whole numbers of three widths, and text; some missing, some rare
+        drawn = rng.integers(0, 40, len(rows))
+        values = [None if v == 0 else f"v{v}" if i % 4 == 3 else int(v) for v in drawn]
+        columns[f"c{i}"] = pa.array(values, [pa.int32(), pa.int64(), pa.float64(), pa.string()][i % 4])
+    columns["none"] = pa.nulls(len(rows), pa.string())
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+    shared = [{"name": f"c{i}", "nulls": "oov", "min_count": 2, "table": "shared"} for i in (0, 8)]
+    features = [{"name": f"c{i}", "nulls": "oov", "min_count": 1 + i % 3} for i in range(1, 12) if i != 8]
+    none = {"name": "none", "nulls": "oov"}
+    schema = {"task": "user", "label": "rating", "time": "at", "item": "item", "item_statistics": True}
+    schema |= {"categorical": ["item", none, *shared, *features]}
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
+    found = []
+    for cells in (0, 1 << 20):
+        monkeypatch.setattr(encode, "_CELLS_IN_MEMORY", cells)
+        config = PrepareConfig(
+            input=[str(tmp_path / "log.parquet")],
+            schema=str(tmp_path / "schema.yaml"),
+            out=str(tmp_path / f"pack{cells}"),
+            split_query=split_query,
+            query_size=2,
+        )
+        prepare(config, quiet)
+        found.append(tree_bytes(Path(config.out)))
+    assert found[0] == found[1]
 
 
 def test_csv_and_parquet_give_the_same_shards(config: PrepareConfig, tmp_path: Path):

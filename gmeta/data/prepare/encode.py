@@ -14,14 +14,19 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, reject_counts
-from gmeta.data.prepare.columns import batched
+from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched
 from gmeta.data.prepare.vocabulary import load_vocabularies, numeric_values, statistics_join
-from gmeta.data.schema import DataSchema, NumericColumn, PackSchema, RawFeature, Role, data_schema_from_json
-from gmeta.data.sources import Connection, RawPart, find_files, literal, md5_64, open_file, reading
+from gmeta.data.schema import OOV, DataSchema, NumericColumn, PackSchema, RawFeature, Role, data_schema_from_json
+from gmeta.data.sources import Connection, RawPart, find_files, literal, md5_64, open_file, reading, scalar
 
 Array = npt.NDArray[Any]
+
+_CELLS_IN_MEMORY = 1 << 20
+"""So many raw values are looked up by Arrow. To plan 32 joins takes DuckDB 45 ms, whatever the rows; above this number
+of values the joins themselves take longer, and they need less memory."""
 
 
 def _feature_id(schema: DataSchema, feature: RawFeature, value: str, vocab: str) -> str:
@@ -48,18 +53,21 @@ def encode(
     """
     tables = list(schema.tables())
     columns_sql: list[tuple[str, str, str]] = [(name, f"b.{name}", "") for name in more]  # name, value, join
+    looked_up = [i for i, f in enumerate(schema.features) if f.kind == "categorical" and f.hash_buckets is None]
+    found: dict[str, Array] = {}
+    if _in_memory(con, relation, looked_up):
+        found |= _look_up(con, relation, schema, looked_up, order)
     for i, feature in enumerate(schema.features):
         if feature.kind != "categorical":
             columns_sql.append((f"f{i}", f"len(b.f{i})", ""))
-            continue
-        vocab = f"vocab_{tables.index(feature.table)}"
-        join = f"LEFT JOIN {vocab} v{i} ON v{i}.value = b.f{i}" if feature.hash_buckets is None else ""
-        columns_sql.append((f"f{i}", _feature_id(schema, feature, f"b.f{i}", f"v{i}"), join))
+        elif f"f{i}" not in found:
+            vocab = f"vocab_{tables.index(feature.table)}"
+            join = f"LEFT JOIN {vocab} v{i} ON v{i}.value = b.f{i}" if feature.hash_buckets is None else ""
+            columns_sql.append((f"f{i}", _feature_id(schema, feature, f"b.f{i}", f"v{i}"), join))
     values = numeric_values(con, schema)
     for j, (value, column) in enumerate(zip(values, columns, strict=True)):
         scaled = f"CAST(coalesce(({value} - {column.mean!r}) / {column.std!r}, 0) AS FLOAT)"
         columns_sql.append((f"n{j}", scaled, statistics_join(schema, j)))
-    found: dict[str, Array] = {}
     for part in batched(columns_sql):
         select = ", ".join(f"{value} AS {name}" for name, value, _ in part)
         joins = " ".join(dict.fromkeys(join for _, _, join in part))
@@ -75,6 +83,28 @@ def encode(
             vocab = f"vocab_{tables.index(feature.table)}"
             arrays[f"{feature.name}.values"] = _list_ids(con, relation, schema, i, vocab, order)
     return arrays | {name: np.asarray(found[name]) for name in more}
+
+
+def _in_memory(con: Connection, relation: str, features: Sequence[int]) -> bool:
+    """Return whether features are looked up by Arrow: few joins are planned in no time, many values need memory."""
+    if len(features) <= COLUMNS_A_QUERY // 4:
+        return False
+    return scalar(con, f"SELECT count(*) FROM {relation}") * len(features) <= _CELLS_IN_MEMORY
+
+
+def _look_up(
+    con: Connection, relation: str, schema: DataSchema, features: Sequence[int], order: str
+) -> dict[str, Array]:
+    """Return the ids of one-valued features, as the join with their vocabularies gives them."""
+    tables = list(schema.tables())
+    raw = con.sql(f"SELECT {', '.join(f'f{i}' for i in features)} FROM {relation} b ORDER BY {order}").to_arrow_table()
+    found = {}
+    for i in features:
+        vocab = con.sql(f"SELECT value, id FROM vocab_{tables.index(schema.features[i].table)}").to_arrow_table()
+        place = pc.index_in(raw[f"f{i}"], value_set=vocab["value"].combine_chunks())
+        ids = np.append(vocab["id"].to_numpy(), OOV).astype(np.int32)
+        found[f"f{i}"] = ids[pc.fill_null(place, len(vocab)).to_numpy()]
+    return found
 
 
 def _list_ids(con: Connection, relation: str, schema: DataSchema, index: int, vocab: str, order: str) -> Array:
