@@ -89,7 +89,8 @@ def _in_memory(con: Connection, relation: str, features: Sequence[int]) -> bool:
     """Return whether features are looked up by Arrow: few joins are planned in no time, many values need memory."""
     if len(features) <= COLUMNS_A_QUERY // 4:
         return False
-    return scalar(con, f"SELECT count(*) FROM {relation}") * len(features) <= _CELLS_IN_MEMORY
+    rows = int(scalar(con, f"SELECT count(*) FROM {relation}"))
+    return rows * len(features) <= _CELLS_IN_MEMORY
 
 
 def _look_up(
