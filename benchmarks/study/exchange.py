@@ -118,7 +118,7 @@ class NaiveExchange:
 
 def _reads(side: Examples | None, lookups: Mapping[str, Lookup], table: str) -> Tensor:
     """The position among a table's rows of every lookup of a side, padding left out; int64 [lookups]."""
-    found = [lookup for lookup in lookups.values() if lookup.group == table]
+    found = [lookup for lookup in lookups.values() if lookup.table == table]
     if side is None or not found:
         return torch.zeros(0, dtype=torch.int64)
     return torch.cat([lookup.index if lookup.lengths is not None else lookup.index[side.mask] for lookup in found])

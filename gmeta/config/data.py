@@ -60,7 +60,7 @@ class PrepareConfig:
 
     @property
     def inputs(self) -> list[str]:
-        """`input` as a list."""
+        """Return `input` as a list."""
         return [self.input] if isinstance(self.input, str) else self.input
 
     def __post_init__(self) -> None:

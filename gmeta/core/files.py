@@ -12,7 +12,8 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when not.
+    """Give a temporary path beside `path`. It is renamed to `path` when the block ends without an error, and removed
+    otherwise.
 
     Raises ValueError naming `path` where the disk refuses.
     """
@@ -38,7 +39,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_mapping(path: Path, cure: str) -> dict[str, Any]:
-    """The mapping in a .json or .yaml file; ValueError names the file, what is wrong, and `cure`."""
+    """Return the mapping in a .json or .yaml file. ValueError names the file, what is wrong with it, and `cure`."""
     import yaml
 
     try:

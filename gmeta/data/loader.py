@@ -142,7 +142,7 @@ class TaskLoader(Generic[_T]):
 
     @property
     def epochs_done(self) -> int:
-        """Epochs of which every batch was handed out, and no task put back since."""
+        """Return the number of epochs whose batches were all handed out, with no task put back since."""
         epoch, index, _ = self._place
         return epoch + (index >= self.batches_per_epoch and not self._tail)
 

@@ -14,7 +14,7 @@ _LETTER = 6.1  # width of one, at 10.5 px
 
 
 def rank_colour(rank: int) -> str:
-    """The colour of a rank; colours repeat after eight."""
+    """Return the colour of a rank; colours repeat after eight."""
     return _RANKS[rank % len(_RANKS)]
 
 
@@ -27,7 +27,7 @@ class Picture:
         self._parts: list[str] = []
 
     def x(self, at: float) -> float:
-        """The position of a time, kept within the axis."""
+        """Return the position of a time, kept within the axis."""
         share = (at - self.begin) / (self.end - self.begin)
         return _LEFT + self.width * min(1.0, max(0.0, share))
 
@@ -140,7 +140,7 @@ class Picture:
         self.y += 22
 
     def svg(self, label: str) -> str:
-        """The full picture. It is as wide as the page, yet never too small to read."""
+        """Return the full picture. It is as wide as the page, yet never too small to read."""
         width = _LEFT + self.width + _RIGHT
         return (
             f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {self.y:.0f}" '
@@ -150,7 +150,7 @@ class Picture:
 
 
 def share_path(picture: Picture, shares: Sequence[float], size: float, y: float, height: float) -> str:
-    """The outline of bars that fill `shares` of a lane's height from its bottom, each `size` seconds wide."""
+    """Return the outline of bars that fill `shares` of a lane's height from its bottom, each `size` seconds wide."""
     bottom, data, level = y + height, [f"M{picture.x(picture.begin):.1f} {y + height:.1f}"], 0.0
     for i, share in enumerate(shares):
         if abs(share - level) > 5e-3:
@@ -160,6 +160,6 @@ def share_path(picture: Picture, shares: Sequence[float], size: float, y: float,
 
 
 def _round_step(about: float) -> float:
-    """1, 2 or 5 times a power of ten, at least `about`."""
+    """Return 1, 2 or 5 times a power of ten, at least `about`."""
     power: float = 10.0 ** (len(f"{about:.0f}") - 1 if about >= 1 else -1 if about >= 0.1 else -2)
     return next(power * k for k in (1, 2, 5, 10, 100) if power * k >= about)

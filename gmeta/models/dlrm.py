@@ -56,7 +56,7 @@ class DLRM(nn.Module):
         self.register_buffer("pairs", left * num_vectors + right, persistent=False)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Dense [..., F] and one [..., d] for each feature -> logits [...]."""
+        """Return logits [...] from dense [..., F] and one [..., d] for each feature."""
         vectors = [embedded[name] for name in self.features]
         parts = []
         if self.bottom is not None:

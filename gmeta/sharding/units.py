@@ -57,7 +57,7 @@ def make_units(
     strategies: Mapping[str, ShardingStrategy],
     make_flat: MakeFlatParameter,
 ) -> list[Unit]:
-    """The units of `module` in its own order, the root last.
+    """Return the units of `module` in its own order, the root last.
 
     ValueError where a given unit is no submodule, where one parameter belongs to several units, or where the name of a
     strategy fits no parameter.
@@ -99,7 +99,7 @@ def _called(name: str) -> str:
 
 
 def default_units(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost items of ModuleLists and Sequentials that have parameters."""
+    """Return the outermost items of ModuleLists and Sequentials that have parameters."""
     for child in module.children():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             if any(True for _ in child.parameters()):
@@ -134,13 +134,15 @@ def _parts(
 
 
 def of_longest_prefix(name: str, strategies: Mapping[str, T]) -> T | None:
-    """The value for a parameter, by the longest of the names that it has or is inside; None where no name fits."""
+    """Return the value for a parameter, by the longest of the names that it has or is inside; None where no name
+    fits.
+    """
     prefixes = [p for p in strategies if not p or name == p or name.startswith(f"{p}.")]
     return strategies[max(prefixes, key=len)] if prefixes else None
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries."""
+    """Return the tensors in nested lists, tuples and dictionaries."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -224,7 +226,7 @@ class Leave(torch.autograd.Function):
 
 
 def cast(dtype: torch.dtype, value: Any) -> Any:
-    """A floating tensor in `dtype`; anything else as it is."""
+    """Return a floating tensor in `dtype`; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

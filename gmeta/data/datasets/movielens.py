@@ -119,7 +119,7 @@ def _ml_1m_melu(con: Connection, root: Path) -> RawPart:
 
 
 def _melu_partition(ratings: str) -> str:
-    """MeLU's partitions: films of 1998 to 2000 are cold; a fifth of the users is new.
+    """Return MeLU's partitions: films of 1998 to 2000 are cold; a fifth of the users is new.
 
     MeLU drew its new users at random and kept no list, so ours (by a fixed hash) are as many but not the same.
     """
@@ -172,7 +172,7 @@ ML_1M_MELU = DataSet(
 
 
 def _register(con: Connection, name: str, path: Path, columns: tuple[str, ...]) -> None:
-    """A small `::`-separated file, UTF-8 or Latin-1, as view `name`; further fields of a line are ignored."""
+    """Register a small `::`-separated file, UTF-8 or Latin-1, as view `name`. Further fields of a line are ignored."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")
