@@ -353,11 +353,3 @@ def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_su
         "computed apart from its batch, which takes long and much memory: set loader.max_support_rows to keep the last "
         "support rows of every task, or prepare with --max_task_rows to leave such tasks out"
     )
-
-
-def padding_share(batch: TaskBatch) -> float:
-    """Return the fraction of the batch's cells, support and query, that is padding; 0 for an empty batch."""
-    masks = [side.mask for part in batch.parts or (batch,) for side in (part.support, part.query)]
-    cells = sum(mask.numel() for mask in masks)
-    filled = sum(int(mask.sum()) for mask in masks)
-    return 1 - filled / cells if cells else 0.0
