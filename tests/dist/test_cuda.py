@@ -74,7 +74,7 @@ def test_twenty_steps_equal_the_cpu(pack: Path, optimizer: str) -> None:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("tf32", 2e-3), ("bf16", 3e-2)])
 def test_lower_precision_is_near(pack: Path, precision: str, tolerance: float) -> None:
-    """Return the differences of loss and gradient norm in the first steps, relative to float32."""
+    """Loss and gradient norm of the first steps are those of float32, up to a relative tolerance."""
     wide, low = (run_steps(cuda(), config(pack, precision=p), 3)["trace"] for p in ("float32", precision))
     assert abs(low[:, [0, 2]] / wide[:, [0, 2]] - 1).max() < tolerance
 
