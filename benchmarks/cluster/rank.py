@@ -196,7 +196,7 @@ def run_steps(made: Contender, micro_batches: list[Tensor], steps: int) -> None:
 
 
 def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Return the median seconds of all-gather, reduce-scatter and all-reduce, with every algorithm in turn."""
+    """Yield the median seconds of all-gather, reduce-scatter and all-reduce, with every algorithm in turn."""
     device = torch.device("cpu")
     every = {
         name: HierarchicalCollectives.open(node_mesh(order["group_size"]), name, 300.0, device)

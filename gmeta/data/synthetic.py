@@ -6,7 +6,7 @@ A user's latent vector is told in part by the user's features; the rest is a Gau
     logit(u, i) = bias + e_i + w_u · v_i,        label ~ Bernoulli(sigmoid(logit))
 
 `v_i` (E|v|² = 1) is told in part by category and brand, `e_i` in part by price. A cold user's features fix the
-prior of w_u; only the support narrows it. docs/synthetic.md explains the three reference AUCs.
+prior of w_u, and only the support narrows it. docs/synthetic.md explains the three reference AUCs.
 
 Users are drawn in blocks, each from its own seed: memory is bounded by a block, and a log of fewer users is a prefix
 of a log of more.
@@ -128,13 +128,13 @@ def _vectors(rng: np.random.Generator, num: int, dim: int, norm: float) -> Float
 
 def _draw_items(config: SynthConfig) -> Items:
     rng = np.random.default_rng([config.seed, 0])
-    num, dim, share = config.items, config.latent_dim, config.item_side_share
+    num, dim, side = config.items, config.latent_dim, config.item_side_share
     category = rng.integers(NUM_CATEGORIES, size=num)
     brand = rng.integers(NUM_BRANDS, size=num)
     log_price = rng.standard_normal(num)
-    told = _vectors(rng, NUM_CATEGORIES, dim, (share / 2) ** 0.5)[category]
-    told += _vectors(rng, NUM_BRANDS, dim, (share / 2) ** 0.5)[brand]
-    latent = told + _vectors(rng, num, dim, (1 - share) ** 0.5)
+    told = _vectors(rng, NUM_CATEGORIES, dim, (side / 2) ** 0.5)[category]
+    told += _vectors(rng, NUM_BRANDS, dim, (side / 2) ** 0.5)[brand]
+    latent = told + _vectors(rng, num, dim, (1 - side) ** 0.5)
     effect = config.item_std * (0.8 * rng.standard_normal(num) - 0.6 * log_price)
     weight = np.arange(1, num + 1, dtype=np.float64) ** -config.zipf
     popularity = np.cumsum(weight / weight.sum())

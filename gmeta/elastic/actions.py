@@ -113,10 +113,10 @@ def apply_actions(setting: Setting, actions: Sequence[Action], step: int) -> Set
 def _whole_numbers(action: Action, values: Any, world_size: int, least: int) -> tuple[int, ...]:
     try:
         numbers = tuple(int(value) for value in values)
-        whole = all(number == value for number, value in zip(numbers, values, strict=True))
+        are_whole = all(number == value for number, value in zip(numbers, values, strict=True))
     except (TypeError, ValueError):
-        whole, numbers = False, ()
-    if not whole or len(numbers) != world_size or any(number < least for number in numbers):
+        are_whole, numbers = False, ()
+    if not are_whole or len(numbers) != world_size or any(number < least for number in numbers):
         raise ValueError(
             f"{NAMES[type(action)]} {values!r}: must be {world_size} whole numbers, one a rank, of at least {least}"
         )

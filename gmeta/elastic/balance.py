@@ -35,11 +35,11 @@ class Worker:
 
 def proportional(total: int, weights: Sequence[float]) -> list[int]:
     """Split `total` in proportion to `weights` by the largest remainder; ties go to the first."""
-    whole = sum(weights)
-    if not whole > 0 or min(weights) < 0:
+    total_weight = sum(weights)
+    if not total_weight > 0 or min(weights) < 0:
         raise ValueError(f"weights are {list(weights)}: must not be negative, not all 0")
-    exact = [total * weight / whole for weight in weights]
-    tasks = [int(share) for share in exact]
+    exact = [total * weight / total_weight for weight in weights]
+    tasks = [int(number) for number in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (tasks[i] - exact[i], i))
     for i in by_remainder[: total - sum(tasks)]:
         tasks[i] += 1
@@ -123,19 +123,19 @@ def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: in
     reached: dict[int, tuple[float, tuple[MicroBatching, ...]]] = {0: (0.0, ())}
     for last, options in ((k is classes[-1], _options(total, k, max_accumulation)) for k in classes):
         longer: dict[int, tuple[float, tuple[MicroBatching, ...]]] = {}
-        for taken, (ends, shares) in reached.items():
+        for taken, (ends, chosen) in reached.items():
             room = total - taken
             # The last class must take all that is left.
             sizes = ((room,) if room in options else ()) if last else (size for size in options if size <= room)
             for size in sizes:
-                seconds, share = options[size]
+                seconds, choice = options[size]
                 found, worst = longer.get(taken + size), max(ends, seconds)
                 if found is None or worst < found[0]:
-                    longer[taken + size] = worst, (*shares, share)
+                    longer[taken + size] = worst, (*chosen, choice)
         reached = longer
     if total not in reached:
         sizes_text = ", ".join(f"{k.count} devices of up to {k.worker.most}" for k in classes)
-        raise ValueError(f"{total} tasks cannot be cut into micro-batches for {sizes_text}")
+        raise ValueError(f"{total} tasks cannot be split into micro-batches for {sizes_text}")
     return list(reached[total][1])
 
 

@@ -35,7 +35,7 @@ class Exposition:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """Return the metrics, for prometheus_client."""
+        """Yield the metrics, for prometheus_client."""
         requests = CounterMetricFamily("gmeta_requests", "Requests by message", labels=["message"])
         for message, count in sorted(self.requests.items()):
             requests.add_metric([message], count)

@@ -80,7 +80,7 @@ def nd(snapshot: Snapshot) -> list[Action]:
     if restart:
         return [restart]
     costs = _costs(views)
-    tasks = _shares(snapshot, costs)
+    tasks = _balanced_tasks(snapshot, costs)
     if tasks is None:
         return []
     untried = any(cost is None and not n for cost, n in zip(costs, old, strict=True))
@@ -230,7 +230,7 @@ def _cost(view: WorkerView) -> float | None:
     return long if 1 / CHANGED < short / long < CHANGED else short
 
 
-def _shares(snapshot: Snapshot, costs: Sequence[float | None]) -> list[int] | None:
+def _balanced_tasks(snapshot: Snapshot, costs: Sequence[float | None]) -> list[int] | None:
     """Return the tasks of each rank that end first. A rank of unknown speed keeps its tasks, and is given one where it
     has none.
 
@@ -306,10 +306,10 @@ def _by_class(
     even: tuple[list[int], list[int]] | None = None
     try:
         kinds = [DeviceClass(len(ms), Worker(1 / cost[d], most=caps[d])) for d, ms in classes.items()]
-        shares = dict(zip(classes, accumulated(snapshot.batch, kinds), strict=True))
+        chosen = dict(zip(classes, accumulated(snapshot.batch, kinds), strict=True))
         even = (
-            [shares[d].micro_batch * shares[d].accumulation for d in devices],
-            [shares[d].accumulation for d in devices],
+            [chosen[d].micro_batch * chosen[d].accumulation for d in devices],
+            [chosen[d].accumulation for d in devices],
         )
     except ValueError:
         pass  # no equal micro-batches give the batch

@@ -490,6 +490,6 @@ def print_results(results: Sequence[SimulationResult]) -> None:
     for header in ("job s", "of ideal", "busy", "waiting", "decisions", "restarts", "put back"):
         table.add_column(header, justify="right")
     for r in results:
-        shares = [f"{r.achieved:.2f}", f"{r.utilisation:.0%}", f"{r.waiting:.0%}"]
-        table.add_row(r.policy, f"{r.jct_s:.1f}", *shares, str(r.decisions), str(r.restarts), str(r.tail_tasks))
+        fractions = [f"{r.achieved:.2f}", f"{r.utilisation:.0%}", f"{r.waiting:.0%}"]
+        table.add_row(r.policy, f"{r.jct_s:.1f}", *fractions, str(r.decisions), str(r.restarts), str(r.tail_tasks))
     Console().print(table)

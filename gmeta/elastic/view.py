@@ -168,7 +168,7 @@ def _history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
     points = range(len(kept.times))
     total = [_sum([kept.throughput[name][i] for name in names]) for i in points]
     medians = [_median([kept.batch_s[name][i] for name in names]) for i in points]
-    bounds = [[median * share for share in _HEAT_BOUNDS] if median else [] for median in medians]
+    bounds = [[median * bound for bound in _HEAT_BOUNDS] if median else [] for median in medians]
     return {
         "times": [round(time, 2) for time in kept.times],
         "spacing_s": kept.spacing_s,

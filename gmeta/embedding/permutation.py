@@ -43,8 +43,8 @@ def _mix(x: NDArray[np.uint32], key: int) -> NDArray[np.uint32]:
 
 def _modulo(x: NDArray[np.uint32], m: int) -> NDArray[np.uint32]:
     # numpy divides by a scalar in vector registers, but computes remainders one by one
-    whole: NDArray[np.uint32] = (x // np.uint32(m)) * np.uint32(m)
-    return x - whole
+    multiple: NDArray[np.uint32] = (x // np.uint32(m)) * np.uint32(m)
+    return x - multiple
 
 
 @dataclass(frozen=True)

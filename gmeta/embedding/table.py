@@ -47,7 +47,7 @@ class TableSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedTable:
-    """One physical table: the logical tables of one width behind each other, permuted, cut over workers.
+    """One physical table: the logical tables of one width behind each other, permuted, and split over workers.
 
     `weight` and `state` hold this worker's rows. Each is allocated when it is first used.
     """

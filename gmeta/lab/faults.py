@@ -170,8 +170,8 @@ class _Progress:
         with self._path.open("rb") as file:
             file.seek(self._offset)
             new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.splitlines():
             self._step = json.loads(line).get("step", self._step - 1) + 1
         return self._step

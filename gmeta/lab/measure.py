@@ -112,7 +112,7 @@ def measure(
         tail_tasks=sum(len(record["put_back"]) for record in train),
         decisions=len(decided),
         actions={name: names.count(name) for name in sorted(set(names))},
-        agent_cpu_share=_agent_share(train),
+        agent_cpu_share=_agent_fraction(train),
         not_emulated=sum(e.spent_s > e.target_s for e in emulated) / len(emulated),
         metrics={k: v for k, v in valid[-1].items() if k.endswith("_after")} if valid else {},
     )
@@ -138,7 +138,7 @@ def _overhead(by_rank: Sequence[Sequence[Execution]]) -> float:
     return statistics.median(over) if over else 0.0
 
 
-def _agent_share(train: Sequence[Mapping[str, Any]]) -> float:
+def _agent_fraction(train: Sequence[Mapping[str, Any]]) -> float:
     """Return the CPU seconds of rank 0's agent, in all generations, per second of its steps."""
     cpu: dict[int, float] = {}
     for record in train:

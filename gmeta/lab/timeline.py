@@ -13,7 +13,7 @@ from typing import Any
 
 from gmeta.core.files import write_text
 from gmeta.elastic.scenario import Scenario
-from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, rank_colour, share_path
+from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, fraction_path, rank_colour
 from gmeta.lab.folder import LabFolder, read_lines
 from gmeta.lab.measure import Execution, LabResult, executions
 
@@ -132,12 +132,12 @@ def _lane(picture: Picture, story: Story, rank: int, height: float, label: str) 
         going_on = before is not None and e.step == before.step + 1 and e.begin - before.end < _PAUSE_S
         spread(alive, size, before.end if before and going_on else e.begin, e.end)
         before = e
-    shares = [[min(1.0, value / size) for value in values] for values in (busy, fed, alive)]
-    stacked = [[min(1.0, b + f) for b, f in zip(shares[0], shares[1], strict=True)], shares[0]]
+    fractions = [[min(1.0, value / size) for value in values] for values in (busy, fed, alive)]
+    stacked = [[min(1.0, b + f) for b, f in zip(fractions[0], fractions[1], strict=True)], fractions[0]]
     y = picture.lane(height, label)
-    picture.path(share_path(picture, shares[2], size, y, height), WAITING)
-    picture.path(share_path(picture, stacked[0], size, y, height), INPUT)
-    picture.path(share_path(picture, stacked[1], size, y, height), BUSY)
+    picture.path(fraction_path(picture, fractions[2], size, y, height), WAITING)
+    picture.path(fraction_path(picture, stacked[0], size, y, height), INPUT)
+    picture.path(fraction_path(picture, stacked[1], size, y, height), BUSY)
     for begin, end, factor in _slow(found):
         picture.box(begin, end, y - 3, 2.5, SLOW, f"{factor:.2g} times slower")
 

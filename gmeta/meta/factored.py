@@ -100,13 +100,13 @@ def _inner_step(
     with _no_autocast(logits):
         loss = task_mean(inner.loss(logits, support.label), support.mask)
         num_rows = support.mask.sum(-1).clamp(min=1).to(loss.dtype)
-        share = num_rows / (num_rows + inner.prior) if inner.prior else torch.ones_like(num_rows)
+        fraction = num_rows / (num_rows + inner.prior) if inner.prior else torch.ones_like(num_rows)
         targets = [out for _, out in taped.sites.values()] + list(taped.values.values()) + list(read.values())
         changes: Iterator[Tensor] = iter(
             torch.autograd.grad(
                 loss,
                 targets,
-                share if inner.rate is None else share * -inner.rate,
+                fraction if inner.rate is None else fraction * -inner.rate,
                 create_graph=inner.second_order,
                 materialize_grads=True,
                 allow_unused=True,

@@ -112,9 +112,9 @@ def plan_together(
 def rows_among(pairs: Tensor, row_ids: Tensor) -> Tensor:
     """Return pairs [P, 2] whose rows are ids with positions instead: those among the distinct `row_ids` [U], or -1."""
     ids, order = row_ids.sort()
-    place = torch.searchsorted(ids, pairs[:, 1].contiguous()).clamp(max=max(len(ids) - 1, 0))
-    found = ids[place] == pairs[:, 1] if len(ids) else torch.zeros_like(place, dtype=torch.bool)
-    rows = torch.where(found, order[place], -1) if len(ids) else torch.full_like(place, -1)
+    position = torch.searchsorted(ids, pairs[:, 1].contiguous()).clamp(max=max(len(ids) - 1, 0))
+    found = ids[position] == pairs[:, 1] if len(ids) else torch.zeros_like(position, dtype=torch.bool)
+    rows = torch.where(found, order[position], -1) if len(ids) else torch.full_like(position, -1)
     return torch.stack([pairs[:, 0], rows], 1)
 
 
@@ -158,10 +158,10 @@ def _entries(lookups: list[Lookup], flags: NDArray[np.bool_]) -> _Entries:
     starts = (np.cumsum(lengths) - lengths).reshape(num_examples, num_features)
     columns, weights = np.empty(int(lengths.sum()), np.int64), np.ones(int(lengths.sum()))
     for i, (lookup, size) in enumerate(zip(lookups, sizes, strict=True)):
-        place = np.repeat(starts[:, i] - (np.cumsum(size) - size), size) + np.arange(int(size.sum()))
-        columns[place] = lookup.index.cpu().numpy().reshape(-1)
+        position = np.repeat(starts[:, i] - (np.cumsum(size) - size), size) + np.arange(int(size.sum()))
+        columns[position] = lookup.index.cpu().numpy().reshape(-1)
         if lookup.lengths is not None and lookup.pooling == "mean":
-            weights[place] = np.repeat(1.0 / np.maximum(size, 1), size)
+            weights[position] = np.repeat(1.0 / np.maximum(size, 1), size)
     row = _repeat(lengths)
     return _Entries(
         columns,
@@ -242,12 +242,12 @@ def _known_pairs(side: _Entries, num_rows: int, pairs: Ints) -> Selection:
     order = keys.argsort()
     keys, present = keys[order], present[order]
     wanted = side.task * bound + side.columns
-    place = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-    found = keys[place] == wanted if len(keys) else np.zeros(len(wanted), bool)
+    position = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+    found = keys[position] == wanted if len(keys) else np.zeros(len(wanted), bool)
     if side.adapted is not None:
         found &= side.adapted
     entry = np.flatnonzero(found)
-    pair, by_pair = sort_keys(present[place[entry]], len(pairs))
+    pair, by_pair = sort_keys(present[position[entry]], len(pairs))
     return _pair_selection(side, entry[by_pair], pair, len(pairs))
 
 

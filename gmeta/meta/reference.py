@@ -1,7 +1,7 @@
 """The textbook inner loop: one task at a time, one adapted copy of every parameter and table. Slow, any module.
 
 It shares nothing with the factored engine but losses and dropout masks, so that agreement means something: padding is
-cut off, bags are pooled in a loop, and an adapted feature reads the task's own copy of the table.
+left out, bags are pooled in a loop, and an adapted feature reads the task's own copy of the table.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ class GradientBuckets:
     def __init__(self, params: Iterable[torch.nn.Parameter], mesh: Mesh, bucket_mb: float = 4.0) -> None:
         self._mesh = mesh
         self._several = False
-        self._buckets = _cut(list(params)[::-1], int(bucket_mb * 2**20))
+        self._buckets = _split_into_buckets(list(params)[::-1], int(bucket_mb * 2**20))
         self._flat = [bucket[0].new_zeros(sum(p.numel() for p in bucket)) for bucket in self._buckets]
         self._missing = [len(bucket) for bucket in self._buckets]
         self._pending: list[Pending] = []
@@ -180,8 +180,8 @@ def _hook(param: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> Removabl
     return handle
 
 
-def _cut(params: Sequence[torch.nn.Parameter], bucket_bytes: int) -> list[list[torch.nn.Parameter]]:
-    """Return consecutive parameters of one dtype, cut where a bucket would outgrow `bucket_bytes`."""
+def _split_into_buckets(params: Sequence[torch.nn.Parameter], bucket_bytes: int) -> list[list[torch.nn.Parameter]]:
+    """Return runs of consecutive parameters of one dtype, split where a bucket would outgrow `bucket_bytes`."""
     buckets: list[list[torch.nn.Parameter]] = []
     size = 0
     for param in params:

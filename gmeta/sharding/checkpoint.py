@@ -27,7 +27,7 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Return the elements `start` to `stop` of a flattened tensor, as at most 2 x dimensions - 1 boxes of it, in
+    """Yield the elements `start` to `stop` of a flattened tensor, as at most 2 x dimensions - 1 boxes of it, in
     order.
     """
     if start >= stop:

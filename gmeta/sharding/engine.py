@@ -125,11 +125,11 @@ class Paro:
     def _expect_leaving(self, unit: Unit, inputs: Any) -> Any:
         """Pass the inputs through a node of their own, which backward reaches when it has left the unit."""
         leaves, structure = tree_flatten(inputs)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not places or not torch.is_grad_enabled():
+        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not positions or not torch.is_grad_enabled():
             return None
-        passed = Leave.apply(partial(self._after_backward, unit), *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
-        for i, tensor in zip(places, passed, strict=True):
+        passed = Leave.apply(partial(self._after_backward, unit), *(leaves[i] for i in positions))  # type: ignore[no-untyped-call]
+        for i, tensor in zip(positions, passed, strict=True):
             leaves[i] = tensor
         return tree_unflatten(leaves, structure)
 
@@ -312,9 +312,9 @@ class Paro:
         for flat in unit.flat_parameters:
             flat.wait_unshard()
 
-    def _prefetch(self, order: Sequence[Unit], place: int) -> None:
-        if place < len(order):
-            order[place].start_unshard()
+    def _prefetch(self, order: Sequence[Unit], position: int) -> None:
+        if position < len(order):
+            order[position].start_unshard()
 
     def _reshard(self) -> None:
         for unit in self._units:

@@ -1,6 +1,6 @@
 """Collectives that gather and scatter between scopes, in place on one buffer, over a two-dimensional mesh of ranks.
 
-A buffer of S elements, S divisible by the world size, is cut into n chunks. Rank (node i, local rank j) owns partition
+A buffer is split into as many equal chunks as there are ranks. Rank (node i, local rank j) owns partition
 j of m at scope I, which is chunks j * ng to (j + 1) * ng, and chunk j * ng + i of them at scope G. What a rank has at G
 lies within what it has at I, so that going from one scope to the other moves nothing on the rank itself.
 """

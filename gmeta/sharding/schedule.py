@@ -129,7 +129,7 @@ class CollectiveCost:
         return tuple((link, wait + bits * share / speed) for link, share, wait, speed in phases if share)
 
     def synchronise(self, bits: float, strategy: ShardingStrategy) -> Phases:
-        """Sum gradients over all ranks once a step, and cut them down to the scope of the optimizer's state."""
+        """Sum gradients over all ranks once a step, down to the partitions of the optimizer's state."""
         if strategy.grads == strategy.state:
             return 2 * self.gather(bits, "G", strategy.grads)
         if strategy.state == "I":

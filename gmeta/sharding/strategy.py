@@ -182,7 +182,7 @@ def sent_bytes(
 def _sync_traffic(
     grads: ShardScope, state: ShardScope, amount: float, layout: NodeLayout, *, flat: bool
 ) -> NodeTraffic:
-    """Return what sums gradients over all ranks once a step, and cuts them down to the optimizer's partitions."""
+    """Return what sums gradients over all ranks once a step, and reduces them to the optimizer's partitions."""
     m, ng = layout.node_size, layout.num_nodes
     across = NodeTraffic(inter=2 * amount * (ng - 1) / ng)  # an all-reduce between nodes, of 1 / m on each rank
     if (grads, state) == ("N", "N"):

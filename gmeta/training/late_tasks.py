@@ -48,8 +48,8 @@ def used_rows(prepared: PreparedBatch, rows: EmbeddedRows, finished: int) -> dic
     """
     if prepared.batch.drop_after_s is None:
         return None
-    whole = finished == len(prepared.parts)
-    used = {table: w.new_full(w.shape[:1], whole, dtype=torch.bool) for table, w in rows.weights.items()}
+    complete = finished == len(prepared.parts)
+    used = {table: w.new_full(w.shape[:1], complete, dtype=torch.bool) for table, w in rows.weights.items()}
     for part in prepared.parts[:finished]:
         if part.lookups is None:  # the batch is one
             continue

@@ -60,8 +60,8 @@ class Membership:
         self.agent.finished(spent, batch.epoch, window, tasks)
 
 
-def plan_of(config: TrainConfig, pack: TaskPack) -> JobSpec:
-    """Return the ledger of a training run: a work item is a window of the order, and windows come one after the
+def job_of(config: TrainConfig, pack: TaskPack) -> JobSpec:
+    """Return the job of a training run. A work item is a window of the order, and windows come one after the
     other.
     """
     return JobSpec(
@@ -92,7 +92,7 @@ def join(
 
     token = None if elastic.token_file is None else read_token(Path(elastic.token_file))
     client = Client(elastic.url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
-    spec = plan_of(config, pack)
+    spec = job_of(config, pack)
     generation, error = 0, None
     if mesh.rank == 0:
         try:
