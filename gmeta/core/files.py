@@ -1,4 +1,4 @@
-"""Small files: written whole or not at all, read with an error that names them."""
+"""Small files. They are written completely or not at all, and errors in reading name them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; free space there or name another place"
+            f"cannot write {path}: {error.strerror or error}; free space there or name another path"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

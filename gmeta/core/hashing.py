@@ -1,7 +1,7 @@
 """The one hash behind every order and mask: splitmix64, as numpy and as torch compute it.
 
-A hash takes the place of a random generator wherever numbers must outlive a release: numpy and torch may change their
-generators' streams, but checkpoints refer to an order of batches, to rows and to dropout masks that may not change.
+A hash replaces a random generator wherever numbers must outlive a release. Checkpoints refer to an order of batches, to
+rows and to dropout masks that may not change, and numpy and torch may change the streams of their generators.
 """
 
 from __future__ import annotations

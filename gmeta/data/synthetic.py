@@ -113,7 +113,7 @@ class LogRows:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    y: Floats = 1 / (1 + np.exp(np.minimum(-x, 700)))  # beyond, exp overflows
+    y: Floats = 1 / (1 + np.exp(np.minimum(-x, 700)))  # exp overflows beyond 700
     return y
 
 
@@ -415,7 +415,7 @@ def posterior_predictive(
     mode, precision = _mode(base, coefficient, label)
     nodes = mode + grid @ np.linalg.inv(np.linalg.cholesky(precision))  # [P, K]
     likelihood = _sigmoid((base + nodes @ coefficient.T) * (2 * label - 1))  # [P, S]
-    # Logarithms are dear: one of 16 rows' product, which is far from underflow wherever there is any mass.
+    # logarithms are expensive: this takes one of the product of 16 rows, far from underflow wherever there is mass
     with np.errstate(divide="ignore", under="ignore"):
         log_density = np.log(np.multiply.reduceat(likelihood, np.arange(0, len(label), 16), axis=1)).sum(axis=1)
     log_density -= 0.5 * (nodes**2).sum(axis=1)

@@ -122,8 +122,8 @@ class RowExchange:
     def exchange_ids(self, request: RowRequest) -> RoutedRequest:
         """Tell the owners, through every stage, which rows this worker needs, and prepare what will come back.
 
-        Collective, over gloo groups that nothing else uses, so that a background thread may do it while the step runs,
-        as long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
+        Collective, over gloo groups that nothing else uses. A background thread may therefore do it while the step
+        runs, as long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
         """
         mesh, traffic = self._mesh, CommStats(self._mesh.rank)
         rows: dict[str, Ints] = {name: request.rows[name].numpy() for name in self._tables}

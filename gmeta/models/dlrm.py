@@ -18,8 +18,8 @@ from gmeta.models.inputs import InputSpec, check_dropout, check_widths
 class DLRM(nn.Module):
     """Top network over [bottom output, pairwise dot products of bottom output and embeddings] -> one logit.
 
-    `bottom` are the widths of the network over numeric columns, to which the embedding dimension is appended; without
-    numeric columns there is none. `hidden` are the widths of the top network.
+    `bottom` are the widths of the network over numeric columns; the embedding dimension is appended to them. Without
+    numeric columns there is no such network. `hidden` are the widths of the top network.
     """
 
     head = "output"

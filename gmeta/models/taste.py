@@ -2,8 +2,8 @@
 
 The tower that turns an item's features into a vector is shared by all tasks. What a task adapts is small and enters
 linearly or nearly so: weights over the item vector, an offset, and the last layer of a small network that corrects the
-product. The support thereby acts like the fold-in of a new user into a matrix factorisation, and a few inner steps
-solve for it, while the outer loop learns item vectors for which that works.
+product. The support thereby acts like the fold-in of a new user into a matrix factorisation. A few inner steps
+solve for it, and the outer loop learns item vectors for which that works.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class Taste(nn.Module):
         y = item_bias(z) + offset + prior_bias(t) + sum(w * x) / sqrt(d)
         logit = y + output(relu(shift(correction([x, w * x, y - base_rate]))))
 
-    `taste`, `offset`, `shift` and `output` are what `decision` adapts. The first two start at 0 and, like `prior`,
-    leave it to the item bias to predict what the average task would say. `features` that are not in `task_features`
-    describe the item; numeric columns may describe either and go both ways. Dropout is on the item's embeddings.
+    `taste`, `offset`, `shift` and `output` are what `decision` adapts. `taste`, `offset` and `prior` start at 0, so
+    that at first the item bias alone predicts what the average task would say. `features` that are not in
+    `task_features` describe the item. Numeric columns may describe either, and are inputs of both. Dropout is on the
+    item's embeddings.
     """
 
     head = "output"

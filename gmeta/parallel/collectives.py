@@ -1,7 +1,7 @@
 """Every collective of gmeta: AlltoAll of rows, bucketed AllReduce, and small helpers.
 
-All ranks must call the same functions in the same order; a rank without work does so with empty tensors. Without a
-process group (world size 1) each is the identity. A peer that died or hangs is a `PeerLost`.
+All ranks must call the same functions in the same order. A rank without work calls them with empty tensors. Without a
+process group (world size 1) each function is the identity. A peer that died or hangs raises `PeerLost`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Several workers on this machine, through torch's elastic process contexts; torchrun does the same on clusters.
 
 Workers get the variables that torchrun sets and meet at a store on the loopback interface that this process holds,
-so that no port is guessed. torch is imported late: commands that launch nothing use `report_error` too.
+so that no port is guessed. torch is imported late, because commands that launch nothing use `report_error` too.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _verdict(context: SubprocessContext, result: RunProcsResult | None, advice: 
     failed = {rank: h.proc.returncode for rank, h in context.subprocess_handlers.items() if h.proc.returncode != 0}
     if not failed:
         return 0
-    # ended by us, or witnesses of another's end: not the cause, where there is another
+    # a worker that we ended, or that lost a peer, is not the cause where there is another
     causes = {rank: code for rank, code in failed.items() if code not in (-signal.SIGTERM, EXIT_PEER_LOST)} or failed
     found_first = [*(result.failures if result else ()), *causes]
     first = next(rank for rank in found_first if rank in causes)

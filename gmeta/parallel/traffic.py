@@ -1,4 +1,4 @@
-"""What a step sends. It is counted where it is sent; formulas predict it, and tests hold the two together.
+"""What a step sends. It is counted where it is sent, formulas predict it, and tests check that the two are equal.
 
 With U unique rows of width d that a worker needs, b bytes a number, K bytes of dense gradients and N workers, one step
 moves per worker (G-Meta, arXiv 2401.04338; the ring of Patarasuk and Yuan, J. Parallel Distrib. Comput. 2009):

@@ -28,7 +28,7 @@ from gmeta.runs.directory import read_run_id
 
 _FACTS_EVERY_S = 2.0
 _LEASE_S = 7 * 86400.0
-"""A trainer's windows are fenced by its generation; they need no deadline, and a stopped group loses none."""
+"""A trainer's windows are fenced by its generation. They need no deadline, and a group that was stopped loses none."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""What a step leaves for the host: its statistics and the time of its phases. Only reading them waits.
+"""What a step leaves for the host: its statistics and the time of its phases. Only reading them waits for the device.
 
-On CUDA the host runs ahead of the device: it reads the statistics of a step after it has started the next one, so
-that the device always has work. Until they are read, `still_finite` keeps a step that went wrong, and all after it,
-from changing anything.
+On CUDA the host runs ahead of the device: it reads the statistics of a step after it has started the next one, so that
+the device always has work. Until they are read, `still_finite` keeps a step with numbers that are not finite, and all
+steps after it, from changing anything.
 """
 
 from __future__ import annotations

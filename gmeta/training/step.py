@@ -1,6 +1,6 @@
 """The training step. Read `train_step` first, then `end_step`: they are the whole algorithm, top to bottom.
 
-Every rank runs this same file and makes the same collectives every step, also with no task of its own.
+Every rank runs this code and makes the same collectives in every step, also without tasks of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OpenStep:
     rows: EmbeddedRows
     sums: Tensor  # float64, `sum_names` of this rank
     watch: Stopwatch
-    computing: ExitStack  # left when all gradients are computed
+    computing: ExitStack  # closed when all gradients are computed
     begun_s: float
     query_loss: list[Tensor] = field(default_factory=list)  # [T] of each finished micro-batch
 
@@ -91,7 +91,7 @@ def backward(state: TrainState, step: OpenStep, part: MicroBatch, loss: Tensor, 
     tasks = part.tasks
     examples = tasks.support.mask.sum() + tasks.query.mask.sum()
     cells = tasks.support.mask.numel() + tasks.query.mask.numel()
-    # without tasks a mean is no number, and its gradient is nothing
+    # the mean over no tasks is not a number, and has no gradient
     value = loss.detach() if tasks.num_tasks else torch.zeros_like(loss.detach())
     support = output.support_loss.sum() / tasks.num_tasks_global
     numbers = (value, support, examples, cells, tasks.num_tasks, 0)

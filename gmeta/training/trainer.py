@@ -6,8 +6,8 @@
             trainer.backward(loss)
             trainer.step()
 
-Batches are prepared ahead; logging, validation, checkpoints, exact resume, early stopping, stop signals and elastic
-groups happen between the steps. The learned weights are those of `gmeta train`, bit for bit.
+Batches are prepared ahead. Logging, validation, checkpoints, early stopping, stop signals and elastic groups work
+between the steps, and a run resumes exactly. The learned weights are those of `gmeta train`, bit for bit.
 """
 
 from __future__ import annotations
