@@ -36,7 +36,7 @@ class Record:
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """`--quick` (no result files, few repetitions) and `--json FILE`."""
+    """Return a parser with `--quick` (no result files, few repetitions) and `--json FILE`."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="few repetitions, under 50 s; writes no result files")
     add_json(parser)
@@ -44,12 +44,12 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json FILE`, as every benchmark has it."""
+    """Add the argument `--json FILE`, which every benchmark has."""
     parser.add_argument("--json", type=Path, help="also write the records to this file")
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; from now on SIGTERM ends the program as Ctrl-C does, through every `finally`."""
+    """Return the arguments. From now on SIGTERM ends the program as Ctrl-C does, through every `finally`."""
     args = parser.parse_args()
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
@@ -58,12 +58,12 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def gmeta(*words: object) -> None:
-    """One command, as a user types it; see `run_program`."""
+    """Run one command, as a user types it; see `run_program`."""
     run_program("-m", "gmeta", *words)
 
 
 def run_program(*words: object) -> None:
-    """Python with these words, on one thread a process; its output is shown only if it fails."""
+    """Run Python with these words, on one thread a process. The output is shown only if it fails."""
     argv = [sys.executable, *(str(word) for word in words)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(argv, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **pipes)
@@ -78,7 +78,7 @@ def run_program(*words: object) -> None:
 
 
 def alternate(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of the runs of each function, in turn, so that what disturbs one disturbs all.
+    """Return the seconds of the runs of each function, in turn, so that what disturbs one disturbs all.
 
     In each turn a run under half a second is followed by two more, and only those count: the first one after another
     function pays for memory that the other gave back to the system (measured: up to 1.7 times the steady time).
@@ -102,7 +102,9 @@ def median(values: Sequence[float]) -> float:
 
 
 def hardware() -> str:
-    """What the numbers were measured on: the GPU's name, or the CPU's with the cores that this process may use."""
+    """Return what the numbers were measured on: the GPU's name, or the CPU's with the cores that this process may
+    use.
+    """
     import torch
 
     if torch.cuda.is_available():
@@ -111,7 +113,7 @@ def hardware() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware, for result files."""
+    """Return versions and hardware, for result files."""
     return {
         "hardware": hardware(),
         "system": platform.platform(),
@@ -122,7 +124,7 @@ def environment() -> dict[str, str]:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns."""
+    """Return a Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -135,7 +137,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def publish(
     theme: str, body: str, records: Sequence[Record], config: Mapping[str, Any], arguments: argparse.Namespace
 ) -> None:
-    """Print `body`; write records to `--json`; a full run also writes `results/<theme>_<hardware>_<date>.md, .json`."""
+    """Print `body`, and write the records to `--json`. A full run also writes `results/<theme>_<hardware>_<date>.md,
+    .json`.
+    """
     print(body)
     flat = json.dumps([asdict(record) for record in records], indent=1)
     if arguments.json:

@@ -33,7 +33,7 @@ WARM_S = 1.0
 
 @dataclass(frozen=True)
 class Case:
-    """How clients ask."""
+    """How the clients ask."""
 
     name: str
     work_items: int  # leased and committed an exchange
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def measure(case: Case, folder: Path, seconds: float) -> dict[str, float]:
-    """The numbers of one case; milliseconds are of an exchange."""
+    """Return the numbers of one case; milliseconds are of an exchange."""
     words = [sys.executable, "-m", "gmeta", "coordinate", "--journal", str(folder / "journal")]
     words += ["--durable", str(case.durable).lower()]
     context = multiprocessing.get_context("spawn")

@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "tf32", "bf16")
 
 @dataclass(frozen=True)
 class Work:
-    """Of one step."""
+    """What one step does."""
 
     operations: int  # of matrix products: two for each multiplication
     bytes: int  # read and written
@@ -26,7 +26,7 @@ class Work:
 
 
 def count(step: Callable[[], object], device: torch.device) -> Work:
-    """What one step does; it runs four times. What other threads do meanwhile is not counted."""
+    """Count what one step does. The step runs four times. What other threads do meanwhile is not counted."""
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -40,7 +40,9 @@ def count(step: Callable[[], object], device: torch.device) -> Work:
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write, each a kernel of its own; of a table only the rows that are touched."""
+    """The bytes that operators read and write, each as a kernel of its own. Of a table, only the rows that are touched
+    count.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +71,7 @@ def _bytes(value: Any) -> int:
 
 
 def waited(step: Callable[[], object], device: torch.device) -> Callable[[], None]:
-    """The step and, on a CUDA device, the wait for its end."""
+    """Run the step and, on a CUDA device, wait for its end."""
 
     def run() -> None:
         step()
@@ -82,7 +84,9 @@ def waited(step: Callable[[], object], device: torch.device) -> Callable[[], Non
 def peaks(
     device: torch.device, size: int, repetitions: int, precisions: Sequence[str] = PRECISIONS
 ) -> dict[str, float]:
-    """Bytes/s of a copy of size^2 float32, and operations/s of products of two such matrices in each precision."""
+    """Return the bytes/s of a copy of size^2 float32, and the operations/s of products of two such matrices in each
+    precision.
+    """
     a, b = torch.randn(2, size, size, device=device)
     steps: dict[str, Callable[[], Tensor]] = {"bytes": lambda: b.copy_(a)}
     for name in precisions:

@@ -57,7 +57,7 @@ class Worker:
         return {}
 
     def save(self) -> dict[str, Any]:
-        """The master's checkpoint of what is to do."""
+        """Return the master's checkpoint of what is to do."""
         return {"saved": self._client.get_shard_checkpoint(DATASET)}
 
     def restore(self, saved: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Speed:
     waits: list[float] = field(default_factory=list)  # seconds from a finished shard (or batch) to the next
 
     def numbers(self) -> Numbers:
-        """The numbers of the median turn, with the waits of all turns together."""
+        """Return the numbers of the median turn, with the waits of all turns together."""
         waits = sorted(self.waits)
         return {
             "shards/s": sorted(self.rates)[len(self.rates) // 2],
@@ -122,7 +122,7 @@ def main() -> int:
 
 
 def unusable(python: Path) -> str:
-    """Why this interpreter cannot run DLRover; empty where it can."""
+    """Return why this interpreter cannot run DLRover; empty where it can."""
     program = (
         "from importlib.metadata import version; import dlrover.python.elastic_agent.master_client; "
         "print(version('dlrover'))"
@@ -138,7 +138,7 @@ def unusable(python: Path) -> str:
 
 
 def of(case: str, python: Path | None) -> list[System]:
-    """The systems that an audit is made of."""
+    """Return the systems that an audit is made of."""
     systems = [gmeta_system()]
     if case == "failing shard":
         systems.append(gmeta_system("gmeta, skip_quarantined", skip=True))
@@ -152,7 +152,8 @@ def of(case: str, python: Path | None) -> list[System]:
 def measure_speed(
     python: Path | None, shards: Mapping[int, int], turns: int, folder: Path, loads: list[float]
 ) -> dict[str, dict[str, Numbers]]:
-    """Speed by case and variant. In each turn both systems start anew, and every way is run on each number of workers.
+    """Return speed by case and variant. In each turn both systems start anew, and every way is run on each number of
+    workers.
 
     The machine's load average after each turn is added to `loads`: 8 workers and a server alone make about 2 to 3.
     """
@@ -194,7 +195,7 @@ def pull(workers: Sequence[Puppet], how: str, shards: int) -> tuple[float, list[
 
 
 def records_of(found: Mapping[str, Mapping[str, Numbers]]) -> list[Record]:
-    """Flat records; a metric without a unit of its own is a count."""
+    """Return flat records; a metric without a unit of its own is a count."""
     return [
         Record(case, variant, metric, value, UNITS.get(metric, "1"))
         for case, variants in found.items()

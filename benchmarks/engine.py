@@ -87,22 +87,22 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As in result files."""
+        """Return the name of the case in result files."""
         layers = "-".join(str(width) for width in self.hidden)
         return f"{self.tasks}x{self.support}+{self.query} {self.features}x{self.dim} {layers}"
 
     @property
     def samples(self) -> int:
-        """Examples in a batch."""
+        """Return the number of examples in a batch."""
         return self.tasks * (self.support + self.query)
 
     @property
     def names(self) -> list[str]:
-        """Names of the features."""
+        """Return the names of the features."""
         return [f"f{i}" for i in range(self.features)]
 
     def limit(self, order: str) -> float:
-        """Multiplications of a step with one inner step over those of a plain step, dense layers only.
+        """Return the multiplications of a step with one inner step, over those of a plain step, of dense layers only.
 
         Plain: 3 products a layer and row. Support rows: forward, output gradients, and for second order twice two
         more; query rows: 3, and the low-rank change and its two derivatives, each S * (in + out) a row.
@@ -122,7 +122,7 @@ CASES = (
 
 
 def make_batches(case: Case, count: int = BATCHES) -> list[TaskBatch]:
-    """Ids drawn by a power law, so that tasks share rows and sides overlap; labels at random."""
+    """Draw ids by a power law, so that tasks share rows and both sides overlap, and labels at random."""
     generator = torch.Generator().manual_seed(0)
     length = case.support + case.query
     batches = []
@@ -189,7 +189,7 @@ class Gmeta:
         self.loader = loader_thread()
 
     def _next(self) -> PreparedBatch:
-        """This step's batch; the thread goes on with the next."""
+        """Return this step's batch. The thread goes on with the next one."""
         batch = self.batches[(self.steps + 1) % len(self.batches)]
         ahead = self.ahead or self.loader.submit(self.system.prepare, self.batches[self.steps % len(self.batches)])
         self.ahead = self.loader.submit(self.system.prepare, batch)
@@ -197,11 +197,11 @@ class Gmeta:
         return ahead.result()
 
     def __call__(self) -> Tensor:
-        """One step; the loss."""
+        """Make one step, and return the loss."""
         return self.take(self._next(), lambda phase: None)
 
     def take(self, prepared: PreparedBatch, lap: Callable[[str], object]) -> Tensor:
-        """A step on a prepared batch, `lap` called at the end of each phase; the loss."""
+        """Make a step on a prepared batch, with `lap` called at the end of each phase, and return the loss."""
         rows = self.system.exchange.fetch(prepared.routed)
         lap("fetch")
         with self.system.precision():
@@ -216,7 +216,9 @@ class Gmeta:
         return loss.detach()
 
     def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Loss and gradients on the first batch, without an update; those of rows as [features * ids, d], dense."""
+        """Return loss and gradients on the first batch, without an update. Those of rows are dense, [features * ids,
+        d].
+        """
         prepared = self.system.prepare(self.batches[0])
         rows = self.system.exchange.fetch(prepared.routed)
         loss, _ = self.system.learner(rows, prepared.batch, prepared.parts[0].index)
@@ -231,7 +233,7 @@ class Gmeta:
         return loss.detach(), dense, whole
 
     def initial_rows(self) -> Tensor:
-        """All tables' rows, [features * ids, d]."""
+        """Return all tables' rows, [features * ids, d]."""
         (table,) = self.system.tables.fused.values()
         return table.weight[table.permutation.forward(torch.arange(table.num_rows)).to(self.device)]
 
@@ -260,7 +262,7 @@ class Torch:
         self.batches = [to_device(batch, self.device) for batch in self.batches]
 
     def __call__(self) -> Tensor:
-        """One step; the loss."""
+        """Make one step, and return the loss."""
         i = self.steps % len(self.batches)
         self.steps += 1
         loss = self.run(self.model, self.table, self.batches[i], self.ids[i])
@@ -270,7 +272,7 @@ class Torch:
         return loss
 
     def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
-        """As `Gmeta.gradients`."""
+        """Return what `Gmeta.gradients` returns."""
         loss = self.run(self.model, self.table, self.batches[0], self.ids[0])
         dense = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         assert self.table.grad is not None
@@ -281,7 +283,7 @@ class Torch:
 
 
 def _stacked(case: Case, batch: TaskBatch) -> Tensor:
-    """Ids in one table for all features, int64 [T, S + Q, features]."""
+    """Return the ids in one table for all features, int64 [T, S + Q, features]."""
     sides = [torch.stack([side.ids[name] for name in case.names], -1) for side in (batch.support, batch.query)]
     return torch.cat(sides, 1) + VOCABULARY * torch.arange(case.features)
 
@@ -303,7 +305,7 @@ class PlainTorch:
         self.sparse = torch.optim.Adagrad(self.tables.parameters(), lr=LR)
 
     def run(self, batch: TaskBatch) -> Tensor:
-        """The loss; leaves gradients."""
+        """Return the loss, and leave gradients."""
         ids = {name: torch.cat([batch.support.ids[name], batch.query.ids[name]], 1) for name in self.case.names}
         embedded = {name: self.tables[name](ids[name]) for name in self.case.names}
         label = torch.cat([batch.support.label, batch.query.label], 1)
@@ -312,7 +314,7 @@ class PlainTorch:
         return loss.detach()
 
     def __call__(self) -> Tensor:
-        """One step; the loss."""
+        """Make one step, and return the loss."""
         loss = self.run(self.batches[self.steps % len(self.batches)])
         self.steps += 1
         for optimizer in (self.dense, self.sparse):
@@ -321,7 +323,7 @@ class PlainTorch:
         return loss
 
     def gradients(self) -> tuple[Tensor, list[Tensor], Tensor]:
-        """As `Gmeta.gradients`."""
+        """Return what `Gmeta.gradients` returns."""
         loss = self.run(self.batches[0])
         dense = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
         rows = torch.cat([table.weight.grad.to_dense() for table in self.tables.values()])
@@ -354,7 +356,7 @@ def _inner_loss(fast: dict[str, Tensor], model: nn.Module, index: Tensor, label:
 
 
 def loop(model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, second: bool) -> Tensor:
-    """One task after the other; a backward for each, so that only one task's graph is alive."""
+    """Compute one task after the other, with a backward pass for each, so that only one graph is alive."""
     total = torch.zeros((), device=ids.device)
     num_support = batch.support.label.shape[1]
     for t in range(batch.num_tasks):
@@ -377,14 +379,16 @@ class _WithRows(nn.Module):
         self.model, self.rows = model, nn.Parameter(rows)
 
     def forward(self, index: Tensor) -> Tensor:
-        """Logits."""
+        """Return logits."""
         return self.model(self.rows.new_zeros(*index.shape[:-1], 0), _embed(self.rows, index))  # type: ignore[no-any-return]
 
 
 def _library_loop(
     model: nn.Module, weight: Tensor, batch: TaskBatch, ids: Tensor, adapt: Callable[..., Tensor]
 ) -> Tensor:
-    """One task at a time; `adapt(module, support, query)` gives the query loss and leaves gradients on the module."""
+    """Compute one task at a time. `adapt(module, support, query)` gives the query loss and leaves gradients on the
+    module.
+    """
     total, rows = torch.zeros(()), []
     num_support = batch.support.label.shape[1]
     for t in range(batch.num_tasks):
@@ -448,7 +452,7 @@ Variant = Gmeta | Torch | PlainTorch
 
 
 def variants(case: Case, batches: list[TaskBatch], device: torch.device) -> dict[str, Variant]:
-    """Name -> step. The libraries run on the CPU only."""
+    """Return name -> step. The libraries run on the CPU only."""
     meta = {"adapt": ["embeddings", "dense"]}
     ours = {
         "plain": Gmeta(case, batches, {"adapt": []}, device),
@@ -471,12 +475,12 @@ def variants(case: Case, batches: list[TaskBatch], device: torch.device) -> dict
 
 
 def kind(name: str) -> str:
-    """Variants of one kind compute the same numbers: plain, first or second order."""
+    """Return the kind of a variant: plain, first or second order. Variants of one kind compute the same numbers."""
     return "plain" if name.startswith("plain") else name.rpartition("-")[2]
 
 
 def check_agreement(steps: Mapping[str, Variant]) -> None:
-    """Variants of one kind must compute the same loss and gradients, or timing them means nothing."""
+    """Check that variants of one kind compute the same loss and gradients. Otherwise timing them means nothing."""
     references: dict[str, list[Tensor]] = {}
     for name, step in steps.items():
         loss, dense, rows = step.gradients()
@@ -488,7 +492,7 @@ def check_agreement(steps: Mapping[str, Variant]) -> None:
 
 
 def measure(case: Case, repetitions: int, device: torch.device, peak: Mapping[str, float]) -> list[Record]:
-    """Records of one case."""
+    """Return records of one case."""
     steps = variants(case, make_batches(case), device)
     check_agreement(steps)
     for step in steps.values():
@@ -522,7 +526,9 @@ def measure(case: Case, repetitions: int, device: torch.device, peak: Mapping[st
 
 
 def phases(step: Gmeta, repetitions: int) -> dict[str, float]:
-    """Median seconds of a step's phases, one after the other: first the index, which a loader's thread would make."""
+    """Return the median seconds of a step's phases, one after the other: first the index, which a loader's thread would
+    make.
+    """
     seconds: dict[str, list[float]] = {}
     for repetition in range(repetitions + 2):
         watch = Stopwatch(CPU)
@@ -535,7 +541,7 @@ def phases(step: Gmeta, repetitions: int) -> dict[str, float]:
 
 
 def render(records: list[Record], forms: Mapping[str, str]) -> str:
-    """A table of some metrics."""
+    """Return a table of some metrics."""
     values = {(r.case, r.variant, r.metric): r.value for r in records if r.metric in forms}
     rows = []
     for case, variant in dict.fromkeys((case, variant) for case, variant, _ in values):

@@ -47,7 +47,7 @@ def in_precision(step: Gmeta, name: str) -> Callable[[], Tensor]:
 
 
 def variants(case: Case, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Name -> whole step; loop-second has `LOOP_TASKS` tasks only."""
+    """Return name -> step. loop-second has `LOOP_TASKS` tasks only."""
     batches = make_batches(case)
     first = Gmeta(case, batches, {"adapt": []}, device)
     few = replace(case, tasks=min(LOOP_TASKS, case.tasks))

@@ -77,7 +77,7 @@ QUICK = Case("0.1 M rows (quick)", 5_000, 0.3, SMALL.writers, {}, ("warm",))
 
 
 def anonymous_mb() -> float:
-    """Anonymous and shared memory of this process and its children, shared pages counted once."""
+    """Return the anonymous and shared memory of this process and its children, shared pages counted once."""
     total = 0
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
         for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
@@ -87,7 +87,7 @@ def anonymous_mb() -> float:
 
 
 def cpu_s() -> float:
-    """Processor seconds that this process and its children have used."""
+    """Return the processor seconds that this process and its children have used."""
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
@@ -115,7 +115,7 @@ class Peak:
 
 
 def measure(variant: str, root: Path, seconds: float) -> dict[str, float]:
-    """Open a variant and read from it for so long; the numbers of one row of the table."""
+    """Open a variant and read from it for so long. Return the numbers of one row of the table."""
     torch.set_num_threads(1)
     before = anonymous_mb()
     start = time.perf_counter()
@@ -164,7 +164,7 @@ def drop(root: Path) -> None:
 
 
 def cached_share(paths: Sequence[Path]) -> float:
-    """Share of the files' pages that are in the page cache, by mincore."""
+    """Return the fraction of the files' pages that are in the page cache, by mincore."""
     libc = ctypes.CDLL(None, use_errno=True)
     resident = pages = 0
     for path in paths:
@@ -186,7 +186,9 @@ def cached_share(paths: Sequence[Path]) -> float:
 
 
 def check_agreement(root: Path) -> None:
-    """Every format gives the tasks of its first batch as the pack's loader does, or timing it means nothing."""
+    """Check that every format gives the tasks of its first batch as the pack's loader does. Otherwise timing it means
+    nothing.
+    """
     num_tasks = 1500
     for write in SMALL.writers:
         write(root, num_tasks)
@@ -198,7 +200,7 @@ def check_agreement(root: Path) -> None:
 
 
 def run_alone(variant: str, root: Path, seconds: float) -> dict[str, float]:
-    """`measure` in a fresh process."""
+    """Run `measure` in a fresh process."""
     command = [sys.executable, __file__, "measure", variant, str(root), str(seconds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -208,7 +210,7 @@ def run_alone(variant: str, root: Path, seconds: float) -> dict[str, float]:
 
 
 def loaders(case: Case, root: Path) -> tuple[list[Record], list[list[str]]]:
-    """Records and table rows of one number of rows."""
+    """Return the records and table rows of one number of rows."""
     for write in case.writers:
         start = time.perf_counter()
         write(root, case.num_tasks)
@@ -254,7 +256,7 @@ ABLATIONS = {
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over the steps after the warm-up, weighted by their time, from the records of metrics.jsonl."""
+    """Return means over the steps after the warm-up, weighted by their time, from the records of metrics.jsonl."""
     steps = [record for record in records if record["kind"] == "train"]
     time_s = np.array([record["time_s"] for record in steps])
     seconds = np.diff(time_s, prepend=0)[WARM_UP_STEPS:]
@@ -271,7 +273,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def train(pack: Path, run_dir: Path, switches: Sequence[str], steps: int) -> dict[str, float]:
-    """`gmeta train` of a second-order MeLU, 20 features of width 16, layers of 256 and 128."""
+    """Run `gmeta train` of a second-order MeLU, with 20 features of width 16 and layers of 256 and 128."""
     settings = {
         "pack": pack,
         "run_dir": run_dir,
@@ -295,7 +297,7 @@ def train(pack: Path, run_dir: Path, switches: Sequence[str], steps: int) -> dic
 
 
 def training(root: Path, variants: Mapping[str, Sequence[str]], steps: int) -> tuple[list[Record], list[list[str]]]:
-    """Records and table rows, a run each."""
+    """Return records and table rows, with a run each."""
     records, rows = [], []
     units = {"samples_per_s": "1/s", "padding": "1", "input_share": "1", "input_ms": "ms"}
     for name, switches in variants.items():

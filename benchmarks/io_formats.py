@@ -50,12 +50,14 @@ Item = tuple[Tensor, Tensor, int]  # ids [n, features] int32, label [n], rows th
 
 
 def support_of(num_rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rule that every format knows: the first half of a task's rows, rounded up, is its support."""
+    """Return which rows are support, by the rule that every format knows: the first half of a task's rows, rounded
+    up.
+    """
     return num_rows - num_rows // 2
 
 
 def chunks(num_tasks: int) -> Iterator[Arrays]:
-    """The data, as the arrays of one shard after the other: tasks of 10 to 30 rows, 20 on average."""
+    """Yield the data as the arrays of one shard after the other: tasks of 10 to 30 rows, 20 on average."""
     for first in range(0, num_tasks, TASKS_PER_CHUNK):
         rng = np.random.default_rng(first)
         sizes = rng.integers(10, 31, min(TASKS_PER_CHUNK, num_tasks - first))
@@ -79,13 +81,13 @@ def _task_arrays(task_id: NDArray[np.int64], sizes: NDArray[np.int64]) -> Arrays
 
 
 def grouped(task: NDArray[np.int64], ids: NDArray[np.int32], label: NDArray[np.float32]) -> Arrays:
-    """A shard's arrays from columns whose rows are sorted by task."""
+    """Return a shard's arrays from columns whose rows are sorted by task."""
     start = np.flatnonzero(np.diff(task, prepend=-1))
     return {"ids": ids, "label": label, **_task_arrays(task[start], np.diff(start, append=len(task)))}
 
 
 def columns(arrays: Arrays) -> dict[str, NDArray[np.generic]]:
-    """A flat table: task, position in it, label, one column a feature."""
+    """Return a flat table: task, position in it, label, one column a feature."""
     sizes = np.diff(arrays["row_start"], append=len(arrays["label"]))
     position = np.arange(len(arrays["label"])) - np.repeat(arrays["row_start"], sizes)
     ids = {name: np.ascontiguousarray(arrays["ids"][:, i]) for i, name in enumerate(NAMES)}
@@ -105,7 +107,7 @@ def write_pack(root: Path, num_tasks: int) -> None:
 
 
 def open_taskpack(root: Path, **switches: bool) -> Batches:
-    """gmeta's loader alone, without its thread."""
+    """Open gmeta's loader alone, without its thread."""
     return loader(open_pack(root / "pack").split("train"), **switches)
 
 
@@ -117,7 +119,7 @@ def loader(split: PackSplit, **switches: bool) -> TaskLoader[TaskBatch]:
 
 
 def write_csv(root: Path, num_tasks: int) -> None:
-    """One file, rows in random order, as logs are."""
+    """Write one file, with rows in random order, as logs are."""
     parts = [columns(arrays) for arrays in chunks(num_tasks)]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     shuffled = np.random.default_rng(0).permutation(len(whole["task"]))
@@ -139,7 +141,9 @@ def open_csv(root: Path) -> Batches:
 
 
 def write_parquet(root: Path, num_tasks: int) -> None:
-    """Sorted by task; row groups of whole tasks, large enough that their overhead does not count."""
+    """Write rows sorted by task. Row groups hold whole tasks, and are large enough that their overhead does not
+    count.
+    """
     (root / "parquet").mkdir()
     for number, arrays in enumerate(chunks(num_tasks)):
         table = pa.table(columns(arrays)).drop_columns("position")
@@ -150,7 +154,7 @@ def write_parquet(root: Path, num_tasks: int) -> None:
 
 
 def open_parquet(root: Path) -> Batches:
-    """Row groups in random order, 8 at a time; gmeta's order and gather within them."""
+    """Read row groups in random order, 8 at a time, with gmeta's order and gather within them."""
     files = [pq.ParquetFile(path) for path in sorted((root / "parquet").iterdir())]
     groups = [(file, group) for file in files for group in range(file.num_row_groups)]
     epoch = 0
@@ -171,7 +175,7 @@ def open_parquet(root: Path) -> Batches:
 
 
 def collate(items: list[tuple[int, Item]]) -> TaskBatch:
-    """A batch from (task id, item) pairs, as users write it: `pad_sequence` on each side."""
+    """Return a batch from (task id, item) pairs, as users write it: `pad_sequence` on each side."""
     sides = []
     for cut in (lambda n: slice(0, n), lambda n: slice(n, None)):
         ids = pad_sequence([item[0][cut(item[2])] for _, item in items], batch_first=True).long()
@@ -198,7 +202,7 @@ def task_file(root: Path, task: int) -> Path:
 
 
 def write_files(root: Path, num_tasks: int) -> None:
-    """One file a task, written by torch.save; a thousand to a directory."""
+    """Write one file a task by torch.save, with a thousand files in a directory."""
     for arrays in chunks(num_tasks):
         for task, item in _items(arrays):
             path = task_file(root, task)
@@ -215,7 +219,9 @@ def _items(arrays: Arrays) -> Iterator[tuple[int, Item]]:
 
 
 def open_files(root: Path) -> Batches:
-    """torch.load of each task of a batch, tasks in random order; MeLU's own code has four such files a task."""
+    """Load each task of a batch by torch.load, with tasks in random order. MeLU's own code has four such files a
+    task.
+    """
     tasks = np.array(sorted(int(path.stem) for path in (root / "tasks").rglob("*.pt")))
     epoch = 0
     while True:
@@ -245,7 +251,7 @@ class InMemory(Dataset[tuple[int, Item]]):
 
 
 def open_dataloader(root: Path, workers: int) -> Batches:
-    """torch.utils.data.DataLoader over tasks in memory; more processes where there are workers."""
+    """Open a torch.utils.data.DataLoader over tasks in memory, with more processes where there are workers."""
     batches = DataLoader(
         InMemory(root),
         batch_size=TASKS_PER_BATCH,
@@ -274,7 +280,9 @@ OPEN: Mapping[str, Callable[[Path], Batches]] = {
 
 
 def differences(batch: TaskBatch, split: PackSplit) -> list[str]:
-    """Names of the fields in which `batch` is not what `split` gives for the same tasks; [] for a sound rival."""
+    """Return the names of the fields in which `batch` is not what `split` gives for the same tasks; [] for a sound
+    rival.
+    """
     position = np.argsort(split.task_id)[np.searchsorted(np.sort(split.task_id), batch.task_id.numpy())]
     support, query, task_id = split.examples(position)
     found = [] if torch.equal(task_id, batch.task_id) else ["task_id"]

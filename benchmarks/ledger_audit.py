@@ -39,7 +39,7 @@ class System:
 
 
 def gmeta_system(variant: str = "gmeta", **options: Any) -> System:
-    """`gmeta coordinate` with its defaults, on this interpreter."""
+    """Return `gmeta coordinate` with its defaults, on this interpreter."""
     return System(
         variant,
         lambda port, folder: [
@@ -52,7 +52,7 @@ def gmeta_system(variant: str = "gmeta", **options: Any) -> System:
 
 
 def dlrover_system(python: Path, variant: str = "dlrover", checkpoints: bool = False) -> System:
-    """DLRover's local master, started as its `dlrover-run` does, with errors alone in its log."""
+    """Return DLRover's local master, started as its `dlrover-run` does, with errors alone in its log."""
     return System(
         variant,
         lambda port, folder: [
@@ -141,7 +141,7 @@ def running(system: System, folder: Path, num_workers: int, **plan: Any) -> Iter
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of an epoch's samples, how many nobody finished, and how often one was finished once more than needed."""
+    """How many samples of an epoch nobody finished, and how often one was finished once more than needed."""
 
     missing: int
     repeated: int
@@ -168,7 +168,7 @@ class Effort:
 
     @property
     def plan(self) -> dict[str, Any]:
-        """What workers tell the server."""
+        """Return what workers tell the server."""
         return {
             "num_samples": self.shards * self.shard_size,
             "shard_size": self.shard_size,
@@ -189,7 +189,7 @@ class Scene:
 
     @property
     def coverage(self) -> Coverage:
-        """The coverage until now."""
+        """Return the coverage until now."""
         return coverage(self._num_samples, self.finished)
 
     def take(self, worker: int) -> str:

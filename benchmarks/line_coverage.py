@@ -31,7 +31,7 @@ TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "--ti
 
 
 def measure(folder: Path, tests: list[str]) -> tuple[dict[str, Any], int]:
-    """coverage.py's report of a run of the tests, and pytest's exit code."""
+    """Run the tests, and return coverage.py's report and pytest's exit code."""
     settings = folder / "coveragerc"
     settings.write_text(SETTINGS.format(folder=folder))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -47,7 +47,7 @@ def measure(folder: Path, tests: list[str]) -> tuple[dict[str, Any], int]:
 
 
 def by_room(files: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Room -> (lines that ran, lines that can run), "all" last; a file of the package's root is a room."""
+    """Return room -> (lines that ran, lines that can run), "all" last. A file at the root of the package is a room."""
     found = defaultdict[str, list[int]](lambda: [0, 0])
     for path, file in sorted(files.items()):
         summary = file["summary"]

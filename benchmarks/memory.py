@@ -46,21 +46,21 @@ MODELS: dict[str, dict[str, Any]] = {"layers": {}, "layer norm, dropout": {"laye
 
 
 class Held:
-    """What a graph holds in place of a tensor, for as long as it does."""
+    """What a graph holds instead of a tensor, for as long as it does."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
 
 
 def units(case: Case) -> tuple[int, float]:
-    """(bytes of the support's layer inputs, floor of an inner step in that unit)."""
+    """Return (bytes of the support's layer inputs, floor of an inner step in that unit)."""
     widths = [case.features * case.dim, *case.hidden, 1]
     inputs, outputs = sum(widths[:-1]), sum(widths[1:])
     return case.tasks * case.support * inputs * 4, (inputs + outputs) / inputs
 
 
 def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, float]:
-    """Kept and peak memory of one step, in bytes; its loss and the norm of its gradients."""
+    """Make one step. Return its kept and peak memory in bytes, its loss and the norm of its gradients."""
     torch.manual_seed(0)
     network = MeLU(InputSpec(dict.fromkeys(case.names, case.dim), (), 0.0), hidden=case.hidden, **MODELS[model])
     features = dict.fromkeys(case.names, case.dim)
@@ -107,7 +107,7 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
 
 
 def peak_of(profiled: profile) -> int:
-    """Most bytes that tensors held at one time, above what they held at first."""
+    """Return the most bytes that tensors held at one time, above what they held at first."""
     with tempfile.TemporaryDirectory() as folder:
         profiled.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
@@ -117,7 +117,7 @@ def peak_of(profiled: profile) -> int:
 
 
 def in_a_process(size: str, model: str, steps: int, recompute: bool) -> dict[str, float]:
-    """`take_step` in a fresh process."""
+    """Run `take_step` in a fresh process."""
     words = [sys.executable, __file__, "step", size, model, str(steps), str(int(recompute))]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -127,7 +127,7 @@ def in_a_process(size: str, model: str, steps: int, recompute: bool) -> dict[str
 
 
 def measure(size: str, case: Case, models: Sequence[str], counts: Sequence[int]) -> list[Record]:
-    """Records of some models, with and without recomputing."""
+    """Return records of some models, with and without recomputing."""
     unit, floor = units(case)
     records = []
     for model in models:
@@ -154,7 +154,7 @@ def measure(size: str, case: Case, models: Sequence[str], counts: Sequence[int])
 
 
 def render(records: list[Record]) -> str:
-    """The table."""
+    """Return the table."""
     metrics = list(dict.fromkeys(record.metric for record in records))
     rows = []
     for variant in dict.fromkeys(record.variant for record in records):

@@ -54,19 +54,19 @@ class Cluster:
 
     @property
     def world_size(self) -> int:
-        """The number of ranks on all nodes."""
+        """Return the number of ranks on all nodes."""
         return self.nodes * self.ranks_per_node
 
     def namespace(self, rank: int) -> str:
-        """The name of the namespace that holds `rank`."""
+        """Return the name of the namespace that holds `rank`."""
         return f"{self.prefix}-node{rank // self.ranks_per_node}"
 
     def enter(self, rank: int) -> list[str]:
-        """The words with which a command line starts, to run where `rank` does."""
+        """Return the words with which a command line starts, to run where `rank` does."""
         return ["ip", "netns", "exec", self.namespace(rank)]
 
     def environment(self, rank: int, port: int) -> dict[str, str]:
-        """The variables that torchrun would set for `rank`, and the interface that gloo binds to.
+        """Return the variables that torchrun would set for `rank`, and the interface that gloo binds to.
 
         Rank 0 serves the store at `port`. A port serves one run: take another for the next.
         """
@@ -94,7 +94,7 @@ class Cluster:
                 _run(words)
 
     def sent_bytes(self) -> dict[str, int]:
-        """Bytes that all nodes have sent so far, headers included: `inside` them and `between` them."""
+        """Return the bytes that all nodes have sent so far, headers included: `inside` them and `between` them."""
         links = {"inside": "lo", "between": CARD}
         return {name: sum(self._sent(node, link) for node in range(self.nodes)) for name, link in links.items()}
 
@@ -104,7 +104,7 @@ class Cluster:
 
 
 def unavailable() -> str:
-    """Why this machine can hold no cluster; empty where it can."""
+    """Return why this machine can hold no cluster, or an empty text where it can."""
     if not sys.platform.startswith("linux"):
         return f"network namespaces need Linux, this is {sys.platform}"
     if os.geteuid() != 0:
@@ -116,7 +116,7 @@ def unavailable() -> str:
 
 
 def _probe() -> str:
-    """Try everything once: root may still be refused (containers), and the kernel may lack tbf."""
+    """Try everything once. Root may still be refused (containers), and the kernel may lack tbf."""
     try:
         with cluster(1, 1, inside_rate="1gbit", between_rate="1gbit"):
             return ""
@@ -151,12 +151,12 @@ def remove_leftovers() -> list[str]:
 
 
 def address(node: int) -> str:
-    """A node's address. Every cluster has a network of its own, so all use the same addresses."""
+    """Return a node's address. Every cluster has a network of its own, so all use the same addresses."""
     return f"10.77.{node // 250}.{node % 250 + 1}"
 
 
 def build_switch(prefix: str) -> list[list[str]]:
-    """Commands that make the bridge in its namespace."""
+    """Return commands that make the bridge in its namespace."""
     switch = f"{prefix}-switch"
     return [
         ["ip", "netns", "add", switch],
@@ -166,7 +166,7 @@ def build_switch(prefix: str) -> list[list[str]]:
 
 
 def build_node(prefix: str, node: int) -> list[list[str]]:
-    """Commands that make a node's namespace and plug its card into the switch."""
+    """Return commands that make a node's namespace and plug its card into the switch."""
     name, switch, port = f"{prefix}-node{node}", f"{prefix}-switch", f"port{node}"
     return [
         ["ip", "netns", "add", name],
@@ -179,7 +179,7 @@ def build_node(prefix: str, node: int) -> list[list[str]]:
 
 
 def shape_node(prefix: str, node: int, inside_rate: str | None, between_rate: str | None) -> list[list[str]]:
-    """Commands that hold a node's links to their rates, or let go of them (None)."""
+    """Return commands that hold a node's links to their rates, or let go of them (None)."""
     name, switch = f"{prefix}-node{node}", f"{prefix}-switch"
     links = [(name, "lo", inside_rate), (name, CARD, between_rate), (switch, f"port{node}", between_rate)]
     return [_shape(namespace, link, rate) for namespace, link, rate in links]
@@ -194,7 +194,9 @@ def _shape(namespace: str, link: str, rate: str | None) -> list[str]:
 
 
 def shape_groups(prefix: str, node: int, group_size: int, inside_rate: str, between_rate: str) -> list[list[str]]:
-    """Commands that hold what a node exchanges with the nodes of its run to one rate, and all else to another."""
+    """Return commands that hold what a node exchanges with the nodes of its run to one rate, and all else to
+    another.
+    """
     first = node // group_size * group_size
     peers = [address(other) for other in range(first, first + group_size) if other != node]
     commands = []
@@ -217,7 +219,7 @@ def shape_groups(prefix: str, node: int, group_size: int, inside_rate: str, betw
 
 
 def bits_per_s(rate: str) -> float:
-    """`"100mbit"` -> 1e8; ValueError for what is no number with kbit, mbit or gbit."""
+    """Return a rate in bits/s: "100mbit" -> 1e8. ValueError for what is no number with kbit, mbit or gbit."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
     if not found:
         raise ValueError(f"rate is {rate!r}: must be a number and kbit, mbit or gbit, such as 100mbit")
@@ -246,8 +248,9 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
 
 
 def measured_bits_per_s(net: Cluster, sender: int, receiver: int, mebibytes: int, skip_bytes: int = 4 * 2**20) -> float:
-    """Payload bit/s of one TCP stream from rank to rank, without its first `skip_bytes`; it shows whether links hold
-    the rate."""
+    """Return the payload bit/s of one TCP stream from rank to rank, without its first `skip_bytes`; it shows whether
+    links hold the rate.
+    """
     place = address(receiver // net.ranks_per_node)
     python = [sys.executable, "-c"]
     with subprocess.Popen(

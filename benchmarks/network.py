@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def words(self) -> list[str]:
-        """The settings as command-line words."""
+        """Return the settings as command-line words."""
         return [word for key, value in self.settings.items() for word in (f"--{key}", value)]
 
 
@@ -115,7 +115,7 @@ class Sample:
 
 
 def measure(layout: Layout, effort: Effort, folder: Path) -> tuple[dict[tuple[str, str], Sample], list[Record]]:
-    """Samples by (rate, variant), and the measured bandwidths."""
+    """Return the samples by (rate, variant), and the measured bandwidths."""
     samples: dict[tuple[str, str], Sample] = defaultdict(Sample)
     start, ports = time.monotonic(), iter(range(20000, 60000))
     with (
@@ -133,7 +133,7 @@ def measure(layout: Layout, effort: Effort, folder: Path) -> tuple[dict[tuple[st
 
 
 def turn_of(layout: Layout, samples: Mapping[tuple[str, str], Sample]) -> Iterator[tuple[str, str, Variant]]:
-    """One turn: every rate, every variant that has not failed."""
+    """Run one turn: every rate, and every variant that has not failed."""
     for rate in layout.rates:
         for name, variant in layout.variants.items():
             if not samples[rate, name].failure:
@@ -149,7 +149,7 @@ def run_once(
     port: int,
     sample: Sample,
 ) -> None:
-    """One short run, added to `sample`."""
+    """Make one short run, and add it to `sample`."""
     steps = effort.warm_up + effort.steps
     run_dir = folder / "run"
     argv = ["--pack", str(folder / "pack"), "--run_dir", str(run_dir), "--timeout_s", "60"]
@@ -173,7 +173,7 @@ def _book(sample: Sample, sent: Mapping[str, int], rank_steps: int, steps: Seque
 
 
 def check_rate(layout: Layout, net: Cluster, rate: str) -> list[Record]:
-    """One raw TCP stream between nodes, and inside one where it has two ranks."""
+    """Measure one raw TCP stream between nodes, and one inside a node where it has two ranks."""
     net.set_rates(None, RATES[rate])
     links = {"between nodes": net.ranks_per_node} | ({"inside a node": 1} if net.ranks_per_node > 1 else {})
     return [
@@ -189,7 +189,7 @@ def check_rate(layout: Layout, net: Cluster, rate: str) -> list[Record]:
 
 
 def records_of(layout: Layout, samples: Mapping[tuple[str, str], Sample]) -> list[Record]:
-    """Flat records of one layout's samples."""
+    """Return flat records of one layout's samples."""
     found = []
     for (rate, name), sample in samples.items():
         if sample.failure:
@@ -217,7 +217,7 @@ def records_of(layout: Layout, samples: Mapping[tuple[str, str], Sample]) -> lis
 
 
 def show(layout: Layout, samples: Mapping[tuple[str, str], Sample], checks: Sequence[Record]) -> str:
-    """The layout's section: the check of its links, and a row for each variant."""
+    """Return the layout's section: the check of its links, and a row for each variant."""
     links = ["between"] if layout.ranks_per_node == 1 else ["inside", "between"]
     header = [layout.name, *(f"sent {link}, KB/step/rank" for link in links), "counted", "calls", *layout.rates]
     rows = [
@@ -232,7 +232,9 @@ def show(layout: Layout, samples: Mapping[tuple[str, str], Sample], checks: Sequ
 
 
 def row(samples: Mapping[tuple[str, str], Sample], rates: Sequence[str], name: str, links: Sequence[str]) -> list[str]:
-    """Bytes and collectives, the same at every rate; by rate the step time, its ratio to the baseline's, the share."""
+    """Return the bytes and collectives, the same at every rate; by rate the step time, its ratio to the baseline's, the
+    share.
+    """
     found = [samples[rate, name] for rate in rates]
     cells = [f"{median([sent for sample in found for sent in sample.wire_bytes[link]]) / 1e3:,.0f}" for link in links]
     counted = [pair for sample in found for pair in sample.counted]

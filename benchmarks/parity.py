@@ -87,7 +87,7 @@ METHODS: dict[str, dict[str, Any]] = {  # `meta` of the config
 
 
 def config(case: Case, method: str, seed: int, max_steps: int) -> dict[str, Any]:
-    """A training's config, the same for every program."""
+    """Return a training's config, the same for every program."""
     return {
         "loss": "mse",
         "model": {"name": "melu", "features": list(case.features), "embedding_dim": 8, "args": {"hidden": [32, 16]}},
@@ -120,7 +120,7 @@ def train(variant: str, settings: dict[str, Any], pack: Path, run_dir: Path) -> 
 
 
 def here(*words: object) -> None:
-    """One command of gmeta in this process, which saves the seconds that torch takes to import."""
+    """Run one command of gmeta in this process, which saves the seconds that torch takes to import."""
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         code = run([str(word) for word in words])
     if code:
@@ -128,7 +128,9 @@ def here(*words: object) -> None:
 
 
 def evaluate(run_dir: Path, baselines: bool) -> dict[str, dict[str, float]]:
-    """variant -> metric -> value on test users: of `before`, `after` and, if asked for, of what needs no network."""
+    """Return variant -> metric -> value on test users: of `before`, `after` and, if asked for, of what needs no
+    network.
+    """
     words = ("--checkpoint", "last", "--resamples", 1, "--baselines", str(baselines).lower())
     here("evaluate", "--run_dir", run_dir, *words)
     found = pq.read_table(run_dir / "predictions.parquet").to_pydict()
@@ -141,7 +143,7 @@ def evaluate(run_dir: Path, baselines: bool) -> dict[str, dict[str, float]]:
 
 
 def of_method(method: str, variants: Sequence[str]) -> list[str]:
-    """What trains a method: the control is measured on the first one only."""
+    """Return what trains a method. The control is measured on the first one only."""
     return [variant for variant in variants if variant != RESEEDED or method == next(iter(METHODS))]
 
 
@@ -179,7 +181,7 @@ class Interval:
 
     @classmethod
     def over(cls, values: Sequence[float]) -> Interval:
-        """Of values of one seed each."""
+        """Return the interval of values of one seed each."""
         if len(values) < 2:
             return cls(values[0], math.nan)
         half = T_975[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
@@ -190,16 +192,16 @@ class Interval:
 
     @property
     def span(self) -> str:
-        """Of a difference."""
+        """Return the interval of a difference in words."""
         return "" if math.isnan(self.half) else f"{self.mean - self.half:+.1e} … {self.mean + self.half:+.1e}"
 
     @property
     def bound(self) -> float:
-        """The largest absolute value in the interval."""
+        """Return the largest absolute value in the interval."""
         return abs(self.mean) + self.half
 
     def verdict(self) -> str:
-        """In words, of a difference."""
+        """Return in words what a difference says."""
         if math.isnan(self.half):
             return "one seed: no interval"
         zero = "contains 0" if abs(self.mean) <= self.half else "does NOT contain 0"
@@ -207,13 +209,13 @@ class Interval:
 
 
 def difference(values: Values, method: str, variant: str, metric: str) -> Interval:
-    """Of a variant to the baseline, paired by seed."""
+    """Return the difference of a variant to the baseline, paired by seed."""
     pairs = zip(values[method, variant, metric], values[method, BASELINE, metric], strict=True)
     return Interval.over([ours - theirs for ours, theirs in pairs])
 
 
 def to_records(case: Case, values: Values, methods: Sequence[str], variants: Sequence[str]) -> list[Record]:
-    """Means and differences with the ends of their intervals."""
+    """Return means and differences with the ends of their intervals."""
     records = []
 
     def add(name: str, variant: str, metric: str, found: Interval) -> None:
@@ -234,7 +236,7 @@ def to_records(case: Case, values: Values, methods: Sequence[str], variants: Seq
 
 
 def render(case: Case, values: Values, methods: Sequence[str], variants: Sequence[str]) -> str:
-    """The case in Markdown: values, then differences to the baseline with a verdict each."""
+    """Return the case in Markdown: values, then differences to the baseline with a verdict each."""
 
     def cells(method: str, variant: str) -> list[str]:
         return [str(Interval.over(values[method, variant, metric])) for metric in METRICS]

@@ -26,7 +26,7 @@ PAPER = {"IIG": 0.92, "NIG": 0.84, "GGG": 0.63}
 
 
 def step(strategy: str, gpus: int, model: str, shared: bool) -> StepCost:
-    """The cost of one optimizer step."""
+    """Return the cost of one optimizer step."""
     params, layers = MODELS[model]
     links = Links(100e9, 2000e9, inter_latency_s=20e-6, intra_latency_s=5e-6, shared_nic=shared)
     work = Workload(int(params), int(params), 10, 6 * params * TOKENS / FLOPS, layers)

@@ -58,7 +58,7 @@ class Run:
 
 
 def write_rows(path: Path, rows: int) -> None:
-    """A log in order of time, the same for the same `rows`; user sizes are skewed (mean ROWS_PER_USER)."""
+    """Write a log in order of time, the same for the same `rows`. User sizes are skewed (mean ROWS_PER_USER)."""
 
     def uniform(column: int) -> str:
         return f"(hash(i * 16 + {column}) / 18446744073709551616.0)"
@@ -96,7 +96,7 @@ def run(argv: list[str], made: Path) -> Run:
 
 
 def runners(directory: Path, rows: int, threads: int) -> dict[str, Callable[[], Run]]:
-    """What is compared, on rows that are written now."""
+    """Return what is compared, on rows that are written now."""
     source, schema = directory / "rows.parquet", directory / "schema.yaml"
     write_rows(source, rows)
     schema.write_text(SCHEMA)
@@ -112,7 +112,7 @@ def runners(directory: Path, rows: int, threads: int) -> dict[str, Callable[[], 
 
 
 def measure(rows: int, repetitions: int, threads: int) -> tuple[list[Record], list[list[str]]]:
-    """Alternate the runs; medians, and ratios of runs that were neighbours."""
+    """Alternate the runs, and return medians and the ratios of runs that were neighbours."""
     case = f"{rows:,} x 12"
     with tempfile.TemporaryDirectory(prefix="gmeta-prepare-") as directory:
         needed, free = 250 * rows, shutil.disk_usage(directory).free

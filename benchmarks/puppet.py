@@ -21,7 +21,7 @@ ANSWER_S = 100.0
 
 
 def serve(worker: object) -> None:
-    """In the worker's process: every line is a call of one of its methods; ends with the input."""
+    """Serve calls in the worker's process. Every line of the input is a call of one of its methods."""
     out, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     for line in sys.stdin:
         fields = json.loads(line)
@@ -29,7 +29,7 @@ def serve(worker: object) -> None:
 
 
 def environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Of a process that shares two cores with a dozen others."""
+    """Return the environment of a process that shares two cores with a dozen others."""
     return os.environ | {"OMP_NUM_THREADS": "1"} | dict(more)
 
 
@@ -55,7 +55,7 @@ class Puppet:
         self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """Its answer. RuntimeError: it ended, or says nothing."""
+        """Return its answer. RuntimeError when it ended, or says nothing."""
         out = self._process.stdout
         assert out is not None
         ready, _, _ = select.select([out], [], [], ANSWER_S)  # one answer a line told: nothing is left in a buffer
@@ -71,10 +71,10 @@ class Puppet:
         return self.receive()
 
     def signal(self, number: signal.Signals) -> None:
-        """SIGSTOP, SIGCONT, SIGKILL."""
+        """Send SIGSTOP, SIGCONT or SIGKILL."""
         self._process.send_signal(number)
 
     def end(self) -> None:
-        """Now."""
+        """End it now."""
         self._process.kill()
         self._process.communicate()

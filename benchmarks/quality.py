@@ -104,7 +104,7 @@ def run_seed(case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outco
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a model after adaptation to another variant, mean over seeds; interval over test users."""
+    """The difference of a model after adaptation to another variant: mean over seeds, interval over test users."""
 
     variant: str
     against: str
@@ -115,7 +115,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """Return the interval in words."""
         if self.low <= 0 <= self.high:
             return "does NOT beat it: within the interval"
         better = (self.value > 0) == (self.metric in HIGHER_IS_BETTER)
@@ -123,7 +123,7 @@ class Difference:
 
 
 def measure(case: Case, outcomes: Sequence[Outcome]) -> tuple[list[Record], list[Difference]]:
-    """Every variant's metrics, mean and standard deviation over seeds, and the paired differences.
+    """Return every variant's metrics, mean and standard deviation over seeds, and the paired differences.
 
     Intervals are of the mean over seeds: users are drawn with replacement, each with their rows of all seeds and of
     both variants.
@@ -158,7 +158,7 @@ def measure(case: Case, outcomes: Sequence[Outcome]) -> tuple[list[Record], list
 
 
 def render(case: Case, records: Sequence[Record], differences: Sequence[Difference]) -> str:
-    """The case in Markdown: values, then differences with a verdict each."""
+    """Return the case in Markdown: values, then differences with a verdict each."""
     values = {(r.variant, r.metric): r.value for r in records}
     variants = list(dict.fromkeys(r.variant for r in records))
     rows = [

@@ -49,12 +49,12 @@ class Workload:
 
     @property
     def options(self) -> list[str]:
-        """Options of `gmeta train` for the model. All of it adapts, in one step, second order."""
+        """Return options of `gmeta train` for the model. All of it adapts, in one step, second order."""
         return ["--model.embedding_dim", str(self.dim), "--model.args.hidden", json.dumps(list(self.hidden))]
 
 
 def write_pack(path: Path, load: Workload, seed: int = 0) -> None:
-    """A pack of `load.tasks` training tasks and nothing else.
+    """Write a pack of `load.tasks` training tasks and nothing else.
 
     A quarter of the features describe the task, and are the same in all its rows; the others are drawn for each row by
     Zipf's law (exponent 1), so that rows are shared within and between tasks as in click logs. Labels are coin tosses.
@@ -142,12 +142,12 @@ class Ranks:
 
 
 def _python_path() -> str:
-    """The same gmeta as this process's, wherever the ranks start."""
+    """Return the same gmeta as this process's, wherever the ranks start."""
     return os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def serve() -> None:
-    """A rank: runs each command line that stdin brings, and answers with a message, empty when all went well."""
+    """Serve as a rank: run each command line that stdin brings, and answer with a message, empty when all went well."""
     from study.train import run
 
     import gmeta.training.loop  # noqa: F401  before the first command line comes, not in its time
@@ -173,7 +173,7 @@ def serve() -> None:
 
 
 def read_steps(run_dir: Path, warm_up: int) -> list[dict[str, Any]]:
-    """What rank 0 logged of every step but the first `warm_up`, and `seconds`, the step's time."""
+    """Return what rank 0 logged of every step but the first `warm_up`, and `seconds`, the step's time."""
     records = [record for record in read_metrics(run_dir / METRICS_FILE) if record["kind"] == "train"]
     ends = [0.0, *(record["time_s"] for record in records)]
     steps = [record | {"seconds": record["time_s"] - start} for record, start in zip(records, ends, strict=False)]

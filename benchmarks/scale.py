@@ -25,7 +25,7 @@ WORKERS = (8, 32, 128, 1024)
 
 
 def job(name: str, workers: int, policy: str, steps: int) -> tuple[SimulationResult, float]:
-    """A simulated job, and the seconds of this machine that it took."""
+    """Return a simulated job, and the seconds of this machine that it took."""
     path = common.ROOT / "examples" / "scenarios" / f"{name}.yaml"
     scenario = parse_scenario(path.read_text(), name).scaled(workers)
     events = tuple(replace(e, from_step=steps // 5) if isinstance(e, Persistent) else e for e in scenario.events)

@@ -56,17 +56,17 @@ class Sample:
 
 
 def core_of(rank: int, cores: Sequence[int]) -> int:
-    """Cores are dealt in turn."""
+    """Return the core of a rank. Cores are dealt in turn."""
     return cores[rank % len(cores)]
 
 
 def tasks_per_batch(mode: str, processes: int) -> int:
-    """Tasks of one global batch."""
+    """Return the tasks of one global batch."""
     return TASKS[mode] * (processes if mode == "weak" else 1)
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torchrun would set."""
+    """Return the environment variables that torchrun would set."""
     return {
         "RANK": str(rank),
         "WORLD_SIZE": str(processes),
@@ -79,7 +79,7 @@ def environment(rank: int, processes: int, port: int) -> dict[str, str]:
 
 
 def measure(effort: Effort, cores: Sequence[int], folder: Path) -> dict[tuple[str, int], Sample]:
-    """Samples by (mode, processes)."""
+    """Return the samples by (mode, processes)."""
     samples: dict[tuple[str, int], Sample] = defaultdict(Sample)
     start = time.monotonic()
     with Ranks([["taskset", "-c", str(core_of(rank, cores))] for rank in range(max(PROCESSES))]) as ranks:
@@ -94,7 +94,7 @@ def measure(effort: Effort, cores: Sequence[int], folder: Path) -> dict[tuple[st
 
 
 def options(folder: Path, tasks: int, effort: Effort) -> list[str]:
-    """The options of `gmeta train`, without the run directory."""
+    """Return the options of `gmeta train`, without the run directory."""
     return [
         *["--pack", str(folder / "pack"), "--timeout_s", "60", *LOAD.options],
         *["--loader.tasks_per_batch", str(tasks), "--schedule.max_steps", str(effort.warm_up + effort.steps)],
@@ -102,7 +102,7 @@ def options(folder: Path, tasks: int, effort: Effort) -> list[str]:
 
 
 def run_once(ranks: Ranks, mode: str, processes: int, effort: Effort, folder: Path, sample: Sample) -> None:
-    """One short run, added to `sample`; RuntimeError where it fails."""
+    """Make one short run, and add it to `sample`. RuntimeError where it fails."""
     run_dir = folder / "run"
     argv = [*options(folder, tasks_per_batch(mode, processes), effort), "--run_dir", str(run_dir)]
     port = free_port()
@@ -119,7 +119,7 @@ def run_once(ranks: Ranks, mode: str, processes: int, effort: Effort, folder: Pa
 def run_apart(
     ranks: Ranks, processes: int, effort: Effort, folder: Path, samples: dict[tuple[str, int], Sample]
 ) -> None:
-    """As many runs of one process at the same time, their speeds added, step by step."""
+    """Make as many runs of one process at the same time, and add their speeds, step by step."""
     run_dirs = [folder / f"run{i}" for i in range(processes)]
     argv = options(folder, TASKS["weak"], effort)
     alone = [environment(0, 1, free_port())] * processes
@@ -136,18 +136,18 @@ def run_apart(
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody uses now."""
+    """Return a port of the loopback interface that nobody uses now."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 def efficiency(speed: float, speed_of_one: float, processes: int, cores: int) -> float:
-    """Speed over that of one process times the cores that `processes` keep busy."""
+    """Return speed over that of one process times the cores that `processes` keep busy."""
     return speed / (speed_of_one * min(processes, cores))
 
 
 def records_of(samples: Mapping[tuple[str, int], Sample], cores: int) -> list[Record]:
-    """Flat records, one case a mode, one variant a number of processes."""
+    """Return flat records, one case a mode, one variant a number of processes."""
     found = []
     for (mode, processes), sample in samples.items():
         name, speed = f"{processes} processes", median(sample.samples_per_s)
@@ -165,7 +165,7 @@ def records_of(samples: Mapping[tuple[str, int], Sample], cores: int) -> list[Re
 
 
 def show(records: Sequence[Record]) -> str:
-    """A table of both modes."""
+    """Return a table of both modes."""
     found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for record in records:
         found[record.case, record.variant][record.metric] = record.value

@@ -57,7 +57,7 @@ class Case:
 
     @property
     def scenario(self) -> Scenario:
-        """The scenario as it is run."""
+        """Return the scenario as it is run."""
         return Scenario(
             workers=4,
             steps=self.steps,
@@ -71,7 +71,7 @@ class Case:
 
 
 def cases(quick: bool) -> list[Case]:
-    """The cases. There are more steps where the first ones, made before anything can be known, cost most."""
+    """Return the cases. There are more steps where the first ones, made before anything can be known, cost most."""
     everyone, devices = (0, 1, 2, 3), (Devices("fast", 2, 1.0, max_slots=32), Devices("slow", 2, 0.5, max_slots=8))
     longest, long, usual, short = (200, 200, 120, 100) if quick else (450, 300, 240, 160)
     found = [
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def calm(scenario: Scenario) -> Scenario:
-    """The same training as fast as it goes."""
+    """Return the scenario of the same training as fast as it goes."""
     return replace(scenario, slot_s=1e-9, noise=0.0)
 
 
@@ -158,7 +158,9 @@ def run(name: str, policy: str, folder: Path, scenario: Scenario) -> dict[str, A
 
 
 def ideal_gain(scenario: Scenario, place: LabFolder) -> float:
-    """How much faster than with equal batches the run's computing would have been, had every step been balanced."""
+    """Return how much faster than with equal batches the run's computing would have been, had every step been
+    balanced.
+    """
     last = [{e.step: e for e in executions(place, rank)} for rank in range(scenario.workers)]
     equal = ideal = 0.0
     for record in read_metrics(place.run_dir / METRICS_FILE):
@@ -174,7 +176,7 @@ def ideal_gain(scenario: Scenario, place: LabFolder) -> float:
 def measured(
     case: Case, policy: str, found: dict[str, Any], reference: dict[str, Any], static: dict[str, Any] | None
 ) -> list[Record]:
-    """The records of a run; `static` is that of the same work with equal batches."""
+    """Return the records of a run; `static` is that of the same work with equal batches."""
     changed = difference(LabFolder(found["out"]), LabFolder(reference["out"]))["weights"]
     loss = found["metrics"]["loss_after"] - reference["metrics"]["loss_after"]
     attainable_s = found["ideal_s"] + found["steps"] * max(0.0, found["overhead_s"])
@@ -204,7 +206,7 @@ def measured(
 
 
 def predicted(case: Case, policy: str, found: dict[str, Any], overhead_s: float) -> list[Record]:
-    """The simulator's time for the same scenario and policy over the measured one."""
+    """Return the simulator's time for the same scenario and policy over the measured one."""
     if any(isinstance(event, Contention) for event in case.events):
         return []  # no model says what a real burner does
     told = replace(case.scenario, comm_s=max(0.0, overhead_s), restart_s=found["restart_s"])
@@ -213,7 +215,7 @@ def predicted(case: Case, policy: str, found: dict[str, Any], overhead_s: float)
 
 
 def without_restarts(policy: Callable[[Snapshot], Sequence[Action]]) -> Callable[[Snapshot], Sequence[Action]]:
-    """The policy where no worker may be replaced."""
+    """Return the policy where no worker may be replaced."""
     return lambda snapshot: policy(replace(snapshot, restarts_left=0))
 
 
@@ -222,7 +224,7 @@ def progress(case: Case, policy: str, found: dict[str, Any]) -> str:
 
 
 def body(records: Sequence[Record]) -> str:
-    """The table, and how targets were met."""
+    """Return the table, and how targets were met."""
     values = {(r.case, r.variant, r.metric): r.value for r in records}
     rows = []
     for case, policy in dict.fromkeys((r.case, r.variant) for r in records):

@@ -15,7 +15,9 @@ from gmeta.data.schema import Feature, PackSchema, parse_data_schema
 def write_tasks(
     path: Path, ids: NDArray[np.integer], label: NDArray[np.generic], num_ids: int, num_support: int
 ) -> None:
-    """One training shard: ids [tasks, rows, features] below `num_ids`, features f0, f1, …; label [tasks * rows]."""
+    """Write one training shard: ids [tasks, rows, features] below `num_ids`, features f0, f1, …; label [tasks *
+    rows].
+    """
     num_tasks, rows, features = ids.shape
     names = [f"f{i}" for i in range(features)]
     schema = PackSchema(

@@ -79,7 +79,7 @@ class Case:
 
 
 def synthetic(name: str, features: int, dim: int, hidden: str) -> Case:
-    """Everything adapted, second order, 64 tasks of 10 + 10 examples."""
+    """Return the settings: everything adapts, second order, 64 tasks of 10 + 10 examples."""
     names = ",".join(f"f{i}" for i in range(features))
     size = ("--model.features", f"[{names}]", "--model.embedding_dim", str(dim), "--model.args.hidden", f"[{hidden}]")
     return Case(
@@ -119,12 +119,12 @@ class Measured:
 
 
 def servers_for(workers: int) -> int:
-    """Servers beside `workers` workers."""
+    """Return the number of servers beside `workers` workers."""
     return max(1, workers // 2)
 
 
 def configure(case: Case, pack: Path, words: list[str]) -> TrainConfig:
-    """The case's settings with `words` on top; the data's own run directory is not used."""
+    """Return the case's settings with `words` on top; the data's own run directory is not used."""
     config = case.settings
     if config[0] == "--config":
         config = (config[0], str(ROOT / config[1]), *config[2:])
@@ -135,7 +135,7 @@ def configure(case: Case, pack: Path, words: list[str]) -> TrainConfig:
 
 
 def ps_rank(config: TrainConfig, files: TaskFiles, place: Place, port: int, steps: int, results: Connection) -> None:
-    """A worker or server of the baseline; sends (samples, seconds) of each step, and its CPU seconds."""
+    """Run a worker or server of the baseline. It sends (samples, seconds) of each step, and its CPU seconds."""
     from ps_baseline.server import serve
 
     torch.set_num_threads(1)
@@ -157,7 +157,7 @@ def ps_rank(config: TrainConfig, files: TaskFiles, place: Place, port: int, step
 def gmeta_rank(
     config: TrainConfig, switches: tuple[str, ...], rank: int, nproc: int, port: int, steps: int, results: Connection
 ) -> None:
-    """A rank of gmeta; sends the same."""
+    """Run a rank of gmeta. It sends the same."""
     os.environ.update(worker_environment(rank, nproc, port))
     torch.set_num_threads(1)
     run = build_run(config, open_mesh("cpu", int(WAIT_S)), threading.Event(), parts=parts(*switches))
@@ -206,7 +206,7 @@ def run_processes(target: Callable[..., None], places: list[tuple[Any, ...]], st
 
 
 def measure(case: Case, variant: str, pack: Path, workers: int, plan: Plan) -> Measured:
-    """One run of one variant."""
+    """Make one run of one variant."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     steps = plan.steps["ps" if variant == BASELINE else "gmeta"]
     end = ["--schedule.max_steps", str(steps), "--schedule.epochs", "1000"]
@@ -224,7 +224,7 @@ def measure(case: Case, variant: str, pack: Path, workers: int, plan: Plan) -> M
 
 
 def make_pack(case: Case, folder: Path) -> Path | None:
-    """The case's pack, made once; None, said, where its data is absent."""
+    """Return the case's pack, made once. Where its data is absent, say so and return None."""
     pack = folder / case.pack
     if pack.exists():
         return pack
@@ -238,7 +238,7 @@ def make_pack(case: Case, folder: Path) -> Path | None:
 
 
 def synthetic_pack(path: Path, tasks: int = 2048, rows: int = 20, features: int = 26, vocabulary: int = 10_000) -> Path:
-    """Tasks of 10 + 10 rows; ids drawn by a power law, every other feature constant in a task."""
+    """Return tasks of 10 + 10 rows, with ids drawn by a power law, every other feature constant in a task."""
     rng = np.random.default_rng(0)
     ids = (vocabulary * rng.random((tasks, rows, features)) ** 3).astype(np.int32)
     fixed = np.arange(features) % 2 == 0
@@ -251,7 +251,7 @@ def synthetic_pack(path: Path, tasks: int = 2048, rows: int = 20, features: int 
 
 
 def run_case(case: Case, pack: Path, variants: list[str], plan: Plan) -> list[Record]:
-    """All variants of a case in turn, `rounds` times, for each number of workers."""
+    """Run all variants of a case in turn, `rounds` times, for each number of workers."""
     records = []
     for workers in plan.workers:
         runs: dict[str, list[Measured]] = {variant: [] for variant in variants}
@@ -271,7 +271,7 @@ def run_case(case: Case, pack: Path, variants: list[str], plan: Plan) -> list[Re
 
 
 def render(records: list[Record]) -> str:
-    """A row a case, number of workers and variant."""
+    """Return the table, with a row for each case, number of workers and variant."""
     values = {(r.case, r.variant, r.metric): r.value for r in records}
     rows = []
     for case, variant in dict.fromkeys((r.case, r.variant) for r in records):

@@ -68,7 +68,7 @@ def run(run_dir: Path, pack: Path, wire: str, seed: int, *, quick: bool) -> dict
 
 
 def body(records: list[Record], seeds: int) -> str:
-    """The table of the result file."""
+    """Return the table of the result file."""
     value = {(r.variant, r.metric): r.value for r in records}
     rows = []
     for wire in WIRES:

@@ -10,7 +10,7 @@ import gmeta
 
 
 def main(pack: str, run_dir: str) -> int:
-    """Train; stop with Ctrl-C, go on with the same command. Returns the exit code that launchers understand."""
+    """Train. Stop with Ctrl-C, and go on with the same command. Returns the exit code that launchers understand."""
     config = {"pack": pack, "run_dir": run_dir, "resume": True, "schedule": {"epochs": 2}}
     with gmeta.Trainer(config) as trainer:
         for batch in trainer:

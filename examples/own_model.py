@@ -23,7 +23,7 @@ class TwoTowers(nn.Module):
         self.item = nn.Linear(3 * inputs.embedding_dim, hidden)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Dense [..., F] and one [..., d] for each feature -> logits [...]."""
+        """Return logits [...] from dense [..., F] and one [..., d] for each feature."""
         user = self.user(torch.cat([embedded["gender"], embedded["city"]], -1))
         item = self.item(torch.cat([embedded["item_id"], embedded["category"], embedded["brand"]], -1))
         return (user * item).sum(-1)

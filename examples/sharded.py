@@ -25,7 +25,7 @@ from gmeta.sharding.paro import paro
 
 
 def make_model() -> nn.Module:
-    """A small tower, the same on every rank."""
+    """Return a small tower, the same on every rank."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)]
     return nn.Sequential(nn.Linear(8, 64), *layers, nn.Linear(64, 1))
@@ -45,7 +45,7 @@ def train(engine: Paro, steps: int, rank: int) -> float:
 
 
 def target(x: Tensor) -> Tensor:
-    """The function to learn."""
+    """Return the function to learn."""
     return torch.sin(x.sum(1))
 
 

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Console entry point."""
+    """Run the command line and exit with its code."""
     try:
         from gmeta.cli import run
         from gmeta.parallel.launch import follow_launcher

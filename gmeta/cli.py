@@ -158,7 +158,7 @@ def _summary(command: Command) -> str:
 
 
 def overview() -> ArgumentParser:
-    """The top-level parser: lists the commands and knows nothing of their options."""
+    """Return the top-level parser, which lists the commands and does not know their options."""
     parser = ArgumentParser(
         prog="gmeta",
         exit_on_error=False,
@@ -183,7 +183,7 @@ def command_parser(name: str) -> ArgumentParser:
 
 
 def _fail(prog: str, error: Exception | str) -> int:
-    """Tell a user's mistake; where code of their own raised, with its traceback before the message."""
+    """Report a user's mistake. Where the user's own code raised, its traceback comes before the message."""
     from gmeta.parallel.launch import EXIT_USER_ERROR, report_error
 
     message = f"{prog}: error: {error}"
@@ -199,7 +199,7 @@ def _warn(prog: str, sentence: str) -> None:
 
 
 def run(argv: list[str]) -> int:
-    """Run one command line; returns its exit code."""
+    """Run one command line and return its exit code."""
     if argv == ["--version"]:
         print(f"gmeta {version('gmeta')}")
         return 0
@@ -241,7 +241,9 @@ def run(argv: list[str]) -> int:
 
 
 def _peer_lost(prog: str, error: RuntimeError) -> int:
-    """A worker whose peers are gone tells so and ends; any other RuntimeError is a bug and goes up."""
+    """Report that the peers of this worker are gone, and return the exit code. Any other RuntimeError is a bug and is
+    raised again.
+    """
     from gmeta.parallel.launch import EXIT_PEER_LOST, report_error
     from gmeta.parallel.mesh import PeerLost
 
@@ -252,7 +254,7 @@ def _peer_lost(prog: str, error: RuntimeError) -> int:
 
 
 def _launch(prog: str, elastic: TrainConfig | None, nproc: int, argv: list[str]) -> int:
-    """Run this command in workers; an elastic group's are watched over, and started again."""
+    """Run this command in worker processes. The workers of an elastic group are watched and started again."""
     if nproc < 1:
         return _fail(prog, f"nproc is {nproc}: must be at least 1")
     if elastic is not None:

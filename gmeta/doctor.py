@@ -100,7 +100,7 @@ def print_checks(checks: list[Check]) -> int:
 
 
 def check_python() -> Check:
-    """Name the interpreter; too old a one cannot import gmeta in the first place."""
+    """Name the interpreter. An interpreter that is too old cannot import gmeta, so nothing is left to check."""
     return Check("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
 
 
@@ -269,9 +269,10 @@ def check_collectives(backend: Literal["gloo", "nccl"], timeout_s: int, program:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: int) -> list[int | None]:
-    """Wait until all have ended, one has failed, or time is up, and return the exit codes (None: still running).
+    """Wait until all processes have ended, one has failed, or time is up. Return the exit codes; None means that one
+    was running.
 
-    No process runs on after that.
+    Processes that still run are then killed.
     """
     deadline = time.monotonic() + timeout_s
     codes = [process.poll() for process in processes]
@@ -285,7 +286,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: int) -> list[int 
 
 
 def _last_line(text: str) -> str:
-    """The exception in a worker's last words, or their last line, since the backend's threads may complain after it."""
+    """Return the line that names the exception in a worker's last words, or else the last line. The backend's threads
+    may complain after the exception.
+    """
     lines = [line.strip() for line in text.strip().splitlines()]
     return next((line for line in reversed(lines) if "Error: " in line), lines[-1] if lines else "no message")
 

@@ -57,7 +57,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Some function of all weights; [rows, width]."""
+        """Return some function of all weights, [rows, width]."""
         q, k, v = self.qkv(x).chunk(3, -1)
         x = x + self.out(torch.tanh(q * k) * v)
         x = x + self.down(torch.relu(self.up(x)))
@@ -70,7 +70,7 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Layer(width, micro_batch_s / layers) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Some loss."""
+        """Return some loss."""
         for layer in self.layers:
             x = layer(x)
         return x.square().mean()
@@ -89,7 +89,7 @@ class Contender:
 
 
 def contender(name: str, model: Model, group_size: int) -> Contender:
-    """A contender by its name: alone, a peer, or a strategy[:collectives]."""
+    """Make a contender by its name: alone, a peer, or a strategy[:collectives]."""
     if name == "alone":
         return Contender(alone(model))
     if name in ("fsdp2", "fsdp2 late", "hsdp", "ddp"):
@@ -120,7 +120,7 @@ def alone(model: Model) -> Step:
 
 
 def peer(name: str, model: Model, group_size: int) -> Step:
-    """One of torch's own engines, with the accumulation that its documentation recommends.
+    """Make one of torch's own engines, with the accumulation that its documentation recommends.
 
     fsdp2 shards everything over all ranks and reduces gradients in every micro-batch; fsdp2 late keeps full gradients
     until the last one; hsdp shards inside nodes and sums between them once a step.
@@ -153,7 +153,7 @@ def peer(name: str, model: Model, group_size: int) -> Step:
 
 @functools.cache
 def peers_mesh(shard: int) -> DeviceMesh:
-    """A mesh that shards over so many ranks, and replicates beyond."""
+    """Return a mesh that shards over so many ranks, and replicates beyond."""
     n = dist.get_world_size()
     if shard == n:
         return init_device_mesh("cpu", (n,), mesh_dim_names=("shard",))
@@ -196,7 +196,7 @@ def run_steps(made: Contender, micro_batches: list[Tensor], steps: int) -> None:
 
 
 def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Median seconds of all-gather, reduce-scatter and all-reduce, with every algorithm in turn."""
+    """Yield the median seconds of all-gather, reduce-scatter and all-reduce, with every algorithm in turn."""
     device = torch.device("cpu")
     every = {
         name: HierarchicalCollectives.open(node_mesh(order["group_size"]), name, 300.0, device)

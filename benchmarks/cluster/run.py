@@ -92,7 +92,7 @@ def main() -> None:
 
 @contextmanager
 def laid_out(layout: Layout) -> Iterator[Cluster]:
-    """The emulated cluster."""
+    """Set up the emulated cluster, and take it down afterwards."""
     n = LAYOUT.world_size
     if layout.shared_nic:
         with cluster(LAYOUT.num_nodes, LAYOUT.node_size, layout.inside, None) as net:
@@ -165,7 +165,7 @@ def trained(net: Cluster, layout: Layout, quick: bool) -> Found:
 
 
 def planned(links: Links, contender: str, accumulation: int, found: Found) -> StepCost | None:
-    """What the planner says of a step, given the time of computing; None for torch's own engines."""
+    """Return what the planner says of a step, given the time of computing; None for torch's own engines."""
     strategy, _, collectives = contender.partition(":")
     if strategy not in STRATEGIES:
         return None
@@ -193,14 +193,14 @@ def train_records(layout: str, links: Links, found: Found) -> list[Record]:
 
 
 def rank_correlation(links: Links, found: Found, accumulation: int) -> float:
-    """Spearman's correlation of predicted and measured times of the strategies."""
+    """Return Spearman's correlation of predicted and measured times of the strategies."""
     names = [name for name, acc in found if acc == accumulation and name in STRATEGIES]
     plans = [planned(links, name, accumulation, found) for name in names]
     return spearman([found[name, accumulation] for name in names], [plan.step_s for plan in plans if plan is not None])
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:
-    """Pearson's correlation of ranks; equals share their mean rank."""
+    """Return Pearson's correlation of the ranks. Equal values share their mean rank."""
 
     def ranks(values: Sequence[float]) -> list[float]:
         return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
@@ -237,7 +237,7 @@ def ring_order(sizes: Sequence[int], quick: bool) -> dict[str, Any]:
 
 
 def theory_s(links: Links, what: str, algorithm: str, nbytes: int) -> float:
-    """Seconds by alpha and beta alone; the backend's collectives are taken for flat rings."""
+    """Return the seconds by alpha and beta alone; the backend's collectives are taken for flat rings."""
     wires = CollectiveCost(LAYOUT, links, "flat" if algorithm == "backend" else algorithm)
     seconds = sum(busy for _, busy in wires.gather(8.0 * nbytes, "G", "N"))
     return 2 * seconds if what == "all_reduce" else seconds

@@ -46,7 +46,7 @@ class Features:
 
     @property
     def mixed(self) -> bool:
-        """Whether some features adapt and others do not."""
+        """Say whether some features adapt and others do not."""
         count = self.num_adapted + sum(bag.adapted for bag in self.bags)
         return 0 < count < len(self.names) + len(self.bags)
 
@@ -85,18 +85,18 @@ class Task:
 
     @property
     def num_samples(self) -> int:
-        """Examples, support and query."""
+        """Return the number of examples, support and query."""
         return len(self.support.label) + len(self.query.label)
 
 
 def only_table(tables: ShardedTables) -> FusedTable:
-    """The one fused table of a gmeta model (all its features have one width)."""
+    """Return the one fused table of a gmeta model (all its features have one width)."""
     (table,) = tables.fused.values()
     return table
 
 
 def describe(learner: MetaLearner, tables: ShardedTables, files: TaskFiles) -> Features:
-    """What of a task file the model reads, and where the rows are."""
+    """Return what of a task file the model reads, and where the rows are."""
     table = only_table(tables)
     stored = one_valued(files.schema)
     adapted = set(learner.adapted.features)
@@ -120,7 +120,7 @@ def describe(learner: MetaLearner, tables: ShardedTables, files: TaskFiles) -> F
 
 
 def plan_task(stored: StoredTask, features: Features, dtype: torch.dtype) -> Task:
-    """Everything about a task that needs no rows."""
+    """Return everything about a task that needs no rows."""
     sides = (stored.support, stored.query)
     keys = [_keys(stored.arrays, chosen, features) for chosen in sides]
     rows, inverse = zip(*(np.unique(features.row_of[flat], return_inverse=True) for flat, _ in keys), strict=True)
@@ -138,7 +138,9 @@ def plan_task(stored: StoredTask, features: Features, dtype: torch.dtype) -> Tas
 
 
 def _keys(arrays: dict[str, Array], chosen: Array, features: Features) -> tuple[Array, list[Array]]:
-    """Keys of a side: one-valued features [F * n], then each bag's values; and the lengths [n] of each bag."""
+    """Return the keys of a side, one-valued features [F * n] and then each bag's values, and the lengths [n] of each
+    bag.
+    """
     parts = [(arrays["ids"][features.columns[:, None], chosen] + features.offsets).reshape(-1)]
     bag_lengths = []
     for bag in features.bags:

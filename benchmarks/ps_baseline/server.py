@@ -132,7 +132,7 @@ def _receive_push(shard: Shard, worker: Wire, count: int) -> Push:
 
 
 def _finish_batch(shard: Shard, pushes: list[Push], links: Links) -> None:
-    """The outer update of a batch, then the answers."""
+    """Make the outer update of a batch, then send the answers."""
     config = shard.session.config
     shard.flat.grads.copy_(pushes[0].dense)
     for push in pushes[1:]:
@@ -156,7 +156,7 @@ def _finish_batch(shard: Shard, pushes: list[Push], links: Links) -> None:
 
 
 def require_finite(step: int, loss: float, norm: float) -> None:
-    """ValueError where a loss or a gradient is not finite; every process finds the same."""
+    """Raise ValueError where a loss or a gradient is not finite. Every process finds the same."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise ValueError(
             f"step {step}: loss is {loss}, gradient norm is {norm}; no weights were changed. "
@@ -176,7 +176,7 @@ def _merge(pushes: list[Push]) -> RowGradients:
 
 
 def _sum_over_servers(value: float, shard: Shard, links: Links) -> float:
-    """Server 0 adds the servers' numbers and tells them the sum: the gradient's norm is that of all its parts."""
+    """Add the servers' numbers at server 0, and tell them the sum. The gradient's norm is that of all its parts."""
     if not links.servers:
         return value
     number = torch.tensor([value], dtype=torch.float64)

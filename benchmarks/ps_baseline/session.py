@@ -33,7 +33,7 @@ class Session:
     total_steps: int
 
     def parameters(self, server: int) -> list[torch.nn.Parameter]:
-        """The dense parameters of one server, in the order in which their numbers travel."""
+        """Return the dense parameters of one server, in the order in which their numbers travel."""
         named = dict(self.system.learner.named_parameters())
         return [named[name] for name in self.shards[server]]
 
@@ -67,7 +67,7 @@ def _require_supported(config: TrainConfig) -> None:
 
 
 def spread(sizes: dict[str, int], servers: int) -> list[list[str]]:
-    """Names shared out over servers, the largest first, each to the server with the least so far."""
+    """Return names dealt out over servers, the largest first, each to the server with the least so far."""
     shards: list[list[str]] = [[] for _ in range(servers)]
     load = [0] * servers
     for name in sorted(sizes, key=lambda name: -sizes[name]):
@@ -79,7 +79,7 @@ def spread(sizes: dict[str, int], servers: int) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class Flat:
-    """Parameters and their gradients as views of two flat buffers, so that they travel without copies."""
+    """Parameters and their gradients, as views of two flat buffers, so that they travel without copies."""
 
     values: Tensor  # [n]
     grads: Tensor  # [n]
@@ -100,5 +100,5 @@ def flatten(parameters: list[torch.nn.Parameter], dtype: torch.dtype) -> Flat:
 
 
 def tables_state(session: Session) -> list[Tensor]:
-    """A server's rows and their optimizer state, in the order in which `STATE` sends them."""
+    """Return a server's rows and their optimizer state, in the order in which `STATE` sends them."""
     return [cast(Tensor, value) for _, value in sorted(session.system.tables.state_dict().items())]

@@ -30,7 +30,7 @@ Step = Callable[[Task, Tensor, Batch], tuple[Tensor, Tensor]]
 
 
 def choose(learner: MetaLearner, features: Features, task: Task, rows: Tensor, batch: Batch) -> tuple[Step, str]:
-    """The step of this run and its name, by computing `task` both ways. Leaves no gradients behind."""
+    """Return the step of this run and its name, after computing `task` both ways. It leaves no gradients behind."""
     fast: Step = partial(task_loss, inner_of(learner, features))
     slow: Step = partial(engine_loss, learner, features)
     ours, theirs = (_gradients(learner, step, task, rows, batch) for step in (fast, slow))
@@ -59,14 +59,14 @@ class Inner:
 
 
 def inner_of(learner: MetaLearner, features: Features) -> Inner:
-    """The hand-written loop of a learner."""
+    """Return the hand-written loop of a learner."""
     parameters = dict(learner.model.named_parameters())
     has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in learner.model.modules())
     return Inner(learner, features, {name: parameters[name] for name in learner.adapted.parameters}, has_dropout)
 
 
 def task_loss(inner: Inner, task: Task, rows: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """`Step`, written by hand. `rows` requires grad; the first axis is numbered as in `task`."""
+    """Compute `Step`, written by hand. `rows` requires grad, and its first axis is numbered as in `task`."""
     learner = inner.learner
     key = (learner.seed, batch[0], batch[1]) if learner.training else None
     if not learner.adapted:
@@ -106,7 +106,7 @@ def _rate(learner: MetaLearner, step: int, group: int) -> float | Tensor:
 
 
 def _plain_loss(inner: Inner, task: Task, rows: Tensor, batch: Batch, key: BatchKey | None) -> tuple[Tensor, Tensor]:
-    """Plain training: the mean over support and query rows."""
+    """Return the loss of plain training: the mean over support and query rows."""
     learner = inner.learner
     support, query = (
         learner.loss(_logits(inner, side, rows, rows, None, task, key, number), side.label)
@@ -127,7 +127,7 @@ def _logits(
     key: BatchKey | None,
     pass_number: int,
 ) -> Tensor:
-    """Logits [n] of one side, with the task's rows `own` and parameters `fast` (None: the shared ones)."""
+    """Return the logits [n] of one side, with the task's rows `own` and parameters `fast` (None: the shared ones)."""
     inputs = (side.dense, _embed(inner.features, side, rows, own))
     keys = None
     if key is not None:
@@ -141,7 +141,7 @@ def _logits(
 
 
 def _embed(features: Features, side: Side, rows: Tensor, own: Tensor) -> dict[str, Tensor]:
-    """Feature -> [n, d]."""
+    """Return feature -> [n, d]."""
     embedded: dict[str, Tensor] = {}
     cut = features.num_adapted
     for table, index, names in (
@@ -162,7 +162,7 @@ def _embed(features: Features, side: Side, rows: Tensor, own: Tensor) -> dict[st
 def engine_loss(
     learner: MetaLearner, features: Features, task: Task, rows: Tensor, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """`Step` through gmeta's engine, on a batch of this task."""
+    """Compute `Step` through gmeta's engine, on a batch of this task."""
     examples = [_examples(side) for side in (task.support, task.query)]
     task_id = torch.tensor([task.task_id])
     whole = TaskBatch(*examples, task_id=task_id, num_tasks_global=batch[2], epoch=batch[0], index=batch[1])

@@ -51,15 +51,15 @@ class TaskFiles:
 
     @property
     def num_tasks(self) -> int:
-        """Tasks, each a file."""
+        """Return the number of tasks, each of which is a file."""
         return len(self.task_id)
 
     def sizes(self, tasks: Array) -> tuple[Array, Array]:
-        """(support rows, query rows) of tasks, as gmeta's order wants them."""
+        """Return (support rows, query rows) of tasks, as gmeta's order wants them."""
         return self.num_support[tasks], self.num_query[tasks]
 
     def read(self, task: int, redraw: tuple[int, int] | None = None) -> StoredTask:
-        """One task; `redraw=(seed, epoch)` draws its support anew, as `PackSplit.examples` does."""
+        """Read one task. `redraw=(seed, epoch)` draws its support anew, as `PackSplit.examples` does."""
         arrays = load_file(_task_file(self.folder, task))
         support, rows = int(self.num_support[task]), len(arrays["label"])
         chosen = np.arange(rows)
@@ -69,7 +69,9 @@ class TaskFiles:
 
 
 def open_task_files(pack_path: str | Path, folder: Path) -> TaskFiles:
-    """The task files of a pack's training split in `folder`, written first where they are absent or of another pack."""
+    """Open the task files of a pack's training split in `folder`. They are written first where they are absent or of
+    another pack.
+    """
     pack = open_pack(pack_path)
     stamp = json.dumps(pack.manifest, sort_keys=True, default=str)
     if not (folder / "pack.json").exists() or (folder / "pack.json").read_text() != stamp:
@@ -110,7 +112,7 @@ def _task_file(folder: Path, task: int) -> Path:
 
 
 def _arrays(support: Examples, query: Examples, schema: PackSchema) -> dict[str, Array]:
-    """One task's rows, support before query; `examples` of one task has no padding."""
+    """Return one task's rows, support before query; `examples` of one task has no padding."""
     sides = (support, query)
     rows = support.label.shape[1] + query.label.shape[1]
     columns = [np.concatenate([side.ids[name][0].numpy() for side in sides]) for name in one_valued(schema)]

@@ -73,7 +73,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[Options, TrainConfig]:
-    """The baseline's own options, and gmeta's settings; ValueError for either."""
+    """Return the baseline's own options, and gmeta's settings; ValueError for either."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--servers", type=int, default=1)
@@ -125,7 +125,7 @@ def launch(config: TrainConfig, files: TaskFiles, options: Options) -> int:
 
 
 def _process(config: TrainConfig, files: TaskFiles, place: Place, port: int, words: Path) -> None:
-    """One process: its last words go to a file, so that the launcher tells them once."""
+    """Run one process. Its last words go to a file, so that the launcher tells them once."""
     _follow_launcher()
     code = 0
     try:
@@ -143,7 +143,9 @@ def _last_words(file: Path, error: Exception, code: int) -> int:
 
 
 def _verdict(places: list[Place], codes: list[int | None], words: list[str]) -> int:
-    """The exit code of the whole, and why: the first process that failed for a reason of its own, and its witnesses."""
+    """Return the exit code of the launch, and why: the first process that failed for a reason of its own, and its
+    witnesses.
+    """
     failed = {rank: code for rank, code in enumerate(codes) if code}
     if not failed:
         return 0
@@ -159,7 +161,7 @@ def _verdict(places: list[Place], codes: list[int | None], words: list[str]) -> 
 
 
 def run_rank(config: TrainConfig, files: TaskFiles, place: Place, port: int) -> None:
-    """One worker or server of the run; the launcher's store is at `port`."""
+    """Run one worker or server. The launcher's store is at `port`."""
     torch.set_num_threads(1)
     store = distributed.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
     session = open_session(config, files.schema, files.num_tasks, place)
@@ -176,7 +178,7 @@ def run_rank(config: TrainConfig, files: TaskFiles, place: Place, port: int) -> 
 
 
 def _follow_launcher() -> None:
-    """End this process when its launcher is gone: nobody else would."""
+    """End this process when its launcher is gone: nobody else would end it."""
     launcher = os.getppid()
 
     def watch() -> None:
@@ -188,7 +190,7 @@ def _follow_launcher() -> None:
 
 
 def _lead(session: Session, files: TaskFiles, links: Links) -> None:
-    """Worker 0: also writes the run directory."""
+    """Run worker 0, which also writes the run directory."""
     config, mesh = session.config, Mesh()
     client = Client(session, links)
     with run_lock(Path(config.run_dir), mesh):
@@ -208,7 +210,7 @@ def _lead(session: Session, files: TaskFiles, links: Links) -> None:
 
 
 def log_record(record: StepRecord, seconds: float) -> dict[str, float]:
-    """A line of metrics.jsonl, with the names of `gmeta train`; bytes are worker 0's."""
+    """Return a line of metrics.jsonl, with the names of `gmeta train`; bytes are worker 0's."""
     total = sum(record.seconds.values())
     return {
         "step": record.step,

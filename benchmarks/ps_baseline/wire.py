@@ -36,16 +36,16 @@ class Place:
 
     @property
     def server(self) -> int:
-        """Number of this server; negative for a worker."""
+        """Return the number of this server; negative for a worker."""
         return self.rank - self.workers
 
     @property
     def name(self) -> str:
-        """What messages call this process."""
+        """Return what messages call this process."""
         return self.name_of(self.rank)
 
     def name_of(self, rank: int) -> str:
-        """What messages call the process `rank`."""
+        """Return what messages call the process `rank`."""
         return f"worker {rank}" if rank < self.workers else f"server {rank - self.workers}"
 
 
@@ -62,16 +62,16 @@ class Wire:
         self.received_bytes = 0
 
     def fileno(self) -> int:
-        """For selectors."""
+        """Return the file descriptor, for selectors."""
         return self.socket.fileno()
 
     def send(self, kind: int, count: int = 0, *tensors: Tensor) -> None:
-        """A header and tensors; the receiver knows their dtypes and derives their shapes from `count`."""
+        """Send a header and tensors. The receiver knows their dtypes and derives their shapes from `count`."""
         parts = [HEADER.pack(kind, count), *map(_bytes, tensors)]
         self._send(parts)
 
     def reply(self, *tensors: Tensor) -> None:
-        """Tensors alone: the asker knows what comes."""
+        """Send tensors alone: the asker knows what comes."""
         self._send([_bytes(tensor) for tensor in tensors])
 
     def _send(self, parts: list[bytes | memoryview]) -> None:
@@ -84,7 +84,7 @@ class Wire:
             raise self._lost(error) from error
 
     def header(self) -> tuple[int, int]:
-        """(kind, count) of the next message."""
+        """Return (kind, count) of the next message."""
         buffer = bytearray(HEADER.size)
         self._receive(memoryview(buffer))
         kind, count = HEADER.unpack(buffer)
@@ -115,7 +115,7 @@ class Wire:
         )
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self.socket.close()
 
 
@@ -127,7 +127,7 @@ class Links:
     servers: list[Wire] = field(default_factory=list)
 
     def close(self) -> None:
-        """Hang up everywhere."""
+        """Close all connections."""
         for wire in (*self.workers, *self.servers):
             wire.close()
 
@@ -167,6 +167,6 @@ def _answer(place: Place, listener: socket.socket) -> tuple[int, Wire]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, in place."""
+    """Return the bytes of a contiguous tensor, in place."""
     assert tensor.is_contiguous()
     return tensor.detach().view(-1).view(torch.uint8).numpy().data if tensor.numel() else np.empty(0, np.uint8).data

@@ -56,7 +56,7 @@ class StepRecord:
 
 
 def slots(config: TrainConfig, files: TaskFiles, worker: int, workers: int) -> Iterator[Slots]:
-    """This worker's part of every batch, for ever: gmeta's batches and gmeta's division among workers."""
+    """Yield this worker's part of every batch, for ever: gmeta's batches and gmeta's division among workers."""
     size, window_batches = config.loader.tasks_per_batch, config.loader.window_batches
     epoch = 0
     while True:
@@ -78,7 +78,7 @@ def slots(config: TrainConfig, files: TaskFiles, worker: int, workers: int) -> I
 
 
 def read_ahead(items: Iterator[_In], function: Callable[[_In], _Out], depth: int) -> Iterator[_Out]:
-    """`function` of every item, `depth` of them ahead in one background thread."""
+    """Yield `function` of every item, `depth` of them ahead in one background thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
         waiting = deque(pool.submit(function, item) for item in islice(items, depth))
         try:
@@ -103,14 +103,16 @@ class Client:
         self.bounds = torch.tensor([table.local_range(server).stop for server in range(len(self.servers))])
 
     def pull_dense(self) -> None:
-        """The dense weights, into the model's parameters."""
+        """Pull the dense weights into the model's parameters."""
         for server in self.servers:
             server.send(wire.DENSE)
         for server, flat in zip(self.servers, self.flat, strict=True):
             server.fill(flat.values)
 
     def ask_rows(self, task: Task) -> None:
-        """Two pulls, one for the support and one for what the query needs besides, without waiting for the rows."""
+        """Ask for rows in two pulls, one for the support and one for what the query needs besides, without waiting
+        for them.
+        """
         first = 0
         for counts in (task.support_counts, task.query_counts):
             for server, count in zip(self.servers, counts, strict=True):
@@ -119,7 +121,7 @@ class Client:
                 first += count
 
     def take_rows(self, task: Task) -> Tensor:
-        """The rows asked for, [U, d], as a leaf that requires grad."""
+        """Return the rows asked for, [U, d], as a leaf that requires grad."""
         rows = torch.empty(len(task.rows), self.dim, dtype=self.dtype)
         first = 0
         for counts in (task.support_counts, task.query_counts):
@@ -145,7 +147,7 @@ class Client:
         return answer.tolist()
 
     def pull_state(self, like: list[list[Tensor]]) -> None:
-        """All rows and their optimizer state: into `like[server]`, in the order of `session.tables_state`."""
+        """Pull all rows and their optimizer state into `like[server]`, in the order of `session.tables_state`."""
         for server, tensors in zip(self.servers, like, strict=True):
             server.send(wire.STATE)
             server.fill(*tensors)
@@ -156,12 +158,12 @@ class Client:
             server.send(wire.END)
 
     def traffic(self) -> tuple[int, int]:
-        """Bytes (sent, received) so far."""
+        """Return the bytes (sent, received) so far."""
         return sum(s.sent_bytes for s in self.servers), sum(s.received_bytes for s in self.servers)
 
 
 def _merged(tasks: list[tuple[Tensor, Tensor]], dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Unique rows, ascending, of (rows [U], gradients [U, d]) of each task, and the sums of their gradients."""
+    """Return unique rows, ascending, of (rows [U], gradients [U, d]) of each task, and the sums of their gradients."""
     if not tasks:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dim, dtype=dtype)
     rows, inverse = torch.unique(torch.cat([rows for rows, _ in tasks]), return_inverse=True)
@@ -194,7 +196,7 @@ class Worker:
 
 
 def work(session: Session, files: TaskFiles, client: Client, say: Callable[[str], None]) -> Iterator[StepRecord]:
-    """Train; yields after every step. ValueError when loss or gradients are not finite, PeerLost as in `wire`."""
+    """Train, and yield after every step. ValueError when loss or gradients are not finite, PeerLost as in `wire`."""
     config, place, system = session.config, session.place, session.system
     features = describe(system.learner, system.tables, files)
     worker = Worker(session, client, features, say)
@@ -233,7 +235,9 @@ def work(session: Session, files: TaskFiles, client: Client, say: Callable[[str]
 def _compute(
     worker: Worker, batch: Slots, tasks: Iterator[Task], watch: Stopwatch
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """(stats [STATS], row gradients of each task) of this worker's part; dense gradients add up in the parameters."""
+    """Return (stats [STATS], row gradients of each task) of this worker's part; dense gradients add up in the
+    parameters.
+    """
     client = worker.client
     stats = torch.zeros(STATS, dtype=torch.float64)
     gradients = []
@@ -259,7 +263,7 @@ def _compute(
 
 
 def _next(tasks: Iterator[Task], client: Client, watch: Stopwatch) -> Task:
-    """The next task from its file, its rows asked for."""
+    """Return the next task from its file, after asking for its rows."""
     task = next(tasks)
     watch.lap("input")
     client.ask_rows(task)

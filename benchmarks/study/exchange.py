@@ -49,7 +49,7 @@ class NaiveExchange:
         self._exchange = RowExchange(carried, mesh, wire)
 
     def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
-        """The rows of the product's request, and beside them, by fetch, the rows to ask for."""
+        """Return the rows of the product's request, and beside them, by fetch, the rows to ask for."""
         request = request_rows(self._tables, support, query)
         rows = dict(request.rows)
         for name, fetches in self._fetches.items():
@@ -60,7 +60,7 @@ class NaiveExchange:
         return replace(request, rows=rows)
 
     def exchange_ids(self, request: RowRequest) -> RoutedRequest:
-        """The routes of all fetches, and a local one for each fused table."""
+        """Return the routes of all fetches, and a local one for each fused table."""
         routed = self._exchange.exchange_ids(request)
         local = {}
         for name, fetches in self._fetches.items():
@@ -77,7 +77,7 @@ class NaiveExchange:
         return replace(routed, routes={fetch: routed.routes[fetch] for fetch in fetches})
 
     def fetch(self, routed: RoutedRequest) -> EmbeddedRows:
-        """All fetches, of which the first copy of each row is kept."""
+        """Make all fetches, of which the first copy of each row is kept."""
         rows = self._exchange.fetch(self._carried(routed))
         leaves = {}
         for name, fetches in self._fetches.items():
@@ -88,7 +88,7 @@ class NaiveExchange:
     def return_gradients(
         self, routed: RoutedRequest, rows: EmbeddedRows, used: Mapping[str, Tensor] | None = None
     ) -> dict[str, RowGradients]:
-        """All returns: the first copy of each row carries its gradient, the others zeros."""
+        """Make all returns: the first copy of each row carries its gradient, the others zeros."""
         if used is not None:
             raise ValueError("the study's exchanges return all rows: late tasks cannot be dropped with them")
         copies = {}
@@ -112,13 +112,13 @@ class NaiveExchange:
     def expected_traffic(
         self, routed: RoutedRequest, *, control_bytes: Sequence[int] = (), marked: bool = False
     ) -> CommStats:
-        """The product's formulas, with the rows that each fetch asks for in place of U."""
+        """Return the product's formulas, with the rows that each fetch asks for in place of U."""
         return self._exchange.expected_traffic(self._carried(routed), control_bytes=control_bytes, marked=marked)
 
 
 def _reads(side: Examples | None, lookups: Mapping[str, Lookup], table: str) -> Tensor:
-    """The position among a table's rows of every lookup of a side, padding left out; int64 [lookups]."""
-    found = [lookup for lookup in lookups.values() if lookup.group == table]
+    """Return the position among a table's rows of every lookup of a side, padding left out; int64 [lookups]."""
+    found = [lookup for lookup in lookups.values() if lookup.table == table]
     if side is None or not found:
         return torch.zeros(0, dtype=torch.int64)
     return torch.cat([lookup.index if lookup.lengths is not None else lookup.index[side.mask] for lookup in found])
@@ -133,7 +133,7 @@ class Unrouted:
 
     @property
     def traffic(self) -> CommStats:
-        """What was sent for the batch, once it was fetched."""
+        """Return what was sent for the batch, once it was fetched."""
         assert self.routed is not None
         return self.routed.traffic
 
@@ -146,24 +146,24 @@ class IdsInStep:
         self.request = exchange.request
 
     def exchange_ids(self, request: RowRequest) -> Unrouted:
-        """Nothing yet."""
+        """Do nothing yet: `fetch` exchanges the ids."""
         return Unrouted(request)
 
     def fetch(self, waiting: Unrouted) -> EmbeddedRows:
-        """Ids, then rows."""
+        """Exchange the ids, then fetch the rows."""
         waiting.routed = self._exchange.exchange_ids(waiting.request)
         return self._exchange.fetch(waiting.routed)
 
     def return_gradients(
         self, waiting: Unrouted, rows: EmbeddedRows, used: Mapping[str, Tensor] | None = None
     ) -> dict[str, RowGradients]:
-        """As the other exchange."""
+        """Do what the other exchange does."""
         assert waiting.routed is not None
         return self._exchange.return_gradients(waiting.routed, rows, used)
 
     def expected_traffic(
         self, waiting: Unrouted, *, control_bytes: Sequence[int] = (), marked: bool = False
     ) -> CommStats:
-        """As the other exchange's."""
+        """Return what the other exchange predicts."""
         assert waiting.routed is not None
         return self._exchange.expected_traffic(waiting.routed, control_bytes=control_bytes, marked=marked)

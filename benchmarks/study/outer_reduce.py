@@ -25,11 +25,11 @@ class NoOverlap:
         )
 
     def begin(self, several: bool) -> None:
-        """Nothing starts during backward."""
+        """Do nothing: no sum starts during the backward pass."""
         self._buckets.begin(several=True)
 
     def flush(self) -> None:
-        """Nothing starts before `finish`."""
+        """Do nothing: no sum starts before `finish`."""
 
 
 class CentralReduce:
@@ -52,10 +52,10 @@ class CentralReduce:
         return ((p, part.view_as(p)) for p, part in zip(self._params, parts, strict=True))
 
     def begin(self, several: bool) -> None:
-        """Nothing starts during backward."""
+        """Do nothing: no sum starts during the backward pass."""
 
     def flush(self) -> None:
-        """With `overlap`, gradients set off to rank 0."""
+        """Send the gradients to rank 0, with `overlap`."""
         if self._overlap:
             self._start()
 
@@ -87,14 +87,16 @@ class CentralReduce:
             self.add_expected(traffic)
 
     def add_expected(self, traffic: Traffic) -> None:
-        """K bytes from everyone to rank 0, hence (N - 1) K into it, and as much out of it: a gather and a scatter."""
+        """Add K bytes from everyone to rank 0, hence (N - 1) K into it, and as much out of it: a gather and a
+        scatter.
+        """
         if self._mesh.world_size > 1:
             traffic.add(central_traffic(self._flat.nbytes, traffic.rank, self._mesh.world_size), calls=2)
 
     def close(self) -> None:
-        """There is nothing to undo."""
+        """Do nothing: there is nothing to undo."""
 
 
 def central_traffic(num_bytes: int, rank: int, world_size: int) -> dict[int, float]:
-    """What a rank sends when `num_bytes` go from everyone to rank 0 and the sum comes back to everyone."""
+    """Return what a rank sends when `num_bytes` go from everyone to rank 0 and the sum comes back to everyone."""
     return {r: float(num_bytes) for r in range(1, world_size)} if rank == 0 else {0: float(num_bytes)}

@@ -33,7 +33,7 @@ SWITCHES = ("separate", "copies", "ids_in_step", "central", "no_overlap", *LOADE
 
 
 def parts(*switches: str) -> Parts:
-    """The trainer's parts; what no switch names is the product's.
+    """Return the trainer's parts; what no switch names is the product's.
 
     ValueError names a switch that does not exist.
     """

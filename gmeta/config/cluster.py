@@ -31,9 +31,9 @@ class CoordinateConfig:
     """Serve one job's work items, and balance its workers; restarted on the same journal it goes on where it was."""
 
     journal: str
-    """File of all that was given out and done (SQLite), one for each job; it is created where there is none."""
+    """File that records what was given out and done (SQLite), one for each job. It is created where there is none."""
     host: str = "127.0.0.1"
-    """Address to listen on; others than this machine's own need a token."""
+    """Address to listen on. An address that other machines reach needs a token."""
     port: int = 0
     """Port to listen on; 0 takes a free one. It is printed as `listening on http://...`."""
     token_file: str | None = None
@@ -81,7 +81,7 @@ class PlanConfig:
     memory_gb: float | None = None
     """GB of a rank that parameters, gradients and optimizer state may take."""
     network: str | None = None
-    """File that `gmeta doctor --network FILE` has measured; it takes the place of the following."""
+    """File that `gmeta doctor --network FILE` has measured; it replaces the following settings."""
     inter_gbit_s: float = 100.0
     """Gbit/s of a link between nodes."""
     intra_gbit_s: float = 2000.0

@@ -21,17 +21,17 @@ class PrepareConfig:
     schema: str | None = None
     """YAML file that says what the columns of `input` mean (docs/data.md)."""
     dataset: str | None = None
-    """Named data set, in place of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu."""
+    """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu."""
     root: str | None = None
     """Directory that holds the named data set's files."""
     label_threshold: float | None = None
     """Labels of at least this become 1, others 0; unset: the schema's, or labels as they are."""
     split_query: Literal["last", "random"] | None = None
-    """Query rows of a task: its last by time, or random ones. Unset: last where the schema names a time."""
+    """Which rows of a task are query: its last by time, or random ones. Unset: last where the schema names a time."""
     query_size: int | None = None
-    """Query rows of a task (10 when unset); tasks without a row left for the support are left out and counted."""
+    """Number of query rows of a task (10 when unset). Tasks without a support row left are left out and counted."""
     query_ratio: float | None = None
-    """Share of a task's rows that are query, in place of query_size."""
+    """Fraction of a task's rows that are query, instead of query_size."""
     min_task_rows: int | None = None
     """Smaller tasks are left out and counted (2 when unset)."""
     max_task_rows: int | None = None
@@ -43,10 +43,10 @@ class PrepareConfig:
     """Partition value to split, for task_split column; other values are left out and counted.
     Unset: train, valid and test are called so."""
     valid_fraction: float | None = None
-    """Share of the tasks (with task_split column: of the training users) held out as valid; 0.1 when unset
+    """Fraction of the tasks (with task_split column: of the training users) held out as valid; 0.1 when unset
     and no partition is called valid."""
     test_fraction: float | None = None
-    """Share of the tasks held out as test; 0.1 when unset. Not for task_split column."""
+    """Fraction of the tasks held out as test; 0.1 when unset. Not for task_split column."""
     on_bad_rows: Literal["fail", "quarantine"] = "fail"
     """Rows that cannot be used stop the command, or go to rejects.parquet in the pack with their reason."""
     memory_limit: str = "2GB"
@@ -60,7 +60,7 @@ class PrepareConfig:
 
     @property
     def inputs(self) -> list[str]:
-        """`input` as a list."""
+        """Return `input` as a list."""
         return [self.input] if isinstance(self.input, str) else self.input
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class SynthConfig:
     rows_per_user: int = 24
     """Mean rows of a user; each user's number is uniform between half and one and a half of it."""
     latent_dim: int = 2
-    """Dimensions of the taste and of the item latents, 1 to 3: the exact posterior is a grid in as many."""
+    """Dimensions of the taste and of the item latents, 1 to 3. The exact posterior is computed on a grid of as many."""
     taste_std: float = 2.2
     """Standard deviation of the logit's part that only a user's own rows reveal."""
     side_std: float = 1.5
@@ -109,15 +109,15 @@ class SynthConfig:
     item_std: float = 0.7
     """Standard deviation of the logit's part that the item alone explains."""
     item_side_share: float = 0.3
-    """Share of the item latents' variance that category and brand tell; the rest only clicks do."""
+    """Fraction of the variance of item latents that category and brand reveal; only clicks reveal the rest."""
     bias: float = -0.5
-    """Logit of the average row: sets the click rate."""
+    """Logit of the average row. It sets the click rate."""
     zipf: float = 0.8
     """Exponent of item popularity: probability is proportional to rank ** -zipf; 0 is uniform."""
     num_query: int = 10
     """Last rows of a user, by time, that count as the query where the summary's AUCs are measured."""
     seed: int = 0
-    """Seed; the same seed and sizes give the same files."""
+    """Seed. The same seed and sizes give the same files."""
 
     def __post_init__(self) -> None:
         require(self.users >= 1, "users", self.users, "must be at least 1")

@@ -1,8 +1,7 @@
 """Settings that were renamed or dropped.
 
-Old files and flags are read for one release, with a warning that names the new key.
-
-Runs, checkpoints and YAML files of the release before name the old keys; `upgrade` renames them on reading.
+Runs, checkpoints, YAML files and flags of the release before name the old keys. They are read for one release, with a
+warning that names the new key. `upgrade` renames them.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ class EvaluateConfig:
     split: Literal["train", "valid", "test"] = "test"
     """Split of the pack to measure."""
     pack: str | None = None
-    """Another task pack that was encoded as the run's own (a copy, or another cut of the same training rows);
-    the run's own when unset. Its evaluation is written beside the run's own, under the pack's name."""
+    """Another task pack that was encoded as the run's own: a copy, or the same training rows with another query. The
+    run's own when unset. Its evaluation is written beside the run's own, under the pack's name."""
     checkpoint: str = "best"
     """Checkpoint to load: best, last, or a step number."""
     steps: int | None = None

@@ -47,7 +47,7 @@ def keys_of(parser: ArgumentParser) -> list[str]:
 def parse_words(parser: ArgumentParser, config: type[_T], words: Sequence[str]) -> tuple[_T, dict[str, Any]]:
     """Return the config that command-line words describe, and what the parser knows besides its fields.
 
-    Raises ValueError in one form: `key is VALUE: what it must be`, or the nearest known key.
+    Raises ValueError in one form: `key is VALUE: what it must be`, or with the nearest known key.
     """
     check_config_files(words, keys_of(parser))
     try:

@@ -52,8 +52,8 @@ class MetaConfig:
     inner_loss: LossName | None = None
     """Loss of the inner loop; the training loss when unset."""
     inner_prior: float = 0.0
-    """Pseudo-rows: the inner loss is the sum of a task's support losses / (rows + inner_prior), so that small
-    supports move less."""
+    """Pseudo-examples: the inner loss is the sum of a task's support losses / (examples + inner_prior), so that
+    small supports move less."""
     recompute: bool = False
     """Build each inner step's graph again in the backward pass: slower, and less memory a step where the model has
     layer norm, dropout or feature interactions (factored engine, second order; same numbers)."""
@@ -117,7 +117,7 @@ class DenseConfig:
     weight_decay: float = 0.0
     """AdamW weight decay (not applied to biases, norms and inner rates)."""
     clip_norm: float = 0.0
-    """Clip gradients to this global norm, over all ranks, dense and rows together; 0 is off."""
+    """Clip gradients to this norm over all ranks, dense layers and rows together; 0 is off."""
     warmup_steps: int = 0
     """Linear warm-up of every learning rate (dense and embedding)."""
     decay: Literal["none", "linear", "cosine"] = "none"
@@ -130,7 +130,7 @@ class DenseConfig:
     """Ranks of a node, for sharding; 0: those of one machine."""
     memory_gb: float | None = None
     """With sharding auto: GB a rank between steps for dense parameters, gradients and optimizer state (in a step
-    parameters are whole). Without it: on CUDA half of what is free, on CPU all that it takes."""
+    parameters are unsharded). Without it: on CUDA half of what is free, on CPU all that it takes."""
 
     def __post_init__(self) -> None:
         require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
@@ -153,9 +153,9 @@ class LoaderConfig:
     prefetch: int = 2
     """Batches prepared ahead in a background thread; 0 is off."""
     resample: bool = False
-    """Redraw each training task's support/query cut every epoch, at random with the stored sizes."""
+    """Draw each training task's support anew every epoch, at random, with the stored sizes."""
     max_support_rows: int = 0
-    """Keep only the last n support rows of every task, in training and in evaluation and predictions of the run;
+    """Keep only the last n support examples of every task, in training and in evaluation and predictions of the run;
     0 keeps all."""
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class CommConfig:
     """Type of rows and row gradients on the way; float32 leaves them as the table holds them. Gradients are summed
     in the table's own type."""
     node_size: int = 0
-    """Workers of one node, for a two-level AlltoAll (inside nodes, then between them); 0 is one level."""
+    """Workers of one node, for an AlltoAll of two stages (inside nodes, then between them); 0 is one stage."""
 
     def __post_init__(self) -> None:
         require(self.node_size >= 0, "comm.node_size", self.node_size, "must not be negative")
@@ -182,8 +182,11 @@ class CommConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticConfig:
-    """Straggler mitigation and restarts: who computes how much of a batch follows measured speeds, never what a batch
-    is; and a worker that dies costs the steps since the last checkpoint (docs/elastic.md)."""
+    """Straggler mitigation and restarts (docs/elastic.md).
+
+    Measured speeds decide who computes how much of a batch, never what a batch is. A worker that dies costs the steps
+    since the last checkpoint.
+    """
 
     enabled: bool = False
     """Report to a coordinator and follow it."""

@@ -22,9 +22,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Bag:
-    """A many-valued feature. An empty bag pools to the zero vector; sequences keep their order."""
+    """The values of a many-valued feature. An empty bag pools to the zero vector. Sequences keep their order."""
 
-    values: Tensor  # int64 [N], flat in row order (task, then example)
+    values: Tensor  # int64 [N], example after example, task after task
     lengths: Tensor  # int64 [T, S], 0 on padding; sums to N
 
 
@@ -37,7 +37,7 @@ class Examples:
     dense: Tensor  # float32 [T, S, F]
     label: Tensor  # float32 [T, S], 0 on padding
     mask: Tensor  # bool [T, S], False on padding
-    row: Tensor  # int64 [T, S], position of the row in its pack split, -1 on padding
+    row: Tensor  # int64 [T, S], position of the example in its split of the pack, -1 on padding
     item_cold: Tensor  # bool [T, S], item never seen in a training task; False where unknown
 
 
@@ -48,16 +48,16 @@ class BatchSplit:
     tasks: NDArray[np.int64]  # [G] positions in the pack's split, in the batch's order
     ends: tuple[tuple[int, ...], ...]  # [N]: where each rank's micro-batches end, counted from the rank's first task
     drop_after_s: float | None  # a rank begins no further micro-batch so long after its first; None: never
-    work: float  # of this rank: its fraction of the batch's rows, times G
+    work: float  # this rank's fraction of the batch's examples, times G
 
     @property
     def tasks_per_rank(self) -> tuple[int, ...]:
-        """Number of tasks of each rank; ranks take them one after the other."""
+        """Return how many tasks each rank computes. Rank 0 takes the first ones, rank 1 the next, and so on."""
         return tuple(ends[-1] for ends in self.ends)
 
     @property
     def in_parts(self) -> bool:
-        """Whether some rank has several micro-batches; all ranks agree on it."""
+        """Say whether some rank has several micro-batches. All ranks give the same answer."""
         return any(len(ends) > 1 for ends in self.ends)
 
     def unfinished(self, finished: Sequence[int]) -> NDArray[np.int64]:
@@ -71,10 +71,10 @@ class BatchSplit:
 
 @dataclass(frozen=True, slots=True)
 class TaskBatch:
-    """The tasks of one global batch that this rank computes. T may be 0: the rank still takes part.
+    """The tasks of one global batch that this rank computes. T may be 0: the rank still takes part in the step.
 
-    A batch that is computed in several micro-batches has them as `parts`, each padded on its own. Its own support and
-    query then hold the same rows without padding, as if they were of one task: [1, all rows].
+    A batch that is computed in several micro-batches holds them in `parts`, each padded on its own. Its own support and
+    query then hold the same examples without padding, in the shape of one task: [1, examples].
     """
 
     support: Examples
@@ -83,26 +83,26 @@ class TaskBatch:
     num_tasks_global: int  # tasks of the whole batch, over all ranks: the divisor of every sum
     epoch: int
     index: int  # batch number inside the epoch
-    batch_split: BatchSplit | None = None  # None: about equal over the ranks, each part computed at once
+    batch_split: BatchSplit | None = None  # None: about equal over the ranks, in one micro-batch each
     parts: tuple[TaskBatch, ...] = ()  # micro-batches, where there are several
 
     @property
     def num_tasks(self) -> int:
-        """Tasks on this rank."""
+        """Return the number of tasks on this rank."""
         return int(self.task_id.shape[0])
 
     @property
     def drop_after_s(self) -> float | None:
-        """The batch split's deadline; None: every task of the batch is computed."""
+        """Return the batch split's deadline. None means that every task of the batch is computed."""
         return None if self.batch_split is None else self.batch_split.drop_after_s
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """Where the values of one feature sit among the fetched rows of its group."""
+    """Which of the fetched rows of its fused table one feature reads."""
 
-    group: str  # key into EmbeddedRows.weights
-    index: Tensor  # int64 into the group's rows: [T, S], or [N] for a bag
+    table: str  # name of the fused table, a key of EmbeddedRows.weights
+    index: Tensor  # int64, positions among the rows fetched from the table: [T, S], or [N] for a bag
     lengths: Tensor | None = None  # int64 [T, S] for a bag, None for a one-valued feature
     pooling: Pooling = "mean"
 
@@ -111,7 +111,8 @@ class Lookup:
 class EmbeddedRows:
     """The deduplicated rows that support and query need, and how each feature looks them up.
 
-    `weights[group]` is a leaf [U, d] that requires grad; after backward its `.grad` goes home.
+    `weights[table]` [U, d] is a leaf that requires grad. After the backward pass its `.grad` goes to the owners of the
+    rows.
     """
 
     weights: dict[str, Tensor]
@@ -121,14 +122,14 @@ class EmbeddedRows:
 
 @dataclass(frozen=True, slots=True)
 class RowGradients:
-    """Summed gradients of the rows of one group that took part in a step, at the worker that owns them."""
+    """The summed gradients of the rows of one fused table that took part in a step, at the rank that owns them."""
 
-    rows: Tensor  # int64 [R] positions in the worker's shard, unique, ascending
+    rows: Tensor  # int64 [R], positions in this rank's part of the table, unique, ascending
     grad: Tensor  # [R, d]
 
 
 def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
-    """Copy of a (nested) dataclass, dict, list or tuple with `function` applied to every tensor."""
+    """Return a copy of a nested dataclass, dict, list or tuple, with `function` applied to every tensor."""
     out: Any
     if isinstance(value, Tensor):
         out = function(value)
@@ -144,7 +145,7 @@ def map_tensors(value: _T, function: Callable[[Tensor], Tensor]) -> _T:
 
 
 def joined(parts: Sequence[TaskBatch]) -> TaskBatch:
-    """Make the batch whose micro-batches are `parts`: see `TaskBatch`."""
+    """Return the batch whose micro-batches are `parts`; see `TaskBatch`."""
     return replace(
         parts[0],
         support=_without_padding([part.support for part in parts]),
@@ -175,7 +176,7 @@ def _without_padding(sides: Sequence[Examples]) -> Examples:
 
 
 def lookups_of_parts(found: Mapping[str, Lookup], sides: Sequence[Examples]) -> list[dict[str, Lookup]]:
-    """Cut the lookups of one side of a batch that was `joined`: feature -> lookup, for that side of each part."""
+    """Split the lookups of one side of a `joined` batch: for that side of each part, feature -> lookup."""
     parts: list[dict[str, Lookup]] = [{} for _ in sides]
     for name, lookup in found.items():
         if lookup.lengths is not None:
@@ -193,10 +194,10 @@ def lookups_of_parts(found: Mapping[str, Lookup], sides: Sequence[Examples]) -> 
 
 
 def to_device(value: _T, device: torch.device, dtype: torch.dtype | None = None) -> _T:
-    """A (nested) batch on `device`, its floating-point tensors cast to `dtype`; ready when this returns.
+    """Return a nested batch on `device`, with its floating-point tensors cast to `dtype`. The copies are then complete.
 
-    CUDA copies go through pinned memory on a stream of their own, so that a loader's thread makes them beside the
-    kernels of earlier steps, and waits for its copies only. Tensors are used on the device's default stream.
+    CUDA copies go through pinned memory, on a stream of their own. A loader's thread can therefore copy while the
+    kernels of earlier steps run, and it waits only for its own copies. The tensors are used on the default stream.
     """
 
     def cast(tensor: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ def to_device(value: _T, device: torch.device, dtype: torch.dtype | None = None)
         if tensor.device.type == "cuda":
             return tensor
         out = tensor.contiguous().pin_memory().to(device, non_blocking=True)
-        # its memory goes back to this stream's pool: not before what reads it elsewhere has run
+        # the memory returns to this stream's pool, but only after its readers on the default stream have run
         out.record_stream(torch.cuda.default_stream(device))
         return out
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable
 
 
 def require(ok: bool, key: str, value: object, rule: str) -> None:
-    """ValueError unless `ok`: what was found, and what it must be."""
+    """Raise ValueError unless `ok`. The message says what was found and what it must be."""
     if not ok:
         raise ValueError(f"{key} is {value!r}: {rule}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean x?`, or the list of what there is."""
+    """Return `did you mean x?` for the nearest known name, or the list of all known names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(map(repr, names))}"

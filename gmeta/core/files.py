@@ -1,4 +1,4 @@
-"""Small files: written whole or not at all, read with an error that names them."""
+"""Small files. They are written completely or not at all, and errors in reading name them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed when not.
+    """Give a temporary path beside `path`. It is renamed to `path` when the block ends without an error, and removed
+    otherwise.
 
     Raises ValueError naming `path` where the disk refuses.
     """
@@ -25,20 +26,20 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     except OSError as error:
         raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; free space there or name another place"
+            f"cannot write {path}: {error.strerror or error}; free space there or name another path"
         ) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+    """Write a text file, completely or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def read_mapping(path: Path, cure: str) -> dict[str, Any]:
-    """The mapping in a .json or .yaml file; ValueError names the file, what is wrong, and `cure`."""
+    """Return the mapping in a .json or .yaml file. ValueError names the file, what is wrong with it, and `cure`."""
     import yaml
 
     try:

@@ -1,7 +1,7 @@
 """The one hash behind every order and mask: splitmix64, as numpy and as torch compute it.
 
-A hash takes the place of a random generator wherever numbers must outlive a release: numpy and torch may change their
-generators' streams, but checkpoints refer to an order of batches, to rows and to dropout masks that may not change.
+A hash replaces a random generator wherever numbers must outlive a release. Checkpoints refer to an order of batches, to
+rows and to dropout masks that may not change, and numpy and torch may change the streams of their generators.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The number that a splitmix64 stream gives out at each state: a bijection of 64-bit words, any shape.
+    """Return the number that a splitmix64 stream gives out at each state, for states of any shape. The function is a
+    bijection of 64-bit words.
 
     Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014. The state advances by
     `GAMMA` before it is mixed, so that the n-th number of a stream is `splitmix64(start + (n - 1) * GAMMA)`.
@@ -32,7 +33,7 @@ def splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _signed(word: np.uint64) -> int:
-    """The int64 with the bits of `word`."""
+    """Return the int64 that has the bits of `word`."""
     return int(word.astype(np.int64))
 
 
@@ -40,7 +41,7 @@ _SIGNED_GAMMA, _SIGNED_FIRST, _SIGNED_SECOND = map(_signed, (GAMMA, _FIRST, _SEC
 
 
 def splitmix64_tensor(state: Tensor) -> Tensor:
-    """`splitmix64` of int64 words, on any device: int64 [...] -> int64 [...].
+    """Return `splitmix64` of int64 words, on any device: int64 [...] -> int64 [...].
 
     torch has no arithmetic on unsigned words. Sums and products wrap around in two's complement, which gives the same
     bits. A shift to the right copies the sign, so that a mask clears the bits that the shift fills.

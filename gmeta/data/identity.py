@@ -1,10 +1,11 @@
 """The identity of data: what must be equal for two packs to mean the same by an id or a number.
 
-An id is a place in a vocabulary or a seeded hash, a number is a distance from a mean: neither means anything without
-them. Two packs of equal sizes therefore look alike, and a model reads the wrong one without complaint. The identity of
-data is the pack schema, with the means and deviations of its numeric columns, and for each embedding table a checksum
-of the vocabulary (values and order) or the hash seed; the item statistics have a checksum too. A pack's manifest and a
-run's schema.json record it (`PackSchema.identity`). Where it was not recorded, it is computed from the files.
+An id is a position in a vocabulary or a seeded hash, and a number is a distance from a mean. Neither means anything
+without them. Two packs of equal sizes therefore look alike, and a model reads the wrong one without complaint. The
+identity of data is the pack schema, with the means and deviations of its numeric columns. For each embedding table it
+has a checksum of the vocabulary (values and order) or the hash seed. The item statistics have a checksum too. A pack's
+manifest and a run's schema.json record it (`PackSchema.identity`). Where it was not recorded, it is computed from the
+files.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
-_Place = tuple[int, int, int]  # epoch, index of the batch in it (from `batches_per_epoch` on: in its tail), step
+_Position = tuple[int, int, int]  # epoch, index of the batch in it (from `batches_per_epoch` on: in its tail), step
 
 
 MAX_CELLS = 1 << 20
@@ -115,47 +115,47 @@ class TaskLoader(Generic[_T]):
         self._split_by: Callable[[int], SplitSpec] | None = None
         self._stored = np.zeros(0, np.int64) if shuffle else self._stored_batches()  # bounds of a pass's batches
         self.batches_per_epoch = num_batches(split.num_tasks, tasks_per_batch) if shuffle else len(self._stored) - 1
-        self._place: _Place = (0, 0, 0)  # of the batch that `next` hands out
+        self._position: _Position = (0, 0, 0)  # of the batch that `next` hands out
         self._tail: list[int] = []  # tasks of this epoch that were put back: positions in the split
         self._window: tuple[int, int, Tasks, TaskRows] | None = None  # epoch, window and tasks of the last one made
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: deque[Future[_T]] = deque()
-        self._next_ahead: _Place = (0, 0, 0)
+        self._next_ahead: _Position = (0, 0, 0)
         self._error: BaseException | None = None  # of the thread
 
     def __iter__(self) -> TaskLoader[_T]:
         return self
 
     def __next__(self) -> _T:
-        if self._place[1] >= self.batches_per_epoch and not self._tail:
-            self._place = self._next_ahead = (self._place[0] + 1, 0, self._place[2])
-        if self._ended(self._place):
+        if self._position[1] >= self.batches_per_epoch and not self._tail:
+            self._position = self._next_ahead = (self._position[0] + 1, 0, self._position[2])
+        if self._ended(self._position):
             self.close()
-            self._place = (0, 0, 0)
+            self._position = (0, 0, 0)
             raise StopIteration
-        tail = self._place[1] >= self.batches_per_epoch
-        item = self._make(self._place) if self._prefetch == 0 or tail else self._take_ahead()
+        tail = self._position[1] >= self.batches_per_epoch
+        item = self._make(self._position) if self._prefetch == 0 or tail else self._take_ahead()
         if tail:
             del self._tail[: self._tasks_per_batch]
-        self._place = self._after(self._place)
+        self._position = self._after(self._position)
         return item
 
     @property
     def epochs_done(self) -> int:
-        """Epochs of which every batch was handed out, and no task put back since."""
-        epoch, index, _ = self._place
+        """Return the number of epochs whose batches were all handed out, with no task put back since."""
+        epoch, index, _ = self._position
         return epoch + (index >= self.batches_per_epoch and not self._tail)
 
     @property
     def epoch_finished(self) -> bool:
         """Whether the next batch is the first of an epoch."""
-        _, index, _ = self._place
+        _, index, _ = self._position
         return index == 0 or (index >= self.batches_per_epoch and not self._tail)
 
     @property
     def between_epochs(self) -> bool:
         """Whether the next batch is the first of an epoch, or of its tail: all before it must be finished by then."""
-        return self._place[1] == 0 or self._place[1] >= self.batches_per_epoch
+        return self._position[1] == 0 or self._position[1] >= self.batches_per_epoch
 
     def split_by(self, spec: Callable[[int], SplitSpec]) -> None:
         """Split batches as `spec(step)` says from now on (the first batch ever is of step 0).
@@ -176,7 +176,7 @@ class TaskLoader(Generic[_T]):
         Where tasks were put back, it also has "step", the number of batches before it, and "tail", the tasks that are
         to come again.
         """
-        epoch, index, step = self._place
+        epoch, index, step = self._position
         if index >= self.batches_per_epoch and not self._tail:
             epoch, index = epoch + 1, 0
         state: dict[str, Any] = {"epoch": epoch, "index": index}
@@ -195,7 +195,7 @@ class TaskLoader(Generic[_T]):
                 "saved with another pack, split or tasks_per_batch"
             )
         self.close()
-        self._place = (epoch, index, int(state.get("step", epoch * self.batches_per_epoch + index)))
+        self._position = (epoch, index, int(state.get("step", epoch * self.batches_per_epoch + index)))
         self._tail = tail
 
     def close(self) -> None:
@@ -218,11 +218,11 @@ class TaskLoader(Generic[_T]):
     ) -> None:
         self.close()
 
-    def _ended(self, place: _Place) -> bool:
-        return not self._shuffle and place[0] > 0
+    def _ended(self, position: _Position) -> bool:
+        return not self._shuffle and position[0] > 0
 
-    def _after(self, place: _Place) -> _Place:
-        epoch, index, step = place
+    def _after(self, position: _Position) -> _Position:
+        epoch, index, step = position
         if index + 1 < self.batches_per_epoch or self._split_by is not None or self._tail:
             return epoch, index + 1, step + 1
         return epoch + 1, 0, step + 1
@@ -231,7 +231,7 @@ class TaskLoader(Generic[_T]):
         """Take the batch at the position from the thread, which is kept `prefetch` batches ahead."""
         if self._pool is None:
             self._pool = loader_thread()
-            self._next_ahead = self._place
+            self._next_ahead = self._position
         try:
             self._submit(self._prefetch)
             item = self._ahead.popleft().result()
@@ -249,17 +249,17 @@ class TaskLoader(Generic[_T]):
             self._ahead.append(self._pool.submit(self._make_ahead, self._next_ahead))
             self._next_ahead = self._after(self._next_ahead)
 
-    def _make_ahead(self, place: _Place) -> _T:
+    def _make_ahead(self, position: _Position) -> _T:
         if self._error is not None:  # the other ranks wait for the batch that failed, not for this one
             raise self._error
         try:
-            return self._make(place)
+            return self._make(position)
         except BaseException as error:
             self._error = error
             raise
 
-    def _make(self, place: _Place) -> _T:
-        epoch, index, step = place
+    def _make(self, position: _Position) -> _T:
+        epoch, index, step = position
         tasks, at = self._tasks(epoch, index)
         spec = SplitSpec() if self._split_by is None else self._split_by(step)
         ranks = tasks_per_rank(at.num_rows, self._world_size, spec.fractions)
@@ -353,11 +353,3 @@ def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_su
         "computed apart from its batch, which takes long and much memory: set loader.max_support_rows to keep the last "
         "support rows of every task, or prepare with --max_task_rows to leave such tasks out"
     )
-
-
-def padding_share(batch: TaskBatch) -> float:
-    """Return the fraction of the batch's cells, support and query, that is padding; 0 for an empty batch."""
-    masks = [side.mask for part in batch.parts or (batch,) for side in (part.support, part.query)]
-    cells = sum(mask.numel() for mask in masks)
-    filled = sum(int(mask.sum()) for mask in masks)
-    return 1 - filled / cells if cells else 0.0

@@ -41,11 +41,11 @@ def stored_batches(num_support: Tasks, num_query: Tasks, tasks_per_batch: int, m
     if max_cells is None or num_tasks == 0:
         return bounds
     rows = np.maximum.reduceat(num_support, starts) + np.maximum.reduceat(num_query, starts)
-    cut = [bounds]
+    split = [bounds]
     for k in np.flatnonzero(np.diff(bounds) * rows > max_cells):
         batch = slice(bounds[k], bounds[k + 1])
-        cut.append(bounds[k] + np.array(ends_within(num_support[batch], num_query[batch], max_cells)))
-    return np.unique(np.concatenate(cut))
+        split.append(bounds[k] + np.array(ends_within(num_support[batch], num_query[batch], max_cells)))
+    return np.unique(np.concatenate(split))
 
 
 def ends_within(num_support: Tasks, num_query: Tasks, max_cells: int | None) -> tuple[int, ...]:
@@ -160,10 +160,10 @@ def _blocks(num_tasks: int, seed: int, epoch: int, block_tasks: int) -> tuple[Ta
 
 
 def _stream(num_tasks: int, seed: int, epoch: int, block_tasks: int, first: int, last: int) -> Tasks:
-    """Return the tasks at places [first, last) of the epoch's stream of permuted blocks."""
+    """Return the tasks at positions [first, last) of the epoch's stream of permuted blocks."""
     starts, ends = _blocks(num_tasks, seed, epoch, block_tasks)
-    place = np.arange(first, last)
-    block = np.searchsorted(ends, place, side="right")
+    position = np.arange(first, last)
+    block = np.searchsorted(ends, position, side="right")
     # A block ends at task min(start + block_tasks, num_tasks); count back from there.
-    tasks: Tasks = np.minimum(starts[block] + block_tasks, num_tasks) - (ends[block] - place)
+    tasks: Tasks = np.minimum(starts[block] + block_tasks, num_tasks) - (ends[block] - position)
     return tasks

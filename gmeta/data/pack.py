@@ -110,7 +110,9 @@ class PackWriter:
 
     @property
     def directory(self) -> Path:
-        """The directory in which the pack grows until `finish` renames it: a file put here becomes part of the pack."""
+        """Return the directory in which the pack grows until `finish` renames it. A file put here becomes part of the
+        pack.
+        """
         return self._partial
 
     def add_shard(self, split: str, arrays: Mapping[str, Array]) -> None:
@@ -377,7 +379,7 @@ class TaskPack:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Names of the splits that have tasks, in the order train, valid, test."""
+        """Return the names of the splits that have tasks, in the order train, valid, test."""
         return tuple(name for name in SPLITS if name in self._splits)
 
     def split(self, name: str) -> PackSplit:
@@ -403,13 +405,17 @@ class TaskPack:
         return verified_file(self.path, self.manifest["tasks"])
 
     def identity(self) -> DataIdentity:
-        """What the pack's ids and numbers mean; computed from its files where the manifest does not record it."""
+        """Return what the pack's ids and numbers mean. It is computed from the files where the manifest does not record
+        it.
+        """
         if self.schema.identity is None:
             self.vocabulary_files()  # verifies their checksums
         return identity_of(self.schema, self.manifest["data_schema"], self.path / "vocab")
 
     def tasks_checksum(self) -> str:
-        """Checksum of which tasks there are and in which split each lies; the same for a copy of the pack."""
+        """Return the checksum of which tasks there are and in which split each lies. A copy of the pack has the
+        same.
+        """
         return content_checksum(self.tasks_file(), ("task_id", "key", "split"))
 
 

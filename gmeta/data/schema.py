@@ -63,7 +63,7 @@ class PackSchema:
     encoding: int = ENCODING  # packs and runs that record none have 1
 
     def feature(self, name: str) -> Feature:
-        """The feature called `name`; ValueError naming the known ones otherwise."""
+        """Return the feature called `name`. ValueError lists the known names."""
         for feature in self.features:
             if feature.name == name:
                 return feature
@@ -71,12 +71,12 @@ class PackSchema:
         raise ValueError(f"feature {name!r} is not in the pack; it has: {known}")
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable dict; `pack_schema_from_json` reads it back."""
+        """Return a JSON-serialisable dict, which `pack_schema_from_json` reads back."""
         return asdict(self)
 
 
 def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
-    """Inverse of `PackSchema.to_json`. ValueError where a newer gmeta encoded the data."""
+    """Return the schema that `PackSchema.to_json` wrote. ValueError where a newer gmeta encoded the data."""
     encoding = data.get("encoding", 1)
     if encoding not in range(1, ENCODING + 1):
         raise ValueError(f"the data have encoding {encoding!r}, this gmeta reads 1 to {ENCODING}: upgrade gmeta")
@@ -86,7 +86,8 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
 
 
 def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
-    """What makes encoded data of `theirs` other than `ours` expects, one line each; empty when they fit.
+    """Return why encoded data of schema `theirs` do not fit `ours`, one line for each difference. The list is empty
+    when they fit.
 
     It compares features and sizes, the numeric columns with their means, deviations and logarithms, and the columns
     that are task, item and label. `identity_difference` compares the vocabularies too.
@@ -202,29 +203,29 @@ class DataSchema:
                     )
 
     def numeric_names(self) -> list[str]:
-        """Names of the stored numeric columns, in stored order."""
+        """Return the names of the stored numeric columns, in stored order."""
         return [c.name for c in self.numeric] + (list(STATISTICS_COLUMNS) if self.item_statistics else [])
 
     def tables(self) -> dict[str, list[RawFeature]]:
-        """Table -> the features that share it."""
+        """Return table -> the features that share it."""
         out: dict[str, list[RawFeature]] = {}
         for feature in self.features:
             out.setdefault(feature.table, []).append(feature)
         return out
 
     def columns(self, roles: Iterable[Role]) -> list[str]:
-        """Raw columns that must exist for features and these roles, each once."""
+        """Return the raw columns that must exist for the features and these roles, each once."""
         names = [getattr(self, role) for role in roles]
         names += [f.name for f in self.features] + [c.name for c in self.numeric]
         return list(dict.fromkeys(n for n in names if n is not None))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable dict; `data_schema_from_json` reads it back."""
+        """Return a JSON-serialisable dict, which `data_schema_from_json` reads back."""
         return asdict(self)
 
 
 def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
-    """Inverse of `DataSchema.to_json`."""
+    """Return the schema that `DataSchema.to_json` wrote."""
     features = tuple(RawFeature(**f) for f in data["features"])
     numeric = tuple(RawNumeric(**c) for c in data["numeric"])
     return DataSchema(**{**data, "features": features, "numeric": numeric})
@@ -243,7 +244,7 @@ def load_data_schema(path: str | Path) -> DataSchema:
 
 
 def parse_data_schema(values: Any) -> DataSchema:
-    """A DataSchema from the mapping that a YAML schema holds."""
+    """Return the DataSchema that the mapping of a YAML schema describes. ValueError names the key and the cure."""
     keys = ("task", "label", "time", "item", "partition", "label_threshold", "categorical", "multi", "sequence")
     known = (*keys, "numeric", ITEM_STATISTICS, "hash_seed")
     entry = _mapping(values, "schema", known)

@@ -155,7 +155,7 @@ class TaskRows:
 
     @property
     def num_query(self) -> Array:
-        """Query rows of each task, int64 [T]."""
+        """Return the number of query rows of each task, int64 [T]."""
         return self.num_rows - self.num_support
 
     def last_support(self, max_rows: int) -> TaskRows:
@@ -197,17 +197,17 @@ class PackSplit:
 
     @cached_property
     def task_id(self) -> Array:
-        """The pack-wide id of each task, int64 [num_tasks]."""
+        """Return the pack-wide id of each task, int64 [num_tasks]."""
         return self._column("task_id")
 
     @cached_property
     def num_support(self) -> Array:
-        """Support rows of each task, int64 [num_tasks]."""
+        """Return the number of support rows of each task, int64 [num_tasks]."""
         return self._column("num_support").astype(np.int64)
 
     @cached_property
     def num_task_rows(self) -> Array:
-        """Support and query rows of each task, int64 [num_tasks]."""
+        """Return the number of support and query rows of each task, int64 [num_tasks]."""
         sizes = [np.diff(shard.read("row_start"), append=shard.num_rows) for shard in self._shards]
         return np.concatenate(sizes)
 

@@ -6,7 +6,7 @@ A user's latent vector is told in part by the user's features; the rest is a Gau
     logit(u, i) = bias + e_i + w_u · v_i,        label ~ Bernoulli(sigmoid(logit))
 
 `v_i` (E|v|² = 1) is told in part by category and brand, `e_i` in part by price. A cold user's features fix the
-prior of w_u; only the support narrows it. docs/synthetic.md explains the three reference AUCs.
+prior of w_u, and only the support narrows it. docs/synthetic.md explains the three reference AUCs.
 
 Users are drawn in blocks, each from its own seed: memory is bounded by a block, and a log of fewer users is a prefix
 of a log of more.
@@ -89,7 +89,7 @@ class UserTables:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Consecutive users and their rows, in user and time order."""
+    """Consecutive users and their rows, in the order of users and time."""
 
     first_user: int
     gender: Ints  # [U]
@@ -113,12 +113,14 @@ class LogRows:
 
 
 def _sigmoid(x: Floats) -> Floats:
-    y: Floats = 1 / (1 + np.exp(np.minimum(-x, 700)))  # beyond, exp overflows
+    y: Floats = 1 / (1 + np.exp(np.minimum(-x, 700)))  # exp overflows beyond 700
     return y
 
 
 def _vectors(rng: np.random.Generator, num: int, dim: int, norm: float) -> Floats:
-    """Random vectors [num, dim], centred, of root mean square norm `norm` (zero where num is 1)."""
+    """Return random vectors [num, dim] that are centred and have the root mean square norm `norm`. They are zero where
+    num is 1.
+    """
     x = rng.standard_normal((num, dim))
     x -= x.mean(axis=0)
     return x * (norm / max(float(np.sqrt((x**2).sum(axis=1).mean())), 1e-12))
@@ -126,13 +128,13 @@ def _vectors(rng: np.random.Generator, num: int, dim: int, norm: float) -> Float
 
 def _draw_items(config: SynthConfig) -> Items:
     rng = np.random.default_rng([config.seed, 0])
-    num, dim, share = config.items, config.latent_dim, config.item_side_share
+    num, dim, side = config.items, config.latent_dim, config.item_side_share
     category = rng.integers(NUM_CATEGORIES, size=num)
     brand = rng.integers(NUM_BRANDS, size=num)
     log_price = rng.standard_normal(num)
-    told = _vectors(rng, NUM_CATEGORIES, dim, (share / 2) ** 0.5)[category]
-    told += _vectors(rng, NUM_BRANDS, dim, (share / 2) ** 0.5)[brand]
-    latent = told + _vectors(rng, num, dim, (1 - share) ** 0.5)
+    told = _vectors(rng, NUM_CATEGORIES, dim, (side / 2) ** 0.5)[category]
+    told += _vectors(rng, NUM_BRANDS, dim, (side / 2) ** 0.5)[brand]
+    latent = told + _vectors(rng, num, dim, (1 - side) ** 0.5)
     effect = config.item_std * (0.8 * rng.standard_normal(num) - 0.6 * log_price)
     weight = np.arange(1, num + 1, dtype=np.float64) ** -config.zipf
     popularity = np.cumsum(weight / weight.sum())
@@ -154,7 +156,9 @@ def _draw_user_tables(config: SynthConfig) -> UserTables:
 
 
 def _draw_block(config: SynthConfig, items: Items, tables: UserTables, index: int) -> Block:
-    """Block `index` of the log, the same whatever the number of users: a full block is drawn, then cut."""
+    """Return block `index` of the log. It does not depend on the number of users: a full block is drawn, then
+    truncated.
+    """
     rng = np.random.default_rng([config.seed, 2, index])
     num = min(BLOCK_USERS, config.users - index * BLOCK_USERS)
     gender = rng.integers(len(GENDERS), size=BLOCK_USERS)
@@ -222,9 +226,9 @@ def _item_table(items: Items) -> pa.Table:
 
 
 def synthesize(config: SynthConfig) -> dict[str, Any]:
-    """Write the log, its schema and its truth to `config.out`; returns what summary.json holds.
+    """Write the log, its schema and its truth to `config.out`, and return what summary.json holds.
 
-    The directory appears whole or not at all. Memory is bounded by a block of users, whatever their number.
+    The directory appears complete or not at all. Memory is bounded by one block of users, whatever their number. Raises
     ValueError when the directory exists.
     """
     out = Path(config.out)
@@ -286,7 +290,8 @@ def print_synthesis(summary: dict[str, Any]) -> None:
 
 
 def last_rows(out: Path, users: Iterable[int], num_query: int) -> tuple[LogRows, LogRows]:
-    """Support and query of the given users of the log at `out`: a user's last `num_query` rows by time are the query.
+    """Return support and query of the given users of the log at `out`. The query is a user's last `num_query` rows by
+    time.
 
     Both come in (user, time) order; time is strict within a user, so this is the split `gmeta prepare` makes.
     """
@@ -306,7 +311,7 @@ def last_rows(out: Path, users: Iterable[int], num_query: int) -> tuple[LogRows,
 
 
 def reference_aucs(out: Path, support: LogRows, query: LogRows) -> dict[str, dict[str, float]]:
-    """`{"oracle" | "posterior" | "prior": {"auc", "gauc"}}` on the query rows; see `reference_scores`.
+    """Return {reference: {"auc": …, "gauc": …}} on the query rows, for each of `REFERENCES`; see `reference_scores`.
 
     `auc` is over all rows; `gauc` is the mean of the users' AUCs weighted by their rows, over users with both labels.
     Either is NaN where no pair of labels differs.
@@ -318,11 +323,12 @@ def reference_aucs(out: Path, support: LogRows, query: LogRows) -> dict[str, dic
 
 
 def reference_scores(out: Path, support: LogRows, query: LogRows) -> dict[str, Floats]:
-    """Click probability of every query row, in its order, under what each reference knows; `out` holds the log.
+    """Return the click probability of every query row, in the order of the query, for each of `REFERENCES`. `out` holds
+    the log.
 
-    `prior` averages over the taste's prior, `posterior` over its exact posterior given the user's support rows
-    (none is allowed), `oracle` knows the taste. All know the item's truth and what the user's features tell.
-    ValueError names a user or item of another log.
+    `prior` averages over the prior of the taste. `posterior` averages over its exact posterior, given the user's
+    support rows, of which there may be none. `oracle` knows the taste. All three know the truth about the items, and
+    what the user's features tell. ValueError names a user or item that is not in this log.
     """
     base, coefficient, taste = _truth_of(out / "_truth", query)
     support_base, support_coefficient, _ = _truth_of(out / "_truth", support)
@@ -340,7 +346,7 @@ def reference_scores(out: Path, support: LogRows, query: LogRows) -> dict[str, F
 
 
 def _groups(key: Ints) -> list[Ints]:
-    """Positions of each distinct key, in ascending order of the key."""
+    """Return the positions of each distinct key, in ascending order of the keys."""
     order = np.argsort(key, kind="stable")
     parts = np.split(order, np.flatnonzero(np.diff(key[order])) + 1)
     return [part for part in parts if len(part)]
@@ -373,7 +379,8 @@ def _check_known(column: str, wanted: Ints, known: Ints) -> None:
 
 
 def lattice(dim: int, spacing: float = 0.4, radius: float = 8.0) -> Floats:
-    """Points [P, dim] of the cubic lattice of that spacing inside a ball: the nodes of a trapezoidal rule.
+    """Return the points [P, dim] of the cubic lattice of that spacing inside a ball. They are the nodes of a
+    trapezoidal rule.
 
     For smooth integrands that decay, the rule converges exponentially as the spacing shrinks (Trefethen and Weideman,
     The exponentially convergent trapezoidal rule, 2014); the tests compare it with a finer one.
@@ -385,7 +392,9 @@ def lattice(dim: int, spacing: float = 0.4, radius: float = 8.0) -> Floats:
 
 
 def prior_predictive(base: Floats, coefficient: Floats) -> Floats:
-    """P(click) [Q] for z ~ N(0, I_K) and logit = base [Q] + coefficient [Q, K] · z: a one-dimensional integral."""
+    """Return P(click) [Q] for z ~ N(0, I_K) and logit = base [Q] + coefficient [Q, K] · z, by a one-dimensional
+    integral.
+    """
     nodes = lattice(1, spacing=0.1)[:, 0]
     weights = np.exp(-0.5 * nodes**2)
     width = np.linalg.norm(coefficient, axis=1)
@@ -396,16 +405,17 @@ def prior_predictive(base: Floats, coefficient: Floats) -> Floats:
 def posterior_predictive(
     base: Floats, coefficient: Floats, label: Ints, query_base: Floats, query_coefficient: Floats, grid: Floats
 ) -> Floats:
-    """P(click) [Q] of query rows given support rows, for z ~ N(0, I_K) and logit = base + coefficient · z.
+    """Return P(click) [Q] of query rows given support rows, for z ~ N(0, I_K) and logit = base + coefficient · z.
 
-    Support: base [S], coefficient [S, K], label [S], S at least 1. The posterior of z is log-concave; `grid` (see
-    `lattice`) is laid over it, centred at its mode and scaled by its curvature there, and the predictive is the
-    ratio of two trapezoidal sums. Mode and scale only place the nodes: they do not enter the integrand.
+    The support has base [S], coefficient [S, K] and label [S], with S at least 1. The posterior of z is log-concave.
+    `grid` (see `lattice`) is centred at the mode of the posterior and scaled by the curvature there. The prediction is
+    the ratio of two trapezoidal sums over its nodes. Mode and scale only say where the nodes lie; they do not enter the
+    integrand.
     """
     mode, precision = _mode(base, coefficient, label)
     nodes = mode + grid @ np.linalg.inv(np.linalg.cholesky(precision))  # [P, K]
     likelihood = _sigmoid((base + nodes @ coefficient.T) * (2 * label - 1))  # [P, S]
-    # Logarithms are dear: one of 16 rows' product, which is far from underflow wherever there is any mass.
+    # logarithms are expensive: this takes one of the product of 16 rows, far from underflow wherever there is mass
     with np.errstate(divide="ignore", under="ignore"):
         log_density = np.log(np.multiply.reduceat(likelihood, np.arange(0, len(label), 16), axis=1)).sum(axis=1)
     log_density -= 0.5 * (nodes**2).sum(axis=1)
@@ -415,7 +425,7 @@ def posterior_predictive(
 
 
 def _mode(base: Floats, coefficient: Floats, label: Ints) -> tuple[Floats, Floats]:
-    """Mode [K] of the taste's posterior and minus the second derivative of its log density there [K, K]."""
+    """Return the mode [K] of the taste's posterior, and minus the second derivative of its log density there [K, K]."""
     dim = coefficient.shape[1]
     mode, precision = np.zeros(dim), np.eye(dim)
     for _ in range(20):
@@ -430,7 +440,9 @@ def _mode(base: Floats, coefficient: Floats, label: Ints) -> tuple[Floats, Float
 
 
 def exact_auc(score: Floats, label: Ints) -> float:
-    """Area under the ROC curve by the rank-sum statistic, ties counted half; NaN without both labels."""
+    """Return the area under the ROC curve, by the rank-sum statistic with ties counted half. It is NaN without both
+    labels.
+    """
     _, inverse, counts = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     num_clicks = int(label.sum())
@@ -441,7 +453,9 @@ def exact_auc(score: Floats, label: Ints) -> float:
 
 
 def grouped_auc(score: Floats, label: Ints, group: Ints) -> float:
-    """Mean of the groups' AUCs weighted by their rows, over groups with both labels; NaN without any."""
+    """Return the mean of the groups' AUCs, weighted by their rows, over groups with both labels. It is NaN where there
+    are none.
+    """
     parts = _groups(group)
     values = np.array([exact_auc(score[rows], label[rows]) for rows in parts])
     weights = np.array([len(rows) for rows in parts], dtype=np.float64)

@@ -29,13 +29,13 @@ class Setting:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """The former name of `tasks_per_rank`, for policies that were written before."""
+        """Return `tasks_per_rank` under its former name, for policies that were written before."""
         warnings.warn("Setting.slots is called tasks_per_rank now", FutureWarning, stacklevel=2)
         return self.tasks_per_rank
 
     @staticmethod
     def equal(batch: int, world_size: int, step: int = 0) -> Setting:
-        """The setting to begin with: every rank has equally many tasks, in one part."""
+        """Return the setting to begin with: every rank has equally many tasks, in one part."""
         return Setting(0, step, tuple(proportional(batch, [1.0] * world_size)), (1,) * world_size)
 
 
@@ -82,7 +82,7 @@ NAMES: dict[type, str] = {
 
 
 def apply_actions(setting: Setting, actions: Sequence[Action], step: int) -> Setting:
-    """The setting from `step` on, after `actions`. ValueError says which action is impossible, and why."""
+    """Return the setting from `step` on, after `actions`. ValueError says which action is impossible, and why."""
     world_size, batch = len(setting.tasks_per_rank), sum(setting.tasks_per_rank)
     new = replace(setting, number=setting.number + 1, step=step, restart=None)
     for action in actions:
@@ -113,10 +113,10 @@ def apply_actions(setting: Setting, actions: Sequence[Action], step: int) -> Set
 def _whole_numbers(action: Action, values: Any, world_size: int, least: int) -> tuple[int, ...]:
     try:
         numbers = tuple(int(value) for value in values)
-        whole = all(number == value for number, value in zip(numbers, values, strict=True))
+        are_whole = all(number == value for number, value in zip(numbers, values, strict=True))
     except (TypeError, ValueError):
-        whole, numbers = False, ()
-    if not whole or len(numbers) != world_size or any(number < least for number in numbers):
+        are_whole, numbers = False, ()
+    if not are_whole or len(numbers) != world_size or any(number < least for number in numbers):
         raise ValueError(
             f"{NAMES[type(action)]} {values!r}: must be {world_size} whole numbers, one a rank, of at least {least}"
         )
@@ -124,12 +124,12 @@ def _whole_numbers(action: Action, values: Any, world_size: int, least: int) -> 
 
 
 def to_json(action: Action) -> dict[str, Any]:
-    """{"action": its name, and its fields}."""
+    """Return {"action": its name, and its fields}."""
     return {"action": NAMES[type(action)], **to_wire(action)}
 
 
 def action_from_json(values: Mapping[str, Any]) -> Action:
-    """The inverse of `to_json`."""
+    """Return the action that `to_json` wrote."""
     kinds = {name: kind for kind, name in NAMES.items()}
     fields = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items() if key != "action"}
     action: Action = kinds[values["action"]](**from_wire(fields))
@@ -137,6 +137,6 @@ def action_from_json(values: Mapping[str, Any]) -> Action:
 
 
 def setting_from_json(values: Mapping[str, Any]) -> Setting:
-    """A `Setting` from its JSON object."""
+    """Return a `Setting` from its JSON object."""
     fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
     return Setting(**from_wire(fields))

@@ -31,7 +31,9 @@ class WorkerActivity:
     latest: tuple[Point, Point] = (None, None)
 
     def rates(self, now: float) -> tuple[Point, Point]:
-        """(samples a second, seconds a batch); the former ones while a worker is amid a batch and not late with it."""
+        """Return samples a second and seconds a batch. While a worker is amid a batch and not late with it, they stay
+        as they were.
+        """
         if not self.batches:
             known = self.latest[1]
             return self.latest if known is not None and now - self.since < 3 * max(known, 1.0) else (0.0, None)
@@ -74,7 +76,7 @@ class History:
 
     @property
     def due(self) -> float:
-        """When the next point is due."""
+        """Return when the next point is due."""
         return self.times[-1] + self.spacing_s if self.times else 0.0
 
 
@@ -91,7 +93,7 @@ class Activity:
         self.history = History()
 
     def seen(self, worker: str, now: float) -> WorkerActivity:
-        """The worker's account, after it was heard of just now."""
+        """Return the account of a worker from which a message has just come."""
         if worker not in self.workers and len(self.workers) >= MOST_WORKERS:
             del self.workers[min(self.workers, key=lambda name: self.workers[name].seen)]
         work = self.workers.setdefault(worker, WorkerActivity(now, now))
@@ -126,5 +128,5 @@ class Activity:
         self.history.add(now, {name: self.workers[name].rates(now) for name in shown if name in self.workers})
 
     def restart(self) -> None:
-        """A new worker group has begun: the accounts of the old one are closed, the history goes on."""
+        """Begin the accounts of a new worker group. Those of the old one are closed, and the history goes on."""
         self.workers = {}

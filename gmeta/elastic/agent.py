@@ -56,7 +56,7 @@ class LeaseBook:
     ended: bool = False  # whether nothing is left to lease
 
     def size(self, window: int) -> int:
-        """Tasks of a window; an epoch's last may be short."""
+        """Return the number of tasks of a window. The last one of an epoch may be short."""
         return min(self.window_tasks, self.epoch_tasks - window * self.window_tasks)
 
     def take(self, lease: Mapping[str, Any]) -> None:
@@ -80,11 +80,11 @@ class LeaseBook:
 
     @property
     def ahead(self) -> int:
-        """Windows that are leased and not begun. Those that wait for the epoch's tail may be any number."""
+        """Return the windows that are leased and not begun. Those that wait for the epoch's tail may be any number."""
         return sum(not self.done.get(key) for key in self.leases)
 
     def message(self) -> tuple[list[list[int]], list[list[int]]]:
-        """(commit, progress) of the leases at hand."""
+        """Return (commit, progress) of the leases at hand."""
         commit, progress = [], []
         for (epoch, window), attempt in self.leases.items():
             done = self.done.get((epoch, window), 0)
@@ -141,8 +141,9 @@ class Agent:
         self._thread.start()
 
     def setting(self, step: int) -> Setting:
-        """How the batch of `step` is divided; waits until it is granted. Raises RestartRequested where a worker is
-        replaced."""
+        """Return how the batch of `step` is divided; waits until it is granted. Raises RestartRequested where a worker
+        is replaced.
+        """
         with self._changed:
             if step > self._until:
                 self._wanted = max(self._wanted, step)
@@ -171,7 +172,7 @@ class Agent:
                 self._lease_book.epochs_finished = epoch + 1
 
     def saved(self) -> dict[str, Any]:
-        """The ledger as of the last finished step, for the checkpoint of that step. Only rank 0 may ask."""
+        """Return the ledger as of the last finished step, for the checkpoint of that step. Only rank 0 may ask."""
         if self._error is not None:
             raise self._error
         assert self._lease_book is not None

@@ -29,17 +29,17 @@ class Worker:
             raise ValueError(f"a worker gets {self.least} to {self.most} tasks: must be 0 <= least <= most")
 
     def seconds(self, tasks: int) -> float:
-        """T_i."""
+        """Return T_i, the seconds in which a worker computes so many tasks."""
         return self.fixed_s + tasks / self.speed if tasks else 0.0
 
 
 def proportional(total: int, weights: Sequence[float]) -> list[int]:
     """Split `total` in proportion to `weights` by the largest remainder; ties go to the first."""
-    whole = sum(weights)
-    if not whole > 0 or min(weights) < 0:
+    total_weight = sum(weights)
+    if not total_weight > 0 or min(weights) < 0:
         raise ValueError(f"weights are {list(weights)}: must not be negative, not all 0")
-    exact = [total * weight / whole for weight in weights]
-    tasks = [int(share) for share in exact]
+    exact = [total * weight / total_weight for weight in weights]
+    tasks = [int(number) for number in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (tasks[i] - exact[i], i))
     for i in by_remainder[: total - sum(tasks)]:
         tasks[i] += 1
@@ -47,7 +47,7 @@ def proportional(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def balanced(total: int, workers: Sequence[Worker]) -> list[int]:
-    """The tasks of each worker, `total` in all, with the least possible max_i T_i. This is exact.
+    """Return the tasks of each worker, `total` in all, with the least possible max_i T_i. This is exact.
 
     Tasks are given one by one to whoever would end first with one more. That is optimal because no T_i falls with more
     tasks: an assignment with a smaller maximum would give some worker fewer, and so another one more, than was refused
@@ -71,7 +71,8 @@ def balanced(total: int, workers: Sequence[Worker]) -> list[int]:
 
 
 def _surely(total: int, workers: Sequence[Worker], least: list[int], most: list[int]) -> list[int]:
-    """Tasks that end before a time at which fewer than `total` have ended; `least` where no such time is found.
+    """Return the tasks that end before a time at which fewer than `total` have ended; `least` where no such time is
+    found.
 
     The time is the end of continuous fractions, sum_i clip((T - a_i) v_i, least, most) = total, by Newton's method (the
     sum is piecewise linear), less a millionth. That is far above rounding, and only the last few tasks are then given
@@ -111,8 +112,8 @@ class MicroBatching:
 
 
 def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: int = 8) -> list[MicroBatching]:
-    """Micro-batch and accumulation of each device class, `total` tasks in all, that end first (AntDT-DD). This is
-    exact.
+    """Return the micro-batch and accumulation of each device class, `total` tasks in all, that end first (AntDT-DD).
+    This is exact.
 
     It minimises max_i c_i (a_i + m_i / v_i) with sum_i count_i c_i m_i = total and m_i within memory. Class by class,
     it keeps the choice that ends first for every number of tasks that the classes so far can take: whatever later
@@ -122,24 +123,24 @@ def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: in
     reached: dict[int, tuple[float, tuple[MicroBatching, ...]]] = {0: (0.0, ())}
     for last, options in ((k is classes[-1], _options(total, k, max_accumulation)) for k in classes):
         longer: dict[int, tuple[float, tuple[MicroBatching, ...]]] = {}
-        for taken, (ends, shares) in reached.items():
+        for taken, (ends, chosen) in reached.items():
             room = total - taken
             # The last class must take all that is left.
             sizes = ((room,) if room in options else ()) if last else (size for size in options if size <= room)
             for size in sizes:
-                seconds, share = options[size]
+                seconds, choice = options[size]
                 found, worst = longer.get(taken + size), max(ends, seconds)
                 if found is None or worst < found[0]:
-                    longer[taken + size] = worst, (*shares, share)
+                    longer[taken + size] = worst, (*chosen, choice)
         reached = longer
     if total not in reached:
         sizes_text = ", ".join(f"{k.count} devices of up to {k.worker.most}" for k in classes)
-        raise ValueError(f"{total} tasks cannot be cut into micro-batches for {sizes_text}")
+        raise ValueError(f"{total} tasks cannot be split into micro-batches for {sizes_text}")
     return list(reached[total][1])
 
 
 def _options(total: int, devices: DeviceClass, max_accumulation: int) -> dict[int, tuple[float, MicroBatching]]:
-    """{tasks of all devices of the class: (seconds, the choice that ends first)}, up to `total` tasks."""
+    """Return {tasks of all devices of the class: (seconds, the choice that ends first)}, up to `total` tasks."""
     worker, found = devices.worker, dict[int, tuple[float, MicroBatching]]()
     for c in range(1, max_accumulation + 1):
         most = total // (devices.count * c)

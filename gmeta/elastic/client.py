@@ -74,7 +74,7 @@ class Client:
         )
 
     def call(self, name: str, **fields: Any) -> dict[str, Any]:
-        """The reply to one POST /v1/<name>. Raises `Refused`, or `Unreachable` after `patience_s`."""
+        """Return the reply to one POST /v1/<name>. Raises `Refused`, or `Unreachable` after `patience_s`."""
         return self._call(name, fields, self.patience_s)
 
     def _call(self, name: str, fields: dict[str, Any], patience_s: float) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Client:
         return self.generation
 
     def shards(self, worker: str, ahead: int = 2) -> Iterator[HeldWorkItem]:
-        """The former name of `work_items`."""
+        """Return `work_items` under its former name."""
         warnings.warn("Client.shards is called work_items now", FutureWarning, stacklevel=2)
         return self.work_items(worker, ahead)
 
@@ -177,12 +177,12 @@ class HeldWorkItem:
 
     @property
     def positions(self) -> range:
-        """What is to do: positions in the epoch's order of samples."""
+        """Return what is to do: positions in the epoch's order of samples."""
         return range(self.start + self.done, self.stop)
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """(epoch, work item, attempt)."""
+        """Return (epoch, work item, attempt)."""
         return self.epoch, self.work_item, self.attempt
 
     def progress(self, count: int) -> None:

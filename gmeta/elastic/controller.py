@@ -81,7 +81,7 @@ class Controller:
         limits: Limits | None = None,
         restarts: Sequence[float] = (),
     ) -> Controller:
-        """A new controller: ranks have equally many tasks, and nothing is granted."""
+        """Return a new controller: ranks have equally many tasks, and nothing is granted."""
         limits = limits or Limits()
         monitor = Monitor(world_size, first_step, limits.short_steps, limits.long_steps)
         first = Setting.equal(batch, world_size, first_step)
@@ -92,7 +92,7 @@ class Controller:
         self.monitor.report(rank, now, steps, facts)
 
     def grant(self) -> Granted | None:
-        """How far ranks may load now; None where that is as far as before.
+        """Return how far ranks may load now; None where that is as far as before.
 
         It is two reports' worth of steps beyond what ranks load ahead, so that one report may be late and nobody waits.
         A longer reach would delay every decision by as much. Until a step was reported nobody knows how many steps that
@@ -139,7 +139,7 @@ class Controller:
             self.settings.pop(0)
 
     def newer(self, number: int) -> list[Setting]:
-        """The settings that a rank which knows those up to `number` has not heard of."""
+        """Return the settings that a rank which knows those up to `number` has not heard of."""
         return [setting for setting in self.settings if setting.number > number]
 
     def _restarts_left(self, now: float) -> int:

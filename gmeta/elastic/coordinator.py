@@ -77,7 +77,7 @@ Decision = tuple[list[Record], dict[str, Any]]
 
 
 def steady_clock() -> Callable[[], float]:
-    """Wall time now, plus the seconds since then. Setting the host's clock does not move it."""
+    """Return a clock: the wall time of now, plus the seconds that pass. Setting the host's clock does not move it."""
     wall, start = time.time(), time.monotonic()
     return lambda: wall + time.monotonic() - start
 
@@ -139,7 +139,7 @@ class Coordinator:
 
     @property
     def ledger(self) -> Ledger:
-        """The job's ledger. `Conflict` before there is a job."""
+        """Return the job's ledger. `Conflict` before there is a job."""
         if self._ledger is None:
             raise Conflict("there is no job yet: open one first (/v1/job)")
         return self._ledger
@@ -147,7 +147,9 @@ class Coordinator:
     # Messages
 
     def handle(self, name: str, body: Any) -> dict[str, Any]:
-        """The reply to message `name`. Where it raises BadMessage, Conflict or Unwritable, nothing was changed."""
+        """Return the reply to message `name`. Where it raises BadMessage, Conflict or Unwritable, nothing was
+        changed.
+        """
         if not isinstance(body, dict):
             raise BadMessage("the message is no JSON object")
         request, run = messages.text(body, "request", 64), messages.text(body, "run")
@@ -229,8 +231,9 @@ class Coordinator:
         return records, {"reply": "WAIT", "retry_s": self._retry_s()}
 
     def _retry_s(self) -> float:
-        """The pause before a waiting worker asks again: short where there are few, at most 500 questions a second in
-        all."""
+        """Return the pause before a waiting worker asks again: short where there are few, at most 500 questions a
+        second in all.
+        """
         return min(2.0, max(0.05, 0.002 * len(self.activity.workers)))
 
     def _commit(self, body: Mapping[str, Any], now: float) -> Decision:
@@ -421,11 +424,11 @@ class Coordinator:
     # What the page shows
 
     def holding(self) -> Counter[str]:
-        """The number of leases of each worker."""
+        """Return the number of leases of each worker."""
         return Counter(lease.worker for lease in self._ledger.doing.values()) if self._ledger is not None else Counter()
 
     def shown(self) -> list[str]:
-        """Names of the workers on the page: the ranks of a trainer, or the workers that pull work items."""
+        """Return the names of the workers on the page: the ranks of a trainer, or the workers that pull work items."""
         if self.began is not None:
             return [f"rank {rank}" for rank in range(self.began.world_size)]
         return sorted(self.activity.workers, key=_natural)
@@ -466,15 +469,16 @@ class _Decider:
             ledgers.apply(self.after, found)
 
     def records(self) -> list[Record]:
-        """The records of all messages. `Conflict` where any was refused."""
+        """Return the records of all messages. `Conflict` where any was refused."""
         if self._refusal is not None:
             raise Conflict(self._refusal.reason, self._refusal.stale, self._lost)
         return self._records
 
 
 def _plain(decided: Decided) -> Decided | RejectedDecision:
-    """The decision as it will be read from the journal: a policy may have used numpy's numbers, or put anything else in
-    it."""
+    """Return the decision as it will be read from the journal: a policy may have used numpy's numbers, or put anything
+    else in it.
+    """
     try:
         kind, body = to_row(decided)
         found = from_row(kind, json.loads(json.dumps(body, default=lambda value: value.tolist(), allow_nan=False)))
@@ -485,7 +489,7 @@ def _plain(decided: Decided) -> Decided | RejectedDecision:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts w2 before w10."""
+    """Return a key that sorts w2 before w10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

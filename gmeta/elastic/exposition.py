@@ -31,11 +31,11 @@ class Exposition:
             self.errors[status] += 1
 
     def text(self) -> bytes:
-        """What /metrics answers."""
+        """Return what /metrics answers."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics, for prometheus_client."""
+        """Yield the metrics, for prometheus_client."""
         requests = CounterMetricFamily("gmeta_requests", "Requests by message", labels=["message"])
         for message, count in sorted(self.requests.items()):
             requests.add_metric([message], count)

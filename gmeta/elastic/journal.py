@@ -75,7 +75,7 @@ class Journal:
             raise ValueError(f"journal {self.path} is damaged ({reason}): {_CURE}")
 
     def job(self) -> dict[str, Any] | None:
-        """What `create_job` wrote; None in a new journal."""
+        """Return what `create_job` wrote; None in a new journal."""
         row = self._db.execute("SELECT body FROM job").fetchone()
         job: dict[str, Any] | None = json.loads(row[0]) if row else None
         return job
@@ -89,14 +89,14 @@ class Journal:
                 raise ValueError(f"journal {self.path} is damaged (record {seq}, {error!r}): {_CURE}") from error
 
     def rows(self, after: int, limit: int) -> list[dict[str, Any]]:
-        """Up to `limit` records after number `after`, as they stand in the file; for audits."""
+        """Return up to `limit` records after number `after`, as they stand in the file; for audits."""
         found = self._db.execute(
             "SELECT seq, time, kind, body FROM records WHERE seq > ? ORDER BY seq LIMIT ?", (after, limit)
         )
         return [{"seq": seq, "time": time, "kind": kind, "body": json.loads(body)} for seq, time, kind, body in found]
 
     def reply(self, request: str) -> dict[str, Any] | None:
-        """The reply to a request that was carried out; None where it was not."""
+        """Return the reply to a request that was carried out; None where it was not."""
         row = self._db.execute("SELECT body FROM replies WHERE request = ?", (request,)).fetchone()
         reply: dict[str, Any] | None = json.loads(row[0]) if row else None
         return reply
@@ -143,7 +143,7 @@ _CURE = "restore it from a copy, or name another --journal to begin anew"
 
 
 def _lock(path: Path) -> int:
-    """Lock a file beside the journal, which says whose it is. The lock ends with the process, however it ends."""
+    """Lock a file beside the journal, which names its owner. The lock ends with the process, however it ends."""
     lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -71,16 +71,16 @@ class JobSpec:
 
     @property
     def num_work_items(self) -> int:
-        """The number of work items of an epoch."""
+        """Return the number of work items of an epoch."""
         return -(-self.num_samples // self.work_item_size)
 
     def positions(self, work_item: int) -> range:
-        """The positions of a work item in its epoch's order."""
+        """Return the positions of a work item in its epoch's order."""
         start = work_item * self.work_item_size
         return range(start, min(start + self.work_item_size, self.num_samples))
 
     def order(self, epoch: int) -> list[int]:
-        """The order in which an epoch's work items are given out."""
+        """Return the order in which an epoch's work items are given out."""
         if not self.shuffle:
             return list(range(self.num_work_items))
         state = _mix(self.seed) ^ _mix(epoch + 1)
@@ -88,14 +88,15 @@ class JobSpec:
 
 
 def Plan(num_samples: int, shard_size: int, **settings: Any) -> JobSpec:
-    """The former name of `JobSpec`, whose `work_item_size` was called `shard_size`."""
+    """Return a `JobSpec` under its former name, by which `work_item_size` was called `shard_size`."""
     warnings.warn("Plan is called JobSpec now, and its shard_size work_item_size", FutureWarning, stacklevel=2)
     return JobSpec(num_samples, shard_size, **settings)
 
 
 def _mix(state: int, value: int = 0) -> int:
-    """The output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), because an order outlives Python's
-    generators."""
+    """Apply the output function of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), because an order outlives Python's
+    generators.
+    """
     x = (state + value * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -115,7 +116,7 @@ class Lease:
 
     @property
     def key(self) -> WorkItemId:
-        """(epoch, work item)."""
+        """Return (epoch, work item)."""
         return self.epoch, self.work_item
 
 
@@ -207,7 +208,7 @@ class Ledger:
 
     @property
     def order(self) -> list[int]:
-        """The order of the current epoch."""
+        """Return the order of the current epoch."""
         if self._order[0] != self.epoch:
             self._order = (self.epoch, self.spec.order(self.epoch))
         return self._order[1]
@@ -218,7 +219,7 @@ class Ledger:
         return self.epoch >= self.spec.epochs
 
     def state(self, epoch: int, work_item: int) -> WorkItemState:
-        """TODO, DOING (also while it is lost until the rollback), DONE or QUARANTINED."""
+        """Return TODO, DOING (also while it is lost until the rollback), DONE or QUARANTINED."""
         if (epoch, work_item) in self.quarantined:
             return "QUARANTINED"
         if epoch != self.epoch:
@@ -238,7 +239,7 @@ class Ledger:
                     yield self.order[position], 0
 
     def save(self) -> dict[str, Any]:
-        """The part that a checkpoint keeps, for JSON. Work items in hand are to be leased again."""
+        """Return the part that a checkpoint keeps, for JSON. Work items in hand are to be leased again."""
         return {
             "epoch": self.epoch,
             "cursor": self.cursor,
@@ -331,7 +332,7 @@ def rollback(ledger: Ledger, saved: Mapping[str, Any]) -> RolledBack:
 
 
 def _held(ledger: Ledger, generation: int, epoch: int, work_item: int, attempt: int) -> Lease | Refusal | None:
-    """The lease that a message is about; None where this very attempt has done it already."""
+    """Return the lease that a message is about. It is None where this very attempt has done it already."""
     if generation != ledger.generation:
         return Refusal(f"the message is of generation {generation}, the ledger is in {ledger.generation}", stale=True)
     if not (0 <= epoch < ledger.spec.epochs and 0 <= work_item < ledger.spec.num_work_items):

@@ -32,7 +32,7 @@ def _bad(key: str, value: Any, rule: str) -> BadMessage:
 
 
 def text(body: Mapping[str, Any], key: str, most: int = 500) -> str:
-    """A string of 1 to `most` characters."""
+    """Return a string of 1 to `most` characters."""
     value = body.get(key)
     if not isinstance(value, str) or not 1 <= len(value) <= most:
         raise _bad(key, value, f"text of 1 to {most} characters")
@@ -40,7 +40,7 @@ def text(body: Mapping[str, Any], key: str, most: int = 500) -> str:
 
 
 def integer(body: Mapping[str, Any], key: str, least: int = 0, most: int = 2**53) -> int:
-    """A whole number within bounds."""
+    """Return a whole number within bounds."""
     value: Any = body.get(key)
     if not _is_whole(value) or not least <= value <= most:
         raise _bad(key, value, f"a whole number of {least} to {most}")
@@ -48,7 +48,7 @@ def integer(body: Mapping[str, Any], key: str, least: int = 0, most: int = 2**53
 
 
 def number(body: Mapping[str, Any], key: str, above: float = 0.0) -> float:
-    """A finite number."""
+    """Return a finite number."""
     value: Any = body.get(key)
     if not _is_number(value) or not value > above:
         raise _bad(key, value, f"a number above {above:g}")
@@ -56,7 +56,7 @@ def number(body: Mapping[str, Any], key: str, above: float = 0.0) -> float:
 
 
 def mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """An object."""
+    """Return an object."""
     value = body.get(key)
     if not isinstance(value, dict):
         raise _bad(key, value, "an object")
@@ -64,12 +64,12 @@ def mapping(body: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def work_item_keys(body: Mapping[str, Any], key: str) -> list[WorkItemKey]:
-    """[[epoch, work item, attempt], ...]; an empty list where the field is left out."""
+    """Return [[epoch, work item, attempt], ...]. The list is empty where the field is left out."""
     return [(e, s, a) for e, s, a in _rows(body, key, 3, "[epoch, work item, attempt]")]
 
 
 def progress(body: Mapping[str, Any], key: str = "progress") -> list[WorkItemProgress]:
-    """[[epoch, work item, attempt, samples done], ...]; an empty list where the field is left out."""
+    """Return [[epoch, work item, attempt, samples done], ...]; an empty list where the field is left out."""
     return [(e, s, a, d) for e, s, a, d in _rows(body, key, 4, "[epoch, work item, attempt, samples done]")]
 
 
@@ -84,7 +84,7 @@ def _rows(body: Mapping[str, Any], key: str, width: int, form: str) -> list[list
 
 
 def job_spec(body: Mapping[str, Any]) -> JobSpec:
-    """The specification of a job, from the field `plan`."""
+    """Return the specification of a job, from the field `plan`."""
     found, known = mapping(body, "plan"), {wire_name(field.name): str(field.type) for field in fields(JobSpec)}
     unknown = sorted(found.keys() - known.keys())
     if unknown:
@@ -106,7 +106,7 @@ def job_spec(body: Mapping[str, Any]) -> JobSpec:
 
 
 def steps(body: Mapping[str, Any]) -> list[StepTime]:
-    """[[step, compute_s, input_s, wait_s, work], ...]."""
+    """Return [[step, compute_s, input_s, wait_s, work], ...]."""
     value = body.get("steps")
     if not isinstance(value, list) or len(value) > 10_000:
         raise _bad("steps", value, "a list of at most 10000 [step, compute_s, input_s, wait_s, work]")
@@ -118,7 +118,7 @@ def steps(body: Mapping[str, Any]) -> list[StepTime]:
 
 
 def facts(body: Mapping[str, Any]) -> dict[str, float]:
-    """{name: number}, the state of a node."""
+    """Return {name: number}, the state of a node."""
     value = body.get("facts", {})
     if not isinstance(value, dict) or len(value) > 100 or not all(map(_is_number, value.values())):
         raise _bad("facts", value, "an object of at most 100 numbers")
@@ -126,7 +126,7 @@ def facts(body: Mapping[str, Any]) -> dict[str, float]:
 
 
 def about(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Those fixed facts of a rank that were given; None where there are none."""
+    """Return those fixed facts of a rank that were given; None where there are none."""
     if body.get("about") is None:
         return None
     value = mapping(body, "about")
@@ -142,7 +142,7 @@ def about(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def saved(body: Mapping[str, Any], spec: JobSpec) -> dict[str, Any]:
-    """A ledger from a checkpoint (`Ledger.save`), or a fresh one where there is none."""
+    """Return a ledger from a checkpoint (`Ledger.save`), or a fresh one where there is none."""
     if body.get("saved") is None:
         return Ledger(spec).save()
     value, n = mapping(body, "saved"), spec.num_work_items
@@ -160,7 +160,7 @@ def saved(body: Mapping[str, Any], spec: JobSpec) -> dict[str, Any]:
 
 
 def spec_differences(here: JobSpec, there: JobSpec) -> str:
-    """What differs between the job's specification and a message's, in words; empty where nothing does."""
+    """Return what differs between the job's specification and a message's, in words; empty where nothing does."""
     theirs = to_wire(there)
     return ", ".join(
         f"plan.{name} is {value!r} there and {theirs[name]!r} in the message"

@@ -50,7 +50,9 @@ class WorkerView:
     facts: Mapping[str, float] = field(default_factory=dict)  # cpu_steal, load, memory of its node: fractions of 1
 
     def speed(self, long: bool = False) -> float | None:
-        """Tasks a second of compute, from the last few steps or from the last hundred; None where it is unknown."""
+        """Return the tasks a second of compute, from the last few steps or from the last hundred; None where it is
+        unknown.
+        """
         stats = self.long if long else self.short
         return 1 / stats.slot_s if stats is not None and stats.slot_s > 0 else None
 
@@ -69,7 +71,7 @@ class Snapshot:
 
     @property
     def batch(self) -> int:
-        """Tasks of the global batch (G)."""
+        """Return the tasks of the global batch (G)."""
         return sum(self.setting.tasks_per_rank)
 
 
@@ -99,12 +101,12 @@ class Monitor:
 
     @property
     def finished(self) -> int:
-        """The number of steps that every rank has finished, those before `first_step` included."""
+        """Return the number of steps that every rank has finished, those before `first_step` included."""
         return min(self._next(rank) for rank in range(len(self._steps)))
 
     @property
     def furthest(self) -> int:
-        """The number of steps that the foremost rank has finished."""
+        """Return the number of steps that the foremost rank has finished."""
         return self._next(self._leader)
 
     def _next(self, rank: int) -> int:
@@ -112,12 +114,12 @@ class Monitor:
         return seen[-1].step + 1 if seen else self.first_step
 
     def step_s(self) -> float | None:
-        """Median seconds of a step, waits included, of the rank that is furthest; None before the first."""
+        """Return the median seconds of a step, waits included, of the rank that is furthest; None before the first."""
         recent = list(self._steps[self._leader])[-self.short_steps :]
         return statistics.median(s.compute_s + s.input_s + s.wait_s for s in recent) if recent else None
 
     def snapshot(self, now: float, setting: Setting, restarts_left: int) -> Snapshot:
-        """What a policy sees now."""
+        """Return what a policy sees now."""
         workers = tuple(self._view(rank, now) for rank in range(len(self._steps)))
         settled = max(0, self.finished - setting.step)
         return Snapshot(now, self.finished, setting, settled, workers, restarts_left)
@@ -142,13 +144,13 @@ def _stats(steps: Sequence[StepTime]) -> StepStats:
 
 
 def snapshot_to_json(snapshot: Snapshot) -> dict[str, Any]:
-    """A snapshot for a trace; NaN becomes null."""
+    """Return a snapshot for a trace; NaN becomes null."""
     values: dict[str, Any] = _finite({**asdict(snapshot), "setting": to_wire(snapshot.setting)})
     return values
 
 
 def snapshot_from_json(values: Mapping[str, Any]) -> Snapshot:
-    """The inverse of `snapshot_to_json`."""
+    """Return the snapshot that `snapshot_to_json` wrote."""
 
     def stats(found: Mapping[str, Any] | None) -> StepStats | None:
         if found is None:

@@ -66,7 +66,7 @@ def static(snapshot: Snapshot) -> list[Action]:
 
 
 def nd(snapshot: Snapshot) -> list[Action]:
-    """AntDT-ND: divide the batch by measured speed, and restart a rank that stays far behind its peers.
+    """Decide by AntDT-ND: divide the batch by measured speed, and restart a rank that stays far behind its peers.
 
     The tasks are the exact minimum of max_i b_i / v_i, with v_i tasks a second of compute, within `max_slots`. A fixed
     cost a_i of a step makes the measured b_i / T_i depend on b_i; repeating heals that. Where all T_i = a_i + b_i / v_i
@@ -80,7 +80,7 @@ def nd(snapshot: Snapshot) -> list[Action]:
     if restart:
         return [restart]
     costs = _costs(views)
-    tasks = _shares(snapshot, costs)
+    tasks = _balanced_tasks(snapshot, costs)
     if tasks is None:
         return []
     untried = any(cost is None and not n for cost, n in zip(costs, old, strict=True))
@@ -92,7 +92,8 @@ def nd(snapshot: Snapshot) -> list[Action]:
 
 
 def dd(snapshot: Snapshot) -> list[Action]:
-    """AntDT-DD: tasks and micro-batches by class of device, under memory caps; a single rank's troubles are left alone.
+    """Decide by AntDT-DD: set tasks and micro-batches by class of device, under memory caps. A single rank's troubles
+    are left alone.
 
     It decides once there are enough steps, and again when the speed of a class has changed. All ranks of a class do the
     same. Only where the batch cannot be divided so, or where that would cost more than a few percent, do ranks of a
@@ -126,7 +127,7 @@ def dd(snapshot: Snapshot) -> list[Action]:
 
 
 def lb_bsp(snapshot: Snapshot) -> list[Action]:
-    """LB-BSP (arXiv 1806.02508): batch sizes by predicted speed, moved step by step.
+    """Decide by LB-BSP (arXiv 1806.02508): set batch sizes by predicted speed, moved step by step.
 
     Of the paper it has batches in proportion to predicted speeds, changed gradually, with the simplest of predictors
     (the last value, which is here the median of the last few steps). It leaves out the paper's recurrent predictor,
@@ -146,8 +147,8 @@ def lb_bsp(snapshot: Snapshot) -> list[Action]:
 
 
 def backup(snapshot: Snapshot) -> list[Action]:
-    """Backup workers (arXiv 1604.00981): a step does not wait for the slowest; what that has not begun goes to the
-    tail.
+    """Decide by backup workers (arXiv 1604.00981): a step does not wait for the slowest. What that has not begun goes
+    to the tail.
 
     The paper throws away the gradients of the last workers. Here a rank stops between micro-batches instead, so that
     what it has computed counts, and what it has not is done at the end of the epoch.
@@ -169,7 +170,7 @@ POLICIES: dict[str, Policy] = {"static": static, "nd": nd, "dd": dd, "lb_bsp": l
 
 
 def load_policy(text: str) -> Policy:
-    """A policy by its name, or anyone's function as `module:function` (the current folder is searched too).
+    """Return a policy by its name, or anyone's function as `module:function` (the current folder is searched too).
 
     ValueError names the known ones, or says what cannot be imported.
     """
@@ -202,7 +203,7 @@ def _seconds_a_task(stats: StepStats | None) -> float | None:
 
 
 def _costs(views: Sequence[WorkerView]) -> list[float | None]:
-    """Seconds a task of each rank, by which nd divides."""
+    """Return the seconds a task of each rank, by which nd divides."""
     costs = [_cost(view) for view in views]
     usual = [_seconds_a_task(view.long) for view in views]
     changed = [i for i, long in enumerate(usual) if long is not None and costs[i] != long]
@@ -219,7 +220,7 @@ def _costs(views: Sequence[WorkerView]) -> list[float | None]:
 
 
 def _cost(view: WorkerView) -> float | None:
-    """Seconds a task over the last hundred steps, which is exact, unless the last few show that it is past.
+    """Return the seconds a task over the last hundred steps, which is exact, unless the last few show that it is past.
 
     A rank without recent tasks keeps the speed of its last hundred steps, until those hold no task either.
     """
@@ -229,9 +230,9 @@ def _cost(view: WorkerView) -> float | None:
     return long if 1 / CHANGED < short / long < CHANGED else short
 
 
-def _shares(snapshot: Snapshot, costs: Sequence[float | None]) -> list[int] | None:
-    """The tasks of each rank that end first. A rank of unknown speed keeps its tasks, and is given one where it has
-    none.
+def _balanced_tasks(snapshot: Snapshot, costs: Sequence[float | None]) -> list[int] | None:
+    """Return the tasks of each rank that end first. A rank of unknown speed keeps its tasks, and is given one where it
+    has none.
 
     That is the case once its last task was a hundred steps ago. So even a hopeless rank is tried about once in a
     hundred steps, and its task is taken away again as soon as it is measured. None where nothing is known, or where
@@ -256,14 +257,15 @@ def _shares(snapshot: Snapshot, costs: Sequence[float | None]) -> list[int] | No
 
 
 def _gain(old: Sequence[int], new: Sequence[int], costs: Sequence[float | None]) -> float:
-    """The fraction of a step's time that `new` tasks win over `old`, by ranks of known speed."""
+    """Return the fraction of a step's time that `new` tasks win over `old`, by ranks of known speed."""
     before = max((b * cost for b, cost in zip(old, costs, strict=True) if cost is not None), default=0.0)
     after = max((b * cost for b, cost in zip(new, costs, strict=True) if cost is not None), default=0.0)
     return 1 - after / before if before > 0 else 0.0
 
 
 def _hopeless(snapshot: Snapshot) -> KillRestart | None:
-    """The rank to restart: slow for a hundred steps, compared with ranks of its role and device, if a restart pays.
+    """Return the rank to restart: slow for a hundred steps, compared with ranks of its role and device, if a restart
+    pays.
 
     The median of the hundred tells of half of them; that nothing had to be changed for as many steps tells that the
     slowness did not come and go. (A rank so slow that it got no tasks at all is judged after half as many, because
@@ -298,16 +300,16 @@ def _hopeless(snapshot: Snapshot) -> KillRestart | None:
 def _by_class(
     snapshot: Snapshot, classes: dict[str, list[WorkerView]], cost: dict[str, float]
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """(tasks, micro-batches) of every rank; None where the memory of all devices does not hold the batch."""
+    """Return (tasks, micro-batches) of every rank; None where the memory of all devices does not hold the batch."""
     caps = {device: min((m.max_slots for m in ms if m.max_slots), default=None) for device, ms in classes.items()}
     devices = [view.device for view in snapshot.workers]
     even: tuple[list[int], list[int]] | None = None
     try:
         kinds = [DeviceClass(len(ms), Worker(1 / cost[d], most=caps[d])) for d, ms in classes.items()]
-        shares = dict(zip(classes, accumulated(snapshot.batch, kinds), strict=True))
+        chosen = dict(zip(classes, accumulated(snapshot.batch, kinds), strict=True))
         even = (
-            [shares[d].micro_batch * shares[d].accumulation for d in devices],
-            [shares[d].accumulation for d in devices],
+            [chosen[d].micro_batch * chosen[d].accumulation for d in devices],
+            [chosen[d].accumulation for d in devices],
         )
     except ValueError:
         pass  # no equal micro-batches give the batch
@@ -324,7 +326,7 @@ def _by_class(
 
 
 def _at_least_one(batch: int, tasks: Sequence[int]) -> tuple[int, ...]:
-    """`tasks` with one more for ranks that have none, taken from those that have most."""
+    """Return `tasks` with one more for ranks that have none, taken from those that have most."""
     found = [max(1, n) for n in tasks]
     for _ in range(sum(found) - batch):
         found[found.index(max(found))] -= 1

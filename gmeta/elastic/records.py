@@ -40,7 +40,7 @@ _PLAIN: dict[str, type[Any]] = {
 
 
 def to_row(record: Record) -> tuple[str, dict[str, Any]]:
-    """(kind, body for JSON)."""
+    """Return (kind, body for JSON)."""
     if isinstance(record, ledger.Leased):
         return "Leased", {"leases": [to_wire(lease) for lease in record.leases]}
     if isinstance(record, ledger.Renewed):
@@ -52,7 +52,7 @@ def to_row(record: Record) -> tuple[str, dict[str, Any]]:
 
 
 def from_row(kind: str, body: Mapping[str, Any]) -> Record:
-    """The inverse of `to_row`. KeyError or TypeError says that this is no record of ours."""
+    """Return the record that `to_row` wrote. KeyError or TypeError says that this is no record of ours."""
     if kind == "Leased":
         return ledger.Leased(tuple(ledger.Lease(**from_wire(lease)) for lease in body["leases"]))
     if kind == "Renewed":

@@ -138,7 +138,7 @@ class Kill:
 
     @property
     def rank(self) -> int | None:
-        """The rank whose worker is killed; None where none is."""
+        """Return the rank whose worker is killed; None where none is."""
         found = re.match(r"rank (\d+)", self.who)
         return int(found[1]) if found else None
 
@@ -209,7 +209,7 @@ class Scenario:
                     self._slow.setdefault(rank, []).append((number, event))
 
     def device(self, rank: int) -> Devices | None:
-        """The rank's kind of device; None where none is given."""
+        """Return the rank's kind of device; None where none is given."""
         for device in self.devices:
             if rank < device.count:
                 return device
@@ -217,7 +217,7 @@ class Scenario:
         return None
 
     def slowdown(self, rank: int, *, step: int, time_s: float, incarnation: int = 0) -> float:
-        """How many times longer than at speed 1 the rank takes to compute, its device included.
+        """Return how many times longer than at speed 1 the rank takes to compute, its device included.
 
         `time_s` counts from the start of the run. `incarnation` counts the machines that the rank has had (a SIGKILL
         alone does not change it): `until: restart` ends with the first one.
@@ -249,12 +249,16 @@ class Scenario:
         return bisect.bisect_right(times, now) % 2 == 1
 
     def ideal_step_s(self, tasks: int, factors: Sequence[float]) -> float:
-        """Seconds of a step of `tasks` with the best possible division among ranks that are so many times slower."""
+        """Return the seconds of a step of `tasks` with the best possible division among ranks that are so many times
+        slower.
+        """
         workers = [Worker(1 / (self.slot_s * factor), self.fixed_s * factor) for factor in factors]
         return max(w.seconds(n) for w, n in zip(workers, balanced(tasks, workers), strict=True))
 
     def scaled(self, workers: int) -> Scenario:
-        """The same scenario for another number of workers: batch and devices in proportion, slow ranks repeated."""
+        """Return the same scenario for another number of workers: batch and devices in proportion, slow ranks
+        repeated.
+        """
         if workers == self.workers:
             return self
         counts = [device.count for device in self.devices]
@@ -275,7 +279,9 @@ class Scenario:
 
 
 def parse_scenario(text: str, where: str) -> Scenario:
-    """A scenario from YAML; `where` names it in errors. ValueError says what is wrong, where, and what is expected."""
+    """Return a scenario from YAML; `where` names it in errors. ValueError says what is wrong, where, and what is
+    expected.
+    """
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -310,7 +316,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
-    """`kind(**values)`, after a check that no key is unknown or missing and no value has another type."""
+    """Return `kind(**values)`, after a check that no key is unknown or missing and no value has another type."""
     known = {f.name: f for f in fields(kind) if not f.name.startswith("_")}
     for name, value in values.items():
         if name not in known:
@@ -353,7 +359,7 @@ def _list(values: Mapping[str, Any], key: str, where: str) -> Sequence[Any]:
 
 
 def _ranks(event: Event) -> tuple[int, ...]:
-    """The ranks that an event is about."""
+    """Return the ranks that an event is about."""
     if isinstance(event, Transient):
         return event.ranks
     rank = getattr(event, "rank", None)

@@ -43,7 +43,7 @@ _TICK_S = 0.05
 
 
 def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
-    """The service over a coordinator. With a token, every request but the page's needs it."""
+    """Return the service over a coordinator. With a token, every request but the page's needs it."""
     metrics = Exposition(coordinator)
 
     @contextlib.asynccontextmanager
@@ -127,8 +127,9 @@ async def _answer(coordinator: Coordinator, name: str, request: Request) -> Resp
 
 
 async def _body(request: Request) -> bytes | None:
-    """The request's body; None where it is too large. It is read to its end all the same, or the sender would see no
-    answer."""
+    """Return the request's body; None where it is too large. It is read to its end all the same, or the sender would
+    see no answer.
+    """
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -148,7 +149,9 @@ def _error(status: int, text: str, stale: bool = False, lost: list[list[int]] | 
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections; port 0 takes any free one. ValueError says that the address cannot be had."""
+    """Return a socket that accepts connections; port 0 takes any free one. ValueError says that the address cannot be
+    had.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)

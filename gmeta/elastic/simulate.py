@@ -50,7 +50,7 @@ class Slowness(Protocol):
     """`Scenario.slowdown`, or what a recorded trace shows."""
 
     def __call__(self, rank: int, *, step: int, time_s: float, incarnation: int = 0) -> float:
-        """How many times longer than a scenario's `slot_s` a task takes."""
+        """Return how many times longer than a scenario's `slot_s` a task takes."""
         ...
 
 
@@ -76,17 +76,17 @@ class SimulationResult:
 
     @property
     def achieved(self) -> float:
-        """The fraction of the ideal speed; 1 is perfect."""
+        """Return the fraction of the ideal speed; 1 is perfect."""
         return self.ideal_s / self.jct_s
 
     @property
     def utilisation(self) -> float:
-        """The fraction of all ranks' time in which they compute."""
+        """Return the fraction of all ranks' time in which they compute."""
         return self.busy_s / (self.workers * self.jct_s)
 
     @property
     def waiting(self) -> float:
-        """The fraction of all ranks' time in which they wait for each other."""
+        """Return the fraction of all ranks' time in which they wait for each other."""
         return self.waiting_s / (self.workers * self.jct_s)
 
 
@@ -181,14 +181,14 @@ class _Run:
         heapq.heappush(self.events, (time, self.count, lambda now: do(now, *args)))
 
     def reachable(self, now: float) -> float:
-        """When a message sent at `now` reaches the coordinator, retries included."""
+        """Return when a message sent at `now` reaches the coordinator, retries included."""
         for start, stop in self.outages:
             if start <= now < stop:
                 now = stop
         return now
 
     def report(self, now: float, cohort: int) -> None:
-        """A cohort's ranks send what they have measured."""
+        """Send what the ranks of a cohort have measured."""
         if self.talking[cohort]:
             return
         self.talking[cohort] = True
@@ -198,7 +198,7 @@ class _Run:
         self.at(self.reachable(now) + DELAY_S, self.receive, cohort, steps)
 
     def receive(self, now: float, cohort: int, reports: Sequence[list[StepTime]]) -> None:
-        """The coordinator takes a report, and answers."""
+        """Let the coordinator take a report and answer it."""
         for rank, steps in zip(self.cohorts[cohort], reports, strict=True):
             self.controller.report(rank, now, steps, {})
             self.news = self.news or bool(steps)
@@ -240,7 +240,7 @@ class _Run:
             )
 
     def lose_coordinator(self, away_s: float) -> None:
-        """The coordinator dies: its journal brings back settings and grants, and what was reported is gone."""
+        """Let the coordinator die. Its journal brings back settings and grants, and what was reported is lost."""
         self.outages.append([self.now, self.now + away_s])
         s, old = self.scenario, self.controller.monitor
         self.controller.monitor = Monitor(s.workers, old.first_step, old.short_steps)
@@ -329,14 +329,14 @@ class _Run:
             result.ideal_s += self.ideal(factors) + s.comm_s
 
     def ideal(self, factors: list[float]) -> float:
-        """Seconds of a step with the best possible division for these very speeds."""
+        """Return the seconds of a step with the best possible division for these very speeds."""
         s, key = self.scenario, frozenset(Counter(factors).items())
         if key not in self.best:
             self.best[key] = s.ideal_step_s(s.tasks_per_batch, factors)
         return self.best[key]
 
     def stopped(self, rank: int, start: float, seconds: float) -> float:
-        """`seconds` from `start`, and what SIGSTOP adds."""
+        """Return the seconds that work of `seconds` takes from `start`, with what SIGSTOP adds."""
         end = start + seconds
         for pause in self.pauses:
             if pause.rank == rank and pause.at_s < end and start < pause.at_s + pause.for_s:
@@ -360,7 +360,7 @@ class _Run:
         return None
 
     def replace_worker(self, rank: int, step: int) -> None:
-        """KILL_RESTART: everything was saved, and the rank gets another machine."""
+        """Carry out KILL_RESTART: everything was saved, and the rank gets another machine."""
         self.restarts = list(self.controller.restarts)
         self.incarnation[rank] += 1
         self.restart(step)
@@ -372,7 +372,9 @@ class _Run:
 
 
 def _micro_batches(tasks: int, parts: int, fixed_s: float, slot_s: float, after: float | None) -> tuple[float, int]:
-    """(seconds, tasks that were computed). None is begun `after` seconds into the step, but the first always is."""
+    """Return (seconds, tasks that were computed). None is begun `after` seconds into the step, but the first always
+    is.
+    """
     if after is None and parts <= tasks:
         return (parts * fixed_s if tasks else 0.0) + tasks * slot_s, tasks
     seconds, done = 0.0, 0
@@ -403,14 +405,14 @@ class Recorded:
         self._steps = max(found[-1][0] for found in self._points) + 1 - self.first
 
     def __call__(self, rank: int, *, step: int, time_s: float, incarnation: int = 0) -> float:
-        """Seconds a task."""
+        """Return the seconds a task."""
         found = self._points[rank % len(self._points)]
         at = bisect.bisect_right(found, (self.first + step % self._steps, float("inf")))
         return found[max(0, at - 1)][1]
 
 
 def read_trace(path: Path) -> tuple[Scenario, Recorded]:
-    """The job that a trace shows, with as many steps, equal batches and nobody's decisions.
+    """Return the job that a trace shows, with as many steps, equal batches and nobody's decisions.
 
     ValueError where the file is no trace.
     """
@@ -488,6 +490,6 @@ def print_results(results: Sequence[SimulationResult]) -> None:
     for header in ("job s", "of ideal", "busy", "waiting", "decisions", "restarts", "put back"):
         table.add_column(header, justify="right")
     for r in results:
-        shares = [f"{r.achieved:.2f}", f"{r.utilisation:.0%}", f"{r.waiting:.0%}"]
-        table.add_row(r.policy, f"{r.jct_s:.1f}", *shares, str(r.decisions), str(r.restarts), str(r.tail_tasks))
+        fractions = [f"{r.achieved:.2f}", f"{r.utilisation:.0%}", f"{r.waiting:.0%}"]
+        table.add_row(r.policy, f"{r.jct_s:.1f}", *fractions, str(r.decisions), str(r.restarts), str(r.tail_tasks))
     Console().print(table)

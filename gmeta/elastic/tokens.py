@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make_token(path: Path | str) -> str:
-    """The token in the file. Where there is no file, a new token goes into a new file of mode 600."""
+    """Return the token in the file. Where there is no file, a new token goes into a new file of mode 600."""
     try:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -24,7 +24,7 @@ def make_token(path: Path | str) -> str:
 
 
 def read_token(path: Path | str) -> str:
-    """The token in the file. ValueError says that there is none, or that others may read it."""
+    """Return the token in the file. ValueError says that there is none, or that others may read it."""
     try:
         mode, lines = Path(path).stat().st_mode, Path(path).read_text(errors="replace").split()
     except OSError as error:

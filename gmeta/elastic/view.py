@@ -22,7 +22,7 @@ _HEAT_BOUNDS = [2 ** ((level - 17.5) / 6) for level in range(len(HEAT_LEVELS) - 
 
 
 def state(coordinator: Coordinator) -> dict[str, Any]:
-    """All that the page shows."""
+    """Return all that the page shows."""
     job, now = coordinator.job, coordinator.now()
     values: dict[str, Any] = {
         "now": now,
@@ -51,7 +51,7 @@ def state(coordinator: Coordinator) -> dict[str, Any]:
 
 
 def work_item_counts(ledger: Ledger) -> dict[str, int]:
-    """The number of work items of the current epoch in each state."""
+    """Return the number of work items of the current epoch in each state."""
     doing, lost = len(ledger.doing), len(ledger.lost)
     quarantined = sum(epoch == ledger.epoch for epoch, _ in ledger.quarantined)
     if ledger.finished:
@@ -64,7 +64,7 @@ def work_item_counts(ledger: Ledger) -> dict[str, int]:
 
 
 def samples_done(ledger: Ledger) -> int:
-    """Samples done in all epochs; the last work item of an epoch counts as a full one."""
+    """Return the samples done in all epochs; the last work item of an epoch counts as a full one."""
     spec = ledger.spec
     held = [lease.done for lease in ledger.doing.values()]
     now = ledger.num_done * spec.work_item_size + sum(held) + sum(ledger.again.values()) + sum(ledger.lost.values())
@@ -72,8 +72,8 @@ def samples_done(ledger: Ledger) -> int:
 
 
 def cells(ledger: Ledger, most: int = CELLS) -> str:
-    """The epoch's work items in the order in which they are given out, cut into at most `most` cells of a character
-    each.
+    """Return the epoch's work items in the order in which they are given out, cut into at most `most` cells of a
+    character each.
 
     0 to 9 is the part of a cell that is done; a letter says what is in it: d being done, l lost, q quarantined.
     """
@@ -100,7 +100,7 @@ def cells(ledger: Ledger, most: int = CELLS) -> str:
 
 
 def worker_group(coordinator: Coordinator) -> dict[str, Any] | None:
-    """The state of a trainer's ranks; None where workers pull work items."""
+    """Return the state of a trainer's ranks; None where workers pull work items."""
     began, controller = coordinator.began, coordinator.controller
     if began is None or controller is None:
         return None
@@ -117,7 +117,7 @@ def worker_group(coordinator: Coordinator) -> dict[str, Any] | None:
 
 
 def table(coordinator: Coordinator, now: float) -> list[dict[str, Any]]:
-    """One row a worker: what it did last."""
+    """Return one row a worker: what it did last."""
     holding, seen, controller = coordinator.holding(), coordinator.snapshot, coordinator.controller
     latest = coordinator.activity.history
     rows = []
@@ -144,12 +144,12 @@ def table(coordinator: Coordinator, now: float) -> list[dict[str, Any]]:
 
 
 def last(series: list[Point] | None) -> Point:
-    """The newest known value of the last three, because a work item may take longer than a point."""
+    """Return the newest known value of the last three, because a work item may take longer than a point."""
     return next((value for value in reversed((series or [])[-3:]) if value is not None), None)
 
 
 def history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lines of a few workers and of all together, and a heat strip of every worker.
+    """Return the lines of a few workers and of all together, and a heat strip of every worker.
 
     It is made once a point: with 1,024 workers it takes about 50 ms, in which nobody else is answered.
     """
@@ -168,7 +168,7 @@ def _history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
     points = range(len(kept.times))
     total = [_sum([kept.throughput[name][i] for name in names]) for i in points]
     medians = [_median([kept.batch_s[name][i] for name in names]) for i in points]
-    bounds = [[median * share for share in _HEAT_BOUNDS] if median else [] for median in medians]
+    bounds = [[median * bound for bound in _HEAT_BOUNDS] if median else [] for median in medians]
     return {
         "times": [round(time, 2) for time in kept.times],
         "spacing_s": kept.spacing_s,
@@ -187,7 +187,7 @@ def _history(kept: History, workers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _median(values: list[Point]) -> Point:
-    """The median, or None where fewer than half are known: at the end of the data it would be the slowest."""
+    """Return the median, or None where fewer than half are known: at the end of the data it would be the slowest."""
     known = sorted(value for value in values if value is not None)
     return known[len(known) // 2] if 2 * len(known) >= len(values) and known else None
 

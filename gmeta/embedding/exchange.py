@@ -54,7 +54,7 @@ class RowRoute:
 
     @property
     def num_rows(self) -> int:
-        """Rows that this worker asked for."""
+        """Return the number of rows that this worker asked for."""
         return sum(self.hops[0].send) if self.hops else len(self.take)
 
 
@@ -76,7 +76,7 @@ class Exchange(Protocol):
     """
 
     def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
-        """The rows that a batch needs. Local; the loader's thread calls it."""
+        """Return the rows that a batch needs. Local; the loader's thread calls it."""
 
     def exchange_ids(self, request: RowRequest) -> RoutedRequest:
         """Tell the owners which rows this worker needs. Collective; the loader's thread calls it ahead of the step."""
@@ -96,7 +96,7 @@ class Exchange(Protocol):
     def expected_traffic(
         self, routed: RoutedRequest, *, control_bytes: Sequence[int] = (), marked: bool = False
     ) -> CommStats:
-        """What the formulas say that a step with these routes sends; `routed.traffic` has what it sent.
+        """Return what the formulas say that a step with these routes sends; `routed.traffic` has what it sent.
 
         `control_bytes` are the sizes of the step's small AllReduces; `marked` says that `used` was given. Dense layers
         predict what they send themselves (`optim.dense.Dense`).
@@ -116,14 +116,14 @@ class RowExchange:
         self._wire = wire
 
     def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
-        """The rows that support and query, or one of them, need; see `request_rows`."""
+        """Return the rows that support and query, or one of them, need; see `request_rows`."""
         return request_rows(self._tables, support, query)
 
     def exchange_ids(self, request: RowRequest) -> RoutedRequest:
         """Tell the owners, through every stage, which rows this worker needs, and prepare what will come back.
 
-        Collective, over gloo groups that nothing else uses, so that a background thread may do it while the step runs,
-        as long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
+        Collective, over gloo groups that nothing else uses. A background thread may therefore do it while the step
+        runs, as long as all ranks do it for the same batches in the same order. `PeerLost` when a peer is gone.
         """
         mesh, traffic = self._mesh, CommStats(self._mesh.rank)
         rows: dict[str, Ints] = {name: request.rows[name].numpy() for name in self._tables}
@@ -147,7 +147,9 @@ class RowExchange:
         return RoutedRequest(*moved, traffic)
 
     def _route(self, table: FusedTable, asked: Ints, hops: list[Hop]) -> RowRoute:
-        """`asked`: the physical rows that peers ask of this worker in the last hop."""
+        """Return the route of a request. `asked` are the physical rows that peers ask of this worker in the last
+        hop.
+        """
         take = asked - table.local_range(self._mesh.rank).start
         if not hops:  # one worker: what it asked of itself is unique and ascending
             return RowRoute((), torch.from_numpy(take), torch.from_numpy(take), None)
@@ -217,7 +219,7 @@ class RowExchange:
     def expected_traffic(
         self, routed: RoutedRequest, *, control_bytes: Sequence[int] = (), marked: bool = False
     ) -> CommStats:
-        """What the formulas say that a step with these routes sends: 8 U, b d U and b d U bytes a stage.
+        """Return what the formulas say that a step with these routes sends: 8 U, b d U and b d U bytes a stage.
 
         U is counted by the peer asked. With two stages the second's U is what this rank asks for its whole node.
         """
@@ -237,7 +239,7 @@ class RowExchange:
 
 
 def as_leaf(rows: Tensor) -> Tensor:
-    """Fetched rows [U, d] as a leaf of the graph; one zero row where there is none."""
+    """Return the fetched rows [U, d] as a leaf of the graph; one zero row where there is none."""
     return (rows if rows.shape[0] else rows.new_zeros(1, rows.shape[1])).requires_grad_()
 
 
@@ -255,7 +257,7 @@ def _exchange_rows(
     mesh: Mesh,
     traffic: CommStats,
 ) -> list[Ints]:
-    """The rows that peers ask of this rank, in the order of the peers, for each fused table."""
+    """Return the rows that peers ask of this rank, in the order of the peers, for each fused table."""
     coming = []
     for part, out, into in zip(rows, send, receive, strict=True):
         ids = torch.from_numpy(part)
@@ -275,7 +277,7 @@ def _added(values: Tensor, merge: Selection | None) -> Tensor:
 
 
 def _outgoing(weight: Tensor, num_rows: int, used: Tensor | None) -> Tensor:
-    """The gradient of a leaf, as it sets off: [num_rows, d], or [num_rows, d + 1] with the mark of used rows."""
+    """Return the gradient of a leaf, as it sets off: [num_rows, d], or [num_rows, d + 1] with the mark of used rows."""
     grad = (torch.zeros_like(weight) if weight.grad is None else weight.grad)[:num_rows]
     if used is None:
         return grad
@@ -285,7 +287,7 @@ def _outgoing(weight: Tensor, num_rows: int, used: Tensor | None) -> Tensor:
 
 
 def _encode(grad: Tensor, wire: torch.dtype | None) -> Tensor:
-    """Gradients [n, d] as they travel: as they are, in bf16 [n, d], or in fp16 [n, d + 1].
+    """Return the gradients [n, d] as they travel: as they are, in bf16 [n, d], or in fp16 [n, d + 1].
 
     fp16 spans 6e-8 to 65504, and gradients divided by the global number of tasks are small. So each row is scaled by a
     power of two that brings its largest number into [0.5, 1), and the exponent travels as one more column. Infinite

@@ -25,14 +25,15 @@ class RowRequest:
 
     @property
     def num_rows(self) -> dict[str, int]:
-        """Fused table -> rows of its leaf: U, or 1 where nothing is asked for (see `Exchange.fetch`)."""
+        """Return fused table -> rows of its leaf: U, or 1 where nothing is asked for (see `Exchange.fetch`)."""
         return {name: max(1, len(rows)) for name, rows in self.rows.items()}
 
 
 def request_rows(
     tables: Mapping[str, FusedTable], support: Examples | None = None, query: Examples | None = None
 ) -> RowRequest:
-    """The rows that support and query, or one of them, need, each row once. Local: a background thread may do it.
+    """Return the rows that support and query, or one of them, need, each row once. Local: a background thread may do
+    it.
 
     `tables` are a model's fused tables by name (`ShardedTables.fused`). Padded positions ask for nothing: their index
     is 0, and the mask keeps their gradient zero. ValueError names a feature that the examples lack, or an id outside
@@ -80,7 +81,7 @@ class _Keys:
         self.num_keys = sum(len(key) for key in self.keys)
 
     def lookups(self, index: Tensor) -> dict[str, Lookup]:
-        """Feature -> where it reads. `index` int64 [num_keys] is the row of each key."""
+        """Return feature -> where it reads. `index` int64 [num_keys] is the row of each key."""
         parts = list(torch.split(index, [len(key) for key in self.keys]))
         out = {}
         if self.one:
@@ -97,7 +98,7 @@ class _Keys:
 
 
 def _checked(ids: Tensor, table: FusedTable, features: Sequence[str]) -> Tensor:
-    """Ids [features, n] -> keys of the fused table; ValueError where an id is outside its logical table."""
+    """Return the keys of the fused table for ids [features, n]. ValueError where an id is outside its logical table."""
     num_ids = torch.tensor([table.features[name].num_ids for name in features])[:, None]
     outside = (ids < 0) | (ids >= num_ids)
     if bool(outside.any()):
@@ -112,7 +113,8 @@ def _checked(ids: Tensor, table: FusedTable, features: Sequence[str]) -> Tensor:
 
 
 def _unique_rows(keys: Tensor, table: FusedTable) -> tuple[Ints, Ints]:
-    """The rows of `keys` int64 [K], by peer then ascending, and the position of each key's row among them, int64 [K].
+    """Return the rows of `keys` int64 [K], by peer then ascending, and the position of each key's row among them, int64
+    [K].
 
     Keys are made distinct before they are permuted: on 51,200 keys of 21,000 rows this takes 2.1 ms, the other way
     2.4 ms.
@@ -130,5 +132,5 @@ def _unique_rows(keys: Tensor, table: FusedTable) -> tuple[Ints, Ints]:
 
 
 def peer_of(rows: Ints, table: FusedTable, stage: ExchangeStage) -> Ints:
-    """The position in `stage.ranks` of the peer to ask for each physical row."""
+    """Return the position in `stage.ranks` of the peer to ask for each physical row."""
     return rows // table.rows_per_worker // stage.stride % len(stage.ranks)

@@ -47,7 +47,7 @@ class TableSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedTable:
-    """One physical table: the logical tables of one width behind each other, permuted, cut over workers.
+    """One physical table: the logical tables of one width behind each other, permuted, and split over workers.
 
     `weight` and `state` hold this worker's rows. Each is allocated when it is first used. Rows start as normal numbers
     of deviation `init_std`; where that is None they hold no numbers yet, and a checkpoint fills them.
@@ -63,21 +63,23 @@ class FusedTable:
 
     @property
     def dim(self) -> int:
-        """Width of a row."""
+        """Return the width of a row."""
         return self.specs[0].dim
 
     @cached_property
     def num_rows(self) -> int:
-        """Rows on all workers."""
+        """Return the number of rows on all workers."""
         return sum(spec.num_ids for spec in self.specs)
 
     @property
     def rows_per_worker(self) -> int:
-        """Rows of a worker; the last ones may have fewer. This is torch.chunk's rule, which Shard(0) follows."""
+        """Return the number of rows of a worker. The last ones may have fewer. This is torch.chunk's rule, which
+        Shard(0) follows.
+        """
         return -(-self.num_rows // self.mesh.world_size)
 
     def local_range(self, rank: int) -> range:
-        """Physical rows of worker `rank`; may be empty."""
+        """Return the range of physical rows of worker `rank`, which may be empty."""
         size, total = self.rows_per_worker, self.num_rows
         return range(min(rank * size, total), min((rank + 1) * size, total))
 
@@ -89,25 +91,25 @@ class FusedTable:
 
     @cached_property
     def features(self) -> dict[str, TableSpec]:
-        """Feature -> the logical table that it looks up."""
+        """Return feature -> the logical table that it looks up."""
         return {feature: spec for spec in self.specs for feature in spec.features}
 
     def pooling(self, feature: str) -> Pooling | None:
-        """How a many-valued feature is pooled; None for a one-valued feature."""
+        """Return how a many-valued feature is pooled; None for a one-valued feature."""
         return self.features[feature].features[feature]
 
     def offset(self, feature: str) -> int:
-        """Key of the feature's id 0."""
+        """Return the key of the feature's id 0."""
         return self.offsets[self.features[feature].name]
 
     @property
     def permutation(self) -> RowPermutation:
-        """Key <-> physical row."""
+        """Return the permutation between keys and physical rows."""
         return RowPermutation(self.num_rows, self.seed)
 
     @cached_property
     def weight(self) -> Tensor:
-        """This worker's rows, [local rows, dim]."""
+        """Return this worker's rows, [local rows, dim]."""
         rows = self.local_range(self.mesh.rank)
         weight = torch.empty(len(rows), self.dim, dtype=self.dtype, device=self.mesh.device)
         if self.init_std is None:
@@ -125,7 +127,9 @@ class FusedTable:
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's state of this worker's rows, by name: [local rows] or [local rows, dim]; it starts at 0."""
+        """Return the optimizer's state of this worker's rows, by name: [local rows] or [local rows, dim]; it starts at
+        0.
+        """
         size = len(self.local_range(self.mesh.rank))
         return {
             name: torch.zeros((size, self.dim) if wide else (size,), dtype=dtype, device=self.mesh.device)
@@ -139,7 +143,7 @@ class FusedTable:
 
     @property
     def row_bytes(self) -> tuple[int, int]:
-        """Bytes of one row, and of its optimizer state."""
+        """Return the bytes of one row, and of its optimizer state."""
         state = sum((self.dim if wide else 1) * dtype.itemsize for wide, dtype in self._state_columns.values())
         return self.dim * self.dtype.itemsize, state
 
@@ -185,7 +189,7 @@ class ShardedTables:
     # memory
 
     def memory_report(self) -> str:
-        """Lines for the console: rows, bytes of weights and optimizer state, by fused table and in all."""
+        """Return the lines for the console: rows, bytes of weights and optimizer state, by fused table and in all."""
         lines, total, local = [], 0, 0
         for table in self.fused.values():
             weight, state = table.row_bytes
@@ -223,7 +227,8 @@ class ShardedTables:
     # state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`<fused table>.weight` and `<fused table>.<optimizer state>`: the live rows, so that loading may fill them.
+        """Return `<fused table>.weight` and `<fused table>.<optimizer state>`. They are the live rows, so that loading
+        may fill them.
 
         They are DTensors with Shard(0) where there is a process group, and plain tensors of all rows where there is
         none. torch.distributed.checkpoint reshards them between any two numbers of workers.
@@ -261,7 +266,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _check_specs(specs: Sequence[TableSpec]) -> None:
-    """ValueError for a table given twice, without rows or columns, and for a feature of two tables."""
+    """Raise ValueError for a table that is given twice or has no rows or columns, and for a feature of two tables."""
     names: set[str] = set()
     table_of: dict[str, str] = {}
     for spec in specs:
@@ -286,7 +291,7 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def human_bytes(count: float) -> str:
-    """1536 -> '1.5 KiB'."""
+    """Return a number of bytes in words: 1536 -> '1.5 KiB'."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:,.1f} {unit}"

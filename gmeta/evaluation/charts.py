@@ -146,13 +146,13 @@ def calibration_chart(title: str, series: Sequence[Points]) -> str:
     return _svg(title, draw)
 
 
-def share_chart(title: str, steps: Sequence[float], shares: Mapping[str, Sequence[float]]) -> str:
-    """Draw the parts of a whole over steps, one above the other."""
+def fraction_chart(title: str, steps: Sequence[float], fractions: Mapping[str, Sequence[float]]) -> str:
+    """Draw over steps how something is divided, one above the other."""
     colours = ["#94a3b8", "#f59e0b", "#2563eb"]
 
     def draw(axes: Any) -> None:
-        percent = [[100 * value for value in values] for values in shares.values()]
-        axes.stackplot(steps, percent, labels=list(shares), colors=colours, alpha=0.85, linewidth=0)
+        percent = [[100 * value for value in values] for values in fractions.values()]
+        axes.stackplot(steps, percent, labels=list(fractions), colors=colours, alpha=0.85, linewidth=0)
         axes.set_xlim(min(steps), max(steps) if max(steps) > min(steps) else min(steps) + 1)
         axes.set_ylim(0, 100)
         axes.set_xlabel("step")
@@ -165,8 +165,8 @@ def share_chart(title: str, steps: Sequence[float], shares: Mapping[str, Sequenc
 
 def _intervals(axes: Any, points: Points, shift: float, *, upright: bool) -> None:
     tint = colour(points.name)
-    places, values = _defined([x + shift for x in points.x], points.y)
-    across = (places, values) if upright else (values, places)
+    positions, values = _defined([x + shift for x in points.x], points.y)
+    across = (positions, values) if upright else (values, positions)
     axes.plot(*across, color=tint, marker="o", ms=4.5, ls="", label=points.name)
     for i, x in enumerate(points.x):
         low, high = (None if side is None else side[i] for side in (points.low, points.high))

@@ -395,10 +395,10 @@ def _validation_figures(valid: list[Json]) -> list[str]:
 
 
 def _time_figure(steps: Sequence[int], train: list[Json]) -> str:
-    shares: dict[str, list[float]] = {}
+    fractions: dict[str, list[float]] = {}
     for part in ("input", "exchange", "compute"):
         x, values = _thinned(steps, train, f"{part}_share")
-        shares[part] = [value or 0.0 for value in values]
+        fractions[part] = [value or 0.0 for value in values]
     clock = np.diff([0.0, *(record.get("time_s") or 0.0 for record in train)])
     weight = clock if (clock > 0).all() else np.ones(len(train))
     means = [
@@ -406,7 +406,7 @@ def _time_figure(steps: Sequence[int], train: list[Json]) -> str:
         for part in ("input", "exchange", "compute")
     ]
     title = "Where the time went"
-    return _figure(title, charts.share_chart(title, x, shares), f"Of all time in steps: {', '.join(means)}.")
+    return _figure(title, charts.fraction_chart(title, x, fractions), f"Of all time in steps: {', '.join(means)}.")
 
 
 def _thinned(steps: Sequence[int], records: list[Json], key: str) -> tuple[list[float], list[float | None]]:
@@ -442,7 +442,7 @@ def _communication_section(records: list[Json | None]) -> str:
 
     rows = [
         f"<tr><td>{escape(_TRAFFIC.get(kind, kind))}</td>"
-        + "".join(f"<td>{mean(*place):,.0f}</td>" for place in _traffic_cells(kind))
+        + "".join(f"<td>{mean(*cell):,.0f}</td>" for cell in _traffic_cells(kind))
         + f"<td>{mean('measured', kind, 'calls'):,.1f}</td></tr>"
         for kind in steps[0]["measured"]
     ]

@@ -63,7 +63,7 @@ def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainC
 
 
 def batches_of(split: PackSplit, config: TrainConfig, epoch: int) -> Iterator[Tasks]:
-    """The batches of an epoch, in order, as positions in the split."""
+    """Yield the batches of an epoch, in order, as positions in the split."""
     loader = config.loader
     batches = num_batches(split.num_tasks, loader.tasks_per_batch)
     for window in range(-(-batches // loader.window_batches)):

@@ -27,12 +27,12 @@ class LabCoordinator:
 
     @property
     def url(self) -> str:
-        """The address at which it listens."""
+        """Return the address at which it listens."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """The process that is there, or was last."""
+        """Return the process that is there, or was last."""
         return self._process.pid
 
     def _start(self) -> subprocess.Popen[str]:
@@ -69,7 +69,7 @@ class Line:
 
     @property
     def url(self) -> str:
-        """The address at which workers find the coordinator."""
+        """Return the address at which workers find the coordinator."""
         return f"http://127.0.0.1:{self.port}"
 
     def mend(self) -> None:

@@ -51,7 +51,7 @@ class Device:
         self._file.write(json.dumps({"kind": "start", "pid": os.getpid(), "incarnation": incarnation}) + "\n")
 
     def __call__(self, step: int, work: float, first: bool, spent_s: float) -> None:
-        """After a micro-batch of `work` tasks that took `spent_s` seconds, wait until the device would have ended."""
+        """Wait until the device would have ended a micro-batch of `work` tasks, which took `spent_s` seconds here."""
         begun = self._now() - spent_s
         if self._started is None:
             self._started = self._folder.start_clock(begun)
@@ -84,7 +84,7 @@ class Device:
         self._file.close()
 
     def _noise(self, step: int) -> float:
-        """The noise factor of a step, which is the same for all its micro-batches."""
+        """Return the noise factor of a step, which is the same for all its micro-batches."""
         if not self.scenario.noise:
             return 1.0
         draw = random.Random(f"{self.scenario.seed} noise {self.rank} {step}").gauss(0, self.scenario.noise)
@@ -99,13 +99,13 @@ def _burn(seconds: float) -> None:
 
 
 def machines_so_far(trace: Path, rank: int) -> int:
-    """How many machines of the rank were replaced, by the coordinator's trace."""
+    """Return how many machines of the rank were replaced, by the coordinator's trace."""
     settings = [line["setting"] for line in read_lines(trace) if line["kind"] == "decide" and line["setting"]]
     return sum(setting["restart"] == rank for setting in settings)
 
 
 def contended_core() -> int:
-    """The core that a contended worker and its burner share: the last that this process may use."""
+    """Return the core that a contended worker and its burner share: the last that this process may use."""
     if not hasattr(psutil.Process, "cpu_affinity"):
         raise ValueError("contention needs a system that binds processes to cores, such as Linux: use persistent")
     return max(psutil.Process().cpu_affinity() or [0])

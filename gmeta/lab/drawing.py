@@ -14,7 +14,7 @@ _LETTER = 6.1  # width of one, at 10.5 px
 
 
 def rank_colour(rank: int) -> str:
-    """The colour of a rank; colours repeat after eight."""
+    """Return the colour of a rank; colours repeat after eight."""
     return _RANKS[rank % len(_RANKS)]
 
 
@@ -27,9 +27,9 @@ class Picture:
         self._parts: list[str] = []
 
     def x(self, at: float) -> float:
-        """The position of a time, kept within the axis."""
-        share = (at - self.begin) / (self.end - self.begin)
-        return _LEFT + self.width * min(1.0, max(0.0, share))
+        """Return the position of a time, kept within the axis."""
+        fraction = (at - self.begin) / (self.end - self.begin)
+        return _LEFT + self.width * min(1.0, max(0.0, fraction))
 
     def text(
         self, x: float, y: float, text: str, colour: str = _MUTED, anchor: str = "start", size: float = 10.5
@@ -97,10 +97,10 @@ class Picture:
         """Make room for lines from 0 to `top`, and return its top."""
         y = self.y + 22
         self.text(_LEFT, y - 6, label, _MUTED)
-        for share in (0.0, 0.5, 1.0):
-            line = y + height * (1 - share)
+        for fraction in (0.0, 0.5, 1.0):
+            line = y + height * (1 - fraction)
             self._parts.append(f'<path d="M{_LEFT} {line:.1f}h{self.width}" stroke="{_GRID}" stroke-width="0.8"/>')
-            self.text(_LEFT - 8, line + 3.5, f"{top * share:.2g}", _MUTED, "end", 9.5)
+            self.text(_LEFT - 8, line + 3.5, f"{top * fraction:.2g}", _MUTED, "end", 9.5)
         self.y = y + height + 4
         return y
 
@@ -140,7 +140,7 @@ class Picture:
         self.y += 22
 
     def svg(self, label: str) -> str:
-        """The full picture. It is as wide as the page, yet never too small to read."""
+        """Return the full picture. It is as wide as the page, yet never too small to read."""
         width = _LEFT + self.width + _RIGHT
         return (
             f'<svg role="img" aria-label="{escape(label)}" viewBox="0 0 {width:g} {self.y:.0f}" '
@@ -149,17 +149,17 @@ class Picture:
         )
 
 
-def share_path(picture: Picture, shares: Sequence[float], size: float, y: float, height: float) -> str:
-    """The outline of bars that fill `shares` of a lane's height from its bottom, each `size` seconds wide."""
-    bottom, data, level = y + height, [f"M{picture.x(picture.begin):.1f} {y + height:.1f}"], 0.0
-    for i, share in enumerate(shares):
-        if abs(share - level) > 5e-3:
-            data.append(f"H{picture.x(picture.begin + i * size):.1f}V{bottom - height * share:.1f}")
-            level = share
-    return "".join([*data, f"H{picture.x(picture.begin + len(shares) * size):.1f}V{bottom:.1f}Z"])
+def fraction_path(picture: Picture, fractions: Sequence[float], size: float, y: float, height: float) -> str:
+    """Return the outline of bars that fill `fractions` of a lane's height from its bottom, each `size` seconds wide."""
+    bottom, data, before = y + height, [f"M{picture.x(picture.begin):.1f} {y + height:.1f}"], 0.0
+    for i, fraction in enumerate(fractions):
+        if abs(fraction - before) > 5e-3:
+            data.append(f"H{picture.x(picture.begin + i * size):.1f}V{bottom - height * fraction:.1f}")
+            before = fraction
+    return "".join([*data, f"H{picture.x(picture.begin + len(fractions) * size):.1f}V{bottom:.1f}Z"])
 
 
 def _round_step(about: float) -> float:
-    """1, 2 or 5 times a power of ten, at least `about`."""
+    """Return 1, 2 or 5 times a power of ten, at least `about`."""
     power: float = 10.0 ** (len(f"{about:.0f}") - 1 if about >= 1 else -1 if about >= 0.1 else -2)
     return next(power * k for k in (1, 2, 5, 10, 100) if power * k >= about)

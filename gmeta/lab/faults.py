@@ -88,7 +88,7 @@ class Faults:
         self._file.write(json.dumps(line) + "\n")
 
     def _pid(self, rank: int) -> int | None:
-        """The worker's process; None while the group is being started again."""
+        """Return the worker's process; None while the group is being started again."""
         starts = [line["pid"] for line in read_lines(self._folder.worker(rank)) if line["kind"] == "start"]
         pid: int | None = starts[-1] if starts and _is_alive(starts[-1]) else None
         return pid
@@ -164,14 +164,14 @@ class _Progress:
         self._path, self._offset, self._step = folder.worker(0), 0, 0
 
     def step(self) -> int:
-        """The number of steps that rank 0 has computed."""
+        """Return the number of steps that rank 0 has computed."""
         if not self._path.exists():
             return 0
         with self._path.open("rb") as file:
             file.seek(self._offset)
             new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
+        complete = new[: new.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        for line in complete.splitlines():
             self._step = json.loads(line).get("step", self._step - 1) + 1
         return self._step

@@ -29,30 +29,30 @@ class LabFolder:
 
     @property
     def pack(self) -> Path:
-        """The data."""
+        """Return the path of the task pack."""
         return self.path / "pack"
 
     @property
     def run_dir(self) -> Path:
-        """The trainer's own folder."""
+        """Return the trainer's run directory."""
         return self.path / "run"
 
     @property
     def trace(self) -> Path:
-        """What the coordinator was told, and decided."""
+        """Return the file of what the coordinator was told and what it decided."""
         return self.path / "coordinator.jsonl"
 
     @property
     def faults(self) -> Path:
-        """What was done to the processes, and when."""
+        """Return the file that says what was done to the processes, and when."""
         return self.path / "faults.jsonl"
 
     def worker(self, rank: int) -> Path:
-        """What the emulated device of a rank did."""
+        """Return the file that says what the emulated device of a rank did."""
         return self.path / "workers" / f"rank-{rank}.jsonl"
 
     def scenario(self) -> Scenario:
-        """The scenario of the run."""
+        """Return the scenario of the run."""
         file = self.path / "scenario.yaml"
         return parse_scenario(file.read_text(encoding="utf-8"), str(file))
 
@@ -61,7 +61,7 @@ class LabFolder:
         write_text(self.path / "scenario.yaml", yaml.safe_dump(_plain(scenario), sort_keys=False))
 
     def start_clock(self, at: float) -> float:
-        """The Unix time at which the run began: `at`, unless somebody has said so before."""
+        """Return the Unix time at which the run began: `at`, unless somebody has said so before."""
         try:
             with (self.path / "clock").open("x") as file:
                 file.write(f"{at!r}\n")
@@ -70,19 +70,19 @@ class LabFolder:
             return self.clock() or at
 
     def clock(self) -> float | None:
-        """The Unix time at which the first step began; None before."""
+        """Return the Unix time at which the first step began; None before."""
         file = self.path / "clock"
         text = file.read_text() if file.exists() else ""
         return float(text) if text.endswith("\n") else None
 
     def elapsed_s(self) -> float | None:
-        """Seconds since the first step began; None before."""
+        """Return the seconds since the first step began; None before."""
         started = self.clock()
         return None if started is None else time.time() - started
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file, without a last line that was torn by a kill; none where there is no file."""
+    """Return the objects of a JSONL file, without a last line that was torn by a kill; none where there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -90,7 +90,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A scenario as YAML holds it."""
+    """Return a scenario as YAML holds it."""
     if is_dataclass(value):
         shown = {f.name: getattr(value, f.name) for f in fields(value) if not f.name.startswith("_")}
         kind = {"kind": _NAMES[type(value)]} if type(value) in _NAMES else {}

@@ -54,17 +54,17 @@ class LabResult:
 
     @property
     def achieved(self) -> float:
-        """The fraction of the ideal speed; 1 is perfect."""
+        """Return the fraction of the ideal speed; 1 is perfect."""
         return self.ideal_s / self.jct_s
 
     @property
     def utilisation(self) -> float:
-        """The fraction of all ranks' time in which they compute."""
+        """Return the fraction of all ranks' time in which they compute."""
         return self.busy_s / (self.workers * self.jct_s)
 
 
 def executions(folder: LabFolder, rank: int) -> list[Execution]:
-    """Every step that the rank's device computed, in order of time."""
+    """Return every step that the rank's device computed, in order of time."""
     found: list[Execution] = []
     for part in read_lines(folder.worker(rank)):
         if part["kind"] != "part":
@@ -84,7 +84,7 @@ def executions(folder: LabFolder, rank: int) -> list[Execution]:
 def measure(
     folder: LabFolder, scenario: Scenario, policy: str, records: Sequence[Mapping[str, Any]], batches_per_epoch: int
 ) -> LabResult:
-    """All numbers but those of the audit and the comparison. `records` are those of metrics.jsonl."""
+    """Return all numbers but those of the audit and the comparison. `records` are those of metrics.jsonl."""
     by_rank = [executions(folder, rank) for rank in range(scenario.workers)]
     last = [{e.step: e for e in found} for found in by_rank]
     train = [record for record in records if record["kind"] == "train"]
@@ -112,14 +112,14 @@ def measure(
         tail_tasks=sum(len(record["put_back"]) for record in train),
         decisions=len(decided),
         actions={name: names.count(name) for name in sorted(set(names))},
-        agent_cpu_share=_agent_share(train),
+        agent_cpu_share=_agent_fraction(train),
         not_emulated=sum(e.spent_s > e.target_s for e in emulated) / len(emulated),
         metrics={k: v for k, v in valid[-1].items() if k.endswith("_after")} if valid else {},
     )
 
 
 def _gaps(folder: LabFolder, found: Sequence[Execution]) -> list[float]:
-    """Seconds without a step at each restart of the group."""
+    """Return the seconds without a step at each restart of the group."""
     kinds = [(line["kind"], line.get("at", 0.0), line.get("took_s", 0.0)) for line in read_lines(folder.worker(0))]
     gaps: list[float] = []
     for before, start, after in zip(kinds, kinds[1:], kinds[2:], strict=False):
@@ -129,15 +129,17 @@ def _gaps(folder: LabFolder, found: Sequence[Execution]) -> list[float]:
 
 
 def _overhead(by_rank: Sequence[Sequence[Execution]]) -> float:
-    """Median over steps of the time from a step's begin to the next one's, less the slowest rank's computing."""
+    """Return the median over steps of the time from a step's begin to the next one's, less the slowest rank's
+    computing.
+    """
     busy = [{e.step: e.busy_s for e in found} for found in by_rank]
     pairs = [(a, b) for a, b in itertools.pairwise(by_rank[0]) if b.step == a.step + 1]
     over = [b.begin - a.begin - max(steps.get(a.step, 0.0) for steps in busy) for a, b in pairs]
     return statistics.median(over) if over else 0.0
 
 
-def _agent_share(train: Sequence[Mapping[str, Any]]) -> float:
-    """CPU seconds of rank 0's agent, in all generations, per second of its steps."""
+def _agent_fraction(train: Sequence[Mapping[str, Any]]) -> float:
+    """Return the CPU seconds of rank 0's agent, in all generations, per second of its steps."""
     cpu: dict[int, float] = {}
     for record in train:
         cpu[record["generation"]] = max(cpu.get(record["generation"], 0.0), record["agent_cpu_s"])

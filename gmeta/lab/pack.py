@@ -46,7 +46,7 @@ def write_lab_pack(path: Path, num_tasks: int, seed: int) -> None:
 def _arrays(
     rng: np.random.Generator, latent: np.ndarray[Any, np.dtype[np.float64]], tasks: np.ndarray[Any, np.dtype[np.int64]]
 ) -> dict[str, Any]:
-    """The tensors of a shard."""
+    """Return the tensors of a shard."""
     item = rng.integers(1, NUM_ITEMS, len(tasks) * ROWS)
     taste = np.repeat(rng.normal(size=(len(tasks), _DIM)), ROWS, axis=0)
     logit = latent[item, 0] + (latent[item] * taste).sum(1)  # what all like, and what each likes

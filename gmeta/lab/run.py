@@ -90,7 +90,9 @@ def _train(folder: LabFolder, scenario: Scenario, policy: str, epochs: int, max_
 
 
 def _train_config(folder: LabFolder, scenario: Scenario, epochs: int, url: str, token_file: Path) -> TrainConfig:
-    """The smallest model, so that its computing is far below the emulated; in float64, so that runs can be compared."""
+    """Return the config of the smallest model, so that its computing is far below the emulated; in float64, so that
+    runs can be compared.
+    """
     return TrainConfig(
         pack=str(folder.pack),
         run_dir=str(folder.run_dir),
@@ -121,14 +123,14 @@ def _measured(folder: LabFolder, scenario: Scenario, policy: str, config: TrainC
 
 
 def difference(folder: LabFolder, other: LabFolder) -> dict[str, float]:
-    """The largest difference between two runs' last weights, relative to the largest weight; 0 is bit-equal."""
+    """Return the largest difference between two runs' last weights, relative to the largest weight; 0 is bit-equal."""
     found, reference = (_last_tensors(p) for p in (folder, other))
     worst = max(float(np.abs(found[name] - reference[name]).max(initial=0.0)) for name in reference)
     return {"weights": worst / max(float(np.abs(tensor).max(initial=0.0)) for tensor in reference.values())}
 
 
 def _last_tensors(folder: LabFolder) -> dict[str, np.ndarray[Any, Any]]:
-    """All tensors of the last checkpoint, by file and name."""
+    """Return all tensors of the last checkpoint, by file and name."""
     last = checkpoint.find_checkpoint(folder.run_dir / "checkpoints", "last")
     return {
         f"{file.name} {name}": tensor
@@ -138,7 +140,7 @@ def _last_tensors(folder: LabFolder) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def summary(result: LabResult) -> str:
-    """What the command prints."""
+    """Return what the command prints."""
     lines = [
         f"{result.policy} on {result.workers} workers: {result.jct_s:.1f} s for {result.steps} steps, "
         f"{result.achieved:.0%} of the ideal speed ({result.ideal_s:.1f} s), computing {result.utilisation:.0%}",

@@ -13,7 +13,7 @@ from typing import Any
 
 from gmeta.core.files import write_text
 from gmeta.elastic.scenario import Scenario
-from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, rank_colour, share_path
+from gmeta.lab.drawing import BUSY, IDEAL, INPUT, SLOW, WAITING, Picture, fraction_path, rank_colour
 from gmeta.lab.folder import LabFolder, read_lines
 from gmeta.lab.measure import Execution, LabResult, executions
 
@@ -132,12 +132,12 @@ def _lane(picture: Picture, story: Story, rank: int, height: float, label: str) 
         going_on = before is not None and e.step == before.step + 1 and e.begin - before.end < _PAUSE_S
         spread(alive, size, before.end if before and going_on else e.begin, e.end)
         before = e
-    shares = [[min(1.0, value / size) for value in values] for values in (busy, fed, alive)]
-    stacked = [[min(1.0, b + f) for b, f in zip(shares[0], shares[1], strict=True)], shares[0]]
+    fractions = [[min(1.0, value / size) for value in values] for values in (busy, fed, alive)]
+    stacked = [[min(1.0, b + f) for b, f in zip(fractions[0], fractions[1], strict=True)], fractions[0]]
     y = picture.lane(height, label)
-    picture.path(share_path(picture, shares[2], size, y, height), WAITING)
-    picture.path(share_path(picture, stacked[0], size, y, height), INPUT)
-    picture.path(share_path(picture, stacked[1], size, y, height), BUSY)
+    picture.path(fraction_path(picture, fractions[2], size, y, height), WAITING)
+    picture.path(fraction_path(picture, stacked[0], size, y, height), INPUT)
+    picture.path(fraction_path(picture, stacked[1], size, y, height), BUSY)
     for begin, end, factor in _slow(found):
         picture.box(begin, end, y - 3, 2.5, SLOW, f"{factor:.2g} times slower")
 
@@ -150,7 +150,7 @@ def spread(bins: list[float], size: float, begin: float, end: float) -> None:
 
 
 def stretches(found: Sequence[Execution]) -> list[list[Execution]]:
-    """Runs of steps that were made one after the other, without a restart between them."""
+    """Return the runs of steps that were made one after the other, without a restart between them."""
     parts: list[list[Execution]] = []
     for e in found:
         if parts and e.step == parts[-1][-1].step + 1 and e.begin - parts[-1][-1].end < _PAUSE_S:
@@ -161,7 +161,7 @@ def stretches(found: Sequence[Execution]) -> list[list[Execution]]:
 
 
 def _slow(found: Sequence[Execution]) -> list[tuple[float, float, float]]:
-    """(begin, end, factor) of the stretches in which a device is slow."""
+    """Return (begin, end, factor) of the stretches in which a device is slow."""
     stretches: list[tuple[float, float, float]] = []
     for e in found:
         if e.factor < _SLOWED:
@@ -214,7 +214,7 @@ def _step_times(picture: Picture, story: Story) -> None:
 
 
 def _means(rows: Sequence[tuple[float, float, float]], size: int) -> list[tuple[float, float, float]]:
-    """The mean of every `size` rows, at the position of the first of them."""
+    """Return the mean of every `size` rows, at the position of the first of them."""
     found = []
     for i in range(0, len(rows), size):
         group = rows[i : i + size]
@@ -223,7 +223,7 @@ def _means(rows: Sequence[tuple[float, float, float]], size: int) -> list[tuple[
 
 
 def _zoom_begin(story: Story) -> float:
-    """A little before the first thing that happened after a few steps were made."""
+    """Return a time a little before the first event that came after a few steps."""
     happened = [m.at for m in story.moments if m.at > 0]
     return max(0.0, (happened[0] if happened else 0.0) - 0.3 * _ZOOM_S)
 

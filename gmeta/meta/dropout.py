@@ -1,6 +1,6 @@
 """Dropout whose mask depends on (seed, epoch, batch, task, inner step, example, unit) and on nothing else.
 
-The same task drops the same units whatever rank, slot or padding it gets, and in both engines: a counter-based hash
+The same task drops the same units whatever rank, position or padding it gets, and in both engines: a counter-based hash
 (the finaliser of splitmix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)
 replaces the generator.
 """

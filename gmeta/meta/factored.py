@@ -61,9 +61,9 @@ def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherP
         with Intercept(embedded):
             modulation = inner.modulation(support.dense, embedded.features, support.label, support.mask)
         # An alias: the inner loop differentiates by these rows, but not through what made the modulation.
-        shared = {group: values.view_as(values) for group, values in shared.items()}
+        shared = {table: values.view_as(values) for table, values in shared.items()}
     if not inner.second_order:
-        shared = {group: values.detach() for group, values in shared.items()}
+        shared = {table: values.detach() for table, values in shared.items()}
     fast = FastWeights(num_tasks, pairs=plan.pairs, modulation=modulation)
     first = support.label.new_zeros(num_tasks)
     for step in range(len(inner.rates)):
@@ -95,18 +95,18 @@ def _inner_step(
 ) -> tuple[FastWeights, Tensor]:
     """Take one SGD step of every task on its support; return the next state, and the loss [T] before the step."""
     seen = apply_deltas(shared, fast.deltas, plan)
-    read = {group: _differentiable(seen[group]) for group in plan.reads}
+    read = {table: _differentiable(seen[table]) for table in plan.reads}
     logits, taped = _forward(inner, fast, support, {**seen, **read}, plan, step + 1)
     with _no_autocast(logits):
         loss = task_mean(inner.loss(logits, support.label), support.mask)
         num_rows = support.mask.sum(-1).clamp(min=1).to(loss.dtype)
-        share = num_rows / (num_rows + inner.prior) if inner.prior else torch.ones_like(num_rows)
+        fraction = num_rows / (num_rows + inner.prior) if inner.prior else torch.ones_like(num_rows)
         targets = [out for _, out in taped.sites.values()] + list(taped.values.values()) + list(read.values())
         changes: Iterator[Tensor] = iter(
             torch.autograd.grad(
                 loss,
                 targets,
-                share if inner.rate is None else share * -inner.rate,
+                fraction if inner.rate is None else fraction * -inner.rate,
                 create_graph=inner.second_order,
                 materialize_grads=True,
                 allow_unused=True,
@@ -124,8 +124,8 @@ def _inner_step(
             updates[site] = (*fast.updates.get(site, ()), LowRankUpdate(kept, change))
         for name, value in taped.values.items():
             values[name] = value + next(changes)
-        for group, reads in plan.reads.items():
-            deltas[group] = product(next(changes).flatten(0, 1), reads.transposed, fast.deltas.get(group))
+        for table, reads in plan.reads.items():
+            deltas[table] = product(next(changes).flatten(0, 1), reads.transposed, fast.deltas.get(table))
     return replace(fast, updates=updates, values=values, deltas=deltas), loss
 
 
@@ -145,7 +145,7 @@ def _recomputed_step(
         given = iter(inputs)
         own = replace(inner, rates=next(given), second_order=differentiable)
         result, loss = _inner_step(
-            own, step, fast.filled(given), {group: next(given) for group in shared}, support, plan
+            own, step, fast.filled(given), {table: next(given) for table in shared}, support, plan
         )
         # Only what this step added: earlier steps' tensors are inputs, and need no second copy of their gradients.
         added = {site: steps[-1:] for site, steps in result.updates.items()}

@@ -22,7 +22,7 @@ class LinearSite(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The parameter that messages and inner rates go by."""
+        """Return the parameter that messages and inner rates go by."""
         return self.weight or self.bias or ""
 
 
@@ -39,18 +39,18 @@ class FastWeights:
     """The adapted state of T tasks: plain tensors and names, no graph of its own and nothing of the model.
 
     The factored engine fills `updates`, `modulation` and, for element-wise parameters, `values`. The reference engine
-    fills `values` with whole parameters. Both fill `deltas`: delta p belongs to `pairs[group][p]`, a (task, row).
+    fills `values` with whole parameters. Both fill `deltas`: delta p belongs to `pairs[table][p]`, a (task, row).
     """
 
     num_tasks: int
     updates: dict[LinearSite, tuple[LowRankUpdate, ...]] = field(default_factory=dict)  # one for each inner step
     values: dict[str, Tensor] = field(default_factory=dict)  # parameter -> the tasks' own values [T, *shape]
-    deltas: dict[str, Tensor] = field(default_factory=dict)  # group -> change of the tasks' private rows [P, d]
-    pairs: dict[str, Tensor] = field(default_factory=dict)  # group -> int64 [P, 2]: position of the task, row
+    deltas: dict[str, Tensor] = field(default_factory=dict)  # table -> change of the tasks' private rows [P, d]
+    pairs: dict[str, Tensor] = field(default_factory=dict)  # table -> int64 [P, 2]: position of the task, row
     modulation: dict[str, Modulated] = field(default_factory=dict)  # where the tasks' linear layers started
 
     def tensors(self) -> list[Tensor]:
-        """All tensors that gradients flow through, in an order that `filled` knows."""
+        """Return all tensors that gradients flow through, in an order that `filled` knows."""
         parts = [
             tensor for steps in self.updates.values() for step in steps for tensor in (step.inputs, step.gradients)
         ]
@@ -58,7 +58,7 @@ class FastWeights:
         return [*parts, *self.values.values(), *self.deltas.values(), *starts]
 
     def filled(self, tensors: Iterator[Tensor]) -> FastWeights:
-        """The same state with other tensors in the place of `tensors()`."""
+        """Return the same state with other tensors instead of `tensors()`."""
         return FastWeights(
             self.num_tasks,
             {
@@ -66,25 +66,28 @@ class FastWeights:
                 for site, steps in self.updates.items()
             },
             {name: next(tensors) for name in self.values},
-            {group: next(tensors) for group in self.deltas},
+            {table: next(tensors) for table in self.deltas},
             self.pairs,
             {layer: start.filled(tensors) for layer, start in self.modulation.items()},
         )
 
     def detach(self) -> FastWeights:
-        """The same state without a graph."""
+        """Return the same state without a graph."""
         return self.filled(tensor.detach() for tensor in self.tensors())
 
     def with_row_ids(self, row_ids: Mapping[str, Tensor]) -> FastWeights:
-        """The same state whose pairs name rows by id: `row_ids[group]` int64 [U] are those of the rows fetched."""
+        """Return the same state whose pairs name rows by id: `row_ids[table]` int64 [U] are those of the rows
+        fetched.
+        """
         pairs = {
-            group: torch.stack([keys[:, 0], row_ids[group].to(keys.device)[keys[:, 1]]], 1)
-            for group, keys in self.pairs.items()
+            table: torch.stack([keys[:, 0], row_ids[table].to(keys.device)[keys[:, 1]]], 1)
+            for table, keys in self.pairs.items()
         }
         return replace(self, pairs=pairs)
 
     def of_tasks(self, positions: Sequence[int]) -> FastWeights:
-        """The state of the tasks at `positions`, in that order; a position may come twice. Copies.
+        """Return the state of the tasks at `positions`, in that order. A position may come twice. The tensors are
+        copies.
 
         IndexError for a position outside 0 to T - 1.
         """
@@ -93,7 +96,7 @@ class FastWeights:
                 raise IndexError(f"task {position} of fast weights that hold {self.num_tasks} tasks")
         chosen = torch.tensor(list(positions), dtype=torch.int64)
         deltas, pairs = {}, {}
-        for group, keys in self.pairs.items():
+        for table, keys in self.pairs.items():
             which = chosen.to(keys.device)
             order = keys[:, 0].argsort(stable=True)
             counts = torch.bincount(keys[:, 0], minlength=self.num_tasks)
@@ -101,9 +104,9 @@ class FastWeights:
             task = torch.repeat_interleave(sizes)
             within = torch.arange(len(task), device=keys.device) - (sizes.cumsum(0) - sizes)[task]
             found = order[starts[task] + within]
-            pairs[group] = torch.stack([task, keys[found, 1]], 1)
-            if group in self.deltas:
-                deltas[group] = self.deltas[group][found]
+            pairs[table] = torch.stack([task, keys[found, 1]], 1)
+            if table in self.deltas:
+                deltas[table] = self.deltas[table][found]
 
         def take(tensor: Tensor) -> Tensor:
             return tensor[chosen.to(tensor.device)]
@@ -125,7 +128,9 @@ class FastWeights:
 
     @staticmethod
     def join(parts: Sequence[FastWeights]) -> FastWeights:
-        """The tasks of all parts as one state, in order. ValueError when the parts are of different inner loops."""
+        """Return the tasks of all parts as one state, in order. ValueError when the parts are of different inner
+        loops.
+        """
         if len({_form(part) for part in parts}) != 1:
             raise ValueError(
                 f"cannot join {len(parts)} fast weights of different inner loops: adapt all tasks with one model, one "
@@ -133,12 +138,12 @@ class FastWeights:
             )
         first = parts[0]
         pairs = {}
-        for group in first.pairs:
+        for table in first.pairs:
             start, shifted = 0, []
             for part in parts:
-                shifted.append(part.pairs[group] + torch.tensor([start, 0], device=part.pairs[group].device))
+                shifted.append(part.pairs[table] + torch.tensor([start, 0], device=part.pairs[table].device))
                 start += part.num_tasks
-            pairs[group] = torch.cat(shifted)
+            pairs[table] = torch.cat(shifted)
         updates = {}
         for site, steps in first.updates.items():
             longest = max(part.updates[site][0].inputs.shape[1] for part in parts) if steps else 0
@@ -158,13 +163,15 @@ class FastWeights:
             sum(part.num_tasks for part in parts),
             updates,
             {name: torch.cat([part.values[name] for part in parts]) for name in first.values},
-            {group: torch.cat([part.deltas[group] for part in parts]) for group in first.deltas},
+            {table: torch.cat([part.deltas[table] for part in parts]) for table in first.deltas},
             pairs,
             modulation,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything as one flat dict of tensors, for `torch.save` or safetensors; `from_state_dict` reads it."""
+        """Return everything as one flat dict of tensors, for `torch.save` or safetensors; `from_state_dict` reads
+        it.
+        """
         out = {"num_tasks": torch.tensor([self.num_tasks])}
         for site, steps in self.updates.items():
             for step, update in enumerate(steps):
@@ -180,7 +187,7 @@ class FastWeights:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Tensor]) -> FastWeights:
-        """The fast weights that `state_dict` wrote, whatever the order of its entries."""
+        """Return the fast weights that `state_dict` wrote, whatever the order of its entries."""
         found: dict[str, dict[tuple[int | str | None, ...], Tensor]] = {}
         for key, tensor in state.items():
             if key != "num_tasks":
@@ -202,14 +209,14 @@ class FastWeights:
 
 
 def _form(fast: FastWeights) -> object:
-    """What two states must share to be joined."""
+    """Return what two states must share to be joined."""
     updates = frozenset((site, len(steps)) for site, steps in fast.updates.items())
     shifts = frozenset((layer, start.shift is None) for layer, start in fast.modulation.items())
     return updates, frozenset(fast.values), frozenset(fast.deltas), frozenset(fast.pairs), shifts
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:
-    """[T, R, n] -> [T, length, n]; rows of zeros change nothing."""
+    """Pad with rows of zeros, which change nothing: [T, R, n] -> [T, length, n]."""
     return F.pad(rows, (0, 0, 0, length - rows.shape[1]))
 
 

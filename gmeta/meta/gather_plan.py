@@ -1,4 +1,4 @@
-"""From fetched rows to the model's inputs: lookups for all features of a group at once, and each task's private rows.
+"""From fetched rows to the model's inputs: lookups for all features of a table at once, and each task's private rows.
 
 A task that adapts a row does not copy it: as with linear layers, it reads the shared row plus its own change,
 `E0[row] + delta[pair]`, where a pair is one (task, row) that occurs in the task's support. Rows of the query that the
@@ -24,20 +24,20 @@ from gmeta.core.selection import Ints, Selection, product, select, sort_keys
 
 @dataclass(frozen=True, slots=True)
 class GatherPlan:
-    """How the n examples of one side, support or query, read the fetched rows. For each group of rows:
+    """How the n examples of one side, support or query, read the fetched rows. For each table of rows:
 
     F features that read it, U fetched rows, P pairs. Groups whose rows no task adapts have neither reads nor pairs.
     """
 
-    features: dict[str, tuple[str, ...]]  # group -> its features, in the order in which their values lie
-    lookups: dict[str, Selection]  # group -> [n * F, U]
-    reads: dict[str, Selection]  # group -> [n * F, P], which pair's change each entry reads
-    pairs: dict[str, Tensor]  # group -> int64 [P, 2]: position of the task, row
+    features: dict[str, tuple[str, ...]]  # table -> its features, in the order in which their values lie
+    lookups: dict[str, Selection]  # table -> [n * F, U]
+    reads: dict[str, Selection]  # table -> [n * F, P], which pair's change each entry reads
+    pairs: dict[str, Tensor]  # table -> int64 [P, 2]: position of the task, row
 
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """Entries of all features of a group on one side, example after example."""
+    """Entries of all features of a table on one side, example after example."""
 
     columns: Ints  # [E]
     lengths: Ints | None  # [n * F]; None: one each
@@ -47,7 +47,7 @@ class _Entries:
 
     @property
     def rows(self) -> Ints:
-        """Which of the n * F an entry belongs to, [E]."""
+        """Return which of the n * F looked-up values each entry belongs to, [E]."""
         return np.arange(len(self.columns)) if self.lengths is None else _repeat(self.lengths)
 
 
@@ -58,7 +58,7 @@ def plan_batch(
     features: Sequence[str],
     adapted: Sequence[str],
 ) -> tuple[GatherPlan, GatherPlan]:
-    """The plans of support and query, from one sort of both. `num_rows[group]` is U.
+    """Return the gather plans of support and query, from one sort of both. `num_rows[table]` is U.
 
     A function of lookups alone, so that a loader's thread can do it ahead. The pairs are numbered as in
     `plan_support`, and the query's plan is that of `plan_query` with these pairs.
@@ -70,7 +70,7 @@ def plan_batch(
 def plan_support(
     support: Mapping[str, Lookup], num_rows: Mapping[str, int], features: Sequence[str], adapted: Sequence[str]
 ) -> GatherPlan:
-    """The plan of a support alone; its pairs are in ascending order of (task, row)."""
+    """Return the gather plan of a support alone. Its pairs are in ascending order of (task, row)."""
     (plan,) = _plan((support,), num_rows, features, adapted)
     return plan
 
@@ -82,47 +82,49 @@ def plan_query(
     adapted: Sequence[str],
     pairs: Mapping[str, Tensor],
 ) -> GatherPlan:
-    """The plan of a query of tasks that were adapted before, whose pairs are given, in any order.
+    """Return the gather plan of a query of tasks that were adapted before. Their pairs are given, in any order.
 
     A pair's row is a position among the rows fetched for this query, -1 where the row is not among them.
     """
     plan = GatherPlan({}, {}, {}, {})
-    for group, names, flags in _groups(query, features, adapted):
+    for table, names, flags in _tables(query, features, adapted):
         side = _entries([query[name] for name in names], flags)
-        plan.features[group], plan.lookups[group] = names, _selection(side, num_rows[group])
-        if group in pairs:
-            plan.reads[group] = _known_pairs(side, num_rows[group], pairs[group].cpu().numpy())
-            plan.pairs[group] = pairs[group]
+        plan.features[table], plan.lookups[table] = names, _selection(side, num_rows[table])
+        if table in pairs:
+            plan.reads[table] = _known_pairs(side, num_rows[table], pairs[table].cpu().numpy())
+            plan.pairs[table] = pairs[table]
     return plan
 
 
 def plan_together(
     support: Mapping[str, Lookup], query: Mapping[str, Lookup], num_rows: Mapping[str, int], features: Sequence[str]
 ) -> GatherPlan:
-    """One plan of all support examples, then all query examples, for plain training: nothing is adapted."""
+    """Return one gather plan of all support examples, then all query examples, for plain training, which adapts
+    nothing.
+    """
     plan = GatherPlan({}, {}, {}, {})
-    for group, names, flags in _groups(support, features, ()):
+    for table, names, flags in _tables(support, features, ()):
         sides = [_entries([side[name] for name in names], flags) for side in (support, query)]
-        plan.features[group], plan.lookups[group] = names, _selection(_joined(*sides), num_rows[group])
+        plan.features[table], plan.lookups[table] = names, _selection(_joined(*sides), num_rows[table])
     return plan
 
 
 def rows_among(pairs: Tensor, row_ids: Tensor) -> Tensor:
-    """Pairs whose rows are ids [P, 2] -> the same with positions in the distinct ids `row_ids` [U], or -1."""
+    """Return pairs [P, 2] whose rows are ids with positions instead: those among the distinct `row_ids` [U], or -1."""
     ids, order = row_ids.sort()
-    place = torch.searchsorted(ids, pairs[:, 1].contiguous()).clamp(max=max(len(ids) - 1, 0))
-    found = ids[place] == pairs[:, 1] if len(ids) else torch.zeros_like(place, dtype=torch.bool)
-    rows = torch.where(found, order[place], -1) if len(ids) else torch.full_like(place, -1)
+    position = torch.searchsorted(ids, pairs[:, 1].contiguous()).clamp(max=max(len(ids) - 1, 0))
+    found = ids[position] == pairs[:, 1] if len(ids) else torch.zeros_like(position, dtype=torch.bool)
+    rows = torch.where(found, order[position], -1) if len(ids) else torch.full_like(position, -1)
     return torch.stack([pairs[:, 0], rows], 1)
 
 
-def _groups(
+def _tables(
     lookups: Mapping[str, Lookup], features: Sequence[str], adapted: Sequence[str]
 ) -> Iterator[tuple[str, tuple[str, ...], NDArray[np.bool_]]]:
-    """Each group of rows, the features that read it, and which of those are adapted."""
-    for group in dict.fromkeys(lookups[name].group for name in features):
-        names = tuple(name for name in features if lookups[name].group == group)
-        yield group, names, np.array([name in adapted for name in names])
+    """Yield each fused table, the features that read it, and which of those are adapted."""
+    for table in dict.fromkeys(lookups[name].table for name in features):
+        names = tuple(name for name in features if lookups[name].table == table)
+        yield table, names, np.array([name in adapted for name in names])
 
 
 def _plan(
@@ -132,14 +134,14 @@ def _plan(
     adapted: Sequence[str],
 ) -> tuple[GatherPlan, ...]:
     plans = tuple(GatherPlan({}, {}, {}, {}) for _ in lookups)
-    for group, names, flags in _groups(lookups[0], features, adapted):
+    for table, names, flags in _tables(lookups[0], features, adapted):
         sides = [_entries([side[name] for name in names], flags) for side in lookups]
         for plan, side in zip(plans, sides, strict=True):
-            plan.features[group], plan.lookups[group] = names, _selection(side, num_rows[group])
+            plan.features[table], plan.lookups[table] = names, _selection(side, num_rows[table])
         if flags.any():
-            reads, keys = _pairs(sides, num_rows[group])
+            reads, keys = _pairs(sides, num_rows[table])
             for plan, read in zip(plans, reads, strict=True):
-                plan.reads[group], plan.pairs[group] = read, keys
+                plan.reads[table], plan.pairs[table] = read, keys
     return plans
 
 
@@ -156,10 +158,10 @@ def _entries(lookups: list[Lookup], flags: NDArray[np.bool_]) -> _Entries:
     starts = (np.cumsum(lengths) - lengths).reshape(num_examples, num_features)
     columns, weights = np.empty(int(lengths.sum()), np.int64), np.ones(int(lengths.sum()))
     for i, (lookup, size) in enumerate(zip(lookups, sizes, strict=True)):
-        place = np.repeat(starts[:, i] - (np.cumsum(size) - size), size) + np.arange(int(size.sum()))
-        columns[place] = lookup.index.cpu().numpy().reshape(-1)
+        position = np.repeat(starts[:, i] - (np.cumsum(size) - size), size) + np.arange(int(size.sum()))
+        columns[position] = lookup.index.cpu().numpy().reshape(-1)
         if lookup.lengths is not None and lookup.pooling == "mean":
-            weights[place] = np.repeat(1.0 / np.maximum(size, 1), size)
+            weights[position] = np.repeat(1.0 / np.maximum(size, 1), size)
     row = _repeat(lengths)
     return _Entries(
         columns,
@@ -198,7 +200,8 @@ def _selection(side: _Entries, num_columns: int) -> Selection:
 
 
 def _pairs(sides: Sequence[_Entries], num_rows: int) -> tuple[list[Selection], Tensor]:
-    """Which pair each entry of each side reads, and the pairs [P, 2]; those of the first side's adapted entries count.
+    """Return which pair each entry of each side reads, and the pairs [P, 2]; those of the first side's adapted entries
+    count.
 
     One sort by (task, row) gives the pairs and all matrices in both orders.
     """
@@ -232,24 +235,24 @@ def _pairs(sides: Sequence[_Entries], num_rows: int) -> tuple[list[Selection], T
 
 
 def _known_pairs(side: _Entries, num_rows: int, pairs: Ints) -> Selection:
-    """Which of given pairs [P, 2] each entry reads."""
+    """Return which of given pairs [P, 2] each entry reads."""
     bound = max(num_rows, 1)
     present = np.flatnonzero(pairs[:, 1] >= 0)
     keys = pairs[present, 0] * bound + pairs[present, 1]
     order = keys.argsort()
     keys, present = keys[order], present[order]
     wanted = side.task * bound + side.columns
-    place = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
-    found = keys[place] == wanted if len(keys) else np.zeros(len(wanted), bool)
+    position = np.minimum(np.searchsorted(keys, wanted), max(len(keys) - 1, 0))
+    found = keys[position] == wanted if len(keys) else np.zeros(len(wanted), bool)
     if side.adapted is not None:
         found &= side.adapted
     entry = np.flatnonzero(found)
-    pair, by_pair = sort_keys(present[place[entry]], len(pairs))
+    pair, by_pair = sort_keys(present[position[entry]], len(pairs))
     return _pair_selection(side, entry[by_pair], pair, len(pairs))
 
 
 def _pair_selection(side: _Entries, entry: Ints, pair: Ints, num_pairs: int) -> Selection:
-    """The matrix of entries `entry` that read pairs `pair`, given in the order of the pairs."""
+    """Return the matrix of entries `entry` that read pairs `pair`, given in the order of the pairs."""
     of_entry = np.full(len(side.columns), -1, np.int64)
     of_entry[entry] = pair
     reads = of_entry >= 0
@@ -268,19 +271,19 @@ def _pair_selection(side: _Entries, entry: Ints, pair: Ints, num_pairs: int) -> 
 
 
 def shared_rows(rows: EmbeddedRows, plan: GatherPlan) -> dict[str, Tensor]:
-    """E0 as the features of each group read it: group -> [n, F, d], pooled where the feature is a bag."""
+    """Return E0 as the features of each table read it: table -> [n, F, d], pooled where the feature is a bag."""
     out = {}
-    for group, lookup in plan.lookups.items():
-        weight = rows.weights[group]
-        out[group] = product(weight, lookup).view(-1, len(plan.features[group]), weight.shape[1])
+    for table, lookup in plan.lookups.items():
+        weight = rows.weights[table]
+        out[table] = product(weight, lookup).view(-1, len(plan.features[table]), weight.shape[1])
     return out
 
 
 def apply_deltas(values: Mapping[str, Tensor], deltas: Mapping[str, Tensor], plan: GatherPlan) -> dict[str, Tensor]:
-    """Rows as the tasks see them: shared [n, F, d] plus the tasks' own changes, deltas [P, d]; by group."""
+    """Return the rows as the tasks see them: shared [n, F, d] plus the tasks' own changes, deltas [P, d]; by table."""
     out = {}
-    for group, value in values.items():
-        out[group] = value
-        if group in deltas and group in plan.reads:
-            out[group] = product(deltas[group], plan.reads[group], value.flatten(0, 1)).view(value.shape)
+    for table, value in values.items():
+        out[table] = value
+        if table in deltas and table in plan.reads:
+            out[table] = product(deltas[table], plan.reads[table], value.flatten(0, 1)).view(value.shape)
     return out

@@ -67,7 +67,9 @@ class Adapted:
         return bool(self.features or self.parameters)
 
     def rate_of(self, parameter: str) -> int:
-        """Position of a parameter's inner rate. A module may be called "embeddings" too: the first one is not its."""
+        """Return the position of a parameter's inner rate. A module may be called "embeddings" too: the first one is
+        not its.
+        """
         return self.rates.index(rate_group(parameter), 1 if self.features else 0)
 
 
@@ -91,7 +93,7 @@ class InnerPass:
     def modulation(
         self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
     ) -> dict[str, Modulated]:
-        """Where tasks with this support start. A loop of no steps takes nothing from it: it sees an empty one."""
+        """Return where tasks with this support start. With no inner steps it sees an empty support."""
         if self.modulator is None:
             return {}
         found: dict[str, Modulated] = self.modulator(dense, embedded, label, mask & (len(self.rates) > 0))
@@ -99,7 +101,7 @@ class InnerPass:
 
 
 def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[str]) -> Adapted:
-    """The adapted set that `adapt` names.
+    """Return the adapted set that `adapt` names.
 
     Words: `embeddings` (all features), `embeddings.<glob>`, `dense` (every parameter of the model), `head` (parameters
     of `model.head`), `decision` (of `model.decision_layers`); anything else is a glob over parameter names. A
@@ -140,7 +142,7 @@ def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[s
 
 
 def rate_group(parameter: str) -> str:
-    """The module that owns a parameter; parameters of the model itself share the group `parameters`."""
+    """Return the module that owns a parameter; parameters of the model itself share the group `parameters`."""
     return parameter.rpartition(".")[0] or "parameters"
 
 

@@ -80,15 +80,15 @@ class MetaLearner(nn.Module):
 
     @property
     def rate_names(self) -> tuple[str, ...]:
-        """Names of the columns of `inner_lr`."""
+        """Return the names of the columns of `inner_lr`."""
         return self.adapted.rates
 
     def index(
         self, support: Mapping[str, Lookup], query: Mapping[str, Lookup], num_rows: Mapping[str, int]
     ) -> tuple[GatherPlan, ...]:
-        """The index work of a batch, which needs no rows, so that a loader's thread can do it ahead; on the CPU.
+        """Return the index work of a batch, which needs no rows, so that a loader's thread can do it ahead; on the CPU.
 
-        `num_rows[group]` is the number of rows U that will be fetched. Two plans, of support and query, or with plain
+        `num_rows[table]` is the number of rows U that will be fetched. Two plans, of support and query, or with plain
         training one for both together.
         """
         if not self.adapted:
@@ -99,9 +99,9 @@ class MetaLearner(nn.Module):
         return gather_plan.plan_batch(support, query, num_rows, tuple(self.features), self.adapted.features)
 
     def index_support(self, support: Mapping[str, Lookup], num_rows: Mapping[str, int]) -> GatherPlan:
-        """The index work of a support alone, for `adapt`; on the CPU.
+        """Return the index work of a support alone, for `adapt`; on the CPU.
 
-        Its `pairs[group]` int64 [P, 2] are the (position of the task, position of the row among the U fetched ones)
+        Its `pairs[table]` int64 [P, 2] are the (position of the task, position of the row among the U fetched ones)
         whose rows a task adapts, numbered as in `index`. The fast weights carry them on: `FastWeights.with_row_ids`
         turns positions into ids that are found again among rows fetched later.
         """
@@ -116,14 +116,14 @@ class MetaLearner(nn.Module):
         pairs: Mapping[str, Tensor],
         row_ids: Mapping[str, Tensor] | None = None,
     ) -> GatherPlan:
-        """The index work of examples of tasks that were adapted before, for `score`; on the CPU.
+        """Return the index work of examples of tasks that were adapted before, for `score`; on the CPU.
 
         `pairs` is that of their fast weights. Its rows are positions among the U rows fetched here or, with
-        `row_ids[group]` int64 [U], the distinct ids of the rows fetched here, ids: some may not be among them.
+        `row_ids[table]` int64 [U], the distinct ids of the rows fetched here, ids: some may not be among them.
         """
-        pairs = {group: keys.cpu() for group, keys in pairs.items()}
+        pairs = {table: keys.cpu() for table, keys in pairs.items()}
         if row_ids is not None:
-            pairs = {group: gather_plan.rows_among(keys, row_ids[group].cpu()) for group, keys in pairs.items()}
+            pairs = {table: gather_plan.rows_among(keys, row_ids[table].cpu()) for table, keys in pairs.items()}
         if self.engine == "reference":
             return GatherPlan({}, {}, {}, pairs)
         return gather_plan.plan_query(query, num_rows, tuple(self.features), self.adapted.features, pairs)
@@ -137,7 +137,7 @@ class MetaLearner(nn.Module):
         steps: int | None = None,
         inner_lr: float | None = None,
     ) -> FastWeights:
-        """The fast weights of every task of a support, without dropout; they hold no graph.
+        """Return the fast weights of every task of a support, without dropout; they hold no graph.
 
         Reads `rows.weights` and `rows.support`. Without `index`, that of `index_support` is made here. `steps` and
         `inner_lr` override what was trained; learned rates repeat their last step beyond `inner_loop.steps`. With no
@@ -156,7 +156,7 @@ class MetaLearner(nn.Module):
     def score(
         self, fast: FastWeights, rows: EmbeddedRows, examples: Examples, index: GatherPlan | None = None
     ) -> Tensor:
-        """Logits [T, Q] of examples of the tasks whose fast weights are given, without dropout.
+        """Return the logits [T, Q] of examples of the tasks whose fast weights are given, without dropout.
 
         Reads `rows.weights` and `rows.query`. Without `index`, that of `index_query` is made here, for pairs that are
         positions among these rows. Differentiable where gradients are enabled. ValueError for fast weights of another
@@ -176,7 +176,7 @@ class MetaLearner(nn.Module):
     def forward(
         self, rows: EmbeddedRows, batch: TaskBatch, index: tuple[GatherPlan, ...] | None = None
     ) -> tuple[Tensor, LearnerOutput]:
-        """(loss, output). The loss is the sum over this rank's tasks of a task's mean loss / num_tasks_global.
+        """Return (loss, output). The loss is the sum over this rank's tasks of a task's mean loss / num_tasks_global.
 
         A task without support adapts nothing; a task without query rows contributes 0. With no task at all the loss
         is 0 and backward gives zero or no gradients.
@@ -201,7 +201,7 @@ class MetaLearner(nn.Module):
         steps: int | None = None,
         inner_lr: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Query logits [T, Q] before and after adaptation, without dropout; no graph is left behind.
+        """Return the query logits [T, Q] before and after adaptation, without dropout; no graph is left behind.
 
         `steps` and `inner_lr` are those of `adapt`; before adaptation means no steps.
         """
@@ -231,7 +231,7 @@ class MetaLearner(nn.Module):
         steps: int | None = None,
         inner_lr: float | None = None,
     ) -> InnerPass:
-        """The inner loop for tasks at hand; `dropout` is the batch's key and the ids of its tasks."""
+        """Return the inner loop for these tasks. `dropout` is the batch's key and the ids of its tasks."""
         loop, rate = self.inner_loop, None
         steps = loop.steps if steps is None else steps
         if self.inner_lr is None or inner_lr is not None:
@@ -287,7 +287,7 @@ class MetaLearner(nn.Module):
         plan: GatherPlan,
         keys: Callable[[int, Tensor], Tensor] | None,
     ) -> list[Tensor]:
-        """Logits of each side [T, S] from one call of the unadapted model; the last side is the query."""
+        """Return the logits of each side [T, S] from one call of the unadapted model; the last side is the query."""
 
         def flat_keys() -> Tensor:
             assert keys is not None
@@ -305,4 +305,4 @@ class MetaLearner(nn.Module):
 
 
 def _num_rows(rows: EmbeddedRows) -> dict[str, int]:
-    return {group: weight.shape[0] for group, weight in rows.weights.items()}
+    return {table: weight.shape[0] for table, weight in rows.weights.items()}

@@ -36,7 +36,7 @@ class Modulated:
         return [self.scale] if self.shift is None else [self.scale, self.shift]
 
     def filled(self, tensors: Iterator[Tensor]) -> Modulated:
-        """The same with other tensors in the place of `tensors()`."""
+        """Return the same modulation with other tensors instead of `tensors()`."""
         return Modulated(next(tensors), None if self.shift is None else next(tensors))
 
 
@@ -54,7 +54,7 @@ class TaskEncoder(nn.Module):
         self.layer = nn.Linear(sum(dims.values()) + num_numeric + 1, width)
 
     def forward(self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor) -> Tensor:
-        """Dense [T, S, F], one [T, S, d] for each feature, label [T, S], mask bool [T, S] -> [T, width]."""
+        """Return [T, width] from dense [T, S, F], one [T, S, d] for each feature, label [T, S] and mask bool [T, S]."""
         parts = [embedded[name] for name in self.features]
         if self.num_numeric:
             parts.append(dense)
@@ -82,7 +82,7 @@ class ClusterGates(nn.Module):
     def forward(
         self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
     ) -> dict[str, Modulated]:
-        """Takes what `TaskEncoder.forward` takes, and gives every layer a scale [T, out]."""
+        """Return a scale [T, out] for every layer, from what `TaskEncoder.forward` takes."""
         task = self.encoder(dense, embedded, label, mask)
         distance = (task.unsqueeze(1) - self.centroids).square().sum(-1)  # [T, clusters]
         shared = torch.softmax(-distance / 2, -1) @ self.centroids
@@ -110,7 +110,7 @@ class Film(nn.Module):
     def forward(
         self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor
     ) -> dict[str, Modulated]:
-        """Takes what `TaskEncoder.forward` takes, and gives every layer a scale and, with a bias, a shift [T, out]."""
+        """Return for every layer a scale and, with a bias, a shift [T, out], from what `TaskEncoder.forward` takes."""
         out = widen(self.head(self.encoder(dense, embedded, label, mask)))
         parts = torch.split(out, [*self.sizes.values(), *(self.sizes[name] for name in self.biased)], -1)
         shifts = dict(zip(self.biased, parts[len(self.sizes) :], strict=True))

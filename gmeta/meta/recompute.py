@@ -48,7 +48,8 @@ class _Recomputed(torch.autograd.Function):
 def recomputed(
     run: Callable[[Sequence[Tensor], bool], Sequence[Tensor]], leaves: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> list[Tensor]:
-    """`run(inputs, ...)`, differentiable by `inputs` and by `leaves`, the parameters that `run` uses by itself.
+    """Return the result of `run(inputs, ...)`, differentiable by `inputs` and by `leaves`, the parameters that `run`
+    uses by itself.
 
     `run` takes the inputs, and whether its results must be differentiable.
 

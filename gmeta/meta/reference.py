@@ -1,7 +1,7 @@
 """The textbook inner loop: one task at a time, one adapted copy of every parameter and table. Slow, any module.
 
 It shares nothing with the factored engine but losses and dropout masks, so that agreement means something: padding is
-cut off, bags are pooled in a loop, and an adapted feature reads the task's own copy of its whole table.
+left out, bags are pooled in a loop, and an adapted feature reads the task's own copy of the table.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Side:
 
 
 def pairs_of(support: Mapping[str, Lookup], adapted: Sequence[str]) -> dict[str, Tensor]:
-    """Return group -> the (task, row) pairs [P, 2] of a support, in ascending order: all the index work of this engine.
+    """Return table -> the (task, row) pairs [P, 2] of a support, in ascending order: all the index work of this engine.
 
     It reads rows by the lookups themselves.
     """
@@ -54,14 +54,14 @@ def pairs_of(support: Mapping[str, Lookup], adapted: Sequence[str]) -> dict[str,
             task = torch.arange(len(index)).repeat_interleave(index.shape[1])
         else:
             task = torch.arange(len(lengths)).repeat_interleave(lengths.cpu().sum(1))
-        found.setdefault(lookup.group, []).append(torch.stack([task, index.reshape(-1)], 1))
-    return {group: torch.unique(torch.cat(keys), dim=0) for group, keys in found.items()}
+        found.setdefault(lookup.table, []).append(torch.stack([task, index.reshape(-1)], 1))
+    return {table: torch.unique(torch.cat(keys), dim=0) for table, keys in found.items()}
 
 
 def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan) -> tuple[FastWeights, Tensor]:
     """Adapt every task to its support; return the fast weights, and the loss [T] before the first step, detached.
 
-    Their `values` have every adapted or modulated parameter whole.
+    Their `values` hold every adapted or modulated parameter in full.
     """
     num_tasks = len(support.mask)
     sides = [_Side(support, rows.support, task) for task in range(num_tasks)]
@@ -69,16 +69,16 @@ def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherP
     parameters = dict(inner.model.named_parameters(remove_duplicate=False))
     names = dict.fromkeys([*(starts[0] if starts else ()), *inner.adapted.parameters])
     values: dict[str, list[Tensor]] = {name: [] for name in names}
-    deltas: dict[str, list[Tensor]] = {group: [] for group in plan.pairs}
+    deltas: dict[str, list[Tensor]] = {table: [] for table in plan.pairs}
     losses = []
     for task, (side, start) in enumerate(zip(sides, starts, strict=True)):
         own = {**parameters, **start}
         state, loss = _adapt_task(inner, rows, side, {name: own[name] for name in names})
         for name in names:
             values[name].append(state["parameter", name])
-        for group, pairs in plan.pairs.items():
-            place = pairs[pairs[:, 0] == task, 1]
-            deltas[group].append(state["table", group][place] - rows.weights[group][place])
+        for table, pairs in plan.pairs.items():
+            rows_of_task = pairs[pairs[:, 0] == task, 1]
+            deltas[table].append(state["table", table][rows_of_task] - rows.weights[table][rows_of_task])
         losses.append(loss)
     fast = FastWeights(
         num_tasks,
@@ -98,19 +98,19 @@ def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Exampl
     for task in range(fast.num_tasks):
         side = _Side(query, rows.query, task)
         tables = {}
-        for group, pairs in plan.pairs.items():
-            weight = rows.weights[group]
-            tables[group] = weight
-            if group in fast.deltas:
+        for table, pairs in plan.pairs.items():
+            weight = rows.weights[table]
+            tables[table] = weight
+            if table in fast.deltas:
                 own = (pairs[:, 0] == task) & (pairs[:, 1] >= 0)
-                tables[group] = weight.index_put((pairs[own, 1],), fast.deltas[group][own], accumulate=True)
-        scores = _score_task(inner, rows, side, whole_parameters(inner.model, fast, task), tables, QUERY_PASS)
+                tables[table] = weight.index_put((pairs[own, 1],), fast.deltas[table][own], accumulate=True)
+        scores = _score_task(inner, rows, side, own_parameters(inner.model, fast, task), tables, QUERY_PASS)
         padded = anchor + torch.zeros_like(query.label[task], dtype=scores.dtype)
         logits.append(padded.index_put((side.positions,), scores + anchor))
     return torch.stack(logits) if logits else anchor + query.label
 
 
-def whole_parameters(model: nn.Module, fast: FastWeights, task: int) -> dict[str, Tensor]:
+def own_parameters(model: nn.Module, fast: FastWeights, task: int) -> dict[str, Tensor]:
     """Return one task's own parameters by name, from fast weights of either engine."""
     own = modulated_parameters(model, fast.modulation, task)
     shared = dict(model.named_parameters(remove_duplicate=False))
@@ -126,14 +126,14 @@ def whole_parameters(model: nn.Module, fast: FastWeights, task: int) -> dict[str
 
 @contextmanager
 def substituted(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let the model compute with `values` in the place of these parameters, under all their names.
+    """Let the model compute with `values` instead of these parameters, under all their names.
 
     Afterwards it is as it was, also after an exception. (`torch.func.functional_call` leaves a module that has two
     names with the values, as of torch 2.13.)
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     by_id = {id(named[name]): value for name, value in values.items()}
-    places = [
+    owners = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
@@ -141,11 +141,11 @@ def substituted(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
     ]
     recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
     try:
-        for module, name, parameter in places:
+        for module, name, parameter in owners:
             module._parameters[name] = by_id[id(parameter)]  # type: ignore[assignment]
         yield
     finally:
-        for module, name, parameter in places:
+        for module, name, parameter in owners:
             module._parameters[name] = parameter
         for layer in recurrent:
             layer._update_flat_weights()  # torch keeps a list of the parameters beside them
@@ -156,7 +156,7 @@ def _modulated(inner: InnerPass, rows: EmbeddedRows, side: _Side) -> dict[str, T
     if inner.modulator is None:
         return {}
     embedded = {
-        name: _read(rows.weights[lookup.group], lookup, side).unsqueeze(0) for name, lookup in side.lookups.items()
+        name: _read(rows.weights[lookup.table], lookup, side).unsqueeze(0) for name, lookup in side.lookups.items()
     }
     dense, label = side.examples.dense[side.task, side.positions].unsqueeze(0), side.label.unsqueeze(0)
     modulation = inner.modulation(dense, embedded, label, torch.ones_like(label, dtype=torch.bool))
@@ -168,13 +168,13 @@ def _adapt_task(
 ) -> tuple[dict[tuple[str, str], Tensor], Tensor]:
     """Take SGD steps on one task's support, from parameters `own`. Those that do not adapt stay as they are.
 
-    Returns ("parameter", name) -> value and ("table", group) -> the group's rows [U, d]; the first step's mean loss.
+    Returns ("parameter", name) -> value and ("table", table) -> the table's rows [U, d]; the first step's mean loss.
     """
     fixed = {name: value for name, value in own.items() if name not in inner.adapted.parameters}
     state = {("parameter", name): own[name] for name in inner.adapted.parameters}
     for name in inner.adapted.features:
-        group = side.lookups[name].group
-        state["table", group] = rows.weights[group].clone()  # features that do not adapt keep reading the original
+        table = side.lookups[name].table
+        state["table", table] = rows.weights[table].clone()  # features that do not adapt keep reading the original
     state = {key: value if value.requires_grad else value.detach().requires_grad_() for key, value in state.items()}
     first = side.label.new_zeros(())
     for step, rates in enumerate(inner.rates if len(side.positions) else ()):
@@ -210,7 +210,7 @@ def _score_task(
     """Return the logits of one task's real examples [n], with its own parameters and, for adapted features, tables."""
     embedded = {}
     for name, lookup in side.lookups.items():
-        table = tables[lookup.group] if name in inner.adapted.features else rows.weights[lookup.group]
+        table = tables[lookup.table] if name in inner.adapted.features else rows.weights[lookup.table]
         embedded[name] = _read(table, lookup, side)
     make_keys = None
     if inner.keys is not None:

@@ -42,21 +42,21 @@ class _Examples:
     """Random examples in one form: with the leading dimensions [6] or [2, 3], or fewer."""
 
     dense: Tensor  # [*leading, F]
-    values: dict[str, Tensor]  # group -> [n, features, d]
+    values: dict[str, Tensor]  # table -> [n, features, d]
     keys: Tensor  # int64 [*leading], of dropout: the same for the same example in every form
     plan: GatherPlan
     leading: tuple[int, ...]
 
     def of(self, *leading: int, start: int = 0) -> _Examples:
-        """The examples from `start` on, with other leading dimensions."""
+        """Return the examples from `start` on, with other leading dimensions."""
         which = slice(start, start + torch.Size(leading).numel())
-        values = {group: value[which].clone() for group, value in self.values.items()}
+        values = {table: value[which].clone() for table, value in self.values.items()}
         dense = self.dense.flatten(0, -2)[which].clone()
         keys = self.keys.flatten()[which].view(leading)
         return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, self.plan, leading)
 
     def changed(self) -> _Examples:
-        """The same with one example that has zeros as numeric columns, as padding has, and other rows."""
+        """Return the same with one example that has zeros as numeric columns, as padding has, and other rows."""
         other = self.of(*self.leading)
         other.dense.flatten(0, -2)[_CHANGED] = 0
         for value in other.values.values():
@@ -204,7 +204,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def _generators(model: nn.Module) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
-    """How to read and write the state of the global generators that the model may draw from."""
+    """Return how to read and write the state of the global generators that the model may draw from."""
     found: list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = [(torch.get_rng_state, torch.set_rng_state)]
     for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
         found.append((partial(torch.cuda.get_rng_state, device), partial(torch.cuda.set_rng_state, device=device)))
@@ -242,7 +242,7 @@ def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
 
 
 def _cure(examples: _Examples) -> str:
-    """What to do where the form [tasks, examples, ...] is the fault."""
+    """Return what to do where the form [tasks, examples, ...] is the fault."""
     if len(examples.leading) == 1:
         return ""
     return (
@@ -252,7 +252,7 @@ def _cure(examples: _Examples) -> str:
 
 
 def _raised_at(error: Exception) -> str:
-    """The last line of the model's own code in a traceback, in words."""
+    """Return the last line of the model's own code in a traceback, in words."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_LIBRARIES)]
     return f" at {Path(frames[-1].filename).name}, line {frames[-1].lineno}," if frames else ""
 
@@ -275,7 +275,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _others(values: Tensor) -> Tensor:
-    """All but the changed example, of values [6, ...]."""
+    """Return all but the changed example, of values [6, ...]."""
     return torch.cat([values[:_CHANGED], values[_CHANGED + 1 :]])
 
 
@@ -370,7 +370,7 @@ class _Calls:
         self.drawing = ""
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The call's result, computed here, but for what other handlers replace."""
+        """Return the result of a call, computed here unless another handler replaces it."""
         name = getattr(func, "__name__", "")
         if "dropout" in name or name in ("cat", "concat", "concatenate", "stack"):
             return NotImplemented
@@ -388,7 +388,7 @@ class _Calls:
 
 
 def _line() -> str:
-    """Where the model's own code is, of the frames above."""
+    """Return where the model's own code is, of the frames above."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
@@ -396,7 +396,7 @@ def _line() -> str:
 
 
 def _first_difference(model: nn.Module, one: _Examples, other: _Examples) -> str:
-    """The first call whose result is not the same for the examples that are the same, in words; or nothing."""
+    """Return the first call whose result is not the same for the examples that are the same, in words; or nothing."""
     calls = []
     for examples in (one, other):
         calls.append(_Calls(model))

@@ -18,8 +18,8 @@ from gmeta.models.inputs import InputSpec, check_dropout, check_widths
 class DLRM(nn.Module):
     """Top network over [bottom output, pairwise dot products of bottom output and embeddings] -> one logit.
 
-    `bottom` are the widths of the network over numeric columns, to which the embedding dimension is appended; without
-    numeric columns there is none. `hidden` are the widths of the top network.
+    `bottom` are the widths of the network over numeric columns; the embedding dimension is appended to them. Without
+    numeric columns there is no such network. `hidden` are the widths of the top network.
     """
 
     head = "output"
@@ -56,7 +56,7 @@ class DLRM(nn.Module):
         self.register_buffer("pairs", left * num_vectors + right, persistent=False)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Dense [..., F] and one [..., d] for each feature -> logits [...]."""
+        """Return logits [...] from dense [..., F] and one [..., d] for each feature."""
         vectors = [embedded[name] for name in self.features]
         parts = []
         if self.bottom is not None:

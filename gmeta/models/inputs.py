@@ -23,12 +23,12 @@ class InputSpec:
 
     @property
     def num_numeric(self) -> int:
-        """F."""
+        """Return F, the number of numeric columns."""
         return len(self.numeric)
 
     @property
     def embedding_dim(self) -> int:
-        """d, where all features have the same; ValueError where they differ."""
+        """Return d, where all features have the same width. Raises ValueError where they differ."""
         (dim, *others) = set(self.features.values())
         if others:
             raise ValueError(f"the features have widths {dict(self.features)}: this model needs one width")
@@ -36,7 +36,7 @@ class InputSpec:
 
     @property
     def width(self) -> int:
-        """Numbers in one example: those of all embeddings and of the numeric columns."""
+        """Return the number of inputs of one example: all embeddings and the numeric columns."""
         return sum(self.features.values()) + len(self.numeric)
 
 

@@ -45,7 +45,7 @@ class MeLU(nn.Module):
         self.decision_layers = ("layers", "norms", "output")
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Dense [..., F] and one [..., d] for each feature -> logits [...]."""
+        """Return logits [...] from dense [..., F] and one [..., d] for each feature."""
         parts = [embedded[name] for name in self.features]
         if self.num_numeric:
             parts.append(dense)

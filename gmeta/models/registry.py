@@ -87,7 +87,7 @@ def name_of(model: str | ModelFactory) -> str:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether a name makes gmeta import code that is not its own."""
+    """Say whether a name makes gmeta import code that is not its own."""
     return name not in MODELS
 
 

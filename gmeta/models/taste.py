@@ -2,8 +2,8 @@
 
 The tower that turns an item's features into a vector is shared by all tasks. What a task adapts is small and enters
 linearly or nearly so: weights over the item vector, an offset, and the last layer of a small network that corrects the
-product. The support thereby acts like the fold-in of a new user into a matrix factorisation, and a few inner steps
-solve for it, while the outer loop learns item vectors for which that works.
+product. The support thereby acts like the fold-in of a new user into a matrix factorisation. A few inner steps
+solve for it, and the outer loop learns item vectors for which that works.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from gmeta.models.inputs import InputSpec, check_dropout, check_widths
 
 
 class Shift(nn.Module):
-    """Adds a vector that starts at 0. A module of its own, so that it has an inner rate of its own."""
+    """Adds a vector that starts at 0. It is a module of its own, so that it has an inner rate of its own."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+        """Add the vector: [..., width] -> [..., width]."""
         return x + self.value
 
 
@@ -41,9 +41,10 @@ class Taste(nn.Module):
         y = item_bias(z) + offset + prior_bias(t) + sum(w * x) / sqrt(d)
         logit = y + output(relu(shift(correction([x, w * x, y - base_rate]))))
 
-    `taste`, `offset`, `shift` and `output` are what `decision` adapts. The first two start at 0 and, like `prior`,
-    leave it to the item bias to predict what the average task would say. `features` that are not in `task_features`
-    describe the item; numeric columns may describe either and go both ways. Dropout is on the item's embeddings.
+    `taste`, `offset`, `shift` and `output` are what `decision` adapts. `taste`, `offset` and `prior` start at 0, so
+    that at first the item bias alone predicts what the average task would say. `features` that are not in
+    `task_features` describe the item. Numeric columns may describe either, and are inputs of both. Dropout is on the
+    item's embeddings.
     """
 
     head = "output"
@@ -96,7 +97,7 @@ class Taste(nn.Module):
         nn.init.normal_(self.output.weight, std=0.05)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Dense [..., F] and one [..., d] for each feature -> logits [...]."""
+        """Return logits [...] from dense [..., F] and one [..., d] for each feature."""
         z = self.dropout(torch.cat([embedded[name] for name in self.item_features], -1))
         if self.num_numeric:
             z = torch.cat([z, dense], -1)
@@ -109,7 +110,9 @@ class Taste(nn.Module):
         return logits
 
     def _prior(self, x: Tensor, dense: Tensor, embedded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """What the task's features say of its weights [..., d] and its offset [..., 1]; 0 without any."""
+        """Return what the task's features say about its weights [..., d] and its offset [..., 1]. Both are 0 without
+        such features.
+        """
         if self.prior is None:
             return torch.zeros_like(x), torch.zeros_like(x[..., :1])
         parts = [embedded[name] for name in self.task_features] + ([dense] if self.num_numeric else [])
@@ -118,7 +121,7 @@ class Taste(nn.Module):
 
 
 def _network(widths: Sequence[int]) -> nn.Sequential:
-    """Linear layers with ReLU between them, none after the last."""
+    """Return linear layers with a ReLU between them, and none after the last."""
     layers: list[nn.Module] = []
     for num_in, num_out in itertools.pairwise(widths):
         layers += [nn.ReLU(), nn.Linear(num_in, num_out)]

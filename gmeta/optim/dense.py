@@ -20,9 +20,9 @@ from gmeta.parallel.traffic import Traffic
 
 
 class Dense(Protocol):
-    """The dense layers' gradients and updates. A step is:
+    """The gradients and updates of the dense layers. A step is:
 
-    with dense.computing(several=False):          # sums over ranks start under backward, all by the end
+    with dense.computing(several=False):          # sums over ranks start during the backward pass
         dense.backward(loss)
     ...                                           # other collectives, such as the return of row gradients
     square_sum = dense.reduce()                   # waits for the sums
@@ -31,72 +31,77 @@ class Dense(Protocol):
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters, on all ranks together."""
+        """Return the number of elements of all parameters, on all ranks together."""
 
     def computing(self, several: bool) -> AbstractContextManager[None]:
-        """Forward and backward passes of one step, with all parameters at hand.
+        """Give the context of the forward and backward passes of one step, in which all parameters are unsharded.
 
-        `several` says that some rank has more than one micro-batch; ranks may have different numbers of them. On
-        leaving, every sum over ranks has started, so that other collectives may follow.
+        `several` says that some rank has more than one micro-batch. Ranks may have different numbers of them. When the
+        context ends, every sum over ranks has started, so that other collectives may follow.
         """
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """All parameters at hand, for forward passes alone."""
+        """Give the context of forward passes alone, in which all parameters are unsharded."""
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of one micro-batch."""
+        """Run the backward pass of one micro-batch."""
 
     def reduce(self, traffic: Traffic | None = None) -> Tensor:
-        """Wait until gradients are sums over ranks; the sum of their squares, float64 [], the same on every rank.
+        """Wait until the gradients are sums over ranks. Return the sum of their squares, float64 [], the same on every
+        rank.
 
         What was sent is counted in `traffic`.
         """
 
     def step(self, *, lr_scale: float, grad_scale: Tensor | None, ok: Tensor | None) -> None:
-        """One update of every parameter; see `dense_step`."""
+        """Update every parameter once; see `dense_step`."""
 
     def add_expected(self, traffic: Traffic) -> None:
-        """Add what `reduce` counts, by the formulas."""
+        """Add to `traffic` what `reduce` counts, by the formulas."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """This rank's parameters as `dense.NAME` and moments as `optimizer.NAME.KEY`; 0-dim tensors as [1]."""
+        """Return this rank's parameters as `dense.NAME` and their moments as `optimizer.NAME.KEY`. A 0-dim tensor has
+        shape [1].
+        """
 
     def loaded(self) -> None:
-        """Take over what was loaded into `tensors`; collective."""
+        """Use the values that were loaded into `tensors`; collective."""
 
     def close(self) -> None:
         """Leave the module as a plain one, with all its parameters."""
 
 
 class OuterReduce(Protocol):
-    """How replicated dense gradients are summed over ranks: as `GradientBuckets` does, which documents each call."""
+    """How replicated dense gradients are summed over ranks. `GradientBuckets` is the default, and explains each
+    call.
+    """
 
     def begin(self, several: bool) -> None:
         """Begin a step."""
 
     def flush(self) -> None:
-        """Backward passes have ended, and other collectives follow."""
+        """Start the sums that are left. The backward passes have ended, and other collectives follow."""
 
     def finish(self, traffic: Traffic | None = None) -> None:
         """Put the sums into `p.grad`."""
 
     def add_expected(self, traffic: Traffic) -> None:
-        """Add what `finish` counts, by the formulas."""
+        """Add to `traffic` what `finish` counts, by the formulas."""
 
     def close(self) -> None:
-        """Leave the parameters."""
+        """Take the hooks off the parameters."""
 
 
 def dense_optimizer(
     module: nn.Module, *, lr: float, inner_lr_lr: float, weight_decay: float = 0.0
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over `module`'s parameters; see `adamw`."""
+    """Return AdamW (arXiv 1711.05101) over `module`'s parameters; see `adamw`."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     return adamw(named, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
 
 
 def decayed_names(module: nn.Module) -> frozenset[str]:
-    """Parameters that weight decay goes to: matrices, not biases and norm gains."""
+    """Return the names of the parameters that decay: matrices, but not biases and norm gains."""
     return frozenset(name for name, p in module.named_parameters() if p.ndim >= 2)
 
 
@@ -108,7 +113,8 @@ def adamw(
     inner_lr_lr: float,
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW over parameters, or parts of them. Each parameter group keeps its rate before scheduling as `peak_lr`.
+    """Return AdamW over parameters, or over parts of them. Each parameter group keeps its rate before scheduling as
+    `peak_lr`.
 
     Weight decay goes to the names in `decayed`, but never to learned inner rates (the parameter `inner_lr`), which
     have a rate of their own.
@@ -128,7 +134,9 @@ def adamw(
 
 
 def first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's state before its first step, so that a checkpoint has a place to load it into."""
+    """Give a parameter AdamW's state before its first step, so that a checkpoint can be loaded into it, and return the
+    state.
+    """
     state = {
         "step": torch.zeros((), device=parameter.device),
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
@@ -139,10 +147,10 @@ def first_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str
 
 
 def lr_scale(step: int, warmup_steps: int, total_steps: int, decay: str) -> float:
-    """Factor of every learning rate at `step` (0-based): linear warm-up, then none, linear or cosine decay.
+    """Return the factor of every learning rate at `step` (0-based): linear warm-up, then no, linear or cosine decay.
 
-    The first step has 1 / warmup_steps. Decay would reach 0 one step after the last, so that no step is wasted.
-    ValueError for another `decay`.
+    The first step of a warm-up has 1 / warmup_steps. The decay would reach 0 one step after the last, so that no step
+    is wasted. Raises ValueError for another `decay`.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -159,18 +167,18 @@ def lr_scale(step: int, warmup_steps: int, total_steps: int, decay: str) -> floa
 def global_norm(
     dense_square_sum: Tensor, rows: Mapping[str, RowGradients], mesh: Mesh, traffic: Traffic | None = None
 ) -> Tensor:
-    """Euclidean norm of the whole gradient, float64 [] on the device; collective, the same number on every rank.
+    """Return the Euclidean norm of the full gradient, float64 [] on the device; collective, the same on every rank.
 
-    `dense_square_sum` is that of the dense gradients, which are the same on all ranks and count once
-    (`Dense.reduce`). `rows` are this rank's own rows, merged; their squares are added up over ranks in float64, and
-    the AllReduce is counted in `traffic`.
+    `dense_square_sum` is the sum of squares of the dense gradients (`Dense.reduce`). They are the same on all ranks and
+    count once. `rows` are the merged gradients of the rows that this rank owns. Their squares are summed over ranks in
+    float64, and `traffic` counts that AllReduce.
     """
     total = all_reduce_sum(square_sum([found.grad for found in rows.values()], mesh), mesh, traffic)
     return (total + dense_square_sum).sqrt()
 
 
 def square_sum(tensors: list[Tensor], mesh: Mesh) -> Tensor:
-    """The sum of the squares of all numbers in `tensors`, float64 [] on the device."""
+    """Return the sum of the squares of all numbers in `tensors`, float64 [] on the device."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=mesh.device)
     # this makes no float64 copy of a gradient (345 k parameters on one core take 0.3 ms, with copies 2.0)
@@ -178,7 +186,9 @@ def square_sum(tensors: list[Tensor], mesh: Mesh) -> Tensor:
 
 
 def clip_scale(norm: Tensor, clip_norm: float) -> Tensor:
-    """Factor [] that brings a gradient of length `norm` [] down to `clip_norm` > 0; 1 where it is shorter."""
+    """Return the factor [] that brings a gradient of norm `norm` [] down to `clip_norm` > 0. It is 1 where the norm is
+    smaller.
+    """
     return (clip_norm / norm).clamp(max=1.0)
 
 
@@ -191,10 +201,10 @@ def set_rates(optimizer: torch.optim.Optimizer, lr_scale: float) -> None:
 def dense_step(
     optimizer: torch.optim.AdamW, *, lr_scale: float = 1.0, grad_scale: Tensor | None = None, ok: Tensor | None = None
 ) -> None:
-    """One update of every dense parameter, whose gradients are zero afterwards.
+    """Update every dense parameter once, and set the gradients to zero.
 
-    `lr_scale` is the schedule's factor, `grad_scale` the factor [] of gradient clipping. `ok` is a bool [] that the
-    host has not read: where it is False neither parameters nor moments nor step counts change.
+    `lr_scale` is the factor of the schedule, and `grad_scale` [] the factor of gradient clipping. `ok` is a bool []
+    that the host has not read. Where it is False, neither parameters nor moments nor step counts change.
     """
     set_rates(optimizer, lr_scale)
     for group in optimizer.param_groups:

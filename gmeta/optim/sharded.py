@@ -21,7 +21,7 @@ from gmeta.sharding.ring import RankTraffic
 
 
 class ReplicatedDense:
-    """Sharding NNN: every rank holds all parameters and makes every update; `reduce` sums the gradients."""
+    """Every rank holds all parameters and makes every update (sharding NNN). `reduce` sums the gradients over ranks."""
 
     def __init__(
         self, module: nn.Module, optimizer: partial[torch.optim.AdamW], mesh: Mesh, reduce: OuterReduce
@@ -31,39 +31,41 @@ class ReplicatedDense:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters."""
+        """Return the number of elements of all parameters."""
         return sum(p.numel() for p in self._module.parameters())
 
     @contextmanager
     def computing(self, several: bool) -> Iterator[None]:
-        """Sums over ranks start under backward; the rest starts on leaving."""
+        """Start sums over ranks during the backward pass, and the remaining ones when the context ends."""
         self._reduce.begin(several)
         yield
         self._reduce.flush()
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """Parameters are always at hand."""
+        """Give a context that does nothing: the parameters are never sharded."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of one micro-batch."""
+        """Run the backward pass of one micro-batch."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def reduce(self, traffic: Traffic | None = None) -> Tensor:
-        """Wait for the sums; the sum of the gradient's squares, float64 []."""
+        """Wait for the sums, and return the sum of the gradient's squares, float64 []."""
         self._reduce.finish(traffic)
         return square_sum([p.grad for p in self._module.parameters() if p.grad is not None], self._mesh)
 
     def step(self, *, lr_scale: float, grad_scale: Tensor | None, ok: Tensor | None) -> None:
-        """One update of every parameter; see `dense_step`."""
+        """Update every parameter once; see `dense_step`."""
         dense_step(self.optimizer, lr_scale=lr_scale, grad_scale=grad_scale, ok=ok)
 
     def add_expected(self, traffic: Traffic) -> None:
-        """Add what `reduce` counts, by the formulas."""
+        """Add to `traffic` what `reduce` counts, by the formulas."""
         self._reduce.add_expected(traffic)
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parameters as `dense.NAME` and their moments as `optimizer.NAME.KEY`; 0-dim tensors as [1]."""
+        """Return all parameters as `dense.NAME` and their moments as `optimizer.NAME.KEY`. A 0-dim tensor has shape
+        [1].
+        """
         found = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self._module.named_parameters()}
         for name, parameter in self._module.named_parameters():
             state = self.optimizer.state.get(parameter) or first_state(self.optimizer, parameter)
@@ -71,7 +73,7 @@ class ReplicatedDense:
         return found
 
     def loaded(self) -> None:
-        """Nothing is left to do: `tensors` are the live ones."""
+        """Do nothing: `tensors` returns the live tensors."""
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
@@ -79,9 +81,9 @@ class ReplicatedDense:
 
 
 class ShardedDense:
-    """Any other sharding, by PaRO's engine.
+    """Dense layers under any other sharding, by PaRO's engine.
 
-    Parameters are unsharded during a step, because a meta step uses them as tensors, again and again.
+    Parameters are unsharded during a step, because the inner loop uses them as tensors again and again.
     """
 
     def __init__(self, engine: Paro) -> None:
@@ -91,14 +93,15 @@ class ShardedDense:
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in all parameters, on all ranks together."""
+        """Return the number of elements of all parameters, on all ranks together."""
         return self._engine.num_parameters
 
     @contextmanager
     def computing(self, several: bool) -> Iterator[None]:
-        """Gradients are reduced under backward, or once after all of `several` micro-batches.
+        """Reduce gradients during the backward pass, or once after all of `several` micro-batches.
 
-        Ranks may have different numbers of micro-batches, so that a reduction for each of them would not meet.
+        Ranks may have different numbers of micro-batches. With one reduction for each of them, the ranks would wait for
+        each other forever.
         """
         self._engine.deferred = several
         with self.unsharded():
@@ -107,18 +110,19 @@ class ShardedDense:
             self._engine.collect()
 
     def unsharded(self) -> AbstractContextManager[None]:
-        """All parameters at hand."""
+        """Give a context in which all parameters are unsharded."""
         self._gathers += 1
         return self._engine.unsharded()
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of one micro-batch."""
+        """Run the backward pass of one micro-batch."""
         self._engine.backward(loss)
 
     def reduce(self, traffic: Traffic | None = None) -> Tensor:
-        """Wait for the reductions; the sum of the whole gradient's squares, float64 [], the same on every rank.
+        """Wait for the reductions, and return the sum of the full gradient's squares, float64 [], the same on every
+        rank.
 
-        `traffic` counts what was sent since the last step's reductions, its updated parameters among it.
+        `traffic` counts what was sent since the reductions of the last step, including the updated parameters.
         """
         sent = self._engine.sent
         if traffic is not None:
@@ -127,7 +131,7 @@ class ShardedDense:
         return self._engine.square_sum()
 
     def add_expected(self, traffic: Traffic) -> None:
-        """Add what `reduce` counts, by the formulas (`strategy.sent_bytes`)."""
+        """Add to `traffic` what `reduce` counts, by the formulas (`strategy.sent_bytes`)."""
         sent, size = self._engine.predicted_sent(gathers=self._counted_gathers), self._engine.layout.node_size
         self._add(traffic, sent.intra / size, sent.inter / size)
 
@@ -141,7 +145,7 @@ class ShardedDense:
         traffic.add({(rank + layout.node_size) % layout.world_size: inter})
 
     def step(self, *, lr_scale: float, grad_scale: Tensor | None, ok: Tensor | None) -> None:
-        """One update of every parameter, unless `ok` is False."""
+        """Update every parameter once, unless `ok` is False."""
         set_rates(self._engine.optimizer, lr_scale)
         if ok is None or bool(ok):
             self._engine.update(1.0 if grad_scale is None else float(grad_scale))
@@ -149,7 +153,7 @@ class ShardedDense:
             self._engine.forget_gradients()
 
     def tensors(self) -> dict[str, Tensor]:
-        """This rank's parts, under the names of `ReplicatedDense.tensors`."""
+        """Return this rank's partitions, under the names of `ReplicatedDense.tensors`."""
         state = self._engine.state()
         return {name if name.startswith("optimizer.") else f"dense.{name}": value for name, value in state.items()}
 
@@ -174,11 +178,11 @@ def open_dense(
     memory_bytes: float | None = None,
     outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None,
 ) -> Dense:
-    """AdamW over `module`'s parameters, sharded as told; collective.
+    """Return the dense layers of `module` with AdamW, sharded as `sharding` says; collective.
 
-    `sharding` auto: NNN where it holds no more than `memory_bytes` a rank, otherwise what the planner takes.
-    `outer_reduce` makes the sum over ranks of replicated gradients, `GradientBuckets` by default. ValueError where it
-    is given for sharded layers, which reduce in their own way; for others see `paro`.
+    With `sharding` auto, NNN is taken where it holds at most `memory_bytes` a rank, and otherwise what the planner
+    chooses. `outer_reduce` makes the sum of replicated gradients over ranks; the default is `GradientBuckets`. Raises
+    ValueError where it is given for sharded layers, which reduce in their own way. For other errors see `paro`.
     """
     optimizer = partial(adamw, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
     nodes = None

@@ -27,21 +27,22 @@ _BLOCK_ROWS = 4096  # on CPU rows are then still in the cache when they are writ
 
 
 def sgd(rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> None:
-    """x - lr g."""
+    """Subtract the gradient, scaled by the rate: x - lr g."""
     rows.add_(grad, alpha=-lr)
 
 
 def rowwise_adagrad(rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> None:
-    """Adagrad (Duchi et al., 2011) with one accumulator a row, the sum of mean(g^2) (arXiv 2104.05158)."""
+    """Apply Adagrad (Duchi et al., 2011) with one accumulator a row, the sum of mean(g^2) (arXiv 2104.05158)."""
     total = state["sum_squares"].add_(grad.square().mean(1))
     rows.addcmul_(grad, (-lr / total.sqrt().add_(EPS))[:, None])
 
 
 def lazy_adam(rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> None:
-    """Adam (Kingma and Ba, arXiv 1412.6980) on each row's own sequence of steps.
+    """Apply Adam (Kingma and Ba, arXiv 1412.6980) to each row's own sequence of steps.
 
-    A row's moments decay, and its bias correction counts, only when the row takes part: an untouched row neither
-    moves nor ages. Corrections are one number a row, applied in the order that the end of the paper's section 2 gives.
+    A row's moments decay, and its bias correction counts, only in steps in which the row takes part. A row that takes
+    no part stays exactly as it is. The corrections are one number a row. They are applied in the order at the end of
+    the paper's section 2.
     """
     count = state["steps"].add_(1).double()
     first = state["exp_avg"].mul_(BETAS[0]).add_(grad, alpha=1 - BETAS[0])
@@ -77,11 +78,11 @@ class SparseOptimizer:
         grad_scale: float | Tensor | None = None,
         ok: Tensor | None = None,
     ) -> None:
-        """One update, in place, of every row in `gradients` (by fused table, the rows unique, their gradients summed).
+        """Update every row in `gradients` once, in place.
 
-        `tables` are the fused tables by name. `lr_scale` is the schedule's factor, `grad_scale` the factor of gradient
-        clipping, a number or a tensor []. `ok` is a bool [] that the host has not read: where it is False neither rows
-        nor state change.
+        `gradients` has for each fused table unique rows and their summed gradients. `tables` are the fused tables by
+        name. `lr_scale` is the factor of the schedule, and `grad_scale` the factor of gradient clipping, a number or a
+        tensor []. `ok` is a bool [] that the host has not read. Where it is False, neither rows nor state change.
         """
         for name, found in gradients.items():
             block = _BLOCK_ROWS if found.rows.device.type == "cpu" else max(1, found.rows.numel())

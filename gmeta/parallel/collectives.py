@@ -1,7 +1,7 @@
 """Every collective of gmeta: AlltoAll of rows, bucketed AllReduce, and small helpers.
 
-All ranks must call the same functions in the same order; a rank without work does so with empty tensors. Without a
-process group (world size 1) each is the identity. A peer that died or hangs is a `PeerLost`.
+All ranks must call the same functions in the same order. A rank without work calls them with empty tensors. Without a
+process group (world size 1) each function is the identity. A peer that died or hangs raises `PeerLost`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOST = (
 
 @contextmanager
 def naming_lost_peers(mesh: Mesh) -> Iterator[None]:
-    """Turn the backend's complaint about a peer that is gone into `PeerLost`, with the cure."""
+    """Turn the backend's error about a lost peer into `PeerLost`, which names the cure."""
     try:
         yield
     except RuntimeError as error:
@@ -61,7 +61,7 @@ class Pending:
     mesh: Mesh
 
     def wait(self) -> Tensor:
-        """The result, once it is there."""
+        """Return the result, once it has arrived."""
         if self.work is not None:
             with naming_lost_peers(self.mesh):
                 self.work.wait()
@@ -71,10 +71,10 @@ class Pending:
 def all_to_all(
     rows: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, mesh: Mesh
 ) -> Pending:
-    """Start an AlltoAll of rows: the ranks of `group` get `send[i]` rows each of `rows` [sum(send), ...].
+    """Start an AlltoAll of rows: rank i of `group` gets the next `send[i]` rows of `rows` [sum(send), ...].
 
-    The result is [sum(receive), ...], in the order of the sending ranks. Sizes are known on the host, so that nothing
-    waits for the device.
+    The result is [sum(receive), ...], in the order of the sending ranks. The sizes are known on the host, so that
+    nothing waits for the device.
     """
     assert rows.shape[0] == sum(send), (rows.shape, send)
     out = rows.new_empty((sum(receive), *rows.shape[1:]))
@@ -86,7 +86,7 @@ def all_to_all(
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup, mesh: Mesh) -> list[list[int]]:
     """Tell every peer how many rows of each exchange to expect: int64 [exchanges, peers], over gloo.
 
-    Returns how many each peer asks of this rank, [exchanges][peers].
+    Returns how many rows each peer asks of this rank, [exchanges][peers].
     """
     ones = [1] * counts.shape[1]
     heard: list[list[int]] = all_to_all(counts.T, ones, ones, group, mesh).wait().T.tolist()
@@ -114,14 +114,14 @@ class GradientBuckets:
     def __init__(self, params: Iterable[torch.nn.Parameter], mesh: Mesh, bucket_mb: float = 4.0) -> None:
         self._mesh = mesh
         self._several = False
-        self._buckets = _cut(list(params)[::-1], int(bucket_mb * 2**20))
+        self._buckets = _split_into_buckets(list(params)[::-1], int(bucket_mb * 2**20))
         self._flat = [bucket[0].new_zeros(sum(p.numel() for p in bucket)) for bucket in self._buckets]
         self._missing = [len(bucket) for bucket in self._buckets]
         self._pending: list[Pending] = []
         self._hooks = [_hook(p, partial(self._ready, i)) for i, bucket in enumerate(self._buckets) for p in bucket]
 
     def begin(self, several: bool) -> None:
-        """Begin a step. With `several` backward passes gradients add up, and nothing starts before `flush`."""
+        """Begin a step. With `several` backward passes the gradients add up, and nothing starts before `flush`."""
         self._several = several
 
     def _ready(self, index: int, _param: Tensor) -> None:
@@ -164,7 +164,7 @@ class GradientBuckets:
         self._missing = [len(bucket) for bucket in self._buckets]
 
     def add_expected(self, traffic: Traffic) -> None:
-        """Add what a step sends by the formula: a ring AllReduce a bucket."""
+        """Add to `traffic` what a step sends by the formula: one ring AllReduce for each bucket."""
         for flat in self._flat:
             add_all_reduce(traffic, flat.nbytes, self._mesh.world_size)
 
@@ -180,8 +180,8 @@ def _hook(param: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> Removabl
     return handle
 
 
-def _cut(params: Sequence[torch.nn.Parameter], bucket_bytes: int) -> list[list[torch.nn.Parameter]]:
-    """Consecutive parameters of one dtype, cut where a bucket would outgrow `bucket_bytes`."""
+def _split_into_buckets(params: Sequence[torch.nn.Parameter], bucket_bytes: int) -> list[list[torch.nn.Parameter]]:
+    """Return runs of consecutive parameters of one dtype, split where a bucket would outgrow `bucket_bytes`."""
     buckets: list[list[torch.nn.Parameter]] = []
     size = 0
     for param in params:
@@ -208,7 +208,9 @@ def _start_sum(tensor: Tensor, mesh: Mesh) -> Pending:
 
 
 def all_reduce_sum(tensor: Tensor, mesh: Mesh, traffic: Traffic | None = None) -> Tensor:
-    """The sum of `tensor` over ranks, bitwise the same on all of them. What is sent is counted in `traffic`."""
+    """Return the sum of `tensor` over ranks, with the same bits on all of them. What is sent is counted in
+    `traffic`.
+    """
     if traffic is not None:
         add_all_reduce(traffic, tensor.nbytes, mesh.world_size)
     return _start_sum(tensor.clone(), mesh).wait()
@@ -218,7 +220,7 @@ def all_reduce_sum(tensor: Tensor, mesh: Mesh, traffic: Traffic | None = None) -
 
 
 def broadcast_from_rank_0(value: float, mesh: Mesh) -> float:
-    """Rank 0's number, exactly, on every rank."""
+    """Return rank 0's number, exactly, on every rank."""
     if mesh.control_group is None:
         return value
     tensor = torch.tensor([value], dtype=torch.float64)
@@ -228,10 +230,10 @@ def broadcast_from_rank_0(value: float, mesh: Mesh) -> float:
 
 
 def gather_to_rank_0(array: NDArray[Any], mesh: Mesh) -> NDArray[Any]:
-    """Join the ranks' arrays along the first axis, in rank order, on rank 0; other ranks get an empty array.
+    """Join the ranks' arrays along the first axis, in rank order, on rank 0. Other ranks get an empty array.
 
-    Lengths may differ, a rank may have none; the other axes and the dtype (numbers or booleans, else ValueError)
-    must agree. Sent as plain bytes.
+    Lengths may differ, and a rank may have none. The other axes and the dtype must agree. Raises ValueError for a dtype
+    other than numbers and booleans. The arrays are sent as plain bytes.
     """
     if array.dtype.kind not in "biuf":
         raise ValueError(f"cannot gather an array of dtype {array.dtype}: only numbers and booleans are sent")
@@ -243,7 +245,7 @@ def gather_to_rank_0(array: NDArray[Any], mesh: Mesh) -> NDArray[Any]:
 
 
 def _gather_bytes(payload: Tensor, mesh: Mesh) -> list[Tensor]:
-    """Every rank's uint8 [n] on rank 0, an empty list on the others."""
+    """Return every rank's uint8 [n] on rank 0, and an empty list on the other ranks."""
     if mesh.control_group is None:
         return [payload]
     parts = []
@@ -269,8 +271,8 @@ _MAX_ERROR_BYTES = 4096
 def raise_together(error: Exception | None, mesh: Mesh) -> None:
     """Raise on every rank if any rank has an error; collective.
 
-    A rank with an error raises its own, the others one of the same kind (ValueError, OSError, else RuntimeError)
-    with the text of the lowest rank that has one.
+    A rank with an error raises its own. The other ranks raise one of the same kind (ValueError, OSError, else
+    RuntimeError), with the text of the lowest rank that has an error.
     """
     if mesh.control_group is not None:
         kind = next((i for i, cls in enumerate(_ERRORS) if isinstance(error, cls)), len(_ERRORS) - 1)

@@ -1,7 +1,7 @@
 """Several workers on this machine, through torch's elastic process contexts; torchrun does the same on clusters.
 
 Workers get the variables that torchrun sets and meet at a store on the loopback interface that this process holds,
-so that no port is guessed. torch is imported late: commands that launch nothing use `report_error` too.
+so that no port is guessed. torch is imported late, because commands that launch nothing use `report_error` too.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def was_restarted() -> bool:
 
 
 def worker_rank() -> int:
-    """This worker's rank, as its launcher says; 0 without one."""
+    """Return this worker's rank, as its launcher says. It is 0 without a launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
 def follow_launcher() -> None:
-    """Ask this process to stop, as SIGTERM does, when its launcher is gone: nobody else would watch it."""
+    """Ask this process to stop, as SIGTERM does, when its launcher is gone: nobody else would watch over it."""
     if not {_LAUNCHED, _FOLLOWS} & os.environ.keys():
         return
     launcher = os.getppid()
@@ -77,9 +77,10 @@ def follow_launcher() -> None:
 
 
 def report_error(message: str) -> None:
-    """Tell the user, once whatever the number of workers, why this process is about to exit.
+    """Tell the user why this process is about to exit, once, whatever the number of workers.
 
-    A worker leaves the message for its launcher; a process without a launcher, and rank 0 under torchrun, print it.
+    A worker leaves the message for its launcher. A process without a launcher prints it, and so does rank 0 under
+    torchrun.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
@@ -89,7 +90,7 @@ def report_error(message: str) -> None:
 
 
 def companion_environment() -> dict[str, str]:
-    """The environment of a process beside the workers, which ends with this one (`follow_launcher`)."""
+    """Return the environment of a process beside the workers, which ends with this one (`follow_launcher`)."""
     return {**os.environ, _FOLLOWS: "1"}
 
 
@@ -103,15 +104,15 @@ def launch(
     asked: list[signal.Signals] | None = None,
     advice: str = "Run it again; training continues from its last checkpoint with --resume true",
 ) -> int:
-    """Run `python -m module argv` in `nproc` workers; returns the exit code.
+    """Run `python -m module argv` in `nproc` workers, and return the exit code.
 
-    `restarts` is how often it was run before, `advice` what to do when a worker has died. Signals that ask this process
-    to stop are added to `asked`.
+    `restarts` says how often it was run before, and `advice` what to do when a worker has died. Signals that ask this
+    process to stop are added to `asked`.
 
-    0 when all workers end well; 2 after a user's mistake, 75 after a requested stop, 77 to be started again, as the
-    workers say; 128 + n when
-    signal n killed one. When one fails the others are stopped. SIGTERM, SIGHUP and Ctrl-C are passed on, and
-    workers have `grace_s` seconds to finish their step and save; a second one kills them.
+    The code is 0 when all workers end well. Workers themselves end with 2 after a user's mistake, 75 after a requested
+    stop and 77 to be started again. It is 128 + n when signal n killed a worker. When one worker fails, the others are
+    stopped. SIGTERM, SIGHUP and Ctrl-C are passed on; the workers then have `grace_s` seconds to finish their step and
+    save. A second signal kills them.
     """
     if nproc < 1:
         raise ValueError(f"nproc is {nproc}: must be at least 1")
@@ -140,7 +141,7 @@ def launch(
 
 
 def worker_environment(rank: int, nproc: int, port: int, restarts: int = 0) -> dict[str, str]:
-    """What `open_mesh` reads in worker `rank` of `nproc`, whose store listens on loopback `port`."""
+    """Return what `open_mesh` reads in worker `rank` of `nproc`, whose store listens on loopback `port`."""
     threads = (
         {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
     )
@@ -161,7 +162,7 @@ def worker_environment(rank: int, nproc: int, port: int, restarts: int = 0) -> d
 
 @contextmanager
 def _recorded_signals(received: list[signal.Signals]) -> Iterator[None]:
-    """Signals that arrive are noted in `received`, instead of raising somewhere."""
+    """Note the signals that arrive in `received`, so that they do not raise in the middle of something."""
     before = {s: signal.signal(s, lambda number, _frame: received.append(signal.Signals(number))) for s in _FORWARDED}
     try:
         yield
@@ -172,7 +173,9 @@ def _recorded_signals(received: list[signal.Signals]) -> Iterator[None]:
 
 @contextmanager
 def _no_signal_handlers_of_torch() -> Iterator[None]:
-    """`start()` would install handlers that raise wherever a signal finds it, also between two workers' starts."""
+    """Keep `start()` from installing handlers. They would raise wherever a signal finds them, also between the starts
+    of two workers.
+    """
     before = os.environ.get(_TORCH_SIGNALS)
     os.environ[_TORCH_SIGNALS] = "SIGQUIT"
     try:
@@ -185,7 +188,7 @@ def _no_signal_handlers_of_torch() -> Iterator[None]:
 
 
 def _supervise(context: SubprocessContext, received: list[signal.Signals], grace_s: float) -> RunProcsResult | None:
-    """Wait for the workers; None when they ended because this process was told to stop."""
+    """Wait for the workers. None is returned when they ended because this process was told to stop."""
     # a poll that finds a failed worker also ends the others: SIGTERM, after 30 s SIGKILL
     while (result := context.wait(timeout=0)) is None:
         if received:
@@ -217,11 +220,11 @@ def _kill(context: SubprocessContext) -> None:
 
 
 def _verdict(context: SubprocessContext, result: RunProcsResult | None, advice: str) -> int:
-    """The exit code of the whole, and one message where something failed."""
+    """Return the exit code of the launch, and print one message where something failed."""
     failed = {rank: h.proc.returncode for rank, h in context.subprocess_handlers.items() if h.proc.returncode != 0}
     if not failed:
         return 0
-    # ended by us, or witnesses of another's end: not the cause, where there is another
+    # a worker that we ended, or that lost a peer, is not the cause where there is another
     causes = {rank: code for rank, code in failed.items() if code not in (-signal.SIGTERM, EXIT_PEER_LOST)} or failed
     found_first = [*(result.failures if result else ()), *causes]
     first = next(rank for rank in found_first if rank in causes)

@@ -24,11 +24,11 @@ class PeerLost(RuntimeError):
 
 @dataclass(frozen=True)
 class ExchangeStage:
-    """One stage of the AlltoAll of rows: the ranks that this one exchanges with directly.
+    """One stage of the AlltoAll of rows: the ranks that this rank exchanges with directly.
 
-    A row of owner `o` is asked of the peer at position `o // stride % len(ranks)` of `ranks`. With one stage that is
-    the owner itself. With two stages this rank first asks the rank of its own node that has the owner's position in
-    its node; that rank then asks the owner.
+    To fetch a row of owner `o`, this rank asks the peer at position `o // stride % len(ranks)` of `ranks`. With one
+    stage that peer is the owner. With two stages this rank first asks the rank of its own node that has the owner's
+    position in its node. That rank then asks the owner.
     """
 
     ranks: tuple[int, ...]
@@ -39,7 +39,7 @@ class ExchangeStage:
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """What this worker knows of the others: its rank, its device, and the process groups."""
+    """What this worker knows about the others: its rank, its device, and the process groups."""
 
     rank: int = 0
     world_size: int = 1
@@ -54,18 +54,19 @@ class Mesh:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes logs and files that are not sharded."""
+        """Return True on the one rank that writes logs and files that are not sharded."""
         return self.rank == 0
 
 
 def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 300, node_size: int = 0) -> Mesh:
-    """Join the other workers, if there are any.
+    """Join the other workers, if there are any, and return the mesh.
 
     The backend is gloo on CPU and NCCL on CUDA. AlltoAll and AllReduce get a process group each, because both are in
-    flight at once during backward. Ids have a gloo group on any device. `node_size` > 1 makes an AlltoAll of two
-    stages, with nodes of that many consecutive ranks. ValueError when CUDA is asked for and there is none, or fewer
-    devices than workers, or when `node_size` does not divide the number of workers. `PeerLost` when the others do not
-    come.
+    flight during the backward pass. Ids travel over gloo on any device. With `node_size` > 1, the AlltoAll has two
+    stages, and each node holds that many consecutive ranks.
+
+    Raises ValueError when CUDA is asked for and there is none, when there are fewer devices than workers, or when
+    `node_size` does not divide the number of workers. Raises `PeerLost` when the other workers do not come.
     """
     rank, world_size = _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
     local_rank, local_world_size = _environment_int("LOCAL_RANK", 0), _environment_int("LOCAL_WORLD_SIZE", 1)
@@ -88,7 +89,9 @@ def open_mesh(device: Literal["auto", "cpu", "cuda"] = "auto", timeout_s: int = 
 
 
 def local_mesh(device: Literal["auto", "cpu", "cuda"] = "auto") -> Mesh:
-    """A mesh of this process alone, also where a launcher started several. ValueError as `open_mesh`."""
+    """Return a mesh of this process alone, also where a launcher started several. Raises the ValueErrors of
+    `open_mesh`.
+    """
     return Mesh(device=_device(device, 0))
 
 
@@ -114,9 +117,11 @@ def _join(
 
 
 def _agent_store(timeout: timedelta) -> dist.Store | None:
-    """The launcher's store, if it lends one, with a prefix for each start of the workers; None: rank 0 makes one.
+    """Return the launcher's store, if it lends one, with a prefix for each start of the workers. None: rank 0 makes
+    one.
 
-    torchrun's store outlives workers that failed. New ones would find the dead ones' addresses in it (torch 2.13).
+    The store of torchrun outlives workers that failed. New workers would find the addresses of dead ones in it (torch
+    2.13).
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
@@ -150,7 +155,9 @@ def close_mesh(mesh: Mesh) -> None:
 
 
 def barrier(mesh: Mesh, timeout_s: int | None = None) -> None:
-    """Wait for all ranks; `PeerLost` names those that did not come within `timeout_s` (the mesh's by default)."""
+    """Wait for all ranks. `PeerLost` names those that did not come within `timeout_s`, which is the mesh's by
+    default.
+    """
     if mesh.control_group is None:
         return
     wait = timedelta(seconds=timeout_s or mesh.timeout_s)

@@ -1,4 +1,4 @@
-"""What a step sends. It is counted where it is sent; formulas predict it, and tests hold the two together.
+"""What a step sends. It is counted where it is sent, formulas predict it, and tests check that the two are equal.
 
 With U unique rows of width d that a worker needs, b bytes a number, K bytes of dense gradients and N workers, one step
 moves per worker (G-Meta, arXiv 2401.04338; the ring of Patarasuk and Yuan, J. Parallel Distrib. Comput. 2009):
@@ -19,7 +19,9 @@ ID_BYTES = 8
 
 @dataclass
 class Traffic:
-    """Messages of one kind that this rank sends. Rows, which others send, are counted where they are asked for."""
+    """Messages of one kind that this rank sends. Rows are sent by other ranks, and are counted by the rank that asks
+    for them.
+    """
 
     rank: int
     calls: int = 0  # collectives
@@ -33,23 +35,25 @@ class Traffic:
 
     @property
     def bytes(self) -> float:
-        """All bytes, those to this rank itself included."""
+        """Return all bytes, including those that this rank sends to itself."""
         return sum(self.by_rank.values())
 
     @property
     def remote_bytes(self) -> float:
-        """Bytes to or from other ranks."""
+        """Return the bytes that go to or come from other ranks."""
         return self.bytes - self.by_rank.get(self.rank, 0)
 
 
 class CommStats:
-    """Traffic by kind: counts and ids (host), rows, gradients (AlltoAll), dense, control (the step's small sums)."""
+    """Traffic by kind: counts and ids (on the host), rows and gradients (AlltoAll), dense, and control (small sums of
+    the step).
+    """
 
     def __init__(self, rank: int = 0) -> None:
         self.counts, self.ids, self.rows, self.gradients, self.dense, self.control = (Traffic(rank) for _ in KINDS)
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """{kind: {bytes, remote_bytes, calls}} for JSON, bytes rounded."""
+        """Return {kind: {bytes, remote_bytes, calls}} for JSON, with rounded bytes."""
         kinds: dict[str, Traffic] = {kind: getattr(self, kind) for kind in KINDS}
         return {
             kind: {"bytes": round(t.bytes), "remote_bytes": round(t.remote_bytes), "calls": t.calls}
@@ -64,5 +68,5 @@ def add_all_reduce(traffic: Traffic, num_bytes: int, world_size: int) -> None:
 
 
 def ring_traffic(num_bytes: int, rank: int, world_size: int) -> dict[int, float]:
-    """What a rank sends in a ring AllReduce of `num_bytes`, all of it to its successor: 2 n (N - 1) / N."""
+    """Return what a rank sends in a ring AllReduce of `num_bytes`, all of it to its successor: 2 n (N - 1) / N."""
     return {(rank + 1) % world_size: 2 * num_bytes * (world_size - 1) / world_size}

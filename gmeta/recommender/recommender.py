@@ -118,7 +118,7 @@ class Recommender:
             raise ValueError(f"support has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
 
     def _adapt(self, support: Examples) -> FastWeights:
-        """Return the fast weights of padded examples, whose pairs name rows by their position in the whole table."""
+        """Return the fast weights of padded examples, whose pairs name rows by their position in the table."""
         system = self.system
         support = system.examples(support)
         request = system.exchange.request(support=support)
@@ -217,14 +217,14 @@ def _chunks(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Ite
 
 def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
     """Return the support of tasks that have none, [T, 0]."""
-    whole = torch.zeros(num_tasks, 0, dtype=torch.int64)
-    flags, numbers = whole.bool(), torch.zeros(num_tasks, 0)
+    none = torch.zeros(num_tasks, 0, dtype=torch.int64)
+    flags, numbers = none.bool(), torch.zeros(num_tasks, 0)
     return Examples(
-        ids={feature.name: whole for feature in schema.features if feature.kind == "categorical"},
-        bags={f.name: Bag(whole.reshape(0), whole) for f in schema.features if f.kind != "categorical"},
+        ids={feature.name: none for feature in schema.features if feature.kind == "categorical"},
+        bags={f.name: Bag(none.reshape(0), none) for f in schema.features if f.kind != "categorical"},
         dense=torch.zeros(num_tasks, 0, len(schema.numeric)),
         label=numbers,
         mask=flags,
-        row=whole,
+        row=none,
         item_cold=flags,
     )

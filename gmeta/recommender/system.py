@@ -23,7 +23,7 @@ class MicroBatch:
 
     tasks: TaskBatch
     index: tuple[GatherPlan, ...]  # which of the fetched rows each feature of each task reads
-    lookups: tuple[dict[str, Lookup], dict[str, Lookup]] | None  # support, query; None: those of the whole batch
+    lookups: tuple[dict[str, Lookup], dict[str, Lookup]] | None  # support, query; None: those of the batch
     number: int  # counts the micro-batches of a batch from 0
     work: float  # in tasks of the rank's part of the batch, weighted by their examples
 
@@ -110,7 +110,7 @@ class System:
 
 def _work(batch: TaskBatch) -> list[float]:
     """Return the work of each micro-batch, by its examples."""
-    whole = batch.num_tasks if batch.batch_split is None else batch.batch_split.work
+    tasks = batch.num_tasks if batch.batch_split is None else batch.batch_split.work
     examples = [float(part.support.mask.sum() + part.query.mask.sum()) for part in batch.parts or (batch,)]
     total = sum(examples)
-    return [whole * count / total if total else 0.0 for count in examples]
+    return [tasks * count / total if total else 0.0 for count in examples]

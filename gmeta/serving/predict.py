@@ -30,9 +30,9 @@ def predict(config: PredictConfig) -> int:
     """Run `gmeta predict`; writes the query file's columns with `score` (after adaptation) and `score_before`.
 
     Raises:
-        ValueError: a file does not fit the run's schema (with file, row and column), a column of the query file has the
-            name of a score, `out` is one of the inputs, the run's vocabularies are not those it was trained with, or
-            there are several processes.
+        ValueError: a file does not fit the run's schema (with file, row and column); a column of the query file has the
+            name of a score; `out` is one of the inputs; the run's vocabularies are not those that it was trained with;
+            or there are several processes.
     """
     _check_files(config)
     mesh = open_mesh(config.device)

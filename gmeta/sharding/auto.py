@@ -51,7 +51,7 @@ def choose_strategies(
     collectives: CollectiveAlgorithm = "two_phase",
     timeout_s: float = 300.0,
 ) -> dict[str, ShardingStrategy]:
-    """Strategies by name of submodule; wherever `auto` was asked for, it is one and the same. Collective.
+    """Return the strategies by name of submodule. All that asked for `auto` get the same one. Collective.
 
     Only strategies that fit beside what is sharded by hand are considered. Of those as fast as the fastest the one that
     holds least is taken, the same on every rank. ValueError names an invalid strategy, or says that none fits and how
@@ -83,7 +83,7 @@ def _work(
     sizes: ElementBytes,
     units: Sequence[nn.Module] | None,
 ) -> tuple[Workload, float | None]:
-    """What the planner has to shard, and how many bytes a rank has for it."""
+    """Return what the planner has to shard, and how many bytes a rank has for it."""
     cap = _cap(auto, hierarchy, next(module.parameters()).device)
     params = trainable = 0
     for name, param in module.named_parameters():
@@ -123,7 +123,7 @@ def _chosen(
 
 
 def _cap(auto: AutoSharding, hierarchy: HierarchicalCollectives, device: torch.device) -> float | None:
-    """Bytes that the rank with the least memory may hold; None where there is no limit."""
+    """Return the bytes that the rank with the least memory may hold; None where there is no limit."""
     cap = math.inf if auto.memory_bytes is None else auto.memory_bytes
     if auto.memory_bytes is None and device.type == "cuda":
         cap = FREE_SHARE * torch.cuda.mem_get_info(device)[0]
@@ -138,7 +138,9 @@ def _bytes(
     compute_dtype: torch.dtype | None,
     grad_dtype: torch.dtype | None,
 ) -> ElementBytes:
-    """Bytes of one element of a parameter, its gradient and its state, which is found by a trial on a small tensor."""
+    """Return the bytes of one element of a parameter, its gradient and its state, which is found by a trial on a small
+    tensor.
+    """
     name, like = next(iter(module.named_parameters()))
     trial = nn.Parameter(torch.zeros(64, dtype=like.dtype, device=like.device))
     optimizer = factory([(name, trial)])

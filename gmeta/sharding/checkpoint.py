@@ -40,7 +40,9 @@ _PIECE_BYTES = 1 << 23  # what is read at a time, where it cannot be read into i
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
-    """Elements `start` to `stop` of a flattened tensor, as at most 2 x dimensions - 1 boxes of it, in order."""
+    """Yield the elements `start` to `stop` of a flattened tensor, as at most 2 x dimensions - 1 boxes of it, in
+    order.
+    """
     if start >= stop:
         return
     if len(shape) == 1:
@@ -71,7 +73,7 @@ class PartitionTensor(Tensor):
 
     @staticmethod
     def of(local: Tensor, shape: torch.Size, start: int) -> PartitionTensor:
-        """A partition of a tensor of `shape`. That of a scalar is saved with shape [1]."""
+        """Return a partition of a tensor of `shape`. That of a scalar is saved with shape [1]."""
         full = tuple(shape) or (1,)
         found: PartitionTensor = Tensor._make_wrapper_subclass(
             PartitionTensor, full, dtype=local.dtype, device=local.device

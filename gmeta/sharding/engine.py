@@ -125,11 +125,11 @@ class Paro:
     def _expect_leaving(self, unit: Unit, inputs: Any) -> Any:
         """Pass the inputs through a node of their own, which backward reaches when it has left the unit."""
         leaves, structure = tree_flatten(inputs)
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if not places or not torch.is_grad_enabled():
+        positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not positions or not torch.is_grad_enabled():
             return None
-        passed = Leave.apply(partial(self._after_backward, unit), *(leaves[i] for i in places))  # type: ignore[no-untyped-call]
-        for i, tensor in zip(places, passed, strict=True):
+        passed = Leave.apply(partial(self._after_backward, unit), *(leaves[i] for i in positions))  # type: ignore[no-untyped-call]
+        for i, tensor in zip(positions, passed, strict=True):
             leaves[i] = tensor
         return tree_unflatten(leaves, structure)
 
@@ -192,8 +192,9 @@ class Paro:
                 self._reshard()
 
     def _launching_order(self) -> list[FlatParameter]:
-        """Trained flat parameters as backward completes them: the last unit that computed comes first, the root at the
-        end."""
+        """Return the trained flat parameters as backward completes them: the last unit that computed comes first, the
+        root at the end.
+        """
         units = dict.fromkeys([*self._order, *self._units])
         inner = [unit for unit in units if not unit.root]
         return [
@@ -236,7 +237,7 @@ class Paro:
         return StepResult(norm, finite)
 
     def square_sum(self) -> Tensor:
-        """The sum of squares of the full gradient, float64 [], the same on every rank.
+        """Return the sum of squares of the full gradient, float64 [], the same on every rank.
 
         Every element counts once: each of the ranks that hold a partition adds its fraction.
         """
@@ -311,9 +312,9 @@ class Paro:
         for flat in unit.flat_parameters:
             flat.wait_unshard()
 
-    def _prefetch(self, order: Sequence[Unit], place: int) -> None:
-        if place < len(order):
-            order[place].start_unshard()
+    def _prefetch(self, order: Sequence[Unit], position: int) -> None:
+        if position < len(order):
+            order[position].start_unshard()
 
     def _reshard(self) -> None:
         for unit in self._units:
@@ -368,29 +369,31 @@ class Paro:
 
     @property
     def layout(self) -> NodeLayout:
-        """How ranks are spread over nodes."""
+        """Return how ranks are spread over nodes."""
         return self._streams.params_collectives.layout
 
     @property
     def num_parameters(self) -> int:
-        """The number of elements of all parameters, on all ranks together."""
+        """Return the number of elements of all parameters, on all ranks together."""
         return sum(span.stop - span.start for flat in self._flat_parameters for span in flat.spans)
 
     @property
     def strategies(self) -> dict[str, str]:
-        """Every parameter's strategy, by name."""
+        """Return every parameter's strategy, by name."""
         return {span.name: str(flat.strategy) for flat in self._flat_parameters for span in flat.spans}
 
     @property
     def sent(self) -> RankTraffic:
-        """Bytes that this rank has sent since it began, to its node and to others. This waits for what is in flight."""
+        """Return the bytes that this rank has sent since it began, to its node and to others. This waits for what is in
+        flight.
+        """
         for flat in self._flat_parameters:
             flat.settle()
         parts = (self._streams.params_collectives.sent, self._streams.grads_collectives.sent)
         return RankTraffic(sum(part.intra for part in parts), sum(part.inter for part in parts))
 
     def state(self) -> dict[str, Tensor]:
-        """This rank's partitions of all parameters and of the optimizer's state, by name, for
+        """Return this rank's partitions of all parameters and of the optimizer's state, by name, for
         torch.distributed.checkpoint.
 
         They are saved under the module's names and shapes, the optimizer's as `optimizer.NAME.KEY`. So every strategy
@@ -422,7 +425,8 @@ class Paro:
             flat.publish()
 
     def predicted_sent(self, accumulation: int = 1, gathers: int | None = None) -> NodeTraffic:
-        """What this rank's node sends in a step of so many micro-batches, by the formulas (`strategy.sent_bytes`).
+        """Return what this rank's node sends in a step of so many micro-batches, by the formulas
+        (`strategy.sent_bytes`).
 
         `gathers` is how often a unit is gathered in a micro-batch; None means in forward and in backward, and the root
         once.
@@ -445,7 +449,9 @@ class Paro:
         return total
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds from step to step: parameters, gradients, optimizer state with master weights."""
+        """Return the bytes that this rank holds from step to step: parameters, gradients, optimizer state with master
+        weights.
+        """
         state = sum(
             value.nbytes
             for values in self.optimizer.state.values()

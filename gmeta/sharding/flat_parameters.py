@@ -163,8 +163,9 @@ class FlatParameter:
         self._versions = [span.param._version for span in self.spans]
 
     def touched(self) -> str | None:
-        """The name of a parameter that somebody changed or replaced since its data were put in place; None where nobody
-        did."""
+        """Return the name of a parameter that somebody changed or replaced since its data were put in place; None where
+        nobody did.
+        """
         for span, version in zip(self.spans, self._versions, strict=True):
             param = span.param
             at = self.full.data_ptr() + span.start * self.full.element_size() if self.is_unsharded else None
@@ -187,7 +188,7 @@ class FlatParameter:
             self.master.copy_(torch.where(same, self.master, full.to(self.master.dtype)))
 
     def frozen_partitions(self) -> list[Partition]:
-        """This rank's partitions of parameters that no optimizer updates."""
+        """Return this rank's partitions of parameters that no optimizer updates."""
         own = self.streams.params_collectives.own(self.size, self.strategy.params)
         return _partitions(self.spans, self.params, own)
 
@@ -293,18 +294,18 @@ class FlatParameter:
             hierarchy.reduce_scatter(kept, g, state)
 
     def gradient(self) -> Tensor:
-        """This rank's partition at the scope of the optimizer's state, once `reduced` was waited for."""
+        """Return this rank's partition at the scope of the optimizer's state, once `reduced` was waited for."""
         hierarchy = self.streams.grads_collectives
         return self._kept()[hierarchy.own(self.size, self.strategy.state, self.strategy.grads)]
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the gradients that are kept, from the first micro-batch on."""
+        """Return the bytes of the gradients that are kept, from the first micro-batch on."""
         return 0 if self._grads is None else self._grads.nbytes
 
     @property
     def master_bytes(self) -> int:
-        """Bytes of master weights that have a dtype of their own."""
+        """Return the bytes of master weights that have a dtype of their own."""
         return 0 if self.master is None or not self._separate else self.master.nbytes
 
     def forget_gradients(self) -> None:

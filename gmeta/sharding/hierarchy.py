@@ -1,6 +1,6 @@
 """Collectives that gather and scatter between scopes, in place on one buffer, over a two-dimensional mesh of ranks.
 
-A buffer of S elements, S divisible by the world size, is cut into n chunks. Rank (node i, local rank j) owns partition
+A buffer is split into as many equal chunks as there are ranks. Rank (node i, local rank j) owns partition
 j of m at scope I, which is chunks j * ng to (j + 1) * ng, and chunk j * ng + i of them at scope G. What a rank has at G
 lies within what it has at I, so that going from one scope to the other moves nothing on the rank itself.
 """
@@ -111,8 +111,9 @@ class HierarchicalCollectives:
         return HierarchicalCollectives(layout, i, j, rank, algorithm, intra, inter, world, rings, timeout_s, sent)
 
     def own(self, size: int, scope: ShardScope, within: ShardScope = "N") -> slice:
-        """This rank's partition at `scope` of a buffer of `size` elements, counted from its partition at the coarser
-        `within`."""
+        """Return this rank's partition at `scope` of a buffer of `size` elements, counted from its partition at the
+        coarser `within`.
+        """
         chunk = size // self.layout.world_size
         starts = {"N": 0, "I": self.local_rank * self.layout.num_nodes * chunk}
         starts["G"] = starts["I"] + self.node * chunk
@@ -282,7 +283,7 @@ class HierarchicalCollectives:
 
 
 def silent_ranks(rank: int, ranks: Sequence[int], wait_s: float = 2.0) -> list[int]:
-    """After a failed collective, name the ranks that have not come to the same conclusion within `wait_s`.
+    """After a failed collective, return the ranks that have not come to the same conclusion within `wait_s`.
 
     A rank that lives finds the failure too, at its next collective; the dead and the stuck do not.
     """
@@ -310,5 +311,5 @@ def _own_group(groups: Sequence[Sequence[int]], rank: int, backend: str, timeout
 
 
 def _ring_bytes(buffer: Tensor, ranks: int) -> float:
-    """Bytes that a rank sends round a ring to gather, or to scatter, `buffer`."""
+    """Return the bytes that a rank sends round a ring to gather, or to scatter, `buffer`."""
     return buffer.nbytes * (ranks - 1) / ranks

@@ -44,7 +44,7 @@ def measure_links(hierarchy: HierarchicalCollectives, device: torch.device, repe
 def _measured(
     hierarchy: HierarchicalCollectives, ring: Ring, device: torch.device, repeats: int, takes_part: bool
 ) -> tuple[float, float] | None:
-    """(seconds, bits a second) of a message; None where the ring has one rank."""
+    """Return (seconds, bits a second) of a message; None where the ring has one rank."""
     size = LARGE * (CUDA_TIMES if device.type == "cuda" else 1)
     small, large = (
         _message_s(hierarchy, ring, torch.zeros(nbytes, dtype=torch.uint8, device=device), repeats, takes_part)
@@ -58,7 +58,7 @@ def _measured(
 def _message_s(
     hierarchy: HierarchicalCollectives, ring: Ring, message: Tensor, repeats: int, takes_part: bool
 ) -> float:
-    """Seconds of one message among many in a row, as in a ring.
+    """Return the seconds of one message among many in a row, as in a ring.
 
     The first one is subtracted, so that neither meeting the peer nor finding the speed counts.
     """
@@ -102,7 +102,7 @@ def describe(links: Links) -> str:
 
 
 def suspicion(links: Links) -> str | None:
-    """What looks wrong about measured links, and what to do; None where nothing does."""
+    """Return what looks wrong about measured links, and what to do; None where nothing does."""
     if links.intra_bits_s >= links.inter_bits_s:
         return None
     return (

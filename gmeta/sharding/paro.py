@@ -152,7 +152,7 @@ def _open(
 
 
 def _renamed(sharding: str | Mapping[str, str], placement: str | Mapping[str, str] | None) -> str | Mapping[str, str]:
-    """The strategy that `paro` was told under its present name, or under the name that it had before."""
+    """Return the strategy that `paro` was told under its present name, or under the name that it had before."""
     if placement is None:
         return sharding
     if sharding != "IIG":

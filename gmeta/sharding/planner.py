@@ -29,7 +29,7 @@ def read_links(path: str) -> Links:
 
 
 def build_advice(config: PlanConfig) -> list[StepCost]:
-    """All strategies that fit, fastest first. ValueError where none does."""
+    """Return all strategies that fit, fastest first. ValueError where none does."""
     layout = NodeLayout(config.node_size, config.nodes)
     return advise(layout, _links(config), _workload(config), _cap(config), config.collectives)
 

@@ -55,7 +55,7 @@ class Ring:
 
     @property
     def size(self) -> int:
-        """The number of ranks."""
+        """Return the number of ranks."""
         return len(self.ranks)
 
 

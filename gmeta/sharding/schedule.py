@@ -69,7 +69,7 @@ Phases = tuple[tuple[str, float], ...]
 
 
 def ring_s(bits: float, ranks: int, bits_s: float, latency_s: float) -> float:
-    """Seconds of an all-gather, or of a reduce-scatter, of `bits` in all in a ring of links."""
+    """Return the seconds of an all-gather, or of a reduce-scatter, of `bits` in all in a ring of links."""
     return (ranks - 1) * (latency_s + bits / (ranks * bits_s))
 
 
@@ -116,7 +116,9 @@ class CollectiveCost:
         return self.links.inter_bits_s / (self.layout.node_size if self.links.shared_nic else 1)
 
     def alltoall(self, bits: float) -> Phases:
-        """An AlltoAll in which a rank gets so many bits, in equal parts from all ranks and itself."""
+        """Return the phases of an AlltoAll in which a rank gets so many bits, in equal parts from all ranks and
+        itself.
+        """
         if not bits:
             return ()
         m, n, links = self.layout.node_size, self.layout.world_size, self.links
@@ -127,7 +129,7 @@ class CollectiveCost:
         return tuple((link, wait + bits * share / speed) for link, share, wait, speed in phases if share)
 
     def synchronise(self, bits: float, strategy: ShardingStrategy) -> Phases:
-        """Sum gradients over all ranks once a step, and cut them down to the scope of the optimizer's state."""
+        """Sum gradients over all ranks once a step, down to the partitions of the optimizer's state."""
         if strategy.grads == strategy.state:
             return 2 * self.gather(bits, "G", strategy.grads)
         if strategy.state == "I":
@@ -148,7 +150,7 @@ class StepCost:
 
     @property
     def bound_s(self) -> float:
-        """The busiest of computing and links. No schedule is faster."""
+        """Return the seconds of the busiest of computing and links. No schedule is faster."""
         return max(self.compute_s, self.inter_s, self.intra_s)
 
 
@@ -172,7 +174,7 @@ class _Clock:
 
 
 def step_cost(name: str, layout: NodeLayout, links: Links, work: Workload, algorithm: str = "two_phase") -> StepCost:
-    """What a step takes under the strategy `name`, once training has settled."""
+    """Return what a step takes under the strategy `name`, once training has settled."""
     strategy, sizes, wires = ShardingStrategy.parse(name), work.sizes, CollectiveCost(layout, links, algorithm)
     params = 8.0 * sizes.param * work.params / work.units
     updated = 8.0 * sizes.param * work.trainable / work.units
@@ -218,8 +220,8 @@ def _pass(clock: _Clock, now: float, gather: Phases, ends: Phases, ready: list[f
 def advise(
     layout: NodeLayout, links: Links, work: Workload, memory_cap: float | None = None, algorithm: str = "two_phase"
 ) -> list[StepCost]:
-    """The strategies that fit into `memory_cap` bytes a rank, fastest first; of equal ones first the one that holds
-    less.
+    """Return the strategies that fit into `memory_cap` bytes a rank, fastest first; of equal ones first the one that
+    holds less.
 
     ValueError where none fits: it says how much memory is missing, and what would do.
     """

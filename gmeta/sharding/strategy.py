@@ -31,11 +31,11 @@ class NodeLayout:
 
     @property
     def world_size(self) -> int:
-        """The number of all ranks (n in the paper)."""
+        """Return the number of all ranks (n in the paper)."""
         return self.node_size * self.num_nodes
 
     def num_partitions(self, scope: ShardScope) -> int:
-        """The number of partitions into which a tensor is cut at a scope."""
+        """Return the number of partitions into which a tensor is split at a scope."""
         return {"N": 1, "I": self.node_size, "G": self.world_size}[scope]
 
 
@@ -84,7 +84,7 @@ STRATEGIES: tuple[str, ...] = tuple(_names())
 
 
 def nearest_strategies(name: str) -> list[str]:
-    """The valid strategies that differ from `name` in the fewest letters."""
+    """Return the valid strategies that differ from `name` in the fewest letters."""
     distance = {valid: sum(a != b for a, b in zip(valid, name, strict=True)) for valid in STRATEGIES}
     return [valid for valid in STRATEGIES if distance[valid] == min(distance.values())]
 
@@ -105,7 +105,7 @@ def memory_bytes(
     trainable: int | None = None,
     sizes: ElementBytes | None = None,
 ) -> dict[str, float]:
-    """The bytes that a rank holds all the time, by kind; activations and gathered copies are not counted.
+    """Return the bytes that a rank holds all the time, by kind; activations and gathered copies are not counted.
 
     In the paper's setting this is 2 P / d(p) + 2 P' / d(g) + 12 P' / d(os), with P parameters of which P' are trained.
     """
@@ -135,7 +135,8 @@ class NodeTraffic:
 def gather_traffic(
     amount: float, finer: ShardScope, coarser: ShardScope, layout: NodeLayout, *, flat: bool
 ) -> NodeTraffic:
-    """What a node sends to gather partitions of scope `finer` into those of scope `coarser`, `amount` bytes in all.
+    """Return what a node sends to gather partitions of scope `finer` into those of scope `coarser`, `amount` bytes in
+    all.
 
     The reduce-scatter that goes the other way sends the same. With `flat` there is one ring of all ranks in order.
     Otherwise each rank first exchanges with its counterparts in other nodes, and then every node within itself.
@@ -165,7 +166,7 @@ def sent_bytes(
     gathers: int = 2,
     flat: bool = True,
 ) -> NodeTraffic:
-    """What the ranks of a node send together in one optimizer step of `accumulation` micro-batches.
+    """Return what the ranks of a node send together in one optimizer step of `accumulation` micro-batches.
 
     Amounts are bytes, padding included: `params` of all parameters and `updated` of those that are trained, both as
     they are gathered, and `grads` of all gradients as they are reduced. `gathers` says how often parameters are
@@ -181,7 +182,7 @@ def sent_bytes(
 def _sync_traffic(
     grads: ShardScope, state: ShardScope, amount: float, layout: NodeLayout, *, flat: bool
 ) -> NodeTraffic:
-    """What sums gradients over all ranks once a step, and cuts them down to the optimizer's partitions."""
+    """Return what sums gradients over all ranks once a step, and reduces them to the optimizer's partitions."""
     m, ng = layout.node_size, layout.num_nodes
     across = NodeTraffic(inter=2 * amount * (ng - 1) / ng)  # an all-reduce between nodes, of 1 / m on each rank
     if (grads, state) == ("N", "N"):

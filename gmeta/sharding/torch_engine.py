@@ -96,7 +96,7 @@ class TorchEngine:
                 part.reshard()
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to save and load, see `Paro.state`."""
+        """Return the tensors to save and load; see `Paro.state`."""
         if not self.optimizer.state:
             create_optimizer_state(self.optimizer)
         found: dict[str, Tensor] = {name: p.detach() for name, p in self.module.named_parameters()}

@@ -57,7 +57,7 @@ def make_units(
     strategies: Mapping[str, ShardingStrategy],
     make_flat: MakeFlatParameter,
 ) -> list[Unit]:
-    """The units of `module` in its own order, the root last.
+    """Return the units of `module` in its own order, the root last.
 
     ValueError where a given unit is no submodule, where one parameter belongs to several units, or where the name of a
     strategy fits no parameter.
@@ -86,7 +86,10 @@ def make_units(
         members[unit].append((name, param))
     units = [
         Unit(
-            names[owner], owner, [make_flat(part, place) for part, place in _parts(found, strategies)], owner is module
+            names[owner],
+            owner,
+            [make_flat(part, strategy) for part, strategy in _parts(found, strategies)],
+            owner is module,
         )
         for owner, found in members.items()
     ]
@@ -99,7 +102,7 @@ def _called(name: str) -> str:
 
 
 def default_units(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost items of ModuleLists and Sequentials that have parameters."""
+    """Yield the outermost items of ModuleLists and Sequentials that have parameters."""
     for child in module.children():
         if isinstance(module, nn.ModuleList | nn.Sequential):
             if any(True for _ in child.parameters()):
@@ -127,20 +130,22 @@ def _parts(
     """Split members into runs of one strategy and one dtype that are all trained or all frozen, in order."""
     found: dict[tuple[ShardingStrategy, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in members:
-        place = of_longest_prefix(name, strategies) or ShardingStrategy("N", "N", "N")
-        found.setdefault((place, param.dtype, param.requires_grad), []).append((name, param))
-    for (place, _, _), part in found.items():
-        yield part, place
+        strategy = of_longest_prefix(name, strategies) or ShardingStrategy("N", "N", "N")
+        found.setdefault((strategy, param.dtype, param.requires_grad), []).append((name, param))
+    for (strategy, _, _), part in found.items():
+        yield part, strategy
 
 
 def of_longest_prefix(name: str, strategies: Mapping[str, T]) -> T | None:
-    """The value for a parameter, by the longest of the names that it has or is inside; None where no name fits."""
+    """Return the value for a parameter, by the longest of the names that it has or is inside; None where no name
+    fits.
+    """
     prefixes = [p for p in strategies if not p or name == p or name.startswith(f"{p}.")]
     return strategies[max(prefixes, key=len)] if prefixes else None
 
 
 def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries."""
+    """Return the tensors in nested lists, tuples and dictionaries."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
@@ -158,7 +163,7 @@ def broadcast_module(module: nn.Module, everyone: Ring) -> None:
 def require_element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
     """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone.
 
-    It is tried on small tensors, once as a whole and once cut in two, under the name of a parameter of each number of
+    It is tried on small tensors, once unsharded and once in two parts, under the name of a parameter of each number of
     dimensions, because factories often tell matrices from the rest.
     """
     if not callable(factory):
@@ -175,7 +180,7 @@ def _try_in_parts(name: str, like: Tensor, factory: OptimizerFactory) -> None:
     draws = torch.Generator().manual_seed(0)
     start, *gradients = (torch.randn(4, 6, dtype=torch.float64, generator=draws).to(like) for _ in range(3))
     try:
-        whole = _updated(factory, name, start, gradients)
+        unsharded = _updated(factory, name, start, gradients)
         parts = [
             _updated(factory, name, start.flatten()[part], [gradient.flatten()[part] for gradient in gradients])
             for part in (slice(0, 10), slice(10, 24))
@@ -184,7 +189,7 @@ def _try_in_parts(name: str, like: Tensor, factory: OptimizerFactory) -> None:
         raise ValueError(
             f"the optimizer cannot update parts of parameters ({type(error).__name__}: {error}): {_CURE}"
         ) from error
-    if not torch.allclose(whole.flatten(), torch.cat(parts), rtol=1e-5, atol=1e-6):
+    if not torch.allclose(unsharded.flatten(), torch.cat(parts), rtol=1e-5, atol=1e-6):
         raise ValueError(
             f"the optimizer updates part of a parameter otherwise than the whole (as LAMB or Adafactor do): {_CURE}"
         )
@@ -224,7 +229,7 @@ class Leave(torch.autograd.Function):
 
 
 def cast(dtype: torch.dtype, value: Any) -> Any:
-    """A floating tensor in `dtype`; anything else as it is."""
+    """Return a floating tensor in `dtype`; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

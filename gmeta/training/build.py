@@ -45,7 +45,7 @@ def build_run(
     factory: ModelFactory | None = None,
     parts: Parts | None = None,
 ) -> Run:
-    """Build everything a rank needs; raises ValueError for what does not fit, before anything is written."""
+    """Build everything that a rank needs. Raises ValueError for what does not fit, before anything is written."""
     parts = parts or Parts()
     pack = open_pack(config.pack)
     system = build_system(config, pack.schema, mesh, factory=factory, exchange=parts.exchange)

@@ -19,9 +19,9 @@ from gmeta.recommender.system import PreparedBatch
 
 
 def too_late(batch: TaskBatch, begun_s: float, device: torch.device) -> bool:
-    """Whether to leave the rest of the batch to the epoch's tail. The first micro-batch is always computed.
+    """Say whether to leave the rest of the batch for the epoch's tail. The first micro-batch is always computed.
 
-    `begun_s` is when it began, by `time.perf_counter`.
+    `begun_s` is when the first one began, by `time.perf_counter`.
     """
     if batch.drop_after_s is None:
         return False
@@ -31,28 +31,32 @@ def too_late(batch: TaskBatch, begun_s: float, device: torch.device) -> bool:
 
 
 def finished_names(batch: TaskBatch) -> tuple[str, ...]:
-    """Return the names of the sums that tell how many micro-batches each rank finished, where it may leave some."""
+    """Return the names of the sums that count the micro-batches each rank finished. They are empty where no rank may
+    leave any.
+    """
     if batch.batch_split is None or batch.drop_after_s is None:
         return ()
     return tuple(f"finished_{rank}" for rank in range(len(batch.batch_split.ends)))
 
 
 def used_rows(prepared: PreparedBatch, rows: EmbeddedRows, finished: int) -> dict[str, Tensor] | None:
-    """Return which fetched rows the first `finished` micro-batches read: table -> bool [U]; None where none is left.
+    """Return which fetched rows the first `finished` micro-batches read: table -> bool [U]. It is None where nothing
+    may be left.
 
-    Rows that only unfinished tasks read do not take part in the step: weight decay and moments would move them twice.
+    Rows that only unfinished tasks read do not take part in the step. Otherwise weight decay and moments would move
+    them twice.
     """
     if prepared.batch.drop_after_s is None:
         return None
-    whole = finished == len(prepared.parts)
-    used = {table: w.new_full(w.shape[:1], whole, dtype=torch.bool) for table, w in rows.weights.items()}
+    complete = finished == len(prepared.parts)
+    used = {table: w.new_full(w.shape[:1], complete, dtype=torch.bool) for table, w in rows.weights.items()}
     for part in prepared.parts[:finished]:
         if part.lookups is None:  # the batch is one
             continue
         for side, lookups in zip((part.tasks.support, part.tasks.query), part.lookups, strict=True):
             for found in lookups.values():
                 index = found.index if found.lengths is not None else found.index[side.mask]
-                used[found.group][index] = True
+                used[found.table][index] = True
     return used
 
 

@@ -23,7 +23,7 @@ def training_loop(run: Run) -> None:
 
 
 def batches(run: Run) -> Iterator[PreparedBatch]:
-    """Yield batch after batch. Whoever takes one makes a step of it, and puts that into `run.ahead`."""
+    """Yield batch after batch. The caller turns each into a step, and appends that step to `run.ahead`."""
     loader = iter(run.loader)
     while not run.ended and not run.out_of_patience:
         run.watch = Stopwatch(run.state.mesh.device)
@@ -43,7 +43,7 @@ def batches(run: Run) -> Iterator[PreparedBatch]:
 
 
 def _between_steps(run: Run) -> bool:
-    """Log, validate and save what is due; True when a stop was asked for."""
+    """Log, validate and save what is due. Return True when a stop was asked for."""
     schedule, progress = run.config.schedule, run.state.progress
     every = [n for n in (schedule.eval_every, schedule.checkpoint_every, schedule.max_steps) if n]
     pause = run.loader.between_epochs or any(progress.step % n == 0 for n in every)
@@ -60,7 +60,9 @@ def _between_steps(run: Run) -> bool:
 
 
 def finish_steps(run: Run, leave: int) -> bool:
-    """Finish and log the oldest steps until `leave` are left, none when a rank asked to stop, which is returned."""
+    """Finish and log the oldest steps until `leave` are left. When a rank asked to stop, finish all of them and return
+    True.
+    """
     stop = False
     while len(run.ahead) > (0 if stop else leave):
         started = run.ahead.popleft()

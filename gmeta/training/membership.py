@@ -28,25 +28,27 @@ from gmeta.runs.directory import read_run_id
 
 _FACTS_EVERY_S = 2.0
 _LEASE_S = 7 * 86400.0
-"""A trainer's windows are fenced by its generation; they need no deadline, and a stopped group loses none."""
+"""A trainer's windows are fenced by its generation. They need no deadline, and a group that was stopped loses none."""
 
 
 @dataclass(frozen=True)
 class Membership:
-    """This rank in a generation of the group."""
+    """The membership of this rank in one generation of an elastic group."""
 
     agent: Agent
     generation: int
 
     def split(self, step: int) -> SplitSpec:
-        """How the batch of `step` is split over the ranks; waits until the coordinator has granted the step."""
+        """Return how the batch of `step` is split over the ranks. It waits until the coordinator has granted the
+        step.
+        """
         setting = self.agent.setting(step)
         # before the first decision the loader's own split, so that nothing differs from a run without a coordinator
         fractions = setting.tasks_per_rank if setting.number else None
         return SplitSpec(fractions, setting.micro_batches, setting.drop_after_s)
 
     def finished(self, batch: TaskBatch, step: int, seconds: Mapping[str, float], tasks: int, window: int) -> None:
-        """A step is finished: `tasks` of its batch took effect, in all ranks together."""
+        """Report a finished step, in which `tasks` of its batch took effect on all ranks together."""
         assert batch.batch_split is not None
         spent = StepTime(
             step,
@@ -58,8 +60,10 @@ class Membership:
         self.agent.finished(spent, batch.epoch, window, tasks)
 
 
-def plan_of(config: TrainConfig, pack: TaskPack) -> JobSpec:
-    """The ledger of a training run: a work item is a window of the order, and windows come one after the other."""
+def job_of(config: TrainConfig, pack: TaskPack) -> JobSpec:
+    """Return the job of a training run. A work item is a window of the order, and windows come one after the
+    other.
+    """
     return JobSpec(
         num_samples=pack.split("train").num_tasks,
         work_item_size=config.loader.tasks_per_batch * config.loader.window_batches,
@@ -76,7 +80,7 @@ def join(
 ) -> Membership | None:
     """Begin a generation at `step`, with the ledger `saved` in the checkpoint of that step; collective.
 
-    None where elastic.enabled is off. From now on `loader` divides batches as the coordinator says.
+    Returns None where elastic.enabled is off. From now on `loader` splits batches as the coordinator says.
     """
     elastic = config.elastic
     if not elastic.enabled:
@@ -88,7 +92,7 @@ def join(
 
     token = None if elastic.token_file is None else read_token(Path(elastic.token_file))
     client = Client(elastic.url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
-    spec = plan_of(config, pack)
+    spec = job_of(config, pack)
     generation, error = 0, None
     if mesh.rank == 0:
         try:
@@ -128,7 +132,7 @@ def join(
 
 
 def ledger_at(spec: JobSpec, config: TrainConfig, state: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ledger of a run that kept none, from its loader's position; None at the start."""
+    """Return the ledger of a run that kept none, from the position of its loader. It is None at the start."""
     epoch, index = int(state["epoch"]), int(state["index"])
     if (epoch, index) == (0, 0):
         return None
@@ -154,7 +158,7 @@ def _device_name(device: torch.device) -> str:
 
 
 class NodeFacts:
-    """The node's state, shares of 1, measured every two seconds at most."""
+    """The state of the node, in fractions of 1, measured every two seconds at most."""
 
     def __init__(self) -> None:
         self._measured = -_FACTS_EVERY_S
@@ -162,7 +166,7 @@ class NodeFacts:
         self._facts: dict[str, float] = {}
 
     def __call__(self) -> dict[str, float]:
-        """cpu_steal (since the last), load (a core), memory."""
+        """Return cpu_steal (since the last measurement), load (per core) and memory."""
         if time.monotonic() - self._measured >= _FACTS_EVERY_S:
             self._measured = time.monotonic()
             before, self._times = self._times, psutil.cpu_times()

@@ -32,12 +32,14 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        """Whether every step was made."""
+        """Say whether every step was made."""
         schedule = self.config.schedule
         return self.loader.epochs_done >= schedule.epochs or 0 < schedule.max_steps <= self.state.progress.step
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether validations without a better metric have used up the patience, also in a run resumed after it."""
+        """Say whether validations without a better metric have used up the patience. This also holds for a run resumed
+        after it.
+        """
         patience = self.config.schedule.patience
         return bool(patience) and self.state.progress.bad_validations >= patience

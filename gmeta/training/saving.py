@@ -16,12 +16,14 @@ from gmeta.training.state import Progress, TrainState
 
 
 def checkpoint_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return weights, tables and the dense optimizer's moments, by name; of what is sharded, this rank's parts."""
+    """Return weights, tables and the dense optimizer's moments, by name. Sharded tensors are this rank's partitions."""
     return {**state.system.table_tensors(), **state.dense.tensors()}
 
 
 def save_checkpoint(run: Run) -> None:
-    """Save and prune; collective. In an elastic group the ledger of this very step goes with it."""
+    """Save a checkpoint and remove old ones; collective. In an elastic group the ledger of this very step is saved with
+    it.
+    """
     state, mesh, membership = run.state, run.state.mesh, run.membership
     ledger, error = None, None
     if membership is not None:
@@ -47,7 +49,7 @@ def save_checkpoint(run: Run) -> None:
 
 
 def load_checkpoint(run: Run, path: Path) -> dict[str, Any] | None:
-    """Restore everything from `path`; returns its ledger, where there is one. Collective."""
+    """Restore everything from `path`, and return its ledger, where there is one; collective."""
     state = run.state
     values = checkpoint.read_state(path)
     checkpoint.load_tensors(path, checkpoint_tensors(state), state.mesh)

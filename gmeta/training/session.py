@@ -23,7 +23,7 @@ from gmeta.training.saving import load_checkpoint
 
 @contextmanager
 def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | None) -> Iterator[Run]:
-    """Give the run of `config` on this rank, resumed where that is asked for; collective."""
+    """Give the run of `config` on this rank, resumed where the config asks for it; collective."""
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
@@ -50,7 +50,7 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
 
 
 def _banner(run: Run) -> str:
-    """Say what a user wants to know before the first step."""
+    """Return what a user wants to know before the first step."""
     split, state = run.pack.split("train"), run.state
     engine = state.system.learner.engine_reason
     lines = [
@@ -70,7 +70,7 @@ def _banner(run: Run) -> str:
 
 
 def farewell(run: Run) -> str:
-    """Say where the run stands, and what to do next."""
+    """Return where the run stands, and what to do next."""
     progress, total, metric = run.state.progress, run.state.rates.total_steps, run.config.schedule.metric
     if run.exit_code == EXIT_STOPPED:
         return f"stopped after step {progress.step} and saved; continue with the same command and --resume true"

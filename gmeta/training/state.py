@@ -16,7 +16,7 @@ from gmeta.recommender.system import System
 
 @dataclass
 class Progress:
-    """What advances besides weights, optimizers and loader; every checkpoint saves it."""
+    """What advances besides weights, optimizers and loader. Every checkpoint saves it."""
 
     step: int = 0
     best: float | None = None
@@ -27,9 +27,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class LearningRates:
-    """The schedule of all learning rates: a function of the batch's place in the order, not of the step's number.
+    """The schedule of all learning rates: a function of the batch's position in the order, not of the step's number.
 
-    Where late tasks are put back, an epoch has more steps than batches; they get the rate of its last batch.
+    Where late tasks are put back, an epoch has more steps than batches. The extra steps get the rate of its last batch.
     """
 
     peak: float  # of dense layers
@@ -61,5 +61,5 @@ class TrainState:
 
     @property
     def mesh(self) -> Mesh:
-        """This rank's mesh."""
+        """Return this rank's mesh."""
         return self.system.mesh

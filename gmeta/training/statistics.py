@@ -1,8 +1,8 @@
-"""What a step leaves for the host: its statistics and the time of its phases. Only reading them waits.
+"""What a step leaves for the host: its statistics and the time of its phases. Only reading them waits for the device.
 
-On CUDA the host runs ahead of the device: it reads the statistics of a step after it has started the next one, so
-that the device always has work. Until they are read, `still_finite` keeps a step that went wrong, and all after it,
-from changing anything.
+On CUDA the host runs ahead of the device: it reads the statistics of a step after it has started the next one, so that
+the device always has work. Until they are read, `still_finite` keeps a step with numbers that are not finite, and all
+steps after it, from changing anything.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from gmeta.embedding.exchange import RoutedRequest
 
 
 def still_finite(ok: Tensor, loss: Tensor, norm: Tensor) -> Tensor:
-    """Bool []: whether all steps so far (`ok`) and this one have a finite loss [] and gradient norm []."""
+    """Return bool []: whether all steps so far (`ok`) and this one have a finite loss [] and gradient norm []."""
     return ok & loss.isfinite() & norm.isfinite()
 
 
 class Stopwatch:
-    """Seconds spent per phase of a step.
+    """The seconds that each phase of a step takes.
 
-    On CUDA laps are events on the stream: a phase has the time from the end of the last one's kernels to the end of its
-    own, and input only what the device had to wait for.
+    On CUDA, laps are events on the stream. A phase lasts from the end of the kernels of the phase before to the end of
+    its own. The phase `input` then holds only the time for which the device had to wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,12 +40,12 @@ class Stopwatch:
         return _event(timing=True)
 
     def lap(self, phase: str) -> None:
-        """Book the time since the last lap on `phase`."""
+        """Count the time since the last lap as time of `phase`."""
         self._laps.append((phase, self._now()))
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Phase -> seconds; waits for the last lap."""
+        """Return phase -> seconds. It waits for the last lap."""
         if isinstance(last := self._laps[-1][1], torch.cuda.Event):
             last.synchronize()
         out: dict[str, float] = {}
@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 def _event(timing: bool = False) -> torch.cuda.Event:
-    """An event at the end of what the current stream has been given."""
+    """Return an event at the end of what the current stream has been given."""
     event = torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
     event.record()
     return event
@@ -70,7 +70,7 @@ def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
 
 
 class AsyncScalars:
-    """Numbers that the device is still computing. Their copy into pinned memory starts now; `read` waits for it."""
+    """Numbers that the device is still computing. Their copy into pinned memory starts at once; `read` waits for it."""
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._names = tuple(values)
@@ -83,7 +83,7 @@ class AsyncScalars:
             self._copied = _event()
 
     def read(self) -> dict[str, float]:
-        """The numbers by name, once they are there."""
+        """Return the numbers by name, once they have arrived."""
         if self._copied is not None:
             self._copied.synchronize()
         return dict(zip(self._names, self._values.tolist(), strict=True))
@@ -91,7 +91,7 @@ class AsyncScalars:
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step whose work the device has been given, and what its log line, or a message about it, needs."""
+    """A step that the device is computing, with what its log line, or an error message about it, needs."""
 
     step: int  # steps before this one
     batch: TaskBatch

@@ -1,6 +1,6 @@
 """The training step. Read `train_step` first, then `end_step`: they are the whole algorithm, top to bottom.
 
-Every rank runs this same file and makes the same collectives every step, also with no task of its own.
+Every rank runs this code and makes the same collectives in every step, also without tasks of its own.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ class OpenStep:
     rows: EmbeddedRows
     sums: Tensor  # float64, `sum_names` of this rank
     watch: Stopwatch
-    computing: ExitStack  # left when all gradients are computed
+    computing: ExitStack  # closed when all gradients are computed
     begun_s: float
     query_loss: list[Tensor] = field(default_factory=list)  # [T] of each finished micro-batch
 
 
 def train_step(state: TrainState, prepared: PreparedBatch, watch: Stopwatch) -> InFlightStep:
-    """Start one optimizer step on one global batch; `finish_step` reads its global statistics.
+    """Start one optimizer step on one global batch. `finish_step` reads its global statistics.
 
-    Rows are fetched (AlltoAll), the inner and the outer loop run, gradients go home (AlltoAll, AllReduce), and every
-    row and parameter is updated once. Which rows, and from whom, the loader's thread exchanged ahead.
+    The step fetches the rows (AlltoAll), runs the inner and the outer loop, and sends the gradients home (AlltoAll,
+    AllReduce). It updates every row and parameter once. The loader's thread has exchanged beforehand which rows to
+    fetch, and from whom.
     """
     step = begin_step(state, prepared, watch)
     while (part := next_part(step)) is not None:
@@ -64,7 +65,7 @@ def begin_step(state: TrainState, prepared: PreparedBatch, watch: Stopwatch) -> 
 
 
 def next_part(step: OpenStep) -> MicroBatch | None:
-    """Return the micro-batch to compute now; None where all are done, or the rest is left for later."""
+    """Return the micro-batch to compute now. It is None where all are done, or where the rest is left for later."""
     done = len(step.query_loss)
     if done == len(step.prepared.parts):
         return None
@@ -76,7 +77,8 @@ def next_part(step: OpenStep) -> MicroBatch | None:
 def forward(state: TrainState, step: OpenStep, part: MicroBatch) -> tuple[Tensor, LearnerOutput]:
     """Return this rank's part of the loss, and what the learner found; local.
 
-    The loss is the sum over the micro-batch's tasks, divided by the tasks of the whole batch on all ranks.
+    The loss is the sum over the tasks of the micro-batch, divided by the number of tasks of the full batch on all
+    ranks.
     """
     with state.system.precision():
         loss, output = state.system.learner(part.rows(step.rows), part.tasks, part.index)
@@ -89,7 +91,7 @@ def backward(state: TrainState, step: OpenStep, part: MicroBatch, loss: Tensor, 
     tasks = part.tasks
     examples = tasks.support.mask.sum() + tasks.query.mask.sum()
     cells = tasks.support.mask.numel() + tasks.query.mask.numel()
-    # without tasks a mean is no number, and its gradient is nothing
+    # the mean over no tasks is not a number, and has no gradient
     value = loss.detach() if tasks.num_tasks else torch.zeros_like(loss.detach())
     support = output.support_loss.sum() / tasks.num_tasks_global
     numbers = (value, support, examples, cells, tasks.num_tasks, 0)
@@ -101,7 +103,7 @@ def backward(state: TrainState, step: OpenStep, part: MicroBatch, loss: Tensor, 
 
 
 def end_step(state: TrainState, step: OpenStep) -> InFlightStep:
-    """Bring the gradients home, clip them by the norm of all of them, and update; collective."""
+    """Send the gradients home, clip them by the norm of all of them, and update the model; collective."""
     system, mesh, prepared, watch = state.system, state.mesh, step.prepared, step.watch
     batch, traffic = prepared.batch, prepared.routed.traffic
     step.computing.close()
@@ -131,7 +133,9 @@ def end_step(state: TrainState, step: OpenStep) -> InFlightStep:
 
 
 def finish_step(state: TrainState, started: InFlightStep) -> dict[str, float]:
-    """Wait for a step's global statistics; ValueError, on every rank, when its loss or gradient was not finite."""
+    """Wait for a step's global statistics, and return them. Raises ValueError on every rank when loss or gradient was
+    not finite.
+    """
     return {**_checked_stats(state, started), "lr": started.lr}
 
 
@@ -143,7 +147,7 @@ def sum_names(batch: TaskBatch) -> tuple[str, ...]:
 def _update(
     state: TrainState, row_gradients: dict[str, RowGradients], norm: Tensor, lr: float, scale: Tensor | None
 ) -> None:
-    """Update every dense parameter, and every row that took part, exactly once, if all is finite."""
+    """Update every dense parameter, and every row that took part, exactly once, if all numbers are finite."""
     clip = clip_scale(norm, state.clip_norm) if state.clip_norm else None
     if scale is not None:
         clip = scale if clip is None else clip * scale

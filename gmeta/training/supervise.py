@@ -26,10 +26,10 @@ _LAST_ONE_S = 30.0
 
 
 def supervise(config: TrainConfig, nproc: int, argv: Sequence[str], module: str = "gmeta") -> int:
-    """Run `python -m module argv` in `nproc` workers, again and again until it is done; returns the exit code.
+    """Run `python -m module argv` in `nproc` workers, again and again until it is done. Return the exit code.
 
-    A worker that dies, or is replaced, costs a restart from the last checkpoint. The run ends with the code of the last
-    failure when `elastic.max_restarts` restarts in a row have not led to a new checkpoint.
+    When a worker dies or is replaced, the group starts again from the last checkpoint. After `elastic.max_restarts`
+    restarts in a row without a new checkpoint, the run ends with the code of the last failure.
     """
     open_pack(config.pack)  # a user's mistake shows before anything is started
     with _coordinator(config) as extra:
@@ -67,7 +67,9 @@ def _say(text: str) -> None:
 
 @contextmanager
 def _coordinator(config: TrainConfig) -> Iterator[list[str]]:
-    """The words that name the coordinator to workers: the config's, or those of one that lives as long as the run."""
+    """Give the command-line words that name the coordinator to workers. Without a URL in the config, a coordinator is
+    started that lives as long as the run.
+    """
     if config.elastic.url is not None:
         yield []
         return
@@ -81,16 +83,17 @@ def _coordinator(config: TrainConfig) -> Iterator[list[str]]:
 
 
 def journal_file(config: TrainConfig) -> Path:
-    """The journal of a run's own coordinator; another pack, or another number of epochs, is another job."""
+    """Return the journal of a run's own coordinator. Another pack, or another number of epochs, is another job."""
     job = [open_pack(config.pack).manifest["xxh3"], config.schedule.epochs]
     name = hashlib.sha256(json.dumps(job).encode()).hexdigest()[:8]
     return Path(config.run_dir) / f"coordinator-{name}.db"
 
 
 def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[subprocess.Popen[str], int]:
-    """`python -m gmeta` with `words` and `--port`, and the port that it listens on (0 asks for any free one).
+    """Start `python -m gmeta` with `words` and `--port`. Return the process and the port that it listens on; 0 takes a
+    free one.
 
-    What it says goes to the end of `log`. ValueError: it ended at once, and what it said.
+    What it prints is appended to `log`. Raises ValueError, with what it said, when it ends at once.
     """
     with log.open("a") as out:
         before = out.tell()
@@ -113,7 +116,7 @@ def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[su
 
 
 def end_coordinator(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, and SIGKILL ten seconds later; fine if it has ended."""
+    """End a coordinator with SIGTERM, and with SIGKILL ten seconds later. It may have ended already."""
     process.terminate()
     try:
         process.wait(10.0)
@@ -123,7 +126,7 @@ def end_coordinator(process: subprocess.Popen[str]) -> None:
 
 
 class _Keeper:
-    """Keeps a coordinator process alive; one that dies is started again on the same journal and port."""
+    """Keeps a coordinator process alive. One that dies is started again on the same journal and port."""
 
     def __init__(self, config: TrainConfig, run_dir: Path) -> None:
         self.token_file = run_dir / "coordinator.token"
@@ -143,7 +146,9 @@ class _Keeper:
         return process
 
     def _start_after_the_last(self) -> subprocess.Popen[str]:
-        """A run whose launcher was killed leaves a coordinator that ends by itself some 20 s later."""
+        """Start the coordinator. That of a run whose launcher was killed ends by itself some 20 s later, and is waited
+        for.
+        """
         end = time.monotonic() + _LAST_ONE_S
         while True:
             try:

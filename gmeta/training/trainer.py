@@ -6,8 +6,8 @@
             trainer.backward(loss)
             trainer.step()
 
-Batches are prepared ahead; logging, validation, checkpoints, exact resume, early stopping, stop signals and elastic
-groups happen between the steps. The learned weights are those of `gmeta train`, bit for bit.
+Batches are prepared ahead. Logging, validation, checkpoints, early stopping, stop signals and elastic groups work
+between the steps, and a run resumes exactly. The learned weights are those of `gmeta train`, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from gmeta.training.step import OpenStep, backward, begin_step, end_step, forwar
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """Where a run stands after training; `gmeta.load` takes it."""
+    """Where a run stands after training. `gmeta.load` takes it."""
 
     path: Path
     step: int
@@ -61,10 +61,10 @@ def train(config: TrainConfig | Mapping[str, Any] | str | Path, *, model: ModelF
 class Trainer:
     """A training run on this rank, as a context manager.
 
-    `config` is a YAML file's path, a mapping or a `TrainConfig`. `model` makes the model, `(inputs: InputSpec, **args)
-    -> nn.Module`, in place of the one that `model.name` names. `parts` are for studies that replace how rows travel or
-    gradients are summed. Start it with `torchrun` for several processes: every rank runs the same loop. After the loop,
-    `sys.exit(trainer.result.exit_code)` tells a launcher whether to start the group again.
+    `config` is the path of a YAML file, a mapping or a `TrainConfig`. `model` is a callable `(inputs: InputSpec,
+    **args) -> nn.Module`; it replaces the model that `model.name` names. `parts` are for studies that replace how rows
+    travel or how gradients are summed. With several processes, start it with `torchrun`: every rank runs the same loop.
+    After the loop, `sys.exit(trainer.result.exit_code)` tells a launcher whether to start the group again.
 
     Raises ValueError for a setting, a pack or a model that does not fit, when it is made or entered.
     """
@@ -105,21 +105,23 @@ class Trainer:
 
     @property
     def run(self) -> Run:
-        """Model, tables, optimizers, loader, log and progress on this rank."""
+        """Return the run on this rank: model, tables, optimizers, loader, log and progress."""
         if self._run is None:
             raise RuntimeError("the trainer is not open: use it as `with gmeta.Trainer(…) as trainer`")
         return self._run
 
     @property
     def result(self) -> TrainedRun:
-        """Where the run stands."""
+        """Return where the run stands."""
         progress = self.run.state.progress
         return TrainedRun(
             Path(self.config.run_dir), progress.step, progress.best, progress.best_step, self.run.exit_code
         )
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yield what to compute, until training ends. A batch that a rank computes in parts comes part by part."""
+        """Yield the micro-batches to compute, until training ends. A batch that a rank computes in parts comes part by
+        part.
+        """
         for prepared in batches(self.run):
             step = begin_step(self.run.state, prepared, self.run.watch)
             part = next_part(step)
@@ -132,11 +134,11 @@ class Trainer:
         self._next_part = None
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, LearnerOutput]:
-        """Return this rank's part of the loss, and the adapted model's logits and losses.
+        """Return this rank's part of the loss, and the logits and losses of the adapted model.
 
-        The loss is the sum over the batch's tasks of a task's mean query loss, divided by the tasks of the whole batch
-        on all ranks (`batch.tasks.num_tasks_global`): terms that you add should be divided so, too. A rank without
-        tasks gets a loss of 0 and empty logits, and makes the same calls.
+        The loss is the sum over the batch's tasks of each task's mean query loss, divided by the number of tasks of the
+        full batch on all ranks (`batch.tasks.num_tasks_global`). Divide terms that you add by the same number. A rank
+        without tasks gets a loss of 0 and empty logits, and makes the same calls.
         """
         step, part, _ = self._opened("forward")
         if part is not batch:
@@ -146,7 +148,7 @@ class Trainer:
         return loss, output
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of `loss`; their sums over ranks begin meanwhile."""
+        """Compute the gradients of `loss`. Their sums over ranks start meanwhile."""
         step, part, output = self._opened("backward")
         if output is None:
             raise RuntimeError("trainer.backward needs trainer.forward(batch) before it")

@@ -12,7 +12,9 @@ LOWER_IS_BETTER = ("loss", "logloss", "mae", "rmse")
 
 
 def validate(run: Run) -> bool:
-    """Measure the valid split, log it, and update the best; True when patience has run out. Collective."""
+    """Measure the valid split, log the result, and update the best one. Return True when patience has run out.
+    Collective.
+    """
     schedule, state, progress = run.config.schedule, run.state, run.state.progress
     if "valid" not in run.pack.splits:
         return False

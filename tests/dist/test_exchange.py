@@ -94,7 +94,7 @@ def batch_of(mesh: Mesh, step: int) -> TaskBatch:
 
 def look_up(weights: dict[str, torch.Tensor], lookup: Lookup) -> torch.Tensor:
     """[T, S, d]; the slow and plain way."""
-    rows = weights[lookup.group][lookup.index]
+    rows = weights[lookup.table][lookup.index]
     if lookup.lengths is None:
         return rows
     parts = rows.split(lookup.lengths.flatten().tolist())
@@ -277,7 +277,7 @@ def exchanged(mesh: Mesh, wire: torch.dtype | None) -> dict[str, torch.Tensor]:
     rows = exchange.fetch(routed)
     read = {f"{name}.rows": rows.weights[name].detach() for name in rows.weights}
     ids = {
-        f"{lookup.group}.{which}.{name}": lookup.index
+        f"{lookup.table}.{which}.{name}": lookup.index
         for which, lookups in (("support", rows.support), ("query", rows.query))
         for name, lookup in lookups.items()
     }

@@ -18,7 +18,7 @@ from gmeta.models.inputs import InputSpec
 
 DIMS = {"wide": 6, "narrow": 3}
 NUM_ROWS = {"wide": 9, "narrow": 5}
-FEATURES = {  # feature -> (group, pooling of a bag or None); item and history share rows
+FEATURES = {  # feature -> (table, pooling of a bag or None); item and history share rows
     "user": ("wide", None),
     "item": ("wide", None),
     "history": ("wide", "mean"),
@@ -51,9 +51,9 @@ def make_problem(
     """Ragged tasks (one without support, one without query), few rows, so that tasks and sides share them."""
     generator = torch.Generator().manual_seed(seed)
     weights = {
-        group: torch.randn(NUM_ROWS[group], dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        for group, dim in DIMS.items()
-        if any(FEATURES[name][0] == group for name in features)
+        table: torch.randn(NUM_ROWS[table], dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for table, dim in DIMS.items()
+        if any(FEATURES[name][0] == table for name in features)
     }
     sides = [_side(sizes, features, generator, dtype, binary) for sizes in (support, query)]
     lookups = [
@@ -83,13 +83,13 @@ def _side(
     mask = torch.arange(longest).expand(tasks, longest) < torch.tensor(sizes, dtype=torch.int64).unsqueeze(-1)
     ids, bags = {}, {}
     for name in features:
-        group, pooling = FEATURES[name]
+        table, pooling = FEATURES[name]
         if pooling is None:
-            index = torch.randint(0, NUM_ROWS[group], (tasks, longest), generator=generator)
+            index = torch.randint(0, NUM_ROWS[table], (tasks, longest), generator=generator)
             ids[name] = torch.where(mask, index, 0)
         else:
             lengths = torch.where(mask, torch.randint(0, 4, (tasks, longest), generator=generator), 0)
-            values = torch.randint(0, NUM_ROWS[group], (int(lengths.sum()),), generator=generator)
+            values = torch.randint(0, NUM_ROWS[table], (int(lengths.sum()),), generator=generator)
             bags[name] = Bag(values, lengths)
     dense = torch.randn(tasks, longest, NUM_NUMERIC, generator=generator, dtype=torch.float64).to(dtype)
     label = torch.randn(tasks, longest, generator=generator, dtype=torch.float64).to(dtype)
@@ -107,7 +107,7 @@ def _side(
 
 def leaves(problem: Problem, module: nn.Module) -> dict[str, Tensor]:
     """Everything that receives a gradient, by name."""
-    tables = {f"table {group}": weight for group, weight in problem.rows.weights.items()}
+    tables = {f"table {table}": weight for table, weight in problem.rows.weights.items()}
     return {**dict(module.named_parameters()), **tables}
 
 
@@ -170,22 +170,22 @@ def textbook(
     dtype = batch.support.dense.dtype
 
     def side_inputs(side: Examples, lookups: dict[str, Lookup]) -> Inputs:
-        matrices = {n: _matrix(lo, tables[lo.group].shape[0], dtype) for n, lo in lookups.items()}
+        matrices = {n: _matrix(lo, tables[lo.table].shape[0], dtype) for n, lo in lookups.items()}
         return matrices, side.dense, side.label, side.mask.to(dtype)
 
     def objective(fast: dict[str, Tensor], own: dict[str, Tensor], inputs: Inputs, which: nn.Module):
         matrices, dense, label, mask = inputs
         embedded = {}
         for name, matrix in matrices.items():
-            group = rows.support[name].group
-            table = fast.get(f"table {group}", tables[group]) if name in features else tables[group]
-            embedded[name] = matrix @ table
+            table = rows.support[name].table
+            weight = fast.get(f"table {table}", tables[table]) if name in features else tables[table]
+            embedded[name] = matrix @ weight
         values = own | {n: v for n, v in fast.items() if not n.startswith("table ")}
         logits = functional_call(model, values, (dense, embedded))
         return (which(logits, label) * mask).sum() / mask.sum().clamp(min=1)
 
     start = {name: dict(model.named_parameters())[name] for name in parameters}
-    start |= {f"table {rows.support[name].group}": tables[rows.support[name].group] for name in features}
+    start |= {f"table {rows.support[name].table}": tables[rows.support[name].table] for name in features}
 
     def task_loss(support, query) -> Tensor:
         own = modulate(support)

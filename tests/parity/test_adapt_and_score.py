@@ -30,7 +30,7 @@ def learner_for(engine: str, modulation: str = "none", **settings: Any) -> MetaL
 def apart(learner: MetaLearner, problem: Problem, **changes: Any) -> tuple[FastWeights, Tensor]:
     """Adapt to the support's rows alone, then score with the query's alone, by indices made apart."""
     rows, batch = problem.rows, problem.batch
-    sizes = {group: len(weight) for group, weight in rows.weights.items()}
+    sizes = {table: len(weight) for table, weight in rows.weights.items()}
     fast = learner.adapt(replace(rows, query={}), batch.support, learner.index_support(rows.support, sizes), **changes)
     index = learner.index_query(rows.query, sizes, fast.pairs)
     return fast, learner.score(fast, replace(rows, support={}), batch.query, index)
@@ -59,7 +59,7 @@ def test_an_index_in_two_parts_is_the_joint_one(engine: str, adapt: list[str], f
         adapt = ["embeddings.city"]
     problem = make_problem(features=features, support=(4, 2, 0, 3), query=(2, 5, 2, 0))
     learner = learner_of(Net(features).double(), adapt=adapt, features=features, engine=engine)
-    sizes = {group: len(weight) for group, weight in problem.rows.weights.items()}
+    sizes = {table: len(weight) for table, weight in problem.rows.weights.items()}
     support, query = learner.index(problem.rows.support, problem.rows.query, sizes)
     alone = learner.index_support(problem.rows.support, sizes)
     after = learner.index_query(problem.rows.query, sizes, alone.pairs)
@@ -81,12 +81,12 @@ def fetched(problem: Problem, seed: int) -> tuple[EmbeddedRows, EmbeddedRows, di
     sides, names = [], []
     for side in (problem.rows.support, problem.rows.query):
         weights, table_rows, places = {}, {}, {}
-        for group, weight in problem.rows.weights.items():
-            needed = torch.cat([lookup.index.flatten() for lookup in side.values() if lookup.group == group]).unique()
+        for table, weight in problem.rows.weights.items():
+            needed = torch.cat([lookup.index.flatten() for lookup in side.values() if lookup.table == table]).unique()
             needed = needed[torch.randperm(len(needed), generator=generator)]
-            places[group] = torch.full((len(weight),), -1).scatter(0, needed, torch.arange(len(needed)))
-            weights[group], table_rows[group] = weight.detach()[needed], needed
-        moved = {name: replace(lookup, index=places[lookup.group][lookup.index]) for name, lookup in side.items()}
+            places[table] = torch.full((len(weight),), -1).scatter(0, needed, torch.arange(len(needed)))
+            weights[table], table_rows[table] = weight.detach()[needed], needed
+        moved = {name: replace(lookup, index=places[lookup.table][lookup.index]) for name, lookup in side.items()}
         sides.append((weights, moved))
         names.append(table_rows)
     support, query = sides
@@ -100,7 +100,7 @@ def test_rows_of_the_query_are_fetched_later(engine: str, modulation: str) -> No
     learner = learner_for(engine, modulation).eval()
     expected = learner.predict(problem.rows, problem.batch)[1]
     support, query, first, second = fetched(problem, 3)
-    sizes = [{group: len(weight) for group, weight in rows.weights.items()} for rows in (support, query)]
+    sizes = [{table: len(weight) for table, weight in rows.weights.items()} for rows in (support, query)]
     fast = learner.adapt(support, problem.batch.support, learner.index_support(support.support, sizes[0]))
     fast = FastWeights.from_state_dict(load(save(fast.with_row_ids(first).state_dict())))
     index = learner.index_query(query.query, sizes[1], fast.pairs, second)

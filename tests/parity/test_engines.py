@@ -167,7 +167,7 @@ def test_engines_agree_on_any_shape(
 
 def test_an_index_made_ahead_changes_nothing() -> None:
     problem, learner = make_problem(), learner_of(Net().double())
-    num_rows = {group: len(weight) for group, weight in problem.rows.weights.items()}
+    num_rows = {table: len(weight) for table, weight in problem.rows.weights.items()}
     index = learner.index(problem.rows.support, problem.rows.query, num_rows)
     assert torch.equal(learner(problem.rows, problem.batch, index)[0], learner(problem.rows, problem.batch)[0])
     for ahead, here in zip(
@@ -216,14 +216,14 @@ def test_learned_rates_have_exact_gradients(order: str) -> None:
 
 
 def test_tasks_share_rows_and_sides_overlap() -> None:
-    """Every lookup is row 1: all tasks, both sides and all features of a group meet in one row."""
+    """Every lookup is row 1: all tasks, both sides and all features of a table meet in one row."""
     problem = make_problem()
     rows = map_tensors(problem.rows, lambda t: t if t.is_floating_point() else torch.ones_like(t))
     lengths = {
         side: {n: replace(lo, lengths=getattr(problem.rows, side)[n].lengths) for n, lo in getattr(rows, side).items()}
         for side in ("support", "query")
     }
-    weights = {group: weight.detach().requires_grad_() for group, weight in problem.rows.weights.items()}
+    weights = {table: weight.detach().requires_grad_() for table, weight in problem.rows.weights.items()}
     problem = Problem(replace(rows, weights=weights, **lengths), problem.batch)
     model = Net().double()
     fast, slow = both(problem, model, steps=3)

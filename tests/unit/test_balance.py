@@ -111,7 +111,7 @@ def test_no_accumulation_ends_earlier(total: int, classes: list[DeviceClass], mo
         if sum(k.count * c * m for k, (c, m) in zip(classes, choice, strict=True)) == total
     ]
     if not every:
-        with pytest.raises(ValueError, match=f"{total} tasks cannot be cut"):
+        with pytest.raises(ValueError, match=f"{total} tasks cannot be split"):
             accumulated(total, classes, most)
         return
     found = accumulated(total, classes, most)

@@ -60,7 +60,7 @@ def test_rank_correlation():
 
 
 def test_records_hold_what_is_promised():
-    """Of times that are exactly the planner's: every ratio is 1, the order is the planner's."""
+    """With times that are exactly the planner's, every ratio is 1 and the order is the planner's."""
     found = {("alone", 4): 1.0, ("fsdp2", 4): 9.0}
     found |= {(name, 4): cluster_run.planned(LINKS, name, 4, found).step_s for name in STRATEGIES}
     records = cluster_run.train_records("here", LINKS, found)

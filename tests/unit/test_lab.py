@@ -295,7 +295,7 @@ CONFIG = TrainConfig(
 
 
 def records(back: dict[int, list[int]] | None = None) -> list[dict[str, object]]:
-    """Of two epochs of five batches, and what was put back in a step (of the first epoch) in its tail."""
+    """Return the records of two epochs of five batches. What a step of the first epoch put back comes in its tail."""
     found, step, tail = [], 0, sum(map(len, (back or {}).values()))
     for epoch in range(2):
         sizes = [8] * 5 + ([tail] if tail and epoch == 0 else [])

@@ -14,7 +14,7 @@ import torch
 from random_packs import random_tasks, schema, write_pack
 
 from gmeta.core.batch import TaskBatch, map_tensors
-from gmeta.data.loader import TaskLoader, long_task_warning, padding_share
+from gmeta.data.loader import TaskLoader, long_task_warning
 from gmeta.data.order import window_of_batches
 from gmeta.data.pack import PackSplit, open_pack
 
@@ -131,7 +131,6 @@ def test_a_rank_may_get_no_task(split: PackSplit) -> None:
     empty = next(part for part in parts if part.num_tasks == 0)
     assert set(empty.support.ids) == {"f0", "f1"}
     assert empty.query.dense.shape == (0, 0, 1)
-    assert padding_share(empty) == 0
 
 
 def test_fewer_tasks_than_workers_are_refused(split: PackSplit) -> None:
@@ -333,7 +332,7 @@ def test_a_batch_beyond_the_budget_comes_in_micro_batches(split: PackSplit, worl
                 rows = [side.row[side.mask] for side in (whole.support, whole.query)]
                 assert torch.equal(batch.support.row[0], rows[0])
                 assert torch.equal(batch.query.row[0], rows[1])
-                assert padding_share(batch) < padding_share(whole)
+                assert sum(map(cells_of, batch.parts)) < cells_of(whole)
     assert several > 10
 
 
@@ -384,10 +383,3 @@ def test_a_task_far_above_the_rest_is_named(tmp_path: Path, long: int) -> None:
     assert found.startswith("warning: task 'u20' of split train has 30,000 rows, the median task ")
     assert "loader.max_support_rows" in found
     assert "--max_task_rows" in found
-
-
-def test_padding_share_counts_cells(split: PackSplit) -> None:
-    batch = next(loader(split))
-    cells = batch.support.mask.numel() + batch.query.mask.numel()
-    assert padding_share(batch) == pytest.approx(float(1 - (batch.support.mask.sum() + batch.query.mask.sum()) / cells))
-    assert 0 < padding_share(batch) < 1

@@ -1,4 +1,4 @@
-"""The sparse products against loops, and their derivatives to second order."""
+"""Gathers, segment sums and pooling as sparse products equal loops, with their derivatives to second order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from gmeta.core.selection import bags, cat, gather_rows, pool, product, segment_sum, select
+from gmeta.core.selection import Selection, cat, product, select
+
+
+def gather_rows(weight: Tensor, index: Tensor) -> Tensor:
+    return product(weight, select(index.flatten(), None, len(weight))).view(*index.shape, weight.shape[1])
+
+
+def segment_sum(values: Tensor, segments: Tensor, num: int) -> Tensor:
+    return product(values, select(segments, None, num).transposed)
+
+
+def bags(lengths: Tensor, pooling: str) -> Selection:
+    lengths = lengths.flatten()
+    weights = (1.0 / lengths.double()).repeat_interleave(lengths) if pooling == "mean" else None
+    return select(torch.arange(int(lengths.sum())), lengths, int(lengths.sum()), weights)
+
+
+def pool(values: Tensor, lengths: Tensor, pooling: str) -> Tensor:
+    return product(values, bags(lengths, pooling)).view(*lengths.shape, values.shape[1])
 
 
 def slow_segment_sum(values: Tensor, segments: Tensor, num: int) -> Tensor:

@@ -14,8 +14,8 @@ from gmeta.data.datasets.dataset import DataSet
 from gmeta.data.schema import parse_data_schema
 from gmeta.data.sources import Connection, RawPart, described, literal, md5_64, numbered, read_csv
 
-NEW_USER_SHARE = 0.2
-"""MeLU's share of new users: 1,208 of 6,040."""
+NEW_USER_FRACTION = 0.2
+"""MeLU's fraction of new users: 1,208 of 6,040."""
 _GROUPLENS = "Download {} from https://grouplens.org/datasets/movielens/ and unpack it there"
 _RATINGS = ("user_id", "item_id", "rating", "timestamp")
 _USERS = ("user_id", "gender", "age", "occupation", "zip")
@@ -119,12 +119,12 @@ def _ml_1m_melu(con: Connection, root: Path) -> RawPart:
 
 
 def _melu_partition(ratings: str) -> str:
-    """MeLU's partitions: films of 1998 to 2000 are cold; a fifth of the users is new.
+    """Return MeLU's partitions: films of 1998 to 2000 are cold; a fifth of the users is new.
 
     MeLU drew its new users at random and kept no list, so ours (by a fixed hash) are as many but not the same.
     """
     order = f"ORDER BY {md5_64(literal('melu'), 'user_id')}, user_id"
-    new = f"row_number() OVER ({order}) <= round({NEW_USER_SHARE} * count(*) OVER ())"
+    new = f"row_number() OVER ({order}) <= round({NEW_USER_FRACTION} * count(*) OVER ())"
     users = f"SELECT user_id, {new} AS new FROM ml_users"
     return f"""
         SELECT r.*, CASE WHEN f.item_id IS NULL THEN 'no_film_facts'
@@ -172,7 +172,7 @@ ML_1M_MELU = DataSet(
 
 
 def _register(con: Connection, name: str, path: Path, columns: tuple[str, ...]) -> None:
-    """A small `::`-separated file, UTF-8 or Latin-1, as view `name`; further fields of a line are ignored."""
+    """Register a small `::`-separated file, UTF-8 or Latin-1, as view `name`. Further fields of a line are ignored."""
     data = path.read_bytes()
     try:
         text = data.decode("utf-8")

@@ -65,8 +65,8 @@ def split_summary(con: Connection, split: str, cold_rows: int) -> dict[str, Any]
 def _expected_padding(support: npt.NDArray[Any], query: npt.NDArray[Any]) -> float:
     """Return the fraction of cells that is padding when tasks are bucketed by size into batches of BATCH_TASKS."""
     cells = sum(
-        len(slots) * int(support[slots].max() + query[slots].max())
-        for slots in bucket_by_size(support, query, BATCH_TASKS)
+        len(tasks) * int(support[tasks].max() + query[tasks].max())
+        for tasks in bucket_by_size(support, query, BATCH_TASKS)
     )
     return 1 - int(support.sum() + query.sum()) / cells
 
@@ -80,8 +80,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for name, s in summary["splits"].items():
         sizes = [f"{low} / {middle:g} / {high}" for low, middle, high in (s["support"], s["query"])]
-        shares = [f"{s[key]:.1%}" for key in ("padding", "cold_tasks", "cold_item_rows")]
-        table.add_row(name, f"{s['tasks']:,}", f"{s['rows']:,}", *sizes, *shares)
+        fractions = [f"{s[key]:.1%}" for key in ("padding", "cold_tasks", "cold_item_rows")]
+        table.add_row(name, f"{s['tasks']:,}", f"{s['rows']:,}", *sizes, *fractions)
     console.print(table)
     console.print(f"support and query: min / median / max rows of a task; padding at {BATCH_TASKS} tasks a batch")
     console.print(f"items in no training row: {summary['cold_items']:,}")
