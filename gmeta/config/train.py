@@ -183,7 +183,7 @@ class CommConfig:
 @dataclass(frozen=True, kw_only=True)
 class ElasticConfig:
     """Straggler mitigation and restarts: who computes how much of a batch follows measured speeds, never what a batch
-    is; and a worker that dies costs the steps since the last checkpoint (docs/elastic.md)."""
+    is; and a worker that dies costs the steps since the last checkpoint."""
 
     enabled: bool = False
     """Report to a coordinator and follow it."""
