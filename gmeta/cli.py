@@ -129,7 +129,8 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
     - {name: item_id, min_count: 2}                       # rarer values count as unknown
     - {name: device, hash_buckets: 10000, nulls: oov}     # hashed, no vocabulary; missing values are unknown
   multi: [{name: genres, separator: "|", pooling: mean}]  # several values a row
-  sequence: [{name: last_items, separator: " ", max_length: 20, table: item_id}]  # in order; shares a table
+  sequence:                   # in order; the features of one table share its vocabulary and min_count
+    - {name: last_items, separator: " ", max_length: 20, table: item_id, min_count: 2}
   numeric: [age, {name: price, log: true, nulls: mean}]   # standardised
   item_statistics: false      # count and mean label of each item as numeric columns
   hash_seed: 0
@@ -137,8 +138,9 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
 
 _PREDICT_HELP = """The support file needs the columns that the run's schema names: the task, the label, the features and
 the numeric columns, and the item where the schema has item_statistics. The query file needs the same but the label.
-`schema.json` in the run directory lists all of these. The time is not needed: a task's support rows count in the order of
-the file, and of a run with loader.max_support_rows the last ones are read. The output has all columns of the query file.
+`schema.json` in the run directory lists all of these. The time is not needed: a task's support rows count in the
+order of the file, and of a run with loader.max_support_rows the last ones are read. The output has all columns of
+the query file.
 """
 
 COMMANDS: dict[str, Command] = {

@@ -8,13 +8,17 @@ from __future__ import annotations
 import ast
 import os
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 import gmeta
-from gmeta.cli import COMMANDS, command_parser
+from gmeta.cli import COMMANDS, command_parser, run
 from gmeta.config.parse import keys_of
+from gmeta.data.schema import DataSchema, RawFeature, RawNumeric, parse_data_schema
+from gmeta.elastic.scenario import parse_scenario
 
 PACKAGE = Path(gmeta.__file__).parent
 ROOT = Path(os.environ.get("GMETA_SOURCE_TREE", Path(__file__).resolve().parents[2]))
@@ -153,6 +157,32 @@ def test_no_text_of_the_package_sends_readers_to_a_page_that_the_wheel_lacks() -
         for raised in (node for node in ast.walk(tree) if isinstance(node, ast.Raise)):
             told = [n.value for n in ast.walk(raised) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
             assert not any("docs/" in text for text in told), f"{path.name}, line {raised.lineno}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_prints_its_summary_once(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([command, "--help"]) == 0
+    summary = (COMMANDS[command].config.__doc__ or "").split()
+    assert " ".join(capsys.readouterr().out.split()).count(" ".join(summary[:8])) == 1
+
+
+def test_the_schema_in_the_help_of_prepare_is_one_and_has_every_key() -> None:
+    text = (COMMANDS["prepare"].epilog or "").partition("\n\n")[2]
+    values = yaml.safe_load(text)
+    found = parse_data_schema(values)
+    assert found.tables()["item_id"]
+    keys = {field.name for field in fields(DataSchema)} - {"features"} | {"categorical", "multi", "sequence"}
+    assert set(values) == keys
+    listed = [entry for kind in ("categorical", "multi", "sequence", "numeric") for entry in values[kind]]
+    inside = {key for entry in listed if isinstance(entry, dict) for key in entry}
+    assert inside == {field.name for kind in (RawFeature, RawNumeric) for field in fields(kind)} - {"kind"}
+
+
+def test_the_scenario_in_the_help_of_the_laboratory_is_one() -> None:
+    for command in ("lab", "simulate"):
+        lines = (COMMANDS[command].epilog or "").splitlines()
+        text = "\n".join(line[4:] for line in lines if line.startswith("    "))
+        assert len(parse_scenario(text, "help").events) == 7
 
 
 def bounds() -> dict[str, str]:
