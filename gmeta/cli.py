@@ -23,6 +23,7 @@ from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import modern_words, parse_words, parser_of
 from gmeta.config.train import TrainConfig
 from gmeta.core.errors import UserCodeError
+from gmeta.elastic import scenario
 from gmeta.parallel.launch import is_worker, worker_rank
 
 
@@ -128,15 +129,19 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
     - {name: item_id, min_count: 2}                       # rarer values count as unknown
     - {name: device, hash_buckets: 10000, nulls: oov}     # hashed, no vocabulary; missing values are unknown
   multi: [{name: genres, separator: "|", pooling: mean}]  # several values a row
-  sequence: [{name: last_items, separator: " ", max_length: 20, table: item_id}]  # in order; shares a table
+  sequence:                   # in order; the features of one table share its vocabulary and min_count
+    - {name: last_items, separator: " ", max_length: 20, table: item_id, min_count: 2}
   numeric: [age, {name: price, log: true, nulls: mean}]   # standardised
   item_statistics: false      # count and mean label of each item as numeric columns
   hash_seed: 0
 """
 
 _PREDICT_HELP = """The support file needs the columns that the run's schema names: the task, the label, the features and
-the numeric columns, and the time where there is one. The query file needs the same but the label. Columns beyond
-those stay in the output. `schema.json` in the run directory lists them."""
+the numeric columns, and the item where the schema has item_statistics. The query file needs the same but the label.
+`schema.json` in the run directory lists all of these. The time is not needed: a task's support rows count in the
+order of the file, and of a run with loader.max_support_rows the last ones are read. The output has all columns of
+the query file.
+"""
 
 COMMANDS: dict[str, Command] = {
     "prepare": Command(PrepareConfig, _prepare, epilog=_SCHEMA_HELP),
@@ -147,8 +152,8 @@ COMMANDS: dict[str, Command] = {
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),
-    "simulate": Command(SimulateConfig, _simulate),
-    "lab": Command(LabConfig, _lab),
+    "simulate": Command(SimulateConfig, _simulate, epilog=scenario.__doc__),
+    "lab": Command(LabConfig, _lab, epilog=scenario.__doc__),
     "doctor": Command(DoctorConfig, _doctor, distributed=True),
 }
 
@@ -163,7 +168,7 @@ def overview() -> ArgumentParser:
         prog="gmeta",
         exit_on_error=False,
         description="Meta-learned recommenders that adapt to new users, items and scenarios.",
-        epilog="`gmeta COMMAND --help` explains a command.",
+        epilog="`gmeta COMMAND --help` explains a command, `gmeta --version` prints the version.",
     )
     commands = parser.add_subcommands(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -214,8 +219,7 @@ def run(argv: list[str]) -> int:
     name, words = argv[0], argv[1:]
     parser = command_parser(name)
     if {"-h", "--help"} & set(words):  # the parser would wrap the lines of what follows
-        print(parser.format_help())
-        print(COMMANDS[name].epilog or "")
+        print("\n".join([parser.format_help(), COMMANDS[name].epilog or ""]).strip())
         return 0
     try:
         if name in RENAMED_BY_COMMAND:

@@ -111,10 +111,11 @@ def check_dependencies() -> list[Check]:
 
 
 def check_dependency(requirement: str) -> Check:
-    """Check one requirement, a name with an optional least version such as `torch>=2.13`."""
-    found = re.fullmatch(r"([\w.-]+)(?:>=([\d.]+))?", requirement.replace(" ", ""))
-    assert found, f"requirement {requirement!r} is neither NAME nor NAME>=VERSION"
-    name, least = found[1], found[2]
+    """Check one requirement: a name, with or without a least version and an untested one, as in `torch<2.15,>=2.13`."""
+    found = re.fullmatch(r"([\w.-]+?)((?:,?(?:>=|<)[\d.]+)*)", requirement.replace(" ", ""))
+    assert found, f"requirement {requirement!r} is not NAME with bounds such as >=2.13 and <2.15"
+    name, bounds = found[1], dict(re.findall(r"(>=|<)([\d.]+)", found[2]))
+    least, untested = bounds.get(">="), bounds.get("<")
     cure = f"python -m pip install '{requirement}'"
     try:
         version = importlib.metadata.version(name)
@@ -122,6 +123,8 @@ def check_dependency(requirement: str) -> Check:
         return Check(name, "fail", "not installed", cure)
     if least and _release(version) < _release(least):
         return Check(name, "fail", f"{version}, older than {least}", cure)
+    if untested and _release(version) >= _release(untested):
+        return Check(name, "warn", f"{version}, newer than gmeta was tested with", cure)
     return Check(name, "ok", version)
 
 

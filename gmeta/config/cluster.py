@@ -117,7 +117,7 @@ class SimulateConfig:
     """Compare policies against stragglers on a virtual clock, with a scenario's workers or with those of a trace."""
 
     scenario: str | None = None
-    """Scenario file, such as examples/scenarios/transient-50.yaml."""
+    """Scenario file: who is slow and when; the end of this help has an example with every key."""
     trace_in: str | None = None
     """Instead of a scenario: trace of a training job, whose workers' speeds over time are taken."""
     workers: int | None = None
@@ -139,7 +139,8 @@ class LabConfig:
     """Run a scenario of slow workers and faults on this machine, by real training on emulated devices."""
 
     scenario: str
-    """YAML file that says who is slow, and what is killed, stopped or cut off, when (docs/elastic.md)."""
+    """YAML file that says who is slow, and what is killed, stopped or cut off, when; the end of this help
+    has an example with every key."""
     out: str
     """Folder to create: the run, what was done to it, result.json and report.html."""
     policy: str = "nd"

@@ -19,7 +19,7 @@ class PrepareConfig:
     input: list[str] | str = field(default_factory=list)
     """Parquet or CSV file, glob or directory, or a list of them: [a.csv, logs/]."""
     schema: str | None = None
-    """YAML file that says what the columns of `input` mean (docs/data.md)."""
+    """YAML file that says what the columns of `input` mean; the end of this help has one with all keys."""
     dataset: str | None = None
     """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu."""
     root: str | None = None

@@ -182,7 +182,7 @@ class CommConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticConfig:
-    """Straggler mitigation and restarts (docs/elastic.md).
+    """Straggler mitigation and restarts.
 
     Measured speeds decide who computes how much of a batch, never what a batch is. A worker that dies costs the steps
     since the last checkpoint.

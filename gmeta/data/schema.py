@@ -169,7 +169,7 @@ class RawNumeric:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSchema:
-    """What the raw columns mean. docs/data.md explains every key."""
+    """What the raw columns mean; `gmeta prepare --help` shows every key."""
 
     task: str
     label: str
@@ -235,7 +235,9 @@ def load_data_schema(path: str | Path) -> DataSchema:
     """Read a schema from YAML. ValueError names the file, the key and the cure."""
     file = Path(path)
     if not file.is_file():
-        raise ValueError(f"schema file {file} does not exist: docs/data.md shows how to write one")
+        raise ValueError(
+            f"schema file {file} does not exist: `gmeta prepare --help` ends with a schema that has all keys"
+        )
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
         return parse_data_schema(values)

@@ -102,7 +102,7 @@ def choose_engine(
         if not adapted:
             if not finite:
                 raise ValueError(_not_finite(model))
-            return engine, "none: plain training"
+            return engine, "none (plain training)"
         _refuse_second_reading(model, adapted, flat)
         if engine == "reference":
             return engine, "reference, as configured"

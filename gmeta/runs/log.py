@@ -66,7 +66,7 @@ class RunLog:
             self._progress.start()
 
     def train(self, record: dict[str, Any]) -> None:
-        """Log one training step: `step`, and the numbers that docs/architecture.md lists."""
+        """Log one training step: `step`, and the numbers that docs/training.md lists."""
         record = self._write("train", record)
         if not self._active:
             return

@@ -11,7 +11,7 @@ from types import FrameType
 
 from gmeta.config.train import TrainConfig
 from gmeta.data.loader import long_task_warning
-from gmeta.models.registry import ModelFactory
+from gmeta.models.registry import ModelFactory, is_foreign
 from gmeta.parallel.launch import EXIT_STOPPED
 from gmeta.parallel.mesh import close_mesh, open_mesh
 from gmeta.runs.directory import prepare_run_dir, run_lock
@@ -79,7 +79,8 @@ def farewell(run: Run) -> str:
         found += f", {progress.bad_validations} validations without a better {metric}"
     if progress.best is not None:
         found += f"; best {metric} on valid {progress.best:.4f} at step {progress.best_step}"
-    return f"{found}\nnext: gmeta evaluate --run_dir {run.config.run_dir}"
+    trust = " --trust_model true" if is_foreign(run.config.model.name) else ""
+    return f"{found}\nnext: gmeta evaluate --run_dir {run.config.run_dir}{trust}"
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def test_batch_norm_is_refused() -> None:
 
 
 def test_plain_training_needs_no_engine() -> None:
-    assert MetaLearner(melu(), DIMS, 2, InnerLoop(adapt=[])).engine_reason == "none: plain training"
+    assert MetaLearner(melu(), DIMS, 2, InnerLoop(adapt=[])).engine_reason == "none (plain training)"
 
 
 @pytest.mark.parametrize("name", ["bce", "mse", "l1", "huber"])

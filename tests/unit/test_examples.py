@@ -55,12 +55,15 @@ def test_examples_that_train_learn_the_same_on_two_processes(pack: Path, tmp_pat
     assert alone[-1] < alone[0]
 
 
-def test_a_model_of_ones_own_is_found_again(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_ones_own_is_found_again(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """By the command line, under the name that the script's run records."""
     monkeypatch.chdir(EXAMPLES)
     words = ["--pack", pack, "--schedule.max_steps", 3, "--model.args.hidden", 8]
     train = ["train", *words, "--run_dir", tmp_path / "run", "--model.name", "own_model:TwoTowers"]
     assert run(list(map(str, train))) == 0
+    assert f"next: gmeta evaluate --run_dir {tmp_path / 'run'} --trust_model true" in "".join(capfd.readouterr())
     evaluate = ["evaluate", "--run_dir", tmp_path / "run", "--trust_model", "true", "--resamples", 5]
     assert run(list(map(str, evaluate))) == 0
     assert (tmp_path / "run" / "evaluation.json").exists()

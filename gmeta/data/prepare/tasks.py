@@ -54,7 +54,7 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
             raise ValueError(f"dataset {config.dataset} comes with its files and schema: leave input and schema out")
         schema, usual = DATA_SETS[config.dataset].schema, dict(DATA_SETS[config.dataset].settings)
     elif not config.input or config.schema is None:
-        raise ValueError("give input and schema, or dataset and root: docs/data.md shows both")
+        raise ValueError("name --input and --schema, or --dataset and --root; `gmeta prepare --help` explains them")
     else:
         schema = load_data_schema(config.schema)
     if config.label_threshold is not None:
