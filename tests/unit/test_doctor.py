@@ -25,7 +25,7 @@ def test_this_machine_can_run_gmeta(capsys):
     printed = capsys.readouterr().out
     for name in ("python", "duckdb", "gpu", "backends", "AllReduce and AlltoAll", "disk here", "gmeta can run here"):
         assert name in printed
-    assert torch.__version__ in printed
+    assert torch.__version__.partition("+")[0] in printed  # PyPI's wheel of 2.14.1 keeps +cu130 out of its metadata
 
 
 def test_a_failure_is_printed_with_its_cure(capsys):
