@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 RENAMED = {
     "dense.placement": "dense.sharding",
     "dense.group_size": "dense.node_size",
@@ -47,19 +49,18 @@ _TAKES = {
 
 
 def upgrade(
-    values: Mapping[str, Any], *, saved: bool = False, command: str = "train"
+    values: Mapping[str, Any], *, saved: bool = False, command: str = "train", model: str | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     """Return a command's settings under today's names, and one sentence for each old name that was found.
 
     `saved` settings belong to a run of the release before: how it was measured is history, so that every value of a
-    dropped switch is accepted.
+    dropped switch is accepted. `model` is the model's name where something else than `values` decides on it.
 
     Raises ValueError when a key is named by its old and its new name, or a dropped switch asks for what is gone.
     """
     new = _copy(values)
     told = []
-    model = values.get("model")
-    takes = _TAKES.get(model.get("name", "melu")) if isinstance(model, Mapping) else None
+    takes = _TAKES.get(model or model_of(values) or "melu")
     for old, name in RENAMED_BY_COMMAND[command].items():
         if not _has(new, old):
             continue
@@ -82,7 +83,16 @@ def upgrade(
     return new, told
 
 
-def upgrade_words(words: Sequence[str], command: str = "train") -> tuple[list[str], list[str]]:
+def model_of(values: Mapping[str, Any]) -> str | None:
+    """Return the model that settings name, if they do."""
+    section = values.get("model")
+    name = section.get("name") if isinstance(section, Mapping) else None
+    return None if name is None else str(name)
+
+
+def upgrade_words(
+    words: Sequence[str], command: str = "train", model: str | None = None
+) -> tuple[list[str], list[str]]:
     """Return command-line words under today's names, and one sentence for each old name; errors as `upgrade`."""
     out: list[str] = []
     told: list[str] = []
@@ -96,17 +106,21 @@ def upgrade_words(words: Sequence[str], command: str = "train") -> tuple[list[st
         if not word.startswith("--") or not (key in renamed or key in dropped):
             out.append(word)
             continue
-        if not equals and position < len(words):
-            value = words[position]
-            position += 1
+        given = [value] if equals else list(words[position : position + 1])
+        position += not equals
         if key in dropped:
-            if value not in (str(DROPPED[key]), str(DROPPED[key]).lower()):
-                raise ValueError(f"{key} is {value!r}: this comparison moved to benchmarks/study; leave --{key} out")
+            asked = yaml.safe_load(given[0]) if given else None
+            if asked != DROPPED[key]:
+                raise ValueError(f"{key} is {asked!r}: this comparison moved to benchmarks/study; leave --{key} out")
             told.append(f"{key} is gone, gmeta always does what {DROPPED[key]!r} did; leave it out")
             continue
         if renamed[key] in named:
             raise ValueError(f"{key} is the old name of {renamed[key]}, and both are set: leave --{key} out")
-        out += [f"--{renamed[key]}", value]
+        takes = _TAKES.get(model or "melu")
+        if key.startswith("model.") and takes is not None and key.rpartition(".")[2] not in takes:
+            told.append(f"{key} has no effect on this model and is left out")
+            continue
+        out += [f"--{renamed[key]}", *given]
         told.append(f"{key} is now {renamed[key]}; the old name works in this release only")
     return out, told
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from gmeta.config.deprecated import upgrade, upgrade_words
+from gmeta.config.deprecated import model_of, upgrade, upgrade_words
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import read_mapping
 
@@ -85,7 +85,9 @@ def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainC
     if isinstance(source, TrainConfig):
         return source
     if isinstance(source, Mapping):
-        values, name = source, "config"
+        values, name = _without_paths(source), "config"
+    elif not isinstance(source, str | Path):
+        raise ValueError(f"config is {source!r}: give the path of a YAML file, a mapping or a TrainConfig")
     else:
         values, name = read_mapping(Path(source), "name a YAML file with the settings of `gmeta train`"), str(source)
     upgraded, told = upgrade(values)
@@ -94,20 +96,41 @@ def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainC
     return parse_mapping(TrainConfig, upgraded, name)
 
 
+def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a mapping with paths as text, as YAML has them."""
+    return {
+        key: _without_paths(value) if isinstance(value, Mapping) else str(value) if isinstance(value, Path) else value
+        for key, value in values.items()
+    }
+
+
 def modern_words(words: Sequence[str], command: str = "train") -> tuple[list[str], list[str]]:
     """Return the words of a command without old names, in flags and in config files, and what to warn of.
 
     A file with old names is handed on as YAML text in place of its path.
     """
-    renamed, told = upgrade_words(words, command)
+    cure = "correct it, it must hold `key: value` lines"
+    files = {path: read_mapping(path, cure) for _, path in _config_files(words)}
+    named = [word for flag, word in _flags(words) if flag == "model.name"]
+    named = named or [name for values in files.values() if (name := model_of(values)) is not None]
+    model = named[-1] if named else None
+    renamed, told = upgrade_words(words, command, model)
     for position, path in _config_files(renamed):
-        values, found = upgrade(read_mapping(path, "correct it, it must hold `key: value` lines"), command=command)
+        values, found = upgrade(files[path], command=command, model=model)
         if not found:
             continue
         told += [f"{path}: {sentence}" for sentence in found]
         text = yaml.safe_dump(values, sort_keys=False)
         renamed[position] = f"--config={text}" if renamed[position].startswith("--config=") else text
     return renamed, told
+
+
+def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the flags among the words, without dashes, with their values."""
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            yield key, value if equals else following
 
 
 def explain(message: str, parser: ArgumentParser) -> str:

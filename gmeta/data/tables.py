@@ -46,18 +46,37 @@ def as_arrow(table: TableLike, name: str, needed: Sequence[str]) -> pa.Table:
     return pa.table(columns)
 
 
+def has_no_columns(table: TableLike) -> bool:
+    """Whether a table is empty to the point of having no columns: `{}`, or a new DataFrame."""
+    columns = table if isinstance(table, Mapping) else getattr(table, "columns", None)
+    return columns is not None and len(columns) == 0
+
+
 def _is_pandas(table: object) -> bool:
     return type(table).__module__.partition(".")[0] == "pandas"
+
+
+def _array(values: Any) -> pa.Array:
+    try:
+        return pa.array(values, from_pandas=True)
+    except OverflowError:
+        return pa.array(values, pa.uint64(), from_pandas=True)
 
 
 def _column(values: Any, name: str, key: str) -> pa.Array | pa.ChunkedArray:
     if not isinstance(values, pa.Array | pa.ChunkedArray):
         if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
             raise ValueError(f"{name}[{key!r}] is {values!r}: must be a list or array of values")
+        if getattr(values, "ndim", 1) != 1:
+            raise ValueError(
+                f"{name}[{key!r}] has {values.ndim} dimensions: must be one value, or one list, for each row"
+            )
         try:
-            values = pa.array(values, from_pandas=True)
+            values = _array(values)
+        except OverflowError:
+            raise ValueError(f"{name}[{key!r}] holds whole numbers beyond 64 bits: make them text") from None
         except (pa.ArrowException, ValueError, TypeError) as error:
-            raise ValueError(f"{name}[{key!r}] holds values of several types ({error}): convert it to one") from None
+            raise ValueError(f"{name}[{key!r}] cannot be read as one type of values: {error}") from None
     if not pa.types.is_dictionary(values.type):
         return values
     chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]

@@ -5,6 +5,7 @@ A model is a callable `(inputs: InputSpec, **args) -> nn.Module`.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import sys
@@ -78,12 +79,20 @@ def name_of(model: str | ModelFactory) -> str:
     for name, known in MODELS.items():
         if model is known:
             return name
+    if isinstance(model, functools.partial):
+        return name_of(model.func)  # what is bound is among the resolved arguments
     qualified = getattr(model, "__qualname__", type(model).__qualname__)
     module = getattr(model, "__module__", "__main__")
-    script = getattr(sys.modules["__main__"], "__file__", None)
-    if module == "__main__" and script is not None:
-        module = Path(script).stem  # the name under which others can import it
+    if module == "__main__":  # the name under which others can import it
+        main = sys.modules["__main__"]
+        spec, script = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        module = spec.name if spec is not None else Path(script).stem if script is not None else module
     return f"{module}:{qualified}"
+
+
+def can_be_found(name: str) -> bool:
+    """Whether a recorded name can be one of a module and its attribute: a lambda, or what was typed in, has none."""
+    return "<" not in name and not name.startswith("__main__:")
 
 
 def is_foreign(name: str) -> bool:
@@ -118,7 +127,22 @@ def resolved_args(factory: ModelFactory, args: Mapping[str, Any], name: str) -> 
             raise ValueError(f"model.args.{key} is missing: {name} needs it")
     checked = _checked(factory, {key: args[key] for key in args if key in named}, name)
     defaults = {key: _plain(p.default) for key, p in named.items() if p.default is not p.empty}
-    return {**defaults, **args, **checked}
+    found = {**defaults, **args, **checked}
+    for key, value in found.items():
+        if not _can_be_saved(value):
+            raise ValueError(
+                f"model.args.{key} of {name} is {value!r}, which a run cannot save: use a number, a text, a list or a "
+                "mapping, and let the model make of it what it needs"
+            )
+    return found
+
+
+def _can_be_saved(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _can_be_saved(item) for key, item in value.items())
+    if isinstance(value, list):
+        return all(map(_can_be_saved, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str, Any]:

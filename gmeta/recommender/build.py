@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,15 @@ from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
 from gmeta.models.inputs import InputSpec, input_spec
-from gmeta.models.registry import ModelFactory, build_model, features_of, find_model, is_foreign, resolved_args
+from gmeta.models.registry import (
+    ModelFactory,
+    build_model,
+    features_of,
+    find_model,
+    is_foreign,
+    name_of,
+    resolved_args,
+)
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
@@ -38,9 +47,10 @@ def make_model(
     config: ModelConfig, schema: PackSchema, *, seed: int = 0, factory: ModelFactory | None = None
 ) -> nn.Module:
     """Return the configured model for a pack; errors as `find_model`, `resolved_args` and `build_model`."""
-    factory = factory or find_model(config.name)
-    args = resolved_args(factory, config.args, config.name)
-    return build_model(factory, inputs_of(config, schema), args, name=config.name, seed=seed)
+    name = config.name if factory is None else name_of(factory)
+    factory = factory or find_model(name)
+    args = resolved_args(factory, config.args, name)
+    return build_model(factory, inputs_of(config, schema), args, name=name, seed=seed)
 
 
 def resolve_model(config: TrainConfig, factory: ModelFactory | None = None) -> TrainConfig:
@@ -165,8 +175,16 @@ def load_system(
             f"{run_dir} has a model of its own, {config.model.name}: loading it runs that code. Where you trust it, "
             "say --trust_model true (from Python: gmeta.load(…, model=YourClass), or trust_model=True)"
         )
+    if factory is not None:
+        _compare_names(config.model.name, name_of(factory))
     path = checkpoint.find_checkpoint(run_dir / "checkpoints", which)
     checkpoint.verify_together(path, mesh)
     system = build_system(config, schema, mesh, factory=factory, training=False)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config
+
+
+def _compare_names(recorded: str, given: str) -> None:
+    """Warn where another class is given than the run was trained with: weights of one shape would fit both."""
+    if recorded.rpartition(":")[2] != given.rpartition(":")[2]:
+        warnings.warn(f"the run was trained with the model {recorded}, and is opened with {given}", stacklevel=4)

@@ -19,15 +19,15 @@ from gmeta.data.order import ends_within
 from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
 from gmeta.data.shards import TaskRows, split_in_memory
-from gmeta.data.tables import TableLike, as_arrow
+from gmeta.data.tables import TableLike, as_arrow, has_no_columns
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.losses import prediction
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import load_system
-from gmeta.runs import checkpoint
+from gmeta.runs import checkpoint as checkpoints
 from gmeta.runs.data import require_own_vocabularies
-from gmeta.runs.directory import read_run_id, read_schema
+from gmeta.runs.directory import read_config, read_run_id, read_schema
 
 _TASKS_AT_A_TIME = 256
 
@@ -35,7 +35,7 @@ _TASKS_AT_A_TIME = 256
 def load(
     run: str | os.PathLike[str],
     *,
-    checkpoint: str = "best",
+    checkpoint: str | int = "best",
     model: ModelFactory | None = None,
     trust_model: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -47,22 +47,31 @@ def load(
 
     Raises ValueError for what is missing, damaged, or not trusted.
     """
-    return Recommender(Path(run), which=checkpoint, factory=model, trust_model=trust_model, mesh=local_mesh(device))
+    mesh = local_mesh(device)
+    read_config(Path(run))  # a path that is no run is told of first
+    attempts = 3
+    while True:
+        path = checkpoints.find_checkpoint(Path(run) / "checkpoints", str(checkpoint))
+        try:
+            return Recommender(Path(run), checkpoints.step_of(path), factory=model, trust_model=trust_model, mesh=mesh)
+        except (ValueError, OSError):
+            attempts -= 1
+            if path.exists() or not attempts:
+                raise  # else a run that is training has put a newer one in its place
 
 
 class Recommender:
     """A trained model, ready to adapt: `rec.adapt(support).predict(candidates)`. Values are raw, as in the logs."""
 
     def __init__(
-        self, run_dir: Path, *, which: str, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
+        self, run_dir: Path, step: int, *, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
     ) -> None:
         require_own_vocabularies(run_dir)
         self.run_dir = run_dir
-        self.system, self.config = load_system(run_dir, which, mesh, factory=factory, trust_model=trust_model)
+        self.system, self.config = load_system(run_dir, str(step), mesh, factory=factory, trust_model=trust_model)
         self.system.learner.eval()
         schema, self._data_schema = read_schema(run_dir)
         self.schema: PackSchema = schema
-        step = checkpoint.find_checkpoint(run_dir / "checkpoints", which).name
         self.version = f"{read_run_id(run_dir)}/{step}"
 
     def adapt(self, support: TableLike) -> AdaptedTasks:
@@ -86,9 +95,11 @@ class Recommender:
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
         """Return what `AdaptedTasks.state` gave. ValueError where another model adapted it."""
-        if state.get("version") != self.version:
+        if missing := {"version", "keys", "num_support", "fast_weights"} - state.keys():
+            raise ValueError(f"the state has no {min(missing)!r}: give what AdaptedTasks.state() returned")
+        if state["version"] != self.version:
             raise ValueError(
-                f"the state was adapted by {state.get('version')!r}, this model is {self.version!r}: adapt again"
+                f"the state was adapted by {state['version']!r}, this model is {self.version!r}: adapt again"
             )
         parts = tuple(
             to_device(FastWeights.from_state_dict(part), self.system.mesh.device) for part in state["fast_weights"]
@@ -99,7 +110,7 @@ class Recommender:
         """Return a table's rows in the run's encoding, None without rows."""
         schema = data_schema_from_json(self._data_schema)
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
-        if isinstance(table, Mapping) and not table:
+        if has_no_columns(table):
             return None
         found = as_arrow(table, role, schema.columns([*roles, "label"] if role == "support" else roles))
         if found.num_rows == 0:

@@ -40,6 +40,11 @@ def step_dir(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint's directory was saved after."""
+    return int(path.name.removeprefix("step-"))
+
+
 def steps_saved(root: Path) -> list[int]:
     """Return the steps that have a whole checkpoint under `root`, ascending."""
     return sorted(int(path.name[5:]) for path in root.glob("step-*") if path.name[5:].isdigit())

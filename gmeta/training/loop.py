@@ -27,9 +27,11 @@ def batches(run: Run) -> Iterator[PreparedBatch]:
     loader = iter(run.loader)
     while not run.ended and not run.out_of_patience:
         run.watch = Stopwatch(run.state.mesh.device)
+        run.position = run.loader.state_dict()
         try:
             upcoming = next(loader)
         except RestartRequested as request:
+            run.position = None
             finish_steps(run, leave=0)
             save_checkpoint(run)
             run.log.say(f"step {run.state.progress.step}: {request}")
@@ -38,12 +40,13 @@ def batches(run: Run) -> Iterator[PreparedBatch]:
         run.watch.lap("input")
         prepared = upcoming  # frees the last batch: 1 to 3 ms that are no wait for input
         yield prepared
-        if _between_steps(run):
+        if between_steps(run):
             return
 
 
-def _between_steps(run: Run) -> bool:
-    """Log, validate and save what is due. Return True when a stop was asked for."""
+def between_steps(run: Run) -> bool:
+    """Log, validate and save what is due after a step. Return True when a stop was asked for."""
+    run.position = None
     schedule, progress = run.config.schedule, run.state.progress
     every = [n for n in (schedule.eval_every, schedule.checkpoint_every, schedule.max_steps) if n]
     pause = run.loader.between_epochs or any(progress.step % n == 0 for n in every)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from gmeta.config.train import TrainConfig
 from gmeta.data.loader import TaskLoader
@@ -27,6 +28,7 @@ class Run:
     watch: Stopwatch  # of the batch at hand
     membership: Membership | None = None  # in an elastic group
     ahead: deque[InFlightStep] = field(default_factory=deque)  # steps whose statistics were not read yet
+    position: dict[str, Any] | None = None  # of the loader before a batch that no step was made of yet
     saved_step: int = 0  # of the last checkpoint
     exit_code: int = 0  # 0, 75 when stopped on request and saved, or 77 when to be started again with another worker
 

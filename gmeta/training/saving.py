@@ -35,7 +35,7 @@ def save_checkpoint(run: Run) -> None:
     values = {
         "progress": asdict(state.progress),
         "best_step": state.progress.best_step,
-        "loader": run.loader.state_dict(),
+        "loader": run.position or run.loader.state_dict(),
         "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
         "config": asdict(run.config),
         "schema": run.pack.schema.to_json(),

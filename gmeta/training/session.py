@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -74,13 +75,15 @@ def farewell(run: Run) -> str:
     progress, total, metric = run.state.progress, run.state.rates.total_steps, run.config.schedule.metric
     if run.exit_code == EXIT_STOPPED:
         return f"stopped after step {progress.step} and saved; continue with the same command and --resume true"
+    if not run.ended and not run.out_of_patience:
+        return f"left after step {progress.step} of {total} and saved; continue with resume: true"
     found = f"done after step {progress.step}" + (f" of {total}" if progress.step <= total else "")
     if run.out_of_patience:
         found += f", {progress.bad_validations} validations without a better {metric}"
     if progress.best is not None:
         found += f"; best {metric} on valid {progress.best:.4f} at step {progress.best_step}"
     trust = " --trust_model true" if is_foreign(run.config.model.name) else ""
-    return f"{found}\nnext: gmeta evaluate --run_dir {run.config.run_dir}{trust}"
+    return f"{found}\nnext: gmeta evaluate --run_dir {shlex.quote(run.config.run_dir)}{trust}"
 
 
 @contextmanager

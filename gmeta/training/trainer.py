@@ -12,6 +12,7 @@ between the steps, and a run resumes exactly. The learned weights are those of `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -25,12 +26,12 @@ from gmeta.config.parse import train_config
 from gmeta.config.train import TrainConfig
 from gmeta.data.pack import open_pack
 from gmeta.meta.learner import LearnerOutput
-from gmeta.models.registry import ModelFactory, name_of
+from gmeta.models.registry import ModelFactory, can_be_found, name_of
 from gmeta.parallel.launch import EXIT_RESTART, was_restarted
 from gmeta.recommender.build import resolve_model
-from gmeta.recommender.system import MicroBatch
+from gmeta.recommender.system import MicroBatch, PreparedBatch
 from gmeta.training.build import Parts
-from gmeta.training.loop import batches, finish_steps, training_loop
+from gmeta.training.loop import batches, between_steps, finish_steps, training_loop
 from gmeta.training.run import Run
 from gmeta.training.saving import save_checkpoint
 from gmeta.training.session import farewell, open_run
@@ -83,11 +84,17 @@ class Trainer:
         if config.elastic.enabled and was_restarted():
             config = replace(config, resume=True)
         self.config = resolve_model(config, model)
+        if model is not None and not can_be_found(config.model.name):
+            warnings.warn(
+                f"the model {config.model.name} has no name by which it could be imported: commands will not find it "
+                "again, gmeta.load(…, model=…) will",
+                stacklevel=2,
+            )
         self._model, self._parts = model, parts
         self._stack = ExitStack()
         self._run: Run | None = None
-        self._open: tuple[OpenStep, MicroBatch, LearnerOutput | None] | None = None
-        self._next_part: MicroBatch | None = None
+        self._batches: Iterator[PreparedBatch] | None = None
+        self._open: _OpenBatch | None = None
 
     def __enter__(self) -> Trainer:
         self._run = self._stack.enter_context(open_run(self.config, self._model, self._parts))
@@ -98,8 +105,10 @@ class Trainer:
     ) -> None:
         with self._stack:
             if error is None and self.run.exit_code != EXIT_RESTART:
+                if self._open is None and self.run.position is not None:  # the loop was left after trainer.step()
+                    between_steps(self.run)
                 finish_steps(self.run, leave=0)
-                if self.run.state.progress.step > self.run.saved_step:  # the loop was left early
+                if self.run.state.progress.step > self.run.saved_step:
                     save_checkpoint(self.run)
                 self.run.log.say(farewell(self.run))
 
@@ -119,19 +128,25 @@ class Trainer:
         )
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Yield the micro-batches to compute, until training ends. A batch that a rank computes in parts comes part by
-        part.
+        """Yield what this rank computes, until training ends.
+
+        A batch that is computed in parts comes part by part. A loop that was left goes on where it was: a batch without
+        `step` comes again, here or in a run that resumes.
         """
-        for prepared in batches(self.run):
-            step = begin_step(self.run.state, prepared, self.run.watch)
-            part = next_part(step)
-            while part is not None:
-                self._open = step, part, None
-                yield part
-                if self._open is not None:
-                    raise RuntimeError("the loop went on without trainer.step(): call it after trainer.backward(loss)")
-                part = self._next_part
-        self._next_part = None
+        self._batches = self._batches or batches(self.run)
+        while True:
+            if self._open is None:
+                prepared = next(self._batches, None)
+                if prepared is None:
+                    return
+                step = begin_step(self.run.state, prepared, self.run.watch)
+                self._open = _OpenBatch(step, prepared.parts[0])
+            at = self._open
+            if at.computed:
+                raise RuntimeError("the last loop was left before trainer.step(): leave the trainer too, and resume")
+            yield at.part
+            if self._open is at:
+                raise RuntimeError("the loop went on without trainer.step(): call it after trainer.backward(loss)")
 
     def forward(self, batch: MicroBatch) -> tuple[Tensor, LearnerOutput]:
         """Return this rank's part of the loss, and the logits and losses of the adapted model.
@@ -140,33 +155,51 @@ class Trainer:
         full batch on all ranks (`batch.tasks.num_tasks_global`). Divide terms that you add by the same number. A rank
         without tasks gets a loss of 0 and empty logits, and makes the same calls.
         """
-        step, part, _ = self._opened("forward")
-        if part is not batch:
+        at = self._opened("forward")
+        if at.part is not batch:
             raise RuntimeError("trainer.forward takes the batch that the loop is at")
-        loss, output = forward(self.run.state, step, part)
-        self._open = step, part, output
-        return loss, output
+        loss, at.output = forward(self.run.state, at.step, at.part)
+        return loss, at.output
 
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients of `loss`. Their sums over ranks start meanwhile."""
-        step, part, output = self._opened("backward")
-        if output is None:
+        at = self._opened("backward")
+        if at.output is None:
             raise RuntimeError("trainer.backward needs trainer.forward(batch) before it")
-        if len(step.query_loss) > part.number:
+        if at.computed:
             raise RuntimeError("trainer.backward was called twice: add the losses up and call it once")
-        backward(self.run.state, step, part, loss, output)
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            raise ValueError(
+                f"trainer.backward got {loss!r}, which has no gradient: give it the loss of trainer.forward, with "
+                "terms of your own added"
+            )
+        backward(self.run.state, at.step, at.part, loss, at.output)
 
     def step(self) -> None:
         """Update the model, once all parts of the batch are computed; collective."""
-        step, part, _ = self._opened("step")
-        if len(step.query_loss) <= part.number:
+        at = self._opened("step")
+        if not at.computed:
             raise RuntimeError("trainer.step needs trainer.backward(loss) before it")
-        self._open = None
-        self._next_part = next_part(step)
-        if self._next_part is None:
-            self.run.ahead.append(end_step(self.run.state, step))
+        part = next_part(at.step)
+        self._open = None if part is None else _OpenBatch(at.step, part)
+        if part is None:
+            self.run.ahead.append(end_step(self.run.state, at.step))
 
-    def _opened(self, call: str) -> tuple[OpenStep, MicroBatch, LearnerOutput | None]:
+    def _opened(self, call: str) -> _OpenBatch:
         if self._open is None:
             raise RuntimeError(f"trainer.{call} belongs inside `for batch in trainer`, once for each batch")
         return self._open
+
+
+@dataclass
+class _OpenBatch:
+    """The batch that a loop is at, or the part of it."""
+
+    step: OpenStep
+    part: MicroBatch
+    output: LearnerOutput | None = None  # of the forward pass, once it was made
+
+    @property
+    def computed(self) -> bool:
+        """Whether the part's gradients are there."""
+        return len(self.step.query_loss) > self.part.number

@@ -77,12 +77,21 @@ def own_loop(mesh: Mesh, settings: TrainConfig, split: str | None = None, **how:
     return {"step": result.step, "exit_code": result.exit_code, "best": result.best}
 
 
-def _loop(trainer: Trainer, *, penalty: float = 0.0, leave_at: int = -1, stop_at: int = -1, **_: Any) -> None:
+def _loop(
+    trainer: Trainer, *, penalty: float = 0.0, leave_at: int = -1, leave: str = "", stop_at: int = -1, **_: Any
+) -> None:
     for batch in trainer:
+        leaving = leave if trainer.run.state.progress.step == leave_at else ""
+        if leaving == "before forward":
+            break
         loss, output = trainer.forward(batch)
+        if leaving == "before backward":
+            break
         trainer.backward(loss + penalty * output.query_logits.square().mean() if penalty else loss)
+        if leaving == "before step":
+            break
         trainer.step()
-        if trainer.run.state.progress.step == leave_at:
+        if leaving == "after step":
             break
         if trainer.run.state.progress.step == stop_at:
             trainer.run.state.stop.set()
@@ -146,25 +155,58 @@ def test_a_term_of_ones_own_reaches_the_weights(tmp_path: Path) -> None:
     assert not all(torch.equal(without[name], penalised[name]) for name in without)
 
 
-def leave_early(mesh: Mesh, settings: TrainConfig, at: int) -> dict[str, Any]:
-    return own_loop(mesh, settings, leave_at=at)
+def leave_early(mesh: Mesh, settings: TrainConfig, at: int, leave: str) -> dict[str, Any]:
+    return own_loop(mesh, settings, leave_at=at, leave=leave)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
-def test_a_loop_that_is_left_goes_on_exactly(tmp_path: Path, nproc: int) -> None:
+LEAVING = ("before forward", "before backward", "before step", "after step")
+
+
+@pytest.mark.parametrize(
+    ("nproc", "leave"), [*((1, leave) for leave in LEAVING), (2, "before step"), (2, "after step")]
+)
+@pytest.mark.parametrize("at", [6, 9])  # step 10 is one after which validation is due
+def test_a_loop_that_is_left_goes_on_exactly(tmp_path: Path, nproc: int, leave: str, at: int) -> None:
+    """A batch without a step comes again; what is due after a step is done."""
     run_ranks(nproc, own_loop, settings_of(tmp_path, "whole"), None)
-    run_ranks(nproc, leave_early, settings_of(tmp_path, "parts"), 7)
-    assert checkpoint.steps_saved(tmp_path / "parts" / "checkpoints")[-1] == 7
+    run_ranks(nproc, leave_early, settings_of(tmp_path, "parts"), at, leave)
+    assert checkpoint.steps_saved(tmp_path / "parts" / "checkpoints")[-1] == at + (leave == "after step")
     run_ranks(nproc, own_loop, settings_of(tmp_path, "parts", resume=True), None)
     whole, parts = saved(tmp_path / "whole"), saved(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
 
 
+@pytest.mark.parametrize("leave", LEAVING)
+def test_a_second_loop_goes_on_where_the_first_was_left(tmp_path: Path, leave: str) -> None:
+    own_loop(Mesh(), settings_of(tmp_path, "whole"))
+    with Trainer(settings_of(tmp_path, "twice")) as trainer:
+        _loop(trainer, leave_at=6, leave=leave)
+        if leave == "before step":
+            with pytest.raises(RuntimeError, match=r"left before trainer.step"):
+                _loop(trainer)
+            return
+        _loop(trainer)
+    whole, twice = saved(tmp_path / "whole"), saved(tmp_path / "twice")
+    assert all(torch.equal(whole[name], twice[name]) for name in whole)
+
+
 def test_a_stop_is_saved_and_told(tmp_path: Path) -> None:
     result = own_loop(Mesh(), settings_of(tmp_path, "run"), stop_at=3)
     assert result["exit_code"] == EXIT_STOPPED
     assert result["step"] == checkpoint.steps_saved(tmp_path / "run" / "checkpoints")[-1] == 4
+
+
+@pytest.mark.parametrize("loss", [0.5, torch.zeros(())])
+def test_a_loss_without_a_gradient_is_named(tmp_path: Path, loss: Any) -> None:
+    with pytest.raises(ValueError, match=r"which has no gradient"), Trainer(settings_of(tmp_path, "run")) as trainer:
+        _backward_of(trainer, loss)
+
+
+def _backward_of(trainer: Trainer, loss: Any) -> None:
+    for batch in trainer:
+        trainer.forward(batch)
+        trainer.backward(loss)
 
 
 def test_a_class_of_ones_own(tmp_path: Path) -> None:
@@ -206,7 +248,7 @@ def test_calls_that_are_left_out_are_named(tmp_path: Path, calls: str, message: 
 def _make_calls(settings: TrainConfig, calls: list[str]) -> None:
     with Trainer(settings) as trainer:
         for batch in trainer:
-            loss = torch.zeros((), dtype=torch.float64)
+            loss = torch.zeros((), dtype=torch.float64, requires_grad=True)
             for call in calls:
                 if call == "forward":
                     loss, _ = trainer.forward(batch)

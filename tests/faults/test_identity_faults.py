@@ -286,7 +286,7 @@ def test_a_column_of_unknown_values_is_a_warning(place: Path, tmp_path: Path, ca
     shutil.copytree(place / "run", run_dir)
     files = [tmp_path / "support.csv", tmp_path / "query.csv"]
     for file in files:
-        rows = "".join(f"a,g,item_{i},tags1|tags2,1,2,1\n" for i in range(3))
+        rows = "".join(f"a,g,item_{i},tags1|tags2,1,2,1\n" for i in range(6))
         file.write_text("user,group,item,tags,age,price,click\n" + rows)
     if command == "predict":
         schema = json.loads((run_dir / "schema.json").read_text())

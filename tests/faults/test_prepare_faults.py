@@ -130,7 +130,7 @@ def test_missing_inputs(tmp_path: Path):
     refuse(replace(config, input=[str(tmp_path / "empty")]), "directory without Parquet or CSV")
     refuse(replace(config, input=[str(tmp_path / "schema.yaml")]), "neither Parquet nor CSV")
     refuse(replace(config, schema=str(tmp_path / "other.yaml")), "other.yaml does not exist")
-    refuse(replace(config, input=[]), "give input and schema")
+    refuse(replace(config, input=[]), "name --input and --schema")
 
 
 def test_columns(tmp_path: Path):

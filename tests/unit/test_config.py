@@ -125,3 +125,36 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert key in shown
     assert run(["predict", "--help"]) == 0
     assert "The support file needs the columns" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["a flag", "a file", "flags alone"])
+def test_old_model_keys_go_to_the_model_that_is_trained(tmp_path: Path, how: str) -> None:
+    """Whoever names the model: dlrm takes a bottom network, melu has none."""
+    file, named = tmp_path / "old.yaml", ["--model.name", "dlrm"]
+    file.write_text(yaml.safe_dump({"model": {"bottom": [8]} | ({"name": "dlrm"} if how == "a file" else {})}))
+    words = ["--model.bottom", "[8]"] if how == "flags alone" else [f"--config={file}"]
+    words, told = modern_words([*words, *(named if how != "a file" else [])])
+    if how == "flags alone":
+        assert words[:2] == ["--model.args.bottom", "[8]"]
+    else:
+        assert yaml.safe_load(words[0].removeprefix("--config="))["model"]["args"] == {"bottom": [8]}
+    assert len(told) == 1
+    left_out, told = modern_words(["--model.bottom", "[8]", "--model.name=melu"])
+    assert left_out == ["--model.name=melu"]
+    assert "has no effect" in told[0]
+
+
+@pytest.mark.parametrize("word", ["true", "yes", "True"])
+def test_a_dropped_switch_may_say_what_is_left(word: str) -> None:
+    words, told = upgrade_words(["--comm.dedup", word, "--seed", "1"])
+    assert words == ["--seed", "1"]
+    assert "comm.dedup is gone" in told[0]
+    with pytest.raises(ValueError, match=r"comm.dedup is False: this comparison moved"):
+        upgrade_words(["--comm.dedup=no"])
+    assert upgrade_words(["--dense.placement"])[0] == ["--dense.sharding"]
+
+
+def test_mappings_may_hold_paths(tmp_path: Path) -> None:
+    assert train_config({"pack": tmp_path, "run_dir": tmp_path / "run"}).pack == str(tmp_path)
+    with pytest.raises(ValueError, match=r"config is None: give the path"):
+        train_config(None)  # type: ignore[arg-type]

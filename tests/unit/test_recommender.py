@@ -154,6 +154,8 @@ def test_a_state_can_be_sent(rec: gmeta.Recommender, runs: dict[str, Path]) -> N
     again = gmeta.load(runs["factored"]).restore(state)
     assert again.keys == users.keys
     assert again.predict(candidates).tolist() == users.predict(candidates).tolist()
+    with pytest.raises(ValueError, match=r"the state has no 'fast_weights'"):
+        rec.restore({"version": rec.version, "keys": [], "num_support": torch.zeros(0)})
     with pytest.raises(ValueError, match=r"this model is .*: adapt again"):
         gmeta.load(runs["embeddings"]).restore(state)
 
@@ -175,7 +177,7 @@ SUPPORT = rows(2, 3, 1, label=True).to_pydict()
         ({("itm" if k == "item" else k): v for k, v in SUPPORT.items()}, "no column 'item': did you mean 'itm'"),
         (SUPPORT | {"age": [1.0]}, "the columns of support have different lengths"),
         (SUPPORT | {"age": "old"}, "support['age'] is 'old': must be a list"),
-        (SUPPORT | {"age": [1, "x", 2, 3, 4, 5]}, "support['age'] holds values of several types"),
+        (SUPPORT | {"age": [1, "x", 2, 3, 4, 5]}, "support['age'] cannot be read as one type of values"),
         (SUPPORT | {"age": ["x"] * 6}, "is no number"),
         (SUPPORT | {"click": [2] * 6}, "support has label 2: the run was trained on clicks"),
         (SUPPORT | {"click": [None, 1, 1, 1, 1, 1]}, "is missing"),
@@ -225,6 +227,43 @@ def test_a_run_of_somebody_elses_code_is_not_opened_unasked(
     support, candidates = rows(2, 3, 1, label=True), rows(2, 3, 2, label=False)
     assert trusted.adapt(support).predict(candidates).tolist() == given.adapt(support).predict(candidates).tolist()
     assert json.loads(json.dumps(given.config.model.args)) == {"hidden": 5}
+
+
+def test_another_class_of_the_same_shapes_is_told_of(runs: dict[str, Path]) -> None:
+    from gmeta.models.melu import MeLU
+
+    class Melu2(MeLU):
+        pass
+
+    with pytest.warns(UserWarning, match=r"was trained with the model melu, and is opened with"):
+        gmeta.load(runs["factored"], model=Melu2)
+
+
+def test_checkpoints_by_number_and_runs_that_are_none(runs: dict[str, Path], tmp_path: Path) -> None:
+    assert gmeta.load(runs["factored"], checkpoint=3).version.endswith("/3")
+    with pytest.raises(ValueError, match=r"checkpoint is '7': must be best, last or one of"):
+        gmeta.load(runs["factored"], checkpoint=7)
+    with pytest.raises(ValueError, match=r"nothing holds no run"):
+        gmeta.load(tmp_path / "nothing")
+
+
+def test_a_checkpoint_that_training_replaces_meanwhile(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are of the step that the version names; where it is gone, the newer one is taken."""
+    from gmeta.recommender import recommender
+
+    real, gone = recommender.checkpoints.find_checkpoint, [runs["factored"] / "checkpoints" / "step-00000002"]
+    monkeypatch.setattr(recommender.checkpoints, "find_checkpoint", lambda *words: gone.pop() if gone else real(*words))
+    assert gmeta.load(runs["factored"]).version.endswith("/3")
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [([2**63 - 1, 2**63] * 3, "beyond"), ([2**70] * 6, "support['item'] holds whole numbers beyond 64 bits")],
+)
+def test_whole_numbers_beyond_64_bits(rec: gmeta.Recommender, items: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match="support") as caught:
+        rec.adapt(SUPPORT | {"item": items})
+    assert message in str(caught.value)
 
 
 def test_loading_holds_no_optimizer_state(runs: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from gmeta.core.errors import UserCodeError
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
-from gmeta.models.registry import build_model, features_of, find_model, is_foreign, name_of, resolved_args
+from gmeta.models.registry import build_model, can_be_found, features_of, find_model, is_foreign, name_of, resolved_args
 
 INPUTS = InputSpec({"a": 4, "b": 4}, ("x",), 0.0)
 
@@ -62,6 +63,20 @@ def test_names() -> None:
     assert (name_of(MeLU), name_of("melu"), name_of(Towers)) == ("melu", "melu", f"{__name__}:Towers")
     assert find_model(name_of(Towers)) is Towers
     assert (is_foreign("melu"), is_foreign("a:B")) == (False, True)
+
+
+def test_names_that_can_be_found_again() -> None:
+    assert name_of(functools.partial(Towers, hidden=5)) == name_of(Towers)
+    assert resolved_args(functools.partial(Towers, hidden=5), {}, "t")["hidden"] == 5
+    assert can_be_found(name_of(Towers))
+    assert not can_be_found(name_of(lambda inputs: Towers(inputs)))
+
+
+def test_arguments_that_a_run_cannot_save_are_named() -> None:
+    def factory(inputs: InputSpec, *, act: type = nn.ReLU) -> nn.Module: ...
+
+    with pytest.raises(ValueError, match=r"model.args.act of t is <class .*ReLU.*which a run cannot save"):
+        resolved_args(factory, {}, "t")
 
 
 def test_a_class_in_the_current_directory_is_found(own_package: Path) -> None:
