@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import train_words
 from packs import make_pack, small_model
 from safetensors.torch import load_file
 from test_late_statistics import SAVE_EVERY, run_loop, settings_of
@@ -146,19 +147,8 @@ def test_no_step_after_a_bad_one_changes_anything(tmp_path: Path, poison: int) -
 
 def test_resume_is_bit_equal(pack: Path, tmp_path: Path) -> None:
     def train(name: str, *more: object) -> dict[str, torch.Tensor]:
-        words = [
-            "train",
-            "--pack",
-            pack,
-            "--run_dir",
-            tmp_path / name,
-            "--device",
-            "cuda",
-            "--model.args.hidden",
-            "[8]",
-        ]
-        words += ["--loader.tasks_per_batch", 20, "--embedding.optimizer", "adam", "--dense.clip_norm", 0.1]
-        assert run([str(word) for word in [*words, "--schedule.epochs", 2, *more]]) == 0
+        words = ["--device", "cuda", "--embedding.optimizer", "adam", "--dense.clip_norm", 0.1]
+        assert run(train_words(pack, tmp_path / name, *words, *more)) == 0
         last = checkpoint.find_checkpoint(tmp_path / name / "checkpoints", "last")
         (file,) = last.glob("*.safetensors")
         return load_file(file)

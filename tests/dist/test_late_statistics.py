@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import logged
 from harness import run_ranks
 from packs import make_pack
 from safetensors.torch import load_file
@@ -97,12 +98,6 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     files = sorted(checkpoint.step_dir(run_dir / "checkpoints", step).glob("*.safetensors"))
     return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
-
-
-def logged(run_dir: Path) -> list[dict[str, Any]]:
-    timed = ("tasks_per_s", "samples_per_s", "time_s", "input_share", "exchange_share", "compute_share")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
 @pytest.mark.parametrize("nproc", [1, 2, 4])

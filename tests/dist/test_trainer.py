@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from commands import logged
 from harness import run_ranks
 from packs import make_pack
 from safetensors.torch import load_file
@@ -101,12 +101,6 @@ def saved(run_dir: Path) -> dict[str, Tensor]:
     """Every tensor of every checkpoint."""
     files = sorted(run_dir.glob("checkpoints/step-*/*.safetensors"))
     return {f"{f.parent.name} {f.name} {name}": value for f in files for name, value in load_file(f).items()}
-
-
-def logged(run_dir: Path) -> list[dict[str, Any]]:
-    timed = ("tasks_per_s", "samples_per_s", "time_s", "input_share", "exchange_share", "compute_share")
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

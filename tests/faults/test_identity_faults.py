@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import fails
 from packs import DATA_SCHEMA, SCHEMA, make_pack, values_of
 
 from gmeta.cli import run
@@ -133,14 +134,6 @@ def forget_run(path: Path) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"]
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
-
-
-def fails(words: list[object], capsys: Capture, *expected: str) -> None:
-    assert run([str(word) for word in words]) == 2
-    message = capsys.readouterr().err
-    assert message.count(": error: ") == 1, message
-    for text in expected:
-        assert text in message, message
 
 
 def resume_words(run_dir: Path, pack: Path) -> list[object]:

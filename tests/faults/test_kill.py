@@ -5,7 +5,6 @@ Who is not to be killed is launched from the test's own process, which has impor
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import logged
 from packs import make_pack
 from safetensors.torch import load_file
 
@@ -68,9 +68,7 @@ def final_state(run_dir: Path) -> tuple[dict[str, bytes], list[dict[str, float]]
     tensors = {}
     for file in sorted(last.glob("*.safetensors")):
         tensors |= {f"{file.name}:{key}": value.numpy().tobytes() for key, value in load_file(file).items()}
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("tasks_per_s", "samples_per_s", "time_s", "input_share", "exchange_share", "compute_share")
-    return tensors, [{key: value for key, value in record.items() if key not in timed} for record in records]
+    return tensors, logged(run_dir)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import fails, train_words
 from packs import make_pack
 
 from gmeta.cli import run
@@ -25,18 +26,7 @@ Capture = pytest.CaptureFixture[str]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     pack, run_dir = make_pack(folder / "pack"), folder / "run"
-    words = [
-        "train",
-        "--pack",
-        pack,
-        "--run_dir",
-        run_dir,
-        "--loader.tasks_per_batch",
-        20,
-        "--model.args.hidden",
-        "[8]",
-    ]
-    assert run([str(word) for word in [*words, "--schedule.epochs", 1]]) == 0
+    assert run(train_words(pack, run_dir, epochs=1)) == 0
     return run_dir
 
 
@@ -59,16 +49,6 @@ def files(tmp_path: Path) -> Path:
 def predict_words(run_dir: Path, files: Path, out: Path) -> list[str]:
     inputs = ["--support", str(files / "support.parquet"), "--query", str(files / "query.parquet")]
     return ["predict", "--run_dir", str(run_dir), *inputs, "--out", str(out)]
-
-
-def fails(words: list[str], capsys: Capture, *expected: str) -> None:
-    """The command ends with code 2 and one message that holds all of `expected`."""
-    assert run(words) == 2
-    message = capsys.readouterr().err
-    assert message.count(": error: ") == 1, message
-    assert "Traceback" not in message
-    for text in expected:
-        assert text in message, message
 
 
 def rename(file: Path, old: str, new: str) -> None:

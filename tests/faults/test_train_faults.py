@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import fails, train_words
 from packs import make_pack
 from safetensors.torch import load_file
 
@@ -39,32 +40,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory, pack: Path) -> Path:
 def trained_copy(tmp_path: Path, trained: Path) -> Path:
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
-
-
-def train_words(pack: Path, run_dir: Path, *more: object) -> list[str]:
-    words = [
-        "train",
-        "--pack",
-        pack,
-        "--run_dir",
-        run_dir,
-        "--loader.tasks_per_batch",
-        20,
-        "--model.args.hidden",
-        "[8]",
-    ]
-    return [str(word) for word in [*words, "--schedule.epochs", 2, *more]]
-
-
-def fails(words: list[object], capsys: Capture, *expected: str) -> str:
-    """The command ends with code 2 and one message that holds all of `expected`."""
-    assert run([str(word) for word in words]) == 2
-    message = capsys.readouterr().err
-    assert message.count(": error: ") == 1, message
-    assert "Traceback" not in message
-    for text in expected:
-        assert text in message, message
-    return message
 
 
 def test_a_pack_that_is_none_creates_nothing(tmp_path: Path, capsys: Capture) -> None:

@@ -9,11 +9,10 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+
+from package import PACKAGE, sources
 
 import gmeta
-
-PACKAGE = Path(gmeta.__file__).parent
 
 MAX_TYPES = 45
 """Own types and aliases that the signatures of the step reach."""
@@ -181,10 +180,6 @@ def riddles(text: str) -> list[int]:
             ):
                 found += [part.lineno] * (part.value.value.split()[:1] == ["Of"])
     return sorted(found)
-
-
-def sources() -> dict[str, str]:
-    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def test_a_step_reaches_few_types():

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-import gmeta
-
-PACKAGE = Path(gmeta.__file__).parent
+from package import PACKAGE, sources
 
 LAYERS = (
     {"core"},
@@ -90,10 +87,6 @@ def environment_reads(tree: ast.AST) -> list[int]:
         if (isinstance(node, ast.Attribute) and node.attr in names)
         or (isinstance(node, ast.ImportFrom) and node.module == "os" and names & {alias.name for alias in node.names})
     ]
-
-
-def sources() -> dict[str, str]:
-    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def test_every_room_has_a_layer():

@@ -10,16 +10,12 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from commands import gmeta
 
-from gmeta.cli import run
 from gmeta.data.pack import open_pack, verify_pack
 from gmeta.runs import checkpoint
 
 FILES = Path(__file__).resolve().parents[1] / "data" / "old"
-
-
-def gmeta(*words: object) -> None:
-    assert run([str(word) for word in words]) == 0
 
 
 @pytest.fixture(scope="module")

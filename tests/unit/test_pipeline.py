@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from commands import gmeta
 
 from gmeta.cli import COMMANDS, run
 from gmeta.data.pack import open_pack
@@ -19,10 +20,6 @@ from gmeta.evaluation.metrics import metric
 from gmeta.evaluation.score import score_split, to_predictions
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import load_system
-
-
-def gmeta(*words: object) -> None:
-    assert run([str(word) for word in words]) == 0
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,9 @@
 """The size budget: files of at most 500 code lines, functions of at most 60, nine in ten of at most 40."""
 
 import ast
-from pathlib import Path
 
 import pytest
-
-import gmeta
-
-PACKAGE = Path(gmeta.__file__).parent
+from package import sources
 
 
 def code_lines(lines: list[str]) -> int:
@@ -23,10 +19,6 @@ def function_sizes(source: str) -> dict[str, int]:
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
-
-
-def sources() -> dict[str, str]:
-    return {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def test_files_are_small():
