@@ -127,7 +127,7 @@ class Client:
         long as this process lives and the loop is not left.
         """
         if self.job is None:
-            raise ValueError("there is no job: call open_job(pack, plan) first")
+            raise ValueError("there is no job: call open_job(pack, job) first")
         if ahead < 0:
             raise ValueError(f"ahead is {ahead}: must not be negative")
         keeper, waiting = _Keeper(self, worker, self.job), deque[HeldWorkItem]()

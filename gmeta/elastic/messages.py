@@ -148,7 +148,7 @@ def saved(body: Mapping[str, Any], spec: JobSpec) -> dict[str, Any]:
     value, n = mapping(body, "saved"), spec.num_work_items
     for key, most in (("epoch", spec.epochs), ("cursor", n), ("num_done", n)):
         if not _is_whole(value.get(key)) or not 0 <= value[key] <= most:
-            raise _bad(f"saved.{key}", value.get(key), f"a whole number of 0 to {most}, as this job's plan has it")
+            raise _bad(f"saved.{key}", value.get(key), f"a whole number of 0 to {most}, as this job has it")
     for key in ("again", "attempts"):
         rows = value.get(key)
         fine = isinstance(rows, list) and all(
