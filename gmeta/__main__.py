@@ -7,10 +7,10 @@ def main() -> None:
     """Run the command line and exit with its code."""
     try:
         from gmeta.cli import run
-        from gmeta.parallel.launch import follow_launcher
+        from gmeta.parallel.launch import follow_launcher, leave
 
         follow_launcher()
-        sys.exit(run(sys.argv[1:]))
+        leave(run(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -6,6 +6,7 @@ so that no port is guessed. torch is imported late, because commands that launch
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
@@ -87,6 +88,20 @@ def report_error(message: str) -> None:
         Path(file).write_text(json.dumps({"message": message, "timestamp": str(int(time.time()))}))
     if _LAUNCHED not in os.environ and os.environ.get("RANK", "0") == "0":
         print(message, file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`.
+
+    A worker does so without taking the interpreter apart. A thread of a process group that frees its last tensor just
+    then is ended by Python inside code that cannot be left, and the worker dies of SIGABRT (torch 2.13, Python 3.11).
+    """
+    if is_worker():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def companion_environment() -> dict[str, str]:

@@ -1,12 +1,14 @@
 """What the launch tests run in every worker: `python -m launch_target BEHAVIOUR FOLDER`."""
 
+import atexit
 import os
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
-from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR, report_error
+from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_STOPPED, EXIT_USER_ERROR, leave, report_error
 
 
 def _collectives(folder: Path) -> int:
@@ -43,12 +45,31 @@ def _stoppable(folder: Path, rank: str) -> int:
     return EXIT_STOPPED
 
 
+class _Module:
+    """What the interpreter would take apart at its end."""
+
+    def __init__(self, file: Path) -> None:
+        self._write = file.touch
+
+    def __del__(self) -> None:
+        self._write()
+
+
+def _leaving(folder: Path, rank: str) -> NoReturn:
+    globals()["module"] = _Module(folder / f"taken-apart-{rank}")
+    atexit.register((folder / f"exit-function-{rank}").touch)
+    print("the last words", end="")
+    leave(0)
+
+
 def main() -> int:
     behaviour, folder, rank = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]
     if behaviour in ("collectives", "killed"):
         return _collectives(folder)
     if behaviour in ("stoppable", "stubborn"):
         return _stoppable(folder, rank)
+    if behaviour == "leaving":
+        _leaving(folder, rank)
     if behaviour == "mistake" or (behaviour == "mistake-on-1" and rank == "1"):
         report_error("gmeta train: error: dense.lr is -1: must not be negative")
         return EXIT_USER_ERROR

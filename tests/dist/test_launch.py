@@ -18,6 +18,7 @@ pytestmark = pytest.mark.dist
 def _launcher(behaviour: str, folder: Path, environment: dict[str, str]) -> None:
     sys.stderr = (folder / "stderr").open("w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)  # the workers inherit it
+    os.dup2(os.open(folder / "stdout", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
     os.environ.pop("OMP_NUM_THREADS", None)
     os.environ.update({"PYTHONPATH": str(Path(__file__).parent), **environment})
     sys.exit(launch(2, [behaviour, str(folder)], module="launch_target"))
@@ -48,6 +49,12 @@ def test_workers_meet_and_end_well(tmp_path):
     threads = str(max(1, (os.cpu_count() or 1) // 2))
     assert finish(start("collectives", tmp_path), tmp_path) == (0, "")
     assert [f.read_text() for f in sorted(tmp_path.glob("rank-*"))] == [f"2.0 2 {threads}"] * 2
+
+
+def test_a_worker_leaves_with_its_last_words_and_is_not_taken_apart(tmp_path):
+    assert finish(start("leaving", tmp_path), tmp_path) == (0, "")
+    assert (tmp_path / "stdout").read_text() == "the last words" * 2
+    assert sorted(file.name for file in tmp_path.glob("*-*")) == ["exit-function-0", "exit-function-1"]
 
 
 def test_a_killed_rank_is_named_once(tmp_path):
