@@ -1,4 +1,6 @@
-"""The one hash behind every order and mask: splitmix64, as numpy and as torch compute it.
+"""The one hash behind every order and mask of batches: splitmix64, as numpy and as torch compute it.
+
+`gmeta.elastic.ledger` has it in plain Python, since a coordinator runs without either.
 
 A hash replaces a random generator wherever numbers must outlive a release. Checkpoints refer to an order of batches, to
 rows and to dropout masks that may not change, and numpy and torch may change the streams of their generators.

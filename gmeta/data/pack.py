@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from gmeta.core.files import sync
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities
 from gmeta.data.schema import PackSchema, pack_schema_from_json
 from gmeta.data.shards import (
@@ -165,12 +166,12 @@ class PackWriter:
             assert self._tasks is not None
             self._tasks.close()
             path.write_text(json.dumps(self._manifest(counts or {}), sort_keys=True, indent=1) + "\n")
-            _sync(path)
-            _sync(self._partial / "vocab")
-            _sync(self._partial)
+            sync(path)
+            sync(self._partial / "vocab")
+            sync(self._partial)
             self._refuse_existing()
             os.rename(self._partial, self.path)
-            _sync(self.path.absolute().parent)
+            sync(self.path.absolute().parent)
         assert self._lock is not None
         os.close(self._lock)
         self._lock = None
@@ -241,14 +242,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_file(arrays: Mapping[str, Array], path: Path) -> str:
     """Write and sync a safetensors file, the same bytes as its library would; returns its checksum.
 
@@ -272,13 +265,13 @@ def save_file(arrays: Mapping[str, Array], path: Path) -> str:
                 chunk = flat[at : at + CHUNK_BYTES].data
                 digest.update(chunk)
                 file.write(chunk)
-    _sync(path)
+    sync(path)
     return digest.hexdigest()
 
 
 def _file_entry(root: Path, path: Path) -> dict[str, Any]:
     """Sync a file just written to disk and return its manifest entry."""
-    _sync(path)
+    sync(path)
     return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "xxh3": checksum_file(path)}
 
 

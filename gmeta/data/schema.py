@@ -261,6 +261,8 @@ def parse_data_schema(values: Any) -> DataSchema:
     numeric = [_numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry.pop("numeric", None), "numeric"))]
     for key in ("task", "label", "time", "item", "partition"):
         _check(entry, key, (str, type(None)), "schema", "a column name")
+    if entry["label"] in [*(f.name for f in features), *(c.name for c in numeric)]:
+        raise ValueError(f"schema: {entry['label']!r} is the label and a feature, so models would read it: take it out")
     _check(entry, "label_threshold", (int, float, type(None)), "schema", "a number")
     _check(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
     _check(entry, "hash_seed", (int,), "schema", "a whole number")

@@ -10,6 +10,9 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAX_ACCUMULATION = 8
+"""Micro-batches of a rank's part of a batch, at most."""
+
 
 @dataclass(frozen=True)
 class Worker:
@@ -111,7 +114,9 @@ class MicroBatching:
     accumulation: int
 
 
-def accumulated(total: int, classes: Sequence[DeviceClass], max_accumulation: int = 8) -> list[MicroBatching]:
+def accumulated(
+    total: int, classes: Sequence[DeviceClass], max_accumulation: int = MAX_ACCUMULATION
+) -> list[MicroBatching]:
     """Return the micro-batch and accumulation of each device class, `total` tasks in all, that end first (AntDT-DD).
     This is exact.
 

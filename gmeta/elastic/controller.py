@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gmeta.elastic.actions import Action, Setting, apply_actions
 from gmeta.elastic.monitor import Monitor, Snapshot, StepTime
@@ -118,12 +118,7 @@ class Controller:
                 now, f"KILL_RESTART of rank {setting.restart}: budget or cool-down forbids it"
             )
         last = self.settings[-1]
-        same = (setting.tasks_per_rank, setting.micro_batches, setting.drop_after_s, setting.restart) == (
-            last.tasks_per_rank,
-            last.micro_batches,
-            last.drop_after_s,
-            last.restart,
-        )
+        same = replace(setting, number=last.number, step=last.step) == last
         return snapshot, None if same else Decided(now, actions, setting)
 
     def apply(self, record: Granted | Decided) -> None:

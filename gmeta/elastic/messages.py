@@ -47,11 +47,11 @@ def integer(body: Mapping[str, Any], key: str, least: int = 0, most: int = 2**53
     return int(value)
 
 
-def number(body: Mapping[str, Any], key: str, above: float = 0.0) -> float:
-    """Return a finite number."""
+def number(body: Mapping[str, Any], key: str) -> float:
+    """Return a finite number above 0."""
     value: Any = body.get(key)
-    if not _is_number(value) or not value > above:
-        raise _bad(key, value, f"a number above {above:g}")
+    if not _is_number(value) or not value > 0:
+        raise _bad(key, value, "a number above 0")
     return float(value)
 
 
@@ -68,9 +68,9 @@ def work_item_keys(body: Mapping[str, Any], key: str) -> list[WorkItemKey]:
     return [(e, s, a) for e, s, a in _rows(body, key, 3, "[epoch, work item, attempt]")]
 
 
-def progress(body: Mapping[str, Any], key: str = "progress") -> list[WorkItemProgress]:
+def progress(body: Mapping[str, Any]) -> list[WorkItemProgress]:
     """Return [[epoch, work item, attempt, samples done], ...]; an empty list where the field is left out."""
-    return [(e, s, a, d) for e, s, a, d in _rows(body, key, 4, "[epoch, work item, attempt, samples done]")]
+    return [(e, s, a, d) for e, s, a, d in _rows(body, "progress", 4, "[epoch, work item, attempt, samples done]")]
 
 
 def _rows(body: Mapping[str, Any], key: str, width: int, form: str) -> list[list[int]]:

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 from gmeta.elastic.actions import Action, AdjustAccumulation, AdjustBatch, DropLate, KillRestart
-from gmeta.elastic.balance import DeviceClass, Worker, accumulated, balanced, proportional
+from gmeta.elastic.balance import MAX_ACCUMULATION, DeviceClass, Worker, accumulated, balanced, proportional
 from gmeta.elastic.controller import Policy
 from gmeta.elastic.monitor import Snapshot, StepStats, WorkerView
 
@@ -313,9 +313,10 @@ def _by_class(
         )
     except ValueError:
         pass  # no equal micro-batches give the batch
-    most = 8  # micro-batches at most, as in `accumulated`
     try:
-        workers = [Worker(1 / cost[d], most=None if (cap := caps[d]) is None else most * cap) for d in devices]
+        workers = [
+            Worker(1 / cost[d], most=None if (cap := caps[d]) is None else MAX_ACCUMULATION * cap) for d in devices
+        ]
         tasks = balanced(snapshot.batch, workers)
     except ValueError:
         return None if even is None else (tuple(even[0]), tuple(even[1]))

@@ -34,7 +34,8 @@ try:
     from gmeta.elastic.exposition import Exposition
 except ImportError as error:
     raise ValueError(
-        f"gmeta coordinate needs packages that are not here ({error}): pip install 'gmeta[serve]'"
+        f"gmeta coordinate needs packages that are not here ({error}): "
+        "pip install 'gmeta[serve]', or '.[serve]' in a clone"
     ) from error
 
 MOST_BYTES = 16 * 2**20

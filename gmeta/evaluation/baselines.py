@@ -20,7 +20,6 @@ BASELINES = ("global-mean", "task-mean", "item-mean", "item-mean+task-bias", "fa
 """Names of the baselines, in the order they are reported; the last three need an item column."""
 
 FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

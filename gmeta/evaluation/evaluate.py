@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -133,7 +134,7 @@ def _plain_variants(
         plain,
         pack.split(config.split),
         tasks_per_batch=config.tasks_per_batch,
-        max_support_rows=trained.loader.max_support_rows,
+        max_support_rows=most,
         learner=learner,
         steps=steps,
         inner_lr=rate,
@@ -209,7 +210,8 @@ def truth_scores(pack: TaskPack, split: PackSplit, log: Path) -> dict[str, Float
 
 
 def _task_keys(pack: TaskPack) -> dict[int, str]:
-    tasks = pq.read_table(pack.tasks_file())
+    """Return the raw key of every task of the pack, by task id."""
+    tasks = pq.read_table(pack.tasks_file(), columns=["task_id", "key"])
     return dict(zip(tasks["task_id"].to_pylist(), tasks["key"].to_pylist(), strict=True))
 
 
@@ -221,14 +223,14 @@ def _write(
     found: Variants,
     notes: dict[str, Any],
 ) -> None:
-    run_dir, split = Path(config.run_dir), pack.split(config.split)
+    run_dir, split, keys = Path(config.run_dir), pack.split(config.split), _task_keys(pack)
     evaluation = evaluation_records(
         found.predictions,
         label=scores.label,
         task=scores.task,
         support_size=_support_used(split, trained)[scores.task],
         item_cold=split.columns(()).item_cold[scores.row],
-        task_cold=_cold_tasks(pack, split)[scores.task],
+        task_cold=_cold_tasks(keys, pack, split)[scores.task],
         binary=trained.loss == "bce",
         resamples=config.resamples,
         seed=config.seed,
@@ -239,19 +241,20 @@ def _write(
     name = "" if own else f"-{pack.path.resolve().name}-{pack.manifest['xxh3'][:8]}"
     write_evaluation(run_dir / f"evaluation{name}.json", evaluation, notes)
     with replacing(run_dir / f"predictions{name}.parquet") as partial:
-        pq.write_table(pa.table(_prediction_columns(pack, split, scores, found)), partial)
+        pq.write_table(pa.table(_prediction_columns(keys, pack, split, scores, found)), partial)
     print_headline(evaluation)
     if not own:
         print(f"{pack.path} is not the run's own pack: written to {run_dir / f'evaluation{name}.json'}")
 
 
-def _prediction_columns(pack: TaskPack, split: PackSplit, scores: Scores, found: Variants) -> dict[str, pa.Array]:
+def _prediction_columns(
+    keys: Mapping[int, str], pack: TaskPack, split: PackSplit, scores: Scores, found: Variants
+) -> dict[str, pa.Array]:
     """Make the columns of predictions.parquet, with one entry a query row.
 
     `task` is the raw key of the row's task, `item` the raw value of its item (null where the vocabulary does not know
     it; no column where the items have no vocabulary).
     """
-    keys = _task_keys(pack)
     task_id = split.task_id[scores.task]
     columns = {"task_id": pa.array(task_id), "task": pa.array([keys[task] for task in task_id.tolist()])}
     if (values := _item_values(pack)) is not None:
@@ -276,8 +279,7 @@ def _support_used(split: PackSplit, trained: TrainConfig) -> NDArray[np.int64]:
     return np.minimum(split.num_support, most) if most else np.asarray(split.num_support)
 
 
-def _cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
+def _cold_tasks(keys: Mapping[int, str], pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
     """Say of each task whether its key names no training task, [num_tasks]: a partition may repeat a user."""
-    keys = _task_keys(pack)
     in_train = {keys[task] for task in pack.split("train").task_id.tolist()}
     return np.array([keys[task] not in in_train for task in split.task_id.tolist()])

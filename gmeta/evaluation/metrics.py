@@ -5,7 +5,8 @@ float64. A metric that the rows do not define (the AUC of one class) is nan; row
 all, values that are not finite, arrays of unequal length) are a ValueError. Each metric but `auc` is a function of
 sums over tasks, which makes the bootstrap a matrix product. docs/evaluation.md defines each.
 
-To add a metric: give `task_sums` its sums, and name it in BINARY_METRICS or RATING_METRICS.
+To add a metric: give `task_sums` its sums, and name it in BINARY_METRICS or RATING_METRICS, and in HIGHER_IS_BETTER
+where it is one of those.
 
 Ranking metrics (auc, gauc, ndcg) read the order of the scores alone. A probability loses that order where the sigmoid
 saturates: from a logit of 37 on, every float64 probability is 1. They therefore sort by logits where there are some.
@@ -87,7 +88,11 @@ def metric(name: str, score: ArrayLike, label: ArrayLike, task: ArrayLike, *, lo
         ValueError: unknown name; no rows, arrays of unequal length, values that are not finite; or labels that the
             metric does not take.
     """
-    rows = make_rows(score, label, task, logit=logit)
+    return metric_of(name, make_rows(score, label, task, logit=logit))
+
+
+def metric_of(name: str, rows: Rows) -> float:
+    """Return the value of one metric of checked rows; errors as `task_sums`."""
     if name == "auc":
         return _auc(rows)
     sums = task_sums(name, rows)

@@ -14,12 +14,13 @@ from string import Template
 from typing import Any
 
 import numpy as np
-import yaml
 
 from gmeta.core.files import write_text
 from gmeta.evaluation import charts
 from gmeta.evaluation.charts import Points
+from gmeta.evaluation.metrics import HIGHER_IS_BETTER
 from gmeta.evaluation.slices import HeadlineRow, headline_rows
+from gmeta.runs.directory import read_settings
 from gmeta.runs.log import METRICS_FILE, read_metrics
 
 _COLD = ("warm", "user_cold", "item_cold", "both_cold")
@@ -48,10 +49,7 @@ def build_report(run_dir: Path | str) -> Path:
         ValueError: `run_dir` is not a run, or one of its files is damaged.
     """
     run_dir = Path(run_dir)
-    config_file = run_dir / "config.yaml"
-    if not config_file.exists():
-        raise ValueError(f"{run_dir} holds no run (no config.yaml): name a directory made by `gmeta train`")
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))
+    config = read_settings(run_dir)
     environment = _read_json(run_dir / "environment.json", "train the run again to write it")
     evaluation = _read_json(run_dir / "evaluation.json", "run `gmeta evaluate` again")
     records = read_metrics(run_dir / METRICS_FILE)
@@ -115,7 +113,7 @@ def _headline_section(evaluation: Json | None, run_dir: Path) -> str:
     case = evaluation["cases"][0]
     by_name = {row.variant: row for row in rows}
     cards = [_value_card(f"{metric} of {reference}", by_name[reference])]
-    rivals = ["before", _best_baseline(evaluation, "all"), "plain", "plain-finetuned"]
+    rivals = ["before", _best_baseline(evaluation), "plain", "plain-finetuned"]
     cards += [
         _difference_card(by_name[name], reference, name in evaluation["baselines"])
         for name in rivals
@@ -239,7 +237,7 @@ def _adaptation_section(evaluation: Json | None) -> str:
 
 def _compared(evaluation: Json) -> list[str]:
     """Choose the variants that charts show: more would hide each other. The table has them all."""
-    wanted = ["before", "after", "plain-finetuned", _best_baseline(evaluation, "all")]
+    wanted = ["before", "after", "plain-finetuned", _best_baseline(evaluation)]
     return [name for name in evaluation["variants"] if name in wanted]
 
 
@@ -295,14 +293,14 @@ def _badness(value: float, metric: str) -> float:
     """Turn a value into one of which lower is better, whatever the metric."""
     if metric == "calibration":
         return abs(value - 1)
-    return -value if metric in ("auc", "gauc") or metric.startswith("ndcg") else value
+    return -value if metric in HIGHER_IS_BETTER else value
 
 
-def _best_baseline(evaluation: Json, case: str) -> str | None:
+def _best_baseline(evaluation: Json) -> str | None:
     metric = evaluation["headline"]["metric"]
     scored = []
     for name in evaluation["baselines"]:
-        record = _record(evaluation, case, name, metric)
+        record = _record(evaluation, "all", name, metric)
         if record is not None and record["value"] is not None:
             scored.append((_badness(record["value"], metric), name))
     return min(scored)[1] if scored else None

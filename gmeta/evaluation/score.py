@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gmeta.config.train import CLICK_METRICS, LossName
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
-from gmeta.evaluation.metrics import metric
+from gmeta.evaluation.metrics import make_rows, metric_of
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import example_loss, prediction
 from gmeta.parallel.collectives import gather_to_rank_0
@@ -109,7 +109,6 @@ def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
     names = (*CLICK_METRICS, "mae", "rmse") if loss == "bce" else ("mae", "rmse")
     for when, logits in (("before", scores.before), ("after", scores.after)):
         out[f"loss_{when}"] = task_mean_loss(logits, scores.label, scores.task, loss)
-        predicted = to_predictions(logits, loss)
-        for name in names:
-            out[f"{name}_{when}"] = metric(name, predicted, scores.label, scores.task, logit=logits)
+        rows = make_rows(to_predictions(logits, loss), scores.label, scores.task, logit=logits)
+        out |= {f"{name}_{when}": metric_of(name, rows) for name in names}
     return out

@@ -92,7 +92,7 @@ def measure(
     ideal = sum(
         scenario.ideal_step_s(sum(r["slots"]), [steps[r["step"] - 1].factor for steps in last]) for r in in_order
     )
-    gaps = _gaps(folder, by_rank[0])
+    gaps = _gaps(folder)
     everything = [e for found in by_rank for e in found]
     decided = [line for line in read_lines(folder.trace) if line["kind"] == "decide" and line["setting"]]
     names = [action["action"] for line in decided for action in line["actions"]]
@@ -118,7 +118,7 @@ def measure(
     )
 
 
-def _gaps(folder: LabFolder, found: Sequence[Execution]) -> list[float]:
+def _gaps(folder: LabFolder) -> list[float]:
     """Return the seconds without a step at each restart of the group."""
     kinds = [(line["kind"], line.get("at", 0.0), line.get("took_s", 0.0)) for line in read_lines(folder.worker(0))]
     gaps: list[float] = []

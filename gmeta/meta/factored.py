@@ -112,9 +112,9 @@ def _inner_step(
                 allow_unused=True,
             )
         )
-        names = [site.name for site in taped.sites] + list(taped.values)
-        of_parameter = [inner.adapted.rate_of(name) for name in names]
         if inner.rate is None:
+            names = [site.name for site in taped.sites] + list(taped.values)
+            of_parameter = [inner.adapted.rate_of(name) for name in names]
             rates = [-inner.rates[step, i] for i in [*of_parameter, *[0] * len(read)]]
             changes = (gradient * rate for gradient, rate in zip(changes, rates, strict=True))
         updates, values, deltas = {}, {}, {}

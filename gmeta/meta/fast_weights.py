@@ -107,24 +107,9 @@ class FastWeights:
             pairs[table] = torch.stack([task, keys[found, 1]], 1)
             if table in self.deltas:
                 deltas[table] = self.deltas[table][found]
-
-        def take(tensor: Tensor) -> Tensor:
-            return tensor[chosen.to(tensor.device)]
-
-        return FastWeights(
-            len(chosen),
-            {
-                site: tuple(LowRankUpdate(take(step.inputs), take(step.gradients)) for step in steps)
-                for site, steps in self.updates.items()
-            },
-            {name: take(value) for name, value in self.values.items()},
-            deltas,
-            pairs,
-            {
-                layer: Modulated(take(start.scale), None if start.shift is None else take(start.shift))
-                for layer, start in self.modulation.items()
-            },
-        )
+        rest = replace(self, deltas={})
+        taken = rest.filled(tensor[chosen.to(tensor.device)] for tensor in rest.tensors())
+        return replace(taken, num_tasks=len(chosen), deltas=deltas, pairs=pairs)
 
     @staticmethod
     def join(parts: Sequence[FastWeights]) -> FastWeights:
@@ -154,11 +139,12 @@ class FastWeights:
                 )
                 for step in range(len(steps))
             )
-        modulation = {}
-        for layer, start_of in first.modulation.items():
-            shifts = [shift for part in parts if (shift := part.modulation[layer].shift) is not None]
-            scale = torch.cat([part.modulation[layer].scale for part in parts])
-            modulation[layer] = Modulated(scale, None if start_of.shift is None else torch.cat(shifts))
+        modulation = {
+            layer: start_of.filled(
+                map(torch.cat, zip(*(part.modulation[layer].tensors() for part in parts), strict=True))
+            )
+            for layer, start_of in first.modulation.items()
+        }
         return FastWeights(
             sum(part.num_tasks for part in parts),
             updates,

@@ -26,7 +26,7 @@ from gmeta.core.selection import Ints, Selection, product, select, sort_keys
 class GatherPlan:
     """How the n examples of one side, support or query, read the fetched rows. For each table of rows:
 
-    F features that read it, U fetched rows, P pairs. Groups whose rows no task adapts have neither reads nor pairs.
+    F features that read it, U fetched rows, P pairs. Tables whose rows no task adapts have neither reads nor pairs.
     """
 
     features: dict[str, tuple[str, ...]]  # table -> its features, in the order in which their values lie

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,7 @@ def choose_engine(
                 _try_repeated(model, flat)
             logits = _try_alone(model, flat)
             _run(model, flat.of(1))
+        _refuse_no_gradient(model, flat)
         finite = not bool(logits.isfinite().all()) or _finite_on_padding(model, flat)
         if not adapted or engine == "reference":
             with torch.no_grad():
@@ -107,15 +108,7 @@ def choose_engine(
         if engine == "reference":
             return engine, "reference, as configured"
         both = flat.of(_TASKS, _ROWS)
-        with torch.no_grad():
-            if not _same(_try_alone(model, both).flatten(), logits):
-                where = _first_difference(model, flat, both)
-                raise ValueError(
-                    f"{_name(model)}.forward mixes examples{where}: {_form(both)} gives other logits than the same "
-                    f"examples as {_form(flat)}{_cure(both)}"
-                )
-            for none in (flat.of(0, _ROWS), flat.of(0)):
-                _run(model, none)
+        _refuse_another_answer(model, flat, both, logits)
         try:
             if not finite:
                 raise Unsupported(next(iter((*adapted.parameters, *adapted.features))), _not_finite(model))
@@ -125,6 +118,19 @@ def choose_engine(
                 raise
             return "reference", f"reference, because {reason}"
     return "factored", "factored" if engine == "auto" else "factored, as configured"
+
+
+@torch.no_grad()
+def _refuse_another_answer(model: nn.Module, flat: _Examples, both: _Examples, logits: Tensor) -> None:
+    """Raise ValueError if the examples as [T, S, ...] get other logits than as [n, ...], and try both without any."""
+    if not _same(_try_alone(model, both).flatten(), logits):
+        where = _first_difference(model, flat, both)
+        raise ValueError(
+            f"{_name(model)}.forward mixes examples{where}: {_form(both)} gives other logits than the same "
+            f"examples as {_form(flat)}{_cure(both)}"
+        )
+    for none in (flat.of(0, _ROWS), flat.of(0)):
+        _run(model, none)
 
 
 def _refuse_modules(model: nn.Module) -> None:
@@ -153,6 +159,19 @@ def _refuse_signature(model: nn.Module, examples: _Examples) -> None:
             f"{_name(model)}.forward{inspect.signature(model.forward)} cannot be called with (dense, embedded), a "
             f"tensor and a dict of tensors: {error}"
         ) from error
+
+
+def _refuse_no_gradient(model: nn.Module, examples: _Examples) -> None:
+    """Raise ValueError where a model has something to train, and its logits depend on none of it."""
+    rows = {table: value.clone().requires_grad_() for table, value in examples.values.items()}
+    if not rows and not any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    with torch.enable_grad():
+        if not any(_run(model, given).requires_grad for given in (examples, replace(examples, values=rows))):
+            raise ValueError(
+                f"{_name(model)}.forward returns logits without a gradient, so nothing would be trained: leave out "
+                "detach(), torch.no_grad() and numpy"
+            )
 
 
 def _examples(model: nn.Module, features: Mapping[str, int], num_numeric: int) -> _Examples:

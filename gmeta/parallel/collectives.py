@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gmeta.parallel.mesh import Mesh, PeerLost
 from gmeta.parallel.traffic import Traffic, add_all_reduce
+
+T = TypeVar("T")
 
 _LOST = (
     "timed out",
@@ -118,13 +121,14 @@ class GradientBuckets:
         self._flat = [bucket[0].new_zeros(sum(p.numel() for p in bucket)) for bucket in self._buckets]
         self._missing = [len(bucket) for bucket in self._buckets]
         self._pending: list[Pending] = []
-        self._hooks = [_hook(p, partial(self._ready, i)) for i, bucket in enumerate(self._buckets) for p in bucket]
+        ready = WeakMethod(self._ready)  # parameters keep their hooks: a strong one would keep the process groups too
+        self._hooks = [_hook(p, partial(_call, ready, i)) for i, bucket in enumerate(self._buckets) for p in bucket]
 
     def begin(self, several: bool) -> None:
         """Begin a step. With `several` backward passes the gradients add up, and nothing starts before `flush`."""
         self._several = several
 
-    def _ready(self, index: int, _param: Tensor) -> None:
+    def _ready(self, index: int) -> None:
         if self._several:  # a gradient is complete only after the last backward pass
             return
         assert self._missing[index] > 0, "one backward a step: finish() was not called"
@@ -172,6 +176,12 @@ class GradientBuckets:
         """Take the hooks off the parameters."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _call(ready: Callable[[], Callable[[int], None] | None], index: int, _param: Tensor) -> None:
+    method = ready()
+    if method is not None:
+        method(index)
 
 
 def _hook(param: torch.nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
@@ -266,6 +276,21 @@ def _gather_bytes(payload: Tensor, mesh: Mesh) -> list[Tensor]:
 
 _ERRORS: tuple[type[Exception], ...] = (ValueError, OSError, RuntimeError)
 _MAX_ERROR_BYTES = 4096
+
+
+def on_rank_0(action: Callable[[], T], mesh: Mesh) -> T | None:
+    """Do something on rank 0 alone, and raise its ValueError or OSError on every rank; collective.
+
+    Returns the result on rank 0, and None on the others.
+    """
+    found, error = None, None
+    if mesh.rank == 0:
+        try:
+            found = action()
+        except (ValueError, OSError) as problem:
+            error = problem
+    raise_together(error, mesh)
+    return found
 
 
 def raise_together(error: Exception | None, mesh: Mesh) -> None:

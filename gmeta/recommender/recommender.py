@@ -26,8 +26,8 @@ from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import load_system
 from gmeta.runs import checkpoint as checkpoints
-from gmeta.runs.data import require_own_vocabularies
-from gmeta.runs.directory import read_config, read_run_id, read_schema
+from gmeta.runs.data import require_clicks, require_own_vocabularies
+from gmeta.runs.directory import read_run_id, read_schema, read_settings
 
 _TASKS_AT_A_TIME = 256
 
@@ -48,7 +48,7 @@ def load(
     Raises ValueError for what is missing, damaged, or not trusted.
     """
     mesh = local_mesh(device)
-    read_config(Path(run))  # a path that is no run is told of first
+    read_settings(Path(run))  # a path that is no run is told of first
     attempts = 3
     while True:
         path = checkpoints.find_checkpoint(Path(run) / "checkpoints", str(checkpoint))
@@ -85,7 +85,7 @@ class Recommender:
         encoded = self._encode(support, "support")
         if encoded is None:
             return AdaptedTasks(self, (), np.zeros(0, np.int64), ())
-        self._check_labels(encoded)
+        require_clicks(encoded.arrays["label"], self.config.loss, "support")
         at = self._rows(encoded)
         split, parts = split_in_memory(encoded.arrays, self.schema), []
         for tasks in _chunks(at.num_support, at.num_query):
@@ -95,6 +95,8 @@ class Recommender:
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
         """Return what `AdaptedTasks.state` gave. ValueError where another model adapted it."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"the state is a {type(state).__name__}: give what AdaptedTasks.state() returned")
         if missing := {"version", "keys", "num_support", "fast_weights"} - state.keys():
             raise ValueError(f"the state has no {min(missing)!r}: give what AdaptedTasks.state() returned")
         if state["version"] != self.version:
@@ -121,12 +123,6 @@ class Recommender:
         """Return where each task's rows lie, with as many support rows as the run keeps."""
         split = split_in_memory(encoded.arrays, self.schema)
         return split.locate(np.arange(len(encoded.keys))).last_support(self.config.loader.max_support_rows)
-
-    def _check_labels(self, encoded: EncodedTables) -> None:
-        label = encoded.arrays["label"]
-        if self.config.loss == "bce" and not np.isin(label, (0, 1)).all():
-            wrong = label[~np.isin(label, (0, 1))][0]
-            raise ValueError(f"support has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
 
     def _adapt(self, support: Examples) -> FastWeights:
         """Return the fast weights of padded examples, whose pairs name rows by their position in the table."""
@@ -180,9 +176,11 @@ class AdaptedTasks:
         encoded = rec._encode(candidates, "candidates")
         if encoded is None:
             return np.zeros(0)
-        parts, num_support = (*self.parts, rec._without_support(1)), np.append(self.num_support, 0)
         known = {key: position for position, key in enumerate(self.keys)}
         position = np.array([known.get(key, len(known)) for key in encoded.keys])
+        parts, num_support = self.parts, self.num_support
+        if (position == len(known)).any():
+            parts, num_support = (*parts, rec._without_support(1)), np.append(num_support, 0)
         split, at = split_in_memory(encoded.arrays, rec.schema), rec._rows(encoded)
         logits = np.zeros(len(encoded.query_row))
         for tasks in _chunks(num_support[position], at.num_query):

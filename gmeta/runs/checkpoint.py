@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
         shard-00001-model-00001-of-00001.safetensors …   one a rank: dense tensors once, each rank's table rows
-        state.json       step, loader position, schedule, best metric, config, schema
+        state.json       step, progress, loader position, torch's generator, config, schema, ledger of an elastic group
         checksums.json   size and xxh3 of every other file
 
 A checkpoint is whole or absent: it is written beside its place, synced and renamed. It loads on any world
@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from gmeta.core.files import read_mapping
+from gmeta.core.files import read_mapping, sync
 from gmeta.data.shards import checksum_file
-from gmeta.parallel.collectives import naming_lost_peers, raise_together
+from gmeta.parallel.collectives import naming_lost_peers, on_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 from gmeta.sharding.checkpoint import PartitionWriter, StreamReader, metadata_differences
 
@@ -108,15 +108,6 @@ def _seal(partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
     return None
 
 
-def sync(path: Path) -> None:
-    """fsync a file or directory."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _first_failure(error: CheckpointException) -> Exception:
     """Return what the lowest failing rank raised, if that is the disk's fault; anything else is our bug and goes up."""
     cause = error.failures[min(error.failures)][0]
@@ -130,7 +121,10 @@ CURE = "delete this checkpoint and resume from an older one"
 
 def verify(path: Path) -> None:
     """Check size and checksum of every file of a checkpoint; ValueError names the damaged one."""
-    for name, expected in read_mapping(path / "checksums.json", CURE).items():
+    listed = read_mapping(path / "checksums.json", CURE)
+    if "state.json" not in listed:
+        raise ValueError(f"{path / 'checksums.json'} is damaged (it does not list state.json): {CURE}")
+    for name, expected in listed.items():
         file = path / name
         if not isinstance(expected, dict) or not file.is_file():
             raise ValueError(f"checkpoint {path} is not whole ({name} is missing): {CURE}")
@@ -142,20 +136,16 @@ def verify(path: Path) -> None:
 
 def verify_together(path: Path, mesh: Mesh) -> None:
     """Verify on rank 0 and raise its error on all ranks; collective."""
-    error: Exception | None = None
-    if mesh.rank == 0:
-        try:
-            verify(path)
-        except ValueError as problem:
-            error = problem
-    raise_together(error, mesh)
+    on_rank_0(lambda: verify(path), mesh)
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the JSON part of a checkpoint. Raises ValueError where it cannot be read or is of a newer format."""
     state = read_mapping(path / "state.json", CURE)
     version = state.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not isinstance(version, int):
+        raise ValueError(f"{path / 'state.json'} is damaged (it names no format): {CURE}")
+    if version > FORMAT_VERSION:
         raise ValueError(
             f"checkpoint {path} has format {version}; this gmeta reads up to {FORMAT_VERSION}: upgrade gmeta"
         )

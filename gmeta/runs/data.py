@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from gmeta.config.train import LossName
 from gmeta.core.files import read_mapping
 from gmeta.data.identity import DataIdentity, identity_difference, identity_of, table_identities, vocabulary_file
 from gmeta.data.pack import TaskPack, open_pack
@@ -23,6 +28,13 @@ def require_fitting_pack(run_dir: Path, pack: TaskPack) -> None:
             f"{pack.path} was not encoded as the data of run {run_dir}: {'; '.join(lines)}. "
             "Score its raw rows with `gmeta predict`, which encodes them as the run does, or train a run on this pack"
         )
+
+
+def require_clicks(label: NDArray[Any], loss: LossName, source: str) -> None:
+    """Raise ValueError where labels [N] of `source` are no clicks, and the run was trained on clicks."""
+    if loss == "bce" and not np.isin(label, (0, 1)).all():
+        wrong = label[~np.isin(label, (0, 1))][0]
+        raise ValueError(f"{source} has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
 
 
 def require_own_vocabularies(run_dir: Path) -> None:
@@ -60,10 +72,10 @@ def require_same_training_data(run_dir: Path, other: Path) -> None:
 def _trained_tasks(run_dir: Path) -> str | None:
     """Return the checksum of a run's tasks and splits, recorded or that of its pack; None where neither is there."""
     recorded = read_tasks_checksum(run_dir)
+    if recorded is not None:
+        return recorded
     pack = Path(read_config(run_dir).pack)
-    if recorded is None and (pack / "manifest.json").exists():
-        return open_pack(pack).tasks_checksum()
-    return recorded
+    return open_pack(pack).tasks_checksum() if (pack / "manifest.json").exists() else None
 
 
 def is_own_pack(run_dir: Path, pack: TaskPack) -> bool:

@@ -28,7 +28,7 @@ from gmeta.core.files import read_mapping, replacing, write_text
 from gmeta.data.identity import identity_difference, identity_of
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import PackSchema, pack_schema_from_json
-from gmeta.parallel.collectives import raise_together
+from gmeta.parallel.collectives import on_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
 from gmeta.runs.log import METRICS_FILE, write_environment
@@ -65,8 +65,10 @@ def run_lock(run_dir: Path, mesh: Mesh) -> Iterator[None]:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             _lock(stack.enter_context((run_dir / ".lock").open("a+")), run_dir)
-        except (OSError, ValueError) as problem:
+        except ValueError as problem:
             error = problem
+        except OSError as problem:
+            error = ValueError(f"cannot write {run_dir}: {problem.strerror or problem}; name another run_dir")
         raise_together(error, mesh)
         yield
 
@@ -88,13 +90,7 @@ def _lock(file: TextIO, run_dir: Path) -> None:
 def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
     """Create the run directory, or find the checkpoint to resume from (None: start at step 0). Collective."""
     run_dir = Path(config.run_dir)
-    error: Exception | None = None
-    if mesh.rank == 0:
-        try:
-            _prepare(config, run_dir)
-        except (ValueError, OSError) as problem:
-            error = problem
-    raise_together(error, mesh)
+    on_rank_0(lambda: _prepare(config, run_dir), mesh)
     if config.resume and checkpoint.steps_saved(run_dir / "checkpoints"):
         return checkpoint.find_checkpoint(run_dir / "checkpoints", "last")
     return None
@@ -197,16 +193,21 @@ def read_run_id(run_dir: Path) -> str:
 _CURE = "restore it, or take the one that a checkpoint's state.json holds"
 
 
-def read_config(run_dir: Path) -> TrainConfig:
-    """Return the resolved config of a run. Raises ValueError when there is no run, or the file is damaged."""
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """Return what a run's config.yaml holds. Raises ValueError when there is no run, or the file is damaged."""
     file = run_dir / "config.yaml"
     if not file.exists():
         raise ValueError(f"{run_dir} holds no run (no config.yaml): name a directory made by `gmeta train`")
-    values, _ = upgrade(read_mapping(file, _CURE), saved=True)
+    return read_mapping(file, _CURE)
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """Return the resolved config of a run. Raises ValueError when there is no run, or the file is damaged."""
+    values, _ = upgrade(read_settings(run_dir), saved=True)
     try:
         return parse_mapping(TrainConfig, values, "config.yaml")
     except ValueError as error:
-        raise ValueError(f"{file} is no config of a run ({error}): {_CURE}") from None
+        raise ValueError(f"{run_dir / 'config.yaml'} is no config of a run ({error}): {_CURE}") from None
 
 
 def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:

@@ -49,8 +49,8 @@ class RunLog:
         """Continue after `step`: later records are of work that was not saved, and will be done and logged again."""
         self._step = step
 
-    def start(self, banner: str = "") -> None:
-        """Print `banner`, open the files, and drop what they hold after the step to continue from (0: everything)."""
+    def start(self) -> None:
+        """Open the files, and drop what they hold after the step to continue from (0: everything)."""
         if not self._active:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,6 @@ class RunLog:
         _cut_back(path, self._step)
         self._file = path.open("a", encoding="utf-8")
         self._board = _board_writer(self._run_dir / "tensorboard", purge_step=self._step + 1)
-        if banner:
-            self.say(banner)
         if self._console.is_terminal:
             self._progress = _progress_bar(self._console)
             self._progress.add_task("", total=self._total, completed=self._step, text="")

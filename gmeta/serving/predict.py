@@ -19,7 +19,7 @@ from gmeta.data.sources import find_files, literal, open_file, reading, require_
 from gmeta.evaluation.score import Floats, score_split, to_predictions
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import load_system
-from gmeta.runs.data import require_own_vocabularies
+from gmeta.runs.data import require_clicks, require_own_vocabularies
 from gmeta.runs.directory import read_config, read_schema
 
 SCORES = ("score", "score_before")
@@ -69,10 +69,7 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     schema, data_schema = read_schema(run_dir)
     require_own_vocabularies(run_dir)
     found = encode_tables(config.support, config.query, data_schema, run_dir / "vocab", schema)
-    label = found.arrays["label"]
-    if trained.loss == "bce" and not np.isin(label, (0, 1)).all():
-        wrong = label[~np.isin(label, (0, 1))][0]
-        raise ValueError(f"{config.support} has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
+    require_clicks(found.arrays["label"], trained.loss, config.support)
     system, _ = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     split = split_in_memory(found.arrays, schema)
     unknown = unknown_columns({f.name: split.feature_ids(f.name) for f in schema.features}, schema.task)

@@ -29,13 +29,17 @@ from gmeta.sharding.units import (
     StepResult,
     Unit,
     cast,
+    clipped_scale,
     make_optimizer,
     tensors_in,
 )
 
 
 class Paro:
-    """A module whose training state is sharded; `paro` makes it. All methods that are not properties are collective."""
+    """A module whose training state is sharded; `paro` makes it.
+
+    All methods are collective but `forget_gradients` and those that say what is held or sent.
+    """
 
     def __init__(
         self,
@@ -230,8 +234,7 @@ class Paro:
         norm = float(self.square_sum().sqrt()) * grad_scale
         finite = math.isfinite(norm)
         if finite:
-            scale = grad_scale * min(1.0, clip_norm / norm) if clip_norm and norm > 0 else grad_scale
-            self.update(scale)
+            self.update(clipped_scale(norm, clip_norm, grad_scale))
         else:
             self.forget_gradients()
         return StepResult(norm, finite)
@@ -332,7 +335,7 @@ class Paro:
         """Wait until nothing is in flight, and free gathered copies, which would be out of date."""
         if self._held and any(flat.strategy.params != "N" for flat in self._flat_parameters):
             raise RuntimeError(
-                f"{what}() inside gather_traffic() would leave the unsharded parameters out of date: call it after"
+                f"{what}() inside unsharded() would leave the unsharded parameters out of date: call it after"
             )
         for flat in self._flat_parameters:
             flat.settle()

@@ -183,7 +183,7 @@ class HierarchicalCollectives:
                 self.sent.inter += 2 * _ring_bytes(buffer, self.layout.num_nodes)
             elif scope == "N" and self.world is not None:
                 dist.all_reduce(buffer, group=self.world)
-                self._count(self.rings.world, 2 * _ring_bytes(buffer, self.layout.world_size))
+                self.rings.world.count(2 * _ring_bytes(buffer, self.layout.world_size))
 
     def close(self) -> None:
         """Leave the process groups. Nothing may be in flight."""
@@ -247,7 +247,7 @@ class HierarchicalCollectives:
         ordered = torch.empty_like(buffer)
         dist.all_gather_single(ordered, buffer[self.own(buffer.numel(), "G")].clone(), group=self.world)
         buffer.view(m, ng, -1).copy_(ordered.view(ng, m, -1).transpose(0, 1))
-        self._count(self.rings.world, _ring_bytes(buffer, self.layout.world_size))
+        self.rings.world.count(_ring_bytes(buffer, self.layout.world_size))
 
     def _scatter_world(self, buffer: Tensor) -> None:
         m, ng = self.layout.node_size, self.layout.num_nodes
@@ -256,7 +256,7 @@ class HierarchicalCollectives:
         out = torch.empty_like(own)
         dist.reduce_scatter_single(out, ordered.view(-1), group=self.world)
         own.copy_(out)
-        self._count(self.rings.world, _ring_bytes(buffer, self.layout.world_size))
+        self.rings.world.count(_ring_bytes(buffer, self.layout.world_size))
 
     def _scatter(self, buffer: Tensor, ring: Ring) -> None:
         if ring.group is None:
@@ -268,18 +268,12 @@ class HierarchicalCollectives:
         out = torch.empty_like(buffer[: buffer.numel() // ring.size])
         dist.reduce_scatter_single(out, buffer, group=ring.group)
         buffer.view(ring.size, -1)[ring.position].copy_(out)
-        self._count(ring, _ring_bytes(buffer, ring.size))
+        ring.count(_ring_bytes(buffer, ring.size))
 
     def _blocks(self, buffer: Tensor) -> Blocks:
         m, ng = self.layout.node_size, self.layout.num_nodes
         chunks: Sequence[Tensor] = buffer.view(self.layout.world_size, -1).unbind()
         return [[chunks[j * ng + i] for j in range(m)] for i in range(ng)]
-
-    def _count(self, ring: Ring, nbytes: float) -> None:
-        if ring.crossing[ring.position]:
-            self.sent.inter += nbytes
-        else:
-            self.sent.intra += nbytes
 
 
 def silent_ranks(rank: int, ranks: Sequence[int], wait_s: float = 2.0) -> list[int]:

@@ -45,13 +45,13 @@ def _measured(
     hierarchy: HierarchicalCollectives, ring: Ring, device: torch.device, repeats: int, takes_part: bool
 ) -> tuple[float, float] | None:
     """Return (seconds, bits a second) of a message; None where the ring has one rank."""
+    if ring.size == 1:
+        return None
     size = LARGE * (CUDA_TIMES if device.type == "cuda" else 1)
     small, large = (
         _message_s(hierarchy, ring, torch.zeros(nbytes, dtype=torch.uint8, device=device), repeats, takes_part)
         for nbytes in (SMALL, size)
     )
-    if ring.size == 1:
-        return None
     return small, 8 * size / max(large - small, 0.1 * large)  # noise can make the difference tiny
 
 
@@ -76,7 +76,7 @@ def _exchanges_s(hierarchy: HierarchicalCollectives, ring: Ring, message: Tensor
     into = torch.empty_like(message)
     _together(hierarchy)
     begun = time.perf_counter()
-    for _ in range(count if ring.size > 1 else 0):
+    for _ in range(count):
         send_and_receive(message, into, ring)
     _finish(message)
     return time.perf_counter() - begun

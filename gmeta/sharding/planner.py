@@ -69,8 +69,8 @@ def print_advice(config: PlanConfig, fitting: Sequence[StepCost]) -> None:
     from rich.table import Table
 
     console = Console()
-    layout = NodeLayout(config.node_size, config.nodes)
-    every = [step_cost(name, layout, _links(config), _workload(config), config.collectives) for name in STRATEGIES]
+    layout, links, work = NodeLayout(config.node_size, config.nodes), _links(config), _workload(config)
+    every = [step_cost(name, layout, links, work, config.collectives) for name in STRATEGIES]
     names = {c.strategy for c in fitting}
     out = sorted((c for c in every if c.strategy not in names), key=lambda c: c.memory)
     table = Table(title=f"{config.params:.3g} parameters on {layout.num_nodes} nodes of {layout.node_size}")

@@ -58,6 +58,13 @@ class Ring:
         """Return the number of ranks."""
         return len(self.ranks)
 
+    def count(self, nbytes: float) -> None:
+        """Count bytes that this rank sends to the next one."""
+        if self.crossing[self.position]:
+            self.sent.inter += nbytes
+        else:
+            self.sent.intra += nbytes
+
 
 @dataclass
 class RingCollectives:
@@ -220,10 +227,7 @@ def _begin(send: Tensor, receive: Tensor, ring: Ring) -> list[dist.Work]:
     ops = []
     if send.numel():
         ops.append(dist.P2POp(dist.isend, send, _next(ring), ring.group))
-        if ring.crossing[ring.position]:
-            ring.sent.inter += send.nbytes
-        else:
-            ring.sent.intra += send.nbytes
+        ring.count(send.nbytes)
     if receive.numel():
         ops.append(dist.P2POp(dist.irecv, receive, _before(ring), ring.group))
     with _naming_neighbours(ring):

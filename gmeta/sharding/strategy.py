@@ -183,14 +183,11 @@ def _sync_traffic(
     grads: ShardScope, state: ShardScope, amount: float, layout: NodeLayout, *, flat: bool
 ) -> NodeTraffic:
     """Return what sums gradients over all ranks once a step, and reduces them to the optimizer's partitions."""
-    m, ng = layout.node_size, layout.num_nodes
-    across = NodeTraffic(inter=2 * amount * (ng - 1) / ng)  # an all-reduce between nodes, of 1 / m on each rank
-    if (grads, state) == ("N", "N"):
-        n = layout.world_size
-        ring = 2 * amount * (n - 1) / n
-        if not flat:
-            return gather_traffic(amount, "I", "N", layout, flat=False) * 2 + across
-        return NodeTraffic(ring * (m - 1), ring) if ng > 1 else NodeTraffic(ring * m, 0.0)
+    if grads == state:  # an all-reduce: a reduce-scatter and an all-gather, over the ranks that hold the same part
+        return gather_traffic(amount, "G", grads, layout, flat=flat) * 2
     if state == "I":
-        return across if grads == "I" else gather_traffic(amount, "I", "N", layout, flat=flat) + across
+        return (
+            gather_traffic(amount, "I", "N", layout, flat=flat)
+            + gather_traffic(amount, "G", "I", layout, flat=flat) * 2
+        )
     return gather_traffic(amount, state, grads, layout, flat=flat)

@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from gmeta.sharding.checkpoint import create_optimizer_state
 from gmeta.sharding.ring import RankTraffic, Ring
-from gmeta.sharding.units import OptimizerFactory, StepResult, broadcast_module, default_units
+from gmeta.sharding.units import OptimizerFactory, StepResult, broadcast_module, clipped_scale, default_units
 
 
 class TorchEngine:
-    """An engine with the methods of `Paro`, whose checkpoints it shares.
+    """An engine that trains and saves as `Paro` does, whose checkpoints it shares.
 
     It averages gradients. Parameters that are in no unit belong to the root.
     """
@@ -76,7 +76,7 @@ class TorchEngine:
         norm = float(total.full_tensor() if isinstance(total, DTensor) else total) * grad_scale
         finite = math.isfinite(norm)
         if finite:
-            scale = grad_scale * min(1.0, clip_norm / norm) if clip_norm and norm > 0 else grad_scale
+            scale = clipped_scale(norm, clip_norm, grad_scale)
             if scale != 1.0:
                 for gradient in gradients:
                     gradient.mul_(scale)

@@ -31,6 +31,11 @@ class StepResult:
     finite: bool  # False: a gradient was not finite on some rank, and no rank changed anything
 
 
+def clipped_scale(norm: float, clip_norm: float | None, grad_scale: float) -> float:
+    """Return the factor of a gradient: `grad_scale`, less where its `norm`, scaled already, is above `clip_norm`."""
+    return grad_scale * min(1.0, clip_norm / norm) if clip_norm and norm > 0 else grad_scale
+
+
 @dataclass(eq=False)
 class Unit:
     """A submodule whose parameters, except those of units inside it, are gathered and freed together."""
@@ -127,7 +132,7 @@ def _owned(module: nn.Module, units: set[nn.Module]) -> Iterator[tuple[str, nn.P
 def _parts(
     members: Sequence[tuple[str, nn.Parameter]], strategies: Mapping[str, ShardingStrategy]
 ) -> Iterator[tuple[list[tuple[str, nn.Parameter]], ShardingStrategy]]:
-    """Split members into runs of one strategy and one dtype that are all trained or all frozen, in order."""
+    """Split members into groups of one strategy and one dtype that are all trained or all frozen."""
     found: dict[tuple[ShardingStrategy, torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in members:
         strategy = of_longest_prefix(name, strategies) or ShardingStrategy("N", "N", "N")

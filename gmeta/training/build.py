@@ -1,4 +1,4 @@
-"""From a config to what a rank trains with: the only file of this room that reads the training config's sections."""
+"""From a config to what a rank trains with."""
 
 from __future__ import annotations
 

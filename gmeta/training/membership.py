@@ -22,7 +22,7 @@ from gmeta.data.pack import TaskPack
 from gmeta.elastic.agent import Agent, LeaseBook
 from gmeta.elastic.ledger import JobSpec
 from gmeta.elastic.monitor import StepTime
-from gmeta.parallel.collectives import broadcast_from_rank_0, raise_together
+from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs.directory import read_run_id
 
@@ -93,25 +93,22 @@ def join(
     token = None if elastic.token_file is None else read_token(Path(elastic.token_file))
     client = Client(elastic.url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
     spec = job_of(config, pack)
-    generation, error = 0, None
-    if mesh.rank == 0:
-        try:
-            client.open_job(pack.manifest["xxh3"], spec)
-            answer = client.call(
-                "begin",
-                pack=pack.manifest["xxh3"],
-                world_size=mesh.world_size,
-                batch=config.loader.tasks_per_batch,
-                first_step=step,
-                ahead=config.loader.prefetch + 1,
-                report_s=elastic.report_s,
-                saved=saved or ledger_at(spec, config, loader.state_dict()),
-            )
-            generation = int(answer["generation"])
-        except (ValueError, OSError) as problem:
-            error = problem
-    raise_together(error, mesh)
-    generation = int(broadcast_from_rank_0(generation, mesh))
+
+    def begin() -> int:
+        client.open_job(pack.manifest["xxh3"], spec)
+        answer = client.call(
+            "begin",
+            pack=pack.manifest["xxh3"],
+            world_size=mesh.world_size,
+            batch=config.loader.tasks_per_batch,
+            first_step=step,
+            ahead=config.loader.prefetch + 1,
+            report_s=elastic.report_s,
+            saved=saved or ledger_at(config, loader.state_dict()),
+        )
+        return int(answer["generation"])
+
+    generation = int(broadcast_from_rank_0(on_rank_0(begin, mesh) or 0, mesh))
     agent = Agent(
         client,
         generation=generation,
@@ -131,7 +128,7 @@ def join(
     return membership
 
 
-def ledger_at(spec: JobSpec, config: TrainConfig, state: Mapping[str, Any]) -> dict[str, Any] | None:
+def ledger_at(config: TrainConfig, state: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the ledger of a run that kept none, from the position of its loader. It is None at the start."""
     epoch, index = int(state["epoch"]), int(state["index"])
     if (epoch, index) == (0, 0):

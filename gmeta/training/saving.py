@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmeta.parallel.collectives import raise_together
+from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
 from gmeta.training.run import Run
 from gmeta.training.state import Progress, TrainState
@@ -25,13 +25,7 @@ def save_checkpoint(run: Run) -> None:
     it.
     """
     state, mesh, membership = run.state, run.state.mesh, run.membership
-    ledger, error = None, None
-    if membership is not None:
-        try:
-            ledger = membership.agent.saved() if mesh.is_main else None
-        except (ValueError, OSError) as problem:
-            error = problem
-        raise_together(error, mesh)
+    ledger = None if membership is None else on_rank_0(membership.agent.saved, mesh)
     values = {
         "progress": asdict(state.progress),
         "best_step": state.progress.best_step,

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
+from gmeta.evaluation.metrics import HIGHER_IS_BETTER
 from gmeta.evaluation.score import score_split, validation_metrics
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.training.run import Run
-
-LOWER_IS_BETTER = ("loss", "logloss", "mae", "rmse")
 
 
 def validate(run: Run) -> bool:
@@ -30,8 +29,8 @@ def validate(run: Run) -> bool:
     if not math.isfinite(value):
         run.log.say(f"{schedule.metric} is not defined on the valid split (one class?): set schedule.metric to loss")
         return False
-    better_sign = 1 if schedule.metric in LOWER_IS_BETTER else -1
-    if progress.best is None or better_sign * value < better_sign * progress.best:
+    sign = -1 if schedule.metric in HIGHER_IS_BETTER else 1
+    if progress.best is None or sign * value < sign * progress.best:
         progress.best, progress.best_step, progress.bad_validations = value, progress.step, 0
         return False
     progress.bad_validations += 1

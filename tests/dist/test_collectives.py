@@ -1,7 +1,9 @@
+import gc
 import os
 import signal
 import sys
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -22,12 +24,24 @@ from gmeta.parallel.collectives import (
     broadcast_from_rank_0,
     exchange_counts,
     gather_to_rank_0,
+    on_rank_0,
     raise_together,
 )
 from gmeta.parallel.mesh import Mesh, PeerLost, barrier
 
 pytestmark = pytest.mark.dist
 WORLDS = [1, 2, 4]
+
+
+def test_parameters_do_not_keep_the_process_groups() -> None:
+    net = nn.Linear(2, 2)
+    buckets = GradientBuckets(net.parameters(), Mesh())
+    dead = weakref.ref(buckets)
+    del buckets
+    gc.collect()
+    assert dead() is None
+    net(torch.ones(1, 2)).sum().backward()
+    assert net.bias.grad is not None
 
 
 def _ragged_all_to_all(mesh: Mesh, dtype: torch.dtype) -> None:
@@ -191,6 +205,25 @@ def _raise_together(mesh: Mesh, failing: int | None) -> str:
 def test_an_error_on_one_rank_is_raised_on_all(world):
     assert run_ranks(world, _raise_together, None) == [""] * world
     assert run_ranks(world, _raise_together, world - 1) == ["row 7 is bad: grün"] * world
+
+
+def _on_rank_0(mesh: Mesh, error: type[Exception] | None) -> tuple[int | None, str]:
+    def action() -> int:
+        if error is not None:
+            raise error("no room")
+        return mesh.rank + 7
+
+    try:
+        return on_rank_0(action, mesh), ""
+    except (ValueError, OSError) as problem:
+        return None, f"{type(problem).__name__}: {problem}"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_rank_0_does_alone_fails_on_all(world):
+    assert run_ranks(world, _on_rank_0, None) == [(7, "")] + [(None, "")] * (world - 1)
+    for error in (ValueError, OSError):
+        assert run_ranks(world, _on_rank_0, error) == [(None, f"{error.__name__}: no room")] * world
 
 
 def _die(mesh: Mesh) -> str:

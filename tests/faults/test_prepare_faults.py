@@ -239,6 +239,8 @@ def test_too_few_tasks(tmp_path: Path):
         ({"numeric": [{"name": "price", "log": "yes"}]}, "must be true or false"),
         ({"item": None, "item_statistics": True}, "needs the key item"),
         ({"time": 3}, "must be a column name"),
+        ({"categorical": ["item", SCHEMA["label"]]}, "is the label and a feature"),
+        ({"numeric": [SCHEMA["label"]]}, "is the label and a feature"),
     ],
 )
 def test_schema_mistakes(tmp_path: Path, change: dict[str, object], says: str):
@@ -319,6 +321,14 @@ def test_existing_output_is_kept(tmp_path: Path):
     with pytest.raises(ValueError, match="exists: remove it or choose another out"):
         prepare(config, quiet)
     assert (Path(config.out) / "mine").read_text() == "keep"
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path):
+    config = make(tmp_path, lines())
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"cannot write .*file/pack\.scratch: .*; choose another out"):
+        prepare(replace(config, out=str(tmp_path / "file" / "pack")), quiet)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_rival_is_refused_and_leftovers_are_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -18,6 +18,7 @@ from packs import make_pack
 from safetensors.torch import load_file
 
 from gmeta.cli import run
+from gmeta.data.shards import checksum_file
 from gmeta.runs import checkpoint
 
 pytestmark = pytest.mark.faults
@@ -174,6 +175,24 @@ def test_damaged_checkpoint(trained_copy: Path, capsys: Capture) -> None:
     fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "bytes, expected", str(file))
     file.unlink()
     fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "is not whole")
+
+
+def test_a_checkpoint_that_lists_nothing_is_damaged(pack: Path, trained_copy: Path, capsys: Capture) -> None:
+    last = checkpoint.find_checkpoint(trained_copy / "checkpoints", "last")
+    cure = "delete this checkpoint and resume from an older one"
+    (last / "checksums.json").write_text("{}")
+    fails(["evaluate", "--run_dir", trained_copy, "--checkpoint", "last"], capsys, "does not list state.json", cure)
+    (last / "state.json").write_text("{}")
+    sealed = {"state.json": {"bytes": 2, "xxh3": checksum_file(last / "state.json")}}
+    (last / "checksums.json").write_text(json.dumps(sealed))
+    fails(train_words(pack, trained_copy, "--resume", "true"), capsys, "state.json is damaged", cure)
+
+
+def test_a_run_dir_that_is_a_file_is_refused(pack: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").write_text("mine")
+    for run_dir in (tmp_path / "file", tmp_path / "file" / "run"):
+        fails(train_words(pack, run_dir), capsys, f"cannot write {run_dir}", "name another run_dir")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("missing", ["config.yaml", "metrics.jsonl", "schema.json"])

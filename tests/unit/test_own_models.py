@@ -175,6 +175,7 @@ FAILING: dict[str, tuple[Forward, str]] = {
     ),
     "an error of its own": (lambda m, d, e: 1 // 0, r"fails at test_own_models.py, line \d+,.*ZeroDivisionError"),
     "a wrong width": (lambda m, d, e: m.logit(d), r"fails at test_own_models.py, .*mat1 and mat2"),
+    "no gradient": (lambda m, d, e: m.logit(m.hidden(e)).detach(), "returns logits without a gradient"),
     "inputs in place": (lambda m, d, e: m.logit(m.hidden(e)) + d.mul_(2)[..., 0], "changes its inputs in place"),
     "joined inputs in place": (
         lambda m, d, e: m.logit(torch.tanh(m.mix(torch.cat([e["user"], e["item"]], -1).relu_()))),

@@ -154,6 +154,8 @@ def test_a_state_can_be_sent(rec: gmeta.Recommender, runs: dict[str, Path]) -> N
     again = gmeta.load(runs["factored"]).restore(state)
     assert again.keys == users.keys
     assert again.predict(candidates).tolist() == users.predict(candidates).tolist()
+    with pytest.raises(ValueError, match="the state is a bytes: give what"):
+        rec.restore(b"state")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the state has no 'fast_weights'"):
         rec.restore({"version": rec.version, "keys": [], "num_support": torch.zeros(0)})
     with pytest.raises(ValueError, match=r"this model is .*: adapt again"):

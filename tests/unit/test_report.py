@@ -216,6 +216,9 @@ def test_undefined_metrics_are_said(tmp_path):
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="holds no run"):
         build_report(tmp_path / "nowhere")
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config\.yaml holds no mapping"):
+        build_report(tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     (tmp_path / "evaluation.json").write_text("{torn")
     with pytest.raises(ValueError, match=r"evaluation\.json is not JSON .*run `gmeta evaluate` again"):

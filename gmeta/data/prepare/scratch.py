@@ -26,7 +26,10 @@ def scratch_directory(out: Path) -> Iterator[Path]:
     path = out.with_name(out.name + ".scratch")
     stale = path.exists()
     with disk_errors(path):
-        lock = lock_directory(path)
+        try:
+            lock = lock_directory(path)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}; choose another out") from error
     if stale:
         print(f"prepare: removed {path}, which an interrupted prepare left behind", file=sys.stderr)
     try:
