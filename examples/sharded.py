@@ -62,12 +62,12 @@ def main() -> None:
     folder = [tempfile.mkdtemp()]
     if world_size > 1:
         dist.broadcast_object_list(folder)
-    train(engine, 60, rank)
+    train(engine, 25, rank)
     dcp.save(engine.state(), storage_writer=PartitionWriter(folder[0]))
-    before = train(engine, 60, rank)
+    before = train(engine, 25, rank)
     dcp.load(engine.state(), storage_reader=HuggingFaceStorageReader(folder[0]))
     engine.loaded()
-    again = train(engine, 60, rank)
+    again = train(engine, 25, rank)
 
     if rank == 0:
         held, sent = engine.memory_bytes(), engine.sent

@@ -159,7 +159,7 @@ LEAVING = ("before forward", "before backward", "before step", "after step")
 @pytest.mark.parametrize(
     ("nproc", "leave"), [*((1, leave) for leave in LEAVING), (2, "before step"), (2, "after step")]
 )
-@pytest.mark.parametrize("at", [6, 9])  # step 10 is one after which validation is due
+@pytest.mark.parametrize("at", [pytest.param(6, marks=pytest.mark.slow), 9])  # validation is due after step 10
 def test_a_loop_that_is_left_goes_on_exactly(tmp_path: Path, nproc: int, leave: str, at: int) -> None:
     """A batch without a step comes again; what is due after a step is done."""
     run_ranks(nproc, own_loop, settings_of(tmp_path, "whole"), None)
