@@ -123,14 +123,10 @@ def kill_and_compare(pack: Path, undisturbed: Path, tmp_path: Path, kills: int, 
     assert ours[1] == theirs[1]
 
 
-def test_three_kills(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
-    kill_and_compare(pack, undisturbed, tmp_path, kills=3, seed=1)
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_ten_kills(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
-    kill_and_compare(pack, undisturbed, tmp_path, kills=10, seed=2)
+@pytest.mark.parametrize(("kills", "seed"), [(1, 1), pytest.param(10, 2, marks=pytest.mark.slow)])
+def test_kills_change_nothing(pack: Path, undisturbed: Path, tmp_path: Path, kills: int, seed: int) -> None:
+    kill_and_compare(pack, undisturbed, tmp_path, kills=kills, seed=seed)
 
 
 def test_sigterm_saves_after_the_step_and_resumes_bit_equal(

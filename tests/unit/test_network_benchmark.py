@@ -209,6 +209,7 @@ def test_steps_are_read_after_the_warm_up(tmp_path):
     assert [step["seconds"] for step in ranks.read_steps(tmp_path, 1)] == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_ranks_train_again_and_again_and_start_anew_after_a_failure(tmp_path):
     load = ranks.Workload(tasks=50, support=3, query=2, features=4, num_ids=30, dim=4, hidden=(8,))
     ranks.write_pack(tmp_path / "pack", load)
