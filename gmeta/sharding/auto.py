@@ -53,8 +53,8 @@ def choose_strategies(
 ) -> dict[str, ShardingStrategy]:
     """Return the strategies by name of submodule. All that asked for `auto` get the same one. Collective.
 
-    Only strategies that fit beside what is sharded by hand are considered. Of those as fast as the fastest the one that
-    holds least is taken, the same on every rank. ValueError names an invalid strategy, or says that none fits and how
+    Only strategies that fit beside what is sharded by hand are considered. `schedule.choose` takes one of the fastest,
+    the same on every rank. ValueError names an invalid strategy, or says that none fits and how
     much memory is missing.
     """
     asked = dict(strategy) if isinstance(strategy, Mapping) else {"": strategy}

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gmeta.config.cluster import PlanConfig
-from gmeta.sharding.schedule import TIE, Links, StepCost, Workload, advise, choose, step_cost
+from gmeta.sharding.schedule import Links, StepCost, Workload, advise, choose, equally_fast, step_cost
 from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout
 
 SIZES = {"bf16": ElementBytes(), "fp32": ElementBytes(param=4, grad=4, state=8)}
@@ -91,13 +91,17 @@ def reason(config: PlanConfig, fitting: Sequence[StepCost]) -> str:
         (("computing", best.compute_s), ("links between nodes", best.inter_s), ("links inside nodes", best.intra_s)),
         key=lambda pair: pair[1],
     )
-    told = [f"take {best.strategy}: {best.step_s:.3g} s a step, {busiest} busy for {seconds:.3g} s"]
-    if config.memory_gb is not None and len(fitting) < len(STRATEGIES):
-        out = [name for name in STRATEGIES if name not in {c.strategy for c in fitting}]
-        told.append(f"what does not fit into {config.memory_gb:g} GB: {', '.join(out)}")
     if config.nodes * config.node_size == 1:
         return "one rank: nothing to share, every strategy is the same"
-    equal = [c.strategy for c in fitting if c.step_s <= TIE * fitting[0].step_s and c is not best]
-    if equal:
-        told.append(f"as fast, and larger: {', '.join(equal)}")
+    told = [
+        f"take {best.strategy}: {best.step_s:.3g} s a step, {busiest} busy for {seconds:.3g} s, "
+        f"{best.memory / 1e9:.3g} GB a rank"
+    ]
+    if config.memory_gb is None:
+        told.append("no limit was given (--memory_gb)")
+    elif len(fitting) < len(STRATEGIES):
+        out = [name for name in STRATEGIES if name not in {c.strategy for c in fitting}]
+        told.append(f"what does not fit into {config.memory_gb:g} GB: {', '.join(out)}")
+    if equal := [f"{c.strategy} ({c.memory / 1e9:.3g} GB)" for c in equally_fast(fitting) if c is not best]:
+        told.append(f"as fast by the estimate: {', '.join(equal)}")
     return "; ".join(told)

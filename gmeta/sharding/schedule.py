@@ -117,16 +117,16 @@ class CollectiveCost:
 
     def alltoall(self, bits: float) -> Phases:
         """Return the phases of an AlltoAll in which a rank gets so many bits, in equal parts from all ranks and
-        itself.
+        itself. Each peer's part is a message of its own, and they come one after the other.
         """
         if not bits:
             return ()
         m, n, links = self.layout.node_size, self.layout.world_size, self.links
         phases = (
-            ("inter", (n - m) / n, links.inter_latency_s, self._inter_bits_s),
-            ("intra", (m - 1) / n, links.intra_latency_s, links.intra_bits_s),
+            ("inter", n - m, links.inter_latency_s, self._inter_bits_s),
+            ("intra", m - 1, links.intra_latency_s, links.intra_bits_s),
         )
-        return tuple((link, wait + bits * share / speed) for link, share, wait, speed in phases if share)
+        return tuple((link, peers * (wait + bits / n / speed)) for link, peers, wait, speed in phases if peers)
 
     def synchronise(self, bits: float, strategy: ShardingStrategy) -> Phases:
         """Sum gradients over all ranks once a step, down to the partitions of the optimizer's state."""
@@ -241,5 +241,13 @@ def advise(
 
 
 def choose(fitting: Sequence[StepCost]) -> StepCost:
-    """Take the strategy that holds least among those that are as fast as the fastest."""
-    return min((c for c in fitting if c.step_s <= TIE * fitting[0].step_s), key=lambda c: (c.memory, c.step_s))
+    """Take one of those that are as fast as the fastest: the one that replicates most if memory is not short, which is
+    where NNN fits, and otherwise the one that holds least. `fitting` is in the order of `advise`.
+    """
+    roomy = any(c.strategy == "NNN" for c in fitting)
+    return (max if roomy else min)(equally_fast(fitting), key=lambda c: c.memory)
+
+
+def equally_fast(fitting: Sequence[StepCost]) -> list[StepCost]:
+    """Return those of `fitting` that are as fast as the first, within `TIE`."""
+    return [c for c in fitting if c.step_s <= TIE * fitting[0].step_s]

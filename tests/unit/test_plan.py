@@ -12,7 +12,7 @@ from gmeta.cli import run
 from gmeta.config.cluster import PlanConfig
 from gmeta.sharding.links import suspicion
 from gmeta.sharding.planner import build_advice, reason
-from gmeta.sharding.schedule import CollectiveCost, Links, Workload, advise, choose, ring_s, step_cost
+from gmeta.sharding.schedule import CollectiveCost, Links, Workload, advise, choose, equally_fast, ring_s, step_cost
 from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout
 
 PAPER = Links(inter_bits_s=80e9, intra_bits_s=2000e9)
@@ -54,9 +54,9 @@ def test_embedding_rows_share_the_links() -> None:
     layout, links = NodeLayout(2, 4), Links(1e8, 1e9, 0.01, 0.001)
     (inter, row), (intra, column) = CollectiveCost(layout, links).alltoall(8e6)
     assert (inter, intra) == ("inter", "intra")
-    assert (row, column) == (pytest.approx(0.01 + 8e6 * 6 / 8 / 1e8), pytest.approx(0.001 + 8e6 / 8 / 1e9))
+    assert (row, column) == (pytest.approx(6 * (0.01 + 1e6 / 1e8)), pytest.approx(0.001 + 1e6 / 1e9))
     shared = Links(1e8, 1e9, 0.01, 0.001, shared_nic=True)
-    assert CollectiveCost(layout, shared).alltoall(8e6)[0][1] == pytest.approx(0.01 + 2 * 8e6 * 6 / 8 / 1e8)
+    assert CollectiveCost(layout, shared).alltoall(8e6)[0][1] == pytest.approx(6 * (0.01 + 2 * 1e6 / 1e8))
     assert CollectiveCost(NodeLayout(1), links).alltoall(8e6) == ()
     work = Workload(1_000_000, 1_000_000, 2, 0.1, 4)
     with_rows = replace(work, alltoall_bytes=1e6)
@@ -98,6 +98,17 @@ def test_the_plan_is_sorted_and_fits() -> None:
     assert [c.step_s for c in found] == pytest.approx(sorted(c.step_s for c in found))
     assert found[0].strategy in ("NII", "NIG")
     assert choose(found).memory <= found[0].memory
+
+
+def test_what_replicates_most_is_taken_where_memory_is_not_short() -> None:
+    """A tower of 0.8 GB whose computing hides what any strategy sends."""
+    tower = Workload(50_000_000, 50_000_000, 1, micro_batch_s=10.0, units=8)
+    found = advise(NodeLayout(8, 4), PAPER, tower)
+    assert {"NNN", "GGG"} <= {c.strategy for c in equally_fast(found)}
+    assert choose(found).strategy == "NNN"
+    short = advise(NodeLayout(8, 4), PAPER, tower, memory_cap=0.5e9)
+    assert len(equally_fast(short)) > 1
+    assert choose(short).memory == min(c.memory for c in equally_fast(short))
 
 
 def test_a_plan_that_fits_nowhere() -> None:
@@ -168,5 +179,7 @@ def test_files_that_hold_no_network(tmp_path: Path) -> None:
 def test_why() -> None:
     config = PlanConfig(params=7e9, nodes=4, accumulation=10)
     found = build_advice(config)
-    assert reason(config, found).startswith(f"take {choose(found).strategy}: ")
+    told = reason(config, found)
+    assert told.startswith(f"take {choose(found).strategy}: ")
+    assert "no limit was given (--memory_gb)" in told
     assert SEVEN_B.sizes == ElementBytes(2, 2, 12)
