@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ hypothesis.settings.register_profile("gmeta", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("gmeta")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ranks_left() -> Iterator[None]:
+    """End the ranks that a file has used."""
+    yield
+    if "harness" in sys.modules:
+        sys.modules["harness"].close_pools()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs a function on N gloo workers. Pools of workers are kept for the session, so that a test costs milliseconds.
+"""Runs a function on N gloo workers. Pools of workers are kept for a test file, so that a test costs milliseconds.
 
     from harness import run_ranks
     results = run_ranks(2, function, *args)     # function(mesh, *args) on each rank; picklable, at module level
@@ -103,6 +103,9 @@ class Pool:
 
 
 _POOLS: dict[tuple[int, int, int], Pool] = {}
+_KEPT = 2
+"""Pools that are kept. The threads of idle process groups wake a hundred times a second: a rank takes up to 10 % of a
+core."""
 
 
 def run_ranks(
@@ -122,11 +125,14 @@ def run_ranks(
         pool.close()
         raise
     _POOLS[key] = pool
+    if len(_POOLS) > _KEPT:
+        _POOLS.pop(next(iter(_POOLS))).close()  # the one that was not used for longest
     return results
 
 
 @atexit.register
-def _close_pools() -> None:
+def close_pools() -> None:
+    """End all workers."""
     for pool in _POOLS.values():
         pool.close()
     _POOLS.clear()
