@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +49,7 @@ class CoordinateConfig:
     """Seconds between two such restarts."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(0 <= self.port <= 65535, "port", self.port, "must be in [0, 65535]")
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative")
         require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "must not be negative")
@@ -96,10 +96,7 @@ class PlanConfig:
     """How buffers are exchanged between all ranks."""
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            require(finite, item.name, value, "must be a finite number")
+        require_finite(self)
         require(self.params >= 1, "params", self.params, "must be at least 1")
         require(0 <= self.trainable_share <= 1, "trainable_share", self.trainable_share, "must be in [0, 1]")
         for name in ("node_size", "nodes", "accumulation", "units"):
@@ -156,5 +153,4 @@ class LabConfig:
 
     def __post_init__(self) -> None:
         for key in ("workers", "steps", "max_restarts"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} is {getattr(self, key)}: must not be negative")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class PrepareConfig:
         return [self.input] if isinstance(self.input, str) else self.input
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self.query_size is None or self.query_size >= 1, "query_size", self.query_size, "must be at least 1")
         ratio, valid, test = self.query_ratio, self.valid_fraction, self.test_fraction
         require(ratio is None or 0 < ratio < 1, "query_ratio", ratio, "must be above 0 and below 1")
@@ -120,6 +121,7 @@ class SynthConfig:
     """Seed. The same seed and sizes give the same files."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self.users >= 1, "users", self.users, "must be at least 1")
         require(self.items >= 1, "items", self.items, "must be at least 1")
         require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class EvaluateConfig:
     """Seconds after which ranks give up on one that does not answer."""
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
         require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_finite
 
 LossName = Literal["bce", "mse", "l1", "huber"]
 METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
@@ -68,6 +68,7 @@ class MetaConfig:
     """auto takes the factored engine where it can and says so where it cannot."""
 
     def __post_init__(self) -> None:
+        require_finite(self, "meta.")
         require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
         require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
         require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
@@ -101,6 +102,7 @@ class EmbeddingConfig:
     """Standard deviation of the initial rows."""
 
     def __post_init__(self) -> None:
+        require_finite(self, "embedding.")
         require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
         require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")
@@ -133,6 +135,7 @@ class DenseConfig:
     parameters are unsharded). Without it: on CUDA half of what is free, on CPU all that it takes."""
 
     def __post_init__(self) -> None:
+        require_finite(self, "dense.")
         require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
         require(self.inner_lr_lr >= 0, "dense.inner_lr_lr", self.inner_lr_lr, "must not be negative")
         require(self.weight_decay >= 0, "dense.weight_decay", self.weight_decay, "must not be negative")
@@ -210,6 +213,7 @@ class ElasticConfig:
     """Tasks of one micro-batch that fit this worker's memory, for policy dd; 0: any number."""
 
     def __post_init__(self) -> None:
+        require_finite(self, "elastic.")
         require(self.report_s > 0, "elastic.report_s", self.report_s, "must be more than 0 seconds")
         require(self.patience_s > 0, "elastic.patience_s", self.patience_s, "must be more than 0 seconds")
         require(self.max_restarts >= 0, "elastic.max_restarts", self.max_restarts, "must not be negative")

@@ -12,13 +12,16 @@ from typing import Any, Literal
 
 import yaml
 
-from gmeta.core.errors import nearest
+from gmeta.core.errors import nearest, require
 
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean"]
 
 ENCODING = 2
 """The version of the rules by which raw values become ids and numbers (gmeta/data/prepare/values.py)."""
+
+FLOAT32_MAX = 3.4e38
+"""Labels and numbers are at most this."""
 
 OOV = 0
 """The id of values that are not in the vocabulary (and of padding)."""
@@ -183,6 +186,9 @@ class DataSchema:
     hash_seed: int = 0  # of every feature with hash_buckets
 
     def __post_init__(self) -> None:
+        threshold = self.label_threshold
+        finite = threshold is None or abs(threshold) <= FLOAT32_MAX
+        require(finite, "label_threshold", threshold, "must be a finite number, within float32")
         for names in ([f.name for f in self.features], self.numeric_names()):
             for name in names:
                 if names.count(name) > 1:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 
 from gmeta.cli import run
+from gmeta.config import cluster, data, evaluation, train
 from gmeta.config.deprecated import upgrade, upgrade_words
 from gmeta.config.parse import modern_words, train_config
 from gmeta.config.train import DenseConfig, TrainConfig
@@ -39,6 +43,22 @@ def test_mistakes_are_told_in_one_form(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=r"config") as caught:
         train_config({**BASE, **values})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_setting_is_infinite_or_no_number(value: float) -> None:
+    needed = {"pack": "p", "run_dir": "r", "out": "o", "journal": "j", "params": 1e9}
+    needed |= {"scenario": "s", "support": "s", "query": "q"}
+    classes = [train, cluster, data, evaluation]
+    found = 0
+    for config in (c for module in classes for c in vars(module).values() if dataclasses.is_dataclass(c)):
+        hints = get_type_hints(config)
+        given = {f.name: needed[f.name] for f in dataclasses.fields(config) if f.default is f.default_factory}
+        for key in (name for name, hint in hints.items() if hint in (float, float | None)):
+            found += 1
+            with pytest.raises(ValueError, match=rf"{key} is -?(inf|nan): must be a finite number"):
+                config(**{**given, key: value})
+    assert found > 30
 
 
 def test_old_keys_warn_and_name_the_new_one() -> None:

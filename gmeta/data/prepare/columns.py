@@ -9,10 +9,12 @@ T = TypeVar("T")
 
 SMALL_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "UTINYINT", "USMALLINT")
 INTEGERS = (*SMALL_INTEGERS, "UINTEGER", "BIGINT")
+PLAIN = (*INTEGERS, "BOOLEAN", "DATE", "UUID", "TIME")
+"""Types whose text, as DuckDB makes it, is the id."""
 WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
 MISSING_TEXT = "('', 'nan', 'NaN')"
+MISSING_TIME = "('', 'nan', 'NaN', 'NaT')"
 TOO_LARGE = "is a whole number beyond int64: put a letter before it to keep it as text"
-FLOAT32_MAX = "3.4e38"
 
 Checks: TypeAlias = list[tuple[str, str]]
 """Each check is SQL that is true for a bad value, and the reason to give."""

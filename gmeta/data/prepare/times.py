@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gmeta.data.prepare.columns import INTEGERS, MISSING_TEXT, WIDE_INTEGERS, Checks
+from gmeta.data.prepare.columns import INTEGERS, MISSING_TIME, WIDE_INTEGERS, Checks
 from gmeta.data.prepare.values import time_value
 from gmeta.data.sources import Connection, RawPart, identifier, scalar
 
@@ -42,7 +42,7 @@ def _as_number(con: Connection, part: RawPart, column: str) -> bool:
     if part.columns[column] != "VARCHAR":
         return False
     value = identifier(column)
-    first = f"SELECT {value} FROM ({part.query}) WHERE {value} NOT IN {MISSING_TEXT} LIMIT 1"
+    first = f"SELECT {value} FROM ({part.query}) WHERE {value} NOT IN {MISSING_TIME} LIMIT 1"
     return bool(scalar(con, f"SELECT TRY_CAST(({first}) AS DOUBLE) IS NOT NULL OR ({first}) IS NULL"))
 
 
