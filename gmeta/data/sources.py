@@ -172,9 +172,24 @@ def reading(file: str) -> Iterator[None]:
     """Turn what DuckDB cannot read of a file into a ValueError that names the file."""
     try:
         yield
-    except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-        cure = "write it again, with line ends of one kind and every quote closed"
+    except duckdb.Error as error:
+        if not (is_damage(error) or isinstance(error, duckdb.ConversionException)):
+            raise
+        text = not file.lower().endswith(PARQUET)
+        cure = "write it again" + (", with line ends of one kind and every quote closed" if text else "")
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): {cure}") from error
+
+
+def is_damage(error: duckdb.Error) -> bool:
+    """Tell whether DuckDB could not read its input. For most faults of a Parquet page it has no class of error."""
+    known = isinstance(error, duckdb.InvalidInputException | duckdb.IOException) and not is_full_disk(error)
+    return known or type(error) is duckdb.Error
+
+
+def is_full_disk(error: duckdb.Error) -> bool:
+    """Tell whether DuckDB had no space to write."""
+    signs = ("max_temp_directory_size", "No space left", "File too large", "Disk quota")
+    return any(sign in str(error) for sign in signs)
 
 
 def partition_columns(path: Path) -> dict[str, str | None]:
@@ -217,6 +232,16 @@ def _first_line(path: Path) -> str:
         raise ValueError(f"{path} is no readable UTF-8 CSV file ({error}): convert it") from None
 
 
+def _require_whole(path: Path) -> None:
+    """Raise ValueError for a damaged gzip file: DuckDB takes the damage for its end and checks no sum."""
+    try:
+        with gzip.open(path) as content:
+            while content.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): compress it again") from None
+
+
 def _parquet(path: Path) -> tuple[list[str], list[str], str]:
     """Return a Parquet file's column names, the SQL of its columns with `__row`, and the SQL that reads it."""
     try:
@@ -234,6 +259,8 @@ def _csv(path: Path) -> tuple[list[str], list[str], str]:
     along, or what follows a last comma.
     """
     header = _first_line(path).rstrip("\r\n")
+    if path.suffix == ".gz":
+        _require_whole(path)
     try:
         rows = {d: next(csv.reader(io.StringIO(header), delimiter=d), []) for d in DELIMITERS}
     except csv.Error as error:
