@@ -1,3 +1,4 @@
+import os
 import shutil
 from collections import namedtuple
 
@@ -149,6 +150,10 @@ def test_too_many_threads_are_a_warning(monkeypatch):
     assert check_threads().status == "warn"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert check_threads().status == "ok"
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: [0, 1], raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert "more than the 2 usable processors" in check_threads().found
 
 
 def test_a_driver_without_a_cuda_build_is_noticed(monkeypatch):
