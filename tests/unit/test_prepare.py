@@ -371,6 +371,14 @@ def test_partition_column_makes_a_task_of_each_user_and_partition(tmp_path: Path
     assert not set(by_split["train"]) & set(by_split["valid"])
 
 
+def test_of_a_wrong_partition_column_a_few_values_are_named(tmp_path: Path):
+    rows = [{**row, "part": f"value {i}" * 20} for i, row in enumerate(large_rows(30, 4))]
+    with pytest.raises(ValueError, match=r"115 left out: partition .one of 115 others. is not in partitions") as caught:
+        prepare(simple(tmp_path, rows, {**SIMPLE, "partition": "part"}), quiet)
+    assert "partitions names 'train', 'valid', 'test'" in str(caught.value)
+    assert len(str(caught.value)) < 1500
+
+
 def test_partitions_called_like_the_splits_need_no_mapping(tmp_path: Path):
     rows = [{**r, "part": ("train", "train", "valid", "test")[int(str(r["user"])) % 4]} for r in large_rows(20, 4)]
     prepare(config := simple(tmp_path, rows, {**SIMPLE, "partition": "part"}), quiet)
