@@ -189,6 +189,8 @@ class DataSchema:
         threshold = self.label_threshold
         finite = threshold is None or abs(threshold) <= FLOAT32_MAX
         require(finite, "label_threshold", threshold, "must be a finite number, within float32")
+        if self.item_statistics and (taken := [c.name for c in self.numeric if c.name in STATISTICS_COLUMNS]):
+            raise ValueError(f"schema: item_statistics adds a column {taken[0]!r} itself: rename yours")
         for names in ([f.name for f in self.features], self.numeric_names()):
             for name in names:
                 if names.count(name) > 1:
@@ -276,7 +278,7 @@ def parse_data_schema(values: Any) -> DataSchema:
 
 
 def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
-    entry = _mapping({"name": value} if isinstance(value, str) else value, where, _FEATURE_KEYS[kind])
+    entry = _column(value, where, _FEATURE_KEYS[kind])
     _check(entry, "name", (str,), where, "a column name", required=True)
     _check(entry, "table", (str,), where, "a table name")
     for key in ("min_count", "hash_buckets", "max_length"):
@@ -294,11 +296,18 @@ def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
 
 
 def _numeric(value: Any, where: str) -> RawNumeric:
-    entry = _mapping({"name": value} if isinstance(value, str) else value, where, _NUMERIC_KEYS)
+    entry = _column(value, where, _NUMERIC_KEYS)
     _check(entry, "name", (str,), where, "a column name", required=True)
     _check(entry, "log", (bool,), where, "true or false")
     _choice(entry, "nulls", ("error", "mean"), where)
     return RawNumeric(**entry)
+
+
+def _column(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
+    if not isinstance(value, str | dict):
+        rule = f"must be a column name (a number in quotes), or a mapping with the keys {', '.join(known)}"
+        raise ValueError(f"{where} is {value!r}: {rule}")
+    return _mapping({"name": value} if isinstance(value, str) else value, where, known)
 
 
 def _mapping(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:

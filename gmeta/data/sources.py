@@ -117,12 +117,15 @@ def _data_below(directory: Path) -> list[Path]:
 def _matches(pattern: Path) -> list[Path]:
     """Find the files that match a pattern, or else the data files below the directories that match it.
 
-    The pattern begins after the directories that exist under their literal names.
+    The pattern begins after the directories that exist under their literal names. As below a directory, names that
+    begin with _ are left out, unless the pattern has such a name itself; a star matches no dot at the beginning.
     """
     known, wild = Path(), list(pattern.parts)
     while wild and (known / wild[0]).exists():
         known /= wild.pop(0)
     found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(known)), *wild)), recursive=True)]
+    if not any(part.startswith("_") for part in wild):
+        found = [path for path in found if not any(part.startswith("_") for part in path.relative_to(known).parts)]
     files = [path for path in found if path.is_file()]
     folders = [path for path in found if path.is_dir() and not path.name.startswith(("_", "."))]
     return files or [file for folder in folders for file in _data_below(folder)]
@@ -133,13 +136,13 @@ def open_files(con: Connection, paths: Sequence[Path]) -> tuple[list[RawPart], l
 
     Raises ValueError where all are empty, and as `open_file` does.
     """
-    empty = [path for path in paths if _is_empty(path)]
+    empty = {path for path in paths if _is_empty(path)}
     if len(empty) == len(paths):
         which = (
             f"{paths[0]} is empty" if len(paths) == 1 else f"all of its {len(paths)} files are empty, {paths[0]} first"
         )
         raise ValueError(f"the input has no rows: {which}")
-    return [open_file(con, path) for path in paths if path not in empty], empty
+    return [open_file(con, path) for path in paths if path not in empty], sorted(empty)
 
 
 def open_file(con: Connection, path: Path) -> RawPart:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -183,6 +185,10 @@ def test_parquet_types(tmp_path: Path):
     refuse(config, "row 2, column 'tags': is missing", "row 4, column 'tags'", "missing element")
     write(price=pa.array([[1.0]] * 4))
     refuse(config, "'price' has type DOUBLE[]", "needs a number")
+    nested = {"price": [Decimal(1)], "click": [Decimal(1)], "at": [datetime(2024, 1, 1)], "city": {"a": 1}}
+    for column, value in (*nested.items(), ("tags", [[datetime(2024, 1, 1)]]), ("tags", [{"a": 1}])):
+        write(**{column: pa.array([value] * 4)})
+        refuse(config, f"column '{column}' has type", "unfit for")
     write(item=pa.array([1, 2, 3, 2**63], pa.uint64()))
     refuse(config, "row 4, column 'item': '9223372036854775808' is a whole number beyond int64")
     write(item=pa.array([1.0, 2.5, float("nan"), 1e17]))
@@ -292,6 +298,8 @@ def test_too_few_tasks(tmp_path: Path):
         ({"time": 3}, "must be a column name"),
         ({"categorical": ["item", SCHEMA["label"]]}, "is the label and a feature"),
         ({"numeric": [SCHEMA["label"]]}, "is the label and a feature"),
+        ({"numeric": ["item_mean"], "item_statistics": True}, "item_statistics adds a column 'item_mean' itself"),
+        ({"categorical": [1]}, "schema.categorical[0] is 1: must be a column name (a number in quotes), or a mapping"),
         ({"label_threshold": math.nan}, "label_threshold is nan: must be a finite number"),
         ({"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
         ({"label_threshold": 10**400}, "must be a finite number"),

@@ -12,7 +12,7 @@ from types import ModuleType
 
 from gmeta.core.errors import nearest
 from gmeta.data.prepare import encoding_v1, values
-from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value
+from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value, is_nested, unfit
 from gmeta.data.prepare.times import time_columns
 from gmeta.data.schema import ENCODING, DataSchema, RawFeature, RawNumeric, Role
 from gmeta.data.sources import Connection, RawPart, identifier, literal, scalar
@@ -170,7 +170,7 @@ class _Columns:
 
     def _id(self, column: str, as_type: str, nulls: str, used_as: str) -> Value:
         kind = self.part.columns[column]
-        found = None if kind.endswith("[]") else self.rules.id_value(identifier(column), kind, as_type)
+        found = None if is_nested(kind) else self.rules.id_value(identifier(column), kind, as_type)
         if found is None:
             cure = "it needs one text or whole number a row (lists go under multi or sequence)"
             raise unfit(self.part, column, used_as, cure)
@@ -194,7 +194,7 @@ class _Columns:
         else:
             cure = "it needs a list column, or text and the key separator"
             raise unfit(self.part, feature.name, feature.kind, cure)
-        found = self.rules.id_value("x", kind, as_type)
+        found = None if is_nested(kind) else self.rules.id_value("x", kind, as_type)
         if found is None:
             raise unfit(self.part, feature.name, feature.kind, "its elements must be texts or whole numbers")
         text, element_checks = found
@@ -206,14 +206,15 @@ class _Columns:
         return f"coalesce({ids}, [])", checks
 
     def _label(self, column: str) -> Value:
-        threshold = self.schema.label_threshold
-        found: Value | None = self.rules.label_value(identifier(column), self.part.columns[column], threshold)
+        kind, threshold = self.part.columns[column], self.schema.label_threshold
+        found: Value | None = None if is_nested(kind) else self.rules.label_value(identifier(column), kind, threshold)
         if found is None:
             raise unfit(self.part, column, "label", "it needs a number")
         return found
 
     def _number(self, numeric: RawNumeric) -> Value:
-        found = self.rules.number_value(identifier(numeric.name), self.part.columns[numeric.name])
+        kind = self.part.columns[numeric.name]
+        found = None if is_nested(kind) else self.rules.number_value(identifier(numeric.name), kind)
         if found is None:
             raise unfit(self.part, numeric.name, "numeric", "it needs a number")
         number, checks = found
@@ -222,11 +223,6 @@ class _Columns:
         if numeric.log:
             checks = [*checks, (f"{number} < 0", "is negative, and the schema takes its logarithm")]
         return f"CASE WHEN NOT isnan({number}) THEN {number} END", checks
-
-
-def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
-    """Return the error for a column whose type cannot hold what the schema says of it."""
-    return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
 
 
 # ---------------------------------------------------------------------------------------------- rejects

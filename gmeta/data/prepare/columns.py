@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
+from gmeta.data.sources import RawPart
+
 T = TypeVar("T")
 
 SMALL_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "UTINYINT", "USMALLINT")
@@ -23,6 +25,16 @@ Value: TypeAlias = tuple[str, Checks]
 
 COLUMNS_A_QUERY = 32
 """Every join copies all columns of its query: with all features in one query the work grows with their square."""
+
+
+def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
+    """Return the error for a column whose type cannot hold what the schema says of it."""
+    return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
+
+
+def is_nested(kind: str) -> bool:
+    """Tell whether a value of a DuckDB type holds others."""
+    return kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
 
 
 def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:

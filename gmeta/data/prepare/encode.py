@@ -20,7 +20,7 @@ from gmeta.data.prepare.check import check, create_checked, describe_rejects, re
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched
 from gmeta.data.prepare.vocabulary import load_vocabularies, numeric_values, statistics_join
 from gmeta.data.schema import OOV, DataSchema, NumericColumn, PackSchema, RawFeature, Role, data_schema_from_json
-from gmeta.data.sources import Connection, RawPart, find_files, literal, md5_64, open_file, reading, scalar
+from gmeta.data.sources import Connection, RawPart, described, find_files, literal, md5_64, open_file, reading, scalar
 
 Array = npt.NDArray[Any]
 
@@ -159,10 +159,14 @@ def encode_in_memory(
     schema = data_schema_from_json(data_schema_json)
     numbered = table.append_column("__row", pa.array(np.arange(1, table.num_rows + 1)))
     with duckdb.connect() as con:
-        con.register("given", numbered)
-        described = con.execute("DESCRIBE SELECT * FROM given").fetchall()
-        columns = {name: kind for name, kind, *_ in described if name != "__row"}
-        part = RawPart(role, "SELECT * FROM given", columns, ordered=False)
+        try:
+            con.register("given", numbered)
+            part = described(con, role, "SELECT * FROM given", ordered=False)
+        except duckdb.NotImplementedException as error:
+            kinds = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+            raise ValueError(
+                f"{role} has a column of a type that cannot be read ({kinds}): make it text, or plain numbers"
+            ) from error
         support, query = (part, None) if role == "support" else (None, part)
         return _encoded(con, support, query, schema, vocab_dir, pack_schema)
 
