@@ -78,6 +78,14 @@ def scalar(con: Connection, query: str) -> Any:
     return value
 
 
+@contextmanager
+def in_order(con: Connection) -> Iterator[None]:
+    """Have DuckDB keep the order of rows, which takes memory, in what runs meanwhile."""
+    con.execute("SET preserve_insertion_order=true")
+    yield
+    con.execute("SET preserve_insertion_order=false")
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 

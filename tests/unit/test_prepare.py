@@ -543,6 +543,16 @@ def test_a_number_far_outside_the_training_rows_is_the_largest_there_is(tmp_path
     assert encoded.arrays["dense"][:2, 0].tolist() == [largest, -largest]
 
 
+def test_a_table_may_be_called_like_a_role(tmp_path: Path):
+    rows: list[dict[str, object]] = [{**row, "city": f"city {i % 3}"} for i, row in enumerate(large_rows(30, 6))]
+    schema = {**SIMPLE, "categorical": [{"name": "city", "table": "role task"}]}
+    config = simple(tmp_path, rows, schema)
+    kinds = [pa.int64() if name in ("user", "at") else None for name in rows[0]]
+    columns = [pa.array([row[name] for row in rows], kind) for name, kind in zip(rows[0], kinds, strict=True)]
+    pq.write_table(pa.table(columns, list(rows[0])), tmp_path / "rows.parquet")
+    assert prepare(replace(config, input=str(tmp_path / "rows.parquet")), quiet)["vocab"] == {"role task": 4}
+
+
 def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     rows: list[dict[str, object]] = [{**row, "rate[/s]": 1, ":bug: [bold]": 1} for row in large_rows(30, 6)]
     schema = {**SIMPLE, "categorical": ["rate[/s]", ":bug: [bold]"]}
