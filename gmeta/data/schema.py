@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from gmeta.core.errors import nearest, require
+from gmeta.core.files import read_mapping
 
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean"]
@@ -246,10 +245,10 @@ def load_data_schema(path: str | Path) -> DataSchema:
         raise ValueError(
             f"schema file {file} does not exist: `gmeta prepare --help` ends with a schema that has all keys"
         )
+    values = read_mapping(file, "write it as `gmeta prepare --help` shows, in UTF-8")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
         return parse_data_schema(values)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 

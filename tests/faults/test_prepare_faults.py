@@ -313,6 +313,8 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
     config = make(tmp_path, lines())
     (tmp_path / "schema.yaml").write_text("task: [user\n")
     refuse(config, "schema.yaml")
+    (tmp_path / "schema.yaml").write_bytes("task: größe\n".encode("latin-1"))
+    refuse(config, "schema.yaml cannot be read", "in UTF-8")
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
 
 
 def _split_tasks(con: Connection, settings: Settings) -> None:
-    """Make table `split_tasks`, the kept tasks with their split. Whole keys are held out, exact fractions of them."""
+    """Make table `split_tasks`, the kept tasks with their split. A key is held out whole, with all of its tasks."""
     drawn = md5_64(literal(f"split|{settings.seed}"), "key")
     if settings.task_split == "column":
         pool, split = "WHERE mapped = 'train'", "mapped"
