@@ -32,7 +32,6 @@ from gmeta.data.shards import (
     SAFETENSORS_DTYPE,
     Array,
     PackSplit,
-    SplitColumns,
     check_size,
     checksum_file,
     many_valued,
@@ -42,7 +41,7 @@ from gmeta.data.shards import (
     verified_file,
 )
 
-__all__ = ["PackSplit", "PackWriter", "SplitColumns", "TaskPack", "open_pack", "shard_layout", "verify_pack"]
+__all__ = ["PackSplit", "PackWriter", "TaskPack", "open_pack", "verify_pack"]
 
 FORMAT = "gmeta-task-pack"
 VERSION = 2
