@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 75 stopped
 
 from __future__ import annotations
 
-import difflib
 import sys
 import traceback
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import modern_words, parse_words, parser_of
 from gmeta.config.train import TrainConfig
-from gmeta.core.errors import UserCodeError
+from gmeta.core.errors import UserCodeError, closest
 from gmeta.elastic import scenario
 from gmeta.parallel.launch import is_worker, worker_rank
 
@@ -213,8 +212,8 @@ def run(argv: list[str]) -> int:
             overview().parse_args(argv or ["--help"])
             return 0
         except ArgumentError as error:
-            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "`gmeta --help` lists the commands"
+            near = closest(argv[0], COMMANDS)
+            hint = f"did you mean {near}?" if near else "`gmeta --help` lists the commands"
             return _fail("gmeta", f"{str(error).splitlines()[0]}; {hint}")
     name, words = argv[0], argv[1:]
     parser = command_parser(name)

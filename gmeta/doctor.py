@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gmeta.core.files import write_text
 from gmeta.parallel.collectives import raise_together
 from gmeta.parallel.mesh import close_mesh, open_mesh
 from gmeta.sharding.hierarchy import HierarchicalCollectives, node_mesh
@@ -64,22 +65,29 @@ def write_network(path: str, node_size: int, timeout_s: int) -> None:
             raise ValueError(
                 "one process has no links: start doctor --network with --nproc N, or torchrun on all machines"
             )
+        out = Path(path)
+        error: Exception | None = None
+        if mesh.is_main and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+            error = ValueError(f"network {path} cannot be written: name another file")
+        raise_together(error, mesh)
         ranks = node_mesh(node_size or mesh.local_world_size, mesh.device.type)
         hierarchy = HierarchicalCollectives.open(ranks, "backend", timeout_s, mesh.device)
-        links = measure_links(hierarchy, mesh.device)
-        hierarchy.close()
-        error: Exception | None = None
+        try:
+            links = measure_links(hierarchy, mesh.device)
+        finally:
+            hierarchy.close()
         if mesh.is_main:
             try:
-                Path(path).write_text(json.dumps(asdict(links), indent=1) + "\n")
-                layout = hierarchy.layout
-                print(f"{layout.num_nodes} nodes of {layout.node_size}\n{describe(links)}\nwritten to {path}")
-                warning = suspicion(links)
-                if warning is not None:
-                    print(f"warning: {warning}", file=sys.stderr)
-            except OSError as problem:
-                error = ValueError(f"network {path} cannot be written ({problem.strerror}): name another file")
+                write_text(out, json.dumps(asdict(links), indent=1) + "\n")
+            except ValueError as problem:
+                error = problem
         raise_together(error, mesh)
+        if mesh.is_main:
+            layout = hierarchy.layout
+            print(f"{layout.num_nodes} nodes of {layout.node_size}\n{describe(links)}\nwritten to {path}")
+            warning = suspicion(links)
+            if warning is not None:
+                print(f"warning: {warning}", file=sys.stderr)
     finally:
         close_mesh(mesh)
 
@@ -134,18 +142,24 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def check_cpu() -> Check:
+    """Count the processors, and those of them that this process may use."""
+    return Check(
+        "cpu", "ok", f"{_usable_cpus()} usable of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads"
+    )
+
+
+def _usable_cpus() -> int:
     """Count the processors that this process may use."""
-    usable = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count()
-    return Check("cpu", "ok", f"{usable} usable of {os.cpu_count()}; torch uses {torch.get_num_threads()} threads")
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
 
 
 def check_threads() -> Check:
     """Check OMP_NUM_THREADS, which every process of `--nproc N` inherits."""
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    cpus = os.cpu_count() or 1
+    cpus = _usable_cpus()
     if threads.isdigit() and int(threads) > cpus:
         cure = f"set OMP_NUM_THREADS to at most {cpus} divided by the processes of this machine"
-        return Check("OMP_NUM_THREADS", "warn", f"{threads}, more than the {cpus} processors", cure)
+        return Check("OMP_NUM_THREADS", "warn", f"{threads}, more than the {cpus} usable processors", cure)
     return Check("OMP_NUM_THREADS", "ok", threads or "not set")
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +21,11 @@ class DoctorConfig:
     """Ranks of a node, which are joined by fast links; 0: those of one machine."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
         require(self.node_size >= 0, "node_size", self.node_size, "must not be negative")
+        used = self.node_size == 0 or self.network is not None
+        require(used, "node_size", self.node_size, "has no effect without --network FILE; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class CoordinateConfig:
     """Seconds between two such restarts."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(0 <= self.port <= 65535, "port", self.port, "must be in [0, 65535]")
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative")
         require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "must not be negative")
@@ -96,10 +99,7 @@ class PlanConfig:
     """How buffers are exchanged between all ranks."""
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            require(finite, item.name, value, "must be a finite number")
+        require_numbers(self)
         require(self.params >= 1, "params", self.params, "must be at least 1")
         require(0 <= self.trainable_share <= 1, "trainable_share", self.trainable_share, "must be in [0, 1]")
         for name in ("node_size", "nodes", "accumulation", "units"):
@@ -128,6 +128,7 @@ class SimulateConfig:
     """File for the trace of the simulated job; with several policies their names come before its suffix."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         one = (self.scenario is None) != (self.trace_in is None)
         require(one, "scenario", self.scenario, "give either a scenario or trace_in")
         require(self.workers is None or self.workers >= 1, "workers", self.workers, "must be at least 1")
@@ -155,6 +156,6 @@ class LabConfig:
     """Slow workers that the policy may replace."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         for key in ("workers", "steps", "max_restarts"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key} is {getattr(self, key)}: must not be negative")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")

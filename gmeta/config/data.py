@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_numbers, require_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class PrepareConfig:
     task_split: Literal["user", "time", "column"] | None = None
     """Who is train, valid and test: random tasks, tasks by their first time, or the schema's partition column.
     Unset: column where the schema names a partition, else user."""
-    partitions: dict[str, str] = field(default_factory=dict)
+    partitions: dict[str, Any] = field(default_factory=dict)
     """Partition value to split, for task_split column; other values are left out and counted.
     Unset: train, valid and test are called so."""
     valid_fraction: float | None = None
@@ -64,6 +64,7 @@ class PrepareConfig:
         return [self.input] if isinstance(self.input, str) else self.input
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.query_size is None or self.query_size >= 1, "query_size", self.query_size, "must be at least 1")
         ratio, valid, test = self.query_ratio, self.valid_fraction, self.test_fraction
         require(ratio is None or 0 < ratio < 1, "query_ratio", ratio, "must be above 0 and below 1")
@@ -74,18 +75,16 @@ class PrepareConfig:
         low, high = self.min_task_rows, self.max_task_rows
         require(low is None or low >= 2, "min_task_rows", low, "must be at least 2 (one support and one query row)")
         require(high is None or high >= (low or 2), "max_task_rows", high, f"must be at least {low or 2}")
-        for value in self.partitions.values():
-            require(value in ("train", "valid", "test"), "partitions", value, "splits are train, valid and test")
-        require(
-            re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", self.memory_limit, re.IGNORECASE) is not None,
-            "memory_limit",
-            self.memory_limit,
-            "must be a size such as 500MB or 2GB",
-        )
+        for name, split in self.partitions.items():
+            known = split in ("train", "valid", "test")
+            require(known, f"partitions[{name!r}]", split, "splits are train, valid and test")
+        size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B", self.memory_limit, re.IGNORECASE)
+        known = size is not None and float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " ") < 1e18
+        require(known, "memory_limit", self.memory_limit, "must be a size such as 500MB or 2GB")
         most = 4 * max(4, os.cpu_count() or 1)
         require(0 <= self.threads <= most, "threads", self.threads, f"must be 0 (one a core) to {most}")
         require(1 <= self.shard_mb <= 4096, "shard_mb", self.shard_mb, "must be in [1, 4096]")
-        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +119,7 @@ class SynthConfig:
     """Seed. The same seed and sizes give the same files."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.users >= 1, "users", self.users, "must be at least 1")
         require(self.items >= 1, "items", self.items, "must be at least 1")
         require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")
@@ -128,4 +128,4 @@ class SynthConfig:
             require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         require(0 <= self.item_side_share <= 1, "item_side_share", self.item_side_share, "must be in [0, 1]")
         require(self.num_query >= 1, "num_query", self.num_query, "must be at least 1")
-        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require_seed(self.seed)

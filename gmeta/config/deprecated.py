@@ -60,27 +60,39 @@ def upgrade(
     """
     new = _copy(values)
     told = []
-    takes = _TAKES.get(model or model_of(values) or "melu")
+    model = model or model_of(values)
     for old, name in RENAMED_BY_COMMAND[command].items():
         if not _has(new, old):
             continue
         value = _pop(new, old)
-        argument = name.rpartition(".")[2]
-        if old.startswith("model.") and takes is not None and argument not in takes:
-            told.append(f"{old} has no effect on this model and is left out")
-            continue
-        if _has(new, name):
-            raise ValueError(f"{old} is the old name of {name}, and both are set: leave {old} out")
-        _put(new, name, value)
-        told.append(f"{old} is now {name}; the old name works in this release only")
-    for old, kept in DROPPED.items() if command == "train" else ():
-        if not _has(new, old):
-            continue
-        value = _pop(new, old)
-        if value != kept and not saved:
-            raise ValueError(f"{old} is {value!r}: this comparison moved to benchmarks/study; leave {old} out")
-        told.append(f"{old} is gone, gmeta always does what {kept!r} did; leave it out")
+        kept, sentence = _renamed(old, name, model, twice=_has(new, name))
+        told.append(sentence)
+        if kept:
+            _put(new, name, value)
+    for old in DROPPED if command == "train" else ():
+        if _has(new, old):
+            value = _pop(new, old)
+            told.append(_dropped(old, DROPPED[old] if saved else value))
     return new, told
+
+
+def _renamed(old: str, name: str, model: str | None, *, twice: bool, flag: str = "") -> tuple[bool, str]:
+    """Return whether a renamed key has an effect, and the sentence that tells of it."""
+    if old.startswith("model."):
+        takes = _TAKES.get(model or "melu")
+        if takes is not None and name.rpartition(".")[2] not in takes:
+            return False, f"{old} has no effect on this model and is left out"
+    if twice:
+        raise ValueError(f"{old} is the old name of {name}, and both are set: leave {flag}{old} out")
+    return True, f"{old} is now {name}; the old name works in this release only"
+
+
+def _dropped(old: str, value: Any, flag: str = "") -> str:
+    """Return the sentence that tells of a dropped switch."""
+    kept = DROPPED[old]
+    if value != kept:
+        raise ValueError(f"{old} is {value!r}: this comparison moved to benchmarks/study; leave {flag}{old} out")
+    return f"{old} is gone, gmeta always does what {kept!r} did; leave it out"
 
 
 def model_of(values: Mapping[str, Any]) -> str | None:
@@ -109,20 +121,21 @@ def upgrade_words(
         given = [value] if equals else list(words[position : position + 1])
         position += not equals
         if key in dropped:
-            asked = yaml.safe_load(given[0]) if given else None
-            if asked != DROPPED[key]:
-                raise ValueError(f"{key} is {asked!r}: this comparison moved to benchmarks/study; leave --{key} out")
-            told.append(f"{key} is gone, gmeta always does what {DROPPED[key]!r} did; leave it out")
+            told.append(_dropped(key, _value(given[0]) if given else None, flag="--"))
             continue
-        if renamed[key] in named:
-            raise ValueError(f"{key} is the old name of {renamed[key]}, and both are set: leave --{key} out")
-        takes = _TAKES.get(model or "melu")
-        if key.startswith("model.") and takes is not None and key.rpartition(".")[2] not in takes:
-            told.append(f"{key} has no effect on this model and is left out")
-            continue
-        out += [f"--{renamed[key]}", *given]
-        told.append(f"{key} is now {renamed[key]}; the old name works in this release only")
+        kept, sentence = _renamed(key, renamed[key], model, twice=renamed[key] in named, flag="--")
+        told.append(sentence)
+        if kept:
+            out += [f"--{renamed[key]}", *given]
     return out, told
+
+
+def _value(text: str) -> Any:
+    """Read a value as YAML, or as the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,9 +161,11 @@ def _pop(values: dict[str, Any], key: str) -> Any:
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    section, _, rest = key.partition(".")
-    if rest:
-        inside = values.setdefault(section, {})
-        _put(inside, rest, value)
-    else:
-        values[section] = value
+    *sections, last = key.split(".")
+    for place, name in enumerate(sections, 1):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{'.'.join(sections[:place])} is {values!r}: it is a section, give it keys or leave it out"
+            )
+    values[last] = value

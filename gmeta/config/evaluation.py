@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_numbers, require_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +46,13 @@ class EvaluateConfig:
     """Seconds after which ranks give up on one that does not answer."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
         require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
         require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        require_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,7 @@ class PredictConfig:
     """auto takes CUDA where there is one."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         require(self.out.endswith((".parquet", ".csv")), "out", self.out, "must end in .parquet or .csv")
 

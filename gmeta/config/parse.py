@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gmeta.config.deprecated import model_of, upgrade, upgrade_words
 from gmeta.config.train import TrainConfig
+from gmeta.core.errors import closest
 from gmeta.core.files import read_mapping
 
 _T = TypeVar("_T")
@@ -72,6 +73,7 @@ def parse_mapping(config: type[_T], values: Mapping[str, Any], source: str) -> _
     """Return the config that a mapping describes. Raises ValueError that names `source` and the key."""
     parser = _mapping_parser(config)
     try:
+        _require_sections(values, keys_of(parser))
         for key in _unknown_keys(values, keys_of(parser)):
             raise ValueError(_unknown(key, parser))
         made = parser.instantiate(parser.parse_object(dict(values)))
@@ -88,7 +90,7 @@ def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainC
     Old keys are renamed with a FutureWarning. Raises ValueError for what is unknown or out of range.
     """
     if isinstance(source, TrainConfig):
-        return source
+        source = asdict(source)
     if isinstance(source, Mapping):
         values, name = _without_paths(source), "config"
     elif not isinstance(source, str | Path):
@@ -150,9 +152,17 @@ def explain(message: str, parser: ArgumentParser) -> str:
             rule = f"one of {choices[1]}"
         elif value[1].strip("'\" +-").lower() in ("nan", "inf", "infinity"):  # YAML takes these for text
             rule = "a finite number"
+        elif kind == "str":  # YAML took it for something else
+            rule = "text: write it in quotes"
         else:
             rule = f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
         return f"{named[1]} is {value[1]!r}: must be {rule}"
+    if named and (inside := _inside(named[1], keys_of(parser))):
+        value = re.search(r"Unable to load config '(.*)'", message)
+        if value:
+            return f"{named[1]} is {value[1]!r}: it is a section, such as --{inside[0]} VALUE"
+    if missing := re.search(r'key "config": File does not exist: (.*)', message):
+        return f"config is {missing[1]}: there is no such file; name a YAML file of `key: value` lines"
     found_key = re.search(r"(?:unrecognized arguments: --|[Oo]ption '|[Kk]ey '|nexpected key[s]? )([\w.]+)", message)
     if found_key and found_key[1] not in keys_of(parser):
         return _unknown(found_key[1], parser)
@@ -169,29 +179,39 @@ def _unknown_keys(values: Mapping[str, Any], known: Sequence[str], prefix: str =
 
 
 def _unknown(key: str, parser: ArgumentParser) -> str:
-    near = difflib.get_close_matches(key, keys_of(parser), n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}?" if near else f"`{parser.prog} --help` lists the keys"
+    known = keys_of(parser)
+    near = closest(key, [name for name in known if not _inside(name, known)])
+    hint = f"did you mean {near}?" if near else f"`{parser.prog} --help` lists the keys"
     return f"unknown key {key}: {hint}"
 
 
 def check_config_files(words: Sequence[str], keys: Sequence[str]) -> None:
     """Raise ValueError for a --config file that is no YAML mapping, or whose section holds no keys of its own."""
     for _, path in _config_files(words):
-        for section, found in read_mapping(path, "correct it, it must hold `key: value` lines").items():
-            inside = [key for key in keys if key.startswith(f"{section}.")]
-            if inside and not isinstance(found, dict):
-                example = inside[0].partition(".")[2]
-                raise ValueError(
-                    f"{section} is {found!r} in {path}: it is a section, such as {section}: {{{example}: …}}"
-                )
+        found = read_mapping(path, "correct it, it must hold `key: value` lines")
+        _require_sections(found, keys, where=f" in {path}")
+
+
+def _require_sections(values: Mapping[str, Any], keys: Sequence[str], where: str = "") -> None:
+    for section, found in values.items():
+        inside = _inside(section, keys)
+        if inside and not isinstance(found, Mapping):
+            example = inside[0].partition(".")[2]
+            raise ValueError(f"{section} is {found!r}{where}: it is a section, such as {section}: {{{example}: …}}")
+
+
+def _inside(section: str, keys: Sequence[str]) -> list[str]:
+    """Return the keys of a section; the list is empty where `section` is none."""
+    return [key for key in keys if key.startswith(f"{section}.")]
 
 
 def _config_files(words: Sequence[str]) -> list[tuple[int, Path]]:
-    """Return where config files are named among the words; the parser says which of them do not exist."""
+    """Return where config files that exist are named among the words."""
     found = []
     for position, (flag, value) in enumerate(zip_longest(words, words[1:], fillvalue="")):
         if flag.startswith("--config="):
             found.append((position, flag.partition("=")[2]))
         elif flag == "--config":
             found.append((position + 1, value))
+    # A text of several lines is YAML itself; of a file that does not exist the parser tells.
     return [(position, Path(text)) for position, text in found if "\n" not in text and Path(text).is_file()]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from gmeta.core.errors import require
+from gmeta.core.errors import require, require_numbers, require_seed
 
 LossName = Literal["bce", "mse", "l1", "huber"]
 METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
@@ -31,6 +31,8 @@ class ModelConfig:
     """Width of every embedding row."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "model.")
+        require(isinstance(self.args, dict), "model.args", self.args, "must be a mapping; leave it out for none")
         require(self.embedding_dim > 0, "model.embedding_dim", self.embedding_dim, "must be at least 1")
 
 
@@ -68,6 +70,7 @@ class MetaConfig:
     """auto takes the factored engine where it can and says so where it cannot."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "meta.")
         require(self.inner_steps >= 1, "meta.inner_steps", self.inner_steps, "must be at least 1")
         require(self.inner_lr >= 0, "meta.inner_lr", self.inner_lr, "must not be negative")
         require(self.inner_prior >= 0, "meta.inner_prior", self.inner_prior, "must not be negative")
@@ -101,6 +104,7 @@ class EmbeddingConfig:
     """Standard deviation of the initial rows."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "embedding.")
         require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
         require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")
@@ -133,6 +137,7 @@ class DenseConfig:
     parameters are unsharded). Without it: on CUDA half of what is free, on CPU all that it takes."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "dense.")
         require(self.lr >= 0, "dense.lr", self.lr, "must not be negative")
         require(self.inner_lr_lr >= 0, "dense.inner_lr_lr", self.inner_lr_lr, "must not be negative")
         require(self.weight_decay >= 0, "dense.weight_decay", self.weight_decay, "must not be negative")
@@ -159,6 +164,7 @@ class LoaderConfig:
     0 keeps all."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "loader.")
         require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
         rows = self.max_support_rows
@@ -177,6 +183,7 @@ class CommConfig:
     """Workers of one node, for an AlltoAll of two stages (inside nodes, then between them); 0 is one stage."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "comm.")
         require(self.node_size >= 0, "comm.node_size", self.node_size, "must not be negative")
 
 
@@ -210,6 +217,7 @@ class ElasticConfig:
     """Tasks of one micro-batch that fit this worker's memory, for policy dd; 0: any number."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "elastic.")
         require(self.report_s > 0, "elastic.report_s", self.report_s, "must be more than 0 seconds")
         require(self.patience_s > 0, "elastic.patience_s", self.patience_s, "must be more than 0 seconds")
         require(self.max_restarts >= 0, "elastic.max_restarts", self.max_restarts, "must not be negative")
@@ -243,6 +251,7 @@ class ScheduleConfig:
     """Checkpoints kept besides the best."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, "schedule.")
         for key in ("max_steps", "eval_every", "patience", "checkpoint_every"):
             require(getattr(self, key) >= 0, f"schedule.{key}", getattr(self, key), "must not be negative")
         require(self.epochs >= 1, "schedule.epochs", self.epochs, "must be at least 1")
@@ -289,7 +298,12 @@ class TrainConfig:
     """Continue the run in run_dir from its last checkpoint."""
 
     def __post_init__(self) -> None:
+        require_numbers(self)
+        for item in fields(self):
+            if isinstance(item.default_factory, type):
+                section, value = item.default_factory, getattr(self, item.name)
+                require(isinstance(value, section), item.name, value, f"must be a {section.__name__}")
         require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
-        require(self.seed >= 0, "seed", self.seed, "must not be negative")
+        require_seed(self.seed)
         metric = self.schedule.metric
         require(self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)")

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def require(ok: bool, key: str, value: object, rule: str) -> None:
@@ -12,11 +18,33 @@ def require(ok: bool, key: str, value: object, rule: str) -> None:
         raise ValueError(f"{key} is {value!r}: {rule}")
 
 
+def require_numbers(config: DataclassInstance, prefix: str = "") -> None:
+    """Raise ValueError where a number field of `config` holds no finite number; `prefix` precedes its name."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if isinstance(value, float):
+            require(math.isfinite(value), prefix + item.name, value, "must be a finite number")
+        # Annotations are text here: the modules of configs postpone them.
+        elif item.type in ("int", "float") or (item.type in ("int | None", "float | None") and value is not None):
+            number = isinstance(value, int) and not isinstance(value, bool)
+            require(number, prefix + item.name, value, "must be a number")
+
+
+def require_seed(seed: int) -> None:
+    """Raise ValueError for a seed that random generators do not take."""
+    require(0 <= seed < 2**63, "seed", seed, "must be in [0, 2^63)")
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that `name` is probably meant to be; None where none is near."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `did you mean x?` for the nearest known name, or the list of all known names."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(map(repr, names))}"
+    near = closest(name, names)
+    return f"did you mean {near!r}?" if near else f"there is: {', '.join(map(repr, names))}"
 
 
 class UserCodeError(ValueError):

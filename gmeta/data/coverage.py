@@ -20,22 +20,19 @@ def unknown_fraction(ids: npt.NDArray[np.integer]) -> float:
     return float(np.mean(ids == OOV)) if ids.size else 0.0
 
 
-def unknown_columns(
-    ids: Mapping[str, npt.NDArray[np.integer]], task: str, at_least: float = NEARLY_ALL
-) -> dict[str, float]:
-    """Return the fraction of ids out of vocabulary of each feature where that is `at_least` so much.
+def unknown_columns(ids: Mapping[str, npt.NDArray[np.integer]], task: str) -> dict[str, float]:
+    """Return the fraction of ids out of vocabulary of each feature where that is at least NEARLY_ALL.
 
     Columns of fewer than FEW_VALUES values are left out, and so is the task column: new tasks are what a run adapts to.
 
     Args:
         ids: feature -> int array of any shape; of a many-valued feature, all its values.
         task: name of the task column.
-        at_least: fraction in (0, 1].
     """
     fractions = {
         name: unknown_fraction(column) for name, column in ids.items() if name != task and column.size >= FEW_VALUES
     }
-    return {name: fraction for name, fraction in fractions.items() if fraction >= at_least}
+    return {name: fraction for name, fraction in fractions.items() if fraction >= NEARLY_ALL}
 
 
 def unknown_warning(fractions: Mapping[str, float], where: str) -> str | None:

@@ -115,7 +115,7 @@ def bucket_by_size(num_support: Tasks, num_query: Tasks, size: int) -> list[Task
         support, query = num_support[members], num_query[members]
         support_range, query_range = np.ptp(support), np.ptp(query)
         if support_range == query_range == 0:
-            # What halving would come to, without its 127 sorts for 64 groups.
+            # What halving would come to, without its 63 sorts for 64 groups.
             return np.split(members, range(size, len(members), size))
         wider = support if support_range >= query_range else query
         ranked = members[np.argsort(wider, kind="stable")]

@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from gmeta.core.files import sync
-from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities
+from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
 from gmeta.data.schema import PackSchema, pack_schema_from_json
 from gmeta.data.shards import (
     CHUNK_BYTES,
@@ -33,7 +32,6 @@ from gmeta.data.shards import (
     SAFETENSORS_DTYPE,
     Array,
     PackSplit,
-    SplitColumns,
     check_size,
     checksum_file,
     many_valued,
@@ -43,7 +41,7 @@ from gmeta.data.shards import (
     verified_file,
 )
 
-__all__ = ["PackSplit", "PackWriter", "SplitColumns", "TaskPack", "open_pack", "shard_layout", "verify_pack"]
+__all__ = ["PackSplit", "PackWriter", "TaskPack", "open_pack", "verify_pack"]
 
 FORMAT = "gmeta-task-pack"
 VERSION = 2
@@ -136,7 +134,7 @@ class PackWriter:
 
     def write_vocab(self, table: str, values: pa.Array | pa.ChunkedArray, counts: Array) -> None:
         """Write the vocabulary of an embedding table: `values[i]` has id i + 1 and was seen `counts[i]` times."""
-        path = self._partial / "vocab" / f"{quote(table, safe='')}.parquet"
+        path = vocabulary_file(self._partial / "vocab", table)
         ids = pa.array(np.arange(1, len(values) + 1, dtype=np.int64))
         columns = {"value": values, "id": ids, "count": pa.array(np.asarray(counts, dtype=np.int64))}
         with _disk_errors(path):

@@ -10,15 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from gmeta.core.errors import nearest
+from gmeta.core.errors import nearest, require
+from gmeta.core.files import read_mapping
 
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean"]
 
 ENCODING = 2
 """The version of the rules by which raw values become ids and numbers (gmeta/data/prepare/values.py)."""
+
+FLOAT32_MAX = 3.4e38
+"""Labels and numbers are at most this."""
 
 OOV = 0
 """The id of values that are not in the vocabulary (and of padding)."""
@@ -183,6 +185,11 @@ class DataSchema:
     hash_seed: int = 0  # of every feature with hash_buckets
 
     def __post_init__(self) -> None:
+        threshold = self.label_threshold
+        finite = threshold is None or abs(threshold) <= FLOAT32_MAX
+        require(finite, "label_threshold", threshold, "must be a finite number, within float32")
+        if self.item_statistics and (taken := [c.name for c in self.numeric if c.name in STATISTICS_COLUMNS]):
+            raise ValueError(f"schema: item_statistics adds a column {taken[0]!r} itself: rename yours")
         for names in ([f.name for f in self.features], self.numeric_names()):
             for name in names:
                 if names.count(name) > 1:
@@ -238,10 +245,10 @@ def load_data_schema(path: str | Path) -> DataSchema:
         raise ValueError(
             f"schema file {file} does not exist: `gmeta prepare --help` ends with a schema that has all keys"
         )
+    values = read_mapping(file, "write it as `gmeta prepare --help` shows, in UTF-8")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
         return parse_data_schema(values)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
@@ -270,7 +277,7 @@ def parse_data_schema(values: Any) -> DataSchema:
 
 
 def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
-    entry = _mapping({"name": value} if isinstance(value, str) else value, where, _FEATURE_KEYS[kind])
+    entry = _column(value, where, _FEATURE_KEYS[kind])
     _check(entry, "name", (str,), where, "a column name", required=True)
     _check(entry, "table", (str,), where, "a table name")
     for key in ("min_count", "hash_buckets", "max_length"):
@@ -288,11 +295,18 @@ def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
 
 
 def _numeric(value: Any, where: str) -> RawNumeric:
-    entry = _mapping({"name": value} if isinstance(value, str) else value, where, _NUMERIC_KEYS)
+    entry = _column(value, where, _NUMERIC_KEYS)
     _check(entry, "name", (str,), where, "a column name", required=True)
     _check(entry, "log", (bool,), where, "true or false")
     _choice(entry, "nulls", ("error", "mean"), where)
     return RawNumeric(**entry)
+
+
+def _column(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
+    if not isinstance(value, str | dict):
+        rule = f"must be a column name (a number in quotes), or a mapping with the keys {', '.join(known)}"
+        raise ValueError(f"{where} is {value!r}: {rule}")
+    return _mapping({"name": value} if isinstance(value, str) else value, where, known)
 
 
 def _mapping(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:

@@ -234,16 +234,12 @@ class PackSplit:
         sizes = self.num_task_rows
         task = np.repeat(np.arange(self.num_tasks), sizes)
         query_start = np.cumsum(sizes) - sizes + self.num_support
-        ids = {
-            name: _joined([shard.read("ids")[:, self._one_valued.index(name)] for shard in self._shards])
-            for name in features
-        }
         return SplitColumns(
             task=task,
             is_query=np.arange(self.num_rows) >= query_start[task],
             label=self._column("label"),
             item_cold=self._column("item_cold").astype(bool),
-            ids=ids,
+            ids={name: self.feature_ids(name) for name in features},
         )
 
     def feature_ids(self, name: str) -> Array:

@@ -78,6 +78,14 @@ def scalar(con: Connection, query: str) -> Any:
     return value
 
 
+@contextmanager
+def in_order(con: Connection) -> Iterator[None]:
+    """Have DuckDB keep the order of rows, which takes memory, in what runs meanwhile."""
+    con.execute("SET preserve_insertion_order=true")
+    yield
+    con.execute("SET preserve_insertion_order=false")
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 
@@ -117,12 +125,15 @@ def _data_below(directory: Path) -> list[Path]:
 def _matches(pattern: Path) -> list[Path]:
     """Find the files that match a pattern, or else the data files below the directories that match it.
 
-    The pattern begins after the directories that exist under their literal names.
+    The pattern begins after the directories that exist under their literal names. As below a directory, names that
+    begin with _ are left out, unless the pattern has such a name itself; a star matches no dot at the beginning.
     """
     known, wild = Path(), list(pattern.parts)
     while wild and (known / wild[0]).exists():
         known /= wild.pop(0)
     found = [Path(p) for p in glob.glob(str(Path(glob.escape(str(known)), *wild)), recursive=True)]
+    if not any(part.startswith("_") for part in wild):
+        found = [path for path in found if not any(part.startswith("_") for part in path.relative_to(known).parts)]
     files = [path for path in found if path.is_file()]
     folders = [path for path in found if path.is_dir() and not path.name.startswith(("_", "."))]
     return files or [file for folder in folders for file in _data_below(folder)]
@@ -133,13 +144,13 @@ def open_files(con: Connection, paths: Sequence[Path]) -> tuple[list[RawPart], l
 
     Raises ValueError where all are empty, and as `open_file` does.
     """
-    empty = [path for path in paths if _is_empty(path)]
+    empty = {path for path in paths if _is_empty(path)}
     if len(empty) == len(paths):
         which = (
             f"{paths[0]} is empty" if len(paths) == 1 else f"all of its {len(paths)} files are empty, {paths[0]} first"
         )
         raise ValueError(f"the input has no rows: {which}")
-    return [open_file(con, path) for path in paths if path not in empty], empty
+    return [open_file(con, path) for path in paths if path not in empty], sorted(empty)
 
 
 def open_file(con: Connection, path: Path) -> RawPart:
@@ -172,9 +183,24 @@ def reading(file: str) -> Iterator[None]:
     """Turn what DuckDB cannot read of a file into a ValueError that names the file."""
     try:
         yield
-    except (duckdb.InvalidInputException, duckdb.ConversionException) as error:
-        cure = "write it again, with line ends of one kind and every quote closed"
+    except duckdb.Error as error:
+        if not (is_damage(error) or isinstance(error, duckdb.ConversionException)):
+            raise
+        text = not file.lower().endswith(PARQUET)
+        cure = "write it again" + (", with line ends of one kind and every quote closed" if text else "")
         raise ValueError(f"{file} cannot be read ({str(error).splitlines()[0]}): {cure}") from error
+
+
+def is_damage(error: duckdb.Error) -> bool:
+    """Tell whether DuckDB could not read its input. For most faults of a Parquet page it has no class of error."""
+    known = isinstance(error, duckdb.InvalidInputException | duckdb.IOException) and not is_full_disk(error)
+    return known or type(error) is duckdb.Error
+
+
+def is_full_disk(error: duckdb.Error) -> bool:
+    """Tell whether DuckDB had no space to write."""
+    signs = ("max_temp_directory_size", "No space left", "File too large", "Disk quota")
+    return any(sign in str(error) for sign in signs)
 
 
 def partition_columns(path: Path) -> dict[str, str | None]:
@@ -217,6 +243,16 @@ def _first_line(path: Path) -> str:
         raise ValueError(f"{path} is no readable UTF-8 CSV file ({error}): convert it") from None
 
 
+def _require_whole(path: Path) -> None:
+    """Raise ValueError for a damaged gzip file: DuckDB takes the damage for its end and checks no sum."""
+    try:
+        with gzip.open(path) as content:
+            while content.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}): compress it again") from None
+
+
 def _parquet(path: Path) -> tuple[list[str], list[str], str]:
     """Return a Parquet file's column names, the SQL of its columns with `__row`, and the SQL that reads it."""
     try:
@@ -234,6 +270,8 @@ def _csv(path: Path) -> tuple[list[str], list[str], str]:
     along, or what follows a last comma.
     """
     header = _first_line(path).rstrip("\r\n")
+    if path.suffix == ".gz":
+        _require_whole(path)
     try:
         rows = {d: next(csv.reader(io.StringIO(header), delimiter=d), []) for d in DELIMITERS}
     except csv.Error as error:

@@ -77,6 +77,8 @@ def _column(values: Any, name: str, key: str) -> pa.Array | pa.ChunkedArray:
             raise ValueError(f"{name}[{key!r}] holds whole numbers beyond 64 bits: make them text") from None
         except (pa.ArrowException, ValueError, TypeError) as error:
             raise ValueError(f"{name}[{key!r}] cannot be read as one type of values: {error}") from None
+    if pa.types.is_float16(values.type):  # DuckDB has no such type
+        return values.cast(pa.float32())
     if not pa.types.is_dictionary(values.type):
         return values
     chunks = values.chunks if isinstance(values, pa.ChunkedArray) else [values]

@@ -9,13 +9,12 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
 
 from gmeta.config.evaluation import PredictConfig
 from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.prepare.encode import encode_tables
 from gmeta.data.shards import split_in_memory
-from gmeta.data.sources import find_files, literal, open_file, reading, require_free
+from gmeta.data.sources import Connection, find_files, literal, open_file, reading, require_free
 from gmeta.evaluation.score import Floats, score_split, to_predictions
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import load_system
@@ -85,9 +84,15 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     }
     num_rows = _write(config, found.query_row[scores.row], columns)
     with_support = int((found.arrays["num_support"] > 0).sum())
-    Console().print(
-        f"{num_rows:,} rows of {len(found.keys):,} tasks ({with_support:,} with support) scored: {config.out}"
-    )
+    print(f"{num_rows:,} rows of {len(found.keys):,} tasks ({with_support:,} with support) scored: {config.out}")
+
+
+def _copy(con: Connection, statement: str) -> None:
+    """Run a COPY of rows that were read before. OSError where DuckDB cannot write."""
+    try:
+        con.execute(statement)
+    except duckdb.IOException as error:
+        raise OSError(str(error)) from error
 
 
 def _write(config: PredictConfig, query_row: np.ndarray, columns: dict[str, Floats]) -> int:
@@ -107,10 +112,10 @@ def _write(config: PredictConfig, query_row: np.ndarray, columns: dict[str, Floa
             try:
                 # Beside what a killed process left, DuckDB would write to a third name, which nobody removes.
                 with reading(part.file):
-                    con.execute(f"COPY ({query}) TO {literal(str(partial))} (FORMAT {kind}, USE_TMP_FILE false)")
+                    _copy(con, f"COPY ({query}) TO {literal(str(partial))} (FORMAT {kind}, USE_TMP_FILE false)")
                 os.replace(partial, out)
             finally:
                 partial.unlink(missing_ok=True)
-        except (OSError, duckdb.IOException) as error:
+        except OSError as error:
             raise ValueError(f"cannot write {out}: {error}; free space there or name another file") from error
     return len(query_row)

@@ -23,7 +23,8 @@ from typing import Any
 from torch import Tensor
 
 from gmeta.config.parse import train_config
-from gmeta.config.train import TrainConfig
+from gmeta.config.train import ElasticConfig, TrainConfig
+from gmeta.core.errors import require
 from gmeta.data.pack import open_pack
 from gmeta.meta.learner import LearnerOutput
 from gmeta.models.registry import ModelFactory, can_be_found, name_of
@@ -78,6 +79,7 @@ class Trainer:
         parts: Parts | None = None,
     ) -> None:
         config = train_config(config)
+        _require_used(config.elastic)
         if model is not None:
             config = replace(config, model=replace(config.model, name=name_of(model)))
         open_pack(config.pack)  # before anything is created
@@ -203,3 +205,11 @@ class _OpenBatch:
     def computed(self) -> bool:
         """Whether the part's gradients are there."""
         return len(self.step.query_loss) > self.part.number
+
+
+def _require_used(elastic: ElasticConfig) -> None:
+    """Raise ValueError where a coordinator is named and not followed."""
+    for key in ("url", "token_file"):
+        value = getattr(elastic, key)
+        unused = not elastic.enabled and value is not None
+        require(not unused, f"elastic.{key}", value, "has no effect without --elastic.enabled true")

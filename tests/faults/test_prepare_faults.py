@@ -1,5 +1,7 @@
 """Bad input, full disks, kills and rivals: prepare says what is wrong and where, and leaves no half pack."""
 
+import gzip
+import math
 import os
 import re
 import signal
@@ -7,6 +9,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -181,6 +185,10 @@ def test_parquet_types(tmp_path: Path):
     refuse(config, "row 2, column 'tags': is missing", "row 4, column 'tags'", "missing element")
     write(price=pa.array([[1.0]] * 4))
     refuse(config, "'price' has type DOUBLE[]", "needs a number")
+    nested = {"price": [Decimal(1)], "click": [Decimal(1)], "at": [datetime(2024, 1, 1)], "city": {"a": 1}}
+    for column, value in (*nested.items(), ("tags", [[datetime(2024, 1, 1)]]), ("tags", [{"a": 1}])):
+        write(**{column: pa.array([value] * 4)})
+        refuse(config, f"column '{column}' has type", "unfit for")
     write(item=pa.array([1, 2, 3, 2**63], pa.uint64()))
     refuse(config, "row 4, column 'item': '9223372036854775808' is a whole number beyond int64")
     write(item=pa.array([1.0, 2.5, float("nan"), 1e17]))
@@ -193,6 +201,55 @@ def test_parquet_types(tmp_path: Path):
     write(item=pa.array([1.0, 2.0, 3.0, 4.0]))
     prepare(config, quiet)
     assert "1" in pq.read_table(Path(config.out) / "vocab" / "item.parquet")["value"].to_pylist()
+
+
+def damage(path: Path, column: int, how: str) -> None:
+    """Spoil the page of one column of a Parquet file: its header, or its content."""
+    meta = pq.ParquetFile(path).metadata.row_group(0).column(column)
+    content = bytearray(path.read_bytes())
+    start = meta.data_page_offset + (meta.total_compressed_size // 2 if how == "content" else 0)
+    content[start : start + 64] = bytes(byte ^ 0xFF for byte in content[start : start + 64])
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("column", "compression", "how"),
+    [("user", "gzip", "content"), ("code", "gzip", "header"), ("code", "snappy", "content")],
+)
+def test_a_damaged_page_is_named(tmp_path: Path, column: str, compression: str, how: str):
+    """Nothing of column code can be wrong, so that it is first read when tasks are made."""
+    rows = {"user": [f"user {i % 97}" for i in range(2000)], "code": [i * i for i in range(2000)]}
+    table = pa.table({**rows, "click": [i % 2 for i in range(2000)]})
+    pq.write_table(table, tmp_path / "log.parquet", compression=compression, use_dictionary=False)
+    damage(tmp_path / "log.parquet", table.column_names.index(column), how)
+    schema = {"task": "user", "label": "click", "categorical": [{"name": "code", "nulls": "oov"}]}
+    config = replace(make(tmp_path, [], schema), input=[str(tmp_path / "log.parquet")])
+    message = refuse(config, "cannot be read", "write ")
+    assert "quote" not in message
+    with pytest.raises(ValueError, match="cannot be read"):
+        encode_file(tmp_path, config)
+
+
+def encode_file(tmp_path: Path, config: PrepareConfig) -> None:
+    """Encode the config's input, as predict would, with the vocabularies of sound rows."""
+    rows = [f"user {i % 7},{i},{i % 2}" for i in range(60)]
+    sound = make(tmp_path, rows, yaml.safe_load(Path(str(config.schema)).read_text()), "user,code,click")
+    prepare(sound, quiet)
+    pack = open_pack(sound.out)
+    file = config.inputs[0]
+    encode_tables(file, file, pack.manifest["data_schema"], pack.path / "vocab", pack.schema)
+
+
+@pytest.mark.parametrize("how", ["content", "sum"])
+def test_a_damaged_gzip_file_is_no_shorter_file(tmp_path: Path, how: str):
+    """DuckDB takes damage inside for the end of the file."""
+    rows = [f"u{i % 50},{i},Rome,a|b,{i * 0.37:.3f},{i * i % 9973},{i % 2}" for i in range(5000)]
+    config = make(tmp_path, [])
+    content = bytearray(gzip.compress("\n".join([HEADER, *rows]).encode(), mtime=0))
+    place = len(content) // 2 if how == "content" else len(content) - 8
+    content[place] ^= 0xFF
+    (tmp_path / "log.csv.gz").write_bytes(content)
+    refuse(replace(config, input=[str(tmp_path / "log.csv.gz")]), "log.csv.gz is damaged", "compress it again")
 
 
 def test_input_that_changes_meanwhile_is_refused(tmp_path: Path):
@@ -241,6 +298,11 @@ def test_too_few_tasks(tmp_path: Path):
         ({"time": 3}, "must be a column name"),
         ({"categorical": ["item", SCHEMA["label"]]}, "is the label and a feature"),
         ({"numeric": [SCHEMA["label"]]}, "is the label and a feature"),
+        ({"numeric": ["item_mean"], "item_statistics": True}, "item_statistics adds a column 'item_mean' itself"),
+        ({"categorical": [1]}, "schema.categorical[0] is 1: must be a column name (a number in quotes), or a mapping"),
+        ({"label_threshold": math.nan}, "label_threshold is nan: must be a finite number"),
+        ({"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
+        ({"label_threshold": 10**400}, "must be a finite number"),
     ],
 )
 def test_schema_mistakes(tmp_path: Path, change: dict[str, object], says: str):
@@ -251,6 +313,8 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
     config = make(tmp_path, lines())
     (tmp_path / "schema.yaml").write_text("task: [user\n")
     refuse(config, "schema.yaml")
+    (tmp_path / "schema.yaml").write_bytes("task: größe\n".encode("latin-1"))
+    refuse(config, "schema.yaml cannot be read", "in UTF-8")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +329,7 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
         ({}, {"dataset": "ml-1k"}, "did you mean 'ml-1"),
         ({}, {"dataset": "ml-1m", "root": "."}, "leave input and schema out"),
         ({}, {"root": "."}, "root has no effect"),
+        ({}, {"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
     ],
 )
 def test_settings_that_do_not_go_together(

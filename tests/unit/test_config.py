@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 
 from gmeta.cli import run
+from gmeta.config import cluster, data, evaluation, train
 from gmeta.config.deprecated import upgrade, upgrade_words
 from gmeta.config.parse import modern_words, train_config
 from gmeta.config.train import DenseConfig, TrainConfig
@@ -39,6 +43,95 @@ def test_mistakes_are_told_in_one_form(values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=r"config") as caught:
         train_config({**BASE, **values})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_no_setting_is_infinite_or_no_number(value: float) -> None:
+    needed = {"pack": "p", "run_dir": "r", "out": "o", "journal": "j", "params": 1e9}
+    needed |= {"scenario": "s", "support": "s", "query": "q"}
+    classes = [train, cluster, data, evaluation]
+    found = 0
+    for config in (c for module in classes for c in vars(module).values() if dataclasses.is_dataclass(c)):
+        hints = get_type_hints(config)
+        given = {f.name: needed[f.name] for f in dataclasses.fields(config) if f.default is f.default_factory}
+        for key in (name for name, hint in hints.items() if hint in (float, float | None)):
+            found += 1
+            with pytest.raises(ValueError, match=rf"{key} is -?(inf|nan): must be a finite number"):
+                config(**{**given, key: value})
+    assert found > 30
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "melu"], "model is 'melu': it is a section, such as --model.name VALUE"),
+        (["--elastic", "true"], "elastic is 'true': it is a section, such as --elastic.enabled VALUE"),
+        (["--config", "absent.yaml"], "absent.yaml': there is no such file; name a YAML file"),
+        (["--config", "year.yaml"], "run_dir is '2024': must be text: write it in quotes"),
+        (["--config", "args.yaml"], "model.args is None: it is a section"),
+        (["--config", "none.yaml"], "model.args is None: must be a mapping"),
+        (["--comm.fetch", "{"], "comm.fetch is '{': this comparison moved"),
+        (["--model.foo", "1"], "unknown key model.foo: did you mean model.name?"),
+        (["--seed", str(2**63)], "seed is 9223372036854775808: must be in [0, 2^63)"),
+        (["--elastic.url", "http://x"], "elastic.url is 'http://x': has no effect without --elastic.enabled true"),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("year.yaml").write_text("run_dir: 2024\n")
+    Path("args.yaml").write_text("model: {hidden: [8], args: }\n")
+    Path("none.yaml").write_text("model: {args: }\n")
+    assert run(["train", "--pack", "p", *([] if "year.yaml" in words else ["--run_dir", "r"]), *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["prepare", "--out", "o", "--nproc", "2"], "unknown key nproc: `gmeta prepare --help` lists the keys"),
+        (["prepare", "--out", "o", "--partitions", "{a: 1}"], "partitions['a'] is 1: splits are train, valid"),
+        (["prepare", "--out", "o", "--memory_limit", "999999999999999TB"], "must be a size such as 500MB or 2GB"),
+        (["prepare", "--out", "o", "--seed", "-1"], "seed is -1: must be in [0, 2^63)"),
+        (["synth", "--out", "o", "--seed", str(2**64)], "must be in [0, 2^63)"),
+        (["evaluate", "--run_dir", "r", "--seed", "-1"], "seed is -1: must be in [0, 2^63)"),
+        (["evaluate", "--run_dir", "r", "--timeout_s", "0"], "timeout_s is 0: must be at least 1"),
+        (["doctor", "--node_size", "4"], "node_size is 4: has no effect without --network FILE"),
+    ],
+)
+def test_mistakes_of_other_commands(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model": "melu"}, "model is 'melu': it is a section, such as model: {name: …}"),
+        ({"model": None}, "model is None: it is a section"),
+    ],
+)
+def test_a_section_of_a_mapping_holds_keys(values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match="config: model") as caught:
+        train_config({**BASE, **values})
+    assert message in str(caught.value)
+
+
+def test_a_dataclass_is_checked_as_a_mapping_is(tmp_path: Path) -> None:
+    made = train_config(TrainConfig(pack=tmp_path, run_dir=tmp_path / "run"))  # type: ignore[arg-type]
+    assert (made.pack, made.run_dir) == (str(tmp_path), str(tmp_path / "run"))
+    for values, message in (
+        ({"seed": "0"}, "seed is '0': must be a number"),
+        ({"schedule": {"max_steps": 1}}, "schedule is {'max_steps': 1}: must be a ScheduleConfig"),
+        ({"device": "gpu"}, "device is 'gpu': must be one of"),
+        ({"seed": 0.5}, "seed is '0.5': must be of type int"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            train_config(TrainConfig(**BASE, **values))
+        assert message in str(caught.value)
 
 
 def test_old_keys_warn_and_name_the_new_one() -> None:

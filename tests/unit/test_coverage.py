@@ -17,7 +17,6 @@ def test_columns_are_named_from_a_fraction_on():
         "user": np.zeros(100, np.int32),  # new tasks are normal
     }
     assert unknown_columns(ids, "user") == {"all": 1.0, "nearly": 0.95}
-    assert unknown_columns(ids, "user", at_least=0.9) == {"all": 1.0, "nearly": 0.95, "most": 0.94}
     assert unknown_fraction(ids["most"]) == pytest.approx(0.94)
 
 

@@ -1,5 +1,7 @@
+import os
 import shutil
 from collections import namedtuple
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -149,6 +151,10 @@ def test_too_many_threads_are_a_warning(monkeypatch):
     assert check_threads().status == "warn"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert check_threads().status == "ok"
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: [0, 1], raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert "more than the 2 usable processors" in check_threads().found
 
 
 def test_a_driver_without_a_cuda_build_is_noticed(monkeypatch):
@@ -157,3 +163,16 @@ def test_a_driver_without_a_cuda_build_is_noticed(monkeypatch):
     assert doctor.check_gpus().status == "warn"
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert doctor.check_gpus().status == "ok"
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_links_are_measured(tmp_path, monkeypatch):
+    def raise_alone(error, mesh):
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(doctor, "open_mesh", lambda *_: SimpleNamespace(world_size=2, is_main=True))
+    monkeypatch.setattr(doctor, "close_mesh", lambda _: None)
+    monkeypatch.setattr(doctor, "raise_together", raise_alone)
+    for path in (tmp_path / "nowhere" / "n.json", tmp_path):
+        with pytest.raises(ValueError, match="cannot be written: name another file"):
+            doctor.write_network(str(path), 1, 5)

@@ -591,6 +591,16 @@ def test_files_of_other_units_are_refused_by_name(tmp_path: Path, first: Any, se
         times(tmp_path, first, second)
 
 
+def test_a_first_time_that_is_missing_decides_nothing(tmp_path: Path):
+    """pandas writes NaT for a missing time."""
+    (tmp_path / "a.csv").write_text("user,c,click,at\n" + "".join(f"1,1,0,{at}\n" for at in ("NaT", 1, 2, 3)))
+    with duckdb.connect() as con:
+        part = open_file(con, tmp_path / "a.csv")
+        create_checked(con, parse_data_schema(TIMED), {})
+        check(con, part, 0, parse_data_schema(TIMED), ["task", "label", "time"], {})
+        assert reject_counts(con) == {"at is missing": 1}
+
+
 def test_files_without_a_time_or_with_counters_agree_with_all(tmp_path: Path):
     (tmp_path / "b").mkdir()
     assert times(tmp_path, STAMPS, pa.array([], pa.int64())) == [START * 10**6]

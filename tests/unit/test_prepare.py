@@ -19,7 +19,7 @@ from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import open_pack, verify_pack
 from gmeta.data.prepare import encode
 from gmeta.data.prepare.encode import encode_tables
-from gmeta.data.prepare.prepare import prepare
+from gmeta.data.prepare.prepare import prepare, print_summary
 from gmeta.data.schema import data_schema_from_json, load_data_schema, parse_data_schema
 
 SCHEMA = {
@@ -371,6 +371,14 @@ def test_partition_column_makes_a_task_of_each_user_and_partition(tmp_path: Path
     assert not set(by_split["train"]) & set(by_split["valid"])
 
 
+def test_of_a_wrong_partition_column_a_few_values_are_named(tmp_path: Path):
+    rows = [{**row, "part": f"value {i}" * 20} for i, row in enumerate(large_rows(30, 4))]
+    with pytest.raises(ValueError, match=r"115 left out: partition .one of 115 others. is not in partitions") as caught:
+        prepare(simple(tmp_path, rows, {**SIMPLE, "partition": "part"}), quiet)
+    assert "partitions names 'train', 'valid', 'test'" in str(caught.value)
+    assert len(str(caught.value)) < 1500
+
+
 def test_partitions_called_like_the_splits_need_no_mapping(tmp_path: Path):
     rows = [{**r, "part": ("train", "train", "valid", "test")[int(str(r["user"])) % 4]} for r in large_rows(20, 4)]
     prepare(config := simple(tmp_path, rows, {**SIMPLE, "partition": "part"}), quiet)
@@ -518,6 +526,39 @@ def test_predict_encodes_as_prepare_did(config: PrepareConfig, tmp_path: Path):
             a, b = arrays["history.offsets"][row : row + 2]
             assert arrays["history.values"][a:b].tolist() == want["history"]
         assert arrays["label"][start : start + num].tolist() == [r["rating"] for r in rows[:-2]]
+
+
+def test_a_number_far_outside_the_training_rows_is_the_largest_there_is(tmp_path: Path):
+    rows: list[dict[str, object]] = [{**row, "x": 0.001 * (i % 3 - 1)} for i, row in enumerate(large_rows(30, 6))]
+    config = simple(tmp_path, rows, {**SIMPLE, "numeric": ["x"]}, task_split="time")
+    last = max(rows, key=lambda row: int(str(row["at"])))
+    last["x"] = -3e38
+    write_csv(Path(config.inputs[0]), rows)
+    prepare(config, quiet)
+    largest = float(np.finfo(np.float32).max)
+    assert min(float(shard["dense"].min()) for shard in read_shards(config.out)["test"]) == -largest
+    pack = open_pack(config.out)
+    file = str(write_csv(tmp_path / "rows.csv", [{**rows[0], "x": x} for x in (3e38, -3e38, 0)]))
+    encoded = encode_tables(file, file, pack.manifest["data_schema"], pack.path / "vocab", pack.schema)
+    assert encoded.arrays["dense"][:2, 0].tolist() == [largest, -largest]
+
+
+def test_a_table_may_be_called_like_a_role(tmp_path: Path):
+    rows: list[dict[str, object]] = [{**row, "city": f"city {i % 3}"} for i, row in enumerate(large_rows(30, 6))]
+    schema = {**SIMPLE, "categorical": [{"name": "city", "table": "role task"}]}
+    config = simple(tmp_path, rows, schema)
+    kinds = [pa.int64() if name in ("user", "at") else None for name in rows[0]]
+    columns = [pa.array([row[name] for row in rows], kind) for name, kind in zip(rows[0], kinds, strict=True)]
+    pq.write_table(pa.table(columns, list(rows[0])), tmp_path / "rows.parquet")
+    assert prepare(replace(config, input=str(tmp_path / "rows.parquet")), quiet)["vocab"] == {"role task": 4}
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows: list[dict[str, object]] = [{**row, "rate[/s]": 1, ":bug: [bold]": 1} for row in large_rows(30, 6)]
+    schema = {**SIMPLE, "categorical": ["rate[/s]", ":bug: [bold]"]}
+    print_summary(prepare(simple(tmp_path, rows, schema), quiet))
+    printed = capsys.readouterr().out
+    assert "rate[/s] 2, :bug: [bold] 2" in printed
 
 
 def test_predict_knows_the_item_statistics(tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,14 @@ def test_every_kind_of_table_gives_the_same(rec: gmeta.Recommender) -> None:
     assert rec.adapt(frame).predict(candidates.to_pandas()).tolist() == expected.tolist()
 
 
+def test_half_precision_is_read(rec: gmeta.Recommender) -> None:
+    support, candidates = rows(3, 4, 1, label=True).to_pydict(), rows(3, 3, 2, label=False).to_pydict()
+    halves = {**candidates, "age": np.asarray(candidates["age"], np.float16)}
+    singles = {**candidates, "age": halves["age"].astype(np.float32)}
+    adapted = rec.adapt(support)
+    np.testing.assert_array_equal(adapted.predict(halves), adapted.predict(singles))
+
+
 def test_candidates_keep_their_order_and_may_repeat(rec: gmeta.Recommender) -> None:
     users, candidates = rec.adapt(rows(4, 3, 1, label=True)), rows(4, 3, 2, label=False)
     expected = users.predict(candidates)
@@ -183,6 +192,7 @@ SUPPORT = rows(2, 3, 1, label=True).to_pydict()
         (SUPPORT | {"age": ["x"] * 6}, "is no number"),
         (SUPPORT | {"click": [2] * 6}, "support has label 2: the run was trained on clicks"),
         (SUPPORT | {"click": [None, 1, 1, 1, 1, 1]}, "is missing"),
+        (SUPPORT | {"age": pa.array([Decimal(1)] * 6, pa.decimal256(40, 2))}, "of a type that cannot be read"),
         ([1, 2], "support is a list: give a pandas or polars DataFrame"),
         (pd.DataFrame(SUPPORT).set_index("user"), "support has 'user' as its index, not as a column"),
     ],

@@ -77,6 +77,15 @@ def test_a_name_that_exists_is_never_a_pattern(tmp_path: Path, ending: str) -> N
         assert find_files([str(tmp_path / name / "[e-g]*")]) == [tmp_path / name / f"f{ending}"]
 
 
+def test_a_star_matches_no_file_that_a_directory_would_hide(tmp_path: Path) -> None:
+    for name in ("part-0.csv", "_SUCCESS", "_odd.csv", "_temporary/0/part-1.csv", "day=1/part-2.csv"):
+        (tmp_path / "spark" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "spark" / name).write_text("n\n1\n")
+    assert [path.name for path in find_files([str(tmp_path / "spark" / "*")])] == ["part-0.csv"]
+    assert [path.name for path in find_files([str(tmp_path / "spark" / "**")])] == ["part-2.csv", "part-0.csv"]
+    assert [path.name for path in find_files([str(tmp_path / "spark" / "_o*")])] == ["_odd.csv"]
+
+
 def test_a_backslash_beside_a_bracket_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "back\\[1].csv", "x")
     with pytest.raises(ValueError, match=r"back\\\[1\]\.csv has a backslash and one of .* rename it"):

@@ -9,26 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import TypeAlias
 
 from gmeta.core.errors import nearest
 from gmeta.data.prepare import encoding_v1, values
-from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value
+from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value, is_nested, unfit
 from gmeta.data.prepare.times import time_columns
 from gmeta.data.schema import ENCODING, DataSchema, RawFeature, RawNumeric, Role
-from gmeta.data.sources import Connection, RawPart, identifier, literal, scalar
+from gmeta.data.sources import Connection, RawPart, identifier, in_order, literal, scalar
 
 SHOWN_REJECTS = 5
+
+TypeKey: TypeAlias = str | tuple[str, str]
+"""A table's name, or ("role", role)."""
 
 _RULES: Mapping[int, ModuleType] = {1: encoding_v1, 2: values}
 _PLACES = "file INTEGER, row BIGINT, reason VARCHAR, bad_column VARCHAR, bad_value VARCHAR"
 
 
-def id_types(schema: DataSchema, parts: Sequence[RawPart]) -> dict[str, str]:
+def id_types(schema: DataSchema, parts: Sequence[RawPart]) -> dict[TypeKey, str]:
     """Return the SQL type of each table's ids and of the roles task and item: INTEGER or BIGINT where all parts fit."""
     columns = {table: [f.name for f in features] for table, features in schema.tables().items()}
-    types = {table: _common_type(parts, names) for table, names in columns.items()}
-    roles = {f"role {role}": name for role, name in (("task", schema.task), ("item", schema.item)) if name is not None}
-    return types | {role: _common_type(parts, [name]) for role, name in roles.items()}
+    types: dict[TypeKey, str] = {table: _common_type(parts, names) for table, names in columns.items()}
+    for role, name in (("task", schema.task), ("item", schema.item)):
+        if name is not None:
+            types["role", role] = _common_type(parts, [name])
+    return types
 
 
 def _common_type(parts: Sequence[RawPart], columns: Sequence[str]) -> str:
@@ -39,7 +45,7 @@ def _common_type(parts: Sequence[RawPart], columns: Sequence[str]) -> str:
     return "INTEGER" if kinds <= set(SMALL_INTEGERS) else "BIGINT"
 
 
-def create_checked(con: Connection, schema: DataSchema, types: Mapping[str, str]) -> None:
+def create_checked(con: Connection, schema: DataSchema, types: Mapping[TypeKey, str]) -> None:
     """Create the empty tables `rejects` (file, row, reason, bad_column, bad_value) and `checked`.
 
     `checked` has the columns of `rejects`, then those of `checked_columns`. `types` is what `id_types` gives.
@@ -49,12 +55,13 @@ def create_checked(con: Connection, schema: DataSchema, types: Mapping[str, str]
     con.execute(f"CREATE TABLE rejects ({_PLACES})")
     con.execute("SET TimeZone='UTC'")  # values do not depend on it; what a rejected time looks like does
     # A Parquet file's minimum and maximum pass over NaN; DuckDB 2.0 concludes that there is none and drops isnan().
+    con.execute("SET preserve_insertion_order=false")  # elsewhere than `in_order`
     con.execute("SET disabled_optimizers='statistics_propagation'")
 
 
-def checked_columns(schema: DataSchema, types: Mapping[str, str]) -> dict[str, str]:
+def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[str, str]:
     """Return column -> SQL type of a checked row: the roles, f0 … (features) and n0 … (numeric columns)."""
-    task, item = (types.get(f"role {role}", "VARCHAR") for role in ("task", "item"))
+    task, item = (types.get(("role", role), "VARCHAR") for role in ("task", "item"))
     columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
     columns |= {"item": item, "partition": "VARCHAR"}
     for i, feature in enumerate(schema.features):
@@ -68,7 +75,7 @@ def check(
     file: int,
     schema: DataSchema,
     roles: Sequence[Role],
-    types: Mapping[str, str],
+    types: Mapping[TypeKey, str],
     encoding: int = ENCODING,
 ) -> str:
     """Check the rows of `part`, which is file number `file`; returns SQL of its rows that can be used.
@@ -89,9 +96,8 @@ def check(
     why = f"SELECT {place}, {_why(checks)}"
     source = f"(SELECT *, {problem} AS __problem FROM ({part.query}))"
     if part.ordered:
-        con.execute("SET preserve_insertion_order=true")
-        con.execute(f"INSERT INTO checked {why}, {', '.join(selected)} FROM {source}")
-        con.execute("SET preserve_insertion_order=false")
+        with in_order(con):
+            con.execute(f"INSERT INTO checked {why}, {', '.join(selected)} FROM {source}")
         con.execute(f"""INSERT INTO rejects SELECT file, row, reason, bad_column, bad_value FROM checked
                         WHERE file = {file} AND reason IS NOT NULL""")
         _reject_broken_lines(con, file)
@@ -130,7 +136,7 @@ class _Columns:
     """Makes the SQL of a part's values by the rules of an encoding."""
 
     def __init__(
-        self, con: Connection, part: RawPart, schema: DataSchema, types: Mapping[str, str], encoding: int
+        self, con: Connection, part: RawPart, schema: DataSchema, types: Mapping[TypeKey, str], encoding: int
     ) -> None:
         self.con, self.part, self.schema, self.types = con, part, schema, types
         self.rules = _RULES[encoding]
@@ -155,7 +161,7 @@ class _Columns:
                 add(role, column, (whole, bad))
                 found["time_fraction"] = fraction
             else:
-                as_type = self.types.get(f"role {role}", "VARCHAR")
+                as_type = self.types.get(("role", role), "VARCHAR")
                 add(role, column, self._id(column, as_type, nulls="error", used_as=role))
         for i, feature in enumerate(self.schema.features):
             as_type = self.types.get(feature.table, "VARCHAR")
@@ -170,7 +176,7 @@ class _Columns:
 
     def _id(self, column: str, as_type: str, nulls: str, used_as: str) -> Value:
         kind = self.part.columns[column]
-        found = None if kind.endswith("[]") else self.rules.id_value(identifier(column), kind, as_type)
+        found = None if is_nested(kind) else self.rules.id_value(identifier(column), kind, as_type)
         if found is None:
             cure = "it needs one text or whole number a row (lists go under multi or sequence)"
             raise unfit(self.part, column, used_as, cure)
@@ -194,7 +200,7 @@ class _Columns:
         else:
             cure = "it needs a list column, or text and the key separator"
             raise unfit(self.part, feature.name, feature.kind, cure)
-        found = self.rules.id_value("x", kind, as_type)
+        found = None if is_nested(kind) else self.rules.id_value("x", kind, as_type)
         if found is None:
             raise unfit(self.part, feature.name, feature.kind, "its elements must be texts or whole numbers")
         text, element_checks = found
@@ -206,14 +212,15 @@ class _Columns:
         return f"coalesce({ids}, [])", checks
 
     def _label(self, column: str) -> Value:
-        threshold = self.schema.label_threshold
-        found: Value | None = self.rules.label_value(identifier(column), self.part.columns[column], threshold)
+        kind, threshold = self.part.columns[column], self.schema.label_threshold
+        found: Value | None = None if is_nested(kind) else self.rules.label_value(identifier(column), kind, threshold)
         if found is None:
             raise unfit(self.part, column, "label", "it needs a number")
         return found
 
     def _number(self, numeric: RawNumeric) -> Value:
-        found = self.rules.number_value(identifier(numeric.name), self.part.columns[numeric.name])
+        kind = self.part.columns[numeric.name]
+        found = None if is_nested(kind) else self.rules.number_value(identifier(numeric.name), kind)
         if found is None:
             raise unfit(self.part, numeric.name, "numeric", "it needs a number")
         number, checks = found
@@ -222,11 +229,6 @@ class _Columns:
         if numeric.log:
             checks = [*checks, (f"{number} < 0", "is negative, and the schema takes its logarithm")]
         return f"CASE WHEN NOT isnan({number}) THEN {number} END", checks
-
-
-def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
-    """Return the error for a column whose type cannot hold what the schema says of it."""
-    return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
 
 
 # ---------------------------------------------------------------------------------------------- rejects

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
+from gmeta.data.sources import RawPart
+
 T = TypeVar("T")
 
 SMALL_INTEGERS = ("TINYINT", "SMALLINT", "INTEGER", "UTINYINT", "USMALLINT")
 INTEGERS = (*SMALL_INTEGERS, "UINTEGER", "BIGINT")
+PLAIN = (*INTEGERS, "BOOLEAN", "DATE", "UUID", "TIME")
+"""Types whose text, as DuckDB makes it, is the id."""
 WIDE_INTEGERS = ("UBIGINT", "HUGEINT", "UHUGEINT")
 MISSING_TEXT = "('', 'nan', 'NaN')"
+MISSING_TIME = "('', 'nan', 'NaN', 'NaT')"
 TOO_LARGE = "is a whole number beyond int64: put a letter before it to keep it as text"
-FLOAT32_MAX = "3.4e38"
 
 Checks: TypeAlias = list[tuple[str, str]]
 """Each check is SQL that is true for a bad value, and the reason to give."""
@@ -21,6 +25,16 @@ Value: TypeAlias = tuple[str, Checks]
 
 COLUMNS_A_QUERY = 32
 """Every join copies all columns of its query: with all features in one query the work grows with their square."""
+
+
+def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
+    """Return the error for a column whose type cannot hold what the schema says of it."""
+    return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
+
+
+def is_nested(kind: str) -> bool:
+    """Tell whether a value of a DuckDB type holds others."""
+    return kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
 
 
 def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:

@@ -20,10 +20,12 @@ from gmeta.data.prepare.check import check, create_checked, describe_rejects, re
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched
 from gmeta.data.prepare.vocabulary import load_vocabularies, numeric_values, statistics_join
 from gmeta.data.schema import OOV, DataSchema, NumericColumn, PackSchema, RawFeature, Role, data_schema_from_json
-from gmeta.data.sources import Connection, RawPart, find_files, literal, md5_64, open_file, reading, scalar
+from gmeta.data.sources import Connection, RawPart, described, find_files, literal, md5_64, open_file, reading, scalar
 
 Array = npt.NDArray[Any]
 
+_LARGEST = float(np.finfo(np.float32).max)
+"""A number far outside the training rows' range can pass this when it is divided by their deviation."""
 _CELLS_IN_MEMORY = 1 << 20
 """So many raw values are looked up by Arrow. To plan 32 joins takes DuckDB 45 ms, whatever the rows; above this number
 of values the joins themselves take longer, and they need less memory."""
@@ -66,8 +68,9 @@ def encode(
             columns_sql.append((f"f{i}", _feature_id(schema, feature, f"b.f{i}", f"v{i}"), join))
     values = numeric_values(con, schema)
     for j, (value, column) in enumerate(zip(values, columns, strict=True)):
-        scaled = f"CAST(coalesce(({value} - {column.mean!r}) / {column.std!r}, 0) AS FLOAT)"
-        columns_sql.append((f"n{j}", scaled, statistics_join(schema, j)))
+        scaled = f"coalesce(({value} - {column.mean!r}) / {column.std!r}, 0)"
+        limited = f"greatest({-_LARGEST!r}, least({_LARGEST!r}, {scaled}))"
+        columns_sql.append((f"n{j}", f"CAST({limited} AS FLOAT)", statistics_join(schema, j)))
     for part in batched(columns_sql):
         select = ", ".join(f"{value} AS {name}" for name, value, _ in part)
         joins = " ".join(dict.fromkeys(join for _, _, join in part))
@@ -156,10 +159,14 @@ def encode_in_memory(
     schema = data_schema_from_json(data_schema_json)
     numbered = table.append_column("__row", pa.array(np.arange(1, table.num_rows + 1)))
     with duckdb.connect() as con:
-        con.register("given", numbered)
-        described = con.execute("DESCRIBE SELECT * FROM given").fetchall()
-        columns = {name: kind for name, kind, *_ in described if name != "__row"}
-        part = RawPart(role, "SELECT * FROM given", columns, ordered=False)
+        try:
+            con.register("given", numbered)
+            part = described(con, role, "SELECT * FROM given", ordered=False)
+        except duckdb.NotImplementedException as error:
+            kinds = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+            raise ValueError(
+                f"{role} has a column of a type that cannot be read ({kinds}): make it text, or plain numbers"
+            ) from error
         support, query = (part, None) if role == "support" else (None, part)
         return _encoded(con, support, query, schema, vocab_dir, pack_schema)
 
@@ -194,12 +201,13 @@ def _encoded(
         raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")
     load_vocabularies(con, schema, vocab_dir)
     con.execute(f"CREATE VIEW raw_rows AS {' UNION ALL '.join(dict.fromkeys(relations))}")
-    con.execute(f"""
-        CREATE TABLE placed AS
-        SELECT s.*, NULL::INTEGER AS fold, row_number() OVER (ORDER BY q.first, s.file, s.row) - 1 AS pos
-        FROM raw_rows s
-        JOIN (SELECT task, min(row) AS first FROM raw_rows WHERE file = {int(query is not None)} GROUP BY task) q
-        USING (task)""")
+    with reading(" or ".join(part.file for part in (support, query) if part is not None)):
+        con.execute(f"""
+            CREATE TABLE placed AS
+            SELECT s.*, NULL::INTEGER AS fold, row_number() OVER (ORDER BY q.first, s.file, s.row) - 1 AS pos
+            FROM raw_rows s
+            JOIN (SELECT task, min(row) AS first FROM raw_rows WHERE file = {int(query is not None)} GROUP BY task) q
+            USING (task)""")
     tasks = con.execute("""
         SELECT task, min(pos) AS row_start, count(*) FILTER (file = 0) AS num_support
         FROM placed GROUP BY task ORDER BY row_start""").fetchnumpy()

@@ -7,22 +7,21 @@ that was trained by them must be asked by them. Nothing new is encoded so; `valu
 from __future__ import annotations
 
 from gmeta.data.prepare.columns import (
-    FLOAT32_MAX,
     INTEGERS,
     MISSING_TEXT,
+    PLAIN,
     TOO_LARGE,
     WIDE_INTEGERS,
     Value,
 )
-
-_PLAIN = (*INTEGERS, "BOOLEAN", "DATE", "UUID", "TIME")
+from gmeta.data.schema import FLOAT32_MAX
 
 
 def id_value(value: str, kind: str, as_type: str) -> Value | None:
     """Return SQL of an id as `as_type` (NULL where it is missing) and its checks; None for a type that is no id."""
     if as_type != "VARCHAR":
         return f"CAST({value} AS {as_type})", []
-    if kind in _PLAIN or kind.startswith(("TIMESTAMP", "ENUM")):
+    if kind in PLAIN or kind.startswith(("TIMESTAMP", "ENUM")):
         return f"CAST({value} AS VARCHAR)", []
     if kind in WIDE_INTEGERS:
         return f"CAST({value} AS VARCHAR)", [
@@ -48,7 +47,7 @@ def number_value(value: str, kind: str) -> Value | None:
     empty = f"{value} <> '' AND " if kind == "VARCHAR" else ""
     return number, [
         (f"{empty}{value} IS NOT NULL AND {number} IS NULL", "is no number"),
-        (f"NOT isnan({number}) AND abs({number}) > {FLOAT32_MAX}", "is infinite or beyond float32"),
+        (f"NOT isnan({number}) AND abs({number}) > {FLOAT32_MAX!r}", "is infinite or beyond float32"),
     ]
 
 

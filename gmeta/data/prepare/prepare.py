@@ -33,7 +33,7 @@ from gmeta.data.prepare.times import common_time
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
 from gmeta.data.schema import DataSchema, Role
-from gmeta.data.sources import Connection, RawPart, find_files, literal, open_files, reading, scalar
+from gmeta.data.sources import Connection, RawPart, find_files, in_order, literal, open_files, reading, scalar
 
 __all__ = ["prepare", "print_summary"]
 
@@ -114,10 +114,9 @@ def _parts(con: Connection, config: PrepareConfig) -> tuple[list[RawPart], list[
 
 def _write_rejects(con: Connection, files: list[str], scratch: Path) -> None:
     con.register("file_names", pa.table({"file": pa.array(range(len(files)), pa.int32()), "name": files}))
-    con.execute("SET preserve_insertion_order=true")
-    con.execute(f"""
-        COPY (SELECT name AS file, row, bad_column AS "column", bad_value AS value, reason
-              FROM rejects JOIN file_names USING (file) ORDER BY file, row)
-        TO {literal(str(scratch / "rejects.parquet"))} (FORMAT parquet)""")
-    con.execute("SET preserve_insertion_order=false")
+    with in_order(con):
+        con.execute(f"""
+            COPY (SELECT name AS file, row, bad_column AS "column", bad_value AS value, reason
+                  FROM rejects JOIN file_names USING (file) ORDER BY file, row)
+            TO {literal(str(scratch / "rejects.parquet"))} (FORMAT parquet)""")
     con.unregister("file_names")

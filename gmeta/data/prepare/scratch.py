@@ -15,7 +15,7 @@ import duckdb
 
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import lock_directory
-from gmeta.data.sources import Connection
+from gmeta.data.sources import Connection, is_damage, is_full_disk
 
 
 @contextmanager
@@ -54,18 +54,18 @@ def connect(scratch: Path, config: PrepareConfig) -> Iterator[Connection]:
 
 @contextmanager
 def disk_errors(directory: Path) -> Iterator[None]:
-    """Turn a full disk, or a memory limit that is too low, into a ValueError that says what to do."""
+    """Turn a full disk, a memory limit that is too low, or a damaged file into a ValueError that says what to do."""
     try:
         yield
     except duckdb.Error as error:
-        text = str(error)
-        if any(sign in text for sign in ("max_temp_directory_size", "No space left", "File too large", "Disk quota")):
-            raise _no_space(directory, text.splitlines()[0]) from error
-        if not isinstance(error, duckdb.OutOfMemoryException):
-            raise
-        raise ValueError(
-            f"memory_limit is too low ({text.splitlines()[0]}): raise it, or lower threads or shard_mb"
-        ) from error
+        reason = str(error).splitlines()[0]
+        if is_full_disk(error):
+            raise _no_space(directory, reason) from error
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise ValueError(f"memory_limit is too low ({reason}): raise it, or lower threads or shard_mb") from error
+        if is_damage(error):
+            raise ValueError(f"the input cannot be read ({reason}): write the file again") from error
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -73,7 +73,7 @@ def _expected_padding(support: npt.NDArray[Any], query: npt.NDArray[Any]) -> flo
 
 def print_summary(summary: dict[str, Any]) -> None:
     """Print what `prepare` returned as tables."""
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names are the user's own: `rate[/s]` is no markup
     table = Table(title=f"task pack {summary['out']}")
     table.add_column("split")
     for name in ("tasks", "rows", "support", "query", "padding", "cold tasks", "rows of cold items"):

@@ -18,6 +18,10 @@ from gmeta.data.sources import Connection, literal, md5_64, scalar
 FOLDS = 10
 """Training tasks fall into so many folds: an item's statistics in a training row leave the row's own fold out."""
 
+_UNKNOWN_PARTITION = "is not in partitions"
+_SHOWN_PARTITIONS = 5
+"""So many values of a partition column are named: of a wrong column there are as many as rows."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -108,13 +112,12 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     It holds task, key (its text), partition, split, num_rows, num_support, fold (of training tasks), task_id, shard.
     """
     _group_tasks(con, settings)
-    query = (
-        "SELECT dropped, count(*), sum(num_rows)::BIGINT FROM grouped WHERE dropped IS NOT NULL GROUP BY ALL ORDER BY 1"
-    )
-    dropped = con.execute(query).fetchall()
-    counts["dropped_tasks"] = {reason: tasks for reason, tasks, _ in dropped}
-    counts["dropped_rows"] = {reason: rows for reason, _, rows in dropped}
-    why = "; ".join(f"{tasks} left out: {reason}" for reason, tasks, _ in dropped)
+    dropped = _dropped(con)
+    counts["dropped_tasks"] = {reason: tasks for reason, (tasks, _) in dropped.items()}
+    counts["dropped_rows"] = {reason: rows for reason, (_, rows) in dropped.items()}
+    why = "; ".join(f"{tasks} left out: {reason}" for reason, (tasks, _) in dropped.items())
+    if any(reason.endswith(_UNKNOWN_PARTITION) for reason in dropped):
+        why += f"; partitions names {', '.join(map(repr, settings.partitions))}"
     kept = scalar(con, "SELECT count(*) FROM grouped WHERE dropped IS NULL")
     if kept < 2:
         raise ValueError(
@@ -127,6 +130,24 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     if not any(split == "train" for _, split in found):
         raise ValueError(f"no task is left to train on{f' ({why})' if why else ''}: check partitions and fractions")
     return [ShardJob(shard, split) for shard, split in found]
+
+
+def _dropped(con: Connection) -> dict[str, tuple[int, int]]:
+    """Return reason -> tasks and rows that are left out for it; of unknown partitions the most frequent are named."""
+    found = con.execute(f"""
+        SELECT dropped, CASE dropped WHEN {literal(_UNKNOWN_PARTITION)} THEN partition END AS value, count(*) AS tasks,
+               sum(num_rows)::BIGINT
+        FROM grouped WHERE dropped IS NOT NULL GROUP BY ALL ORDER BY dropped, tasks DESC, value""").fetchall()
+    named = [value for _, value, _, _ in found if value is not None]
+    others = len(named) - _SHOWN_PARTITIONS
+    sums: dict[str, tuple[int, int]] = {}
+    for reason, value, tasks, rows in found:
+        if value is not None:
+            known = value in named[:_SHOWN_PARTITIONS]
+            reason = f"partition {value[:80] if known else f'(one of {others} others)'} {reason}"
+        before = sums.get(reason, (0, 0))
+        sums[reason] = (before[0] + tasks, before[1] + rows)
+    return dict(sorted(sums.items()))
 
 
 def _group_tasks(con: Connection, settings: Settings) -> None:
@@ -143,7 +164,7 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
     con.execute(f"""
         CREATE TABLE grouped AS
         SELECT *, num_rows - num_query AS num_support, CASE
-            WHEN mapped IS NULL THEN 'partition ' || partition || ' is not in partitions'
+            WHEN mapped IS NULL THEN {literal(_UNKNOWN_PARTITION)}
             WHEN num_rows < {settings.min_task_rows} THEN 'fewer rows than min_task_rows'
             {too_large if settings.max_task_rows is not None else ""}
             WHEN num_rows <= num_query THEN 'no row is left for the support'
@@ -154,7 +175,7 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
 
 
 def _split_tasks(con: Connection, settings: Settings) -> None:
-    """Make table `split_tasks`, the kept tasks with their split. Whole keys are held out, exact fractions of them."""
+    """Make table `split_tasks`, the kept tasks with their split. A key is held out whole, with all of its tasks."""
     drawn = md5_64(literal(f"split|{settings.seed}"), "key")
     if settings.task_split == "column":
         pool, split = "WHERE mapped = 'train'", "mapped"

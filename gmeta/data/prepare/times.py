@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gmeta.data.prepare.columns import INTEGERS, MISSING_TEXT, WIDE_INTEGERS, Checks
+from gmeta.data.prepare.columns import INTEGERS, MISSING_TIME, WIDE_INTEGERS, Checks, is_nested, unfit
 from gmeta.data.prepare.values import time_value
 from gmeta.data.sources import Connection, RawPart, identifier, scalar
 
@@ -28,12 +28,10 @@ def time_columns(con: Connection, part: RawPart, column: str) -> tuple[str, str,
     Raises ValueError for a type that is no time.
     """
     as_number = _as_number(con, part, column)
-    found = time_value(identifier(column), part.columns[column], as_number=as_number)
+    kind = part.columns[column]
+    found = None if is_nested(kind) else time_value(identifier(column), kind, as_number=as_number)
     if found is None:
-        kind = part.columns[column]
-        raise ValueError(
-            f"{part.file}: column {column!r} has type {kind}, unfit for time: it needs a number, a date or a timestamp"
-        )
+        raise unfit(part, column, "time", "it needs a number, a date or a timestamp")
     return found
 
 
@@ -42,7 +40,7 @@ def _as_number(con: Connection, part: RawPart, column: str) -> bool:
     if part.columns[column] != "VARCHAR":
         return False
     value = identifier(column)
-    first = f"SELECT {value} FROM ({part.query}) WHERE {value} NOT IN {MISSING_TEXT} LIMIT 1"
+    first = f"SELECT {value} FROM ({part.query}) WHERE {value} NOT IN {MISSING_TIME} LIMIT 1"
     return bool(scalar(con, f"SELECT TRY_CAST(({first}) AS DOUBLE) IS NOT NULL OR ({first}) IS NULL"))
 
 

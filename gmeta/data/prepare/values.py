@@ -13,16 +13,17 @@ reason to give. The rules of packs and runs that record no encoding are in `enco
 from __future__ import annotations
 
 from gmeta.data.prepare.columns import (
-    FLOAT32_MAX,
     INTEGERS,
     MISSING_TEXT,
+    MISSING_TIME,
+    PLAIN,
     TOO_LARGE,
     WIDE_INTEGERS,
     Checks,
     Value,
 )
+from gmeta.data.schema import FLOAT32_MAX
 
-_PLAIN = (*INTEGERS, "BOOLEAN", "DATE", "UUID", "TIME")
 _EXACT = {"FLOAT": 2**24, "DOUBLE": 2**53}
 """Up to these numbers every whole number has a float of its own."""
 _EXACT_DIGITS = 15
@@ -41,7 +42,7 @@ def id_value(value: str, kind: str, as_type: str) -> Value | None:
         return _text_id(value)
     if kind.startswith("ENUM"):
         return _text_id(f"CAST({value} AS VARCHAR)")
-    if kind in _PLAIN:
+    if kind in PLAIN:
         return f"CAST({value} AS VARCHAR)", []
     if kind.startswith("TIMESTAMP"):
         return f"CAST(make_timestamp({_microseconds(value, kind)}) AS VARCHAR)", []
@@ -99,7 +100,7 @@ def number_value(value: str, kind: str) -> Value | None:
     empty = f"{value} <> '' AND " if kind == "VARCHAR" else ""
     return number, [
         (f"{empty}{value} IS NOT NULL AND {number} IS NULL", "is no number"),
-        (f"NOT isnan({number}) AND abs({number}) > {FLOAT32_MAX}", "is infinite or beyond float32"),
+        (f"NOT isnan({number}) AND abs({number}) > {FLOAT32_MAX!r}", "is infinite or beyond float32"),
     ]
 
 
@@ -138,7 +139,7 @@ def time_value(value: str, kind: str, *, as_number: bool) -> tuple[str, str, Che
         return "CAST(NULL AS BIGINT)", "0", [("true", "is missing")]
     missing = (f"{value} IS NULL", "is missing")
     if kind == "VARCHAR":
-        missing = (f"({value} IS NULL OR {value} IN ('', 'nan', 'NaN', 'NaT'))", "is missing")
+        missing = (f"({value} IS NULL OR {value} IN {MISSING_TIME})", "is missing")
     if kind in ("FLOAT", "DOUBLE"):
         missing = (f"({value} IS NULL OR isnan({value}))", "is missing")
     if kind in (*INTEGERS, *WIDE_INTEGERS):

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gmeta.data.identity import vocabulary_file
 from gmeta.data.pack import SPLITS, PackWriter
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.encode import encode
 from gmeta.data.prepare.summary import Report, split_summary
 from gmeta.data.prepare.tasks import Settings, ShardJob
 from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, PackSchema
-from gmeta.data.sources import Connection, literal, md5_64, scalar
+from gmeta.data.sources import Connection, in_order, literal, md5_64, scalar
 
 Array = npt.NDArray[Any]
 
@@ -29,11 +30,10 @@ def write_vocabularies(con: Connection, writer: PackWriter, schema: DataSchema) 
             found = con.sql(query).to_arrow_table()
             writer.write_vocab(table, found["value"], found["count"].to_numpy())
     if schema.item_statistics:
-        file = writer.directory / "vocab" / f"{ITEM_STATISTICS}.parquet"
-        con.execute("SET preserve_insertion_order=true")
-        con.execute(f"""COPY (SELECT CAST(value AS VARCHAR) AS value, label_sum, count FROM item_totals
-                              ORDER BY value NULLS FIRST) TO {literal(str(file))} (FORMAT parquet)""")
-        con.execute("SET preserve_insertion_order=false")
+        file = vocabulary_file(writer.directory / "vocab", ITEM_STATISTICS)
+        with in_order(con):
+            con.execute(f"""COPY (SELECT CAST(value AS VARCHAR) AS value, label_sum, count FROM item_totals
+                                  ORDER BY value NULLS FIRST) TO {literal(str(file))} (FORMAT parquet)""")
 
 
 def write_shards(
