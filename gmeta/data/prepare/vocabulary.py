@@ -10,10 +10,10 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import duckdb
 
+from gmeta.data.identity import vocabulary_file
 from gmeta.data.prepare.columns import batched
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.summary import Report
@@ -180,6 +180,12 @@ def statistics_join(schema: DataSchema, column: int) -> str:
               LEFT JOIN item_folds o ON o.value = b.item AND o.fold = b.fold"""
 
 
+def vocabulary_files(schema: DataSchema, vocab_dir: Path) -> list[Path]:
+    """Return the files that `load_vocabularies` reads."""
+    tables = [table for table, features in schema.tables().items() if features[0].hash_buckets is None]
+    return [vocabulary_file(vocab_dir, name) for name in [*tables, *[ITEM_STATISTICS] * schema.item_statistics]]
+
+
 def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> None:
     """Load what `encode` looks values up in from a run's vocabulary directory.
 
@@ -187,9 +193,9 @@ def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> N
     """
     for index, (table, features) in enumerate(schema.tables().items()):
         if features[0].hash_buckets is None:
-            _load(con, f"vocab_{index}", "value, id", vocab_dir / f"{quote(table, safe='')}.parquet")
+            _load(con, f"vocab_{index}", "value, id", vocabulary_file(vocab_dir, table))
     if schema.item_statistics:
-        _load(con, "item_totals", "value, label_sum, count", vocab_dir / f"{ITEM_STATISTICS}.parquet")
+        _load(con, "item_totals", "value, label_sum, count", vocabulary_file(vocab_dir, ITEM_STATISTICS))
         con.execute("CREATE TABLE item_folds (value VARCHAR, fold INTEGER, label_sum DOUBLE, count BIGINT)")
 
 
