@@ -260,7 +260,7 @@ def test_one_process_has_no_traffic_to_show(tmp_path):
     assert "Communication" not in build_report(tmp_path / "run").read_text()
 
 
-EVIL = "\"><script>$x"
+EVIL = '"><script>$x'
 
 
 def poisoned(value, keep=()):
