@@ -52,7 +52,8 @@ class CoordinateConfig:
     def __post_init__(self) -> None:
         require(0 <= self.port <= 65535, "port", self.port, "must be in [0, 65535]")
         require(self.max_restarts >= 0, "max_restarts", self.max_restarts, "must not be negative")
-        require(self.cooldown_s >= 0, "cooldown_s", self.cooldown_s, "must not be negative")
+        finite = 0 <= self.cooldown_s < math.inf
+        require(finite, "cooldown_s", self.cooldown_s, "must be a finite number that is not negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -210,8 +211,9 @@ class ElasticConfig:
     """Tasks of one micro-batch that fit this worker's memory, for policy dd; 0: any number."""
 
     def __post_init__(self) -> None:
-        require(self.report_s > 0, "elastic.report_s", self.report_s, "must be more than 0 seconds")
-        require(self.patience_s > 0, "elastic.patience_s", self.patience_s, "must be more than 0 seconds")
+        finite = "must be more than 0 seconds, and finite"
+        require(0 < self.report_s < math.inf, "elastic.report_s", self.report_s, finite)
+        require(0 < self.patience_s < math.inf, "elastic.patience_s", self.patience_s, finite)
         require(self.max_restarts >= 0, "elastic.max_restarts", self.max_restarts, "must not be negative")
         require(self.max_slots >= 0, "elastic.max_slots", self.max_slots, "must not be negative")
         url = self.url
