@@ -279,6 +279,7 @@ def test_no_text_of_a_run_becomes_markup(tmp_path, reference_too):
     run = make_run(tmp_path / "run", num_tasks=20, num_steps=20, resamples=5)
     evaluation = json.loads((run / "evaluation.json").read_text())
     keys = {*evaluation, "metric", "higher_is_better", "case", "about", "tasks", "rows", "variant", "value", "low"}
+    keys |= {"warm", "user_cold", "item_cold", "both_cold"}
     keys |= {"high", "n", "against", "predicted", "observed", "all", *([] if reference_too else ["after", "before"])}
     (run / "evaluation.json").write_text(json.dumps(poisoned(evaluation, keys)))
     (run / "config.yaml").write_text(yaml.safe_dump(poisoned(CONFIG, {*CONFIG, "name", "order", "adapt"})))
