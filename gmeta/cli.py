@@ -19,7 +19,7 @@ from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, Plan
 from gmeta.config.data import PrepareConfig, SynthConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
-from gmeta.config.parse import modern_words, parse_words, parser_of
+from gmeta.config.parse import modern_words, parse_words, parser_of, require_named_code
 from gmeta.config.train import TrainConfig
 from gmeta.core.errors import UserCodeError, closest
 from gmeta.elastic import scenario
@@ -221,6 +221,8 @@ def run(argv: list[str]) -> int:
         print("\n".join([parser.format_help(), COMMANDS[name].epilog or ""]).strip())
         return 0
     try:
+        if name == "train":
+            require_named_code(words)
         if name in RENAMED_BY_COMMAND:
             words, told = modern_words(words, name)
             for sentence in told:
@@ -229,6 +231,8 @@ def run(argv: list[str]) -> int:
         config, others = parse_words(parser, COMMANDS[name].config, words)
     except ValueError as error:
         return _fail(parser.prog, error)
+    except RecursionError:
+        return _fail(parser.prog, "a value is nested too deeply: correct it")
     nproc = others.get("nproc", 1)
     try:
         elastic = isinstance(config, TrainConfig) and config.elastic.enabled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -138,6 +139,27 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--"):
             yield key, value if equals else following
+
+
+def require_named_code(words: Sequence[str]) -> None:
+    """Raise ValueError where code that is not gmeta's would run because a run directory names it.
+
+    A run may come from anyone, so that its config.yaml alone must not choose what is imported; the command line may.
+    """
+    said = {flag for flag, _ in _flags(words)}
+    for _, path in _config_files(words):
+        if path.name != "config.yaml" or not (path.parent / "run_id").exists():
+            continue
+        values = read_mapping(path, "correct it, it must hold `key: value` lines")
+        for key in ("model.name", "elastic.policy"):
+            section, _, name = key.partition(".")
+            inside = values.get(section)
+            found = inside.get(name) if isinstance(inside, dict) else None
+            if isinstance(found, str) and ":" in found and key not in said:
+                raise ValueError(
+                    f"{path} names code of its own, {key} {found}: training with it runs that code. "
+                    f"Where you trust it, name it yourself: --{key} {shlex.quote(found)}"
+                )
 
 
 def explain(message: str, parser: ArgumentParser) -> str:

@@ -52,9 +52,11 @@ def read_mapping(path: Path, cure: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} cannot be read ({reason}): {cure}") from None
+    except RecursionError:
+        raise ValueError(f"{path} cannot be read (it is nested too deeply): {cure}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping: {cure}")
     return values

@@ -25,13 +25,14 @@ import xxhash
 
 from gmeta.core.files import sync
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
-from gmeta.data.schema import PackSchema, pack_schema_from_json
+from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.data.shards import (
     CHUNK_BYTES,
     CURE,
     SAFETENSORS_DTYPE,
     Array,
     PackSplit,
+    check_entry,
     check_size,
     checksum_file,
     many_valued,
@@ -419,12 +420,36 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise ValueError(
             f"{root} is no task pack (it has no manifest.json): give the directory that `gmeta prepare` wrote"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {CURE}") from None
     if name != FORMAT:
         raise ValueError(f"{path} is of format {name!r}, expected {FORMAT!r}: give the directory of a task pack")
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or version > VERSION:
         raise ValueError(f"{root} was made by gmeta pack format {version}; this gmeta reads up to {VERSION}: upgrade")
     if manifest.get("xxh3") != _manifest_checksum(manifest):
         raise ValueError(f"{path} is damaged (its checksum is not that of its content): {CURE}")
+    try:
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of a task pack ({error}): {CURE}") from None
     return manifest  # type: ignore[no-any-return]
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError for what `finish` would not have written: a checksum says
+    that a file is whole, not who wrote it.
+    """
+    pack_schema_from_json(manifest["schema"])
+    if manifest["data_schema"] != {}:  # of a pack that was not made of raw rows
+        data_schema_from_json(manifest["data_schema"])
+    entries = [*manifest["vocab"].values(), manifest["tasks"], *manifest["others"]]
+    for name, split in manifest["splits"].items():
+        if name not in SPLITS:
+            raise ValueError(f"it has a split {name!r}")
+        counted = [split, *split["shards"]]
+        entries += split["shards"]
+        for count in (entry[key] for entry in counted for key in ("tasks", "rows")):
+            if type(count) is not int or not 0 <= count < 2**63:
+                raise ValueError(f"split {name} has the count {count!r}")
+    for entry in entries:
+        check_entry(entry)

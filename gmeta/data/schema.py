@@ -5,8 +5,9 @@ This module imports neither torch nor DuckDB, so that command lines and error pa
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,13 +79,60 @@ class PackSchema:
 
 
 def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
-    """Return the schema that `PackSchema.to_json` wrote. ValueError where a newer gmeta encoded the data."""
-    encoding = data.get("encoding", 1)
-    if encoding not in range(1, ENCODING + 1):
+    """Return the schema that `PackSchema.to_json` wrote.
+
+    Every value is checked as those of YAML are: a file may come from anyone, and some go into SQL. ValueError names
+    what is wrong, or says that a newer gmeta encoded the data.
+    """
+    entry = _whole(data, PackSchema, "schema")
+    encoding = entry.get("encoding", 1)
+    if not _is_int(encoding) or encoding not in range(1, ENCODING + 1):
         raise ValueError(f"the data have encoding {encoding!r}, this gmeta reads 1 to {ENCODING}: upgrade gmeta")
-    features = tuple(Feature(**f) for f in data["features"])
-    numeric = tuple(NumericColumn(**c) for c in data["numeric"])
-    return PackSchema(**{**data, "features": features, "numeric": numeric, "encoding": encoding})
+    for key in ("label", "task"):
+        _check(entry, key, (str,), "schema", "a column name", required=True)
+    for key in ("item", "time"):
+        _check(entry, key, (str, type(None)), "schema", "a column name")
+    _check(entry, "binary_label", (bool,), "schema", "true or false", required=True)
+    _check_number(entry, "label_mean", "schema")
+    identity = entry.get("identity")
+    if identity is not None and not (
+        isinstance(identity, dict) and all(isinstance(text, str) for pair in identity.items() for text in pair)
+    ):
+        raise ValueError(f"schema.identity is {identity!r}: must map tables to texts")
+    features = tuple(_encoded(f, f"schema.features[{i}]") for i, f in enumerate(_list(entry["features"], "features")))
+    numeric = tuple(_scaled(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry["numeric"], "numeric")))
+    return PackSchema(**{**entry, "features": features, "numeric": numeric, "encoding": encoding})
+
+
+def _encoded(value: Any, where: str) -> Feature:
+    entry = _whole(value, Feature, where)
+    _check(entry, "name", (str,), where, "a column name")
+    _check(entry, "table", (str,), where, "a table name")
+    _choice(entry, "kind", ("categorical", "multi", "sequence"), where)
+    _choice(entry, "pooling", ("mean", "sum"), where)
+    _check_count(entry, "num_ids", where)
+    return Feature(**entry)
+
+
+def _scaled(value: Any, where: str) -> NumericColumn:
+    entry = _whole(value, NumericColumn, where)
+    _check(entry, "name", (str,), where, "a column name")
+    _check(entry, "log", (bool,), where, "true or false")
+    for key in ("mean", "std"):
+        _check_number(entry, key, where)
+    if entry.get("std", 1.0) <= 0:
+        raise ValueError(f"{where}.std is {entry['std']!r}: must be more than 0")
+    return NumericColumn(**entry)
+
+
+def _whole(value: Any, kind: type, where: str) -> dict[str, Any]:
+    """Return a JSON object that has fields of a dataclass only, and all that have no default."""
+    known = fields(kind)
+    entry = _mapping(value, where, [field.name for field in known])
+    for field in known:
+        if field.default is MISSING and field.name not in entry:
+            raise ValueError(f"{where}: key {field.name!r} is missing")
+    return entry
 
 
 def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
@@ -143,6 +191,8 @@ _FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
     "sequence": ("name", "table", "min_count", "hash_buckets", "nulls", "separator", "pooling", "max_length"),
 }
 _NUMERIC_KEYS = ("name", "log", "nulls")
+_MOST = 2**31 - 1
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +282,26 @@ class DataSchema:
 
 
 def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
-    """Return the schema that `DataSchema.to_json` wrote."""
-    features = tuple(RawFeature(**f) for f in data["features"])
-    numeric = tuple(RawNumeric(**c) for c in data["numeric"])
-    return DataSchema(**{**data, "features": features, "numeric": numeric})
+    """Return the schema that `DataSchema.to_json` wrote, checked as one in YAML is. ValueError names the key."""
+    entry = _whole(data, DataSchema, "schema")
+    features = []
+    for i, value in enumerate(_list(entry.pop("features", None), "schema.features")):
+        where = f"schema.features[{i}]"
+        feature = _whole(value, RawFeature, where)
+        _check(feature, "kind", (str,), where, "text")
+        _choice(feature, "kind", tuple(_FEATURE_KEYS), where)
+        _check(feature, "table", (str,), where, "a table name")
+        kind = feature.pop("kind")
+        features.append(_feature(_said(feature, RawFeature), kind, where))
+    columns = _list(entry.pop("numeric", None), "schema.numeric")
+    numeric = [_numeric(column, f"schema.numeric[{i}]") for i, column in enumerate(columns)]
+    return _data_schema(entry, features, numeric)
+
+
+def _said(entry: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Return a JSON object without defaults, which may have no meaning for this kind of entry."""
+    defaults = {field.name: field.default for field in fields(kind)}
+    return {key: value for key, value in entry.items() if value is not defaults[key] and value != defaults[key]}
 
 
 def load_data_schema(path: str | Path) -> DataSchema:
@@ -250,6 +316,8 @@ def load_data_schema(path: str | Path) -> DataSchema:
         return parse_data_schema(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{file} is nested too deeply: correct it, `gmeta prepare --help` shows a schema") from None
 
 
 def parse_data_schema(values: Any) -> DataSchema:
@@ -257,20 +325,26 @@ def parse_data_schema(values: Any) -> DataSchema:
     keys = ("task", "label", "time", "item", "partition", "label_threshold", "categorical", "multi", "sequence")
     known = (*keys, "numeric", ITEM_STATISTICS, "hash_seed")
     entry = _mapping(values, "schema", known)
-    for key in ("task", "label"):
-        if entry.get(key) is None:
-            raise ValueError(f"schema: key {key!r} is missing: name the column")
     features = [
         _feature(item, kind, f"schema.{kind}[{i}]")
         for kind in _FEATURE_KEYS
         for i, item in enumerate(_list(entry.pop(kind, None), f"schema.{kind}"))
     ]
     numeric = [_numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry.pop("numeric", None), "numeric"))]
+    return _data_schema(entry, features, numeric)
+
+
+def _data_schema(entry: dict[str, Any], features: list[RawFeature], numeric: list[RawNumeric]) -> DataSchema:
+    """Return the schema of these columns; `entry` has the other keys, which are checked."""
+    for key in ("task", "label"):
+        if entry.get(key) is None:
+            raise ValueError(f"schema: key {key!r} is missing: name the column")
     for key in ("task", "label", "time", "item", "partition"):
         _check(entry, key, (str, type(None)), "schema", "a column name")
     if entry["label"] in [*(f.name for f in features), *(c.name for c in numeric)]:
         raise ValueError(f"schema: {entry['label']!r} is the label and a feature, so models would read it: take it out")
-    _check(entry, "label_threshold", (int, float, type(None)), "schema", "a number")
+    if entry.get("label_threshold") is not None:
+        _check_number(entry, "label_threshold", "schema")
     _check(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
     _check(entry, "hash_seed", (int,), "schema", "a whole number")
     return DataSchema(features=tuple(features), numeric=tuple(numeric), **entry)
@@ -281,11 +355,7 @@ def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
     _check(entry, "name", (str,), where, "a column name", required=True)
     _check(entry, "table", (str,), where, "a table name")
     for key in ("min_count", "hash_buckets", "max_length"):
-        _check(entry, key, (int,), where, "a whole number of at least 1")
-        if entry.get(key, 1) < 1:
-            raise ValueError(f"{where}.{key} is {entry[key]!r}: must be at least 1")
-    if entry.get("hash_buckets", 1) >= 2**31 - 1:
-        raise ValueError(f"{where}.hash_buckets is {entry['hash_buckets']!r}: must be below 2^31 - 1")
+        _check_count(entry, key, where)
     if "hash_buckets" in entry and "min_count" in entry:
         raise ValueError(f"{where}: min_count has no effect with hash_buckets: remove one")
     _check(entry, "separator", (str,), where, "a text such as '|'")
@@ -321,9 +391,9 @@ def _mapping(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
 def _list(value: Any, where: str) -> list[Any]:
     if value is None:
         return []
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):
         raise ValueError(f"{where} is {value!r}: must be a list of columns")
-    return value
+    return list(value)
 
 
 def _check(
@@ -335,6 +405,31 @@ def _check(
     # YAML's true is an int to Python.
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or value == "":
         raise ValueError(f"{where}.{key} is {value!r}: must be {rule}")
+
+
+def _check_count(entry: dict[str, Any], key: str, where: str) -> None:
+    """Raise ValueError unless a value, where there is one, is a whole number that an int32 id can reach."""
+    _check(entry, key, (int,), where, "a whole number of at least 1")
+    if entry.get(key, 1) < 1:
+        raise ValueError(f"{where}.{key} is {entry[key]!r}: must be at least 1")
+    if entry.get(key, 1) >= _MOST:
+        raise ValueError(f"{where}.{key} is {_short(entry[key])}: must be below 2^31 - 1")
+
+
+def _check_number(entry: dict[str, Any], key: str, where: str) -> None:
+    """Raise ValueError unless a value, where there is one, is a number that float64 holds."""
+    _check(entry, key, (int, float), where, "a number")
+    if not abs(entry.get(key, 0)) <= _LARGEST:
+        raise ValueError(f"{where}.{key} is {_short(entry[key])}: must be a finite number")
+
+
+def _short(value: object) -> str:
+    """Show a value; of a number with thousands of digits Python itself refuses to."""
+    return f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _choice(entry: dict[str, Any], key: str, choices: tuple[str, ...], where: str) -> None:

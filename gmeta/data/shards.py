@@ -70,6 +70,16 @@ def checksum_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_entry(entry: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a manifest entry names a file below the pack's folder, its size and its checksum."""
+    file, size, checksum = entry["file"], entry["bytes"], entry["xxh3"]
+    plain = isinstance(file, str) and "\\" not in file and "\0" not in file
+    if not plain or not file or {"", ".", ".."} & set(file.split("/")):
+        raise ValueError(f"it names the file {file!r}, which is no plain name in the pack")
+    if type(size) is not int or size < 0 or not isinstance(checksum, str):
+        raise ValueError(f"{file} has the size {size!r} and the checksum {checksum!r}")
+
+
 def check_size(root: Path, entry: Mapping[str, Any]) -> Path:
     """Return the path of a manifest entry's file. Raises ValueError where it is missing or of another size."""
     path = root / str(entry["file"])

@@ -121,11 +121,17 @@ class Coordinator:
         """Apply what the journal holds, and return the time of its last record."""
         found, last = self.journal.job(), 0.0
         if found is not None:
-            self._open(found)
+            try:
+                self._open(found)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"journal {self.journal.path} is damaged (its job, {error!r}): restore it from a copy, or name "
+                    "another --journal to begin anew"
+                ) from error
         for last, record in self.journal.records():
             try:
                 self._apply(record, last)
-            except (LookupError, ValueError, AttributeError, AssertionError) as error:
+            except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError, AssertionError) as error:
                 raise ValueError(
                     f"journal {self.journal.path} is damaged ({type(record).__name__} does not follow from what is "
                     f"before it): restore it from a copy, or name another --journal to begin anew"

@@ -5,7 +5,6 @@ Messages name a work item `shard`, as the first release did.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -17,6 +16,7 @@ from gmeta.elastic.wire import from_wire, to_wire, wire_name
 MOST_WORK_ITEMS = 4096
 """The largest number of work items in one list of a message."""
 MOST_RANKS = 65_536
+_LARGEST = 1e100
 
 WorkItemKey = tuple[int, int, int]  # epoch, work item, attempt
 WorkItemProgress = tuple[int, int, int, int]  # ..., samples of the work item that are done
@@ -27,14 +27,14 @@ class BadMessage(ValueError):
 
 
 def _bad(key: str, value: Any, rule: str) -> BadMessage:
-    shown = repr(value)
+    shown = f"of {value.bit_length()} bits" if type(value) is int and value.bit_length() > 256 else repr(value)
     return BadMessage(f"{key} is {shown if len(shown) <= 100 else shown[:100] + '…'}: must be {rule}")
 
 
 def text(body: Mapping[str, Any], key: str, most: int = 500) -> str:
     """Return a string of 1 to `most` characters."""
     value = body.get(key)
-    if not isinstance(value, str) or not 1 <= len(value) <= most:
+    if not isinstance(value, str) or not _is_text(value) or not 1 <= len(value) <= most:
         raise _bad(key, value, f"text of 1 to {most} characters")
     return value
 
@@ -93,7 +93,7 @@ def job_spec(body: Mapping[str, Any]) -> JobSpec:
         "int": (_is_whole, "a whole number"),
         "float": (_is_number, "a number"),
         "bool": (lambda x: isinstance(x, bool), "true or false"),
-        "Mode": (lambda x: isinstance(x, str), "text"),
+        "Mode": (_is_text, "text"),
     }
     for name, value in found.items():
         check, rule = fits[known[name]]
@@ -122,6 +122,9 @@ def facts(body: Mapping[str, Any]) -> dict[str, float]:
     value = body.get("facts", {})
     if not isinstance(value, dict) or len(value) > 100 or not all(map(_is_number, value.values())):
         raise _bad("facts", value, "an object of at most 100 numbers")
+    for name in value:
+        if not _is_text(name) or len(name) > 100:
+            raise _bad("a name in facts", name, "text of at most 100 characters")
     return value
 
 
@@ -136,7 +139,7 @@ def about(body: Mapping[str, Any]) -> dict[str, Any] | None:
                 raise _bad("about.max_slots", found, "a whole number of at least 1, or null")
         elif key not in ("role", "device", "node"):
             raise BadMessage(f"about has no field {key!r}: it has role, device, node, max_slots")
-        elif not isinstance(found, str) or len(found) > 500:
+        elif not _is_text(found) or len(found) > 500:
             raise _bad(f"about.{key}", found, "text of at most 500 characters")
     return value
 
@@ -169,9 +172,21 @@ def spec_differences(here: JobSpec, there: JobSpec) -> str:
     )
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that can be written down: half of a surrogate pair, which JSON can spell, cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that is left finite by what is done with it, such as the sum of many."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

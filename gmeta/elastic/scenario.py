@@ -286,6 +286,8 @@ def parse_scenario(text: str, where: str) -> Scenario:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is no YAML ({' '.join(str(error).split())}): correct it") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply: correct it") from None
     values = dict(_mapping(values, where))
     values["devices"] = tuple(
         _build(Devices, d, f"{where}, devices {i}") for i, d in enumerate(_list(values, "devices", where))

@@ -9,13 +9,17 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import math
 import secrets
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
 from importlib.resources import files
+from typing import Any
+from urllib.parse import urlsplit
 
+from gmeta.elastic.connections import BACKLOG, Guard, most_connections, speak_seldom
 from gmeta.elastic.controller import Limits
 from gmeta.elastic.coordinator import MESSAGES, Conflict, Coordinator
 from gmeta.elastic.journal import Journal, Unwritable
@@ -44,7 +48,11 @@ _TICK_S = 0.05
 
 
 def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
-    """Return the service over a coordinator. With a token, every request but the page's needs it."""
+    """Return the service over a coordinator. With a token, every request but the page's needs it.
+
+    Without one only this machine can connect, but any web page that is open on it can have its browser do so. Then
+    requests must name this machine, and come from no other page.
+    """
     metrics = Exposition(coordinator)
 
     @contextlib.asynccontextmanager
@@ -57,6 +65,9 @@ def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
     app = FastAPI(title="gmeta coordinator", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     def barred(request: Request) -> Response | None:
+        if token is None and not _is_local(request):
+            metrics.errors[403] += 1
+            return _error(403, "without a token, Host and Origin must be of this machine: use http://127.0.0.1:PORT")
         if token is None or _authorized(request, token):
             return None
         metrics.errors[401] += 1
@@ -72,7 +83,7 @@ def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
 
     @app.get("/v1/state")
     async def get_state(request: Request) -> Response:
-        return barred(request) or JSONResponse(state(coordinator))
+        return barred(request) or _reply(state(coordinator))
 
     @app.get("/v1/journal")
     async def get_journal(request: Request, after: int = 0, limit: int = 1000) -> Response:
@@ -99,6 +110,34 @@ async def _tick(coordinator: Coordinator) -> None:
         await asyncio.sleep(_TICK_S)
 
 
+def _is_local(request: Request) -> bool:
+    """Whether a request names this machine by itself, not by a name that anyone can point to it, and is from no page of
+    another origin.
+    """
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return False
+    return is_loopback(name) and (origin is None or origin == f"http://{host}")
+
+
+def _reply(content: Any) -> Response:
+    """Return JSON. What is not finite, such as a speed after absurd reports, becomes null."""
+    try:
+        return JSONResponse(content)
+    except ValueError:
+        return JSONResponse(_finite(content))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _authorized(request: Request, token: str) -> bool:
     given = request.headers.get("authorization", "")
     return secrets.compare_digest(given.encode(), f"Bearer {token}".encode())
@@ -107,6 +146,9 @@ def _authorized(request: Request, token: str) -> bool:
 async def _answer(coordinator: Coordinator, name: str, request: Request) -> Response:
     if name not in MESSAGES:
         return _error(404, f"there is no message {name!r}: it is one of {', '.join(MESSAGES)}")
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # which no page of another origin can send without asking first
+        return _error(415, f"the content type is {kind!r}: must be application/json")
     try:
         body = await _body(request)
     except ClientDisconnect:  # a worker that was killed amid its message
@@ -199,6 +241,19 @@ def _log(line: str) -> None:
     print(f"gmeta coordinate: {line}", file=sys.stderr, flush=True)
 
 
+def _guard(config: uvicorn.Config, guard: Guard) -> None:
+    """Ask `guard` before uvicorn makes a connection."""
+    config.load()
+    made: Any = config.http_protocol_class
+
+    def admitted(**values: Any) -> asyncio.Protocol:
+        guard.admit()
+        protocol: asyncio.Protocol = made(**values)
+        return protocol
+
+    config.http_protocol_class = admitted  # type: ignore[assignment]
+
+
 def serve(coordinator: Coordinator, bound: socket.socket, token: str | None) -> None:
     """Serve until SIGTERM or Ctrl-C."""
     host, port = bound.getsockname()[:2]
@@ -211,11 +266,22 @@ def serve(coordinator: Coordinator, bound: socket.socket, token: str | None) -> 
         date_header=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
+        backlog=BACKLOG,
+        timeout_notify=1,
+        callback_notify=lambda: sweep(),
     )
+    server = uvicorn.Server(config)
+    guard = Guard(server.server_state.connections, most_connections())
+
+    async def sweep() -> None:
+        guard.sweep()
+
+    _guard(config, guard)
+    speak_seldom()
     # uvicorn ends in good order at a signal, and then raises it again, for whoever had it before.
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        uvicorn.Server(config).run(sockets=[bound])
+        server.run(sockets=[bound])
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -20,6 +20,7 @@ _INK, _MUTED, _GRID = "#1e293b", "#64748b", "#e2e8f0"
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gmeta",
+    "text.parse_math": False,  # a $ in a name is a $
     "font.size": 9.5,
     "axes.edgecolor": _GRID,
     "axes.labelcolor": _MUTED,

@@ -5,23 +5,22 @@ Where a run does not hold something yet, the page names the command that makes i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
 import numpy as np
 
 from gmeta.core.files import write_text
 from gmeta.evaluation import charts
 from gmeta.evaluation.charts import Points
+from gmeta.evaluation.documents import Json, read_evaluation, read_log, read_object
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
 from gmeta.evaluation.slices import HeadlineRow, headline_rows
 from gmeta.runs.directory import read_settings
-from gmeta.runs.log import METRICS_FILE, read_metrics
+from gmeta.runs.log import METRICS_FILE
 
 _COLD = ("warm", "user_cold", "item_cold", "both_cold")
 _MAX_POINTS = 300  # a longer curve is averaged down to this
@@ -39,8 +38,6 @@ _NAMES = {
     "ndcg@10": "nDCG@10",
 }
 
-Json = dict[str, Any]
-
 
 def build_report(run_dir: Path | str) -> Path:
     """Write `report.html` into the run directory and return its path.
@@ -50,11 +47,9 @@ def build_report(run_dir: Path | str) -> Path:
     """
     run_dir = Path(run_dir)
     config = read_settings(run_dir)
-    environment = _read_json(run_dir / "environment.json", "train the run again to write it")
-    evaluation = _read_json(run_dir / "evaluation.json", "run `gmeta evaluate` again")
-    records = read_metrics(run_dir / METRICS_FILE)
-    if evaluation is not None:
-        _require_keys(evaluation, run_dir / "evaluation.json")
+    environment = read_object(run_dir / "environment.json", "train the run again to write it")
+    evaluation = read_evaluation(run_dir / "evaluation.json")
+    records = read_log(run_dir / METRICS_FILE)
     sections = (
         _headline_section(evaluation, run_dir),
         _adaptation_section(evaluation),
@@ -70,25 +65,6 @@ def build_report(run_dir: Path | str) -> Path:
     path = run_dir / "report.html"
     write_text(path, page)
     return path
-
-
-def _read_json(path: Path, cure: str) -> Json | None:
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): delete it and {cure}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object: delete it and {cure}")
-    return content
-
-
-def _require_keys(evaluation: Json, path: Path) -> None:
-    needed = ("headline", "reference", "variants", "baselines", "cases", "records", "differences", "curves", "notes")
-    missing = [key for key in needed if key not in evaluation]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}: delete it and run `gmeta evaluate` again")
 
 
 def _subtitle(config: Json) -> str:
@@ -121,7 +97,7 @@ def _headline_section(evaluation: Json | None, run_dir: Path) -> str:
     ]
     better = "higher" if evaluation["headline"]["higher_is_better"] else "lower"
     note = (
-        f"{metric}, {better} is better, over {case['rows']:,} query rows of {case['tasks']:,} tasks. "
+        f"{escape(metric)}, {better} is better, over {case['rows']:,} query rows of {case['tasks']:,} tasks. "
         f"Intervals are 95 %, from {evaluation['resamples']:,} resamples of tasks; "
         "differences are paired on the same resamples. "
         "The best baseline is the one that does best on these very rows."
@@ -137,14 +113,14 @@ def _headline_section(evaluation: Json | None, run_dir: Path) -> str:
 
 def _verdict_sentence(by_name: dict[str, HeadlineRow], metric: str, reference: str, case: Json) -> str:
     if reference != "after" or "before" not in by_name:
-        return f"{metric} on {case['tasks']:,} tasks: <b>{_number(by_name[reference].record['value'])}</b>."
+        return f"{escape(metric)} on {case['tasks']:,} tasks: <b>{_number(by_name[reference].record['value'])}</b>."
     before, after = by_name["before"], by_name["after"]
     assert before.difference is not None
     if before.record["value"] is None:
-        return f"{metric} is undefined on these rows: {case['rows']:,} rows of {case['tasks']:,} tasks."
+        return f"{escape(metric)} is undefined on these rows: {case['rows']:,} rows of {case['tasks']:,} tasks."
     words = {"better": "improves", "worse": "worsens", "not distinguishable": "does not measurably change"}
     return (
-        f"On {case['tasks']:,} tasks, adapting to the support set {words[before.verdict]} {metric}: "
+        f"On {case['tasks']:,} tasks, adapting to the support set {words[before.verdict]} {escape(metric)}: "
         f"<b>{_number(before.record['value'])}</b> before, <b>{_number(after.record['value'])}</b> after "
         f"({_interval(before.difference, '+', 'difference ')})."
     )
@@ -177,7 +153,8 @@ def _headline_table(rows: Sequence[HeadlineRow], metric: str, reference: str) ->
             f"<tr{tag}><td>{escape(row.variant)}</td><td>{_stacked(row.record)}</td><td>{gain}</td>"
             f"<td>{_badge(row.verdict) if row.verdict else ''}</td></tr>"
         )
-    head = f"<tr><th>variant</th><th>{metric}</th><th>{reference} − variant</th><th>{reference} is</th></tr>"
+    shown = escape(reference)
+    head = f"<tr><th>variant</th><th>{escape(metric)}</th><th>{shown} − variant</th><th>{shown} is</th></tr>"
     return f'<div class="scroll" style="margin-top:0"><table>{head}{"".join(cells)}</table></div>'
 
 
@@ -228,7 +205,7 @@ def _adaptation_section(evaluation: Json | None) -> str:
         figures.append(
             _figure("Calibration", charts.calibration_chart("Calibration", curves), "Bins of equally many rows.")
         )
-    note = f'<p class="note">No query rows here with: {"; ".join(absent)}.</p>' if absent else ""
+    note = f'<p class="note">No query rows here with: {escape("; ".join(absent))}.</p>' if absent else ""
     return (
         "<h2>What adaptation bought</h2>"
         f'<div class="grid">{"".join(figures)}</div>{_case_table(evaluation, ["all", *cold, *sizes], metric)}{note}'

@@ -109,6 +109,17 @@ def companion_environment() -> dict[str, str]:
     return {**os.environ, _FOLLOWS: "1"}
 
 
+def module_command(module: str) -> list[str]:
+    """Return the words that run a module as `python -m` does, but without the current folder on the path.
+
+    `python -m` would put it first, where a file called random.py replaces Python's own in every worker. (`-P` prevents
+    that from Python 3.11 on.) A user's own model is still found there: `find_model` looks in the folder last.
+    """
+    start = "import sys; sys.path[:] = filter(None, sys.path); import runpy; "
+    start += "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-c", start, module]
+
+
 def launch(
     nproc: int,
     argv: Sequence[str],
@@ -119,7 +130,7 @@ def launch(
     asked: list[signal.Signals] | None = None,
     advice: str = "Run it again; training continues from its last checkpoint with --resume true",
 ) -> int:
-    """Run `python -m module argv` in `nproc` workers, and return the exit code.
+    """Run a module with `argv`, as `module_command` does, in `nproc` workers, and return the exit code.
 
     `restarts` says how often it was run before, and `advice` what to do when a worker has died. Signals that ask this
     process to stop are added to `asked`.
@@ -138,11 +149,12 @@ def launch(
 
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it in one line of our own
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        python, *words = module_command(module)
         with tempfile.TemporaryDirectory(prefix="gmeta-launch-") as folder:
             context = SubprocessContext(
                 name=module,
-                entrypoint=sys.executable,
-                args=dict.fromkeys(range(nproc), ("-m", module, *argv)),
+                entrypoint=python,
+                args=dict.fromkeys(range(nproc), (*words, *argv)),
                 envs={rank: worker_environment(rank, nproc, store.port, restarts) for rank in range(nproc)},
                 logs_specs=DefaultLogsSpecs(log_dir=folder),
             )

@@ -27,7 +27,7 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.files import read_mapping, replacing, write_text
 from gmeta.data.identity import identity_difference, identity_of
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.schema import PackSchema, pack_schema_from_json
+from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.parallel.collectives import on_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
@@ -214,12 +214,16 @@ def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:
     """Return the pack schema and the raw data schema that a run was trained with."""
     values = read_mapping(run_dir / "schema.json", _CURE)
     try:
+        if values["data"] != {}:  # of a pack that was not made of raw rows
+            data_schema_from_json(values["data"])
         return pack_schema_from_json(values["pack"]), values["data"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run ({error}): {_CURE}") from None
 
 
 def read_tasks_checksum(run_dir: Path) -> str | None:
     """Return the checksum of the tasks and splits that a run was trained with; None where it recorded none."""
-    tasks: str | None = read_mapping(run_dir / "schema.json", _CURE).get("tasks")
+    tasks = read_mapping(run_dir / "schema.json", _CURE).get("tasks")
+    if tasks is not None and not isinstance(tasks, str):
+        raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run (tasks is {tasks!r}): {_CURE}")
     return tasks

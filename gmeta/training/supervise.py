@@ -18,7 +18,14 @@ from pathlib import Path
 
 from gmeta.config.train import TrainConfig
 from gmeta.data.pack import open_pack
-from gmeta.parallel.launch import EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, companion_environment, launch
+from gmeta.parallel.launch import (
+    EXIT_RESTART,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    companion_environment,
+    launch,
+    module_command,
+)
 from gmeta.runs import checkpoint
 
 _POLL_S = 0.2
@@ -90,7 +97,7 @@ def journal_file(config: TrainConfig) -> Path:
 
 
 def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[subprocess.Popen[str], int]:
-    """Start `python -m gmeta` with `words` and `--port`. Return the process and the port that it listens on; 0 takes a
+    """Start gmeta with `words` and `--port`. Return the process and the port that it listens on; 0 takes a
     free one.
 
     What it prints is appended to `log`. Raises ValueError, with what it said, when it ends at once.
@@ -98,7 +105,7 @@ def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[su
     with log.open("a") as out:
         before = out.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "gmeta", *map(str, words), "--port", str(port)],
+            [*module_command("gmeta"), *map(str, words), "--port", str(port)],
             stdout=subprocess.PIPE,
             stderr=out,
             text=True,

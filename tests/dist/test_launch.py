@@ -1,5 +1,7 @@
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -10,7 +12,7 @@ import pytest
 from harness import CONTEXT
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
-from gmeta.parallel.launch import launch
+from gmeta.parallel.launch import launch, module_command
 
 pytestmark = pytest.mark.dist
 
@@ -133,3 +135,35 @@ def test_one_worker_told_to_stop_stops_the_run_cleanly(tmp_path):
     workers[0].terminate()
     assert finish(process, tmp_path) == (75, "")
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_the_current_folder_replaces_no_module_of_a_worker(tmp_path):
+    """As with `python -P`; what only the folder has is found by `find_model`, which looks there last."""
+    (tmp_path / "random.py").write_text("raise SystemExit('this random.py ran')")
+    (tmp_path / "elsewhere").mkdir()
+    probe = tmp_path / "elsewhere" / "probe.py"
+    probe.write_text("import random, sys\nprint(sys.argv[1:], __name__, '' in sys.path, random.__file__)")
+    done = subprocess.run(
+        [*module_command("probe"), "a", "b c"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(probe.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout == f"['a', 'b c'] __main__ False {random.__file__}\n"
+
+
+def test_workers_do_not_run_what_lies_in_the_current_folder(tmp_path):
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "random.py").write_text("raise SystemExit('this random.py ran')")
+    here = Path.cwd()
+    os.chdir(place)
+    try:
+        process = start("leaving", tmp_path)
+        assert finish(process, tmp_path) == (0, "")
+    finally:
+        os.chdir(here)
+    assert (tmp_path / "stdout").read_text() == "the last words" * 2

@@ -7,9 +7,11 @@ import http.client
 import itertools
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -379,3 +381,105 @@ def test_one_client_for_many_threads(guarded):
     for thread in threads:
         thread.join()
     assert found == [{}] * 8
+
+
+# Strangers
+
+
+def _post(process: Process, name: str, body: bytes, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
+    connection.request("POST", f"/v1/{name}", body, {"Content-Type": "application/json", **headers})
+    answer = connection.getresponse()
+    found = answer.status, answer.read().decode()
+    connection.close()
+    return found
+
+
+def test_without_a_token_other_pages_and_names_are_refused(tmp_path: Path):
+    process = Process(tmp_path / "j")
+    body = json.dumps({"run": "r", "request": "1", "pack": "p", "plan": to_wire(JobSpec(4, 2))}).encode()
+    local = f"127.0.0.1:{process.port}"
+    for status, headers in (
+        (403, {"Host": "rebound.example"}),
+        (403, {"Host": "127.0.0.1.rebound.example"}),
+        (403, {"Host": "[::1"}),
+        (403, {"Origin": "https://other.example"}),
+        (403, {"Origin": "null"}),
+        (403, {"Host": local, "Origin": f"https://{local}"}),
+        (415, {"Content-Type": "text/plain"}),
+        (415, {"Content-Type": "application/x-www-form-urlencoded"}),
+    ):
+        assert _post(process, "job", body, **headers)[0] == status, headers
+    for path in ("/v1/state", "/v1/journal", "/metrics"):
+        connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
+        connection.request("GET", path, headers={"Host": "rebound.example"})
+        assert connection.getresponse().status == 403
+        connection.close()
+    allowed = {"Host": "localhost:8000", "Origin": "http://localhost:8000", "Content-Type": "application/JSON; x=y"}
+    assert _post(process, "job", body, **allowed)[0] == 200
+    assert records(tmp_path / "j") == []
+    assert process.end() == ""
+
+
+HALF = "\ud800"
+LONG = int("9" * 400)
+
+
+def test_what_cannot_be_written_down_is_refused_and_the_state_stays_sound(tmp_path: Path):
+    process = Process(tmp_path / "j")
+    client = process.client()
+    client.open_job("p", JobSpec(40, 2, mode="exactly_once"))
+    group = {"pack": "p", "world_size": 1, "batch": 1, "first_step": 0, "ahead": 1, "report_s": 1.0, "saved": None}
+    report = {"generation": 1, "rank": 0, "known": 0, "steps": [], "facts": {}, "about": None}
+    odd = [
+        *(("lease", {"worker": text, "count": 1}) for text in (HALF, f"w{HALF}x")),
+        ("lease", {"worker": "w", "count": LONG}),
+        ("begin", group | {"report_s": LONG}),
+        ("begin", group | {"saved": {"epoch": 0, "cursor": 0, "num_done": 0, "again": [[1, LONG]], "attempts": []}}),
+        ("fail", {"generation": 1, "reason": HALF, "shards": []}),
+        ("commit", {"generation": 1, "shards": [[LONG, 0, 1]], "progress": []}),
+        ("report", report | {"facts": {HALF: 1}}),
+        ("report", report | {"facts": {"free": LONG}}),
+        ("report", report | {"facts": {"x" * 101: 1}}),
+        ("report", report | {"about": {"role": HALF}}),
+        ("report", report | {"about": {"max_slots": LONG}}),
+        ("report", report | {"steps": [[0, LONG, 0, 0, 1]]}),
+        ("report", report | {"steps": [[LONG, 1, 0, 0, 1]]}),
+        ("report", report | {"steps": [[0, 1e308, 0, 0, 1]]}),
+    ]
+    client.call("begin", **group)
+    for number, (name, fields) in enumerate(odd):
+        message = {"run": "r", "request": f"odd {number}", **fields}
+        status, text = _post(process, name, json.dumps(message).encode())
+        assert (status, "must be" in text) == (400, True), (name, fields, status, text)
+    for message in ({"run": HALF, "request": "1"}, {"run": "r", "request": HALF}):
+        assert _post(process, "renew", json.dumps(message).encode())[0] == 400
+    steps = [[step, 1e-300, 0, 0, 1e100] for step in range(20)]  # absurd, but numbers
+    assert (
+        _post(process, "report", json.dumps({"run": "r", "request": "n", **report, "steps": steps}).encode())[0] == 200
+    )
+    connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
+    for path in ("/v1/state", "/v1/journal", "/metrics"):
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert (answer.status, len(answer.read()) > 0) == (200, True)
+    connection.close()
+    assert process.end() == ""
+
+
+def test_silent_connections_lock_nobody_out_and_fill_no_log(tmp_path: Path):
+    """More connections than there are descriptors, none of which says a word."""
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (300, 320));"
+    limited += "from gmeta.cli import run; sys.exit(run(sys.argv[1:]))"
+    process = Process(tmp_path / "j", program=("-c", limited))
+    silent = []
+    for _ in range(400):
+        one = socket.create_connection(("127.0.0.1", process.port), timeout=60)
+        silent.append(one)
+    body = json.dumps({"run": "r", "request": "1", "pack": "p", "plan": to_wire(JobSpec(4, 2))}).encode()
+    began = time.monotonic()
+    assert _post(process, "job", body)[0] == 200
+    assert time.monotonic() - began < 20
+    for one in silent:
+        one.close()
+    assert len(process.end()) < 2000

@@ -312,3 +312,42 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_a_moved_pack_still_opens(path: Path, tmp_path: Path) -> None:
     shutil.move(path, tmp_path / "elsewhere")
     verify_pack(tmp_path / "elsewhere")
+
+
+CRAFTED: list[tuple[list[str | int], object, str]] = [
+    (["vocab", "item", "file"], "vocab/../../outside.parquet", "no plain name"),
+    (["vocab", "item", "file"], "/etc/hostname", "no plain name"),
+    (["splits", "train", "shards", 0, "file"], "..\\outside", "no plain name"),
+    (["tasks", "file"], "", "no plain name"),
+    (["others", 0, "file"], ["x"], "no plain name"),
+    (["others", 0, "bytes"], 100.0, "size 100.0"),
+    (["splits", "train", "shards", 0, "rows"], -1, "count -1"),
+    (["splits", "train", "rows"], "40", "count '40'"),
+    (["splits", "late"], {}, "split 'late'"),
+    (["vocab"], [], "has no attribute"),
+    (["schema", "features", 0, "num_ids"], "9", "num_ids is '9'"),
+    (["data_schema"], {"features": "SELECT"}, "key 'task' is missing"),
+]
+
+
+@pytest.mark.parametrize(("where", "value", "said"), CRAFTED, ids=lambda x: str(x)[:40])
+def test_a_crafted_manifest_is_refused_though_its_checksum_is_right(
+    path: Path, where: list[str | int], value: object, said: str
+) -> None:
+    (path.parent / "outside.parquet").write_bytes((path / "vocab" / "item.parquet").read_bytes())
+    manifest = json.loads((path / "manifest.json").read_text())
+    inside = manifest
+    for key in where[:-1]:
+        inside = inside[key]
+    inside[where[-1]] = value
+    manifest["xxh3"] = pack_module._manifest_checksum(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"is no manifest of a task pack .*prepare. again") as caught:
+        open_pack(path)
+    assert said in str(caught.value)
+
+
+def test_a_manifest_nested_too_deeply_is_refused(path: Path) -> None:
+    (path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is damaged"):
+        open_pack(path)

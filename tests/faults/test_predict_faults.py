@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from commands import fails, train_words
 from packs import make_pack
 
 from gmeta.cli import run
-from gmeta.data.sources import open_file
+from gmeta.data.sources import confine, open_file
 from gmeta.parallel.launch import launch
 
 pytestmark = pytest.mark.faults
@@ -181,3 +182,70 @@ def test_an_interrupt_leaves_nothing(trained: Path, files: Path, monkeypatch: py
 def test_an_out_below_a_file(trained: Path, files: Path, capsys: Capture) -> None:
     out = files / "query.parquet" / "scores.csv"
     fails(predict_words(trained, files, out), capsys, f"cannot write {out}")
+
+
+SQL = "7 AS INTEGER)) FROM read_csv('SECRET', header=false) --"
+CRAFTED: list[tuple[str, list[str | int], object, str]] = [
+    ("data", ["features", 0, "hash_buckets"], SQL, "hash_buckets is"),
+    ("data", ["features", 0, "hash_buckets"], True, "hash_buckets is True: must be a whole number"),
+    ("data", ["features", 0, "max_length"], "1", "max_length"),
+    ("data", ["features", 0, "kind"], ["multi"], "kind is"),
+    ("data", ["features", 0, "table"], 7, "table is 7"),
+    ("data", ["features", 0, "odd"], 7, "unknown key 'odd'"),
+    ("data", ["features"], "all", "must be a list"),
+    ("data", ["label_threshold"], SQL, "label_threshold is"),
+    ("data", ["label_threshold"], float("nan"), "label_threshold is nan: must be a finite number"),
+    ("data", ["label_threshold"], 10**400, "label_threshold is of 1329 bits: must be a finite number"),
+    ("data", ["item_statistics"], "yes", "item_statistics is"),
+    ("data", ["task"], None, "'task' is missing"),
+    ("data", [], [1], "must be a mapping"),
+    ("pack", ["numeric", 0, "mean"], SQL, "mean is"),
+    ("pack", ["numeric", 0, "std"], 0, "std is 0: must be more than 0"),
+    ("pack", ["numeric", 0, "std"], float("inf"), "std is inf: must be a finite number"),
+    ("pack", ["features", 0, "num_ids"], 2**31, "num_ids is"),
+    ("pack", ["label_mean"], None, "label_mean is None"),
+    ("pack", ["identity"], {"item": 3}, "identity is"),
+    ("pack", ["encoding"], True, "encoding True"),
+]
+
+
+@pytest.mark.parametrize(("part", "where", "value", "said"), CRAFTED, ids=lambda x: str(x)[:40])
+def test_a_crafted_schema_is_refused_and_no_sql_of_it_runs(
+    trained: Path, files: Path, tmp_path: Path, capsys: Capture, part: str, where: list, value: object, said: str
+) -> None:
+    run_dir, secret = tmp_path / "crafted", tmp_path / "secret.csv"
+    secret.write_text("42\n")
+    shutil.copytree(trained, run_dir)
+    schema = json.loads((run_dir / "schema.json").read_text())
+    value = value.replace("SECRET", str(secret)) if isinstance(value, str) else value
+    inside, path = schema, [part, *where]
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    (run_dir / "schema.json").write_text(json.dumps(schema))
+    fails(predict_words(run_dir, files, tmp_path / "out.parquet"), capsys, str(run_dir / "schema.json"), said)
+    fails(["evaluate", "--run_dir", run_dir], capsys, str(run_dir / "schema.json"), said)
+
+
+def test_encoding_reads_its_own_files_and_no_others(tmp_path: Path) -> None:
+    own, other = tmp_path / "own[1]*.csv", tmp_path / "other.csv"
+    for file in (own, other):
+        file.write_text("x\n1\n")
+    with duckdb.connect() as con:
+        part = open_file(con, own)
+        confine(con, [own])
+        assert con.execute(part.query).fetchall() == [(1, "1")]
+        attempts = [
+            open_file(duckdb.connect(), other).query,
+            f"COPY (SELECT 1) TO '{tmp_path / 'written.csv'}'",
+            f"ATTACH '{tmp_path / 'new.db'}'",
+            "SELECT * FROM read_text('/etc/hostname')",
+            "INSTALL httpfs",
+        ]
+        for attempt in attempts:
+            with pytest.raises(duckdb.PermissionException):
+                con.execute(attempt)
+        with pytest.raises(duckdb.Error):
+            con.execute("SET enable_external_access = true")
+        with pytest.raises(duckdb.Error):
+            con.execute(f"SET allowed_directories = ['{tmp_path}']")

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from gmeta.data.pack import PackWriter
-from gmeta.data.schema import Feature, NumericColumn, PackSchema
+from gmeta.data.schema import DataSchema, Feature, NumericColumn, PackSchema, RawFeature
 
 
 def schema(one: int = 2, many: int = 1, numeric: int = 1, time: bool = False) -> PackSchema:
@@ -85,7 +85,8 @@ def arrays_of(of: PackSchema, tasks: list[Task]) -> dict[str, np.ndarray]:
 
 
 def write_pack(path: Path, of: PackSchema, shards: list[tuple[str, list[Task]]]) -> Path:
-    with PackWriter(path, of, settings={"b": 1, "a": 2}, data_schema={"label": "y"}) as writer:
+    columns = DataSchema(task="t", label="y", features=(RawFeature(name="f", kind="categorical", table="f"),))
+    with PackWriter(path, of, settings={"b": 1, "a": 2}, data_schema=columns.to_json()) as writer:
         for split, tasks in shards:
             writer.add_shard(split, arrays_of(of, tasks))
             ids = [t.task_id for t in tasks]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
 import yaml
+from commands import fails
 
 from gmeta.cli import run
 from gmeta.config import cluster, data, evaluation, train
 from gmeta.config.deprecated import upgrade, upgrade_words
-from gmeta.config.parse import modern_words, train_config
+from gmeta.config.parse import modern_words, require_named_code, train_config
 from gmeta.config.train import DenseConfig, TrainConfig
+from gmeta.data.schema import load_data_schema
 
 BASE = {"pack": "p", "run_dir": "r"}
 
@@ -251,3 +254,60 @@ def test_mappings_may_hold_paths(tmp_path: Path) -> None:
     assert train_config({"pack": tmp_path, "run_dir": tmp_path / "run"}).pack == str(tmp_path)
     with pytest.raises(ValueError, match=r"config is None: give the path"):
         train_config(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("key", "name"), [("elastic.policy", "mine:policy"), ("model.name", "mine.towers:Two")])
+def test_code_that_only_a_run_names_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, name: str):
+    section, _, last = key.partition(".")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"pack": "p", "run_dir": str(tmp_path), section: {last: name}}))
+    words = ["train", "--config", str(file), "--resume", "true"]
+    require_named_code(words)  # a config file of the user's own, beside no run
+    (tmp_path / "run_id").write_text("r\n")
+    fails(words, capsys, str(file), f"{key} {name}", f"name it yourself: --{key} {name}")
+    fails(["train", f"--config={file}"], capsys, f"--{key} {name}")
+    require_named_code([*words, f"--{key}", name])
+    require_named_code([*words, f"--{key}={name}"])
+    file.write_text(yaml.safe_dump({"model": {"name": "melu"}, "elastic": {"policy": "nd"}}))
+    require_named_code(words)
+
+
+@pytest.mark.parametrize("deep", ["[" * 5000, "a: " + "{b: " * 5000, "[" * 5000 + "]" * 5000])
+def test_what_is_nested_too_deeply_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], deep: str):
+    file = tmp_path / "deep.yaml"
+    file.write_text(deep)
+    fails(["train", "--config", file], capsys, "nested too deeply")
+    fails(["lab", "--scenario", file, "--out", tmp_path / "out"], capsys, "nested too deeply")
+    (tmp_path / "x.csv").write_text("user,click\n1,1\n")
+    words = ["prepare", "--input", tmp_path / "x.csv", "--schema", file, "--out", tmp_path / "pack"]
+    fails(words, capsys, "nested too deeply")
+    fails(["train", "--model.args", deep], capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("label_threshold: .nan", "label_threshold is nan: must be a finite number"),
+        ("label_threshold: .inf", "label_threshold is inf: must be a finite number"),
+        (f"label_threshold: {'9' * 400}", "label_threshold is of 1329 bits: must be a finite number"),
+        (f"sequence: [{{name: tags, separator: ' ', max_length: {'9' * 30}}}]", "max_length is"),
+        ("sequence: [{name: tags, separator: ' ', min_count: 2147483648}]", "min_count is 2147483648: must be below"),
+    ],
+)
+def test_numbers_of_a_schema_beyond_reason_are_refused(tmp_path: Path, line: str, said: str):
+    (tmp_path / "schema.yaml").write_text(f"task: user\nlabel: click\ncategorical: [item]\n{line}\n")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        load_data_schema(tmp_path / "schema.yaml")
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+@pytest.mark.parametrize("key", ["report_s", "patience_s"])
+def test_times_of_an_elastic_group_are_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: str):
+    file = tmp_path / "own.yaml"
+    file.write_text(f"pack: p\nrun_dir: r\nelastic: {{{key}: {value}}}\n")
+    fails(["train", "--config", file], capsys, f"elastic.{key} is {value[1:]}")
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_the_cool_down_is_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str):
+    fails(["coordinate", "--journal", tmp_path / "j", "--cooldown_s", value], capsys, "cooldown_s is ", "finite")

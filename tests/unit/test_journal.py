@@ -1,6 +1,7 @@
 """The journal: what was written is there after a restart, all of a request or nothing of it."""
 
 import json
+import random
 import sqlite3
 from pathlib import Path
 
@@ -176,3 +177,79 @@ def test_a_coordinator_goes_on_from_an_older_journal(tmp_path: Path) -> None:
     reply = coordinator.handle("report", {"run": "r1", "request": "new", **settings})
     assert reply["settings"][-1]["slots"] == (6, 2)
     coordinator.close()
+
+
+def damaged_or_same(path: Path, whole: list[object]) -> bool:
+    """Whether a journal is refused in words; otherwise it must say what it said before."""
+    refusal, said = "", None
+    try:
+        journal = Journal(path)
+        try:
+            said = [journal.job(), *journal.records(), *map(journal.reply, ("a", "b"))]
+        finally:
+            journal.close()
+    except ValueError as error:
+        refusal = str(error)
+    assert said == whole or any(cure in refusal for cure in ("restore it from a copy", "name another --journal"))
+    return bool(refusal)
+
+
+def test_no_flipped_bit_is_read_as_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal(path)
+    journal.write([], 1.0, "a", {"generation": 0}, job={"run": "r", "pack": "p"})
+    journal.write(RECORDS[:4], 2.5, "b", {"reply": "END"})
+    journal.write(RECORDS[4:], 3)
+    whole = [journal.job(), *journal.records(), *map(journal.reply, ("a", "b"))]
+    journal.close()
+    content = path.read_bytes()
+    used = [place for place, byte in enumerate(content) if byte]
+    rng, found = random.Random(0), 0
+    for _ in range(300):
+        damaged, place = bytearray(content), rng.choice(used)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        for beside in tmp_path.glob("j-*"):
+            beside.unlink()
+        found += damaged_or_same(path, whole)
+    assert found > 250, found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE records SET body = replace(body, '3', '4') WHERE seq = 3",
+        "UPDATE records SET time = 2.25 WHERE seq = 3",
+        "UPDATE records SET sum = NULL WHERE seq = 3",
+        "UPDATE records SET sum = (SELECT sum FROM records WHERE seq = 2) WHERE seq = 3",
+        'UPDATE job SET body = \'{"run": "s"}\'',
+        "UPDATE job SET body = '['",
+        "DELETE FROM job",
+        "UPDATE replies SET body = '{}' WHERE request = 'b'",
+    ],
+)
+def test_a_changed_row_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "j"
+    journal = Journal(path)
+    journal.write([], 1.0, "a", {}, job={"run": "r"})
+    journal.write(RECORDS, 2.0, "b", {"reply": "END"})
+    journal.close()
+    with sqlite3.connect(path) as database:
+        database.execute(change)
+    database.close()
+    assert damaged_or_same(path, [])
+
+
+def test_an_older_journal_goes_on_with_checksums(tmp_path: Path) -> None:
+    path = older_journal(tmp_path)
+    journal = Journal(path)
+    old = list(journal.records())
+    journal.write(RECORDS[:2], 2000.0)
+    journal.close()
+    again = Journal(path)
+    assert list(again.records()) == [*old, *((2000.0, record) for record in RECORDS[:2])]
+    again.close()
+    with sqlite3.connect(path) as database:
+        database.execute("UPDATE records SET time = 1 WHERE seq = (SELECT max(seq) FROM records)")
+    database.close()
+    assert damaged_or_same(path, [])

@@ -258,3 +258,77 @@ def test_one_process_has_no_traffic_to_show(tmp_path):
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     metrics.write_text("".join(json.dumps({k: v for k, v in r.items() if k != "comm"}) + "\n" for r in lines))
     assert "Communication" not in build_report(tmp_path / "run").read_text()
+
+
+EVIL = '"><script>$x'
+
+
+def poisoned(value, keep=()):
+    """The same JSON with markup in every text and key; equal texts stay equal."""
+    if isinstance(value, str):
+        return value if value in keep else value + EVIL
+    if isinstance(value, list):
+        return [poisoned(item, keep) for item in value]
+    if isinstance(value, dict):
+        return {key if key in keep else key + EVIL: poisoned(item, keep) for key, item in value.items()}
+    return value
+
+
+@pytest.mark.parametrize("reference_too", [False, True])
+def test_no_text_of_a_run_becomes_markup(tmp_path, reference_too):
+    run = make_run(tmp_path / "run", num_tasks=20, num_steps=20, resamples=5)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    keys = {*evaluation, "metric", "higher_is_better", "case", "about", "tasks", "rows", "variant", "value", "low"}
+    keys |= {"warm", "user_cold", "item_cold", "both_cold"}
+    keys |= {"high", "n", "against", "predicted", "observed", "all", *([] if reference_too else ["after", "before"])}
+    (run / "evaluation.json").write_text(json.dumps(poisoned(evaluation, keys)))
+    (run / "config.yaml").write_text(yaml.safe_dump(poisoned(CONFIG, {*CONFIG, "name", "order", "adapt"})))
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(poisoned(environment)))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "valid":
+            line |= {f"{EVIL}_before": 0.1, f"{EVIL}_after": 0.2}
+        else:
+            line["comm"] = poisoned(line["comm"], {"measured", "predicted", "bytes", "remote_bytes", "calls"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = build_report(run).read_text()
+    Page(page)
+    assert "<script" not in page
+    assert page.index("Content-Security-Policy") < page.index("<title>")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "said"),
+    [
+        (["resamples"], EVIL, "resamples is"),
+        (["headline", "metric"], 3, "headline.metric is 3"),
+        (["cases", 0, "rows"], EVIL, r"cases\[0\].rows is"),
+        (["cases"], [], "it has no cases"),
+        (["records", 1, "low"], "0.5", r"records\[1\].low is '0.5'"),
+        (["records", 1, "value"], float("nan"), "value is nan"),
+        (["records"], {}, "records is no list"),
+        (["curves", "after"], [{"predicted": "x", "observed": 0.5}], "predicted is 'x'"),
+        (["reference"], "somebody", "none of 'auc' for 'somebody'"),
+        (["differences"], [], "differences have none of 'auc'"),
+    ],
+)
+def test_an_evaluation_of_another_shape_is_refused(tmp_path, where, value, said):
+    run = make_run(tmp_path / "run", num_tasks=20, num_steps=2, resamples=5)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    inside = evaluation
+    for key in where[:-1]:
+        inside = inside[key]
+    inside[where[-1]] = value
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    with pytest.raises(ValueError, match=rf"evaluation.json is not what gmeta writes \(.*{said}"):
+        build_report(run)
+
+
+@pytest.mark.parametrize("wrong", [{"loss": EVIL}, {"epoch": "1"}, {"comm": 3}, {"comm": {"measured": {"ids": {}}}}])
+def test_a_log_of_another_shape_is_refused(tmp_path, wrong):
+    run = make_run(tmp_path / "run", num_tasks=20, num_steps=2, resamples=5)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    (run / "metrics.jsonl").write_text(json.dumps(first | wrong) + "\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, record 1 is not what gmeta writes \(.*; delete the line"):
+        build_report(run)

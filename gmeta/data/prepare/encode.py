@@ -18,9 +18,20 @@ import pyarrow.compute as pc
 
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, reject_counts
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched
-from gmeta.data.prepare.vocabulary import load_vocabularies, numeric_values, statistics_join
+from gmeta.data.prepare.vocabulary import load_vocabularies, numeric_values, statistics_join, vocabulary_files
 from gmeta.data.schema import OOV, DataSchema, NumericColumn, PackSchema, RawFeature, Role, data_schema_from_json
-from gmeta.data.sources import Connection, RawPart, described, find_files, literal, md5_64, open_file, reading, scalar
+from gmeta.data.sources import (
+    Connection,
+    RawPart,
+    confine,
+    described,
+    find_files,
+    literal,
+    md5_64,
+    open_file,
+    reading,
+    scalar,
+)
 
 Array = npt.NDArray[Any]
 
@@ -140,8 +151,11 @@ def encode_tables(
     with file, row, column and value.
     """
     with duckdb.connect() as con:
-        parts = [_only_part(con, path) for path in (support_path, query_path)]
-        return _encoded(con, parts[0], parts[1], data_schema_from_json(data_schema_json), vocab_dir, pack_schema)
+        schema, paths = data_schema_from_json(data_schema_json), (support_path, query_path)
+        files = [_only_file(path) for path in paths]
+        support, query = (_opened(con, path, file) for path, file in zip(paths, files, strict=True))
+        confine(con, [*files, *vocabulary_files(schema, vocab_dir)])
+        return _encoded(con, support, query, schema, vocab_dir, pack_schema)
 
 
 def encode_in_memory(
@@ -167,16 +181,21 @@ def encode_in_memory(
             raise ValueError(
                 f"{role} has a column of a type that cannot be read ({kinds}): make it text, or plain numbers"
             ) from error
+        confine(con, vocabulary_files(schema, vocab_dir))
         support, query = (part, None) if role == "support" else (None, part)
         return _encoded(con, support, query, schema, vocab_dir, pack_schema)
 
 
-def _only_part(con: Connection, path: str) -> RawPart:
+def _only_file(path: str) -> Path:
     found = find_files([path])
     if len(found) != 1:
         raise ValueError(f"{path} stands for {len(found)} files: give one Parquet or CSV file")
+    return found[0]
+
+
+def _opened(con: Connection, path: str, file: Path) -> RawPart:
     with reading(path):
-        return replace(open_file(con, found[0]), file=path)
+        return replace(open_file(con, file), file=path)
 
 
 def _encoded(

@@ -180,6 +180,12 @@ def statistics_join(schema: DataSchema, column: int) -> str:
               LEFT JOIN item_folds o ON o.value = b.item AND o.fold = b.fold"""
 
 
+def vocabulary_files(schema: DataSchema, vocab_dir: Path) -> list[Path]:
+    """Return the files that `load_vocabularies` reads."""
+    tables = [table for table, features in schema.tables().items() if features[0].hash_buckets is None]
+    return [vocabulary_file(vocab_dir, name) for name in [*tables, *[ITEM_STATISTICS] * schema.item_statistics]]
+
+
 def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> None:
     """Load what `encode` looks values up in from a run's vocabulary directory.
 
