@@ -13,9 +13,10 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import psutil
 import torch
@@ -26,6 +27,7 @@ from gmeta.core.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 _PLAIN_LINE_EVERY_S = 10.0
+_BLOCK_BYTES = 1 << 20
 _PACKAGES = ("gmeta", "torch", "numpy", "duckdb", "pyarrow", "safetensors", "jsonargparse")
 
 
@@ -122,27 +124,56 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: the write was cut short
-                break
-            raise ValueError(f"{path}, line {number}: not a JSON record ({error}); delete the line") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
-            raise ValueError(f"{path}, line {number}: a record needs 'kind' and a whole 'step'; delete the line")
-        records.append(record)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n") and line.strip():  # else the write was cut short
+                records.append(_record(line, f"{path}, line {number}"))
     return records
 
 
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode(errors="replace"))
+    except ValueError as error:
+        raise ValueError(f"{where}: not a JSON record ({error}); delete the line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+        raise ValueError(f"{where}: a record needs 'kind' and a whole 'step'; delete the line")
+    return record
+
+
 def _cut_back(path: Path, step: int) -> None:
-    """Keep the records up to and including `step`, atomically."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    """Cut off the records after `step`, and a line torn by a kill. Steps ascend, so that only the end is read.
+
+    Raises ValueError where a line there is no record.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        keep = file.seek(0, os.SEEK_END)
+        for start, line in _lines_from_the_end(file):
+            whole = line.endswith(b"\n") and line.strip()
+            if whole and _record(line, f"{path}, the line at byte {start}")["step"] <= step:
+                break
+            keep = start
+        file.truncate(keep)
+        os.fsync(file.fileno())
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their offsets, the last one first; they are read block by block."""
+    start, tail = file.seek(0, os.SEEK_END), b""
+    while start:
+        begin = max(0, start - _BLOCK_BYTES)
+        file.seek(begin)
+        first, *lines = (file.read(start - begin) + tail).splitlines(keepends=True)
+        at = begin + len(first) + sum(map(len, lines))
+        for line in reversed(lines):
+            at -= len(line)
+            yield at, line
+        start, tail = begin, first
+    if tail:
+        yield 0, tail
 
 
 def write_environment(path: Path | str, **facts: Any) -> None:

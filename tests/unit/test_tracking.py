@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gmeta.runs import log as log_module
 from gmeta.runs.log import RunLog, _commit, read_metrics, write_environment
 
 STEP = {"epoch": 0, "loss": 0.5, "tasks_per_s": 1200.0, "samples_per_s": 24000.0, "padding": 0.05}
@@ -88,6 +89,25 @@ def test_damage_before_the_last_line_is_named(tmp_path, line):
     path.write_text(f'{{"kind": "train", "step": 1}}\n{line}\n{{"kind": "train", "step": 3}}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: .*delete the line"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("torn", [b"", b'{"kind"', b"\n\n"])
+def test_only_the_end_of_a_long_log_is_read(tmp_path, monkeypatch, block, torn):
+    """Damage long before the end is not looked at, and the lines that stay keep their bytes."""
+    monkeypatch.setattr(log_module, "_BLOCK_BYTES", block)
+    lines = [b"damage\n", *(b'{"kind": "train",  "step": %d}\n' % step for step in range(1, 40))]
+    for step in (1, 17, 38, 39, 50):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b"".join(lines) + torn)
+        log_module._cut_back(path, step)
+        assert path.read_bytes() == b"".join(lines[: min(step, 39) + 1])
+    path.write_bytes(b"".join(lines[1:]) + torn)
+    log_module._cut_back(path, 0)
+    assert path.read_bytes() == b""
+    path.write_bytes(b"".join(lines[:2]) + b"damage\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, the line at byte 37: .*delete the line"):
+        log_module._cut_back(path, 1)
 
 
 def test_other_ranks_write_nothing(tmp_path):
