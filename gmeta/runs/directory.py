@@ -88,20 +88,26 @@ def _lock(file: TextIO, run_dir: Path) -> None:
 
 
 def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
-    """Create the run directory, or find the checkpoint to resume from (None: start at step 0). Collective."""
+    """Create the run directory, or find the checkpoint to resume from (None: start at step 0). Collective.
+
+    Rank 0 decides for all: its launcher may have started it more often, or later, than those of the others. An elastic
+    run always goes on from what its directory holds, because whoever schedules its job again knows nothing of it.
+    """
     run_dir = Path(config.run_dir)
-    on_rank_0(lambda: _prepare(config, run_dir), mesh)
-    if config.resume and checkpoint.steps_saved(run_dir / "checkpoints"):
-        return checkpoint.find_checkpoint(run_dir / "checkpoints", "last")
-    return None
+    saved = on_rank_0(lambda: _prepare(config, run_dir), mesh)
+    step = int(broadcast_from_rank_0(saved if saved is not None else -1, mesh))
+    return None if step < 0 else checkpoint.step_dir(run_dir / "checkpoints", step)
 
 
-def _prepare(config: TrainConfig, run_dir: Path) -> None:
-    """Check what is there, then write what a run directory holds from its start."""
+def _prepare(config: TrainConfig, run_dir: Path) -> int | None:
+    """Check what is there, then write what a run directory holds from its start. Return the last step that was
+    saved.
+    """
     pack = open_pack(config.pack)
     checkpoints = run_dir / "checkpoints"
     saved = checkpoint.steps_saved(checkpoints)
-    if (saved or (run_dir / METRICS_FILE).exists()) and not config.resume:
+    goes_on = config.resume or config.elastic.enabled
+    if (saved or (run_dir / METRICS_FILE).exists()) and not goes_on:
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume true, or name another run_dir")
     if saved:
         last = checkpoint.step_dir(checkpoints, saved[-1])
@@ -120,6 +126,7 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
     write_environment(run_dir / "environment.json")
     if not (run_dir / _RUN_ID).exists():
         write_text(run_dir / _RUN_ID, f"{run_dir.name}-{uuid.uuid4().hex[:12]}\n")
+    return saved[-1] if saved else None
 
 
 def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
