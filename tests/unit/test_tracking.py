@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import subprocess
 
 import pytest
@@ -122,6 +123,21 @@ def test_other_ranks_write_nothing(tmp_path):
     log.close()
     assert not (tmp_path / "run").exists()
     assert text.getvalue() == ""
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_told_of_with_the_file(tmp_path, full):
+    log = RunLog(tmp_path, 0)
+    log.start()
+    log.train({"step": 1, **STEP})
+    writer = log if full == "metrics.jsonl" else log._board
+    writer._file.flush()
+    with open("/dev/full", "wb") as device:
+        os.dup2(device.fileno(), writer._file.fileno())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/{full}.*: No space left on device; free space"):
+            log.train({"step": 2, **STEP})
+    log.close()
 
 
 def test_closing_before_start_is_fine(tmp_path):
