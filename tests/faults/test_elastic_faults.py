@@ -191,6 +191,8 @@ def test_a_kill_changes_nothing(pack: Path, undisturbed: Path, tmp_path: Path, w
     assert ("restart 1, from the checkpoint of step" in said) == (who != "coordinator")
     assert ("was killed by SIGKILL" in said) == (who != "coordinator")
     assert ("the coordinator ended" in said) == (who != "worker")
+    saved = read_config(run_dir).elastic
+    assert (saved.url, saved.token_file) == (None, None), "the coordinator ended with its launcher"
     assert_each_task_once(run_dir)
     assert losses(run_dir) == losses(undisturbed)
     assert learned(run_dir) == learned(undisturbed)
@@ -376,8 +378,6 @@ def test_another_number_of_workers_goes_on(pack: Path, undisturbed: Path, tmp_pa
     assert process.returncode == 75
     finish(start(command(pack, run_dir, nproc=1)))  # an elastic run goes on by itself
     assert_each_task_once(run_dir)
-    saved = read_config(run_dir).elastic
-    assert (saved.url, saved.token_file) == (None, None), "the coordinator ended with its launcher"
     assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=1e-4)
 
 
