@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_TOKEN_BYTES = 4
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`. It is renamed to `path` when the block ends without an error, and removed
-    otherwise.
+    """Give a temporary path beside `path`: an empty file, which is this writer's alone. It is renamed to `path` when
+    the block ends without an error, and removed otherwise.
 
-    Raises ValueError naming `path` where the disk refuses.
+    Of several writers the last one counts, and a reader finds a whole file. What a killed writer left is removed by the
+    next one. Raises ValueError naming `path` where the disk refuses.
     """
-    partial = path.with_name(f".partial-{path.name}")
     try:
-        yield partial
-        sync(partial)
-        os.replace(partial, path)
+        _remove_leftovers(path)
+        partial, lock = _locked_partial(path)
+        try:
+            yield partial
+            sync(partial)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+            os.close(lock)
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror or error}; free space there or name another path"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _locked_partial(path: Path) -> tuple[Path, int]:
+    """Create a temporary file beside `path`. Return it with its descriptor, whose lock dies with this process."""
+    while True:
+        partial = path.with_name(f".partial-{secrets.token_hex(_TOKEN_BYTES)}-{path.name}")
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _lock(handle, fcntl.LOCK_EX)
+        if partial.exists():  # else another writer took it for a leftover before it was locked
+            return partial, handle
+        os.close(handle)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `path` that no living writer holds."""
+    length = len(".partial--") + 2 * _TOKEN_BYTES + len(path.name)
+    with os.scandir(path.parent) as entries:
+        names = [e.name for e in entries if e.name.startswith(".partial-") and e.name.endswith(f"-{path.name}")]
+    for leftover in (path.with_name(name) for name in names if len(name) == length):
+        try:
+            handle = os.open(leftover, os.O_WRONLY)
+        except OSError:  # removed meanwhile, or somebody else's
+            continue
+        try:
+            if _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                leftover.unlink(missing_ok=True)
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int, operation: int) -> bool:
+    """Lock an open file. Return False where another holds it, or the file system has no locks."""
+    try:
+        fcntl.flock(handle, operation)
+    except OSError:
+        return False
+    return True
 
 
 def sync(path: Path) -> None:

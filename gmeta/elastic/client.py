@@ -84,19 +84,20 @@ class Client:
             try:
                 response = self._pool.request("POST", f"{self.url}/v1/{name}", body=body)
             except urllib3.exceptions.HTTPError as error:
-                problem = str(error)
+                problem = (
+                    f"no coordinator answered at {self.url} for {patience_s:g} s ({error}): "
+                    "start it again on the same journal, or correct the address"
+                )
             else:
                 if response.status == 200:
                     reply: dict[str, Any] = response.json()
                     return reply
                 if response.status < 500:
                     raise _refusal(self.url, response)
-                problem = _refusal(self.url, response).args[0]
+                why = _refusal(self.url, response).args[0]
+                problem = f"the coordinator at {self.url} could not do its part for {patience_s:g} s: {why}"
             if time.monotonic() + pause > deadline:
-                raise Unreachable(
-                    f"no coordinator answered at {self.url} for {patience_s:g} s ({problem}): "
-                    "start it again on the same journal, or correct the address"
-                )
+                raise Unreachable(problem)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 

@@ -78,7 +78,7 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
         require_same_training_data(run_dir, Path(config.plain_run))
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
-    system, trained = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
+    system, trained, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     scores = score_split(
         system,
         split,
@@ -87,7 +87,12 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
         steps=config.steps,
         inner_lr=config.inner_lr,
     )
-    notes: dict[str, Any] = {"checkpoint": config.checkpoint, "split": config.split, "pack": str(pack.path)}
+    notes: dict[str, Any] = {
+        "checkpoint": config.checkpoint,
+        "step": step,
+        "split": config.split,
+        "pack": str(pack.path),
+    }
     plain = None if config.plain_run is None else _plain_variants(config, trained, pack, mesh, notes)
     if scores is None:
         return
@@ -120,7 +125,10 @@ def _plain_variants(
     Returns None on other ranks than 0.
     """
     assert config.plain_run is not None
-    plain, plain_config = load_system(Path(config.plain_run), config.checkpoint, mesh, trust_model=config.trust_model)
+    plain, plain_config, step = load_system(
+        Path(config.plain_run), config.checkpoint, mesh, trust_model=config.trust_model
+    )
+    notes["plain_step"] = step
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
     tuned = replace(trained.meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
@@ -241,7 +249,8 @@ def _write(
     name = "" if own else f"-{pack.path.resolve().name}-{pack.manifest['xxh3'][:8]}"
     write_evaluation(run_dir / f"evaluation{name}.json", evaluation, notes)
     with replacing(run_dir / f"predictions{name}.parquet") as partial:
-        pq.write_table(pa.table(_prediction_columns(keys, pack, split, scores, found)), partial)
+        columns = pa.table(_prediction_columns(keys, pack, split, scores, found))
+        pq.write_table(columns.replace_schema_metadata({"step": str(notes["step"])}), partial)
     print_headline(evaluation)
     if not own:
         print(f"{pack.path} is not the run's own pack: written to {run_dir / f'evaluation{name}.json'}")

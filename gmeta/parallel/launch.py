@@ -35,6 +35,8 @@ EXIT_PEER_LOST = 76
 
 _LAUNCHED = "GMETA_LAUNCHED"
 _FOLLOWS = "GMETA_FOLLOWS"
+_COORDINATOR = "GMETA_COORDINATOR"
+_COORDINATOR_TOKEN = "GMETA_COORDINATOR_TOKEN_FILE"
 _TORCH_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 _POLL_S = 0.1
 _COMPANION_S = 20.0
@@ -49,9 +51,10 @@ def is_worker() -> bool:
     return _LAUNCHED in os.environ or "RANK" in os.environ
 
 
-def was_restarted() -> bool:
-    """Whether this worker's group was started before: by torchrun (`--max-restarts`), or by `launch` (`restarts`)."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+def own_coordinator() -> tuple[str, Path] | None:
+    """Return URL and token file of the coordinator that lives as long as this worker's launcher, where there is one."""
+    url = os.environ.get(_COORDINATOR)
+    return None if url is None else (url, Path(os.environ[_COORDINATOR_TOKEN]))
 
 
 def worker_rank() -> int:
@@ -126,14 +129,14 @@ def launch(
     *,
     module: str = "gmeta",
     grace_s: float = 120.0,
-    restarts: int = 0,
+    coordinator: tuple[str, Path] | None = None,
     asked: list[signal.Signals] | None = None,
     advice: str = "Run it again; training continues from its last checkpoint with --resume true",
 ) -> int:
     """Run a module with `argv`, as `module_command` does, in `nproc` workers, and return the exit code.
 
-    `restarts` says how often it was run before, and `advice` what to do when a worker has died. Signals that ask this
-    process to stop are added to `asked`.
+    `coordinator` is what `own_coordinator` returns in the workers, and `advice` says what to do when a worker has died.
+    Signals that ask this process to stop are added to `asked`.
 
     The code is 0 when all workers end well. Workers themselves end with 2 after a user's mistake, 75 after a requested
     stop and 77 to be started again. It is 128 + n when signal n killed a worker. When one worker fails, the others are
@@ -155,7 +158,9 @@ def launch(
                 name=module,
                 entrypoint=python,
                 args=dict.fromkeys(range(nproc), (*words, *argv)),
-                envs={rank: worker_environment(rank, nproc, store.port, restarts) for rank in range(nproc)},
+                envs={
+                    rank: worker_environment(rank, nproc, store.port) | _naming(coordinator) for rank in range(nproc)
+                },
                 logs_specs=DefaultLogsSpecs(log_dir=folder),
             )
             try:
@@ -167,7 +172,11 @@ def launch(
                 _kill(context)
 
 
-def worker_environment(rank: int, nproc: int, port: int, restarts: int = 0) -> dict[str, str]:
+def _naming(coordinator: tuple[str, Path] | None) -> dict[str, str]:
+    return {} if coordinator is None else {_COORDINATOR: coordinator[0], _COORDINATOR_TOKEN: str(coordinator[1])}
+
+
+def worker_environment(rank: int, nproc: int, port: int) -> dict[str, str]:
     """Return what `open_mesh` reads in worker `rank` of `nproc`, whose store listens on loopback `port`."""
     threads = (
         {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
@@ -183,7 +192,6 @@ def worker_environment(rank: int, nproc: int, port: int, restarts: int = 0) -> d
         "MASTER_PORT": str(port),
         # workers are clients of the launcher's store
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": str(restarts),
     }
 
 
@@ -264,7 +272,9 @@ def _verdict(context: SubprocessContext, result: RunProcsResult | None, advice: 
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         if code == -signal.SIGKILL:
             how += " (out of memory, or it did not end in time)"
-        messages.append(f"gmeta: error: rank {first} (pid {pid}) {how}; the other workers were stopped. {advice}")
+        messages.append(
+            f"gmeta: error: rank {first} (pid {pid}) {how}; the other workers were stopped. {advice}".rstrip()
+        )
         witnesses = [text for rank in failed if rank not in causes and (text := _last_words(context, rank))]
         messages += witnesses[:1]
     if messages:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
@@ -16,6 +17,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+_START = "gmeta-start"
 
 
 class PeerLost(RuntimeError):
@@ -99,7 +102,8 @@ def _join(
     rank: int, world_size: int, local_world_size: int, device: torch.device, timeout_s: int, node_size: int
 ) -> Mesh:
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group("gloo", store=_agent_store(timeout), rank=rank, world_size=world_size, timeout=timeout)
+    store = _agent_store(rank, world_size, timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     row_group = dist.new_group(backend=backend, timeout=timeout)
     return Mesh(
@@ -116,8 +120,8 @@ def _join(
     )
 
 
-def _agent_store(timeout: timedelta) -> dist.Store | None:
-    """Return the launcher's store, if it lends one, with a prefix for each start of the workers. None: rank 0 makes
+def _agent_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """Return the launcher's store, if it lends one, with a prefix for this start of the workers. None: rank 0 makes
     one.
 
     The store of torchrun outlives workers that failed. New workers would find the addresses of dead ones in it (torch
@@ -128,7 +132,33 @@ def _agent_store(timeout: timedelta) -> dist.Store | None:
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"], _environment_int("MASTER_PORT", 0), is_master=False, timeout=timeout
     )
-    return dist.PrefixStore(f"gmeta-start-{_environment_int('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    return dist.PrefixStore(agree_on_start(store, rank, world_size, timeout), store)
+
+
+def agree_on_start(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Return a name for this start of the workers, the same on all ranks, that no earlier start on `store` had.
+
+    Rank 0 makes it, and says whom it has heard: a worker that finds the name of an earlier start is not among them, and
+    waits for the next. TORCHELASTIC_RESTART_COUNT would not do, because every agent of torchrun has its own, and that
+    of a node that joins begins at 0. Raises RuntimeError where the others do not come within `timeout`.
+    """
+    mine = uuid.uuid4().hex
+    if rank == 0:
+        store.set(_START, mine)
+        heard = [store.get(f"{mine}/{peer}").decode() for peer in range(1, world_size)]
+        store.set(f"{mine}/heard", ",".join(heard))
+        return mine
+    name, end, pause_s = "", time.monotonic() + timeout.total_seconds(), 0.01
+    while time.monotonic() < end:
+        found = store.get(_START).decode()
+        if found != name:
+            name = found
+            store.set(f"{name}/{rank}", mine)
+        if store.check([f"{name}/heard"]) and mine in store.get(f"{name}/heard").decode().split(","):
+            return name
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.25)
+    raise RuntimeError("rank 0 did not come")
 
 
 def _stages(

@@ -30,7 +30,7 @@ from gmeta.models.registry import (
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
-from gmeta.runs.directory import read_config, read_schema
+from gmeta.runs.directory import open_checkpoint, read_config, read_schema
 
 WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of rows and row gradients on the way; None: as the tables hold them."""
@@ -162,8 +162,9 @@ def build_learner(
 
 def load_system(
     run_dir: Path, which: str, mesh: Mesh, *, factory: ModelFactory | None = None, trust_model: bool = False
-) -> tuple[System, TrainConfig]:
-    """Build a run's system and load checkpoint `which`, without optimizer state; collective.
+) -> tuple[System, TrainConfig, int]:
+    """Build a run's system and load checkpoint `which`, without optimizer state; collective. Return them with the
+    checkpoint's step.
 
     Which packs it can read, `runs.data` says. A run that names a model of somebody's own is opened with `factory`, or
     with `trust_model`, which imports what the run names. Raises ValueError otherwise.
@@ -177,11 +178,10 @@ def load_system(
         )
     if factory is not None:
         _compare_names(config.model.name, name_of(factory))
-    path = checkpoint.find_checkpoint(run_dir / "checkpoints", which)
-    checkpoint.verify_together(path, mesh)
+    path = open_checkpoint(run_dir, which, mesh)
     system = build_system(config, schema, mesh, factory=factory, training=False)
     checkpoint.load_tensors(path, system.tensors(), mesh)
-    return system, config
+    return system, config, checkpoint.step_of(path)
 
 
 def _compare_names(recorded: str, given: str) -> None:

@@ -68,7 +68,7 @@ class Recommender:
     ) -> None:
         require_own_vocabularies(run_dir)
         self.run_dir = run_dir
-        self.system, self.config = load_system(run_dir, str(step), mesh, factory=factory, trust_model=trust_model)
+        self.system, self.config, _ = load_system(run_dir, str(step), mesh, factory=factory, trust_model=trust_model)
         self.system.learner.eval()
         schema, self._data_schema = read_schema(run_dir)
         self.schema: PackSchema = schema

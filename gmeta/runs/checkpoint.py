@@ -28,11 +28,13 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gmeta.core.files import read_mapping, sync
 from gmeta.data.shards import checksum_file
-from gmeta.parallel.collectives import naming_lost_peers, on_rank_0, raise_together
+from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 from gmeta.sharding.checkpoint import PartitionWriter, StreamReader, metadata_differences
 
 FORMAT_VERSION = 2
+_STATE = "state.json"
+_CHECKSUMS = "checksums.json"
 
 
 def step_dir(root: Path, step: int) -> Path:
@@ -94,11 +96,11 @@ def _dcp_save(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
 def _seal(partial: Path, final: Path, state: dict[str, Any]) -> OSError | None:
     """Write state and checksums, sync, rename; returns the error if the disk refuses."""
     try:
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
+        (partial / _STATE).write_text(json.dumps(state, indent=1))
         files = sorted(path for path in partial.iterdir() if path.is_file())
         sums = {path.name: {"bytes": path.stat().st_size, "xxh3": checksum_file(path)} for path in files}
-        (partial / "checksums.json").write_text(json.dumps(sums, indent=1))
-        for path in [*files, partial / "checksums.json", partial]:
+        (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        for path in [*files, partial / _CHECKSUMS, partial]:
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
@@ -120,35 +122,50 @@ CURE = "delete this checkpoint and resume from an older one"
 
 
 def verify(path: Path) -> None:
-    """Check size and checksum of every file of a checkpoint; ValueError names the damaged one."""
-    listed = read_mapping(path / "checksums.json", CURE)
-    if "state.json" not in listed:
-        raise ValueError(f"{path / 'checksums.json'} is damaged (it does not list state.json): {CURE}")
-    for name, expected in listed.items():
-        file = path / name
-        if not isinstance(expected, dict) or not file.is_file():
-            raise ValueError(f"checkpoint {path} is not whole ({name} is missing): {CURE}")
-        if file.stat().st_size != expected.get("bytes"):
-            raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected.get('bytes')}: {CURE}")
-        if checksum_file(file) != expected.get("xxh3"):
-            raise ValueError(f"{file} is damaged (its checksum differs): {CURE}")
+    """Check that a checkpoint has the files that it was saved with, and size and checksum of each; ValueError names the
+    one that is damaged, missing or new.
+    """
+    listed = _checksums(path)
+    for name in listed:
+        _verify_file(path, name, listed)
+    # a loader would take tensors from any file that is there
+    if strays := {file.name for file in path.iterdir()} - listed.keys() - {_CHECKSUMS}:
+        raise ValueError(f"checkpoint {path} was not saved with {min(strays)}: remove that file")
 
 
-def verify_together(path: Path, mesh: Mesh) -> None:
-    """Verify on rank 0 and raise its error on all ranks; collective."""
-    on_rank_0(lambda: verify(path), mesh)
+def _checksums(path: Path) -> dict[str, Any]:
+    listed = read_mapping(path / _CHECKSUMS, CURE)
+    if _STATE not in listed:
+        raise ValueError(f"{path / _CHECKSUMS} is damaged (it does not list {_STATE}): {CURE}")
+    return listed
+
+
+def _verify_file(path: Path, name: str, listed: dict[str, Any]) -> None:
+    file, expected = path / name, listed[name]
+    if not isinstance(expected, dict) or not file.is_file():
+        raise ValueError(f"checkpoint {path} is not whole ({name} is missing): {CURE}")
+    if file.stat().st_size != expected.get("bytes"):
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, expected {expected.get('bytes')}: {CURE}")
+    if checksum_file(file) != expected.get("xxh3"):
+        raise ValueError(f"{file} is damaged (its checksum differs): {CURE}")
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return the JSON part of a checkpoint. Raises ValueError where it cannot be read or is of a newer format."""
-    state = read_mapping(path / "state.json", CURE)
+    """Return the JSON part of a checkpoint, which was verified first.
+
+    Raises ValueError where it is damaged or edited, of another step than the directory, or of a newer format.
+    """
+    _verify_file(path, _STATE, _checksums(path))
+    state = read_mapping(path / _STATE, CURE)
     version = state.get("format_version")
     if not isinstance(version, int):
-        raise ValueError(f"{path / 'state.json'} is damaged (it names no format): {CURE}")
+        raise ValueError(f"{path / _STATE} is damaged (it names no format): {CURE}")
     if version > FORMAT_VERSION:
         raise ValueError(
             f"checkpoint {path} has format {version}; this gmeta reads up to {FORMAT_VERSION}: upgrade gmeta"
         )
+    if state.get("step") != step_of(path):
+        raise ValueError(f"checkpoint {path} is of step {state.get('step')}: give the directory its own name again")
     return state
 
 
@@ -185,9 +202,10 @@ def prune(root: Path, keep_last: int, best: int | None) -> None:
 
 
 def find_checkpoint(root: Path, which: str) -> Path:
-    """Return the directory of checkpoint `which`: best (of the newest that can be read), last, or a step number.
+    """Return the directory of checkpoint `which`: best, last, or a step number.
 
-    Raises ValueError that lists what exists.
+    The newest checkpoint knows which is the best. Where it is damaged, a warning says so, and the newest one that is
+    whole is asked. Raises ValueError that lists what exists.
     """
     steps = steps_saved(root)
     if not steps:
@@ -196,6 +214,8 @@ def find_checkpoint(root: Path, which: str) -> Path:
         return step_dir(root, steps[-1])
     if which == "best":
         best = _best_step(root, steps)
+        if best is not None and best not in steps:
+            warnings.warn(f"{step_dir(root, best)}, the best checkpoint, is not there: taking the last", stacklevel=2)
         return step_dir(root, best if best in steps else steps[-1])
     if which.isdigit() and int(which) in steps:
         return step_dir(root, int(which))
@@ -205,9 +225,12 @@ def find_checkpoint(root: Path, which: str) -> Path:
 def _best_step(root: Path, steps: list[int]) -> int | None:
     """Return the best step by the newest checkpoint that can be read; a damaged last one hides no healthy best."""
     for step in reversed(steps):
+        path = step_dir(root, step)
         try:
-            best = read_state(step_dir(root, step)).get("best_step")
-        except ValueError:
+            best = read_state(path).get("best_step")
+        except ValueError as error:
+            if path.exists():  # else a run that is training has removed it
+                warnings.warn(f"an older checkpoint has to say which is the best: {error}", stacklevel=3)
             continue
         return best if isinstance(best, int) else None
     return None

@@ -27,8 +27,8 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.files import read_mapping, replacing, write_text
 from gmeta.data.identity import identity_difference, identity_of
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
-from gmeta.parallel.collectives import on_rank_0, raise_together
+from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json, schema_difference
+from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
 from gmeta.runs.log import METRICS_FILE, write_environment
@@ -88,26 +88,34 @@ def _lock(file: TextIO, run_dir: Path) -> None:
 
 
 def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
-    """Create the run directory, or find the checkpoint to resume from (None: start at step 0). Collective."""
+    """Create the run directory, or find the checkpoint to resume from (None: start at step 0). Collective.
+
+    Rank 0 decides for all: its launcher may have started it more often, or later, than those of the others. An elastic
+    run always goes on from what its directory holds, because whoever schedules its job again knows nothing of it.
+    """
     run_dir = Path(config.run_dir)
-    on_rank_0(lambda: _prepare(config, run_dir), mesh)
-    if config.resume and checkpoint.steps_saved(run_dir / "checkpoints"):
-        return checkpoint.find_checkpoint(run_dir / "checkpoints", "last")
-    return None
+    saved = on_rank_0(lambda: _prepare(config, run_dir), mesh)
+    step = int(broadcast_from_rank_0(saved if saved is not None else -1, mesh))
+    return None if step < 0 else checkpoint.step_dir(run_dir / "checkpoints", step)
 
 
-def _prepare(config: TrainConfig, run_dir: Path) -> None:
-    """Check what is there, then write what a run directory holds from its start."""
+def _prepare(config: TrainConfig, run_dir: Path) -> int | None:
+    """Check what is there, then write what a run directory holds from its start. Return the last step that was
+    saved.
+    """
     pack = open_pack(config.pack)
     checkpoints = run_dir / "checkpoints"
     saved = checkpoint.steps_saved(checkpoints)
-    if (saved or (run_dir / METRICS_FILE).exists()) and not config.resume:
+    goes_on = config.resume or config.elastic.enabled
+    if (saved or (run_dir / METRICS_FILE).exists()) and not goes_on:
         raise ValueError(f"{run_dir} already holds a run: continue it with --resume true, or name another run_dir")
     if saved:
         last = checkpoint.step_dir(checkpoints, saved[-1])
         checkpoint.verify(last)
         state = checkpoint.read_state(last)
         _require_same(state, config)
+        if (run_dir / "schema.json").exists():
+            _require_own_schema(run_dir, state, last)
         _require_same_data(state, run_dir, pack)
     for leftover in checkpoints.glob(".partial-*"):  # of a process that was killed in a save
         shutil.rmtree(leftover)
@@ -118,6 +126,7 @@ def _prepare(config: TrainConfig, run_dir: Path) -> None:
     write_environment(run_dir / "environment.json")
     if not (run_dir / _RUN_ID).exists():
         write_text(run_dir / _RUN_ID, f"{run_dir.name}-{uuid.uuid4().hex[:12]}\n")
+    return saved[-1] if saved else None
 
 
 def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
@@ -140,22 +149,65 @@ def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
 
 def _require_same(state: dict[str, Any], now: TrainConfig) -> None:
     """Raise ValueError naming the first setting that a checkpoint cannot go on with."""
-    # A setting younger than the checkpoint did then what its default does now.
-    defaults = asdict(TrainConfig(pack="", run_dir=""))
     for key in ("sequential", "size_buckets"):
         if state["config"].get("loader", {}).get(key, True) is False:
             raise ValueError(
                 f"the run to resume was trained with loader.{key} off, an order of batches that only "
                 "benchmarks/study still has: start a new run_dir"
             )
+    for key, before, wanted in _changed_settings(state, now):
+        raise ValueError(f"{key} is {wanted!r}, but the run to resume has {before!r}: start a new run_dir to change it")
+
+
+def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the settings that a checkpoint's numbers depend on and that are others now: key, value then, value now."""
+    # A setting younger than the checkpoint did then what its default does now.
+    defaults = asdict(TrainConfig(pack="", run_dir=""))
     saved, _ = upgrade(state["config"], saved=True)
     before, wanted = _leaves(defaults) | _leaves(saved), _leaves(asdict(now))
-    for key in wanted:
-        if key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME and before.get(key) != wanted[key]:
+    for key in dict.fromkeys([*wanted, *before]):
+        fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
+        if fixed and before.get(key) != wanted.get(key):
+            yield key, before.get(key), wanted.get(key)
+
+
+def open_checkpoint(run_dir: Path, which: str, mesh: Mesh) -> Path:
+    """Return a run's checkpoint `which`, once it is verified and the run's own files say what it says; collective.
+
+    Raises ValueError where a file of the checkpoint is damaged, or config.yaml or schema.json are not those that it was
+    saved with: weights of one shape would load all the same, and give other predictions.
+    """
+
+    def find() -> int:
+        path = checkpoint.find_checkpoint(run_dir / "checkpoints", which)
+        checkpoint.verify(path)
+        state = checkpoint.read_state(path)
+        for key, before, now in _changed_settings(state, read_config(run_dir)):
             raise ValueError(
-                f"{key} is {wanted[key]!r}, but the run to resume has {before.get(key)!r}: "
-                "start a new run_dir to change it"
+                f"{run_dir / 'config.yaml'} has {key} {now!r}, but {path} was trained with {before!r}: {_CURE}"
             )
+        _require_own_schema(run_dir, state, path)
+        return checkpoint.step_of(path)
+
+    step = broadcast_from_rank_0(on_rank_0(find, mesh) or 0, mesh)
+    return checkpoint.step_dir(run_dir / "checkpoints", int(step))
+
+
+def _require_own_schema(run_dir: Path, state: dict[str, Any], path: Path) -> None:
+    """Raise ValueError with what differs, unless schema.json says what the checkpoint at `path` says. What an earlier
+    release did not record is not compared.
+    """
+    schema, data_schema = read_schema(run_dir)
+    saved = pack_schema_from_json(state["schema"])
+    lines = schema_difference(saved, schema)
+    if not lines and state.get("data_schema") not in (None, data_schema):
+        lines = ["its raw data schema is another"]
+    if not lines and saved.identity is not None:
+        identity = identity_of(schema, data_schema, run_dir / "vocab").schema.identity or {}
+        tables = dict.fromkeys([*saved.identity, *identity])
+        lines = [f"what an id of {t!r} means is another" for t in tables if saved.identity.get(t) != identity.get(t)]
+    if lines:
+        raise ValueError(f"{run_dir / 'schema.json'} is not what {path} was saved with: {'; '.join(lines)}: {_CURE}")
 
 
 def _require_same_data(state: dict[str, Any], run_dir: Path, pack: TaskPack) -> None:

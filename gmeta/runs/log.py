@@ -13,9 +13,11 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import psutil
 import torch
@@ -26,6 +28,7 @@ from gmeta.core.files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 _PLAIN_LINE_EVERY_S = 10.0
+_BLOCK_BYTES = 1 << 20
 _PACKAGES = ("gmeta", "torch", "numpy", "duckdb", "pyarrow", "safetensors", "jsonargparse")
 
 
@@ -41,7 +44,7 @@ class RunLog:
         self._total = total_steps
         self._step = 0
         self._file: TextIO | None = None
-        self._board: Any = None
+        self._board: _Board | None = None
         self._progress: Progress | None = None
         self._last_line_s = -math.inf
 
@@ -55,9 +58,10 @@ class RunLog:
             return
         self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / METRICS_FILE
-        _cut_back(path, self._step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = _board_writer(self._run_dir / "tensorboard", purge_step=self._step + 1)
+        with _naming(path):
+            _cut_back(path, self._step)
+            self._file = path.open("a", encoding="utf-8")
+        self._board = _Board(self._run_dir / "tensorboard", purge_step=self._step + 1)
         if self._console.is_terminal:
             self._progress = _progress_bar(self._console)
             self._progress.add_task("", total=self._total, completed=self._step, text="")
@@ -85,15 +89,11 @@ class RunLog:
         record = {"kind": kind, **{key: _finite(value) for key, value in record.items()}}
         if self._active:
             assert self._file is not None, "start() comes first"
-            try:
+            assert self._board is not None
+            with _naming(self._run_dir / METRICS_FILE):
                 self._file.write(json.dumps(record, allow_nan=False) + "\n")
                 self._file.flush()
-            except OSError as error:
-                raise ValueError(
-                    f"cannot write {self._run_dir / METRICS_FILE}: {error.strerror}; free space there, "
-                    "then continue from the last checkpoint with --resume true"
-                ) from error
-            _write_scalars(self._board, record)
+            self._board.scalars(record)
         return record
 
     def say(self, text: str) -> None:
@@ -107,8 +107,9 @@ class RunLog:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        if self._file is not None:
-            self._file.close()
+        if self._file is not None and self._board is not None:
+            with suppress(OSError):  # each record was flushed, and told of where the disk refused it
+                self._file.close()
             self._board.close()
             self._file = None
 
@@ -122,27 +123,56 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     records = []
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: the write was cut short
-                break
-            raise ValueError(f"{path}, line {number}: not a JSON record ({error}); delete the line") from error
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
-            raise ValueError(f"{path}, line {number}: a record needs 'kind' and a whole 'step'; delete the line")
-        records.append(record)
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.endswith(b"\n") and line.strip():  # else the write was cut short
+                records.append(_record(line, f"{path}, line {number}"))
     return records
 
 
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode(errors="replace"))
+    except ValueError as error:
+        raise ValueError(f"{where}: not a JSON record ({error}); delete the line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+        raise ValueError(f"{where}: a record needs 'kind' and a whole 'step'; delete the line")
+    return record
+
+
 def _cut_back(path: Path, step: int) -> None:
-    """Keep the records up to and including `step`, atomically."""
-    kept = [record for record in read_metrics(path) if record["step"] <= step]
-    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    """Cut off the records after `step`, and a line torn by a kill. Steps ascend, so that only the end is read.
+
+    Raises ValueError where a line there is no record.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        keep = file.seek(0, os.SEEK_END)
+        for start, line in _lines_from_the_end(file):
+            whole = line.endswith(b"\n") and line.strip()
+            if whole and _record(line, f"{path}, the line at byte {start}")["step"] <= step:
+                break
+            keep = start
+        file.truncate(keep)
+        os.fsync(file.fileno())
+
+
+def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file with their offsets, the last one first; they are read block by block."""
+    start, tail = file.seek(0, os.SEEK_END), b""
+    while start:
+        begin = max(0, start - _BLOCK_BYTES)
+        file.seek(begin)
+        first, *lines = (file.read(start - begin) + tail).splitlines(keepends=True)
+        at = begin + len(first) + sum(map(len, lines))
+        for line in reversed(lines):
+            at -= len(line)
+            yield at, line
+        start, tail = begin, first
+    if tail:
+        yield 0, tail
 
 
 def write_environment(path: Path | str, **facts: Any) -> None:
@@ -169,28 +199,57 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _board_writer(directory: Path, *, purge_step: int) -> Any:
-    """Open a torch `FileWriter` whose readers forget earlier events from `purge_step` on."""
-    with warnings.catch_warnings():
-        # TensorBoard's own imports use deprecated names, which a user of gmeta cannot change.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from torch.utils.tensorboard import FileWriter  # late: importing TensorBoard takes a second
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+class _Board:
+    """Writes events for TensorBoard, whose readers forget earlier ones from `purge_step` on.
 
-    writer = FileWriter(str(directory))
-    session = SessionLog(status=SessionLog.START)
-    writer.add_event(Event(step=purge_step, file_version="brain.Event:2"))
-    writer.add_event(Event(step=purge_step, session_log=session))
-    return writer
+    torch's writer has a thread, in which a full disk is a traceback that names no file.
+    """
+
+    def __init__(self, directory: Path, *, purge_step: int) -> None:
+        with warnings.catch_warnings():
+            # TensorBoard's own imports use deprecated names, which a user of gmeta cannot change.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # late: the import takes a second
+            from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event = Event
+        # the files of a directory are read in the order of their names
+        self._path = directory / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        with _naming(self._path):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("wb")
+        self._records = RecordWriter(self._file)
+        self._write(step=purge_step, file_version="brain.Event:2")
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, record: dict[str, Any]) -> None:
+        """Write all numbers of a record as one event, in a fifth of the time of `SummaryWriter.add_scalar` for each."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        names = [key for key, value in record.items() if key != "step" and isinstance(value, int | float)]
+        values = [Summary.Value(tag=f"{record['kind']}/{name}", simple_value=record[name]) for name in names]
+        self._write(step=record["step"], summary=Summary(value=values))
+
+    def _write(self, **fields: Any) -> None:
+        with _naming(self._path):
+            self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+            self._file.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._file.close()
 
 
-def _write_scalars(writer: Any, record: dict[str, Any]) -> None:
-    """Write all numbers of a record as one event, in a fifth of the time of `SummaryWriter.add_scalar` for each."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    names = [key for key, value in record.items() if key != "step" and isinstance(value, int | float)]
-    values = [Summary.Value(tag=f"{record['kind']}/{name}", simple_value=record[name]) for name in names]
-    writer.add_summary(Summary(value=values), record["step"])
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Raise ValueError with the file and the cure, where the disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror or error}; free space there, then continue from the last checkpoint "
+            "with --resume true"
+        ) from error
 
 
 def _progress_bar(console: Console) -> Progress:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from gmeta.config.evaluation import PredictConfig
+from gmeta.core.files import replacing
 from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.prepare.encode import encode_tables
 from gmeta.data.shards import split_in_memory
@@ -49,17 +49,11 @@ def _check_files(config: PredictConfig) -> None:
     out = Path(config.out)
     for key, given in (("support", config.support), ("query", config.query)):
         for file in find_files([given]):
-            for written in (out, _partial(out)):
-                if written.exists() and written.samefile(file):
-                    raise ValueError(f"out {out} would overwrite {key} {file}: name another file")
+            if out.exists() and out.samefile(file):
+                raise ValueError(f"out {out} would overwrite {key} {file}: name another file")
     with duckdb.connect() as con:
         for file in find_files([config.query]):
             require_free(open_file(con, file).columns, SCORES, file)
-
-
-def _partial(out: Path) -> Path:
-    """Return where `out` is written before it gets its name."""
-    return out.with_name(f".partial-{out.name}")
 
 
 def _predict(config: PredictConfig, mesh: Mesh) -> None:
@@ -69,7 +63,7 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     require_own_vocabularies(run_dir)
     found = encode_tables(config.support, config.query, data_schema, run_dir / "vocab", schema)
     require_clicks(found.arrays["label"], trained.loss, config.support)
-    system, _ = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
+    system, _, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     split = split_in_memory(found.arrays, schema)
     unknown = unknown_columns({f.name: split.feature_ids(f.name) for f in schema.features}, schema.task)
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:
@@ -82,9 +76,12 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
         "score": to_predictions(scores.after, trained.loss),
         "score_before": to_predictions(scores.before, trained.loss),
     }
-    num_rows = _write(config, found.query_row[scores.row], columns)
+    num_rows = _write(config, found.query_row[scores.row], columns, step)
     with_support = int((found.arrays["num_support"] > 0).sum())
-    print(f"{num_rows:,} rows of {len(found.keys):,} tasks ({with_support:,} with support) scored: {config.out}")
+    print(
+        f"{num_rows:,} rows of {len(found.keys):,} tasks ({with_support:,} with support) scored by step {step}: "
+        f"{config.out}"
+    )
 
 
 def _copy(con: Connection, statement: str) -> None:
@@ -95,27 +92,25 @@ def _copy(con: Connection, statement: str) -> None:
         raise OSError(str(error)) from error
 
 
-def _write(config: PredictConfig, query_row: np.ndarray, columns: dict[str, Floats]) -> int:
-    """Write the query file's columns, in its order of rows, beside the scores; the file is whole or absent."""
+def _write(config: PredictConfig, query_row: np.ndarray, columns: dict[str, Floats], step: int) -> int:
+    """Write the query file's columns, in its order of rows, beside the scores; the file is whole or absent.
+
+    A Parquet file tells in its metadata which checkpoint scored it.
+    """
     order = np.argsort(query_row)
     out = Path(config.out)
-    partial = _partial(out)
     with duckdb.connect() as con:
         (file,) = find_files([config.query])
         part = open_file(con, file)
         con.register("scores", pa.table({"__row": query_row[order] + 1, **{k: v[order] for k, v in columns.items()}}))
         query = f"""SELECT q.* EXCLUDE (__row), {", ".join(f"s.{name}" for name in SCORES)}
                     FROM ({part.query}) q JOIN scores s USING (__row) ORDER BY __row"""
-        kind = "PARQUET" if out.suffix == ".parquet" else "CSV, HEADER"
+        kind = f"PARQUET, KV_METADATA {{step: '{step}'}}" if out.suffix == ".parquet" else "CSV, HEADER"
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # Beside what a killed process left, DuckDB would write to a third name, which nobody removes.
-                with reading(part.file):
-                    _copy(con, f"COPY ({query}) TO {literal(str(partial))} (FORMAT {kind}, USE_TMP_FILE false)")
-                os.replace(partial, out)
-            finally:
-                partial.unlink(missing_ok=True)
+            with replacing(out) as partial, reading(part.file):
+                # DuckDB's own temporary file would have a name that nobody removes after a kill.
+                _copy(con, f"COPY ({query}) TO {literal(str(partial))} (FORMAT {kind}, USE_TMP_FILE false)")
         except OSError as error:
             raise ValueError(f"cannot write {out}: {error}; free space there or name another file") from error
     return len(query_row)

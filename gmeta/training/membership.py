@@ -23,6 +23,7 @@ from gmeta.elastic.agent import Agent, LeaseBook
 from gmeta.elastic.ledger import JobSpec
 from gmeta.elastic.monitor import StepTime
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
+from gmeta.parallel.launch import own_coordinator
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs.directory import read_run_id
 
@@ -85,13 +86,16 @@ def join(
     elastic = config.elastic
     if not elastic.enabled:
         return None
-    if elastic.url is None:
+    url, token_file = elastic.url, None if elastic.token_file is None else Path(elastic.token_file)
+    if url is None and (own := own_coordinator()) is not None:
+        url, token_file = own
+    if url is None:
         raise ValueError("elastic.url is not set: name the coordinator, which `gmeta coordinate` starts")
     from gmeta.elastic.client import Client  # late: only elastic groups speak HTTP
     from gmeta.elastic.tokens import read_token
 
-    token = None if elastic.token_file is None else read_token(Path(elastic.token_file))
-    client = Client(elastic.url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
+    token = None if token_file is None else read_token(token_file)
+    client = Client(url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
     spec = job_of(config, pack)
 
     def begin() -> int:

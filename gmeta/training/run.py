@@ -26,6 +26,7 @@ class Run:
     pack: TaskPack
     log: RunLog
     watch: Stopwatch  # of the batch at hand
+    data_schema: dict[str, Any] | None = None  # that of schema.json, once there is a run directory
     membership: Membership | None = None  # in an elastic group
     ahead: deque[InFlightStep] = field(default_factory=deque)  # steps whose statistics were not read yet
     position: dict[str, Any] | None = None  # of the loader before a batch that no step was made of yet

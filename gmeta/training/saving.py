@@ -33,6 +33,7 @@ def save_checkpoint(run: Run) -> None:
         "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
         "config": asdict(run.config),
         "schema": run.pack.schema.to_json(),
+        "data_schema": run.data_schema,
         "ledger": ledger,
     }
     root = state.run_dir / "checkpoints"

@@ -15,7 +15,7 @@ from gmeta.data.loader import long_task_warning
 from gmeta.models.registry import ModelFactory, is_foreign
 from gmeta.parallel.launch import EXIT_STOPPED
 from gmeta.parallel.mesh import close_mesh, open_mesh
-from gmeta.runs.directory import prepare_run_dir, run_lock
+from gmeta.runs.directory import prepare_run_dir, read_schema, run_lock
 from gmeta.training.build import Parts, build_run
 from gmeta.training.membership import join
 from gmeta.training.run import Run
@@ -32,6 +32,7 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         stack.enter_context(run_lock(Path(config.run_dir), mesh))
         resume_from = prepare_run_dir(config, mesh)
         run = build_run(config, mesh, stop, factory=factory, parts=parts)
+        _, run.data_schema = read_schema(Path(config.run_dir))
         stack.callback(run.log.close)
         stack.callback(run.loader.close)
         run.log.say(_banner(run))  # before the tables are allocated

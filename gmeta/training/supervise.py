@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import select
 import signal
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from gmeta.runs import checkpoint
 
 _POLL_S = 0.2
 _LAST_ONE_S = 30.0
+_START_S = 60.0
+"""Seconds that a coordinator has to read its journal and listen."""
 
 
 def supervise(config: TrainConfig, nproc: int, argv: Sequence[str], module: str = "gmeta") -> int:
@@ -39,28 +42,25 @@ def supervise(config: TrainConfig, nproc: int, argv: Sequence[str], module: str 
     restarts in a row without a new checkpoint, the run ends with the code of the last failure.
     """
     open_pack(config.pack)  # a user's mistake shows before anything is started
-    with _coordinator(config) as extra:
+    with _coordinator(config) as coordinator:
         restarts, fruitless, seen = 0, 0, _last_step(config)
         while True:
             asked: list[signal.Signals] = []
-            code = launch(
-                nproc,
-                [*argv, *extra],
-                module=module,
-                restarts=restarts,
-                asked=asked,
-                advice="The group is started again",
-            )
+            code = launch(nproc, argv, module=module, coordinator=coordinator, asked=asked, advice="")
             if asked or code in (0, EXIT_STOPPED, EXIT_USER_ERROR):
                 return code
             step = _last_step(config)
             fruitless = 0 if code == EXIT_RESTART or step != seen else fruitless + 1
             seen = step
             if fruitless > config.elastic.max_restarts:
-                _say(f"{config.elastic.max_restarts} restarts without a new checkpoint: giving up")
+                _say(
+                    f"{config.elastic.max_restarts} restarts without a new checkpoint: giving up. Once the cause is "
+                    "mended, the same command goes on from the last checkpoint"
+                )
                 return code
             restarts += 1
-            _say(f"restart {restarts}, from {'the beginning' if step is None else f'the checkpoint of step {step}'}")
+            origin = "the beginning" if step is None else f"the checkpoint of step {step}"
+            _say(f"the group is started again: restart {restarts}, from {origin}")
 
 
 def _last_step(config: TrainConfig) -> int | None:
@@ -73,18 +73,18 @@ def _say(text: str) -> None:
 
 
 @contextmanager
-def _coordinator(config: TrainConfig) -> Iterator[list[str]]:
-    """Give the command-line words that name the coordinator to workers. Without a URL in the config, a coordinator is
-    started that lives as long as the run.
+def _coordinator(config: TrainConfig) -> Iterator[tuple[str, Path] | None]:
+    """Start a coordinator that lives as long as this launcher, and give its URL and token file. None where the config
+    names one.
     """
     if config.elastic.url is not None:
-        yield []
+        yield None
         return
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     keeper = _Keeper(config, run_dir)
     try:
-        yield ["--elastic.url", keeper.url, "--elastic.token_file", str(keeper.token_file)]
+        yield keeper.url, keeper.token_file
     finally:
         keeper.close()
 
@@ -96,11 +96,14 @@ def journal_file(config: TrainConfig) -> Path:
     return Path(config.run_dir) / f"coordinator-{name}.db"
 
 
-def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[subprocess.Popen[str], int]:
+def start_coordinator(
+    words: Sequence[object], port: int, log: Path, timeout_s: float = _START_S, closing: threading.Event | None = None
+) -> tuple[subprocess.Popen[str], int]:
     """Start gmeta with `words` and `--port`. Return the process and the port that it listens on; 0 takes a
     free one.
 
-    What it prints is appended to `log`. Raises ValueError, with what it said, when it ends at once.
+    What it prints is appended to `log`. Raises ValueError, with what it said, when it ends at once. One that does not
+    listen within `timeout_s`, or before `closing` is set, is killed, and a ValueError raised too.
     """
     with log.open("a") as out:
         before = out.tell()
@@ -113,7 +116,13 @@ def start_coordinator(words: Sequence[object], port: int, log: Path) -> tuple[su
             start_new_session=True,  # Ctrl-C is for the workers, who save and need it meanwhile
         )
     assert process.stdout is not None
+    end = time.monotonic() + timeout_s
     with process.stdout as stdout:
+        while not select.select([stdout], [], [], _POLL_S)[0]:
+            if time.monotonic() > end or (closing is not None and closing.is_set()):
+                process.kill()
+                process.wait()
+                raise ValueError(f"it did not listen within {timeout_s:g} s; its log is {log}")
         line = stdout.readline()
     if "listening on http://" not in line:
         process.wait()
@@ -149,7 +158,7 @@ class _Keeper:
         self._thread.start()
 
     def _start(self) -> subprocess.Popen[str]:
-        process, self._port = start_coordinator(self._words, self._port, self._log)
+        process, self._port = start_coordinator(self._words, self._port, self._log, closing=self._closing)
         return process
 
     def _start_after_the_last(self) -> subprocess.Popen[str]:
@@ -173,8 +182,9 @@ class _Keeper:
             _say(f"the coordinator ended with {self._process.returncode}: starting it again on its journal")
             try:
                 self._process = self._start()
-            except ValueError as error:
-                _say(f"the coordinator cannot be started: {error}")
+            except (ValueError, OSError) as error:
+                if not self._closing.is_set():
+                    _say(f"the coordinator cannot be started, and is tried again in 5 s: {error}")
                 self._closing.wait(5.0)
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from gmeta.core.errors import require
 from gmeta.data.pack import open_pack
 from gmeta.meta.learner import LearnerOutput
 from gmeta.models.registry import ModelFactory, can_be_found, name_of
-from gmeta.parallel.launch import EXIT_RESTART, was_restarted
+from gmeta.parallel.launch import EXIT_RESTART
 from gmeta.recommender.build import resolve_model
 from gmeta.recommender.system import MicroBatch, PreparedBatch
 from gmeta.training.build import Parts
@@ -83,8 +83,6 @@ class Trainer:
         if model is not None:
             config = replace(config, model=replace(config.model, name=name_of(model)))
         open_pack(config.pack)  # before anything is created
-        if config.elastic.enabled and was_restarted():
-            config = replace(config, resume=True)
         self.config = resolve_model(config, model)
         if model is not None and not can_be_found(config.model.name):
             warnings.warn(

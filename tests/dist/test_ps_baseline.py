@@ -262,7 +262,7 @@ def test_gmeta_evaluates_what_the_baseline_trained(
     expected = ours(config(pack))
     np.testing.assert_allclose([r["loss"] for r in records], expected["trace"][:, 0], rtol=1e-9)
     assert all(r["samples_per_s"] > 0 and r["tasks_per_s"] > 0 and r["sent_bytes"] > 0 for r in records)
-    system, _ = load_system(run_dir, "last", Mesh())
+    system, _, _ = load_system(run_dir, "last", Mesh())
     for name, p in system.learner.named_parameters():
         np.testing.assert_allclose(p.detach().numpy(), expected[name], rtol=1e-9, atol=1e-12, err_msg=name)
     assert evaluate(EvaluateConfig(run_dir=str(run_dir), resamples=10)) == 0

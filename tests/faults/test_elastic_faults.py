@@ -7,6 +7,7 @@ import os
 import random
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -190,6 +191,8 @@ def test_a_kill_changes_nothing(pack: Path, undisturbed: Path, tmp_path: Path, w
     assert ("restart 1, from the checkpoint of step" in said) == (who != "coordinator")
     assert ("was killed by SIGKILL" in said) == (who != "coordinator")
     assert ("the coordinator ended" in said) == (who != "worker")
+    saved = read_config(run_dir).elastic
+    assert (saved.url, saved.token_file) == (None, None), "the coordinator ended with its launcher"
     assert_each_task_once(run_dir)
     assert losses(run_dir) == losses(undisturbed)
     assert learned(run_dir) == learned(undisturbed)
@@ -332,6 +335,39 @@ def test_torchrun_starts_the_group_again(pack: Path, undisturbed: Path, tmp_path
     assert losses(run_dir) == losses(undisturbed)
 
 
+def agent(pack: Path, run_dir: Path, coordinator: str, token: Path, endpoint: str) -> Started:
+    """torchrun on one of up to two nodes, with one worker each."""
+    words = command(pack, run_dir, "--elastic.url", coordinator, "--elastic.token_file", token)[3:]
+    words += ["--schedule.epochs", "40"]
+    at = words.index("--nproc")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc_per_node", "1"]
+    torchrun += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_conf", "last_call_timeout=3"]
+    return start([*torchrun, "--max_restarts", "5", "-m", "gmeta", *words[:at], *words[at + 2 :]])
+
+
+@pytest.mark.slow
+def test_a_node_that_joins_a_torchrun_job_resumes(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agents count their own restarts: the first one has made one when the second begins."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as docs/elastic.md says
+    run_dir, token = tmp_path / "run", tmp_path / "token"
+    words = ["coordinate", "--journal", tmp_path / "job.db", "--token_file", token, "--policy", "static"]
+    coordinator, port = start_coordinator(words, 0, tmp_path / "coordinator.log")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    at = (pack, run_dir, f"http://127.0.0.1:{port}", token, endpoint)
+    try:
+        agents = [agent(*at)]
+        wait_for_step(agents[0], run_dir, 10)
+        processes(agents[0], "train")[-1].kill()
+        wait_for_step(agents[0], run_dir, 15)
+        agents.append(agent(*at))
+        said = [finish(each) for each in agents]
+    finally:
+        end_coordinator(coordinator)
+    assert "on 2 process(es)" in said[0] + said[1]
+    assert_each_task_once(run_dir)
+
+
 @pytest.mark.slow
 def test_another_number_of_workers_goes_on(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
@@ -340,7 +376,7 @@ def test_another_number_of_workers_goes_on(pack: Path, undisturbed: Path, tmp_pa
     process.send_signal(signal.SIGTERM)
     end(process)
     assert process.returncode == 75
-    finish(start(command(pack, run_dir, "--resume", "true", nproc=1)))
+    finish(start(command(pack, run_dir, nproc=1)))  # an elastic run goes on by itself
     assert_each_task_once(run_dir)
     assert losses(run_dir) == pytest.approx(losses(undisturbed), rel=1e-4)
 

@@ -277,14 +277,11 @@ def test_a_column_of_unknown_values_is_a_warning(place: Path, tmp_path: Path, ca
     """Values written in another way, such as item_1 for item1, are all unknown: the scores say nothing."""
     run_dir = tmp_path / "run"
     shutil.copytree(place / "run", run_dir)
-    files = [tmp_path / "support.csv", tmp_path / "query.csv"]
+    files = [tmp_path / "support.parquet", tmp_path / "query.parquet"]
+    row = {"user": "a", "group": "g", "tags": ["tags1", "tags2"], "age": 1.0, "price": 2.0, "click": 1}
     for file in files:
-        rows = "".join(f"a,g,item_{i},tags1|tags2,1,2,1\n" for i in range(6))
-        file.write_text("user,group,item,tags,age,price,click\n" + rows)
+        pq.write_table(pa.Table.from_pylist([{**row, "item": f"item_{i}"} for i in range(6)]), file)
     if command == "predict":
-        schema = json.loads((run_dir / "schema.json").read_text())
-        schema["data"]["features"][2]["separator"] = "|"
-        (run_dir / "schema.json").write_text(json.dumps(schema))
         words = ["--support", files[0], "--query", files[1], "--out", tmp_path / "scores.csv"]
         where = f"{files[0]} and {files[1]}"
     else:

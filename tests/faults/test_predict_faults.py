@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -16,8 +17,10 @@ from commands import fails, train_words
 from packs import make_pack
 
 from gmeta.cli import run
+from gmeta.core.files import replacing
 from gmeta.data.sources import confine, open_file
 from gmeta.parallel.launch import launch
+from gmeta.serving import predict
 
 pytestmark = pytest.mark.faults
 Capture = pytest.CaptureFixture[str]
@@ -78,14 +81,8 @@ def hard_link(folder: Path, file: Path) -> Path:
     return folder / "link.parquet"
 
 
-def unfinished(folder: Path, file: Path) -> Path:
-    """The input is where the output lies until it is whole."""
-    os.link(file, folder / ".partial-scores.parquet")
-    return folder / "scores.parquet"
-
-
 @pytest.mark.parametrize("side", ["support", "query"])
-@pytest.mark.parametrize("out", [same, dotted, symlink, hard_link, unfinished])
+@pytest.mark.parametrize("out", [same, dotted, symlink, hard_link])
 def test_an_input_is_never_overwritten(
     files: Path, capsys: Capture, side: str, out: Callable[[Path, Path], Path]
 ) -> None:
@@ -157,11 +154,21 @@ def test_a_damaged_vocabulary(trained: Path, files: Path, capsys: Capture, damag
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_full_disk_leaves_nothing(trained: Path, files: Path, capsys: Capture, suffix: str) -> None:
+def test_a_full_disk_leaves_nothing(
+    trained: Path, files: Path, capsys: Capture, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The unfinished file lies on a full device; the earlier output stays."""
+
+    @contextmanager
+    def on_a_full_device(path: Path) -> Iterator[Path]:
+        with replacing(path) as partial:
+            partial.unlink()
+            partial.symlink_to("/dev/full")
+            yield partial
+
     out = files / f"scores.{suffix}"
     out.write_text("old")
-    (files / f".partial-scores.{suffix}").symlink_to("/dev/full")
+    monkeypatch.setattr(predict, "replacing", on_a_full_device)
     fails(predict_words(trained, files, out), capsys, f"cannot write {out}", "No space left on device", "free space")
     assert out.read_text() == "old"
     assert {path.name for path in files.iterdir()} == {"support.parquet", "query.parquet", out.name}
@@ -169,7 +176,7 @@ def test_a_full_disk_leaves_nothing(trained: Path, files: Path, capsys: Capture,
 
 def test_an_interrupt_leaves_nothing(trained: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def replace(source: Path, target: Path) -> None:
-        if Path(source).name == ".partial-scores.csv":
+        if Path(target).name == "scores.csv":
             raise KeyboardInterrupt
         real(source, target)
 

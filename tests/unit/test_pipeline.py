@@ -106,7 +106,7 @@ def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> 
     gmeta(*train, "--run_dir", tmp_path, "--meta.adapt", "[]", "--loss", "mse")
     gmeta("evaluate", "--run_dir", out / "run", "--plain_run", tmp_path, "--resamples", 2, "--baselines", "false")
     found = pq.read_table(out / "run" / "predictions.parquet")
-    system, _ = load_system(tmp_path, "best", Mesh())
+    system, _, _ = load_system(tmp_path, "best", Mesh())
     scores = score_split(system, open_pack(out / "pack").split("test"), tasks_per_batch=256)
     assert scores is not None
     np.testing.assert_allclose(found["plain"].to_numpy(), scores.before, atol=1e-6)
@@ -122,7 +122,7 @@ def test_auc_of_saturated_predictions_is_that_of_the_logits(out: Path) -> None:
     gmeta("evaluate", "--run_dir", out / "run", "--inner_lr", 3000, "--baselines", "false", "--resamples", 2)
     records = json.loads((out / "run" / "evaluation.json").read_text())["records"]
     found = {(r["variant"], r["metric"]): r["value"] for r in records if r["case"] == "all"}
-    system, _ = load_system(out / "run", "best", Mesh())
+    system, _, _ = load_system(out / "run", "best", Mesh())
     scores = score_split(system, open_pack(out / "pack").split("test"), tasks_per_batch=256, inner_lr=3000)
     assert scores is not None
     assert len(np.unique(to_predictions(scores.after, "bce"))) < len(np.unique(scores.after))

@@ -3,12 +3,14 @@
 import io
 import json
 import math
+import os
 import subprocess
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gmeta.runs import log as log_module
 from gmeta.runs.log import RunLog, _commit, read_metrics, write_environment
 
 STEP = {"epoch": 0, "loss": 0.5, "tasks_per_s": 1200.0, "samples_per_s": 24000.0, "padding": 0.05}
@@ -90,6 +92,25 @@ def test_damage_before_the_last_line_is_named(tmp_path, line):
         read_metrics(path)
 
 
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("torn", [b"", b'{"kind"', b"\n\n"])
+def test_only_the_end_of_a_long_log_is_read(tmp_path, monkeypatch, block, torn):
+    """Damage long before the end is not looked at, and the lines that stay keep their bytes."""
+    monkeypatch.setattr(log_module, "_BLOCK_BYTES", block)
+    lines = [b"damage\n", *(b'{"kind": "train",  "step": %d}\n' % step for step in range(1, 40))]
+    for step in (1, 17, 38, 39, 50):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b"".join(lines) + torn)
+        log_module._cut_back(path, step)
+        assert path.read_bytes() == b"".join(lines[: min(step, 39) + 1])
+    path.write_bytes(b"".join(lines[1:]) + torn)
+    log_module._cut_back(path, 0)
+    assert path.read_bytes() == b""
+    path.write_bytes(b"".join(lines[:2]) + b"damage\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, the line at byte 37: .*delete the line"):
+        log_module._cut_back(path, 1)
+
+
 def test_other_ranks_write_nothing(tmp_path):
     text = io.StringIO()
     log = RunLog(tmp_path / "run", 1, console=Console(file=text))
@@ -102,6 +123,21 @@ def test_other_ranks_write_nothing(tmp_path):
     log.close()
     assert not (tmp_path / "run").exists()
     assert text.getvalue() == ""
+
+
+@pytest.mark.parametrize("full", ["metrics.jsonl", "tensorboard"])
+def test_a_full_disk_is_told_of_with_the_file(tmp_path, full):
+    log = RunLog(tmp_path, 0)
+    log.start()
+    log.train({"step": 1, **STEP})
+    writer = log if full == "metrics.jsonl" else log._board
+    writer._file.flush()
+    with open("/dev/full", "wb") as device:
+        os.dup2(device.fileno(), writer._file.fileno())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"cannot write {tmp_path}/{full}.*: No space left on device; free space"):
+            log.train({"step": 2, **STEP})
+    log.close()
 
 
 def test_closing_before_start_is_fine(tmp_path):
