@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,31 @@ def test_validation_sorts_by_logits() -> None:
         assert found[f"{name}_before"] == metric(name, to_predictions(logits, "bce"), label, task)
         assert metric(name, to_predictions(logits + 300, "bce"), label, task) == 0.5
     assert found["logloss_after"] > found["logloss_before"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_the_worst(bad: float) -> None:
+    task, label = np.repeat(np.arange(4), 5), np.tile([0.0, 1, 1, 0, 1], 4)
+    before, after = np.linspace(-1, 1, 20), np.where(np.arange(20) == 7, bad, 0.1)
+    found = validation_metrics(Scores(np.arange(20), task, label, before, after), "bce")
+    assert {name: value for name, value in found.items() if name.endswith("_after")} == {
+        f"{name}_after": -math.inf if name in ("auc", "gauc") else math.inf
+        for name in (name.removesuffix("_before") for name in found if name.endswith("_before"))
+    }
+    assert all(math.isfinite(value) for name, value in found.items() if name.endswith("_before"))
+
+
+def test_validation_ties_what_differs_by_rounding_alone() -> None:
+    """Which checkpoint is best must not depend on how many ranks computed the scores."""
+    rng = np.random.default_rng(0)
+    task, label = np.repeat(np.arange(40), 6), rng.integers(2, size=240).astype(np.float64)
+    logits = rng.integers(5, size=240) * 0.5
+    found = []
+    for _ in range(2):
+        noisy = logits + rng.normal(size=240) * 1e-6
+        found.append(validation_metrics(Scores(np.arange(240), task, label, noisy, noisy), "bce"))
+    assert metric("gauc", logits, label, task) == found[0]["gauc_after"] == found[1]["gauc_after"]
+    assert found[0]["auc_after"] == found[1]["auc_after"]
 
 
 def test_a_split_without_query_rows_has_no_metrics() -> None:
