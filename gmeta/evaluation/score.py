@@ -20,7 +20,7 @@ from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.recommender.system import PreparedBatch, System
 
 RANKING_DECIMALS = 4
-"""Of the logits that validation sorts by. Float32 logits of one row differ by about 1e-6 between batches."""
+"""Validation sorts by logits of so many decimals: float32 logits of one row differ by about 1e-6 between batches."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
