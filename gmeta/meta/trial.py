@@ -220,8 +220,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             set_(state)
     if changed is not None:
         raise ValueError(
-            f"{_name(model)}.forward changes its buffer {changed!r}: examples would change each other through it, and "
-            "checkpoints do not hold it; compute it from the inputs, or keep it fixed"
+            f"{_name(model)}.forward changes its buffer {changed!r}: examples would change each other through it; "
+            "compute it from the inputs, or keep it fixed"
         )
 
 
