@@ -149,7 +149,12 @@ def _plain_variants(
     )
     if scores is None:
         return None
-    return Variants.of({"plain": scores.before, "plain-finetuned": scores.after}, plain_config.loss)
+    logits = {"plain": scores.before, "plain-finetuned": scores.after}
+    if not np.isfinite(scores.after).all():  # a rate may be right for the valid split, and too large for a task of this
+        logits.pop("plain-finetuned")
+        notes["plain-finetuned"]["left_out"] = "it diverges on a task of this split"
+        print("evaluate: plain-finetuned is left out: it diverges on a task of this split", file=sys.stderr)
+    return Variants.of(logits, plain_config.loss)
 
 
 def _tune(

@@ -36,6 +36,9 @@ LOGLOSS_CLIP = 1e-7
 MAX_NDCG_LABEL = 30.0
 """nDCG's gain 2^label - 1 is meant for grades; labels outside [0, 30] have no nDCG."""
 CALIBRATION_BINS = 20
+NO_INTERVAL = frozenset({"ece"})
+"""Metrics that a resample overstates: it adds noise to every bin, and the sum of sizes counts noise as miscalibration.
+Their resampled values lie above the value itself, so that quantiles are no interval of it."""
 _MIN_TASKS = 2  # one task says nothing about the spread over tasks
 _BLOCK_VALUES = 1 << 23  # bootstrap weights formed at a time (64 MiB)
 
@@ -66,7 +69,7 @@ class TaskSums:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; `low` and `high` are nan where there are fewer than two tasks."""
+    """A value with its 95 % interval; `low` and `high` are nan with fewer than two tasks, and for `NO_INTERVAL`."""
 
     value: float
     low: float
@@ -355,12 +358,15 @@ class Bootstrap:
         self.seed = seed
         self._sums: dict[Any, TaskSums] = {}
         self._rankings: dict[Any, tuple[_Ranking, Rows]] = {}
+        self._without_interval: set[Any] = set()
         self._values: dict[Any, FloatArray] = {}  # first the value itself, then the resamples
 
     def add(self, key: Any, name: str, rows: Rows) -> None:
         """Register metric `name` of `rows` under `key`."""
         if rows.num_tasks != self.num_tasks:
             raise ValueError(f"rows have {rows.num_tasks} tasks, the bootstrap {self.num_tasks}: must be equal")
+        if name in NO_INTERVAL:
+            self._without_interval.add(key)
         if name == "auc":
             _require_binary(name, rows.label)
             self._rankings[key] = (_Ranking.build(rows.ranking, rows.label, rows.task), rows)
@@ -386,7 +392,8 @@ class Bootstrap:
         values = self._values[key] if against is None else self._values[key] - self._values[against]
         n = self._num_counted(key)
         resampled = values[1:][np.isfinite(values[1:])]
-        if n < _MIN_TASKS or not math.isfinite(values[0]) or len(resampled) == 0:
+        none = n < _MIN_TASKS or key in self._without_interval
+        if none or not math.isfinite(values[0]) or len(resampled) == 0:
             return Estimate(float(values[0]), math.nan, math.nan, n)
         low, high = np.quantile(resampled, [0.025, 0.975])
         return Estimate(float(values[0]), float(low), float(high), n)

@@ -118,7 +118,12 @@ def _verdict_sentence(by_name: dict[str, HeadlineRow], metric: str, reference: s
     assert before.difference is not None
     if before.record["value"] is None:
         return f"{escape(metric)} is undefined on these rows: {case['rows']:,} rows of {case['tasks']:,} tasks."
-    words = {"better": "improves", "worse": "worsens", "not distinguishable": "does not measurably change"}
+    words = {
+        "better": "improves",
+        "worse": "worsens",
+        "not distinguishable": "does not measurably change",
+        "too few tasks": "cannot be said to change",
+    }
     return (
         f"On {case['tasks']:,} tasks, adapting to the support set {words[before.verdict]} {escape(metric)}: "
         f"<b>{_number(before.record['value'])}</b> before, <b>{_number(after.record['value'])}</b> after "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,11 +13,14 @@ from numpy.typing import NDArray
 from gmeta.config.train import CLICK_METRICS, LossName
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
-from gmeta.evaluation.metrics import make_rows, metric_of
+from gmeta.evaluation.metrics import HIGHER_IS_BETTER, make_rows, metric_of
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import example_loss, prediction
 from gmeta.parallel.collectives import gather_to_rank_0
 from gmeta.recommender.system import PreparedBatch, System
+
+RANKING_DECIMALS = 4
+"""Validation sorts by logits of so many decimals: float32 logits of one row differ by about 1e-6 between batches."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -102,13 +106,22 @@ def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName) ->
 
 
 def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
-    """Return `<metric>_before` and `<metric>_after` of every metric that fits the loss; nothing without query rows."""
+    """Return `<metric>_before` and `<metric>_after` of every metric that fits the loss; nothing without query rows.
+
+    Logits that are not all finite have the worst value of every metric, ±inf. Ranking metrics sort by logits rounded to
+    `RANKING_DECIMALS`, so that rows that the model ties are tied whatever batch, and number of ranks, computed them.
+    """
     if len(scores.row) == 0:
         return {}
     out: dict[str, float] = {}
     names = (*CLICK_METRICS, "mae", "rmse") if loss == "bce" else ("mae", "rmse")
     for when, logits in (("before", scores.before), ("after", scores.after)):
+        if not np.isfinite(logits).all():
+            worst = {name: -math.inf if name in HIGHER_IS_BETTER else math.inf for name in ("loss", *names)}
+            out |= {f"{name}_{when}": value for name, value in worst.items()}
+            continue
         out[f"loss_{when}"] = task_mean_loss(logits, scores.label, scores.task, loss)
-        rows = make_rows(to_predictions(logits, loss), scores.label, scores.task, logit=logits)
+        ranking = logits.round(RANKING_DECIMALS)
+        rows = make_rows(to_predictions(logits, loss), scores.label, scores.task, logit=ranking)
         out |= {f"{name}_{when}": metric_of(name, rows) for name in names}
     return out

@@ -36,6 +36,9 @@ SUPPORT_SIZES = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 BOUNDS = ("posterior", "oracle")
 """Variants that know the truth of a synthetic log: no model is expected to beat them."""
 
+MIN_VERDICT_TASKS = 20
+"""With fewer tasks there is no verdict: too few resamples differ, and the interval is too narrow."""
+
 _PIPE_WIDTH = 110
 _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"}
 
@@ -138,7 +141,9 @@ class HeadlineRow:
     variant: str
     record: dict[str, Any]
     difference: dict[str, Any] | None  # reference - variant; None for the reference itself
-    verdict: str  # "better", "worse" or "not distinguishable", of the reference; "a bound"; "" for itself
+    verdict: (
+        str  # "better", "worse" or "not distinguishable" or "too few tasks", of the reference; "a bound"; "" for itself
+    )
 
 
 def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:
@@ -158,6 +163,8 @@ def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[Headlin
 
 def _verdict(difference: dict[str, Any], sign: int) -> str:
     low, high = difference["low"], difference["high"]
+    if difference["n"] < MIN_VERDICT_TASKS:
+        return "too few tasks"
     if low is None or low <= 0 <= high:
         return "not distinguishable"
     return "better" if sign * low > 0 else "worse"

@@ -78,7 +78,8 @@ def choose_engine(
     The model, its buffers, gradients and flags, and the global random state are left as they were.
     Raises ValueError, which names the call where possible, for a model that mixes examples, returns another shape than
     one logit an example, draws random numbers without a seed, or changes its buffers or inputs; `UserCodeError` for
-    one that raises; `Unsupported` where `engine` is factored and that engine cannot adapt the model.
+    one that raises. Where a model is right for [n, ...] alone, that is an error with `engine` factored, and the reason
+    of taking the reference with auto; so is `Unsupported`, for what the factored engine cannot adapt.
     """
     _refuse_modules(model)
     flat = _examples(model, features, num_numeric)
@@ -108,14 +109,16 @@ def choose_engine(
         if engine == "reference":
             return engine, "reference, as configured"
         both = flat.of(_TASKS, _ROWS)
-        _refuse_another_answer(model, flat, both, logits)
         try:
+            _refuse_another_answer(model, flat, both, logits)
             if not finite:
                 raise Unsupported(next(iter((*adapted.parameters, *adapted.features))), _not_finite(model))
             _try_adapted(model, adapted, both, modulated)
-        except Unsupported as reason:
+        except ValueError as reason:  # each of these is right in the form that the reference engine gives
             if engine == "factored":
                 raise
+            with torch.no_grad():
+                _run(model, flat.of(0))
             return "reference", f"reference, because {reason}"
     return "factored", "factored" if engine == "auto" else "factored, as configured"
 
@@ -217,8 +220,8 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             set_(state)
     if changed is not None:
         raise ValueError(
-            f"{_name(model)}.forward changes its buffer {changed!r}: examples would change each other through it, and "
-            "checkpoints do not hold it; compute it from the inputs, or keep it fixed"
+            f"{_name(model)}.forward changes its buffer {changed!r}: examples would change each other through it; "
+            "compute it from the inputs, or keep it fixed"
         )
 
 
@@ -265,8 +268,8 @@ def _cure(examples: _Examples) -> str:
     if len(examples.leading) == 1:
         return ""
     return (
-        "; a model must accept any leading dimensions: work on the last ones only (dim=-1, x[..., 0], flatten(-2)), or "
-        "set meta.engine to 'reference', which calls it with [examples, ...]"
+        "; the factored engine gives any leading dimensions: work on the last ones only (dim=-1, x[..., 0], "
+        "flatten(-2)), or set meta.engine to 'reference', which calls the model with [examples, ...]"
     )
 
 

@@ -239,6 +239,18 @@ def broadcast_from_rank_0(value: float, mesh: Mesh) -> float:
     return tensor.item()
 
 
+def fill_from_rank_0(tensors: Iterable[Tensor], mesh: Mesh) -> None:
+    """Overwrite tensors, of any type and on any device, by rank 0's of the same shape; as plain bytes over gloo."""
+    if mesh.control_group is None:
+        return
+    for tensor in tensors:
+        values = tensor.detach().cpu().contiguous().view(-1)
+        with naming_lost_peers(mesh):
+            dist.broadcast(values.view(torch.uint8), src=0, group=mesh.control_group)
+        with torch.no_grad():
+            tensor.copy_(values.view(tensor.shape))
+
+
 def gather_to_rank_0(array: NDArray[Any], mesh: Mesh) -> NDArray[Any]:
     """Join the ranks' arrays along the first axis, in rank order, on rank 0. Other ranks get an empty array.
 

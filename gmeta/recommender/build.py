@@ -27,6 +27,7 @@ from gmeta.models.registry import (
     name_of,
     resolved_args,
 )
+from gmeta.parallel.collectives import fill_from_rank_0
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
@@ -76,6 +77,7 @@ def build_system(
 
     Without `training`, tables have no optimizer state, and their rows hold no numbers until a checkpoint is loaded.
     `factory` makes the model, where it is not the one that `model.name` names, and `exchange` the way that rows travel.
+    Collective: ranks get rank 0's buffers of the model.
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
@@ -89,6 +91,7 @@ def build_system(
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
     inputs = inputs_of(config.model, schema)
     model = make_model(config.model, schema, seed=config.seed, factory=factory).to(mesh.device, dtype)
+    fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
     features = {name: inputs.features[name] for name in features_of(model, inputs)}
     learner = build_learner(model, config, config.meta, features, inputs.num_numeric).to(mesh.device, dtype)
     tables = ShardedTables(

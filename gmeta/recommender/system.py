@@ -101,7 +101,15 @@ class System:
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of model, learned rates and tables, by name, for checkpoints."""
         dense = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self.learner.named_parameters()}
-        return {**dense, **self.table_tensors()}
+        return {**dense, **self.buffer_tensors(), **self.table_tensors()}
+
+    def buffer_tensors(self) -> dict[str, Tensor]:
+        """Return the model's persistent buffers, by name. No forward pass changes them (`gmeta.meta.trial`), but a
+        model may have drawn or read them when it was made, and another time gets others.
+        """
+        kept = self.learner.state_dict(keep_vars=True).keys()
+        buffers = self.learner.named_buffers()
+        return {f"buffers.{name}": b.view(b.shape or (1,)) for name, b in buffers if name in kept}
 
     def table_tensors(self) -> dict[str, Tensor]:
         """Return this rank's rows of tables and of their optimizer's state, by name."""

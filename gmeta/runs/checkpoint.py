@@ -175,7 +175,10 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
     Raises ValueError naming the tensors that are missing or have another shape (a checkpoint of another model).
     """
     reader = StreamReader(str(path))
-    if shown := metadata_differences(reader.read_metadata().state_dict_metadata, tensors):
+    stored = reader.read_metadata().state_dict_metadata
+    # Checkpoints of earlier releases hold no buffers: they stay as the model made them.
+    tensors = {name: t for name, t in tensors.items() if name in stored or not name.startswith("buffers.")}
+    if shown := metadata_differences(stored, tensors):
         raise ValueError(f"checkpoint {path} is of another model: {shown}")
     with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)

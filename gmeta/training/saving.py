@@ -16,8 +16,10 @@ from gmeta.training.state import Progress, TrainState
 
 
 def checkpoint_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Return weights, tables and the dense optimizer's moments, by name. Sharded tensors are this rank's partitions."""
-    return {**state.system.table_tensors(), **state.dense.tensors()}
+    """Return weights, buffers, tables and the dense optimizer's moments, by name. Sharded tensors are this rank's
+    partitions.
+    """
+    return {**state.system.table_tensors(), **state.system.buffer_tensors(), **state.dense.tensors()}
 
 
 def save_checkpoint(run: Run) -> None:

@@ -26,11 +26,13 @@ def validate(run: Run) -> bool:
     value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), state.mesh)
     if state.mesh.rank == 0:
         run.log.valid({"step": progress.step, **metrics})
-    if not math.isfinite(value):
+    if math.isinf(value):
+        run.log.say("the scores of the valid split are not finite: this validation counts as one that is not better")
+    if math.isnan(value):
         run.log.say(f"{schedule.metric} is not defined on the valid split (one class?): set schedule.metric to loss")
         return False
     sign = -1 if schedule.metric in HIGHER_IS_BETTER else 1
-    if progress.best is None or sign * value < sign * progress.best:
+    if math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best):
         progress.best, progress.best_step, progress.bad_validations = value, progress.step, 0
         return False
     progress.bad_validations += 1

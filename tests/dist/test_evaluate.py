@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,14 @@ import pytest
 from harness import run_ranks
 from packs import make_pack
 
-from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.config.train import MetaConfig, ModelConfig, ScheduleConfig, TrainConfig
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.pack import open_pack
 from gmeta.evaluation.metrics import metric
 from gmeta.evaluation.score import Scores, score_split, to_predictions, validation_metrics
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import build_system
+from gmeta.training.validation import validate
 
 pytestmark = pytest.mark.dist
 
@@ -60,6 +64,61 @@ def test_validation_sorts_by_logits() -> None:
         assert found[f"{name}_before"] == metric(name, to_predictions(logits, "bce"), label, task)
         assert metric(name, to_predictions(logits + 300, "bce"), label, task) == 0.5
     assert found["logloss_after"] > found["logloss_before"]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_the_worst(bad: float) -> None:
+    task, label = np.repeat(np.arange(4), 5), np.tile([0.0, 1, 1, 0, 1], 4)
+    before, after = np.linspace(-1, 1, 20), np.where(np.arange(20) == 7, bad, 0.1)
+    found = validation_metrics(Scores(np.arange(20), task, label, before, after), "bce")
+    assert {name: value for name, value in found.items() if name.endswith("_after")} == {
+        f"{name}_after": -math.inf if name in ("auc", "gauc") else math.inf
+        for name in (name.removesuffix("_before") for name in found if name.endswith("_before"))
+    }
+    assert all(math.isfinite(value) for name, value in found.items() if name.endswith("_before"))
+
+
+@pytest.mark.parametrize(("name", "good"), [("auc", 0.7), ("loss", 0.4)])
+def test_a_validation_that_is_not_finite_is_not_better(monkeypatch: pytest.MonkeyPatch, name: str, good: float) -> None:
+    said: list[str] = []
+    worst = -math.inf if name == "auc" else math.inf
+    values = [worst, good, worst, math.nan, worst]
+    metrics = iter([{f"{name}_after": value} for value in values])
+    monkeypatch.setattr("gmeta.training.validation.score_split", lambda *args, **kwargs: ())
+    monkeypatch.setattr("gmeta.training.validation.validation_metrics", lambda *args: next(metrics))
+    progress = SimpleNamespace(step=1, best=None, best_step=0, bad_validations=0)
+    dense = SimpleNamespace(unsharded=nullcontext)
+    run = SimpleNamespace(
+        config=TrainConfig(pack="unused", run_dir="unused", schedule=ScheduleConfig(metric=name, patience=3)),
+        state=SimpleNamespace(progress=progress, dense=dense, mesh=Mesh(), system=None),
+        pack=SimpleNamespace(splits=("valid",), split=lambda name: None),
+        loader=SimpleNamespace(settle=lambda: None),
+        log=SimpleNamespace(say=said.append, valid=lambda record: None),
+        out_of_patience=False,
+    )
+    bad = []
+    for _ in values:
+        validate(run)  # type: ignore[arg-type]
+        bad.append(progress.bad_validations)
+    assert bad == [1, 0, 1, 1, 2]
+    assert progress.best == good
+    assert [("not finite" in text, "not defined" in text) for text in said] == [(True, False)] * 2 + [
+        (False, True),
+        (True, False),
+    ]
+
+
+def test_validation_ties_what_differs_by_rounding_alone() -> None:
+    """Which checkpoint is best must not depend on how many ranks computed the scores."""
+    rng = np.random.default_rng(0)
+    task, label = np.repeat(np.arange(40), 6), rng.integers(2, size=240).astype(np.float64)
+    logits = rng.integers(5, size=240) * 0.5
+    found = []
+    for _ in range(2):
+        noisy = logits + rng.normal(size=240) * 1e-6
+        found.append(validation_metrics(Scores(np.arange(240), task, label, noisy, noisy), "bce"))
+    assert metric("gauc", logits, label, task) == found[0]["gauc_after"] == found[1]["gauc_after"]
+    assert found[0]["auc_after"] == found[1]["auc_after"]
 
 
 def test_a_split_without_query_rows_has_no_metrics() -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from harness import run_ranks
+from packs import make_pack
 from torch import Tensor
 
+from gmeta.config.train import ModelConfig, TrainConfig
+from gmeta.data.pack import open_pack
 from gmeta.embedding.table import ShardedTables, TableSpec
+from gmeta.models.inputs import InputSpec
 from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.build import build_system
 from gmeta.runs import checkpoint
 from gmeta.sharding import checkpoint as sharded
 
@@ -70,6 +76,57 @@ def test_rows_are_those_that_were_saved_and_no_moment_is_read(tmp_path: Path, sa
             assert read == {"d2.weight", "d4.weight"}
             for name, (rows, weight) in found.items():
                 assert torch.equal(weight, expected[name][rows.start : rows.stop])
+
+
+class Drawn(torch.nn.Module):
+    """A model with constants that no seed of gmeta reaches, of several types."""
+
+    def __init__(self, inputs: InputSpec) -> None:
+        super().__init__()
+        drawn = np.random.default_rng().normal(size=(inputs.width, 4))
+        self.register_buffer("directions", torch.from_numpy(drawn).float())
+        self.register_buffer("scale", torch.tensor(np.random.default_rng().random()))
+        self.register_buffer("chosen", torch.from_numpy(np.random.default_rng().random(4) < 0.5))
+        self.register_buffer("unsaved", torch.ones(4), persistent=False)
+        self.out = torch.nn.Linear(4, 1)
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        projected = torch.cat([dense, *embedded.values()], -1) @ self.directions * self.scale
+        return self.out(torch.cos(projected) * self.chosen * self.unsaved).squeeze(-1)
+
+
+def draw_and_save(mesh: Mesh, pack: Path, root: Path, named: bool) -> dict[str, Tensor]:
+    settings = TrainConfig(pack=str(pack), run_dir="unused", model=ModelConfig(name="own:Drawn"))
+    system = build_system(settings, open_pack(pack).schema, mesh, factory=Drawn)
+    tensors = system.tensors()
+    checkpoint.save(root, 1, tensors if named else {n: t for n, t in tensors.items() if "buffers." not in n}, {}, mesh)
+    return system.buffer_tensors()
+
+
+def build_and_load(mesh: Mesh, pack: Path, root: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    settings = TrainConfig(pack=str(pack), run_dir="unused", model=ModelConfig(name="own:Drawn"))
+    system = build_system(settings, open_pack(pack).schema, mesh, factory=Drawn, training=False)
+    before = {name: buffer.clone() for name, buffer in system.buffer_tensors().items()}
+    checkpoint.load_tensors(root / "step-00000001", system.tensors(), mesh)
+    return before, system.buffer_tensors()
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(1, 2), (2, 1)])
+def test_buffers_are_those_that_were_saved(tmp_path: Path, saving: int, loading: int) -> None:
+    pack = make_pack(tmp_path / "pack")
+    saved, *others = run_ranks(saving, draw_and_save, pack, tmp_path, True)
+    assert all(torch.equal(saved[name], buffer) for other in others for name, buffer in other.items())
+    assert saved.keys() == {"buffers.model.directions", "buffers.model.scale", "buffers.model.chosen"}
+    for before, found in run_ranks(loading, build_and_load, pack, tmp_path):
+        assert all(torch.equal(found[name], buffer) for name, buffer in saved.items())
+        assert not torch.equal(before["buffers.model.directions"], found["buffers.model.directions"])
+
+
+def test_a_checkpoint_without_buffers_leaves_them(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path / "pack")
+    draw_and_save(Mesh(), pack, tmp_path, False)
+    before, found = build_and_load(Mesh(), pack, tmp_path)
+    assert all(torch.equal(before[name], buffer) for name, buffer in found.items())
 
 
 def test_another_model_is_refused_by_name(tmp_path: Path) -> None:

@@ -272,6 +272,20 @@ def test_intervals_cover_at_their_rate_and_pair_variants():
     assert 180 <= covered <= 199
 
 
+def test_a_biased_metric_has_no_interval():
+    """The resampled values of `ece` lie above its own value: their quantiles would not even hold that."""
+    score, label, task = clicks()
+    bootstrap = Bootstrap(len(np.unique(task)), resamples=50, seed=0)
+    for variant in ("a", "b"):
+        bootstrap.add(variant, "ece", make_rows(score, label, task))
+    bootstrap.run()
+    for against in (None, "b"):
+        estimate = bootstrap.estimate("a", against=against)
+        assert math.isfinite(estimate.value)
+        assert math.isnan(estimate.low)
+        assert math.isnan(estimate.high)
+
+
 def test_estimates_repeat_with_their_seed_and_count_their_tasks():
     score, label, task = clicks()
     rows = make_rows(score, label, task)

@@ -145,15 +145,35 @@ ONE_FORM: dict[str, tuple[Forward, str]] = {
 
 
 @pytest.mark.parametrize("case", ONE_FORM)
-def test_what_is_right_for_a_list_of_examples_alone_says_so(case: str) -> None:
-    """The reference engine and plain training call the model with [examples, ...] and take it."""
+def test_what_is_right_for_a_list_of_examples_alone_gets_the_reference(case: str) -> None:
+    """The reference engine and plain training call the model with [examples, ...]; auto falls back and says why."""
     forward, message = ONE_FORM[case]
-    for engine in ("auto", "factored"):
-        with pytest.raises(ValueError, match=rf"{message}(?s:.*)dim=-1(?s:.*)meta.engine to 'reference'"):
-            learner_of(Own(forward), engine=engine)
-    if case != "view by the batch's size":  # which fails for no example at all
-        learner_of(Own(forward), engine="reference")
-        learner_of(Own(forward), adapt=[])
+    why = rf"{message}(?s:.*)dim=-1(?s:.*)meta.engine to 'reference'"
+    with pytest.raises(ValueError, match=why):
+        learner_of(Own(forward), engine="factored")
+    if case == "view by the batch's size":  # which fails for no example at all
+        with pytest.raises(ValueError, match=r"fails at .*for dense \[0, 2\]"):
+            learner_of(Own(forward))
+        return
+    learner_of(Own(forward), adapt=[])
+    learner = learner_of(Own(forward), steps=2)
+    assert learner.engine == "reference"
+    assert re.search(why, learner.engine_reason)
+    rows, batch = problem()
+    assert torch.equal(learner(rows, batch)[0], learner_of(Own(forward), engine="reference", steps=2)(rows, batch)[0])
+
+
+@pytest.mark.parametrize("layer", ["PReLU", "GRU"])
+def test_a_layer_that_takes_rows_alone_gets_the_reference(layer: str) -> None:
+    """These modules want channels or features in dimension 1, or refuse four dimensions."""
+    if layer == "PReLU":
+        model = Own(lambda m, d, e: m.logit(m.act(m.hidden(e))), act=nn.PReLU(WIDTH))
+    else:
+        gru = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        model = Own(lambda m, d, e: m.logit(m.hidden(e) + m.gru(torch.stack([*e.values()], -2))[1][0]), gru=gru)
+    learner = learner_of(model)
+    assert learner.engine == "reference"
+    assert learner.engine_reason.startswith("reference, because Own.forward fails at test_own_models.py")
 
 
 def test_zeros_hide_nothing() -> None:

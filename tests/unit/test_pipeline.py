@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +86,7 @@ def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Pat
     records = json.loads((tmp_path / "evaluation.json").read_text())["records"]
     found = {(r["variant"], r["metric"]): r["value"] for r in records if r["case"] == "all"}
     for variant in ("before", "after"):
-        assert found[variant, "auc"] == pytest.approx(logged[f"auc_{variant}"], abs=1e-6)
+        assert found[variant, "auc"] == pytest.approx(logged[f"auc_{variant}"], abs=1e-3)  # rounded
 
 
 def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path: Path) -> None:
@@ -95,6 +96,19 @@ def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path:
     words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
     gmeta("evaluate", "--run_dir", tmp_path, *words)
     assert "plain-finetuned" in json.loads((tmp_path / "evaluation.json").read_text())["variants"]
+
+
+def test_a_twin_that_diverges_on_the_measured_split_is_left_out(
+    out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(out / "run", tmp_path / "run")
+    monkeypatch.setattr("gmeta.evaluation.evaluate._tune", lambda *args: (3, 1e30))
+    words = ("--plain_run", out / "plain", "--resamples", 2, "--baselines", "false")
+    gmeta("evaluate", "--run_dir", tmp_path / "run", *words)
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert found["variants"] == ["before", "after", "plain"]
+    assert "diverges on a task" in found["settings"]["plain-finetuned"]["left_out"]
+    assert "plain-finetuned is left out" in capsys.readouterr().err
 
 
 def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> None:
