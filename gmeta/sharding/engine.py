@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from gmeta.sharding.checkpoint import PartitionTensor, create_optimizer_state
+from gmeta.sharding.checkpoint import PartitionTensor, create_optimizer_state, persistent_buffers
 from gmeta.sharding.flat_parameters import CommStreams, FlatParameter, ParameterSpan, Partition
+from gmeta.sharding.optimizers import group_numbers, make_optimizer, read_groups, write_groups
 from gmeta.sharding.ring import RankTraffic
 from gmeta.sharding.strategy import NodeLayout, NodeTraffic, sent_bytes
 from gmeta.sharding.units import (
@@ -30,7 +31,6 @@ from gmeta.sharding.units import (
     Unit,
     cast,
     clipped_scale,
-    make_optimizer,
     tensors_in,
 )
 
@@ -56,7 +56,10 @@ class Paro:
         self._flat_parameters = [flat for unit in units for flat in unit.flat_parameters]
         self._trained = [flat for flat in self._flat_parameters if flat.trained]
         self.partitions: list[Partition] = [partition for flat in self._trained for partition in flat.partitions]
-        self.optimizer = make_optimizer(optimizer_factory, self.partitions, module)
+        trained = [span for flat in self._trained for span in flat.spans]
+        self.optimizer = make_optimizer(optimizer_factory, trained, self.partitions, streams.params.device)
+        self._group_numbers = group_numbers(self.optimizer)
+        self._groups: dict[str, Tensor] = {}  # what `state` gave out for them, to be loaded into
         self._order: list[Unit] = []  # units in the order in which the last complete forward pass computed them
         self._visited: list[Unit] = []  # the same in the present forward pass
         self._turn: list[FlatParameter] = []  # those whose gradients are still to be reduced, in launching order
@@ -396,12 +399,21 @@ class Paro:
         return RankTraffic(sum(part.intra for part in parts), sum(part.inter for part in parts))
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's partitions of all parameters and of the optimizer's state, by name, for
-        torch.distributed.checkpoint.
+        """Return all that training goes on from, by name, for torch.distributed.checkpoint: `tensors()`, the module's
+        persistent buffers and the numbers of the optimizer's groups, such as learning rates.
 
-        They are saved under the module's names and shapes, the optimizer's as `optimizer.NAME.KEY`. So every strategy
-        on any number of ranks can load them, into the tensors of its own `state()`; call `loaded` afterwards.
-        ValueError where the optimizer keeps something else than tensors.
+        It is saved under the module's names and shapes, so every strategy on any number of ranks can load it, into its
+        own `state()`; call `loaded` afterwards. Make it anew for each checkpoint: the numbers are copies. Of buffers,
+        which may differ between ranks, those of the first rank are saved. ValueError where the optimizer keeps
+        something else than tensors.
+        """
+        self._groups = read_groups(self.optimizer, self._group_numbers)
+        first = self._streams.params_collectives.rank == self._streams.params_collectives.rings.world.ranks[0]
+        return {**self.tensors(), **persistent_buffers(self.module, first), **self._groups}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return this rank's partitions of all parameters and of the optimizer's state, the latter as
+        `optimizer.NAME.KEY`.
         """
         for flat in self._flat_parameters:
             flat.settle()
@@ -421,8 +433,10 @@ class Paro:
         return found
 
     def loaded(self) -> None:
-        """Send the parameters to all ranks. Call this after the tensors of `state()` were loaded."""
+        """Take over what was loaded into the latest `state()` or `tensors()`, and send the parameters to all ranks."""
         self._provisional = False
+        if self._groups:
+            write_groups(self.optimizer, self._group_numbers, self._groups)
         self._settle("loaded")
         for flat in self._flat_parameters:
             flat.publish()

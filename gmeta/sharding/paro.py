@@ -23,10 +23,11 @@ from gmeta.sharding.auto import AutoSharding, choose_strategies
 from gmeta.sharding.engine import Paro
 from gmeta.sharding.flat_parameters import CommStreams, FlatParameter
 from gmeta.sharding.hierarchy import CollectiveAlgorithm, HierarchicalCollectives
+from gmeta.sharding.optimizers import require_element_wise
 from gmeta.sharding.strategy import ShardingStrategy
 from gmeta.sharding.streams import CommStream
 from gmeta.sharding.torch_engine import TorchEngine
-from gmeta.sharding.units import OptimizerFactory, broadcast_module, make_units, require_element_wise
+from gmeta.sharding.units import OptimizerFactory, broadcast_module, make_units
 
 
 @overload
@@ -104,7 +105,8 @@ def paro(
         if mesh is None or not isinstance(sharding, str) or not average:
             raise ValueError("backend torch takes a mesh and one strategy for all, and averages gradients")
         return TorchEngine(module, optimizer_factory, mesh, sharding, units, compute_dtype, grad_dtype)
-    require_element_wise(module, optimizer_factory)
+    device = next((param.device for param in module.parameters()), torch.device("cpu"))
+    require_element_wise(module, optimizer_factory, device)
     strategies = choose_strategies(
         module,
         optimizer_factory,

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gmeta.sharding.flat_parameters import FlatParameter, Partition
+from gmeta.sharding.flat_parameters import FlatParameter
 from gmeta.sharding.ring import Ring
 from gmeta.sharding.strategy import ShardingStrategy
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-"""Makes an optimizer from named parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`. It gets one-dimensional
-partitions of the module's parameters under the names that those have; the list is empty on a rank that updates nothing.
+"""Makes an optimizer from named parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`. On every rank it gets all
+that are trained, by the module's names. While it runs they show the shapes of the module's parameters, so that it may
+sort by shape; what is updated later are one-dimensional partitions, empty where the rank has none.
 """
 T = TypeVar("T")
 MakeFlatParameter = Callable[[Sequence[tuple[str, nn.Parameter]], ShardingStrategy], FlatParameter]
@@ -165,58 +166,6 @@ def broadcast_module(module: nn.Module, everyone: Ring) -> None:
             tensor.copy_(value)
 
 
-def require_element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
-    """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone.
-
-    It is tried on small tensors, once unsharded and once in two parts, under the name of a parameter of each number of
-    dimensions, because factories often tell matrices from the rest.
-    """
-    if not callable(factory):
-        raise ValueError(
-            f"the optimizer is a {type(factory).__name__} already: give what makes one from named parameters, such as "
-            "partial(torch.optim.AdamW, lr=1e-3)"
-        )
-    kinds = {param.ndim: (name, param) for name, param in module.named_parameters() if param.requires_grad}
-    for name, like in kinds.values():
-        _try_in_parts(name, like, factory)
-
-
-def _try_in_parts(name: str, like: Tensor, factory: OptimizerFactory) -> None:
-    draws = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(4, 6, dtype=torch.float64, generator=draws).to(like) for _ in range(3))
-    try:
-        unsharded = _updated(factory, name, start, gradients)
-        parts = [
-            _updated(factory, name, start.flatten()[part], [gradient.flatten()[part] for gradient in gradients])
-            for part in (slice(0, 10), slice(10, 24))
-        ]
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"the optimizer cannot update parts of parameters ({type(error).__name__}: {error}): {_CURE}"
-        ) from error
-    if not torch.allclose(unsharded.flatten(), torch.cat(parts), rtol=1e-5, atol=1e-6):
-        raise ValueError(
-            f"the optimizer updates part of a parameter otherwise than the whole (as LAMB or Adafactor do): {_CURE}"
-        )
-
-
-_CURE = "it must be element-wise, such as AdamW, SGD, RMSprop or Adagrad"
-
-
-def _updated(
-    factory: OptimizerFactory,
-    name: str,
-    start: Tensor,
-    gradients: Sequence[Tensor],
-) -> Tensor:
-    param = nn.Parameter(start.clone())
-    optimizer = factory([(name, param)])
-    for gradient in gradients:
-        param.grad = gradient.clone()
-        optimizer.step()
-    return param.detach()
-
-
 class Leave(torch.autograd.Function):
     """The identity, which calls `left` when backward has come this far."""
 
@@ -236,13 +185,3 @@ class Leave(torch.autograd.Function):
 def cast(dtype: torch.dtype, value: Any) -> Any:
     """Return a floating tensor in `dtype`; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def make_optimizer(
-    factory: OptimizerFactory, partitions: Sequence[Partition], module: nn.Module
-) -> torch.optim.Optimizer:
-    """Make an optimizer, also where this rank updates nothing, because schedules change rates on every rank."""
-    if partitions:
-        return factory([(partition.name, partition.tensor) for partition in partitions])
-    name, like = next(iter(module.named_parameters()), ("none", torch.empty(0)))
-    return factory([(name, nn.Parameter(torch.empty(0, device=like.device)))])

@@ -1,0 +1,263 @@
+"""What a sharded engine accepts, keeps and gives back: optimizers, checkpoints, dtypes, models as they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from harness import run_ranks
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.device_mesh import DeviceMesh
+
+from gmeta.parallel.mesh import Mesh
+from gmeta.runs import checkpoint
+from gmeta.sharding.checkpoint import PartitionWriter
+from gmeta.sharding.engine import Paro
+from gmeta.sharding.hierarchy import node_mesh
+from gmeta.sharding.paro import paro
+from gmeta.sharding.torch_engine import TorchEngine
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+class Stack(nn.Module):
+    """Layers of one size between two others."""
+
+    def __init__(self, depth: int = 2, width: int = 6) -> None:
+        super().__init__()
+        self.begin = nn.Linear(5, width)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth))
+        self.end = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.begin(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.end(x)
+
+
+def stack(dtype: torch.dtype = torch.float64, kind: type[nn.Module] = Stack) -> nn.Module:
+    torch.manual_seed(1)
+    return kind().to(dtype)
+
+
+def rows(rank: int, step: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    draws = torch.Generator().manual_seed(100 * rank + step)
+    return torch.randn(4, 5, generator=draws, dtype=dtype)
+
+
+def nodes(mesh: Mesh) -> DeviceMesh | None:
+    return node_mesh(max(1, mesh.world_size // 2)) if mesh.world_size > 1 else None
+
+
+def weights(engine: Paro | TorchEngine) -> dict[str, Tensor]:
+    with engine.unsharded():
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def alone(
+    model: nn.Module, make: Callable[..., torch.optim.Optimizer], world_size: int, steps: int
+) -> dict[str, Tensor]:
+    """Train by hand on all ranks' rows."""
+    optimizer = make([(name, p) for name, p in model.named_parameters() if p.requires_grad])
+    for step in range(steps):
+        for rank in range(world_size):
+            (model(rows(rank, step)).square().mean() / world_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-12) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# Optimizers
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB without its second moment: the size of an update is that of the parameter."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad * (group["lr"] * p.norm() / (p.grad.norm() + 1e-12)))
+
+
+class DecaysMatrices(torch.optim.SGD):
+    """Looks at the number of dimensions when it steps, which is too late."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim >= 2:
+                    p.mul_(1 - group["lr"] * 1e-3)
+        super().step(closure)
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-7, 2e-5, 1e-2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Lamb, torch.optim.Adafactor, DecaysMatrices])
+def test_no_rate_and_no_dtype_hides_what_an_optimizer_does(kind: Any, dtype: torch.dtype, lr: float) -> None:
+    with pytest.raises(ValueError, match=r"otherwise than the whole .* must be element-wise"):
+        paro(stack(dtype), partial(kind, lr=lr), None, "NNN")
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-7, 1e-2])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9), torch.optim.RMSprop, torch.optim.Adagrad]
+)
+def test_small_rates_are_accepted(kind: Any, lr: float) -> None:
+    paro(stack(torch.bfloat16), partial(kind, lr=lr), None, "IIG").close()
+
+
+def by_shape(named: Named, lr: float = 1e-3) -> torch.optim.Optimizer:
+    """Decay matrices only, and a smaller rate for wide ones, by all the ways to ask for a shape."""
+    found = list(named)
+    wide = [p for _, p in found if p.dim() >= 2 and p.shape[1] == 6 and p.numel() == 36]
+    rest = [p for _, p in found if p.ndim >= 2 and not any(p is other for other in wide)]
+    assert all(p.size(0) in (1, 6) and len(p.size()) == 2 for p in rest)
+    flat = [p for _, p in found if p.ndim < 2]
+    return torch.optim.AdamW(
+        [
+            {"params": wide, "lr": lr / 6, "weight_decay": 0.1},
+            {"params": rest, "weight_decay": 0.1},
+            {"params": flat, "weight_decay": 0.0},
+        ],
+        lr=lr,
+    )
+
+
+def trained_by_shape(mesh: Mesh, strategy: str) -> tuple[dict[str, Tensor], int]:
+    engine = paro(stack(), by_shape_if_whole, nodes(mesh), strategy)
+    for step in range(3):
+        engine.backward(engine(rows(mesh.rank, step)).square().mean())
+        engine.step()
+    found = weights(engine), len(engine.optimizer.param_groups)
+    engine.close()
+    return found
+
+
+def by_shape_if_whole(named: Named) -> torch.optim.Optimizer:
+    found = list(named)
+    return by_shape(found) if len(found) > 1 else torch.optim.AdamW(found, lr=1e-3, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_groups_by_shape_see_the_whole_shape(ranks: int) -> None:
+    expected = alone(stack(), by_shape, ranks, 3)
+    for found, groups in run_ranks(ranks, trained_by_shape, "GGG"):
+        assert_near(found, expected)
+        assert groups == 3
+
+
+# Checkpoints
+
+
+class Normed(nn.Module):
+    """Statistics that differ between ranks, a buffer in another order of memory, and one that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6))])
+        self.end = nn.Linear(6, 1)
+        self.register_buffer("table", torch.zeros(3, 2).t())
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.layers[0](x)) + self.table.sum()
+
+
+COSINE = partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=20)
+
+
+def kept(mesh: Mesh, folder: Path, strategy: str, save: bool, how: str) -> dict[str, Any]:
+    """Three steps, a checkpoint and three more, or only what follows the checkpoint; what counts at the end."""
+    backend: dict[str, Any] = {"backend": "torch"} if how == "torch" else {}
+    engine: Any = paro(stack(kind=Normed), ADAMW, nodes(mesh), strategy, **backend)
+    schedule = COSINE(engine.optimizer)
+
+    def steps(some: range) -> None:
+        for step in some:
+            engine.backward(engine(rows(0, step)).square().mean())
+            engine.step()
+            schedule.step()
+
+    if save:
+        with torch.no_grad():
+            engine.module.table += torch.arange(6.0, dtype=torch.float64).view(2, 3) + 100 * mesh.rank
+            engine.module.layers[0][1].running_mean += mesh.rank
+        steps(range(3))
+        before = weights(engine)
+        writer = PartitionWriter(str(folder))
+        if how.startswith("async"):
+            stager = (
+                {"async_stager": DefaultStager(StagingOptions(False, False, False, False))}
+                if how == "async_default"
+                else {}
+            )
+            started: Any = dcp.async_save(engine.state(), storage_writer=writer, **stager)
+            steps(range(90, 92))  # what is saved is what was there before
+            started.result()
+        else:
+            dcp.save(engine.state(), storage_writer=writer)
+        if mesh.world_size > 1:
+            dist.barrier()
+    checkpoint.load_tensors(folder, engine.state(), mesh)
+    engine.loaded()
+    if save:
+        assert how == "torch" or all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    schedule = COSINE(engine.optimizer)
+    schedule.load_state_dict({**schedule.state_dict(), "base_lrs": [1e-2], "last_epoch": 3, "_step_count": 4})
+    at_load = engine.optimizer.param_groups[0]["lr"]
+    table = engine.module.table.clone()
+    with torch.no_grad():
+        engine.module.table.zero_()
+    steps(range(3, 6))
+    statistics = {name: value.clone() for name, value in engine.module.layers[0][1].named_buffers()}
+    found = {"weights": weights(engine), "table": table, "statistics": statistics}
+    found["rates"] = [at_load, engine.optimizer.param_groups[0]["lr"]]
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("saved", "how"),
+    [("IIG", "save"), ("IIG", "async"), ("GGG", "async_default"), pytest.param("GGG", "torch", marks=pytest.mark.slow)],
+)
+def test_buffers_and_schedules_go_on(saved: str, how: str, tmp_path: Path) -> None:
+    """All ranks go on with the first one's buffers, and at the schedule's rate."""
+    (first, *_) = run_ranks(4, kept, tmp_path, saved, True, how)
+    assert torch.equal(first["table"], torch.arange(6.0, dtype=torch.float64).view(2, 3))
+    assert not first["statistics"]["running_mean"].eq(0).any()
+    plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    schedule, expected = COSINE(plain), []
+    for _ in range(6):
+        plain.step()
+        schedule.step()
+        expected.append(schedule.get_last_lr()[0])
+    for ranks, strategy, backend in ((4, "NIG", "save"), (2, "GGG", "save"), (2, "GGG", "torch"), (1, "NNN", "save")):
+        for found in run_ranks(ranks, kept, tmp_path, strategy, False, backend):
+            assert found["rates"] == pytest.approx([expected[2], expected[5]], rel=1e-12)
+            assert torch.equal(found["table"], first["table"])
+            if backend == "save":
+                assert_near(found["weights"], first["weights"])
+                assert_near(found["statistics"], first["statistics"])
