@@ -89,6 +89,8 @@ def _work(
     for name, param in module.named_parameters():
         letters = of_longest_prefix(name, asked) or str(REPLICATED)
         trained = param.numel() if param.requires_grad else 0
+        if cap is not None and not trained and sizes.param < param.itemsize:  # frozen master weights, at scope G
+            cap -= param.nbytes / hierarchy.layout.world_size
         if letters == AUTO:
             params, trainable = params + param.numel(), trainable + trained
         elif cap is not None:

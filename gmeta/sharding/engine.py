@@ -102,7 +102,9 @@ class Paro:
         if not self._in_backward and not self._held:
             self._prefetch(self._order, len(self._visited))
         if unit.root:
-            return None if self._input_dtype is None else tree_map(partial(cast, self._input_dtype), (args, kwargs))
+            if self._input_dtype is None or self._held:  # held parameters have the module's own dtype
+                return None
+            return tree_map(partial(cast, self._input_dtype), (args, kwargs))
         return self._expect_leaving(unit, (args, kwargs))
 
     def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -291,13 +293,12 @@ class Paro:
     def unsharded(self, write_back: bool = False) -> Iterator[None]:
         """Keep all parameters gathered inside the block, in forward and backward passes too.
 
-        This is for a model that is not called unit by unit (a meta step), or to look at weights. With `write_back` what
-        was changed inside, on all ranks alike, is taken over; RuntimeError where something was changed without it.
+        This is for a model that is not called unit by unit (a meta step), or to look at weights. They have the module's
+        own dtype and all of their digits, also where `compute_dtype` is another: the model computes in it inside. With
+        `write_back` what was changed inside, on all ranks alike, is taken over; RuntimeError where something was
+        changed without it.
         """
-        for unit in self._units:
-            unit.start_unshard()
-        for unit in self._units:
-            self._unshard(unit)
+        self._unshard_masters()
         outer, self._held = self._held, True
         try:
             yield
@@ -311,6 +312,12 @@ class Paro:
             self._held = outer
             if not outer:
                 self._reshard()
+
+    def _unshard_masters(self) -> None:
+        for flat in self._flat_parameters:
+            flat.start_unshard(masters=True)
+        for flat in self._flat_parameters:
+            flat.wait_unshard()
 
     def _unshard(self, unit: Unit) -> None:
         for flat in unit.flat_parameters:
@@ -336,7 +343,7 @@ class Paro:
 
     def _settle(self, what: str) -> None:
         """Wait until nothing is in flight, and free gathered copies, which would be out of date."""
-        if self._held and any(flat.strategy.params != "N" for flat in self._flat_parameters):
+        if self._held and any(flat.strategy.params != "N" or flat.separate for flat in self._flat_parameters):
             raise RuntimeError(
                 f"{what}() inside unsharded() would leave the unsharded parameters out of date: call it after"
             )
@@ -363,9 +370,11 @@ class Paro:
                     )
 
     def _refuse_when_sharded(self, *_: Any) -> None:
-        if not all(flat.is_unsharded for flat in self._flat_parameters):
+        found = self._flat_parameters
+        if not all(flat.is_unsharded and flat.shows_masters == flat.separate for flat in found):
+            held = "parts of the parameters" if not all(flat.is_unsharded for flat in found) else "rounded parameters"
             raise RuntimeError(
-                "this rank holds parts of the parameters only: call module.state_dict() inside "
+                f"this rank holds {held} only: call module.state_dict() inside "
                 "`with engine.unsharded():`, or save engine.state() with torch.distributed.checkpoint"
             )
         for flat in self._flat_parameters:  # updated parameters may be in flight
@@ -467,7 +476,7 @@ class Paro:
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the bytes that this rank holds from step to step: parameters, gradients, optimizer state with master
-        weights.
+        weights, and the master weights of frozen parameters.
         """
         state = sum(
             value.nbytes
@@ -479,12 +488,14 @@ class Paro:
             "params": sum(flat.params.nbytes for flat in self._flat_parameters),
             "grads": sum(flat.kept_bytes for flat in self._trained),
             "state": state + sum(flat.master_bytes for flat in self._trained),
+            "frozen": sum(flat.master_bytes for flat in self._flat_parameters if not flat.trained),
         }
 
     def close(self) -> None:
-        """Take the hooks off the module and leave its parameters unsharded. The engine cannot be used any more."""
-        for unit in self._units:
-            self._unshard(unit)
+        """Take the hooks off the module and leave its parameters unsharded, in their own dtype. The engine cannot be
+        used any more.
+        """
+        self._unshard_masters()
         for hook in self._hooks:
             hook.remove()
         self._streams.close()

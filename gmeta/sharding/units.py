@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gmeta.sharding.flat_parameters import FlatParameter
+from gmeta.sharding.flat_parameters import FlatParameter, raw
 from gmeta.sharding.ring import Ring
 from gmeta.sharding.strategy import ShardingStrategy
 
@@ -162,7 +162,7 @@ def broadcast_module(module: nn.Module, everyone: Ring) -> None:
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             value = tensor.detach().contiguous()
-            dist.broadcast(value, src=everyone.ranks[0], group=everyone.group)
+            dist.broadcast(raw(value), src=everyone.ranks[0], group=everyone.group)
             tensor.copy_(value)
 
 

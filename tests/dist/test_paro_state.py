@@ -261,3 +261,103 @@ def test_buffers_and_schedules_go_on(saved: str, how: str, tmp_path: Path) -> No
             if backend == "save":
                 assert_near(found["weights"], first["weights"])
                 assert_near(found["statistics"], first["statistics"])
+
+
+# Dtypes
+
+
+class HalfFrozen(Stack):
+    """A frozen layer, whose numbers bf16 does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for param in self.layers[0].parameters():
+            param.requires_grad_(False)
+
+
+BF16: dict[str, Any] = {"compute_dtype": torch.bfloat16}
+
+
+def rounded_nowhere(mesh: Mesh, folder: Path, strategy: str) -> None:
+    model = stack(torch.float32, HalfFrozen)
+    begun = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert not torch.equal(begun["layers.0.0.weight"], begun["layers.0.0.weight"].bfloat16().float())
+    engine = paro(model, partial(torch.optim.SGD, lr=1e-5), nodes(mesh), strategy, **BF16)
+    assert all(torch.equal(value, begun[name]) for name, value in weights(engine).items())
+    for step in range(2):
+        engine.backward(engine(rows(mesh.rank, step, torch.float32)).float().square().mean())
+        engine.step()
+        with pytest.raises(RuntimeError, match=r"this rank holds (rounded parameters|parts of the parameters) only"):
+            model.state_dict()
+    moved = weights(engine)
+    for partition in engine.partitions:
+        inside = moved[partition.name].flatten()[partition.start : partition.stop]
+        assert torch.equal(inside, partition.tensor.detach())
+    assert not torch.equal(moved["end.weight"], begun["end.weight"])
+    held = engine.memory_bytes()["frozen"]
+    assert held == pytest.approx(42 * 4 / mesh.world_size, abs=4 * mesh.world_size)
+
+    checkpoint.save(folder, 1, engine.state(), {}, mesh)
+    changed = {name: value + 2**-12 for name, value in moved.items()}  # too little for bf16
+    with engine.unsharded(write_back=True):
+        model.load_state_dict(changed)
+    assert all(torch.equal(value, changed[name]) for name, value in weights(engine).items())
+    checkpoint.load_tensors(folder / "step-00000001", engine.state(), mesh)
+    engine.loaded()
+    with engine.unsharded():
+        before = engine(rows(mesh.rank, 3, torch.float32))
+        engine.backward(before.square().mean())
+    engine.step()
+    last = weights(engine)
+    assert torch.equal(last["layers.0.0.weight"], begun["layers.0.0.weight"])
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    engine.close()
+    assert all(p.dtype == torch.float32 and torch.equal(p, last[name]) for name, p in model.named_parameters())
+    assert set(model.state_dict()) == set(begun)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("strategy", ["NNN", pytest.param("NIG", marks=pytest.mark.slow), "IIG"])
+def test_no_digit_is_lost_to_the_dtype_of_computing(ranks: int, strategy: str, tmp_path: Path) -> None:
+    run_ranks(ranks, rounded_nowhere, tmp_path, strategy)
+
+
+class Quantised(nn.Module):
+    """Weights as codes: bytes, truth values, and floats of 8 bits where asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randint(0, 255, (6, 5), dtype=torch.uint8), requires_grad=False)
+        self.mask = nn.Parameter(torch.rand(6) > 0.3, requires_grad=False)
+        self.eighth = nn.Parameter(torch.randn(7).to(torch.float8_e4m3fn), requires_grad=False)
+        self.end = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        decoded = (self.codes ^ 0x55).to(x.dtype) / 255 * self.mask[:, None]
+        return self.end(x @ decoded.t()) * self.eighth.to(x.dtype).sum()
+
+
+def quantised(mesh: Mesh, strategy: str) -> None:
+    torch.manual_seed(1 + mesh.rank)
+    model = nn.Sequential(Quantised())
+    torch.manual_seed(1)
+    expected = Quantised()
+    engine = paro(model, ADAMW, nodes(mesh), strategy, **BF16)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert list(dtypes.values())[:3] == [torch.uint8, torch.bool, torch.float8_e4m3fn]
+    x = rows(0, 0, torch.float32)
+    torch.testing.assert_close(engine(x).float(), expected(x), rtol=0.02, atol=0.02)
+    engine.backward(engine(x).mean())
+    assert engine.step().grad_norm > 0
+    found = weights(engine)
+    for name in ("codes", "mask", "eighth"):
+        value = getattr(expected, name)
+        assert torch.equal(found[f"0.{name}"].view(torch.uint8), value.view(torch.uint8)), name
+        assert engine.state().get(f"0.{name}", value).dtype == value.dtype
+    engine.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_quantised_parameters_are_left_alone(ranks: int) -> None:
+    for strategy in ("NNN", "IIG", "GGG"):
+        run_ranks(ranks, quantised, strategy)
