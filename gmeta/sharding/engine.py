@@ -149,8 +149,9 @@ class Paro:
             return
         if not self._in_backward:
             raise RuntimeError(
-                "backward was called on the loss itself: call engine.backward(loss); for torch.autograd.grad in a "
-                "forward pass, gather the parameters first: `with engine.unsharded():`"
+                "backward was called on the loss itself, or by another engine alone: call engine.backward(loss), and "
+                "engine.backward(loss, others=[...]) where a loss comes from several engines; for torch.autograd.grad "
+                "in a forward pass, gather the parameters first: `with engine.unsharded():`"
             )
         self._unshard(unit)
         if unit in self._order:
@@ -162,7 +163,10 @@ class Paro:
 
     def _gradient_is_there(self, flat: FlatParameter, span: ParameterSpan, _param: Tensor) -> None:
         if not self._in_backward:
-            raise RuntimeError("backward was called on the loss itself: call engine.backward(loss)")
+            raise RuntimeError(
+                "backward was called on the loss itself, or by another engine alone: call engine.backward(loss), and "
+                "engine.backward(loss, others=[...]) where a loss comes from several engines"
+            )
         if self.deferred:
             return
         if flat not in self._turn:
@@ -175,10 +179,12 @@ class Paro:
             while self._turn and self._turn[0] in self._complete:  # all ranks must launch in the same order
                 self._turn.pop(0).reduce(self._last)
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
+    def backward(self, loss: Tensor, last: bool = True, others: Sequence[Paro] = ()) -> None:
         """Run `loss.backward()` for a micro-batch; with `last`, the step's last one, gradients are summed over ranks.
 
-        The gradients of a step's micro-batches add up: scale the loss where you want their mean.
+        The gradients of a step's micro-batches add up: scale the loss where you want their mean. `others` are the other
+        engines that the loss comes from, in the same order on all ranks: they too get their gradients, for their own
+        `step` or `forget_gradients`.
         """
         if self._summed:
             raise RuntimeError(
@@ -188,7 +194,10 @@ class Paro:
         self._in_backward, self._last = True, last
         self._turn, self._complete = self._launching_order(), set()
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            if others:
+                others[0].backward(loss, last, others[1:])
+            else:
+                loss.backward()  # type: ignore[no-untyped-call]
             while self._turn and not self.deferred:  # another rank may have a gradient where this one has none
                 self._turn.pop(0).reduce(last)
             self._summed = last and not self.deferred

@@ -67,10 +67,12 @@ class TorchEngine:
         """Run the module's forward pass."""
         return self.module(*args, **kwargs)
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Run `loss.backward()` for a micro-batch. III sums gradients between nodes in the last micro-batch only."""
-        if self._late:
-            for part in self._parts:
+    def backward(self, loss: Tensor, last: bool = True, others: Sequence[TorchEngine] = ()) -> None:
+        """Run `loss.backward()` for a micro-batch, also where it comes from `others` too, see `Paro.backward`. III sums
+        gradients between nodes in the last micro-batch only.
+        """
+        for engine in (self, *others):
+            for part in engine._parts if engine._late else ():
                 part.set_requires_all_reduce(last)
         loss.backward()  # type: ignore[no-untyped-call]
 

@@ -361,3 +361,82 @@ def quantised(mesh: Mesh, strategy: str) -> None:
 def test_quantised_parameters_are_left_alone(ranks: int) -> None:
     for strategy in ("NNN", "IIG", "GGG"):
         run_ranks(ranks, quantised, strategy)
+
+
+# Several engines
+
+
+class Generator(Stack):
+    """Makes rows of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.end = nn.Linear(6, 5)
+
+
+def played(mesh: Mesh, strategies: tuple[str, str]) -> list[dict[str, Tensor]]:
+    """A generator and its judge, then two towers of one loss, in two micro-batches a step."""
+    made = [paro(stack(kind=k), ADAMW, nodes(mesh), s) for k, s in zip((Generator, Stack), strategies, strict=True)]
+    maker, judge = made
+    for step in range(3):
+        for_maker = judge(maker(rows(mesh.rank, step))).square().mean()
+        maker.backward(for_maker, others=[judge])
+        maker.step(clip_norm=1.0)
+        judge.forget_gradients()
+        with torch.no_grad():
+            fake = maker(rows(mesh.rank, step))
+        judge.backward((judge(rows(mesh.rank, 9)) - judge(fake)).square().mean())
+        judge.step()
+    for step in range(2):
+        for last in (False, True):
+            x = rows(mesh.rank, step + 50 * last)
+            judge.backward((judge(x) * maker(x)).sum(), last, others=[maker])
+        maker.step()
+        judge.step()
+    found = [weights(engine) for engine in made]
+    for engine in made:
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize("strategies", [("IIG", "GGG"), pytest.param(("NNN", "III"), marks=pytest.mark.slow)])
+def test_a_loss_through_two_engines(strategies: tuple[str, str]) -> None:
+    """4 ranks learn what one process learns from all of their rows."""
+    maker, judge = stack(kind=Generator), stack()
+    optimizers = [ADAMW(model.parameters()) for model in (maker, judge)]
+
+    def update(*updated: torch.optim.Optimizer) -> None:
+        for optimizer in updated:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    for step in range(3):
+        for rank in range(4):
+            (judge(maker(rows(rank, step))).square().mean() / 4).backward()
+        norm = float(nn.utils.get_total_norm([p.grad for p in maker.parameters() if p.grad is not None]))
+        for p in maker.parameters():
+            p.grad = p.grad * min(1.0, 1.0 / norm) if p.grad is not None else None
+        update(optimizers[0])
+        for rank in range(4):
+            fake = maker(rows(rank, step)).detach()
+            ((judge(rows(rank, 9)) - judge(fake)).square().mean() / 4).backward()
+        update(optimizers[1])
+    for step in range(2):
+        for rank in range(4):
+            for last in (False, True):
+                x = rows(rank, step + 50 * last)
+                ((judge(x) * maker(x)).sum() / 4).backward()
+        update(*optimizers)
+    for found in run_ranks(4, played, strategies):
+        for model, values in zip((maker, judge), found, strict=True):
+            assert_near(values, {name: p.detach() for name, p in model.named_parameters()}, 1e-11)
+
+
+def test_an_engine_that_a_loss_forgets() -> None:
+    maker, judge = paro(stack(kind=Generator), ADAMW, None, "III"), paro(stack(), ADAMW, None, "III")
+    with pytest.raises(RuntimeError, match=r"or by another engine alone: .* engine.backward\(loss, others=\[...\]\)"):
+        maker.backward(judge(maker(rows(0, 0))).mean())
+    maker.backward(judge(maker(rows(0, 0))).mean(), others=[judge])
+    assert maker.step().finite
+    assert judge.step().finite
