@@ -79,8 +79,11 @@ class Paro:
 
     def _hook(self, unit: Unit) -> None:
         module = unit.module
-        before = module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
-        after = module.register_forward_hook(partial(self._after_forward, unit), always_call=True, with_kwargs=True)
+        # a compiled layer breaks its graph here: what gathers must run, not be traced
+        hooks = (partial(self._before_forward, unit), partial(self._after_forward, unit))
+        begin, end = (torch.compiler.disable(hook) for hook in hooks)  # type: ignore[no-untyped-call]
+        before = module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+        after = module.register_forward_hook(end, always_call=True, with_kwargs=True)
         self._hooks += [before, after]
         for flat in unit.flat_parameters:
             if flat.trained:

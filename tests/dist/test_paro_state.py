@@ -440,3 +440,56 @@ def test_an_engine_that_a_loss_forgets() -> None:
     maker.backward(judge(maker(rows(0, 0))).mean(), others=[judge])
     assert maker.step().finite
     assert judge.step().finite
+
+
+# Compiled layers
+
+
+def compiled(mesh: Mesh, strategy: str, how: str) -> tuple[dict[str, Tensor], int]:
+    """Weights after two steps, and how many graphs were compiled."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    model: Any = stack()
+    if how == "wrapped":
+        for number, layer in enumerate(model.layers):
+            model.layers[number] = torch.compile(layer, backend=backend)
+    if how == "before":
+        for layer in model.layers:
+            layer.compile(backend=backend)
+    engine = paro(model, ADAMW, nodes(mesh), strategy)
+    if how == "after":
+        for layer in model.layers:
+            layer.compile(backend=backend)
+    if how == "whole":
+        model.compile(backend=backend)
+    for step in range(2):
+        engine.backward(engine(rows(mesh.rank, step)).square().mean())
+        engine.step()
+    found = {name.replace("_orig_mod.", ""): value for name, value in weights(engine).items()}
+    engine.close()
+    return found, len(graphs)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        (1, "III"),
+        pytest.param(2, "GGG", marks=pytest.mark.slow),
+        pytest.param(4, "IIG", marks=pytest.mark.slow),
+        pytest.param(4, "NNN", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled_layers(ranks: int, strategy: str) -> None:
+    expected = alone(stack(), ADAMW, ranks, 2)
+    for how in ("wrapped", "before", "after", "whole"):
+        for found, graphs in run_ranks(ranks, compiled, strategy, how, timeout_s=300):
+            assert_near(found, expected)
+            assert graphs >= 1, how
