@@ -42,6 +42,8 @@ class TorchEngine:
                 "DistributedDataParallel itself"
             )
         kinds = {param.device.type for param in module.parameters()}
+        if "meta" in kinds:
+            raise ValueError("backend torch takes no model on the meta device: allocate it, or take backend gmeta")
         if kinds != {mesh.device_type}:
             raise ValueError(
                 f"the mesh is of {mesh.device_type} devices, the module on {', '.join(sorted(kinds))}: make it with "

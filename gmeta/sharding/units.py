@@ -62,9 +62,11 @@ def make_units(
     given: Sequence[nn.Module] | None,
     strategies: Mapping[str, ShardingStrategy],
     make_flat: MakeFlatParameter,
+    materialise: Callable[[nn.Module], None] = lambda _: None,
 ) -> list[Unit]:
     """Return the units of `module` in its own order, the root last.
 
+    `materialise` is called with every submodule, in order. A unit is sharded as soon as its parameters are there.
     ValueError where a given unit is no submodule, where one parameter belongs to several units, or where the name of a
     strategy fits no parameter.
     """
@@ -90,17 +92,29 @@ def make_units(
             continue
         owners[param] = name, unit
         members[unit].append((name, param))
-    units = [
-        Unit(
-            names[owner],
-            owner,
-            [make_flat(part, strategy) for part, strategy in _parts(found, strategies)],
-            owner is module,
-        )
-        for owner, found in members.items()
-    ]
+    flats: dict[nn.Module, list[FlatParameter]] = {}
+    completed = _completed(module, members)
+    for child in module.modules():
+        materialise(child)
+        for owner in completed.get(child, ()):
+            flats[owner] = [make_flat(part, strategy) for part, strategy in _parts(members[owner], strategies)]
+    units = [Unit(names[owner], owner, flat, owner is module) for owner, flat in flats.items()]
     order = {name: number for number, name in enumerate(names.values())}
     return sorted(units, key=lambda unit: (unit.root, order[unit.name]))
+
+
+def _completed(
+    module: nn.Module, members: Mapping[nn.Module, Sequence[tuple[str, nn.Parameter]]]
+) -> dict[nn.Module, list[nn.Module]]:
+    """Return the units whose last parameter is in a submodule, by submodule."""
+    units = {param: owner for owner, found in members.items() for _, param in found}
+    last = {owner: owner for owner in members}
+    for child in module.modules():
+        last |= {units[param]: child for param in child.parameters(recurse=False)}
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for owner, child in last.items():
+        found.setdefault(child, []).append(owner)
+    return found
 
 
 def _called(name: str) -> str:
@@ -156,14 +170,20 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def broadcast_module(module: nn.Module, everyone: Ring) -> None:
-    """Copy the first rank's parameters and buffers to all ranks."""
+    """Copy the first rank's parameters and buffers to all ranks, but for those on the meta device."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            broadcast_tensor(tensor, everyone)
+
+
+def broadcast_tensor(tensor: Tensor, everyone: Ring) -> None:
+    """Copy the first rank's tensor to all ranks."""
     if everyone.size == 1:
         return
     with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            value = tensor.detach().contiguous()
-            dist.broadcast(raw(value), src=everyone.ranks[0], group=everyone.group)
-            tensor.copy_(value)
+        value = tensor.detach().contiguous()
+        dist.broadcast(raw(value), src=everyone.ranks[0], group=everyone.group)
+        tensor.copy_(value)
 
 
 class Leave(torch.autograd.Function):

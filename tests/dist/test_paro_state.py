@@ -14,7 +14,8 @@ import torch.distributed.checkpoint as dcp
 from harness import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
@@ -493,3 +494,177 @@ def test_compiled_layers(ranks: int, strategy: str) -> None:
         for found, graphs in run_ranks(ranks, compiled, strategy, how, timeout_s=300):
             assert_near(found, expected)
             assert graphs >= 1, how
+
+
+# Models as they are made
+
+
+class Deep(nn.Module):
+    """Everything that is made: nested modules, statistics, a tied weight, a module with a rule of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begin = nn.Linear(5, 6)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), Scaled(6)) for _ in range(3))
+        self.tied = nn.Linear(5, 6, bias=False)
+        self.tied.weight = self.begin.weight
+        self.end = nn.Linear(6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.begin(x) + self.tied(x)
+        for layer in self.layers:
+            h = layer(h)
+        return self.end(h)
+
+
+class Scaled(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+        self.register_buffer("shift", torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.uniform_(self.scale, 0.5, 1.5)
+        nn.init.normal_(self.shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def normal(module: nn.Module) -> None:
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        nn.init.normal_(tensor, 1.0, 0.1) if tensor.is_floating_point() else tensor.zero_()
+
+
+def materialised(mesh: Mesh, strategy: str, own: bool) -> tuple[dict[str, Tensor], dict[str, Tensor], int, int]:
+    """Weights when made and after two steps, all elements, and the most that were allocated at a time."""
+    with torch.device("meta"):
+        model = Deep().double()
+    tied, most = model.tied.weight, 0
+
+    def fill(module: nn.Module) -> None:
+        nonlocal most
+        there = {p.untyped_storage().data_ptr(): p.numel() for p in model.parameters() if not p.is_meta and p.numel()}
+        most = max(most, sum(there.values()))
+        module.reset_parameters() if own else normal(module)  # type: ignore[operator]
+
+    torch.manual_seed(5 + mesh.rank)
+    engine = paro(model, ADAMW, nodes(mesh), strategy, init=fill)
+    assert model.tied.weight is tied is model.begin.weight
+    begun = {**weights(engine), **{name: value.clone() for name, value in model.named_buffers()}}
+    for step in range(2):
+        engine.backward(engine(rows(0, step)).square().mean())
+        engine.step()
+    found = weights(engine)
+    engine.close()
+    return begun, found, sum(value.numel() for value in found.values()), most
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "own"),
+    [(1, "IIG", True), (4, "GGG", True), (2, "III", False), pytest.param(4, "NNN", False, marks=pytest.mark.slow)],
+)
+def test_a_model_on_the_meta_device(ranks: int, strategy: str, own: bool) -> None:
+    """It is what the same initialisation makes of a whole model, and a rank never holds more than root and one unit."""
+    expected = Deep().double()
+    torch.manual_seed(5)
+    for module in expected.modules():
+        if own and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        elif not own:
+            normal(module)
+    begun = {name: value.clone() for name, value in (*expected.named_parameters(), *expected.named_buffers())}
+    trained = alone(expected, ADAMW, 1, 2)
+    for at_start, found, size, most in run_ranks(ranks, materialised, strategy, own):
+        assert_near(at_start, {name: value.detach() for name, value in begun.items()}, 0.0)
+        assert_near(found, trained)
+        unit = 36 + 6 + 2 * 6 + 6
+        if strategy != "NNN" and ranks > 1:
+            assert most <= size - 3 * unit + unit
+
+
+class Forgets(nn.Linear):
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.zero_()
+
+
+def test_models_on_the_meta_device_that_nobody_fills() -> None:
+    with torch.device("meta"):
+        attention, forgets, half = nn.MultiheadAttention(4, 2), Forgets(2, 2), nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"the module itself \(MultiheadAttention\) .* has no reset_parameters\(\): give"
+    ):
+        paro(attention, ADAMW, None, "III")
+    with pytest.raises(ValueError, match=r"bias of the module itself is not filled by its reset_parameters\(\)"):
+        paro(forgets, ADAMW, None, "III")
+    half.bias = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="has weight on the meta device and others not"):
+        paro(half, ADAMW, None, "III")
+
+
+def test_parameters_that_cannot_be_sharded() -> None:
+    lazy, overlapping, sparse = nn.LazyLinear(3), nn.Linear(3, 3), nn.Linear(3, 3)
+    overlapping.weight = nn.Parameter(torch.ones(1, 3).expand(3, 3))
+    sparse.weight = nn.Parameter(torch.eye(3).to_sparse())
+    for module, complaint in (
+        (lazy, "weight has no shape yet: call the module once"),
+        (overlapping, "weight has elements that share memory"),
+        (sparse, "weight has the layout torch.sparse_coo: make it dense"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            paro(nn.Sequential(nn.Linear(3, 3), module), ADAMW, None, "III")
+
+
+def sharded_by_others(mesh: Mesh) -> None:
+    model = stack()
+    parallelize_module(model, init_device_mesh("cpu", (mesh.world_size,)), {"begin": ColwiseParallel()})
+    with pytest.raises(ValueError, match=r"begin.weight is a DTensor, which others have sharded or encoded"):
+        paro(model, ADAMW, nodes(mesh), "IIG")
+
+    def fail(_: nn.Module) -> None:
+        raise RuntimeError("a fault of the caller's")
+
+    with torch.device("meta"):
+        model = Stack()
+    with pytest.raises(RuntimeError, match=r"^a fault of the caller's$"):
+        paro(model, ADAMW, nodes(mesh), "IIG", init=fail)
+
+
+def test_faults_of_the_caller_are_no_lost_peers() -> None:
+    run_ranks(2, sharded_by_others)
+
+
+class Strided(nn.Module):
+    """Parameters and buffers in other orders of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv1d(1, 6, 2), nn.Linear(24, 3)])
+        self.layers[0].weight = nn.Parameter(
+            self.layers[0].weight.detach().permute(2, 1, 0).contiguous().permute(2, 1, 0)
+        )
+        self.layers[1].weight = nn.Parameter(torch.randn(24, 3).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[1](self.layers[0](x[:, None]).flatten(1))
+
+
+def strided(mesh: Mesh, strategy: str) -> dict[str, Tensor]:
+    model = stack(kind=Strided)
+    assert not any(layer.weight.is_contiguous() for layer in model.layers)
+    engine = paro(model, ADAMW, nodes(mesh), strategy)
+    for step in range(2):
+        engine.backward(engine(rows(mesh.rank, step)).square().mean())
+        engine.step()
+    found = weights(engine)
+    engine.close()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_parameters_in_other_orders_of_memory(ranks: int) -> None:
+    for strategy in ("NNN", "GGG"):
+        for found in run_ranks(ranks, strided, strategy):
+            assert_near(found, alone(stack(kind=Strided), ADAMW, ranks, 2))
