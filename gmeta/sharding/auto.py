@@ -65,7 +65,7 @@ def choose_strategies(
     chosen = REPLICATED
     if mesh is not None and mesh.size() > 1:
         device = device_of(module, mesh)
-        sizes = _bytes(module, optimizer_factory, compute_dtype, grad_dtype, device)
+        sizes = _bytes(module, optimizer_factory, compute_dtype, grad_dtype)
         hierarchy = HierarchicalCollectives.open(mesh, "backend", timeout_s, device)
         try:
             with hierarchy.naming_lost_peers():
@@ -141,13 +141,12 @@ def _bytes(
     factory: OptimizerFactory,
     compute_dtype: torch.dtype | None,
     grad_dtype: torch.dtype | None,
-    device: torch.device,
 ) -> ElementBytes:
     """Return the bytes of one element of a parameter, its gradient and its state, which is found by a trial on a small
     tensor.
     """
     name, like = next(iter(module.named_parameters()))
-    trial = nn.Parameter(torch.zeros(64, dtype=like.dtype, device=device))
+    trial = nn.Parameter(torch.zeros(64, dtype=like.dtype, device=device_of(module, None)))
     optimizer = factory([(name, trial)])
     trial.grad = torch.zeros_like(trial)
     optimizer.step()

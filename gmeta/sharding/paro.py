@@ -113,31 +113,10 @@ def paro(
     device = device_of(module, mesh)
     require_shardable(module, device, init)
     require_element_wise(module, optimizer_factory, device)
-    strategies = choose_strategies(
-        module,
-        optimizer_factory,
-        mesh,
-        sharding,
-        auto,
-        units=units,
-        compute_dtype=compute_dtype,
-        grad_dtype=grad_dtype,
-        collectives=collectives,
-        timeout_s=timeout_s,
-    )
-    return _open(
-        module,
-        optimizer_factory,
-        mesh,
-        strategies,
-        units,
-        compute_dtype,
-        grad_dtype,
-        collectives,
-        average,
-        timeout_s,
-        init,
-    )
+    choose = partial(choose_strategies, compute_dtype=compute_dtype, grad_dtype=grad_dtype, timeout_s=timeout_s)
+    strategies = choose(module, optimizer_factory, mesh, sharding, auto, units=units, collectives=collectives)
+    dtypes = compute_dtype, grad_dtype
+    return _open(module, optimizer_factory, mesh, strategies, units, *dtypes, collectives, average, timeout_s, init)
 
 
 def _open(
