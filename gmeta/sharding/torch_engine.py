@@ -117,7 +117,8 @@ class TorchEngine:
 
     def loaded(self) -> None:
         """Take over what was loaded into the latest `state()`."""
-        write_groups(self.optimizer, self._group_numbers, self._groups)
+        if self._groups:
+            write_groups(self.optimizer, self._group_numbers, self._groups)
 
     def close(self) -> None:
         """Do nothing: parameters stay sharded."""
