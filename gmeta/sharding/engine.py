@@ -79,7 +79,7 @@ class Paro:
 
     def _hook(self, unit: Unit) -> None:
         module = unit.module
-        # a compiled layer breaks its graph here: what gathers must run, not be traced
+        # what gathers must run, not be traced into the graph of a layer that is compiled
         hooks = (partial(self._before_forward, unit), partial(self._after_forward, unit))
         begin, end = (torch.compiler.disable(hook) for hook in hooks)  # type: ignore[no-untyped-call]
         before = module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)

@@ -162,7 +162,7 @@ def by_shape_if_whole(named: Named) -> torch.optim.Optimizer:
     return by_shape(found) if len(found) > 1 else torch.optim.AdamW(found, lr=1e-3, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_groups_by_shape_see_the_whole_shape(ranks: int) -> None:
     expected = alone(stack(), by_shape, ranks, 3)
     for found, groups in run_ranks(ranks, trained_by_shape, "GGG"):
@@ -242,7 +242,12 @@ def kept(mesh: Mesh, folder: Path, strategy: str, save: bool, how: str) -> dict[
 
 @pytest.mark.parametrize(
     ("saved", "how"),
-    [("IIG", "save"), ("IIG", "async"), ("GGG", "async_default"), pytest.param("GGG", "torch", marks=pytest.mark.slow)],
+    [
+        ("IIG", "save"),
+        ("IIG", "async"),
+        pytest.param("GGG", "async_default", marks=pytest.mark.slow),
+        pytest.param("GGG", "torch", marks=pytest.mark.slow),
+    ],
 )
 def test_buffers_and_schedules_go_on(saved: str, how: str, tmp_path: Path) -> None:
     """All ranks go on with the first one's buffers, and at the schedule's rate."""
@@ -358,7 +363,7 @@ def quantised(mesh: Mesh, strategy: str) -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_quantised_parameters_are_left_alone(ranks: int) -> None:
     for strategy in ("NNN", "IIG", "GGG"):
         run_ranks(ranks, quantised, strategy)
@@ -463,7 +468,7 @@ def compiled(mesh: Mesh, strategy: str, how: str) -> tuple[dict[str, Tensor], in
             model.layers[number] = torch.compile(layer, backend=backend)
     if how == "before":
         for layer in model.layers:
-            layer.compile(backend=backend)
+            layer.compile(backend=backend, fullgraph=True)
     engine = paro(model, ADAMW, nodes(mesh), strategy)
     if how == "after":
         for layer in model.layers:
