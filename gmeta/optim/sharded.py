@@ -154,8 +154,8 @@ class ShardedDense:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return this rank's partitions, under the names of `ReplicatedDense.tensors`."""
-        state = self._engine.state()
-        return {name if name.startswith("optimizer.") else f"dense.{name}": value for name, value in state.items()}
+        tensors = self._engine.tensors()
+        return {name if name.startswith("optimizer.") else f"dense.{name}": value for name, value in tensors.items()}
 
     def loaded(self) -> None:
         """Give all ranks the parameters that were loaded into `tensors`."""

@@ -37,13 +37,18 @@ _LOST = (
 )
 
 
+def tells_of_lost_peers(error: RuntimeError) -> bool:
+    """Whether a backend's error says that a peer died or did not answer, not that it was called wrongly."""
+    return any(word in str(error).lower() for word in _LOST)
+
+
 @contextmanager
 def naming_lost_peers(mesh: Mesh) -> Iterator[None]:
     """Turn the backend's error about a lost peer into `PeerLost`, which names the cure."""
     try:
         yield
     except RuntimeError as error:
-        if not any(word in str(error).lower() for word in _LOST):
+        if not tells_of_lost_peers(error):
             raise
         raise PeerLost(
             f"rank {mesh.rank} lost its peers: one of the {mesh.world_size} workers died, or did not answer within "

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from gmeta.sharding.hierarchy import CollectiveAlgorithm, HierarchicalCollectives
 from gmeta.sharding.links import measure_links
+from gmeta.sharding.materialise import device_of
 from gmeta.sharding.schedule import Links, Workload, advise, choose
 from gmeta.sharding.strategy import STRATEGIES, ElementBytes, ShardingStrategy, memory_bytes
 from gmeta.sharding.units import OptimizerFactory, default_units, of_longest_prefix
@@ -63,12 +64,13 @@ def choose_strategies(
         return by_hand
     chosen = REPLICATED
     if mesh is not None and mesh.size() > 1:
-        device = next(module.parameters()).device
+        device = device_of(module, mesh)
         sizes = _bytes(module, optimizer_factory, compute_dtype, grad_dtype)
         hierarchy = HierarchicalCollectives.open(mesh, "backend", timeout_s, device)
         try:
             with hierarchy.naming_lost_peers():
-                work, cap = _work(module, asked, auto or AutoSharding(), hierarchy, sizes, units)
+                cap = _cap(auto or AutoSharding(), hierarchy, device)
+                work, cap = _work(module, asked, auto or AutoSharding(), hierarchy, sizes, units, cap)
                 chosen = _chosen(work, cap, auto or AutoSharding(), hierarchy, device, collectives)
         finally:
             hierarchy.close()
@@ -82,13 +84,15 @@ def _work(
     hierarchy: HierarchicalCollectives,
     sizes: ElementBytes,
     units: Sequence[nn.Module] | None,
+    cap: float | None,
 ) -> tuple[Workload, float | None]:
-    """Return what the planner has to shard, and how many bytes a rank has for it."""
-    cap = _cap(auto, hierarchy, next(module.parameters()).device)
+    """Return what the planner has to shard, and how many of the `cap` bytes a rank has for it."""
     params = trainable = 0
     for name, param in module.named_parameters():
         letters = of_longest_prefix(name, asked) or str(REPLICATED)
         trained = param.numel() if param.requires_grad else 0
+        if cap is not None and not trained and sizes.param < param.itemsize:  # frozen master weights, at scope G
+            cap -= param.nbytes / hierarchy.layout.world_size
         if letters == AUTO:
             params, trainable = params + param.numel(), trainable + trained
         elif cap is not None:
@@ -142,7 +146,7 @@ def _bytes(
     tensor.
     """
     name, like = next(iter(module.named_parameters()))
-    trial = nn.Parameter(torch.zeros(64, dtype=like.dtype, device=like.device))
+    trial = nn.Parameter(torch.zeros(64, dtype=like.dtype, device=device_of(module, None)))
     optimizer = factory([(name, trial)])
     trial.grad = torch.zeros_like(trial)
     optimizer.step()

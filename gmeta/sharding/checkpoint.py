@@ -15,7 +15,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -70,15 +70,16 @@ class PartitionTensor(Tensor):
 
     local: Tensor
     start: int
+    saved: bool  # whether this rank saves it; all ranks load it
 
     @staticmethod
-    def of(local: Tensor, shape: torch.Size, start: int) -> PartitionTensor:
+    def of(local: Tensor, shape: torch.Size, start: int, saved: bool = True) -> PartitionTensor:
         """Return a partition of a tensor of `shape`. That of a scalar is saved with shape [1]."""
         full = tuple(shape) or (1,)
         found: PartitionTensor = Tensor._make_wrapper_subclass(
             PartitionTensor, full, dtype=local.dtype, device=local.device
         )
-        found.local, found.start = local.detach(), start
+        found.local, found.start, found.saved = local.detach(), start, saved
         return found
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> PartitionTensor:
@@ -91,12 +92,20 @@ class PartitionTensor(Tensor):
     ) -> Any:
         if func is torch.ops.aten.detach.default:
             return args[0]
+        if func in (torch.ops.aten.new_empty.default, torch.ops.aten.zeros_like.default):  # async_save's copy on CPU
+            device = (kwargs or {}).get("device")
+            return PartitionTensor.of(args[0].local.to(device, copy=True), args[0].shape, args[0].start, args[0].saved)
+        if func is torch.ops.aten.copy_.default and isinstance(args[1], PartitionTensor):
+            args[0].local.copy_(args[1].local)
+            return args[0]
         raise TypeError(f"{func}: a partition of a tensor can be saved and loaded, nothing else; use its `local`")
 
     def _boxes(self) -> list[Box]:
         return list(boxes(tuple(self.shape), self.start, self.start + self.local.numel()))
 
     def __create_write_items__(self, fqn: str, _object: Any) -> list[WriteItem]:
+        if not self.saved:
+            return []
         properties = TensorProperties.create_from_tensor(self.local)
         return [
             WriteItem(
@@ -216,13 +225,32 @@ def metadata_differences(stored: Mapping[str, Any], tensors: Mapping[str, Tensor
     return "; ".join(found[:5]) + ("; …" if len(found) > 5 else "")
 
 
+def persistent_buffers(module: nn.Module, saved: bool) -> dict[str, Tensor]:
+    """Return the buffers that `module.state_dict()` would have, to be saved by the one rank that is told `saved`.
+
+    Ranks may have different values, such as BatchNorm's statistics; after loading all have those of that rank.
+    """
+    found: dict[str, Tensor] = {}
+    for prefix, child in module.named_modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                if not buffer.is_contiguous():  # loading fills it through a flat view
+                    buffer.data = buffer.contiguous()
+                full = f"{prefix}.{name}" if prefix else name
+                found[full] = PartitionTensor.of(buffer.detach().view(-1), buffer.shape, 0, saved)
+    return found
+
+
 def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Have the optimizer create its state, as in its first step, with all zeros; nothing else is changed."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"] if param.numel()]
     before = [param.detach().clone() for param in params]
+    options = [dict(group) for group in optimizer.param_groups]
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
+    for group, option in zip(optimizer.param_groups, options, strict=True):
+        group.update(option)
     with torch.no_grad():
         for param, value in zip(params, before, strict=True):
             param.copy_(value)

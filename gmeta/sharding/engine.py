@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from gmeta.sharding.checkpoint import PartitionTensor, create_optimizer_state
+from gmeta.sharding.checkpoint import PartitionTensor, create_optimizer_state, persistent_buffers
 from gmeta.sharding.flat_parameters import CommStreams, FlatParameter, ParameterSpan, Partition
+from gmeta.sharding.optimizers import group_numbers, make_optimizer, read_groups, write_groups
 from gmeta.sharding.ring import RankTraffic
 from gmeta.sharding.strategy import NodeLayout, NodeTraffic, sent_bytes
 from gmeta.sharding.units import (
@@ -30,7 +31,6 @@ from gmeta.sharding.units import (
     Unit,
     cast,
     clipped_scale,
-    make_optimizer,
     tensors_in,
 )
 
@@ -56,7 +56,10 @@ class Paro:
         self._flat_parameters = [flat for unit in units for flat in unit.flat_parameters]
         self._trained = [flat for flat in self._flat_parameters if flat.trained]
         self.partitions: list[Partition] = [partition for flat in self._trained for partition in flat.partitions]
-        self.optimizer = make_optimizer(optimizer_factory, self.partitions, module)
+        trained = [span for flat in self._trained for span in flat.spans]
+        self.optimizer = make_optimizer(optimizer_factory, trained, self.partitions, streams.params.device)
+        self._group_numbers = group_numbers(self.optimizer)
+        self._groups: dict[str, Tensor] = {}  # what `state` gave out for them, to be loaded into
         self._order: list[Unit] = []  # units in the order in which the last complete forward pass computed them
         self._visited: list[Unit] = []  # the same in the present forward pass
         self._turn: list[FlatParameter] = []  # those whose gradients are still to be reduced, in launching order
@@ -76,8 +79,11 @@ class Paro:
 
     def _hook(self, unit: Unit) -> None:
         module = unit.module
-        before = module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
-        after = module.register_forward_hook(partial(self._after_forward, unit), always_call=True, with_kwargs=True)
+        # what gathers must run, not be traced into the graph of a layer that is compiled
+        hooks = (partial(self._before_forward, unit), partial(self._after_forward, unit))
+        begin, end = (torch.compiler.disable(hook) for hook in hooks)  # type: ignore[no-untyped-call]
+        before = module.register_forward_pre_hook(begin, with_kwargs=True, prepend=True)
+        after = module.register_forward_hook(end, always_call=True, with_kwargs=True)
         self._hooks += [before, after]
         for flat in unit.flat_parameters:
             if flat.trained:
@@ -99,7 +105,9 @@ class Paro:
         if not self._in_backward and not self._held:
             self._prefetch(self._order, len(self._visited))
         if unit.root:
-            return None if self._input_dtype is None else tree_map(partial(cast, self._input_dtype), (args, kwargs))
+            if self._input_dtype is None or self._held:  # held parameters have the module's own dtype
+                return None
+            return tree_map(partial(cast, self._input_dtype), (args, kwargs))
         return self._expect_leaving(unit, (args, kwargs))
 
     def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
@@ -144,8 +152,9 @@ class Paro:
             return
         if not self._in_backward:
             raise RuntimeError(
-                "backward was called on the loss itself: call engine.backward(loss); for torch.autograd.grad in a "
-                "forward pass, gather the parameters first: `with engine.unsharded():`"
+                "backward was called on the loss itself, or by another engine alone: call engine.backward(loss), and "
+                "engine.backward(loss, others=[...]) where a loss comes from several engines; for torch.autograd.grad "
+                "in a forward pass, gather the parameters first: `with engine.unsharded():`"
             )
         self._unshard(unit)
         if unit in self._order:
@@ -157,7 +166,10 @@ class Paro:
 
     def _gradient_is_there(self, flat: FlatParameter, span: ParameterSpan, _param: Tensor) -> None:
         if not self._in_backward:
-            raise RuntimeError("backward was called on the loss itself: call engine.backward(loss)")
+            raise RuntimeError(
+                "backward was called on the loss itself, or by another engine alone: call engine.backward(loss), and "
+                "engine.backward(loss, others=[...]) where a loss comes from several engines"
+            )
         if self.deferred:
             return
         if flat not in self._turn:
@@ -170,10 +182,12 @@ class Paro:
             while self._turn and self._turn[0] in self._complete:  # all ranks must launch in the same order
                 self._turn.pop(0).reduce(self._last)
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
+    def backward(self, loss: Tensor, last: bool = True, others: Sequence[Paro] = ()) -> None:
         """Run `loss.backward()` for a micro-batch; with `last`, the step's last one, gradients are summed over ranks.
 
-        The gradients of a step's micro-batches add up: scale the loss where you want their mean.
+        The gradients of a step's micro-batches add up: scale the loss where you want their mean. `others` are the other
+        engines that the loss comes from, in the same order on all ranks: they too get their gradients, for their own
+        `step` or `forget_gradients`.
         """
         if self._summed:
             raise RuntimeError(
@@ -183,7 +197,10 @@ class Paro:
         self._in_backward, self._last = True, last
         self._turn, self._complete = self._launching_order(), set()
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            if others:
+                others[0].backward(loss, last, others[1:])
+            else:
+                loss.backward()  # type: ignore[no-untyped-call]
             while self._turn and not self.deferred:  # another rank may have a gradient where this one has none
                 self._turn.pop(0).reduce(last)
             self._summed = last and not self.deferred
@@ -288,13 +305,12 @@ class Paro:
     def unsharded(self, write_back: bool = False) -> Iterator[None]:
         """Keep all parameters gathered inside the block, in forward and backward passes too.
 
-        This is for a model that is not called unit by unit (a meta step), or to look at weights. With `write_back` what
-        was changed inside, on all ranks alike, is taken over; RuntimeError where something was changed without it.
+        This is for a model that is not called unit by unit (a meta step), or to look at weights. They have the module's
+        own dtype and all of their digits, also where `compute_dtype` is another: the model computes in it inside. With
+        `write_back` what was changed inside, on all ranks alike, is taken over; RuntimeError where something was
+        changed without it.
         """
-        for unit in self._units:
-            unit.start_unshard()
-        for unit in self._units:
-            self._unshard(unit)
+        self._unshard_masters()
         outer, self._held = self._held, True
         try:
             yield
@@ -308,6 +324,12 @@ class Paro:
             self._held = outer
             if not outer:
                 self._reshard()
+
+    def _unshard_masters(self) -> None:
+        for flat in self._flat_parameters:
+            flat.start_unshard(masters=True)
+        for flat in self._flat_parameters:
+            flat.wait_unshard()
 
     def _unshard(self, unit: Unit) -> None:
         for flat in unit.flat_parameters:
@@ -333,7 +355,7 @@ class Paro:
 
     def _settle(self, what: str) -> None:
         """Wait until nothing is in flight, and free gathered copies, which would be out of date."""
-        if self._held and any(flat.strategy.params != "N" for flat in self._flat_parameters):
+        if self._held and any(flat.strategy.params != "N" or flat.separate for flat in self._flat_parameters):
             raise RuntimeError(
                 f"{what}() inside unsharded() would leave the unsharded parameters out of date: call it after"
             )
@@ -360,9 +382,11 @@ class Paro:
                     )
 
     def _refuse_when_sharded(self, *_: Any) -> None:
-        if not all(flat.is_unsharded for flat in self._flat_parameters):
+        found = self._flat_parameters
+        if not all(flat.is_unsharded and flat.shows_masters == flat.separate for flat in found):
+            held = "parts of the parameters" if not all(flat.is_unsharded for flat in found) else "rounded parameters"
             raise RuntimeError(
-                "this rank holds parts of the parameters only: call module.state_dict() inside "
+                f"this rank holds {held} only: call module.state_dict() inside "
                 "`with engine.unsharded():`, or save engine.state() with torch.distributed.checkpoint"
             )
         for flat in self._flat_parameters:  # updated parameters may be in flight
@@ -396,12 +420,21 @@ class Paro:
         return RankTraffic(sum(part.intra for part in parts), sum(part.inter for part in parts))
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's partitions of all parameters and of the optimizer's state, by name, for
-        torch.distributed.checkpoint.
+        """Return all that training goes on from, by name, for torch.distributed.checkpoint: `tensors()`, the module's
+        persistent buffers and the numbers of the optimizer's groups, such as learning rates.
 
-        They are saved under the module's names and shapes, the optimizer's as `optimizer.NAME.KEY`. So every strategy
-        on any number of ranks can load them, into the tensors of its own `state()`; call `loaded` afterwards.
-        ValueError where the optimizer keeps something else than tensors.
+        It is saved under the module's names and shapes, so every strategy on any number of ranks can load it, into its
+        own `state()`; call `loaded` afterwards. Make it anew for each checkpoint: the numbers are copies. Of buffers,
+        which may differ between ranks, those of the first rank are saved. ValueError where the optimizer keeps
+        something else than tensors.
+        """
+        self._groups = read_groups(self.optimizer, self._group_numbers)
+        first = self._streams.params_collectives.rank == self._streams.params_collectives.rings.world.ranks[0]
+        return {**self.tensors(), **persistent_buffers(self.module, first), **self._groups}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return this rank's partitions of all parameters and of the optimizer's state, the latter as
+        `optimizer.NAME.KEY`.
         """
         for flat in self._flat_parameters:
             flat.settle()
@@ -421,8 +454,10 @@ class Paro:
         return found
 
     def loaded(self) -> None:
-        """Send the parameters to all ranks. Call this after the tensors of `state()` were loaded."""
+        """Take over what was loaded into the latest `state()` or `tensors()`, and send the parameters to all ranks."""
         self._provisional = False
+        if self._groups:
+            write_groups(self.optimizer, self._group_numbers, self._groups)
         self._settle("loaded")
         for flat in self._flat_parameters:
             flat.publish()
@@ -453,7 +488,7 @@ class Paro:
 
     def memory_bytes(self) -> dict[str, int]:
         """Return the bytes that this rank holds from step to step: parameters, gradients, optimizer state with master
-        weights.
+        weights, and the master weights of frozen parameters.
         """
         state = sum(
             value.nbytes
@@ -465,12 +500,14 @@ class Paro:
             "params": sum(flat.params.nbytes for flat in self._flat_parameters),
             "grads": sum(flat.kept_bytes for flat in self._trained),
             "state": state + sum(flat.master_bytes for flat in self._trained),
+            "frozen": sum(flat.master_bytes for flat in self._flat_parameters if not flat.trained),
         }
 
     def close(self) -> None:
-        """Take the hooks off the module and leave its parameters unsharded. The engine cannot be used any more."""
-        for unit in self._units:
-            self._unshard(unit)
+        """Take the hooks off the module and leave its parameters unsharded, in their own dtype. The engine cannot be
+        used any more.
+        """
+        self._unshard_masters()
         for hook in self._hooks:
             hook.remove()
         self._streams.close()

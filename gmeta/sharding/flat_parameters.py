@@ -2,7 +2,8 @@
 
 The buffers at the three scopes nest (see `HierarchicalCollectives`): `full` holds the unit, `params` is this rank's
 partition at the scope of the parameters, `grads` that at the scope of the gradients, and `master` is what the optimizer
-updates. Where dtypes agree, `master` is a view of `params`; at scope N `params` is `full`.
+updates. Where dtypes agree, `master` is a view of `params`; at scope N `params` is `full`. Frozen parameters have
+master weights too where they compute in fewer digits, at scope G, so that no digit is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.sharding.hierarchy import HierarchicalCollectives
-from gmeta.sharding.strategy import ShardingStrategy
+from gmeta.sharding.strategy import ShardingStrategy, ShardScope
 from gmeta.sharding.streams import CommStream, Handle
 
 
@@ -76,7 +77,6 @@ class FlatParameter:
     ) -> None:
         self.strategy, self.streams = strategy, streams
         self.trained = named[0][1].requires_grad
-        self._separate = False  # whether master weights are tensors of their own
         hierarchy, layout = streams.params_collectives, streams.params_collectives.layout
         self.spans: list[ParameterSpan] = []
         at = 0
@@ -88,17 +88,20 @@ class FlatParameter:
         original = named[0][1].detach().new_zeros(self.size)
         for span in self.spans:
             original[span.start : span.stop].copy_(span.param.detach().reshape(-1))
-        dtype = compute_dtype or original.dtype
+        dtype = computing_dtype(original.dtype, compute_dtype)
+        self.separate = dtype != original.dtype  # whether master weights are tensors of their own
         self.full = original.to(dtype)
+        self._shown = self.full  # what the parameters are views of while they are unsharded
         self.params = self.full if strategy.params == "N" else self.full[self._own_params].clone()
         self.partitions: list[Partition] = []
         self.master: Tensor | None = None
-        if self.trained:
-            self._separate = dtype != original.dtype
-            own = hierarchy.own(self.size, strategy.state)
-            within = self.params[hierarchy.own(self.size, strategy.state, strategy.params)]
-            self.master = original[own].clone() if self._separate else within
-            self.partitions = _partitions(self.spans, self.master, own)
+        self._master_scope: ShardScope = strategy.state if self.trained else "G"
+        if self.trained or self.separate:
+            own = hierarchy.own(self.size, self._master_scope)
+            within = self.params[hierarchy.own(self.size, self._master_scope, strategy.params)]
+            self.master = original[own].clone() if self.separate else within
+        if self.trained and self.master is not None:
+            self.partitions = _partitions(self.spans, self.master, hierarchy.own(self.size, strategy.state))
         self.grad_dtype = grad_dtype or dtype
         self._divide_by = layout.world_size if average else 1
         self._grads: Tensor | None = None  # this rank's partition, kept from step to step
@@ -116,15 +119,38 @@ class FlatParameter:
 
     # Parameters
 
-    def start_unshard(self) -> None:
-        """Start to gather the parameters, unless they are there or are being gathered."""
+    def start_unshard(self, masters: bool = False) -> None:
+        """Start to gather the parameters, unless they are there or are being gathered.
+
+        With `masters` they come in the module's own dtype, and stay so until `reshard`.
+        """
+        if masters and self.separate and not self.shows_masters:
+            self._start_masters()
         if self.is_unsharded or self._unsharding is not None:
             return
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
 
         def job() -> None:
             self.full[self._own_params].copy_(self.params)
-            self.streams.params_collectives.gather(self.full, self.strategy.params, "N")
+            self.streams.params_collectives.gather(raw(self.full), self.strategy.params, "N")
+
+        self._unsharding = self.streams.params.submit(job)
+
+    @property
+    def shows_masters(self) -> bool:
+        """Whether the parameters are gathered copies of master weights, in a dtype in which they do not compute."""
+        return self._shown is not self.full
+
+    def _start_masters(self) -> None:
+        self.reshard()
+        assert self.master is not None
+        master, scope, hierarchy = self.master, self._master_scope, self.streams.params_collectives
+        self._shown, self.is_unsharded = master.new_empty(self.size), False
+        whole = self._shown
+
+        def job() -> None:
+            whole[hierarchy.own(self.size, scope)].copy_(master)
+            hierarchy.gather(whole, scope, "N")
 
         self._unsharding = self.streams.params.submit(job)
 
@@ -146,9 +172,13 @@ class FlatParameter:
         self.reduced.wait()
 
     def reshard(self) -> None:
-        """Free the gathered parameters; at scope N there is nothing to free."""
+        """Free the gathered parameters; at scope N there is nothing to free but gathered master weights."""
         if self._unsharding is not None:
             self.wait_unshard()
+        if self.shows_masters:
+            self._shown = self.full
+            if self.strategy.params == "N":
+                self._views()
         if self.strategy.params == "N" or not self.is_unsharded:
             return
         self.is_unsharded = False
@@ -159,7 +189,7 @@ class FlatParameter:
 
     def _views(self) -> None:
         for span in self.spans:
-            span.param.data = self.full[span.start : span.stop].view(span.shape)
+            span.param.data = self._shown[span.start : span.stop].view(span.shape)
         self._versions = [span.param._version for span in self.spans]
 
     def touched(self) -> str | None:
@@ -168,7 +198,7 @@ class FlatParameter:
         """
         for span, version in zip(self.spans, self._versions, strict=True):
             param = span.param
-            at = self.full.data_ptr() + span.start * self.full.element_size() if self.is_unsharded else None
+            at = self._shown.data_ptr() + span.start * self._shown.element_size() if self.is_unsharded else None
             same = param.data_ptr() == at and param.shape == span.shape if self.is_unsharded else param.numel() == 0
             if not (same or not (span.stop - span.start)) or param._version != version:
                 return span.name
@@ -176,35 +206,34 @@ class FlatParameter:
 
     def write_back(self) -> None:
         """Take over what was written into the gathered parameters, on all ranks alike."""
-        hierarchy = self.streams.params_collectives
         for span in self.spans:  # somebody may have replaced the data altogether
-            self.full[span.start : span.stop].copy_(span.param.detach().reshape(-1))
+            self._shown[span.start : span.stop].copy_(span.param.detach().reshape(-1))
         self._views()
-        if self.strategy.params != "N":
-            self.params.copy_(self.full[self._own_params])
-        if self.master is not None and self._separate:  # elements that were not changed keep their digits
-            full = self.full[hierarchy.own(self.size, self.strategy.state)]
-            same = full == self.master.to(full.dtype)
-            self.master.copy_(torch.where(same, self.master, full.to(self.master.dtype)))
+        if self._shown is not self.params:
+            self.params.copy_(self._shown[self._own_params])
+        if self.separate and self.master is not None:
+            self.master.copy_(self._shown[self.streams.params_collectives.own(self.size, self._master_scope)])
 
     def frozen_partitions(self) -> list[Partition]:
         """Return this rank's partitions of parameters that no optimizer updates."""
-        own = self.streams.params_collectives.own(self.size, self.strategy.params)
-        return _partitions(self.spans, self.params, own)
+        hierarchy = self.streams.params_collectives
+        if self.master is not None:
+            return _partitions(self.spans, self.master, hierarchy.own(self.size, self._master_scope))
+        return _partitions(self.spans, self.params, hierarchy.own(self.size, self.strategy.params))
 
     def publish(self) -> None:
-        """Start to send what the optimizer has changed to all ranks that hold the parameters. This does not wait."""
+        """Start to send master weights that have changed to all ranks that hold the parameters. This does not wait."""
         if self.master is None:
             return
-        state, params, hierarchy = self.strategy.state, self.strategy.params, self.streams.params_collectives
+        state, params, hierarchy = self._master_scope, self.strategy.params, self.streams.params_collectives
         master, own = self.master, self.params[hierarchy.own(self.size, state, params)]
 
         def job() -> None:
-            if self._separate:
+            if self.separate:
                 own.copy_(master)
             hierarchy.gather(self.params, state, params)
 
-        if self._separate or state != params:
+        if self.separate or state != params:
             self._updated = self.streams.params.submit(job)
 
     # Gradients
@@ -306,7 +335,7 @@ class FlatParameter:
     @property
     def master_bytes(self) -> int:
         """Return the bytes of master weights that have a dtype of their own."""
-        return 0 if self.master is None or not self._separate else self.master.nbytes
+        return 0 if self.master is None or not self.separate else self.master.nbytes
 
     def forget_gradients(self) -> None:
         """Drop the gradients of this step's micro-batches."""
@@ -319,6 +348,22 @@ def _partitions(spans: Sequence[ParameterSpan], master: Tensor, own: slice) -> l
     for span in spans:
         start, stop = max(span.start, own.start), min(span.stop, own.stop)
         if start < stop:
-            tensor = nn.Parameter(master[start - own.start : stop - own.start], requires_grad=True)
+            part = master[start - own.start : stop - own.start]
+            tensor = nn.Parameter(part, requires_grad=part.is_floating_point() or part.is_complex())
             found.append(Partition(span.name, span.shape, start - span.start, stop - span.start, tensor))
     return found
+
+
+def computing_dtype(own: torch.dtype, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype in which parameters of dtype `own` compute; quantised ones keep theirs."""
+    return own if compute_dtype is None or _is_quantised(own) else compute_dtype
+
+
+def raw(tensor: Tensor) -> Tensor:
+    """Return a contiguous tensor as backends can send it: as bytes, flattened, where it is quantised."""
+    return tensor.view(-1).view(torch.uint8) if _is_quantised(tensor.dtype) else tensor
+
+
+def _is_quantised(dtype: torch.dtype) -> bool:
+    """Whether parameters of `dtype` are codes of numbers: integers, or floats of 8 bits."""
+    return not dtype.is_floating_point or dtype.itemsize == 1

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from gmeta.parallel.collectives import tells_of_lost_peers
 from gmeta.parallel.mesh import PeerLost
 from gmeta.sharding.ring import Blocks, RankTraffic, Ring, RingCollectives, ring_reduce_scatter
 from gmeta.sharding.strategy import NodeLayout, ShardScope
@@ -210,8 +211,8 @@ class HierarchicalCollectives:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if self.world is None:
-                raise
+            if self.world is None or not (isinstance(error, dist.DistError) or tells_of_lost_peers(error)):
+                raise  # a fault of the caller's, which the others do not share
             silent = silent_ranks(self.rank, self.rings.world.ranks)
             names = ", ".join(f"rank {other}" for other in silent)
             who = f"no answer from {names} (dead, stuck or still waiting)" if silent else "all answer now: one was late"

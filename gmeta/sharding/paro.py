@@ -23,10 +23,12 @@ from gmeta.sharding.auto import AutoSharding, choose_strategies
 from gmeta.sharding.engine import Paro
 from gmeta.sharding.flat_parameters import CommStreams, FlatParameter
 from gmeta.sharding.hierarchy import CollectiveAlgorithm, HierarchicalCollectives
+from gmeta.sharding.materialise import Init, device_of, materialiser, require_shardable
+from gmeta.sharding.optimizers import require_element_wise
 from gmeta.sharding.strategy import ShardingStrategy
 from gmeta.sharding.streams import CommStream
 from gmeta.sharding.torch_engine import TorchEngine
-from gmeta.sharding.units import OptimizerFactory, broadcast_module, make_units, require_element_wise
+from gmeta.sharding.units import OptimizerFactory, broadcast_module, make_units
 
 
 @overload
@@ -44,6 +46,7 @@ def paro(
     timeout_s: float = ...,
     auto: AutoSharding | None = ...,
     backend: Literal["gmeta"] = ...,
+    init: Init | None = ...,
     placement: str | Mapping[str, str] | None = ...,
 ) -> Paro: ...
 
@@ -77,6 +80,7 @@ def paro(
     timeout_s: float = 300.0,
     auto: AutoSharding | None = None,
     backend: Literal["gmeta", "torch"] = "gmeta",
+    init: Init | None = None,
     placement: str | Mapping[str, str] | None = None,
 ) -> Paro | TorchEngine:
     """Shard `module`'s training state over `mesh` and return the engine that trains it. Collective.
@@ -91,6 +95,8 @@ def paro(
     grad_dtype: is the dtype in which gradients are summed; by default that of computing.
     average: divides gradients by the number of ranks, as DistributedDataParallel does.
     backend: torch has FSDP2 do the work behind the same methods; it has III and GGG, and averages.
+    init: fills one submodule of a model on the meta device, in the order of `module.modules()`; by default its own
+        `reset_parameters` does. Units are allocated one at a time, on the mesh's devices, and sharded at once.
     placement: is the former name of `sharding`.
 
     Rank 0's parameters and buffers go to all ranks. A parameter whose requires_grad is off costs no gradient and no
@@ -101,25 +107,16 @@ def paro(
     if backend not in ("gmeta", "torch"):
         raise ValueError(f"backend is {backend!r}: must be gmeta or torch")
     if backend == "torch":
-        if mesh is None or not isinstance(sharding, str) or not average:
-            raise ValueError("backend torch takes a mesh and one strategy for all, and averages gradients")
+        if mesh is None or not isinstance(sharding, str) or not average or init is not None:
+            raise ValueError("backend torch takes a mesh, one strategy for all and no init, and averages gradients")
         return TorchEngine(module, optimizer_factory, mesh, sharding, units, compute_dtype, grad_dtype)
-    require_element_wise(module, optimizer_factory)
-    strategies = choose_strategies(
-        module,
-        optimizer_factory,
-        mesh,
-        sharding,
-        auto,
-        units=units,
-        compute_dtype=compute_dtype,
-        grad_dtype=grad_dtype,
-        collectives=collectives,
-        timeout_s=timeout_s,
-    )
-    return _open(
-        module, optimizer_factory, mesh, strategies, units, compute_dtype, grad_dtype, collectives, average, timeout_s
-    )
+    device = device_of(module, mesh)
+    require_shardable(module, device, init)
+    require_element_wise(module, optimizer_factory, device)
+    choose = partial(choose_strategies, compute_dtype=compute_dtype, grad_dtype=grad_dtype, timeout_s=timeout_s)
+    strategies = choose(module, optimizer_factory, mesh, sharding, auto, units=units, collectives=collectives)
+    dtypes = compute_dtype, grad_dtype
+    return _open(module, optimizer_factory, mesh, strategies, units, *dtypes, collectives, average, timeout_s, init)
 
 
 def _open(
@@ -133,9 +130,10 @@ def _open(
     collectives: CollectiveAlgorithm,
     average: bool,
     timeout_s: float,
+    init: Init | None,
 ) -> Paro:
     """Open the process groups and streams, and make the engine. Collective."""
-    device = next((param.device for param in module.parameters()), torch.device("cpu"))
+    device = device_of(module, mesh)
     opened = [HierarchicalCollectives.open(mesh, collectives, timeout_s, device) for _ in range(2)]
     streams = CommStreams(CommStream(device, "params"), CommStream(device, "grads"), *opened)
     settings = partial(
@@ -144,7 +142,8 @@ def _open(
     try:
         with opened[0].naming_lost_peers():
             broadcast_module(module, opened[0].rings.world)
-        found = make_units(module, units, strategies, settings)
+            fill = materialiser(module, device, init, opened[0].rings.world)
+            found = make_units(module, units, strategies, settings, fill)
         return Paro(module, found, optimizer_factory, streams, compute_dtype)
     except ValueError:
         streams.close()

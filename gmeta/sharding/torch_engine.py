@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gmeta.sharding.checkpoint import create_optimizer_state
+from gmeta.sharding.checkpoint import create_optimizer_state, persistent_buffers
+from gmeta.sharding.optimizers import group_numbers, read_groups, write_groups
 from gmeta.sharding.ring import RankTraffic, Ring
 from gmeta.sharding.units import OptimizerFactory, StepResult, broadcast_module, clipped_scale, default_units
 
@@ -40,6 +42,8 @@ class TorchEngine:
                 "DistributedDataParallel itself"
             )
         kinds = {param.device.type for param in module.parameters()}
+        if "meta" in kinds:
+            raise ValueError("backend torch takes no model on the meta device: allocate it, or take backend gmeta")
         if kinds != {mesh.device_type}:
             raise ValueError(
                 f"the mesh is of {mesh.device_type} devices, the module on {', '.join(sorted(kinds))}: make it with "
@@ -57,15 +61,20 @@ class TorchEngine:
         self._parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.optimizer = optimizer_factory(self._named)
+        self._group_numbers = group_numbers(self.optimizer)
+        self._groups: dict[str, Tensor] = {}
+        self._first = dist.get_rank() == everyone[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward pass."""
         return self.module(*args, **kwargs)
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
-        """Run `loss.backward()` for a micro-batch. III sums gradients between nodes in the last micro-batch only."""
-        if self._late:
-            for part in self._parts:
+    def backward(self, loss: Tensor, last: bool = True, others: Sequence[TorchEngine] = ()) -> None:
+        """Run `loss.backward()` for a micro-batch, also where it comes from `others` too, see `Paro.backward`. III sums
+        gradients between nodes in the last micro-batch only.
+        """
+        for engine in (self, *others):
+            for part in engine._parts if engine._late else ():
                 part.set_requires_all_reduce(last)
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -103,10 +112,13 @@ class TorchEngine:
         for name, p in self._named:
             for key, value in self.optimizer.state[p].items():
                 found[f"optimizer.{name}.{key}"] = value if value.ndim else value.view(1)
-        return found
+        self._groups = read_groups(self.optimizer, self._group_numbers)
+        return {**found, **persistent_buffers(self.module, self._first), **self._groups}
 
     def loaded(self) -> None:
-        """Do nothing: no work is left after the tensors of `state()` were loaded."""
+        """Take over what was loaded into the latest `state()`."""
+        if self._groups:
+            write_groups(self.optimizer, self._group_numbers, self._groups)
 
     def close(self) -> None:
         """Do nothing: parameters stay sharded."""

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gmeta.sharding.flat_parameters import FlatParameter, Partition
+from gmeta.sharding.flat_parameters import FlatParameter, raw
 from gmeta.sharding.ring import Ring
 from gmeta.sharding.strategy import ShardingStrategy
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
-"""Makes an optimizer from named parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`. It gets one-dimensional
-partitions of the module's parameters under the names that those have; the list is empty on a rank that updates nothing.
+"""Makes an optimizer from named parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`. On every rank it gets all
+that are trained, by the module's names. While it runs they show the shapes of the module's parameters, so that it may
+sort by shape; what is updated later are one-dimensional partitions, empty where the rank has none.
 """
 T = TypeVar("T")
 MakeFlatParameter = Callable[[Sequence[tuple[str, nn.Parameter]], ShardingStrategy], FlatParameter]
@@ -61,9 +62,11 @@ def make_units(
     given: Sequence[nn.Module] | None,
     strategies: Mapping[str, ShardingStrategy],
     make_flat: MakeFlatParameter,
+    materialise: Callable[[nn.Module], None] = lambda _: None,
 ) -> list[Unit]:
     """Return the units of `module` in its own order, the root last.
 
+    `materialise` is called with every submodule, in order. A unit is sharded as soon as its parameters are there.
     ValueError where a given unit is no submodule, where one parameter belongs to several units, or where the name of a
     strategy fits no parameter.
     """
@@ -89,17 +92,29 @@ def make_units(
             continue
         owners[param] = name, unit
         members[unit].append((name, param))
-    units = [
-        Unit(
-            names[owner],
-            owner,
-            [make_flat(part, strategy) for part, strategy in _parts(found, strategies)],
-            owner is module,
-        )
-        for owner, found in members.items()
-    ]
+    flats: dict[nn.Module, list[FlatParameter]] = {}
+    completed = _completed(module, members)
+    for child in module.modules():
+        materialise(child)
+        for owner in completed.get(child, ()):
+            flats[owner] = [make_flat(part, strategy) for part, strategy in _parts(members[owner], strategies)]
+    units = [Unit(names[owner], owner, flat, owner is module) for owner, flat in flats.items()]
     order = {name: number for number, name in enumerate(names.values())}
     return sorted(units, key=lambda unit: (unit.root, order[unit.name]))
+
+
+def _completed(
+    module: nn.Module, members: Mapping[nn.Module, Sequence[tuple[str, nn.Parameter]]]
+) -> dict[nn.Module, list[nn.Module]]:
+    """Return the units whose last parameter is in a submodule, by submodule."""
+    units = {param: owner for owner, found in members.items() for _, param in found}
+    last = {owner: owner for owner in members}
+    for child in module.modules():
+        last |= {units[param]: child for param in child.parameters(recurse=False)}
+    found: dict[nn.Module, list[nn.Module]] = {}
+    for owner, child in last.items():
+        found.setdefault(child, []).append(owner)
+    return found
 
 
 def _called(name: str) -> str:
@@ -155,66 +170,20 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def broadcast_module(module: nn.Module, everyone: Ring) -> None:
-    """Copy the first rank's parameters and buffers to all ranks."""
+    """Copy the first rank's parameters and buffers to all ranks, but for those on the meta device."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_meta:
+            broadcast_tensor(tensor, everyone)
+
+
+def broadcast_tensor(tensor: Tensor, everyone: Ring) -> None:
+    """Copy the first rank's tensor to all ranks."""
     if everyone.size == 1:
         return
     with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            value = tensor.detach().contiguous()
-            dist.broadcast(value, src=everyone.ranks[0], group=everyone.group)
-            tensor.copy_(value)
-
-
-def require_element_wise(module: nn.Module, factory: OptimizerFactory) -> None:
-    """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone.
-
-    It is tried on small tensors, once unsharded and once in two parts, under the name of a parameter of each number of
-    dimensions, because factories often tell matrices from the rest.
-    """
-    if not callable(factory):
-        raise ValueError(
-            f"the optimizer is a {type(factory).__name__} already: give what makes one from named parameters, such as "
-            "partial(torch.optim.AdamW, lr=1e-3)"
-        )
-    kinds = {param.ndim: (name, param) for name, param in module.named_parameters() if param.requires_grad}
-    for name, like in kinds.values():
-        _try_in_parts(name, like, factory)
-
-
-def _try_in_parts(name: str, like: Tensor, factory: OptimizerFactory) -> None:
-    draws = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(4, 6, dtype=torch.float64, generator=draws).to(like) for _ in range(3))
-    try:
-        unsharded = _updated(factory, name, start, gradients)
-        parts = [
-            _updated(factory, name, start.flatten()[part], [gradient.flatten()[part] for gradient in gradients])
-            for part in (slice(0, 10), slice(10, 24))
-        ]
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"the optimizer cannot update parts of parameters ({type(error).__name__}: {error}): {_CURE}"
-        ) from error
-    if not torch.allclose(unsharded.flatten(), torch.cat(parts), rtol=1e-5, atol=1e-6):
-        raise ValueError(
-            f"the optimizer updates part of a parameter otherwise than the whole (as LAMB or Adafactor do): {_CURE}"
-        )
-
-
-_CURE = "it must be element-wise, such as AdamW, SGD, RMSprop or Adagrad"
-
-
-def _updated(
-    factory: OptimizerFactory,
-    name: str,
-    start: Tensor,
-    gradients: Sequence[Tensor],
-) -> Tensor:
-    param = nn.Parameter(start.clone())
-    optimizer = factory([(name, param)])
-    for gradient in gradients:
-        param.grad = gradient.clone()
-        optimizer.step()
-    return param.detach()
+        value = tensor.detach().contiguous()
+        dist.broadcast(raw(value), src=everyone.ranks[0], group=everyone.group)
+        tensor.copy_(value)
 
 
 class Leave(torch.autograd.Function):
@@ -236,13 +205,3 @@ class Leave(torch.autograd.Function):
 def cast(dtype: torch.dtype, value: Any) -> Any:
     """Return a floating tensor in `dtype`; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def make_optimizer(
-    factory: OptimizerFactory, partitions: Sequence[Partition], module: nn.Module
-) -> torch.optim.Optimizer:
-    """Make an optimizer, also where this rank updates nothing, because schedules change rates on every rank."""
-    if partitions:
-        return factory([(partition.name, partition.tensor) for partition in partitions])
-    name, like = next(iter(module.named_parameters()), ("none", torch.empty(0)))
-    return factory([(name, nn.Parameter(torch.empty(0, device=like.device)))])

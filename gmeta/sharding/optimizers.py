@@ -1,0 +1,222 @@
+"""Optimizers over partitions: how one is made, the trial that it must pass, and what its groups keep.
+
+A factory sorts parameters into groups, often by shape ("decay what has two dimensions"). So partitions show the shape
+of the whole parameter while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmeta.sharding.flat_parameters import ParameterSpan, Partition
+from gmeta.sharding.units import OptimizerFactory
+
+_CURE = "it must be element-wise, such as AdamW, SGD, RMSprop or Adagrad"
+_TRIAL_RATES = (None, 1e-2, 1.0)
+"""Learning rates of the trial. None is the factory's own, which may be 0 while it warms up."""
+_TRIAL_SCALES = (1.0, 30.0, 0.03)
+"""Sizes of the trial's gradients in its three steps, because some optimizers shorten large ones."""
+_TRIAL_TOLERANCE = 1e-6
+"""How far updates may differ, relative to the largest. Rounding is 1e-10 at a learning rate of 1e-6."""
+
+
+class _Whole(nn.Parameter):
+    """A partition that shows the shape of the whole parameter."""
+
+    whole: torch.Size
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Return the whole parameter's shape."""
+        return self.whole
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        """Return the whole parameter's number of dimensions."""
+        return len(self.whole)
+
+    def dim(self) -> int:
+        """Return the whole parameter's number of dimensions."""
+        return len(self.whole)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the whole parameter's shape, or one dimension of it."""
+        return self.whole if dim is None else self.whole[dim]
+
+    def numel(self) -> int:
+        """Return the whole parameter's number of elements."""
+        return math.prod(self.whole)
+
+    nelement = numel
+
+
+@contextmanager
+def _showing(wholes: Sequence[torch.Size], partitions: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Have partitions show the shapes of whole parameters inside the block."""
+    for partition, whole in zip(partitions, wholes, strict=True):
+        partition.__class__ = _Whole
+        partition.whole = whole  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for partition in partitions:
+            partition.__class__ = nn.Parameter
+            del partition.whole  # type: ignore[attr-defined]
+
+
+def _make(
+    factory: OptimizerFactory, names: Sequence[str], wholes: Sequence[torch.Size], partitions: Sequence[nn.Parameter]
+) -> torch.optim.Optimizer:
+    with _showing(wholes, partitions):
+        return factory(list(zip(names, partitions, strict=True)))
+
+
+def make_optimizer(
+    factory: OptimizerFactory, spans: Sequence[ParameterSpan], partitions: Sequence[Partition], device: torch.device
+) -> torch.optim.Optimizer:
+    """Make an optimizer of the trained parameters `spans`, of which this rank has `partitions`.
+
+    The others are there too, empty, so that all ranks have the same groups and schedules.
+    """
+    held = {partition.name: partition.tensor for partition in partitions}
+    tensors = [held[s.name] if s.name in held else nn.Parameter(torch.empty(0, device=device)) for s in spans]
+    if not spans:  # nothing is trained, and an optimizer needs something
+        return factory([("none", nn.Parameter(torch.empty(0, device=device)))])
+    return _make(factory, [span.name for span in spans], [span.shape for span in spans], tensors)
+
+
+# The trial
+
+
+def require_element_wise(module: nn.Module, factory: OptimizerFactory, device: torch.device) -> None:
+    """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone.
+
+    It is tried on small tensors, once unsharded and once in two parts, under the name of a parameter of each group and
+    number of dimensions. The updates of three steps are compared in float64, relative to their own size.
+    """
+    if not callable(factory):
+        raise ValueError(
+            f"the optimizer is a {type(factory).__name__} already: give what makes one from named parameters, such as "
+            "partial(torch.optim.AdamW, lr=1e-3)"
+        )
+    trained = [(name, param.shape) for name, param in module.named_parameters() if param.requires_grad]
+    if not trained:
+        return
+    names, shapes = [name for name, _ in trained], [shape for _, shape in trained]
+    empty = [nn.Parameter(torch.empty(0, dtype=torch.float64, device=device)) for _ in trained]
+    with _refusing():
+        groups = _make(factory, names, shapes, empty).param_groups
+    group_of = {id(param): number for number, group in enumerate(groups) for param in group["params"]}
+    kinds = {
+        (group_of.get(id(param)), len(shape)): (name, len(shape))
+        for name, shape, param in zip(names, shapes, empty, strict=True)
+        if id(param) in group_of
+    }
+    for name, ndim in kinds.values():
+        for rate in _TRIAL_RATES:
+            _try_in_parts(name, ndim, factory, rate, device)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+        raise ValueError(
+            f"the optimizer cannot update parts of parameters ({type(error).__name__}: {error}): {_CURE}"
+        ) from error
+
+
+def _try_in_parts(name: str, ndim: int, factory: OptimizerFactory, rate: float | None, device: torch.device) -> None:
+    shape = torch.Size((2,) * (ndim - 1) + (12,)) if ndim else torch.Size(())
+    draws = torch.Generator().manual_seed(0)
+    start, *gradients = (torch.randn(shape, dtype=torch.float64, generator=draws).to(device) for _ in range(4))
+    gradients = [gradient * scale for gradient, scale in zip(gradients, _TRIAL_SCALES, strict=True)]
+    cut = shape.numel() * 5 // 12
+    with _refusing():
+        unsharded = _update(factory, name, shape, start, gradients, rate)
+        parts = [
+            _update(factory, name, shape, start.flatten()[part], [g.flatten()[part] for g in gradients], rate)
+            for part in (slice(0, cut), slice(cut, None))
+            if start.flatten()[part].numel()
+        ]
+    differs = (unsharded.flatten() - torch.cat(parts)).abs().max()
+    if not differs <= _TRIAL_TOLERANCE * unsharded.abs().max():
+        raise ValueError(
+            f"the optimizer updates part of {name} otherwise than the whole (as LAMB, Adafactor and Muon do): {_CURE}"
+        )
+
+
+def _update(
+    factory: OptimizerFactory,
+    name: str,
+    whole: torch.Size,
+    start: Tensor,
+    gradients: Sequence[Tensor],
+    rate: float | None,
+) -> Tensor:
+    """Return by how much `start`, all or part of a parameter of shape `whole`, moves with `gradients`."""
+    param = nn.Parameter(start.clone())
+    optimizer = _make(factory, [name], [whole], [param])
+    for group in optimizer.param_groups:
+        if rate is not None and "lr" in group:
+            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
+    for gradient in gradients:
+        param.grad = gradient.clone()
+        optimizer.step()
+    return param.detach() - start
+
+
+# What groups keep
+
+
+def group_numbers(optimizer: torch.optim.Optimizer) -> list[tuple[int, str]]:
+    """Return (group, option) for every number, or tuple of numbers, that the optimizer's groups have, such as rates.
+
+    Called right after the optimizer was made, it leaves out what schedules add: they make that again.
+    """
+    return [
+        (number, key)
+        for number, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if key != "params"
+        and (_is_number(value) or (isinstance(value, tuple) and value and all(map(_is_number, value))))
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.ndim == 0
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_groups(optimizer: torch.optim.Optimizer, numbers: Sequence[tuple[int, str]]) -> dict[str, Tensor]:
+    """Return the present values as `optimizer.param_groups.GROUP.OPTION`, each float64 [numbers of the option]."""
+    found = {}
+    for number, key in numbers:
+        value = optimizer.param_groups[number][key]
+        values = [float(part) for part in (value if isinstance(value, tuple) else (value,))]
+        found[f"optimizer.param_groups.{number}.{key}"] = torch.tensor(values, dtype=torch.float64)
+    return found
+
+
+def write_groups(
+    optimizer: torch.optim.Optimizer, numbers: Sequence[tuple[int, str]], values: Mapping[str, Tensor]
+) -> None:
+    """Set the options of all groups to `values`, of the form that `read_groups` returns."""
+    for number, key in numbers:
+        group = optimizer.param_groups[number]
+        loaded = values[f"optimizer.param_groups.{number}.{key}"].tolist()
+        old = group[key]
+        if isinstance(old, Tensor):
+            old.fill_(loaded[0])
+        elif isinstance(old, tuple):
+            group[key] = tuple(type(part)(value) for part, value in zip(old, loaded, strict=True))
+        else:
+            group[key] = type(old)(loaded[0])
