@@ -216,9 +216,14 @@ def metadata_differences(stored: Mapping[str, Any], tensors: Mapping[str, Tensor
     return "; ".join(found[:5]) + ("; …" if len(found) > 5 else "")
 
 
-def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer create its state, as in its first step, with all zeros; nothing else is changed."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Have the optimizer create its state, as in its first step, with all zeros, for the parameters that have none yet,
+    and return those; nothing else is changed.
+    """
+    every = [param for group in optimizer.param_groups for param in group["params"]]
+    params = [param for param in every if not optimizer.state.get(param)]
+    if not params:
+        return params
     before = [param.detach().clone() for param in params]
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -230,3 +235,4 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             for state in optimizer.state[param].values():
                 if isinstance(state, Tensor):
                     state.zero_()
+    return params

@@ -8,14 +8,16 @@ updates. Where dtypes agree, `master` is a view of `params`; at scope N `params`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from gmeta.sharding.hierarchy import HierarchicalCollectives
+from gmeta.sharding.order import GatherCheck
 from gmeta.sharding.strategy import ShardingStrategy
-from gmeta.sharding.streams import CommStream, Handle
+from gmeta.sharding.streams import CommStream, Handle, StagingBuffers
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class CommStreams:
     grads: CommStream
     params_collectives: HierarchicalCollectives
     grads_collectives: HierarchicalCollectives
+    gathers: GatherCheck | None = None  # None where no rank gathers from another one just in time
+    staging: StagingBuffers = field(default_factory=StagingBuffers)
 
     def close(self) -> None:
         """Wait for all jobs, end the threads and leave the process groups."""
@@ -55,6 +59,8 @@ class CommStreams:
             stream.submit(lambda: None).wait()
             stream.close()
             hierarchy.close()
+        if self.gathers is not None:
+            self.gathers.close()
 
 
 class FlatParameter:
@@ -105,9 +111,12 @@ class FlatParameter:
         self._begun = False  # whether `_grads` holds something of this step
         self._staging: Tensor | None = None  # the unit's gradients of one micro-batch
         self._arrived: set[str] = set()
+        self.expected: set[str] = set()  # names that get a gradient in this backward pass
+        self.used: set[str] = set()  # names that have got a gradient on this rank since the last step
         self.reduced = Handle()
         self._updated = Handle()
         self._unsharding: Handle | None = None
+        self._number = -1 if streams.gathers is None else streams.gathers.register(named[0][0])
         self.is_unsharded = True
         self._empty = self.full.new_empty(0)  # made once: one made in inference mode could not be trained
         self._views()
@@ -122,7 +131,12 @@ class FlatParameter:
             return
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
 
+        gathers = self.streams.gathers
+        compared = None if gathers is None else gathers.start(self._number, self.strategy.params)
+
         def job() -> None:
+            if compared is not None:
+                compared.wait()
             self.full[self._own_params].copy_(self.params)
             self.streams.params_collectives.gather(self.full, self.strategy.params, "N")
 
@@ -209,8 +223,17 @@ class FlatParameter:
 
     # Gradients
 
-    def receive(self, span: ParameterSpan) -> bool:
-        """Take a parameter's gradient of this backward pass; True when all gradients are there."""
+    def expect(self, leaves: AbstractSet[Tensor] | None) -> None:
+        """Wait in this backward pass for the gradients of `leaves`, or of all parameters where that is not known."""
+        self.expected = {span.name for span in self.spans if leaves is None or span.param in leaves}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all gradients of this backward pass are there."""
+        return self.expected <= self._arrived
+
+    def receive(self, span: ParameterSpan) -> None:
+        """Take a parameter's gradient of this backward pass."""
         grad = span.param.grad
         assert grad is not None
         if span.name in self._arrived:
@@ -229,7 +252,7 @@ class FlatParameter:
                 into.mul_(1.0 / self._divide_by)
         span.param.grad = None
         self._arrived.add(span.name)
-        return len(self._arrived) == len(self.spans)
+        self.used.add(span.name)
 
     @property
     def _adds(self) -> bool:
@@ -241,6 +264,7 @@ class FlatParameter:
             if self.strategy.grads == "N":
                 self._staging = self._kept()
             else:
+                self.streams.staging.make_room()
                 self._staging = self.full.new_empty(self.size, dtype=self.grad_dtype)
             self._staging[self.spans[-1].stop :].zero_()
         return self._staging
@@ -269,8 +293,6 @@ class FlatParameter:
         own = hierarchy.own(self.size, g)
 
         def job() -> None:
-            if staging.is_cuda:
-                staging.record_stream(torch.cuda.current_stream(staging.device))
             if g != "N":
                 hierarchy.reduce_scatter(staging, "N", g)
                 kept.copy_(staging[own]) if first else kept.add_(staging[own])
@@ -279,6 +301,8 @@ class FlatParameter:
 
         if g != "N" or last:
             self.reduced = self.streams.grads.submit(job)
+        if g != "N":
+            self.streams.staging.add(self.reduced, staging)
 
     def _synchronise(self, kept: Tensor) -> None:
         """Sum gradients over all ranks, from their own scope to that of the optimizer's state."""
@@ -309,9 +333,11 @@ class FlatParameter:
         return 0 if self.master is None or not self._separate else self.master.nbytes
 
     def forget_gradients(self) -> None:
-        """Drop the gradients of this step's micro-batches."""
+        """Drop the gradients of this step's micro-batches, once no sum of them is in flight."""
+        self.reduced.wait()
         self._begun, self._staging = False, None
         self._arrived.clear()
+        self.used.clear()
 
 
 def _partitions(spans: Sequence[ParameterSpan], master: Tensor, own: slice) -> list[Partition]:

@@ -97,8 +97,7 @@ class TorchEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save and load; see `Paro.state`."""
-        if not self.optimizer.state:
-            create_optimizer_state(self.optimizer)
+        create_optimizer_state(self.optimizer)
         found: dict[str, Tensor] = {name: p.detach() for name, p in self.module.named_parameters()}
         for name, p in self._named:
             for key, value in self.optimizer.state[p].items():
