@@ -95,7 +95,8 @@ def main() -> None:
             seconds = found[model, strategy, shared, g].step_s
             records.append(common.Record(f"{case}, {g} GPUs", strategy, "step_s", seconds, "s"))
         paper = f"{PAPER[strategy]:.2f}" if model == "7 B" and strategy in PAPER else ""
-        gb = f"{found[model, strategy, shared, 128].memory / 1e9:.0f}"
+        at_128 = found[model, strategy, shared, 128]
+        gb = f"{(at_128.memory - at_128.passing) / 1e9:.0f}"
         rows.append([case, strategy, gb, f"{result.step_s:.1f}", *(f"{efficiency[g]:.2f}" for g in GPUS[1:]), paper])
     header = [
         "model, links",

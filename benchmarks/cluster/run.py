@@ -217,7 +217,11 @@ def train_table(layout: str, links: Links, found: Found) -> str:
             seconds, plan = found[name, accumulation], planned(links, name, accumulation, found)
             told = ("", "", "")
             if plan is not None:
-                told = (f"{plan.step_s:.2f}", f"{plan.step_s / seconds:.2f}", f"{plan.memory / 1e6:.1f}")
+                told = (
+                    f"{plan.step_s:.2f}",
+                    f"{plan.step_s / seconds:.2f}",
+                    f"{(plan.memory - plan.passing) / 1e6:.1f}",
+                )
             rows.append((name, f"{seconds:.2f}", f"{found['fsdp2', accumulation] / seconds:.2f}", *told))
         header = ("strategy", "s a step", "x FSDP2", "planned s", "planned / measured", "MB a rank")
         correlation = rank_correlation(links, found, accumulation)

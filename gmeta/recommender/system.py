@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, to_device
+from gmeta.core.modules import persistent_buffers
 from gmeta.embedding.exchange import Exchange, RoutedRequest
 from gmeta.embedding.lookup import RowRequest
 from gmeta.embedding.table import ShardedTables
@@ -107,9 +108,7 @@ class System:
         """Return the model's persistent buffers, by name. No forward pass changes them (`gmeta.meta.trial`), but a
         model may have drawn or read them when it was made, and another time gets others.
         """
-        kept = self.learner.state_dict(keep_vars=True).keys()
-        buffers = self.learner.named_buffers()
-        return {f"buffers.{name}": b.view(b.shape or (1,)) for name, b in buffers if name in kept}
+        return {f"buffers.{name}": b.view(b.shape or (1,)) for name, b in persistent_buffers(self.learner)}
 
     def table_tensors(self) -> dict[str, Tensor]:
         """Return this rank's rows of tables and of their optimizer's state, by name."""

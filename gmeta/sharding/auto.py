@@ -21,7 +21,7 @@ from gmeta.sharding.units import OptimizerFactory, default_units, of_longest_pre
 AUTO = "auto"
 REPLICATED = ShardingStrategy("N", "N", "N")
 FREE_SHARE = 0.5
-"""The fraction that is used of a CUDA device's free memory. The rest is for activations and gathered copies."""
+"""The fraction that is used of a CUDA device's free memory. The rest is for activations."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AutoSharding:
 
     accumulation: int = 1  # micro-batches of an optimizer step
     micro_batch_s: float = 0.0  # seconds that a rank computes for one; 0 chooses by communication alone
-    memory_bytes: float | None = None  # for all training state of a rank; None: see FREE_SHARE; no limit on CPU
+    memory_bytes: float | None = None  # of a rank, for all but activations; None: see FREE_SHARE; no limit on CPU
     replicate: bool = False  # take NNN wherever it fits, even if others are as fast by the estimate
     links: Links | None = None  # None measures them, which takes seconds on slow links
 

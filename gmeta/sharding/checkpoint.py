@@ -33,6 +33,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.futures import Future
 
+from gmeta.core.modules import persistent_buffers
+
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes) of a box in a tensor."""
 
@@ -225,25 +227,27 @@ def metadata_differences(stored: Mapping[str, Any], tensors: Mapping[str, Tensor
     return "; ".join(found[:5]) + ("; …" if len(found) > 5 else "")
 
 
-def persistent_buffers(module: nn.Module, saved: bool) -> dict[str, Tensor]:
-    """Return the buffers that `module.state_dict()` would have, to be saved by the one rank that is told `saved`.
+def buffer_tensors(module: nn.Module, saved: bool) -> dict[str, Tensor]:
+    """Return the persistent buffers of `module`, to be saved by the one rank that is told `saved`.
 
     Ranks may have different values, such as BatchNorm's statistics; after loading all have those of that rank.
     """
     found: dict[str, Tensor] = {}
-    for prefix, child in module.named_modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            if name not in child._non_persistent_buffers_set:
-                if not buffer.is_contiguous():  # loading fills it through a flat view
-                    buffer.data = buffer.contiguous()
-                full = f"{prefix}.{name}" if prefix else name
-                found[full] = PartitionTensor.of(buffer.detach().view(-1), buffer.shape, 0, saved)
+    for name, buffer in persistent_buffers(module):
+        if not buffer.is_contiguous():  # loading fills it through a flat view
+            buffer.data = buffer.contiguous()
+        found[name] = PartitionTensor.of(buffer.detach().view(-1), buffer.shape, 0, saved)
     return found
 
 
-def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimizer create its state, as in its first step, with all zeros; nothing else is changed."""
-    params = [param for group in optimizer.param_groups for param in group["params"] if param.numel()]
+def create_optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Have the optimizer create its state, as in its first step, with all zeros, for the parameters that have none yet,
+    and return those; nothing else is changed.
+    """
+    every = [param for group in optimizer.param_groups for param in group["params"] if param.numel()]
+    params = [param for param in every if not optimizer.state.get(param)]
+    if not params:
+        return params
     before = [param.detach().clone() for param in params]
     options = [dict(group) for group in optimizer.param_groups]
     for param in params:
@@ -258,3 +262,4 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             for state in optimizer.state[param].values():
                 if isinstance(state, Tensor):
                     state.zero_()
+    return params

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-from gmeta.sharding.checkpoint import PartitionTensor, create_optimizer_state, persistent_buffers
-from gmeta.sharding.flat_parameters import CommStreams, FlatParameter, ParameterSpan, Partition
+from gmeta.sharding.checkpoint import PartitionTensor, buffer_tensors, create_optimizer_state
+from gmeta.sharding.flat_parameters import CommStreams, FlatParameter, ParameterSpan, Partition, require_whole
 from gmeta.sharding.optimizers import group_numbers, make_optimizer, read_groups, write_groups
+from gmeta.sharding.order import leaves_of, reordered
 from gmeta.sharding.ring import RankTraffic
-from gmeta.sharding.strategy import NodeLayout, NodeTraffic, sent_bytes
+from gmeta.sharding.strategy import SCOPES, NodeLayout, NodeTraffic, ShardScope, sent_bytes
 from gmeta.sharding.units import (
     Leave,
     OptimizerFactory,
@@ -60,18 +61,23 @@ class Paro:
         self.optimizer = make_optimizer(optimizer_factory, trained, self.partitions, streams.params.device)
         self._group_numbers = group_numbers(self.optimizer)
         self._groups: dict[str, Tensor] = {}  # what `state` gave out for them, to be loaded into
-        self._order: list[Unit] = []  # units in the order in which the last complete forward pass computed them
-        self._visited: list[Unit] = []  # the same in the present forward pass
+        # The units as the last complete forward pass computed them: under N all, under I and G those that are gathered
+        # from there. Ranks that share parameters compute the latter in one order, and so prefetch in one order.
+        self._order: dict[ShardScope, list[Unit]] = {scope: [] for scope in SCOPES}
+        self._visited: dict[ShardScope, list[Unit]] = {scope: [] for scope in SCOPES}  # in the present forward pass
+        self._agreed = list(units)  # the order of computing by which all ranks exchange
+        self._report: Tensor | None = None  # which parameters got gradients, and in which order units computed
+        self._hidden: set[Unit] = set()  # computed without gradients since the last backward pass
         self._turn: list[FlatParameter] = []  # those whose gradients are still to be reduced, in launching order
-        self._complete: set[FlatParameter] = set()
         self._summed = False  # whether the gradients are summed over ranks and wait for the step
         self._in_backward = self._held = False
         self._last = True
         self.deferred = False  # whether gradients add up in .grad until `collect`
-        self._provisional = False  # whether the optimizer's state exists only to be loaded into
+        self._provisional: list[Tensor] = []  # the partitions whose optimizer state exists only to be loaded into
         self._hooks: list[RemovableHandle] = []
         for unit in self._units:
             self._hook(unit)
+        self._hook_saving()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's forward pass."""
@@ -90,8 +96,15 @@ class Paro:
                 for span in flat.spans:
                     ready = partial(self._gradient_is_there, flat, span)
                     self._hooks.append(span.param.register_post_accumulate_grad_hook(ready))  # type: ignore[no-untyped-call]
-        if unit.root:
-            self._hooks.append(module.register_state_dict_pre_hook(self._refuse_when_sharded))  # type: ignore[no-untyped-call]
+
+    def _hook_saving(self) -> None:
+        """Have every module that is saved look whether its own parameters are there."""
+        owners = {span.param: (flat, span) for flat in self._flat_parameters for span in flat.spans}
+        for module in self.module.modules():
+            held = [owners[param] for param in module.parameters(recurse=False)]
+            if any(str(flat.strategy) != "NNN" or flat.master_bytes for flat, _ in held):
+                hook = module.register_state_dict_pre_hook(partial(require_whole, held))  # type: ignore[no-untyped-call]
+                self._hooks.append(hook)
 
     # Forward
 
@@ -99,11 +112,13 @@ class Paro:
         if not self._in_backward and not self._held:
             self._refuse_touched(unit)
             if unit.root:
-                self._visited = []
-            self._visited.append(unit)
+                self._visited = {scope: [] for scope in SCOPES}
+            for scope in ("N", *unit.scopes):
+                self._visited[scope].append(unit)
         self._unshard(unit)
         if not self._in_backward and not self._held:
-            self._prefetch(self._order, len(self._visited))
+            for scope in unit.scopes:
+                self._prefetch(self._order[scope], len(self._visited[scope]), scope)
         if unit.root:
             if self._input_dtype is None or self._held:  # held parameters have the module's own dtype
                 return None
@@ -111,6 +126,8 @@ class Paro:
         return self._expect_leaving(unit, (args, kwargs))
 
     def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
+        if not self._in_backward and not torch.is_grad_enabled():
+            self._hidden.add(unit)
         if self._in_backward or self._held:  # activation checkpointing computes again in the backward pass
             if torch.is_grad_enabled() and not self._held:
                 self._expect_backward(unit, output)
@@ -157,8 +174,10 @@ class Paro:
                 "in a forward pass, gather the parameters first: `with engine.unsharded():`"
             )
         self._unshard(unit)
-        if unit in self._order:
-            self._prefetch(self._order[::-1], len(self._order) - self._order.index(unit))
+        for scope in unit.scopes:
+            order = self._order[scope]
+            if unit in order:
+                self._prefetch(order[::-1], len(order) - order.index(unit), scope)
 
     def _after_backward(self, unit: Unit) -> None:
         if self._in_backward and not self._held:
@@ -177,56 +196,84 @@ class Paro:
                 f"{span.name} got another gradient after the unit's were complete, as by a reentrant checkpoint of a "
                 "layer that is used twice: take checkpoint(..., use_reentrant=False)"
             )
-        if flat.receive(span):
-            self._complete.add(flat)
-            while self._turn and self._turn[0] in self._complete:  # all ranks must launch in the same order
-                self._turn.pop(0).reduce(self._last)
+        flat.receive(span)
+        self._reduce_in_turn()
+
+    def _reduce_in_turn(self, complete: bool = False) -> None:
+        """Start the reductions whose turn it is, or with `complete` all that are left, since no gradient will come.
+
+        All ranks start them in the same order. What a rank did not use counts as zeros.
+        """
+        while self._turn and (complete or self._turn[0].complete):
+            self._turn.pop(0).reduce(self._last)
 
     def backward(self, loss: Tensor, last: bool = True, others: Sequence[Paro] = ()) -> None:
         """Run `loss.backward()` for a micro-batch; with `last`, the step's last one, gradients are summed over ranks.
 
         The gradients of a step's micro-batches add up: scale the loss where you want their mean. `others` are the other
         engines that the loss comes from, in the same order on all ranks: they too get their gradients, for their own
-        `step` or `forget_gradients`.
+        `step` or `forget_gradients`. RuntimeError names a parameter that was frozen when the engine was made, and is to
+        be trained now.
         """
         if self._summed:
             raise RuntimeError(
                 "this step's gradients are summed over ranks already: call step(), or backward(loss, last=False) for "
                 "all micro-batches but a step's last one"
             )
+        self._refuse_unfrozen()
         self._in_backward, self._last = True, last
-        self._turn, self._complete = self._launching_order(), set()
+        self._turn = self._launching_order()
         try:
+            if not self.deferred:
+                self._expect_gradients(loss)
+                self._reduce_in_turn()
             if others:
                 others[0].backward(loss, last, others[1:])
             else:
                 loss.backward()  # type: ignore[no-untyped-call]
-            while self._turn and not self.deferred:  # another rank may have a gradient where this one has none
-                self._turn.pop(0).reduce(last)
+            if not self.deferred:
+                self._reduce_in_turn(complete=True)
             self._summed = last and not self.deferred
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not self.deferred and (self._held or self._scopes == {"N"}):
+                self._reduce_in_turn(complete=True)  # other ranks may have failed elsewhere: start the same reductions
             self.forget_gradients()
             raise
         finally:
             self._in_backward = False
+            self._hidden.clear()
             if not self._held:
                 self._reshard()
 
     def _launching_order(self) -> list[FlatParameter]:
         """Return the trained flat parameters as backward completes them: the last unit that computed comes first, the
-        root at the end.
+        root at the end. It is the same on all ranks.
         """
-        units = dict.fromkeys([*self._order, *self._units])
-        inner = [unit for unit in units if not unit.root]
-        return [
-            flat
-            for unit in [*inner[::-1], *(u for u in units if u.root)]
-            for flat in unit.flat_parameters
-            if flat.trained
-        ]
+        inner, root = ([u for u in reversed(self._agreed) if u.root == last] for last in (False, True))
+        return [flat for unit in (*inner, *root) for flat in unit.flat_parameters if flat.trained]
+
+    @property
+    def _scopes(self) -> set[ShardScope]:
+        return {flat.strategy.params for flat in self._flat_parameters}
+
+    def _expect_gradients(self, loss: Tensor) -> None:
+        """Find out which parameters get a gradient from `loss`, so that nobody waits for the others."""
+        leaves, hides = leaves_of(loss)
+        for unit in self._units:
+            for flat in unit.flat_parameters:
+                if flat.trained:
+                    flat.expect(None if hides and unit in self._hidden else leaves)
+        # With parameters at several scopes, ranks that share some may use others differently. One that waited for a
+        # reduction would not gather what another one needs to come to that reduction.
+        gathers = self._streams.gathers
+        scope: ShardScope = "G" if "G" in self._scopes else "I"
+        names = (name for flat in self._trained for name in sorted(flat.expected))
+        alike = gathers is None or self._held or len(self._scopes) == 1 or gathers.same(names, scope)
+        self._streams.staging.bounded = alike
 
     def collect(self) -> None:
         """Reduce the gradients of a step's `deferred` micro-batches, of which ranks may have different numbers."""
+        self._streams.staging.bounded = True
         for flat in self._trained:
             for span in flat.spans:
                 if span.param.grad is not None:
@@ -236,14 +283,16 @@ class Paro:
 
     def forget_gradients(self) -> None:
         """Drop what the micro-batches since the last step have added up."""
-        self._summed = False
+        self._summed, self._report = False, None
         for flat in self._trained:
             flat.forget_gradients()
+        self._streams.staging.clear()
 
     # Step
 
     def step(self, clip_norm: float | None = None, grad_scale: float = 1.0) -> StepResult:
-        """Update the parameters with the gradients of the micro-batches since the last step, all of them or none.
+        """Update the parameters with the gradients of the micro-batches since the last step, all of them or none. A
+        parameter that got no gradient on any rank stays as it is, and so does its optimizer state.
 
         The gradient is multiplied by `grad_scale` (such as 1 / loss scale), then shortened to `clip_norm` if its norm
         over all ranks and units is larger. Where it is not finite, no rank changes anything.
@@ -264,19 +313,34 @@ class Paro:
         self._need_gradients()
         for flat in self._trained:
             flat.reduced.wait()
+        self._streams.staging.clear()
         hierarchy = self._streams.grads_collectives
         total = torch.zeros((), dtype=torch.float64, device=self._streams.grads.device)
         for flat in self._trained:
             holders = hierarchy.layout.world_size / hierarchy.layout.num_partitions(flat.strategy.state)
             total += torch.linalg.vector_norm(flat.gradient(), dtype=torch.float64).square() / holders
-        return hierarchy.sum_scalars(total)
+        used = [float(span.name in flat.used) for flat in self._trained for span in flat.spans]
+        first = hierarchy.rings.world.position == 0  # all ranks take over its order
+        places = {unit: place for place, unit in enumerate(dict.fromkeys(self._order["N"]), 1)} if first else {}
+        report = total.new_tensor([*used, *(places.get(unit, 0) for unit in self._agreed)])
+        summed = hierarchy.sum_scalars(torch.cat([total.view(1), report]))
+        self._report = summed[1:]
+        return summed[0]
 
     def update(self, scale: float = 1.0) -> None:
         """Make one update with the gradient times `scale`, without looking at it; see `step`."""
         self._need_gradients()
+        if self._report is None:
+            self.square_sum()
         self._settle("step")
-        self._summed = False
+        assert self._report is not None
+        report: list[float] = self._report.tolist()
+        self._summed, self._report = False, None
+        names = [span.name for flat in self._trained for span in flat.spans]
+        used = {name for name, ranks in zip(names, report, strict=False) if ranks}
+        self._agreed = reordered(self._agreed, report[len(names) :])
         for flat in self._trained:
+            flat.used.clear()
             gradient = flat.gradient()
             if scale != 1.0:
                 gradient.mul_(scale)
@@ -284,17 +348,16 @@ class Paro:
             gradient = gradient.to(flat.master.dtype)
             at = 0
             for partition in flat.partitions:
-                partition.tensor.grad = gradient[at : at + partition.tensor.numel()]
+                part = gradient[at : at + partition.tensor.numel()]
+                partition.tensor.grad = part if partition.name in used else None
                 at += partition.tensor.numel()
-        if self._provisional:
-            self.optimizer.state.clear()
-            self._provisional = False
+        for param in self._provisional:
+            self.optimizer.state.pop(param, None)
+        self._provisional = []
         self.optimizer.step()
         for partition in self.partitions:
             partition.tensor.grad = None
-        for unit in dict.fromkeys(
-            [*self._order, *self._units]
-        ):  # in the order in which the next forward pass needs them
+        for unit in self._agreed:  # in the order in which the next forward pass needs them
             for flat in unit.flat_parameters:
                 if flat.trained:
                     flat.publish()
@@ -337,9 +400,9 @@ class Paro:
         for flat in unit.flat_parameters:
             flat.wait_unshard()
 
-    def _prefetch(self, order: Sequence[Unit], position: int) -> None:
+    def _prefetch(self, order: Sequence[Unit], position: int, scope: ShardScope) -> None:
         if position < len(order):
-            order[position].start_unshard()
+            order[position].start_unshard(scope)
 
     def _reshard(self) -> None:
         for unit in self._units:
@@ -381,16 +444,14 @@ class Paro:
                         "change it in place (load_state_dict without assign=True)"
                     )
 
-    def _refuse_when_sharded(self, *_: Any) -> None:
-        found = self._flat_parameters
-        if not all(flat.is_unsharded and flat.shows_masters == flat.separate for flat in found):
-            held = "parts of the parameters" if not all(flat.is_unsharded for flat in found) else "rounded parameters"
-            raise RuntimeError(
-                f"this rank holds {held} only: call module.state_dict() inside "
-                "`with engine.unsharded():`, or save engine.state() with torch.distributed.checkpoint"
-            )
-        for flat in self._flat_parameters:  # updated parameters may be in flight
-            flat.settle()
+    def _refuse_unfrozen(self) -> None:
+        for flat in self._flat_parameters:
+            for span in () if flat.trained else flat.spans:
+                if span.param.requires_grad:
+                    raise RuntimeError(
+                        f"parameter {span.name} was frozen when the engine was made, so it has no optimizer state, and "
+                        "its requires_grad is on now: make another engine, or one that trains it, and freeze it then"
+                    )
 
     # Facts
 
@@ -430,7 +491,7 @@ class Paro:
         """
         self._groups = read_groups(self.optimizer, self._group_numbers)
         first = self._streams.params_collectives.rank == self._streams.params_collectives.rings.world.ranks[0]
-        return {**self.tensors(), **persistent_buffers(self.module, first), **self._groups}
+        return {**self.tensors(), **buffer_tensors(self.module, first), **self._groups}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return this rank's partitions of all parameters and of the optimizer's state, the latter as
@@ -438,9 +499,8 @@ class Paro:
         """
         for flat in self._flat_parameters:
             flat.settle()
-        if self.partitions and not self.optimizer.state:
-            create_optimizer_state(self.optimizer)
-            self._provisional = True
+        if self.partitions:
+            self._provisional += create_optimizer_state(self.optimizer)
         found: dict[str, Tensor] = {}
         for flat in self._flat_parameters:
             for partition in flat.partitions if flat.trained else flat.frozen_partitions():
@@ -455,7 +515,7 @@ class Paro:
 
     def loaded(self) -> None:
         """Take over what was loaded into the latest `state()` or `tensors()`, and send the parameters to all ranks."""
-        self._provisional = False
+        self._provisional = []
         if self._groups:
             write_groups(self.optimizer, self._group_numbers, self._groups)
         self._settle("loaded")

@@ -9,14 +9,17 @@ master weights too where they compute in fewer digits, at scope G, so that no di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gmeta.sharding.hierarchy import HierarchicalCollectives
+from gmeta.sharding.order import GatherCheck
 from gmeta.sharding.strategy import ShardingStrategy, ShardScope
-from gmeta.sharding.streams import CommStream, Handle
+from gmeta.sharding.streams import CommStream, Handle, StagingBuffers
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class CommStreams:
     grads: CommStream
     params_collectives: HierarchicalCollectives
     grads_collectives: HierarchicalCollectives
+    gathers: GatherCheck | None = None  # None where no rank gathers from another one just in time
+    staging: StagingBuffers = field(default_factory=StagingBuffers)
 
     def close(self) -> None:
         """Wait for all jobs, end the threads and leave the process groups."""
@@ -56,6 +61,8 @@ class CommStreams:
             stream.submit(lambda: None).wait()
             stream.close()
             hierarchy.close()
+        if self.gathers is not None:
+            self.gathers.close()
 
 
 class FlatParameter:
@@ -108,9 +115,12 @@ class FlatParameter:
         self._begun = False  # whether `_grads` holds something of this step
         self._staging: Tensor | None = None  # the unit's gradients of one micro-batch
         self._arrived: set[str] = set()
+        self.expected: set[str] = set()  # names that get a gradient in this backward pass
+        self.used: set[str] = set()  # names that have got a gradient on this rank since the last step
         self.reduced = Handle()
         self._updated = Handle()
         self._unsharding: Handle | None = None
+        self._number = -1 if streams.gathers is None else streams.gathers.register(named[0][0])
         self.is_unsharded = True
         self._empty = self.full.new_empty(0)  # made once: one made in inference mode could not be trained
         self._views()
@@ -130,7 +140,12 @@ class FlatParameter:
             return
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
 
+        gathers = self.streams.gathers
+        compared = None if gathers is None else gathers.start(self._number, self.strategy.params)
+
         def job() -> None:
+            if compared is not None:
+                compared.wait()
             self.full[self._own_params].copy_(self.params)
             self.streams.params_collectives.gather(raw(self.full), self.strategy.params, "N")
 
@@ -238,8 +253,17 @@ class FlatParameter:
 
     # Gradients
 
-    def receive(self, span: ParameterSpan) -> bool:
-        """Take a parameter's gradient of this backward pass; True when all gradients are there."""
+    def expect(self, leaves: AbstractSet[Tensor] | None) -> None:
+        """Wait in this backward pass for the gradients of `leaves`, or of all parameters where that is not known."""
+        self.expected = {span.name for span in self.spans if leaves is None or span.param in leaves}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all gradients of this backward pass are there."""
+        return self.expected <= self._arrived
+
+    def receive(self, span: ParameterSpan) -> None:
+        """Take a parameter's gradient of this backward pass."""
         grad = span.param.grad
         assert grad is not None
         if span.name in self._arrived:
@@ -258,7 +282,7 @@ class FlatParameter:
                 into.mul_(1.0 / self._divide_by)
         span.param.grad = None
         self._arrived.add(span.name)
-        return len(self._arrived) == len(self.spans)
+        self.used.add(span.name)
 
     @property
     def _adds(self) -> bool:
@@ -270,6 +294,7 @@ class FlatParameter:
             if self.strategy.grads == "N":
                 self._staging = self._kept()
             else:
+                self.streams.staging.make_room()
                 self._staging = self.full.new_empty(self.size, dtype=self.grad_dtype)
             self._staging[self.spans[-1].stop :].zero_()
         return self._staging
@@ -298,8 +323,6 @@ class FlatParameter:
         own = hierarchy.own(self.size, g)
 
         def job() -> None:
-            if staging.is_cuda:
-                staging.record_stream(torch.cuda.current_stream(staging.device))
             if g != "N":
                 hierarchy.reduce_scatter(staging, "N", g)
                 kept.copy_(staging[own]) if first else kept.add_(staging[own])
@@ -308,6 +331,8 @@ class FlatParameter:
 
         if g != "N" or last:
             self.reduced = self.streams.grads.submit(job)
+        if g != "N":
+            self.streams.staging.add(self.reduced, staging)
 
     def _synchronise(self, kept: Tensor) -> None:
         """Sum gradients over all ranks, from their own scope to that of the optimizer's state."""
@@ -338,9 +363,11 @@ class FlatParameter:
         return 0 if self.master is None or not self.separate else self.master.nbytes
 
     def forget_gradients(self) -> None:
-        """Drop the gradients of this step's micro-batches."""
+        """Drop the gradients of this step's micro-batches, once no sum of them is in flight."""
+        self.reduced.wait()
         self._begun, self._staging = False, None
         self._arrived.clear()
+        self.used.clear()
 
 
 def _partitions(spans: Sequence[ParameterSpan], master: Tensor, own: slice) -> list[Partition]:
@@ -352,6 +379,21 @@ def _partitions(spans: Sequence[ParameterSpan], master: Tensor, own: slice) -> l
             tensor = nn.Parameter(part, requires_grad=part.is_floating_point() or part.is_complex())
             found.append(Partition(span.name, span.shape, start - span.start, stop - span.start, tensor))
     return found
+
+
+def require_whole(held: Sequence[tuple[FlatParameter, ParameterSpan]], *_: Any) -> None:
+    """Wait for what updates parameters, so that they can be saved. RuntimeError names one that is not there whole.
+
+    It is a hook: what follows `held` is ignored.
+    """
+    for flat, span in held:
+        if not flat.is_unsharded or flat.shows_masters != flat.separate:
+            kind = "a rounded copy" if flat.is_unsharded else "a part"
+            raise RuntimeError(
+                f"this rank holds {kind} of {span.name} only: call state_dict(), or what saves the module, inside "
+                "`with engine.unsharded():`, or save engine.state() with torch.distributed.checkpoint"
+            )
+        flat.settle()
 
 
 def computing_dtype(own: torch.dtype, compute_dtype: torch.dtype | None) -> torch.dtype:

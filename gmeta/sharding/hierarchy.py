@@ -203,6 +203,17 @@ class HierarchicalCollectives:
                 dist.all_reduce(values, group=self.world)
         return values
 
+    def extremes(self, number: int, scope: ShardScope) -> tuple[int, int]:
+        """Return the least and the largest `number` of the ranks that share a buffer at `scope` (I: those of the node,
+        G: all). It is not counted as traffic, and only for groups on the CPU.
+        """
+        both = torch.tensor([-number, number])
+        for group in (self.intra, self.inter if scope == "G" else None):
+            if group is not None:
+                with self.naming_lost_peers():
+                    dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+        return -int(both[0]), int(both[1])
+
     @contextmanager
     def naming_lost_peers(self) -> Iterator[None]:
         """Turn the backend's complaint into a `PeerLost` that names the ranks that are gone."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Literal, overload
 
@@ -25,6 +26,7 @@ from gmeta.sharding.flat_parameters import CommStreams, FlatParameter
 from gmeta.sharding.hierarchy import CollectiveAlgorithm, HierarchicalCollectives
 from gmeta.sharding.materialise import Init, device_of, materialiser, require_shardable
 from gmeta.sharding.optimizers import require_element_wise
+from gmeta.sharding.order import GatherCheck
 from gmeta.sharding.strategy import ShardingStrategy
 from gmeta.sharding.streams import CommStream
 from gmeta.sharding.torch_engine import TorchEngine
@@ -100,8 +102,8 @@ def paro(
     placement: is the former name of `sharding`.
 
     Rank 0's parameters and buffers go to all ranks. A parameter whose requires_grad is off costs no gradient and no
-    state; the flag may not change later. ValueError names an invalid strategy, a parameter that is in two units, or an
-    optimizer that is not element-wise.
+    state, and cannot be trained later; one whose flag is turned off later stays as it is. ValueError names an invalid
+    strategy, a parameter that is in two units, or an optimizer that is not element-wise.
     """
     sharding = _renamed(sharding, placement)
     if backend not in ("gmeta", "torch"):
@@ -135,7 +137,9 @@ def _open(
     """Open the process groups and streams, and make the engine. Collective."""
     device = device_of(module, mesh)
     opened = [HierarchicalCollectives.open(mesh, collectives, timeout_s, device) for _ in range(2)]
-    streams = CommStreams(CommStream(device, "params"), CommStream(device, "grads"), *opened)
+    streams = CommStreams(CommStream(device, "params"), CommStream(device, "grads"), opened[0], opened[1])
+    if any(strategy.params != "N" for strategy in strategies.values()):
+        streams = replace(streams, gathers=_open_check(mesh, timeout_s))
     settings = partial(
         FlatParameter, streams=streams, compute_dtype=compute_dtype, grad_dtype=grad_dtype, average=average
     )
@@ -148,6 +152,14 @@ def _open(
     except ValueError:
         streams.close()
         raise
+
+
+def _open_check(mesh: DeviceMesh | None, timeout_s: float) -> GatherCheck | None:
+    """Open the comparison of what ranks gather; None for one rank. Collective."""
+    if mesh is None or mesh.size() == 1:
+        return None
+    cpu = torch.device("cpu")
+    return GatherCheck(CommStream(cpu, "order"), HierarchicalCollectives.open(mesh, "two_phase", timeout_s, cpu))
 
 
 def _renamed(sharding: str | Mapping[str, str], placement: str | Mapping[str, str] | None) -> str | Mapping[str, str]:

@@ -10,10 +10,12 @@ does, in the order in which it does it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout, ShardingStrategy, ShardScope, memory_bytes
+from gmeta.sharding.streams import MAX_IN_FLIGHT
 
 TIE = 1.02
 """Strategies whose time is within this factor of the fastest count as equal, because estimates are not better than
@@ -47,7 +49,7 @@ class Workload:
     trainable: int
     accumulation: int = 1  # micro-batches
     micro_batch_s: float = 0.0  # seconds of computing, a third in forward and two thirds in backward
-    units: int = 1  # parts of the model that are gathered one at a time
+    units: int = 1  # parts of the model that are gathered one at a time, taken for equal
     sizes: ElementBytes = field(default_factory=ElementBytes)
     alltoall_bytes: float = 0.0  # embedding rows that a rank asks for in a micro-batch; as many gradients go back
 
@@ -142,7 +144,8 @@ class StepCost:
     """What one optimizer step takes under a strategy."""
 
     strategy: str
-    memory: float  # bytes that a rank holds all the time; activations are not counted
+    memory: float  # bytes that a rank holds at most, with gathered units and staging; activations are not counted
+    passing: float  # those of them that come and go in a pass
     step_s: float
     compute_s: float
     inter_s: float  # seconds that the links between nodes are busy
@@ -192,28 +195,43 @@ def step_cost(name: str, layout: NodeLayout, links: Links, work: Workload, algor
             now = clock.run("rows", now, exchange)
             now = _pass(clock, now, gather, (), published, work.micro_batch_s / 3 / work.units)
             ends = reduce + sync if last else reduce
-            now = _pass(clock, now, gather, ends, [0.0] * work.units, work.micro_batch_s * 2 / 3 / work.units)
+            unit_s = work.micro_batch_s * 2 / 3 / work.units
+            now = _pass(clock, now, gather, ends, [0.0] * work.units, unit_s, held_back=strategy.grads != "N")
             now = clock.run("rows", now, exchange)
         now = max(now, clock.streams["grads"])
         published = [clock.run("params", now, publish) if publish else 0.0 for _ in range(work.units)]
     memory = sum(memory_bytes(strategy, layout, work.params, work.trainable, sizes).values())
+    passing = passing_bytes(strategy, work)
     compute = work.accumulation * work.micro_batch_s
-    return StepCost(name, memory, now - before, compute, clock.busy["inter"], clock.busy["intra"])
+    return StepCost(name, memory + passing, passing, now - before, compute, clock.busy["inter"], clock.busy["intra"])
 
 
-def _pass(clock: _Clock, now: float, gather: Phases, ends: Phases, ready: list[float], unit_s: float) -> float:
+def passing_bytes(strategy: ShardingStrategy, work: Workload) -> float:
+    """Return the bytes that come and go in a pass: the root, the unit that computes and the next one, gathered; and
+    staging buffers, one that fills and one that is reduced.
+    """
+    gathered = work.sizes.param * work.params * min(1.0, 3 / work.units) if strategy.params != "N" else 0.0
+    staged = work.sizes.grad * work.trainable * min(1.0, 2 / work.units) if strategy.grads != "N" else 0.0
+    return gathered + staged
+
+
+def _pass(
+    clock: _Clock, now: float, gather: Phases, ends: Phases, ready: list[float], unit_s: float, held_back: bool = False
+) -> float:
     """Make a forward or a backward pass, and return when it ends.
 
-    For each unit: wait for it, start to gather the next one, compute, and start the reduction of its gradients.
+    For each unit: wait for it, start to gather the next one, compute, and start the reduction of its gradients. Where
+    computing is `held_back`, a unit waits until of the reductions before it one alone is on its way.
     """
+    reduced: list[float] = []
     arrived = clock.run("params", now, gather) if gather else now
     for number, published in enumerate(ready):
-        now = max(now, arrived, published)
+        now = max(now, arrived, published, *(reduced[:-MAX_IN_FLIGHT] if held_back else ()))
         if number + 1 < len(ready):
             arrived = clock.run("params", now, gather) if gather else now
         now += unit_s
         if ends:
-            clock.run("grads", now, ends)
+            reduced.append(clock.run("grads", now, ends))
     return now
 
 
@@ -231,13 +249,23 @@ def advise(
         return sorted(fitting, key=lambda c: (float(f"{c.step_s:.6g}"), c.memory))
     assert memory_cap is not None
     least = min(found, key=lambda c: c.memory)
-    ranks = -(-least.memory * layout.world_size // memory_cap)
+    ranks = min(_ranks_that_fit(name, layout, work, memory_cap) for name in STRATEGIES)
+    more = "more units, each of which is gathered alone," if math.isinf(ranks) else f"{ranks:.0f} ranks"
     least_gb, missing_gb = least.memory / 1e9, (least.memory - memory_cap) / 1e9
     raise ValueError(
         f"no strategy fits into {memory_cap / 1e9:.3g} GB a rank: {least.strategy} needs least, {least_gb:.3g} GB, "
-        f"{missing_gb:.3g} GB too much, activations not counted. {ranks:.0f} ranks would do, or fewer trainable "
+        f"{missing_gb:.3g} GB too much, activations not counted. {more} would do, or fewer trainable "
         "parameters"
     )
+
+
+def _ranks_that_fit(name: str, layout: NodeLayout, work: Workload, memory_cap: float) -> float:
+    """Return how many ranks a strategy needs, inf where no number suffices."""
+    strategy = ShardingStrategy.parse(name)
+    held = memory_bytes(strategy, layout, work.params, work.trainable, work.sizes)
+    shrinking = sum(part for part, scope in zip(held.values(), name, strict=True) if scope == "G")
+    room = memory_cap - (sum(held.values()) - shrinking) - passing_bytes(strategy, work)
+    return math.ceil(shrinking * layout.world_size / room) if room > 0 else math.inf
 
 
 def choose(fitting: Sequence[StepCost]) -> StepCost:

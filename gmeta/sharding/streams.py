@@ -7,11 +7,16 @@ the same jobs to a stream in the same order, as they must call collectives in th
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 
 import torch
+from torch import Tensor
+
+MAX_IN_FLIGHT = 1
+"""How many staging buffers may be on their way while another one is filled, as in FSDP2."""
 
 
 class Handle:
@@ -27,6 +32,11 @@ class Handle:
         device: torch.device | None = None,
     ) -> None:
         self._future, self._event, self._device = future, event, device
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has ended."""
+        return (self._future is None or self._future.done()) and (self._event is None or self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Wait for the job. Waiting again costs nothing."""
@@ -77,12 +87,44 @@ class CommStream:
                 job()
             except BaseException as error:
                 self._error = error
-                future.set_exception(error)
+            del item, job  # tensors that the job holds are free before anybody hears that it has ended
+            if self._error is not None:
+                future.set_exception(self._error)
             else:
                 future.set_result(None)
-            del item, job, future  # tensors that the job holds are free now, not when the next one comes
+            del future
 
     def close(self) -> None:
         """End the thread once its jobs are done; this does not wait for it."""
         self._closed = True
         self._jobs.put(None)
+
+
+class StagingBuffers:
+    """The staging buffers that jobs still read. They hold computing back, so that links that are slower than computing
+    do not fill the memory."""
+
+    def __init__(self) -> None:
+        self.bounded = True  # False where waiting could keep another rank from what this one waits for
+        self._in_flight: deque[tuple[Handle, Tensor | None]] = deque()
+
+    def add(self, handle: Handle, buffer: Tensor) -> None:
+        """Note that the job of `handle` reads `buffer`.
+
+        On CUDA the buffer is kept until the computing stream has waited for the job, and may be used again at once.
+        """
+        self._in_flight.append((handle, buffer if buffer.is_cuda else None))
+
+    def make_room(self) -> None:
+        """Wait until no more than `MAX_IN_FLIGHT` are on their way."""
+        while self._in_flight and (self._in_flight[0][0].done or self._too_many):
+            self._in_flight.popleft()[0].wait()
+
+    @property
+    def _too_many(self) -> bool:
+        return self.bounded and len(self._in_flight) > MAX_IN_FLIGHT
+
+    def clear(self) -> None:
+        """Wait until none is on its way."""
+        while self._in_flight:
+            self._in_flight.popleft()[0].wait()

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from gmeta.sharding.checkpoint import create_optimizer_state, persistent_buffers
+from gmeta.sharding.checkpoint import buffer_tensors, create_optimizer_state
 from gmeta.sharding.optimizers import group_numbers, read_groups, write_groups
 from gmeta.sharding.ring import RankTraffic, Ring
 from gmeta.sharding.units import OptimizerFactory, StepResult, broadcast_module, clipped_scale, default_units
@@ -106,14 +106,13 @@ class TorchEngine:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save and load; see `Paro.state`."""
-        if not self.optimizer.state:
-            create_optimizer_state(self.optimizer)
+        create_optimizer_state(self.optimizer)
         found: dict[str, Tensor] = {name: p.detach() for name, p in self.module.named_parameters()}
         for name, p in self._named:
             for key, value in self.optimizer.state[p].items():
                 found[f"optimizer.{name}.{key}"] = value if value.ndim else value.view(1)
         self._groups = read_groups(self.optimizer, self._group_numbers)
-        return {**found, **persistent_buffers(self.module, self._first), **self._groups}
+        return {**found, **buffer_tensors(self.module, self._first), **self._groups}
 
     def loaded(self) -> None:
         """Take over what was loaded into the latest `state()`."""

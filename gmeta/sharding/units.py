@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from gmeta.sharding.flat_parameters import FlatParameter, raw
 from gmeta.sharding.ring import Ring
-from gmeta.sharding.strategy import ShardingStrategy
+from gmeta.sharding.strategy import ShardingStrategy, ShardScope
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """Makes an optimizer from named parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`. On every rank it gets all
@@ -46,10 +46,16 @@ class Unit:
     flat_parameters: list[FlatParameter]
     root: bool = False  # the module itself, with all that no other unit has; stays until the end of backward
 
-    def start_unshard(self) -> None:
-        """Start to gather all parameters of the unit."""
+    @property
+    def scopes(self) -> list[ShardScope]:
+        """Return the scopes from which the unit is gathered."""
+        return list(dict.fromkeys(flat.strategy.params for flat in self.flat_parameters if flat.strategy.params != "N"))
+
+    def start_unshard(self, scope: ShardScope | None = None) -> None:
+        """Start to gather the parameters of the unit, those of one scope or all."""
         for flat in self.flat_parameters:
-            flat.start_unshard()
+            if scope in (None, flat.strategy.params):
+                flat.start_unshard()
 
     def reshard(self) -> None:
         """Free what was gathered."""
@@ -78,7 +84,7 @@ def make_units(
     for prefix in filter(None, strategies):
         if not any(name == prefix or name.startswith(f"{prefix}.") for name, _ in module.named_parameters()):
             raise ValueError(f"sharding for {prefix!r}: no parameter has a name that begins with it")
-    inside = {unit for unit in chosen if unit is not module}
+    inside = dict.fromkeys(unit for unit in chosen if unit is not module)  # ordered, as on all other ranks
     owners: dict[nn.Parameter, tuple[str, nn.Module]] = {}
     members: dict[nn.Module, list[tuple[str, nn.Parameter]]] = {module: [], **{unit: [] for unit in inside}}
     for name, param, unit in _owned(module, inside):
@@ -131,7 +137,7 @@ def default_units(module: nn.Module) -> Iterator[nn.Module]:
             yield from default_units(child)
 
 
-def _owned(module: nn.Module, units: set[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+def _owned(module: nn.Module, units: Container[nn.Module]) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
     """Yield every (name, parameter, innermost unit); a shared parameter comes as often as it occurs."""
 
     def walk(child: nn.Module, prefix: str, unit: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

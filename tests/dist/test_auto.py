@@ -45,7 +45,7 @@ def test_the_fastest_that_fits_is_taken() -> None:
     sizes = ElementBytes(8, 8, 16)
     work = Workload(params, trained, 4, 0.0, 3, sizes)
     whole = sum(memory_bytes(ShardingStrategy.parse("NNN"), LAYOUT, params, trained, sizes).values())
-    for cap in (None, 0.7 * whole, 0.55 * whole):
+    for cap in (None, 0.8 * whole, 0.675 * whole):
         expected = choose(advise(LAYOUT, SLOW, work, cap)).strategy
         ranks = run_ranks(4, taken, AutoSharding(accumulation=4, memory_bytes=cap and 1.02 * cap, links=SLOW))
         assert {name for found in ranks for name in found.values()} == {expected}
@@ -150,7 +150,7 @@ def refused(mesh: Mesh) -> list[str]:
 def test_what_fits_nowhere() -> None:
     for nowhere, by_hand in run_ranks(4, refused):
         assert "no strategy fits" in nowhere
-        assert "ranks would do" in nowhere
+        assert "would do" in nowhere
         assert "what is sharded by hand takes" in by_hand
 
 

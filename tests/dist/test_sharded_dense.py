@@ -85,7 +85,7 @@ def test_what_validation_gathers_is_expected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nproc", "memory_gb", "engine"), [(1, None, "Replicated"), (4, None, "Replicated"), (4, 5e-6, "Sharded")]
+    ("nproc", "memory_gb", "engine"), [(1, None, "Replicated"), (4, None, "Replicated"), (4, 7e-6, "Sharded")]
 )
 def test_the_planner_chooses(tmp_path: Path, nproc: int, memory_gb: float | None, engine: str) -> None:
     """The strategy that the planner takes learns the same; with little memory it is a sharded one."""

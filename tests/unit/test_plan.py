@@ -12,7 +12,18 @@ from gmeta.cli import run
 from gmeta.config.cluster import PlanConfig
 from gmeta.sharding.links import suspicion
 from gmeta.sharding.planner import build_advice, reason
-from gmeta.sharding.schedule import CollectiveCost, Links, Workload, advise, choose, equally_fast, ring_s, step_cost
+from gmeta.sharding.schedule import (
+    CollectiveCost,
+    Links,
+    Workload,
+    _Clock,
+    _pass,
+    advise,
+    choose,
+    equally_fast,
+    ring_s,
+    step_cost,
+)
 from gmeta.sharding.strategy import STRATEGIES, ElementBytes, NodeLayout
 
 PAPER = Links(inter_bits_s=80e9, intra_bits_s=2000e9)
@@ -112,8 +123,31 @@ def test_what_replicates_most_is_taken_where_memory_is_not_short() -> None:
 
 
 def test_a_plan_that_fits_nowhere() -> None:
-    with pytest.raises(ValueError, match=r"GGG needs least, 3.5 GB, 1.5 GB too much.* 56 ranks would do"):
+    """GGG keeps 3.5 GB; three units of 32 are gathered, 1.31 GB, and two are staged, 0.88 GB."""
+    with pytest.raises(ValueError, match=r"GGG needs least, 5.69 GB, 2.69 GB too much.* 138 ranks would do"):
+        advise(NodeLayout(8, 4), PAPER, SEVEN_B, memory_cap=3e9)
+    assert (
+        step_cost("GGG", NodeLayout(138), PAPER, SEVEN_B).memory
+        <= 3e9
+        < step_cost("GGG", NodeLayout(137), PAPER, SEVEN_B).memory
+    )
+    with pytest.raises(ValueError, match=r"3.69 GB too much.* more units, each of which is gathered alone, would do"):
         advise(NodeLayout(8, 4), PAPER, SEVEN_B, memory_cap=2e9)
+
+
+def test_what_comes_and_goes_in_a_pass_is_counted() -> None:
+    work = Workload(1000, 600, units=10, sizes=ElementBytes(2, 4, 12))
+    found = {name: step_cost(name, NodeLayout(2, 2), PAPER, work).passing for name in ("NNI", "NGG", "INI", "GGG")}
+    assert found == {"NNI": 0, "NGG": 4 * 120, "INI": 2 * 300, "GGG": 2 * 300 + 4 * 120}
+    alone = replace(work, units=1)
+    assert step_cost("GGG", NodeLayout(2, 2), PAPER, alone).passing == 2 * 1000 + 4 * 600
+
+
+def test_slow_links_hold_backward_back() -> None:
+    """Ten units of .1 s, whose reductions take 1 s: the last one waits until the eighth reduction has ended, at 8.1."""
+    for held_back, seconds in ((False, 1.0), (True, 8.2)):
+        ended = _pass(_Clock(), 0.0, (), (("inter", 1.0),), [0.0] * 10, 0.1, held_back)
+        assert ended == pytest.approx(seconds)
 
 
 def test_frozen_parameters_are_cheaper() -> None:
