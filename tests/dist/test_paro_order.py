@@ -31,7 +31,7 @@ Model = Callable[[], nn.Module]
 class Parts(nn.Module):
     """A trunk and parts of equal sizes, of which `forward` computes those that it is told, in that order."""
 
-    def __init__(self, num_parts: int = 4) -> None:
+    def __init__(self, num_parts: int = 6) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.trunk = nn.Linear(WIDTH, WIDTH)
@@ -104,7 +104,7 @@ def same(engine: Any, expected: dict[str, Tensor], about: Any) -> None:
 
 
 @pytest.mark.parametrize("choose", [towers, experts, layer_drop])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_ranks_that_use_other_parts(choose: Any, ranks: int) -> None:
     """Reduced in each rank's own order, gradients of equal sizes were added up with each other's."""
     run_ranks(ranks, trained, [*REPLICATED, {"": "IIG", "parts": "NIG"}], choose, ADAMW)
@@ -114,11 +114,20 @@ def test_nodes_that_use_other_parts() -> None:
     run_ranks(4, trained, ["III", "IIG", "IGG"], by_node, ADAMW)
 
 
+def first_or_never(_step: int, rank: int) -> list[int]:
+    """Half of the ranks of a node compute the last part first, and so get its gradient last."""
+    return [5, 0, 1, 2, 3, 4] if rank % 2 else [0, 1, 2, 3, 4]
+
+
+def test_nobody_waits_for_a_reduction_whose_rank_waits_for_a_gathering() -> None:
+    run_ranks(4, trained, [{"": "IIG", "parts.5": "NIG"}, {"": "GGG", "parts.5": "NGG"}], first_or_never, ADAMW)
+
+
 def same_on_all(step: int, _rank: int) -> list[int]:
     return [[0, 1, 2, 3], [3, 1], [2, 0], [1], [3, 2, 1, 0]][step]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_steps_that_use_other_parts(ranks: int) -> None:
     """All ranks alike use some, in any order. What nobody uses is neither decayed nor moved by its momentum."""
     run_ranks(ranks, trained, ["NNN", "NIG", "III", "IIG", "GGG"], same_on_all, ADAMW)
