@@ -111,7 +111,11 @@ def processes(process: Started, word: str) -> list[psutil.Process]:
     A process that is just being started still shows the words of its launcher, but not yet a rank.
     """
     found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
+    try:
+        children = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:  # it has just ended
+        return []
+    for child in children:
         try:
             words, started = child.cmdline(), word != "train" or "RANK" in child.environ()
         except psutil.Error:
