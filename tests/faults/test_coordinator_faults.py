@@ -195,6 +195,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory):
 def raw(process: Process, method: str, path: str, body: bytes | None, token: str | None) -> tuple[int, dict | str]:
     connection = http.client.HTTPConnection("127.0.0.1", process.port, timeout=60)
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    if method == "POST":
+        headers["Content-Type"] = "application/json"
     connection.request(method, path, body, headers)
     response = connection.getresponse()
     text = response.read().decode()

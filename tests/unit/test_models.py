@@ -80,8 +80,8 @@ def test_errors() -> None:
         make_model(ModelConfig(features=["user_id", "item"]), schema())
     with pytest.raises(ValueError, match="'genre' twice"):
         make_model(ModelConfig(features=["genre", "genre"]), schema())
-    with pytest.raises(ValueError, match=r"model\.name is 'mlp': did you mean 'melu'"):
-        make_model(ModelConfig(name="mlp"), schema())
+    with pytest.raises(ValueError, match=r"model\.name is 'mellu': did you mean 'melu'"):
+        make_model(ModelConfig(name="mellu"), schema())
     with pytest.raises(ValueError, match="no categorical feature"):
         make_model(ModelConfig(), schema(features=()))
     with pytest.raises(ValueError, match="has 1 vectors to multiply"):
