@@ -250,15 +250,19 @@ def create_optimizer_state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
         return params
     before = [param.detach().clone() for param in params]
     options = [dict(group) for group in optimizer.param_groups]
+    gradients = [param.grad for param in every]  # those of a step that has begun must move nothing, and must stay
+    for param in every:
+        param.grad = None
     for param in params:
         param.grad = torch.zeros_like(param)
     optimizer.step()
     for group, option in zip(optimizer.param_groups, options, strict=True):
         group.update(option)
+    for param, gradient in zip(every, gradients, strict=True):
+        param.grad = gradient
     with torch.no_grad():
         for param, value in zip(params, before, strict=True):
             param.copy_(value)
-            param.grad = None
             for state in optimizer.state[param].values():
                 if isinstance(state, Tensor):
                     state.zero_()

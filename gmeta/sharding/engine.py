@@ -35,6 +35,11 @@ from gmeta.sharding.units import (
     tensors_in,
 )
 
+_FOREIGN_BACKWARD = (
+    "backward was called on the loss itself, or by another engine alone: call engine.backward(loss), and "
+    "engine.backward(loss, others=[...]) where a loss comes from several engines"
+)
+
 
 class Paro:
     """A module whose training state is sharded; `paro` makes it.
@@ -169,9 +174,8 @@ class Paro:
             return
         if not self._in_backward:
             raise RuntimeError(
-                "backward was called on the loss itself, or by another engine alone: call engine.backward(loss), and "
-                "engine.backward(loss, others=[...]) where a loss comes from several engines; for torch.autograd.grad "
-                "in a forward pass, gather the parameters first: `with engine.unsharded():`"
+                f"{_FOREIGN_BACKWARD}; for torch.autograd.grad in a forward pass, gather the parameters first: "
+                "`with engine.unsharded():`"
             )
         self._unshard(unit)
         for scope in unit.scopes:
@@ -185,10 +189,7 @@ class Paro:
 
     def _gradient_is_there(self, flat: FlatParameter, span: ParameterSpan, _param: Tensor) -> None:
         if not self._in_backward:
-            raise RuntimeError(
-                "backward was called on the loss itself, or by another engine alone: call engine.backward(loss), and "
-                "engine.backward(loss, others=[...]) where a loss comes from several engines"
-            )
+            raise RuntimeError(_FOREIGN_BACKWARD)
         if self.deferred:
             return
         if flat not in self._turn:
@@ -490,7 +491,7 @@ class Paro:
         something else than tensors.
         """
         self._groups = read_groups(self.optimizer, self._group_numbers)
-        first = self._streams.params_collectives.rank == self._streams.params_collectives.rings.world.ranks[0]
+        first = self._streams.params_collectives.rings.world.position == 0
         return {**self.tensors(), **buffer_tensors(self.module, first), **self._groups}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
-from gmeta.sharding.checkpoint import PartitionWriter
+from gmeta.sharding.checkpoint import PartitionWriter, create_optimizer_state
 from gmeta.sharding.engine import Paro
 from gmeta.sharding.hierarchy import node_mesh
 from gmeta.sharding.paro import paro
@@ -267,6 +267,22 @@ def test_buffers_and_schedules_go_on(saved: str, how: str, tmp_path: Path) -> No
             if backend == "save":
                 assert_near(found["weights"], first["weights"])
                 assert_near(found["statistics"], first["statistics"])
+
+
+def test_state_that_is_made_in_the_middle_of_a_step_moves_nothing() -> None:
+    """One parameter has its state already, the other has none yet; both have gradients."""
+    old, new = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.AdamW([old, new])
+    old.grad = torch.ones(2)
+    optimizer.step()
+    weights = old.detach().clone()
+    old.grad, new.grad = torch.full((2,), 3.0), torch.full((2,), 4.0)
+    assert [made is new for made in create_optimizer_state(optimizer)] == [True]
+    assert torch.equal(old, weights)
+    assert float(optimizer.state[old]["step"]) == 1
+    assert torch.equal(old.grad, torch.full((2,), 3.0))
+    assert torch.equal(new.grad, torch.full((2,), 4.0))
+    assert not any(value.any() for value in optimizer.state[new].values())
 
 
 # Dtypes
