@@ -108,6 +108,18 @@ def make_pack(
         return writer.finish()
 
 
+def raw_rows(third_group: str = "new") -> dict[str, list[Any]]:
+    """Three raw rows of two tasks without labels, which fit a pack of `make_pack`; by default one group is unknown."""
+    return {
+        "user": ["a", "a", "b"],
+        "group": ["group1", "group2", third_group],
+        "item": ["item1", "item2", "item3"],
+        "tags": [["tags1"], [], ["tags2", "tags3"]],
+        "age": [0.1, 0.2, 0.3],
+        "price": [1.0, 2.0, 3.0],
+    }
+
+
 def small_model(name: str, **args: Any) -> ModelConfig:
     """A model of each name with the same small sizes; arguments that it does not take are left out."""
     wanted = {"hidden": [6], "bottom": [6], "dropout": 0.1, "task_features": ["group"], **args}

@@ -141,9 +141,8 @@ class HeadlineRow:
     variant: str
     record: dict[str, Any]
     difference: dict[str, Any] | None  # reference - variant; None for the reference itself
-    verdict: (
-        str  # "better", "worse" or "not distinguishable" or "too few tasks", of the reference; "a bound"; "" for itself
-    )
+    verdict: str
+    """better, worse, not distinguishable or too few tasks, of the reference; a bound; "" for itself"""
 
 
 def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:

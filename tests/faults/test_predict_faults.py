@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import fails, train_words
-from packs import make_pack
+from packs import make_pack, raw_rows
 
 from gmeta.cli import run
 from gmeta.core.files import replacing
@@ -37,14 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     """A directory with support.parquet and query.parquet, which fit the run."""
-    rows = {
-        "user": ["a", "a", "b"],
-        "group": ["group1", "group2", "new"],
-        "item": ["item1", "item2", "item3"],
-        "tags": [["tags1"], [], ["tags2", "tags3"]],
-        "age": [0.1, 0.2, 0.3],
-        "price": [1.0, 2.0, 3.0],
-    }
+    rows = raw_rows()
     pq.write_table(pa.table({**rows, "click": [1, 0, 1]}), tmp_path / "support.parquet")
     pq.write_table(pa.table(rows), tmp_path / "query.parquet")
     return tmp_path

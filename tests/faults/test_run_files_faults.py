@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import fails, gmeta, train_words
-from packs import make_pack
+from packs import make_pack, raw_rows
 from safetensors.torch import load_file, save_file
 
 from gmeta.data.identity import content_checksum
@@ -36,14 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gmeta(*train_words(place / "pack", place / "run", "--schedule.keep_last", 9, "--seed", 5, epochs=3))
     best = [read_state(step_dir(place / "run" / "checkpoints", step))["best_step"] for step in (3, 6, 9)]
     assert best == [3, 6, 9], "the premise: each is better than those before"
-    rows: dict[str, list[Any]] = {
-        "user": ["a", "a", "b"],
-        "group": ["group1", "group2", "group3"],
-        "item": ["item1", "item2", "item3"],
-        "tags": [["tags1"], [], ["tags2", "tags3"]],
-        "age": [0.1, 0.2, 0.3],
-        "price": [1.0, 2.0, 3.0],
-    }
+    rows = raw_rows("group3")
     pq.write_table(pa.table({**rows, "click": [1, 0, 1]}), place / "support.parquet")
     pq.write_table(pa.table(rows), place / "query.parquet")
     return place

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from commands import fails, train_words
-from packs import make_pack, small_model
+from packs import make_pack, raw_rows, small_model
 from safetensors.torch import load_file
 
 from gmeta.cli import run
@@ -347,14 +347,7 @@ def test_a_resumed_run_may_compute_the_same_another_way(pack: Path, trained_copy
 
 def raw_files(folder: Path) -> tuple[Path, Path]:
     """Support and query files that fit the pack of `make_pack`."""
-    rows = {
-        "user": ["a", "a", "b"],
-        "group": ["group1", "group2", "new"],
-        "item": ["item1", "item2", "item3"],
-        "tags": [["tags1"], [], ["tags2", "tags3"]],
-        "age": [0.1, 0.2, 0.3],
-        "price": [1.0, 2.0, 3.0],
-    }
+    rows = raw_rows()
     support, query = folder / "support.parquet", folder / "query.parquet"
     pq.write_table(pa.table({**rows, "click": [1, 0, 1]}), support)
     pq.write_table(pa.table({name: values[::-1] for name, values in rows.items()}), query)
