@@ -4,14 +4,20 @@
 
 Computing is emulated: every layer sleeps, a third of its time in the forward pass and two thirds in the backward pass,
 so that eight ranks fit two cores. What the layers compute besides is real, and tiny. Rank 0 prints JSON.
+
+Memory is what malloc has given out on rank 0, with what torch, gloo and the engines keep, above what it had before the
+model was made. It is looked at every 2 ms in a step that is not timed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import json
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -89,13 +95,16 @@ class Contender:
 
 
 def contender(name: str, model: Model, group_size: int) -> Contender:
-    """Make a contender by its name: alone, a peer, or a strategy[:collectives]."""
+    """Make a contender by its name: alone, a peer, or a strategy[:collectives[:KiB of a ring's chunks]]."""
     if name == "alone":
         return Contender(alone(model))
     if name in ("fsdp2", "fsdp2 late", "hsdp", "ddp"):
         return Contender(peer(name, model, group_size))
-    strategy, _, collectives = name.partition(":")
+    strategy, collectives, chunk_kib = (*name.split(":"), "", "")[:3]
     engine = paro(model, ADAMW, node_mesh(group_size), strategy, collectives=collectives or "two_phase")  # type: ignore[arg-type]
+    if chunk_kib:
+        for hierarchy in (engine._streams.params_collectives, engine._streams.grads_collectives):
+            hierarchy.rings.chunk_bytes = int(chunk_kib) << 10
 
     def step(micro_batches: list[Tensor]) -> None:
         for k, x in enumerate(micro_batches):
@@ -168,8 +177,53 @@ def timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
+class _MallocInfo(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keep",
+        )
+    )
+
+
+def bytes_in_use() -> int:
+    """Return the bytes that malloc has given out in this process, in all of its threads (glibc 2.33 or later)."""
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = _MallocInfo
+
+
+def measured_memory(before: int, work: Callable[[], None]) -> dict[str, int]:
+    """Return the bytes above `before` that are in use at most during `work`, and those that stay after it."""
+    seen, ended = [bytes_in_use()], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.002):
+            seen.append(bytes_in_use())
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    work()
+    ended.set()
+    looking.join()
+    gc.collect()
+    return {"peak_bytes": max(seen) - before, "kept_bytes": bytes_in_use() - before}
+
+
 def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Time the steps of every contender in turn, round after round, in seconds.
+    """Time the steps of every contender in turn, round after round, in seconds, and look at the memory in the last.
 
     One contender lives at a time, and makes a step before it is timed: every process group of gloo wakes a thread a
     hundred times a second, and those of twenty contenders in eight processes would take a core.
@@ -177,15 +231,21 @@ def train(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
     draws = torch.Generator().manual_seed(dist.get_rank())
     for accumulation in order["accumulation"]:
         micro_batches = [torch.randn(2, order["width"], generator=draws) for _ in range(accumulation)]
-        for _ in range(order["rounds"]):
+        for turn in range(order["rounds"]):
             for name in order["contenders"]:
+                gc.collect()
+                before = bytes_in_use()
                 torch.manual_seed(0)
                 model = Model(order["layers"], order["width"], order["micro_batch_s"])
                 made = contender(name, model, order["group_size"])
                 run_steps(made, micro_batches, 1)  # makes state, records the order of units
                 seconds = timed(partial(run_steps, made, micro_batches, order["steps"]))
+                record = {"contender": name, "accumulation": accumulation, "seconds": seconds / order["steps"]}
+                if turn == order["rounds"] - 1:  # what torch and gloo keep from their first use on is there by now
+                    record |= measured_memory(before, partial(run_steps, made, micro_batches, 1))
                 made.close()
-                yield {"contender": name, "accumulation": accumulation, "seconds": seconds / order["steps"]}
+                del model, made  # before the next one's memory is looked at
+                yield record
 
 
 def run_steps(made: Contender, micro_batches: list[Tensor], steps: int) -> None:
@@ -207,7 +267,6 @@ def rings(order: dict[str, Any]) -> Iterator[dict[str, Any]]:
         buffer = torch.zeros(nbytes // 4)
         for turn in range(order["rounds"] + 1):
             for name, hierarchy in every.items():
-                hierarchy.rings.chunk_bytes = order["chunk_bytes"]
                 jobs = {
                     "all_gather": partial(hierarchy.gather, buffer, "G", "N"),
                     "reduce_scatter": partial(hierarchy.reduce_scatter, buffer, "N", "G"),

@@ -6,7 +6,9 @@ Four nodes of two ranks run in network namespaces, with fast links inside a node
 three layouts: a link to other nodes for each rank (rails), one that the ranks of a node share, and rails with links
 inside that are some 100 times as fast. Contenders take turns in the same processes; numbers are medians over rounds.
 Computing is emulated by sleeping (rank.py). The planner is told what the model takes on all ranks at once without
-communication. This needs Linux, root and iproute2.
+communication. Some contenders also run with nothing to compute: what is left is communication, and
+(computing + communication - both together) over the shorter of the two is how much of it was hidden. Tables at equal
+memory come first; they go by the measured peak. This needs Linux, root, glibc and iproute2.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ MODEL = {"layers": 4, "width": 192, "micro_batch_s": 0.24}
 """The model has 7 MB of fp32 weights. The ratio of computing to what full sharding sends is that of a 7 B model on 32
 A100 with 100 Gb/s between machines (40.7 s of communication and some 6 s of computing at ten micro-batches)."""
 PEERS = ("fsdp2", "fsdp2 late", "hsdp", "ddp")
+BARE = ("NNN", "IIG", "III", "GGG", "GGG:ho", "GGG:ho:1024", "fsdp2", "hsdp", "ddp")
+"""Contenders that also run with nothing to compute."""
 SOME = ("NNN", "NII", "III", "IIG", "NIG", "GGG", *PEERS)
 
 
@@ -52,7 +56,7 @@ class Layout:
     work: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
 
 
-EVERYONE = (*STRATEGIES, "GGG:backend", "GGG:ho", *PEERS)
+EVERYONE = (*STRATEGIES, "GGG:backend", "GGG:ho", "GGG:ho:1024", *PEERS)
 LAYOUTS = (
     Layout("a link a rank", "1gbit", "100mbit", False, ((EVERYONE, (4,)), (SOME, (1, 10)))),
     Layout("a link a group", "1gbit", "100mbit", True, ((SOME, (4,)),)),
@@ -81,6 +85,11 @@ def main() -> None:
             found = trained(net, layout, args.quick)
             records += train_records(layout.name, links, found)
             bodies.append(train_table(layout.name, links, found))
+            if layout is LAYOUTS[0]:
+                bodies[:0] = equal_memory_tables(layout.name, found)
+                bare = trained(net, replace(layout, work=((BARE, (4,)),)), args.quick, micro_batch_s=0.0)
+                records += overlap_records(layout.name, found, bare)
+                bodies.append(overlap_table(layout.name, found, bare))
             sizes = [4 << 20] if layout is LAYOUTS[-1] else [4 << 20, 16 << 20]
             timed = list(run_ranks(net, ring_order(sizes, args.quick)))
             records += ring_records(layout.name, links, timed)
@@ -148,39 +157,54 @@ def run_ranks(net: Cluster, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
 # Training
 
 
-Found = dict[tuple[str, int], float]
-"""Median seconds of a step by (contender, accumulation); "alone" is what computing takes."""
+@dataclass(frozen=True)
+class Measured:
+    """A contender's step: median seconds, and bytes of a rank at most in it and between steps."""
+
+    seconds: float
+    peak_bytes: int
+    kept_bytes: int
 
 
-def trained(net: Cluster, layout: Layout, quick: bool) -> Found:
+Found = dict[tuple[str, int], Measured]
+"""What was measured by (contender, accumulation); "alone" is what computing takes."""
+
+
+def trained(net: Cluster, layout: Layout, quick: bool, **options: float) -> Found:
     """Train with every contender of `layout`."""
     rounds = {"rounds": 2, "steps": 1} if quick else {"rounds": 3, "steps": 2}
-    seconds: dict[tuple[str, int], list[float]] = {}
+    records: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for contenders, accumulation in layout.work[:1] if quick else layout.work:
         names = ["alone", *contenders]
-        order = {"work": "train", "contenders": names, "accumulation": accumulation, **MODEL, **rounds}
+        order = {"work": "train", "contenders": names, "accumulation": accumulation, **MODEL, **rounds, **options}
         for record in run_ranks(net, order):
-            seconds.setdefault((record["contender"], record["accumulation"]), []).append(record["seconds"])
-    return {case: statistics.median(times) for case, times in seconds.items()}
+            records.setdefault((record["contender"], record["accumulation"]), []).append(record)
+    return {
+        case: Measured(statistics.median(r["seconds"] for r in turns), turns[-1]["peak_bytes"], turns[-1]["kept_bytes"])
+        for case, turns in records.items()
+    }
 
 
 def planned(links: Links, contender: str, accumulation: int, found: Found) -> StepCost | None:
     """Return what the planner says of a step, given the time of computing; None for torch's own engines."""
-    strategy, _, collectives = contender.partition(":")
+    strategy, collectives, _ = (*contender.split(":"), "", "")[:3]
     if strategy not in STRATEGIES:
         return None
     params = int(MODEL["layers"] * 12 * MODEL["width"] ** 2)
-    micro_batch_s = found["alone", accumulation] / accumulation
+    micro_batch_s = found["alone", accumulation].seconds / accumulation
     work = Workload(params, params, accumulation, micro_batch_s, int(MODEL["layers"]), ElementBytes(4, 4, 8))
     return step_cost(strategy, LAYOUT, links, work, {"": "two_phase", "backend": "flat"}.get(collectives, collectives))
 
 
 def train_records(layout: str, links: Links, found: Found) -> list[Record]:
     records = []
-    for (contender, accumulation), seconds in found.items():
-        case = f"{layout}, acc{accumulation}"
+    for (contender, accumulation), measured in found.items():
+        case, seconds = f"{layout}, acc{accumulation}", measured.seconds
         records.append(Record(case, contender, "step_s", seconds, "s"))
-        records.append(Record(case, contender, "speedup_over_fsdp2", found["fsdp2", accumulation] / seconds, ""))
+        faster = found["fsdp2", accumulation].seconds / seconds
+        records.append(Record(case, contender, "speedup_over_fsdp2", faster, ""))
+        records.append(Record(case, contender, "peak_bytes", measured.peak_bytes, "bytes"))
+        records.append(Record(case, contender, "kept_bytes", measured.kept_bytes, "bytes"))
         plan = planned(links, contender, accumulation, found)
         if plan is not None:
             records.append(Record(case, contender, "predicted_step_s", plan.step_s, "s"))
@@ -196,7 +220,9 @@ def rank_correlation(links: Links, found: Found, accumulation: int) -> float:
     """Return Spearman's correlation of predicted and measured times of the strategies."""
     names = [name for name, acc in found if acc == accumulation and name in STRATEGIES]
     plans = [planned(links, name, accumulation, found) for name in names]
-    return spearman([found[name, accumulation] for name in names], [plan.step_s for plan in plans if plan is not None])
+    return spearman(
+        [found[name, accumulation].seconds for name in names], [plan.step_s for plan in plans if plan is not None]
+    )
 
 
 def spearman(left: Sequence[float], right: Sequence[float]) -> float:
@@ -211,33 +237,86 @@ def spearman(left: Sequence[float], right: Sequence[float]) -> float:
 def train_table(layout: str, links: Links, found: Found) -> str:
     lines = []
     for accumulation in sorted({accumulation for _, accumulation in found}):
-        names = sorted((name for name, acc in found if acc == accumulation), key=lambda n: found[n, accumulation])
+        names = sorted(
+            (name for name, acc in found if acc == accumulation), key=lambda n: found[n, accumulation].seconds
+        )
         rows = []
         for name in names:
-            seconds, plan = found[name, accumulation], planned(links, name, accumulation, found)
+            measured, plan = found[name, accumulation], planned(links, name, accumulation, found)
             told = ("", "", "")
             if plan is not None:
-                told = (
-                    f"{plan.step_s:.2f}",
-                    f"{plan.step_s / seconds:.2f}",
-                    f"{(plan.memory - plan.passing) / 1e6:.1f}",
-                )
-            rows.append((name, f"{seconds:.2f}", f"{found['fsdp2', accumulation] / seconds:.2f}", *told))
-        header = ("strategy", "s a step", "x FSDP2", "planned s", "planned / measured", "MB a rank")
+                seconds = plan.step_s
+                told = (f"{seconds:.2f}", f"{seconds / measured.seconds:.2f}", f"{plan.memory / 1e6:.1f}")
+            memory = f"{measured.kept_bytes / 1e6:.1f}", f"{measured.peak_bytes / 1e6:.1f}"
+            faster = found["fsdp2", accumulation].seconds / measured.seconds
+            rows.append((name, f"{measured.seconds:.2f}", f"{faster:.2f}", *memory, *told))
+        kinds = ("MB between steps", "MB at most", "planned s", "planned / measured", "planned MB at most")
+        header = ("strategy", "s a step", "x FSDP2", *kinds)
         correlation = rank_correlation(links, found, accumulation)
         lines += [f"### {layout}, {accumulation} micro-batches", "", table(header, rows), ""]
         lines += [f"Spearman's rank correlation of planned and measured times: {correlation:.2f}", ""]
     return "\n".join(lines).strip()
 
 
+def equal_memory_tables(layout: str, found: Found) -> Iterator[str]:
+    """Yield for each number of micro-batches what is fastest of ours within each peer's measured memory."""
+    for accumulation in sorted({accumulation for _, accumulation in found}):
+        rows = []
+        for peer in ("fsdp2", "hsdp", "ddp"):
+            theirs = found[peer, accumulation]
+            fitting = {
+                name: ours
+                for (name, acc), ours in found.items()
+                if acc == accumulation and name in STRATEGIES and ours.peak_bytes <= theirs.peak_bytes
+            }
+            row = (peer, f"{theirs.peak_bytes / 1e6:.1f}", f"{theirs.seconds:.2f}")
+            if fitting:
+                name = min(fitting, key=lambda name: fitting[name].seconds)
+                ours = fitting[name]
+                row += (
+                    name,
+                    f"{ours.peak_bytes / 1e6:.1f}",
+                    f"{ours.seconds:.2f}",
+                    f"{theirs.seconds / ours.seconds:.2f}",
+                )
+            rows.append((*row, "none", "", "", "")[:7])
+        header = ("peer", "MB at most", "s a step", "ours in no more", "MB at most", "s a step", "gain")
+        yield f"### At equal memory, {layout}, {accumulation} micro-batches\n\n{table(header, rows)}"
+
+
+def hidden_share(name: str, found: Found, bare: Found) -> float:
+    """Return how much of the shorter of computing and communication was hidden behind the longer one."""
+    computing, communication = found["alone", 4].seconds, bare[name, 4].seconds
+    return (computing + communication - found[name, 4].seconds) / min(computing, communication)
+
+
+def overlap_records(layout: str, found: Found, bare: Found) -> list[Record]:
+    case = f"{layout}, acc4, nothing to compute"
+    return [
+        record
+        for name in BARE
+        for record in (
+            Record(case, name, "step_s", bare[name, 4].seconds, "s"),
+            Record(case, name, "hidden", hidden_share(name, found, bare), ""),
+        )
+    ]
+
+
+def overlap_table(layout: str, found: Found, bare: Found) -> str:
+    computing = found["alone", 4].seconds
+    rows = [
+        (name, *(f"{x:.2f}" for x in (found[name, 4].seconds, bare[name, 4].seconds, hidden_share(name, found, bare))))
+        for name in BARE
+    ]
+    header = ("strategy", "s a step", "s without computing", "hidden of the shorter one")
+    return f"### What is hidden, {layout}, 4 micro-batches (computing alone {computing:.2f} s)\n\n{table(header, rows)}"
+
+
 # Rings
 
 
-CHUNK_BYTES = 128 << 10
-
-
 def ring_order(sizes: Sequence[int], quick: bool) -> dict[str, Any]:
-    return {"work": "rings", "bytes": sizes, "rounds": 2 if quick else 5, "chunk_bytes": CHUNK_BYTES}
+    return {"work": "rings", "bytes": sizes, "rounds": 2 if quick else 5}
 
 
 def theory_s(links: Links, what: str, algorithm: str, nbytes: int) -> float:

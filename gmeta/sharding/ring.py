@@ -33,6 +33,8 @@ Algorithm = Literal["flat", "two_phase", "ho"]
 ALGORITHMS: tuple[Algorithm, ...] = ("flat", "two_phase", "ho")
 Blocks = Sequence[Sequence[Tensor]]
 """Blocks [node][local rank]."""
+_MOST_CHUNKS = 8
+"""How many chunks a block has at most. The spreading of the last one, 1 / 8 of it all, is not hidden."""
 
 
 @dataclass
@@ -74,7 +76,7 @@ class RingCollectives:
     inter: Ring
     world: Ring
     helper: CommStream
-    chunk_bytes: int = 1 << 20
+    chunk_bytes: int = 128 << 10  # with 1 MiB a layer's block is one chunk, and nothing overlaps (see docs/paro.md)
 
     def leave(self) -> None:
         """Forget the process groups, which their owner destroys."""
@@ -140,12 +142,12 @@ class RingCollectives:
         self.all_gather(blocks, algorithm)
 
     def _chunks(self, blocks: Blocks) -> list[Blocks]:
-        """Cut every block into the same number of parts, so that none is longer than `chunk_bytes`.
+        """Cut every block into the same number of parts: of `chunk_bytes` at most, but no more than `_MOST_CHUNKS`.
 
         Chunk k holds part k of every block.
         """
         longest = max(block.nbytes for node in blocks for block in node)
-        parts = max(1, -(-longest // self.chunk_bytes))
+        parts = min(max(1, -(-longest // self.chunk_bytes)), _MOST_CHUNKS)
         return [[[_part(block, k, parts) for block in node] for node in blocks] for k in range(parts)]
 
 
