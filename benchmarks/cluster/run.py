@@ -261,26 +261,18 @@ def train_table(layout: str, links: Links, found: Found) -> str:
 def equal_memory_tables(layout: str, found: Found) -> Iterator[str]:
     """Yield for each number of micro-batches what is fastest of ours within each peer's measured memory."""
     for accumulation in sorted({accumulation for _, accumulation in found}):
+        ours = {name: one for (name, acc), one in found.items() if acc == accumulation and name in STRATEGIES}
         rows = []
         for peer in ("fsdp2", "hsdp", "ddp"):
             theirs = found[peer, accumulation]
-            fitting = {
-                name: ours
-                for (name, acc), ours in found.items()
-                if acc == accumulation and name in STRATEGIES and ours.peak_bytes <= theirs.peak_bytes
-            }
-            row = (peer, f"{theirs.peak_bytes / 1e6:.1f}", f"{theirs.seconds:.2f}")
-            if fitting:
-                name = min(fitting, key=lambda name: fitting[name].seconds)
-                ours = fitting[name]
-                row += (
-                    name,
-                    f"{ours.peak_bytes / 1e6:.1f}",
-                    f"{ours.seconds:.2f}",
-                    f"{theirs.seconds / ours.seconds:.2f}",
-                )
-            rows.append((*row, "none", "", "", "")[:7])
-        header = ("peer", "MB at most", "s a step", "ours in no more", "MB at most", "s a step", "gain")
+            fitting = [name for name in ours if ours[name].peak_bytes <= theirs.peak_bytes]
+            best = min(fitting, key=lambda name: ours[name].seconds, default="")
+            name = best or min(ours, key=lambda name: ours[name].peak_bytes)
+            megabytes = (f"{one.peak_bytes / 1e6:.1f}" for one in (theirs, ours[name]))
+            seconds = (f"{one.seconds:.2f}" for one in (theirs, ours[name]))
+            told = name if best else f"{name} (none holds so little)"
+            rows.append((peer, told, *megabytes, *seconds, f"{theirs.seconds / ours[name].seconds:.2f}"))
+        header = ("peer", "ours in no more", "MB at most", "ours", "s a step", "ours", "gain")
         yield f"### At equal memory, {layout}, {accumulation} micro-batches\n\n{table(header, rows)}"
 
 
