@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gmeta.sharding.checkpoint import PartitionTensor, buffer_tensors, create_optimizer_state
 from gmeta.sharding.flat_parameters import CommStreams, FlatParameter, ParameterSpan, Partition, require_whole
-from gmeta.sharding.optimizers import group_numbers, make_optimizer, read_groups, write_groups
+from gmeta.sharding.muon import Muon
+from gmeta.sharding.optimizers import group_numbers, make_optimizer, read_groups, state_bytes, write_groups
 from gmeta.sharding.order import leaves_of, reordered
 from gmeta.sharding.ring import RankTraffic
 from gmeta.sharding.strategy import SCOPES, NodeLayout, NodeTraffic, ShardScope, sent_bytes
@@ -62,8 +63,7 @@ class Paro:
         self._flat_parameters = [flat for unit in units for flat in unit.flat_parameters]
         self._trained = [flat for flat in self._flat_parameters if flat.trained]
         self.partitions: list[Partition] = [partition for flat in self._trained for partition in flat.partitions]
-        trained = [span for flat in self._trained for span in flat.spans]
-        self.optimizer = make_optimizer(optimizer_factory, trained, self.partitions, streams.params.device)
+        self.optimizer = make_optimizer(optimizer_factory, self._trained, streams.grads_collectives)
         self._group_numbers = group_numbers(self.optimizer)
         self._groups: dict[str, Tensor] = {}  # what `state` gave out for them, to be loaded into
         # The units as the last complete forward pass computed them: under N all, under I and G those that are gathered
@@ -355,6 +355,8 @@ class Paro:
         for param in self._provisional:
             self.optimizer.state.pop(param, None)
         self._provisional = []
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.used = frozenset(used)
         self.optimizer.step()
         for partition in self.partitions:
             partition.tensor.grad = None
@@ -551,16 +553,10 @@ class Paro:
         """Return the bytes that this rank holds from step to step: parameters, gradients, optimizer state with master
         weights, and the master weights of frozen parameters.
         """
-        state = sum(
-            value.nbytes
-            for values in self.optimizer.state.values()
-            for value in values.values()
-            if isinstance(value, Tensor) and value.ndim
-        )
         return {
             "params": sum(flat.params.nbytes for flat in self._flat_parameters),
             "grads": sum(flat.kept_bytes for flat in self._trained),
-            "state": state + sum(flat.master_bytes for flat in self._trained),
+            "state": state_bytes(self.optimizer) + sum(flat.master_bytes for flat in self._trained),
             "frozen": sum(flat.master_bytes for flat in self._flat_parameters if not flat.trained),
         }
 

@@ -115,11 +115,15 @@ class HierarchicalCollectives:
         """Return this rank's partition at `scope` of a buffer of `size` elements, counted from its partition at the
         coarser `within`.
         """
+        at = self.partition(size, scope, self.node, self.local_rank)
+        start = at.start - self.partition(size, within, self.node, self.local_rank).start
+        return slice(start, start + at.stop - at.start)
+
+    def partition(self, size: int, scope: ShardScope, node: int, local_rank: int) -> slice:
+        """Return the partition at `scope` that rank (node, local rank) has of a buffer of `size` elements."""
         chunk = size // self.layout.world_size
-        starts = {"N": 0, "I": self.local_rank * self.layout.num_nodes * chunk}
-        starts["G"] = starts["I"] + self.node * chunk
-        start = starts[scope] - starts[within]
-        return slice(start, start + size // self.layout.num_partitions(scope))
+        first = {"N": 0, "I": local_rank * self.layout.num_nodes, "G": local_rank * self.layout.num_nodes + node}[scope]
+        return slice(first * chunk, first * chunk + size // self.layout.num_partitions(scope))
 
     def gather(self, buffer: Tensor, finer: ShardScope, coarser: ShardScope) -> None:
         """Fill `buffer`, this rank's partition at scope `coarser`, from all ranks' partitions at scope `finer`."""

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmeta.sharding.flat_parameters import ParameterSpan, Partition
+from gmeta.sharding.flat_parameters import FlatParameter
+from gmeta.sharding.hierarchy import HierarchicalCollectives
+from gmeta.sharding.muon import MatrixExchange, Muon
 from gmeta.sharding.units import OptimizerFactory
 
-_CURE = "it must be element-wise, such as AdamW, SGD, RMSprop or Adagrad"
+_CURE = "it must be element-wise, such as AdamW, SGD, RMSprop or Adagrad, or gmeta.sharding.muon.Muon"
 _TRIAL_RATES = (None, 1e-2, 1.0)
 """Learning rates of the trial. None is the factory's own, which may be 0 while it warms up."""
 _TRIAL_SCALES = (1.0, 30.0, 0.03)
@@ -78,24 +80,31 @@ def _make(
 
 
 def make_optimizer(
-    factory: OptimizerFactory, spans: Sequence[ParameterSpan], partitions: Sequence[Partition], device: torch.device
+    factory: OptimizerFactory, trained: Sequence[FlatParameter], hierarchy: HierarchicalCollectives
 ) -> torch.optim.Optimizer:
-    """Make an optimizer of the trained parameters `spans`, of which this rank has `partitions`.
+    """Make an optimizer of this rank's partitions of trained parameters.
 
-    The others are there too, empty, so that all ranks have the same groups and schedules.
+    Those of which it has nothing are there too, empty, so that all ranks have the same groups and schedules. `Muon`
+    gets what brings its matrices together, over the groups of `hierarchy`.
     """
-    held = {partition.name: partition.tensor for partition in partitions}
+    device = hierarchy.rings.helper.device
+    spans = [span for flat in trained for span in flat.spans]
+    held = {partition.name: partition.tensor for flat in trained for partition in flat.partitions}
     tensors = [held[s.name] if s.name in held else nn.Parameter(torch.empty(0, device=device)) for s in spans]
     if not spans:  # nothing is trained, and an optimizer needs something
         return factory([("none", nn.Parameter(torch.empty(0, device=device)))])
-    return _make(factory, [span.name for span in spans], [span.shape for span in spans], tensors)
+    optimizer = _make(factory, [span.name for span in spans], [span.shape for span in spans], tensors)
+    if isinstance(optimizer, Muon):
+        optimizer.bind(MatrixExchange(trained, hierarchy), {t: s.name for t, s in zip(tensors, spans, strict=True)})
+    return optimizer
 
 
 # The trial
 
 
 def require_element_wise(module: nn.Module, factory: OptimizerFactory, device: torch.device) -> None:
-    """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone.
+    """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone; what
+    `Muon` orthogonalises is no concern here.
 
     It is tried on small tensors, once unsharded and once in two parts, under the name of a parameter of each group and
     number of dimensions. The updates of three steps are compared in float64, relative to their own size.
@@ -111,8 +120,10 @@ def require_element_wise(module: nn.Module, factory: OptimizerFactory, device: t
     names, shapes = [name for name, _ in trained], [shape for _, shape in trained]
     empty = [nn.Parameter(torch.empty(0, dtype=torch.float64, device=device)) for _ in trained]
     with _refusing():
-        groups = _make(factory, names, shapes, empty).param_groups
-    group_of = {id(param): number for number, group in enumerate(groups) for param in group["params"]}
+        optimizer = _make(factory, names, shapes, empty)
+    whole = optimizer.shapes if isinstance(optimizer, Muon) else {}  # these are brought together for an update
+    groups = optimizer.param_groups
+    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"] if p not in whole}
     kinds = {
         (group_of.get(id(param)), len(shape)): (name, len(shape))
         for name, shape, param in zip(names, shapes, empty, strict=True)
@@ -173,7 +184,13 @@ def _update(
     return param.detach() - start
 
 
-# What groups keep
+# What an optimizer keeps
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of the state's tensors, but for single numbers."""
+    tensors = (value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor))
+    return sum(tensor.nbytes for tensor in tensors if tensor.ndim)
 
 
 def group_numbers(optimizer: torch.optim.Optimizer) -> list[tuple[int, str]]:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from gmeta.sharding.checkpoint import buffer_tensors, create_optimizer_state
+from gmeta.sharding.muon import Muon
 from gmeta.sharding.optimizers import group_numbers, read_groups, write_groups
 from gmeta.sharding.ring import RankTraffic, Ring
 from gmeta.sharding.units import OptimizerFactory, StepResult, broadcast_module, clipped_scale, default_units
@@ -61,6 +62,8 @@ class TorchEngine:
         self._parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
         self._named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.optimizer = optimizer_factory(self._named)
+        if isinstance(self.optimizer, Muon):
+            raise ValueError("backend torch shards matrices by rows, of which Muon sees too few: take backend gmeta")
         self._group_numbers = group_numbers(self.optimizer)
         self._groups: dict[str, Tensor] = {}
         self._first = dist.get_rank() == everyone[0]
