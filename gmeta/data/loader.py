@@ -115,6 +115,7 @@ class TaskLoader(Generic[_T]):
         self._split_by: Callable[[int], SplitSpec] | None = None
         self._stored = np.zeros(0, np.int64) if shuffle else self._stored_batches()  # bounds of a pass's batches
         self.batches_per_epoch = num_batches(split.num_tasks, tasks_per_batch) if shuffle else len(self._stored) - 1
+        self.has_short_batch = shuffle and split.num_tasks % tasks_per_batch > 0
         self._position: _Position = (0, 0, 0)  # of the batch that `next` hands out
         self._tail: list[int] = []  # tasks of this epoch that were put back: positions in the split
         self._window: tuple[int, int, Tasks, TaskRows] | None = None  # epoch, window and tasks of the last one made

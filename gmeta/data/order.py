@@ -83,23 +83,24 @@ def window_of_batches(
     """Return the batches of one window of an epoch: batch k of the epoch is number k % window_batches of window
     k // window_batches.
 
-    Every task is in exactly one batch of an epoch. Only the epoch's last batch may be short, and the tasks in it
-    are a random draw of its window, because a task of a short batch weighs more.
+    Every task is in exactly one batch of an epoch. Only the epoch's last batch may be short. The tasks in it are a
+    random draw of all, because a task of a short batch weighs more.
 
     Not `sequential`, blocks have one task. Without `size_buckets`, batches are cut from the window as it is shuffled.
     """
     length = tasks_per_batch * window_batches
     block = BLOCK_TASKS if sequential else 1
-    stream = _stream(num_tasks, seed, epoch, block, window * length, min((window + 1) * length, num_tasks))
-    tasks = stream[permutation(len(stream), seed, epoch, window)]
-    num_full = len(tasks) // tasks_per_batch * tasks_per_batch
-    full, short = tasks[:num_full], tasks[num_full:]
+    short = _short_batch(num_tasks, num_tasks % tasks_per_batch, seed, epoch)
+    num_full = num_tasks - len(short)
+    stream = _stream(num_full, seed, epoch, block, window * length, min((window + 1) * length, num_full))
+    stream += np.searchsorted(np.sort(short) - np.arange(len(short)), stream, side="right")  # step over the short batch
+    full = stream[permutation(len(stream), seed, epoch, window)]
     if size_buckets:
         batches = [full[members] for members in bucket_by_size(*sizes(full), tasks_per_batch)]
     else:
         batches = list(full.reshape(-1, tasks_per_batch))
     shuffled = [batches[i] for i in permutation(len(batches), seed, epoch, window, 1)]
-    return [*shuffled, short] if len(short) else shuffled
+    return [*shuffled, short] if len(short) and window == num_full // length else shuffled
 
 
 def bucket_by_size(num_support: Tasks, num_query: Tasks, size: int) -> list[Tasks]:
@@ -149,6 +150,17 @@ def keyed_hash(values: Tasks, *key: int) -> NDArray[np.uint64]:
     """Hash each value under a key of non-negative integers, each to 64 bits."""
     start = reduce(lambda state, k: splitmix64(state + np.uint64(k)), key, np.zeros(1, np.uint64))
     return splitmix64(start + values.astype(np.uint64))
+
+
+@lru_cache(maxsize=2)
+def _short_batch(num_tasks: int, count: int, seed: int, epoch: int) -> Tasks:
+    """Draw `count` different tasks: of hash values modulo `num_tasks`, in turn, those that have not come before."""
+    drawn, draws = np.zeros(0, np.int64), 2 * count
+    while len(drawn) < count:
+        values = keyed_hash(np.arange(draws), seed, epoch, 0, 2) % np.uint64(num_tasks)
+        _, first = np.unique(values, return_index=True)
+        drawn, draws = values[np.sort(first)][:count].astype(np.int64), 2 * draws
+    return drawn
 
 
 @lru_cache(maxsize=2)

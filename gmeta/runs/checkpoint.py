@@ -32,7 +32,8 @@ from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 from gmeta.sharding.checkpoint import PartitionWriter, StreamReader, metadata_differences
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""2 drew the short batch of an epoch from its last window, 3 draws it from all tasks: positions mean other batches."""
 _STATE = "state.json"
 _CHECKSUMS = "checksums.json"
 

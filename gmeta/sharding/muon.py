@@ -36,8 +36,8 @@ def orthogonalise(
     eps: float = 1e-7,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """Return a matrix with the singular vectors of `matrix` [rows, columns] and singular values near 1 (most are from .5
-    to 1.5), in `dtype`, by Newton-Schulz iterations.
+    """Return a matrix with the singular vectors of `matrix` [rows, columns] and singular values near 1 (most are from
+    .5 to 1.5), in `dtype`, by Newton-Schulz iterations.
     """
     a, b, c = coefficients
     tall = matrix.shape[0] > matrix.shape[1]

@@ -53,6 +53,11 @@ def load_checkpoint(run: Run, path: Path) -> dict[str, Any] | None:
     state.dense.loaded()
     state.progress = Progress(**values["progress"])
     run.loader.load_state_dict(values["loader"])
+    if values["format_version"] < 3 and not run.loader.between_epochs and run.loader.has_short_batch:
+        run.log.say(
+            f"checkpoint {path} is of an earlier release, which drew epochs in another order: some tasks of this epoch "
+            "may come twice and others not at all; the next epochs are whole"
+        )
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(values["torch_rng"]), dtype=torch.uint8))
     run.log.cut_back(state.progress.step)
     run.saved_step = state.progress.step

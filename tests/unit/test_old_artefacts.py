@@ -66,6 +66,19 @@ def test_training_goes_on(old: Path, tmp_path: Path) -> None:
     gmeta("evaluate", "--run_dir", tmp_path / "run", "--resamples", 2, "--baselines", "false")
 
 
+def test_an_epoch_that_was_begun_in_another_order_is_named(
+    old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--config", "train.yaml", "--run_dir", tmp_path / "run", "--loader.tasks_per_batch", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT_VERSION", 2)
+        gmeta("train", *words, "--schedule.max_steps", 2)
+    gmeta("train", *words, "--resume", "true", "--schedule.max_steps", 3)
+    assert "drew epochs in another order" in capsys.readouterr().err
+    gmeta("train", *words, "--resume", "true", "--schedule.max_steps", 4)
+    assert "drew epochs in another order" not in capsys.readouterr().err
+
+
 def test_its_settings_and_its_pack_train_a_new_run(
     old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
