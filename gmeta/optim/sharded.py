@@ -176,20 +176,23 @@ def open_dense(
     sharding: str = "NNN",
     node_size: int = 0,
     memory_bytes: float | None = None,
+    alltoall_bytes: float = 0.0,
     outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None,
 ) -> Dense:
     """Return the dense layers of `module` with AdamW, sharded as `sharding` says; collective.
 
     With `sharding` auto, NNN is taken where it holds at most `memory_bytes` a rank, and otherwise what the planner
-    chooses. `outer_reduce` makes the sum of replicated gradients over ranks; the default is `GradientBuckets`. Raises
-    ValueError where it is given for sharded layers, which reduce in their own way. For other errors see `paro`.
+    chooses beside `alltoall_bytes` of table rows a batch. `outer_reduce` makes the sum of replicated gradients over
+    ranks; the default is `GradientBuckets`. Raises ValueError where it is given for sharded layers, which reduce in
+    their own way. For other errors see `paro`.
     """
     optimizer = partial(adamw, decayed=decayed_names(module), lr=lr, inner_lr_lr=inner_lr_lr, weight_decay=weight_decay)
     nodes = None
     if sharding != "NNN" and mesh.world_size > 1:
         nodes = node_mesh(node_size or mesh.local_world_size, mesh.device.type)
     if sharding == AUTO:
-        auto = AutoSharding(memory_bytes=memory_bytes, replicate=True)  # its AllReduce goes in buckets of many layers
+        # NNN's AllReduce goes in buckets of many layers, so it is taken wherever it fits
+        auto = AutoSharding(memory_bytes=memory_bytes, replicate=True, alltoall_bytes=alltoall_bytes)
         sharding = str(choose_strategies(module, optimizer, nodes, AUTO, auto, timeout_s=mesh.timeout_s)[""])
     if sharding == "NNN":
         return ReplicatedDense(module, optimizer, mesh, (outer_reduce or GradientBuckets)(module.parameters(), mesh))

@@ -30,6 +30,7 @@ class AutoSharding:
 
     accumulation: int = 1  # micro-batches of an optimizer step
     micro_batch_s: float = 0.0  # seconds that a rank computes for one; 0 chooses by communication alone
+    alltoall_bytes: float = 0.0  # of table rows that a rank asks for in a micro-batch, where they use the same links
     memory_bytes: float | None = None  # of a rank, for all but activations; None: see FREE_SHARE; no limit on CPU
     replicate: bool = False  # take NNN wherever it fits, even if others are as fast by the estimate
     links: Links | None = None  # None measures them, which takes seconds on slow links
@@ -104,7 +105,8 @@ def _work(
             "it more finely"
         )
     number = max(1, len(list(default_units(module) if units is None else units)))
-    return Workload(max(1, params), trainable, auto.accumulation, auto.micro_batch_s, number, sizes), cap
+    step = auto.accumulation, auto.micro_batch_s, number, sizes, auto.alltoall_bytes
+    return Workload(max(1, params), trainable, *step), cap
 
 
 def _chosen(

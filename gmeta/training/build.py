@@ -20,9 +20,10 @@ from gmeta.optim.dense import OuterReduce
 from gmeta.optim.sharded import open_dense
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.build import MakeExchange, build_system
-from gmeta.recommender.system import PreparedBatch
+from gmeta.recommender.build import WIRE, MakeExchange, build_system
+from gmeta.recommender.system import PreparedBatch, System
 from gmeta.runs.log import RunLog
+from gmeta.sharding.auto import AUTO
 from gmeta.training.run import Run
 from gmeta.training.state import LearningRates, TrainState
 from gmeta.training.statistics import Stopwatch
@@ -35,6 +36,18 @@ class Parts:
     exchange: MakeExchange = RowExchange
     outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None
     loader_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def bytes_of_rows(loader: TaskLoader[PreparedBatch], system: System, wire: torch.dtype) -> float:
+    """Return the bytes of table rows that this rank asks for in a batch, the mean of the first four; collective.
+
+    `wire` is the type of rows on their way. The loader is at its beginning afterwards.
+    """
+    batches = min(4, loader.batches_per_epoch)
+    routes = [route for _ in range(batches) for route in next(loader).routed.routes.items()]
+    loader.load_state_dict({"epoch": 0, "index": 0})
+    values = sum(route.num_rows * system.tables.fused[name].dim for name, route in routes)
+    return values * wire.itemsize / max(1, batches)
 
 
 def build_run(
@@ -65,6 +78,8 @@ def build_run(
     total = config.schedule.epochs * loader.batches_per_epoch
     if config.schedule.max_steps:
         total = min(total, config.schedule.max_steps)
+    planned = config.dense.sharding == AUTO and mesh.world_size > 1
+    row_bytes = bytes_of_rows(loader, system, WIRE[config.comm.wire] or system.dtype) if planned else 0.0
     dense = open_dense(
         system.learner,
         mesh,
@@ -74,6 +89,7 @@ def build_run(
         sharding=config.dense.sharding,
         node_size=config.dense.node_size,
         memory_bytes=None if config.dense.memory_gb is None else 1e9 * config.dense.memory_gb,
+        alltoall_bytes=row_bytes,
         outer_reduce=parts.outer_reduce,
     )
     state = TrainState(

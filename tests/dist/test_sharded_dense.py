@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from harness import run_ranks
 from packs import make_pack
 from steps import end_of, one_step, start_step
@@ -17,7 +18,7 @@ from test_train import assert_same, config, run_steps, traffic_of_steps
 from gmeta.config.train import DenseConfig, MetaConfig, TrainConfig
 from gmeta.evaluation.score import score_split
 from gmeta.parallel.mesh import Mesh
-from gmeta.training.build import build_run
+from gmeta.training.build import build_run, bytes_of_rows
 from gmeta.training.records import traffic_record
 from gmeta.training.saving import load_checkpoint, save_checkpoint
 from gmeta.training.validation import validate
@@ -95,6 +96,29 @@ def test_the_planner_chooses(tmp_path: Path, nproc: int, memory_gb: float | None
     (expected, *_) = run_ranks(nproc, run_steps, config(pack), 4)
     (found, *_) = run_ranks(nproc, run_steps, config(pack, dense=auto), 4)
     assert_same(found, expected, 1e-9)
+
+
+def rows_of(mesh: Mesh, settings: TrainConfig) -> tuple[float, float, dict[str, Any]]:
+    """Return what the planner is told, the same counted from ids, and where the loader is then."""
+    run = build_run(settings, mesh, threading.Event())
+    with run.loader:
+        told = bytes_of_rows(run.loader, run.state.system, torch.float32)
+        at = run.loader.state_dict()
+        counted = 0.0
+        for _ in range(4):
+            batch = next(run.loader).batch
+            request = run.state.system.exchange.request(batch.support, batch.query)
+            counted += sum(len(rows) * run.state.system.tables.fused[name].dim for name, rows in request.rows.items())
+    run.state.dense.close()
+    return told, counted, at
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_the_planner_knows_the_rows_of_the_first_batches(tmp_path: Path, nproc: int) -> None:
+    for told, counted, at in run_ranks(nproc, rows_of, config(make_pack(tmp_path / f"pack{nproc}"))):
+        assert told == pytest.approx(counted)  # four batches, four bytes
+        assert told > 0
+        assert at == {"epoch": 0, "index": 0}
 
 
 def engine_of(mesh: Mesh, settings: TrainConfig) -> str:
