@@ -19,10 +19,11 @@ class ModelConfig:
     """The model and what it reads."""
 
     name: str = "melu"
-    """Model to train: melu, dlrm, taste, or your own as package.module:Class."""
+    """Model to train: melu, dlrm, taste, neural_linear, or your own as package.module:Class."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
-    dropout and task_features. Your own class takes its own."""
+    dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std and noise. Your own class
+    takes its own."""
     features: list[str] = field(default_factory=list)
     """Categorical features to use; empty means all in the pack."""
     numeric: bool = True
@@ -42,7 +43,8 @@ class MetaConfig:
 
     adapt: list[str] = field(default_factory=lambda: ["embeddings", "dense"])
     """What a task adapts: embeddings, dense, head, decision, or globs of parameter names
-    (embeddings.item_id, layers.0.*). Empty: plain training."""
+    (embeddings.item_id, layers.0.*), by SGD steps; last_layer, solved in closed form after them. Empty: plain
+    training."""
     order: Literal["first", "second"] = "second"
     """second differentiates through the inner loop (exact MAML); first does not."""
     inner_steps: int = 1
@@ -102,6 +104,9 @@ class EmbeddingConfig:
     """Decoupled weight decay of the rows that took part in a step."""
     init_std: float = 0.05
     """Standard deviation of the initial rows."""
+    start: Literal["random", "factors"] = "random"
+    """Where the item's rows start: factors has the solution of factor analysis on the training rows in them, for
+    model neural_linear; step 0 is then validated and saved too."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "embedding.")

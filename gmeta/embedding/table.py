@@ -125,6 +125,14 @@ class FusedTable:
             weight[start:end] = normal_rows(keys - offsets[table], table_keys[table], self.dim) * self.init_std
         return weight
 
+    def set_rows(self, table: str, rows: Tensor) -> None:
+        """Overwrite the rows of a logical table, [num_ids, dim], on the workers that own them; all give the same."""
+        first = self.offsets[table]
+        at = self.permutation.forward(torch.arange(first, first + len(rows)))
+        own = self.local_range(self.mesh.rank)
+        mine = (at >= own.start) & (at < own.stop)
+        self.weight[(at[mine] - own.start).to(self.weight.device)] = rows[mine].to(self.weight)
+
     @cached_property
     def state(self) -> dict[str, Tensor]:
         """Return the optimizer's state of this worker's rows, by name: [local rows] or [local rows, dim]; it starts at

@@ -35,11 +35,24 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True, slots=True)
+class Posterior:
+    """The normal posterior of T tasks' last layers, (weight, bias), D numbers each."""
+
+    mean: Tensor  # [T, D]
+    spread: Tensor  # F [T, D, D], whose F F^T is the covariance
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors, in the order of the fields."""
+        return [self.mean, self.spread]
+
+
+@dataclass(frozen=True, slots=True)
 class FastWeights:
     """The adapted state of T tasks: plain tensors and names, no graph of its own and nothing of the model.
 
     The factored engine fills `updates`, `modulation` and, for element-wise parameters, `values`. The reference engine
-    fills `values` with whole parameters. Both fill `deltas`: delta p belongs to `pairs[table][p]`, a (task, row).
+    fills `values` with whole parameters. Both fill `deltas`: delta p belongs to `pairs[table][p]`, a (task, row). The
+    closed form fills `posterior`.
     """
 
     num_tasks: int
@@ -48,6 +61,7 @@ class FastWeights:
     deltas: dict[str, Tensor] = field(default_factory=dict)  # table -> change of the tasks' private rows [P, d]
     pairs: dict[str, Tensor] = field(default_factory=dict)  # table -> int64 [P, 2]: position of the task, row
     modulation: dict[str, Modulated] = field(default_factory=dict)  # where the tasks' linear layers started
+    posterior: Posterior | None = None  # of the tasks' last layers, where they were solved for
 
     def tensors(self) -> list[Tensor]:
         """Return all tensors that gradients flow through, in an order that `filled` knows."""
@@ -55,7 +69,8 @@ class FastWeights:
             tensor for steps in self.updates.values() for step in steps for tensor in (step.inputs, step.gradients)
         ]
         starts = [tensor for start in self.modulation.values() for tensor in start.tensors()]
-        return [*parts, *self.values.values(), *self.deltas.values(), *starts]
+        solved = [] if self.posterior is None else self.posterior.tensors()
+        return [*parts, *self.values.values(), *self.deltas.values(), *starts, *solved]
 
     def filled(self, tensors: Iterator[Tensor]) -> FastWeights:
         """Return the same state with other tensors instead of `tensors()`."""
@@ -69,6 +84,7 @@ class FastWeights:
             {table: next(tensors) for table in self.deltas},
             self.pairs,
             {layer: start.filled(tensors) for layer, start in self.modulation.items()},
+            None if self.posterior is None else Posterior(next(tensors), next(tensors)),
         )
 
     def detach(self) -> FastWeights:
@@ -145,6 +161,7 @@ class FastWeights:
             )
             for layer, start_of in first.modulation.items()
         }
+        posteriors = [part.posterior for part in parts if part.posterior is not None]
         return FastWeights(
             sum(part.num_tasks for part in parts),
             updates,
@@ -152,6 +169,7 @@ class FastWeights:
             {table: torch.cat([part.deltas[table] for part in parts]) for table in first.deltas},
             pairs,
             modulation,
+            Posterior(*map(torch.cat, zip(*(p.tensors() for p in posteriors), strict=True))) if posteriors else None,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -169,6 +187,8 @@ class FastWeights:
             out[_key("scale", layer)] = start.scale
             if start.shift is not None:
                 out[_key("shift", layer)] = start.shift
+        if self.posterior is not None:
+            out |= {_key("posterior", "mean"): self.posterior.mean, _key("posterior", "spread"): self.posterior.spread}
         return {name: tensor.contiguous() for name, tensor in out.items()}
 
     @staticmethod
@@ -187,18 +207,20 @@ class FastWeights:
             updates[site] = (*updates.get(site, ()), update)
         plain = {
             kind: {str(name): tensor for (name,), tensor in found.get(kind, {}).items()}
-            for kind in ("values", "deltas", "pairs", "scale", "shift")
+            for kind in ("values", "deltas", "pairs", "scale", "shift", "posterior")
         }
         modulation = {layer: Modulated(scale, plain["shift"].get(layer)) for layer, scale in plain["scale"].items()}
         num_tasks = int(state["num_tasks"])
-        return FastWeights(num_tasks, updates, plain["values"], plain["deltas"], plain["pairs"], modulation)
+        posterior = Posterior(**plain["posterior"]) if plain["posterior"] else None
+        return FastWeights(num_tasks, updates, plain["values"], plain["deltas"], plain["pairs"], modulation, posterior)
 
 
 def _form(fast: FastWeights) -> object:
     """Return what two states must share to be joined."""
     updates = frozenset((site, len(steps)) for site, steps in fast.updates.items())
     shifts = frozenset((layer, start.shift is None) for layer, start in fast.modulation.items())
-    return updates, frozenset(fast.values), frozenset(fast.deltas), frozenset(fast.pairs), shifts
+    solved = fast.posterior is not None
+    return updates, frozenset(fast.values), frozenset(fast.deltas), frozenset(fast.pairs), shifts, solved
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from gmeta.core.errors import require
 from gmeta.meta.losses import ExampleLoss, example_loss
 from gmeta.meta.modulation import Modulated, Modulator
+from gmeta.models.last_layer import BayesianLinear
 
 EMBEDDINGS = "embeddings"
+LAST_LAYER = "last_layer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,14 @@ class Adapted:
     features: tuple[str, ...]  # embedded features whose rows are private to a task
     parameters: tuple[str, ...]  # names of model parameters, one for each parameter
     rates: tuple[str, ...]  # names of the rate groups: "embeddings" first if there, then module names
+    last_layer: str = ""  # name of the `BayesianLinear` that is solved for in closed form; empty: none
 
     def __bool__(self) -> bool:
+        return bool(self.steps or self.last_layer)
+
+    @property
+    def steps(self) -> bool:
+        """Whether anything takes SGD steps."""
         return bool(self.features or self.parameters)
 
     def rate_of(self, parameter: str) -> int:
@@ -104,7 +112,8 @@ def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[s
     """Return the adapted set that `adapt` names.
 
     Words: `embeddings` (all features), `embeddings.<glob>`, `dense` (every parameter of the model), `head` (parameters
-    of `model.head`), `decision` (of `model.decision_layers`); anything else is a glob over parameter names. A
+    of `model.head`), `decision` (of `model.decision_layers`), `last_layer` (the model's `BayesianLinear`, in closed
+    form, after the steps of all else, which leave it alone); anything else is a glob over parameter names. A
     parameter that has several names, because weights are tied or a module is used twice, answers to each of them and
     adapts as one, under the first. Frozen parameters (`requires_grad` False) do not adapt.
     ValueError for a pattern that matches nothing, with the nearest name, or frozen parameters only.
@@ -117,7 +126,11 @@ def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[s
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     private: set[str] = set()
     parameters: set[str] = set()
+    solved = ""
     for pattern in adapt:
+        if pattern == LAST_LAYER:
+            solved = _last_layer(model)
+            continue
         if pattern == EMBEDDINGS or pattern.startswith(EMBEDDINGS + "."):
             glob = pattern.partition(".")[2] or "*"
             found = [name for name in features if fnmatchcase(name, glob)]
@@ -132,12 +145,14 @@ def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[s
             parameters.update(trained.intersection(found))
         if not found:
             raise ValueError(_no_match(pattern, list(names), features))
+    parameters -= {name for name in parameters if solved and name.startswith(f"{solved}.")}
     ordered = tuple(name for name in names if name in parameters)
     owners = dict.fromkeys(rate_group(name) for name in ordered)
     return Adapted(
         tuple(name for name in features if name in private),
         ordered,
         ((EMBEDDINGS,) if private else ()) + tuple(owners),
+        solved,
     )
 
 
@@ -156,6 +171,18 @@ def _matching(pattern: str, model: nn.Module, names: list[str]) -> list[str]:
     return [name for name in names if fnmatchcase(name, pattern)]
 
 
+def _last_layer(model: nn.Module) -> str:
+    name = str(_declared(model, LAST_LAYER, LAST_LAYER))
+    layer = dict(model.named_modules()).get(name)
+    if not isinstance(layer, BayesianLinear):
+        found = "no module" if layer is None else f"a {type(layer).__name__}"
+        raise ValueError(
+            f"{type(model).__name__}.last_layer names {name!r}, which is {found}: it must be a BayesianLinear "
+            "(gmeta.models.last_layer)"
+        )
+    return name
+
+
 def _declared(model: nn.Module, attribute: str, word: str) -> Any:
     value = getattr(model, attribute, None)
     if not value:
@@ -168,6 +195,14 @@ def _owned(module: str, names: Iterable[str]) -> list[str]:
 
 
 def _no_match(pattern: str, names: list[str], features: Sequence[str]) -> str:
-    known = ["embeddings", "dense", "head", "decision", *(f"{EMBEDDINGS}.{name}" for name in features), *names]
+    known = [
+        "embeddings",
+        "dense",
+        "head",
+        "decision",
+        LAST_LAYER,
+        *(f"{EMBEDDINGS}.{name}" for name in features),
+        *names,
+    ]
     nearest = difflib.get_close_matches(pattern, known, n=1, cutoff=0.0)
     return f"meta.adapt names {pattern!r}, which matches nothing; the nearest name is {nearest[0]!r}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, to_device
-from gmeta.meta import factored, gather_plan, reference
+from gmeta.meta import closed_form, factored, gather_plan, reference
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, example_keys
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan, shared_rows
@@ -19,8 +19,11 @@ from gmeta.meta.inner_loop import InnerLoop, InnerPass, resolve_adapted
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import example_loss, task_mean, widen
 from gmeta.meta.modulation import Modulator
-from gmeta.meta.trial import choose_engine
+from gmeta.meta.trial import choose_engine, require_last_layer
 from gmeta.meta.views import Embedded
+from gmeta.models.last_layer import BayesianLinear
+
+_SUPPORT_PASS = QUERY_PASS - 1  # inner steps are passes from QUERY_PASS + 1 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class MetaLearner(nn.Module):
     `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
 
     `engine` is factored, reference, or auto: factored where it can adapt the model. The model is tried out here, on
-    random numbers; `engine_reason` then says what was taken and why. ValueError for a model that mixes examples, draws
+    random numbers; `engine_reason` then says what was taken and why. A last layer in closed form needs neither: the
+    model then runs on all examples at once, as in plain training. ValueError for a model that mixes examples, draws
     random numbers that no seed reaches, returns another shape than one logit an example, or fails
     (`gmeta.meta.trial`). The trial leaves the model, its buffers and the global random state as they were.
 
@@ -65,18 +69,31 @@ class MetaLearner(nn.Module):
         self.inner_loop = inner_loop
         self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
         self.loss = example_loss(loss)
-        self.inner_loss = example_loss(inner_loop.loss or loss)
+        self.inner_loss_name = inner_loop.loss or loss
+        self.inner_loss = example_loss(self.inner_loss_name)
         if modulator is not None and not self.adapted:
             raise ValueError("a modulator decides where the inner loop starts, but adapt is empty: name what it adapts")
         self.modulator = modulator
         self.seed = seed
+        stepping = replace(self.adapted, last_layer="")
         self.engine, self.engine_reason = choose_engine(
-            model, self.adapted, self.features, num_numeric, {} if modulator is None else modulator.sizes, engine
+            model, stepping, self.features, num_numeric, {} if modulator is None else modulator.sizes, engine
         )
+        if self.last_layer is not None:
+            closed_form.require_solver(self.inner_loss_name)
+            require_last_layer(model, self.last_layer, self.features, num_numeric)
+            if not self.adapted.steps:
+                self.engine_reason = "closed form"
         learned = None
-        if inner_loop.learn_lr and self.adapted:
+        if inner_loop.learn_lr and self.adapted.rates:
             learned = nn.Parameter(torch.full((inner_loop.steps, len(self.adapted.rates)), inner_loop.lr))
         self.inner_lr = learned
+
+    @property
+    def last_layer(self) -> BayesianLinear | None:
+        """Return the layer that is solved for in closed form, if there is one."""
+        name = self.adapted.last_layer
+        return self.model.get_submodule(name) if name else None  # type: ignore[return-value]
 
     @property
     def rate_names(self) -> tuple[str, ...]:
@@ -93,7 +110,7 @@ class MetaLearner(nn.Module):
         """
         if not self.adapted:
             return (gather_plan.plan_together(support, query, num_rows, tuple(self.features)),)
-        if self.engine == "reference":
+        if self._by_reference:
             plan = self.index_support(support, num_rows)
             return plan, plan
         return gather_plan.plan_batch(support, query, num_rows, tuple(self.features), self.adapted.features)
@@ -105,7 +122,7 @@ class MetaLearner(nn.Module):
         whose rows a task adapts, numbered as in `index`. The fast weights carry them on: `FastWeights.with_row_ids`
         turns positions into ids that are found again among rows fetched later.
         """
-        if self.engine == "reference":
+        if self._by_reference:
             return GatherPlan({}, {}, {}, reference.pairs_of(support, self.adapted.features))
         return gather_plan.plan_support(support, num_rows, tuple(self.features), self.adapted.features)
 
@@ -124,7 +141,7 @@ class MetaLearner(nn.Module):
         pairs = {table: keys.cpu() for table, keys in pairs.items()}
         if row_ids is not None:
             pairs = {table: gather_plan.rows_among(keys, row_ids[table].cpu()) for table, keys in pairs.items()}
-        if self.engine == "reference":
+        if self._by_reference:
             return GatherPlan({}, {}, {}, pairs)
         return gather_plan.plan_query(query, num_rows, tuple(self.features), self.adapted.features, pairs)
 
@@ -149,7 +166,7 @@ class MetaLearner(nn.Module):
             index = to_device(self.index_support(rows.support, _num_rows(rows)), support.mask.device)
         inner = self._pass(rows, None, steps, inner_lr)
         inner = replace(inner, second_order=False, rates=inner.rates.detach())
-        with torch.enable_grad():
+        with torch.set_grad_enabled(self.adapted.steps):
             fast, _ = self._adapt(inner, rows, support, index)
         return fast.detach()
 
@@ -162,16 +179,36 @@ class MetaLearner(nn.Module):
         positions among these rows. Differentiable where gradients are enabled. ValueError for fast weights of another
         number of tasks, or that this learner's engine cannot apply.
         """
+        index = self._index_for(fast, rows, examples, index)
+        if not self.adapted:
+            return self._flat_logits(rows, (examples,), index, None)[0]
+        return self._score(self._pass(rows, None), fast, rows, examples, index)
+
+    def deviation(
+        self, fast: FastWeights, rows: EmbeddedRows, examples: Examples, index: GatherPlan | None = None
+    ) -> Tensor:
+        """Return the posterior standard deviation [T, Q] of the logits that `score` gives: what more support would
+        teach. ValueError where no last layer was solved for.
+        """
+        if fast.posterior is None:
+            raise ValueError(
+                "only a last layer that was solved for has a posterior: train with meta.adapt [last_layer]"
+            )
+        index = self._index_for(fast, rows, examples, index)
+        bases, _ = self._bases(self._pass(rows, None), fast, rows, examples, index, QUERY_PASS)
+        return closed_form.deviation(fast.posterior, bases)
+
+    def _index_for(
+        self, fast: FastWeights, rows: EmbeddedRows, examples: Examples, index: GatherPlan | None
+    ) -> GatherPlan:
         if fast.num_tasks != len(examples.mask):
             raise ValueError(
                 f"fast weights of {fast.num_tasks} tasks cannot score examples of {len(examples.mask)} tasks: choose "
                 "them with of_tasks, in the order of the examples"
             )
-        if index is None:
-            index = to_device(self.index_query(rows.query, _num_rows(rows), fast.pairs), examples.mask.device)
-        if not self.adapted:
-            return self._flat_logits(rows, (examples,), index, None)[0]
-        return self._score(self._pass(rows, None), fast, rows, examples, index)
+        if index is not None:
+            return index
+        return to_device(self.index_query(rows.query, _num_rows(rows), fast.pairs), examples.mask.device)
 
     def forward(
         self, rows: EmbeddedRows, batch: TaskBatch, index: tuple[GatherPlan, ...] | None = None
@@ -258,14 +295,71 @@ class MetaLearner(nn.Module):
     def _adapt(
         self, inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan
     ) -> tuple[FastWeights, Tensor]:
-        engine = reference.adapt if self.engine == "reference" else factored.adapt
-        return engine(inner, rows, support, plan)
+        fast, loss = FastWeights(len(support.mask)), None
+        if self.adapted.steps:
+            fast, loss = (reference.adapt if self._by_reference else factored.adapt)(inner, rows, support, plan)
+        layer = self.last_layer
+        if layer is None:
+            assert loss is not None
+            return fast, loss
+        again = EmbeddedRows(rows.weights, rows.support, rows.support)
+        bases, logits = self._bases(inner, fast, again, support, plan, _SUPPORT_PASS)
+        if loss is None:
+            loss = task_mean(inner.loss(logits, support.label), support.mask).detach()
+        if len(inner.rates):
+            posterior = closed_form.solve(
+                layer,
+                bases,
+                logits,
+                support.label,
+                support.mask,
+                loss=self.inner_loss_name,
+                second_order=inner.second_order,
+            )
+            fast = replace(fast, posterior=posterior)
+        return fast, loss
 
     def _score(
         self, inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan
     ) -> Tensor:
-        engine = reference.score if self.engine == "reference" else factored.score
-        return engine(inner, fast, rows, query, plan)
+        layer = self.last_layer
+        if layer is None:
+            return (reference.score if self._by_reference else factored.score)(inner, fast, rows, query, plan)
+        bases, logits = self._bases(inner, fast, rows, query, plan, QUERY_PASS)
+        return logits if fast.posterior is None else closed_form.shifted(layer, fast.posterior, bases, logits)
+
+    def _bases(
+        self,
+        inner: InnerPass,
+        fast: FastWeights,
+        rows: EmbeddedRows,
+        examples: Examples,
+        plan: GatherPlan,
+        pass_number: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the bases [T, S, d] of the last layer, and the logits at its prior's mean [T, S], after the steps of
+        what takes some. Reads `rows.query`.
+        """
+        layer, of_pass = self.last_layer, inner.keys
+        assert layer is not None
+        keys = None if of_pass is None else lambda _, positions: of_pass(pass_number, positions)
+        with closed_form.recording(layer) as calls:
+            if self.adapted.steps:
+                engine = reference.score if self._by_reference else factored.score
+                logits = engine(replace(inner, keys=keys), fast, rows, examples, plan)
+            else:
+                logits = self._flat_logits(rows, (examples,), plan, keys)[0]
+        if not self._by_reference:
+            return calls.bases[0].view(*examples.mask.shape, layer.width), logits
+        padded = logits.new_zeros(*logits.shape, layer.width)
+        where = [(torch.full_like(p, t), p) for t, p in enumerate(mask.nonzero().squeeze(-1) for mask in examples.mask)]
+        for position, bases in zip(where, calls.bases, strict=True):
+            padded = padded.index_put(position, bases.to(padded.dtype))
+        return padded, logits
+
+    @property
+    def _by_reference(self) -> bool:
+        return self.engine == "reference" and self.adapted.steps
 
     def _plain(
         self, rows: EmbeddedRows, batch: TaskBatch, plan: GatherPlan, key: BatchKey | None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import UserCodeError
+from gmeta.meta.closed_form import recording
 from gmeta.meta.dropout import SeededDropout, example_keys
 from gmeta.meta.factored import AdaptedPass, Unsupported
 from gmeta.meta.fast_weights import FastWeights
@@ -31,6 +32,7 @@ from gmeta.meta.interception import Intercept
 from gmeta.meta.modulation import Modulated
 from gmeta.meta.reference import substituted
 from gmeta.meta.views import Embedded
+from gmeta.models.last_layer import BayesianLinear
 
 _LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 _TASKS, _ROWS = 2, 3
@@ -121,6 +123,19 @@ def choose_engine(
                 _run(model, flat.of(0))
             return "reference", f"reference, because {reason}"
     return "factored", "factored" if engine == "auto" else "factored, as configured"
+
+
+@torch.no_grad()
+def require_last_layer(model: nn.Module, layer: BayesianLinear, features: Mapping[str, int], num_numeric: int) -> None:
+    """Raise ValueError unless the model calls `layer` once, and returns what it returns."""
+    examples = _examples(model, features, num_numeric)
+    with _undisturbed(model), recording(layer) as calls:
+        logits = _run(model, examples)
+    if len(calls.outputs) != 1 or not _same(calls.outputs[0], logits):
+        raise ValueError(
+            f"{_name(model)}.forward calls its last layer {len(calls.outputs)} times or changes what it returns: it "
+            "must call it once and return its result, with all else in the offset"
+        )
 
 
 @torch.no_grad()

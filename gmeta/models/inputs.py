@@ -20,6 +20,7 @@ class InputSpec:
     features: Mapping[str, int]  # name -> d, in the order of the pack
     numeric: tuple[str, ...]  # names of the F columns of `dense`, standardised
     base_rate: float  # the logit that predicts the mean training label
+    item: str | None = None  # the feature that is the item's id, where the model reads it
 
     @property
     def num_numeric(self) -> int:
@@ -55,7 +56,8 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     if not chosen:
         raise ValueError("the model has no categorical feature: set model.features, or prepare a pack that has some")
     names = tuple(column.name for column in schema.numeric) if numeric else ()
-    return InputSpec(dict.fromkeys(chosen, embedding_dim), names, base_rate(schema))
+    item = schema.item if schema.item in chosen else None
+    return InputSpec(dict.fromkeys(chosen, embedding_dim), names, base_rate(schema), item)
 
 
 def base_rate(schema: PackSchema) -> float:

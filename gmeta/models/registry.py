@@ -21,12 +21,13 @@ from gmeta.core.errors import UserCodeError, nearest
 from gmeta.models.dlrm import DLRM
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
+from gmeta.models.neural_linear import NeuralLinear
 from gmeta.models.taste import Taste
 
 ModelFactory = Callable[..., nn.Module]
 """`(inputs: InputSpec, **args) -> nn.Module`."""
 
-MODELS: dict[str, ModelFactory] = {"melu": MeLU, "dlrm": DLRM, "taste": Taste}
+MODELS: dict[str, ModelFactory] = {"melu": MeLU, "dlrm": DLRM, "taste": Taste, "neural_linear": NeuralLinear}
 """Add a model: one file beside this one, and its line here."""
 
 

@@ -25,6 +25,9 @@ def training_loop(run: Run) -> None:
 def batches(run: Run) -> Iterator[PreparedBatch]:
     """Yield batch after batch. The caller turns each into a step, and appends that step to `run.ahead`."""
     loader = iter(run.loader)
+    if run.state.progress.step == 0 and run.config.embedding.start == "factors":
+        validate(run)
+        save_checkpoint(run)
     while not run.ended and not run.out_of_patience:
         run.watch = Stopwatch(run.state.mesh.device)
         run.position = run.loader.state_dict()

@@ -17,6 +17,7 @@ from gmeta.parallel.launch import EXIT_STOPPED
 from gmeta.parallel.mesh import close_mesh, open_mesh
 from gmeta.runs.directory import prepare_run_dir, read_schema, run_lock
 from gmeta.training.build import Parts, build_run
+from gmeta.training.factors import start_from_factors
 from gmeta.training.membership import join
 from gmeta.training.run import Run
 from gmeta.training.saving import load_checkpoint
@@ -40,6 +41,8 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         if resume_from is not None:
             ledger = load_checkpoint(run, resume_from)
             run.log.say(f"resumed from {resume_from}")
+        elif config.embedding.start == "factors":
+            start_from_factors(run)
         if run.ended:  # or longer than this schedule
             asked = f"schedule.epochs is {config.schedule.epochs}, schedule.max_steps {config.schedule.max_steps}"
             run.log.say(f"nothing left to train after step {run.state.progress.step}: {asked}; raise them to go on")

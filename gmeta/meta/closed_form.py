@@ -1,0 +1,162 @@
+"""The inner loop in closed form: the posterior of every task's last layer, given its support.
+
+With bases B = (basis, 1) C whitened by the prior's factor, a task's weights are mean + C u with u ~ N(0, I). The
+posterior's mode of u solves g(u) = B^T (label - mu(offset + B u)) / noise - u = 0, where mu is the identity for a
+squared loss, and the sigmoid, with noise 1, for a logistic one. Newton's method finds it: at once for the former, in
+`NEWTON_STEPS` steps for the latter. H = I + B^T W B is at least I, so there is a solution also with fewer rows than
+weights, with rows that are alike, and with labels that are all one.
+
+Second order: one more step u* + H^-1 g(u*), of which g alone is differentiated, has the exact gradient of the solution
+by the implicit function theorem, because g is 0 there. First order: what was solved for is a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gmeta.meta.fast_weights import Posterior
+from gmeta.meta.losses import widen
+from gmeta.models.last_layer import BayesianLinear
+
+NEWTON_STEPS = 6
+"""From u = 0 the sixth step changes u by less than 1e-6 in supports of clicks; see tests/unit/test_closed_form.py."""
+LOSSES = ("bce", "mse")
+"""Losses of the support that have a solver."""
+
+
+def require_solver(loss: str) -> None:
+    """Raise ValueError for a support's loss that has no closed form."""
+    if loss not in LOSSES:
+        raise ValueError(
+            f"the support's loss is {loss!r}, and a last layer is solved for {' and '.join(LOSSES)} alone: set "
+            "meta.inner_loss to mse"
+        )
+
+
+def solve(
+    layer: BayesianLinear,
+    basis: Tensor,
+    logits: Tensor,
+    label: Tensor,
+    mask: Tensor,
+    *,
+    loss: str,
+    second_order: bool,
+) -> Posterior:
+    """Return the posterior of T tasks' weights, from the bases [T, S, d] of their support and its logits at the
+    prior's mean [T, S].
+
+    A task without support keeps the prior.
+    """
+    basis, logits = torch.where(mask.unsqueeze(-1), with_one(widen(basis)), 0), torch.where(mask, widen(logits), 0)
+    label, known = label.to(logits.dtype), mask.to(logits.dtype)
+    with torch.autocast(logits.device.type, enabled=False):
+        scale, mean = layer.prior_scale().to(logits.dtype), layer.prior_mean().to(logits.dtype)
+        white = basis @ scale
+        noise = layer.noise().to(logits.dtype) if loss == "mse" else logits.new_ones(())
+        with torch.no_grad():
+            u, factor = _mode(white, logits, label, known, noise, loss)
+        if second_order:
+            gradient, _ = _residual(u, white, logits, label, known, noise, loss)
+            change = (u + _solved(factor, gradient)) @ scale.T
+        else:
+            change = (u @ scale.T).detach()
+        spread = torch.linalg.solve_triangular(factor, scale.detach().T.expand_as(factor), upper=False).mT
+        return Posterior(mean + change, spread)
+
+
+def _mode(
+    white: Tensor, logits: Tensor, label: Tensor, known: Tensor, noise: Tensor, loss: str
+) -> tuple[Tensor, Tensor]:
+    """Return u [T, D] where g is 0, and the Cholesky factor of H there [T, D, D]."""
+    u = white.new_zeros(white.shape[0], white.shape[2])
+    for _ in range(NEWTON_STEPS if loss == "bce" else 1):
+        gradient, weights = _residual(u, white, logits, label, known, noise, loss)
+        u = u + _solved(_factor(white, weights), gradient)
+    _, weights = _residual(u, white, logits, label, known, noise, loss)
+    return u, _factor(white, weights)
+
+
+def _residual(
+    u: Tensor, white: Tensor, logits: Tensor, label: Tensor, known: Tensor, noise: Tensor, loss: str
+) -> tuple[Tensor, Tensor]:
+    """Return g(u) [T, D], and each row's weight in H [T, S], which is 0 on padding."""
+    eta = logits + (white @ u.unsqueeze(-1)).squeeze(-1)
+    mean = torch.sigmoid(eta) if loss == "bce" else eta
+    residual = known * (label - mean) / noise
+    weights = known * (mean * (1 - mean) if loss == "bce" else 1 / noise)
+    return (residual.unsqueeze(-2) @ white).squeeze(-2) - u, weights
+
+
+def _factor(white: Tensor, weights: Tensor) -> Tensor:
+    """Return the Cholesky factor of I + B^T W B. Where that is not finite, so is the factor, and nothing is raised:
+    all ranks must come to the end of a step.
+    """
+    hessian = white.mT @ (white * weights.unsqueeze(-1))
+    hessian = hessian + torch.eye(white.shape[-1], dtype=white.dtype, device=white.device)
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    found: Tensor = torch.where((info == 0).view(-1, 1, 1), factor, torch.nan)
+    return found
+
+
+def _solved(factor: Tensor, gradient: Tensor) -> Tensor:
+    return torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+
+
+def with_one(basis: Tensor) -> Tensor:
+    """Append the base of the bias: [..., d] -> [..., d + 1]."""
+    return torch.cat([basis, torch.ones_like(basis[..., :1])], -1)
+
+
+def shifted(layer: BayesianLinear, posterior: Posterior, basis: Tensor, logits: Tensor) -> Tensor:
+    """Return the logits [T, Q] at the posterior's mean, from bases [T, Q, d] and logits at the prior's mean [T, Q]."""
+    change = posterior.mean - layer.prior_mean().to(posterior.mean.dtype)
+    with torch.autocast(logits.device.type, enabled=False):
+        moved: Tensor = widen(logits) + (with_one(widen(basis)) @ change.unsqueeze(-1)).squeeze(-1)
+        return moved
+
+
+def deviation(posterior: Posterior, basis: Tensor) -> Tensor:
+    """Return the posterior standard deviation of the logits of bases [T, Q, d], [T, Q]."""
+    found: Tensor = torch.linalg.vector_norm(with_one(widen(basis)) @ posterior.spread, dim=-1)
+    return found
+
+
+def sampled(posterior: Posterior, generator: torch.Generator) -> Posterior:
+    """Return the posterior with a draw of the weights as its mean, and no spread: for Thompson sampling.
+
+    `generator` is on the CPU, so that a seed draws the same on every device.
+    """
+    shape = posterior.mean.shape
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(posterior.mean)
+    drawn = posterior.mean + (posterior.spread @ noise.unsqueeze(-1)).squeeze(-1)
+    return Posterior(drawn, torch.zeros_like(posterior.spread))
+
+
+class Calls:
+    """The bases and the outputs of the last layer, call by call, inside `recording`."""
+
+    def __init__(self) -> None:
+        self.bases: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+
+@contextmanager
+def recording(layer: BayesianLinear) -> Iterator[Calls]:
+    """Record what `layer` gets and returns inside the block."""
+    calls = Calls()
+
+    def note(_module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        calls.bases.append(args[0] if args else kwargs["basis"])
+        calls.outputs.append(output)
+
+    hook = layer.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()

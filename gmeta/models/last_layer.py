@@ -1,0 +1,57 @@
+"""The Bayesian linear last layer: what a model declares so that a task's last layer is solved for, not stepped to."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmeta.core.errors import require
+
+
+class BayesianLinear(nn.Module):
+    """A last layer with one output whose weights have a Gaussian prior, of which a task learns the posterior.
+
+        logit = offset + basis . weight + bias,        (weight, bias) ~ N((weight, bias), C C^T)
+
+    A model calls it last, returns what it returns, and names it in its attribute `last_layer`. Then `meta.adapt:
+    [last_layer]` solves for each task's own weights on the support: by Bayesian linear regression where the support's
+    loss is squared, and by Newton's method on the logistic loss. The prior's mean, its covariance and the noise
+    are parameters, which the outer loop learns. Relatives: neural linear models, ALPaCA (Harrison et al. 2018), R2-D2
+    (Bertinetto et al. 2019), deep kernel learning. With `weight` and `bias` 0 and fixed bases, it is factor analysis.
+
+    `width` is the number of bases d; `bias_std` is the prior's standard deviation of a task's bias, that of weights
+    is 1 at first. `noise` is the variance of labels about their mean, for squared losses.
+    """
+
+    def __init__(self, width: int, *, bias_std: float = 0.5, noise: float = 1.0) -> None:
+        super().__init__()
+        require(width >= 1, "width", width, "must be at least 1")
+        require(bias_std > 0, "bias_std", bias_std, "must be more than 0")
+        require(noise > 0, "noise", noise, "must be more than 0")
+        self.width = width
+        self.weight = nn.Parameter(torch.zeros(1, width))
+        self.bias = nn.Parameter(torch.zeros(1))
+        # One vector of the lower triangle, because weight decay goes to matrices and would shrink the prior.
+        row, column = torch.tril_indices(width + 1, width + 1)
+        start = torch.where(row == column, torch.where(row == width, bias_std, 1.0), 0.0)
+        self.prior_factor = nn.Parameter(start)
+        self.log_noise = nn.Parameter(torch.tensor([noise]).log())
+
+    def forward(self, basis: Tensor, offset: Tensor) -> Tensor:
+        """Return the logit [...] at the prior's mean, from bases [..., d] and an offset [...]."""
+        return F.linear(basis, self.weight, self.bias).squeeze(-1) + offset
+
+    def prior_mean(self) -> Tensor:
+        """Return the mean of (weight, bias), [d + 1]."""
+        return torch.cat([self.weight[0], self.bias])
+
+    def prior_scale(self) -> Tensor:
+        """Return C, lower triangular [d + 1, d + 1]."""
+        size = self.width + 1
+        row, column = torch.tril_indices(size, size, device=self.prior_factor.device)
+        return self.prior_factor.new_zeros(size, size).index_put((row, column), self.prior_factor)
+
+    def noise(self) -> Tensor:
+        """Return the variance of labels about their mean, []."""
+        return self.log_noise[0].exp()

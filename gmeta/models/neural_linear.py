@@ -1,0 +1,100 @@
+"""A neural linear model: items become bases and a mean, and a task's weights over the bases are solved for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gmeta.core.errors import nearest
+from gmeta.models.inputs import InputSpec, check_dropout, check_widths
+from gmeta.models.last_layer import BayesianLinear
+
+
+class NeuralLinear(nn.Module):
+    """Factor analysis whose items have features, with a prior that a task's features shift.
+
+        v = row of the item's id + tower([embeddings of the other item features, numeric columns])    [..., d]
+        basis = v[:-1],  mean = v[-1]
+        p = prior([embeddings of `task_features`, numeric columns])                                   [..., d]
+        logit = last(basis, base_rate + mean + p[-1] + basis . p[:-1])
+
+    `last` is a `BayesianLinear`, which `meta.adapt: [last_layer]` solves for. The tower's last layer and `prior` start
+    at 0, so that rows that come from factor analysis (`embedding.start: factors`) predict at first what it predicts,
+    with a task's own bias besides. A new item has the out-of-vocabulary row and what its features say. Without an
+    item id among the features the tower alone gives bases. `bias_std` and `noise` are where the prior starts.
+    """
+
+    last_layer = "last"
+
+    def __init__(
+        self,
+        inputs: InputSpec,
+        *,
+        task_features: Sequence[str] = (),
+        hidden: Sequence[int] = (32,),
+        dropout: float = 0.3,
+        bias_std: float = 0.5,
+        noise: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_widths("hidden", hidden)
+        check_dropout(dropout)
+        for name in task_features:
+            if name not in inputs.features:
+                raise ValueError(
+                    f"model.args.task_features names {name!r}, which is not a feature of the model: "
+                    f"{nearest(name, inputs.features)}"
+                )
+        dim, numeric = inputs.embedding_dim, inputs.num_numeric
+        if dim < 2:
+            raise ValueError(f"model.embedding_dim is {dim}: neural_linear needs 2 or more, a mean and some bases")
+        self.features = tuple(inputs.features)
+        self.item = None if inputs.item in task_features else inputs.item
+        self.task_features = tuple(name for name in self.features if name in task_features)
+        self.tower_features = tuple(n for n in self.features if n != self.item and n not in task_features)
+        self.base_rate, self.num_numeric = inputs.base_rate, numeric
+        width = len(self.tower_features) * dim + numeric
+        if self.item is None and not width:
+            raise ValueError(
+                "neural_linear reads nothing that describes the item: leave some feature out of task_features"
+            )
+        self.dropout = nn.Dropout(dropout)
+        self.tower = _network([width, *hidden, dim]) if width else None
+        if self.tower is not None and self.item is not None:
+            _zero(self.tower[-1])
+        width = len(self.task_features) * dim + numeric
+        self.prior = nn.Linear(width, dim, bias=False) if width else None
+        if self.prior is not None:
+            _zero(self.prior)
+        self.last = BayesianLinear(dim - 1, bias_std=bias_std, noise=noise)
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        """Return logits [...] at the prior's mean, from dense [..., F] and one [..., d] for each feature."""
+        numeric = [dense] if self.num_numeric else []
+        vectors = [] if self.item is None else [embedded[self.item]]
+        if self.tower is not None:
+            parts = [*(embedded[name] for name in self.tower_features), *numeric]
+            vectors.append(self.tower(self.dropout(torch.cat(parts, -1))))
+        vector = vectors[0] if len(vectors) == 1 else vectors[0] + vectors[1]
+        basis, offset = vector[..., :-1], vector[..., -1] + self.base_rate
+        if self.prior is not None:
+            shift = self.prior(torch.cat([*(embedded[name] for name in self.task_features), *numeric], -1))
+            offset = offset + shift[..., -1] + (basis * shift[..., :-1]).sum(-1)
+        logits: Tensor = self.last(basis, offset)
+        return logits
+
+
+def _network(widths: Sequence[int]) -> nn.Sequential:
+    """Return linear layers with a ReLU between them, and none after the last."""
+    layers: list[nn.Module] = []
+    for num_in, num_out in itertools.pairwise(widths):
+        layers += [nn.ReLU(), nn.Linear(num_in, num_out)]
+    return nn.Sequential(*layers[1:])
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
