@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmeta.meta.fast_weights import Posterior
+from gmeta.meta.fast_weights import FastWeights, Posterior
 from gmeta.meta.losses import widen
 from gmeta.models.last_layer import BayesianLinear
 
@@ -127,15 +128,22 @@ def deviation(posterior: Posterior, basis: Tensor) -> Tensor:
     return found
 
 
-def sampled(posterior: Posterior, generator: torch.Generator) -> Posterior:
-    """Return the posterior with a draw of the weights as its mean, and no spread: for Thompson sampling.
+def sampled_weights(fast: FastWeights, generator: torch.Generator) -> FastWeights:
+    """Return fast weights whose posterior is one draw from it, without spread: for Thompson sampling.
 
-    `generator` is on the CPU, so that a seed draws the same on every device.
+    `generator` is on the CPU, so that a seed draws the same on every device. ValueError where there is no posterior.
     """
-    shape = posterior.mean.shape
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(posterior.mean)
+    posterior = require_posterior(fast)
+    noise = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float64).to(posterior.mean)
     drawn = posterior.mean + (posterior.spread @ noise.unsqueeze(-1)).squeeze(-1)
-    return Posterior(drawn, torch.zeros_like(posterior.spread))
+    return replace(fast, posterior=Posterior(drawn, torch.zeros_like(posterior.spread)))
+
+
+def require_posterior(fast: FastWeights) -> Posterior:
+    """Return the posterior. ValueError where no last layer was solved for."""
+    if fast.posterior is None:
+        raise ValueError("only a last layer that was solved for has a posterior: train with meta.adapt [last_layer]")
+    return fast.posterior
 
 
 class Calls:

@@ -190,13 +190,10 @@ class MetaLearner(nn.Module):
         """Return the posterior standard deviation [T, Q] of the logits that `score` gives: what more support would
         teach. ValueError where no last layer was solved for.
         """
-        if fast.posterior is None:
-            raise ValueError(
-                "only a last layer that was solved for has a posterior: train with meta.adapt [last_layer]"
-            )
+        posterior = closed_form.require_posterior(fast)
         index = self._index_for(fast, rows, examples, index)
         bases, _ = self._bases(self._pass(rows, None), fast, rows, examples, index, QUERY_PASS)
-        return closed_form.deviation(fast.posterior, bases)
+        return closed_form.deviation(posterior, bases)
 
     def _index_for(
         self, fast: FastWeights, rows: EmbeddedRows, examples: Examples, index: GatherPlan | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
 from gmeta.data.shards import TaskRows, split_in_memory
 from gmeta.data.tables import TableLike, as_arrow, has_no_columns
+from gmeta.meta.closed_form import sampled_weights
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.losses import prediction
 from gmeta.models.registry import ModelFactory
@@ -80,7 +81,8 @@ class Recommender:
         The table has the columns of the training logs: task, label, features, numeric columns. It may be a pandas or
         polars DataFrame, an Arrow table, or a dict of columns; other columns are ignored.
 
-        Raises ValueError for columns that are missing, and for values that cannot be used, with row and column.
+        Raises ValueError for columns that are missing, for values that cannot be used, with row and column, and for a
+        task whose posterior is not finite.
         """
         encoded = self._encode(support, "support")
         if encoded is None:
@@ -91,6 +93,7 @@ class Recommender:
         for tasks in _chunks(at.num_support, at.num_query):
             examples, _, _ = split.gather(at[tasks])
             parts.append(self._adapt(examples))
+            _require_finite(parts[-1], encoded.keys[tasks])
         return AdaptedTasks(self, tuple(encoded.keys), at.num_support, tuple(parts))
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
@@ -141,15 +144,16 @@ class Recommender:
         """Return the fast weights of tasks of which nothing is known."""
         return self._adapt(_no_examples(self.schema, num_tasks))
 
-    def _score(self, fast: FastWeights, query: Examples) -> Tensor:
-        """Return logits [T, Q]."""
+    def _score(self, fast: FastWeights, query: Examples, deviation: bool = False) -> Tensor:
+        """Return logits [T, Q], or their posterior standard deviation."""
         system = self.system
         query = system.examples(query)
         request = system.exchange.request(query=query)
         rows = system.exchange.fetch(system.exchange.exchange_ids(request))
         index = system.learner.index_query(request.query, request.num_rows, fast.pairs, request.rows)
+        scored = system.learner.deviation if deviation else system.learner.score
         with system.precision(), torch.no_grad():
-            return system.learner.score(
+            return scored(
                 fast, rows, to_device(query, system.mesh.device, system.dtype), to_device(index, system.mesh.device)
             )
 
@@ -172,6 +176,26 @@ class AdaptedTasks:
         The table is like the support's, without labels. Rows of tasks that were not adapted get the score of a task of
         which nothing is known.
         """
+        logits = self._evaluated(candidates)
+        return prediction(self.recommender.config.loss)(torch.from_numpy(logits)).numpy()
+
+    def uncertainty(self, candidates: TableLike) -> NDArray[np.float64]:
+        """Return the posterior standard deviation of the logit of each row of `candidates`, [N], for exploration.
+
+        An upper confidence bound is the logit plus so many of them. ValueError where the run solves for no last
+        layer (`meta.adapt: [last_layer]`).
+        """
+        return self._evaluated(candidates, deviation=True)
+
+    def sample(self, seed: int) -> AdaptedTasks:
+        """Return the same tasks with weights drawn from their posteriors, for Thompson sampling: what `predict` then
+        gives is a draw, one of a task's weights for all of its candidates. ValueError as in `uncertainty`.
+        """
+        draws = torch.Generator().manual_seed(seed)
+        return replace(self, parts=tuple(sampled_weights(part, draws) for part in self.parts))
+
+    def _evaluated(self, candidates: TableLike, deviation: bool = False) -> NDArray[np.float64]:
+        """Return the logit, or its deviation, of each row of `candidates`."""
         rec = self.recommender
         encoded = rec._encode(candidates, "candidates")
         if encoded is None:
@@ -185,9 +209,9 @@ class AdaptedTasks:
         logits = np.zeros(len(encoded.query_row))
         for tasks in _chunks(num_support[position], at.num_query):
             _, query, _ = split.gather(at[tasks])
-            found = rec._score(_chosen(parts, position[tasks]), query).cpu()
+            found = rec._score(_chosen(parts, position[tasks]), query, deviation).cpu()
             logits[encoded.query_row[query.row[query.mask].numpy()]] = found[query.mask].double().numpy()
-        return prediction(rec.config.loss)(torch.from_numpy(logits)).numpy()
+        return logits
 
     def state(self) -> dict[str, Any]:
         """Return keys, version and tensors, for `torch.save` or a store; `Recommender.restore` reads them."""
@@ -199,6 +223,15 @@ class AdaptedTasks:
             "num_support": num_support,
             "fast_weights": parts,
         }
+
+
+def _require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
+    """Raise ValueError that names the first task whose posterior has a number that is not finite."""
+    if fast.posterior is not None and not (finite := fast.posterior.mean.isfinite().all(1)).all():
+        raise ValueError(
+            f"task {keys[int((~finite).nonzero()[0])]!r} has no posterior: the model gives its support numbers that "
+            "are not finite; look at its numeric columns"
+        )
 
 
 def _chosen(parts: Sequence[FastWeights], positions: NDArray[np.int64]) -> FastWeights:

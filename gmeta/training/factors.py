@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import psutil
 import torch
@@ -34,7 +36,8 @@ def start_from_factors(run: Run) -> None:
     rows = torch.zeros(pack.schema.feature(model.item).num_ids + 1, fused.dim, dtype=torch.float64)
     fitted = on_rank_0(lambda: _fit(pack, model.item or "", fused.dim - 1, run.config.seed, binary), state.mesh)
     if fitted is not None:
-        rows = fitted
+        rows, mean = fitted
+        rows[:-1, -1] += (math.log(mean / (1 - mean)) if binary else mean) - model.base_rate
     fill_from_rank_0([rows], state.mesh)
     fused.set_rows(table, rows[:-1])
     if not binary:
@@ -42,8 +45,10 @@ def start_from_factors(run: Run) -> None:
             model.last.log_noise.fill_(float(rows[-1, 0].log()))
 
 
-def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -> Tensor:
-    """Return each id's (loadings, mean), and in a last row the variance of labels: float64 [num_ids + 1, k + 1]."""
+def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -> tuple[Tensor, float]:
+    """Return each id's (loadings, mean), and in a last row the variance of labels: float64 [num_ids + 1, k + 1]; and
+    the mean label, from which an item's mean is counted.
+    """
     columns = pack.split("train").columns((item,))
     num_ids = pack.schema.feature(item).num_ids
     _, task = np.unique(columns.task, return_inverse=True)
@@ -57,6 +62,8 @@ def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -
             "model.embedding_dim"
         )
     mean = float(columns.label.mean())
+    if binary and not 0 < mean < 1:
+        raise ValueError(f"embedding.start is factors, and all training labels are {mean:g}: nothing can be fitted")
     model = fit_factors(task, position, columns.label.astype(np.float64) - mean, seed=seed, num_factors=num_factors)
     # A logit moves 1 / (p (1 - p)) times as far as the probability.
     scale = 1 / (mean * (1 - mean)) if binary else 1.0
@@ -64,4 +71,4 @@ def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -
     rows = found[-1].repeat(num_ids + 1, 1)
     rows[torch.from_numpy(known.astype(np.int64))] = found[:-1]
     rows[-1] = model.variance
-    return rows
+    return rows, mean

@@ -26,6 +26,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "embeddings": {"meta": {"adapt": ["embeddings"], "inner_steps": 2, "inner_lr": 2.0, "order": "first"}},
     "modulated": {"meta": {"adapt": ["head"], "modulation": "film", "inner_lr": 0.5}},
     "short": {"meta": {"inner_lr": 0.5}, "loader": {"tasks_per_batch": 20, "max_support_rows": 2}},
+    "solved": {
+        "model": {"name": "neural_linear", "args": {"task_features": ["group"]}},
+        "meta": {"adapt": ["last_layer"]},
+    },
     "plain": {"meta": {"adapt": []}},
 }
 
@@ -282,3 +286,28 @@ def test_loading_holds_no_optimizer_state(runs: dict[str, Path]) -> None:
     rec = gmeta.load(runs["factored"])
     assert all(not table.state for table in rec.system.tables.fused.values())
     assert not any(p.grad is not None for p in rec.system.learner.parameters())
+
+
+def test_uncertainty_falls_with_support_and_draws_follow_it(runs: dict[str, Path]) -> None:
+    rec, candidates = gmeta.load(runs["solved"]), rows(3, 4, 2, label=False)
+    few, many = (rec.adapt(rows(3, each, 1, label=True)) for each in (1, 60))
+    stds = [tasks.uncertainty(candidates) for tasks in (rec.adapt({}), few, many)]
+    assert all(std.shape == (12,) and (std > 0).all() for std in stds)
+    assert stds[0].mean() > stds[1].mean() > stds[2].mean()
+    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+    draws = np.stack([logit(many.sample(seed).predict(candidates)) for seed in range(200)])
+    np.testing.assert_array_equal(draws[3], logit(many.sample(3).predict(candidates)))
+    np.testing.assert_allclose(draws.std(0), stds[2], rtol=0.3)
+    np.testing.assert_allclose(draws.mean(0), logit(many.predict(candidates)), atol=5 * stds[2].max() / 200**0.5)
+    again = rec.restore(many.state())
+    np.testing.assert_array_equal(again.uncertainty(candidates), stds[2])
+    with pytest.raises(ValueError, match="only a last layer that was solved for has a posterior"):
+        gmeta.load(runs["factored"]).adapt(rows(3, 2, 1, label=True)).uncertainty(candidates)
+
+
+def test_a_task_without_a_posterior_is_named(runs: dict[str, Path]) -> None:
+    rec, support = gmeta.load(runs["solved"]), rows(3, 4, 1, label=True)
+    with torch.no_grad():  # no table gives such numbers, a damaged or diverged model does
+        rec.system.learner.model.tower[0].weight[0] = torch.inf
+    with pytest.raises(ValueError, match="task 'new0' has no posterior: the model gives its support numbers that are"):
+        rec.adapt(support)
