@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmeta.meta.fast_weights import FastWeights, Posterior
 from gmeta.meta.losses import widen
@@ -144,6 +144,12 @@ def require_posterior(fast: FastWeights) -> Posterior:
     if fast.posterior is None:
         raise ValueError("only a last layer that was solved for has a posterior: train with meta.adapt [last_layer]")
     return fast.posterior
+
+
+def finished(model: nn.Module, logits: Tensor) -> Tensor:
+    """Return what a model makes of its last layer's output: `finish` of it, where the model has one."""
+    finish = getattr(model, "finish", None)
+    return logits if finish is None else finish(logits)
 
 
 class Calls:

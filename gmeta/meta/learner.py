@@ -302,7 +302,8 @@ class MetaLearner(nn.Module):
         again = EmbeddedRows(rows.weights, rows.support, rows.support)
         bases, logits = self._bases(inner, fast, again, support, plan, _SUPPORT_PASS)
         if loss is None:
-            loss = task_mean(inner.loss(logits, support.label), support.mask).detach()
+            before = inner.loss(closed_form.finished(self.model, logits), support.label)
+            loss = task_mean(before, support.mask).detach()
         if len(inner.rates):
             posterior = closed_form.solve(
                 layer,
@@ -323,7 +324,9 @@ class MetaLearner(nn.Module):
         if layer is None:
             return (reference.score if self._by_reference else factored.score)(inner, fast, rows, query, plan)
         bases, logits = self._bases(inner, fast, rows, query, plan, QUERY_PASS)
-        return logits if fast.posterior is None else closed_form.shifted(layer, fast.posterior, bases, logits)
+        if fast.posterior is not None:
+            logits = closed_form.shifted(layer, fast.posterior, bases, logits)
+        return closed_form.finished(self.model, logits)
 
     def _bases(
         self,
@@ -334,7 +337,7 @@ class MetaLearner(nn.Module):
         plan: GatherPlan,
         pass_number: int,
     ) -> tuple[Tensor, Tensor]:
-        """Return the bases [T, S, d] of the last layer, and the logits at its prior's mean [T, S], after the steps of
+        """Return the bases [T, S, d] of the last layer, and its outputs at the prior's mean [T, S], after the steps of
         what takes some. Reads `rows.query`.
         """
         layer, of_pass = self.last_layer, inner.keys
@@ -347,12 +350,13 @@ class MetaLearner(nn.Module):
             else:
                 logits = self._flat_logits(rows, (examples,), plan, keys)[0]
         if not self._by_reference:
-            return calls.bases[0].view(*examples.mask.shape, layer.width), logits
-        padded = logits.new_zeros(*logits.shape, layer.width)
+            return calls.bases[0].view(*examples.mask.shape, layer.width), calls.outputs[0].view(examples.mask.shape)
+        padded, outputs = logits.new_zeros(*logits.shape, layer.width), torch.zeros_like(logits)
         where = [(torch.full_like(p, t), p) for t, p in enumerate(mask.nonzero().squeeze(-1) for mask in examples.mask)]
-        for position, bases in zip(where, calls.bases, strict=True):
+        for position, bases, output in zip(where, calls.bases, calls.outputs, strict=True):
             padded = padded.index_put(position, bases.to(padded.dtype))
-        return padded, logits
+            outputs = outputs.index_put(position, output.to(outputs.dtype))
+        return padded, outputs
 
     @property
     def _by_reference(self) -> bool:

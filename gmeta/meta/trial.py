@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import UserCodeError
-from gmeta.meta.closed_form import recording
+from gmeta.meta.closed_form import finished, recording
 from gmeta.meta.dropout import SeededDropout, example_keys
 from gmeta.meta.factored import AdaptedPass, Unsupported
 from gmeta.meta.fast_weights import FastWeights
@@ -127,14 +127,17 @@ def choose_engine(
 
 @torch.no_grad()
 def require_last_layer(model: nn.Module, layer: BayesianLinear, features: Mapping[str, int], num_numeric: int) -> None:
-    """Raise ValueError unless the model calls `layer` once, and returns what it returns."""
+    """Raise ValueError unless the model calls `layer` once, and returns what it returns, or what `finish` makes of
+    it.
+    """
     examples = _examples(model, features, num_numeric)
     with _undisturbed(model), recording(layer) as calls:
         logits = _run(model, examples)
-    if len(calls.outputs) != 1 or not _same(calls.outputs[0], logits):
+        outputs = [finished(model, output) for output in calls.outputs]
+    if len(outputs) != 1 or not _same(outputs[0], logits):
         raise ValueError(
-            f"{_name(model)}.forward calls its last layer {len(calls.outputs)} times or changes what it returns: it "
-            "must call it once and return its result, with all else in the offset"
+            f"{_name(model)}.forward calls its last layer {len(outputs)} times or changes what it returns: it "
+            "must call it once and return its result (or self.finish of it), with all else in the offset"
         )
 
 

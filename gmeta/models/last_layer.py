@@ -14,11 +14,12 @@ class BayesianLinear(nn.Module):
 
         logit = offset + basis . weight + bias,        (weight, bias) ~ N((weight, bias), C C^T)
 
-    A model calls it last, returns what it returns, and names it in its attribute `last_layer`. Then `meta.adapt:
-    [last_layer]` solves for each task's own weights on the support: by Bayesian linear regression where the support's
-    loss is squared, and by Newton's method on the logistic loss. The prior's mean, its covariance and the noise
-    are parameters, which the outer loop learns. Relatives: neural linear models, ALPaCA (Harrison et al. 2018), R2-D2
-    (Bertinetto et al. 2019), deep kernel learning. With `weight` and `bias` 0 and fixed bases, it is factor analysis.
+    A model calls it last, returns what it returns, and names it in its attribute `last_layer`. A model that has a
+    `finish`, a function of single logits, returns that of it. Then `meta.adapt: [last_layer]` solves for each task's
+    own weights on the support: by Bayesian linear regression where the support's loss is squared, and by Newton's
+    method on the logistic loss. The prior's mean, its covariance and the noise are parameters, which the outer loop
+    learns. Relatives: neural linear models, ALPaCA (Harrison et al. 2018), R2-D2 (Bertinetto et al. 2019), deep kernel
+    learning. With `weight` and `bias` 0 and fixed bases, it is factor analysis.
 
     `width` is the number of bases d; `bias_std` is the prior's standard deviation of a task's bias, that of weights
     is 1 at first. `noise` is the variance of labels about their mean, for squared losses.
@@ -55,3 +56,26 @@ class BayesianLinear(nn.Module):
     def noise(self) -> Tensor:
         """Return the variance of labels about their mean, []."""
         return self.log_noise[0].exp()
+
+
+class OutputMap(nn.Module):
+    """A piecewise linear function of single numbers, the identity at first.
+
+    The best prediction of a rating in absolute error is the median, which is a whole star: a sum over bases cannot be
+    that, a learned staircase can. Between `low` and `high` there are `intervals` pieces; outside, it goes on with slope
+    1.
+    """
+
+    def __init__(self, low: float, high: float, intervals: int) -> None:
+        super().__init__()
+        require(low < high, "low", low, f"must be less than high, {high!r}")
+        require(intervals >= 1, "intervals", intervals, "must be at least 1")
+        self.low, self.high, self.intervals = low, high, intervals
+        self.change = nn.Parameter(torch.zeros(intervals + 1))  # of the value at each end of a piece
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the mapped numbers, in the shape of `x`."""
+        place = ((x - self.low) / (self.high - self.low) * self.intervals).clamp(0, self.intervals)
+        left = place.detach().floor().clamp(max=self.intervals - 1)
+        share, index = place - left, left.to(torch.int64)
+        return x + torch.lerp(self.change[index], self.change[index + 1], share)

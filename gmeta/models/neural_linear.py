@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from gmeta.core.errors import nearest
 from gmeta.models.inputs import InputSpec, check_dropout, check_widths
-from gmeta.models.last_layer import BayesianLinear
+from gmeta.models.last_layer import BayesianLinear, OutputMap
+
+_PIECES = 24
+"""Of the output's map: six for each star of five."""
 
 
 class NeuralLinear(nn.Module):
@@ -24,7 +27,9 @@ class NeuralLinear(nn.Module):
     `last` is a `BayesianLinear`, which `meta.adapt: [last_layer]` solves for. The tower's last layer and `prior` start
     at 0, so that rows that come from factor analysis (`embedding.start: factors`) predict at first what it predicts,
     with a task's own bias besides. A new item has the out-of-vocabulary row and what its features say. Without an
-    item id among the features the tower alone gives bases. `bias_std` and `noise` are where the prior starts.
+    item id among the features the tower alone gives bases. `bias_std` and `noise` are where the prior starts. With
+    `label_range`, such as [1, 5], the logit goes through an `OutputMap` over that range, for labels that have few
+    values.
     """
 
     last_layer = "last"
@@ -38,6 +43,7 @@ class NeuralLinear(nn.Module):
         dropout: float = 0.3,
         bias_std: float = 0.5,
         noise: float = 1.0,
+        label_range: Sequence[float] = (),
     ) -> None:
         super().__init__()
         check_widths("hidden", hidden)
@@ -70,6 +76,11 @@ class NeuralLinear(nn.Module):
         if self.prior is not None:
             _zero(self.prior)
         self.last = BayesianLinear(dim - 1, bias_std=bias_std, noise=noise)
+        if len(label_range) not in (0, 2) or not sorted(set(label_range)) == list(label_range):
+            raise ValueError(
+                f"model.args.label_range is {list(label_range)}: give the lowest and the highest label, or nothing"
+            )
+        self.finish = OutputMap(label_range[0], label_range[1], _PIECES) if label_range else nn.Identity()
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
         """Return logits [...] at the prior's mean, from dense [..., F] and one [..., d] for each feature."""
@@ -83,7 +94,7 @@ class NeuralLinear(nn.Module):
         if self.prior is not None:
             shift = self.prior(torch.cat([*(embedded[name] for name in self.task_features), *numeric], -1))
             offset = offset + shift[..., -1] + (basis * shift[..., :-1]).sum(-1)
-        logits: Tensor = self.last(basis, offset)
+        logits: Tensor = self.finish(self.last(basis, offset))
         return logits
 
 
