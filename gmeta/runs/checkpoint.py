@@ -49,8 +49,12 @@ def step_of(path: Path) -> int:
 
 
 def steps_saved(root: Path) -> list[int]:
-    """Return the steps that have a whole checkpoint under `root`, ascending."""
-    return sorted(int(path.name[5:]) for path in root.glob("step-*") if path.name[5:].isdigit())
+    """Return the steps that have a whole checkpoint under `root`, ascending. Other names than `step_dir`'s are passed
+    over.
+    """
+    names = {path.name for path in root.glob("step-*")}
+    steps = {int(name[5:]) for name in names if name[5:].isdecimal()}
+    return sorted(step for step in steps if step_dir(root, step).name in names)
 
 
 def save(root: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], mesh: Mesh) -> Path:

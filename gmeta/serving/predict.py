@@ -61,9 +61,10 @@ def _predict(config: PredictConfig, mesh: Mesh) -> None:
     trained = read_config(run_dir)
     schema, data_schema = read_schema(run_dir)
     require_own_vocabularies(run_dir)
+    # first, because it finds out whether the schemas, by which rows are read, are what the checkpoint was saved with
+    system, _, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     found = encode_tables(config.support, config.query, data_schema, run_dir / "vocab", schema)
     require_clicks(found.arrays["label"], trained.loss, config.support)
-    system, _, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     split = split_in_memory(found.arrays, schema)
     unknown = unknown_columns({f.name: split.feature_ids(f.name) for f in schema.features}, schema.task)
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from gmeta.sharding.hierarchy import CollectiveAlgorithm, HierarchicalCollectives
 from gmeta.sharding.links import measure_links
 from gmeta.sharding.materialise import device_of
+from gmeta.sharding.optimizers import state_bytes_of_element
 from gmeta.sharding.schedule import Links, Workload, advise, choose
 from gmeta.sharding.strategy import STRATEGIES, ElementBytes, ShardingStrategy, memory_bytes
 from gmeta.sharding.units import OptimizerFactory, default_units, of_longest_prefix
@@ -144,15 +145,9 @@ def _bytes(
     compute_dtype: torch.dtype | None,
     grad_dtype: torch.dtype | None,
 ) -> ElementBytes:
-    """Return the bytes of one element of a parameter, its gradient and its state, which is found by a trial on a small
-    tensor.
-    """
-    name, like = next(iter(module.named_parameters()))
-    trial = nn.Parameter(torch.zeros(64, dtype=like.dtype, device=device_of(module, None)))
-    optimizer = factory([(name, trial)])
-    trial.grad = torch.zeros_like(trial)
-    optimizer.step()
-    state = sum(v.nbytes for v in optimizer.state[trial].values() if isinstance(v, Tensor) and v.ndim) // trial.numel()
+    """Return the bytes of one element of a parameter, its gradient and its state."""
+    like = next(module.parameters())
+    state = state_bytes_of_element(module, factory, device_of(module, None))
     compute = compute_dtype or like.dtype
     master = like.dtype.itemsize if compute != like.dtype else 0
     return ElementBytes(compute.itemsize, (grad_dtype or compute).itemsize, state + master)

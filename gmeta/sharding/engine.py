@@ -63,7 +63,7 @@ class Paro:
         self._flat_parameters = [flat for unit in units for flat in unit.flat_parameters]
         self._trained = [flat for flat in self._flat_parameters if flat.trained]
         self.partitions: list[Partition] = [partition for flat in self._trained for partition in flat.partitions]
-        self.optimizer = make_optimizer(optimizer_factory, self._trained, streams.grads_collectives)
+        self.optimizer = make_optimizer(optimizer_factory, module, self._trained, streams.grads_collectives)
         self._group_numbers = group_numbers(self.optimizer)
         self._groups: dict[str, Tensor] = {}  # what `state` gave out for them, to be loaded into
         # The units as the last complete forward pass computed them: under N all, under I and G those that are gathered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -54,7 +55,8 @@ class Muon(torch.optim.AdamW):
 
     A group with `use_muon` holds matrices, such as the weights of hidden layers: embeddings, output layers and vectors
     are for AdamW. Its options are those of `torch.optim.Muon` (`momentum`, `nesterov`, `ns_steps`, `ns_coefficients`,
-    `adjust_lr_fn`: "original" or "match_rms_adamw"), `ns_eps`, and `ns_dtype`, in which matrices are orthogonalised.
+    `adjust_lr_fn`: "original" or "match_rms_adamw"), `ns_eps`, and `ns_dtype`, in which matrices are orthogonalised;
+    `weight_decay` and `maximize` are as in AdamW, so decay is 0.01 by default, not 0.1.
     Under `paro` the parameters are partitions; elsewhere they are whole, and the updates are the same.
     """
 
@@ -83,6 +85,18 @@ class Muon(torch.optim.AdamW):
                     )
                 self.shapes[param] = param.shape
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the groups and state that `load_state_dict` has read. ValueError where they are not of a `Muon` with the
+        same groups.
+        """
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for its own state of every parameter
+        loaded = {param for group in self.param_groups if group.get("use_muon") for param in group["params"]}
+        if loaded != self.shapes.keys():
+            raise ValueError(
+                "the state is of an optimizer with other groups: use_muon differs for "
+                f"{len(loaded ^ self.shapes.keys())} parameters; make the groups as they were when it was saved"
+            )
+
     def bind(self, exchange: MatrixExchange, names: Mapping[Tensor, str]) -> None:
         """Take partitions for parameters from now on: `names` are theirs, `exchange` brings matrices together."""
         self._exchange, self._names = exchange, dict(names)
@@ -98,7 +112,7 @@ class Muon(torch.optim.AdamW):
         self._step_matrices()
         for param in self.shapes:  # the others are AdamW's
             param.grad = None
-        super().step()
+        inspect.unwrap(torch.optim.AdamW.step)(self)  # as it is wrapped it would call the hooks of this step again
         for param, gradient in gradients:
             param.grad = gradient
         return loss
@@ -108,11 +122,11 @@ class Muon(torch.optim.AdamW):
         directions = {}
         for param, group in groups.items():
             if param.grad is not None:
-                state = self.state[param]
+                gradient, state = -param.grad if group["maximize"] else param.grad, self.state[param]
                 if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(param.grad)
-                momentum = state["momentum_buffer"].lerp_(param.grad, 1 - group["momentum"])
-                directions[param] = param.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                momentum = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+                directions[param] = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         for param, update in self._orthogonalised(directions, groups).items():
             group, (rows, columns) = groups[param], self.shapes[param]
             longest, ratio = max(rows, columns), max(1.0, rows / columns)
@@ -185,7 +199,7 @@ class MatrixExchange:
                 scope = flat.strategy.state
                 group = self._groups.setdefault((scope, flat.master.dtype), self._open(scope))
                 for span in flat.spans:
-                    if len(span.shape) == 2:
+                    if len(span.shape) == 2 and span.stop > span.start:
                         parts = self._parts(flat.size, scope, group, span.start, span.stop)
                         group.matrices.append(_Matrix(span.name, span.shape, parts))
         for group in self._groups.values():

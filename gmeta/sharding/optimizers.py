@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,15 +81,16 @@ def _make(
 
 
 def make_optimizer(
-    factory: OptimizerFactory, trained: Sequence[FlatParameter], hierarchy: HierarchicalCollectives
+    factory: OptimizerFactory, module: nn.Module, trained: Sequence[FlatParameter], hierarchy: HierarchicalCollectives
 ) -> torch.optim.Optimizer:
-    """Make an optimizer of this rank's partitions of trained parameters.
+    """Make an optimizer of this rank's partitions of trained parameters, which come in the order of `module`.
 
     Those of which it has nothing are there too, empty, so that all ranks have the same groups and schedules. `Muon`
     gets what brings its matrices together, over the groups of `hierarchy`.
     """
     device = hierarchy.rings.helper.device
-    spans = [span for flat in trained for span in flat.spans]
+    places = {name: place for place, (name, _) in enumerate(module.named_parameters())}
+    spans = sorted((span for flat in trained for span in flat.spans), key=lambda span: places[span.name])
     held = {partition.name: partition.tensor for flat in trained for partition in flat.partitions}
     tensors = [held[s.name] if s.name in held else nn.Parameter(torch.empty(0, device=device)) for s in spans]
     if not spans:  # nothing is trained, and an optimizer needs something
@@ -106,7 +108,7 @@ def require_element_wise(module: nn.Module, factory: OptimizerFactory, device: t
     """Raise ValueError unless the optimizer treats elements one by one, so that a partition can be updated alone; what
     `Muon` orthogonalises is no concern here.
 
-    It is tried on small tensors, once unsharded and once in two parts, under the name of a parameter of each group and
+    It is tried on small tensors, once unsharded and once in two parts, in the place of a parameter of each group and
     number of dimensions. The updates of three steps are compared in float64, relative to their own size.
     """
     if not callable(factory):
@@ -117,21 +119,13 @@ def require_element_wise(module: nn.Module, factory: OptimizerFactory, device: t
     trained = [(name, param.shape) for name, param in module.named_parameters() if param.requires_grad]
     if not trained:
         return
-    names, shapes = [name for name, _ in trained], [shape for _, shape in trained]
-    empty = [nn.Parameter(torch.empty(0, dtype=torch.float64, device=device)) for _ in trained]
+    trial = _Trial(factory, [name for name, _ in trained], [shape for _, shape in trained], device)
     with _refusing():
-        optimizer = _make(factory, names, shapes, empty)
+        optimizer, params = trial.optimizer()
     whole = optimizer.shapes if isinstance(optimizer, Muon) else {}  # these are brought together for an update
-    groups = optimizer.param_groups
-    group_of = {id(p): number for number, group in enumerate(groups) for p in group["params"] if p not in whole}
-    kinds = {
-        (group_of.get(id(param)), len(shape)): (name, len(shape))
-        for name, shape, param in zip(names, shapes, empty, strict=True)
-        if id(param) in group_of
-    }
-    for name, ndim in kinds.values():
-        for rate in _TRIAL_RATES:
-            _try_in_parts(name, ndim, factory, rate, device)
+    for places in trial.kinds(optimizer, params):
+        for rate in _TRIAL_RATES if params[places[0]] not in whole else ():
+            _try_in_parts(trial, places[0], rate)
 
 
 @contextmanager
@@ -144,47 +138,85 @@ def _refusing() -> Iterator[None]:
         ) from error
 
 
-def _try_in_parts(name: str, ndim: int, factory: OptimizerFactory, rate: float | None, device: torch.device) -> None:
+@dataclass(frozen=True)
+class _Trial:
+    """Optimizers as a factory makes them for a module's trained parameters, of which all but one are empty."""
+
+    factory: OptimizerFactory
+    names: Sequence[str]
+    shapes: Sequence[torch.Size]
+    device: torch.device
+
+    def optimizer(self, values: Mapping[int, Tensor] | None = None) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """Return an optimizer and its parameters, which have `values` at their places."""
+        empty = torch.empty(0, dtype=torch.float64, device=self.device)
+        params = [nn.Parameter((values or {}).get(place, empty).clone()) for place in range(len(self.names))]
+        return _make(self.factory, self.names, self.shapes, params), params
+
+    def kinds(self, optimizer: torch.optim.Optimizer, params: Sequence[nn.Parameter]) -> list[list[int]]:
+        """Return the places of parameters, by group and number of dimensions."""
+        group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        found: dict[tuple[int, int], list[int]] = {}
+        for place, param in enumerate(params):
+            if id(param) in group_of:
+                found.setdefault((group_of[id(param)], len(self.shapes[place])), []).append(place)
+        return list(found.values())
+
+
+def _try_in_parts(trial: _Trial, place: int, rate: float | None) -> None:
+    ndim = len(trial.shapes[place])
     shape = torch.Size((2,) * (ndim - 1) + (12,)) if ndim else torch.Size(())
     draws = torch.Generator().manual_seed(0)
-    start, *gradients = (torch.randn(shape, dtype=torch.float64, generator=draws).to(device) for _ in range(4))
+    start, *gradients = (torch.randn(shape, dtype=torch.float64, generator=draws).to(trial.device) for _ in range(4))
     gradients = [gradient * scale for gradient, scale in zip(gradients, _TRIAL_SCALES, strict=True)]
     cut = shape.numel() * 5 // 12
     with _refusing():
-        unsharded = _update(factory, name, shape, start, gradients, rate)
+        unsharded = _update(trial, place, start, gradients, rate)
         parts = [
-            _update(factory, name, shape, start.flatten()[part], [g.flatten()[part] for g in gradients], rate)
+            _update(trial, place, start.flatten()[part], [g.flatten()[part] for g in gradients], rate)
             for part in (slice(0, cut), slice(cut, None))
             if start.flatten()[part].numel()
         ]
     differs = (unsharded.flatten() - torch.cat(parts)).abs().max()
     if not differs <= _TRIAL_TOLERANCE * unsharded.abs().max():
         raise ValueError(
-            f"the optimizer updates part of {name} otherwise than the whole (as LAMB, Adafactor and Muon do): {_CURE}"
+            f"the optimizer updates part of {trial.names[place]} otherwise than the whole (as LAMB, Adafactor and Muon "
+            f"do): {_CURE}"
         )
 
 
-def _update(
-    factory: OptimizerFactory,
-    name: str,
-    whole: torch.Size,
-    start: Tensor,
-    gradients: Sequence[Tensor],
-    rate: float | None,
-) -> Tensor:
-    """Return by how much `start`, all or part of a parameter of shape `whole`, moves with `gradients`."""
-    param = nn.Parameter(start.clone())
-    optimizer = _make(factory, [name], [whole], [param])
+def _update(trial: _Trial, place: int, start: Tensor, gradients: Sequence[Tensor], rate: float | None) -> Tensor:
+    """Return by how much `start`, all or part of the parameter at `place`, moves with `gradients`."""
+    optimizer, params = trial.optimizer({place: start})
     for group in optimizer.param_groups:
         if rate is not None and "lr" in group:
             group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], Tensor) else rate
     for gradient in gradients:
-        param.grad = gradient.clone()
+        params[place].grad = gradient.clone()
         optimizer.step()
-    return param.detach() - start
+    return params[place].detach() - start
 
 
 # What an optimizer keeps
+
+
+def state_bytes_of_element(module: nn.Module, factory: OptimizerFactory, device: torch.device) -> float:
+    """Return the bytes of optimizer state for an element that is trained, the mean over all, by a step on small
+    tensors.
+    """
+    trained = [(name, param) for name, param in module.named_parameters() if param.requires_grad]
+    if not trained:
+        return 0.0
+    trial = _Trial(factory, [name for name, _ in trained], [param.shape for _, param in trained], device)
+    total = 0.0
+    for places in trial.kinds(*trial.optimizer()):
+        ndim, dtype = len(trial.shapes[places[0]]), trained[places[0]][1].dtype
+        small = torch.zeros((2,) * (ndim - 1) + (32,) if ndim else (), dtype=dtype, device=device)
+        optimizer, params = trial.optimizer({places[0]: small})
+        params[places[0]].grad = small
+        optimizer.step()
+        total += state_bytes(optimizer) / small.numel() * sum(trained[place][1].numel() for place in places)
+    return total / max(1, sum(param.numel() for _, param in trained))
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -95,7 +95,7 @@ class ElementBytes:
 
     param: int = 2
     grad: int = 2
-    state: int = 12
+    state: float = 12
 
 
 def memory_bytes(

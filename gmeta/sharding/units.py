@@ -17,8 +17,8 @@ from gmeta.sharding.strategy import ShardingStrategy, ShardScope
 
 OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 """Makes an optimizer from named parameters, such as `partial(torch.optim.AdamW, lr=1e-3)`. On every rank it gets all
-that are trained, by the module's names. While it runs they show the shapes of the module's parameters, so that it may
-sort by shape; what is updated later are one-dimensional partitions, empty where the rank has none.
+that are trained, by the module's names and in its order. While it runs they show the shapes of the module's parameters,
+so that it may sort by shape; what is updated later are one-dimensional partitions, empty where the rank has none.
 """
 T = TypeVar("T")
 MakeFlatParameter = Callable[[Sequence[tuple[str, nn.Parameter]], ShardingStrategy], FlatParameter]

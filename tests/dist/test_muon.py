@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from gmeta.parallel.mesh import Mesh
+from gmeta.sharding.auto import AutoSharding
 from gmeta.sharding.checkpoint import PartitionWriter
 from gmeta.sharding.hierarchy import node_mesh
 from gmeta.sharding.muon import Muon, orthogonalise
+from gmeta.sharding.optimizers import state_bytes_of_element
 from gmeta.sharding.paro import paro
+from gmeta.sharding.schedule import Links
 
 Named = list[tuple[str, nn.Parameter]]
 
@@ -171,6 +174,133 @@ def test_singular_values_come_near_one_and_vectors_stay() -> None:
         torch.testing.assert_close(values, torch.diag(values.diagonal()), atol=1e-9, rtol=0)
         assert float(values.diagonal().min()) > 0.5
         assert float(values.diagonal().max()) < 1.5
+
+
+def test_parameters_come_in_the_module_s_order() -> None:
+    """So that a factory may go by the place of a layer. The root's come last in the engine's own buffers."""
+    seen: list[list[str]] = []
+
+    def by_place(named: Named) -> Muon:
+        named = list(named)
+        seen.append([name for name, _ in named])
+        matrices = [p for _, p in named if p.ndim == 2]
+        return Muon([{"params": matrices[1:-3], "use_muon": True}, {"params": [p for _, p in named if p.ndim == 1]}])
+
+    engine = paro(model(), by_place, None, "GGG")
+    assert seen[-1] == [name for name, _ in engine.module.named_parameters()]
+    engine.close()
+
+
+def test_a_factory_may_sort_by_size_and_name() -> None:
+    """The trial makes optimizers of all parameters, as they are."""
+    seen = []
+
+    def by_size(named: Named) -> Muon:
+        named = list(named)
+        hidden = [p for name, p in named if p.ndim == 2 and p.numel() < 100 and "begin" not in name]
+        rest = [p for name, p in named if not (p.ndim == 2 and p.numel() < 100 and "begin" not in name)]
+        seen.append((len(hidden), len(rest)))
+        return Muon([{"params": hidden, "use_muon": True}, {"params": rest}])
+
+    paro(model(), by_size, None, "NNN").close()
+    assert set(seen) == {(7, 13)}  # two matrices of 16 x 8 are the others'
+
+
+def test_the_state_of_an_element() -> None:
+    """The planner counts one number for an element of a matrix, and two for others."""
+    module, device = model(), torch.device("cpu")
+    sizes = {name: p.numel() for name, p in module.named_parameters()}
+    matrices = sum(n for name, n in sizes.items() if name.endswith("weight") and "begin" not in name)
+    total = sum(sizes.values())
+    found = state_bytes_of_element(module, muon, device)
+    assert found == pytest.approx(8 * (matrices + 2 * (total - matrices)) / total)
+    assert state_bytes_of_element(module, lambda named: torch.optim.AdamW([p for _, p in named]), device) == 16
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    assert state_bytes_of_element(module, muon, device) == 0
+
+
+def chosen(mesh: Mesh) -> set[str]:
+    def by_name(named: Named) -> Muon:
+        named = list(named)
+        hidden = [p for name, p in named if name.endswith("weight")]
+        return Muon([{"params": hidden, "use_muon": True}, {"params": [p for n, p in named if n.endswith("bias")]}])
+
+    links = Links(1e9, 1e10)
+    auto = AutoSharding(memory_bytes=1e9, links=links)
+    engine = paro(model(), by_name, node_mesh(1), "auto", auto=auto)
+    strategies = set(engine.strategies.values())
+    engine.close()
+    return strategies
+
+
+def test_the_planner_tries_matrices() -> None:
+    for strategies in run_ranks(2, chosen):
+        assert len(strategies) == 1
+
+
+class Empty(nn.Module):
+    """A matrix without elements, and one with some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none = nn.Parameter(torch.zeros(0, 3))
+        self.some = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.none, self.some]) @ x
+
+
+def test_a_matrix_without_elements() -> None:
+    engine = paro(Empty(), lambda named: Muon([{"params": [p for _, p in named], "use_muon": True}]), None, "NNN")
+    engine.backward(engine(torch.ones(3)).sum())
+    engine.step()
+    assert not torch.equal(engine.module.some, torch.ones(2, 3))  # type: ignore[arg-type]
+    engine.close()
+
+
+def test_it_can_climb() -> None:
+    up, down = (nn.Parameter(torch.eye(3)) for _ in range(2))
+    for parameter, maximize in ((up, True), (down, False)):
+        optimizer = Muon([{"params": [parameter], "use_muon": True}], maximize=maximize, weight_decay=0.0)
+        parameter.grad = torch.eye(3)
+        optimizer.step()
+    torch.testing.assert_close(up - torch.eye(3), torch.eye(3) - down)
+    assert float(up.detach()[0, 0]) > 1
+
+
+def test_its_state_is_loaded() -> None:
+    torch.manual_seed(0)
+    modules = [model(), model()]
+    optimizers = [muon(list(module.named_parameters())) for module in modules]
+
+    def train(step: int, *places: int) -> None:
+        for place in places:
+            modules[place](rows(0, step), 0).square().mean().backward()
+            optimizers[place].step()
+            optimizers[place].zero_grad()
+
+    train(0, 0)
+    modules[1].load_state_dict(modules[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    train(1, 0, 1)
+    for one, other in zip(modules[0].parameters(), modules[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+    hidden, rest = (group["params"] for group in optimizers[0].param_groups)
+    with pytest.raises(ValueError, match="use_muon differs for 9 parameters"):
+        optimizers[0].load_state_dict(torch.optim.AdamW([{"params": hidden}, {"params": rest}]).state_dict())
+
+
+def test_hooks_run_once_a_step() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    torch.optim.AdamW([weight]).step()  # from now on AdamW's own step calls hooks
+    optimizer, calls = Muon([weight]), list[int]()
+    optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert calls == [1]
+    assert float(weight.detach()[0]) != 0
 
 
 def test_what_is_refused() -> None:

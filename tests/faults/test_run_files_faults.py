@@ -168,6 +168,15 @@ def test_a_checkpoint_under_another_name_is_refused(place: Path, run_dir: Path, 
     fails(train_words(place / "pack", run_dir, "--seed", 5, "--resume", "true"), capsys, "step-00000012 is of step 3")
 
 
+def test_other_names_are_no_checkpoints(place: Path, run_dir: Path) -> None:
+    root = run_dir / "checkpoints"
+    for name in ("step-12", "step-²", "step-000000010", "step-"):
+        shutil.copytree(step_dir(root, 3), root / name)
+    assert checkpoint.steps_saved(root) == [3, 6, 9]
+    gmeta(*evaluate(run_dir, "--checkpoint", "last"))
+    gmeta(*train_words(place / "pack", run_dir, "--seed", 5, "--resume", "true", epochs=4))
+
+
 def swap_vocabulary(run_dir: Path, *, recorded: bool) -> None:
     """Exchange two items in the run's vocabulary; with `recorded`, schema.json says that it is right."""
     file = run_dir / "vocab" / "item.parquet"
@@ -197,6 +206,7 @@ def test_swapped_vocabularies_and_schemas_are_refused(place: Path, run_dir: Path
         ("pack", lambda found: found["numeric"][0].update(mean=1.5)),
         ("data", lambda found: found["numeric"][0].update(log=True)),
         ("data", lambda found: found.update(hash_seed=7)),
+        ("data", lambda found: found["numeric"].pop()),  # rows would have fewer columns than the model reads
     ):
         found = json.loads(schema)
         change(found[section])
