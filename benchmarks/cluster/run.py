@@ -1,6 +1,6 @@
 """PaRO's strategies beside FSDP2, HSDP and DDP, and ring algorithms beside gloo's, on an emulated cluster.
 
-    python benchmarks/cluster/run.py [--quick] [--json FILE]
+    python benchmarks/cluster/run.py [--quick | --main] [--json FILE]
 
 Four nodes of two ranks run in network namespaces, with fast links inside a node and slow ones between nodes. There are
 three layouts: a link to other nodes for each rank (rails), one that the ranks of a node share, and rails with links
@@ -8,7 +8,8 @@ inside that are some 100 times as fast. Contenders take turns in the same proces
 Computing is emulated by sleeping (rank.py). The planner is told what the model takes on all ranks at once without
 communication. Some contenders also run with nothing to compute: what is left is communication, and
 (computing + communication - both together) over the shorter of the two is how much of it was hidden. Tables at equal
-memory come first; they go by the measured peak. This needs Linux, root, glibc and iproute2.
+memory come first; they go by the measured peak. `--main` is the first layout at four micro-batches alone, with all
+contenders and rounds, in a quarter of an hour. This needs Linux, root, glibc and iproute2.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one layout, one accumulation, fewer rounds; no result files"
     )
+    parser.add_argument("--main", action="store_true", help="the first layout at four micro-batches, not the rest")
     add_json(parser)
     args = parse(parser)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that ranks and namespaces go with this process
@@ -77,7 +79,8 @@ def main() -> None:
         return
     records: list[Record] = []
     bodies = []
-    for layout in LAYOUTS[:1] if args.quick else LAYOUTS:
+    layouts = (replace(LAYOUTS[0], work=LAYOUTS[0].work[:1]),) if args.quick or args.main else LAYOUTS
+    for layout in layouts:
         with laid_out(layout) as net:
             links = Links(**next(run_ranks(net, {"work": "links"})))
             print(f"{layout.name}: {links}", file=sys.stderr, flush=True)
@@ -85,18 +88,19 @@ def main() -> None:
             found = trained(net, layout, args.quick)
             records += train_records(layout.name, links, found)
             bodies.append(train_table(layout.name, links, found))
-            if layout is LAYOUTS[0]:
-                bodies[:0] = equal_memory_tables(layout.name, found)
+            if layout.name == LAYOUTS[0].name:
                 bare = trained(net, replace(layout, work=((BARE, (4,)),)), args.quick, micro_batch_s=0.0)
                 records += overlap_records(layout.name, found, bare)
-                bodies.append(overlap_table(layout.name, found, bare))
+                bodies = [*equal_memory_tables(layout.name, found), *bodies, overlap_table(layout.name, found, bare)]
+            if args.main:
+                continue
             sizes = [4 << 20] if layout is LAYOUTS[-1] else [4 << 20, 16 << 20]
             timed = list(run_ranks(net, ring_order(sizes, args.quick)))
             records += ring_records(layout.name, links, timed)
             bodies.append(ring_table(layout.name, links, timed))
     rates = {layout.name: f"{layout.inside} inside, {layout.between} between" for layout in LAYOUTS}
     config = {"groups": str(LAYOUT), "rates": rates, **MODEL}
-    publish("paro_cluster", "\n\n".join(bodies), records, config, args)
+    publish("paro_cluster_main" if args.main else "paro_cluster", "\n\n".join(bodies), records, config, args)
 
 
 @contextmanager
@@ -174,7 +178,7 @@ def trained(net: Cluster, layout: Layout, quick: bool, **options: float) -> Foun
     """Train with every contender of `layout`."""
     rounds = {"rounds": 2, "steps": 1} if quick else {"rounds": 3, "steps": 2}
     records: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    for contenders, accumulation in layout.work[:1] if quick else layout.work:
+    for contenders, accumulation in layout.work:
         names = ["alone", *contenders]
         order = {"work": "train", "contenders": names, "accumulation": accumulation, **MODEL, **rounds, **options}
         for record in run_ranks(net, order):

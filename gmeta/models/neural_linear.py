@@ -13,7 +13,7 @@ from gmeta.models.inputs import InputSpec, check_dropout, check_widths
 from gmeta.models.last_layer import BayesianLinear, OutputMap
 
 _PIECES = 24
-"""Of the output's map: six for each star of five."""
+"""How many pieces the output's map has: six between two stars."""
 
 
 class NeuralLinear(nn.Module):
