@@ -29,11 +29,12 @@ class PrepareConfig:
     split_query: Literal["last", "random"] | None = None
     """Which rows of a task are query: its last by time, or random ones. Unset: last where the schema names a time."""
     query_size: int | None = None
-    """Number of query rows of a task (10 when unset). Tasks without a support row left are left out and counted."""
+    """Number of query rows of a task (10 when unset). Smaller tasks have fewer, so that a support row is left."""
     query_ratio: float | None = None
     """Fraction of a task's rows that are query, instead of query_size."""
     min_task_rows: int | None = None
-    """Smaller tasks are left out and counted (2 when unset)."""
+    """Smaller tasks are left out and counted. Unset: 1, which keeps all; a task of one row has it as its query, and no
+    support."""
     max_task_rows: int | None = None
     """Larger tasks are left out and counted; unset: no limit."""
     task_split: Literal["user", "time", "column"] | None = None
@@ -73,8 +74,8 @@ class PrepareConfig:
         require(test is None or 0 <= test < 1, "test_fraction", test, "must be in [0, 1)")
         require((valid or 0) + (test or 0) < 1, "test_fraction", test, "must leave tasks to train on")
         low, high = self.min_task_rows, self.max_task_rows
-        require(low is None or low >= 2, "min_task_rows", low, "must be at least 2 (one support and one query row)")
-        require(high is None or high >= (low or 2), "max_task_rows", high, f"must be at least {low or 2}")
+        require(low is None or low >= 2, "min_task_rows", low, "must be at least 1")
+        require(high is None or high >= max(2, low or 2), "max_task_rows", high, f"must be at least {max(2, low or 2)}")
         for name, split in self.partitions.items():
             known = split in ("train", "valid", "test")
             require(known, f"partitions[{name!r}]", split, "splits are train, valid and test")

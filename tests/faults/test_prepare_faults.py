@@ -271,7 +271,9 @@ def test_input_that_changes_meanwhile_is_refused(tmp_path: Path):
 
 def test_too_few_tasks(tmp_path: Path):
     refuse(make(tmp_path, lines(num_users=1)), "there are 1 tasks", "at least 2", "'user'")
-    refuse(make(tmp_path, lines(rows=1)), "there are 0 tasks", "6 left out: fewer rows than min_task_rows")
+    refuse(make(tmp_path, lines(rows=1)), "all 6 tasks have one row", "is 'user' the right task column?")
+    config = make(tmp_path, lines(rows=1), min_task_rows=2)
+    refuse(config, "there are 0 tasks", "6 left out: fewer rows than min_task_rows")
     config = make(tmp_path, lines(), {**SCHEMA, "partition": "city"}, partitions={"Oslo": "train"})
     refuse(config, "6 left out: partition Rome is not in partitions")
     config = make(tmp_path, lines(), {**SCHEMA, "partition": "city"}, partitions={"Rome": "test", "Oslo": "train"})
@@ -329,6 +331,7 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
         ({}, {"dataset": "ml-1k"}, "did you mean 'ml-1"),
         ({}, {"dataset": "ml-1m", "root": "."}, "leave input and schema out"),
         ({}, {"root": "."}, "root has no effect"),
+        ({}, {"query_size": 9, "max_task_rows": 9}, "query_size is 9: must be below max_task_rows (9)"),
         ({}, {"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
     ],
 )

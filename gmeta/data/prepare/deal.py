@@ -9,7 +9,8 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmeta.data.prepare.tasks import Settings, ShardJob
+from gmeta.data.prepare.settings import Settings
+from gmeta.data.prepare.tasks import ShardJob
 from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal
 

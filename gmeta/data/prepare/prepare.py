@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from gmeta.data.pack import PackWriter
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, id_types, reject_counts
 from gmeta.data.prepare.deal import deal
 from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scratch_directory
+from gmeta.data.prepare.settings import Settings, resolve_settings
 from gmeta.data.prepare.summary import Report, console_report, print_summary
-from gmeta.data.prepare.tasks import Settings, make_tasks, resolve_settings, row_bytes
+from gmeta.data.prepare.tasks import make_tasks, row_bytes
 from gmeta.data.prepare.times import common_time
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
@@ -57,7 +57,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         deal(con, schema, settings, scratch)
         pack_schema = learn(con, schema, scratch, shards, tell)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
-        made_with = {**asdict(settings), "input": config.inputs, "dataset": config.dataset}
+        made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
             write_shards(con, writer, schema, pack_schema, settings, scratch, shards, counts, tell)

@@ -90,5 +90,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(f"skipped: {summary['empty_files']:,} empty files")
     for reason, tasks in summary["dropped_tasks"].items():
         console.print(f"left out: {tasks:,} tasks ({summary['dropped_rows'][reason]:,} rows): {reason}")
+    for reason, tasks in summary.get("small_tasks", {}).items():
+        console.print(f"small: {tasks:,} tasks: {reason}")
     for reason, rows in summary["bad_rows"].items():
         console.print(f"in rejects.parquet: {rows:,} rows: {reason}")

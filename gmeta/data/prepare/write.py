@@ -14,8 +14,9 @@ from gmeta.data.identity import vocabulary_file
 from gmeta.data.pack import SPLITS, PackWriter
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.encode import encode
+from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report, split_summary
-from gmeta.data.prepare.tasks import Settings, ShardJob
+from gmeta.data.prepare.tasks import ShardJob
 from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, PackSchema
 from gmeta.data.sources import Connection, in_order, literal, md5_64, scalar
 
