@@ -404,6 +404,24 @@ class TaskPack:
             self.vocabulary_files()  # verifies their checksums
         return identity_of(self.schema, self.manifest["data_schema"], self.path / "vocab")
 
+    def left_out(self, split: str) -> list[str]:
+        """Say what `prepare` left out of a split, one sentence a reason; nothing where it left out nothing.
+
+        Packs of earlier releases count all splits together.
+        """
+        counts = self.manifest["counts"]
+        if "left_out" in counts:
+            found = counts["left_out"].get(split, {})
+            where = f"split {split}"
+        else:
+            rows = counts.get("dropped_rows", {})
+            found = {reason: [tasks, rows.get(reason, 0)] for reason, tasks in counts.get("dropped_tasks", {}).items()}
+            where = "all splits together"
+        return [
+            f"the pack left {tasks:,} tasks ({rows:,} rows) of {where} out: {reason}"
+            for reason, (tasks, rows) in sorted(found.items())
+        ]
+
     def tasks_checksum(self) -> str:
         """Return the checksum of which tasks there are and in which split each lies. A copy of the pack has the
         same.

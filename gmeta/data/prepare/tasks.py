@@ -50,8 +50,8 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
             f"is {schema.task!r} the right task column, and do query_size and min_task_rows suit the data?"
         )
     _split_tasks(con, settings)
-    if left_out := _left_out(con):
-        counts["left_out"] = left_out
+    if dropped:
+        counts["left_out"] = _left_out(con)
     if small := size_tasks(con, settings):
         counts["small_tasks"] = small
     if not scalar(con, "SELECT count(*) FROM sized WHERE num_support > 0"):
