@@ -352,5 +352,6 @@ def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_su
     return (
         f"warning: task {keys[0]!r} of split {name} has {rows[longest]:,} rows, the median task {median:,.0f}. It is "
         "computed apart from its batch, which takes long and much memory: set loader.max_support_rows to keep the last "
-        "support rows of every task, or prepare with --max_task_rows to leave such tasks out"
+        "support rows of every task, or prepare with --max_task_rows to leave such tasks out, and "
+        "--max_task_rows_keep last to keep their last rows"
     )

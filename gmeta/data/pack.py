@@ -417,9 +417,13 @@ class TaskPack:
             rows = counts.get("dropped_rows", {})
             found = {reason: [tasks, rows.get(reason, 0)] for reason, tasks in counts.get("dropped_tasks", {}).items()}
             where = "all splits together"
+        shortened = counts.get("shortened_tasks", {}).get(split, {})
         return [
             f"the pack left {tasks:,} tasks ({rows:,} rows) of {where} out: {reason}"
             for reason, (tasks, rows) in sorted(found.items())
+        ] + [
+            f"the pack left {rows:,} rows of {tasks:,} tasks of split {split} out: {reason}"
+            for reason, (tasks, rows) in sorted(shortened.items())
         ]
 
     def tasks_checksum(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from commands import gmeta, train_words
+from pyarrow import csv
+from safetensors.numpy import load_file
 
 from gmeta.data.pack import open_pack
 
@@ -70,3 +74,130 @@ def test_an_older_pack_tells_of_all_splits_together(tmp_path: Path) -> None:
     del pack.manifest["counts"]["left_out"]
     expected = "the pack left 2 tasks (18 rows) of all splits together out: more rows than max_task_rows"
     assert pack.left_out("test") == [expected]
+
+
+def tasks_of(pack: Path) -> dict[str, tuple[str, list[int], list[int]]]:
+    """Task -> its split, and the times of its support and of its query, in stored order."""
+    opened = open_pack(pack)
+    keys = pq.read_table(opened.tasks_file()).to_pydict()
+    key = dict(zip(keys["task_id"], keys["key"], strict=True))
+    found = {}
+    for split, entry in opened.manifest["splits"].items():
+        for shard in entry["shards"]:
+            arrays = load_file(pack / shard["file"])
+            ends = [*arrays["row_start"][1:], len(arrays["label"])]
+            for task, a, b, n in zip(arrays["task_id"], arrays["row_start"], ends, arrays["num_support"], strict=True):
+                time = arrays["time"][a:b].tolist()
+                found[key[int(task)]] = (split, time[:n], time[n:])
+    return found
+
+
+SIZES = [1, 2, 3, 4, 5, 6, 9, 14, 30] * 2
+
+
+def times(task: str) -> list[int]:
+    first = sum(SIZES[: int(task[1:])])
+    return list(range(first, first + SIZES[int(task[1:])]))
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_the_first_rows_are_support_and_the_next_ones_query(tmp_path: Path, most: int | None) -> None:
+    write_log(tmp_path, SIZES)
+    words = [] if most is None else ["--query_size", most]
+    pack = prepare(tmp_path, "--support_size", 5, *words)
+    beyond = 0
+    for task, (_, support, query) in tasks_of(pack).items():
+        rows = times(task)
+        n = min(5, len(rows) - 1)
+        last = None if most is None else n + most
+        assert (support, query) == (rows[:n], rows[n:last])
+        beyond += len(rows[n:][most:]) if most is not None else 0
+    counts = open_pack(pack).manifest["counts"]
+    found = counts.get("shortened_tasks", {})
+    assert sum(rows for split in found.values() for _, rows in split.values()) == beyond
+    reasons = {why for split in found.values() for why in split}
+    assert reasons == ({"rows beyond support_size and query_size"} if beyond else set())
+    assert sorted(counts["small_tasks"].values()) == [2, 8]
+    vocabulary = pq.read_table(pack / "vocab" / "user.parquet")["count"].to_pylist()
+    trained = [s + q for split, s, q in tasks_of(pack).values() if split == "train"]
+    assert sum(vocabulary) == sum(map(len, trained))
+
+
+def test_random_support_of_a_size(tmp_path: Path) -> None:
+    write_log(tmp_path, SIZES)
+    words = ("--support_size", 5, "--query_size", 3, "--split_query", "random")
+    found = tasks_of(prepare(tmp_path, *words))
+    drawn = set()
+    for task, (_, support, query) in found.items():
+        rows = times(task)
+        assert (len(support), len(query)) == ((n := min(5, len(rows) - 1)), min(3, len(rows) - n))
+        assert (support, query) == (sorted(set(support)), sorted(set(query)))
+        assert not set(support) & set(query)
+        assert {*support, *query} <= set(rows)
+        drawn |= {time - rows[0] for time in support}
+    assert max(drawn) > 10
+
+
+@pytest.mark.parametrize("keep", ["last", "random"])
+@pytest.mark.parametrize("train_only", [False, True])
+def test_a_long_task_keeps_so_many_rows(tmp_path: Path, keep: str, train_only: bool) -> None:
+    write_log(tmp_path, SIZES)
+    name = "max_train_task_rows" if train_only else "max_task_rows"
+    words = (f"--{name}", 8, "--max_task_rows_keep", keep, "--query_size", 2, "--test_fraction", 0.5)
+    pack = prepare(tmp_path, *words)
+    left_out = Counter[str]()
+    for task, (split, support, query) in tasks_of(pack).items():
+        rows, kept = times(task), support + query
+        whole = train_only and split != "train"
+        assert kept == sorted(kept)
+        assert set(kept) <= set(rows)
+        assert len(kept) == (len(rows) if whole else min(8, len(rows)))
+        assert len(query) == max(1, min(2, len(rows) - 1))
+        if keep == "last":
+            assert kept == rows[-len(kept) :]
+        left_out[split] += len(rows) - len(kept)
+    found = open_pack(pack).manifest["counts"]["shortened_tasks"]
+    counted = {split: why[f"rows beyond {name}"][1] for split, why in found.items()}
+    assert counted == {split: rows for split, rows in left_out.items() if rows}
+    assert open_pack(pack).manifest["counts"]["dropped_tasks"] == {}
+    told = open_pack(pack).left_out("test")
+    assert len(told) == (0 if train_only else 1)
+    assert all("rows of " in sentence and sentence.endswith("out: rows beyond max_task_rows") for sentence in told)
+
+
+def test_a_long_task_is_shortened_before_it_is_cut(tmp_path: Path) -> None:
+    write_log(tmp_path, SIZES)
+    words = ("--max_task_rows", 8, "--max_task_rows_keep", "last", "--support_size", 4, "--query_size", 2)
+    for task, (_, support, query) in tasks_of(prepare(tmp_path, *words)).items():
+        rows = times(task)[-8:]
+        n = min(4, len(rows) - 1)
+        assert (support, query) == (rows[:n], rows[n : n + 2])
+
+
+def test_csv_files_and_one_parquet_file_are_shortened_alike(tmp_path: Path) -> None:
+    log = write_log(tmp_path, SIZES)
+    words = ("--max_task_rows", 8, "--max_task_rows_keep", "last", "--support_size", 4, "--query_size", 2)
+    whole = prepare(tmp_path, *words)
+    table = pq.read_table(log)
+    (tmp_path / "csv").mkdir()
+    for name, part in (("a", table.slice(0, 50)), ("b", table.slice(50))):
+        csv.write_csv(part, tmp_path / "csv" / f"{name}.csv")
+    gmeta(
+        "prepare", "--input", tmp_path / "csv", "--schema", tmp_path / "schema.yaml", "--out", tmp_path / "two", *words
+    )
+    assert tasks_of(whole) == tasks_of(tmp_path / "two")
+    for file in sorted(whole.glob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", ["last", "random"])
+def test_a_task_of_a_million_rows_is_shortened_within_the_memory_limit(tmp_path: Path, keep: str) -> None:
+    write_log(tmp_path, [1_200_000, *[20] * 50])
+    words = ("--memory_limit", "200MB", "--threads", 2, "--split_query", keep, "--query_size", 10)
+    found = tasks_of(prepare(tmp_path, *words, "--support_size", 1_000_000))
+    assert [len(rows) for rows in found["f0"][1:]] == [1_000_000, 10]
+    shorter = ("--max_task_rows", 500_000, "--max_task_rows_keep", keep)
+    shutil.rmtree(tmp_path / "pack")
+    found = tasks_of(prepare(tmp_path, *words, *shorter))
+    assert [len(rows) for rows in found["f0"][1:]] == [499_990, 10]

@@ -28,6 +28,18 @@ class Settings:
     shard_mb: int
     seed: int
     support_size: int | None = None
+    max_task_rows_keep: str | None = None
+    max_train_task_rows: int | None = None
+
+    @property
+    def shortens(self) -> bool:
+        """Say whether tasks beyond max_task_rows are shortened; else they are left out."""
+        return self.max_task_rows_keep in ("last", "random")
+
+    @property
+    def keeps(self) -> str:
+        """Return which rows a task keeps that is shortened, `last` or `random`."""
+        return str(self.max_task_rows_keep) if self.shortens else self.split_query
 
     def to_json(self) -> dict[str, Any]:
         """Return what the manifest records: all settings, but for those with a default that are unset.
@@ -63,10 +75,11 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
     task_split = pick("task_split", "user" if schema.partition is None else "column")
     partitions = config.partitions or usual.get("partitions") or {name: name for name in SPLITS}
     by_column = task_split == "column"
+    support_size = config.support_size
     given_valid = by_column and "valid" in partitions.values()
     settings = Settings(
         split_query=pick("split_query", "random" if schema.time is None else "last"),
-        query_size=None if config.query_ratio is not None else pick("query_size", 10),
+        query_size=pick("query_size", 10) if config.query_ratio is None and support_size is None else config.query_size,
         query_ratio=config.query_ratio,
         min_task_rows=pick("min_task_rows", 1),
         max_task_rows=pick("max_task_rows", None),
@@ -76,6 +89,9 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
         test_fraction=0.0 if by_column else pick("test_fraction", 0.1),
         shard_mb=config.shard_mb,
         seed=config.seed,
+        support_size=support_size,
+        max_task_rows_keep=config.max_task_rows_keep,
+        max_train_task_rows=config.max_train_task_rows,
     )
     _check_settings(config, schema, settings)
     _check_sizes(settings)
@@ -84,7 +100,7 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
 
 def _check_settings(config: PrepareConfig, schema: DataSchema, settings: Settings) -> None:
     if schema.time is None:
-        for key, value in (("split_query", "last"), ("task_split", "time")):
+        for key, value in (("split_query", "last"), ("task_split", "time"), ("max_task_rows_keep", "last")):
             if getattr(settings, key) == value:
                 raise ValueError(f"{key} is {value!r}, but the schema names no time column: add the key time to it")
     if settings.task_split == "column" and schema.partition is None:
@@ -99,6 +115,15 @@ def _check_settings(config: PrepareConfig, schema: DataSchema, settings: Setting
 
 def _check_sizes(settings: Settings) -> None:
     """Raise ValueError for sizes of which no task could have all."""
-    most, size = settings.max_task_rows, settings.query_size
-    rule = f"must be below max_task_rows ({most}), so that a task has a support row too"
-    require(most is None or size is None or size < most, "query_size", size, rule)
+    least, most, train = settings.min_task_rows, settings.max_task_rows, settings.max_train_task_rows
+    require(most is None or most >= max(2, least), "max_task_rows", most, f"must be at least {max(2, least)}")
+    if train is not None:
+        require(train >= max(2, least), "max_train_task_rows", train, f"must be at least {max(2, least)}")
+        require(most is None or train <= most, "max_train_task_rows", train, f"must be at most max_task_rows ({most})")
+    keep = settings.max_task_rows_keep
+    require(keep is None or most is not None or train is not None, "max_task_rows_keep", keep, "set max_task_rows too")
+    support, query = settings.support_size or 0, settings.query_size or 0
+    for key, limit in (("max_task_rows", most), ("max_train_task_rows", train)):
+        if limit is not None and max(support + query, support + 1, query + 1) > limit:
+            sizes = " and ".join(f"{name} {n}" for name, n in (("support_size", support), ("query_size", query)) if n)
+            raise ValueError(f"{key} is {limit}: it leaves no task the rows for {sizes} and a row of the other side")

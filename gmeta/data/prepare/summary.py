@@ -90,6 +90,9 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(f"skipped: {summary['empty_files']:,} empty files")
     for reason, tasks in summary["dropped_tasks"].items():
         console.print(f"left out: {tasks:,} tasks ({summary['dropped_rows'][reason]:,} rows): {reason}")
+    for split, reasons in summary.get("shortened_tasks", {}).items():
+        for reason, (tasks, rows) in reasons.items():
+            console.print(f"left out: {rows:,} rows of {tasks:,} tasks of split {split}: {reason}")
     for reason, tasks in summary.get("small_tasks", {}).items():
         console.print(f"small: {tasks:,} tasks: {reason}")
     for reason, rows in summary["bad_rows"].items():

@@ -33,7 +33,8 @@ class ShardJob:
 def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any]) -> list[ShardJob]:
     """Make table `tasks`; returns its shards.
 
-    It holds task, key (its text), partition, split, num_rows, num_support, fold (of training tasks), task_id, shard.
+    It holds task, key (its text), partition, split, num_found (raw rows), num_within and num_rows (see `cut`),
+    num_support, fold (of training tasks), task_id, shard.
     `counts` gets what is left out, by reason, and what is cut unusually.
     """
     _group_tasks(con, settings)
@@ -52,8 +53,7 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     _split_tasks(con, settings)
     if dropped:
         counts["left_out"] = _left_out(con)
-    if small := size_tasks(con, settings):
-        counts["small_tasks"] = small
+    size_tasks(con, settings, counts)
     if not scalar(con, "SELECT count(*) FROM sized WHERE num_support > 0"):
         raise ValueError(
             f"all {kept} tasks have one row, so that none has a support to adapt to: is {schema.task!r} the right "
@@ -106,7 +106,7 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
         SELECT *, CASE
             WHEN mapped IS NULL THEN {literal(_UNKNOWN_PARTITION)}
             WHEN num_rows < {settings.min_task_rows} THEN 'fewer rows than min_task_rows'
-            {too_large if settings.max_task_rows is not None else ""} END AS dropped
+            {too_large if settings.max_task_rows is not None and not settings.shortens else ""} END AS dropped
         FROM (SELECT *, CAST(task AS VARCHAR) AS key, {mapped} AS mapped
               FROM (SELECT task, {partition}, count(*) AS num_rows, {first_time} AS first_time
                     FROM raw_rows GROUP BY ALL))""")
@@ -165,7 +165,8 @@ def _place_tasks(con: Connection, schema: DataSchema, settings: Settings) -> Non
     split_rank = " ".join(f"WHEN {literal(name)} THEN {i}" for i, name in enumerate(SPLITS))
     con.execute(f"""
         CREATE TABLE tasks AS
-        SELECT task, key, partition, split, num_rows, num_support, CASE WHEN split = 'train' THEN {fold} END AS fold,
+        SELECT task, key, partition, split, num_found, num_within, num_rows, num_support,
+               CASE WHEN split = 'train' THEN {fold} END AS fold,
                row_number() OVER (ORDER BY split_rank, place) - 1 AS task_id,
                dense_rank() OVER (ORDER BY split_rank, rows_before * num_shards // split_rows) - 1 AS shard
         FROM (SELECT *, greatest(1, CAST(round(split_rows / {rows_per_shard!r}) AS BIGINT)) AS num_shards
