@@ -26,8 +26,12 @@ class PrepareConfig:
     """Directory that holds the named data set's files."""
     label_threshold: float | None = None
     """Labels of at least this become 1, others 0; unset: the schema's, or labels as they are."""
-    split_query: Literal["last", "random"] | None = None
-    """Which rows of a task are query: its last by time, or random ones. Unset: last where the schema names a time."""
+    split_query: Literal["last", "random", "column"] | None = None
+    """Which rows of a task are query: its last by time, random ones, or those that the schema's role column says.
+    Unset: column where the schema names a role, else last where it names a time."""
+    roles: dict[str, Any] = field(default_factory=dict)
+    """Value of the role column to support or query, for split_query column; rows of other values cannot be used.
+    Unset: support and query are called so."""
     support_size: int | None = None
     """Number of support rows of a task: its first by time (split_query last) or random ones. All others are query, up
     to query_size where that is set too. Smaller tasks have fewer, so that a query row is left."""
@@ -92,6 +96,8 @@ class PrepareConfig:
         for name, split in self.partitions.items():
             known = split in ("train", "valid", "test")
             require(known, f"partitions[{name!r}]", split, "splits are train, valid and test")
+        for name, side in self.roles.items():
+            require(side in ("support", "query"), f"roles[{name!r}]", side, "roles are support and query")
         size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B", self.memory_limit, re.IGNORECASE)
         known = size is not None and float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " ") < 1e18
         require(known, "memory_limit", self.memory_limit, "must be a size such as 500MB or 2GB")

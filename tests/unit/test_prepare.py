@@ -385,6 +385,13 @@ def test_partitions_called_like_the_splits_need_no_mapping(tmp_path: Path):
     assert Counter(splits_of(config.out).values()) == {"train": 10, "valid": 5, "test": 5}
 
 
+def test_partitions_may_be_numbers(tmp_path: Path):
+    rows: list[dict[str, object]] = [{**r, "part": int(str(r["user"])) % 3 % 2} for r in large_rows(21, 4)]
+    config = simple(tmp_path, rows, {**SIMPLE, "partition": "part"}, partitions={0: "train", 1: "test"})
+    prepare(config, quiet)
+    assert Counter(splits_of(config.out).values()) == {"train": 13, "valid": 1, "test": 7}
+
+
 @pytest.mark.parametrize("kind", ["crlf", "bom", "gz", "tsv", "quoted"])
 def test_dialects_of_csv_give_the_same_rows(tmp_path: Path, kind: str):
     config = simple(tmp_path, large_rows(12, 4), SIMPLE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from gmeta.data.prepare.settings import Settings
+from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 
@@ -42,6 +43,9 @@ def _limited(settings: Settings) -> str:
 
 def _cut(settings: Settings) -> tuple[str, str, str]:
     """Return SQL of a task's support rows, of its rows, and of whether it is too small for the usual cut."""
+    if settings.split_query == "column":
+        # A task beyond its limit gives up support rows first, but for one.
+        return "least(num_found - num_asked, greatest(1, num_within - num_asked))", "num_within", "false"
     if (size := settings.support_size) is not None:
         most = settings.query_size
         rows = "num_within" if most is None else f"least(num_within, num_support + {most})"
@@ -61,8 +65,10 @@ def _small(con: Connection, settings: Settings) -> dict[str, int]:
     name = "query_ratio" if settings.query_ratio is not None else name
     found = {
         f"too few rows for {name}, so that they keep one support and one query row at least": "is_small",
-        "one row, which is their query: they have no support": "num_within = 1",
+        "one row, which is their query: they have no support": "num_support = 0",
     }
+    if settings.split_query == "column":
+        found = {"all rows are query: they have no support": "num_support = 0"}
     counts = {why: int(scalar(con, f"SELECT count(*) FROM sized WHERE {where}")) for why, where in found.items()}
     return {why: tasks for why, tasks in counts.items() if tasks}
 
@@ -89,16 +95,43 @@ def choose_rows(con: Connection, settings: Settings) -> bool:
     """
     if not scalar(con, "SELECT count(*) FROM tasks WHERE num_rows < num_found"):
         return False
-    partition = "AND t.partition = s.partition" if settings.task_split == "column" else ""
     drawn = {name: md5_64(literal(f"{name}|{settings.seed}"), "file", "row") for name in ("keep", "query")}
     within = f"{drawn['keep']}, file, row" if settings.keeps == "random" else "time DESC, file DESC, row DESC"
     cut = f"{drawn['query']}, file, row" if settings.split_query == "random" else "time, file, row"
-    con.execute(f"""
-        CREATE TABLE chosen AS
-        SELECT file, row FROM (
-            SELECT * FROM (
-                SELECT s.file, s.row, s.time, t.task_id, t.num_within, t.num_rows
-                FROM raw_rows s JOIN tasks t ON t.task = s.task {partition} WHERE t.num_rows < t.num_found)
-            QUALIFY row_number() OVER (PARTITION BY task_id ORDER BY {within}) <= num_within)
-        QUALIFY row_number() OVER (PARTITION BY task_id ORDER BY {cut}) <= num_rows""")
+    shortened = f"""(SELECT s.file, s.row, s.time, s.is_query, t.* EXCLUDE (task)
+                     FROM {_joined(settings)} WHERE t.num_rows < t.num_found)"""
+    if settings.split_query == "column":
+        side = "CASE WHEN is_query THEN num_rows - num_support ELSE num_support END"
+        chosen = f"""SELECT file, row FROM {shortened}
+                     QUALIFY row_number() OVER (PARTITION BY task_id, is_query ORDER BY {within}) <= {side}"""
+    else:
+        chosen = f"""
+            SELECT file, row FROM (
+                SELECT * FROM {shortened}
+                QUALIFY row_number() OVER (PARTITION BY task_id ORDER BY {within}) <= num_within)
+            QUALIFY row_number() OVER (PARTITION BY task_id ORDER BY {cut}) <= num_rows"""
+    con.execute(f"CREATE TABLE chosen AS {chosen}")
     return True
+
+
+def rows_on_both_sides(con: Connection, schema: DataSchema, settings: Settings) -> dict[str, Any]:
+    """Count the query rows that are in the support of their task too, label and all; nothing where there are none.
+
+    A log may hold one event twice, or two events that look alike, so that such rows are told of and not refused.
+    """
+    columns = ["s.label", "s.time", "s.item"]
+    columns += [f"s.f{i}" for i in range(len(schema.features))] + [f"s.n{i}" for i in range(len(schema.numeric))]
+    found = con.execute(f"""
+        SELECT count(DISTINCT task_id), sum(rows)::BIGINT, min(key) FROM (
+            SELECT t.task_id, min(t.key) AS key, count(*) FILTER (s.is_query) AS rows
+            FROM {_joined(settings)} GROUP BY t.task_id, hash({", ".join(columns)})
+            HAVING bool_or(s.is_query) AND NOT bool_and(s.is_query))""").fetchone()
+    assert found is not None
+    tasks, rows, key = found
+    return {"tasks": tasks, "rows": rows, "example": key} if tasks else {}
+
+
+def _joined(settings: Settings) -> str:
+    """Return SQL of the raw rows s of kept tasks t."""
+    partition = "AND t.partition = s.partition" if settings.task_split == "column" else ""
+    return f"raw_rows s JOIN tasks t ON t.task = s.task {partition}"

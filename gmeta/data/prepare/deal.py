@@ -23,6 +23,7 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
     optional = {
         "s.time": True,
         "s.item": item_feature(schema) is None,
+        "s.is_query": settings.split_query == "column",
         "t.num_support": settings.split_query == "random",
         "t.fold": schema.item_statistics,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -30,16 +31,13 @@ class Settings:
     support_size: int | None = None
     max_task_rows_keep: str | None = None
     max_train_task_rows: int | None = None
+    roles: dict[str, str] | None = None
+    keeps: str | None = None  # which rows a task keeps that is shortened, last or random; None where none is
 
     @property
     def shortens(self) -> bool:
         """Say whether tasks beyond max_task_rows are shortened; else they are left out."""
         return self.max_task_rows_keep in ("last", "random")
-
-    @property
-    def keeps(self) -> str:
-        """Return which rows a task keeps that is shortened, `last` or `random`."""
-        return str(self.max_task_rows_keep) if self.shortens else self.split_query
 
     def to_json(self) -> dict[str, Any]:
         """Return what the manifest records: all settings, but for those with a default that are unset.
@@ -73,13 +71,16 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
         return usual.get(key, default) if value is None else value
 
     task_split = pick("task_split", "user" if schema.partition is None else "column")
-    partitions = config.partitions or usual.get("partitions") or {name: name for name in SPLITS}
+    partitions = _as_ids(config.partitions) or usual.get("partitions") or {name: name for name in SPLITS}
     by_column = task_split == "column"
-    support_size = config.support_size
+    by_time = "random" if schema.time is None else "last"
+    split_query = pick("split_query", by_time if schema.role is None else "column")
+    usual_query = config.query_ratio is None and config.support_size is None and split_query != "column"
+    roles = _as_ids(config.roles) or {"support": "support", "query": "query"}
     given_valid = by_column and "valid" in partitions.values()
     settings = Settings(
-        split_query=pick("split_query", "random" if schema.time is None else "last"),
-        query_size=pick("query_size", 10) if config.query_ratio is None and support_size is None else config.query_size,
+        split_query=split_query,
+        query_size=pick("query_size", 10) if usual_query else config.query_size,
         query_ratio=config.query_ratio,
         min_task_rows=pick("min_task_rows", 1),
         max_task_rows=pick("max_task_rows", None),
@@ -89,13 +90,27 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
         test_fraction=0.0 if by_column else pick("test_fraction", 0.1),
         shard_mb=config.shard_mb,
         seed=config.seed,
-        support_size=support_size,
+        support_size=config.support_size,
         max_task_rows_keep=config.max_task_rows_keep,
         max_train_task_rows=config.max_train_task_rows,
+        roles=roles if split_query == "column" else None,
+        keeps=_keeps(config, by_time if split_query == "column" else split_query),
     )
     _check_settings(config, schema, settings)
     _check_sizes(settings)
     return schema, settings
+
+
+def _as_ids(names: Mapping[Any, str]) -> dict[str, str]:
+    """Return a mapping of column values by the text that these are compared as: YAML reads 0 and true as no text."""
+    return {str(name).lower() if isinstance(name, bool) else str(name): side for name, side in names.items()}
+
+
+def _keeps(config: PrepareConfig, usual: str) -> str | None:
+    """Return which rows a task keeps that is shortened; None where none is."""
+    if config.max_task_rows_keep in ("last", "random"):
+        return config.max_task_rows_keep
+    return None if config.max_train_task_rows is None else usual
 
 
 def _check_settings(config: PrepareConfig, schema: DataSchema, settings: Settings) -> None:
@@ -103,6 +118,14 @@ def _check_settings(config: PrepareConfig, schema: DataSchema, settings: Setting
         for key, value in (("split_query", "last"), ("task_split", "time"), ("max_task_rows_keep", "last")):
             if getattr(settings, key) == value:
                 raise ValueError(f"{key} is {value!r}, but the schema names no time column: add the key time to it")
+    if settings.split_query == "column":
+        if schema.role is None:
+            raise ValueError("split_query is 'column', but the schema names no column: add the key role to it")
+        for key in ("support_size", "query_size", "query_ratio"):
+            if getattr(config, key) is not None:
+                raise ValueError(f"{key} has no effect with split_query column: the role column says what is query")
+    elif config.roles:
+        raise ValueError(f"roles has no effect with split_query {settings.split_query}: set split_query to column")
     if settings.task_split == "column" and schema.partition is None:
         raise ValueError("task_split is 'column', but the schema names no column: add the key partition to it")
     if settings.task_split == "column" and config.test_fraction is not None:

@@ -56,8 +56,12 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     size_tasks(con, settings, counts)
     if not scalar(con, "SELECT count(*) FROM sized WHERE num_support > 0"):
         raise ValueError(
-            f"all {kept} tasks have one row, so that none has a support to adapt to: is {schema.task!r} the right "
-            "task column?"
+            f"none of the {kept} tasks has a support row, so that nothing could adapt: "
+            + (
+                "the role column calls all of them query"
+                if settings.split_query == "column"
+                else f"each has one row; is {schema.task!r} the right task column?"
+            )
         )
     _place_tasks(con, schema, settings)
     found = con.execute("SELECT DISTINCT shard, split FROM tasks ORDER BY shard").fetchall()
@@ -100,15 +104,17 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
     mapped = f"CASE partition {names} END" if names else "''"
     first_time = "min(time)" if settings.task_split == "time" else "0"
     partition = "partition" if settings.task_split == "column" else "'' AS partition"
+    asked = "count(*) FILTER (is_query)" if settings.split_query == "column" else "NULL"
     too_large = f"WHEN num_rows > {settings.max_task_rows} THEN 'more rows than max_task_rows'"
     con.execute(f"""
         CREATE TABLE grouped AS
         SELECT *, CASE
             WHEN mapped IS NULL THEN {literal(_UNKNOWN_PARTITION)}
             WHEN num_rows < {settings.min_task_rows} THEN 'fewer rows than min_task_rows'
-            {too_large if settings.max_task_rows is not None and not settings.shortens else ""} END AS dropped
+            {too_large if settings.max_task_rows is not None and not settings.shortens else ""}
+            WHEN num_asked = 0 THEN 'no row is query' END AS dropped
         FROM (SELECT *, CAST(task AS VARCHAR) AS key, {mapped} AS mapped
-              FROM (SELECT task, {partition}, count(*) AS num_rows, {first_time} AS first_time
+              FROM (SELECT task, {partition}, count(*) AS num_rows, {asked} AS num_asked, {first_time} AS first_time
                     FROM raw_rows GROUP BY ALL))""")
 
 

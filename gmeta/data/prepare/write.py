@@ -74,6 +74,8 @@ def write_shards(
 
 def _in_order(con: Connection, rows: str, settings: Settings) -> tuple[str, str]:
     """Return a shard's rows and their order: by task, support first, each by time."""
+    if settings.split_query == "column":
+        return rows, "b.task_id, b.is_query, b.time, b.file, b.row"
     if settings.split_query == "last":
         return rows, "b.task_id, b.time, b.file, b.row"
     drawn = md5_64(literal(f"query|{settings.seed}"), "file", "row")
