@@ -377,7 +377,8 @@ class TaskPack:
     def split(self, name: str) -> PackSplit:
         """Return the split called `name`. Raises ValueError where the pack has no task in it."""
         if name not in self._splits:
-            raise ValueError(f"{self.path} has no tasks in split {name!r}; it has: {', '.join(self.splits)}")
+            told = "; ".join([f"it has: {', '.join(self.splits)}", *self.left_out(name)])
+            raise ValueError(f"{self.path} has no tasks in split {name!r}; {told}")
         return self._splits[name]
 
     def vocab_file(self, table: str) -> Path:

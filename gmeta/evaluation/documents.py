@@ -60,9 +60,8 @@ def read_evaluation(path: Path) -> Json | None:
         return None
     if missing := [key for key in _EVALUATION if key not in found]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: delete it and {cure}")
-    problem = _misfit(found, _EVALUATION | {key: _SINCE[key] for key in _SINCE.keys() & found.keys()}, "") or _gap(
-        found
-    )
+    shape = _EVALUATION | {key: _SINCE[key] for key in _SINCE.keys() & found.keys()}
+    problem = _misfit(found, shape, "") or _gap(found)
     if problem:
         raise ValueError(f"{path} is not what gmeta writes ({problem}): delete it and {cure}")
     return found

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -66,6 +70,16 @@ def test_tasks_without_support_are_trained_on_and_measured(tmp_path: Path, capsy
     assert cases["support_0"]["tasks"] == cases["support_0"]["rows"] > 0
     gmeta("report", "--run_dir", tmp_path / "run")
     assert sentence in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_split_that_was_left_out_whole_is_explained(tmp_path: Path) -> None:
+    write_log(tmp_path, [4] * 12 + [9] * 2, part=["train"] * 48 + ["test"] * 18)
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump({**SCHEMA, "partition": "part"}))
+    pack = open_pack(prepare(tmp_path, "--max_task_rows", 8, "--query_size", 2))
+    with pytest.raises(
+        ValueError, match=r"no tasks in split 'test'; .*left 2 tasks \(18 rows\) of split test out: more"
+    ):
+        pack.split("test")
 
 
 def test_an_older_pack_tells_of_all_splits_together(tmp_path: Path) -> None:
@@ -201,3 +215,36 @@ def test_a_task_of_a_million_rows_is_shortened_within_the_memory_limit(tmp_path:
     shutil.rmtree(tmp_path / "pack")
     found = tasks_of(prepare(tmp_path, *words, *shorter))
     assert [len(rows) for rows in found["f0"][1:]] == [499_990, 10]
+
+
+@pytest.mark.slow
+def test_a_very_long_task_pads_no_other_in_any_command(tmp_path: Path) -> None:
+    """Padded to it, the 256 tasks of its batch would have 26 million rows."""
+    sizes = [12] * 400 + [100_000] * 3
+    parts = [("train", "train", "valid", "test")[t % 4] for t in range(400)] + ["train", "valid", "test"]
+    write_log(tmp_path, sizes, part=np.repeat(parts, sizes))
+    (tmp_path / "schema.yaml").write_text(yaml.safe_dump({**SCHEMA, "partition": "part"}))
+    pack, run_dir, log = prepare(tmp_path), tmp_path / "run", tmp_path / "log.parquet"
+    table = pq.read_table(log).filter(pc.equal(pq.read_table(log)["part"], "test"))
+    pq.write_table(table, tmp_path / "support.parquet")
+    pq.write_table(table.drop(["click"]), tmp_path / "query.parquet")
+    batch = ("--loader.tasks_per_batch", 256, "--model.args.hidden", "[8]", "--schedule.epochs", 1)
+    files = ("--support", tmp_path / "support.parquet", "--query", tmp_path / "query.parquet")
+    for words in (
+        ("train", "--pack", pack, "--run_dir", run_dir, *batch),  # validates too
+        ("evaluate", "--run_dir", run_dir, "--tasks_per_batch", 256, "--resamples", 2, "--baselines", "false"),
+        ("predict", "--run_dir", run_dir, *files, "--tasks_per_batch", 256, "--out", tmp_path / "out.parquet"),
+    ):
+        command = [sys.executable, "-c", PEAK, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout.split()[-1]) < 1500, words[0]
+
+
+PEAK = """
+import resource, sys
+from gmeta.cli import run
+code = run(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
+"""
