@@ -427,6 +427,16 @@ class TaskPack:
             for reason, (tasks, rows) in sorted(shortened.items())
         ]
 
+    def warnings(self) -> list[str]:
+        """Say what makes every metric on this pack too good; nothing where `prepare` found nothing."""
+        both = self.manifest["counts"].get("rows_on_both_sides")
+        if both is None:
+            return []
+        return [
+            f"{both['rows']:,} query rows of {both['tasks']:,} tasks of the pack are in the support too, "
+            "label and all, which makes metrics too good"
+        ]
+
     def tasks_checksum(self) -> str:
         """Return the checksum of which tasks there are and in which split each lies. A copy of the pack has the
         same.

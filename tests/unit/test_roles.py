@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -178,6 +180,32 @@ def test_a_row_on_both_sides_is_told_of(tmp_path: Path, capsys: pytest.CaptureFi
     assert (
         f"warning: {len(twice)} query rows of {len(users)} tasks (such as '{min(users)}') are in the support" in printed
     )
+
+
+def test_evaluation_tells_of_rows_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = log(SIZES * 2)
+    for name in rows:
+        rows[name] += [{"side": "support"}.get(name, value) for value in rows[name]]
+    write(tmp_path, rows, TIMED)
+    gmeta(*words(tmp_path))
+    gmeta(*train_words(tmp_path / "pack", tmp_path / "run", epochs=1))
+    capsys.readouterr()
+    gmeta("evaluate", "--run_dir", tmp_path / "run", "--resamples", 5, "--baselines", "false")
+    (sentence,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["notes"]
+    assert sentence.startswith(f"{2 * sum(q for _, q in SIZES)} query rows of ")
+    assert sentence in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_may_be_the_role(tmp_path: Path) -> None:
+    rows = log()
+    write(tmp_path, rows, TIMED)
+    shutil.rmtree(tmp_path / "log")
+    for side in ("support", "query"):
+        (tmp_path / "log" / f"side={side}").mkdir(parents=True)
+        part = pa.table(rows).filter(pc.equal(pa.table(rows)["side"], side)).drop(["side"])
+        pq.write_table(part, tmp_path / "log" / f"side={side}" / "part-0.parquet")
+    gmeta(*words(tmp_path))
+    assert sides(tmp_path) == expected(rows)
 
 
 def test_a_role_lives_beside_a_partition(tmp_path: Path) -> None:

@@ -197,7 +197,16 @@ def test_csv_files_and_one_parquet_file_are_shortened_alike(tmp_path: Path) -> N
     for name, part in (("a", table.slice(0, 50)), ("b", table.slice(50))):
         csv.write_csv(part, tmp_path / "csv" / f"{name}.csv")
     gmeta(
-        "prepare", "--input", tmp_path / "csv", "--schema", tmp_path / "schema.yaml", "--out", tmp_path / "two", *words
+        "prepare",
+        "--input",
+        tmp_path / "csv",
+        "--schema",
+        tmp_path / "schema.yaml",
+        "--out",
+        tmp_path / "two",
+        *words,
+        "--threads",
+        2,
     )
     assert tasks_of(whole) == tasks_of(tmp_path / "two")
     for file in sorted(whole.glob("*.safetensors")):
