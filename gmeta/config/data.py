@@ -49,8 +49,9 @@ class PrepareConfig:
     """What is kept of a task beyond max_task_rows: its last rows by time, or random ones, which are then cut into
     support and query; other rows are counted. drop, when unset: nothing, the task is left out."""
     max_train_task_rows: int | None = None
-    """Training tasks beyond this keep so many rows, chosen as max_task_rows_keep says (drop or unset: as split_query
-    does); valid and test tasks stay whole. Unset: no limit but max_task_rows."""
+    """Training tasks beyond this keep so many rows, chosen as max_task_rows_keep says (drop or unset: the last by time,
+    random ones with split_query random or without a time); valid and test tasks stay whole. Unset: no limit but
+    max_task_rows."""
     task_split: Literal["user", "time", "column"] | None = None
     """Who is train, valid and test: random tasks, tasks by their first time, or the schema's partition column.
     Unset: column where the schema names a partition, else user."""

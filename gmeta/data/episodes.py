@@ -22,7 +22,7 @@ class Episodes:
     """
 
     def __init__(self, split: PackSplit, most_rows: int) -> None:
-        support, query = split.sizes_to_warn()
+        support, query = split.unverified_sizes()
         self._split = split
         self._most_rows = most_rows
         self._ends = np.cumsum(-(-(support + query) // most_rows))  # of each task's episodes in the numbering

@@ -121,7 +121,8 @@ def test_a_rank_without_tasks_takes_part(tmp_path: Path) -> None:
     assert_same(run_ranks(4, run_steps, settings, 6)[0], run_steps(Mesh(), settings, 6), 1e-9)
 
 
-@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 4])
 def test_episodes_and_tasks_without_support_equal_one_process(tmp_path: Path, nproc: int) -> None:
     def take_support(arrays: dict[str, np.ndarray]) -> None:
         arrays["num_support"][::3] = 0

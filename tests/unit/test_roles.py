@@ -128,7 +128,7 @@ def test_files_of_two_kinds_and_no_time(tmp_path: Path) -> None:
 
 def both(pack: Any) -> tuple[np.ndarray, np.ndarray]:
     """Support and query rows of all tasks."""
-    found = [pack.split(name).sizes_to_warn() for name in pack.splits]
+    found = [pack.split(name).unverified_sizes() for name in pack.splits]
     return np.concatenate([s for s, _ in found]), np.concatenate([q for _, q in found])
 
 
@@ -182,7 +182,7 @@ def test_a_row_on_both_sides_is_told_of(tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
-def test_evaluation_tells_of_rows_on_both_sides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_of_such_a_pack_is_evaluated_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = log(SIZES * 2)
     for name in rows:
         rows[name] += [{"side": "support"}.get(name, value) for value in rows[name]]
@@ -194,6 +194,12 @@ def test_evaluation_tells_of_rows_on_both_sides(tmp_path: Path, capsys: pytest.C
     (sentence,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["notes"]
     assert sentence.startswith(f"{2 * sum(q for _, q in SIZES)} query rows of ")
     assert sentence in " ".join(capsys.readouterr().out.split())
+    plain = pa.table({name: rows[name] for name in ("user", "item", "click")})  # predict needs no role
+    csv.write_csv(plain.slice(0, 20), tmp_path / "support.csv")
+    csv.write_csv(plain.slice(20, 9).drop(["click"]), tmp_path / "query.csv")
+    given = ["--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", "--out", tmp_path / "out.csv"]
+    gmeta("predict", "--run_dir", tmp_path / "run", *given)
+    assert csv.read_csv(tmp_path / "out.csv").num_rows == 9
 
 
 def test_a_folder_may_be_the_role(tmp_path: Path) -> None:
@@ -247,15 +253,3 @@ def test_the_schema_survives_json_and_is_as_before_without_a_role() -> None:
     schema = parse_data_schema(SCHEMA)
     assert data_schema_from_json(json.loads(json.dumps(schema.to_json()))) == schema
     assert "role" not in parse_data_schema({k: v for k, v in SCHEMA.items() if k != "role"}).to_json()
-
-
-def test_a_run_of_such_a_pack_predicts_from_two_files_without_the_column(tmp_path: Path) -> None:
-    write(tmp_path, rows := log(SIZES * 2))
-    gmeta(*words(tmp_path))
-    gmeta(*train_words(tmp_path / "pack", tmp_path / "run", epochs=1))
-    plain = pa.table({name: rows[name] for name in ("user", "item", "click")})
-    csv.write_csv(plain.slice(0, 20), tmp_path / "support.csv")
-    csv.write_csv(plain.slice(20, 9).drop(["click"]), tmp_path / "query.csv")
-    given = ["--support", tmp_path / "support.csv", "--query", tmp_path / "query.csv", "--out", tmp_path / "out.csv"]
-    gmeta("predict", "--run_dir", tmp_path / "run", *given)
-    assert csv.read_csv(tmp_path / "out.csv").num_rows == 9
