@@ -332,7 +332,7 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
         ({}, {"dataset": "ml-1m", "root": "."}, "leave input and schema out"),
         ({}, {"root": "."}, "root has no effect"),
         ({}, {"query_size": 9, "max_task_rows": 9}, "max_task_rows is 9: it leaves no task the rows for query_size 9"),
-        ({}, {"query_size": 4, "support_size": 6, "max_train_task_rows": 9}, "for support_size 6 and query_size 4"),
+        ({}, {"query_size": 4, "support_size": 6, "max_train_task_rows": 9}, "for support_size 6 and query_size 4; raise it"),
         ({}, {"query_size": None, "support_size": 9, "max_task_rows": 9}, "the rows for support_size 9"),
         ({}, {"max_task_rows": 9, "max_train_task_rows": 10}, "max_train_task_rows is 10: must be at most"),
         ({}, {"min_task_rows": 9, "max_train_task_rows": 8}, "max_train_task_rows is 8: must be at least 9"),

@@ -148,5 +148,6 @@ def _check_sizes(settings: Settings) -> None:
     support, query = settings.support_size or 0, settings.query_size or 0
     for key, limit in (("max_task_rows", most), ("max_train_task_rows", train)):
         if limit is not None and max(support + query, support + 1, query + 1) > limit:
-            sizes = " and ".join(f"{name} {n}" for name, n in (("support_size", support), ("query_size", query)) if n)
-            raise ValueError(f"{key} is {limit}: it leaves no task the rows for {sizes} and a row of the other side")
+            sizes = [f"{name} {size}" for name, size in (("support_size", support), ("query_size", query)) if size]
+            needed = " and ".join(sizes if len(sizes) == 2 else [*sizes, "a row of the other side"])
+            raise ValueError(f"{key} is {limit}: it leaves no task the rows for {needed}; raise it, or lower the sizes")
