@@ -122,6 +122,7 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
   time: timestamp             # a user's last rows by time are then the query
   item: item_id               # what is recommended; reports show items that no training task has seen
   partition: day              # a column that says which split a row belongs to
+  role: side                  # a column that says support or query, in place of a cut (--roles for other words)
   label_threshold: 4          # labels of at least this become 1, others 0
   categorical:                # one value a row; a bare name, or a mapping:
     - gender

@@ -26,16 +26,32 @@ class PrepareConfig:
     """Directory that holds the named data set's files."""
     label_threshold: float | None = None
     """Labels of at least this become 1, others 0; unset: the schema's, or labels as they are."""
-    split_query: Literal["last", "random"] | None = None
-    """Which rows of a task are query: its last by time, or random ones. Unset: last where the schema names a time."""
+    split_query: Literal["last", "random", "column"] | None = None
+    """Which rows of a task are query: its last by time, random ones, or those that the schema's role column says.
+    Unset: column where the schema names a role, else last where it names a time."""
+    roles: dict[str, Any] = field(default_factory=dict)
+    """Value of the role column to support or query, for split_query column; rows of other values cannot be used.
+    Unset: support and query are called so."""
+    support_size: int | None = None
+    """Number of support rows of a task: its first by time (split_query last) or random ones. All others are query, up
+    to query_size where that is set too. Smaller tasks have fewer, so that a query row is left."""
     query_size: int | None = None
-    """Number of query rows of a task (10 when unset). Tasks without a support row left are left out and counted."""
+    """Number of query rows of a task (10 when unset). Smaller tasks have fewer, so that a support row is left. With
+    support_size, the most query rows: the next ones after the support; rows after them are left out and counted."""
     query_ratio: float | None = None
     """Fraction of a task's rows that are query, instead of query_size."""
     min_task_rows: int | None = None
-    """Smaller tasks are left out and counted (2 when unset)."""
+    """Smaller tasks are left out and counted. Unset: 1, which keeps all; a task of one row has it as its query, and no
+    support."""
     max_task_rows: int | None = None
-    """Larger tasks are left out and counted; unset: no limit."""
+    """Larger tasks are left out and counted, or shortened as max_task_rows_keep says; unset: no limit."""
+    max_task_rows_keep: Literal["last", "random", "drop"] | None = None
+    """What is kept of a task beyond max_task_rows: its last rows by time, or random ones, which are then cut into
+    support and query; other rows are counted. drop, when unset: nothing, the task is left out."""
+    max_train_task_rows: int | None = None
+    """Training tasks beyond this keep so many rows, chosen as max_task_rows_keep says (drop or unset: the last by time,
+    random ones with split_query random or without a time); valid and test tasks stay whole. Unset: no limit but
+    max_task_rows."""
     task_split: Literal["user", "time", "column"] | None = None
     """Who is train, valid and test: random tasks, tasks by their first time, or the schema's partition column.
     Unset: column where the schema names a partition, else user."""
@@ -69,15 +85,20 @@ class PrepareConfig:
         ratio, valid, test = self.query_ratio, self.valid_fraction, self.test_fraction
         require(ratio is None or 0 < ratio < 1, "query_ratio", ratio, "must be above 0 and below 1")
         require(ratio is None or self.query_size is None, "query_ratio", ratio, "unset query_size to use it")
+        support = self.support_size
+        require(support is None or support >= 1, "support_size", support, "must be at least 1")
+        require(support is None or ratio is None, "support_size", support, "unset query_ratio to use it")
         require(valid is None or 0 <= valid < 1, "valid_fraction", valid, "must be in [0, 1)")
         require(test is None or 0 <= test < 1, "test_fraction", test, "must be in [0, 1)")
         require((valid or 0) + (test or 0) < 1, "test_fraction", test, "must leave tasks to train on")
         low, high = self.min_task_rows, self.max_task_rows
-        require(low is None or low >= 2, "min_task_rows", low, "must be at least 2 (one support and one query row)")
-        require(high is None or high >= (low or 2), "max_task_rows", high, f"must be at least {low or 2}")
+        require(low is None or low >= 2, "min_task_rows", low, "must be at least 1")
+        require(high is None or high >= max(2, low or 2), "max_task_rows", high, f"must be at least {max(2, low or 2)}")
         for name, split in self.partitions.items():
             known = split in ("train", "valid", "test")
             require(known, f"partitions[{name!r}]", split, "splits are train, valid and test")
+        for name, side in self.roles.items():
+            require(side in ("support", "query"), f"roles[{name!r}]", side, "roles are support and query")
         size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B", self.memory_limit, re.IGNORECASE)
         known = size is not None and float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " ") < 1e18
         require(known, "memory_limit", self.memory_limit, "must be a size such as 500MB or 2GB")

@@ -167,9 +167,14 @@ class LoaderConfig:
     max_support_rows: int = 0
     """Keep only the last n support examples of every task, in training and in evaluation and predictions of the run;
     0 keeps all."""
+    episode_rows: int = 0
+    """Train on a task of more rows as several tasks an epoch, of at most so many consecutive rows each: a long history
+    teaches more than one adaptation. 0 is off; at least 4."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "loader.")
+        episode = self.episode_rows
+        require(episode == 0 or episode >= 4, "loader.episode_rows", episode, "must be 0 (off) or at least 4")
         require(self.tasks_per_batch >= 1, "loader.tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         require(self.window_batches >= 1, "loader.window_batches", self.window_batches, "must be at least 1")
         rows = self.max_support_rows

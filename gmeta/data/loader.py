@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from gmeta.core.batch import BatchSplit, TaskBatch, joined
+from gmeta.data.episodes import Episodes
 from gmeta.data.order import Tasks, ends_within, num_batches, stored_batches, tasks_per_rank, window_of_batches
 from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit, TaskRows
@@ -59,6 +60,9 @@ class TaskLoader(Generic[_T]):
 
     `max_support_rows` keeps only the last so many support rows of every task, in stored order; 0 keeps all.
 
+    With `episode_rows`, a longer task counts as several (see `Episodes`), and positions in the split are those of
+    episodes; 0 is off.
+
     `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them. Without
     `shuffle` a larger batch is cut into several. With `shuffle` the tasks of a batch are given, and a rank that would
     exceed the bound gets them as several micro-batches (`TaskBatch.parts`). One task alone may still exceed it;
@@ -90,6 +94,7 @@ class TaskLoader(Generic[_T]):
         prefetch: int = 2,
         resample: bool = False,
         max_support_rows: int = 0,
+        episode_rows: int = 0,
         max_cells: int | None = None,
         transform: Callable[[TaskBatch], _T] | None = None,
     ) -> None:
@@ -110,12 +115,14 @@ class TaskLoader(Generic[_T]):
         self._prefetch = prefetch
         self._resample = resample
         self._max_support_rows = max_support_rows
+        self._episodes = Episodes(split, episode_rows) if episode_rows else None
+        self.num_tasks = split.num_tasks if self._episodes is None else self._episodes.num_episodes
         self._max_cells = max_cells
         self._transform = transform
         self._split_by: Callable[[int], SplitSpec] | None = None
         self._stored = np.zeros(0, np.int64) if shuffle else self._stored_batches()  # bounds of a pass's batches
-        self.batches_per_epoch = num_batches(split.num_tasks, tasks_per_batch) if shuffle else len(self._stored) - 1
-        self.has_short_batch = shuffle and split.num_tasks % tasks_per_batch > 0
+        self.batches_per_epoch = num_batches(self.num_tasks, tasks_per_batch) if shuffle else len(self._stored) - 1
+        self.has_short_batch = shuffle and self.num_tasks % tasks_per_batch > 0
         self._position: _Position = (0, 0, 0)  # of the batch that `next` hands out
         self._tail: list[int] = []  # tasks of this epoch that were put back: positions in the split
         self._window: tuple[int, int, Tasks, TaskRows] | None = None  # epoch, window and tasks of the last one made
@@ -294,7 +301,8 @@ class TaskLoader(Generic[_T]):
         return tuple(a + end for a, part in parts for end in ends_within(part.num_support, part.num_query, cells))
 
     def _locate(self, tasks: Tasks) -> TaskRows:
-        return self._split.locate(tasks).last_support(self._max_support_rows)
+        at = self._split.locate(tasks) if self._episodes is None else self._episodes.locate(tasks)
+        return at.last_support(self._max_support_rows)
 
     def _sizes(self, tasks: Tasks) -> tuple[Tasks, Tasks]:
         at = self._locate(tasks)
@@ -302,7 +310,7 @@ class TaskLoader(Generic[_T]):
 
     def _stored_batches(self) -> Tasks:
         """Cut a pass in stored order into batches; looks at sizes only where `max_cells` needs them."""
-        num_tasks = self._split.num_tasks
+        num_tasks = self.num_tasks
         if self._max_cells is None:
             nothing = np.zeros(num_tasks, np.int64)
             return stored_batches(nothing, nothing, self._tasks_per_batch, None)
@@ -320,7 +328,7 @@ class TaskLoader(Generic[_T]):
         window, offset = divmod(index, self._window_batches)
         if self._window is None or self._window[:2] != (epoch, window):
             batches = window_of_batches(
-                self._split.num_tasks,
+                self.num_tasks,
                 self._sizes,
                 tasks_per_batch=size,
                 window_batches=self._window_batches,
@@ -336,14 +344,17 @@ class TaskLoader(Generic[_T]):
         return self._window[2][mine], self._window[3][mine]
 
 
-def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_support_rows: int) -> str | None:
+def long_task_warning(
+    pack: TaskPack, name: str, *, tasks_per_batch: int, max_support_rows: int, episode_rows: int = 0
+) -> str | None:
     """Name the longest task of split `name`, and the cure, where it would pad a batch beyond `MAX_CELLS`.
 
     None where no task does, and where tasks are long in general: more than a tenth of the longest is no exception.
     """
     split = pack.split(name)
-    support, query = split.sizes_to_warn()
+    support, query = split.unverified_sizes()
     rows = (np.minimum(support, max_support_rows) if max_support_rows else support) + query
+    rows = np.minimum(rows, episode_rows) if episode_rows else rows
     longest, median = int(rows.argmax()), float(np.median(rows))
     if rows[longest] * tasks_per_batch <= MAX_CELLS or rows[longest] <= 10 * median:
         return None
@@ -352,5 +363,6 @@ def long_task_warning(pack: TaskPack, name: str, *, tasks_per_batch: int, max_su
     return (
         f"warning: task {keys[0]!r} of split {name} has {rows[longest]:,} rows, the median task {median:,.0f}. It is "
         "computed apart from its batch, which takes long and much memory: set loader.max_support_rows to keep the last "
-        "support rows of every task, or prepare with --max_task_rows to leave such tasks out"
+        "support rows of every task, loader.episode_rows to train on it in parts, or prepare with --max_task_rows to "
+        "leave such tasks out, and --max_task_rows_keep last to keep their last rows"
     )

@@ -377,7 +377,8 @@ class TaskPack:
     def split(self, name: str) -> PackSplit:
         """Return the split called `name`. Raises ValueError where the pack has no task in it."""
         if name not in self._splits:
-            raise ValueError(f"{self.path} has no tasks in split {name!r}; it has: {', '.join(self.splits)}")
+            told = "; ".join([f"it has: {', '.join(self.splits)}", *self.left_out(name)])
+            raise ValueError(f"{self.path} has no tasks in split {name!r}; {told}")
         return self._splits[name]
 
     def vocab_file(self, table: str) -> Path:
@@ -403,6 +404,38 @@ class TaskPack:
         if self.schema.identity is None:
             self.vocabulary_files()  # verifies their checksums
         return identity_of(self.schema, self.manifest["data_schema"], self.path / "vocab")
+
+    def left_out(self, split: str) -> list[str]:
+        """Say what `prepare` left out of a split, one sentence a reason; nothing where it left out nothing.
+
+        Packs of earlier releases count all splits together.
+        """
+        counts = self.manifest["counts"]
+        if "left_out" in counts:
+            found = counts["left_out"].get(split, {})
+            where = f"split {split}"
+        else:
+            rows = counts.get("dropped_rows", {})
+            found = {reason: [tasks, rows.get(reason, 0)] for reason, tasks in counts.get("dropped_tasks", {}).items()}
+            where = "all splits together"
+        shortened = counts.get("shortened_tasks", {}).get(split, {})
+        return [
+            f"the pack left {tasks:,} tasks ({rows:,} rows) of {where} out: {reason}"
+            for reason, (tasks, rows) in sorted(found.items())
+        ] + [
+            f"the pack left {rows:,} rows of {tasks:,} tasks of split {split} out: {reason}"
+            for reason, (tasks, rows) in sorted(shortened.items())
+        ]
+
+    def warnings(self) -> list[str]:
+        """Say what makes every metric on this pack too good; nothing where `prepare` found nothing."""
+        both = self.manifest["counts"].get("rows_on_both_sides")
+        if both is None:
+            return []
+        return [
+            f"{both['rows']:,} query rows of {both['tasks']:,} tasks of the pack are in the support too, "
+            "label and all, which makes metrics too good"
+        ]
 
     def tasks_checksum(self) -> str:
         """Return the checksum of which tasks there are and in which split each lies. A copy of the pack has the

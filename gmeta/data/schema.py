@@ -179,7 +179,7 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
 # ------------------------------------------------------------------------------------------- raw columns
 
 
-Role = Literal["task", "label", "time", "item", "partition"]
+Role = Literal["task", "label", "time", "item", "partition", "role"]
 
 ITEM_STATISTICS = "item_statistics"
 """Schema key, and the name of the file beside the vocabularies."""
@@ -228,6 +228,7 @@ class DataSchema:
     time: str | None = None
     item: str | None = None
     partition: str | None = None
+    role: str | None = None  # says which rows are support and which are query
     label_threshold: float | None = None  # label >= threshold becomes 1, other labels 0
     features: tuple[RawFeature, ...] = ()
     numeric: tuple[RawNumeric, ...] = ()
@@ -277,8 +278,11 @@ class DataSchema:
         return list(dict.fromkeys(n for n in names if n is not None))
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-serialisable dict, which `data_schema_from_json` reads back."""
-        return asdict(self)
+        """Return a JSON-serialisable dict, which `data_schema_from_json` reads back.
+
+        Where no role is named, it is what earlier releases wrote, so that packs keep their bytes.
+        """
+        return {key: value for key, value in asdict(self).items() if key != "role" or value is not None}
 
 
 def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
@@ -322,8 +326,8 @@ def load_data_schema(path: str | Path) -> DataSchema:
 
 def parse_data_schema(values: Any) -> DataSchema:
     """Return the DataSchema that the mapping of a YAML schema describes. ValueError names the key and the cure."""
-    keys = ("task", "label", "time", "item", "partition", "label_threshold", "categorical", "multi", "sequence")
-    known = (*keys, "numeric", ITEM_STATISTICS, "hash_seed")
+    keys = ("task", "label", "time", "item", "partition", "role", "label_threshold")
+    known = (*keys, "categorical", "multi", "sequence", "numeric", ITEM_STATISTICS, "hash_seed")
     entry = _mapping(values, "schema", known)
     features = [
         _feature(item, kind, f"schema.{kind}[{i}]")
@@ -339,7 +343,7 @@ def _data_schema(entry: dict[str, Any], features: list[RawFeature], numeric: lis
     for key in ("task", "label"):
         if entry.get(key) is None:
             raise ValueError(f"schema: key {key!r} is missing: name the column")
-    for key in ("task", "label", "time", "item", "partition"):
+    for key in ("task", "label", "time", "item", "partition", "role"):
         _check(entry, key, (str, type(None)), "schema", "a column name")
     if entry["label"] in [*(f.name for f in features), *(c.name for c in numeric)]:
         raise ValueError(f"schema: {entry['label']!r} is the label and a feature, so models would read it: take it out")

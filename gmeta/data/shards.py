@@ -221,7 +221,7 @@ class PackSplit:
         sizes = [np.diff(shard.read("row_start"), append=shard.num_rows) for shard in self._shards]
         return np.concatenate(sizes)
 
-    def sizes_to_warn(self) -> tuple[Array, Array]:
+    def unverified_sizes(self) -> tuple[Array, Array]:
         """Return (support rows, query rows) of all tasks, each int64 [num_tasks], from files that are not verified yet.
 
         This reads some bytes a task; `num_task_rows` would read every shard whole, to verify it.

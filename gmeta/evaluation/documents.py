@@ -32,6 +32,8 @@ _EVALUATION = {
     "curves": _Each([{"predicted": _NUMBER, "observed": _NUMBER}]),
     "notes": [(str,)],
 }
+_SINCE = {"left_out": [(str,)]}
+"""Keys that evaluations of earlier releases lack."""
 _SENT = _Each({"bytes": _NUMBER, "remote_bytes": _NUMBER, "calls": _NUMBER})
 _TRAFFIC = {"measured": _SENT, "predicted": _SENT}
 _NO_NUMBERS = ("kind", "comm", "slots", "put_back")
@@ -58,7 +60,8 @@ def read_evaluation(path: Path) -> Json | None:
         return None
     if missing := [key for key in _EVALUATION if key not in found]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: delete it and {cure}")
-    problem = _misfit(found, _EVALUATION, "") or _gap(found)
+    shape = _EVALUATION | {key: _SINCE[key] for key in _SINCE.keys() & found.keys()}
+    problem = _misfit(found, shape, "") or _gap(found)
     if problem:
         raise ValueError(f"{path} is not what gmeta writes ({problem}): delete it and {cure}")
     return found

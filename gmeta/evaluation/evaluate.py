@@ -248,7 +248,8 @@ def _write(
         resamples=config.resamples,
         seed=config.seed,
         logits=found.logits,
-    )
+    ) | {"left_out": pack.left_out(config.split)}
+    evaluation["notes"] += pack.warnings()
     own = is_own_pack(run_dir, pack)
     # Packs of one name in two folders must not replace each other's evaluation, so the manifest's checksum is added.
     name = "" if own else f"-{pack.path.resolve().name}-{pack.manifest['xxh3'][:8]}"

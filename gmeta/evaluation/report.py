@@ -102,11 +102,12 @@ def _headline_section(evaluation: Json | None, run_dir: Path) -> str:
         "differences are paired on the same resamples. "
         "The best baseline is the one that does best on these very rows."
     )
+    left_out = "".join(f'<p class="note">{escape(text)}.</p>' for text in evaluation.get("left_out", []))
     chart = _variant_chart(evaluation, rows)
     table = _headline_table(rows, metric, reference)
     return (
         f'<p class="lead">{_verdict_sentence(by_name, metric, reference, case)}</p>'
-        f'<div class="cards">{"".join(cards)}</div><p class="note" style="margin-top:12px">{note}</p>'
+        f'<div class="cards">{"".join(cards)}</div><p class="note" style="margin-top:12px">{note}</p>{left_out}'
         f'<div class="grid">{_figure("Every variant", chart)}<div>{table}</div></div>'
     )
 

@@ -186,6 +186,8 @@ def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> No
         # A pipe has no width of its own; the 80 columns that rich assumes would cut the table.
         console.width = max(console.width, _PIPE_WIDTH)
     console.print(table)
+    for sentence in (*evaluation.get("left_out", ()), *evaluation["notes"]):
+        console.print(sentence, markup=False, highlight=False)
 
 
 def _cells(record: dict[str, Any], sign: str) -> list[str]:

@@ -44,6 +44,7 @@ FIXED_ON_RESUME = (
     "loader.window_batches",
     "loader.resample",
     "loader.max_support_rows",
+    "loader.episode_rows",
 )
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
 

@@ -71,6 +71,7 @@ def build_run(
         "prefetch": config.loader.prefetch,
         "resample": config.loader.resample,
         "max_support_rows": config.loader.max_support_rows,
+        "episode_rows": config.loader.episode_rows,
         "max_cells": MAX_CELLS,
         "transform": system.prepare,
     }

@@ -61,12 +61,12 @@ class Membership:
         self.agent.finished(spent, batch.epoch, window, tasks)
 
 
-def job_of(config: TrainConfig, pack: TaskPack) -> JobSpec:
+def job_of(config: TrainConfig, num_tasks: int) -> JobSpec:
     """Return the job of a training run. A work item is a window of the order, and windows come one after the
     other.
     """
     return JobSpec(
-        num_samples=pack.split("train").num_tasks,
+        num_samples=num_tasks,
         work_item_size=config.loader.tasks_per_batch * config.loader.window_batches,
         epochs=config.schedule.epochs,
         seed=config.seed,
@@ -96,7 +96,7 @@ def join(
 
     token = None if token_file is None else read_token(token_file)
     client = Client(url, token, run=read_run_id(Path(config.run_dir)), patience_s=elastic.patience_s)
-    spec = job_of(config, pack)
+    spec = job_of(config, loader.num_tasks)
 
     def begin() -> int:
         client.open_job(pack.manifest["xxh3"], spec)

@@ -57,9 +57,10 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
 def _banner(run: Run) -> str:
     """Return what a user wants to know before the first step."""
     split, state = run.pack.split("train"), run.state
+    episodes = f" in {run.loader.num_tasks:,} episodes an epoch" if run.loader.num_tasks > split.num_tasks else ""
     engine = state.system.learner.engine_reason
     lines = [
-        f"{split.num_tasks:,} tasks, {split.num_rows:,} rows; {state.rates.total_steps:,} steps of "
+        f"{split.num_tasks:,} tasks{episodes}, {split.num_rows:,} rows; {state.rates.total_steps:,} steps of "
         f"{run.config.loader.tasks_per_batch} tasks on {state.mesh.world_size} process(es), {state.mesh.device}",
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
@@ -67,7 +68,11 @@ def _banner(run: Run) -> str:
     for name in ("train", "valid") if state.mesh.is_main else ():
         settings = run.config.loader
         warning = name in run.pack.splits and long_task_warning(
-            run.pack, name, tasks_per_batch=settings.tasks_per_batch, max_support_rows=settings.max_support_rows
+            run.pack,
+            name,
+            tasks_per_batch=settings.tasks_per_batch,
+            max_support_rows=settings.max_support_rows,
+            episode_rows=settings.episode_rows if name == "train" else 0,
         )
         if warning:
             lines.append(warning)

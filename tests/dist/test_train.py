@@ -121,6 +121,21 @@ def test_a_rank_without_tasks_takes_part(tmp_path: Path) -> None:
     assert_same(run_ranks(4, run_steps, settings, 6)[0], run_steps(Mesh(), settings, 6), 1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_episodes_and_tasks_without_support_equal_one_process(tmp_path: Path, nproc: int) -> None:
+    def take_support(arrays: dict[str, np.ndarray]) -> None:
+        arrays["num_support"][::3] = 0
+
+    pack = make_pack(tmp_path / "pack", train=9, change=take_support)
+    settings = config(pack, loader=LoaderConfig(tasks_per_batch=4, episode_rows=4))
+    alone = run_steps(Mesh(), settings, 10)
+    assert_same(run_ranks(nproc, run_steps, settings, 10)[0], alone, 1e-9)
+    assert np.isfinite(alone["trace"]).all()
+    whole = run_steps(Mesh(), config(pack, loader=LoaderConfig(tasks_per_batch=4)), 10)
+    assert whole["trace"][:, 3].sum() > alone["trace"][:, 3].sum()  # an episode has fewer rows than its task
+
+
 def test_seed_and_order_matter(tmp_path: Path) -> None:
     """The comparison above has power: first order or another seed is another training."""
     pack = make_pack(tmp_path / "pack")

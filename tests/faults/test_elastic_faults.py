@@ -269,6 +269,18 @@ def test_unequal_slots_and_micro_batches_learn_the_same(
 
 
 @pytest.mark.slow
+def test_a_kill_changes_nothing_of_episodes(pack: Path, tmp_path: Path) -> None:
+    words = ["--loader.episode_rows", "4"]
+    finish(start(command(pack, tmp_path / "plain", *words, elastic=False)))
+    process = start(command(pack, tmp_path / "run", *words))
+    wait_for_step(process, tmp_path / "run", 20)
+    assert kill(process, "worker", random.Random(3))
+    finish(process)
+    assert learned(tmp_path / "run") == learned(tmp_path / "plain")
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+@pytest.mark.slow
 def test_tasks_that_were_late_take_effect_in_their_epoch(pack: Path, tmp_path: Path) -> None:
     (tmp_path / "policies.py").write_text(POLICIES)
     run_dir = tmp_path / "run"

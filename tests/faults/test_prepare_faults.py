@@ -271,7 +271,13 @@ def test_input_that_changes_meanwhile_is_refused(tmp_path: Path):
 
 def test_too_few_tasks(tmp_path: Path):
     refuse(make(tmp_path, lines(num_users=1)), "there are 1 tasks", "at least 2", "'user'")
-    refuse(make(tmp_path, lines(rows=1)), "there are 0 tasks", "6 left out: fewer rows than min_task_rows")
+    refuse(
+        make(tmp_path, lines(rows=1)),
+        "none of the 6 tasks has a support row",
+        "each has one row; is 'user' the right task column?",
+    )
+    config = make(tmp_path, lines(rows=1), min_task_rows=2)
+    refuse(config, "there are 0 tasks", "6 left out: fewer rows than min_task_rows")
     config = make(tmp_path, lines(), {**SCHEMA, "partition": "city"}, partitions={"Oslo": "train"})
     refuse(config, "6 left out: partition Rome is not in partitions")
     config = make(tmp_path, lines(), {**SCHEMA, "partition": "city"}, partitions={"Rome": "test", "Oslo": "train"})
@@ -329,6 +335,17 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
         ({}, {"dataset": "ml-1k"}, "did you mean 'ml-1"),
         ({}, {"dataset": "ml-1m", "root": "."}, "leave input and schema out"),
         ({}, {"root": "."}, "root has no effect"),
+        ({}, {"query_size": 9, "max_task_rows": 9}, "max_task_rows is 9: it leaves no task the rows for query_size 9"),
+        (
+            {},
+            {"query_size": 4, "support_size": 6, "max_train_task_rows": 9},
+            "for support_size 6 and query_size 4; raise it",
+        ),
+        ({}, {"query_size": None, "support_size": 9, "max_task_rows": 9}, "the rows for support_size 9"),
+        ({}, {"max_task_rows": 9, "max_train_task_rows": 10}, "max_train_task_rows is 10: must be at most"),
+        ({}, {"min_task_rows": 9, "max_train_task_rows": 8}, "max_train_task_rows is 8: must be at least 9"),
+        ({}, {"max_task_rows_keep": "last"}, "set max_task_rows too"),
+        ({"time": None}, {"max_task_rows": 9, "max_task_rows_keep": "last"}, "add the key time"),
         ({}, {"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
     ],
 )

@@ -385,6 +385,13 @@ def test_partitions_called_like_the_splits_need_no_mapping(tmp_path: Path):
     assert Counter(splits_of(config.out).values()) == {"train": 10, "valid": 5, "test": 5}
 
 
+def test_partitions_may_be_numbers(tmp_path: Path):
+    rows: list[dict[str, object]] = [{**r, "part": int(str(r["user"])) % 3 % 2} for r in large_rows(21, 4)]
+    config = simple(tmp_path, rows, {**SIMPLE, "partition": "part"}, partitions={0: "train", 1: "test"})
+    prepare(config, quiet)
+    assert Counter(splits_of(config.out).values()) == {"train": 13, "valid": 1, "test": 7}
+
+
 @pytest.mark.parametrize("kind", ["crlf", "bom", "gz", "tsv", "quoted"])
 def test_dialects_of_csv_give_the_same_rows(tmp_path: Path, kind: str):
     config = simple(tmp_path, large_rows(12, 4), SIMPLE)
@@ -426,19 +433,63 @@ def test_ratio_and_limits_count_what_is_left_out(tmp_path: Path):
     rows = [r for u in range(12) for r in large_rows(12, u + 1) if r["user"] == u]
     config = simple(tmp_path, rows, SIMPLE, query_size=None, query_ratio=0.2, max_task_rows=10)
     summary = prepare(config, quiet)
-    assert summary["dropped_tasks"] == {
-        "fewer rows than min_task_rows": 1,
-        "more rows than max_task_rows": 2,
-        "no row is left for the query": 1,
+    assert summary["dropped_tasks"] == {"more rows than max_task_rows": 2}
+    assert summary["dropped_rows"] == {"more rows than max_task_rows": 23}
+    assert sum(s["tasks"] for s in summary["splits"].values()) == 10
+    assert sides_of(config.out) == {
+        u + 1: (u + 1 - max(1, round(0.2 * (u + 1))), max(1, round(0.2 * (u + 1)))) for u in range(10)
     }
-    assert summary["dropped_rows"]["more rows than max_task_rows"] == 23
-    assert sum(s["tasks"] for s in summary["splits"].values()) == 8
 
 
-def test_query_size_that_takes_all_is_counted(tmp_path: Path):
-    rows = [r for r in large_rows(10, 5) if not (r["user"] == 3 and int(str(r["at"])) % 100 > 1)]
-    summary = prepare(simple(tmp_path, rows, SIMPLE), quiet)
-    assert summary["dropped_tasks"] == {"no row is left for the support": 1}
+def sides_of(out: str) -> dict[int, tuple[int, int]]:
+    """Rows of a task -> its support and query rows."""
+    sides = {}
+    for shards in read_shards(out).values():
+        for shard in shards:
+            sizes = np.diff(shard["row_start"], append=len(shard["label"]))
+            sides |= {int(n): (int(s), int(n - s)) for n, s in zip(sizes, shard["num_support"], strict=True)}
+    return sides
+
+
+def growing_rows(most: int) -> list[dict[str, object]]:
+    """Users of 1, 2, … rows."""
+    return [row for u in range(most) for row in large_rows(most, u + 1) if row["user"] == u]
+
+
+@pytest.mark.parametrize("split_query", ["last", "random"])
+def test_a_task_too_small_for_the_usual_cut_keeps_a_row_of_each_side(tmp_path: Path, split_query: str):
+    config = simple(tmp_path, growing_rows(14), SIMPLE, query_size=None, split_query=split_query)
+    summary = prepare(config, quiet)
+    assert summary["dropped_tasks"] == {}
+    small = {n: (0, 1) if n == 1 else (1, n - 1) for n in range(1, 11)}
+    assert sides_of(config.out) == {**small, **{n: (n - 10, 10) for n in range(11, 15)}}
+    assert list(summary["small_tasks"].values()) == [9, 1]
+    assert "left_out" not in summary
+
+
+def test_a_ratio_near_one_keeps_a_support_row(tmp_path: Path):
+    prepare(config := simple(tmp_path, growing_rows(6), SIMPLE, query_size=None, query_ratio=0.99), quiet)
+    assert sides_of(config.out) == {1: (0, 1), 2: (1, 1), 3: (1, 2), 4: (1, 3), 5: (1, 4), 6: (1, 5)}
+
+
+@pytest.mark.parametrize("task_split", ["user", "time", "column"])
+def test_what_is_left_out_is_counted_by_the_split_it_would_lie_in(tmp_path: Path, task_split: str):
+    rows = [
+        {**r, "at": 100 * (i := int(str(r["user"]))) + int(str(r["at"])) % 100, "part": "train" if i % 2 else "test"}
+        for r in growing_rows(40)
+    ]
+    settings = {"min_task_rows": 6, "max_task_rows": 35, "task_split": task_split}
+    summary = prepare(simple(tmp_path, rows, {**SIMPLE, "partition": "part"}, **settings), quiet)
+    sums = Counter[str]()
+    for of_split in summary["left_out"].values():
+        sums.update({reason: tasks for reason, (tasks, _) in of_split.items()})
+    assert sums == summary["dropped_tasks"] == {"fewer rows than min_task_rows": 5, "more rows than max_task_rows": 5}
+    short, long = summary["dropped_tasks"]
+    if task_split == "time":  # the longest came last: all of them after the first test task that is kept
+        assert summary["left_out"]["test"] == {long: [5, 36 + 37 + 38 + 39 + 40]}
+        assert summary["left_out"]["train"] == {short: [5, 15]}
+    if task_split == "column":
+        assert summary["left_out"]["test"] == {short: [3, 1 + 3 + 5], long: [2, 37 + 39]}
 
 
 def test_threshold_and_min_count(tmp_path: Path):
@@ -558,6 +609,7 @@ def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     schema = {**SIMPLE, "categorical": ["rate[/s]", ":bug: [bold]"]}
     print_summary(prepare(simple(tmp_path, rows, schema), quiet))
     printed = capsys.readouterr().out
+    assert "small:" not in printed
     assert "rate[/s] 2, :bug: [bold] 2" in printed
 
 

@@ -204,6 +204,20 @@ def test_plain_run_without_after(tmp_path):
     assert "AUC of before" in build_report(run).read_text()
 
 
+def test_what_the_pack_left_out_stands_beside_the_headline(tmp_path):
+    run = make_run(tmp_path / "demo", num_tasks=20, num_steps=0, resamples=5)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    for found, shown in ((["12 tasks <left> out"], True), ([], False), (None, False)):
+        evaluation["left_out"] = found
+        if found is None:  # as earlier releases wrote it
+            del evaluation["left_out"]
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+        assert ("12 tasks &lt;left&gt; out." in build_report(run).read_text()) == shown
+    (run / "evaluation.json").write_text(json.dumps({**evaluation, "left_out": [3]}))
+    with pytest.raises(ValueError, match=r"left_out\[0\] is 3"):
+        build_report(run)
+
+
 def test_undefined_metrics_are_said(tmp_path):
     run = make_run(tmp_path / "demo", num_tasks=20, num_steps=0, resamples=5)
     evaluation = json.loads((run / "evaluation.json").read_text())

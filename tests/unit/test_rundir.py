@@ -13,7 +13,9 @@ from gmeta.runs.directory import _require_same
 CONFIG = TrainConfig(pack="pack", run_dir="run")
 
 
-@pytest.mark.parametrize(("key", "value", "usual"), [("resample", True, False), ("max_support_rows", 5, 0)])
+@pytest.mark.parametrize(
+    ("key", "value", "usual"), [("resample", True, False), ("max_support_rows", 5, 0), ("episode_rows", 5, 0)]
+)
 def test_a_setting_younger_than_the_checkpoint_had_its_default(key: str, value: int, usual: int) -> None:
     state = {"config": asdict(CONFIG), "schema": SCHEMA.to_json()}
     del state["config"]["loader"][key]

@@ -172,9 +172,11 @@ def test_ndcg_is_left_out_with_a_note_where_labels_are_no_grades():
 
 def test_print_headline_shows_every_variant():
     out = io.StringIO()
-    document = evaluation_records(**columns())
+    sentence = "the pack left 12 tasks (30 rows) of split test out: fewer [rows] than min_task_rows"
+    document = evaluation_records(**columns()) | {"left_out": [sentence]}
     print_headline(document, out)
     text = out.getvalue()
+    assert sentence in text
     difference = next(row.difference for row in headline_rows(document) if row.variant == "global-mean")
     assert f"{difference['low']:+.4f} … {difference['high']:+.4f}" in text  # not cut, though there is no terminal
     assert all(word in text for word in ("before", "after", "global-mean", "better", "480 query rows of 80 tasks"))

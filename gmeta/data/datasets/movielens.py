@@ -61,7 +61,7 @@ ML_100K = DataSet(
     files=("ml-100k.inter", "ml-100k.user", "ml-100k.item"),
     origin="These are MovieLens-100K as RecBole's atomic files (tab separated, header name:type): "
     + "recbole.io lists downloads and the conversion of the original from https://grouplens.org/datasets/movielens/",
-    settings={"task_split": "user", "valid_fraction": 0.1, "test_fraction": 0.2},
+    settings={"task_split": "user", "valid_fraction": 0.1, "test_fraction": 0.2, "min_task_rows": 2},
 )
 
 
@@ -92,7 +92,7 @@ ML_1M = DataSet(
     open=_ml_1m,
     files=("ratings.dat", "users.dat", "movies.dat"),
     origin=_GROUPLENS.format("ml-1m.zip"),
-    settings={"task_split": "user", "valid_fraction": 0.1, "test_fraction": 0.2},
+    settings={"task_split": "user", "valid_fraction": 0.1, "test_fraction": 0.2, "min_task_rows": 2},
 )
 
 

@@ -63,7 +63,7 @@ def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[st
     """Return column -> SQL type of a checked row: the roles, f0 … (features) and n0 … (numeric columns)."""
     task, item = (types.get(("role", role), "VARCHAR") for role in ("task", "item"))
     columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
-    columns |= {"item": item, "partition": "VARCHAR"}
+    columns |= {"item": item, "partition": "VARCHAR", "is_query": "BOOLEAN"}
     for i, feature in enumerate(schema.features):
         columns[f"f{i}"] = types.get(feature.table, "VARCHAR") + ("" if feature.kind == "categorical" else "[]")
     return columns | {f"n{i}": "DOUBLE" for i in range(len(schema.numeric))}
@@ -77,10 +77,12 @@ def check(
     roles: Sequence[Role],
     types: Mapping[TypeKey, str],
     encoding: int = ENCODING,
+    sides: Mapping[str, str] | None = None,
 ) -> str:
     """Check the rows of `part`, which is file number `file`; returns SQL of its rows that can be used.
 
-    Their columns are file, row, and those of `checked_columns`; roles that are not asked for are NULL. Rows of a part
+    Their columns are file, row, and those of `checked_columns`; roles that are not asked for are NULL. `sides` says of
+    each value of the role column whether it stands for `support` or `query`. Rows of a part
     that must be read in order are copied to `checked`; the others are read from the file each time, which is cheaper
     than to write them. Raises ValueError for a column that is missing or whose type cannot hold what the schema says
     of it.
@@ -89,7 +91,7 @@ def check(
         if name not in part.columns:
             raise ValueError(f"{part.file} has no column {name!r}: {nearest(name, part.columns)}")
     columns = checked_columns(schema, types)
-    found, checks = _Columns(con, part, schema, types, encoding).all(roles)
+    found, checks = _Columns(con, part, schema, types, encoding, sides or {}).all(roles)
     selected = [f"CAST({found[name]} AS {kind}) AS {name}" for name, kind in columns.items()]
     place = f"{file} AS file, __row AS row"
     problem = f"CASE {' '.join(f'WHEN {condition} THEN {i}' for i, (_, condition, _) in enumerate(checks, 1))} END"
@@ -136,9 +138,15 @@ class _Columns:
     """Makes the SQL of a part's values by the rules of an encoding."""
 
     def __init__(
-        self, con: Connection, part: RawPart, schema: DataSchema, types: Mapping[TypeKey, str], encoding: int
+        self,
+        con: Connection,
+        part: RawPart,
+        schema: DataSchema,
+        types: Mapping[TypeKey, str],
+        encoding: int,
+        sides: Mapping[str, str],
     ) -> None:
-        self.con, self.part, self.schema, self.types = con, part, schema, types
+        self.con, self.part, self.schema, self.types, self.sides = con, part, schema, types, sides
         self.rules = _RULES[encoding]
 
     def all(self, roles: Sequence[Role]) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
@@ -160,6 +168,8 @@ class _Columns:
                 whole, fraction, bad = time_columns(self.con, self.part, column)
                 add(role, column, (whole, bad))
                 found["time_fraction"] = fraction
+            elif role == "role":
+                add("is_query", column, self._side(column))
             else:
                 as_type = self.types.get(("role", role), "VARCHAR")
                 add(role, column, self._id(column, as_type, nulls="error", used_as=role))
@@ -182,6 +192,12 @@ class _Columns:
             raise unfit(self.part, column, used_as, cure)
         text, checks = found
         return text, checks + ([(f"({text}) IS NULL", "is missing")] if nulls == "error" else [])
+
+    def _side(self, column: str) -> Value:
+        text, checks = self._id(column, "VARCHAR", nulls="error", used_as="role")
+        names = " ".join(f"WHEN {literal(name)} THEN {side == 'query'}" for name, side in self.sides.items())
+        side = f"CASE {text} {names} END"
+        return side, [*checks, (f"({side}) IS NULL", f"is no role: roles names {', '.join(map(repr, self.sides))}")]
 
     def _list(self, feature: RawFeature, as_type: str) -> Value:
         value, kind, separator = identifier(feature.name), self.part.columns[feature.name], feature.separator

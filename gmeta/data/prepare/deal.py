@@ -9,7 +9,9 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmeta.data.prepare.tasks import Settings, ShardJob
+from gmeta.data.prepare.cut import choose_rows
+from gmeta.data.prepare.settings import Settings
+from gmeta.data.prepare.tasks import ShardJob
 from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal
 
@@ -21,14 +23,19 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
     optional = {
         "s.time": True,
         "s.item": item_feature(schema) is None,
+        "s.is_query": settings.split_query == "column",
         "t.num_support": settings.split_query == "random",
         "t.fold": schema.item_statistics,
     }
     columns += [column for column, needed in optional.items() if needed]
     partition = "AND t.partition = s.partition" if settings.task_split == "column" else ""
+    chosen = ""
+    if choose_rows(con, settings):
+        chosen = """LEFT JOIN chosen c ON c.file = s.file AND c.row = s.row
+                    WHERE t.num_rows = t.num_found OR c.row IS NOT NULL"""
     # Version 2's delta encoding halves the bytes. Dictionaries and compression would take longer than the writing.
     con.execute(f"""
-        COPY (SELECT {", ".join(columns)}, t.shard FROM raw_rows s JOIN tasks t ON t.task = s.task {partition})
+        COPY (SELECT {", ".join(columns)}, t.shard FROM raw_rows s JOIN tasks t ON t.task = s.task {partition} {chosen})
         TO {literal(str(scratch / "rows"))} (FORMAT parquet, PARQUET_VERSION v2, COMPRESSION uncompressed,
                                              DICTIONARY_SIZE_LIMIT 1, PARTITION_BY (shard))""")
     con.execute("DROP VIEW raw_rows; DROP TABLE checked; CHECKPOINT; SET disabled_optimizers=''")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,12 @@ from gmeta.config.data import PrepareConfig
 from gmeta.data.datasets import open_data_set
 from gmeta.data.pack import PackWriter
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, id_types, reject_counts
+from gmeta.data.prepare.cut import rows_on_both_sides
 from gmeta.data.prepare.deal import deal
 from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scratch_directory
+from gmeta.data.prepare.settings import Settings, resolve_settings
 from gmeta.data.prepare.summary import Report, console_report, print_summary
-from gmeta.data.prepare.tasks import Settings, make_tasks, resolve_settings, row_bytes
+from gmeta.data.prepare.tasks import make_tasks, row_bytes
 from gmeta.data.prepare.times import common_time
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
@@ -53,11 +54,13 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         shards = make_tasks(con, schema, settings, counts)
         rows = scalar(con, "SELECT coalesce(sum(num_rows), 0)::BIGINT FROM tasks")
         require_space(out, needed=int(2 * rows * row_bytes(con, schema)))
+        if settings.split_query == "column" and (both := rows_on_both_sides(con, schema, settings)):
+            counts["rows_on_both_sides"] = both
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
         pack_schema = learn(con, schema, scratch, shards, tell)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
-        made_with = {**asdict(settings), "input": config.inputs, "dataset": config.dataset}
+        made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
             write_shards(con, writer, schema, pack_schema, settings, scratch, shards, counts, tell)
@@ -74,6 +77,8 @@ def _check_all(
     roles: list[Role] = ["task", "label", "time", "item"]
     if settings.task_split == "column":
         roles.append("partition")
+    if settings.split_query == "column":
+        roles.append("role")
     parts, empty = _parts(con, config)
     types = id_types(schema, parts)
     create_checked(con, schema, types)
@@ -81,7 +86,7 @@ def _check_all(
     for index, part in enumerate(parts):
         tell("reading files", index, len(parts))
         with reading(part.file):
-            relations.append(check(con, part, index, schema, roles, types))
+            relations.append(check(con, part, index, schema, roles, types, sides=settings.roles))
     time = common_time(con, parts, schema.time)
     tell("reading files", len(parts), len(parts))
     files = [part.file for part in parts]

@@ -90,5 +90,15 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print(f"skipped: {summary['empty_files']:,} empty files")
     for reason, tasks in summary["dropped_tasks"].items():
         console.print(f"left out: {tasks:,} tasks ({summary['dropped_rows'][reason]:,} rows): {reason}")
+    for split, reasons in summary.get("shortened_tasks", {}).items():
+        for reason, (tasks, rows) in reasons.items():
+            console.print(f"left out: {rows:,} rows of {tasks:,} tasks of split {split}: {reason}")
+    if both := summary.get("rows_on_both_sides"):
+        console.print(
+            f"warning: {both['rows']:,} query rows of {both['tasks']:,} tasks (such as {both['example']!r}) are in the "
+            "support too, label and all: models have seen their labels when they are judged by them"
+        )
+    for reason, tasks in summary.get("small_tasks", {}).items():
+        console.print(f"small: {tasks:,} tasks: {reason}")
     for reason, rows in summary["bad_rows"].items():
         console.print(f"in rejects.parquet: {rows:,} rows: {reason}")

@@ -14,8 +14,9 @@ from gmeta.data.identity import vocabulary_file
 from gmeta.data.pack import SPLITS, PackWriter
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.encode import encode
+from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report, split_summary
-from gmeta.data.prepare.tasks import Settings, ShardJob
+from gmeta.data.prepare.tasks import ShardJob
 from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, PackSchema
 from gmeta.data.sources import Connection, in_order, literal, md5_64, scalar
 
@@ -73,6 +74,8 @@ def write_shards(
 
 def _in_order(con: Connection, rows: str, settings: Settings) -> tuple[str, str]:
     """Return a shard's rows and their order: by task, support first, each by time."""
+    if settings.split_query == "column":
+        return rows, "b.task_id, b.is_query, b.time, b.file, b.row"
     if settings.split_query == "last":
         return rows, "b.task_id, b.time, b.file, b.row"
     drawn = md5_64(literal(f"query|{settings.seed}"), "file", "row")
