@@ -32,6 +32,9 @@ class EvaluateConfig:
     """Directory made by `gmeta synth`: adds what its prior, posterior and oracle score, the frame of any model."""
     baselines: bool = True
     """Measure the baselines too."""
+    relevant_label: float | None = None
+    """Ratings of at least this are relevant, which precision, recall, hit rate, MAP and MRR at k need to know. Clicks
+    need no such label."""
     resamples: int = 1000
     """Bootstrap resamples (over tasks) of the confidence intervals."""
     tasks_per_batch: int = 256

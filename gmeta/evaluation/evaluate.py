@@ -79,6 +79,10 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
     system, trained, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
+    if trained.loss == "bce" and config.relevant_label is not None:
+        raise ValueError(
+            f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
+        )
     scores = score_split(
         system,
         split,
@@ -93,6 +97,8 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
         "split": config.split,
         "pack": str(pack.path),
     }
+    if config.relevant_label is not None:
+        notes["relevant_label"] = config.relevant_label
     plain = None if config.plain_run is None else _plain_variants(config, trained, pack, mesh, notes)
     if scores is None:
         return
@@ -248,6 +254,7 @@ def _write(
         resamples=config.resamples,
         seed=config.seed,
         logits=found.logits,
+        relevant_label=config.relevant_label,
     )
     own = is_own_pack(run_dir, pack)
     # Packs of one name in two folders must not replace each other's evaluation, so the manifest's checksum is added.

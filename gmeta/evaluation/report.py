@@ -34,8 +34,14 @@ _NAMES = {
     "rmse": "RMSE",
     "ece": "ECE",
     "calibration": "predicted / observed",
-    "ndcg@5": "nDCG@5",
-    "ndcg@10": "nDCG@10",
+}
+_NAMES_AT_K = {
+    "ndcg": "nDCG",
+    "precision": "precision",
+    "recall": "recall",
+    "hit_rate": "hit rate",
+    "map": "MAP",
+    "mrr": "MRR",
 }
 
 
@@ -485,6 +491,9 @@ def _flat(values: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
 
 def _name(metric: str) -> str:
     """Return a metric's name as people write it."""
+    kind, at, k = metric.partition("@")
+    if at and kind in _NAMES_AT_K:
+        return f"{_NAMES_AT_K[kind]}@{k}"
     return _NAMES.get(metric, metric)
 
 

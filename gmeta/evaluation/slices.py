@@ -23,7 +23,9 @@ from gmeta.evaluation.metrics import (
     BINARY_METRICS,
     HIGHER_IS_BETTER,
     MAX_NDCG_LABEL,
+    NDCG_METRICS,
     RATING_METRICS,
+    RELEVANCE_METRICS,
     Bootstrap,
     Estimate,
     calibration_curve,
@@ -53,6 +55,7 @@ class _Query:
     item_cold: NDArray[np.bool_]  # [N]
     task_cold: NDArray[np.bool_]  # [N]
     reference: str  # the variant whose differences to all others are measured
+    relevant_label: float | None  # ratings of at least this are relevant; None: clicks are, or it is not known
 
     def __post_init__(self) -> None:
         sizes = {name: len(score) for name, score in self.scores.items()}
@@ -77,6 +80,7 @@ def evaluation_records(
     resamples: int,
     seed: int,
     logits: dict[str, NDArray[Any]] | None = None,
+    relevant_label: float | None = None,
 ) -> dict[str, Any]:
     """Return the content of evaluation.json, but for what only the caller knows (`write_evaluation` adds it).
 
@@ -90,6 +94,8 @@ def evaluation_records(
         binary: labels are 0/1 and scores are probabilities.
         resamples, seed: bootstrap resamples per slice, and their seed.
         logits: variant -> logit of each query row, [N], where there are some: what ranking metrics sort by.
+        relevant_label: ratings of at least this are relevant to precision@k and its like; of clicks those labelled 1
+            are.
 
     Raises ValueError for columns of different lengths, no rows, and values that a metric does not take.
     """
@@ -104,15 +110,9 @@ def evaluation_records(
         item_cold.astype(np.bool_),
         task_cold if isinstance(task_cold, np.ndarray) else np.full(len(label), task_cold),
         reference="after" if "after" in scores else next(iter(scores)),
+        relevant_label=relevant_label,
     )
-    metrics, notes = _metrics_for(label, binary)
-    cases, records, differences = [], [], []
-    for case, about, mask in _slices(query):
-        cases.append({"case": case, "about": about, "tasks": len(np.unique(task[mask])), "rows": int(mask.sum())})
-        if mask.any():
-            new_records, new_differences = _measure(query, case, mask, metrics, resamples, seed)
-            records += new_records
-            differences += new_differences
+    metrics, notes = metrics_for(label, task, binary, relevant_label)
     headline = "auc" if binary else "mae"
     return {
         "headline": {"metric": headline, "higher_is_better": headline in HIGHER_IS_BETTER},
@@ -120,9 +120,7 @@ def evaluation_records(
         "variants": list(scores),
         "baselines": [name for name in scores if name in BASELINES],
         "resamples": resamples,
-        "cases": cases,
-        "records": records,
-        "differences": differences,
+        **_measure_cases(query, metrics, resamples, seed),
         "curves": {name: calibration_curve(score, label) for name, score in scores.items()},
         "notes": notes,
     }
@@ -196,14 +194,35 @@ def _cells(record: dict[str, Any], sign: str) -> list[str]:
     return [f"{record['value']:{sign}.4f}", interval]
 
 
-def _metrics_for(label: NDArray[Any], binary: bool) -> tuple[tuple[str, ...], list[str]]:
+def metrics_for(
+    label: NDArray[Any], task: NDArray[Any], binary: bool, relevant_label: float | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the metrics of these labels [N] and their tasks [N], and notes on what is left out."""
     if binary:
-        return BINARY_METRICS, []
-    if label.min() >= 0 and label.max() <= MAX_NDCG_LABEL:
-        return RATING_METRICS, []
-    kept = tuple(name for name in RATING_METRICS if not name.startswith("ndcg"))
-    note = f"nDCG is left out: labels span {label.min():g} to {label.max():g}, it takes 0 to {MAX_NDCG_LABEL:g}"
-    return kept, [note]
+        return BINARY_METRICS, _no_relevant_row(label >= 1, task, "precision@k, recall@k, hit rate, MAP, MRR and nDCG")
+    names: tuple[str, ...] = RATING_METRICS
+    notes: list[str] = []
+    if not 0 <= label.min() <= label.max() <= MAX_NDCG_LABEL:
+        names = tuple(name for name in names if name not in NDCG_METRICS)
+        notes.append(
+            f"nDCG is left out: labels span {label.min():g} to {label.max():g}, it takes 0 to {MAX_NDCG_LABEL:g}"
+        )
+    if relevant_label is None:
+        notes.append(
+            "Precision@k, recall@k, hit rate, MAP and MRR are left out: name the label from which on a row is "
+            "relevant, such as --relevant_label 4"
+        )
+        return names, notes
+    notes += _no_relevant_row(label >= relevant_label, task, "precision@k, recall@k, hit rate, MAP and MRR")
+    return names + RELEVANCE_METRICS, notes
+
+
+def _no_relevant_row(relevant: NDArray[np.bool_], task: NDArray[Any], names: str) -> list[str]:
+    """Note how many tasks have no relevant row, where there are such."""
+    num_tasks, num_with = len(np.unique(task)), len(np.unique(task[relevant]))
+    if num_with == num_tasks:
+        return []
+    return [f"{num_tasks - num_with:,} of {num_tasks:,} tasks have no relevant query row: {names} leave them out"]
 
 
 def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
@@ -228,6 +247,19 @@ def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
     return slices
 
 
+def _measure_cases(query: _Query, metrics: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
+    """Return the cases, records and differences of evaluation.json."""
+    cases, records, differences = [], [], []
+    for case, about, mask in _slices(query):
+        task = query.task[mask]
+        cases.append({"case": case, "about": about, "tasks": len(np.unique(task)), "rows": int(mask.sum())})
+        if mask.any():
+            new_records, new_differences = _measure(query, case, mask, metrics, resamples, seed)
+            records += new_records
+            differences += new_differences
+    return {"cases": cases, "records": records, "differences": differences}
+
+
 def _measure(
     query: _Query, case: str, mask: NDArray[np.bool_], metrics: Sequence[str], resamples: int, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -235,7 +267,9 @@ def _measure(
     rows = {}
     for name, score in query.scores.items():
         logit = query.logits[name][mask] if name in query.logits else None
-        rows[name] = make_rows(score[mask], query.label[mask], query.task[mask], logit=logit)
+        rows[name] = make_rows(
+            score[mask], query.label[mask], query.task[mask], logit=logit, relevant_label=query.relevant_label
+        )
     bootstrap = Bootstrap(next(iter(rows.values())).num_tasks, resamples=resamples, seed=seed)
     for variant, sample in rows.items():
         for name in metrics:

@@ -170,6 +170,29 @@ def test_ndcg_is_left_out_with_a_note_where_labels_are_no_grades():
     assert not [r for r in document["records"] if r["metric"].startswith("ndcg")]
 
 
+def test_metrics_at_k_need_clicks_or_the_label_that_is_relevant():
+    clicks = columns()
+    clicks["label"][clicks["task"] == 13] = 0  # one task without a click
+    document = evaluation_records(**clicks)
+    expected = metric("precision@5", clicks["scores"]["after"], clicks["label"], clicks["task"])
+    found = record(document, case="all", variant="after", metric="precision@5")
+    without = 80 - found["n"]
+    assert found["value"] == pytest.approx(expected, abs=1e-14)
+    assert without >= 1
+    assert document["notes"] == [
+        f"{without} of 80 tasks have no relevant query row: precision@k, recall@k, hit rate, MAP, MRR and nDCG "
+        "leave them out"
+    ]
+    ratings = columns(binary=False)
+    assert "--relevant_label 4" in evaluation_records(**ratings)["notes"][0]
+    document = evaluation_records(**ratings, relevant_label=5)
+    expected = metric("map@10", *(ratings[k] for k in ("label", "label", "task")), relevant_label=5)
+    assert expected == 1
+    found = record(document, case="all", variant="after", metric="map@10")
+    assert found["n"] == len(np.unique(ratings["task"][ratings["label"] == 5])) < 80
+    assert f"{80 - found['n']} of 80 tasks" in document["notes"][0]
+
+
 def test_print_headline_shows_every_variant():
     out = io.StringIO()
     document = evaluation_records(**columns())
