@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gmeta.config.evaluation import EvaluateConfig
-from gmeta.config.train import LossName, TrainConfig
-from gmeta.core.files import replacing
+from gmeta.config.train import TrainConfig
 from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
 from gmeta.data.synthetic import LogRows, reference_scores
-from gmeta.evaluation.baselines import BaselineRows, baseline_scores
-from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss, to_predictions
+from gmeta.evaluation.baselines import BaselineRows, fit_baselines
+from gmeta.evaluation.predictions import Variants, task_keys, write_predictions
+from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss
 from gmeta.evaluation.slices import evaluation_records, print_headline, write_evaluation
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
@@ -37,19 +36,6 @@ from gmeta.runs.directory import read_config
 FINETUNE_STEPS = (1, 3, 10)
 FINETUNE_LR = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """The grid on which fine-tuning of the plainly trained model is tuned, on the valid split."""
-
-
-@dataclass(frozen=True)
-class Variants:
-    """What was scored: one entry a query row, by name of the variant."""
-
-    predictions: dict[str, Floats]  # [N], probabilities under bce, values otherwise
-    logits: dict[str, Floats]  # [N], of the variants that a network scored
-
-    @staticmethod
-    def of(logits: dict[str, Floats], loss: LossName) -> Variants:
-        """Make the variants that a network trained with `loss` scored."""
-        return Variants({name: to_predictions(values, loss) for name, values in logits.items()}, logits)
 
 
 def evaluate(config: EvaluateConfig) -> int:
@@ -106,12 +92,11 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     if not trained.meta.adapt:
         logits.pop("after")
     found = Variants.of(logits, trained.loss)
-    if plain is not None:
-        found = Variants(found.predictions | plain.predictions, found.logits | plain.logits)
+    found = found.joined(plain)
     if config.baselines:
-        found = replace(found, predictions=found.predictions | network_free(pack, split, config.seed))
+        found = found.joined(network_free(pack, split, config.seed))
     if config.truth is not None:
-        found = replace(found, predictions=found.predictions | truth_scores(pack, split, Path(config.truth)))
+        found = found.joined(Variants(truth_scores(pack, split, Path(config.truth)), {}))
     _write(config, trained, pack, scores, found, notes)
 
 
@@ -198,7 +183,7 @@ def _tune(
     return best[1], best[2]
 
 
-def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Floats]:
+def network_free(pack: TaskPack, split: PackSplit, seed: int) -> Variants:
     """Predict the split's query rows by the baselines, fitted on the train split."""
     item = pack.schema.item
     features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
@@ -207,7 +192,9 @@ def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Float
         columns = part.columns(features)
         ids = columns.ids[item] if features and item is not None else None
         sides.append(BaselineRows(task=columns.task, item=ids, label=columns.label, is_query=columns.is_query))
-    return baseline_scores(sides[0], sides[1], seed=seed)
+    fitted = fit_baselines(sides[0], seed=seed)
+    scores = fitted.score(sides[1])
+    return Variants(fitted.clip(scores), scores)
 
 
 def truth_scores(pack: TaskPack, split: PackSplit, log: Path) -> dict[str, Floats]:
@@ -220,18 +207,11 @@ def truth_scores(pack: TaskPack, split: PackSplit, log: Path) -> dict[str, Float
     if (columns.ids["item_id"] == OOV).any():
         raise ValueError(f"{pack.path} has items out of vocabulary: the truth of those rows cannot be looked up")
     item = values[columns.ids["item_id"] - 1]
-    keys = _task_keys(pack)
-    user = np.array([int(keys[task]) for task in split.task_id.tolist()])[columns.task]
+    user = np.array([int(key) for key in task_keys(pack, split.task_id).to_pylist()])[columns.task]
     label = columns.label.astype(np.int64)
     query = columns.is_query
     support, asked = (LogRows(user[part], item[part], label[part]) for part in (~query, query))
     return reference_scores(log, support, asked)
-
-
-def _task_keys(pack: TaskPack) -> dict[int, str]:
-    """Return the raw key of every task of the pack, by task id."""
-    tasks = pq.read_table(pack.tasks_file(), columns=["task_id", "key"])
-    return dict(zip(tasks["task_id"].to_pylist(), tasks["key"].to_pylist(), strict=True))
 
 
 def _write(
@@ -242,56 +222,29 @@ def _write(
     found: Variants,
     notes: dict[str, Any],
 ) -> None:
-    run_dir, split, keys = Path(config.run_dir), pack.split(config.split), _task_keys(pack)
+    run_dir, split = Path(config.run_dir), pack.split(config.split)
     evaluation = evaluation_records(
         found.predictions,
         label=scores.label,
         task=scores.task,
         support_size=_support_used(split, trained)[scores.task],
         item_cold=split.columns(()).item_cold[scores.row],
-        task_cold=_cold_tasks(keys, pack, split)[scores.task],
+        task_cold=_cold_tasks(pack, split)[scores.task],
         binary=trained.loss == "bce",
         resamples=config.resamples,
         seed=config.seed,
-        logits=found.logits,
+        ranking=found.ranking,
         relevant_label=config.relevant_label,
     )
     own = is_own_pack(run_dir, pack)
     # Packs of one name in two folders must not replace each other's evaluation, so the manifest's checksum is added.
     name = "" if own else f"-{pack.path.resolve().name}-{pack.manifest['xxh3'][:8]}"
     write_evaluation(run_dir / f"evaluation{name}.json", evaluation, notes)
-    with replacing(run_dir / f"predictions{name}.parquet") as partial:
-        columns = pa.table(_prediction_columns(keys, pack, split, scores, found))
-        pq.write_table(columns.replace_schema_metadata({"step": str(notes["step"])}), partial)
+    file = run_dir / f"predictions{name}.parquet"
+    write_predictions(file, pack, split, scores, found, step=notes["step"], loss=trained.loss)
     print_headline(evaluation)
     if not own:
         print(f"{pack.path} is not the run's own pack: written to {run_dir / f'evaluation{name}.json'}")
-
-
-def _prediction_columns(
-    keys: Mapping[int, str], pack: TaskPack, split: PackSplit, scores: Scores, found: Variants
-) -> dict[str, pa.Array]:
-    """Make the columns of predictions.parquet, with one entry a query row.
-
-    `task` is the raw key of the row's task, `item` the raw value of its item (null where the vocabulary does not know
-    it; no column where the items have no vocabulary).
-    """
-    task_id = split.task_id[scores.task]
-    columns = {"task_id": pa.array(task_id), "task": pa.array([keys[task] for task in task_id.tolist()])}
-    if (values := _item_values(pack)) is not None:
-        ids = split.columns((str(pack.schema.item),)).ids[str(pack.schema.item)][scores.row]
-        columns["item"] = values.take(pa.array(ids))
-    columns |= {"row": pa.array(scores.row), "label": pa.array(scores.label)}
-    return columns | {name: pa.array(values) for name, values in found.predictions.items()}
-
-
-def _item_values(pack: TaskPack) -> pa.Array | None:
-    """Return the raw value of each item id, null for id 0; None where the items are no feature with a vocabulary."""
-    features = [f for f in pack.schema.features if f.name == pack.schema.item and f.kind == "categorical"]
-    if not features or features[0].table not in pack.manifest["vocab"]:
-        return None
-    values = pq.read_table(pack.vocab_file(features[0].table), columns=["value"])["value"].combine_chunks()
-    return pa.concat_arrays([pa.nulls(1, values.type), values])
 
 
 def _support_used(split: PackSplit, trained: TrainConfig) -> NDArray[np.int64]:
@@ -300,7 +253,8 @@ def _support_used(split: PackSplit, trained: TrainConfig) -> NDArray[np.int64]:
     return np.minimum(split.num_support, most) if most else np.asarray(split.num_support)
 
 
-def _cold_tasks(keys: Mapping[int, str], pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
+def _cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
     """Say of each task whether its key names no training task, [num_tasks]: a partition may repeat a user."""
-    in_train = {keys[task] for task in pack.split("train").task_id.tolist()}
-    return np.array([keys[task] not in in_train for task in split.task_id.tolist()])
+    trained = pc.is_in(task_keys(pack, split.task_id), value_set=task_keys(pack, pack.split("train").task_id))
+    cold: NDArray[np.bool_] = ~trained.to_numpy().astype(np.bool_)
+    return cold

@@ -48,7 +48,7 @@ _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"
 @dataclass(frozen=True)
 class _Query:
     scores: dict[str, NDArray[Any]]  # variant -> [N]
-    logits: dict[str, NDArray[Any]]  # variant -> [N], of the variants that have some
+    ranking: dict[str, NDArray[Any]]  # variant -> [N], where it is not the score
     label: NDArray[Any]  # [N]
     task: NDArray[Any]  # int [N]
     support_size: NDArray[Any]  # int [N]
@@ -59,7 +59,7 @@ class _Query:
 
     def __post_init__(self) -> None:
         sizes = {name: len(score) for name, score in self.scores.items()}
-        sizes |= {f"logits of {name}": len(logit) for name, logit in self.logits.items()}
+        sizes |= {f"ranking of {name}": len(values) for name, values in self.ranking.items()}
         columns = ("label", "task", "support_size", "item_cold", "task_cold")
         sizes |= {name: len(getattr(self, name)) for name in columns}
         if len(set(sizes.values())) != 1:
@@ -79,7 +79,7 @@ def evaluation_records(
     binary: bool,
     resamples: int,
     seed: int,
-    logits: dict[str, NDArray[Any]] | None = None,
+    ranking: dict[str, NDArray[Any]] | None = None,
     relevant_label: float | None = None,
 ) -> dict[str, Any]:
     """Return the content of evaluation.json, but for what only the caller knows (`write_evaluation` adds it).
@@ -93,7 +93,7 @@ def evaluation_records(
         task_cold: the row's task is in no training task, [N] or the same for all.
         binary: labels are 0/1 and scores are probabilities.
         resamples, seed: bootstrap resamples per slice, and their seed.
-        logits: variant -> logit of each query row, [N], where there are some: what ranking metrics sort by.
+        ranking: variant -> what ranking metrics sort by, [N], where it is not the score: logits, unclipped baselines.
         relevant_label: ratings of at least this are relevant to precision@k and its like; of clicks those labelled 1
             are.
 
@@ -103,7 +103,7 @@ def evaluation_records(
         raise ValueError("there are no scores to measure: name at least one variant")
     query = _Query(
         scores,
-        logits or {},
+        ranking or {},
         label,
         task,
         support_size,
@@ -266,9 +266,9 @@ def _measure(
     """Return the records of one slice: values, and paired differences of the reference to every other variant."""
     rows = {}
     for name, score in query.scores.items():
-        logit = query.logits[name][mask] if name in query.logits else None
+        ranking = query.ranking.get(name, score)[mask]
         rows[name] = make_rows(
-            score[mask], query.label[mask], query.task[mask], logit=logit, relevant_label=query.relevant_label
+            score[mask], query.label[mask], query.task[mask], logit=ranking, relevant_label=query.relevant_label
         )
     bootstrap = Bootstrap(next(iter(rows.values())).num_tasks, resamples=resamples, seed=seed)
     for variant, sample in rows.items():

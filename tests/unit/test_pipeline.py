@@ -140,8 +140,10 @@ def test_auc_of_saturated_predictions_is_that_of_the_logits(out: Path) -> None:
     scores = score_split(system, open_pack(out / "pack").split("test"), tasks_per_batch=256, inner_lr=3000)
     assert scores is not None
     assert len(np.unique(to_predictions(scores.after, "bce"))) < len(np.unique(scores.after))
+    table = pq.read_table(out / "run" / "predictions.parquet")
     for variant, logits in (("before", scores.before), ("after", scores.after)):
         assert found[variant, "auc"] == metric("auc", logits, scores.label, scores.task)
+        np.testing.assert_array_equal(table[f"{variant}.ranking"].to_numpy(), logits)
 
 
 def by_key(table: pa.Table, task: str, item: str, value: str) -> dict[tuple[str, str], list[float]]:

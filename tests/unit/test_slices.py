@@ -84,7 +84,7 @@ def test_auc_sorts_by_logits_and_all_else_measures_probabilities():
     expected = evaluation_records(**data)
     logits = np.random.default_rng(1).normal(size=480) + 300 + data["label"]
     data["scores"]["after"] = np.ones(480)
-    document = evaluation_records(**data, logits={"after": logits})
+    document = evaluation_records(**data, ranking={"after": logits})
     found = record(document, case="all", variant="after", metric="auc")["value"]
     assert found == metric("auc", logits, data["label"], data["task"])
     assert found > 0.7
@@ -93,8 +93,8 @@ def test_auc_sorts_by_logits_and_all_else_measures_probabilities():
         assert value == pytest.approx(metric(name, np.ones(480), data["label"], data["task"]), abs=1e-12)
     keys = {"case": "all", "variant": "before", "metric": "auc"}
     assert record(document, **keys) == record(expected, **keys)
-    with pytest.raises(ValueError, match="'logits of after': 479"):
-        evaluation_records(**data, logits={"after": logits[1:]})
+    with pytest.raises(ValueError, match="'ranking of after': 479"):
+        evaluation_records(**data, ranking={"after": logits[1:]})
 
 
 def test_headline_judges_by_the_paired_interval():
