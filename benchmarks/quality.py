@@ -140,7 +140,9 @@ def measure(case: Case, outcomes: Sequence[Outcome]) -> tuple[list[Record], list
     bootstrap.run()
     records, differences = [], []
     for metric in case.metrics:
-        drawn = {v: np.stack([bootstrap.values((s, v, metric)) for s in range(len(outcomes))]) for v in variants}
+        drawn = {
+            v: np.stack([bootstrap.resampled((s, v, metric)).values for s in range(len(outcomes))]) for v in variants
+        }
         for variant in variants:
             values = drawn[variant][:, 0].tolist()
             unit = UNITS.get(metric, "1")

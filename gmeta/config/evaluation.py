@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,13 @@ class EvaluateConfig:
     """Inner steps; as trained when unset (the last step's rates are repeated beyond)."""
     inner_lr: float | None = None
     """Inner learning rate; as trained when unset."""
+    support_sizes: list[int] | int | str | None = None
+    """Numbers of support rows, such as 0,1,2,5,10,20: adds a learning curve, which measures every variant on the same
+    query rows while it sees no more than the last so many support rows of each task. A size replaces
+    loader.max_support_rows of the run."""
+    out: str | None = None
+    """Folder to write evaluation.json, predictions.parquet and report.html into; made where it is missing. The run
+    directory when unset."""
     plain_run: str | None = None
     """A run of the same model trained on the same pack with `meta.adapt: []`: adds the variants plain and
     plain-finetuned, the latter with steps and rate tuned on the valid split."""
@@ -48,8 +56,22 @@ class EvaluateConfig:
     timeout_s: int = 300
     """Seconds after which ranks give up on one that does not answer."""
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return `support_sizes` as rising numbers, each once; ValueError where it is something else."""
+        given = self.support_sizes
+        rule = "must be numbers of rows, such as 0,1,2,5,10,20"
+        words: Sequence[object] = [] if given is None else given.split(",") if isinstance(given, str) else [given]
+        if isinstance(given, list):
+            require(bool(given), "support_sizes", given, rule)
+            words = given
+        for word in words:
+            require(str(word).strip().isdecimal(), "support_sizes", given, rule)
+        return tuple(sorted({int(str(word)) for word in words}))
+
     def __post_init__(self) -> None:
         require_numbers(self)
+        _ = self.sizes
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
         require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")

@@ -40,15 +40,21 @@ class BaselineRows:
             raise ValueError(f"columns of baseline rows have different lengths: {sizes}")
 
     def last_support(self, num_rows: int) -> BaselineRows:
-        """Keep all query rows, and the last `num_rows` support rows of every task, in the order of the rows."""
-        support = np.flatnonzero(~self.is_query)
-        _, task = np.unique(self.task[support], return_inverse=True)
-        order = np.argsort(task, kind="stable")
-        from_end = np.cumsum(np.bincount(task))[task[order]] - 1 - np.arange(len(order))
-        keep = self.is_query.copy()
-        keep[support[order[from_end < num_rows]]] = True
+        """Keep what `last_support` keeps."""
+        keep = last_support(self.task, self.is_query, num_rows)
         item = None if self.item is None else self.item[keep]
         return BaselineRows(self.task[keep], self.label[keep], self.is_query[keep], item)
+
+
+def last_support(task: NDArray[Any], is_query: NDArray[np.bool_], num_rows: int) -> NDArray[np.bool_]:
+    """Mark all query rows [N], and the last `num_rows` support rows of every task, in the order of the rows."""
+    support = np.flatnonzero(~is_query)
+    _, index = np.unique(task[support], return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    from_end = np.cumsum(np.bincount(index))[index[order]] - 1 - np.arange(len(order))
+    keep: NDArray[np.bool_] = is_query.copy()
+    keep[support[order[from_end < num_rows]]] = True
+    return keep
 
 
 @dataclass(frozen=True)

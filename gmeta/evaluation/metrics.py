@@ -362,6 +362,27 @@ class _Ranking:
         return out
 
 
+@dataclass(frozen=True)
+class Resampled:
+    """A metric of the rows themselves and of every resample, [1 + resamples].
+
+    Two of them are paired, and may be subtracted, where their bootstraps had the same tasks, resamples and seed.
+    """
+
+    values: FloatArray
+    n: int  # tasks that took part
+    has_interval: bool
+
+    def estimate(self, against: Resampled | None = None) -> Estimate:
+        """Return the metric, or its difference to another, with its interval."""
+        values = self.values if against is None else self.values - against.values
+        found = values[1:][np.isfinite(values[1:])]
+        if self.n < _MIN_TASKS or not self.has_interval or not math.isfinite(values[0]) or len(found) == 0:
+            return Estimate(float(values[0]), math.nan, math.nan, self.n)
+        low, high = np.quantile(found, [0.025, 0.975])
+        return Estimate(float(values[0]), float(low), float(high), self.n)
+
+
 class Bootstrap:
     """Resamples of one set of tasks, drawn with replacement; the same draws for every metric and variant.
 
@@ -407,18 +428,11 @@ class Bootstrap:
 
     def estimate(self, key: Any, against: Any = None) -> Estimate:
         """Return the metric registered under `key`, or its difference to the one under `against`."""
-        values = self._values[key] if against is None else self._values[key] - self._values[against]
-        n = self._num_counted(key)
-        resampled = values[1:][np.isfinite(values[1:])]
-        none = n < _MIN_TASKS or key in self._without_interval
-        if none or not math.isfinite(values[0]) or len(resampled) == 0:
-            return Estimate(float(values[0]), math.nan, math.nan, n)
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        return Estimate(float(values[0]), float(low), float(high), n)
+        return self.resampled(key).estimate(None if against is None else self.resampled(against))
 
-    def values(self, key: Any) -> FloatArray:
-        """Return the metric registered under `key`: its value, then every resampled one, [1 + resamples]."""
-        return self._values[key]
+    def resampled(self, key: Any) -> Resampled:
+        """Return all values of the metric registered under `key`."""
+        return Resampled(self._values[key], self._num_counted(key), key not in self._without_interval)
 
     def _num_counted(self, key: Any) -> int:
         if key in self._sums:

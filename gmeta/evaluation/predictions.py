@@ -19,6 +19,7 @@ from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.score import Floats, Ints, Scores, to_predictions
 
+PREDICTIONS_FILE = "predictions.parquet"
 RANKING_SUFFIX = ".ranking"
 """Ends the name of the column that ranking metrics sort by, where it is not the prediction itself."""
 _BLOCK_ROWS = 1 << 16

@@ -146,25 +146,26 @@ class HeadlineRow:
 def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:
     """Return the headline metric of every variant on `case`; nothing when the case has no rows."""
     metric = evaluation["headline"]["metric"]
-    sign = 1 if evaluation["headline"]["higher_is_better"] else -1
+    higher = evaluation["headline"]["higher_is_better"]
     differences = {d["against"]: d for d in evaluation["differences"] if d["case"] == case and d["metric"] == metric}
     rows = []
     for record in evaluation["records"]:
         if record["case"] == case and record["metric"] == metric:
             difference = differences.get(record["variant"])
-            verdict = "" if difference is None else _verdict(difference, sign)
+            verdict = "" if difference is None else verdict_of(difference, higher)
             verdict = "a bound" if record["variant"] in BOUNDS else verdict
             rows.append(HeadlineRow(record["variant"], record, difference, verdict))
     return rows
 
 
-def _verdict(difference: dict[str, Any], sign: int) -> str:
+def verdict_of(difference: dict[str, Any], higher_is_better: bool) -> str:
+    """Say what a difference's interval allows: better, worse, not distinguishable, or too few tasks."""
     low, high = difference["low"], difference["high"]
     if difference["n"] < MIN_VERDICT_TASKS:
         return "too few tasks"
     if low is None or low <= 0 <= high:
         return "not distinguishable"
-    return "better" if sign * low > 0 else "worse"
+    return "better" if (low > 0) == higher_is_better else "worse"
 
 
 def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> None:
@@ -176,9 +177,14 @@ def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> No
     for name in ("variant", metric, "95 %", f"{reference} - variant", "95 %", f"{reference} is"):
         table.add_column(name, justify="left" if name in ("variant", f"{reference} is") else "right", no_wrap=True)
     for row in headline_rows(evaluation):
-        cells = [row.variant, *_cells(row.record, "")]
-        cells += _cells(row.difference, "+") if row.difference else ["", ""]
+        cells = [row.variant, *cells_of(row.record, "")]
+        cells += cells_of(row.difference, "+") if row.difference else ["", ""]
         table.add_row(*cells, row.verdict, style="bold" if row.variant == reference else "")
+    print_table(table, file)
+
+
+def print_table(table: Table, file: TextIO | None = None) -> None:
+    """Print a table on standard output or `file`."""
     console = Console(file=file)
     if not console.is_terminal:
         # A pipe has no width of its own; the 80 columns that rich assumes would cut the table.
@@ -186,8 +192,8 @@ def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> No
     console.print(table)
 
 
-def _cells(record: dict[str, Any], sign: str) -> list[str]:
-    """Return value and interval as text."""
+def cells_of(record: dict[str, Any], sign: str) -> list[str]:
+    """Return value and interval of a record as text."""
     if record["value"] is None:
         return ["undefined", ""]
     interval = "" if record["low"] is None else f"{record['low']:{sign}.4f} … {record['high']:{sign}.4f}"
@@ -278,17 +284,22 @@ def _measure(
     records, differences = [], []
     for variant in rows:
         for name in metrics:
-            unit = _UNITS.get(name, "1")
+            unit = unit_of(name)
             keys = {"case": case, "variant": variant, "metric": name}
-            records.append({**keys, **_fields(bootstrap.estimate((variant, name))), "unit": unit})
+            records.append({**keys, **estimate_fields(bootstrap.estimate((variant, name))), "unit": unit})
             if variant != query.reference:
                 estimate = bootstrap.estimate((query.reference, name), against=(variant, name))
                 keys = {"case": case, "variant": query.reference, "against": variant, "metric": name}
-                differences.append({**keys, **_fields(estimate), "unit": unit})
+                differences.append({**keys, **estimate_fields(estimate), "unit": unit})
     return records, differences
 
 
-def _fields(estimate: Estimate) -> dict[str, Any]:
+def unit_of(metric: str) -> str:
+    """Return the unit of a metric: label, nat or 1."""
+    return _UNITS.get(metric, "1")
+
+
+def estimate_fields(estimate: Estimate) -> dict[str, Any]:
     """Return an estimate as JSON, which knows no nan: what is undefined is null."""
     value, low, high = (x if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high))
     return {"value": value, "low": low, "high": high, "n": estimate.n}

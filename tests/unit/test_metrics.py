@@ -270,7 +270,7 @@ def test_ranking_metrics_keep_the_order_of_saturated_logits(name):
     bootstrap.add("x", name, make_rows(score, label, task, logit=logit))
     bootstrap.add("y", name, make_rows(logit, label, task))
     bootstrap.run()
-    np.testing.assert_array_equal(bootstrap.values("x"), bootstrap.values("y"))
+    np.testing.assert_array_equal(bootstrap.resampled("x").values, bootstrap.resampled("y").values)
 
 
 @pytest.mark.parametrize("name", BINARY_METRICS)
@@ -402,8 +402,26 @@ def test_values_are_what_estimates_come_from():
     for variant in ("one", "other"):
         bootstrap.add(variant, "mae", make_rows(label + rng.normal(size=36), label, task))
     bootstrap.run()
-    difference = bootstrap.values("one") - bootstrap.values("other")
+    difference = bootstrap.resampled("one").values - bootstrap.resampled("other").values
     estimate = bootstrap.estimate("one", against="other")
     assert difference.shape == (41,)
     assert difference[0] == estimate.value
     assert np.quantile(difference[1:], [0.025, 0.975]).tolist() == [estimate.low, estimate.high]
+
+
+def test_bootstraps_of_equal_tasks_and_seed_are_paired():
+    """So that points of a learning curve can be measured one after the other."""
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(12), 3)
+    label = rng.integers(2, size=36).astype(float)
+    scores = {name: label + rng.normal(size=36) for name in ("one", "other")}
+    together = Bootstrap(12, resamples=40, seed=3)
+    apart = {}
+    for variant, score in scores.items():
+        together.add(variant, "auc", make_rows(score, label, task))
+        alone = Bootstrap(12, resamples=40, seed=3)
+        alone.add("x", "auc", make_rows(score, label, task))
+        alone.run()
+        apart[variant] = alone.resampled("x")
+    together.run()
+    assert apart["one"].estimate(apart["other"]) == together.estimate("one", against="other")

@@ -9,10 +9,10 @@ import pytest
 from gmeta.evaluation.metrics import Bootstrap, make_rows, metric
 from gmeta.evaluation.slices import (
     MIN_VERDICT_TASKS,
-    _verdict,
     evaluation_records,
     headline_rows,
     print_headline,
+    verdict_of,
     write_evaluation,
 )
 
@@ -120,23 +120,23 @@ def equal_variants(num_tasks, seed):
     return make_rows(scores[0], label, task), make_rows(scores[1], label, task)
 
 
-def verdict_of(num_tasks, seed):
+def told_apart(num_tasks, seed):
     bootstrap = Bootstrap(num_tasks, resamples=200, seed=seed)
     for name, rows in zip(("after", "before"), equal_variants(num_tasks, seed), strict=True):
         bootstrap.add(name, "mae", rows)
     bootstrap.run()
     estimate = bootstrap.estimate("after", against="before")
-    return _verdict({"low": estimate.low, "high": estimate.high, "n": estimate.n}, -1)
+    return verdict_of({"low": estimate.low, "high": estimate.high, "n": estimate.n}, higher_is_better=False)
 
 
 @pytest.mark.parametrize("num_tasks", [2, 5, 19])
 def test_few_tasks_have_no_verdict(num_tasks):
-    assert {verdict_of(num_tasks, seed) for seed in range(20)} == {"too few tasks"}
+    assert {told_apart(num_tasks, seed) for seed in range(20)} == {"too few tasks"}
 
 
 def test_equal_variants_are_rarely_told_apart():
     """At the fewest tasks that have a verdict, 95 % intervals are a little narrow: some 8 % are told apart."""
-    called = [verdict_of(MIN_VERDICT_TASKS, seed) in ("better", "worse") for seed in range(400)]
+    called = [told_apart(MIN_VERDICT_TASKS, seed) in ("better", "worse") for seed in range(400)]
     assert 0.02 < np.mean(called) < 0.11
 
 
