@@ -1,9 +1,9 @@
-"""Settings of the commands that use a run: `gmeta evaluate`, `gmeta predict` and `gmeta report`."""
+"""Settings of the commands that use runs: `gmeta evaluate`, `gmeta compare`, `gmeta predict` and `gmeta report`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gmeta.core.errors import require, require_numbers, require_seed
@@ -77,6 +77,31 @@ class EvaluateConfig:
         require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
         require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        require_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare the stored predictions of runs on the same query rows, each with the first, paired over tasks."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run directories that `gmeta evaluate` has measured, folders of its --out, or prediction files; named without a
+    flag, the first is what the others are compared with. Of each the adapted model counts; of a run that adapts nothing
+    the model."""
+    out: str | None = None
+    """Folder to write comparison.json and comparison.html into; made where it is missing. Nothing is written when
+    unset."""
+    relevant_label: float | None = None
+    """Ratings of at least this are relevant, as in `gmeta evaluate`."""
+    resamples: int = 1000
+    """Bootstrap resamples (over tasks) of the confidence intervals."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(len(self.runs) >= 2, "runs", self.runs, "name at least two, such as `gmeta compare runs/a runs/b`")
+        require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
         require_seed(self.seed)
 
 

@@ -141,6 +141,8 @@ def test_a_learning_curve_of_every_variant(out: Path, tmp_path: Path, capsys: py
     found = json.loads((tmp_path / "deep" / "curve" / "evaluation.json").read_text())
     assert "Learning curve" in (tmp_path / "deep" / "curve" / "report.html").read_text()
     assert pq.read_table(tmp_path / "deep" / "curve" / "predictions.parquet").num_rows == 300
+    gmeta("compare", out / "run", tmp_path / "deep" / "curve", "--resamples", 2)
+    assert "curve against run, 300 query rows" in capsys.readouterr().out
     assert found["settings"]["support_sizes"] == [0, 3, 9999]
     records = found["support_curve"]["records"]
     values = {(r["size"], r["variant"]): r["value"] for r in records if r["metric"] == "logloss"}
