@@ -124,6 +124,12 @@ def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> 
     scores = score_split(system, open_pack(out / "pack").split("test"), tasks_per_batch=256)
     assert scores is not None
     np.testing.assert_allclose(found["plain"].to_numpy(), scores.before, atol=1e-6)
+    gmeta("evaluate", "--run_dir", tmp_path, "--resamples", 2, "--baselines", "false", "--relevant_label", 1)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["settings"]["relevant_label"] == 1
+    values = {r["metric"]: r["value"] for r in evaluation["records"] if r["case"] == "all"}
+    assert values["map@5"] == pytest.approx(metric("map@5", scores.before, scores.label, scores.task), abs=1e-3)
+    assert "auc" not in values
 
 
 def test_a_learning_curve_of_every_variant(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
