@@ -243,6 +243,10 @@ def test_evaluations_of_other_packs_lie_beside_the_own(
         assert json.loads(file.read_text())["settings"]["pack"] == str(pack)
         assert file.with_name(file.name.replace("evaluation", "predictions")).with_suffix(".parquet").exists()
         written |= found
+    assert run([*words, "--pack", str(packs[0]), "--out", str(tmp_path / "out")]) == 0
+    assert {*names, "report.html"} == {file.name for file in (tmp_path / "out").iterdir()}
+    assert str(packs[0]) in (tmp_path / "out" / "report.html").read_text()
+    assert set(run_dir.glob("evaluation-cut-*.json")) == written
     assert run(["report", "--run_dir", str(run_dir)]) == 0
     assert not [pack for pack in packs if str(pack) in (run_dir / "report.html").read_text()]
     assert {name: (run_dir / name).read_bytes() for name in names} == own

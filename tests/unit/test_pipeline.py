@@ -163,6 +163,16 @@ def test_a_learning_curve_of_every_variant(out: Path, tmp_path: Path, capsys: py
         assert len({values[size, start] for size in (0, 3, 9999)}) == 1
 
 
+def test_a_run_that_adapts_nothing_has_a_flat_curve(out: Path, tmp_path: Path) -> None:
+    words = ("--support_sizes", 5, "--resamples", 2, "--baselines", "false", "--out", tmp_path)
+    gmeta("evaluate", "--run_dir", out / "plain", *words)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    whole = [r["value"] for r in found["records"] if r["case"] == "all"]
+    assert [r["value"] for r in found["support_curve"]["records"]] == whole
+    assert found["support_curve"]["differences"] == []
+    assert "Learning curve" in (tmp_path / "report.html").read_text()
+
+
 def test_an_evaluation_is_not_written_over_a_run_or_a_file(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
