@@ -135,10 +135,11 @@ def evaluate(run_dir: Path, baselines: bool) -> dict[str, dict[str, float]]:
     here("evaluate", "--run_dir", run_dir, *words)
     found = pq.read_table(run_dir / "predictions.parquet").to_pydict()
     label = np.array(found["label"], np.float64)
-    scores = {name: np.array(found[name]) for name in ("before", "after", *BASELINES) if name in found}
+    positive = (label >= POSITIVE).astype(np.float64)
+    names = [name for name in ("before", "after", *BASELINES) if name in found]
     return {
-        name: {"auc": auc(score, (label >= POSITIVE).astype(np.float64)), "mae": mae(score, label)}
-        for name, score in scores.items()
+        name: {"auc": auc(found.get(f"{name}.ranking", found[name]), positive), "mae": mae(found[name], label)}
+        for name in names
     }
 
 

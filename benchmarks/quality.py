@@ -69,11 +69,15 @@ CASES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """Test query rows of one seed: the user and the label of each, and what every variant predicts."""
+    """Test query rows of one seed: the user and the label of each, and what every variant predicts.
+
+    Ranking metrics sort by `ranking`: by logits, and by baselines before they are clipped.
+    """
 
     user: NDArray[np.str_]
     label: NDArray[np.float64]
     scores: dict[str, NDArray[np.float64]]
+    ranking: dict[str, NDArray[np.float64]]
 
 
 def run_seed(case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outcome:
@@ -82,6 +86,7 @@ def run_seed(case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outco
     examples = ROOT / "examples"
     gmeta("prepare", "--config", examples / case.prepare, "--root", DATA / case.folder, "--out", pack, *number)
     scores: dict[str, NDArray[np.float64]] = {}
+    ranking: dict[str, NDArray[np.float64]] = {}
     found: dict[str, list[Any]] = {}
     for model, config in case.models.items():
         meta = folder / model
@@ -93,13 +98,14 @@ def run_seed(case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outco
             gmeta("evaluate", "--run_dir", meta, "--plain_run", plain, "--resamples", 1)
             found = pq.read_table(meta / "predictions.parquet").to_pydict()
             names = {"plain": twin, "plain-finetuned": f"{twin}-finetuned", "before": "before", "after": "after"}
-            scores |= {f"{model}-{name}": np.array(found[key]) for key, name in names.items()}
-            scores |= {name: np.array(found[name]) for name in BASELINES}
+            named = {f"{model}-{name}": key for key, name in names.items()} | {name: name for name in BASELINES}
+            scores |= {name: np.array(found[key]) for name, key in named.items()}
+            ranking |= {name: np.array(found.get(f"{key}.ranking", found[key])) for name, key in named.items()}
     tasks = pq.read_table(pack / "tasks.parquet").to_pydict()
     key = dict(zip(tasks["task_id"], tasks["key"], strict=True))
     user = np.array([str(key[task]) for task in found["task_id"]])
     print(f"{case.name}, seed {seed}: done", flush=True)
-    return Outcome(user, np.array(found["label"], np.float64), scores)
+    return Outcome(user, np.array(found["label"], np.float64), scores, ranking)
 
 
 @dataclass(frozen=True)
@@ -134,13 +140,16 @@ def measure(case: Case, outcomes: Sequence[Outcome]) -> tuple[list[Record], list
     for seed, outcome in enumerate(outcomes):
         index = np.searchsorted(users, outcome.user)
         for variant in variants:
-            rows = Rows(outcome.scores[variant].astype(np.float64), outcome.label, index, len(users))
+            score, ranking = (of[variant].astype(np.float64) for of in (outcome.scores, outcome.ranking))
+            rows = Rows(score, outcome.label, index, len(users), ranking)
             for metric in case.metrics:
                 bootstrap.add((seed, variant, metric), metric, rows)
     bootstrap.run()
     records, differences = [], []
     for metric in case.metrics:
-        drawn = {v: np.stack([bootstrap.values((s, v, metric)) for s in range(len(outcomes))]) for v in variants}
+        drawn = {
+            v: np.stack([bootstrap.resampled((s, v, metric)).values for s in range(len(outcomes))]) for v in variants
+        }
         for variant in variants:
             values = drawn[variant][:, 0].tolist()
             unit = UNITS.get(metric, "1")

@@ -18,8 +18,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
-from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
-from gmeta.config.parse import modern_words, parse_words, parser_of, require_named_code
+from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
+from gmeta.config.parse import modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.train import TrainConfig
 from gmeta.core.errors import UserCodeError, closest
 from gmeta.elastic import scenario
@@ -28,12 +28,16 @@ from gmeta.parallel.launch import is_worker, worker_rank
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its config dataclass, what runs it, whether it takes `--nproc`, and what its help ends with."""
+    """A command: its config dataclass, what runs it, whether it takes `--nproc`, and what its help ends with.
+
+    `bare` is the field that words without a flag belong to, where there is one.
+    """
 
     config: type
     run: Callable[[Any], int]
     distributed: bool = False
     epilog: str | None = None
+    bare: str | None = None
 
 
 def _prepare(config: PrepareConfig) -> int:
@@ -60,6 +64,12 @@ def _evaluate(config: EvaluateConfig) -> int:
     from gmeta.evaluation.evaluate import evaluate
 
     return evaluate(config)
+
+
+def _compare(config: CompareConfig) -> int:
+    from gmeta.evaluation.compare import compare
+
+    return compare(config)
 
 
 def _predict(config: PredictConfig) -> int:
@@ -147,6 +157,7 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command(PrepareConfig, _prepare, epilog=_SCHEMA_HELP),
     "train": Command(TrainConfig, _train, distributed=True),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
+    "compare": Command(CompareConfig, _compare, bare="runs"),
     "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "synth": Command(SynthConfig, _synth),
@@ -180,6 +191,8 @@ def command_parser(name: str) -> ArgumentParser:
     """Return the parser of one command, from the fields and docstrings of its dataclass."""
     command = COMMANDS[name]
     parser = parser_of(command.config, f"gmeta {name}")
+    if command.bare is not None:
+        parser.usage = f"gmeta {name} RUN RUN ... [--key VALUE] ..."
     if command.distributed:
         parser.add_argument(
             "--nproc", type=int, default=1, help="Processes to start on this machine (torchrun does it on clusters)."
@@ -224,6 +237,8 @@ def run(argv: list[str]) -> int:
     try:
         if name == "train":
             require_named_code(words)
+        if (bare := COMMANDS[name].bare) is not None:
+            words = name_bare_words(words, bare)
         if name in RENAMED_BY_COMMAND:
             words, told = modern_words(words, name)
             for sentence in told:

@@ -1,8 +1,9 @@
-"""Settings of the commands that use a run: `gmeta evaluate`, `gmeta predict` and `gmeta report`."""
+"""Settings of the commands that use runs: `gmeta evaluate`, `gmeta compare`, `gmeta predict` and `gmeta report`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gmeta.core.errors import require, require_numbers, require_seed
@@ -25,6 +26,13 @@ class EvaluateConfig:
     """Inner steps; as trained when unset (the last step's rates are repeated beyond)."""
     inner_lr: float | None = None
     """Inner learning rate; as trained when unset."""
+    support_sizes: list[int] | int | str | None = None
+    """Numbers of support rows, such as 0,1,2,5,10,20: adds a learning curve, which measures every variant on the same
+    query rows while it sees no more than the last so many support rows of each task. A size replaces
+    loader.max_support_rows of the run."""
+    out: str | None = None
+    """Folder to write evaluation.json, predictions.parquet and report.html into; made where it is missing. The run
+    directory when unset."""
     plain_run: str | None = None
     """A run of the same model trained on the same pack with `meta.adapt: []`: adds the variants plain and
     plain-finetuned, the latter with steps and rate tuned on the valid split."""
@@ -32,6 +40,9 @@ class EvaluateConfig:
     """Directory made by `gmeta synth`: adds what its prior, posterior and oracle score, the frame of any model."""
     baselines: bool = True
     """Measure the baselines too."""
+    relevant_label: float | None = None
+    """Ratings of at least this are relevant, which precision, recall, hit rate, MAP and MRR at k need to know. Clicks
+    need no such label."""
     resamples: int = 1000
     """Bootstrap resamples (over tasks) of the confidence intervals."""
     tasks_per_batch: int = 256
@@ -45,13 +56,52 @@ class EvaluateConfig:
     timeout_s: int = 300
     """Seconds after which ranks give up on one that does not answer."""
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Return `support_sizes` as rising numbers, each once; ValueError where it is something else."""
+        given = self.support_sizes
+        rule = "must be numbers of rows, such as 0,1,2,5,10,20"
+        words: Sequence[object] = [] if given is None else given.split(",") if isinstance(given, str) else [given]
+        if isinstance(given, list):
+            require(bool(given), "support_sizes", given, rule)
+            words = given
+        for word in words:
+            require(str(word).strip().isdecimal(), "support_sizes", given, rule)
+        return tuple(sorted({int(str(word)) for word in words}))
+
     def __post_init__(self) -> None:
         require_numbers(self)
+        _ = self.sizes
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
         require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
         require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        require_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare the stored predictions of runs on the same query rows, each with the first, paired over tasks."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run directories that `gmeta evaluate` has measured, folders of its --out, or prediction files; named without a
+    flag, the first is what the others are compared with. Of each the adapted model counts; of a run that adapts nothing
+    the model."""
+    out: str | None = None
+    """Folder to write comparison.json and comparison.html into; made where it is missing. Nothing is written when
+    unset."""
+    relevant_label: float | None = None
+    """Ratings of at least this are relevant, as in `gmeta evaluate`."""
+    resamples: int = 1000
+    """Bootstrap resamples (over tasks) of the confidence intervals."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(len(self.runs) >= 2, "runs", self.runs, "name at least two, such as `gmeta compare runs/a runs/b`")
+        require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
         require_seed(self.seed)
 
 

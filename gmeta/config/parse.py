@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import warnings
@@ -64,6 +65,18 @@ def parse_words(parser: ArgumentParser, config: type[_T], words: Sequence[str]) 
         raise ValueError(explain(str(error), parser)) from None
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+def name_bare_words(words: Sequence[str], key: str) -> list[str]:
+    """Return the words with those that belong to no flag gathered as the list `--key`; a flag takes one value."""
+    bare: list[str] = []
+    named: list[str] = []
+    value_follows = False
+    for word in words:
+        is_flag = word.startswith("--") and not value_follows
+        (named if is_flag or value_follows else bare).append(word)
+        value_follows = is_flag and "=" not in word and word != "--print_config"
+    return [*named, f"--{key}={json.dumps(bare)}"] if bare else named
 
 
 _mapping_parser: Callable[[type], ArgumentParser] = cache(partial(parser_of, prog="gmeta"))

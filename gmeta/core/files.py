@@ -90,6 +90,16 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def make_folder(key: str, path: str) -> Path:
+    """Return the folder at `path`, made where it is missing. ValueError names `key`, the setting that asked for it."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{key} is {path}: no folder can be made there ({error.strerror}); name another") from None
+    return folder
+
+
 def read_mapping(path: Path, cure: str) -> dict[str, Any]:
     """Return the mapping in a .json or .yaml file. ValueError names the file, what is wrong with it, and `cure`."""
     import yaml

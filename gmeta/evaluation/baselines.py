@@ -2,7 +2,8 @@
 
 Every baseline is fitted on the rows (support and query) of the training tasks, sees the support of each test task,
 and scores its query rows. Predictions are clipped to the range of the training labels, which makes them
-probabilities when labels are 0 or 1. Exact definitions: docs/evaluation.md.
+probabilities when labels are 0 or 1; ranking metrics read what they were before, because clipping makes ties. Exact
+definitions: docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -38,12 +39,65 @@ class BaselineRows:
         if len(set(sizes.values())) != 1:
             raise ValueError(f"columns of baseline rows have different lengths: {sizes}")
 
+    def last_support(self, num_rows: int) -> BaselineRows:
+        """Keep what `last_support` keeps."""
+        keep = last_support(self.task, self.is_query, num_rows)
+        item = None if self.item is None else self.item[keep]
+        return BaselineRows(self.task[keep], self.label[keep], self.is_query[keep], item)
 
-def baseline_scores(train: BaselineRows, test: BaselineRows, *, seed: int) -> dict[str, FloatArray]:
-    """Score every query row of `test`, in its order, by each baseline.
 
-    Without an item column the three item baselines are left out: compare the keys with `BASELINES`.
-    `seed` draws the initial loadings of the factor analysis.
+def last_support(task: NDArray[Any], is_query: NDArray[np.bool_], num_rows: int) -> NDArray[np.bool_]:
+    """Mark all query rows [N], and the last `num_rows` support rows of every task, in the order of the rows."""
+    support = np.flatnonzero(~is_query)
+    _, index = np.unique(task[support], return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    from_end = np.cumsum(np.bincount(index))[index[order]] - 1 - np.arange(len(order))
+    keep: NDArray[np.bool_] = is_query.copy()
+    keep[support[order[from_end < num_rows]]] = True
+    return keep
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What was learned from training rows; `fit_baselines` makes it."""
+
+    mean: float  # of all labels
+    low: float  # range of the labels
+    high: float
+    items: NDArray[Any]  # distinct items, rising; none without an item column
+    item_mean: FloatArray  # [items + 1], the last is the global mean
+    factors: FactorModel | None  # None without an item column
+
+    def score(self, test: BaselineRows) -> dict[str, FloatArray]:
+        """Score every query row of `test`, in its order, by each baseline, not clipped: what ranking metrics sort by.
+
+        Without an item column the three item baselines are left out: compare the keys with `BASELINES`.
+        """
+        _, task = np.unique(test.task, return_inverse=True)
+        query, mean = test.is_query, self.mean
+        residual = _support_mean(task, test.label - mean, ~query)
+        scores = {"global-mean": np.full(int(query.sum()), mean), "task-mean": mean + residual[task[query]]}
+        if self.factors is not None and test.item is not None:
+            # Items that no training row holds get position -1, which stands for the global mean or the average item.
+            position = np.minimum(np.searchsorted(self.items, test.item), len(self.items) - 1)
+            position = np.where(self.items[position] == test.item, position, -1)
+            item_mean = self.item_mean[position]
+            bias = _support_mean(task, test.label - item_mean, ~query)
+            scores["item-mean"] = item_mean[query]
+            scores["item-mean+task-bias"] = item_mean[query] + bias[task[query]]
+            known = ~query & (position >= 0)
+            centred = test.label[known] - mean
+            latent = fold_in(self.factors, task[known], position[known], centred, num_tasks=len(residual))
+            scores["factor-analysis"] = mean + self.factors.score(latent[task[query]], position[query])
+        return scores
+
+    def clip(self, scores: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        """Turn scores into predictions, which lie in the range of the training labels."""
+        return {name: np.clip(score, self.low, self.high) for name, score in scores.items()}
+
+
+def fit_baselines(train: BaselineRows, *, seed: int) -> Baselines:
+    """Fit the baselines. `seed` draws the initial loadings of the factor analysis.
 
     Raises:
         ValueError: there is no training row.
@@ -52,26 +106,13 @@ def baseline_scores(train: BaselineRows, test: BaselineRows, *, seed: int) -> di
         raise ValueError("baselines need training rows, but the train split has none: prepare a pack with train tasks")
     label = train.label.astype(np.float64)
     mean = float(label.mean())
-    low, high = float(label.min()), float(label.max())
-    _, task = np.unique(test.task, return_inverse=True)
-    query = test.is_query
-    residual = _support_mean(task, test.label - mean, ~query)
-    scores = {"global-mean": np.full(int(query.sum()), mean), "task-mean": mean + residual[task[query]]}
-    if train.item is not None and test.item is not None:
+    items, item_mean, factors = np.zeros(0, dtype=np.int64), np.full(1, mean), None
+    if train.item is not None:
         items, item = np.unique(train.item, return_inverse=True)
-        # Items that no training row holds get position -1, which stands for the global mean or the average item.
-        position = np.minimum(np.searchsorted(items, test.item), len(items) - 1)
-        position = np.where(items[position] == test.item, position, -1)
-        item_mean = np.append(np.bincount(item, label) / np.bincount(item), mean)[position]
-        bias = _support_mean(task, test.label - item_mean, ~query)
-        scores["item-mean"] = item_mean[query]
-        scores["item-mean+task-bias"] = item_mean[query] + bias[task[query]]
+        item_mean = np.append(np.bincount(item, label) / np.bincount(item), mean)
         _, train_task = np.unique(train.task, return_inverse=True)
-        model = fit_factors(train_task, item, label - mean, seed=seed)
-        known = ~query & (position >= 0)
-        latent = fold_in(model, task[known], position[known], test.label[known] - mean, num_tasks=len(residual))
-        scores["factor-analysis"] = mean + model.score(latent[task[query]], position[query])
-    return {name: np.clip(score, low, high) for name, score in scores.items()}
+        factors = fit_factors(train_task, item, label - mean, seed=seed)
+    return Baselines(mean, float(label.min()), float(label.max()), items, item_mean, factors)
 
 
 def _support_mean(task: NDArray[Any], value: NDArray[Any], support: NDArray[np.bool_]) -> FloatArray:

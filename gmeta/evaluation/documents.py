@@ -32,6 +32,14 @@ _EVALUATION = {
     "curves": _Each([{"predicted": _NUMBER, "observed": _NUMBER}]),
     "notes": [(str,)],
 }
+_POINT = {"size": _COUNT, "metric": (str,), "value": _MAYBE, "low": _MAYBE, "high": _MAYBE, "n": _COUNT}
+_CURVE = {
+    "tasks": _COUNT,
+    "sizes": [{"size": _COUNT, "short_tasks": _COUNT}],
+    "records": [{**_POINT, "variant": (str,)}],
+    "differences": [{**_POINT, "against": (str,)}],
+}
+"""Shape of `support_curve`, which not every evaluation has."""
 _SINCE = {"left_out": [(str,)]}
 """Keys that evaluations of earlier releases lack."""
 _SENT = _Each({"bytes": _NUMBER, "remote_bytes": _NUMBER, "calls": _NUMBER})
@@ -62,6 +70,8 @@ def read_evaluation(path: Path) -> Json | None:
         raise ValueError(f"{path} lacks {', '.join(missing)}: delete it and {cure}")
     shape = _EVALUATION | {key: _SINCE[key] for key in _SINCE.keys() & found.keys()}
     problem = _misfit(found, shape, "") or _gap(found)
+    if not problem and "support_curve" in found:
+        problem = _misfit(found["support_curve"], _CURVE, "support_curve")
     if problem:
         raise ValueError(f"{path} is not what gmeta writes ({problem}): delete it and {cure}")
     return found

@@ -8,8 +8,9 @@ sums over tasks, which makes the bootstrap a matrix product. docs/evaluation.md 
 To add a metric: give `task_sums` its sums, and name it in BINARY_METRICS or RATING_METRICS, and in HIGHER_IS_BETTER
 where it is one of those.
 
-Ranking metrics (auc, gauc, ndcg) read the order of the scores alone. A probability loses that order where the sigmoid
-saturates: from a logit of 37 on, every float64 probability is 1. They therefore sort by logits where there are some.
+Ranking metrics (auc, gauc and those at k) read the order of the scores alone. A probability loses that order where the
+sigmoid saturates: from a logit of 37 on, every float64 probability is 1. They therefore sort by logits where there are
+some.
 """
 
 from __future__ import annotations
@@ -17,18 +18,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FloatArray = NDArray[np.float64]
+from gmeta.evaluation.ranking import TOP_K, FloatArray, TaskOrder, TopPlaces, dcg, group_starts
 
-BINARY_METRICS = ("auc", "gauc", "logloss", "rmse", "calibration", "ece", "ndcg@5", "ndcg@10")
+NDCG_METRICS = ("ndcg@5", "ndcg@10")
+RELEVANCE_METRICS = tuple(f"{name}@{k}" for name in TOP_K for k in (5, 10))
+"""Metrics of rows that are relevant or not: those labelled 1 or, for ratings, at least a label that the user names."""
+BINARY_METRICS = ("auc", "gauc", "logloss", "rmse", "calibration", "ece", *NDCG_METRICS, *RELEVANCE_METRICS)
 """Metrics of 0/1 labels, whose scores are probabilities."""
-RATING_METRICS = ("mae", "task_mae", "rmse", "calibration", "ndcg@5", "ndcg@10")
-"""Metrics of other labels."""
-HIGHER_IS_BETTER = frozenset({"auc", "gauc", "ndcg@5", "ndcg@10"})
+RATING_METRICS = ("mae", "task_mae", "rmse", "calibration", *NDCG_METRICS)
+"""Metrics of other labels; `RELEVANCE_METRICS` too where it is known which of them are relevant."""
+HIGHER_IS_BETTER = frozenset({"auc", "gauc", *NDCG_METRICS, *RELEVANCE_METRICS})
 """Lower is better for all others but `calibration`, whose best value is 1."""
 
 LOGLOSS_CLIP = 1e-7
@@ -52,6 +57,12 @@ class Rows:
     task: NDArray[np.int64]  # [N], in [0, num_tasks)
     num_tasks: int
     ranking: FloatArray  # [N], what ranking metrics sort by: the logits, or the score
+    relevant_label: float | None = None  # rows of at least this label are relevant; None: labels are 0/1, and 1 is
+
+    @cached_property
+    def best_first(self) -> TaskOrder:
+        """Return each task's rows by falling score; sorted once for all metrics at k."""
+        return TaskOrder.build(self.task, -self.ranking, self.num_tasks)
 
     def sum_by_task(self, value: NDArray[Any]) -> FloatArray:
         """Sum a column [N] over each task's rows, [num_tasks]."""
@@ -77,21 +88,30 @@ class Estimate:
     n: int  # tasks that took part
 
 
-def metric(name: str, score: ArrayLike, label: ArrayLike, task: ArrayLike, *, logit: ArrayLike | None = None) -> float:
+def metric(
+    name: str,
+    score: ArrayLike,
+    label: ArrayLike,
+    task: ArrayLike,
+    *,
+    logit: ArrayLike | None = None,
+    relevant_label: float | None = None,
+) -> float:
     """Return the value of one metric.
 
     Args:
-        name: one of BINARY_METRICS and RATING_METRICS.
+        name: one of BINARY_METRICS, RATING_METRICS and RELEVANCE_METRICS.
         score: [N], probabilities for binary metrics.
         label: [N].
         task: [N], any integers.
         logit: [N], what ranking metrics sort by in place of `score`.
+        relevant_label: rows of at least this label are relevant to RELEVANCE_METRICS; without it labels must be 0/1.
 
     Raises:
         ValueError: unknown name; no rows, arrays of unequal length, values that are not finite; or labels that the
             metric does not take.
     """
-    return metric_of(name, make_rows(score, label, task, logit=logit))
+    return metric_of(name, make_rows(score, label, task, logit=logit, relevant_label=relevant_label))
 
 
 def metric_of(name: str, rows: Rows) -> float:
@@ -102,7 +122,14 @@ def metric_of(name: str, rows: Rows) -> float:
     return float(sums.combine(sums.columns.sum(axis=0)))
 
 
-def make_rows(score: ArrayLike, label: ArrayLike, task: ArrayLike, *, logit: ArrayLike | None = None) -> Rows:
+def make_rows(
+    score: ArrayLike,
+    label: ArrayLike,
+    task: ArrayLike,
+    *,
+    logit: ArrayLike | None = None,
+    relevant_label: float | None = None,
+) -> Rows:
     """Check the columns of some rows and number their tasks densely, in the order of their keys.
 
     Raises:
@@ -130,6 +157,7 @@ def make_rows(score: ArrayLike, label: ArrayLike, task: ArrayLike, *, logit: Arr
         task=index.astype(np.int64),
         num_tasks=len(keys),
         ranking=columns["logit"].astype(np.float64) if logit is not None else values,
+        relevant_label=relevant_label,
     )
 
 
@@ -140,6 +168,9 @@ def task_sums(name: str, rows: Rows) -> TaskSums:
         return _gauc(rows)
     if name.startswith("ndcg@"):
         return _ndcg(rows, int(name.removeprefix("ndcg@")))
+    kind, _, k = name.partition("@")
+    if kind in TOP_K and k.isdecimal() and int(k) > 0:
+        return _top_k(rows, kind, int(k))
     if name == "ece":
         return _ece(rows)
     if name == "calibration":
@@ -155,7 +186,7 @@ def task_sums(name: str, rows: Rows) -> TaskSums:
         count = rows.sum_by_task(np.ones(len(error)))
         mean = rows.sum_by_task(np.abs(error)) / np.maximum(count, 1)
         return _by_tasks(mean, count > 0, np.ones(rows.num_tasks))
-    known = ", ".join(dict.fromkeys(BINARY_METRICS + RATING_METRICS))
+    known = ", ".join(dict.fromkeys(BINARY_METRICS + RATING_METRICS + RELEVANCE_METRICS))
     raise ValueError(f"metric {name!r} is unknown: must be one of {known}")
 
 
@@ -235,10 +266,10 @@ def _by_tasks(value: FloatArray, counted: NDArray[np.bool_], weight: FloatArray)
     return TaskSums(np.stack([np.where(counted, value, 0.0) * weight, weight], axis=1), _ratio, counted)
 
 
-def _require_binary(name: str, label: NDArray[Any]) -> None:
+def _require_binary(name: str, label: NDArray[Any], cure: str = "use mae or rmse, or binarise the label") -> None:
     wrong = label[(label != 0) & (label != 1)]
     if len(wrong):
-        raise ValueError(f"{name} needs labels 0 or 1, found {wrong[0]:g}: use mae or rmse, or binarise the label")
+        raise ValueError(f"{name} needs labels 0 or 1, found {wrong[0]:g}: {cure}")
 
 
 def _row_logloss(rows: Rows) -> FloatArray:
@@ -259,20 +290,12 @@ def _ece(rows: Rows) -> TaskSums:
     return TaskSums(np.column_stack([gap.reshape(rows.num_tasks, -1), count]), combine, count > 0)
 
 
-def _group_starts(*keys: NDArray[Any]) -> NDArray[np.bool_]:
-    """Mark where any of the sorted keys differs from the row before."""
-    start = np.ones(len(keys[0]), dtype=np.bool_)
-    if len(start):
-        start[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
-    return start
-
-
 def _gauc(rows: Rows) -> TaskSums:
     """Make the tasks' AUCs (by midranks), weighted by their rows; tasks with one class are left out."""
     _require_binary("gauc", rows.label)
     order = np.lexsort((rows.ranking, rows.task))
     task, ranking, label = rows.task[order], rows.ranking[order], rows.label[order]
-    start = _group_starts(task, ranking)
+    start = group_starts(task, ranking)
     group = np.cumsum(start) - 1
     first = np.flatnonzero(start)
     size = np.diff(np.append(first, len(task)))
@@ -289,29 +312,24 @@ def _gauc(rows: Rows) -> TaskSums:
 def _ndcg(rows: Rows, k: int) -> TaskSums:
     """Make the mean over tasks of nDCG@k, with gain 2^label - 1 and discount 1 / log2(rank + 1).
 
-    Tied scores get the expected gain over their orders (McSherry & Najork 2008), so that a constant score earns what
-    chance earns. Tasks whose ideal DCG is 0 (no label above 0) are left out.
+    Tasks whose ideal DCG is 0 (no label above 0) are left out.
     """
     bad = rows.label[(rows.label < 0) | (rows.label > MAX_NDCG_LABEL)]
     if len(bad):
         raise ValueError(f"ndcg needs labels in [0, {MAX_NDCG_LABEL:g}], found {bad[0]:g}")
     gain = np.exp2(rows.label) - 1
-    dcg = _dcg(rows, -rows.ranking, gain, k)
-    ideal = _dcg(rows, -gain, gain, k)
-    return _by_tasks(dcg / np.where(ideal > 0, ideal, 1.0), ideal > 0, np.ones(rows.num_tasks))
+    found = dcg(rows.best_first, gain, k)
+    ideal = dcg(TaskOrder.build(rows.task, -gain, rows.num_tasks), gain, k)
+    return _by_tasks(found / np.where(ideal > 0, ideal, 1.0), ideal > 0, np.ones(rows.num_tasks))
 
 
-def _dcg(rows: Rows, key: FloatArray, gain: FloatArray, k: int) -> FloatArray:
-    """Return DCG@k of each task's rows by rising key, [num_tasks]; equal keys share the mean of their gains."""
-    order = np.lexsort((key, rows.task))
-    task, key, gain = rows.task[order], key[order], gain[order]
-    count = np.bincount(task, minlength=rows.num_tasks)
-    rank = np.arange(len(task)) - (np.cumsum(count) - count)[task]
-    discount = np.where(rank < k, 1 / np.log2(rank + 2), 0.0)
-    group = np.cumsum(_group_starts(task, key)) - 1
-    size = np.bincount(group)
-    tied_gain = np.bincount(group, gain) / size
-    return np.bincount(task, discount * tied_gain[group], minlength=rows.num_tasks).astype(np.float64)
+def _top_k(rows: Rows, name: str, k: int) -> TaskSums:
+    """Make the mean over tasks of a metric of `TOP_K`; tasks without a relevant row are left out."""
+    if rows.relevant_label is None:
+        _require_binary(f"{name}@{k}", rows.label, "name the label from which on rows are relevant (relevant_label)")
+    relevant = rows.label >= (1 if rows.relevant_label is None else rows.relevant_label)
+    top = TopPlaces.build(rows.best_first, relevant, k)
+    return _by_tasks(TOP_K[name](top), top.num_relevant > 0, np.ones(rows.num_tasks))
 
 
 @dataclass(frozen=True)
@@ -342,6 +360,27 @@ class _Ranking:
             if pairs > 0:
                 out[i] = 0.5 * (positive @ below[self.below] + positive @ below[self.upto]) / pairs
         return out
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A metric of the rows themselves and of every resample, [1 + resamples].
+
+    Two of them are paired, and may be subtracted, where their bootstraps had the same tasks, resamples and seed.
+    """
+
+    values: FloatArray
+    n: int  # tasks that took part
+    has_interval: bool
+
+    def estimate(self, against: Resampled | None = None) -> Estimate:
+        """Return the metric, or its difference to another, with its interval."""
+        values = self.values if against is None else self.values - against.values
+        found = values[1:][np.isfinite(values[1:])]
+        if self.n < _MIN_TASKS or not self.has_interval or not math.isfinite(values[0]) or len(found) == 0:
+            return Estimate(float(values[0]), math.nan, math.nan, self.n)
+        low, high = np.quantile(found, [0.025, 0.975])
+        return Estimate(float(values[0]), float(low), float(high), self.n)
 
 
 class Bootstrap:
@@ -389,18 +428,11 @@ class Bootstrap:
 
     def estimate(self, key: Any, against: Any = None) -> Estimate:
         """Return the metric registered under `key`, or its difference to the one under `against`."""
-        values = self._values[key] if against is None else self._values[key] - self._values[against]
-        n = self._num_counted(key)
-        resampled = values[1:][np.isfinite(values[1:])]
-        none = n < _MIN_TASKS or key in self._without_interval
-        if none or not math.isfinite(values[0]) or len(resampled) == 0:
-            return Estimate(float(values[0]), math.nan, math.nan, n)
-        low, high = np.quantile(resampled, [0.025, 0.975])
-        return Estimate(float(values[0]), float(low), float(high), n)
+        return self.resampled(key).estimate(None if against is None else self.resampled(against))
 
-    def values(self, key: Any) -> FloatArray:
-        """Return the metric registered under `key`: its value, then every resampled one, [1 + resamples]."""
-        return self._values[key]
+    def resampled(self, key: Any) -> Resampled:
+        """Return all values of the metric registered under `key`."""
+        return Resampled(self._values[key], self._num_counted(key), key not in self._without_interval)
 
     def _num_counted(self, key: Any) -> int:
         if key in self._sums:

@@ -7,63 +7,59 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
-
-import numpy as np
 
 from gmeta.core.files import write_text
 from gmeta.evaluation import charts
 from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json, read_evaluation, read_log, read_object
-from gmeta.evaluation.metrics import HIGHER_IS_BETTER
+from gmeta.evaluation.pages import (
+    badge,
+    badness,
+    figure,
+    interval_text,
+    metric_name,
+    missing,
+    number_text,
+    page,
+    row_cells,
+    stacked,
+    variant_table,
+)
+from gmeta.evaluation.report_training import communication_section, training_section
 from gmeta.evaluation.slices import HeadlineRow, headline_rows
+from gmeta.evaluation.support_curve import curve_records
 from gmeta.runs.directory import read_settings
 from gmeta.runs.log import METRICS_FILE
 
 _COLD = ("warm", "user_cold", "item_cold", "both_cold")
-_MAX_POINTS = 300  # a longer curve is averaged down to this
-_MAX_CURVES = 4
-_NAMES = {
-    "auc": "AUC",
-    "gauc": "GAUC",
-    "logloss": "log-loss",
-    "mae": "MAE",
-    "task_mae": "task MAE",
-    "rmse": "RMSE",
-    "ece": "ECE",
-    "calibration": "predicted / observed",
-    "ndcg@5": "nDCG@5",
-    "ndcg@10": "nDCG@10",
-}
 
 
-def build_report(run_dir: Path | str) -> Path:
+def build_report(run_dir: Path | str, folder: Path | None = None) -> Path:
     """Write `report.html` into the run directory and return its path.
+
+    With `folder` the evaluation is read there, and the page written there.
 
     Raises:
         ValueError: `run_dir` is not a run, or one of its files is damaged.
     """
     run_dir = Path(run_dir)
+    folder = run_dir if folder is None else folder
     config = read_settings(run_dir)
     environment = read_object(run_dir / "environment.json", "train the run again to write it")
-    evaluation = read_evaluation(run_dir / "evaluation.json")
+    evaluation = read_evaluation(folder / "evaluation.json")
     records = read_log(run_dir / METRICS_FILE)
     sections = (
         _headline_section(evaluation, run_dir),
         _adaptation_section(evaluation),
-        _training_section([r for r in records if r["kind"] == "train"], [r for r in records if r["kind"] == "valid"]),
-        _communication_section([r.get("comm") for r in records if r["kind"] == "train"]),
+        _curve_section(evaluation),
+        training_section([r for r in records if r["kind"] == "train"], [r for r in records if r["kind"] == "valid"]),
+        communication_section([r.get("comm") for r in records if r["kind"] == "train"]),
         _all_metrics_section(evaluation),
         _settings_section(config, environment, evaluation),
     )
-    template = resources.files("gmeta.evaluation").joinpath("report_template.html").read_text(encoding="utf-8")
-    page = Template(template).substitute(
-        title=escape(run_dir.resolve().name), subtitle=_subtitle(config), body="\n".join(sections)
-    )
-    path = run_dir / "report.html"
-    write_text(path, page)
+    path = folder / "report.html"
+    write_text(path, page(run_dir.resolve().name, _subtitle(config), sections))
     return path
 
 
@@ -74,7 +70,7 @@ def _subtitle(config: Json) -> str:
     steps = meta.get("inner_steps", 1)
     how = f"adapts {', '.join(adapt)} by {steps} {meta.get('order')}-order step{'s' * (steps != 1)}"
     parts = [f"model {model.get('name')}", how if adapt else "trained plainly", f"loss {config.get('loss')}"]
-    return escape(" · ".join([*parts, f"pack {config.get('pack')}", f"seed {config.get('seed')}"]))
+    return " · ".join([*parts, f"pack {config.get('pack')}", f"seed {config.get('seed')}"])
 
 
 # The headline
@@ -83,9 +79,9 @@ def _subtitle(config: Json) -> str:
 def _headline_section(evaluation: Json | None, run_dir: Path) -> str:
     if evaluation is None:
         command = f"gmeta evaluate --run_dir {run_dir}"
-        return _missing("This run has not been measured yet. What adaptation bought will stand here after", command)
+        return missing("This run has not been measured yet. What adaptation bought will stand here after", command)
     rows = headline_rows(evaluation)
-    metric, reference = _name(evaluation["headline"]["metric"]), evaluation["reference"]
+    metric, reference = metric_name(evaluation["headline"]["metric"]), evaluation["reference"]
     case = evaluation["cases"][0]
     by_name = {row.variant: row for row in rows}
     cards = [_value_card(f"{metric} of {reference}", by_name[reference])]
@@ -108,13 +104,13 @@ def _headline_section(evaluation: Json | None, run_dir: Path) -> str:
     return (
         f'<p class="lead">{_verdict_sentence(by_name, metric, reference, case)}</p>'
         f'<div class="cards">{"".join(cards)}</div><p class="note" style="margin-top:12px">{note}</p>{left_out}'
-        f'<div class="grid">{_figure("Every variant", chart)}<div>{table}</div></div>'
+        f'<div class="grid">{figure("Every variant", chart)}<div>{table}</div></div>'
     )
 
 
 def _verdict_sentence(by_name: dict[str, HeadlineRow], metric: str, reference: str, case: Json) -> str:
     if reference != "after" or "before" not in by_name:
-        return f"{escape(metric)} on {case['tasks']:,} tasks: <b>{_number(by_name[reference].record['value'])}</b>."
+        return f"{escape(metric)} on {case['tasks']:,} tasks: <b>{number_text(by_name[reference].record['value'])}</b>."
     before, after = by_name["before"], by_name["after"]
     assert before.difference is not None
     if before.record["value"] is None:
@@ -127,15 +123,16 @@ def _verdict_sentence(by_name: dict[str, HeadlineRow], metric: str, reference: s
     }
     return (
         f"On {case['tasks']:,} tasks, adapting to the support set {words[before.verdict]} {escape(metric)}: "
-        f"<b>{_number(before.record['value'])}</b> before, <b>{_number(after.record['value'])}</b> after "
-        f"({_interval(before.difference, '+', 'difference ')})."
+        f"<b>{number_text(before.record['value'])}</b> before, <b>{number_text(after.record['value'])}</b> after "
+        f"({interval_text(before.difference, '+', 'difference ')})."
     )
 
 
 def _value_card(name: str, row: HeadlineRow) -> str:
+    value = number_text(row.record["value"])
     return (
-        f'<div class="card"><div class="name">{escape(name)}</div><div class="big">{_number(row.record["value"])}</div>'
-        f'<div class="interval">{_interval(row.record)}</div></div>'
+        f'<div class="card"><div class="name">{escape(name)}</div><div class="big">{value}</div>'
+        f'<div class="interval">{interval_text(row.record)}</div></div>'
     )
 
 
@@ -144,8 +141,8 @@ def _difference_card(row: HeadlineRow, reference: str, is_baseline: bool) -> str
     what = f"best baseline, {row.variant}" if is_baseline else row.variant
     return (
         f'<div class="card"><div class="name">{escape(reference)} minus {escape(what)}</div>'
-        f'<div class="big">{_number(row.difference["value"], "+")}</div>'
-        f'<div class="interval">{_interval(row.difference, "+")} {_badge(row.verdict)}</div></div>'
+        f'<div class="big">{number_text(row.difference["value"], "+")}</div>'
+        f'<div class="interval">{interval_text(row.difference, "+")} {badge(row.verdict)}</div></div>'
     )
 
 
@@ -153,11 +150,11 @@ def _headline_table(rows: Sequence[HeadlineRow], metric: str, reference: str) ->
     cells = []
     for row in rows:
         difference = row.difference
-        gain = "" if difference is None else _stacked(difference, "+")
+        gain = "" if difference is None else stacked(difference, "+")
         tag = ' class="reference"' if row.variant == reference else ""
         cells.append(
-            f"<tr{tag}><td>{escape(row.variant)}</td><td>{_stacked(row.record)}</td><td>{gain}</td>"
-            f"<td>{_badge(row.verdict) if row.verdict else ''}</td></tr>"
+            f"<tr{tag}><td>{escape(row.variant)}</td><td>{stacked(row.record)}</td><td>{gain}</td>"
+            f"<td>{badge(row.verdict) if row.verdict else ''}</td></tr>"
         )
     shown = escape(reference)
     head = f"<tr><th>variant</th><th>{escape(metric)}</th><th>{shown} − variant</th><th>{shown} is</th></tr>"
@@ -169,7 +166,7 @@ def _variant_chart(evaluation: Json, rows: Sequence[HeadlineRow]) -> str:
     series = [_points(row.variant, [i], [row.record]) for i, row in enumerate(rows)]
     names = [row.variant for row in rows]
     return charts.dot_chart(
-        "Every variant", names, series, x_label=_name(evaluation["headline"]["metric"]), separate=False
+        "Every variant", names, series, x_label=metric_name(evaluation["headline"]["metric"]), separate=False
     )
 
 
@@ -194,22 +191,24 @@ def _adaptation_section(evaluation: Json | None) -> str:
         if name in compared and len(bins) > 1
     ]
     figures = [
-        _figure(
+        figure(
             "By support size",
             charts.category_chart(
-                "By support size", labels, by_size, x_label="support rows of the task", y_label=_name(metric)
+                "By support size", labels, by_size, x_label="support rows of the task", y_label=metric_name(metric)
             ),
             _counts(sizes, labels, cases),
         ),
-        _figure(
+        figure(
             "By coldness",
-            charts.dot_chart("By coldness", [name.replace("_", "-") for name in cold], by_cold, x_label=_name(metric)),
+            charts.dot_chart(
+                "By coldness", [name.replace("_", "-") for name in cold], by_cold, x_label=metric_name(metric)
+            ),
             "; ".join(f"{name.replace('_', '-')}: {cases[name]['about']}" for name in cold),
         ),
     ]
     if curves:
         figures.append(
-            _figure("Calibration", charts.calibration_chart("Calibration", curves), "Bins of equally many rows.")
+            figure("Calibration", charts.calibration_chart("Calibration", curves), "Bins of equally many rows.")
         )
     note = f'<p class="note">No query rows here with: {escape("; ".join(absent))}.</p>' if absent else ""
     return (
@@ -234,10 +233,47 @@ def _case_table(evaluation: Json, names: Sequence[str], metric: str) -> str:
     cases = {case["case"]: case for case in evaluation["cases"]}
     rows = []
     for case in names:
-        cells = _row_cells([_record(evaluation, case, variant, metric) for variant in evaluation["variants"]], metric)
+        cells = row_cells([_record(evaluation, case, variant, metric) for variant in evaluation["variants"]], metric)
         label = f"{escape(case.replace('_', ' '))}<small>{cases[case]['rows']:,} rows</small>"
         rows.append(f"<tr><td>{label}</td>{cells}</tr>")
-    return _variant_table(f"{_name(metric)}, by slice", evaluation["variants"], rows)
+    return variant_table(f"{metric_name(metric)}, by slice", evaluation["variants"], rows)
+
+
+def _curve_section(evaluation: Json | None) -> str:
+    """Show the learning curve: a chart of the usual variants, and all of it as tables."""
+    if evaluation is None or "support_curve" not in evaluation:
+        return ""
+    curve, metric, reference = evaluation["support_curve"], evaluation["headline"]["metric"], evaluation["reference"]
+    sizes = [point["size"] for point in curve["sizes"]]
+    records, differences = curve_records(evaluation), curve_records(evaluation, "differences")
+    labels = [str(size) for size in sizes]
+    series = [
+        _points(name, range(len(sizes)), [records.get((size, name)) for size in sizes])
+        for name in _compared(evaluation)
+    ]
+    title = "Learning curve"
+    chart = charts.category_chart(title, labels, series, x_label="support rows seen", y_label=metric_name(metric))
+    short = "; ".join(f"{point['size']}: {point['short_tasks']:,}" for point in curve["sizes"])
+    caption = (
+        f"Each variant sees no more than the last so many support rows of each of {curve['tasks']:,} tasks; the query "
+        f"rows are the same at every size. Tasks that have fewer use what they have: {short}."
+    )
+    others = [name for name in evaluation["variants"] if name != reference]
+    names = evaluation["variants"]
+    values = [_curve_row(size, row_cells([records.get((size, name)) for name in names], metric)) for size in sizes]
+    gains = [_curve_row(size, _difference_cells([differences.get((size, name)) for name in others])) for size in sizes]
+    tables = variant_table(f"{metric_name(metric)}, by support rows", names, values)
+    if others:
+        tables += variant_table(f"{reference} − variant, by support rows", others, gains)
+    return f'<h2>{title}</h2><div class="grid">{figure(title, chart, caption)}</div>{tables}'
+
+
+def _curve_row(size: int, cells: str) -> str:
+    return f"<tr><td>{size:,}</td>{cells}</tr>"
+
+
+def _difference_cells(records: Sequence[Json | None]) -> str:
+    return "".join(f"<td>{stacked(record, '+') if record else '–'}</td>" for record in records)
 
 
 def _all_metrics_section(evaluation: Json | None) -> str:
@@ -249,34 +285,10 @@ def _all_metrics_section(evaluation: Json | None) -> str:
         records = [_record(evaluation, "all", variant, metric) for variant in evaluation["variants"]]
         tasks = max((record["n"] for record in records if record), default=0)
         rows.append(
-            f"<tr><td>{escape(_name(metric))}<small>{tasks:,} tasks</small></td>{_row_cells(records, metric)}</tr>"
+            f"<tr><td>{escape(metric_name(metric))}<small>{tasks:,} tasks</small></td>{row_cells(records, metric)}</tr>"
         )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in evaluation["notes"])
-    return "<h2>All metrics</h2>" + _variant_table("metric", evaluation["variants"], rows) + notes
-
-
-def _variant_table(corner: str, variants: Iterable[str], rows: Iterable[str]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in variants)
-    return f'<div class="scroll"><table><tr><th>{escape(corner)}</th>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _row_cells(records: Sequence[Json | None], metric: str) -> str:
-    """Make one cell a variant, the best in bold."""
-    values = [None if record is None else record["value"] for record in records]
-    defined = [_badness(value, metric) for value in values if value is not None]
-    best = min(defined, default=None)
-    cells = []
-    for record, value in zip(records, values, strict=True):
-        mark = ' class="best"' if value is not None and _badness(value, metric) == best else ""
-        cells.append(f"<td{mark}>{_stacked(record) if record else '–'}</td>")
-    return "".join(cells)
-
-
-def _badness(value: float, metric: str) -> float:
-    """Turn a value into one of which lower is better, whatever the metric."""
-    if metric == "calibration":
-        return abs(value - 1)
-    return -value if metric in HIGHER_IS_BETTER else value
+    return "<h2>All metrics</h2>" + variant_table("metric", evaluation["variants"], rows) + notes
 
 
 def _best_baseline(evaluation: Json) -> str | None:
@@ -285,7 +297,7 @@ def _best_baseline(evaluation: Json) -> str | None:
     for name in evaluation["baselines"]:
         record = _record(evaluation, "all", name, metric)
         if record is not None and record["value"] is not None:
-            scored.append((_badness(record["value"], metric), name))
+            scored.append((badness(record["value"], metric), name))
     return min(scored)[1] if scored else None
 
 
@@ -306,153 +318,6 @@ def _points(name: str, x: Iterable[float], records: Sequence[Json | None]) -> Po
         return [None if record is None else record[key] for record in records]
 
     return Points(name, list(x), column("value"), column("low"), column("high"))
-
-
-# Training
-
-
-def _training_section(train: list[Json], valid: list[Json]) -> str:
-    if not train:
-        return "<h2>Training</h2>" + _missing(
-            "No step has been logged yet. Curves will stand here after", "gmeta train"
-        )
-    steps = [record["step"] for record in train]
-    figures = []
-    for title, keys, label in (
-        ("Training loss", ("loss", "support_loss"), "loss"),
-        ("Learning rate", ("lr",), "rate"),
-        ("Gradient norm", ("grad_norm",), "norm"),
-        ("Speed", ("tasks_per_s",), "tasks a second"),
-    ):
-        names = {"loss": "query", "support_loss": "support, before adapting"}
-        series = [Points(names.get(key, key), *_thinned(steps, train, key)) for key in keys if key in train[-1]]
-        if series and any(value is not None for points in series for value in points.y):
-            figures.append(
-                _figure(
-                    title, charts.line_chart(title, series, x_label="step", y_label=label, from_zero=title == "Speed")
-                )
-            )
-    figures[1:1] = _validation_figures(valid)
-    if all(f"{part}_share" in train[-1] for part in ("input", "exchange", "compute")):
-        figures.append(_time_figure(steps, train))
-    note = ""
-    if len(train) > _MAX_POINTS:
-        note = f'<p class="note">Each point averages {-(-len(train) // _MAX_POINTS)} steps.</p>'
-    return f'<h2>Training</h2>{_training_cards(train)}<div class="grid">{"".join(figures)}</div>{note}'
-
-
-def _training_cards(train: list[Json]) -> str:
-    seconds = train[-1].get("time_s")
-    facts = [("steps", f"{train[-1]['step']:,}"), ("epochs", f"{train[-1].get('epoch', 0) + 1:,}")]
-    if seconds is not None:
-        facts.append(("time in steps", f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"))
-    for key, name, form in (
-        ("tasks_per_s", "tasks a second, median", "{:,.0f}"),
-        ("samples_per_s", "samples a second, median", "{:,.0f}"),
-        ("padding", "padding, mean", "{:.1%}"),
-    ):
-        values = [record[key] for record in train if record.get(key) is not None]
-        if values:
-            value = float(np.mean(values) if key == "padding" else np.median(values))
-            facts.append((name, form.format(value)))
-    cards = "".join(
-        f'<div class="card"><div class="name">{name}</div><div class="big">{value}</div></div>' for name, value in facts
-    )
-    return f'<div class="cards facts">{cards}</div>'
-
-
-def _validation_figures(valid: list[Json]) -> list[str]:
-    """Draw one chart a metric, before and after adaptation."""
-    names = dict.fromkeys(key.removesuffix("_after") for record in valid for key in record if key.endswith("_after"))
-    figures = []
-    for name in list(names)[:_MAX_CURVES]:
-        series = [
-            Points(when, [r["step"] for r in valid], [r.get(f"{name}_{when}") for r in valid])
-            for when in ("before", "after")
-        ]
-        title = f"Validation {_name(name)}"
-        figures.append(_figure(title, charts.line_chart(title, series, x_label="step", y_label=_name(name))))
-    return figures
-
-
-def _time_figure(steps: Sequence[int], train: list[Json]) -> str:
-    fractions: dict[str, list[float]] = {}
-    for part in ("input", "exchange", "compute"):
-        x, values = _thinned(steps, train, f"{part}_share")
-        fractions[part] = [value or 0.0 for value in values]
-    clock = np.diff([0.0, *(record.get("time_s") or 0.0 for record in train)])
-    weight = clock if (clock > 0).all() else np.ones(len(train))
-    means = [
-        f"{part} {np.average([r[f'{part}_share'] or 0.0 for r in train], weights=weight):.0%}"
-        for part in ("input", "exchange", "compute")
-    ]
-    title = "Where the time went"
-    return _figure(title, charts.fraction_chart(title, x, fractions), f"Of all time in steps: {', '.join(means)}.")
-
-
-def _thinned(steps: Sequence[int], records: list[Json], key: str) -> tuple[list[float], list[float | None]]:
-    """Average a column over stretches of equally many records; None where a stretch holds no number."""
-    size = -(-len(records) // _MAX_POINTS)
-    xs: list[float] = []
-    ys: list[float | None] = []
-    for begin in range(0, len(records), size):
-        values = [r[key] for r in records[begin : begin + size] if r.get(key) is not None]
-        xs.append(float(np.mean(steps[begin : begin + size])))
-        ys.append(float(np.mean(values)) if values else None)
-    return xs, ys
-
-
-# Communication
-
-
-def _communication_section(records: list[Json | None]) -> str:
-    """Show what rank 0 sent in a step, on average, beside what the formulas say; nothing for a run of one process.
-
-    Only the last steps that made the same calls count: a resumed run may have another number of workers.
-    """
-    steps: list[Json] = []
-    for record in reversed(records):
-        if record is None or (steps and _calls(record) != _calls(steps[0])):
-            break
-        steps.append(record)
-    if not steps:
-        return ""
-
-    def mean(which: str, kind: str, key: str) -> float:
-        return float(np.mean([step[which][kind][key] for step in steps]))
-
-    rows = [
-        f"<tr><td>{escape(_TRAFFIC.get(kind, kind))}</td>"
-        + "".join(f"<td>{mean(*cell):,.0f}</td>" for cell in _traffic_cells(kind))
-        + f"<td>{mean('measured', kind, 'calls'):,.1f}</td></tr>"
-        for kind in steps[0]["measured"]
-    ]
-    head = "<th>bytes, measured</th><th>bytes, predicted</th><th>remote, measured</th><th>remote, predicted</th>"
-    return (
-        "<h2>Communication</h2>"
-        f'<div class="scroll"><table><tr><th>a step of rank 0, mean of the last {len(steps):,}</th>{head}'
-        "<th>calls</th></tr>"
-        f'{"".join(rows)}</table></div><p class="note">Remote bytes go to other workers. Predictions are formulas over '
-        "the rows that a worker needs and the size of the model, not measurements.</p>"
-    )
-
-
-def _calls(record: Json) -> list[int]:
-    return [kind["calls"] for kind in record["measured"].values()]
-
-
-_TRAFFIC = {
-    "counts": "counts of rows, ahead of the step",
-    "ids": "ids, ahead of the step",
-    "rows": "rows (AlltoAll)",
-    "gradients": "row gradients (AlltoAll)",
-    "dense": "dense gradients",
-    "control": "sums of losses and norms",
-}
-
-
-def _traffic_cells(kind: str) -> list[tuple[str, str, str]]:
-    return [(which, kind, key) for key in ("bytes", "remote_bytes") for which in ("measured", "predicted")]
 
 
 # Settings
@@ -479,44 +344,3 @@ def _flat(values: Json, prefix: str = "") -> Iterable[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-# Pieces of HTML
-
-
-def _name(metric: str) -> str:
-    """Return a metric's name as people write it."""
-    return _NAMES.get(metric, metric)
-
-
-def _figure(title: str, svg: str, caption: str = "") -> str:
-    words = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure><h3>{escape(title)}</h3>{svg}{words}</figure>"
-
-
-def _missing(text: str, command: str) -> str:
-    return f'<div class="missing">{escape(text)} <code>{escape(command)}</code></div>'
-
-
-def _badge(verdict: str) -> str:
-    tag = verdict if verdict in ("better", "worse") else ""
-    return f'<span class="badge {tag}">{escape(verdict)}</span>'
-
-
-def _number(value: float | None, sign: str = "") -> str:
-    return "undefined" if value is None else f"{value:{sign}.4f}".replace("-", "−")
-
-
-def _interval(record: Json, sign: str = "", prefix: str = "") -> str:
-    if record["low"] is None:
-        return "no interval"
-    value = f"{_number(record['value'], sign)}, " if prefix else ""
-    return f"{prefix}{value}95 %: {_number(record['low'], sign)} … {_number(record['high'], sign)}"
-
-
-def _stacked(record: Json, sign: str = "") -> str:
-    """Fill a table cell with a value above its interval."""
-    if record["low"] is None:
-        return _number(record["value"], sign)
-    interval = f"{_number(record['low'], sign)} … {_number(record['high'], sign)}"
-    return f"{_number(record['value'], sign)}<small>{interval}</small>"

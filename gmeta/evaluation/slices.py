@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +23,9 @@ from gmeta.evaluation.metrics import (
     BINARY_METRICS,
     HIGHER_IS_BETTER,
     MAX_NDCG_LABEL,
+    NDCG_METRICS,
     RATING_METRICS,
+    RELEVANCE_METRICS,
     Bootstrap,
     Estimate,
     calibration_curve,
@@ -46,17 +48,18 @@ _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"
 @dataclass(frozen=True)
 class _Query:
     scores: dict[str, NDArray[Any]]  # variant -> [N]
-    logits: dict[str, NDArray[Any]]  # variant -> [N], of the variants that have some
+    ranking: dict[str, NDArray[Any]]  # variant -> [N], where it is not the score
     label: NDArray[Any]  # [N]
     task: NDArray[Any]  # int [N]
     support_size: NDArray[Any]  # int [N]
     item_cold: NDArray[np.bool_]  # [N]
     task_cold: NDArray[np.bool_]  # [N]
     reference: str  # the variant whose differences to all others are measured
+    relevant_label: float | None  # ratings of at least this are relevant; None: clicks are, or it is not known
 
     def __post_init__(self) -> None:
         sizes = {name: len(score) for name, score in self.scores.items()}
-        sizes |= {f"logits of {name}": len(logit) for name, logit in self.logits.items()}
+        sizes |= {f"ranking of {name}": len(values) for name, values in self.ranking.items()}
         columns = ("label", "task", "support_size", "item_cold", "task_cold")
         sizes |= {name: len(getattr(self, name)) for name in columns}
         if len(set(sizes.values())) != 1:
@@ -76,7 +79,8 @@ def evaluation_records(
     binary: bool,
     resamples: int,
     seed: int,
-    logits: dict[str, NDArray[Any]] | None = None,
+    ranking: dict[str, NDArray[Any]] | None = None,
+    relevant_label: float | None = None,
 ) -> dict[str, Any]:
     """Return the content of evaluation.json, but for what only the caller knows (`write_evaluation` adds it).
 
@@ -89,7 +93,9 @@ def evaluation_records(
         task_cold: the row's task is in no training task, [N] or the same for all.
         binary: labels are 0/1 and scores are probabilities.
         resamples, seed: bootstrap resamples per slice, and their seed.
-        logits: variant -> logit of each query row, [N], where there are some: what ranking metrics sort by.
+        ranking: variant -> what ranking metrics sort by, [N], where it is not the score: logits, unclipped baselines.
+        relevant_label: ratings of at least this are relevant to precision@k and its like; of clicks those labelled 1
+            are.
 
     Raises ValueError for columns of different lengths, no rows, and values that a metric does not take.
     """
@@ -97,22 +103,16 @@ def evaluation_records(
         raise ValueError("there are no scores to measure: name at least one variant")
     query = _Query(
         scores,
-        logits or {},
+        ranking or {},
         label,
         task,
         support_size,
         item_cold.astype(np.bool_),
         task_cold if isinstance(task_cold, np.ndarray) else np.full(len(label), task_cold),
         reference="after" if "after" in scores else next(iter(scores)),
+        relevant_label=relevant_label,
     )
-    metrics, notes = _metrics_for(label, binary)
-    cases, records, differences = [], [], []
-    for case, about, mask in _slices(query):
-        cases.append({"case": case, "about": about, "tasks": len(np.unique(task[mask])), "rows": int(mask.sum())})
-        if mask.any():
-            new_records, new_differences = _measure(query, case, mask, metrics, resamples, seed)
-            records += new_records
-            differences += new_differences
+    metrics, notes = metrics_for(label, task, binary, relevant_label)
     headline = "auc" if binary else "mae"
     return {
         "headline": {"metric": headline, "higher_is_better": headline in HIGHER_IS_BETTER},
@@ -120,9 +120,7 @@ def evaluation_records(
         "variants": list(scores),
         "baselines": [name for name in scores if name in BASELINES],
         "resamples": resamples,
-        "cases": cases,
-        "records": records,
-        "differences": differences,
+        **_measure_cases(query, metrics, resamples, seed),
         "curves": {name: calibration_curve(score, label) for name, score in scores.items()},
         "notes": notes,
     }
@@ -148,25 +146,26 @@ class HeadlineRow:
 def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:
     """Return the headline metric of every variant on `case`; nothing when the case has no rows."""
     metric = evaluation["headline"]["metric"]
-    sign = 1 if evaluation["headline"]["higher_is_better"] else -1
+    higher = evaluation["headline"]["higher_is_better"]
     differences = {d["against"]: d for d in evaluation["differences"] if d["case"] == case and d["metric"] == metric}
     rows = []
     for record in evaluation["records"]:
         if record["case"] == case and record["metric"] == metric:
             difference = differences.get(record["variant"])
-            verdict = "" if difference is None else _verdict(difference, sign)
+            verdict = "" if difference is None else verdict_of(difference, higher)
             verdict = "a bound" if record["variant"] in BOUNDS else verdict
             rows.append(HeadlineRow(record["variant"], record, difference, verdict))
     return rows
 
 
-def _verdict(difference: dict[str, Any], sign: int) -> str:
+def verdict_of(difference: dict[str, Any], higher_is_better: bool) -> str:
+    """Say what a difference's interval allows: better, worse, not distinguishable, or too few tasks."""
     low, high = difference["low"], difference["high"]
     if difference["n"] < MIN_VERDICT_TASKS:
         return "too few tasks"
     if low is None or low <= 0 <= high:
         return "not distinguishable"
-    return "better" if sign * low > 0 else "worse"
+    return "better" if (low > 0) == higher_is_better else "worse"
 
 
 def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> None:
@@ -178,34 +177,60 @@ def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> No
     for name in ("variant", metric, "95 %", f"{reference} - variant", "95 %", f"{reference} is"):
         table.add_column(name, justify="left" if name in ("variant", f"{reference} is") else "right", no_wrap=True)
     for row in headline_rows(evaluation):
-        cells = [row.variant, *_cells(row.record, "")]
-        cells += _cells(row.difference, "+") if row.difference else ["", ""]
+        cells = [row.variant, *cells_of(row.record, "")]
+        cells += cells_of(row.difference, "+") if row.difference else ["", ""]
         table.add_row(*cells, row.verdict, style="bold" if row.variant == reference else "")
+    print_table(table, file, (*evaluation.get("left_out", ()), *evaluation["notes"]))
+
+
+def print_table(table: Table, file: TextIO | None = None, notes: Iterable[str] = ()) -> None:
+    """Print a table, and notes under it, on standard output or `file`."""
     console = Console(file=file)
     if not console.is_terminal:
         # A pipe has no width of its own; the 80 columns that rich assumes would cut the table.
         console.width = max(console.width, _PIPE_WIDTH)
     console.print(table)
-    for sentence in (*evaluation.get("left_out", ()), *evaluation["notes"]):
-        console.print(sentence, markup=False, highlight=False)
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
 
 
-def _cells(record: dict[str, Any], sign: str) -> list[str]:
-    """Return value and interval as text."""
+def cells_of(record: dict[str, Any], sign: str) -> list[str]:
+    """Return value and interval of a record as text."""
     if record["value"] is None:
         return ["undefined", ""]
     interval = "" if record["low"] is None else f"{record['low']:{sign}.4f} … {record['high']:{sign}.4f}"
     return [f"{record['value']:{sign}.4f}", interval]
 
 
-def _metrics_for(label: NDArray[Any], binary: bool) -> tuple[tuple[str, ...], list[str]]:
+def metrics_for(
+    label: NDArray[Any], task: NDArray[Any], binary: bool, relevant_label: float | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return the metrics of these labels [N] and their tasks [N], and notes on what is left out."""
     if binary:
-        return BINARY_METRICS, []
-    if label.min() >= 0 and label.max() <= MAX_NDCG_LABEL:
-        return RATING_METRICS, []
-    kept = tuple(name for name in RATING_METRICS if not name.startswith("ndcg"))
-    note = f"nDCG is left out: labels span {label.min():g} to {label.max():g}, it takes 0 to {MAX_NDCG_LABEL:g}"
-    return kept, [note]
+        return BINARY_METRICS, _no_relevant_row(label >= 1, task, "precision@k, recall@k, hit rate, MAP, MRR and nDCG")
+    names: tuple[str, ...] = RATING_METRICS
+    notes: list[str] = []
+    if not 0 <= label.min() <= label.max() <= MAX_NDCG_LABEL:
+        names = tuple(name for name in names if name not in NDCG_METRICS)
+        notes.append(
+            f"nDCG is left out: labels span {label.min():g} to {label.max():g}, it takes 0 to {MAX_NDCG_LABEL:g}"
+        )
+    if relevant_label is None:
+        notes.append(
+            "Precision@k, recall@k, hit rate, MAP and MRR are left out: name the label from which on a row is "
+            "relevant, such as --relevant_label 4"
+        )
+        return names, notes
+    notes += _no_relevant_row(label >= relevant_label, task, "precision@k, recall@k, hit rate, MAP and MRR")
+    return names + RELEVANCE_METRICS, notes
+
+
+def _no_relevant_row(relevant: NDArray[np.bool_], task: NDArray[Any], names: str) -> list[str]:
+    """Note how many tasks have no relevant row, where there are such."""
+    num_tasks, num_with = len(np.unique(task)), len(np.unique(task[relevant]))
+    if num_with == num_tasks:
+        return []
+    return [f"{num_tasks - num_with:,} of {num_tasks:,} tasks have no relevant query row: {names} leave them out"]
 
 
 def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
@@ -230,14 +255,29 @@ def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
     return slices
 
 
+def _measure_cases(query: _Query, metrics: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
+    """Return the cases, records and differences of evaluation.json."""
+    cases, records, differences = [], [], []
+    for case, about, mask in _slices(query):
+        task = query.task[mask]
+        cases.append({"case": case, "about": about, "tasks": len(np.unique(task)), "rows": int(mask.sum())})
+        if mask.any():
+            new_records, new_differences = _measure(query, case, mask, metrics, resamples, seed)
+            records += new_records
+            differences += new_differences
+    return {"cases": cases, "records": records, "differences": differences}
+
+
 def _measure(
     query: _Query, case: str, mask: NDArray[np.bool_], metrics: Sequence[str], resamples: int, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the records of one slice: values, and paired differences of the reference to every other variant."""
     rows = {}
     for name, score in query.scores.items():
-        logit = query.logits[name][mask] if name in query.logits else None
-        rows[name] = make_rows(score[mask], query.label[mask], query.task[mask], logit=logit)
+        ranking = query.ranking.get(name, score)[mask]
+        rows[name] = make_rows(
+            score[mask], query.label[mask], query.task[mask], logit=ranking, relevant_label=query.relevant_label
+        )
     bootstrap = Bootstrap(next(iter(rows.values())).num_tasks, resamples=resamples, seed=seed)
     for variant, sample in rows.items():
         for name in metrics:
@@ -246,17 +286,22 @@ def _measure(
     records, differences = [], []
     for variant in rows:
         for name in metrics:
-            unit = _UNITS.get(name, "1")
+            unit = unit_of(name)
             keys = {"case": case, "variant": variant, "metric": name}
-            records.append({**keys, **_fields(bootstrap.estimate((variant, name))), "unit": unit})
+            records.append({**keys, **estimate_fields(bootstrap.estimate((variant, name))), "unit": unit})
             if variant != query.reference:
                 estimate = bootstrap.estimate((query.reference, name), against=(variant, name))
                 keys = {"case": case, "variant": query.reference, "against": variant, "metric": name}
-                differences.append({**keys, **_fields(estimate), "unit": unit})
+                differences.append({**keys, **estimate_fields(estimate), "unit": unit})
     return records, differences
 
 
-def _fields(estimate: Estimate) -> dict[str, Any]:
+def unit_of(metric: str) -> str:
+    """Return the unit of a metric: label, nat or 1."""
+    return _UNITS.get(metric, "1")
+
+
+def estimate_fields(estimate: Estimate) -> dict[str, Any]:
     """Return an estimate as JSON, which knows no nan: what is undefined is null."""
     value, low, high = (x if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high))
     return {"value": value, "low": low, "high": high, "n": estimate.n}

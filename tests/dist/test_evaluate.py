@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -11,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import gmeta, train_words
 from harness import run_ranks
 from packs import make_pack
 
+from gmeta.config.evaluation import EvaluateConfig
 from gmeta.config.train import MetaConfig, ModelConfig, ScheduleConfig, TrainConfig
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.pack import open_pack
+from gmeta.evaluation.evaluate import evaluate_on
 from gmeta.evaluation.metrics import metric
 from gmeta.evaluation.score import Scores, score_split, to_predictions, validation_metrics
 from gmeta.parallel.mesh import Mesh
@@ -51,6 +55,51 @@ def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -
     for name, value in alone.items():
         np.testing.assert_allclose(together[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
     assert not np.allclose(alone["before"], alone["after"])
+
+
+TEXTS, NUMBERS = ("size", "from_size", "variant", "against", "metric", "unit", "n"), ("value", "low", "high")
+
+
+def test_a_learning_curve_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """Each point is the evaluation of a run that reads so many support rows; of baselines, of a shorter log."""
+    pack, run_dir = make_pack(tmp_path / "pack", test=33), tmp_path / "run"
+    words = ("--precision", "float64", "--meta.inner_lr", 0.5, "--loader.max_support_rows", 3)
+    gmeta(*train_words(pack, run_dir, *words, epochs=1))
+    found = []
+    for nproc in (1, 2, 4):
+        out = str(tmp_path / f"out{nproc}")
+        sizes = "3,0,1,99,100"
+        run_ranks(
+            nproc,
+            evaluate_on,
+            EvaluateConfig(run_dir=str(run_dir), out=out, support_sizes=sizes, resamples=5, tasks_per_batch=7),
+        )
+        found.append(json.loads((tmp_path / f"out{nproc}" / "evaluation.json").read_text()))
+    curve, support = found[0]["support_curve"], open_pack(pack).split("test").num_support
+    short = [{"size": size, "short_tasks": int((support < size).sum())} for size in (0, 1, 3, 99, 100)]
+    assert curve["sizes"] == short
+    assert (curve["tasks"], short[0]["short_tasks"], short[-1]["short_tasks"]) == (33, 0, 33)
+    for other in found[1:]:
+        for kind in ("records", "differences", "gains"):
+            assert len(curve[kind]) == len(other["support_curve"][kind]) > 0
+            for one, two in zip(curve[kind], other["support_curve"][kind], strict=True):
+                assert [one[key] for key in TEXTS if key in one] == [two[key] for key in TEXTS if key in two]
+                numbers = [np.array([point[key] for key in NUMBERS], np.float64) for point in (one, two)]
+                np.testing.assert_allclose(*numbers, rtol=1e-9, atol=1e-12)  # null is nan
+    values = {(r["size"], r["variant"], r["metric"]): r["value"] for r in curve["records"]}
+    for record in (r for r in found[0]["records"] if r["case"] == "all"):
+        # The run saw 3 rows in training and is measured so; the baselines of the main evaluation see all.
+        variant, name = record["variant"], record["metric"]
+        size = 3 if variant in ("before", "after") else 100
+        assert values[size, variant, name] == pytest.approx(record["value"], rel=1e-9), (variant, name)
+        assert values[99, variant, name] == values[100, variant, name]
+    for variant, start in (("after", "before"), ("task-mean", "global-mean")):
+        assert values[0, variant, "auc"] == values[0, start, "auc"]
+        assert values[100, variant, "auc"] != values[3, variant, "auc"] != values[0, variant, "auc"]
+    assert len({values[size, "item-mean", "auc"] for size in (0, 3, 100)}) == 1, "item means see no support"
+    gain = next(g for g in curve["gains"] if (g["size"], g["variant"], g["metric"]) == (3, "after", "auc"))
+    assert gain["from_size"] == 1
+    assert gain["value"] == pytest.approx(values[3, "after", "auc"] - values[1, "after", "auc"])
 
 
 def test_validation_sorts_by_logits() -> None:

@@ -20,7 +20,8 @@ from gmeta.data.identity import content_checksum
 from gmeta.data.pack import _manifest_checksum, open_pack
 from gmeta.data.schema import DataSchema, NumericColumn, PackSchema
 from gmeta.data.shards import checksum_file
-from gmeta.evaluation.evaluate import _item_values
+from gmeta.evaluation import predictions
+from gmeta.evaluation.predictions import item_values
 from gmeta.runs.data import require_fitting_pack, require_same_training_data
 from gmeta.runs.directory import _write_data
 
@@ -242,6 +243,10 @@ def test_evaluations_of_other_packs_lie_beside_the_own(
         assert json.loads(file.read_text())["settings"]["pack"] == str(pack)
         assert file.with_name(file.name.replace("evaluation", "predictions")).with_suffix(".parquet").exists()
         written |= found
+    assert run([*words, "--pack", str(packs[0]), "--out", str(tmp_path / "out")]) == 0
+    assert {*names, "report.html"} == {file.name for file in (tmp_path / "out").iterdir()}
+    assert str(packs[0]) in (tmp_path / "out" / "report.html").read_text()
+    assert set(run_dir.glob("evaluation-cut-*.json")) == written
     assert run(["report", "--run_dir", str(run_dir)]) == 0
     assert not [pack for pack in packs if str(pack) in (run_dir / "report.html").read_text()]
     assert {name: (run_dir / name).read_bytes() for name in names} == own
@@ -254,12 +259,28 @@ def test_evaluations_of_other_packs_lie_beside_the_own(
 def test_predictions_name_unknown_items_null(place: Path, run_dir: Path) -> None:
     assert run(["evaluate", "--run_dir", str(run_dir), "--resamples", "2", "--baselines", "false"]) == 0
     found = pq.read_table(run_dir / "predictions.parquet")
-    assert found.column_names == ["task_id", "task", "item", "row", "label", "before", "after"]
+    columns = ["task_id", "task", "item", "row", "label", "before", "before.ranking", "after", "after.ranking"]
+    assert found.column_names == columns
     split = open_pack(place / "pack").split("test")
     ids = split.columns(("item",)).ids["item"][found["row"].to_numpy()]
     assert found["item"].to_pylist() == [f"item{i}" if i else None for i in ids.tolist()]
     assert None in found["item"].to_pylist()
     assert found["task"].to_pylist() == [f"u{i}" for i in found["task_id"].to_pylist()]
+
+
+def test_predictions_are_written_in_blocks(place: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["evaluate", "--run_dir", str(run_dir), "--resamples", "2"]
+    assert run(words) == 0
+    whole = pq.read_table(run_dir / "predictions.parquet")
+    monkeypatch.setattr(predictions, "_BLOCK_ROWS", 7)
+    assert run(words) == 0
+    file = pq.ParquetFile(run_dir / "predictions.parquet")
+    assert file.read().equals(whole, check_metadata=True)
+    assert file.metadata.num_row_groups == -(-whole.num_rows // 7) > 2
+    told = {key.decode(): value.decode() for key, value in file.schema_arrow.metadata.items()}
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    assert json.loads(told["variants"]) == evaluation["variants"]
+    assert (told["loss"], told["step"]) == ("bce", str(evaluation["settings"]["step"]))
 
 
 def test_items_without_a_vocabulary_get_no_column(tmp_path: Path) -> None:
@@ -269,7 +290,7 @@ def test_items_without_a_vocabulary_get_no_column(tmp_path: Path) -> None:
     packs = {"hashed": {"data_schema": hashed_item}, "none": {"schema": replace(SCHEMA, item=None)}}
     packs["no feature"] = {"schema": replace(SCHEMA, item="movie")}
     for name, changes in packs.items():
-        assert _item_values(open_pack(make_pack(tmp_path / name, **changes))) is None
+        assert item_values(open_pack(make_pack(tmp_path / name, **changes))) is None
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

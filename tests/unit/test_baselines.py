@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from gmeta.evaluation.baselines import BASELINES, BaselineRows, baseline_scores, fit_factors, fold_in
+from gmeta.evaluation.baselines import BASELINES, BaselineRows, fit_baselines, fit_factors, fold_in
+from gmeta.evaluation.metrics import auc
 
 torch.set_num_threads(1)
 
@@ -17,6 +18,11 @@ def rows(task, item, label, is_query):
     return BaselineRows(
         np.array(task), np.array(label, float), np.array(is_query, bool), None if item is None else np.array(item)
     )
+
+
+def baseline_scores(train, test, seed):
+    fitted = fit_baselines(train, seed=seed)
+    return fitted.clip(fitted.score(test))
 
 
 TRAIN = rows([7, 7, 9, 9], [3, 5, 3, 5], [1, 2, 3, 5], [0, 1, 0, 1])
@@ -39,6 +45,31 @@ def test_predictions_stay_in_the_range_of_training_labels():
     scores = baseline_scores(TRAIN, test, seed=0)
     assert scores["task-mean"] == [5.0]
     assert all(1 <= score[0] <= 5 for score in scores.values())
+
+
+def test_scores_beyond_the_range_keep_their_order():
+    """Clipped, they are ties, and a ranking metric would not see which of them is higher."""
+    clicks = rows([7, 7, 9, 9], [3, 5, 3, 5], [0, 1, 1, 1], [0, 1, 0, 1])
+    fitted = fit_baselines(clicks, seed=0)
+    scores = fitted.score(rows([20, 20, 20, 20], [3, 3, 5, 3], [1.0, 1, 0, 1], [0, 0, 1, 1]))["item-mean+task-bias"]
+    np.testing.assert_allclose(scores, [1.5, 1.0])
+    assert auc(scores, [1, 0]) == 1
+    assert auc(fitted.clip({"x": scores})["x"], [1, 0]) == 0.5
+
+
+def test_the_last_support_rows_are_those_of_a_shorter_log():
+    """In the order of the rows; tasks with fewer keep what they have, and the query stays."""
+    test = rows([20, 40, 20, 20, 20, 40], [3, 3, 99, 5, 5, 5], [4.0, 1, 3, 2, 0, 0], [0, 0, 0, 0, 1, 1])
+    fitted = fit_baselines(TRAIN, seed=0)
+    for size, kept in ((0, []), (1, [1, 3]), (2, [1, 2, 3]), (9, [0, 1, 2, 3])):
+        short = test.last_support(size)
+        expected = [*kept, 4, 5]
+        np.testing.assert_array_equal(short.label, test.label[expected])
+        np.testing.assert_array_equal(short.task, test.task[expected])
+        alone = rows(*(getattr(test, name)[expected] for name in ("task", "item", "label", "is_query")))
+        for name, score in fitted.score(short).items():
+            np.testing.assert_array_equal(score, fitted.score(alone)[name])
+    np.testing.assert_array_equal(fitted.score(test.last_support(0))["task-mean"], fitted.score(test)["global-mean"])
 
 
 def test_unknown_items_get_the_global_mean_or_the_average_item():

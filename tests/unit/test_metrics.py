@@ -1,5 +1,6 @@
 """Metrics against scikit-learn and slow references; the bootstrap against repeated rows."""
 
+import itertools
 import math
 from functools import partial
 
@@ -13,6 +14,7 @@ from sklearn import metrics as sk
 from gmeta.evaluation.metrics import (
     BINARY_METRICS,
     RATING_METRICS,
+    RELEVANCE_METRICS,
     Bootstrap,
     auc,
     calibration_curve,
@@ -89,6 +91,83 @@ def test_ndcg_matches_scikit_learn_with_ties(k):
     assert metric(f"ndcg@{k}", score, label, task) == pytest.approx(np.mean(values), abs=1e-13)
 
 
+SLOW = {
+    "precision": lambda relevant, k: sum(relevant[:k]) / k,
+    "recall": lambda relevant, k: sum(relevant[:k]) / sum(relevant),
+    "hit_rate": lambda relevant, k: float(any(relevant[:k])),
+    "map": lambda relevant, k: (
+        sum(sum(relevant[: i + 1]) / (i + 1) for i in range(min(k, len(relevant))) if relevant[i])
+        / min(k, sum(relevant))
+    ),
+    "mrr": lambda relevant, k: next((1 / (i + 1) for i, found in enumerate(relevant[:k]) if found), 0.0),
+}
+"""Metrics of one task's rows in one order."""
+
+
+def over_all_orders(name, score, relevant, k):
+    """The mean over all orders in which falling scores stand, which are many where scores are tied."""
+    groups = [
+        [relevant[i] for i in np.flatnonzero(score == value)] for value in sorted(set(score.tolist()), reverse=True)
+    ]
+    orders = itertools.product(*(list(itertools.permutations(group)) for group in groups))
+    return np.mean([SLOW[name](list(itertools.chain(*order)), k) for order in orders])
+
+
+@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_metrics_at_k_are_means_over_all_orders_of_ties(name, k):
+    rng = np.random.default_rng(k)
+    task = np.repeat(np.arange(30), rng.integers(1, 6, size=30))
+    label, score = rng.integers(2, size=len(task)), rng.integers(3, size=len(task))
+    order = rng.permutation(len(task))
+    with_relevant = [t for t in range(30) if label[task == t].any()]
+    assert len(with_relevant) < 30, "the premise: tasks without a relevant row are left out"
+    values = [over_all_orders(name, score[task == t], label[task == t], k) for t in with_relevant]
+    found = metric(f"{name}@{k}", score[order], label[order], task[order])
+    assert found == pytest.approx(np.mean(values), abs=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("name", "by_hand"),
+    [
+        ("precision@2", [1 / 2, 1 / 2]),
+        ("precision@5", [2 / 5, 1 / 5]),
+        ("recall@2", [1 / 2, 1]),
+        ("hit_rate@1", [0, 1]),
+        ("hit_rate@2", [1, 1]),
+        ("map@2", [1 / 4, 1]),
+        ("map@5", [(1 / 2 + 2 / 3) / 2, 1]),
+        ("mrr@1", [0, 1]),
+        ("mrr@5", [1 / 2, 1]),
+    ],
+)
+def test_metrics_at_k_by_hand(name, by_hand):
+    """The second task has fewer rows than k; the third has no relevant row and is left out."""
+    label = [0, 1, 1, 0, 1, 0, 0, 0]
+    score = [9, 8, 7, 6, 5, 4, 3, 2]
+    task = [0, 0, 0, 0, 1, 1, 2, 2]
+    assert metric(name, score, label, task) == pytest.approx(np.mean(by_hand), abs=1e-15)
+    bootstrap = Bootstrap(3, resamples=2, seed=0)
+    bootstrap.add("x", name, make_rows(score, label, task))
+    bootstrap.run()
+    assert bootstrap.estimate("x").n == 2
+
+
+def test_a_constant_score_earns_what_chance_earns():
+    label, task = [1, 0, 0, 1, 0, 0], np.zeros(6)
+    for name, chance in (("precision@2", 1 / 3), ("recall@3", 1 / 2), ("hit_rate@2", 1 - 4 / 6 * 3 / 5)):
+        assert metric(name, np.ones(6), label, task) == pytest.approx(chance, abs=1e-15)
+
+
+def test_relevance_of_ratings_is_named():
+    score, label, task = ratings()
+    for name in RELEVANCE_METRICS:
+        found = metric(name, score, label, task, relevant_label=4)
+        assert found == metric(name, score, (label >= 4).astype(float), task)
+        with pytest.raises(ValueError, match=f"{name} needs labels 0 or 1, .*name the label .*relevant_label"):
+            metric(name, score, label, task)
+
+
 def test_ece_matches_a_loop_over_bins():
     score, label, task = clicks(levels=50)
     bins = np.clip((score * 20).astype(int), 0, 19)
@@ -114,11 +193,14 @@ def test_bad_input_is_named():
     one = np.ones(2)
     with pytest.raises(ValueError, match="'mea' is unknown: must be one of auc, gauc"):
         metric("mea", one, one, one)
+    for name in ("precision", "recall@", "map@0", "mrr@x"):
+        with pytest.raises(ValueError, match=f"'{name}' is unknown"):
+            metric(name, one, one, one)
     with pytest.raises(ValueError, match="ndcg needs labels in"):
         metric("ndcg@5", one, -one, one)
 
 
-MEASURES = {name: partial(metric, name) for name in BINARY_METRICS + RATING_METRICS} | {
+MEASURES = {name: partial(metric, name) for name in BINARY_METRICS + RATING_METRICS if "@10" not in name} | {
     "auc()": lambda score, label, task: auc(score, label),
     "gauc()": gauc,
     "logloss()": lambda score, label, task: logloss(score, label),
@@ -167,7 +249,7 @@ def test_columns_of_any_kind_are_measured():
         auc([0.1, 0.9], [-1, 1])
 
 
-RANKING = ("auc", "gauc", "ndcg@5", "ndcg@10")
+RANKING = ("auc", "gauc", "ndcg@5", "ndcg@10", *(f"{name}@3" for name in SLOW))
 
 
 def spread_logits(scale):
@@ -188,7 +270,7 @@ def test_ranking_metrics_keep_the_order_of_saturated_logits(name):
     bootstrap.add("x", name, make_rows(score, label, task, logit=logit))
     bootstrap.add("y", name, make_rows(logit, label, task))
     bootstrap.run()
-    np.testing.assert_array_equal(bootstrap.values("x"), bootstrap.values("y"))
+    np.testing.assert_array_equal(bootstrap.resampled("x").values, bootstrap.resampled("y").values)
 
 
 @pytest.mark.parametrize("name", BINARY_METRICS)
@@ -208,11 +290,11 @@ rows_strategy = st.lists(st.tuples(st.integers(0, 4), st.booleans(), st.integers
 def test_ranking_metrics_do_not_depend_on_scale_or_order(columns):
     task, label, score = columns
     order = np.random.default_rng(0).permutation(len(task))
-    for name in ("auc", "gauc", "ndcg@5"):
+    for name in ("auc", "gauc", "ndcg@5", *(f"{name}@3" for name in SLOW)):
         value = metric(name, score, label, task)
         rescaled = metric(name, np.exp(score[order]) / 100, label[order], task[order])
         np.testing.assert_allclose(rescaled, value, atol=1e-12)
-        if name != "ndcg@5":
+        if name in ("auc", "gauc"):
             np.testing.assert_allclose(metric(name, -score, label, task), 1 - value, atol=1e-12)
         assert math.isnan(value) or -1e-12 <= value <= 1 + 1e-12
 
@@ -320,8 +402,26 @@ def test_values_are_what_estimates_come_from():
     for variant in ("one", "other"):
         bootstrap.add(variant, "mae", make_rows(label + rng.normal(size=36), label, task))
     bootstrap.run()
-    difference = bootstrap.values("one") - bootstrap.values("other")
+    difference = bootstrap.resampled("one").values - bootstrap.resampled("other").values
     estimate = bootstrap.estimate("one", against="other")
     assert difference.shape == (41,)
     assert difference[0] == estimate.value
     assert np.quantile(difference[1:], [0.025, 0.975]).tolist() == [estimate.low, estimate.high]
+
+
+def test_bootstraps_of_equal_tasks_and_seed_are_paired():
+    """So that points of a learning curve can be measured one after the other."""
+    rng = np.random.default_rng(0)
+    task = np.repeat(np.arange(12), 3)
+    label = rng.integers(2, size=36).astype(float)
+    scores = {name: label + rng.normal(size=36) for name in ("one", "other")}
+    together = Bootstrap(12, resamples=40, seed=3)
+    apart = {}
+    for variant, score in scores.items():
+        together.add(variant, "auc", make_rows(score, label, task))
+        alone = Bootstrap(12, resamples=40, seed=3)
+        alone.add("x", "auc", make_rows(score, label, task))
+        alone.run()
+        apart[variant] = alone.resampled("x")
+    together.run()
+    assert apart["one"].estimate(apart["other"]) == together.estimate("one", against="other")

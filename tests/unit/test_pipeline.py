@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from commands import gmeta
+from commands import fails, gmeta
 
 from gmeta.cli import COMMANDS, run
 from gmeta.data.pack import open_pack
@@ -102,7 +102,7 @@ def test_a_twin_that_diverges_on_the_measured_split_is_left_out(
     out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(out / "run", tmp_path / "run")
-    monkeypatch.setattr("gmeta.evaluation.evaluate._tune", lambda *args: (3, 1e30))
+    monkeypatch.setattr("gmeta.evaluation.variants._tune", lambda *args: (3, 1e30))
     words = ("--plain_run", out / "plain", "--resamples", 2, "--baselines", "false")
     gmeta("evaluate", "--run_dir", tmp_path / "run", *words)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -124,6 +124,64 @@ def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> 
     scores = score_split(system, open_pack(out / "pack").split("test"), tasks_per_batch=256)
     assert scores is not None
     np.testing.assert_allclose(found["plain"].to_numpy(), scores.before, atol=1e-6)
+    gmeta("evaluate", "--run_dir", tmp_path, "--resamples", 2, "--baselines", "false", "--relevant_label", 1)
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["settings"]["relevant_label"] == 1
+    values = {r["metric"]: r["value"] for r in evaluation["records"] if r["case"] == "all"}
+    assert values["map@5"] == pytest.approx(metric("map@5", scores.before, scores.label, scores.task), abs=1e-3)
+    assert "auc" not in values
+
+
+def test_a_learning_curve_of_every_variant(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a plain twin and the truth; without support, adapting and fine-tuning change nothing."""
+    gmeta("evaluate", "--run_dir", out / "run", "--resamples", 2, "--baselines", "false")
+    names = ("evaluation.json", "predictions.parquet")
+    own = {name: (out / "run" / name).read_bytes() for name in names}
+    words = ("--plain_run", out / "plain", "--truth", out / "log", "--support_sizes", "0,3,9999", "--resamples", 5)
+    capsys.readouterr()
+    gmeta("evaluate", "--run_dir", out / "run", *words, "--out", tmp_path / "deep" / "curve")
+    said = capsys.readouterr().out
+    assert "tasks with fewer" in said
+    assert f"written to {tmp_path / 'deep' / 'curve'}" in said.replace("\n", "")
+    assert {name: (out / "run" / name).read_bytes() for name in names} == own
+    found = json.loads((tmp_path / "deep" / "curve" / "evaluation.json").read_text())
+    assert "Learning curve" in (tmp_path / "deep" / "curve" / "report.html").read_text()
+    assert pq.read_table(tmp_path / "deep" / "curve" / "predictions.parquet").num_rows == 300
+    gmeta("compare", out / "run", tmp_path / "deep" / "curve", "--resamples", 2)
+    assert "curve against run, 300 query rows" in capsys.readouterr().out
+    assert found["settings"]["support_sizes"] == [0, 3, 9999]
+    records = found["support_curve"]["records"]
+    values = {(r["size"], r["variant"]): r["value"] for r in records if r["metric"] == "logloss"}
+    whole = {r["variant"]: r["value"] for r in found["records"] if (r["case"], r["metric"]) == ("all", "logloss")}
+    assert {variant for _, variant in values} == set(whole) == set(found["variants"])
+    assert {"plain-finetuned", "posterior", "factor-analysis"} <= set(whole)
+    for variant, value in whole.items():
+        assert values[9999, variant] == pytest.approx(value, rel=1e-6)
+    for adapted, start in (("after", "before"), ("plain-finetuned", "plain"), ("posterior", "prior")):
+        assert values[0, adapted] == pytest.approx(values[0, start], rel=1e-9)
+        assert len({values[size, adapted] for size in (0, 3, 9999)}) == 3
+        assert len({values[size, start] for size in (0, 3, 9999)}) == 1
+
+
+def test_a_run_that_adapts_nothing_has_a_flat_curve(out: Path, tmp_path: Path) -> None:
+    words = ("--support_sizes", 5, "--resamples", 2, "--baselines", "false", "--out", tmp_path)
+    gmeta("evaluate", "--run_dir", out / "plain", *words)
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    whole = [r["value"] for r in found["records"] if r["case"] == "all"]
+    assert [r["value"] for r in found["support_curve"]["records"]] == whole
+    assert found["support_curve"]["differences"] == []
+    assert "Learning curve" in (tmp_path / "report.html").read_text()
+
+
+def test_an_evaluation_is_not_written_over_a_run_or_a_file(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words: list[object] = ["evaluate", "--run_dir", out / "run", "--out"]
+    fails([*words, out / "run"], capsys, f"out is {out / 'run'}: it holds a run", "name another folder")
+    fails([*words, out / "plain"], capsys, "it holds a run")
+    (tmp_path / "file").write_text("")
+    fails([*words, tmp_path / "file"], capsys, "out is", "no folder can be made there", "name another")
+    fails([*words, tmp_path / "x", "--relevant_label", 4], capsys, "relevant_label is 4", "for ratings")
 
 
 def test_more_steps_at_evaluation_than_in_training(out: Path) -> None:
@@ -140,8 +198,10 @@ def test_auc_of_saturated_predictions_is_that_of_the_logits(out: Path) -> None:
     scores = score_split(system, open_pack(out / "pack").split("test"), tasks_per_batch=256, inner_lr=3000)
     assert scores is not None
     assert len(np.unique(to_predictions(scores.after, "bce"))) < len(np.unique(scores.after))
+    table = pq.read_table(out / "run" / "predictions.parquet")
     for variant, logits in (("before", scores.before), ("after", scores.after)):
         assert found[variant, "auc"] == metric("auc", logits, scores.label, scores.task)
+        np.testing.assert_array_equal(table[f"{variant}.ranking"].to_numpy(), logits)
 
 
 def by_key(table: pa.Table, task: str, item: str, value: str) -> dict[tuple[str, str], list[float]]:

@@ -242,6 +242,49 @@ def test_mistakes_are_named(tmp_path):
         build_report(tmp_path)
 
 
+def with_curve(run):
+    """Add a learning curve to the evaluation of a run: the usual variants, two sizes."""
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    metric = evaluation["headline"]["metric"]
+    keys = {"metric": metric, "low": 0.5, "high": 0.75, "n": 20, "unit": "1"}
+    points = [(size, name) for size in (0, 5) for name in evaluation["variants"]]
+    evaluation["support_curve"] = {
+        "tasks": 20,
+        "sizes": [{"size": 0, "short_tasks": 0}, {"size": 5, "short_tasks": 1234}],
+        "records": [{"size": s, "variant": v, "value": 0.6 + s / 100, **keys} for s, v in points],
+        "differences": [{"size": s, "against": v, "value": 0.1125, **keys} for s, v in points if v != "after"],
+        "gains": [],
+    }
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    return evaluation
+
+
+def test_a_learning_curve_is_a_chart_and_tables(tmp_path):
+    run = make_run(tmp_path / "demo", num_tasks=20, num_steps=0, resamples=5)
+    assert "Learning curve" not in build_report(run).read_text()
+    evaluation = with_curve(run)
+    html = build_report(run).read_text()
+    parsed = Page(html)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert '<svg role="img" aria-label="Learning curve"' in html
+    section = html[html.index("<h2>Learning curve") : html.index("<h2>Training")]
+    text = " ".join(Page(section).words)
+    for part in (*evaluation["variants"], "0.6500", "after − variant", "+0.1125", "+0.5000 … +0.7500"):
+        assert part in text, part
+    assert "use what they have: 0: 0; 5: 1,234." in text
+
+
+def test_an_evaluation_of_another_folder_is_reported_there(tmp_path):
+    run = make_run(tmp_path / "demo", num_tasks=20, num_steps=2, resamples=5)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (run / "evaluation.json").rename(folder / "evaluation.json")
+    assert build_report(run, folder) == folder / "report.html"
+    assert "Training loss" in (folder / "report.html").read_text()
+    assert "AUC of after" in (folder / "report.html").read_text()
+    assert not (run / "report.html").exists()
+
+
 def test_traffic_stands_beside_its_prediction(tmp_path):
     make_run(tmp_path / "run", num_steps=5)
     page = build_report(tmp_path / "run").read_text()
@@ -291,8 +334,9 @@ def poisoned(value, keep=()):
 @pytest.mark.parametrize("reference_too", [False, True])
 def test_no_text_of_a_run_becomes_markup(tmp_path, reference_too):
     run = make_run(tmp_path / "run", num_tasks=20, num_steps=20, resamples=5)
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    keys = {*evaluation, "metric", "higher_is_better", "case", "about", "tasks", "rows", "variant", "value", "low"}
+    evaluation = with_curve(run)
+    keys = {*evaluation["support_curve"], "size", "short_tasks"}
+    keys |= {*evaluation, "metric", "higher_is_better", "case", "about", "tasks", "rows", "variant", "value", "low"}
     keys |= {"warm", "user_cold", "item_cold", "both_cold"}
     keys |= {"high", "n", "against", "predicted", "observed", "all", *([] if reference_too else ["after", "before"])}
     (run / "evaluation.json").write_text(json.dumps(poisoned(evaluation, keys)))
@@ -325,11 +369,14 @@ def test_no_text_of_a_run_becomes_markup(tmp_path, reference_too):
         (["curves", "after"], [{"predicted": "x", "observed": 0.5}], "predicted is 'x'"),
         (["reference"], "somebody", "none of 'auc' for 'somebody'"),
         (["differences"], [], "differences have none of 'auc'"),
+        (["support_curve", "sizes", 0, "size"], EVIL, r"support_curve.sizes\[0\].size is"),
+        (["support_curve", "records", 1, "value"], "x", r"support_curve.records\[1\].value is 'x'"),
+        (["support_curve"], 3, "support_curve is no object"),
     ],
 )
 def test_an_evaluation_of_another_shape_is_refused(tmp_path, where, value, said):
     run = make_run(tmp_path / "run", num_tasks=20, num_steps=2, resamples=5)
-    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation = with_curve(run)
     inside = evaluation
     for key in where[:-1]:
         inside = inside[key]

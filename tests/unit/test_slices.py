@@ -9,10 +9,10 @@ import pytest
 from gmeta.evaluation.metrics import Bootstrap, make_rows, metric
 from gmeta.evaluation.slices import (
     MIN_VERDICT_TASKS,
-    _verdict,
     evaluation_records,
     headline_rows,
     print_headline,
+    verdict_of,
     write_evaluation,
 )
 
@@ -84,7 +84,7 @@ def test_auc_sorts_by_logits_and_all_else_measures_probabilities():
     expected = evaluation_records(**data)
     logits = np.random.default_rng(1).normal(size=480) + 300 + data["label"]
     data["scores"]["after"] = np.ones(480)
-    document = evaluation_records(**data, logits={"after": logits})
+    document = evaluation_records(**data, ranking={"after": logits})
     found = record(document, case="all", variant="after", metric="auc")["value"]
     assert found == metric("auc", logits, data["label"], data["task"])
     assert found > 0.7
@@ -93,8 +93,8 @@ def test_auc_sorts_by_logits_and_all_else_measures_probabilities():
         assert value == pytest.approx(metric(name, np.ones(480), data["label"], data["task"]), abs=1e-12)
     keys = {"case": "all", "variant": "before", "metric": "auc"}
     assert record(document, **keys) == record(expected, **keys)
-    with pytest.raises(ValueError, match="'logits of after': 479"):
-        evaluation_records(**data, logits={"after": logits[1:]})
+    with pytest.raises(ValueError, match="'ranking of after': 479"):
+        evaluation_records(**data, ranking={"after": logits[1:]})
 
 
 def test_headline_judges_by_the_paired_interval():
@@ -120,23 +120,23 @@ def equal_variants(num_tasks, seed):
     return make_rows(scores[0], label, task), make_rows(scores[1], label, task)
 
 
-def verdict_of(num_tasks, seed):
+def told_apart(num_tasks, seed):
     bootstrap = Bootstrap(num_tasks, resamples=200, seed=seed)
     for name, rows in zip(("after", "before"), equal_variants(num_tasks, seed), strict=True):
         bootstrap.add(name, "mae", rows)
     bootstrap.run()
     estimate = bootstrap.estimate("after", against="before")
-    return _verdict({"low": estimate.low, "high": estimate.high, "n": estimate.n}, -1)
+    return verdict_of({"low": estimate.low, "high": estimate.high, "n": estimate.n}, higher_is_better=False)
 
 
 @pytest.mark.parametrize("num_tasks", [2, 5, 19])
 def test_few_tasks_have_no_verdict(num_tasks):
-    assert {verdict_of(num_tasks, seed) for seed in range(20)} == {"too few tasks"}
+    assert {told_apart(num_tasks, seed) for seed in range(20)} == {"too few tasks"}
 
 
 def test_equal_variants_are_rarely_told_apart():
     """At the fewest tasks that have a verdict, 95 % intervals are a little narrow: some 8 % are told apart."""
-    called = [verdict_of(MIN_VERDICT_TASKS, seed) in ("better", "worse") for seed in range(400)]
+    called = [told_apart(MIN_VERDICT_TASKS, seed) in ("better", "worse") for seed in range(400)]
     assert 0.02 < np.mean(called) < 0.11
 
 
@@ -168,6 +168,29 @@ def test_ndcg_is_left_out_with_a_note_where_labels_are_no_grades():
     document = evaluation_records(**data)
     assert "nDCG is left out: labels span -2 to 2" in document["notes"][0]
     assert not [r for r in document["records"] if r["metric"].startswith("ndcg")]
+
+
+def test_metrics_at_k_need_clicks_or_the_label_that_is_relevant():
+    clicks = columns()
+    clicks["label"][clicks["task"] == 13] = 0  # one task without a click
+    document = evaluation_records(**clicks)
+    expected = metric("precision@5", clicks["scores"]["after"], clicks["label"], clicks["task"])
+    found = record(document, case="all", variant="after", metric="precision@5")
+    without = 80 - found["n"]
+    assert found["value"] == pytest.approx(expected, abs=1e-14)
+    assert without >= 1
+    assert document["notes"] == [
+        f"{without} of 80 tasks have no relevant query row: precision@k, recall@k, hit rate, MAP, MRR and nDCG "
+        "leave them out"
+    ]
+    ratings = columns(binary=False)
+    assert "--relevant_label 4" in evaluation_records(**ratings)["notes"][0]
+    document = evaluation_records(**ratings, relevant_label=5)
+    expected = metric("map@10", *(ratings[k] for k in ("label", "label", "task")), relevant_label=5)
+    assert expected == 1
+    found = record(document, case="all", variant="after", metric="map@10")
+    assert found["n"] == len(np.unique(ratings["task"][ratings["label"] == 5])) < 80
+    assert f"{80 - found['n']} of 80 tasks" in document["notes"][0]
 
 
 def test_print_headline_shows_every_variant():

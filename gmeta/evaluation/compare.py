@@ -1,0 +1,254 @@
+"""`gmeta compare`: the stored predictions of several runs, measured on the same query rows and paired over tasks.
+
+docs/evaluation.md shows the layout of comparison.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from gmeta.config.evaluation import CompareConfig
+from gmeta.core.files import make_folder, write_text
+from gmeta.data.sources import only_file, reading
+from gmeta.evaluation import charts
+from gmeta.evaluation.charts import Points
+from gmeta.evaluation.documents import Json
+from gmeta.evaluation.metrics import HIGHER_IS_BETTER, NO_INTERVAL, Bootstrap, make_rows
+from gmeta.evaluation.pages import badge, figure, metric_name, page, row_cells, stacked, variant_table
+from gmeta.evaluation.predictions import PREDICTIONS_FILE, RANKING_SUFFIX
+from gmeta.evaluation.score import Floats, Ints
+from gmeta.evaluation.slices import cells_of, estimate_fields, metrics_for, print_table, unit_of, verdict_of
+
+_SHOWN_KEYS = 3
+"""Rows that a refusal shows of those that only one run has."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    file: Path
+    variant: str  # after adaptation, or before where the run adapts nothing
+    loss: str
+    step: str
+    columns: tuple[str, ...]
+
+
+def compare(config: CompareConfig) -> int:
+    """Run `gmeta compare`: print metrics and paired differences to the first run; with `out` write them too.
+
+    Raises:
+        ValueError: a run has no stored predictions, or not of the same query rows; with what differs.
+    """
+    runs = _open_runs(config.runs)
+    binary = all(run.loss == "bce" for run in runs)
+    if binary and config.relevant_label is not None:
+        raise ValueError(
+            f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
+        )
+    for other in runs[1:]:
+        _require_same_rows(runs[0], other)
+    document = _comparison(config, runs, binary)
+    _print(document)
+    if config.out is not None:
+        folder = make_folder("out", config.out)
+        write_text(folder / "comparison.json", json.dumps(document, allow_nan=False, indent=1) + "\n")
+        write_text(folder / "comparison.html", _page(document))
+        print(f"written to {folder}: comparison.json, comparison.html")
+    return 0
+
+
+def _open_runs(given: Sequence[str]) -> list[_Run]:
+    """Find the predictions of each run; names are those of the folders, or the paths where two have one name."""
+    short = [Path(path).resolve().name for path in given]
+    names = short if len(set(short)) == len(short) else list(given)
+    if len(set(names)) < len(names):
+        raise ValueError(f"runs are {', '.join(given)}: one is named twice; name each once")
+    return [_open_run(name, path) for name, path in zip(names, given, strict=True)]
+
+
+def _open_run(name: str, given: str) -> _Run:
+    file = Path(given)
+    file = file if file.suffix == ".parquet" else file / PREDICTIONS_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{file} is missing: run `gmeta evaluate --run_dir {given}` first, or name the folder that its --out wrote"
+        )
+    try:
+        schema = pq.read_schema(file)
+        told = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
+        variants = json.loads(told["variants"])
+        variant = "after" if "after" in variants else "before"
+        run = _Run(name, file, variant, told["loss"], told["step"], tuple(schema.names))
+        lacking = {"task", "row", "label", variant} - set(run.columns)
+    except (pa.ArrowInvalid, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged, or of an earlier release ({error}): run `gmeta evaluate` again") from None
+    if lacking:
+        raise ValueError(f"{file} lacks the column {sorted(lacking)[0]!r}: run `gmeta evaluate` again")
+    return run
+
+
+def _require_same_rows(first: _Run, other: _Run) -> None:
+    """Raise ValueError with what differs, unless both runs predicted the same query rows."""
+    if ("item" in first.columns) != ("item" in other.columns):
+        having, lacking = (first, other) if "item" in first.columns else (other, first)
+        raise ValueError(
+            f"the predictions of {having.name} name items, those of {lacking.name} do not: evaluate both on one pack"
+        )
+    with duckdb.connect() as con, reading(str(other.file)):
+        only = [_rows_only_in(con, *pair) for pair in ((first, other), (other, first))]
+    told = [
+        f"{count:,} rows only in {run.name} (first: {'; '.join(rows)})"
+        for run, (count, rows) in zip((first, other), only, strict=True)
+        if count
+    ]
+    if told:
+        raise ValueError(
+            f"{other.name} was not measured on the query rows of {first.name}: {', '.join(told)}. Only the same rows "
+            "can be compared: evaluate both runs on one pack and split"
+        )
+
+
+def _rows_only_in(con: duckdb.DuckDBPyConnection, run: _Run, other: _Run) -> tuple[int, list[str]]:
+    """Count the rows that `other` lacks, and return the first of them as text."""
+    kinds = {"task": "VARCHAR", "item": "VARCHAR", "row": "BIGINT", "label": "DOUBLE"}
+    kinds = {name: kind for name, kind in kinds.items() if name in run.columns}
+    keys = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in kinds.items())
+    mine, theirs = (f"SELECT {keys} FROM read_parquet({only_file(one.file)})" for one in (run, other))
+    con.execute(f"CREATE OR REPLACE TEMP TABLE only_here AS {mine} EXCEPT ALL {theirs}")
+    (count,) = con.execute("SELECT count(*) FROM only_here").fetchall()[0]
+    rows = con.execute(f'SELECT * FROM only_here ORDER BY "row" LIMIT {_SHOWN_KEYS}').fetchall()
+    return count, [", ".join(f"{name} {value}" for name, value in zip(kinds, row, strict=True)) for row in rows]
+
+
+def _read(run: _Run) -> tuple[Floats, Floats]:
+    """Return predictions, and what ranking metrics sort by, each [N], in the order of the rows' numbers."""
+    ranking = run.variant + RANKING_SUFFIX
+    names = [run.variant, ranking] if ranking in run.columns else [run.variant]
+    table = pq.read_table(run.file, columns=["row", *names])
+    order = np.argsort(table["row"].to_numpy(), kind="stable")
+    score = table[run.variant].to_numpy()[order]
+    return score, table[names[-1]].to_numpy()[order]
+
+
+def _read_rows(run: _Run) -> tuple[Floats, Ints]:
+    """Return label and number of the task, each [N], in the order of the rows' numbers."""
+    table = pq.read_table(run.file, columns=["row", "label", "task"])
+    order = np.argsort(table["row"].to_numpy(), kind="stable")
+    task = table["task"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return table["label"].to_numpy()[order], task[order].astype(np.int64)
+
+
+def _comparison(config: CompareConfig, runs: Sequence[_Run], binary: bool) -> Json:
+    """Return the content of comparison.json."""
+    label, task = _read_rows(runs[0])
+    metrics, notes = metrics_for(label, task, binary, config.relevant_label)
+    bootstrap = Bootstrap(len(np.unique(task)), resamples=config.resamples, seed=config.seed)
+    for run in runs:
+        score, ranking = _read(run)
+        try:
+            rows = make_rows(score, label, task, logit=ranking, relevant_label=config.relevant_label)
+        except ValueError as error:
+            raise ValueError(f"{run.file}, column {run.variant!r}: {error}") from None
+        for name in metrics:
+            bootstrap.add((run.name, name), name, rows)
+    bootstrap.run()
+    first, records, differences = runs[0], [], []
+    for run in runs:
+        for name in metrics:
+            keys = {"run": run.name, "metric": name, "unit": unit_of(name)}
+            records.append(keys | estimate_fields(bootstrap.estimate((run.name, name))))
+            if run is not first:
+                found = estimate_fields(bootstrap.estimate((run.name, name), against=(first.name, name)))
+                differences.append(keys | {"against": first.name, **found, "verdict": _verdict(name, found)})
+    headline = "auc" if binary else "mae"
+    return {
+        "headline": {"metric": headline, "higher_is_better": headline in HIGHER_IS_BETTER},
+        "runs": [{"run": r.name, "file": str(r.file), "variant": r.variant, "step": int(r.step)} for r in runs],
+        "tasks": bootstrap.num_tasks,
+        "rows": len(label),
+        "resamples": config.resamples,
+        "records": records,
+        "differences": differences,
+        "notes": notes,
+    }
+
+
+def _verdict(metric: str, difference: Json) -> str | None:
+    """Say whether a run is better than the first; None of a metric without interval, or without a direction."""
+    if metric in NO_INTERVAL or metric == "calibration":
+        return None
+    return verdict_of(difference, metric in HIGHER_IS_BETTER)
+
+
+def _of_run(document: Json, kind: str, run: str) -> dict[str, Json]:
+    """Return metric -> record of one run."""
+    return {record["metric"]: record for record in document[kind] if record["run"] == run}
+
+
+def _print(document: Json) -> None:
+    """Print one table for each run but the first: every metric of both, and the paired difference."""
+    first, *others = (run["run"] for run in document["runs"])
+    known = _of_run(document, "records", first)
+    for other in others:
+        found, differences = _of_run(document, "records", other), _of_run(document, "differences", other)
+        table = Table(title=f"{other} against {first}, {document['rows']:,} query rows of {document['tasks']:,} tasks")
+        table.add_column("metric", no_wrap=True)
+        for name in (first, other, f"{other} - {first}"):
+            table.add_column(name, justify="right", overflow="fold")
+        table.add_column("95 %", justify="right", no_wrap=True)
+        table.add_column(f"{other} is", overflow="fold")
+        for metric, difference in differences.items():
+            values = [cells_of(one[metric], "")[0] for one in (known, found)]
+            style = "bold" if metric == document["headline"]["metric"] else ""
+            table.add_row(metric, *values, *cells_of(difference, "+"), difference["verdict"] or "", style=style)
+        print_table(table)
+    for note in document["notes"]:
+        print(note)
+
+
+def _page(document: Json) -> str:
+    """Return comparison.html: the headline as a chart, metrics and differences as tables."""
+    names = [run["run"] for run in document["runs"]]
+    metric = document["headline"]["metric"]
+    by_run = {kind: {name: _of_run(document, kind, name) for name in names} for kind in ("records", "differences")}
+    points = [by_run["records"][name][metric] for name in names]
+    series = Points("runs", range(len(names)), *([point[key] for point in points] for key in ("value", "low", "high")))
+    chart = charts.dot_chart("Runs", names, [series], x_label=metric_name(metric), separate=False)
+    metrics, gains = [], []
+    for name in by_run["records"][names[0]]:
+        title = escape(metric_name(name))
+        metrics.append(f"<tr><td>{title}</td>{row_cells([by_run['records'][run][name] for run in names], name)}</tr>")
+        cells = "".join(_difference_cell(by_run["differences"][run][name]) for run in names[1:])
+        gains.append(f"<tr><td>{title}</td>{cells}</tr>")
+    runs = "".join(
+        f"<tr><td>{escape(run['run'])}</td><td>{escape(run['file'])}, {escape(run['variant'])}, step {run['step']}"
+        "</td></tr>"
+        for run in document["runs"]
+    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in document["notes"])
+    lead = (
+        f"{document['rows']:,} query rows of {document['tasks']:,} tasks, the same for every run. Intervals are 95 %, "
+        f"from {document['resamples']:,} resamples of tasks; differences are paired on the same resamples."
+    )
+    body = [
+        f'<p class="note" style="margin-top:12px">{lead}</p><div class="grid">{figure("Runs", chart)}</div>',
+        f"<h2>Metrics</h2>{variant_table('metric', names, metrics)}",
+        f"<h2>Differences</h2>{variant_table(f'run − {names[0]}', names[1:], gains)}{notes}",
+        f'<h2>Runs</h2><div class="scroll"><table class="keys">{runs}</table></div>',
+    ]
+    return page("Comparison", " · ".join(names), body)
+
+
+def _difference_cell(difference: Json) -> str:
+    verdict = badge(difference["verdict"]) if difference["verdict"] else ""
+    return f"<td>{stacked(difference, '+')}{verdict}</td>"

@@ -1,0 +1,176 @@
+"""Who predicts in an evaluation: networks, and baselines and bounds without one. Each may see less of the support."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from gmeta.config.evaluation import EvaluateConfig
+from gmeta.config.train import LossName, TrainConfig
+from gmeta.data.pack import TaskPack
+from gmeta.data.schema import OOV
+from gmeta.data.shards import PackSplit
+from gmeta.data.synthetic import LogRows, reference_scores
+from gmeta.evaluation.baselines import BaselineRows, Baselines, fit_baselines, last_support
+from gmeta.evaluation.predictions import Variants, task_keys
+from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss
+from gmeta.meta.learner import MetaLearner
+from gmeta.parallel.collectives import broadcast_from_rank_0
+from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.build import build_learner, load_system
+from gmeta.recommender.system import System
+
+FINETUNE_STEPS = (1, 3, 10)
+FINETUNE_LR = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""The grid on which fine-tuning of the plainly trained model is tuned, on the valid split."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A trained model, and how it adapts to the tasks of the measured split."""
+
+    before: str  # name of the variant before adaptation
+    after: str | None  # and after it; None where the model adapts nothing
+    system: System
+    loss: LossName
+    learner: MetaLearner | None = None  # in place of the system's own
+    steps: int | None = None
+    inner_lr: float | None = None
+
+    def score(self, split: PackSplit, tasks_per_batch: int, max_support_rows: int) -> Scores | None:
+        """Score the split's query rows; collective, as `score_split`. At most `max_support_rows` are seen, 0: all."""
+        return score_split(
+            self.system,
+            split,
+            tasks_per_batch=tasks_per_batch,
+            max_support_rows=max_support_rows,
+            learner=self.learner,
+            steps=self.steps,
+            inner_lr=self.inner_lr,
+        )
+
+    def variants(self, before: Floats, after: Floats) -> Variants:
+        """Name the logits [N] before and after adaptation."""
+        logits = {self.before: before} if self.after is None else {self.before: before, self.after: after}
+        return Variants.of(logits, self.loss)
+
+
+def plain_network(config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, mesh: Mesh) -> tuple[Network, int]:
+    """Load the plainly trained model, fine-tuned on the support as the run adapts; collective.
+
+    Returns it with its checkpoint's step.
+    """
+    assert config.plain_run is not None
+    plain, plain_config, step = load_system(
+        Path(config.plain_run), config.checkpoint, mesh, trust_model=config.trust_model
+    )
+    if plain_config.meta.adapt:
+        raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
+    tuned = replace(trained.meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
+    learner = build_learner(plain.learner.model, plain_config, tuned, plain.learner.features, plain.num_numeric).to(
+        mesh.device, plain.dtype
+    )
+    steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, trained.loader.max_support_rows)
+    return Network("plain", "plain-finetuned", plain, plain_config.loss, learner, steps, rate), step
+
+
+def _tune(
+    config: EvaluateConfig,
+    plain: System,
+    learner: MetaLearner,
+    trained: TrainConfig,
+    pack: TaskPack,
+    mesh: Mesh,
+    max_support_rows: int,
+) -> tuple[int, float]:
+    """Find the inner steps and the rate that minimise the loss on the valid split; collective.
+
+    The rate is 0 where fine-tuning diverges with all of them.
+    """
+    if "valid" not in pack.splits:
+        raise ValueError(f"plain-finetuned is tuned on the valid split, and {pack.path} has none: prepare with one")
+    best = (float("inf"), FINETUNE_STEPS[0], 0.0)
+    for steps, rate in product(FINETUNE_STEPS, FINETUNE_LR):
+        scores = score_split(
+            plain,
+            pack.split("valid"),
+            tasks_per_batch=config.tasks_per_batch,
+            max_support_rows=max_support_rows,
+            learner=learner,
+            steps=steps,
+            inner_lr=rate,
+        )
+        loss = math.nan
+        if scores is not None:
+            loss = task_mean_loss(scores.after, scores.label, scores.task, trained.loss)
+        loss = broadcast_from_rank_0(loss, mesh)
+        if math.isfinite(loss):  # large rates diverge
+            best = min(best, (loss, steps, rate))
+    return best[1], best[2]
+
+
+@dataclass(frozen=True)
+class NetworkFree:
+    """Baselines fitted on the train split, and bounds of a synthetic log, which score one split's query rows."""
+
+    baselines: Baselines | None
+    rows: BaselineRows | None
+    pack: TaskPack
+    split: PackSplit
+    truth: Path | None
+
+    @staticmethod
+    def build(config: EvaluateConfig, pack: TaskPack, split: PackSplit) -> NetworkFree:
+        """Fit the baselines that `config` asks for, once."""
+        truth = None if config.truth is None else Path(config.truth)
+        if not config.baselines:
+            return NetworkFree(None, None, pack, split, truth)
+        fitted = fit_baselines(_baseline_rows(pack, pack.split("train")), seed=config.seed)
+        return NetworkFree(fitted, _baseline_rows(pack, split), pack, split, truth)
+
+    def variants(self, max_support_rows: int | None = None) -> Variants:
+        """Predict with the last so many support rows of each task; None: all."""
+        found = Variants({}, {})
+        if self.baselines is not None and self.rows is not None:
+            rows = self.rows if max_support_rows is None else self.rows.last_support(max_support_rows)
+            scores = self.baselines.score(rows)
+            found = Variants(self.baselines.clip(scores), scores)
+        if self.truth is not None:
+            found = found.joined(Variants(truth_scores(self.pack, self.split, self.truth, max_support_rows), {}))
+        return found
+
+
+def _baseline_rows(pack: TaskPack, split: PackSplit) -> BaselineRows:
+    item = pack.schema.item
+    features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
+    columns = split.columns(features)
+    ids = columns.ids[item] if features and item is not None else None
+    return BaselineRows(task=columns.task, item=ids, label=columns.label, is_query=columns.is_query)
+
+
+def truth_scores(pack: TaskPack, split: PackSplit, log: Path, max_support_rows: int | None = None) -> dict[str, Floats]:
+    """Score the split's query rows by the prior, the posterior and the oracle of a synthetic log.
+
+    The posterior sees the last so many support rows of each task; None: all.
+
+    Raises ValueError where the pack's rows are not of that log, or its vocabulary left items out.
+    """
+    columns = split.columns(("item_id",))
+    values = pq.read_table(pack.vocab_file("item_id")).sort_by("id")["value"].to_numpy().astype(np.int64)
+    if (columns.ids["item_id"] == OOV).any():
+        raise ValueError(f"{pack.path} has items out of vocabulary: the truth of those rows cannot be looked up")
+    item = values[columns.ids["item_id"] - 1]
+    user = np.array([int(key) for key in task_keys(pack, split.task_id).to_pylist()])[columns.task]
+    label = columns.label.astype(np.int64)
+    query = columns.is_query
+    seen: NDArray[np.bool_] = ~query
+    if max_support_rows is not None:
+        seen &= last_support(columns.task, query, max_support_rows)
+    support, asked = (LogRows(user[part], item[part], label[part]) for part in (seen, query))
+    return reference_scores(log, support, asked)
