@@ -21,6 +21,7 @@ from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import modern_words, parse_words, parser_of, require_named_code
 from gmeta.config.train import TrainConfig
+from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
 from gmeta.elastic import scenario
 from gmeta.parallel.launch import is_worker, worker_rank
@@ -54,6 +55,12 @@ def _train(config: TrainConfig) -> int:
     from gmeta.training.trainer import train
 
     return train(config).exit_code
+
+
+def _tune(config: TuneConfig) -> int:
+    from gmeta.tuning.tune import tune
+
+    return tune(config)
 
 
 def _evaluate(config: EvaluateConfig) -> int:
@@ -142,9 +149,22 @@ order of the file, and of a run with loader.max_support_rows the last ones are r
 the query file.
 """
 
+_TUNE_HELP = """The space is a YAML file, dotted keys of `gmeta train` with what they vary over:
+
+  dense.lr: {low: 0.0003, high: 0.01, log: true}   # numbers between, drawn evenly in the logarithm
+  meta.inner_steps: [1, 3, 5]                      # one of these
+  model.args.dropout: [0.2]                        # the same for all trials
+
+First every trial trains to a part of its schedule, then the best third goes on to three times as much, until the last
+ones have trained to the end (successive halving). Parts end at validations: a schedule of few validations has few
+rungs, and --schedule.eval_every gives it more. A trial that diverges or runs out of memory counts as the worst.
+The best settings so far are in best.yaml under out: gmeta train --config OUT/best.yaml
+"""
+
 COMMANDS: dict[str, Command] = {
     "prepare": Command(PrepareConfig, _prepare, epilog=_SCHEMA_HELP),
     "train": Command(TrainConfig, _train, distributed=True),
+    "tune": Command(TuneConfig, _tune, distributed=True, epilog=_TUNE_HELP),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
     "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
@@ -221,7 +241,7 @@ def run(argv: list[str]) -> int:
         print("\n".join([parser.format_help(), COMMANDS[name].epilog or ""]).strip())
         return 0
     try:
-        if name == "train":
+        if name in ("train", "tune"):
             require_named_code(words)
         if name in RENAMED_BY_COMMAND:
             words, told = modern_words(words, name)

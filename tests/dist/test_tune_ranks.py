@@ -1,0 +1,75 @@
+"""A tuning finds the same settings on any number of processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+from commands import gmeta
+from harness import run_ranks
+from packs import make_pack
+
+from gmeta.config.train import LoaderConfig, ModelConfig, ScheduleConfig, TrainConfig
+from gmeta.config.tune import TuneConfig
+from gmeta.parallel.mesh import Mesh
+from gmeta.training import session
+from gmeta.tuning import tune as tuning
+from gmeta.tuning.journal import TrialJournal
+
+pytestmark = pytest.mark.dist
+
+SPACE = "dense.lr: [1.0e300, 0.01, 0.001]\n"
+
+
+def tuned(mesh: Mesh, settings: TuneConfig) -> int:
+    """Tune on ranks that are joined already."""
+    with (
+        mock.patch.object(session, "open_mesh", return_value=mesh),
+        mock.patch.object(session, "close_mesh"),
+        mock.patch.object(tuning, "open_mesh", return_value=mesh),
+        mock.patch.object(tuning, "close_mesh"),
+    ):
+        return tuning.tune(settings)
+
+
+def test_the_same_best_settings_on_several_ranks(tmp_path: Path) -> None:
+    """Also with a trial that diverges on all of them."""
+    pack = make_pack(tmp_path / "pack")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    train = TrainConfig(
+        pack=str(pack),
+        run_dir=str(tmp_path / "best"),
+        precision="float64",
+        model=ModelConfig(args={"hidden": [8]}),
+        loader=LoaderConfig(tasks_per_batch=30),
+        schedule=ScheduleConfig(epochs=3),
+    )
+    found = {}
+    for ranks in (1, 2, 4):
+        out = tmp_path / f"on-{ranks}"
+        settings = TuneConfig(out=str(out), train=train, space=str(tmp_path / "space.yaml"), seeds=1)
+        assert run_ranks(ranks, tuned, settings) == [0] * ranks
+        found[ranks] = TrialJournal(out / "journal.jsonl").done, yaml.safe_load((out / "best.yaml").read_text())
+    alone, best = found.pop(1)
+    assert len(alone) == 4
+    assert [done.trial for done in alone.values() if done.failed] == [0]
+    for together, same in found.values():
+        assert same == best
+        assert alone.keys() == together.keys()
+        for key, done in alone.items():
+            assert done.values == pytest.approx(together[key].values, rel=1e-9)
+            assert (done.failed is None) == (together[key].failed is None)
+
+
+@pytest.mark.slow
+def test_the_command_opens_and_closes_a_group_for_each_training(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path / "pack")
+    (tmp_path / "space.yaml").write_text(SPACE)
+    words = ["tune", "--pack", pack, "--space", tmp_path / "space.yaml", "--seeds", 1, "--schedule.epochs", 3]
+    words += ["--loader.tasks_per_batch", 20, "--model.args.hidden", "[8]", "--run_dir", tmp_path / "best"]
+    for nproc in (1, 2):
+        gmeta(*words, "--out", tmp_path / f"on-{nproc}", "--nproc", nproc)
+    texts = [yaml.safe_load((tmp_path / f"on-{nproc}" / "best.yaml").read_text()) for nproc in (1, 2)]
+    assert texts[0] == texts[1]
