@@ -28,10 +28,19 @@ class TuneConfig:
     """Minutes of training, over all starts of the command, after which no more trials begin; the one that runs is
     finished. 0 only shows what would be tried."""
 
+    baselines: bool = False
+    """After the trials, tune factor-analysis on valid too, for as many minutes; into baselines.json, for `gmeta
+    evaluate --baseline_settings`."""
+    plain_run: str | None = None
+    """With baselines: a run trained on this pack with `meta.adapt: []`; tunes plain-finetuned too, for as many minutes
+    again."""
+
     def __post_init__(self) -> None:
         require_numbers(self)
         require(self.trials >= 1, "trials", self.trials, "must be at least 1")
         require(self.seeds >= 1, "seeds", self.seeds, "must be at least 1")
         require(self.budget_minutes >= 0, "budget_minutes", self.budget_minutes, "must not be negative")
+        unused = self.plain_run is not None and not self.baselines
+        require(not unused, "plain_run", self.plain_run, "has no effect without --baselines true")
         require(not self.train.elastic.enabled, "elastic.enabled", True, "trials are not elastic; leave it out")
         require(not self.train.resume, "resume", True, "tune goes on from what out holds by itself; leave it out")

@@ -7,7 +7,7 @@ probabilities when labels are 0 or 1. Exact definitions: docs/evaluation.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from gmeta.config.evaluation import FactorConfig
 
 BASELINES = ("global-mean", "task-mean", "item-mean", "item-mean+task-bias", "factor-analysis")
 """Names of the baselines, in the order they are reported; the last three need an item column."""
@@ -39,11 +41,13 @@ class BaselineRows:
             raise ValueError(f"columns of baseline rows have different lengths: {sizes}")
 
 
-def baseline_scores(train: BaselineRows, test: BaselineRows, *, seed: int) -> dict[str, FloatArray]:
+def baseline_scores(
+    train: BaselineRows, test: BaselineRows, *, seed: int, factors: FactorConfig | None = None
+) -> dict[str, FloatArray]:
     """Score every query row of `test`, in its order, by each baseline.
 
     Without an item column the three item baselines are left out: compare the keys with `BASELINES`.
-    `seed` draws the initial loadings of the factor analysis.
+    `seed` draws the initial loadings of the factor analysis, whose settings are `factors` (None: the defaults).
 
     Raises:
         ValueError: there is no training row.
@@ -58,20 +62,44 @@ def baseline_scores(train: BaselineRows, test: BaselineRows, *, seed: int) -> di
     residual = _support_mean(task, test.label - mean, ~query)
     scores = {"global-mean": np.full(int(query.sum()), mean), "task-mean": mean + residual[task[query]]}
     if train.item is not None and test.item is not None:
-        items, item = np.unique(train.item, return_inverse=True)
-        # Items that no training row holds get position -1, which stands for the global mean or the average item.
-        position = np.minimum(np.searchsorted(items, test.item), len(items) - 1)
-        position = np.where(items[position] == test.item, position, -1)
+        item, position = _item_positions(train.item, test.item)
         item_mean = np.append(np.bincount(item, label) / np.bincount(item), mean)[position]
         bias = _support_mean(task, test.label - item_mean, ~query)
         scores["item-mean"] = item_mean[query]
         scores["item-mean+task-bias"] = item_mean[query] + bias[task[query]]
-        _, train_task = np.unique(train.task, return_inverse=True)
-        model = fit_factors(train_task, item, label - mean, seed=seed)
-        known = ~query & (position >= 0)
-        latent = fold_in(model, task[known], position[known], test.label[known] - mean, num_tasks=len(residual))
-        scores["factor-analysis"] = mean + model.score(latent[task[query]], position[query])
+        scores["factor-analysis"] = factor_scores(train, test, seed=seed, factors=factors)
     return {name: np.clip(score, low, high) for name, score in scores.items()}
+
+
+def factor_scores(
+    train: BaselineRows, test: BaselineRows, *, seed: int, factors: FactorConfig | None = None
+) -> FloatArray:
+    """Score every query row of `test` by factor analysis alone, clipped to the range of the training labels. Both must
+    have items.
+    """
+    assert train.item is not None
+    assert test.item is not None
+    label = train.label.astype(np.float64)
+    mean = float(label.mean())
+    item, position = _item_positions(train.item, test.item)
+    _, train_task = np.unique(train.task, return_inverse=True)
+    _, task = np.unique(test.task, return_inverse=True)
+    query = test.is_query
+    model = fit_factors(train_task, item, label - mean, seed=seed, **asdict(factors or FactorConfig()))
+    known = ~query & (position >= 0)
+    num_tasks = int(task.max()) + 1 if len(task) else 0
+    latent = fold_in(model, task[known], position[known], test.label[known] - mean, num_tasks=num_tasks)
+    return np.clip(mean + model.score(latent[task[query]], position[query]), label.min(), label.max())
+
+
+def _item_positions(train: NDArray[Any], test: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Number the items of the training rows, and find those of the test rows among them.
+
+    Items that no training row holds get position -1, which stands for the global mean or the average item.
+    """
+    items, item = np.unique(train, return_inverse=True)
+    position = np.minimum(np.searchsorted(items, test), len(items) - 1)
+    return item, np.where(items[position] == test, position, -1)
 
 
 def _support_mean(task: NDArray[Any], value: NDArray[Any], support: NDArray[np.bool_]) -> FloatArray:
@@ -105,10 +133,10 @@ def fit_factors(
     label: FloatArray,
     *,
     seed: int,
-    num_factors: int = 12,
-    num_iterations: int = 30,
-    loading_ridge: float = 40.0,
-    mean_ridge: float = 1.0,
+    num_factors: int = FactorConfig.num_factors,
+    num_iterations: int = FactorConfig.num_iterations,
+    loading_ridge: float = FactorConfig.loading_ridge,
+    mean_ridge: float = FactorConfig.mean_ridge,
 ) -> FactorModel:
     """Fit probabilistic PCA with missing entries by EM (Tipping & Bishop 1999).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gmeta.config.evaluation import EvaluateConfig
-from gmeta.config.train import LossName, TrainConfig
+from gmeta.config.evaluation import EvaluateConfig, FactorConfig
+from gmeta.config.train import LossName, MetaConfig, TrainConfig
 from gmeta.core.files import replacing
 from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
 from gmeta.data.synthetic import LogRows, reference_scores
+from gmeta.evaluation.baseline_settings import BaselineSettings, read_baseline_settings
 from gmeta.evaluation.baselines import BaselineRows, baseline_scores
 from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss, to_predictions
 from gmeta.evaluation.slices import evaluation_records, print_headline, write_evaluation
@@ -76,6 +77,9 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     split = pack.split(config.split)
     if config.plain_run is not None:
         require_same_training_data(run_dir, Path(config.plain_run))
+    settings = BaselineSettings()
+    if config.baseline_settings is not None:
+        settings = read_baseline_settings(Path(config.baseline_settings), run_dir, config.plain_run)
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
     system, trained, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
@@ -93,7 +97,7 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
         "split": config.split,
         "pack": str(pack.path),
     }
-    plain = None if config.plain_run is None else _plain_variants(config, trained, pack, mesh, notes)
+    plain = None if config.plain_run is None else _plain_variants(config, trained, pack, mesh, notes, settings)
     if scores is None:
         return
     logits = {"before": scores.before, "after": scores.after}
@@ -103,7 +107,9 @@ def _evaluate(config: EvaluateConfig, mesh: Mesh) -> None:
     if plain is not None:
         found = Variants(found.predictions | plain.predictions, found.logits | plain.logits)
     if config.baselines:
-        found = replace(found, predictions=found.predictions | network_free(pack, split, config.seed))
+        found = replace(found, predictions=found.predictions | network_free(pack, split, config.seed, settings.factors))
+        if settings.factors is not None:
+            notes["factor-analysis"] = asdict(settings.factors)
     if config.truth is not None:
         found = replace(found, predictions=found.predictions | truth_scores(pack, split, Path(config.truth)))
     _write(config, trained, pack, scores, found, notes)
@@ -118,9 +124,16 @@ def _warn_of_unknown_columns(pack: TaskPack, split: PackSplit) -> None:
 
 
 def _plain_variants(
-    config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, mesh: Mesh, notes: dict[str, Any]
+    config: EvaluateConfig,
+    trained: TrainConfig,
+    pack: TaskPack,
+    mesh: Mesh,
+    notes: dict[str, Any],
+    settings: BaselineSettings,
 ) -> Variants | None:
-    """Score by the plainly trained model, and by the same fine-tuned on the support as the run adapts; collective.
+    """Score by the plainly trained model, and by the same fine-tuned on the support; collective.
+
+    It adapts what `settings` name, or as the run does; steps and rate are then tuned here.
 
     Returns None on other ranks than 0.
     """
@@ -131,13 +144,15 @@ def _plain_variants(
     notes["plain_step"] = step
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
-    tuned = replace(trained.meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
-    learner = build_learner(plain.learner.model, plain_config, tuned, plain.learner.features, plain.num_numeric).to(
-        mesh.device, plain.dtype
-    )
-    most = trained.loader.max_support_rows
-    steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, most)
-    notes["plain-finetuned"] = {"adapt": tuned.adapt, "steps": steps, "inner_lr": rate}
+    given, meta, most = settings.finetuned, trained.meta, trained.loader.max_support_rows
+    if given is not None:
+        meta = replace(meta, adapt=given.adapt, inner_prior=given.inner_prior)
+    learner = finetuning_learner(plain, plain_config, meta)
+    if given is None:
+        steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, most)
+    else:
+        steps, rate = given.steps, given.inner_lr
+    notes["plain-finetuned"] = {"adapt": meta.adapt, "steps": steps, "inner_lr": rate, "inner_prior": meta.inner_prior}
     scores = score_split(
         plain,
         pack.split(config.split),
@@ -155,6 +170,16 @@ def _plain_variants(
         notes["plain-finetuned"]["left_out"] = "it diverges on a task of this split"
         print("evaluate: plain-finetuned is left out: it diverges on a task of this split", file=sys.stderr)
     return Variants.of(logits, plain_config.loss)
+
+
+def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) -> MetaLearner:
+    """Return a learner that fine-tunes a plainly trained model, what `meta` adapts, with its prior and inner loss.
+
+    Raises ValueError where the model has no such part.
+    """
+    meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
+    learner = build_learner(plain.learner.model, trained, meta, plain.learner.features, plain.num_numeric)
+    return learner.to(plain.mesh.device, plain.dtype)
 
 
 def _tune(
@@ -192,8 +217,13 @@ def _tune(
     return best[1], best[2]
 
 
-def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Floats]:
-    """Predict the split's query rows by the baselines, fitted on the train split."""
+def network_free(pack: TaskPack, split: PackSplit, seed: int, factors: FactorConfig | None = None) -> dict[str, Floats]:
+    """Predict the split's query rows by the baselines, fitted on the train split; `factors` as `baseline_scores`."""
+    return baseline_scores(*baseline_rows(pack, split), seed=seed, factors=factors)
+
+
+def baseline_rows(pack: TaskPack, split: PackSplit) -> tuple[BaselineRows, BaselineRows]:
+    """Return the rows that baselines are fitted on, and those of the split; without items where these are no ids."""
     item = pack.schema.item
     features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
     sides = []
@@ -201,7 +231,7 @@ def network_free(pack: TaskPack, split: PackSplit, seed: int) -> dict[str, Float
         columns = part.columns(features)
         ids = columns.ids[item] if features and item is not None else None
         sides.append(BaselineRows(task=columns.task, item=ids, label=columns.label, is_query=columns.is_query))
-    return baseline_scores(sides[0], sides[1], seed=seed)
+    return sides[0], sides[1]
 
 
 def truth_scores(pack: TaskPack, split: PackSplit, log: Path) -> dict[str, Floats]:

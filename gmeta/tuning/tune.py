@@ -37,7 +37,18 @@ from gmeta.training.build import Parts
 from gmeta.training.loop import training_loop
 from gmeta.training.step import NotFinite
 from gmeta.training.trainer import Trainer
-from gmeta.tuning.halving import ETA, deviation_over_seeds, latest, num_rungs, num_survivors, ranked, validations_of
+from gmeta.tuning.baselines import require_plain_run, tune_baselines
+from gmeta.tuning.halving import (
+    ETA,
+    Ending,
+    climb,
+    deviation_over_seeds,
+    latest,
+    num_rungs,
+    num_survivors,
+    ranked,
+    validations_of,
+)
 from gmeta.tuning.journal import FORMAT_VERSION, Done, TrialJournal, cut_torn_line, require_same_question
 from gmeta.tuning.show import print_table, say
 from gmeta.tuning.space import (
@@ -80,9 +91,10 @@ class TuningPlan:
         """Return the metric that ranks trials."""
         return self.config.train.schedule.metric
 
-    def rank(self, results: list[Done]) -> list[Done]:
-        """Sort results, the best first, without those that failed."""
-        return ranked(results, self.metric in HIGHER_IS_BETTER)
+    @property
+    def higher_is_better(self) -> bool:
+        """Say which end of the metric is best."""
+        return self.metric in HIGHER_IS_BETTER
 
 
 def tune(config: TuneConfig) -> int:
@@ -99,7 +111,10 @@ def tune(config: TuneConfig) -> int:
             on_rank_0(lambda: _open_folder(plan, folder), mesh)
         finally:
             close_mesh(mesh)
-        return _Tuning(plan, folder, TrialJournal(folder / JOURNAL_FILE), mesh).run()
+        code = _Tuning(plan, folder, TrialJournal(folder / JOURNAL_FILE), mesh).run()
+        if config.baselines and code == 0:
+            tune_baselines(config, plan.pack, folder)
+        return code
 
 
 def make_plan(config: TuneConfig, world_size: int) -> TuningPlan:
@@ -107,6 +122,7 @@ def make_plan(config: TuneConfig, world_size: int) -> TuningPlan:
     pack = open_pack(config.train.pack)
     if "valid" not in pack.splits:
         raise ValueError(f"trials are ranked on the valid split, and {pack.path} has none: prepare with one")
+    require_plain_run(config, pack)
     base = resolve_model(replace(config.train, pack=str(pack.path.resolve())))
     if config.space is None:
         space = built_in_space(base)
@@ -192,24 +208,18 @@ class _Tuning:
         """Train what the budget allows, and say what came out."""
         plan, journal = self._plan, self._journal
         self._say(_announcement(plan, len(journal.done)))
-        alive, not_tried, code = list(range(len(plan.trials))), "", 0
-        for rung in range(plan.rungs):
-            for number, trial in enumerate(alive):
-                if (trial, rung) in journal.done:
-                    continue
-                if journal.seconds >= 60 * plan.config.budget_minutes:
-                    not_tried = _not_tried(plan, rung, alive[number:])
-                    break
-                done = self._trial(trial, rung)
-                if done is None:
-                    code = EXIT_STOPPED
-                    break
-                self._finish(done)
-            if not_tried or code:
-                break
-            alive = self._promote(alive, rung)
-        self._tell(not_tried, code)
-        return code
+        ending = climb(
+            journal,
+            len(plan.trials),
+            plan.rungs,
+            budget_s=60 * plan.config.budget_minutes,
+            higher_is_better=plan.higher_is_better,
+            train=self._trial,
+            finished=self._finished,
+            dropped=self._dropped,
+        )
+        self._tell(ending)
+        return EXIT_STOPPED if ending.stopped else 0
 
     def _trial(self, trial: int, rung: int) -> Done | None:
         """Train a trial to the end of a rung with every seed. None: a stop was requested, and all is saved."""
@@ -240,9 +250,8 @@ class _Tuning:
             values.append(result.value)
         return Done(trial, rung, values, end, seconds)
 
-    def _finish(self, done: Done) -> None:
+    def _finished(self, done: Done) -> None:
         """Record a trial that finished a rung, and write the best settings so far."""
-        self._journal.done[done.trial, done.rung] = done
         if self._main:
             self._journal.append("done", done)
             self._write_best()
@@ -252,20 +261,14 @@ class _Tuning:
             f"({in_one_line(self._plan.trials[done.trial])}): {found}, {done.seconds:.0f} s"
         )
 
-    def _promote(self, alive: list[int], rung: int) -> list[int]:
-        """Return the trials of the next rung. The checkpoints of the others are removed: they never train on."""
-        if rung + 1 == self._plan.rungs:
-            return alive
-        results = [self._journal.done[trial, rung] for trial in alive]
-        best = self._plan.rank(results)[: num_survivors(len(self._plan.trials), rung + 1)]
-        promoted = sorted(done.trial for done in best)
-        for trial in set(alive) - set(promoted) if self._main else ():
+    def _dropped(self, trials: set[int]) -> None:
+        """Remove the checkpoints of trials that never train on."""
+        for trial in trials if self._main else ():
             for number in range(self._plan.config.seeds):
                 shutil.rmtree(self._run_dir(trial, number) / "checkpoints", ignore_errors=True)
-        return promoted
 
     def _best(self) -> Done | None:
-        return next(iter(self._plan.rank(latest(self._journal.done.values()))), None)
+        return next(iter(ranked(latest(self._journal.done.values()), self._plan.higher_is_better)), None)
 
     def _write_best(self) -> None:
         best, plan = self._best(), self._plan
@@ -280,21 +283,21 @@ class _Tuning:
         seed = self._plan.config.train.seed + number
         return self._folder / RUNS_FOLDER / f"trial-{trial + 1}-seed-{seed}"
 
-    def _tell(self, not_tried: str, code: int) -> None:
+    def _tell(self, ending: Ending) -> None:
         """Print the table, what failed, what was not tried, and what to do next."""
         plan, results, best = self._plan, list(self._journal.done.values()), self._best()
         if self._main:
             print_table(plan.trials, plan.metric, plan.rungs, results, None if best is None else best.trial)
         failed = [done for done in results if done.failed]
         self._say(*(f"trial {done.trial + 1} failed in rung {done.rung + 1}: {done.failed}" for done in failed))
-        if code == EXIT_STOPPED:
+        if ending.stopped:
             self._say("stopped and saved; the same command goes on")
-        if not_tried:
-            self._say(f"the budget of {plan.config.budget_minutes:g} minutes is spent; not tried: {not_tried}")
+        if ending.not_tried:
+            self._say(f"the budget of {plan.config.budget_minutes:g} minutes is spent; not tried: {ending.not_tried}")
             self._say("the same command with a larger --budget_minutes goes on")
         if best is not None:
             self._say(*_advice(plan, self._folder, best, self._run_dir(best.trial, 0)))
-        elif failed and not (code or not_tried):
+        elif failed and ending == Ending():
             raise ValueError(f"every trial failed, the first: {failed[0].failed}; narrow the rates of the space")
 
     def _say(self, *lines: str) -> None:
@@ -383,12 +386,6 @@ def _shown(plan: TuningPlan, done: Done) -> str:
     mean = statistics.fmean(done.values)
     deviation = f" ± {deviation_over_seeds(done.values):.4f}" if len(done.values) > 1 else ""
     return f"{plan.metric} {mean:.4f}{deviation} after {done.steps} steps"
-
-
-def _not_tried(plan: TuningPlan, rung: int, left: list[int]) -> str:
-    numbers = ", ".join(str(trial + 1) for trial in left)
-    later = f", and the {plan.rungs - rung - 1} rung(s) after it" if rung + 1 < plan.rungs else ""
-    return f"trial {numbers} in rung {rung + 1}{later}"
 
 
 def _advice(plan: TuningPlan, folder: Path, best: Done, run_dir: Path) -> list[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import yaml
-from commands import gmeta
+from commands import gmeta, train_words
 from harness import run_ranks
 from packs import make_pack
 
@@ -15,6 +16,7 @@ from gmeta.config.train import LoaderConfig, ModelConfig, ScheduleConfig, TrainC
 from gmeta.config.tune import TuneConfig
 from gmeta.parallel.mesh import Mesh
 from gmeta.training import session
+from gmeta.tuning import baselines
 from gmeta.tuning import tune as tuning
 from gmeta.tuning.journal import TrialJournal
 
@@ -30,6 +32,8 @@ def tuned(mesh: Mesh, settings: TuneConfig) -> int:
         mock.patch.object(session, "close_mesh"),
         mock.patch.object(tuning, "open_mesh", return_value=mesh),
         mock.patch.object(tuning, "close_mesh"),
+        mock.patch.object(baselines, "open_mesh", return_value=mesh),
+        mock.patch.object(baselines, "close_mesh"),
     ):
         return tuning.tune(settings)
 
@@ -61,6 +65,38 @@ def test_the_same_best_settings_on_several_ranks(tmp_path: Path) -> None:
         for key, done in alone.items():
             assert done.values == pytest.approx(together[key].values, rel=1e-9)
             assert (done.failed is None) == (together[key].failed is None)
+
+
+def test_the_same_baselines_on_several_ranks(tmp_path: Path) -> None:
+    """Fine-tuning is scored by all ranks; factor analysis is computed by rank 0, and the others do not wait for it."""
+    pack = make_pack(tmp_path / "pack")
+    (tmp_path / "space.yaml").write_text("dense.lr: [0.01]\n")
+    gmeta(*train_words(pack, tmp_path / "plain", "--meta.adapt", "[]", "--precision", "float64", epochs=1))
+    train = TrainConfig(
+        pack=str(pack),
+        run_dir="",
+        precision="float64",
+        model=ModelConfig(args={"hidden": [8]}),
+        loader=LoaderConfig(tasks_per_batch=30),
+        schedule=ScheduleConfig(epochs=1),
+    )
+    found = []
+    for ranks in (1, 2):
+        settings = TuneConfig(
+            out=str(tmp_path / f"on-{ranks}"),
+            train=train,
+            space=str(tmp_path / "space.yaml"),
+            seeds=1,
+            trials=1,
+            baselines=True,
+            plain_run=str(tmp_path / "plain"),
+        )
+        assert run_ranks(ranks, tuned, settings) == [0] * ranks
+        found.append(json.loads((tmp_path / f"on-{ranks}" / "baselines.json").read_text()))
+    values = [one.pop("values") for one in found]
+    assert found[0] == found[1]
+    for name in ("factor-analysis", "plain-finetuned"):
+        assert values[0][name]["value"] == pytest.approx(values[1][name]["value"], rel=1e-9)
 
 
 @pytest.mark.slow
