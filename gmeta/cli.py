@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -159,6 +160,8 @@ First every trial trains to a part of its schedule, then the best third goes on 
 ones have trained to the end (successive halving). Parts end at validations: a schedule of few validations has few
 rungs, and --schedule.eval_every gives it more. A trial that diverges or runs out of memory counts as the worst.
 The best settings so far are in best.yaml under out: gmeta train --config OUT/best.yaml
+
+With --baselines true baselines are tuned on valid tasks too: gmeta evaluate --baseline_settings OUT/baselines.json
 """
 
 COMMANDS: dict[str, Command] = {
@@ -257,7 +260,7 @@ def run(argv: list[str]) -> int:
     try:
         elastic = isinstance(config, TrainConfig) and config.elastic.enabled
         if (nproc != 1 or elastic) and not is_worker():
-            return _launch(parser.prog, config if elastic else None, nproc, [name, *words])
+            return _launch(parser.prog, config, nproc, [name, *words])
         return COMMANDS[name].run(config)
     except (ValueError, OSError) as error:
         return _fail(parser.prog, error)
@@ -280,14 +283,20 @@ def _peer_lost(prog: str, error: RuntimeError) -> int:
     return EXIT_PEER_LOST
 
 
-def _launch(prog: str, elastic: TrainConfig | None, nproc: int, argv: list[str]) -> int:
-    """Run this command in worker processes. The workers of an elastic group are watched and started again."""
+def _launch(prog: str, config: Any, nproc: int, argv: list[str]) -> int:
+    """Run this command in worker processes. Those of an elastic group, and of a tuning, are watched and started
+    again.
+    """
     if nproc < 1:
         return _fail(prog, f"nproc is {nproc}: must be at least 1")
-    if elastic is not None:
+    if isinstance(config, TrainConfig) and config.elastic.enabled:
         from gmeta.training.supervise import supervise
 
-        return supervise(elastic, nproc, argv)
+        return supervise(config, nproc, argv)
+    if isinstance(config, TuneConfig):
+        from gmeta.tuning.supervise import supervise_tuning
+
+        return supervise_tuning(Path(config.out), nproc, argv)
     from gmeta.parallel.launch import launch
 
     return launch(nproc, argv)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from gmeta.evaluation.metrics import HIGHER_IS_BETTER, make_rows, metric_of
 from gmeta.evaluation.score import score_split, validation_metrics
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
-from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
+from gmeta.parallel.mesh import Mesh, barrier, close_mesh, open_mesh
 from gmeta.recommender.build import load_system
 from gmeta.recommender.system import System
 from gmeta.runs.data import is_own_pack
@@ -116,7 +117,7 @@ def tune_baselines(config: TuneConfig, pack: TaskPack, folder: Path) -> None:
         values={name: {"metric": metric, "value": value} for name, (_, metric, value) in found.items()},
     )
     if found:
-        say(f"next: gmeta evaluate --run_dir RUN --baseline_settings {folder / BASELINES_FILE}")
+        say(f"next: gmeta evaluate --run_dir RUN --baseline_settings {shlex.quote(str(folder / BASELINES_FILE))}")
 
 
 def _tune_factors(config: TuneConfig, pack: TaskPack, folder: Path) -> tuple[TrialSettings, str, float] | None:
@@ -271,6 +272,7 @@ def _run(search: _Search, config: TuneConfig, folder: Path, mesh: Mesh, value: S
 
     on_rank_0(begin, mesh)
     journal = TrialJournal(path)
+    barrier(mesh)  # rank 0 appends from here on, and all must have read the same
     ending = climb(
         journal,
         len(search.trials),

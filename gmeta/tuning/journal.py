@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+JOURNAL_FILE = "journal.jsonl"
 FORMAT_VERSION = 1
 _MAX_BEGINNINGS = 3
 """Beginnings of one training at one step, none of which came to an end or a checkpoint, after which it counts as

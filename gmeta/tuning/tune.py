@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import shutil
 import statistics
 import time
@@ -27,9 +28,10 @@ from gmeta.core.files import write_text
 from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
+from gmeta.models.registry import is_foreign
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_STOPPED
-from gmeta.parallel.mesh import Mesh, close_mesh, local_mesh, open_mesh
+from gmeta.parallel.mesh import Mesh, PeerLost, barrier, close_mesh, local_mesh, open_mesh
 from gmeta.recommender.build import new_learner, resolve_model
 from gmeta.runs import checkpoint
 from gmeta.runs.directory import run_lock
@@ -49,7 +51,7 @@ from gmeta.tuning.halving import (
     ranked,
     validations_of,
 )
-from gmeta.tuning.journal import FORMAT_VERSION, Done, TrialJournal, cut_torn_line, require_same_question
+from gmeta.tuning.journal import FORMAT_VERSION, JOURNAL_FILE, Done, TrialJournal, cut_torn_line, require_same_question
 from gmeta.tuning.show import print_table, say
 from gmeta.tuning.space import (
     Space,
@@ -63,7 +65,7 @@ from gmeta.tuning.space import (
     with_settings,
 )
 
-JOURNAL_FILE, BEST_FILE, RUNS_FOLDER = "journal.jsonl", "best.yaml", "runs"
+BEST_FILE, RUNS_FOLDER = "best.yaml", "runs"
 
 _ANYTHING = ("pack", "run_dir", "device", "timeout_s", "comm.", "loader.prefetch", "dense.sharding", "dense.node_size")
 _FREE = (*_ANYTHING, "dense.memory_gb", "meta.engine", "meta.recompute", "schedule.keep_last")
@@ -109,9 +111,11 @@ def tune(config: TuneConfig) -> int:
             plan = make_plan(config, mesh.world_size)
             stack.enter_context(run_lock(folder, mesh))
             on_rank_0(lambda: _open_folder(plan, folder), mesh)
+            journal = TrialJournal(folder / JOURNAL_FILE)
+            barrier(mesh)  # rank 0 appends from here on, and all must have read the same
         finally:
             close_mesh(mesh)
-        code = _Tuning(plan, folder, TrialJournal(folder / JOURNAL_FILE), mesh).run()
+        code = _Tuning(plan, folder, journal, mesh).run()
         if config.baselines and code == 0:
             tune_baselines(config, plan.pack, folder)
         return code
@@ -318,8 +322,8 @@ class _Trained:
 def _train(config: TrainConfig, until: int, alone: bool) -> _Trained:
     """Train a run on to a step; collective. Numbers that are not finite, or too little memory, are results.
 
-    Of several ranks (not `alone`), one that runs out of memory ends the process: the others wait for it in a
-    collective.
+    Of several ranks (not `alone`), one that runs out of memory cannot tell the others, who wait for it in a collective:
+    it raises `PeerLost`, with which it ends, and they with it.
     """
     begun, seconds, failed = time.monotonic(), 0.0, None
     trainer = Trainer(config, parts=Parts(console=Console(quiet=True)))
@@ -335,9 +339,11 @@ def _train(config: TrainConfig, until: int, alone: bool) -> _Trained:
     except NotFinite:
         return _Trained(None, seconds, failed)
     except (MemoryError, RuntimeError) as error:
-        if not (alone and _out_of_memory(error)):
+        if not _out_of_memory(error):
             raise
         failed = f"out of memory: {str(error).partition(chr(10))[0]}"
+        if not alone:
+            raise PeerLost(f"{config.run_dir} ran {failed}") from error
     if failed is not None:  # behind the handler, whose traceback holds tensors
         del trainer
         gc.collect()
@@ -367,8 +373,9 @@ def _announcement(plan: TuningPlan, num_done: int) -> str:
     new = [part - before for part, before in zip(parts, [Fraction(0), *parts], strict=False)]
     cost = config.seeds * sum(float(part) * count for part, count in zip(new, counts, strict=True))
     lines = [f"space ({whose}):", *(f"  {key}: {_values_shown(values)}" for key, values in plan.space.items())]
-    path = ", then ".join(f"{count} to {part} of the schedule" for count, part in zip(counts, parts, strict=True))
-    lines.append(f"{len(plan.trials)} trials: {path}")
+    path = [f"{count} to {part}" for count, part in zip(counts[:-1], parts, strict=False)]
+    path.append(f"{counts[-1]} to the end")
+    lines.append(f"{len(plan.trials)} trials; of the schedule train {', then '.join(path)}")
     lines.append(
         f"each with {config.seeds} seed(s), ranked by {plan.metric} on valid; "
         f"as much work as about {cost:.1f} whole trainings"
@@ -391,8 +398,9 @@ def _shown(plan: TuningPlan, done: Done) -> str:
 def _advice(plan: TuningPlan, folder: Path, best: Done, run_dir: Path) -> list[str]:
     lines = [f"best: trial {best.trial + 1} ({in_one_line(plan.trials[best.trial])}): {_shown(plan, best)}"]
     if best.rung + 1 == plan.rungs:
-        lines.append(f"its run is trained to the end: gmeta evaluate --run_dir {run_dir}")
-    lines.append(f"next: gmeta train --config {folder / BEST_FILE}")
+        trust = " --trust_model true" if is_foreign(plan.configs[best.trial].model.name) else ""
+        lines.append(f"its run is trained to the end: gmeta evaluate --run_dir {shlex.quote(str(run_dir))}{trust}")
+    lines.append(f"next: gmeta train --config {shlex.quote(str(folder / BEST_FILE))}")
     return lines
 
 

@@ -38,7 +38,8 @@ def tuned(mesh: Mesh, settings: TuneConfig) -> int:
         return tuning.tune(settings)
 
 
-def test_the_same_best_settings_on_several_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_same_best_settings_on_several_ranks(tmp_path: Path, nproc: int) -> None:
     """Also with a trial that diverges on all of them."""
     pack = make_pack(tmp_path / "pack")
     (tmp_path / "space.yaml").write_text(SPACE)
@@ -51,7 +52,7 @@ def test_the_same_best_settings_on_several_ranks(tmp_path: Path) -> None:
         schedule=ScheduleConfig(epochs=3),
     )
     found = {}
-    for ranks in (1, 2, 4):
+    for ranks in (1, nproc):
         out = tmp_path / f"on-{ranks}"
         settings = TuneConfig(out=str(out), train=train, space=str(tmp_path / "space.yaml"), seeds=1)
         assert run_ranks(ranks, tuned, settings) == [0] * ranks
@@ -109,3 +110,35 @@ def test_the_command_opens_and_closes_a_group_for_each_training(tmp_path: Path) 
         gmeta(*words, "--out", tmp_path / f"on-{nproc}", "--nproc", nproc)
     texts = [yaml.safe_load((tmp_path / f"on-{nproc}" / "best.yaml").read_text()) for nproc in (1, 2)]
     assert texts[0] == texts[1]
+
+
+KILLER = """
+import inspect, os, signal, torch
+from torch import nn
+
+class Killer(nn.Module):
+    def __init__(self, inputs, *, deadly: bool = False):
+        super().__init__()
+        self.deadly, self.layer = deadly, nn.Linear(inputs.width, 1)
+
+    def forward(self, dense, embedded):
+        if self.deadly and os.environ["RANK"] == "1" and any(f.function == "train_step" for f in inspect.stack()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.layer(torch.cat([dense, *embedded.values()], -1)).squeeze(-1)
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_that_kills_a_process_is_given_up_and_the_tuning_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "killer.py").write_text(KILLER)
+    monkeypatch.chdir(tmp_path)
+    pack = make_pack(tmp_path / "pack")
+    (tmp_path / "space.yaml").write_text("model.args.deadly: [true, false]")
+    words = ["tune", "--pack", pack, "--space", "space.yaml", "--seeds", 1, "--schedule.epochs", 1, "--out", "out"]
+    gmeta(*words, "--loader.tasks_per_batch", 20, "--model.name", "killer:Killer", "--nproc", 2)
+    done = TrialJournal(tmp_path / "out" / "journal.jsonl").done
+    assert "ended each time" in str(done[0, 0].failed)
+    assert done[1, 0].failed is None
+    assert yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())["model"]["args"]["deadly"] is False

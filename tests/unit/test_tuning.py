@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from safetensors.torch import load_file
 from gmeta.cli import run
 from gmeta.config.train import EmbeddingConfig, LoaderConfig, MetaConfig, ModelConfig, ScheduleConfig, TrainConfig
 from gmeta.config.tune import TuneConfig
-from gmeta.parallel.launch import EXIT_STOPPED
+from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_STOPPED
+from gmeta.parallel.mesh import PeerLost
 from gmeta.training import loop
+from gmeta.tuning import supervise
 from gmeta.tuning import tune as tuning
 from gmeta.tuning.halving import latest, num_rungs, num_survivors, ranked, validations_of
 from gmeta.tuning.journal import Done
@@ -236,6 +239,51 @@ def test_a_training_that_ends_the_process_each_time_is_given_up(
     tuning.tune(asked())
     assert "trial 2 failed in rung 1: the process ended each time" in capsys.readouterr().out
     assert [line["trial"] for line in journal(tmp_path / "out")] == [0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("codes", "begun", "signals", "starts"),
+    [
+        ([137, EXIT_PEER_LOST, 0], [1, 1, 1], 0, 3),  # a trial ends workers, and others are there to be trained
+        ([137, 0], [0], 0, 1),  # nothing was begun: it is no trial's fault
+        ([130, 0], [1], 1, 1),
+        ([2, 0], [1], 0, 1),
+        ([EXIT_STOPPED, 0], [1], 0, 1),
+        ([1, 0], [1], 0, 1),  # a bug
+    ],
+)
+def test_workers_start_again_where_a_trial_ended_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    codes: list[int],
+    begun: list[int],
+    signals: int,
+    starts: int,
+) -> None:
+    started = []
+
+    def launch(nproc: int, argv: list[str], asked: list[Any], advice: str) -> int:
+        started.append(nproc)
+        asked += [2] * signals
+        with (tmp_path / "journal.jsonl").open("a") as file:
+            file.write("begun\n" * begun[len(started) - 1])
+        return codes[len(started) - 1]
+
+    monkeypatch.setattr(supervise, "launch", launch)
+    assert supervise.supervise_tuning(tmp_path, 2, ["tune"]) == codes[starts - 1]
+    assert started == [2] * starts
+
+
+def test_one_of_several_ranks_without_memory_ends_as_one_that_lost_its_peers(
+    asked: Callable[..., TuneConfig], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(run: Any, until: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tuning, "training_loop", full)
+    config = replace(asked().train, run_dir=str(tmp_path / "run"))
+    with pytest.raises(PeerLost, match="run ran out of memory: CUDA out of memory"):
+        tuning._train(config, 3, alone=False)
 
 
 def test_the_budget_ends_the_tuning_and_a_larger_one_goes_on(
