@@ -38,7 +38,7 @@ from gmeta.recommender.build import load_system
 from gmeta.recommender.system import System
 from gmeta.runs.data import is_own_pack
 from gmeta.runs.directory import read_config, read_run_id
-from gmeta.tuning.halving import ETA, climb, num_rungs, ranked
+from gmeta.tuning.halving import climb, num_rungs, ranked, validations_of
 from gmeta.tuning.journal import FORMAT_VERSION, Done, TrialJournal, cut_torn_line, require_same_question
 from gmeta.tuning.show import print_table, say
 from gmeta.tuning.space import Range, Space, TrialSettings, as_json, draw_trials, in_one_line
@@ -67,10 +67,15 @@ class _Search:
 
     name: str
     trials: list[TrialSettings]
-    rungs: int
+    iterations: list[int]  # of EM, one a rung; of fine-tuning [0]
     seeds: int
     metric: str
     question: dict[str, Any]  # what the journal must have been asked
+
+    @property
+    def rungs(self) -> int:
+        """Return the number of rungs."""
+        return len(self.iterations)
 
     @property
     def higher_is_better(self) -> bool:
@@ -131,25 +136,20 @@ def _tune_factors(config: TuneConfig, pack: TaskPack, folder: Path) -> tuple[Tri
     first = [{key: getattr(FactorConfig(), key) for key in _FACTOR_SPACE}]
     trials = draw_trials(_FACTOR_SPACE, config.trials, base.seed, first)
     rungs = num_rungs(len(trials), MAX_ITERATIONS)
+    iterations = [validations_of(rung, rungs, MAX_ITERATIONS) for rung in range(rungs)]
     question = _question(config, pack, _FACTOR_SPACE, {"metric": metric, "seed": base.seed})
-    search = _Search(FACTORS, trials, rungs, config.seeds, metric, question)
+    search = _Search(FACTORS, trials, iterations, config.seeds, metric, question)
 
     def value(trial: int, rung: int, number: int) -> tuple[float, float]:
         begun = time.monotonic()
-        settings = FactorConfig(**trials[trial], num_iterations=_iterations(rung, rungs))
+        settings = FactorConfig(**trials[trial], num_iterations=iterations[rung])
         found = _factor_value(train, valid, settings, base.seed + number, metric)
         return found, time.monotonic() - begun
 
     best = _run(search, config, folder, Mesh(), value)
     if best is None:
         return None
-    iterations = _iterations(best.rung, rungs)
-    return {**trials[best.trial], "num_iterations": iterations}, metric, float(np.mean(best.values))
-
-
-def _iterations(rung: int, rungs: int) -> int:
-    parts: int = ETA ** (rungs - 1 - rung)
-    return MAX_ITERATIONS // parts
+    return {**trials[best.trial], "num_iterations": best.steps}, metric, float(np.mean(best.values))
 
 
 def _factor_value(train: BaselineRows, valid: BaselineRows, settings: FactorConfig, seed: int, metric: str) -> float:
@@ -193,7 +193,7 @@ def _tune_finetuning(
     trials = draw_trials(space, len(first) + 2 * config.trials, config.train.seed, first)
     asked = {"metric": metric, "seed": config.train.seed, "plain_run": read_run_id(run_dir)}
     asked |= {"meta.inner_loss": meta.inner_loss, "meta.inner_prior": meta.inner_prior}
-    search = _Search(FINETUNED, trials, 1, 1, metric, _question(config, pack, space, asked))
+    search = _Search(FINETUNED, trials, [0], 1, metric, _question(config, pack, space, asked))
 
     def value(trial: int, rung: int, number: int) -> tuple[float, float]:
         begun, settings = time.monotonic(), trials[trial]
@@ -280,7 +280,7 @@ def _run(search: _Search, config: TuneConfig, folder: Path, mesh: Mesh, value: S
         budget_s=60 * config.budget_minutes,
         higher_is_better=search.higher_is_better,
         train=partial(_scored, search, value),
-        finished=lambda done: journal.append("done", done) if mesh.is_main else None,
+        finished=partial(_finished, search, journal) if mesh.is_main else lambda done: None,
     )
     best = next(iter(ranked(journal.done.values(), search.higher_is_better)), None)
     if mesh.is_main:
@@ -295,17 +295,31 @@ def _scored(search: _Search, value: Scoring, trial: int, rung: int) -> Done:
         found, took = value(trial, rung, number)
         seconds += took
         if not math.isfinite(found):
-            return Done(trial, rung, values, rung, seconds, f"its {search.metric} on valid is not finite")
+            return Done(
+                trial, rung, values, search.iterations[rung], seconds, f"its {search.metric} on valid is not finite"
+            )
         values.append(found)
-    return Done(trial, rung, values, rung, seconds)
+    return Done(trial, rung, values, search.iterations[rung], seconds)
+
+
+def _finished(search: _Search, journal: TrialJournal, done: Done) -> None:
+    journal.append("done", done)
+    found = f"failed: {done.failed}" if done.failed else _shown(search, done)
+    settings = in_one_line(search.trials[done.trial])
+    say(f"{search.name}, rung {done.rung + 1}/{search.rungs}, trial {done.trial + 1} ({settings}): {found}")
+
+
+def _shown(search: _Search, done: Done) -> str:
+    after = f" after {done.steps} iterations" if done.steps else ""
+    return f"{search.metric} {float(np.mean(done.values)):.4f}{after}"
 
 
 def _tell(search: _Search, journal: TrialJournal, best: Done | None, not_tried: str, minutes: float) -> None:
-    say(f"{search.name}: {len(search.trials)} settings in {search.rungs} rung(s)")
     number = None if best is None else best.trial
+    say(f"{search.name}:")
     print_table(search.trials, search.metric, search.rungs, journal.done.values(), number)
     if not_tried:
         say(f"the budget of {minutes:g} minutes is spent; not tried: {not_tried}")
     if best is not None:
-        value = float(np.mean(best.values))
-        say(f"best {search.name}: {in_one_line(search.trials[best.trial])}: {search.metric} {value:.4f}")
+        settings = in_one_line(search.trials[best.trial])
+        say(f"best {search.name}: trial {best.trial + 1} ({settings}): {_shown(search, best)}")

@@ -76,7 +76,7 @@ def test_factor_analysis_climbs_to_the_best_on_valid(
     assert value["value"] == min(one.values[0] for one in done.values())
     usual = FactorConfig(num_iterations=30)
     assert done[0, 0].values == [_factor_value(train, valid, usual, 0, "logloss")]
-    assert "best factor-analysis: num_factors" in capsys.readouterr().out
+    assert "best factor-analysis: trial " in capsys.readouterr().out
 
 
 def test_a_baseline_goes_on_where_it_was(

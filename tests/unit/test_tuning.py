@@ -17,6 +17,7 @@ from packs import make_pack
 from safetensors.torch import load_file
 
 from gmeta.cli import run
+from gmeta.config.parse import modern_words
 from gmeta.config.train import EmbeddingConfig, LoaderConfig, MetaConfig, ModelConfig, ScheduleConfig, TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.parallel.launch import EXIT_PEER_LOST, EXIT_STOPPED
@@ -412,6 +413,12 @@ def test_a_run_s_own_config_is_what_trials_share(
     assert best["dense"]["lr"] == 0.03  # of auc the highest is best
     (old / "config.yaml").write_text(yaml.safe_dump({"model": {"name": "towers:Towers"}}))
     fails(words("--config", old / "config.yaml"), capsys, "names code of its own", "--model.name towers:Towers")
+
+
+def test_old_keys_of_train_work_in_tune_too() -> None:
+    words, told = modern_words(["--dense.placement", "NNN", "--comm.dedup", "true"], "tune")
+    assert words == ["--dense.sharding", "NNN"]
+    assert len(told) == 2
 
 
 @pytest.mark.parametrize("model", ["melu", "dlrm", "taste", "own:Model"])
