@@ -40,7 +40,9 @@ def parser_of(config: type, prog: str) -> ArgumentParser:
     parser.add_class_arguments(config, skip={_TRAIN})
     if _TRAIN in config.__dataclass_fields__:  # type: ignore[attr-defined]
         parser.add_class_arguments(TrainConfig, skip={"run_dir"})
-        parser.add_argument("--run_dir", type=str, default="", help="Run directory that best.yaml names.")
+        parser.add_argument(
+            "--run_dir", type=str, default="", help="Run directory that best.yaml names; unset: best, under out."
+        )
     for group in parser._action_groups:  # jsonargparse repeats the summary as the title of the group
         if group.title and (config.__doc__ or "").startswith(group.title.rstrip(":")):
             group.title = _SETTINGS
