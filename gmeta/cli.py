@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -21,6 +22,7 @@ from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.train import TrainConfig
+from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
 from gmeta.elastic import scenario
 from gmeta.parallel.launch import is_worker, worker_rank
@@ -58,6 +60,12 @@ def _train(config: TrainConfig) -> int:
     from gmeta.training.trainer import train
 
     return train(config).exit_code
+
+
+def _tune(config: TuneConfig) -> int:
+    from gmeta.tuning.tune import tune
+
+    return tune(config)
 
 
 def _evaluate(config: EvaluateConfig) -> int:
@@ -153,9 +161,24 @@ order of the file, and of a run with loader.max_support_rows the last ones are r
 the query file.
 """
 
+_TUNE_HELP = """The space is a YAML file, dotted keys of `gmeta train` with what they vary over:
+
+  dense.lr: {low: 0.0003, high: 0.01, log: true}   # numbers between, drawn evenly in the logarithm
+  meta.inner_steps: [1, 3, 5]                      # one of these
+  model.args.dropout: [0.2]                        # the same for all trials
+
+First every trial trains to a part of its schedule, then the best third goes on to three times as much, until the last
+ones have trained to the end (successive halving). Parts end at validations: a schedule of few validations has few
+rungs, and --schedule.eval_every gives it more. A trial that diverges or runs out of memory counts as the worst.
+The best settings so far are in best.yaml under out: gmeta train --config OUT/best.yaml
+
+With --baselines true baselines are tuned on valid tasks too: gmeta evaluate --baseline_settings OUT/baselines.json
+"""
+
 COMMANDS: dict[str, Command] = {
     "prepare": Command(PrepareConfig, _prepare, epilog=_SCHEMA_HELP),
     "train": Command(TrainConfig, _train, distributed=True),
+    "tune": Command(TuneConfig, _tune, distributed=True, epilog=_TUNE_HELP),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
     "compare": Command(CompareConfig, _compare, bare="runs"),
     "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
@@ -235,7 +258,7 @@ def run(argv: list[str]) -> int:
         print("\n".join([parser.format_help(), COMMANDS[name].epilog or ""]).strip())
         return 0
     try:
-        if name == "train":
+        if name in ("train", "tune"):
             require_named_code(words)
         if (bare := COMMANDS[name].bare) is not None:
             words = name_bare_words(words, bare)
@@ -253,7 +276,7 @@ def run(argv: list[str]) -> int:
     try:
         elastic = isinstance(config, TrainConfig) and config.elastic.enabled
         if (nproc != 1 or elastic) and not is_worker():
-            return _launch(parser.prog, config if elastic else None, nproc, [name, *words])
+            return _launch(parser.prog, config, nproc, [name, *words])
         return COMMANDS[name].run(config)
     except (ValueError, OSError) as error:
         return _fail(parser.prog, error)
@@ -276,14 +299,20 @@ def _peer_lost(prog: str, error: RuntimeError) -> int:
     return EXIT_PEER_LOST
 
 
-def _launch(prog: str, elastic: TrainConfig | None, nproc: int, argv: list[str]) -> int:
-    """Run this command in worker processes. The workers of an elastic group are watched and started again."""
+def _launch(prog: str, config: Any, nproc: int, argv: list[str]) -> int:
+    """Run this command in worker processes. Those of an elastic group, and of a tuning, are watched and started
+    again.
+    """
     if nproc < 1:
         return _fail(prog, f"nproc is {nproc}: must be at least 1")
-    if elastic is not None:
+    if isinstance(config, TrainConfig) and config.elastic.enabled:
         from gmeta.training.supervise import supervise
 
-        return supervise(elastic, nproc, argv)
+        return supervise(config, nproc, argv)
+    if isinstance(config, TuneConfig):
+        from gmeta.tuning.supervise import supervise_tuning
+
+        return supervise_tuning(Path(config.out), nproc, argv)
     from gmeta.parallel.launch import launch
 
     return launch(nproc, argv)

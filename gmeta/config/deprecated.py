@@ -24,6 +24,7 @@ RENAMED = {
 
 RENAMED_BY_COMMAND: dict[str, Mapping[str, str]] = {
     "train": RENAMED,
+    "tune": RENAMED,
     "plan": {"group_size": "node_size", "groups": "nodes"},
     "doctor": {"group_size": "node_size"},
 }
@@ -69,7 +70,7 @@ def upgrade(
         told.append(sentence)
         if kept:
             _put(new, name, value)
-    for old in DROPPED if command == "train" else ():
+    for old in DROPPED if RENAMED_BY_COMMAND[command] is RENAMED else ():
         if _has(new, old):
             value = _pop(new, old)
             told.append(_dropped(old, DROPPED[old] if saved else value))
@@ -109,7 +110,8 @@ def upgrade_words(
     out: list[str] = []
     told: list[str] = []
     position = 0
-    renamed, dropped = RENAMED_BY_COMMAND[command], DROPPED if command == "train" else {}
+    renamed = RENAMED_BY_COMMAND[command]
+    dropped = DROPPED if renamed is RENAMED else {}
     named = {word.partition("=")[0][2:] for word in words if word.startswith("--")}
     while position < len(words):
         word = words[position]

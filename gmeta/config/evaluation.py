@@ -10,6 +10,48 @@ from gmeta.core.errors import require, require_numbers, require_seed
 
 
 @dataclass(frozen=True, kw_only=True)
+class FactorConfig:
+    """Settings of the baseline factor-analysis."""
+
+    num_factors: int = 12
+    """Numbers in a task's vector."""
+    num_iterations: int = 30
+    """Iterations of EM."""
+    loading_ridge: float = 40.0
+    """Pseudo-rows that pull an item's loadings to the average item's."""
+    mean_ridge: float = 1.0
+    """Pseudo-rows that pull an item's mean to the average item's."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(self.num_factors >= 1, "num_factors", self.num_factors, "must be at least 1")
+        require(self.num_iterations >= 1, "num_iterations", self.num_iterations, "must be at least 1")
+        require(self.loading_ridge > 0, "loading_ridge", self.loading_ridge, "must be more than 0")
+        require(self.mean_ridge > 0, "mean_ridge", self.mean_ridge, "must be more than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Settings of the variant plain-finetuned."""
+
+    steps: int
+    """Steps of fine-tuning on the support."""
+    inner_lr: float
+    """Rate of fine-tuning."""
+    adapt: list[str]
+    """What a task adapts, as in meta.adapt."""
+    inner_prior: float = 0.0
+    """Pseudo-examples, as in meta.inner_prior."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(self.steps >= 1, "steps", self.steps, "must be at least 1")
+        require(self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
+        require(bool(self.adapt), "adapt", self.adapt, "must name what a task adapts")
+        require(self.inner_prior >= 0, "inner_prior", self.inner_prior, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Measure a run before and after adaptation, by slice, beside baselines that need no network."""
 
@@ -43,6 +85,9 @@ class EvaluateConfig:
     relevant_label: float | None = None
     """Ratings of at least this are relevant, which precision, recall, hit rate, MAP and MRR at k need to know. Clicks
     need no such label."""
+    baseline_settings: str | None = None
+    """File baselines.json, made by `gmeta tune --baselines true` on this pack: the settings of factor-analysis, and of
+    plain-finetuned where it was tuned."""
     resamples: int = 1000
     """Bootstrap resamples (over tasks) of the confidence intervals."""
     tasks_per_batch: int = 256
@@ -74,6 +119,8 @@ class EvaluateConfig:
         _ = self.sizes
         require(self.steps is None or self.steps >= 1, "steps", self.steps, "must be at least 1")
         require(self.inner_lr is None or self.inner_lr >= 0, "inner_lr", self.inner_lr, "must not be negative")
+        unused = self.baseline_settings is not None and not self.baselines and self.plain_run is None
+        require(not unused, "baseline_settings", self.baseline_settings, "has no effect without baselines or plain_run")
         require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
         require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
         require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")

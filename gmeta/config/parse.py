@@ -23,6 +23,8 @@ from gmeta.core.files import read_mapping
 
 _T = TypeVar("_T")
 _SETTINGS = "settings"
+_TRAIN = "train"
+"""Field of a command's config that holds a TrainConfig. Its keys are keys of the command, not of a section."""
 
 
 def parser_of(config: type, prog: str) -> ArgumentParser:
@@ -36,7 +38,12 @@ def parser_of(config: type, prog: str) -> ArgumentParser:
         usage=f"{prog} [--config FILE] [--key VALUE] [--section.key VALUE] ...",
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it.")
-    parser.add_class_arguments(config)
+    parser.add_class_arguments(config, skip={_TRAIN})
+    if _TRAIN in config.__dataclass_fields__:  # type: ignore[attr-defined]
+        parser.add_class_arguments(TrainConfig, skip={"run_dir"})
+        parser.add_argument(
+            "--run_dir", type=str, default="", help="Run directory that best.yaml names; unset: best, under out."
+        )
     for group in parser._action_groups:  # jsonargparse repeats the summary as the title of the group
         if group.title and (config.__doc__ or "").startswith(group.title.rstrip(":")):
             group.title = _SETTINGS
@@ -58,9 +65,14 @@ def parse_words(parser: ArgumentParser, config: type[_T], words: Sequence[str]) 
         values = parser.parse_args(list(words))
         values.pop("config", None)
         fields = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
-        others = {key: values.pop(key) for key in list(values.keys()) if key.partition(".")[0] not in fields}
+        shared = set(TrainConfig.__dataclass_fields__) if _TRAIN in fields else set()
+        known = fields | shared
+        others = {key: values.pop(key) for key in list(values.keys()) if key.partition(".")[0] not in known}
         made = parser.instantiate(values)
-        return config(**{name: made[name] for name in fields}), others
+        arguments = {name: made[name] for name in fields - {_TRAIN}}
+        if shared:
+            arguments[_TRAIN] = TrainConfig(**{name: made[name] for name in shared})
+        return config(**arguments), others
     except ArgumentError as error:
         raise ValueError(explain(str(error), parser)) from None
     except TypeError as error:
@@ -81,6 +93,11 @@ def name_bare_words(words: Sequence[str], key: str) -> list[str]:
 
 _mapping_parser: Callable[[type], ArgumentParser] = cache(partial(parser_of, prog="gmeta"))
 """Parsers that nobody adds to: making one takes 0.1 s, and a command reads the config of a run several times."""
+
+
+def known_keys(config: type) -> list[str]:
+    """Return the dotted keys of a config dataclass."""
+    return keys_of(_mapping_parser(config))
 
 
 def parse_mapping(config: type[_T], values: Mapping[str, Any], source: str) -> _T:

@@ -8,7 +8,7 @@ definitions: docs/evaluation.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from gmeta.config.evaluation import FactorConfig
 
 BASELINES = ("global-mean", "task-mean", "item-mean", "item-mean+task-bias", "factor-analysis")
 """Names of the baselines, in the order they are reported; the last three need an item column."""
@@ -96,8 +98,9 @@ class Baselines:
         return {name: np.clip(score, self.low, self.high) for name, score in scores.items()}
 
 
-def fit_baselines(train: BaselineRows, *, seed: int) -> Baselines:
-    """Fit the baselines. `seed` draws the initial loadings of the factor analysis.
+def fit_baselines(train: BaselineRows, *, seed: int, factors: FactorConfig | None = None) -> Baselines:
+    """Fit the baselines. `seed` draws the initial loadings of the factor analysis, whose settings are `factors` (None:
+    the defaults).
 
     Raises:
         ValueError: there is no training row.
@@ -106,13 +109,13 @@ def fit_baselines(train: BaselineRows, *, seed: int) -> Baselines:
         raise ValueError("baselines need training rows, but the train split has none: prepare a pack with train tasks")
     label = train.label.astype(np.float64)
     mean = float(label.mean())
-    items, item_mean, factors = np.zeros(0, dtype=np.int64), np.full(1, mean), None
+    items, item_mean, model = np.zeros(0, dtype=np.int64), np.full(1, mean), None
     if train.item is not None:
         items, item = np.unique(train.item, return_inverse=True)
         item_mean = np.append(np.bincount(item, label) / np.bincount(item), mean)
         _, train_task = np.unique(train.task, return_inverse=True)
-        factors = fit_factors(train_task, item, label - mean, seed=seed)
-    return Baselines(mean, float(label.min()), float(label.max()), items, item_mean, factors)
+        model = fit_factors(train_task, item, label - mean, seed=seed, **asdict(factors or FactorConfig()))
+    return Baselines(mean, float(label.min()), float(label.max()), items, item_mean, model)
 
 
 def _support_mean(task: NDArray[Any], value: NDArray[Any], support: NDArray[np.bool_]) -> FloatArray:
@@ -146,10 +149,10 @@ def fit_factors(
     label: FloatArray,
     *,
     seed: int,
-    num_factors: int = 12,
-    num_iterations: int = 30,
-    loading_ridge: float = 40.0,
-    mean_ridge: float = 1.0,
+    num_factors: int = FactorConfig.num_factors,
+    num_iterations: int = FactorConfig.num_iterations,
+    loading_ridge: float = FactorConfig.loading_ridge,
+    mean_ridge: float = FactorConfig.mean_ridge,
 ) -> FactorModel:
     """Fit probabilistic PCA with missing entries by EM (Tipping & Bishop 1999).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from gmeta.config.evaluation import EvaluateConfig
+from gmeta.config.evaluation import EvaluateConfig, FactorConfig
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import make_folder
 from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.shards import PackSplit
+from gmeta.evaluation.baseline_settings import BaselineSettings, read_baseline_settings
 from gmeta.evaluation.predictions import Variants, task_keys, write_predictions
 from gmeta.evaluation.report import build_report
 from gmeta.evaluation.score import Floats, Scores
@@ -57,6 +58,9 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     if config.plain_run is not None:
         require_same_training_data(run_dir, Path(config.plain_run))
     on_rank_0(lambda: _prepare_out(config.out), mesh)
+    tuned = BaselineSettings()
+    if config.baseline_settings is not None:
+        tuned = read_baseline_settings(Path(config.baseline_settings), run_dir, config.plain_run)
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
     system, trained, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
@@ -77,16 +81,17 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     after = "after" if trained.meta.adapt else None
     networks = [Network("before", after, system, trained.loss, steps=config.steps, inner_lr=config.inner_lr)]
     if config.plain_run is not None:
-        plain, settings["plain_step"] = plain_network(config, trained, pack, mesh)
+        plain, told = plain_network(config, trained, pack, mesh, tuned.finetuned)
         networks.append(plain)
-        tuned = {"adapt": trained.meta.adapt, "steps": plain.steps, "inner_lr": plain.inner_lr}
-        settings["plain-finetuned"] = tuned
+        settings |= told
+    if config.baselines and tuned.factors is not None:
+        settings["factor-analysis"] = asdict(tuned.factors)
     most = trained.loader.max_support_rows
     scores = [network.score(split, config.tasks_per_batch, most) for network in networks]
     by_size = _score_by_size(config, networks, split)
     known = [found for found in scores if found is not None]
     if known:  # on rank 0; the others are done
-        _measure(_Measured(config, trained, pack, split, networks, known, settings), by_size)
+        _measure(_Measured(config, trained, pack, split, networks, known, settings, tuned.factors), by_size)
 
 
 def _score_by_size(config: EvaluateConfig, networks: list[Network], split: PackSplit) -> dict[int, list[Floats | None]]:
@@ -115,6 +120,7 @@ class _Measured:
     networks: list[Network]
     scores: list[Scores]  # of each network
     settings: dict[str, Any]  # of evaluation.json
+    factors: FactorConfig | None  # settings of the factor analysis, where it was tuned
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -127,7 +133,7 @@ class _Measured:
 def _measure(measured: _Measured, by_size: dict[int, list[Floats | None]]) -> None:
     """Measure what was scored, write it and print it; on rank 0."""
     pack, split, first = measured.pack, measured.split, measured.scores[0]
-    free = NetworkFree.build(measured.config, pack, split)
+    free = NetworkFree.build(measured.config, pack, split, measured.factors)
     found = _network_variants(measured).joined(free.variants())
     evaluation = evaluation_records(
         found.predictions,

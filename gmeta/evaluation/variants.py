@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gmeta.config.evaluation import EvaluateConfig
-from gmeta.config.train import LossName, TrainConfig
+from gmeta.config.evaluation import EvaluateConfig, FactorConfig, FinetuneConfig
+from gmeta.config.train import LossName, MetaConfig, TrainConfig
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
@@ -61,10 +62,13 @@ class Network:
         return Variants.of(logits, self.loss)
 
 
-def plain_network(config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, mesh: Mesh) -> tuple[Network, int]:
-    """Load the plainly trained model, fine-tuned on the support as the run adapts; collective.
+def plain_network(
+    config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, mesh: Mesh, given: FinetuneConfig | None
+) -> tuple[Network, dict[str, Any]]:
+    """Load the plainly trained model, fine-tuned on the support; collective.
 
-    Returns it with its checkpoint's step.
+    It adapts what `given` names, or as the run does; steps and rate are then tuned here. Returns it with what
+    evaluation.json tells of it.
     """
     assert config.plain_run is not None
     plain, plain_config, step = load_system(
@@ -72,12 +76,27 @@ def plain_network(config: EvaluateConfig, trained: TrainConfig, pack: TaskPack, 
     )
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
-    tuned = replace(trained.meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
-    learner = build_learner(plain.learner.model, plain_config, tuned, plain.learner.features, plain.num_numeric).to(
-        mesh.device, plain.dtype
-    )
-    steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, trained.loader.max_support_rows)
-    return Network("plain", "plain-finetuned", plain, plain_config.loss, learner, steps, rate), step
+    meta = trained.meta
+    if given is not None:
+        meta = replace(meta, adapt=given.adapt, inner_prior=given.inner_prior)
+    learner = finetuning_learner(plain, plain_config, meta)
+    if given is None:
+        steps, rate = _tune(config, plain, learner, plain_config, pack, mesh, trained.loader.max_support_rows)
+    else:
+        steps, rate = given.steps, given.inner_lr
+    told = {"adapt": meta.adapt, "steps": steps, "inner_lr": rate, "inner_prior": meta.inner_prior}
+    network = Network("plain", "plain-finetuned", plain, plain_config.loss, learner, steps, rate)
+    return network, {"plain_step": step, "plain-finetuned": told}
+
+
+def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) -> MetaLearner:
+    """Return a learner that fine-tunes a plainly trained model, what `meta` adapts, with its prior and inner loss.
+
+    Raises ValueError where the model has no such part.
+    """
+    meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
+    learner = build_learner(plain.learner.model, trained, meta, plain.learner.features, plain.num_numeric)
+    return learner.to(plain.mesh.device, plain.dtype)
 
 
 def _tune(
@@ -126,13 +145,15 @@ class NetworkFree:
     truth: Path | None
 
     @staticmethod
-    def build(config: EvaluateConfig, pack: TaskPack, split: PackSplit) -> NetworkFree:
-        """Fit the baselines that `config` asks for, once."""
+    def build(
+        config: EvaluateConfig, pack: TaskPack, split: PackSplit, factors: FactorConfig | None = None
+    ) -> NetworkFree:
+        """Fit the baselines that `config` asks for, once; `factors` are the settings of the factor analysis."""
         truth = None if config.truth is None else Path(config.truth)
         if not config.baselines:
             return NetworkFree(None, None, pack, split, truth)
-        fitted = fit_baselines(_baseline_rows(pack, pack.split("train")), seed=config.seed)
-        return NetworkFree(fitted, _baseline_rows(pack, split), pack, split, truth)
+        fitted = fit_baselines(baseline_rows(pack, pack.split("train")), seed=config.seed, factors=factors)
+        return NetworkFree(fitted, baseline_rows(pack, split), pack, split, truth)
 
     def variants(self, max_support_rows: int | None = None) -> Variants:
         """Predict with the last so many support rows of each task; None: all."""
@@ -146,7 +167,8 @@ class NetworkFree:
         return found
 
 
-def _baseline_rows(pack: TaskPack, split: PackSplit) -> BaselineRows:
+def baseline_rows(pack: TaskPack, split: PackSplit) -> BaselineRows:
+    """Return what baselines see of a split; without items where these are no ids."""
     item = pack.schema.item
     features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
     columns = split.columns(features)

@@ -81,21 +81,10 @@ def build_system(
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
-    if config.loss == "bce" and not schema.binary_label:
-        raise ValueError(
-            f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
-            "prepare with --label_threshold, or train with --loss mse, l1 or huber"
-        )
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    if mesh.device.type == "cuda":
-        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
-    inputs = inputs_of(config.model, schema)
-    model = make_model(config.model, schema, seed=config.seed, factory=factory).to(mesh.device, dtype)
-    fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
-    features = {name: inputs.features[name] for name in features_of(model, inputs)}
-    learner = build_learner(model, config, config.meta, features, inputs.num_numeric).to(mesh.device, dtype)
+    learner = new_learner(config, schema, mesh, factory=factory)
+    dtype = _dtype(config)
     tables = ShardedTables(
-        table_specs(schema, features),
+        table_specs(schema, learner.features),
         mesh=mesh,
         seed=config.seed,
         init_std=config.embedding.init_std if training else None,
@@ -109,8 +98,31 @@ def build_system(
         mesh=mesh,
         dtype=dtype,
         autocast=config.precision == "bf16",
-        num_numeric=inputs.num_numeric,
+        num_numeric=inputs_of(config.model, schema).num_numeric,
     )
+
+
+def new_learner(
+    config: TrainConfig, schema: PackSchema, mesh: Mesh, *, factory: ModelFactory | None = None
+) -> MetaLearner:
+    """Build model and learner without tables. Arguments and errors are those of `build_system`; collective."""
+    if config.loss == "bce" and not schema.binary_label:
+        raise ValueError(
+            f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
+            "prepare with --label_threshold, or train with --loss mse, l1 or huber"
+        )
+    dtype = _dtype(config)
+    if mesh.device.type == "cuda":
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
+    inputs = inputs_of(config.model, schema)
+    model = make_model(config.model, schema, seed=config.seed, factory=factory).to(mesh.device, dtype)
+    fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
+    features = {name: inputs.features[name] for name in features_of(model, inputs)}
+    return build_learner(model, config, config.meta, features, inputs.num_numeric).to(mesh.device, dtype)
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return torch.float64 if config.precision == "float64" else torch.float32
 
 
 def table_specs(schema: PackSchema, features: Mapping[str, int]) -> list[TableSpec]:

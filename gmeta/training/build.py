@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from gmeta.config.train import TrainConfig
@@ -31,11 +32,12 @@ from gmeta.training.statistics import Stopwatch
 
 @dataclass(frozen=True)
 class Parts:
-    """Parts of a trainer that a study replaces; the defaults are the product's."""
+    """Parts of a trainer that a study or a tuning replaces; the defaults are the product's."""
 
     exchange: MakeExchange = RowExchange
     outer_reduce: Callable[[Iterable[nn.Parameter], Mesh], OuterReduce] | None = None
     loader_arguments: Mapping[str, Any] = field(default_factory=dict)
+    console: Console | None = None  # where the log speaks; None: standard error
 
 
 def bytes_of_rows(loader: TaskLoader[PreparedBatch], system: System, wire: torch.dtype) -> float:
@@ -108,5 +110,5 @@ def build_run(
         ok=torch.ones((), dtype=torch.bool, device=mesh.device),
         read_late=mesh.device.type == "cuda",
     )
-    log = RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total)
+    log = RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total, console=parts.console)
     return Run(config, state, loader, pack, log, Stopwatch(mesh.device))

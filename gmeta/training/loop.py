@@ -16,10 +16,19 @@ from gmeta.training.step import finish_step, train_step
 from gmeta.training.validation import validate
 
 
-def training_loop(run: Run) -> None:
-    """Train until the epochs are done, patience runs out, a stop is requested or a worker is to be replaced."""
+def training_loop(run: Run, until: int | None = None) -> None:
+    """Train until the epochs are done, patience runs out, a stop is requested or a worker is to be replaced.
+
+    With `until`, training pauses after that many steps. Rates and validations are those of the whole schedule, so that
+    a run that is resumed later learns the same bits as one that did not pause.
+    """
+    if until is not None and run.state.progress.step >= until:
+        return
     for prepared in batches(run):
         run.ahead.append(train_step(run.state, prepared, run.watch))
+        if run.state.progress.step == until:
+            between_steps(run)
+            return
 
 
 def batches(run: Run) -> Iterator[PreparedBatch]:

@@ -27,6 +27,10 @@ SUMS = ("loss", "support_loss", "samples", "cells", "tasks", "stop")
 """What ranks add up every step: losses, examples, padded cells, finished tasks, and how many were asked to stop."""
 
 
+class NotFinite(ValueError):
+    """A step's loss or gradient is not finite. It is raised on every rank, and no weight was changed."""
+
+
 @dataclass
 class OpenStep:
     """A step whose gradients are being computed, micro-batch by micro-batch."""
@@ -133,7 +137,7 @@ def end_step(state: TrainState, step: OpenStep) -> InFlightStep:
 
 
 def finish_step(state: TrainState, started: InFlightStep) -> dict[str, float]:
-    """Wait for a step's global statistics, and return them. Raises ValueError on every rank when loss or gradient was
+    """Wait for a step's global statistics, and return them. Raises `NotFinite` on every rank when loss or gradient was
     not finite.
     """
     return {**_checked_stats(state, started), "lr": started.lr}
@@ -175,7 +179,7 @@ def _checked_stats(state: TrainState, started: InFlightStep) -> dict[str, float]
         found = {"step": step, "epoch": batch.epoch, "index": batch.index, "task_id": tasks.tolist()}
         found["query_loss"] = [v if math.isfinite(v) else str(v) for v in losses.tolist()]
         file.write_text(json.dumps(found, indent=1))
-    raise ValueError(
+    raise NotFinite(
         f"step {step}: loss is {stats['loss']}, gradient norm is {stats['grad_norm']}. "
         f"The batch's task ids are in {file}; no weights were changed. "
         "Lower meta.inner_lr, dense.lr or embedding.lr, or set dense.clip_norm, "

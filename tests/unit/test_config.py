@@ -51,7 +51,7 @@ def test_mistakes_are_told_in_one_form(values: dict, message: str) -> None:
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_no_setting_is_infinite_or_no_number(value: float) -> None:
     needed = {"pack": "p", "run_dir": "r", "out": "o", "journal": "j", "params": 1e9}
-    needed |= {"scenario": "s", "support": "s", "query": "q"}
+    needed |= {"scenario": "s", "support": "s", "query": "q", "steps": 1, "inner_lr": 0.1, "adapt": ["head"]}
     classes = [train, cluster, data, evaluation]
     found = 0
     for config in (c for module in classes for c in vars(module).values() if dataclasses.is_dataclass(c)):

@@ -1,0 +1,1 @@
+"""Tuning: what to try, how far, and what came out (`gmeta tune`)."""
