@@ -102,9 +102,14 @@ class EmbeddingConfig:
     """Decoupled weight decay of the rows that took part in a step."""
     init_std: float = 0.05
     """Standard deviation of the initial rows."""
+    id_dropout: float | None = None
+    """Share of a table's ids in training that is masked at random, rare ids more often: they read the row of unknown
+    ids, so that cold ids find it trained. Unset: 0.02 where valid or test tasks have cold ids, else 0."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "embedding.")
+        share = self.id_dropout
+        require(share is None or 0 <= share < 1, "embedding.id_dropout", share, "must be in [0, 1); 0 is off")
         require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
         require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")

@@ -99,6 +99,16 @@ def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
     return None if step < 0 else checkpoint.step_dir(run_dir / "checkpoints", step)
 
 
+def recorded_settings(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the settings, as they were saved, of the run that `config` goes on with; None where it begins one."""
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    saved = checkpoint.steps_saved(checkpoints)
+    if not saved or not (config.resume or config.elastic.enabled):
+        return None
+    settings: dict[str, Any] = checkpoint.read_state(checkpoint.step_dir(checkpoints, saved[-1]))["config"]
+    return settings
+
+
 def _prepare(config: TrainConfig, run_dir: Path) -> int | None:
     """Check what is there, then write what a run directory holds from its start. Return the last step that was
     saved.

@@ -7,15 +7,20 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from gmeta.config.train import TrainConfig
+from gmeta.data.id_dropout import default_share
 from gmeta.data.loader import long_task_warning
+from gmeta.data.pack import open_pack
 from gmeta.models.registry import ModelFactory, is_foreign
+from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_STOPPED
-from gmeta.parallel.mesh import close_mesh, open_mesh
-from gmeta.runs.directory import prepare_run_dir, read_schema, run_lock
+from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
+from gmeta.recommender.build import inputs_of
+from gmeta.runs.directory import prepare_run_dir, read_schema, recorded_settings, run_lock
 from gmeta.training.build import Parts, build_run
 from gmeta.training.membership import join
 from gmeta.training.run import Run
@@ -30,6 +35,7 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
         stack.callback(close_mesh, mesh)
         stack.enter_context(run_lock(Path(config.run_dir), mesh))
+        config = _with_id_dropout(config, mesh)
         resume_from = prepare_run_dir(config, mesh)
         run = build_run(config, mesh, stop, factory=factory, parts=parts)
         _, run.data_schema = read_schema(Path(config.run_dir))
@@ -51,6 +57,22 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         yield run
 
 
+def _with_id_dropout(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """Return the config with the share of masked ids, which a run keeps when it is resumed; collective."""
+    if config.embedding.id_dropout is not None:
+        return config
+
+    def share() -> float:
+        recorded = recorded_settings(config)
+        if recorded is not None:  # a run of a release that masked nothing has no such key
+            return float(recorded.get("embedding", {}).get("id_dropout") or 0.0)
+        pack = open_pack(config.pack)
+        return default_share(pack, inputs_of(config.model, pack.schema).features)
+
+    found = broadcast_from_rank_0(on_rank_0(share, mesh) or 0.0, mesh)
+    return replace(config, embedding=replace(config.embedding, id_dropout=found))
+
+
 def _banner(run: Run) -> str:
     """Return what a user wants to know before the first step."""
     split, state = run.pack.split("train"), run.state
@@ -61,6 +83,8 @@ def _banner(run: Run) -> str:
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
     ]
+    if run.config.embedding.id_dropout:
+        lines.append(f"embedding.id_dropout {run.config.embedding.id_dropout:g}: so many ids are masked, for cold ids")
     for name in ("train", "valid") if state.mesh.is_main else ():
         settings = run.config.loader
         warning = name in run.pack.splits and long_task_warning(
