@@ -24,7 +24,8 @@ class ModelConfig:
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
     dropout and task_features. Your own class takes its own."""
     features: list[str] = field(default_factory=list)
-    """Categorical features to use; empty means all in the pack."""
+    """Categorical features to use. Empty means all in the pack but the task's own key (the user's id, say), which is
+    unknown of new tasks; name it to use it."""
     numeric: bool = True
     """Use the pack's numeric columns."""
     embedding_dim: int = 16

@@ -175,6 +175,8 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     saved, _ = upgrade(state["config"], saved=True)
     before, wanted = _leaves(defaults) | _leaves(saved), _leaves(asdict(now))
+    for settings in (before, wanted):  # a run that lists no feature reads all of its pack
+        settings["model.features"] = settings["model.features"] or [f["name"] for f in state["schema"]["features"]]
     for key in dict.fromkeys([*wanted, *before]):
         fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
         if fixed and before.get(key) != wanted.get(key):

@@ -1,8 +1,9 @@
-"""Training with masked ids: the row of unknown ids learns, whatever the ranks and however often a run stops."""
+"""Cold ids: the row that they read is trained, on any ranks and however often a run stops; a task's key is not read."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 from commands import fails, gmeta, train_words
 from harness import run_ranks
-from packs import make_pack
+from packs import DATA_SCHEMA, SCHEMA, make_pack
 from steps import one_step
 from test_division import changing, run_divided
 from test_train import assert_same, config, run_steps
@@ -24,6 +25,8 @@ from gmeta.data.schema import OOV
 from gmeta.embedding.table import FusedTable
 from gmeta.evaluation.score import score_split
 from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.build import load_system
+from gmeta.training import session
 from gmeta.training.build import build_run
 from gmeta.training.run import Run
 
@@ -156,3 +159,45 @@ def test_evaluation_masks_nothing(tmp_path: Path) -> None:
 def test_a_share_outside_0_to_1_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], share: str) -> None:
     words = train_words(make_pack(tmp_path / "pack"), tmp_path / "run", "--embedding.id_dropout", share)
     fails(words, capsys, "embedding.id_dropout")
+
+
+KEYED = {  # the pack's task column is also a feature, as user_id is in MovieLens packs
+    "schema": replace(SCHEMA, task="group"),
+    "data_schema": replace(DATA_SCHEMA, task="group"),
+}
+
+
+def features_of(run_dir: Path) -> list[str]:
+    features: list[str] = yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["features"]
+    assert sorted(load_system(run_dir, "last", Mesh())[0].learner.features) == sorted(
+        features or ["group", "item", "tags"]
+    )
+    return features
+
+
+def test_the_key_of_the_task_is_read_only_if_it_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """New tasks are what a model adapts to: their keys are unknown."""
+    pack = make_pack(tmp_path / "pack", **KEYED)
+    gmeta(*train_words(pack, tmp_path / "usual", epochs=1))
+    assert "the model does not read 'group', the task's own key" in capsys.readouterr().err
+    assert features_of(tmp_path / "usual") == ["item", "tags"]
+    gmeta(*train_words(pack, tmp_path / "usual", "--resume", "true"))
+    capsys.readouterr()
+    gmeta(*train_words(pack, tmp_path / "named", "--model.features", "[item, group]", epochs=1))
+    assert "own key" not in capsys.readouterr().err
+    assert features_of(tmp_path / "named") == ["item", "group"]
+
+
+def test_a_run_of_a_release_that_read_the_key_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lists no features, which meant all."""
+    pack = make_pack(tmp_path / "pack", **KEYED)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "usual_features", lambda schema: [])
+        gmeta(*train_words(pack, tmp_path / "run", epochs=1))
+    words = train_words(pack, tmp_path / "run", "--resume", "true")
+    gmeta(*words)
+    assert features_of(tmp_path / "run") == []
+    gmeta(*words, "--model.features", "[group, item, tags]", "--schedule.epochs", 3)  # the same in words
+    fails([*words, "--model.features", "[item]"], capsys, "model.features is ['item']", "['group', 'item', 'tags']")
