@@ -40,6 +40,7 @@ FIXED_ON_RESUME = (
     "seed",
     "precision",
     "embedding.optimizer",
+    "embedding.generator.",
     "loader.tasks_per_batch",
     "loader.window_batches",
     "loader.resample",

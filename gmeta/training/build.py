@@ -56,6 +56,11 @@ def _preparing(config: TrainConfig, pack: TaskPack, system: System) -> Callable[
     """Return what the loader's thread does with a batch: mask ids, where the run does, and prepare it."""
     share = config.embedding.id_dropout or 0.0  # unset only where no run directory was opened
     masks = build_id_dropout(pack, share, features=system.learner.features, seed=config.seed)
+    for name in system.generated:
+        if masks is not None and name not in masks.tables:
+            raise ValueError(
+                f"embedding.generator names {name!r}, which is hashed and has no unknown ids: leave it out"
+            )
     return system.prepare if masks is None else lambda batch: system.prepare(masks(batch))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from gmeta.config.train import TrainConfig
-from gmeta.data.id_dropout import default_share
+from gmeta.data.id_dropout import DEFAULT_SHARE, default_share
 from gmeta.data.loader import long_task_warning
 from gmeta.data.pack import open_pack
 from gmeta.models.inputs import usual_features
@@ -74,6 +74,8 @@ def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
         def share() -> float:
             if recorded is not None:
                 return float(recorded.get("embedding", {}).get("id_dropout") or 0.0)
+            if config.embedding.generator:
+                return DEFAULT_SHARE
             return default_share(open_pack(config.pack), inputs_of(config.model, schema).features)
 
         found = broadcast_from_rank_0(on_rank_0(share, mesh) or 0.0, mesh)
