@@ -46,7 +46,7 @@ def fill(run: Run) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_learn_the_same(tmp_path: Path, nproc: int) -> None:
     pack = make_pack(tmp_path / "pack", change=warm)
     alone = run_steps(Mesh(), settings_of(pack), 5)
@@ -61,7 +61,7 @@ def test_micro_batches_sharded_layers_and_modulation_change_nothing(tmp_path: Pa
     assert_same(divided, run_steps(Mesh(), settings, 3), 1e-9)
 
 
-@pytest.mark.parametrize("adapt", [["embeddings", "dense"], ["embeddings"], ["head"]])
+@pytest.mark.parametrize("adapt", [["embeddings", "dense"], pytest.param(["embeddings"], marks=pytest.mark.slow)])
 def test_both_engines_learn_the_same(tmp_path: Path, adapt: list[str]) -> None:
     pack = make_pack(tmp_path / "pack", train=12, valid=2, test=2)
     found = [
