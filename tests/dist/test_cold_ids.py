@@ -186,6 +186,9 @@ def test_the_key_of_the_task_is_read_only_if_it_is_named(tmp_path: Path, capsys:
     gmeta(*train_words(pack, tmp_path / "named", "--model.features", "[item, group]", epochs=1))
     assert "own key" not in capsys.readouterr().err
     assert features_of(tmp_path / "named") == ["item", "group"]
+    taste = ["--model.name", "taste", "--model.args.task_features", "[group]"]
+    fails(train_words(pack, tmp_path / "taste", *taste), capsys, "names 'group'", "only if model.features names it")
+    gmeta(*train_words(pack, tmp_path / "taste", *taste, "--model.features", "[item, group]", epochs=1))
 
 
 def test_a_run_of_a_release_that_read_the_key_goes_on(
