@@ -81,18 +81,19 @@ def make_pack(
     data_schema: DataSchema = DATA_SCHEMA,
     values: Callable[[str, int], list[str]] = values_of,
     statistics: pa.Table | None = None,
+    counts: int = 1,
     change: Callable[[dict[str, np.ndarray]], object] = lambda arrays: None,
 ) -> Path:
     """Write a pack of three splits at `path`; hashed tables of `data_schema` get no vocabulary.
 
-    `change` may change a shard's arrays in place.
+    `change` may change a shard's arrays in place. Vocabularies say that each value was seen `counts` times.
     """
     rng = np.random.default_rng(seed)
     with PackWriter(path, schema, settings={}, data_schema=data_schema.to_json()) as writer:
         hashed = {f.table for f in data_schema.features if f.hash_buckets is not None}
         for table, num in (("group", USERS), ("item", ITEMS), ("tags", TAGS)):
             if table not in hashed:
-                writer.write_vocab(table, pa.array(values(table, num)), np.ones(num - 1, np.int64))
+                writer.write_vocab(table, pa.array(values(table, num)), np.full(num - 1, counts))
         if statistics is not None:
             pq.write_table(statistics, writer.directory / "vocab" / "item_statistics.parquet")
         first = 0

@@ -25,7 +25,8 @@ class ModelConfig:
     dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std and noise. Your own class
     takes its own."""
     features: list[str] = field(default_factory=list)
-    """Categorical features to use; empty means all in the pack."""
+    """Categorical features to use. Empty means all in the pack but the task's own key (the user's id, say), which is
+    unknown of new tasks; name it to use it."""
     numeric: bool = True
     """Use the pack's numeric columns."""
     embedding_dim: int = 16
@@ -107,12 +108,32 @@ class EmbeddingConfig:
     start: Literal["random", "factors"] = "random"
     """Where the item's rows start: factors has the solution of factor analysis on the training rows in them, for
     model neural_linear; step 0 is then validated and saved too."""
+    id_dropout: float | None = None
+    """Share of a table's ids in training that is masked at random, rare ids more often: they read the row of unknown
+    ids, so that cold ids find it trained. Unset: 0.02 where valid or test tasks have cold ids, else 0."""
+    generator: dict[str, Any] = field(default_factory=dict)
+    """Features whose unknown ids get a vector made of other columns (Meta-Embedding), such as {item_id: [genre]}; it
+    learns from the ids that id_dropout masks."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "embedding.")
+        share = self.id_dropout
+        require(share is None or 0 <= share < 1, "embedding.id_dropout", share, "must be in [0, 1); 0 is off")
+        _check_generator(self.generator)
+        off = bool(self.generator) and share == 0
+        require(not off, "embedding.id_dropout", share, "embedding.generator learns from masked ids; leave one out")
         require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
         require(self.weight_decay >= 0, "embedding.weight_decay", self.weight_decay, "must not be negative")
         require(self.init_std >= 0, "embedding.init_std", self.init_std, "must not be negative")
+
+
+def _check_generator(generator: Any) -> None:
+    """Raise ValueError unless it maps names to lists of names, none of which is empty."""
+    rule = "must map features to lists of columns, such as {item_id: [genre, price]}"
+    require(isinstance(generator, dict), "embedding.generator", generator, rule)
+    for name, of in generator.items():
+        listed = isinstance(of, list) and of and all(isinstance(column, str) for column in of)
+        require(bool(listed), f"embedding.generator.{name}", of, "must be a list of columns, such as [genre, price]")
 
 
 @dataclass(frozen=True, kw_only=True)

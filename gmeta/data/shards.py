@@ -198,6 +198,7 @@ class PackSplit:
     def __init__(self, name: str, shards: Sequence[Shard], schema: PackSchema) -> None:
         self.name = name
         self._shards = list(shards)
+        self._schema = schema
         self._one_valued = one_valued(schema)
         self._many_valued = many_valued(schema)
         self._task_bounds = np.cumsum([0, *(shard.num_tasks for shard in shards)])
@@ -258,6 +259,16 @@ class PackSplit:
             return self._column(f"{name}.values")
         column = self._one_valued.index(name)
         return _joined([shard.read("ids")[:, column] for shard in self._shards])
+
+    def num_values(self, name: str) -> int:
+        """Return how many ids a feature has in all; of a many-valued one it reads a number of each file, unverified."""
+        if name in self._many_valued:
+            return sum(int(shard.arrays[f"{name}.offsets"][-1]) for shard in self._shards)
+        return self.num_rows
+
+    def first_shard(self) -> PackSplit:
+        """Return the tasks of the first shard as a split of their own: a sample, where tasks lie in random order."""
+        return PackSplit(self.name, self._shards[:1], self._schema)
 
     def verify(self) -> None:
         """Verify every shard's checksum. Raises ValueError with the name of a damaged one."""

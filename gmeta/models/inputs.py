@@ -60,6 +60,15 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     return InputSpec(dict.fromkeys(chosen, embedding_dim), names, base_rate(schema), item)
 
 
+def usual_features(schema: PackSchema) -> list[str]:
+    """Return the features that a model reads where none are named: all but the task's own key.
+
+    New tasks are what a model adapts to, and their keys are unknown to it. The key is read where nothing else is there.
+    """
+    names = [feature.name for feature in schema.features]
+    return [name for name in names if name != schema.task] or names
+
+
 def base_rate(schema: PackSchema) -> float:
     """Return the logit that predicts the mean training label: the mean itself, or the log-odds of 0/1 labels."""
     mean = schema.label_mean

@@ -205,6 +205,6 @@ def features_of(model: nn.Module, inputs: InputSpec) -> tuple[str, ...]:
         if name not in inputs.features:
             raise ValueError(
                 f"{type(model).__name__}.features names {name!r}, which is not among the model's inputs: "
-                f"{nearest(str(name), inputs.features)}"
+                f"{nearest(str(name), inputs.features)} (the task's own key is one only if model.features names it)"
             )
     return tuple(names)

@@ -67,7 +67,7 @@ class Taste(nn.Module):
             if name not in inputs.features:
                 raise ValueError(
                     f"model.args.task_features names {name!r}, which is not a feature of the model: "
-                    f"{nearest(name, inputs.features)}"
+                    f"{nearest(name, inputs.features)} (the task's own key is one only if model.features names it)"
                 )
         self.features = tuple(inputs.features)
         num_numeric, embedding_dim, base_rate = inputs.num_numeric, inputs.embedding_dim, inputs.base_rate

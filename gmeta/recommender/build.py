@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
+from gmeta.models.generator import add_generators
 from gmeta.models.inputs import InputSpec, input_spec
 from gmeta.models.registry import (
     ModelFactory,
@@ -82,7 +83,7 @@ def build_system(
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
     learner = new_learner(config, schema, mesh, factory=factory)
-    dtype = _dtype(config)
+    dtype, generated = _dtype(config), tuple(config.embedding.generator)
     tables = ShardedTables(
         table_specs(schema, learner.features),
         mesh=mesh,
@@ -98,7 +99,8 @@ def build_system(
         mesh=mesh,
         dtype=dtype,
         autocast=config.precision == "bf16",
-        num_numeric=inputs_of(config.model, schema).num_numeric,
+        num_numeric=inputs_of(config.model, schema).num_numeric + len(generated),
+        generated=generated,
     )
 
 
@@ -114,15 +116,28 @@ def new_learner(
     dtype = _dtype(config)
     if mesh.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
-    inputs = inputs_of(config.model, schema)
-    model = make_model(config.model, schema, seed=config.seed, factory=factory).to(mesh.device, dtype)
-    fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
+    inputs, generated = inputs_of(config.model, schema), tuple(config.embedding.generator)
+    model = make_model(config.model, schema, seed=config.seed, factory=factory)
     features = {name: inputs.features[name] for name in features_of(model, inputs)}
-    return build_learner(model, config, config.meta, features, inputs.num_numeric).to(mesh.device, dtype)
+    if generated:
+        _require_one_valued(generated, schema)
+        add_generators(model, replace(inputs, features=features), config.embedding.generator, seed=config.seed)
+    num_numeric = inputs.num_numeric + len(generated)
+    model = model.to(mesh.device, dtype)
+    fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
+    return build_learner(model, config, config.meta, features, num_numeric).to(mesh.device, dtype)
 
 
 def _dtype(config: TrainConfig) -> torch.dtype:
     return torch.float64 if config.precision == "float64" else torch.float32
+
+
+def _require_one_valued(generated: Iterable[str], schema: PackSchema) -> None:
+    for feature in schema.features:
+        if feature.name in generated and feature.kind != "categorical":
+            raise ValueError(
+                f"embedding.generator names {feature.name!r}, which has many values a row: name a feature of one value"
+            )
 
 
 def table_specs(schema: PackSchema, features: Mapping[str, int]) -> list[TableSpec]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, to_device
 from gmeta.core.modules import persistent_buffers
+from gmeta.data.schema import OOV
 from gmeta.embedding.exchange import Exchange, RoutedRequest
 from gmeta.embedding.lookup import RowRequest
 from gmeta.embedding.table import ShardedTables
@@ -52,7 +53,8 @@ class System:
     mesh: Mesh
     dtype: torch.dtype
     autocast: bool
-    num_numeric: int  # numeric columns that the model reads: the first ones, all or none
+    num_numeric: int  # numeric columns that the model reads: the first ones, all or none, and those of `generated`
+    generated: tuple[str, ...] = ()  # features with a vector for unknown ids; each adds a column that says where
 
     def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> PreparedBatch:
         """Do everything that can be done before the step, for this learner or another on the same tables.
@@ -75,9 +77,11 @@ class System:
 
     def examples(self, side: Examples) -> Examples:
         """Return examples with the numeric columns that the model reads."""
-        if side.dense.shape[-1] == self.num_numeric:
-            return side
-        return replace(side, dense=side.dense[..., : self.num_numeric])
+        dense = side.dense[..., : self.num_numeric - len(self.generated)]
+        if self.generated:
+            unknown = torch.stack([(side.ids[name] == OOV) & side.mask for name in self.generated], -1)
+            dense = torch.cat([dense, unknown.to(dense.dtype)], -1)
+        return replace(side, dense=dense)
 
     def _micro_batches(self, batch: TaskBatch, request: RowRequest, learner: MetaLearner) -> tuple[MicroBatch, ...]:
         device, work = self.mesh.device, _work(batch)

@@ -40,6 +40,7 @@ FIXED_ON_RESUME = (
     "seed",
     "precision",
     "embedding.optimizer",
+    "embedding.generator.",
     "loader.tasks_per_batch",
     "loader.window_batches",
     "loader.resample",
@@ -98,6 +99,16 @@ def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
     saved = on_rank_0(lambda: _prepare(config, run_dir), mesh)
     step = int(broadcast_from_rank_0(saved if saved is not None else -1, mesh))
     return None if step < 0 else checkpoint.step_dir(run_dir / "checkpoints", step)
+
+
+def recorded_settings(config: TrainConfig) -> dict[str, Any] | None:
+    """Return the settings, as they were saved, of the run that `config` goes on with; None where it begins one."""
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    saved = checkpoint.steps_saved(checkpoints)
+    if not saved or not (config.resume or config.elastic.enabled):
+        return None
+    settings: dict[str, Any] = checkpoint.read_state(checkpoint.step_dir(checkpoints, saved[-1]))["config"]
+    return settings
 
 
 def _prepare(config: TrainConfig, run_dir: Path) -> int | None:
@@ -166,6 +177,8 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     saved, _ = upgrade(state["config"], saved=True)
     before, wanted = _leaves(defaults) | _leaves(saved), _leaves(asdict(now))
+    for settings in (before, wanted):  # a run that lists no feature reads all of its pack
+        settings["model.features"] = settings["model.features"] or [f["name"] for f in state["schema"]["features"]]
     for key in dict.fromkeys([*wanted, *before]):
         fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
         if fixed and before.get(key) != wanted.get(key):

@@ -13,8 +13,10 @@ from rich.console import Console
 from torch import nn
 
 from gmeta.config.train import TrainConfig
+from gmeta.core.batch import TaskBatch
+from gmeta.data.id_dropout import build_id_dropout
 from gmeta.data.loader import MAX_CELLS, TaskLoader
-from gmeta.data.pack import open_pack
+from gmeta.data.pack import TaskPack, open_pack
 from gmeta.embedding.exchange import RowExchange
 from gmeta.models.registry import ModelFactory
 from gmeta.optim.dense import OuterReduce
@@ -52,6 +54,18 @@ def bytes_of_rows(loader: TaskLoader[PreparedBatch], system: System, wire: torch
     return values * wire.itemsize / max(1, batches)
 
 
+def _preparing(config: TrainConfig, pack: TaskPack, system: System) -> Callable[[TaskBatch], PreparedBatch]:
+    """Return what the loader's thread does with a batch: mask ids, where the run does, and prepare it."""
+    share = config.embedding.id_dropout or 0.0  # unset only where no run directory was opened
+    masks = build_id_dropout(pack, share, features=system.learner.features, seed=config.seed)
+    for name in system.generated:
+        if masks is not None and name not in masks.tables:
+            raise ValueError(
+                f"embedding.generator names {name!r}, which is hashed and has no unknown ids: leave it out"
+            )
+    return system.prepare if masks is None else lambda batch: system.prepare(masks(batch))
+
+
 def build_run(
     config: TrainConfig,
     mesh: Mesh,
@@ -75,7 +89,7 @@ def build_run(
         "max_support_rows": config.loader.max_support_rows,
         "episode_rows": config.loader.episode_rows,
         "max_cells": MAX_CELLS,
-        "transform": system.prepare,
+        "transform": _preparing(config, pack, system),
     }
     loader: TaskLoader[PreparedBatch] = TaskLoader(pack.split("train"), **{**arguments, **parts.loader_arguments})
     total = config.schedule.epochs * loader.batches_per_epoch

@@ -7,15 +7,21 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 from gmeta.config.train import TrainConfig
+from gmeta.data.id_dropout import DEFAULT_SHARE, default_share
 from gmeta.data.loader import long_task_warning
+from gmeta.data.pack import open_pack
+from gmeta.models.inputs import usual_features
 from gmeta.models.registry import ModelFactory, is_foreign
+from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_STOPPED
-from gmeta.parallel.mesh import close_mesh, open_mesh
-from gmeta.runs.directory import prepare_run_dir, read_schema, run_lock
+from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
+from gmeta.recommender.build import inputs_of
+from gmeta.runs.directory import prepare_run_dir, read_schema, recorded_settings, run_lock
 from gmeta.training.build import Parts, build_run
 from gmeta.training.factors import start_from_factors
 from gmeta.training.membership import join
@@ -31,6 +37,7 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
         stack.callback(close_mesh, mesh)
         stack.enter_context(run_lock(Path(config.run_dir), mesh))
+        config = _settled(config, mesh)
         resume_from = prepare_run_dir(config, mesh)
         run = build_run(config, mesh, stop, factory=factory, parts=parts)
         _, run.data_schema = read_schema(Path(config.run_dir))
@@ -54,6 +61,31 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         yield run
 
 
+def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
+    """Return the config with the features that the model reads and the share of ids that is masked; collective.
+
+    A run that goes on keeps its own: one of a release before read all features, and masked nothing.
+    """
+    recorded = on_rank_0(lambda: recorded_settings(config), mesh)
+    schema = open_pack(config.pack).schema
+    if not config.model.features:
+        read_all = recorded is not None and not recorded.get("model", {}).get("features")
+        if not broadcast_from_rank_0(float(read_all), mesh):
+            config = replace(config, model=replace(config.model, features=usual_features(schema)))
+    if config.embedding.id_dropout is None:
+
+        def share() -> float:
+            if recorded is not None:
+                return float(recorded.get("embedding", {}).get("id_dropout") or 0.0)
+            if config.embedding.generator:
+                return DEFAULT_SHARE
+            return default_share(open_pack(config.pack), inputs_of(config.model, schema).features)
+
+        found = broadcast_from_rank_0(on_rank_0(share, mesh) or 0.0, mesh)
+        config = replace(config, embedding=replace(config.embedding, id_dropout=found))
+    return config
+
+
 def _banner(run: Run) -> str:
     """Return what a user wants to know before the first step."""
     split, state = run.pack.split("train"), run.state
@@ -65,6 +97,11 @@ def _banner(run: Run) -> str:
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
     ]
+    key = run.pack.schema.task
+    if key in (f.name for f in run.pack.schema.features) and key not in state.system.learner.features:
+        lines.append(f"the model does not read {key!r}, the task's own key: name it in model.features if it should")
+    if run.config.embedding.id_dropout:
+        lines.append(f"embedding.id_dropout {run.config.embedding.id_dropout:g}: so many ids are masked, for cold ids")
     for name in ("train", "valid") if state.mesh.is_main else ():
         settings = run.config.loader
         warning = name in run.pack.splits and long_task_warning(

@@ -9,7 +9,7 @@ from torch import Tensor
 from gmeta.config.train import ModelConfig
 from gmeta.data.schema import Feature, NumericColumn, PackSchema
 from gmeta.models.dlrm import DLRM
-from gmeta.models.inputs import InputSpec
+from gmeta.models.inputs import InputSpec, usual_features
 from gmeta.recommender.build import make_model
 
 FEATURES = tuple(Feature(name=n, kind="categorical", num_ids=9, table=n) for n in ("user_id", "item_id", "genre"))
@@ -50,6 +50,11 @@ def test_declared_layers_exist(name: str) -> None:
     for layer in (model.head, *model.decision_layers):
         assert list(model.get_submodule(layer).parameters()) or layer == "norms"
     assert model.get_submodule(model.head).out_features == 1
+
+
+def test_the_key_of_the_task_is_usual_only_where_nothing_else_is_there() -> None:
+    assert usual_features(schema()) == ["item_id", "genre"]
+    assert usual_features(schema(features=FEATURES[:1])) == ["user_id"]
 
 
 @pytest.mark.parametrize("name", ["melu", "dlrm"])
