@@ -5,6 +5,7 @@ import importlib.util
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,18 +62,40 @@ def test_rank_correlation():
 
 def test_records_hold_what_is_promised():
     """With times that are exactly the planner's, every ratio is 1 and the order is the planner's."""
-    found = {("alone", 4): 1.0, ("fsdp2", 4): 9.0}
-    found |= {(name, 4): cluster_run.planned(LINKS, name, 4, found).step_s for name in STRATEGIES}
+    found = {("alone", 4): measured(1.0), ("fsdp2", 4): measured(9.0, 50)}
+    for rank, name in enumerate(STRATEGIES):
+        found[name, 4] = measured(cluster_run.planned(LINKS, name, 4, found).step_s, 60 - rank)
     records = cluster_run.train_records("here", LINKS, found)
     values = {(r.case, r.variant, r.metric): r.value for r in records}
     for name in STRATEGIES:
         assert values["here, acc4", name, "achieved_over_predicted"] == pytest.approx(1)
-        assert values["here, acc4", name, "speedup_over_fsdp2"] == pytest.approx(9 / found[name, 4])
+        assert values["here, acc4", name, "speedup_over_fsdp2"] == pytest.approx(9 / found[name, 4].seconds)
+        assert values["here, acc4", name, "peak_bytes"] == found[name, 4].peak_bytes
     assert values["here, acc4", "planner", "spearman"] == pytest.approx(1)
     assert cluster_run.planned(LINKS, "ddp", 4, found) is None
     table = cluster_run.train_table("here", LINKS, found)
     assert "here, 4 micro-batches" in table
     assert table.count("1.00") >= len(STRATEGIES)
+
+
+def measured(seconds: float, peak_bytes: int = 0) -> Any:
+    return cluster_run.Measured(seconds, peak_bytes, peak_bytes // 2)
+
+
+def test_peers_meet_what_holds_no_more_than_they() -> None:
+    found = {("NNN", 4): measured(1.0, 40), ("IIG", 4): measured(2.0, 30), ("GGG", 4): measured(4.0, 12)}
+    found |= {("fsdp2", 4): measured(8.0, 11), ("hsdp", 4): measured(3.0, 30), ("ddp", 4): measured(1.5, 50)}
+    (table,) = cluster_run.equal_memory_tables("here", found)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[4:]]
+    assert [row[:2] for row in rows] == [["fsdp2", "GGG (none holds so little)"], ["hsdp", "IIG"], ["ddp", "NNN"]]
+    assert [row[-1] for row in rows] == ["2.00", "1.50", "1.50"]
+
+
+def test_what_is_hidden_is_told_of_the_shorter_one() -> None:
+    found = {("alone", 4): measured(1.0), ("GGG", 4): measured(4.0), ("NNN", 4): measured(1.5)}
+    bare = {("GGG", 4): measured(4.0), ("NNN", 4): measured(0.5)}
+    assert cluster_run.hidden_share("GGG", found, bare) == 1.0
+    assert cluster_run.hidden_share("NNN", found, bare) == 0.0
 
 
 def test_flat_rings_have_nothing_to_gain_from_a_shared_card():
