@@ -32,6 +32,8 @@ from gmeta.evaluation.metrics import HIGHER_IS_BETTER, Bootstrap, Rows
 
 UNITS = {"mae": "label", "logloss": "nat"}
 RESAMPLES = 1000
+ROUNDED = ("-after", "-finetuned", "factor-analysis", "+task-bias")
+"""Ends of the names of variants that are measured in whole stars too, which a mean absolute error favours."""
 EARLY = ("--schedule.patience", "4")  # plain training ends when the valid metric no longer improves
 
 
@@ -52,7 +54,11 @@ CASES = (
         name="ml-1m-melu/user_item_cold",
         folder="ml-1m-subset",
         prepare="ml-1m-melu-prepare.yaml",
-        models={"taste": "ml-1m-melu.yaml", "melu": "ml-1m-melu-own-features.yaml"},
+        models={
+            "neural_linear": "ml-1m-melu-neural-linear.yaml",
+            "taste": "ml-1m-melu.yaml",
+            "melu": "ml-1m-melu-own-features.yaml",
+        },
         plain={"plain": EARLY, "plain-huber": ("--loss", "huber", *EARLY)},
         metrics=("mae",),
     ),
@@ -60,7 +66,7 @@ CASES = (
         name="ml-100k/user_cold",
         folder="ml-100k",
         prepare="ml-100k-prepare.yaml",
-        models={"taste": "ml-100k.yaml"},
+        models={"neural_linear": "ml-100k-neural-linear.yaml", "taste": "ml-100k.yaml"},
         plain={"plain": EARLY},
         metrics=("auc", "gauc", "logloss"),
     ),
@@ -101,6 +107,9 @@ def run_seed(case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outco
             named = {f"{model}-{name}": key for key, name in names.items()} | {name: name for name in BASELINES}
             scores |= {name: np.array(found[key]) for name, key in named.items()}
             ranking |= {name: np.array(found.get(f"{key}.ranking", found[key])) for name, key in named.items()}
+    if "mae" in case.metrics:
+        scores |= {f"{name}-rounded": np.rint(scores[name]) for name in scores if name.endswith(ROUNDED)}
+        ranking |= {name: scores[name] for name in scores if name not in ranking}
     tasks = pq.read_table(pack / "tasks.parquet").to_pydict()
     key = dict(zip(tasks["task_id"], tasks["key"], strict=True))
     user = np.array([str(key[task]) for task in found["task_id"]])
@@ -158,7 +167,8 @@ def measure(case: Case, outcomes: Sequence[Outcome]) -> tuple[list[Record], list
             records.append(Record(case.name, variant, f"{metric}_std", spread, unit))
         for model in case.models:
             after = f"{model}-after"
-            others = [v for v in variants if v in BASELINES or (v.startswith(f"{model}-") and v != after)]
+            plain = {v: v.removesuffix("-rounded") for v in variants}
+            others = [v for v in variants if plain[v] in BASELINES or (v.startswith(f"{model}-") and plain[v] != after)]
             for other in others:
                 resampled = (drawn[after] - drawn[other]).mean(0)
                 low, high = np.quantile(resampled[1:], [0.025, 0.975])
@@ -172,7 +182,7 @@ def render(case: Case, records: Sequence[Record], differences: Sequence[Differen
     variants = list(dict.fromkeys(r.variant for r in records))
     rows = [
         [v, *(f"{values[v, m]:.4f} ± {values[v, m + '_std']:.4f}" for m in case.metrics)]
-        for v in sorted(variants, key=lambda v: (v in BASELINES, v))
+        for v in sorted(variants, key=lambda v: (v.removesuffix("-rounded") in BASELINES, v))
     ]
     compared = [
         [d.metric, f"{d.variant} − {d.against}", f"{d.value:+.4f}", f"{d.low:+.4f} … {d.high:+.4f}", d.verdict]
