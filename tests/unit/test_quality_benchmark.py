@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import quality
 
 def test_auc_is_that_of_the_logits_over_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "RESAMPLES", 5)
-    case = next(case for case in quality.CASES if "auc" in case.metrics)
+    case = next(replace(case, models={"taste": ""}) for case in quality.CASES if "auc" in case.metrics)
     rng = np.random.default_rng(0)
     task = np.repeat(np.arange(12), 6)
     user = np.array([f"u{i}" for i in task])
