@@ -1,6 +1,9 @@
 """What adaptation buys on real ratings and clicks of cold users, over seeds, beside plain training and means.
 
-    python benchmarks/quality.py [--quick] [--json FILE] [--seeds N] [--jobs N] [--case NAME]
+    python benchmarks/quality.py [--quick] [--json FILE] [--seeds N] [--jobs N] [--case NAME] [--folder DIR]
+
+With `--folder` every seed's predictions are kept there when they are made, and not made again: an end in between
+costs the seeds that were running.
 
 Everything runs through the commands and the files in examples/ that users run: prepare, train, train again with
 `meta.adapt: []` (plain), evaluate. A seed sets the random query rows, where they are random, the split of users, where
@@ -13,6 +16,7 @@ Data is read from GMETA_DATA (default ../shared/data); a case without its data i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
 import tempfile
@@ -27,6 +31,7 @@ import pyarrow.parquet as pq
 from common import DATA, ROOT, Record, add_json, gmeta, parse, publish, table
 from numpy.typing import NDArray
 
+from gmeta.core.files import replacing
 from gmeta.evaluation.baselines import BASELINES
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER, Bootstrap, Rows
 
@@ -84,6 +89,26 @@ class Outcome:
     label: NDArray[np.float64]
     scores: dict[str, NDArray[np.float64]]
     ranking: dict[str, NDArray[np.float64]]
+
+
+def kept_seed(kept: Path, case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outcome:
+    """Run a seed, or read what was kept of it. The file names the configs, of which each must be as it was."""
+    configs = "".join((ROOT / "examples" / name).read_text() for name in (case.prepare, *case.models.values()))
+    name = f"{case.name} {case.models} {case.plain} {configs}"
+    file = kept / f"{case.folder}-{seed}-{hashlib.sha256(name.encode()).hexdigest()[:12]}.npz"
+    if not file.exists():
+        outcome = run_seed(case, seed, folder, extra)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        columns = {f"scores/{name}": values for name, values in outcome.scores.items()}
+        columns |= {f"ranking/{name}": values for name, values in outcome.ranking.items()}
+        with replacing(file) as partial, partial.open("wb") as out:
+            np.savez_compressed(out, user=outcome.user, label=outcome.label, **columns)
+    with np.load(file) as found:
+        scores, ranking = (
+            {key.partition("/")[2]: found[key] for key in found.files if key.startswith(kind)}
+            for kind in ("scores/", "ranking/")
+        )
+        return Outcome(found["user"], found["label"], scores, ranking)
 
 
 def run_seed(case: Case, seed: int, folder: Path, extra: Sequence[str]) -> Outcome:
@@ -219,6 +244,7 @@ def options() -> argparse.Namespace:
     add_json(parser)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N - 1")
     parser.add_argument("--jobs", type=int, default=2, help="seeds run at a time, one thread each")
+    parser.add_argument("--folder", type=Path, help="keep what is done here, and go on from it")
     parser.add_argument("--case", choices=[case.name for case in CASES], help="only this one")
     return parse(parser)
 
@@ -238,8 +264,9 @@ def main() -> None:
     extra = ("--schedule.max_steps", "20", "--dense.warmup_steps", "5") if args.quick else ()
     bodies, records = [], []
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
+        kept = Path(scratch) if args.folder is None or args.quick else args.folder
         started = {
-            (case.name, seed): pool.submit(run_seed, case, seed, Path(scratch) / case.folder / str(seed), extra)
+            (case.name, seed): pool.submit(kept_seed, kept, case, seed, Path(scratch) / case.folder / str(seed), extra)
             for seed in range(seeds)
             for case in present
         }
