@@ -14,13 +14,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
-from gmeta.config.parse import modern_words, name_bare_words, parse_words, parser_of, require_named_code
+from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
@@ -239,6 +240,18 @@ def _warn(prog: str, sentence: str) -> None:
         print(f"{prog}: warning: {sentence}", file=sys.stderr, flush=True)
 
 
+def _with_defaults(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """Return the words of a training with what they leave out, where they name no model."""
+    given = given_values(parser, words)
+    if not given.get("pack"):
+        return words
+    from gmeta.training.defaults import with_defaults
+
+    filled = with_defaults(given)
+    # As the last file, because an earlier one would lose model.args to the user's own.
+    return words if filled == given else [*words, f"--config={yaml.safe_dump(filled)}"]
+
+
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     if argv == ["--version"]:
@@ -268,6 +281,9 @@ def run(argv: list[str]) -> int:
                 _warn(parser.prog, sentence)
         config: Any
         config, others = parse_words(parser, COMMANDS[name].config, words)
+        if name in ("train", "tune"):
+            words = _with_defaults(parser, words)
+            config, others = parse_words(parser, COMMANDS[name].config, words)
     except ValueError as error:
         return _fail(parser.prog, error)
     except RecursionError:

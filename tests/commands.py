@@ -31,7 +31,7 @@ def fails(words: list[object] | list[str], capsys: pytest.CaptureFixture[str], *
 
 def train_words(pack: Path, run_dir: Path, *more: object, epochs: int = 2) -> list[str]:
     """A `gmeta train` that takes a second or two; what `more` says comes last and counts."""
-    words = ["train", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20]
+    words = ["train", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20, "--model.name", "melu"]
     words += ["--model.args.hidden", "[8]", "--schedule.epochs", epochs, *more]
     return [str(word) for word in words]
 

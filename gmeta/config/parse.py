@@ -20,6 +20,7 @@ from gmeta.config.deprecated import model_of, upgrade, upgrade_words
 from gmeta.config.train import TrainConfig
 from gmeta.core.errors import closest
 from gmeta.core.files import read_mapping
+from gmeta.core.nested import flat, nested
 
 _T = TypeVar("_T")
 _SETTINGS = "settings"
@@ -79,6 +80,17 @@ def parse_words(parser: ArgumentParser, config: type[_T], words: Sequence[str]) 
         raise ValueError(str(error)) from None
 
 
+def given_values(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """Return what command-line words and their config files say, without any default; nothing where they are wrong."""
+    try:
+        values = parser.parse_args([word for word in words if word != "--print_config"], defaults=False)
+    except (ArgumentError, TypeError):
+        return {}  # `parse_words` tells
+    values.pop("config", None)
+    found: dict[str, Any] = values.as_dict()
+    return found
+
+
 def name_bare_words(words: Sequence[str], key: str) -> list[str]:
     """Return the words with those that belong to no flag gathered as the list `--key`; a flag takes one value."""
     bare: list[str] = []
@@ -115,13 +127,21 @@ def parse_mapping(config: type[_T], values: Mapping[str, Any], source: str) -> _
         raise ValueError(f"{source}: {error}") from None
 
 
-def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainConfig:
+def train_config(
+    source: TrainConfig | Mapping[str, Any] | str | Path,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: values,
+) -> TrainConfig:
     """Return the training config that a YAML file, a mapping or a dataclass holds.
 
-    Old keys are renamed with a FutureWarning. Raises ValueError for what is unknown or out of range.
+    `complete` adds what is left out; of a dataclass without a model, fields that
+    have their defaults count as left out. Old keys are
+    renamed with a FutureWarning. Raises ValueError for what is unknown or out of range.
     """
-    if isinstance(source, TrainConfig):
+    if isinstance(source, TrainConfig) and source.model.name:
         source = asdict(source)
+    elif isinstance(source, TrainConfig):
+        usual = flat(asdict(TrainConfig(pack="", run_dir="")))
+        source = nested({key: value for key, value in flat(asdict(source)).items() if usual.get(key, ...) != value})
     if isinstance(source, Mapping):
         values, name = _without_paths(source), "config"
     elif not isinstance(source, str | Path):
@@ -131,7 +151,8 @@ def train_config(source: TrainConfig | Mapping[str, Any] | str | Path) -> TrainC
     upgraded, told = upgrade(values)
     for sentence in told:
         warnings.warn(f"{name}: {sentence}", FutureWarning, stacklevel=3)
-    return parse_mapping(TrainConfig, upgraded, name)
+    parse_mapping(TrainConfig, upgraded, name)  # mistakes come before what is left out
+    return parse_mapping(TrainConfig, complete(upgraded), name)
 
 
 def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,9 @@ CLICK_METRICS = ("auc", "gauc", "logloss")
 class ModelConfig:
     """The model and what it reads."""
 
-    name: str = "melu"
-    """Model to train: melu, dlrm, taste, neural_linear, or your own as package.module:Class."""
+    name: str = ""
+    """Model to train: neural_linear, taste, melu, dlrm, or your own as package.module:Class. Left out: a recipe chooses
+    it, and all else that you leave out, by what is in the pack."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
     dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std and noise. Your own class
@@ -298,6 +299,9 @@ class TrainConfig:
     """Task pack directory, made by `gmeta prepare`."""
     run_dir: str
     """Run directory to create (or to resume)."""
+    recipe: Literal["", "auto", "cold_users", "cold_items", "scenarios"] = ""
+    """Settings for what you leave out, by what is in the pack, printed with the reasons: cold_users, cold_items,
+    scenarios, or auto, which is usual where no model is named."""
     loss: LossName = "bce"
     """Outer loss, on the query."""
     model: ModelConfig = field(default_factory=ModelConfig)

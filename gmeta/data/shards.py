@@ -260,6 +260,12 @@ class PackSplit:
         column = self._one_valued.index(name)
         return _joined([shard.read("ids")[:, column] for shard in self._shards])
 
+    def lengths(self, name: str) -> Array | None:
+        """Return how many ids each row has of a many-valued feature, int64 [rows]; None of a one-valued one."""
+        if name not in self._many_valued:
+            return None
+        return np.concatenate([np.diff(shard.read(f"{name}.offsets")) for shard in self._shards])
+
     def num_values(self, name: str) -> int:
         """Return how many ids a feature has in all; of a many-valued one it reads a number of each file, unverified."""
         if name in self._many_valued:

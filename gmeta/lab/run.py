@@ -96,7 +96,7 @@ def _train_config(folder: LabFolder, scenario: Scenario, epochs: int, url: str, 
     return TrainConfig(
         pack=str(folder.pack),
         run_dir=str(folder.run_dir),
-        model=ModelConfig(embedding_dim=4, args={"hidden": [8]}),
+        model=ModelConfig(name="melu", embedding_dim=4, args={"hidden": [8]}),
         meta=MetaConfig(order="first"),  # half the CPU of second order: what two cores have left for four workers
         loader=LoaderConfig(
             tasks_per_batch=scenario.tasks_per_batch, window_batches=16, prefetch=max(1, scenario.ahead - 1)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from gmeta.config.deprecated import upgrade
 from gmeta.config.parse import parse_mapping
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import read_mapping, replacing, write_text
+from gmeta.core.nested import flat
 from gmeta.data.identity import identity_difference, identity_of
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json, schema_difference
@@ -89,29 +90,31 @@ def _lock(file: TextIO, run_dir: Path) -> None:
     file.flush()
 
 
-def prepare_run_dir(config: TrainConfig, mesh: Mesh) -> Path | None:
+def prepare_run_dir(config: TrainConfig, mesh: Mesh, notes: Sequence[str] = ()) -> Path | None:
     """Create the run directory, or find the checkpoint to resume from (None: start at step 0). Collective.
+
+    `notes` are lines for people at the top of config.yaml.
 
     Rank 0 decides for all: its launcher may have started it more often, or later, than those of the others. An elastic
     run always goes on from what its directory holds, because whoever schedules its job again knows nothing of it.
     """
     run_dir = Path(config.run_dir)
-    saved = on_rank_0(lambda: _prepare(config, run_dir), mesh)
+    saved = on_rank_0(lambda: _prepare(config, run_dir, notes), mesh)
     step = int(broadcast_from_rank_0(saved if saved is not None else -1, mesh))
     return None if step < 0 else checkpoint.step_dir(run_dir / "checkpoints", step)
 
 
-def recorded_settings(config: TrainConfig) -> dict[str, Any] | None:
-    """Return the settings, as they were saved, of the run that `config` goes on with; None where it begins one."""
-    checkpoints = Path(config.run_dir) / "checkpoints"
-    saved = checkpoint.steps_saved(checkpoints)
-    if not saved or not (config.resume or config.elastic.enabled):
+def recorded_settings(run_dir: Path, *, goes_on: bool) -> dict[str, Any] | None:
+    """Return the settings, as they were saved, of the run that is gone on with; None where one begins."""
+    checkpoints = run_dir / "checkpoints"
+    saved = checkpoint.steps_saved(checkpoints) if goes_on else []
+    if not saved:
         return None
     settings: dict[str, Any] = checkpoint.read_state(checkpoint.step_dir(checkpoints, saved[-1]))["config"]
     return settings
 
 
-def _prepare(config: TrainConfig, run_dir: Path) -> int | None:
+def _prepare(config: TrainConfig, run_dir: Path, notes: Sequence[str]) -> int | None:
     """Check what is there, then write what a run directory holds from its start. Return the last step that was
     saved.
     """
@@ -133,7 +136,8 @@ def _prepare(config: TrainConfig, run_dir: Path) -> int | None:
         shutil.rmtree(leftover)
     # The path is absolute, so that the run can be evaluated from anywhere.
     resolved = replace(config, pack=str(pack.path.resolve()))
-    write_text(run_dir / "config.yaml", yaml.safe_dump(asdict(resolved), sort_keys=False))
+    head = "".join(f"# {line}\n" for line in notes)
+    write_text(run_dir / "config.yaml", head + yaml.safe_dump(asdict(resolved), sort_keys=False))
     _write_data(run_dir, pack, keep=bool(saved))
     write_environment(run_dir / "environment.json")
     if not (run_dir / _RUN_ID).exists():
@@ -176,7 +180,7 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
     # A setting younger than the checkpoint did then what its default does now.
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     saved, _ = upgrade(state["config"], saved=True)
-    before, wanted = _leaves(defaults) | _leaves(saved), _leaves(asdict(now))
+    before, wanted = flat(defaults) | flat(saved), flat(asdict(now))
     for settings in (before, wanted):  # a run that lists no feature reads all of its pack
         settings["model.features"] = settings["model.features"] or [f["name"] for f in state["schema"]["features"]]
     for key in dict.fromkeys([*wanted, *before]):
@@ -242,13 +246,6 @@ def _require_same_data(state: dict[str, Any], run_dir: Path, pack: TaskPack) -> 
             f"{pack.path} is not the data that run {run_dir} was trained on: {'; '.join(lines)}. "
             "Resume with the run's own pack, or a copy of it; to train on other data, name a new run_dir"
         )
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
 
 
 def read_run_id(run_dir: Path) -> str:

@@ -23,6 +23,7 @@ from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import inputs_of
 from gmeta.runs.directory import prepare_run_dir, read_schema, recorded_settings, run_lock
 from gmeta.training.build import Parts, build_run
+from gmeta.training.defaults import chosen_for
 from gmeta.training.factors import start_from_factors
 from gmeta.training.membership import join
 from gmeta.training.run import Run
@@ -38,11 +39,14 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         stack.callback(close_mesh, mesh)
         stack.enter_context(run_lock(Path(config.run_dir), mesh))
         config = _settled(config, mesh)
-        resume_from = prepare_run_dir(config, mesh)
+        chosen = chosen_for(config)
+        resume_from = prepare_run_dir(config, mesh, chosen)
         run = build_run(config, mesh, stop, factory=factory, parts=parts)
         _, run.data_schema = read_schema(Path(config.run_dir))
         stack.callback(run.log.close)
         stack.callback(run.loader.close)
+        if chosen:
+            run.log.say("\n".join(chosen))
         run.log.say(_banner(run))  # before the tables are allocated
         ledger = None
         if resume_from is not None:
@@ -66,7 +70,9 @@ def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
 
     A run that goes on keeps its own: one of a release before read all features, and masked nothing.
     """
-    recorded = on_rank_0(lambda: recorded_settings(config), mesh)
+    recorded = on_rank_0(
+        lambda: recorded_settings(Path(config.run_dir), goes_on=config.resume or config.elastic.enabled), mesh
+    )
     schema = open_pack(config.pack).schema
     if not config.model.features:
         read_all = recorded is not None and not recorded.get("model", {}).get("features")

@@ -32,6 +32,7 @@ from gmeta.parallel.launch import EXIT_RESTART
 from gmeta.recommender.build import resolve_model
 from gmeta.recommender.system import MicroBatch, PreparedBatch
 from gmeta.training.build import Parts
+from gmeta.training.defaults import with_defaults
 from gmeta.training.loop import batches, between_steps, finish_steps, training_loop
 from gmeta.training.run import Run
 from gmeta.training.saving import save_checkpoint
@@ -78,7 +79,7 @@ class Trainer:
         model: ModelFactory | None = None,
         parts: Parts | None = None,
     ) -> None:
-        config = train_config(config)
+        config = train_config(config, with_defaults if model is None else dict)
         _require_used(config.elastic)
         if model is not None:
             config = replace(config, model=replace(config.model, name=name_of(model)))

@@ -21,6 +21,7 @@ from gmeta.config.parse import known_keys, parse_mapping
 from gmeta.config.train import TrainConfig
 from gmeta.core.errors import closest, require
 from gmeta.core.files import read_mapping
+from gmeta.meta.inner_loop import LAST_LAYER
 
 TrialSettings = dict[str, Any]
 """Dotted key of `gmeta train` -> value."""
@@ -71,6 +72,11 @@ _OF_MODEL: dict[str, Space] = {
     "melu": {"model.args.dropout": [0.0, 0.2]},
     "dlrm": {"model.args.dropout": [0.0, 0.2]},
     "taste": {"model.args.dropout": [0.0, 0.2, 0.4], "meta.inner_prior": [0.0, 5.0, 25.0]},
+    "neural_linear": {
+        "embedding.lr": Range(0.0002, 0.02, log=True),
+        "model.embedding_dim": [7, 13, 25],
+        "model.args.dropout": [0.0, 0.3],
+    },
 }
 
 
@@ -78,7 +84,8 @@ def built_in_space(config: TrainConfig) -> Space:
     """Return a small space for a model: rates, what the inner loop does (where there is one), and what the model is
     most sensitive to.
     """
-    space = {**_RATES, **(_INNER if config.meta.adapt else {}), **_OF_MODEL.get(config.model.name, {})}
+    steps = [name for name in config.meta.adapt if name != LAST_LAYER]  # what SGD adapts, not a closed form
+    space = {**_RATES, **(_INNER if steps else {}), **_OF_MODEL.get(config.model.name, {})}
     return {key: values for key, values in space.items() if config.meta.adapt or not key.startswith("meta.")}
 
 

@@ -36,6 +36,7 @@ from gmeta.recommender.build import new_learner, resolve_model
 from gmeta.runs import checkpoint
 from gmeta.runs.directory import run_lock
 from gmeta.training.build import Parts
+from gmeta.training.defaults import chosen_for
 from gmeta.training.loop import training_loop
 from gmeta.training.step import NotFinite
 from gmeta.training.trainer import Trainer
@@ -211,7 +212,7 @@ class _Tuning:
     def run(self) -> int:
         """Train what the budget allows, and say what came out."""
         plan, journal = self._plan, self._journal
-        self._say(_announcement(plan, len(journal.done)))
+        self._say("\n".join([*chosen_for(plan.config.train), _announcement(plan, len(journal.done))]))
         ending = climb(
             journal,
             len(plan.trials),

@@ -45,7 +45,7 @@ def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -
         pack=str(make_pack(tmp_path / "pack", test=33)),
         run_dir="unused",
         precision="float64",
-        model=ModelConfig(args={"hidden": [8], "dropout": 0.5}),
+        model=ModelConfig(name="melu", args={"hidden": [8], "dropout": 0.5}),
         meta=MetaConfig(inner_steps=3, inner_lr=0.5),
     )
     alone = scores_of(Mesh(), settings, 256)
@@ -176,7 +176,7 @@ def test_a_split_without_query_rows_has_no_metrics() -> None:
 
 
 def test_rows_labels_and_tasks_are_those_of_the_pack(tmp_path: Path) -> None:
-    settings = TrainConfig(pack=str(make_pack(tmp_path / "pack")), run_dir="unused")
+    settings = TrainConfig(pack=str(make_pack(tmp_path / "pack")), run_dir="unused", model=ModelConfig(name="melu"))
     found = scores_of(Mesh(), settings, 7)
     assert found is not None
     columns = open_pack(settings.pack).split("test").columns()
@@ -190,7 +190,7 @@ def test_batches_cut_to_a_budget_of_cells_give_the_same_scores(tmp_path: Path) -
         pack=str(make_pack(tmp_path / "pack", test=33)),
         run_dir="unused",
         precision="float64",
-        model=ModelConfig(args={"hidden": [8]}),
+        model=ModelConfig(name="melu", args={"hidden": [8]}),
         meta=MetaConfig(inner_steps=2, inner_lr=0.5),
     )
     pack = open_pack(settings.pack)

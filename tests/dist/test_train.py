@@ -45,7 +45,9 @@ def config(pack: Path, **changes: Any) -> TrainConfig:
         "pack": str(pack),
         "run_dir": "unused",
         "precision": "float64",
-        "model": ModelConfig(embedding_dim=5, args={"hidden": [12, 6], "layer_norm": True, "dropout": 0.1}),
+        "model": ModelConfig(
+            name="melu", embedding_dim=5, args={"hidden": [12, 6], "layer_norm": True, "dropout": 0.1}
+        ),
         "meta": MetaConfig(inner_steps=2, learn_inner_lr=True, inner_lr=0.3),
         "embedding": EmbeddingConfig(lr=0.1, weight_decay=0.01, init_std=0.5),
         "dense": DenseConfig(lr=0.01, clip_norm=0.05, warmup_steps=5, decay="cosine", weight_decay=0.1),

@@ -47,7 +47,7 @@ def test_the_same_best_settings_on_several_ranks(tmp_path: Path, nproc: int) -> 
         pack=str(pack),
         run_dir=str(tmp_path / "best"),
         precision="float64",
-        model=ModelConfig(args={"hidden": [8]}),
+        model=ModelConfig(name="melu", args={"hidden": [8]}),
         loader=LoaderConfig(tasks_per_batch=30),
         schedule=ScheduleConfig(epochs=3),
     )
@@ -77,7 +77,7 @@ def test_the_same_baselines_on_several_ranks(tmp_path: Path) -> None:
         pack=str(pack),
         run_dir="",
         precision="float64",
-        model=ModelConfig(args={"hidden": [8]}),
+        model=ModelConfig(name="melu", args={"hidden": [8]}),
         loader=LoaderConfig(tasks_per_batch=30),
         schedule=ScheduleConfig(epochs=1),
     )

@@ -55,7 +55,7 @@ def nonsense(snapshot):
 
 
 def command(pack: Path, run_dir: Path, *extra: object, nproc: int = 2, elastic: bool = True) -> list[str]:
-    words: list[object] = ["train", "--pack", pack, "--run_dir", run_dir, "--nproc", nproc]
+    words: list[object] = ["train", "--model.name", "melu", "--pack", pack, "--run_dir", run_dir, "--nproc", nproc]
     words += ["--schedule.epochs", EPOCHS, "--schedule.eval_every", 20, "--schedule.checkpoint_every", 6]
     words += ["--schedule.patience", 500, "--meta.learn_inner_lr", "true", "--loader.tasks_per_batch", 8]
     words += [

@@ -95,7 +95,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a pack, a run on it, its plain twin, and for each change a pack that differs in it alone."""
     place = tmp_path_factory.mktemp("identity")
     make_pack(place / "pack", **BASE)
-    words = ["--pack", place / "pack", "--loader.tasks_per_batch", 20, "--model.hidden", "[4]"]
+    words = ["--model.name", "melu", "--pack", place / "pack", "--loader.tasks_per_batch", 20, "--model.hidden", "[4]"]
     words += ["--schedule.epochs", 1, "--meta.adapt"]
     for name, adapt in (("run", "[head]"), ("plain", "[]")):
         assert run([str(word) for word in ["train", *words, adapt, "--run_dir", place / name]]) == 0
@@ -138,7 +138,19 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def resume_words(run_dir: Path, pack: Path) -> list[object]:
-    words = ["train", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20, "--model.hidden", "[4]"]
+    words = [
+        "train",
+        "--model.name",
+        "melu",
+        "--pack",
+        pack,
+        "--run_dir",
+        run_dir,
+        "--loader.tasks_per_batch",
+        20,
+        "--model.hidden",
+        "[4]",
+    ]
     return [*words, "--meta.adapt", "[head]", "--resume", "true", "--schedule.epochs", 2]
 
 

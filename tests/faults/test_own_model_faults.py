@@ -71,7 +71,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def train(pack: Path, run_dir: Path, *words: object) -> int:
-    return run([str(word) for word in ["train", "--pack", pack, "--run_dir", run_dir, *words]])
+    return run([str(word) for word in ["train", "--model.name", "melu", "--pack", pack, "--run_dir", run_dir, *words]])
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,10 @@ def test_no_setting_is_infinite_or_no_number(value: float) -> None:
         (["--comm.fetch", "{"], "comm.fetch is '{': this comparison moved"),
         (["--model.foo", "1"], "unknown key model.foo: did you mean model.name?"),
         (["--seed", str(2**63)], "seed is 9223372036854775808: must be in [0, 2^63)"),
-        (["--elastic.url", "http://x"], "elastic.url is 'http://x': has no effect without --elastic.enabled true"),
+        (
+            ["--elastic.url", "http://x", "--model.name", "melu"],
+            "elastic.url is 'http://x': has no effect without --elastic.enabled true",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line(

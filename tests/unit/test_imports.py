@@ -13,7 +13,7 @@ LAYERS = (
     {"core"},
     {"config"},
     {"data", "parallel", "models", "elastic"},
-    {"embedding", "sharding"},
+    {"embedding", "sharding", "recipes"},
     {"optim", "meta", "runs"},
     {"recommender"},
     {"evaluation"},

@@ -76,18 +76,18 @@ def test_dlrm_multiplies_every_pair_once() -> None:
 
 
 def test_a_subset_of_features() -> None:
-    model = make_model(ModelConfig(features=["genre"], embedding_dim=4), schema())
+    model = make_model(ModelConfig(name="melu", features=["genre"], embedding_dim=4), schema())
     assert model.features == ("genre",)
 
 
 def test_errors() -> None:
     with pytest.raises(ValueError, match="'item', which is not in the pack: did you mean 'item_id'"):
-        make_model(ModelConfig(features=["user_id", "item"]), schema())
+        make_model(ModelConfig(name="melu", features=["user_id", "item"]), schema())
     with pytest.raises(ValueError, match="'genre' twice"):
-        make_model(ModelConfig(features=["genre", "genre"]), schema())
+        make_model(ModelConfig(name="melu", features=["genre", "genre"]), schema())
     with pytest.raises(ValueError, match=r"model\.name is 'mellu': did you mean 'melu'"):
         make_model(ModelConfig(name="mellu"), schema())
     with pytest.raises(ValueError, match="no categorical feature"):
-        make_model(ModelConfig(), schema(features=()))
+        make_model(ModelConfig(name="melu"), schema(features=()))
     with pytest.raises(ValueError, match="has 1 vectors to multiply"):
         make_model(ModelConfig(name="dlrm", features=["genre"], numeric=False), schema())

@@ -30,7 +30,17 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gmeta("synth", "--out", out / "log", "--users", 300, "--items", 30)
     schema = out / "log" / "schema.yaml"
     gmeta("prepare", "--input", f"[{out}/log/*.parquet]", "--schema", schema, "--out", out / "pack")
-    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--model.args.hidden", "[8]"]
+    train = [
+        "train",
+        "--model.name",
+        "melu",
+        "--pack",
+        out / "pack",
+        "--loader.tasks_per_batch",
+        60,
+        "--model.args.hidden",
+        "[8]",
+    ]
     train += ["--schedule.epochs", 2, "--schedule.eval_every", 2]
     gmeta(*train, "--run_dir", out / "run")
     gmeta(*train, "--run_dir", out / "plain", "--meta.adapt", "[]")
@@ -77,7 +87,17 @@ def test_evaluate_and_report(out: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("kind", ["cluster", "film"])
 def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Path, kind: str) -> None:
-    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--schedule.max_steps", 6]
+    train = [
+        "train",
+        "--model.name",
+        "melu",
+        "--pack",
+        out / "pack",
+        "--loader.tasks_per_batch",
+        60,
+        "--schedule.max_steps",
+        6,
+    ]
     gmeta(*train, "--run_dir", tmp_path, "--meta.modulation", kind, "--dense.lr", 0.05)
     words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
     gmeta("evaluate", "--run_dir", tmp_path, *words)
@@ -91,7 +111,17 @@ def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Pat
 
 def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path: Path) -> None:
     """Fine-tuning the plain model is of first order, which has nothing to recompute."""
-    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--schedule.max_steps", 2]
+    train = [
+        "train",
+        "--model.name",
+        "melu",
+        "--pack",
+        out / "pack",
+        "--loader.tasks_per_batch",
+        60,
+        "--schedule.max_steps",
+        2,
+    ]
     gmeta(*train, "--run_dir", tmp_path, "--meta.recompute", "true")
     words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
     gmeta("evaluate", "--run_dir", tmp_path, *words)
@@ -116,7 +146,17 @@ def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> 
 
     Fine-tuning it diverges at the largest rates of the grid, which then are not chosen.
     """
-    train = ["train", "--pack", out / "pack", "--loader.tasks_per_batch", 60, "--schedule.max_steps", 1]
+    train = [
+        "train",
+        "--model.name",
+        "melu",
+        "--pack",
+        out / "pack",
+        "--loader.tasks_per_batch",
+        60,
+        "--schedule.max_steps",
+        1,
+    ]
     gmeta(*train, "--run_dir", tmp_path, "--meta.adapt", "[]", "--loss", "mse")
     gmeta("evaluate", "--run_dir", out / "run", "--plain_run", tmp_path, "--resamples", 2, "--baselines", "false")
     found = pq.read_table(out / "run" / "predictions.parquet")

@@ -46,6 +46,7 @@ def runs(pack: Path) -> dict[str, Path]:
     for name, values in SETTINGS.items():
         config = {"pack": str(pack), "run_dir": str(pack.parent / name), "loader": {"tasks_per_batch": 20}, **values}
         config |= {"schedule": {"epochs": 1}, "precision": "float64", "embedding": {"init_std": 0.5}}
+        config["model"] = {"name": "melu", **config.get("model", {})}
         trained[name] = gmeta.train(config).path
     return trained
 

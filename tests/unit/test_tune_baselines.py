@@ -46,7 +46,10 @@ def asked(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def made(out: str = "out", plain_run: Path | None = None, trials: int = 3, budget: float = 30, **train: Any) -> Any:
         settings = {"pack": str(pack), "run_dir": "", "schedule": ScheduleConfig(epochs=1)}
-        settings |= {"loader": LoaderConfig(tasks_per_batch=20), "model": ModelConfig(args={"hidden": [8]})}
+        settings |= {
+            "loader": LoaderConfig(tasks_per_batch=20),
+            "model": ModelConfig(name="melu", args={"hidden": [8]}),
+        }
         return TuneConfig(
             out=str(tmp_path / out),
             space=str(tmp_path / "space.yaml"),

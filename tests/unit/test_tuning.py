@@ -59,7 +59,10 @@ def asked(pack: Path, tmp_path: Path) -> Callable[..., TuneConfig]:
     def made(space: str = FOUR, trials: int = 9, seeds: int = 1, budget: float = 30, **train: Any) -> TuneConfig:
         (tmp_path / "space.yaml").write_text(space)
         settings = {"pack": str(pack), "run_dir": "", "schedule": ScheduleConfig(epochs=3)}
-        settings |= {"loader": LoaderConfig(tasks_per_batch=20), "model": ModelConfig(args={"hidden": [8]})}
+        settings |= {
+            "loader": LoaderConfig(tasks_per_batch=20),
+            "model": ModelConfig(name="melu", args={"hidden": [8]}),
+        }
         return TuneConfig(
             out=str(tmp_path / "out"),
             space=str(tmp_path / "space.yaml"),
@@ -436,7 +439,7 @@ def test_the_built_in_space_holds_what_is_given_as_the_first_trial(pack: Path, m
 
 
 def test_plain_training_is_not_tuned_in_an_inner_loop_that_it_lacks() -> None:
-    plain = built_in_space(TrainConfig(pack="", run_dir="", meta=MetaConfig(adapt=[])))
+    plain = built_in_space(TrainConfig(pack="", run_dir="", model=ModelConfig(name="melu"), meta=MetaConfig(adapt=[])))
     assert [key for key in plain if key.startswith("meta.")] == []
 
 

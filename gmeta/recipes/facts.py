@@ -1,0 +1,100 @@
+"""What a recipe looks at in a pack: its labels, its tasks, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gmeta.core.hashing import splitmix64
+from gmeta.data.coverage import unknown_fraction
+from gmeta.data.pack import TaskPack
+from gmeta.data.schema import PackSchema
+from gmeta.data.shards import PackSplit, one_valued
+
+SAMPLE_TASKS = 1000
+"""Tasks whose rows are looked at to see which features vary within a task."""
+SAMPLE_ROWS = 200_000
+
+
+@dataclass(frozen=True)
+class PackFacts:
+    """Facts of a pack that decide on settings. All but `cold_items` are of training tasks."""
+
+    binary: bool  # labels are 0 or 1
+    label_range: tuple[int, int] | None  # of labels that are few whole numbers, such as stars
+    num_tasks: int
+    num_rows: int
+    median_rows: int  # of a task
+    item: str | None  # the schema's item, where it is a feature whose ids tasks share
+    num_items: int  # ids of it
+    cold_items: float  # share of rows of valid (else test) tasks whose item no training row has
+    task_features: tuple[str, ...]  # features that never vary within a task
+    has_valid: bool
+
+    @property
+    def rows_per_item(self) -> float:
+        """Return the mean number of training rows of an item; 0 without items."""
+        return self.num_rows / self.num_items if self.num_items else 0.0
+
+
+def read_facts(pack: TaskPack, features: Sequence[str]) -> PackFacts:
+    """Look at a pack whose model reads these features. Reads the sizes of all tasks, and the rows of some."""
+    schema, split = pack.schema, pack.split("train")
+    sizes = split.num_task_rows
+    constant = _constant_features(split, features)
+    item = _item(schema, [name for name in features if name not in constant])
+    judged = next((name for name in ("valid", "test") if name in pack.splits), None)
+    cold = 0.0
+    if item is not None and judged is not None:
+        cold = unknown_fraction(pack.split(judged).first_shard().feature_ids(item))
+    return PackFacts(
+        binary=schema.binary_label,
+        label_range=_label_range(split),
+        num_tasks=split.num_tasks,
+        num_rows=split.num_rows,
+        median_rows=int(np.median(sizes)),
+        item=item,
+        num_items=0 if item is None else schema.feature(item).num_ids - 1,
+        cold_items=cold,
+        task_features=tuple(name for name in features if name in constant),
+        has_valid="valid" in pack.splits,
+    )
+
+
+def _item(schema: PackSchema, varying: Sequence[str]) -> str | None:
+    """Return the schema's item where it is a one-valued feature that varies within tasks."""
+    return schema.item if schema.item in one_valued(schema) and schema.item in varying else None
+
+
+def _label_range(split: PackSplit) -> tuple[int, int] | None:
+    """Return the lowest and the highest label where labels are two to ten whole numbers."""
+    labels = np.unique(split.first_shard().columns().label)
+    if not 2 <= len(labels) <= 10 or (labels != np.rint(labels)).any():
+        return None
+    return int(labels[0]), int(labels[-1])
+
+
+def _constant_features(split: PackSplit, features: Sequence[str]) -> set[str]:
+    """Return the features that never vary within one of the first tasks: they say what the task is."""
+    first = split.first_shard()
+    start = np.cumsum(first.num_task_rows) - first.num_task_rows
+    rows = min(int(start[:SAMPLE_TASKS].max(initial=0)) or first.num_rows, SAMPLE_ROWS)
+    task = np.repeat(np.arange(first.num_tasks), first.num_task_rows)[:rows]
+    within = task[1:] == task[:-1]
+    keys = {name: _row_keys(first, name)[:rows] for name in features}
+    return {name for name, key in keys.items() if within.any() and (key[1:] == key[:-1])[within].all()}
+
+
+def _row_keys(split: PackSplit, name: str) -> NDArray[np.int64]:
+    """Return a number for each row, equal where the feature's values are: its id, or a sum of hashes of its ids."""
+    ids = split.feature_ids(name).astype(np.int64)
+    lengths = split.lengths(name)
+    if lengths is None:
+        return ids
+    sums = np.append(np.zeros(1, np.uint64), np.cumsum(splitmix64(ids.astype(np.uint64))))
+    ends = np.cumsum(lengths)
+    keys: NDArray[np.int64] = (sums[ends] - sums[ends - lengths]).astype(np.int64)
+    return keys

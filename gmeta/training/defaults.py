@@ -1,0 +1,53 @@
+"""What a training takes for settings that the user leaves out: those of the run it goes on with, or a recipe's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gmeta.config.deprecated import upgrade
+from gmeta.config.train import TrainConfig
+from gmeta.core.nested import flat, nested
+from gmeta.data.pack import open_pack
+from gmeta.recipes.recipes import recipe_for, recipe_lines
+from gmeta.runs.directory import recorded_settings
+
+_PLACES = ("pack", "run_dir", "resume")
+"""Settings that are the user's alone."""
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a user's nested settings of `gmeta train` with what they leave out, where they name no model.
+
+    A run that goes on takes it from its last checkpoint, a new one from the recipe for its pack. ValueError for a
+    recipe that does not exist or does not fit the model, or where there is no pack.
+    """
+    given = {key: value for key, value in flat(values).items() if value != "" or key not in ("model.name", "recipe")}
+    if (given.get("model.name") and not given.get("recipe")) or not given.get("pack"):
+        return dict(values)
+    goes_on = bool(given.get("resume") or given.get("elastic.enabled"))
+    recorded = recorded_settings(Path(str(given.get("run_dir", ""))), goes_on=goes_on)
+    if recorded is not None:
+        old, _ = upgrade(recorded, saved=True)
+        found = {key: value for key, value in flat(old).items() if key not in _PLACES}
+    else:
+        found = _chosen(given)
+    return nested({**found, **given})
+
+
+def chosen_for(config: TrainConfig) -> list[str]:
+    """Return what a recipe chose of a config, and why, in lines; none where no recipe was followed."""
+    if not config.recipe:
+        return []
+    settings = flat(asdict(config))
+    recipe = recipe_for(open_pack(config.pack), {"recipe": config.recipe, "model.features": config.model.features})
+    kept = tuple(choice for choice in recipe.choices if settings.get(choice.key) == choice.value)
+    return recipe_lines(replace(recipe, choices=kept))
+
+
+def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the recipe for a user's settings, by dotted key."""
+    recipe = recipe_for(open_pack(str(given["pack"])), given)
+    return {**{choice.key: choice.value for choice in recipe.choices}, "recipe": recipe.name}

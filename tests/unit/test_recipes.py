@@ -1,0 +1,194 @@
+"""What `gmeta train` takes where no model is named: chosen from the pack, with reasons; what the user gives stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from commands import fails, gmeta, logged
+
+import gmeta as api
+from gmeta.config.train import ModelConfig, ScheduleConfig, TrainConfig
+from gmeta.data.pack import open_pack
+from gmeta.models.inputs import usual_features
+from gmeta.recipes.facts import read_facts
+from gmeta.recipes.recipes import Recipe, recipe_for
+
+SCHEMA = {
+    "task": "user",
+    "label": "stars",
+    "item": "film",
+    "time": "at",
+    "categorical": ["user", "film", "city"],
+    "multi": [{"name": "hobbies", "separator": "|"}, {"name": "genres", "separator": "|"}],
+}
+
+
+def log(users: int = 40, rows: int = 15, films: int = 30) -> str:
+    """CSV rows of users whose city and hobbies, in any order, never change."""
+    rng = np.random.default_rng(0)
+    hobbies = [rng.permutation(["a", "b", "c", "d"])[:2] for _ in range(users)]
+    lines = ["user,film,stars,at,city,hobbies,genres"]
+    for user in range(users):
+        for at, film in enumerate(rng.permutation(films)[:rows]):
+            own = "|".join(rng.permutation(hobbies[user]))
+            genres = "|".join(rng.permutation(["x", "y", "z"])[: rng.integers(0, 3)])
+            lines.append(f"u{user},f{film},{rng.integers(1, 6)},{at},c{user % 3},{own},{genres}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a pack of the log with some options of `gmeta prepare`; the schema may leave keys out."""
+    place = tmp_path_factory.mktemp("recipes")
+    (place / "log.csv").write_text(log())
+
+    def made(name: str, *options: object, without: tuple[str, ...] = ()) -> Path:
+        if not (place / name).exists():
+            schema = {key: value for key, value in SCHEMA.items() if key not in without}
+            (place / "schema.yaml").write_text(yaml.safe_dump(schema))
+            words = ["prepare", "--input", place / "log.csv", "--schema", place / "schema.yaml", "--query_size", 4]
+            gmeta(*words, "--out", place / name, *options)
+        return place / name
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def clicks(prepared: Callable[..., Path]) -> Path:
+    return prepared("clicks", "--label_threshold", 4)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    assert all(choice.why for choice in recipe.choices)
+    return {choice.key: choice.value for choice in recipe.choices}
+
+
+def test_facts_of_a_pack(clicks: Path, prepared: Callable[..., Path]) -> None:
+    pack = open_pack(clicks)
+    facts = read_facts(pack, usual_features(pack.schema))
+    assert facts.task_features == ("city", "hobbies")
+    assert (facts.binary, facts.item, facts.num_items, facts.median_rows) == (True, "film", 30, 15)
+    assert facts.num_rows == 15 * facts.num_tasks == open_pack(clicks).split("train").num_rows
+    stars = open_pack(prepared("stars"))
+    assert read_facts(stars, ["film"]).label_range == (1, 5)
+    assert read_facts(stars, ["city"]).item is None
+    assert read_facts(pack, ["city"]).label_range == (0, 1)
+
+
+def test_clicks_and_ratings(clicks: Path, prepared: Callable[..., Path]) -> None:
+    found = settings(recipe_for(open_pack(clicks), {}))
+    assert found["model.name"] == "neural_linear"
+    assert found["loss"] == "bce"
+    assert found["model.args.task_features"] == ["city", "hobbies"]
+    assert found["embedding.start"] == "factors"
+    stars = settings(recipe_for(open_pack(prepared("stars")), {}))
+    assert stars["loss"] == "mse"
+
+
+def test_without_an_item_rows_start_at_random(prepared: Callable[..., Path]) -> None:
+    pack = prepared("no-item", "--label_threshold", 4, without=("item",))
+    recipe = recipe_for(open_pack(pack), {})
+    assert "embedding.start" not in settings(recipe)
+    assert any("names no item" in choice.why for choice in recipe.choices)
+
+
+def test_what_the_user_gives_is_kept(clicks: Path) -> None:
+    found = settings(recipe_for(open_pack(clicks), {"loss": "mse", "model.features": ["film", "city"]}))
+    assert "loss" not in found
+    assert found["model.args.task_features"] == ["city"]
+
+
+def trained(*words: object) -> dict[str, Any]:
+    gmeta("train", *words, "--schedule.epochs", 1)
+    named = dict(zip(words[::2], words[1::2], strict=False))
+    config: dict[str, Any] = yaml.safe_load((Path(str(named["--run_dir"])) / "config.yaml").read_text())
+    return config
+
+
+def test_a_first_command_trains_and_tells(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--pack", clicks, "--run_dir", tmp_path / "run", "--model.args.hidden", "[6]", "--model.embedding_dim", 4]
+    config = trained(*words, "--loader.resample", "false")
+    said = capsys.readouterr().err
+    assert "recipe cold_users:" in said
+    assert "model.args.task_features: [city, hobbies]" in said
+    assert "resample" not in said
+    assert (config["recipe"], config["model"]["name"]) == ("cold_users", "neural_linear")
+    assert config["model"]["args"]["hidden"] == [6]
+    assert config["model"]["args"]["task_features"] == ["city", "hobbies"]
+    assert config["model"]["embedding_dim"] == 4
+    assert config["loader"]["resample"] is False
+    text = (tmp_path / "run" / "config.yaml").read_text()
+    assert text.startswith("# recipe cold_users:")
+    assert "#   model.name: neural_linear" in text
+    # What was chosen is in the file: it trains the same run, wherever it is read.
+    words = ["--config", tmp_path / "run" / "config.yaml", "--run_dir", tmp_path / "again"]
+    assert trained(*words) == {**config, "run_dir": str(tmp_path / "again")}
+    assert logged(tmp_path / "again") == logged(tmp_path / "run")
+
+
+def test_a_file_and_python_are_completed_too(clicks: Path, tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    asked = {"pack": str(clicks), "schedule": {"epochs": 1}, "model": {"args": {"hidden": [6]}}}
+    file.write_text(yaml.safe_dump({**asked, "run_dir": str(tmp_path / "words")}))
+    gmeta("train", "--config", file)
+    api.train({**asked, "run_dir": str(tmp_path / "mapping")})
+    model = ModelConfig(args={"hidden": [6]})
+    schedule = ScheduleConfig(epochs=1)
+    api.train(TrainConfig(pack=str(clicks), run_dir=str(tmp_path / "dataclass"), model=model, schedule=schedule))
+    runs = [logged(tmp_path / name) for name in ("words", "mapping", "dataclass")]
+    assert runs[0] == runs[1]
+    first = [record["loss"] for record in runs[0] if record["kind"] == "train"]
+    assert first == [record["loss"] for record in runs[2] if record["kind"] == "train"][: len(first)]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_workers_train_the_recipe(clicks: Path, tmp_path: Path, nproc: int) -> None:
+    words = ["--pack", clicks, "--precision", "float64", "--run_dir"]
+    alone, together = (trained(*words, tmp_path / str(n), "--nproc", n) for n in (1, nproc))
+    assert together == {**alone, "run_dir": str(tmp_path / str(nproc))}
+    losses = [[r["loss"] for r in logged(tmp_path / str(n)) if r["kind"] == "train"] for n in (1, nproc)]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-9)
+
+
+def test_a_run_goes_on_with_its_own_settings(clicks: Path, tmp_path: Path) -> None:
+    """One that a release before began named no model, and was a melu."""
+    words = ["--pack", clicks, "--run_dir", tmp_path / "run"]
+    first = trained(*words, "--model.name", "melu", "--model.args.hidden", "[5]")
+    gmeta("train", *words, "--resume", "true", "--schedule.epochs", 2)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"] == first["model"]
+    assert config["recipe"] == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--recipe", "cold_user"], ["recipe", "cold_users"]),
+        (["--recipe", "cold_users", "--model.name", "melu"], ["recipe is 'cold_users'", "model.name is 'melu'"]),
+        (["--model.features", "[flim]"], ["'flim'", "did you mean 'film'"]),
+    ],
+)
+def test_mistakes_are_told(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: list[str]
+) -> None:
+    fails(["train", "--pack", str(clicks), "--run_dir", str(tmp_path / "run"), *words], capsys, *told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_by_name(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = trained("--pack", clicks, "--run_dir", tmp_path / "run", "--recipe", "cold_items")
+    assert config["recipe"] == "cold_items"
+    assert "named, where cold_users would fit" in capsys.readouterr().err
+
+
+def test_tuning_begins_at_the_recipe(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gmeta("tune", "--pack", clicks, "--out", tmp_path / "out", "--budget_minutes", 0)
+    said = "".join(capsys.readouterr())
+    assert "dense.lr" in said
+    assert "meta.inner_lr" not in said  # nothing of the closed form
