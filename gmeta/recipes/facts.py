@@ -32,7 +32,7 @@ class PackFacts:
     num_items: int  # ids of it
     cold_items: float  # share of rows of valid (else test) tasks whose item no training row has
     task_features: tuple[str, ...]  # features that never vary within a task
-    has_valid: bool
+    varying: bool  # some feature or numeric column is left that may vary within one
 
     @property
     def rows_per_item(self) -> float:
@@ -60,7 +60,7 @@ def read_facts(pack: TaskPack, features: Sequence[str]) -> PackFacts:
         num_items=0 if item is None else schema.feature(item).num_ids - 1,
         cold_items=cold,
         task_features=tuple(name for name in features if name in constant),
-        has_valid="valid" in pack.splits,
+        varying=len(constant) < len(features) or bool(schema.numeric),
     )
 
 

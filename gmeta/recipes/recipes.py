@@ -112,18 +112,13 @@ def _neural_linear(facts: PackFacts) -> list[Choice]:
     model = "each task solves a Bayesian linear last layer in closed form"
     choices = [
         Choice("model.name", "neural_linear", model),
-        Choice("meta.adapt", ["last_layer"], "the same"),
+        Choice("meta.adapt", ["last_layer"], "in closed form"),
         Choice("model.embedding_dim", 13, "12 bases of a task and an item's mean"),
         Choice("loader.resample", True, "a new support every epoch keeps small data from overfitting"),
         Choice("loader.tasks_per_batch", 32 if facts.num_tasks < 4000 else 64, f"{facts.num_tasks:,} training tasks"),
-        Choice("dense.lr", 0.003, "with decay to 0"),
-        Choice("dense.decay", "cosine", "the last steps average out noise"),
-        Choice("dense.clip_norm", 5.0, "one odd task must not move all"),
-        Choice("embedding.optimizer", "adam", "rows of rare ids move as far as those of frequent ones"),
+        *_outer_loop(),
+        *_task_features(facts),
     ]
-    if facts.task_features:
-        names = list(facts.task_features)
-        choices.append(Choice("model.args.task_features", names, "they do not vary within a task: a prior for it"))
     vectors = facts.num_tasks + facts.num_items
     if facts.item is not None and vectors <= MAX_FACTOR_VECTORS:
         choices.append(Choice("embedding.start", "factors", f"rows of {facts.item} begin at factor analysis's"))
@@ -135,8 +130,38 @@ def _neural_linear(facts: PackFacts) -> list[Choice]:
     return choices
 
 
+def _outer_loop() -> list[Choice]:
+    return [
+        Choice("dense.lr", 0.003, "with decay to 0"),
+        Choice("dense.decay", "cosine", "the last steps average out noise"),
+        Choice("dense.clip_norm", 5.0, "one odd task must not move all"),
+        Choice("embedding.optimizer", "adam", "rows of rare ids move as far as those of frequent ones"),
+    ]
+
+
+def _task_features(facts: PackFacts) -> list[Choice]:
+    names = list(facts.task_features)
+    why = "they do not vary within a task: they shift its prior"
+    return [Choice("model.args.task_features", names, why)] if names and facts.varying else []
+
+
 def _scenarios(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
-    return []
+    """Return a last layer in closed form over learned features of users and items: few tasks, each with many rows."""
+    model = "each task solves a Bayesian linear last layer over learned features"
+    choices = [
+        Choice("model.name", "neural_linear", model),
+        Choice("meta.adapt", ["last_layer"], "in closed form"),
+        Choice("model.embedding_dim", 17, "16 bases of a task, and a mean"),
+        Choice("model.args.hidden", [64], "many rows a task: a wider tower"),
+        Choice("loader.episode_rows", 400, f"{facts.num_tasks} tasks alone are few: each is many episodes an epoch"),
+        Choice("loader.max_support_rows", 300, "the last rows: as many as episodes have"),
+        Choice("loader.resample", True, "a new support every epoch keeps small data from overfitting"),
+        Choice("loader.tasks_per_batch", 16, "episodes are long"),
+        Choice("embedding.lr", 0.005, "rows begin at random"),
+        Choice("schedule.epochs", 8, "passes over the training rows"),
+        *_outer_loop(),
+    ]
+    return choices + _task_features(facts)
 
 
 RECIPES: dict[str, Callable[[PackFacts, Mapping[str, Any]], list[Choice]]] = {
