@@ -158,7 +158,7 @@ def _scenarios(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
         Choice("loader.resample", True, "a new support every epoch keeps small data from overfitting"),
         Choice("loader.tasks_per_batch", 16, "episodes are long"),
         Choice("embedding.lr", 0.005, "rows begin at random"),
-        Choice("schedule.epochs", 8, "passes over the training rows"),
+        Choice("schedule.epochs", 15, "passes over the training rows"),
         *_outer_loop(),
     ]
     return choices + _task_features(facts)
