@@ -172,7 +172,7 @@ class Gmeta:
         features = dict.fromkeys(self.case.names, self.case.dim)
         loop = InnerLoop(lr=INNER_LR, **self.settings)
         learner = MetaLearner(model, features, 0, loop).to(self.device)
-        assert not loop.adapt or learner.engine == "factored", learner.engine_reason
+        assert not learner.adapted.steps or learner.engine == "factored", learner.engine_reason
         specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
         tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
         self.system = System(
