@@ -59,33 +59,34 @@ def solve(
 
     A task without support keeps the prior.
     """
-    # Rows of padding are 0, and so change nothing below.
-    basis = torch.where(mask.unsqueeze(-1), with_one(widen(basis)), 0)
-    logits = torch.where(mask, widen(logits), 0)
-    label = torch.where(mask, label, 0).to(logits.dtype)
+    kind = widen(logits).dtype
+    # Rows of padding are 0, and so change nothing below. In double precision, because H has the square of the bases'
+    # condition: with float32 its factor is lost where noise is 1e-9 of a base's square, as it is for constant labels.
+    basis = torch.where(mask.unsqueeze(-1), with_one(basis), 0).double()
+    logits, label = torch.where(mask, logits, 0).double(), torch.where(mask, label, 0).double()
     with torch.autocast(logits.device.type, enabled=False):
-        scale, mean = layer.prior_scale().to(logits.dtype), layer.prior_mean().to(logits.dtype)
+        scale, mean = layer.prior_scale().double(), layer.prior_mean().double()
         white = basis @ scale
-        noise = layer.noise().to(logits.dtype) if loss == "mse" else None
+        noise = layer.noise().double() if loss == "mse" else None
         with torch.no_grad():
-            u, factor = _mode(white, logits, label, noise)
+            u, factor = _mode(white, logits, label, noise, torch.finfo(kind).eps ** 0.5)
         if second_order:
             gradient, _ = _gradient(u, logits + _product(white, u), white, label, noise)
             change = (u + _solved(factor, gradient)) @ scale.T
         else:
             change = (u @ scale.T).detach()
         spread = torch.linalg.solve_triangular(factor, scale.detach().T.expand_as(factor), upper=False).mT
-        return Posterior(mean + change, spread)
+        return Posterior((mean + change).to(kind), spread.to(kind))
 
 
-def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None, near: float) -> tuple[Tensor, Tensor]:
     """Return u [T, D] where g is 0, and the Cholesky factor of H there [T, D, D].
 
-    A task has converged when a step moves no logit of its support by more than the root of the precision: the error is
-    then that squared. It waits for the others, so that its result is its own.
+    A task has converged when a step moves no logit of its support by more than `near`: the error is then that squared.
+    It waits for the others, so that its result is its own.
     """
     u, eta = white.new_zeros(white.shape[0], white.shape[2]), logits
-    going, near = torch.ones_like(u[:, :1], dtype=torch.bool), torch.finfo(u.dtype).eps ** 0.5
+    going = torch.ones_like(u[:, :1], dtype=torch.bool)
     for _ in range(NEWTON_STEPS if logits.numel() else 0):
         gradient, weights = _gradient(u, eta, white, label, noise)
         factor = _factor(white, weights)

@@ -227,7 +227,10 @@ class AdaptedTasks:
 
 def _require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
     """Raise ValueError that names the first task whose posterior has a number that is not finite."""
-    if fast.posterior is not None and not (finite := fast.posterior.mean.isfinite().all(1)).all():
+    if fast.posterior is None:
+        return
+    finite = fast.posterior.mean.isfinite().all(1) & fast.posterior.spread.isfinite().flatten(1).all(1)
+    if not finite.all():
         raise ValueError(
             f"task {keys[int((~finite).nonzero()[0])]!r} has no posterior: the model gives its support numbers that "
             "are not finite; look at its numeric columns"

@@ -291,6 +291,22 @@ def test_a_support_of_a_million_rows() -> None:
     assert (slope.abs() < 0.01 * w[0]).all()
 
 
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+@pytest.mark.parametrize(("scale", "noise"), [(1.0, 1e-9), (1e4, 1.0), (1e6, 1.0)])
+def test_singular_bases_and_hardly_any_noise_in_single_precision(loss: str, scale: float, noise: float) -> None:
+    """Columns that are copies, fewer rows than weights, a constant label."""
+    layer, draws = BayesianLinear(15, noise=noise), torch.Generator().manual_seed(0)
+    basis = scale * torch.randn(1, 6, 5, generator=draws).repeat(1, 1, 3)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    posterior = closed_form.solve(layer, basis, torch.zeros(1, 6), mask.float(), mask, loss=loss, second_order=True)
+    assert posterior.mean.dtype == torch.float32
+    assert all(tensor.isfinite().all() for tensor in posterior.tensors())
+    logits = closed_form.with_one(basis[0]) @ posterior.mean[0].detach()
+    assert (logits > 0).all()
+    if loss == "mse" and noise < 1:
+        torch.testing.assert_close(logits, torch.ones(6))
+
+
 def test_a_task_that_is_not_finite_spoils_no_other() -> None:
     layer = BayesianLinear(2).double()
     basis = torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
