@@ -21,9 +21,10 @@ from functools import partial
 import torch
 from common import Record, alternate, arguments, median, publish, table
 from counting import PRECISIONS, count, peaks, waited
-from engine import CASES, Case, Gmeta, PlainTorch, Torch, check_agreement, loop, make_batches, plain_fused
+from engine import PlainTorch, Torch, check_agreement, loop, plain_fused
 from engine import variants as engine_variants
 from torch import Tensor
+from training_step import CASES, Case, Gmeta, make_batches
 
 LARGE = Case(4096, 10, 10, 26, 64, (1024, 512, 256))
 LOOP_TASKS = 32

@@ -27,8 +27,8 @@ from weakref import WeakSet
 
 import torch
 from common import Record, arguments, publish, table
-from engine import Case, make_batches
 from torch.profiler import ProfilerActivity, profile
+from training_step import Case, make_batches
 
 from gmeta.embedding.exchange import RowExchange
 from gmeta.embedding.table import ShardedTables, TableSpec

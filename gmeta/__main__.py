@@ -6,11 +6,11 @@ import sys
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
-        from gmeta.cli import run
+        from gmeta.cli import run_quietly
         from gmeta.parallel.launch import follow_launcher, leave
 
         follow_launcher()
-        leave(run(sys.argv[1:]))
+        leave(run_quietly(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -6,6 +6,8 @@ Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 75 stopped
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -252,14 +254,37 @@ def _with_defaults(parser: ArgumentParser, words: list[str]) -> list[str]:
     return words if filled == given else [*words, f"--config={yaml.safe_dump(filled)}"]
 
 
+def run_quietly(argv: list[str]) -> int:
+    """`run`, which ends without a word where nobody reads its output any more (`gmeta … | head -1`)."""
+    try:
+        code = run(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 128 + signal.SIGPIPE
+
+
+def _reader_left() -> bool:
+    """Whether a broken pipe is that of the output; it may be that of a peer too. What was not read is still there."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
+
+
 def run(argv: list[str]) -> int:
     """Run one command line and return its exit code."""
     if argv == ["--version"]:
         print(f"gmeta {version('gmeta')}")
         return 0
-    if not argv or argv[0] not in COMMANDS:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview().format_help().strip())
+        return 0
+    if argv[0] not in COMMANDS:
         try:
-            overview().parse_args(argv or ["--help"])
+            overview().parse_args(argv)
             return 0
         except ArgumentError as error:
             near = closest(argv[0], COMMANDS)
@@ -295,6 +320,8 @@ def run(argv: list[str]) -> int:
             return _launch(parser.prog, config, nproc, [name, *words])
         return COMMANDS[name].run(config)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            raise
         return _fail(parser.prog, error)
     except KeyboardInterrupt:
         return 130

@@ -16,7 +16,7 @@ import torch
 
 from gmeta.core.batch import BatchSplit, TaskBatch, joined
 from gmeta.data.episodes import Episodes
-from gmeta.data.order import Tasks, ends_within, num_batches, stored_batches, tasks_per_rank, window_of_batches
+from gmeta.data.order import Tasks, batches_of_pass, ends_within, num_batches, tasks_per_rank, window_of_batches
 from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit, TaskRows
 
@@ -54,9 +54,9 @@ def loader_thread() -> ThreadPoolExecutor:
 class TaskLoader(Generic[_T]):
     """Iterates over this rank's tasks of every global batch of `tasks_per_batch` tasks.
 
-    With `shuffle` it never ends: epoch after epoch, each in its own order. Without, it makes one pass in stored order
-    and is then back at its start. `for batch in loader` goes on where the last loop stopped. `resample` draws the
-    support of every task anew each epoch. The loader hands out `transform(batch)`, or the TaskBatch without one.
+    With `shuffle` it never ends: epoch after epoch, each in its own order. Without, it makes one pass, in stored
+    order, and is then back at its start. `for batch in loader` goes on where the last loop stopped. `resample` draws
+    the support of every task anew each epoch. The loader hands out `transform(batch)`, or the TaskBatch without one.
 
     `max_support_rows` keeps only the last so many support rows of every task, in stored order; 0 keeps all.
 
@@ -64,9 +64,9 @@ class TaskLoader(Generic[_T]):
     episodes; 0 is off.
 
     `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them. Without
-    `shuffle` a larger batch is cut into several. With `shuffle` the tasks of a batch are given, and a rank that would
-    exceed the bound gets them as several micro-batches (`TaskBatch.parts`). One task alone may still exceed it;
-    `ends_within` says where the cuts are.
+    `shuffle` the pass is then in an order that pads little, and batches may have fewer tasks: `batches_of_pass`. With
+    `shuffle` the tasks of a batch are given, and a rank that would exceed the bound gets them as several micro-batches
+    (`TaskBatch.parts`); `ends_within` says where the cuts are. One task alone may still exceed the bound.
 
     `sequential=False` draws every window from the whole split, not from blocks of consecutive tasks, and
     `size_buckets=False` fills batches without regard to sizes: other orders, there to measure what the two buy.
@@ -120,8 +120,8 @@ class TaskLoader(Generic[_T]):
         self._max_cells = max_cells
         self._transform = transform
         self._split_by: Callable[[int], SplitSpec] | None = None
-        self._stored = np.zeros(0, np.int64) if shuffle else self._stored_batches()  # bounds of a pass's batches
-        self.batches_per_epoch = num_batches(self.num_tasks, tasks_per_batch) if shuffle else len(self._stored) - 1
+        self._pass = [] if shuffle else self._batches_of_pass()
+        self.batches_per_epoch = num_batches(self.num_tasks, tasks_per_batch) if shuffle else len(self._pass)
         self.has_short_batch = shuffle and self.num_tasks % tasks_per_batch > 0
         self._position: _Position = (0, 0, 0)  # of the batch that `next` hands out
         self._tail: list[int] = []  # tasks of this epoch that were put back: positions in the split
@@ -308,13 +308,12 @@ class TaskLoader(Generic[_T]):
         at = self._locate(tasks)
         return at.num_support, at.num_query
 
-    def _stored_batches(self) -> Tasks:
-        """Cut a pass in stored order into batches; looks at sizes only where `max_cells` needs them."""
-        num_tasks = self.num_tasks
+    def _batches_of_pass(self) -> list[Tasks]:
+        """Return the batches of a pass; looks at sizes only where `max_cells` needs them."""
+        tasks, size = np.arange(self.num_tasks), self._tasks_per_batch
         if self._max_cells is None:
-            nothing = np.zeros(num_tasks, np.int64)
-            return stored_batches(nothing, nothing, self._tasks_per_batch, None)
-        return stored_batches(*self._sizes(np.arange(num_tasks)), self._tasks_per_batch, self._max_cells)
+            return np.split(tasks, range(size, self.num_tasks, size)) if self.num_tasks else []
+        return batches_of_pass(*self._sizes(tasks), size, self._max_cells, self._window_batches)
 
     def _tasks(self, epoch: int, index: int) -> tuple[Tasks, TaskRows]:
         """Return the tasks of the global batch. They are located once a window: it costs a look-up in every shard."""
@@ -323,7 +322,7 @@ class TaskLoader(Generic[_T]):
             tasks = np.asarray(self._tail[:size], np.int64)
             return tasks, self._locate(tasks)
         if not self._shuffle:
-            tasks = np.arange(*self._stored[index : index + 2])
+            tasks = self._pass[index]
             return tasks, self._locate(tasks)
         window, offset = divmod(index, self._window_batches)
         if self._window is None or self._window[:2] != (epoch, window):

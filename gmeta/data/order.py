@@ -22,6 +22,8 @@ Sizes = Callable[[Tasks], tuple[Tasks, Tasks]]
 """Gives the support rows and the query rows of each task."""
 
 BLOCK_TASKS = 64
+PART_CELLS = 1 << 12
+"""What it costs to compute some tasks on their own, whatever they are, in padded rows."""
 
 
 def num_batches(num_tasks: int, tasks_per_batch: int) -> int:
@@ -29,23 +31,47 @@ def num_batches(num_tasks: int, tasks_per_batch: int) -> int:
     return -(-num_tasks // tasks_per_batch)
 
 
-def stored_batches(num_support: Tasks, num_query: Tasks, tasks_per_batch: int, max_cells: int | None) -> Tasks:
-    """Cut a pass in stored order (evaluation) into batches: batch k has the tasks from bound k to bound k + 1.
+def batches_of_pass(
+    num_support: Tasks, num_query: Tasks, tasks_per_batch: int, max_cells: int, window_batches: int
+) -> list[Tasks]:
+    """Cut a pass over all tasks (evaluation) into batches with little padding, positions in the split.
 
-    Sizes are int64 [num_tasks]; returns the bounds, int64 [B + 1].
-    Batches have `tasks_per_batch` tasks, the last one the rest, and are cut further as `ends_within` says.
+    Sizes are int64 [num_tasks]. Windows of consecutive tasks, so that reads stay near-sequential, are bucketed by size
+    as in training. Each bucket, in ascending order of rows, is cut where that is worth a batch: `cheapest_ends`.
+    """
+    batches: list[Tasks] = []
+    length = tasks_per_batch * window_batches
+    for start in range(0, len(num_support), length):
+        support, query = num_support[start : start + length], num_query[start : start + length]
+        for members in bucket_by_size(support, query, tasks_per_batch):
+            tasks = members[np.argsort((support + query)[members], kind="stable")]
+            ends = cheapest_ends(support[tasks], query[tasks], max_cells)
+            batches += np.split(start + tasks, ends[:-1])
+    return batches
+
+
+def cheapest_ends(num_support: Tasks, num_query: Tasks, max_cells: int) -> tuple[int, ...]:
+    """Cut consecutive tasks into parts that are padded on their own, at least cost; returns where each part ends.
+
+    A part costs its cells, tasks times (longest support + longest query), and `PART_CELLS` besides. It has at most
+    `max_cells` cells, but for a task that alone has more. So padding is at most `PART_CELLS` a task.
     """
     num_tasks = len(num_support)
-    starts = np.arange(0, num_tasks, tasks_per_batch)
-    bounds = np.append(starts, num_tasks)
-    if max_cells is None or num_tasks == 0:
-        return bounds
-    rows = np.maximum.reduceat(num_support, starts) + np.maximum.reduceat(num_query, starts)
-    split = [bounds]
-    for k in np.flatnonzero(np.diff(bounds) * rows > max_cells):
-        batch = slice(bounds[k], bounds[k + 1])
-        split.append(bounds[k] + np.array(ends_within(num_support[batch], num_query[batch], max_cells)))
-    return np.unique(np.concatenate(split))
+    cells = num_tasks * int(num_support.max(initial=0) + num_query.max(initial=0))
+    if cells <= max_cells and cells - int(num_support.sum() + num_query.sum()) <= PART_CELLS:
+        return (num_tasks,)
+    best, begin = np.zeros(num_tasks + 1), np.zeros(num_tasks + 1, np.int64)  # of the first so many tasks
+    for end in range(1, num_tasks + 1):
+        support, query = (np.maximum.accumulate(side[:end][::-1]) for side in (num_support, num_query))
+        of_part = np.arange(1, end + 1) * (support + query)  # of the last 1, 2, … of them
+        cost = best[:end][::-1] + of_part + PART_CELLS
+        cost[1:][of_part[1:] > max_cells] = np.inf
+        size = int(cost.argmin())
+        best[end], begin[end] = cost[size], end - 1 - size
+    ends = [num_tasks]
+    while begin[ends[-1]] > 0:
+        ends.append(int(begin[ends[-1]]))
+    return tuple(reversed(ends))
 
 
 def ends_within(num_support: Tasks, num_query: Tasks, max_cells: int | None) -> tuple[int, ...]:

@@ -397,6 +397,11 @@ class TaskPack:
         """Return the Parquet file (task_id, key, split), after its checksum was verified."""
         return verified_file(self.path, self.manifest["tasks"])
 
+    @property
+    def roles_are_given(self) -> bool:
+        """Whether a column of the user's says which rows are support and which are query (`split_query: column`)."""
+        return bool(self.manifest.get("settings", {}).get("split_query") == "column")
+
     def identity(self) -> DataIdentity:
         """Return what the pack's ids and numbers mean. It is computed from the files where the manifest does not record
         it.

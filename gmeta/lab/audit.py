@@ -1,5 +1,6 @@
 """Checks that every task of every epoch took effect exactly once, from metrics.jsonl and the pack alone.
 
+With `loader.episode_rows` a task here is an episode, as in the loader.
 Nothing is taken from the ledger or the coordinator. What each batch held is computed again from the order, and what of
 it took effect follows from what the trainer logged step by step.
 """
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gmeta.config.train import TrainConfig
+from gmeta.data.episodes import Episodes
 from gmeta.data.order import Tasks, num_batches, window_of_batches
 from gmeta.data.shards import PackSplit
 
@@ -34,11 +36,11 @@ class Audit:
 
 def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainConfig) -> Audit:
     """Check a run that has finished its epochs. `records` are those of kind train."""
-    found = Audit(expected=split.num_tasks * config.schedule.epochs)
-    size = config.loader.tasks_per_batch
+    num_tasks, size = _num_tasks(split, config), config.loader.tasks_per_batch
+    found = Audit(expected=num_tasks * config.schedule.epochs)
     for epoch in range(config.schedule.epochs):
         order = list(batches_of(split, config, epoch))
-        effects = np.zeros(split.num_tasks, np.int64)
+        effects = np.zeros(num_tasks, np.int64)
         tail: list[int] = []
         for record in records:
             if record["epoch"] != epoch:
@@ -63,16 +65,27 @@ def audit(records: Sequence[Mapping[str, Any]], split: PackSplit, config: TrainC
 
 
 def batches_of(split: PackSplit, config: TrainConfig, epoch: int) -> Iterator[Tasks]:
-    """Yield the batches of an epoch, in order, as positions in the split."""
-    loader = config.loader
-    batches = num_batches(split.num_tasks, loader.tasks_per_batch)
+    """Yield the batches of an epoch, in order, as positions among the split's tasks or episodes."""
+    loader, num_tasks = config.loader, _num_tasks(split, config)
+    batches = num_batches(num_tasks, loader.tasks_per_batch)
+    located = Episodes(split, loader.episode_rows).locate if loader.episode_rows else split.locate
+
+    def sizes(tasks: Tasks) -> tuple[Tasks, Tasks]:
+        at = located(tasks).last_support(loader.max_support_rows)
+        return at.num_support, at.num_query
+
     for window in range(-(-batches // loader.window_batches)):
         yield from window_of_batches(
-            split.num_tasks,
-            split.sizes,
+            num_tasks,
+            sizes,
             tasks_per_batch=loader.tasks_per_batch,
             window_batches=loader.window_batches,
             seed=config.seed,
             epoch=epoch,
             window=window,
         )
+
+
+def _num_tasks(split: PackSplit, config: TrainConfig) -> int:
+    episode_rows = config.loader.episode_rows
+    return Episodes(split, episode_rows).num_episodes if episode_rows else split.num_tasks

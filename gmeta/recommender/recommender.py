@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, to_device
 from gmeta.data.loader import MAX_CELLS
-from gmeta.data.order import ends_within
+from gmeta.data.order import cheapest_ends
 from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
 from gmeta.data.shards import TaskRows, split_in_memory
@@ -227,7 +227,10 @@ class AdaptedTasks:
 
 def _require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
     """Raise ValueError that names the first task whose posterior has a number that is not finite."""
-    if fast.posterior is not None and not (finite := fast.posterior.mean.isfinite().all(1)).all():
+    if fast.posterior is None:
+        return
+    finite = fast.posterior.mean.isfinite().all(1) & fast.posterior.spread.isfinite().flatten(1).all(1)
+    if not finite.all():
         raise ValueError(
             f"task {keys[int((~finite).nonzero()[0])]!r} has no posterior: the model gives its support numbers that "
             "are not finite; look at its numeric columns"
@@ -252,7 +255,7 @@ def _chunks(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Ite
     for start in range(0, len(num_support), _TASKS_AT_A_TIME):
         part = slice(start, start + _TASKS_AT_A_TIME)
         begin = start
-        for end in ends_within(num_support[part], num_query[part], MAX_CELLS):
+        for end in cheapest_ends(num_support[part], num_query[part], MAX_CELLS):
             yield slice(begin, start + end)
             begin = start + end
 

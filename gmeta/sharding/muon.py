@@ -85,9 +85,14 @@ class Muon(torch.optim.AdamW):
                     )
                 self.shapes[param] = param.shape
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of; the exchange, which knows names alone, is shared by all copies."""
+        own = {"shapes": self.shapes, "used": self.used, "_exchange": self._exchange, "_names": self._names}
+        return {**super().__getstate__(), **own}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the groups and state that `load_state_dict` has read. ValueError where they are not of a `Muon` with the
-        same groups.
+        """Take what `__getstate__` gave, or the groups and state that `load_state_dict` has read. ValueError where the
+        latter are not of a `Muon` with the same groups.
         """
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's looks for its own state of every parameter
         loaded = {param for group in self.param_groups if group.get("use_muon") for param in group["params"]}
@@ -204,6 +209,10 @@ class MatrixExchange:
                         group.matrices.append(_Matrix(span.name, span.shape, parts))
         for group in self._groups.values():
             group.assign()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MatrixExchange:
+        """Return the same one: process groups cannot be copied."""
+        return self
 
     def _open(self, scope: ShardScope) -> _Group:
         ring = {"N": None, "I": self._hierarchy.rings.intra, "G": self._hierarchy.rings.world}[scope]

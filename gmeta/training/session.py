@@ -38,6 +38,7 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         mesh = open_mesh(config.device, config.timeout_s, config.comm.node_size)
         stack.callback(close_mesh, mesh)
         stack.enter_context(run_lock(Path(config.run_dir), mesh))
+        _require_given_roles(config)
         config = _settled(config, mesh)
         chosen = chosen_for(config)
         resume_from = prepare_run_dir(config, mesh, chosen)
@@ -63,6 +64,16 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
                 stack.callback(run.membership.agent.close)
         run.log.start()
         yield run
+
+
+def _require_given_roles(config: TrainConfig) -> None:
+    """Raise ValueError where training would cut episodes out of rows whose roles the user has given."""
+    if config.loader.episode_rows and open_pack(config.pack).roles_are_given:
+        raise ValueError(
+            f"loader.episode_rows is {config.loader.episode_rows}, and a column gives each row of the pack its role "
+            "(split_query column): an episode would make support and query of rows of either; leave episode_rows out "
+            "and bound long tasks with loader.max_support_rows, or prepare with --split_query last or random"
+        )
 
 
 def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
@@ -108,6 +119,11 @@ def _banner(run: Run) -> str:
         lines.append(f"the model does not read {key!r}, the task's own key: name it in model.features if it should")
     if run.config.embedding.id_dropout:
         lines.append(f"embedding.id_dropout {run.config.embedding.id_dropout:g}: so many ids are masked, for cold ids")
+    if run.config.loader.resample and run.pack.roles_are_given:
+        lines.append(
+            "warning: loader.resample draws the support anew from all rows of a task, and not by the column that gives "
+            "each row its role (split_query column): leave it out to train on the roles as they are"
+        )
     for name in ("train", "valid") if state.mesh.is_main else ():
         settings = run.config.loader
         warning = name in run.pack.splits and long_task_warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,46 @@ def test_its_state_is_loaded() -> None:
     hidden, rest = (group["params"] for group in optimizers[0].param_groups)
     with pytest.raises(ValueError, match="use_muon differs for 9 parameters"):
         optimizers[0].load_state_dict(torch.optim.AdamW([{"params": hidden}, {"params": rest}]).state_dict())
+
+
+def test_a_copy_learns_on_by_itself() -> None:
+    module = model()
+    optimizer = muon(list(module.named_parameters()))
+
+    def train(step: int, *pairs: tuple[nn.Module, Muon]) -> None:
+        for one, own in pairs:
+            one(rows(0, step), 0).square().mean().backward()
+            own.step()
+            own.zero_grad()
+
+    train(0, (module, optimizer))
+    other, copied = copy.deepcopy((module, optimizer))
+    restored = pickle.loads(pickle.dumps(optimizer))
+    assert [p.shape for p in restored.shapes] == [p.shape for p in optimizer.shapes]
+    train(1, (module, optimizer), (other, copied))
+    for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
+        assert ours is not theirs
+        assert torch.equal(ours, theirs)
+
+
+def copied_while_sharded(mesh: Mesh) -> None:
+    engine = paro(model(), muon, node_mesh(1), "IIG")
+    engine.backward(engine(rows(mesh.rank, 0), 0).square().mean())
+    engine.step()
+    optimizer = engine.optimizer
+    assert isinstance(optimizer, Muon)
+    copied = copy.deepcopy(optimizer)
+    assert copied._exchange is optimizer._exchange is not None
+    assert list(copied._names.values()) == list(optimizer._names.values())
+    for ours, theirs in zip(optimizer.shapes, copied.shapes, strict=True):
+        assert ours is not theirs
+        assert optimizer.state[ours].keys() == copied.state[theirs].keys()
+        assert all(torch.equal(value, copied.state[theirs][name]) for name, value in optimizer.state[ours].items())
+    engine.close()
+
+
+def test_a_sharded_one_is_copied() -> None:
+    run_ranks(2, copied_while_sharded)
 
 
 def test_hooks_run_once_a_step() -> None:

@@ -242,6 +242,41 @@ def test_hard_supports_have_a_mode(case: str) -> None:
     assert residual(learner, fast, problem) < 1e-6
 
 
+@pytest.mark.parametrize("logit", [-4.0, 4.0, -10.0, 100.0])
+def test_labels_that_contradict_a_confident_prior(logit: float) -> None:
+    """Newton's method without a bound on its steps swings here, and had learned nothing when it stopped."""
+    problem = CASES["one class"](make_problem(support=(50, 300, 1), query=(1, 1, 1)))
+    support = problem.batch.support
+    if logit > 0:
+        support = replace(support, label=support.label * 0)
+    learner = solved().eval()
+    with torch.no_grad():
+        learner.model.end.bias.fill_(logit)
+    fast = learner.adapt(problem.rows, support)
+    assert residual(learner, fast, Problem(problem.rows, replace(problem.batch, support=support))) < 1e-6
+
+
+def test_easy_supports_take_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(support=(40, 2, 0, 3))
+    learner = solved().eval()
+    expected = learner.adapt(problem.rows, problem.batch.support).posterior
+    monkeypatch.setattr(closed_form, "NEWTON_STEPS", 7)
+    found = learner.adapt(problem.rows, problem.batch.support).posterior
+    assert torch.equal(found.mean, expected.mean)
+
+
+def test_a_task_s_result_does_not_depend_on_how_long_others_take() -> None:
+    """An easy task beside one of which the labels contradict the prior."""
+    layer, draws = BayesianLinear(3).double(), torch.Generator().manual_seed(0)
+    basis = torch.randn(2, 50, 3, dtype=torch.float64, generator=draws)
+    logits = torch.tensor([0.0, -9.0], dtype=torch.float64).view(2, 1).expand(2, 50)
+    label, mask = torch.ones(2, 50, dtype=torch.float64), torch.ones(2, 50, dtype=torch.bool)
+    settings = {"loss": "bce", "second_order": False}
+    both = closed_form.solve(layer, basis, logits, label, mask, **settings)
+    alone = closed_form.solve(layer, basis[:1], logits[:1], label[:1], mask[:1], **settings)
+    torch.testing.assert_close(both.mean[:1], alone.mean, rtol=1e-13, atol=1e-13)
+
+
 def test_a_support_of_a_million_rows() -> None:
     layer = BayesianLinear(3)
     basis = torch.randn(1, 1_000_000, 3, generator=torch.Generator().manual_seed(0))
@@ -250,8 +285,26 @@ def test_a_support_of_a_million_rows() -> None:
     posterior = closed_form.solve(
         layer, basis, logits, label, torch.ones_like(label, dtype=torch.bool), loss="bce", second_order=False
     )
-    assert float(posterior.mean[0, 0].detach()) > 5
-    assert posterior.mean.isfinite().all()
+    w = posterior.mean[0].detach().double()
+    mean = torch.sigmoid(basis[0].double() @ w[:3] + w[3])
+    slope = ((label[0] - mean).unsqueeze(-1) * basis[0]).sum(0) - w[:3]
+    assert (slope.abs() < 0.01 * w[0]).all()
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+@pytest.mark.parametrize(("scale", "noise"), [(1.0, 1e-9), (1e4, 1.0), (1e6, 1.0)])
+def test_singular_bases_and_hardly_any_noise_in_single_precision(loss: str, scale: float, noise: float) -> None:
+    """Columns that are copies, fewer rows than weights, a constant label."""
+    layer, draws = BayesianLinear(15, noise=noise), torch.Generator().manual_seed(0)
+    basis = scale * torch.randn(1, 6, 5, generator=draws).repeat(1, 1, 3)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    posterior = closed_form.solve(layer, basis, torch.zeros(1, 6), mask.float(), mask, loss=loss, second_order=True)
+    assert posterior.mean.dtype == torch.float32
+    assert all(tensor.isfinite().all() for tensor in posterior.tensors())
+    logits = closed_form.with_one(basis[0]) @ posterior.mean[0].detach()
+    assert (logits > 0).all()
+    if loss == "mse" and noise < 1:
+        torch.testing.assert_close(logits, torch.ones(6))
 
 
 def test_a_task_that_is_not_finite_spoils_no_other() -> None:

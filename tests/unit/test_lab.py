@@ -18,6 +18,7 @@ import pytest
 
 from gmeta.config.cluster import LabConfig
 from gmeta.config.train import LoaderConfig, ScheduleConfig, TrainConfig
+from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import open_pack
 from gmeta.elastic.scenario import Contention, Deterministic, Devices, Kill, Pause, Persistent, Scenario, Transient
 from gmeta.lab.audit import audit, batches_of
@@ -319,6 +320,26 @@ def test_a_whole_run_passes(split):
 def test_tasks_put_back_come_in_the_tail(split):
     back = {2: tasks_of_batch(split, 0, 1)[:2], 4: tasks_of_batch(split, 0, 3)[5:]}
     assert audit(records(back), split, CONFIG).exactly_once
+
+
+@pytest.mark.parametrize(
+    "loader", [{"episode_rows": 4}, {"max_support_rows": 1}, {"episode_rows": 5, "max_support_rows": 2}]
+)
+def test_batches_are_those_of_the_loader(split, loader):
+    """Episodes count as tasks, and supports as they are read."""
+    config = replace(CONFIG, loader=replace(CONFIG.loader, **loader))
+    given = TaskLoader(split, tasks_per_batch=8, window_batches=2, seed=config.seed, prefetch=0, **loader)
+    batches = [batch for epoch in range(2) for batch in batches_of(split, config, epoch)]
+    assert len(batches) == 2 * given.batches_per_epoch
+    for tasks in batches:
+        assert next(given).task_id.tolist() == given._locate(tasks).task_id.tolist()
+    steps = []
+    for number, tasks in enumerate(batches):
+        epoch, index = divmod(number, given.batches_per_epoch)
+        steps.append({"step": number, "epoch": epoch, "index": index, "slots": [len(tasks)], "put_back": []})
+    found = audit(steps, split, config)
+    assert found.exactly_once
+    assert found.expected == 2 * given.num_tasks
 
 
 def test_a_lost_task_is_found(split):

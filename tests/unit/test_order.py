@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64
 
+from gmeta.data import order
 from gmeta.data.order import (
     BLOCK_TASKS,
     Tasks,
@@ -17,7 +18,6 @@ from gmeta.data.order import (
     keyed_hash,
     num_batches,
     permutation,
-    stored_batches,
     tasks_per_rank,
     window_of_batches,
 )
@@ -72,37 +72,56 @@ def test_every_task_once_an_epoch_and_short_only_at_its_end(
     assert len(batches[-1]) == (num_tasks - 1) % size + 1
 
 
-def test_stored_batches_are_the_stored_order() -> None:
-    assert stored_batches(np.full(10, 2), np.full(10, 3), 4, None).tolist() == [0, 4, 8, 10]
-    assert stored_batches(np.zeros(0, np.int64), np.zeros(0, np.int64), 4, 100).tolist() == [0]
+SIDES = st.tuples(st.integers(0, 30), st.integers(0, 30))
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(SIDES, max_size=8), max_cells=st.integers(1, 400), part=st.integers(0, 60))
+def test_the_cheapest_cut_is_that_of_a_search(sizes, max_cells, part) -> None:
+    support, query = np.array(sizes, np.int64).reshape(-1, 2).T
+    numbers = range(1, len(sizes))
+
+    def cost(ends: tuple[int, ...]) -> float:
+        total = 0.0
+        for a, b in itertools.pairwise((0, *ends)):
+            cells = (b - a) * int(support[a:b].max(initial=0) + query[a:b].max(initial=0))
+            total += part + cells if b - a <= 1 or cells <= max_cells else np.inf
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "PART_CELLS", part)
+        found = order.cheapest_ends(support, query, max_cells)
+    cuts = itertools.chain.from_iterable(itertools.combinations(numbers, k) for k in range(len(sizes) + 1))
+    assert found[-1] == len(sizes)
+    assert cost(found) == min(cost((*cut, len(sizes))) for cut in cuts)
 
 
 @settings(max_examples=100, deadline=None)
 @given(
-    sizes=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=60),
+    sizes=st.lists(SIDES, max_size=60),
+    long=st.integers(1, 3000),
     size=st.integers(1, 20),
-    max_cells=st.integers(1, 2000),
+    max_cells=st.integers(1, 20_000),
 )
-def test_a_pass_is_cut_where_batches_are_too_large(sizes, size, max_cells) -> None:
+def test_a_pass_has_every_task_once_and_little_padding(sizes, long, size, max_cells) -> None:
     support, query = np.array(sizes, np.int64).reshape(-1, 2).T
-    usual = stored_batches(support, query, size, None).tolist()
-    assert usual == [*range(0, len(sizes), size), len(sizes)]
-    support[3:4] *= 100
-    bounds = stored_batches(support, query, size, max_cells).tolist()
-    assert set(usual) <= set(bounds), "only what is too large is cut"
-    assert bounds == sorted(set(bounds))
+    support[3:4] *= long
+    batches = order.batches_of_pass(support, query, size, max_cells, 2)
+    assert sorted(np.concatenate([np.zeros(0, np.int64), *batches]).tolist()) == list(range(len(sizes)))
+    for tasks in batches:
+        cells = len(tasks) * int(support[tasks].max() + query[tasks].max())
+        assert 1 <= len(tasks) <= size
+        assert len(tasks) == 1 or cells <= max_cells
+        assert cells - int((support + query)[tasks].sum()) <= order.PART_CELLS * len(tasks)
+        assert np.ptp(tasks) < 2 * size, "of one window"
 
-    def cells(a: int, b: int) -> int:
-        return int((b - a) * (support[a:b].max() + query[a:b].max()))
 
-    for a, b in itertools.pairwise(usual):
-        inside = [bound for bound in bounds if a <= bound <= b]
-        if cells(a, b) <= max_cells:
-            assert inside == [a, b]
-            continue
-        for c, d in itertools.pairwise(inside):
-            assert d - c == 1 or cells(c, d) <= max_cells // 4
-            assert d == b or cells(c, d + 1) > max_cells // 4, "parts are as large as they may be"
+def test_one_long_task_pads_no_others() -> None:
+    """The case of one user with 16,000 rows: its batch is below the bound of cells, and 63 others were padded to it."""
+    support = np.full(64, 20)
+    support[17] = 16_000
+    batches = order.batches_of_pass(support, np.full(64, 4), 64, 1 << 20, 64)
+    assert sorted(map(len, batches)) == [1, 63]
 
 
 def test_order_depends_on_seed_and_epoch() -> None:

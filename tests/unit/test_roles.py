@@ -202,6 +202,20 @@ def test_a_run_of_such_a_pack_is_evaluated_and_predicts(tmp_path: Path, capsys: 
     assert csv.read_csv(tmp_path / "out.csv").num_rows == 9
 
 
+def test_training_mixes_roles_only_where_it_is_asked_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Drawing anew is what `resample` means, and is told of; episodes would mix roles by the way, and are refused."""
+    write(tmp_path, log())
+    gmeta(*words(tmp_path))
+    train = train_words(tmp_path / "pack", tmp_path / "run", epochs=1)
+    fails(
+        [*train, "--loader.episode_rows", 4], capsys, "loader.episode_rows is 4, and a column gives", "max_support_rows"
+    )
+    gmeta(*train, "--loader.resample", "true")
+    assert "warning: loader.resample draws the support anew from all rows of a task" in capsys.readouterr().err
+    gmeta(*train_words(tmp_path / "pack", tmp_path / "other", epochs=1))
+    assert "resample" not in capsys.readouterr().err
+
+
 def test_a_folder_may_be_the_role(tmp_path: Path) -> None:
     rows = log()
     write(tmp_path, rows, TIMED)
