@@ -14,6 +14,7 @@ for the data. Here factors that the labels do not show vanish: on MovieLens-100K
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,36 +64,21 @@ def fit_items(
     """
     y = torch.from_numpy(label.astype(np.float64))
     by_task, by_item = _Sums(task, item), _Sums(item, task)
-    level, spread = float(y.mean()), float(y.var(correction=0))
-    unit = 1 / spread**0.5 if binary else spread**0.5  # of eta
-    weight = torch.full_like(y, spread if binary else 1 / spread)
-    generator = torch.Generator().manual_seed(seed)
-    mean = 0.1 * unit * torch.randn(by_item.size, num_factors + 1, generator=generator, dtype=torch.float64)
-    count, total = (np.bincount(item, values, minlength=by_item.size) for values in (None, y.numpy() - level))
-    mean[:, -1] = torch.from_numpy(total / (count + _LEVEL_ROWS)) / (spread if binary else 1.0)
-    mean[:, -1] += float(np.log(level / (1 - level))) if binary else level
+    spread = float(y.var(correction=0))
+    mean = _first_mean(by_item, y, num_factors, seed, binary)
     covariance = torch.zeros(*mean.shape, mean.shape[1], dtype=torch.float64)
-    prior_mean, prior = mean.mean(0), 0.1 * unit**2 * torch.eye(mean.shape[1], dtype=torch.float64)
-    one = torch.ones(by_task.size, 1, dtype=torch.float64)
+    prior = 0.1 * (1 / spread if binary else spread) * torch.eye(mean.shape[1], dtype=torch.float64)
+    prior_mean = mean.mean(0)
+    weight = torch.full_like(y, spread if binary else 1 / spread)
     for _ in range(num_iterations):
         target = y - 0.5 if binary else y * weight
-        # Of tasks, given items: v is the base, and m an offset.
         moment, total = by_task.moments(mean, covariance, weight), by_task.sums(mean, target)
         precision = moment[:, :-1, :-1] + torch.eye(num_factors, dtype=torch.float64)
-        latent, uncertain = _normal(precision, total[:, :-1] - moment[:, :-1, -1])
-        # z is N(0, I) over tasks by definition: its spread goes into the loadings, which converges much faster.
-        factor = torch.linalg.cholesky(uncertain.mean(0) + latent.T @ latent / len(latent))
-        inverse = torch.linalg.inv(factor)
-        latent, uncertain = (
-            torch.cat([latent @ inverse.T, one], 1),
-            F.pad(inverse @ uncertain @ inverse.T, (0, 1, 0, 1)),
-        )
-        stretched = torch.block_diag(factor, torch.ones(1, 1, dtype=torch.float64))
-        prior_mean, prior = stretched.T @ prior_mean, stretched.T @ prior @ stretched
-        # Of items, given tasks.
-        pull = torch.linalg.inv(prior)
+        latent, uncertain, stretch = _standardised(*_normal(precision, total[:, :-1] - moment[:, :-1, -1]))
+        pull = torch.linalg.inv(stretch.T @ prior @ stretch)
         mean, covariance = _normal(
-            by_item.moments(latent, uncertain, weight) + pull, by_item.sums(latent, target) + pull @ prior_mean
+            by_item.moments(latent, uncertain, weight) + pull,
+            by_item.sums(latent, target) + pull @ stretch.T @ prior_mean,
         )
         prior_mean = mean.mean(0)
         centred = mean - prior_mean
@@ -103,9 +89,32 @@ def fit_items(
             weight = torch.tanh(xi / 2) / (2 * xi)
         else:
             eta = (latent[by_task.segment] * mean[by_task.index]).sum(1)
-            spread = float((square - 2 * y * eta + y * y).mean())
+            spread = float((square - 2 * y * eta + y * y).mean()) + 1e-9  # keeps exact fits invertible
             weight = torch.full_like(y, 1 / spread)
     return ItemPosterior(torch.cat([mean, prior_mean[None]]), 1.0 if binary else spread)
+
+
+def _first_mean(by_item: _Sums, y: Tensor, num_factors: int, seed: int, binary: bool) -> Tensor:
+    """Return small random loadings and items' shrunk mean labels, in units of eta: [items, k + 1]."""
+    level, spread = float(y.mean()), float(y.var(correction=0))
+    unit = 1 / spread**0.5 if binary else spread**0.5
+    generator = torch.Generator().manual_seed(seed)
+    mean: Tensor = 0.1 * unit * torch.randn(by_item.size, num_factors + 1, generator=generator, dtype=torch.float64)
+    item = by_item.segment
+    above = torch.bincount(item, y - level) / (torch.bincount(item) + _LEVEL_ROWS)
+    mean[:, -1] = math.log(level / (1 - level)) + above / spread if binary else level + above
+    return mean
+
+
+def _standardised(latent: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tasks' vectors and a 1, [T, k + 1], whose second moment over tasks is 1; their covariances [T, k + 1,
+    k + 1]; and the matrix by which items' vectors stretch instead. EM gets there slowly.
+    """
+    factor = torch.linalg.cholesky(covariance.mean(0) + latent.T @ latent / len(latent))
+    inverse = torch.linalg.inv(factor)
+    stretch = F.pad(factor, (0, 1, 0, 1))
+    stretch[-1, -1] = 1
+    return F.pad(latent @ inverse.T, (0, 1), value=1.0), F.pad(inverse @ covariance @ inverse.T, (0, 1, 0, 1)), stretch
 
 
 def _normal(precision: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,7 +159,7 @@ class _Sums:
         twice = torch.where(row == column, 1.0, 2.0).to(own.dtype)
         left = _second(own, own_covariance)[:, row, column] * twice
         right = _second(other, other_covariance)[:, row, column]
-        parts = zip(self.segment.split(_CHUNK), self.index.split(_CHUNK), strict=True)
+        parts = zip(torch.split(self.segment, _CHUNK), torch.split(self.index, _CHUNK), strict=True)
         return torch.cat([(left[segment] * right[index]).sum(1) for segment, index in parts])
 
 
