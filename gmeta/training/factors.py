@@ -1,4 +1,4 @@
-"""Where a neural linear model starts: with the item rows of factor analysis, fitted on the training rows by EM."""
+"""Where a neural linear model starts: with the item rows of Bayesian factor analysis of the training rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def start_from_factors(run: Run) -> None:
     """Overwrite the rows of the item's id by its loadings and mean, [num_ids, d], and the noise by that of the fit;
     collective.
 
-    Ids that no training row has, the out-of-vocabulary one among them, get the average item. For clicks, rows are
-    in units of the logit at the mean click rate. ValueError where the model, or the pack, has no item to start.
+    Ids that no training row has, the out-of-vocabulary one among them, get the average item. ValueError where the model, or the pack, has no item to start.
     """
     state, pack = run.state, run.pack
     model, tables = state.system.learner.model, state.system.tables
