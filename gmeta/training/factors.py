@@ -18,7 +18,8 @@ def start_from_factors(run: Run) -> None:
     """Overwrite the rows of the item's id by its loadings and mean, [num_ids, d], and the noise by that of the fit;
     collective.
 
-    Ids that no training row has, the out-of-vocabulary one among them, get the average item. ValueError where the model, or the pack, has no item to start.
+    Ids that no training row has, the out-of-vocabulary one among them, get the average item. ValueError where the
+    model, or the pack, has no item to start.
     """
     state, pack = run.state, run.pack
     model, tables = state.system.learner.model, state.system.tables
