@@ -17,6 +17,7 @@ by the implicit function theorem, because g is 0 there. First order: what was so
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -156,6 +157,19 @@ def deviation(posterior: Posterior, basis: Tensor) -> Tensor:
     """Return the posterior standard deviation of the logits of bases [T, Q, d], [T, Q]."""
     found: Tensor = torch.linalg.vector_norm(with_one(widen(basis)) @ posterior.spread, dim=-1)
     return found
+
+
+def prior_of(layer: BayesianLinear, num_tasks: int) -> Posterior:
+    """Return what is known of tasks without support."""
+    mean, scale = layer.prior_mean(), layer.prior_scale()
+    return Posterior(mean.expand(num_tasks, -1), scale.expand(num_tasks, -1, -1))
+
+
+def averaged(logits: Tensor, deviation: Tensor) -> Tensor:
+    """Return the logits of the mean probability of normal logits: MacKay's approximation (1992), logit / sqrt(1 + pi
+    deviation^2 / 8). Where a task's support says little, its rows move towards one half.
+    """
+    return logits / (1 + math.pi / 8 * deviation**2).sqrt()
 
 
 def sampled_weights(fast: FastWeights, generator: torch.Generator) -> FastWeights:

@@ -69,6 +69,7 @@ class MetaLearner(nn.Module):
         self.inner_loop = inner_loop
         self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
         self.loss = example_loss(loss)
+        self.loss_name = loss
         self.inner_loss_name = inner_loop.loss or loss
         self.inner_loss = example_loss(self.inner_loss_name)
         if modulator is not None and not self.adapted:
@@ -182,7 +183,7 @@ class MetaLearner(nn.Module):
         index = self._index_for(fast, rows, examples, index)
         if not self.adapted:
             return self._flat_logits(rows, (examples,), index, None)[0]
-        return self._score(self._pass(rows, None), fast, rows, examples, index)
+        return self._score(self._pass(rows, None), fast, rows, examples, index, expected=True)
 
     def deviation(
         self, fast: FastWeights, rows: EmbeddedRows, examples: Examples, index: GatherPlan | None = None
@@ -221,7 +222,7 @@ class MetaLearner(nn.Module):
             return self._plain(rows, batch, index[0], key)
         inner = self._pass(rows, None if key is None else (key, batch.task_id))
         fast, support_loss = self._adapt(inner, rows, batch.support, index[0])
-        logits = self._score(inner, fast, rows, batch.query, index[1])
+        logits = self._score(inner, fast, rows, batch.query, index[1], expected=not self.training)
         query_loss = task_mean(self.loss(logits, batch.query.label), batch.query.mask)
         loss = query_loss.sum() / batch.num_tasks_global
         return loss, LearnerOutput(logits, query_loss.detach(), support_loss)
@@ -318,14 +319,27 @@ class MetaLearner(nn.Module):
         return fast, loss
 
     def _score(
-        self, inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan
+        self,
+        inner: InnerPass,
+        fast: FastWeights,
+        rows: EmbeddedRows,
+        query: Examples,
+        plan: GatherPlan,
+        *,
+        expected: bool,
     ) -> Tensor:
+        """Return the logits [T, Q]. Clicks with a last layer's posterior have those of the expected probability, where
+        `expected`, and those at the mode else: training needs no derivative of the spread.
+        """
         layer = self.last_layer
         if layer is None:
             return (reference.score if self._by_reference else factored.score)(inner, fast, rows, query, plan)
         bases, logits = self._bases(inner, fast, rows, query, plan, QUERY_PASS)
         if fast.posterior is not None:
             logits = closed_form.shifted(layer, fast.posterior, bases, logits)
+        if expected and self.loss_name == "bce":
+            posterior = fast.posterior or closed_form.prior_of(layer, fast.num_tasks)
+            logits = closed_form.averaged(logits, closed_form.deviation(posterior, bases))
         return closed_form.finished(self.model, logits)
 
     def _bases(

@@ -41,7 +41,7 @@ class NeuralLinear(nn.Module):
         task_features: Sequence[str] = (),
         hidden: Sequence[int] = (32,),
         dropout: float = 0.3,
-        bias_std: float = 0.5,
+        bias_std: float = 0.1,
         noise: float = 1.0,
         label_range: Sequence[float] = (),
     ) -> None:

@@ -1,8 +1,6 @@
-"""Where a neural linear model starts: with the item rows of factor analysis, fitted on the training rows by EM."""
+"""Where a neural linear model starts: with the item rows of Bayesian factor analysis of the training rows."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import psutil
@@ -10,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gmeta.data.pack import TaskPack
-from gmeta.evaluation.baselines import fit_factors
 from gmeta.models.neural_linear import NeuralLinear
 from gmeta.parallel.collectives import fill_from_rank_0, on_rank_0
+from gmeta.training.bayes_factors import fit_items
 from gmeta.training.run import Run
 
 
@@ -20,8 +18,8 @@ def start_from_factors(run: Run) -> None:
     """Overwrite the rows of the item's id by its loadings and mean, [num_ids, d], and the noise by that of the fit;
     collective.
 
-    Ids that no training row has, the out-of-vocabulary one among them, get the average item. For clicks, rows are
-    in units of the logit at the mean click rate. ValueError where the model, or the pack, has no item to start.
+    Ids that no training row has, the out-of-vocabulary one among them, get the average item. ValueError where the
+    model, or the pack, has no item to start.
     """
     state, pack = run.state, run.pack
     model, tables = state.system.learner.model, state.system.tables
@@ -33,27 +31,26 @@ def start_from_factors(run: Run) -> None:
     table = pack.schema.feature(model.item).table
     fused = next(fused for fused in tables.fused.values() if table in fused.offsets)
     binary = run.config.loss == "bce"
-    rows = torch.zeros(pack.schema.feature(model.item).num_ids + 1, fused.dim, dtype=torch.float64)
+    rows = torch.zeros(pack.schema.feature(model.item).num_ids, fused.dim, dtype=torch.float64)
+    noise = torch.zeros(1, dtype=torch.float64)
     fitted = on_rank_0(lambda: _fit(pack, model.item or "", fused.dim - 1, run.config.seed, binary), state.mesh)
     if fitted is not None:
-        rows, mean = fitted
-        rows[:-1, -1] += (math.log(mean / (1 - mean)) if binary else mean) - model.base_rate
-    fill_from_rank_0([rows], state.mesh)
-    fused.set_rows(table, rows[:-1])
+        rows, noise = fitted[0], torch.full_like(noise, fitted[1])
+        rows[:, -1] -= model.base_rate
+    fill_from_rank_0([rows, noise], state.mesh)
+    fused.set_rows(table, rows)
     if not binary:
         with torch.no_grad():
-            model.last.log_noise.fill_(float(rows[-1, 0].log()))
+            model.last.log_noise.fill_(float(noise.log()))
 
 
 def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -> tuple[Tensor, float]:
-    """Return each id's (loadings, mean), and in a last row the variance of labels: float64 [num_ids + 1, k + 1]; and
-    the mean label, from which an item's mean is counted.
-    """
+    """Return each id's (loadings, mean), float64 [num_ids, k + 1], and the variance of labels about them."""
     columns = pack.split("train").columns((item,))
     num_ids = pack.schema.feature(item).num_ids
     _, task = np.unique(columns.task, return_inverse=True)
     known, position = np.unique(columns.ids[item], return_inverse=True)
-    needed = 3 * 8 * (int(task.max()) + 1 + len(known)) * (num_factors + 1) ** 2
+    needed = 4 * 8 * (int(task.max()) + 1 + len(known)) * (num_factors + 1) ** 2
     free = psutil.virtual_memory().available
     if needed > free // 2:
         raise ValueError(
@@ -61,14 +58,11 @@ def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -
             f"{len(known):,} items, and {free:,} are free: set embedding.start to random, or a smaller "
             "model.embedding_dim"
         )
-    mean = float(columns.label.mean())
-    if binary and not 0 < mean < 1:
-        raise ValueError(f"embedding.start is factors, and all training labels are {mean:g}: nothing can be fitted")
-    model = fit_factors(task, position, columns.label.astype(np.float64) - mean, seed=seed, num_factors=num_factors)
-    # A logit moves 1 / (p (1 - p)) times as far as the probability.
-    scale = 1 / (mean * (1 - mean)) if binary else 1.0
-    found = torch.cat([model.loadings, model.mean[:, None]], 1) * scale
-    rows = found[-1].repeat(num_ids + 1, 1)
-    rows[torch.from_numpy(known.astype(np.int64))] = found[:-1]
-    rows[-1] = model.variance
-    return rows, mean
+    if columns.label.min() == columns.label.max():
+        raise ValueError(
+            f"embedding.start is factors, and all training labels are {columns.label[0]:g}: nothing can be fitted"
+        )
+    found = fit_items(task, position, columns.label, seed=seed, num_factors=num_factors, binary=binary)
+    rows = found.mean[-1].repeat(num_ids, 1)
+    rows[torch.from_numpy(known.astype(np.int64))] = found.mean[:-1]
+    return rows, found.variance

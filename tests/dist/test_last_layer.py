@@ -16,9 +16,10 @@ from test_train import assert_same, config, run_steps
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.pack import open_pack
-from gmeta.evaluation.baselines import fit_factors, fold_in
+from gmeta.evaluation.baselines import FactorModel, fold_in
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs.log import read_metrics
+from gmeta.training.bayes_factors import fit_items
 
 pytestmark = pytest.mark.dist
 
@@ -55,23 +56,22 @@ def scores(run_dir: Path) -> np.ndarray:
 
 
 def test_the_start_is_factor_analysis(tmp_path: Path) -> None:
-    """With squared losses and no bias of a task's own, step 0 scores what factor analysis scores."""
+    """With squared losses and no bias of a task's own, step 0 scores what the items' posterior means predict."""
     pack = make_pack(tmp_path / "pack", train=60, valid=8, test=9)
     words = [*WORDS, "--loss", "mse", "--model.args.bias_std", 1e-6, "--precision", "float64"]
     gmeta(*train_words(pack, tmp_path / "run", epochs=1), *words)
     found = scores(tmp_path / "run")
     train, test = (open_pack(pack).split(name).columns(("item",)) for name in ("train", "test"))
-    label, mean = train.label.astype(np.float64), float(train.label.mean())
     items, position = np.unique(train.ids["item"], return_inverse=True)
     _, task = np.unique(train.task, return_inverse=True)
-    model = fit_factors(task, position, label - mean, seed=0, num_factors=4)
+    fitted = fit_items(task, position, train.label, seed=0, num_factors=4, binary=False)
     at = np.minimum(np.searchsorted(items, test.ids["item"]), len(items) - 1)
     at = np.where(items[at] == test.ids["item"], at, -1)
     _, task = np.unique(test.task, return_inverse=True)
     support = ~test.is_query
-    latent = fold_in(model, task[support], at[support], test.label[support] - mean, num_tasks=int(task.max()) + 1)
-    expected = mean + model.score(latent[task[~support]], at[~support])
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    model = FactorModel(fitted.mean[:, :-1], fitted.mean[:, -1], fitted.variance)
+    latent = fold_in(model, task[support], at[support], test.label[support], num_tasks=int(task.max()) + 1)
+    np.testing.assert_allclose(found, model.score(latent[task[~support]], at[~support]), rtol=1e-5, atol=1e-5)
     steps = [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "valid"]
     assert steps[0] == 0
 

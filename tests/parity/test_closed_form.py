@@ -208,6 +208,22 @@ def test_draws_have_the_posterior_s_moments() -> None:
     torch.testing.assert_close(torch.cov(means.T), covariance, rtol=0.15, atol=0.06)
 
 
+def test_clicks_are_scored_by_their_expected_probability() -> None:
+    """Within MacKay's approximation: draws from the posterior have that mean probability. Training reads the mode."""
+    problem = make_problem(support=(3, 0), query=(3, 2))
+    learner = solved().eval()
+    fast = learner.adapt(problem.rows, problem.batch.support)
+    mask = problem.batch.query.mask
+    expected = torch.sigmoid(learner.score(fast, problem.rows, problem.batch.query))
+    draws = torch.Generator().manual_seed(0)
+    drawn = [closed_form.sampled_weights(fast, draws) for _ in range(2000)]
+    probability = [torch.sigmoid(learner.score(one, problem.rows, problem.batch.query)) for one in drawn]
+    torch.testing.assert_close(expected[mask], torch.stack(probability).mean(0)[mask], rtol=0, atol=0.03)
+    at_mode = learner.train()(problem.rows, problem.batch)[1].query_logits
+    known = replace(fast, posterior=replace(fast.posterior, spread=torch.zeros_like(fast.posterior.spread)))
+    torch.testing.assert_close(at_mode[mask], learner.score(known, problem.rows, problem.batch.query)[mask])
+
+
 def residual(learner: MetaLearner, fast: FastWeights, problem: Problem) -> float:
     """How far the mode is from a root, relative to the sum of its parts."""
     layer = learner.model.end
