@@ -59,15 +59,19 @@ def solve(
     label, known = label.to(logits.dtype), mask.to(logits.dtype)
     with torch.autocast(logits.device.type, enabled=False):
         scale, mean = layer.prior_scale().to(logits.dtype), layer.prior_mean().to(logits.dtype)
-        white = basis @ scale
+        white, drift = basis @ scale, layer.drift(mask)
+        first = 0
+        if drift is not None:  # of the support alone: the query's rows have none, so its weight is not kept
+            white, first = torch.cat([torch.where(mask, drift.to(logits.dtype), 0).unsqueeze(-1), white], -1), 1
         noise = layer.noise().to(logits.dtype) if loss == "mse" else logits.new_ones(())
         with torch.no_grad():
             u, factor = _mode(white, logits, label, known, noise, loss)
         if second_order:
             gradient, _ = _residual(u, white, logits, label, known, noise, loss)
-            change = (u + _solved(factor, gradient)) @ scale.T
+            change = (u + _solved(factor, gradient))[:, first:] @ scale.T
         else:
-            change = (u @ scale.T).detach()
+            change = (u[:, first:] @ scale.T).detach()
+        factor = factor[:, first:, first:]  # the inverse's rows of the other weights are 0 in the first column
         spread = torch.linalg.solve_triangular(factor, scale.detach().T.expand_as(factor), upper=False).mT
         return Posterior(mean + change, spread)
 
