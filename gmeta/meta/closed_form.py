@@ -67,15 +67,19 @@ def solve(
     logits, label = torch.where(mask, logits, 0).double(), torch.where(mask, label, 0).double()
     with torch.autocast(logits.device.type, enabled=False):
         scale, mean = layer.prior_scale().double(), layer.prior_mean().double()
-        white = basis @ scale
+        white, drift = basis @ scale, layer.drift(mask)
+        first = 0
+        if drift is not None:  # of the support alone: the query's rows have none, so its weight is not kept
+            white, first = torch.cat([torch.where(mask, drift.double(), 0).unsqueeze(-1), white], -1), 1
         noise = layer.noise().double() if loss == "mse" else None
         with torch.no_grad():
             u, factor = _mode(white, logits, label, noise, torch.finfo(kind).eps ** 0.5)
         if second_order:
             gradient, _ = _gradient(u, logits + _product(white, u), white, label, noise)
-            change = (u + _solved(factor, gradient)) @ scale.T
+            change = (u + _solved(factor, gradient))[:, first:] @ scale.T
         else:
-            change = (u @ scale.T).detach()
+            change = (u[:, first:] @ scale.T).detach()
+        factor = factor[:, first:, first:]  # the inverse's rows of the other weights are 0 in the first column
         spread = torch.linalg.solve_triangular(factor, scale.detach().T.expand_as(factor), upper=False).mT
         return Posterior((mean + change).to(kind), spread.to(kind))
 

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from gmeta.core.errors import require
 
+_DRIFT_ROWS = 30.0
+"""On valid users of MovieLens-100K 10 and 30 rows with a standard deviation of .5 gain AUC .004 to .005."""
+
 
 class BayesianLinear(nn.Module):
     """A last layer with one output whose weights have a Gaussian prior, of which a task learns the posterior.
@@ -23,13 +26,18 @@ class BayesianLinear(nn.Module):
 
     `width` is the number of bases d; `bias_std` is the prior's standard deviation of a task's bias, that of weights
     is 1 at first. `noise` is the variance of labels about their mean, for squared losses.
+
+    With `drift_std` a task's level was another in the past than it is in the query, by a normal number of that standard
+    deviation at first: support row n from the end has the offset number * (1 - exp(-n / r)), with r = 30 rows at first.
+    Both are learned, from supports in the order of time.
     """
 
-    def __init__(self, width: int, *, bias_std: float = 0.5, noise: float = 1.0) -> None:
+    def __init__(self, width: int, *, bias_std: float = 0.5, noise: float = 1.0, drift_std: float = 0.0) -> None:
         super().__init__()
         require(width >= 1, "width", width, "must be at least 1")
         require(bias_std > 0, "bias_std", bias_std, "must be more than 0")
         require(noise > 0, "noise", noise, "must be more than 0")
+        require(drift_std >= 0, "drift_std", drift_std, "must be 0 (off) or more")
         self.width = width
         self.weight = nn.Parameter(torch.zeros(1, width))
         self.bias = nn.Parameter(torch.zeros(1))
@@ -38,6 +46,7 @@ class BayesianLinear(nn.Module):
         start = torch.where(row == column, torch.where(row == width, bias_std, 1.0), 0.0)
         self.prior_factor = nn.Parameter(start)
         self.log_noise = nn.Parameter(torch.tensor([noise]).log())
+        self.log_drift = nn.Parameter(torch.tensor([drift_std, _DRIFT_ROWS]).log()) if drift_std else None
 
     def forward(self, basis: Tensor, offset: Tensor) -> Tensor:
         """Return the logit [...] at the prior's mean, from bases [..., d] and an offset [...]."""
@@ -52,6 +61,17 @@ class BayesianLinear(nn.Module):
         size = self.width + 1
         row, column = torch.tril_indices(size, size, device=self.prior_factor.device)
         return self.prior_factor.new_zeros(size, size).index_put((row, column), self.prior_factor)
+
+    def drift(self, mask: Tensor) -> Tensor | None:
+        """Return the base of the drift of each row of a support, [T, S], from its mask; its weight is N(0, 1). None
+        without drift.
+        """
+        if self.log_drift is None:
+            return None
+        std, rows = self.log_drift.exp()
+        from_end = mask.flip(-1).cumsum(-1).flip(-1)
+        base: Tensor = -std * torch.expm1(-from_end / rows)
+        return base
 
     def noise(self) -> Tensor:
         """Return the variance of labels about their mean, []."""

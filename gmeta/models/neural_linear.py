@@ -27,9 +27,9 @@ class NeuralLinear(nn.Module):
     `last` is a `BayesianLinear`, which `meta.adapt: [last_layer]` solves for. The tower's last layer and `prior` start
     at 0, so that rows that come from factor analysis (`embedding.start: factors`) predict at first what it predicts,
     with a task's own bias besides. A new item has the out-of-vocabulary row and what its features say. Without an
-    item id among the features the tower alone gives bases. `bias_std` and `noise` are where the prior starts. With
-    `label_range`, such as [1, 5], the logit goes through an `OutputMap` over that range, for labels that have few
-    values.
+    item id among the features the tower alone gives bases. `bias_std`, `noise` and `drift_std` are where the prior
+    starts; `drift_std` 0 is no drift, which rows without order cannot have. With `label_range`, such as [1, 5], the
+    logit goes through an `OutputMap` over that range, for labels that have few values.
     """
 
     last_layer = "last"
@@ -43,6 +43,7 @@ class NeuralLinear(nn.Module):
         dropout: float = 0.3,
         bias_std: float = 0.1,
         noise: float = 1.0,
+        drift_std: float = 0.0,
         label_range: Sequence[float] = (),
     ) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class NeuralLinear(nn.Module):
         self.prior = nn.Linear(width, dim, bias=False) if width else None
         if self.prior is not None:
             _zero(self.prior)
-        self.last = BayesianLinear(dim - 1, bias_std=bias_std, noise=noise)
+        self.last = BayesianLinear(dim - 1, bias_std=bias_std, noise=noise, drift_std=drift_std)
         if len(label_range) not in (0, 2) or not sorted(set(label_range)) == list(label_range):
             raise ValueError(
                 f"model.args.label_range is {list(label_range)}: give the lowest and the highest label, or nothing"

@@ -208,6 +208,39 @@ def test_draws_have_the_posterior_s_moments() -> None:
     torch.testing.assert_close(torch.cov(means.T), covariance, rtol=0.15, atol=0.06)
 
 
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_drift_is_one_more_base_that_the_query_does_not_have(loss: str) -> None:
+    """A layer whose bases have the drift among them, as a column, solves for the same weights and covariances; padding
+    does not count as rows. The learned drift has the same gradient as that column gives it.
+    """
+    layer, wide = BayesianLinear(2, drift_std=0.7).double(), BayesianLinear(3).double()
+    draws = torch.Generator().manual_seed(0)
+    basis, logits = (torch.randn(3, 5, *shape, dtype=torch.float64, generator=draws) for shape in ((2,), ()))
+    sizes = torch.tensor([5, 3, 0])
+    mask = torch.arange(5) < sizes[:, None]
+    label = (torch.randn(3, 5, generator=draws) > 0).double()
+    with torch.no_grad():
+        layer.prior_factor.add_(0.2 * torch.randn(6, dtype=torch.float64, generator=draws))
+        wide.prior_factor.copy_(torch.cat([layer.prior_factor.new_tensor([1.0]), wide.prior_factor[1:]]))
+        row, column = torch.tril_indices(4, 4)
+        inner = (row > 0) & (column > 0)
+        wide.prior_factor[inner] = layer.prior_factor
+        wide.prior_factor[(row > 0) & (column == 0)] = 0
+    std, rows = layer.log_drift.exp()
+    column = std * (1 - torch.exp(-(sizes[:, None] - torch.arange(5)) / rows))
+    settings = {"loss": loss, "second_order": True}
+    found = closed_form.solve(layer, basis, logits, label, mask, **settings)
+    whole = torch.cat([column.unsqueeze(-1), basis], -1)
+    expected = closed_form.solve(wide, whole, logits, label, mask, **settings)
+    torch.testing.assert_close(found.mean, expected.mean[:, 1:])
+    covariance = expected.spread @ expected.spread.mT
+    torch.testing.assert_close(found.spread @ found.spread.mT, covariance[:, 1:, 1:])
+    (ours,) = torch.autograd.grad(found.mean.square().sum(), layer.log_drift, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected.mean[:, 1:].square().sum(), layer.log_drift)
+    torch.testing.assert_close(ours, theirs)
+    assert ours.abs().min() > 1e-6
+
+
 def test_clicks_are_scored_by_their_expected_probability() -> None:
     """Within MacKay's approximation: draws from the posterior have that mean probability. Training reads the mode."""
     problem = make_problem(support=(3, 0), query=(3, 2))
