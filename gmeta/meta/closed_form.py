@@ -94,10 +94,10 @@ def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None, ne
     going = torch.ones_like(u[:, :1], dtype=torch.bool)
     for _ in range(NEWTON_STEPS if logits.numel() else 0):
         gradient, weights = _gradient(u, eta, white, label, noise)
-        factor = _factor(white, weights)
+        factor, info = _factor(white, weights)
         step = _solved(factor, gradient)
         if noise is not None:  # H is the same everywhere
-            return step, factor
+            return step, _found(factor, info)
         moved = _product(white, step)
         farthest = moved.abs().amax(-1, keepdim=True)
         share = going.to(u.dtype)
@@ -110,7 +110,7 @@ def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None, ne
         if not going.any():
             break
     _, weights = _gradient(u, eta, white, label, noise)
-    return u, _factor(white, weights)
+    return u, _found(*_factor(white, weights))
 
 
 def _gradient(u: Tensor, eta: Tensor, white: Tensor, label: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -130,12 +130,15 @@ def _product(white: Tensor, u: Tensor) -> Tensor:
     return (white @ u.unsqueeze(-1)).squeeze(-1)
 
 
-def _factor(white: Tensor, weights: Tensor) -> Tensor:
-    """Return the Cholesky factor of I + B^T W B. Where that is not finite, so is the factor, and nothing is raised:
-    all ranks must come to the end of a step.
-    """
+def _factor(white: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factor of I + B^T W B, and int [T], not 0 where there is none, which is not raised."""
     prior = torch.eye(white.shape[-1], dtype=white.dtype, device=white.device)
     factor, info = torch.linalg.cholesky_ex(torch.baddbmm(prior, white.mT, white * weights.unsqueeze(-1)))
+    return factor, info
+
+
+def _found(factor: Tensor, info: Tensor) -> Tensor:
+    """Return factors that are not finite where there is none: all ranks must come to the end of a step."""
     found: Tensor = factor.masked_fill_((info != 0).view(-1, 1, 1), torch.nan)
     return found
 
