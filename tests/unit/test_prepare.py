@@ -652,7 +652,7 @@ def test_dates_are_times(tmp_path: Path):
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-@pytest.mark.parametrize("name", ["schema-clicks", "schema-ratings"])
+@pytest.mark.parametrize("name", ["schema-ads", "schema-clicks", "schema-ratings"])
 def test_example_schemas_are_valid_and_survive_json(name: str):
     schema = load_data_schema(EXAMPLES / f"{name}.yaml")
     assert data_schema_from_json(json.loads(json.dumps(schema.to_json()))) == schema
