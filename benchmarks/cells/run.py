@@ -111,7 +111,7 @@ def tuned_factors(study: Study, scratch: Path) -> FactorConfig:
         space.write_text("dense.lr: [0.001]")  # one trial of one step: only the baseline is tuned
         words: Words = ("--loss", case.loss, "--schedule.metric", case.metrics[0], "--schedule.max_steps", 1)
         words += ("--model.name", "melu", "--meta.adapt", "[head]", "--space", space, "--seeds", 1)
-        words += ("--trials", 2 if study.quick else TUNE_TRIALS, "--budget_minutes", TUNE_MINUTES)
+        words += ("--trials", TUNE_TRIALS, "--budget_minutes", 0.01 if study.quick else TUNE_MINUTES)
         here("tune", "--pack", pack, "--out", out, "--baselines", "true", *words)
         file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(out / "baselines.json", file)
