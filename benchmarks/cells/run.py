@@ -4,8 +4,9 @@
     FOLDER/<case>/tuned-<digest>.json      settings of the factor analysis, tuned on the valid tasks of seed 0
 
 A cell is the baselines, a model, or a plain twin of a model. Its digest is that of its settings: words and config
-files, and the source of the function that writes its raw rows; not of gmeta's code, so delete the folder of a cell to
-run it again with another gmeta. A folder appears when it is whole.
+files, the source of the function that writes its raw rows and, where no setting is given, that of gmeta's recipes; not
+of gmeta's other code, so delete the folder of a cell to run it again with another gmeta. A folder appears when it is
+whole.
 """
 
 from __future__ import annotations
@@ -245,5 +246,7 @@ def _digest(case: Case, quick: bool, *settings: Any) -> str:
     function, given = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
     known = [inspect.getsource(function), given, quick, settings]
     named = [ROOT / path for path in re.findall(r"[\w./-]+\.yaml", f"{given} {settings}")]
+    if () in settings:  # no word to train with: a recipe chooses
+        named += sorted((ROOT / "gmeta" / "recipes").glob("*.py"))
     files = [path.read_text() for path in named if path.is_file()]
     return hashlib.sha256(json.dumps([known, files], default=str).encode()).hexdigest()[:12]
