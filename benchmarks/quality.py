@@ -42,7 +42,7 @@ def chosen(args: argparse.Namespace) -> list[Case]:
     for case in (case for case in CASES if not args.case or case.name in args.case):
         if args.quick and not case.quick:
             continue
-        if not (DATA / case.data).is_dir():
+        if case.data and not (DATA / case.data).is_dir():
             print(f"{case.name} is left out: {DATA / case.data} does not exist; set GMETA_DATA to the data's folder")
             continue
         models = {name: words for name, words in case.models.items() if not args.model or name in args.model}

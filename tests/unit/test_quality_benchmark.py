@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,3 +126,22 @@ def test_case_names_and_digests_differ() -> None:
     assert len(folders) == sum(len(run.cells_of(case, [*case.models])) for case in cases.CASES)
     assert quality.CASES is cases.CASES
     assert all(not isinstance(case.make, partial) or case.make.keywords for case in cases.CASES)
+
+
+def test_what_cannot_be_run_is_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quality, "DATA", tmp_path)
+    (tmp_path / "ml-1m-ads").mkdir()
+    missing = {"other": ("--config", "examples/none.yaml")}
+    known = [replace(case, models=missing | case.models) for case in cases.CASES]
+    monkeypatch.setattr(quality, "CASES", known)
+    args = Namespace(case=None, model=["melu", "other"], seeds=3, quick=False)
+    (found,) = quality.chosen(args)
+    assert (found.name, list(found.models), found.seeds) == ("ml-1m-ads/new films", ["melu"], 3)
+    said = capsys.readouterr().out
+    assert "ml-1m-ads/new films, other is left out: there is no examples/none.yaml" in said
+    assert "set GMETA_DATA" in said
+    quick = quality.chosen(Namespace(case=None, model=None, seeds=None, quick=True))
+    assert "amazon/toys" not in {case.name for case in quick}
+    assert {case.seeds for case in quick} == {1}
