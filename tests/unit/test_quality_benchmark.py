@@ -88,17 +88,20 @@ def test_negatives_are_items_that_the_user_did_not_buy(tmp_path: Path, monkeypat
     monkeypatch.setattr(raw, "DATA", tmp_path)
     (tmp_path / "amazon-3domain").mkdir()
     rng = np.random.default_rng(0)
-    users = {f"u{i}": [f"i{j}" for j in rng.permutation(30)[: 7 + i]] for i in range(4)}  # u0 has too few
+    users = {f"u{i}": [f"i{j}" for j in rng.permutation(60)[: 7 + i % 9]] for i in range(45)}  # u0, u9, … have too few
     lines = "\n".join(" ".join([user, *items]) for user, items in users.items())
     (tmp_path / "amazon-3domain" / "Toys.user_sequence.txt").write_text(lines)
     words = raw.shop(raw.Place(tmp_path, seed=0), "Toys")[""]
     rows = [line.replace('"', "").split(",") for line in Path(str(words[1])).read_text().splitlines()[1:]]
-    for user in ("u1", "u2", "u3"):
-        mine = [(item, click) for key, item, click, _ in rows if key == user]
+    assert {row[0] for row in rows} == {user for user, items in users.items() if len(items) >= raw.MIN_EVENTS}
+    part = {row[0]: row[4] for row in rows}
+    assert sorted(part.values()).count("test") == 4
+    for user in part:
+        mine = [(item, click) for key, item, click, *_ in rows if key == user]
         assert [item for item, click in mine if click == "1"] == users[user]
-        assert len(mine) == 2 * len(users[user])
-        assert not {item for item, click in mine if click == "0"} & {*users[user]}
-    assert {row[0] for row in rows} == {"u1", "u2", "u3"}
+        assert [click for _, click in mine] == ["1", "0"] * len(users[user])
+        near = {item for other in part if other != user and part[other] == part[user] for item in users[other]}
+        assert {item for item, click in mine if click == "0"} <= near - {*users[user]}
 
 
 def test_place_in_group() -> None:
