@@ -65,8 +65,8 @@ bench: dev ## every table of docs/performance.md that this machine allows, under
 bench-gpu: dev ## what a step costs on a CUDA device
 	$(BIN)/python benchmarks/gpu.py
 
-quality: dev ## the tables of docs/quality.md: five seeds on real data; takes long
-	$(BIN)/python benchmarks/quality.py
+quality: dev ## the tables of docs/quality.md, on real data; takes hours, and goes on after a stop
+	$(BIN)/python benchmarks/quality.py --folder runs/quality
 
 bench-paro: dev ## the tables of docs/paro.md, on an emulated cluster (Linux, root, iproute2); 40 minutes
 	@set -e; for name in cluster/run paro_scale; do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py; done

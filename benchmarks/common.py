@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -60,6 +62,18 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def gmeta(*words: object) -> None:
     """Run one command, as a user types it; see `run_program`."""
     run_program("-m", "gmeta", *words)
+
+
+def here(*words: object) -> None:
+    """Run one command in this process, which saves the seconds that torch takes to import. The output is shown only if
+    it fails.
+    """
+    from gmeta.cli import run
+
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        code = run([str(word) for word in words])
+    if code:
+        raise RuntimeError(f"gmeta {' '.join(map(str, words))} ended with {code}:\n{said.getvalue()}")
 
 
 def run_program(*words: object) -> None:

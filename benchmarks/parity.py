@@ -18,8 +18,6 @@ One training runs at a time, one thread a process; what needs one process runs i
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import math
 import statistics
@@ -33,9 +31,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import yaml
-from common import DATA, ROOT, Record, add_json, gmeta, parse, publish, run_program, table
+from common import DATA, ROOT, Record, add_json, gmeta, here, parse, publish, run_program, table
 
-from gmeta.cli import run
 from gmeta.evaluation.baselines import BASELINES
 from gmeta.evaluation.metrics import auc, mae
 
@@ -117,14 +114,6 @@ def train(variant: str, settings: dict[str, Any], pack: Path, run_dir: Path) -> 
         return
     words += ("--workers", BASELINE_WORKERS, "--servers", BASELINE_SERVERS)
     run_program(ROOT / "benchmarks" / "ps_baseline" / "train.py", *words)
-
-
-def here(*words: object) -> None:
-    """Run one command of gmeta in this process, which saves the seconds that torch takes to import."""
-    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
-        code = run([str(word) for word in words])
-    if code:
-        raise RuntimeError(f"gmeta {' '.join(map(str, words))} ended with {code}:\n{said.getvalue()}")
 
 
 def evaluate(run_dir: Path, baselines: bool) -> dict[str, dict[str, float]]:
