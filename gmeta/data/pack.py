@@ -402,6 +402,12 @@ class TaskPack:
         """Whether a column of the user's says which rows are support and which are query (`split_query: column`)."""
         return bool(self.manifest.get("settings", {}).get("split_query") == "column")
 
+    @property
+    def query_is_last(self) -> bool:
+        """Whether the query of a task are its last rows by time."""
+        by_time = self.manifest.get("settings", {}).get("split_query", "last") == "last"
+        return by_time and self.schema.time is not None
+
     def identity(self) -> DataIdentity:
         """Return what the pack's ids and numbers mean. It is computed from the files where the manifest does not record
         it.

@@ -32,12 +32,10 @@ class PackFacts:
     num_items: int  # ids of it
     cold_items: float  # share of rows of valid (else test) tasks whose item no training row has
     task_features: tuple[str, ...]  # features that never vary within a task
+    lists: tuple[str, ...]  # those of them that have several values
+    query_is_last: bool  # by time
+    roles_are_given: bool  # by a column of the user's
     varying: bool  # some feature or numeric column is left that may vary within one
-
-    @property
-    def rows_per_item(self) -> float:
-        """Return the mean number of training rows of an item; 0 without items."""
-        return self.num_rows / self.num_items if self.num_items else 0.0
 
 
 def read_facts(pack: TaskPack, features: Sequence[str]) -> PackFacts:
@@ -60,6 +58,9 @@ def read_facts(pack: TaskPack, features: Sequence[str]) -> PackFacts:
         num_items=0 if item is None else schema.feature(item).num_ids - 1,
         cold_items=cold,
         task_features=tuple(name for name in features if name in constant),
+        lists=tuple(name for name in features if name in constant and schema.feature(name).kind == "multi"),
+        query_is_last=pack.query_is_last,
+        roles_are_given=pack.roles_are_given,
         varying=len(constant) < len(features) or bool(schema.numeric),
     )
 

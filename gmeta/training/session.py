@@ -121,7 +121,7 @@ def _banner(run: Run) -> str:
         lines.append(f"embedding.id_dropout {run.config.embedding.id_dropout:g}: so many ids are masked, for cold ids")
     if run.config.loader.resample and run.pack.roles_are_given:
         lines.append(
-            "warning: loader.resample draws the support anew from all rows of a task, and not by the column that gives "
+            "loader.resample draws the support anew from all rows of a task, and not by the column that gives "
             "each row its role (split_query column): leave it out to train on the roles as they are"
         )
     for name in ("train", "valid") if state.mesh.is_main else ():

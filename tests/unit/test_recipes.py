@@ -114,16 +114,16 @@ def test_a_first_command_trains_and_tells(clicks: Path, tmp_path: Path, capsys: 
     words = ["--pack", clicks, "--run_dir", tmp_path / "run", "--model.args.hidden", "[6]", "--model.embedding_dim", 4]
     config = trained(*words, "--loader.resample", "false")
     said = capsys.readouterr().err
-    assert "recipe cold_users:" in said
+    assert "recipe cold_items:" in said
     assert "model.args.task_features: [city, hobbies]" in said
     assert "resample" not in said
-    assert (config["recipe"], config["model"]["name"]) == ("cold_users", "neural_linear")
+    assert (config["recipe"], config["model"]["name"]) == ("cold_items", "neural_linear")
     assert config["model"]["args"]["hidden"] == [6]
     assert config["model"]["args"]["task_features"] == ["city", "hobbies"]
     assert config["model"]["embedding_dim"] == 4
     assert config["loader"]["resample"] is False
     text = (tmp_path / "run" / "config.yaml").read_text()
-    assert text.startswith("# recipe cold_users:")
+    assert text.startswith("# recipe cold_items:")
     assert "#   model.name: neural_linear" in text
     # What was chosen is in the file: it trains the same run, wherever it is read.
     words = ["--config", tmp_path / "run" / "config.yaml", "--run_dir", tmp_path / "again"]
@@ -182,9 +182,9 @@ def test_mistakes_are_told(
 
 
 def test_a_recipe_by_name(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = trained("--pack", clicks, "--run_dir", tmp_path / "run", "--recipe", "cold_items")
-    assert config["recipe"] == "cold_items"
-    assert "named, where cold_users would fit" in capsys.readouterr().err
+    config = trained("--pack", clicks, "--run_dir", tmp_path / "run", "--recipe", "cold_users")
+    assert config["recipe"] == "cold_users"
+    assert "named, where cold_items would fit" in capsys.readouterr().err
 
 
 def test_tuning_begins_at_the_recipe(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

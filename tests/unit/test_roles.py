@@ -211,7 +211,7 @@ def test_training_mixes_roles_only_where_it_is_asked_to(tmp_path: Path, capsys: 
         [*train, "--loader.episode_rows", 4], capsys, "loader.episode_rows is 4, and a column gives", "max_support_rows"
     )
     gmeta(*train, "--loader.resample", "true")
-    assert "warning: loader.resample draws the support anew from all rows of a task" in capsys.readouterr().err
+    assert "loader.resample draws the support anew from all rows of a task" in capsys.readouterr().err
     gmeta(*train_words(tmp_path / "pack", tmp_path / "other", epochs=1))
     assert "resample" not in capsys.readouterr().err
 
