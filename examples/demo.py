@@ -13,7 +13,6 @@ from pathlib import Path
 
 from gmeta.cli import run
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("runs") / "demo"
 
 
@@ -31,11 +30,10 @@ def main() -> None:
     start = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     log, pack, meta, plain = OUT / "log", OUT / "pack", OUT / "meta", OUT / "plain"
-    config = ROOT / "examples" / "demo.yaml"
     gmeta("synth", "--out", log, "--users", 12000)
     gmeta("prepare", "--input", log / "*.parquet", "--schema", log / "schema.yaml", "--out", pack)
-    gmeta("train", "--config", config, "--pack", pack, "--run_dir", meta)
-    gmeta("train", "--config", config, "--pack", pack, "--run_dir", plain, "--meta.adapt", "[]")
+    gmeta("train", "--pack", pack, "--run_dir", meta)
+    gmeta("train", "--pack", pack, "--run_dir", plain, "--meta.adapt", "[]")
     gmeta("evaluate", "--run_dir", meta, "--plain_run", plain, "--truth", log)
     gmeta("report", "--run_dir", meta)
     print(
