@@ -25,10 +25,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
-import psutil
 from cells.cases import CASES, Case
 from cells.measure import RESAMPLES, Measured, measure, render
 from cells.outcome import Outcome
@@ -85,8 +84,8 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in psutil.Process().children():
-                child.terminate()
+            for child in active_children():
+                child.kill()  # a training answers SIGTERM by saving; its files lie in this process's scratch folder
             raise
 
 
