@@ -7,6 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from gmeta.config.train import TrainConfig
 from gmeta.data.pack import TaskPack
 from gmeta.models.neural_linear import NeuralLinear
 from gmeta.parallel.collectives import fill_from_rank_0, on_rank_0
@@ -33,7 +34,7 @@ def start_from_factors(run: Run) -> None:
     binary = run.config.loss == "bce"
     rows = torch.zeros(pack.schema.feature(model.item).num_ids, fused.dim, dtype=torch.float64)
     noise = torch.zeros(1, dtype=torch.float64)
-    fitted = on_rank_0(lambda: _fit(pack, model.item or "", fused.dim - 1, run.config.seed, binary), state.mesh)
+    fitted = on_rank_0(lambda: _fit(pack, model.item or "", fused.dim - 1, run.config, binary), state.mesh)
     if fitted is not None:
         rows, noise = fitted[0], torch.full_like(noise, fitted[1])
         rows[:, -1] -= model.base_rate
@@ -44,8 +45,12 @@ def start_from_factors(run: Run) -> None:
             model.last.log_noise.fill_(float(noise.log()))
 
 
-def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -> tuple[Tensor, float]:
-    """Return each id's (loadings, mean), float64 [num_ids, k + 1], and the variance of labels about them."""
+def _fit(pack: TaskPack, item: str, num_factors: int, config: TrainConfig, binary: bool) -> tuple[Tensor, float]:
+    """Return each id's (loadings, mean), float64 [num_ids, k + 1], and the variance of labels about them.
+
+    Where the labels show no factors, loadings are near 0, which training would hardly leave: those of known ids then
+    get the random numbers that rows have without factor analysis.
+    """
     columns = pack.split("train").columns((item,))
     num_ids = pack.schema.feature(item).num_ids
     _, task = np.unique(columns.task, return_inverse=True)
@@ -62,7 +67,13 @@ def _fit(pack: TaskPack, item: str, num_factors: int, seed: int, binary: bool) -
         raise ValueError(
             f"embedding.start is factors, and all training labels are {columns.label[0]:g}: nothing can be fitted"
         )
-    found = fit_items(task, position, columns.label, seed=seed, num_factors=num_factors, binary=binary)
+    found = fit_items(task, position, columns.label, seed=config.seed, num_factors=num_factors, binary=binary)
+    own = found.mean[:-1].clone()
+    if float(own[:, :-1].square().mean().sqrt()) < config.embedding.init_std:
+        generator = torch.Generator().manual_seed(config.seed)
+        own[:, :-1] += config.embedding.init_std * torch.randn(
+            len(own), num_factors, generator=generator, dtype=own.dtype
+        )
     rows = found.mean[-1].repeat(num_ids, 1)
-    rows[torch.from_numpy(known.astype(np.int64))] = found.mean[:-1]
+    rows[torch.from_numpy(known.astype(np.int64))] = own
     return rows, found.variance

@@ -25,15 +25,16 @@ def reference(task: np.ndarray, item: np.ndarray, label: np.ndarray, *, k: int, 
     """What `fit_items` does, row by row."""
     y, tasks, items = label.astype(np.float64), int(task.max()) + 1, int(item.max()) + 1
     level, spread = y.mean(), y.var()
-    unit = 1 / spread**0.5 if binary else spread**0.5
+    unit = 2 if binary else spread**0.5
     normal = torch.randn(items, k + 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
     w = 0.1 * unit * normal
-    w[:, -1] = np.log(level / (1 - level)) if binary else level
     for i in range(items):
-        of_item = y[item == i] - level
-        w[i, -1] += of_item.sum() / (len(of_item) + 5) / (spread if binary else 1)
+        of_item = y[item == i]
+        rate = (of_item.sum() + 5 * level) / (len(of_item) + 5)
+        w[i, -1] = np.log(rate / (1 - rate)) if binary else rate
     v, mu, s = np.zeros((items, k + 1, k + 1)), w.mean(0), 0.1 * unit**2 * np.eye(k + 1)
-    weight = np.full(len(y), spread if binary else 1 / spread)
+    xi = np.abs(w[item, -1])
+    weight = np.tanh(xi / 2) / (2 * xi) if binary else np.full(len(y), 1 / spread)
     for _ in range(passes):
         target = y - 0.5 if binary else y * weight
         precision, total = np.stack([np.eye(k)] * tasks), np.zeros((tasks, k))
@@ -89,6 +90,19 @@ def test_factors_that_the_labels_do_not_show_vanish(binary: bool) -> None:
     assert values[1] > 0.2
     assert values[2] < 0.03 * values[0]
     assert found.variance == (1.0 if binary else pytest.approx(0.09, rel=0.15))
+
+
+@pytest.mark.parametrize("level", [-5.0, -3.0, 4.0])
+def test_rare_clicks_have_rare_logits(level: float) -> None:
+    """A start at one half, where the bound touches balanced labels alone, went to logits of -50 for 1 % clicks."""
+    rng = np.random.default_rng(0)
+    task, item = np.repeat(np.arange(1500), 50), rng.integers(0, 200, 75_000)
+    eta = level + 0.5 * rng.standard_normal(200)[item] + 0.6 * rng.standard_normal(1500)[task]
+    label = (rng.random(len(eta)) < 1 / (1 + np.exp(-eta))).astype(np.float32)
+    found = fit_items(task, item, label, seed=0, num_factors=4, binary=True)
+    assert float(found.mean[-1, -1]) == pytest.approx(level, abs=0.4)
+    predicted = torch.sigmoid(found.mean[:-1, -1])[torch.from_numpy(np.unique(item, return_inverse=True)[1])]
+    assert float(predicted.mean()) == pytest.approx(label.mean(), rel=0.3)
 
 
 def test_the_last_row_is_the_average_item() -> None:
