@@ -305,10 +305,10 @@ def run(argv: list[str]) -> int:
             for sentence in told:
                 _warn(parser.prog, sentence)
         config: Any
-        config, others = parse_words(parser, COMMANDS[name].config, words)
-        if name in ("train", "tune"):
+        if name in ("train", "tune"):  # mistakes come before what is left out, and that before --print_config
+            parse_words(parser, COMMANDS[name].config, [word for word in words if word != "--print_config"])
             words = _with_defaults(parser, words)
-            config, others = parse_words(parser, COMMANDS[name].config, words)
+        config, others = parse_words(parser, COMMANDS[name].config, words)
     except ValueError as error:
         return _fail(parser.prog, error)
     except RecursionError:

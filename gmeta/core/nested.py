@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key; empty sections vanish."""
+def flat(values: Mapping[str, Any], prefix: str = "", *, whole: Collection[str] = ()) -> dict[str, Any]:
+    """Return nested settings by dotted key; empty sections vanish. Mappings under the keys `whole` are values: their
+    own keys are the user's, and may have dots.
+    """
     found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        inside = isinstance(value, Mapping) and key not in whole
+        found |= flat(value, f"{key}.", whole=whole) if inside else {key: value}
     return found
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmeta.core.hashing import splitmix64
-from gmeta.data.coverage import unknown_fraction
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import PackSplit, one_valued
@@ -21,61 +20,49 @@ SAMPLE_ROWS = 200_000
 
 @dataclass(frozen=True)
 class PackFacts:
-    """Facts of a pack that decide on settings. All but `cold_items` are of training tasks."""
+    """Facts of a pack, as a model reads it, that decide on settings; of training tasks."""
 
     binary: bool  # labels are 0 or 1
-    label_range: tuple[int, int] | None  # of labels that are few whole numbers, such as stars
+    one_label: bool  # all labels are alike
     num_tasks: int
-    num_rows: int
     median_rows: int  # of a task
     item: str | None  # the schema's item, where it is a feature whose ids tasks share
     num_items: int  # ids of it
-    cold_items: float  # share of rows of valid (else test) tasks whose item no training row has
     task_features: tuple[str, ...]  # features that never vary within a task
     lists: tuple[str, ...]  # those of them that have several values
+    varying: bool  # some feature or numeric column is left that may vary within one
     query_is_last: bool  # by time
     roles_are_given: bool  # by a column of the user's
-    varying: bool  # some feature or numeric column is left that may vary within one
+    has_valid: bool  # there are valid tasks
 
 
-def read_facts(pack: TaskPack, features: Sequence[str]) -> PackFacts:
-    """Look at a pack whose model reads these features. Reads the sizes of all tasks, and the rows of some."""
+def read_facts(pack: TaskPack, features: Sequence[str], *, numeric: bool = True) -> PackFacts:
+    """Look at a pack whose model reads these features, and its numeric columns. Reads the sizes of all tasks, and the
+    rows of some.
+    """
     schema, split = pack.schema, pack.split("train")
-    sizes = split.num_task_rows
     constant = _constant_features(split, features)
     item = _item(schema, [name for name in features if name not in constant])
-    judged = next((name for name in ("valid", "test") if name in pack.splits), None)
-    cold = 0.0
-    if item is not None and judged is not None:
-        cold = unknown_fraction(pack.split(judged).first_shard().feature_ids(item))
+    labels = split.first_shard().columns().label
     return PackFacts(
         binary=schema.binary_label,
-        label_range=_label_range(split),
+        one_label=bool(labels.min() == labels.max()),
         num_tasks=split.num_tasks,
-        num_rows=split.num_rows,
-        median_rows=int(np.median(sizes)),
+        median_rows=int(np.median(split.num_task_rows)),
         item=item,
         num_items=0 if item is None else schema.feature(item).num_ids - 1,
-        cold_items=cold,
         task_features=tuple(name for name in features if name in constant),
         lists=tuple(name for name in features if name in constant and schema.feature(name).kind == "multi"),
+        varying=len(constant) < len(features) or (numeric and bool(schema.numeric)),
         query_is_last=pack.query_is_last,
         roles_are_given=pack.roles_are_given,
-        varying=len(constant) < len(features) or bool(schema.numeric),
+        has_valid="valid" in pack.splits,
     )
 
 
 def _item(schema: PackSchema, varying: Sequence[str]) -> str | None:
     """Return the schema's item where it is a one-valued feature that varies within tasks."""
     return schema.item if schema.item in one_valued(schema) and schema.item in varying else None
-
-
-def _label_range(split: PackSplit) -> tuple[int, int] | None:
-    """Return the lowest and the highest label where labels are two to ten whole numbers."""
-    labels = np.unique(split.first_shard().columns().label)
-    if not 2 <= len(labels) <= 10 or (labels != np.rint(labels)).any():
-        return None
-    return int(labels[0]), int(labels[-1])
 
 
 def _constant_features(split: PackSplit, features: Sequence[str]) -> set[str]:

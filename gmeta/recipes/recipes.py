@@ -50,7 +50,8 @@ def recipe_for(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
     another model, or a feature that the pack lacks.
     """
     features = given.get("model.features") or usual_features(pack.schema)
-    facts = read_facts(pack, list(input_spec(pack.schema, features=features, numeric=False, embedding_dim=1).features))
+    known = list(input_spec(pack.schema, features=features, numeric=False, embedding_dim=1).features)
+    facts = read_facts(pack, known, numeric=given.get("model.numeric", True))
     fitting, why = _fitting(facts)
     name = str(given.get("recipe") or AUTO)
     name = fitting if name == AUTO else name
@@ -93,23 +94,30 @@ def _fitting(facts: PackFacts) -> tuple[str, str]:
 
 
 def _losses(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
-    """Return the loss that fits the labels, and the metric that chooses the checkpoint."""
+    """Return the losses that fit the labels, and the metric that chooses the checkpoint."""
     if facts.binary:
         loss = Choice("loss", "bce", "every label is 0 or 1")
     else:
         loss = Choice("loss", "mse", "labels have other values than 0 and 1")
-    return [loss, Choice("schedule.metric", "loss", "of valid tasks, after adaptation")]
+    choices = [loss]
+    if given.get("loss") in ("l1", "huber"):
+        choices.append(
+            Choice("meta.inner_loss", "mse", f"loss {given['loss']} has no closed form, the squared one has")
+        )
+    if facts.has_valid:
+        choices.append(Choice("schedule.metric", "loss", "of valid tasks, after adaptation"))
+    return choices
 
 
 def _cold_users(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
     return [
         *_last_layer("over vectors of items"),
         Choice("model.embedding_dim", 13, "at most 12 bases of a task, and a mean"),
-        *_support(facts),
+        *_support(facts, given),
         *_task_features(facts),
-        *_rows(facts, lr=0.002),
+        *_rows(facts, given, lr=0.002),
         *_outer_loop(lr=0.003),
-        *_schedule(facts),
+        *_schedule(facts, given),
     ]
 
 
@@ -117,33 +125,35 @@ def _cold_items(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
     return [
         *_last_layer("over vectors of users"),
         Choice("model.embedding_dim", 16, "at most 15 bases of a task, and a mean"),
-        *_support(facts),
+        *_support(facts, given),
         *_task_features(facts),
         Choice("embedding.init_std", 0.3, "what describes an item is to matter from the start"),
-        *_rows(facts, lr=0.003),
+        *_rows(facts, given, lr=0.003),
         *_outer_loop(lr=0.02),
-        *_schedule(facts),
+        *_schedule(facts, given),
     ]
 
 
-def _support(facts: PackFacts) -> list[Choice]:
+def _support(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
     """Return how training draws supports: in the order of time where a task's level may drift, else anew each epoch."""
-    if not _drifts(facts):
+    if not _drifts(facts, given):
         return [Choice("loader.resample", True, "a new support every epoch, of all rows of a task: data go further")]
     why = f"the query is last by time, and over {facts.median_rows} rows a task's level may drift"
     order = Choice("loader.resample", False, "drift needs supports in the order of time")
     return [Choice("model.args.drift_std", 0.5, why), order]
 
 
-def _drifts(facts: PackFacts) -> bool:
-    return facts.query_is_last and facts.median_rows >= LONG_HISTORY
+def _drifts(facts: PackFacts, given: Mapping[str, Any]) -> bool:
+    rows = given.get("loader.max_support_rows") or facts.median_rows
+    in_order = facts.query_is_last and not given.get("loader.resample")
+    return in_order and min(rows, facts.median_rows) >= LONG_HISTORY
 
 
-def _schedule(facts: PackFacts) -> list[Choice]:
+def _schedule(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
     batch = 32 if facts.num_tasks < 1000 else 64
     return [
         Choice("loader.tasks_per_batch", batch, f"{facts.num_tasks:,} training tasks"),
-        Choice("schedule.epochs", 4 if _drifts(facts) else 5, "passes over them"),
+        Choice("schedule.epochs", 4 if _drifts(facts, given) else 5, "passes over them"),
     ]
 
 
@@ -167,11 +177,15 @@ def _last_layer(over: str) -> list[Choice]:
     return [Choice("model.name", "neural_linear", model), Choice("meta.adapt", ["last_layer"], "in closed form")]
 
 
-def _rows(facts: PackFacts, lr: float) -> list[Choice]:
+def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]:
     """Return where rows begin, and their rate: `lr` where factor analysis can be fitted."""
     vectors = facts.num_tasks + facts.num_items
-    if facts.item is None:
-        reason = "the schema names no item that varies within tasks"
+    if given.get("embedding.start") == "random":
+        reason = "you say so"
+    elif facts.item is None or facts.item in given.get("model.args.task_features", ()):
+        reason = "the model reads no item that varies within tasks (item in the schema)"
+    elif facts.one_label:
+        reason = "all labels are alike, and factor analysis finds nothing in them"
     elif vectors > MAX_FACTOR_VECTORS:
         reason = f"{vectors:,} tasks and items are too many for factor analysis"
     else:

@@ -14,6 +14,8 @@ from gmeta.data.pack import open_pack
 from gmeta.recipes.recipes import recipe_for, recipe_lines
 from gmeta.runs.directory import recorded_settings
 
+_WHOLE = ("embedding.generator",)
+"""Settings whose keys are names of the user's."""
 _PLACES = ("pack", "run_dir", "resume")
 """Settings that are the user's alone."""
 
@@ -24,14 +26,23 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     A run that goes on takes it from its last checkpoint, a new one from the recipe for its pack. ValueError for a
     recipe that does not exist or does not fit the model, or where there is no pack.
     """
-    given = {key: value for key, value in flat(values).items() if value != "" or key not in ("model.name", "recipe")}
+    given = {
+        key: value
+        for key, value in flat(values, whole=_WHOLE).items()
+        if value not in ("", None) or key not in ("model.name", "recipe")
+    }
     if (given.get("model.name") and not given.get("recipe")) or not given.get("pack"):
         return dict(values)
     goes_on = bool(given.get("resume") or given.get("elastic.enabled"))
     recorded = recorded_settings(Path(str(given.get("run_dir", ""))), goes_on=goes_on)
     if recorded is not None:
         old, _ = upgrade(recorded, saved=True)
-        found = {key: value for key, value in flat(old).items() if key not in _PLACES}
+        found = {key: value for key, value in flat(old, whole=_WHOLE).items() if key not in _PLACES}
+        if given.get("recipe", found.get("recipe")) != found.get("recipe"):
+            raise ValueError(
+                f"recipe is {given['recipe']!r}, and the run to resume goes on with its own settings: leave it out, or "
+                "start a new run_dir"
+            )
     else:
         found = _chosen(given)
     return nested({**found, **given})
@@ -42,7 +53,9 @@ def chosen_for(config: TrainConfig) -> list[str]:
     if not config.recipe:
         return []
     settings = flat(asdict(config))
-    recipe = recipe_for(open_pack(config.pack), {"recipe": config.recipe, "model.features": config.model.features})
+    asked = ("recipe", "model.features", "model.numeric", "loader.max_support_rows")
+    given = {key: settings[key] for key in asked if key in settings}
+    recipe = recipe_for(open_pack(config.pack), given)
     kept = tuple(choice for choice in recipe.choices if settings.get(choice.key) == choice.value)
     return recipe_lines(replace(recipe, choices=kept))
 

@@ -124,6 +124,11 @@ def _banner(run: Run) -> str:
             "loader.resample draws the support anew from all rows of a task, and not by the column that gives "
             "each row its role (split_query column): leave it out to train on the roles as they are"
         )
+    if run.config.loader.resample and run.config.model.args.get("drift_std"):
+        lines.append(
+            "model.args.drift_std is learned from supports in the order of time, and loader.resample draws them at "
+            "random: leave one of the two out"
+        )
     for name in ("train", "valid") if state.mesh.is_main else ():
         settings = run.config.loader
         warning = name in run.pack.splits and long_task_warning(

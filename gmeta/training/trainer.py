@@ -81,6 +81,10 @@ class Trainer:
     ) -> None:
         config = train_config(config, with_defaults if model is None else dict)
         _require_used(config.elastic)
+        if model is not None and config.recipe:
+            raise ValueError(
+                f"recipe is {config.recipe!r}, which chooses the model, and a model is given: leave one of the two out"
+            )
         if model is not None:
             config = replace(config, model=replace(config.model, name=name_of(model)))
         open_pack(config.pack)  # before anything is created

@@ -27,6 +27,7 @@ TrialSettings = dict[str, Any]
 """Dotted key of `gmeta train` -> value."""
 
 NOT_TUNED = {
+    "recipe": "all trials start from one; vary what it sets",
     "pack": "trials are compared on one pack",
     "run_dir": "every trial has a run directory of its own under out",
     "seed": "seeds are averaged: set how many with seeds",

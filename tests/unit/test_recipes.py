@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import yaml
 from commands import fails, gmeta, logged
 
 import gmeta as api
+from gmeta.cli import run
 from gmeta.config.train import ModelConfig, ScheduleConfig, TrainConfig
 from gmeta.data.pack import open_pack
 from gmeta.models.inputs import usual_features
+from gmeta.models.melu import MeLU
+from gmeta.recipes import recipes
 from gmeta.recipes.facts import read_facts
 from gmeta.recipes.recipes import Recipe, recipe_for
 
@@ -71,13 +75,12 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 def test_facts_of_a_pack(clicks: Path, prepared: Callable[..., Path]) -> None:
     pack = open_pack(clicks)
     facts = read_facts(pack, usual_features(pack.schema))
-    assert facts.task_features == ("city", "hobbies")
+    assert (facts.task_features, facts.lists) == (("city", "hobbies"), ("hobbies",))
     assert (facts.binary, facts.item, facts.num_items, facts.median_rows) == (True, "film", 30, 15)
-    assert facts.num_rows == 15 * facts.num_tasks == open_pack(clicks).split("train").num_rows
+    assert (facts.query_is_last, facts.roles_are_given, facts.varying, facts.one_label) == (True, False, True, False)
     stars = open_pack(prepared("stars"))
-    assert read_facts(stars, ["film"]).label_range == (1, 5)
-    assert read_facts(stars, ["city"]).item is None
-    assert read_facts(pack, ["city"]).label_range == (0, 1)
+    found = read_facts(stars, ["city"])
+    assert (found.binary, found.item, found.varying) == (False, None, False)
 
 
 def test_clicks_and_ratings(clicks: Path, prepared: Callable[..., Path]) -> None:
@@ -94,13 +97,57 @@ def test_without_an_item_rows_start_at_random(prepared: Callable[..., Path]) -> 
     pack = prepared("no-item", "--label_threshold", 4, without=("item",))
     recipe = recipe_for(open_pack(pack), {})
     assert "embedding.start" not in settings(recipe)
-    assert any("names no item" in choice.why for choice in recipe.choices)
+    assert any("reads no item" in choice.why for choice in recipe.choices)
 
 
 def test_what_the_user_gives_is_kept(clicks: Path) -> None:
     found = settings(recipe_for(open_pack(clicks), {"loss": "mse", "model.features": ["film", "city"]}))
     assert "loss" not in found
     assert found["model.args.task_features"] == ["city"]
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"embedding.start": "random"}, {"embedding.lr": 0.01}),
+        ({"loss": "l1"}, {"meta.inner_loss": "mse"}),
+        ({"model.args.task_features": ["film"]}, {"embedding.start": None}),
+        ({"model.features": ["city"]}, {"model.args.task_features": None, "embedding.start": None}),
+    ],
+)
+def test_a_recipe_reckons_with_what_is_given(clicks: Path, given: dict[str, Any], chosen: dict[str, Any]) -> None:
+    found = settings(recipe_for(open_pack(clicks), given))
+    assert {key: found.get(key) for key in chosen} == chosen
+
+
+@pytest.mark.parametrize(
+    ("given", "drifts"), [({}, True), ({"loader.resample": True}, False), ({"loader.max_support_rows": 20}, False)]
+)
+def test_a_level_drifts_over_long_ordered_supports(
+    clicks: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], drifts: bool
+) -> None:
+    facts = replace(read_facts(open_pack(clicks), ["film"]), median_rows=60)
+    monkeypatch.setattr(recipes, "read_facts", lambda *_, **__: facts)
+    found = settings(recipe_for(open_pack(clicks), given))
+    assert ("model.args.drift_std" in found) == drifts
+    assert found.get("loader.resample", True) != drifts
+
+
+def test_one_label_trains(prepared: Callable[..., Path], tmp_path: Path) -> None:
+    trained("--pack", prepared("one", "--label_threshold", 0), "--run_dir", tmp_path / "run")
+
+
+def test_settings_are_printed_as_they_will_be(clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["train", "--pack", str(clicks), "--run_dir", str(tmp_path), "--print_config", "--seed", "3"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"]["name"], printed["recipe"], printed["seed"]) == ("neural_linear", "cold_items", 3)
+
+
+def test_empty_names_are_left_out(clicks: Path, tmp_path: Path) -> None:
+    values = {"pack": str(clicks), "run_dir": str(tmp_path / "run"), "recipe": None, "model": {"name": None}}
+    api.train({**values, "schedule": {"epochs": 1}})
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["recipe"] == "cold_items"
 
 
 def trained(*words: object) -> dict[str, Any]:
@@ -147,7 +194,7 @@ def test_a_file_and_python_are_completed_too(clicks: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers_train_the_recipe(clicks: Path, tmp_path: Path, nproc: int) -> None:
     words = ["--pack", clicks, "--precision", "float64", "--run_dir"]
     alone, together = (trained(*words, tmp_path / str(n), "--nproc", n) for n in (1, nproc))
@@ -164,6 +211,21 @@ def test_a_run_goes_on_with_its_own_settings(clicks: Path, tmp_path: Path) -> No
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["model"] == first["model"]
     assert config["recipe"] == ""
+
+
+def test_a_run_that_goes_on_takes_no_other_recipe(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--pack", clicks, "--run_dir", tmp_path / "run"]
+    trained(*words)
+    more = ["--resume", "true", "--recipe", "scenarios"]
+    fails(["train", *map(str, words), *more], capsys, "recipe is 'scenarios'", "goes on with its own settings")
+
+
+def test_a_recipe_and_a_model_of_ones_own_are_refused(clicks: Path, tmp_path: Path) -> None:
+    values = {"pack": str(clicks), "run_dir": str(tmp_path / "run"), "recipe": "cold_users"}
+    with pytest.raises(ValueError, match="recipe is 'cold_users', which chooses the model, and a model is given"):
+        api.train(values, model=MeLU)
 
 
 @pytest.mark.parametrize(
