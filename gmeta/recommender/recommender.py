@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, to_device
+from gmeta.core.errors import require
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import cheapest_ends
 from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
@@ -194,11 +195,13 @@ class AdaptedTasks:
         gives is a draw, one of a task's weights for all of its candidates, and its `uncertainty` is 0.
 
         A task's draw is a function of its key and the seed. Tasks that were not adapted are drawn from the prior. A
-        draw stays the one that it is. ValueError as in `uncertainty`.
+        draw stays the one that it is. ValueError as in `uncertainty`, and for a seed that is none.
         """
+        whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+        require(whole and 0 <= seed < 2**63, "seed", seed, "must be a whole number in [0, 2^63)")
         for part in self.parts or (self.recommender._without_support(1),):
             require_posterior(part)
-        return replace(self, seed=seed) if self.seed is None else self
+        return replace(self, seed=int(seed)) if self.seed is None else self
 
     def _evaluated(self, candidates: TableLike, deviation: bool = False) -> NDArray[np.float64]:
         """Return the logit, or its deviation, of each row of `candidates`."""

@@ -340,6 +340,14 @@ def test_draws_of_tasks_that_were_not_adapted_are_of_the_prior(runs: dict[str, P
         gmeta.load(runs["factored"]).adapt({}).sample(0)
 
 
+@pytest.mark.parametrize("seed", ["a", 1.5, None, True, -1, 2**63])
+def test_a_seed_that_is_none_is_named(runs: dict[str, Path], seed: Any) -> None:
+    drawn = gmeta.load(runs["solved"]).adapt({})
+    with pytest.raises(ValueError, match=rf"^seed is {seed!r}: must be a whole number in \[0, 2\^63\)$"):
+        drawn.sample(seed)
+    assert drawn.sample(np.int64(3)).state()["seed"] == drawn.sample(3).state()["seed"] == 3  # type: ignore[arg-type]
+
+
 def test_a_task_without_a_posterior_is_named(runs: dict[str, Path]) -> None:
     rec, support = gmeta.load(runs["solved"]), rows(3, 4, 1, label=True)
     with torch.no_grad():  # no table gives such numbers, a damaged or diverged model does
