@@ -87,10 +87,10 @@ class MetaConfig:
         require(self.modulation_dim >= 1, "meta.modulation_dim", self.modulation_dim, "must be at least 1")
         require(self.clusters >= 1, "meta.clusters", self.clusters, "must be at least 1")
         require(
-            self.modulation == "none" or bool(self.adapt),
+            self.modulation == "none" or any(name != "last_layer" for name in self.adapt),
             "meta.modulation",
             self.modulation,
-            "it sets where the inner loop starts, and meta.adapt [] has none; use none, or name what tasks adapt",
+            f"it sets where SGD steps start, and meta.adapt {self.adapt} takes none; use none, or name what they adapt",
         )
 
 

@@ -454,6 +454,15 @@ class TaskPack:
         """
         return content_checksum(self.tasks_file(), ("task_id", "key", "split"))
 
+    def rows_checksums(self) -> dict[str, str]:
+        """Return split -> checksum of its rows, labels and all, made of the manifest's checksums of its shards. A copy
+        of the pack has the same.
+        """
+        shards = {
+            name: "".join(shard["xxh3"] for shard in split["shards"]) for name, split in self.manifest["splits"].items()
+        }
+        return {name: xxhash.xxh3_64(sums.encode()).hexdigest() for name, sums in shards.items()}
+
 
 def _read_manifest(root: Path) -> dict[str, Any]:
     path = root / "manifest.json"

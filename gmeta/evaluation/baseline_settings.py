@@ -1,6 +1,7 @@
 """baselines.json: the settings of baselines that were tuned on the valid tasks of a pack.
 
-    {"format": 1, "tasks": checksum of the pack's tasks, "plain_run": id of the run that was fine-tuned, or null,
+    {"format": 1, "tasks": checksum of the pack's tasks, "rows": {split: checksum of its rows},
+     "plain_run": id of the run that was fine-tuned, or null,
      "factor-analysis": {"num_factors", …}, "plain-finetuned": {"steps", …}, "values": {name: {"metric", "value"}}}
 
 A baseline that was not tuned is not there.
@@ -17,12 +18,13 @@ from gmeta.config.evaluation import FactorConfig, FinetuneConfig
 from gmeta.config.parse import parse_mapping
 from gmeta.core.errors import nearest
 from gmeta.core.files import read_mapping, write_text
-from gmeta.runs.directory import read_run_id, read_tasks_checksum
+from gmeta.data.pack import TaskPack
+from gmeta.runs.directory import read_rows_checksums, read_run_id, read_tasks_checksum, rows_difference
 
 FORMAT_VERSION = 1
 FACTORS, FINETUNED = "factor-analysis", "plain-finetuned"
 _CURE = "tune again, with `gmeta tune --baselines true`"
-_KEYS = ("format", "tasks", "plain_run", FACTORS, FINETUNED, "values")
+_KEYS = ("format", "tasks", "rows", "plain_run", FACTORS, FINETUNED, "values")
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class BaselineSettings:
 
 
 def write_baseline_settings(
-    path: Path, settings: BaselineSettings, *, tasks: str, plain_run: str | None, values: dict[str, Any]
+    path: Path, settings: BaselineSettings, *, pack: TaskPack, plain_run: str | None, values: dict[str, Any]
 ) -> None:
-    """Write baselines.json; `tasks` is the checksum of the pack's tasks, `plain_run` the id of a run."""
-    found: dict[str, Any] = {"format": FORMAT_VERSION, "tasks": tasks, "plain_run": plain_run}
+    """Write baselines.json; `pack` is what they were tuned on, `plain_run` the id of a run."""
+    found: dict[str, Any] = {"format": FORMAT_VERSION, "tasks": pack.tasks_checksum(), "rows": pack.rows_checksums()}
+    found["plain_run"] = plain_run
     if settings.factors is not None:
         found[FACTORS] = asdict(settings.factors)
     if settings.finetuned is not None:
@@ -48,7 +51,8 @@ def write_baseline_settings(
 def read_baseline_settings(path: Path, run_dir: Path, plain_run: str | None) -> BaselineSettings:
     """Return the settings for an evaluation of `run_dir`, beside `plain_run`.
 
-    Raises ValueError where the file is not what gmeta writes, or was tuned on other tasks, or for another plain run.
+    Raises ValueError where the file is not what gmeta writes, or was tuned on other tasks or rows, or for another plain
+    run. What an earlier release did not record is not compared.
     """
     found = read_mapping(path, _CURE)
     for key in found:
@@ -59,6 +63,13 @@ def read_baseline_settings(path: Path, run_dir: Path, plain_run: str | None) -> 
     tasks = read_tasks_checksum(run_dir)
     if tasks is not None and found.get("tasks") != tasks:
         raise ValueError(f"{path} was tuned on other tasks than run {run_dir} was trained on: {_CURE} on its pack")
+    rows = found.get("rows")
+    if rows is not None and not isinstance(rows, dict):
+        raise ValueError(f"{path}: rows is {rows!r}, and holds no checksums: {_CURE}")
+    if lines := rows_difference(read_rows_checksums(run_dir), rows):
+        raise ValueError(
+            f"{path} was tuned on another pack than run {run_dir} was trained on: {lines[0]}: {_CURE} on its pack"
+        )
     factors = finetuned = None
     if FACTORS in found:
         factors = parse_mapping(FactorConfig, _section(found, FACTORS, path), f"{path}, {FACTORS}")

@@ -179,14 +179,13 @@ def averaged(logits: Tensor, deviation: Tensor) -> Tensor:
     return logits / (1 + math.pi / 8 * deviation**2).sqrt()
 
 
-def sampled_weights(fast: FastWeights, generator: torch.Generator) -> FastWeights:
+def sampled_weights(fast: FastWeights, noise: Tensor) -> FastWeights:
     """Return fast weights whose posterior is one draw from it, without spread: for Thompson sampling.
 
-    `generator` is on the CPU, so that a seed draws the same on every device. ValueError where there is no posterior.
+    `noise` [T, D] are standard normal numbers. ValueError where there is no posterior.
     """
     posterior = require_posterior(fast)
-    noise = torch.randn(posterior.mean.shape, generator=generator, dtype=torch.float64).to(posterior.mean)
-    drawn = posterior.mean + (posterior.spread @ noise.unsqueeze(-1)).squeeze(-1)
+    drawn = posterior.mean + (posterior.spread @ noise.to(posterior.mean).unsqueeze(-1)).squeeze(-1)
     return replace(fast, posterior=Posterior(drawn, torch.zeros_like(posterior.spread)))
 
 

@@ -72,8 +72,11 @@ class MetaLearner(nn.Module):
         self.loss_name = loss
         self.inner_loss_name = inner_loop.loss or loss
         self.inner_loss = example_loss(self.inner_loss_name)
-        if modulator is not None and not self.adapted:
-            raise ValueError("a modulator decides where the inner loop starts, but adapt is empty: name what it adapts")
+        if modulator is not None and not self.adapted.steps:
+            raise ValueError(
+                f"a modulator decides where SGD steps start, but adapt {list(inner_loop.adapt)} takes none: name what "
+                "they adapt"
+            )
         self.modulator = modulator
         self.seed = seed
         stepping = replace(self.adapted, last_layer="")

@@ -10,17 +10,19 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, to_device
+from gmeta.core.errors import require
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import cheapest_ends
 from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
 from gmeta.data.shards import TaskRows, split_in_memory
 from gmeta.data.tables import TableLike, as_arrow, has_no_columns
-from gmeta.meta.closed_form import sampled_weights
+from gmeta.meta.closed_form import require_posterior, sampled_weights
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.losses import prediction
 from gmeta.models.registry import ModelFactory
@@ -109,7 +111,7 @@ class Recommender:
         parts = tuple(
             to_device(FastWeights.from_state_dict(part), self.system.mesh.device) for part in state["fast_weights"]
         )
-        return AdaptedTasks(self, tuple(state["keys"]), state["num_support"].numpy(), parts)
+        return AdaptedTasks(self, tuple(state["keys"]), state["num_support"].numpy(), parts, state.get("seed"))
 
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
@@ -166,6 +168,7 @@ class AdaptedTasks:
     keys: tuple[str, ...]  # raw values of the task column, as text
     num_support: NDArray[np.int64]  # [tasks], support rows that each adapted to
     parts: tuple[FastWeights, ...]  # of consecutive tasks, which were adapted together
+    seed: int | None = None  # of the weights that are drawn from the posteriors; None: none are
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -189,10 +192,16 @@ class AdaptedTasks:
 
     def sample(self, seed: int) -> AdaptedTasks:
         """Return the same tasks with weights drawn from their posteriors, for Thompson sampling: what `predict` then
-        gives is a draw, one of a task's weights for all of its candidates. ValueError as in `uncertainty`.
+        gives is a draw, one of a task's weights for all of its candidates, and its `uncertainty` is 0.
+
+        A task's draw is a function of its key and the seed. Tasks that were not adapted are drawn from the prior. A
+        draw stays the one that it is. ValueError as in `uncertainty`, and for a seed that is none.
         """
-        draws = torch.Generator().manual_seed(seed)
-        return replace(self, parts=tuple(sampled_weights(part, draws) for part in self.parts))
+        whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+        require(whole and 0 <= seed < 2**63, "seed", seed, "must be a whole number in [0, 2^63)")
+        for part in self.parts or (self.recommender._without_support(1),):
+            require_posterior(part)
+        return replace(self, seed=int(seed)) if self.seed is None else self
 
     def _evaluated(self, candidates: TableLike, deviation: bool = False) -> NDArray[np.float64]:
         """Return the logit, or its deviation, of each row of `candidates`."""
@@ -209,7 +218,10 @@ class AdaptedTasks:
         logits = np.zeros(len(encoded.query_row))
         for tasks in _chunks(num_support[position], at.num_query):
             _, query, _ = split.gather(at[tasks])
-            found = rec._score(_chosen(parts, position[tasks]), query, deviation).cpu()
+            fast = _chosen(parts, position[tasks])
+            if self.seed is not None:
+                fast = sampled_weights(fast, _noise(self.seed, encoded.keys[tasks], require_posterior(fast).mean))
+            found = rec._score(fast, query, deviation).cpu()
             logits[encoded.query_row[query.row[query.mask].numpy()]] = found[query.mask].double().numpy()
         return logits
 
@@ -222,6 +234,7 @@ class AdaptedTasks:
             "keys": list(self.keys),
             "num_support": num_support,
             "fast_weights": parts,
+            "seed": self.seed,
         }
 
 
@@ -235,6 +248,12 @@ def _require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
             f"task {keys[int((~finite).nonzero()[0])]!r} has no posterior: the model gives its support numbers that "
             "are not finite; look at its numeric columns"
         )
+
+
+def _noise(seed: int, keys: Sequence[str], like: Tensor) -> Tensor:
+    """Return standard normal numbers of the shape of `like` [T, D], each task's own, the same on every device."""
+    streams = (np.random.default_rng((seed, xxhash.xxh3_64_intdigest(key.encode()))) for key in keys)
+    return torch.from_numpy(np.stack([stream.standard_normal(like.shape[1]) for stream in streams]))
 
 
 def _chosen(parts: Sequence[FastWeights], positions: NDArray[np.int64]) -> FastWeights:

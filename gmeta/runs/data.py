@@ -12,7 +12,14 @@ from gmeta.config.train import LossName
 from gmeta.core.files import read_mapping
 from gmeta.data.identity import DataIdentity, identity_difference, identity_of, table_identities, vocabulary_file
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
+from gmeta.runs.directory import (
+    read_config,
+    read_rows_checksums,
+    read_schema,
+    read_tasks_checksum,
+    rows_difference,
+    tasks_difference,
+)
 
 
 def run_identity(run_dir: Path) -> DataIdentity:
@@ -52,12 +59,12 @@ def require_own_vocabularies(run_dir: Path) -> None:
 
 
 def require_same_training_data(run_dir: Path, other: Path) -> None:
-    """Raise ValueError with what differs, unless two runs were trained on the same data, tasks and splits."""
+    """Raise ValueError with what differs, unless two runs were trained on the same data, tasks, splits and rows."""
     lines = identity_difference(run_identity(run_dir), run_identity(other))
     mine, theirs = _trained_tasks(run_dir), _trained_tasks(other)
     known = mine is not None and theirs is not None
-    if known and mine != theirs:
-        lines.append("its tasks, or the splits they lie in, are others")
+    lines += tasks_difference(mine, theirs)
+    lines = lines or rows_difference(read_rows_checksums(run_dir), read_rows_checksums(other))
     if not known and read_config(run_dir).pack != read_config(other).pack:
         lines.append(
             "whether it had the same tasks is not recorded, and the packs of both runs are not there to compare"
@@ -79,7 +86,11 @@ def _trained_tasks(run_dir: Path) -> str | None:
 
 
 def is_own_pack(run_dir: Path, pack: TaskPack) -> bool:
-    """Say whether a run was trained on this very pack, here or in another place."""
+    """Say whether a run was trained on this very pack, here or in another place. A pack that was made again with other
+    rows is another, also in the same place.
+    """
+    if rows_difference(read_rows_checksums(run_dir), pack.rows_checksums()):
+        return False
     if Path(read_config(run_dir).pack).resolve() == pack.path.resolve():
         return True
     recorded = read_mapping(run_dir / "schema.json", "restore it").get("manifest")

@@ -3,7 +3,7 @@
 config.yaml  environment.json  run_id  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
 
 `schema.json` holds the pack schema with the identity of its data (`pack`), the raw data schema (`data`), and checksums
-of the pack's tasks and splits (`tasks`) and of its manifest (`manifest`).
+of the pack's tasks and splits (`tasks`), of the rows of each split (`rows`) and of its manifest (`manifest`).
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
             "pack": pack.identity().schema.to_json(),
             "data": pack.manifest["data_schema"],
             "tasks": pack.tasks_checksum(),
+            "rows": pack.rows_checksums(),
             "manifest": pack.manifest["xxh3"],
         }
         write_text(run_dir / "schema.json", json.dumps(schemas, indent=1))
@@ -233,14 +234,13 @@ def _require_same_data(state: dict[str, Any], run_dir: Path, pack: TaskPack) -> 
 
     The schema is the checkpoint's own copy: schema.json may be lost.
     """
-    data_schema, tasks = pack.manifest["data_schema"], None
+    data_schema, tasks, rows = pack.manifest["data_schema"], None, None
     if (run_dir / "schema.json").exists():
         _, data_schema = read_schema(run_dir)
-        tasks = read_tasks_checksum(run_dir)
+        tasks, rows = read_tasks_checksum(run_dir), read_rows_checksums(run_dir)
     ours = identity_of(pack_schema_from_json(state["schema"]), data_schema, run_dir / "vocab")
     lines = identity_difference(ours, pack.identity())
-    if not lines and tasks is not None and tasks != pack.tasks_checksum():
-        lines = ["its tasks, or the splits they lie in, are others"]
+    lines = lines or tasks_difference(tasks, pack.tasks_checksum()) or rows_difference(rows, pack.rows_checksums())
     if lines:
         raise ValueError(
             f"{pack.path} is not the data that run {run_dir} was trained on: {'; '.join(lines)}. "
@@ -290,3 +290,26 @@ def read_tasks_checksum(run_dir: Path) -> str | None:
     if tasks is not None and not isinstance(tasks, str):
         raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run (tasks is {tasks!r}): {_CURE}")
     return tasks
+
+
+def read_rows_checksums(run_dir: Path) -> dict[str, str] | None:
+    """Return split -> checksum of the rows that a run was trained with; None where it recorded none."""
+    rows = read_mapping(run_dir / "schema.json", _CURE).get("rows")
+    if rows is not None and not isinstance(rows, dict):
+        raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run (rows is {rows!r}): {_CURE}")
+    return rows
+
+
+def tasks_difference(ours: str | None, theirs: str | None) -> list[str]:
+    """Say that two checksums of tasks differ; nothing where they are equal, or one is not known."""
+    if ours is None or theirs is None or ours == theirs:
+        return []
+    return ["its tasks, or the splits they lie in, are others"]
+
+
+def rows_difference(ours: dict[str, str] | None, theirs: dict[str, str] | None) -> list[str]:
+    """Say in which splits the rows of the same tasks differ; nothing where they are equal, or one is not known."""
+    if ours is None or theirs is None or ours == theirs:
+        return []
+    splits = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    return [f"its rows are others: the same tasks have other labels, features or support in {', '.join(splits)}"]

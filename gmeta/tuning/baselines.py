@@ -117,7 +117,7 @@ def tune_baselines(config: TuneConfig, pack: TaskPack, folder: Path) -> None:
             None if factors is None else FactorConfig(**factors[0]),
             None if finetuned is None else FinetuneConfig(**finetuned[0]),
         ),
-        tasks=pack.tasks_checksum(),
+        pack=pack,
         plain_run=None if config.plain_run is None else read_run_id(Path(config.plain_run)),
         values={name: {"metric": metric, "value": value} for name, (_, metric, value) in found.items()},
     )

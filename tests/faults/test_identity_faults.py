@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from gmeta.data.schema import DataSchema, NumericColumn, PackSchema
 from gmeta.data.shards import checksum_file
 from gmeta.evaluation import predictions
 from gmeta.evaluation.predictions import item_values
-from gmeta.runs.data import require_fitting_pack, require_same_training_data
+from gmeta.runs.data import is_own_pack, require_fitting_pack, require_same_training_data
 from gmeta.runs.directory import _write_data
 
 pytestmark = pytest.mark.faults
@@ -121,7 +122,7 @@ def forget_pack(path: Path) -> None:
 def forget_run(path: Path) -> None:
     """Make a run as releases made it that did not record the identity."""
     schema = json.loads((path / "schema.json").read_text())
-    del schema["pack"]["identity"], schema["tasks"], schema["manifest"]
+    del schema["pack"]["identity"], schema["tasks"], schema["rows"], schema["manifest"]
     (path / "schema.json").write_text(json.dumps(schema))
     for file in path.glob("checkpoints/*/state.json"):
         state = json.loads(file.read_text())
@@ -219,6 +220,45 @@ def test_other_tasks_or_splits(place: Path, run_dir: Path, tmp_path: Path, capsy
     _write_data(plain, open_pack(pack), keep=False)
     words = ["evaluate", "--run_dir", run_dir, "--plain_run", plain]
     fails(words, capsys, "its tasks, or the splits they lie in, are others", "train it again on the pack of the other")
+
+
+def test_other_rows_of_the_same_tasks(place: Path, run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A pack of the same tasks with other labels may be evaluated, as another, but neither trained on nor compared
+    with; runs that did not record their rows go on as they did.
+    """
+
+    def relabel(arrays: dict[str, np.ndarray]) -> None:
+        if arrays["task_id"][0] == 0:  # the training tasks
+            arrays["label"][:] = 1 - arrays["label"]
+
+    pack, expected = (
+        make_pack(tmp_path / "relabelled", change=relabel, **BASE),
+        "its rows are others: the same tasks have other labels, features or support in train. ",
+    )
+    assert open_pack(pack).tasks_checksum() == open_pack(place / "pack").tasks_checksum()
+    fails(resume_words(run_dir, pack), capsys, expected, "name a new run_dir")
+    assert not is_own_pack(run_dir, open_pack(pack))
+    plain = tmp_path / "plain"
+    shutil.copytree(place / "plain", plain)
+    _write_data(plain, open_pack(pack), keep=False)
+    fails(
+        ["evaluate", "--run_dir", run_dir, "--plain_run", plain], capsys, expected, "was not trained on the data of run"
+    )
+
+    # A pack that was made again in its own place is another one too.
+    here = tmp_path / "here"
+    shutil.copytree(run_dir, here)
+    config = (here / "config.yaml").read_text()
+    (here / "config.yaml").write_text(config.replace(str(place / "pack"), str(pack)))
+    assert not is_own_pack(here, open_pack(pack))
+    schema = json.loads((here / "schema.json").read_text())
+    (here / "schema.json").write_text(json.dumps({**schema, "rows": "0"}))
+    with pytest.raises(ValueError, match=r"schema.json is no schema of a run \(rows is '0'\): restore it"):
+        is_own_pack(here, open_pack(pack))
+    del schema["rows"]
+    (here / "schema.json").write_text(json.dumps(schema))
+    assert is_own_pack(here, open_pack(pack))
+    assert run([str(word) for word in resume_words(here, pack)]) == 0
 
 
 def test_runs_whose_tasks_cannot_be_known(place: Path, run_dir: Path, tmp_path: Path) -> None:

@@ -81,7 +81,11 @@ def test_a_pack_that_is_none_creates_nothing(tmp_path: Path, capsys: Capture) ->
         (["--meta.modulation", "gates"], "meta.modulation is 'gates': must be one of"),
         (
             ["--meta.modulation", "film", "--meta.adapt", "[]"],
-            "meta.modulation is 'film': it sets where the inner loop",
+            "meta.modulation is 'film': it sets where SGD steps start, and meta.adapt [] takes none",
+        ),
+        (
+            ["--model.name", "neural_linear", "--meta.modulation", "film", "--meta.adapt", "[last_layer]"],
+            "meta.modulation is 'film': it sets where SGD steps start, and meta.adapt ['last_layer'] takes none",
         ),
         (["--meta.clusters", 0], "meta.clusters is 0: must be at least 1"),
         (["--seed", -1], "seed is -1"),

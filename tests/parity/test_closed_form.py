@@ -201,8 +201,8 @@ def test_the_posterior_is_exact_and_shrinks_with_support() -> None:
 def test_draws_have_the_posterior_s_moments() -> None:
     problem = make_problem(support=(3,), query=(3,))
     fast = solved().eval().adapt(problem.rows, problem.batch.support)
-    draws = torch.Generator().manual_seed(0)
-    means = torch.stack([closed_form.sampled_weights(fast, draws).posterior.mean[0] for _ in range(4000)])
+    draws = torch.randn(4000, *fast.posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    means = torch.stack([closed_form.sampled_weights(fast, noise).posterior.mean[0] for noise in draws])
     covariance = fast.posterior.spread[0] @ fast.posterior.spread[0].T
     torch.testing.assert_close(means.mean(0), fast.posterior.mean[0], rtol=0, atol=0.06)
     torch.testing.assert_close(torch.cov(means.T), covariance, rtol=0.15, atol=0.06)
@@ -248,8 +248,8 @@ def test_clicks_are_scored_by_their_expected_probability() -> None:
     fast = learner.adapt(problem.rows, problem.batch.support)
     mask = problem.batch.query.mask
     expected = torch.sigmoid(learner.score(fast, problem.rows, problem.batch.query))
-    draws = torch.Generator().manual_seed(0)
-    drawn = [closed_form.sampled_weights(fast, draws) for _ in range(2000)]
+    draws = torch.randn(2000, *fast.posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    drawn = [closed_form.sampled_weights(fast, noise) for noise in draws]
     probability = [torch.sigmoid(learner.score(one, problem.rows, problem.batch.query)) for one in drawn]
     torch.testing.assert_close(expected[mask], torch.stack(probability).mean(0)[mask], rtol=0, atol=0.03)
     at_mode = learner.train()(problem.rows, problem.batch)[1].query_logits

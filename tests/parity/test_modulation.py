@@ -238,3 +238,13 @@ def test_what_cannot_be_modulated_is_refused() -> None:
         modulated(nn.LayerNorm(3), "film")
     with pytest.raises(ValueError, match=r"adapt is empty: name what it adapts"):
         modulated(Net(), "cluster", adapt=[])
+
+
+@pytest.mark.parametrize("adapt", [(), ("last_layer",)])
+def test_without_steps_there_is_nothing_to_modulate(adapt: tuple[str, ...]) -> None:
+    from test_closed_form import Solved
+
+    with pytest.raises(
+        ValueError, match=r"a modulator decides where SGD steps start, but adapt \[.*\] takes none: name"
+    ):
+        modulated(Solved(), "film", adapt=adapt)

@@ -307,6 +307,47 @@ def test_uncertainty_falls_with_support_and_draws_follow_it(runs: dict[str, Path
         gmeta.load(runs["factored"]).adapt(rows(3, 2, 1, label=True)).uncertainty(candidates)
 
 
+def test_draws_of_tasks_that_were_not_adapted_are_of_the_prior(runs: dict[str, Path]) -> None:
+    """A task's draw is its own, whatever else is adapted or asked with it, and the same again once it is stored."""
+    rec, candidates = gmeta.load(runs["solved"]), rows(3, 4, 2, label=False)
+    nothing, first = rec.adapt({}), rec.adapt(rows(1, 5, 1, label=True))
+    std, mean = nothing.uncertainty(candidates), nothing.predict(candidates)
+    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+    draws = np.stack([logit(nothing.sample(seed).predict(candidates)) for seed in range(300)])
+    np.testing.assert_allclose(draws.std(0), std, rtol=0.3)
+    np.testing.assert_allclose(
+        draws.mean(0), logit(mean) * np.sqrt(1 + np.pi / 8 * std**2), atol=5 * std.max() / 300**0.5
+    )
+    drawn = nothing.sample(3)
+    assert not drawn.uncertainty(candidates).any()
+    assert drawn.sample(4) is drawn
+    task = np.array(candidates["user"].to_pylist())
+    for key in dict.fromkeys(task):
+        np.testing.assert_allclose(
+            logit(drawn.predict(candidates.filter(pa.array(task == key)))), draws[3][task == key]
+        )
+    between = np.corrcoef([draws[:, np.flatnonzero(task == key)[0]] for key in dict.fromkeys(task)])
+    assert np.abs(between[np.triu_indices(3, 1)]).max() < 0.3  # each task has its own draw
+    known = logit(first.sample(3).predict(candidates))
+    np.testing.assert_allclose(known[task != "new0"], draws[3][task != "new0"])
+    assert not np.allclose(known[task == "new0"], draws[3][task == "new0"])
+    file = io.BytesIO()
+    torch.save(first.sample(3).state(), file)
+    file.seek(0)
+    again = rec.restore(torch.load(file, weights_only=True))
+    np.testing.assert_array_equal(logit(again.predict(candidates)), known)
+    with pytest.raises(ValueError, match="only a last layer that was solved for has a posterior"):
+        gmeta.load(runs["factored"]).adapt({}).sample(0)
+
+
+@pytest.mark.parametrize("seed", ["a", 1.5, None, True, -1, 2**63])
+def test_a_seed_that_is_none_is_named(runs: dict[str, Path], seed: Any) -> None:
+    drawn = gmeta.load(runs["solved"]).adapt({})
+    with pytest.raises(ValueError, match=rf"^seed is {seed!r}: must be a whole number in \[0, 2\^63\)$"):
+        drawn.sample(seed)
+    assert drawn.sample(np.int64(3)).state()["seed"] == drawn.sample(3).state()["seed"] == 3  # type: ignore[arg-type]
+
+
 def test_a_task_without_a_posterior_is_named(runs: dict[str, Path]) -> None:
     rec, support = gmeta.load(runs["solved"]), rows(3, 4, 1, label=True)
     with torch.no_grad():  # no table gives such numbers, a damaged or diverged model does

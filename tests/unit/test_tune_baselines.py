@@ -122,6 +122,7 @@ def test_what_was_tuned_is_what_evaluate_measures(
     assert tuning.tune(asked(plain_run=plain, meta=meta, schedule=ScheduleConfig(epochs=1, metric="logloss"))) == 0
     file = tmp_path / "out" / "baselines.json"
     found = json.loads(file.read_text())
+    assert found["rows"] == json.loads((plain / "schema.json").read_text())["rows"]
     tried = TrialJournal(tmp_path / "out" / "plain-finetuned.jsonl").done
     assert len(tried) == 3 * len(FINETUNE_LR) + 6
     grid = [one.values[0] for one in list(tried.values())[: 3 * len(FINETUNE_LR)] if not one.failed]
@@ -170,6 +171,11 @@ def test_plain_runs_that_do_not_fit_are_refused(
         ({"format": 2}, "has format 2; this gmeta reads 1"),
         ({"factors": {}}, "unknown key 'factors', did you mean"),
         ({"tasks": "0"}, "was tuned on other tasks"),
+        (
+            {"rows": {"train": "0"}},
+            "its rows are others: the same tasks have other labels, features or support in test, train",
+        ),
+        ({"rows": "0"}, "rows is '0', and holds no checksums"),
         ({"factor-analysis": [1]}, "factor-analysis is [1], and holds no settings"),
         ({"factor-analysis": {"num_factor": 1}}, "factor-analysis: unknown key num_factor: did you mean num_factors?"),
         ({"factor-analysis": {"num_factors": 0}}, "num_factors is 0: must be at least 1"),
