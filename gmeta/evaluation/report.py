@@ -120,6 +120,7 @@ def _verdict_sentence(by_name: dict[str, HeadlineRow], metric: str, reference: s
         "worse": "worsens",
         "not distinguishable": "does not measurably change",
         "too few tasks": "cannot be said to change",
+        "undefined": "cannot be said to change",
     }
     return (
         f"On {case['tasks']:,} tasks, adapting to the support set {words[before.verdict]} {escape(metric)}: "

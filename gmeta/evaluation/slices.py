@@ -42,6 +42,7 @@ MIN_VERDICT_TASKS = 20
 """With fewer tasks there is no verdict: too few resamples differ, and the interval is too narrow."""
 
 _PIPE_WIDTH = 110
+_MAX_TABLE_WIDTH = 10_000
 _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"}
 
 
@@ -140,7 +141,7 @@ class HeadlineRow:
     record: dict[str, Any]
     difference: dict[str, Any] | None  # reference - variant; None for the reference itself
     verdict: str
-    """better, worse, not distinguishable or too few tasks, of the reference; a bound; "" for itself"""
+    """better, worse, not distinguishable, too few tasks or undefined, of the reference; a bound; "" for itself"""
 
 
 def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[HeadlineRow]:
@@ -159,8 +160,12 @@ def headline_rows(evaluation: dict[str, Any], case: str = "all") -> list[Headlin
 
 
 def verdict_of(difference: dict[str, Any], higher_is_better: bool) -> str:
-    """Say what a difference's interval allows: better, worse, not distinguishable, or too few tasks."""
+    """Say what a difference's interval allows: better, worse, not distinguishable, or too few tasks; undefined where
+    there is no difference.
+    """
     low, high = difference["low"], difference["high"]
+    if difference["value"] is None:
+        return "undefined"
     if difference["n"] < MIN_VERDICT_TASKS:
         return "too few tasks"
     if low is None or low <= 0 <= high:
@@ -186,10 +191,15 @@ def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> No
 def print_table(table: Table, file: TextIO | None = None, notes: Iterable[str] = ()) -> None:
     """Print a table, and notes under it, on standard output or `file`."""
     console = Console(file=file)
-    if not console.is_terminal:
+    if console.is_terminal:
+        console.print(table)
+    else:
         # A pipe has no width of its own; the 80 columns that rich assumes would cut the table.
-        console.width = max(console.width, _PIPE_WIDTH)
-    console.print(table)
+        width = max(console.width, _PIPE_WIDTH)
+        needed = console.measure(table, options=console.options.update(max_width=_MAX_TABLE_WIDTH)).maximum
+        console.width = max(width, needed)
+        console.print(table)
+        console.width = width
     for note in notes:
         console.print(note, markup=False, highlight=False)
 

@@ -6,6 +6,7 @@ The pins of constraints.txt lie inside the bounds of pyproject.toml, so that bot
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 from dataclasses import fields
@@ -19,6 +20,7 @@ from gmeta.cli import COMMANDS, command_parser, run
 from gmeta.config.parse import keys_of
 from gmeta.data.schema import DataSchema, RawFeature, RawNumeric, parse_data_schema
 from gmeta.elastic.scenario import parse_scenario
+from gmeta.models.registry import MODELS
 
 PACKAGE = Path(gmeta.__file__).parent
 ROOT = Path(os.environ.get("GMETA_SOURCE_TREE", Path(__file__).resolve().parents[2]))
@@ -183,6 +185,17 @@ def test_the_scenario_in_the_help_of_the_laboratory_is_one() -> None:
         lines = (COMMANDS[command].epilog or "").splitlines()
         text = "\n".join(line[4:] for line in lines if line.startswith("    "))
         assert len(parse_scenario(text, "help").events) == 7
+
+
+def test_every_model_is_in_the_table_and_every_argument_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = {codes(row[0])[0] for row in rows(section("Models", (ROOT / "docs/training.md").read_text()))}
+    assert run(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    help_of_args = " ".join(printed[printed.index("Arguments of the model") :].split()).partition("Your own class")[0]
+    for name, model in MODELS.items():
+        assert name in listed
+        arguments = [word for word in inspect.signature(model).parameters if word != "inputs"]
+        assert not [word for word in arguments if word not in help_of_args], name
 
 
 def bounds() -> dict[str, str]:

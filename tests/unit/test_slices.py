@@ -9,6 +9,8 @@ import pytest
 from gmeta.evaluation.metrics import Bootstrap, make_rows, metric
 from gmeta.evaluation.slices import (
     MIN_VERDICT_TASKS,
+    cells_of,
+    estimate_fields,
     evaluation_records,
     headline_rows,
     print_headline,
@@ -126,7 +128,7 @@ def told_apart(num_tasks, seed):
         bootstrap.add(name, "mae", rows)
     bootstrap.run()
     estimate = bootstrap.estimate("after", against="before")
-    return verdict_of({"low": estimate.low, "high": estimate.high, "n": estimate.n}, higher_is_better=False)
+    return verdict_of(estimate_fields(estimate), higher_is_better=False)
 
 
 @pytest.mark.parametrize("num_tasks", [2, 5, 19])
@@ -203,6 +205,35 @@ def test_print_headline_shows_every_variant():
     difference = next(row.difference for row in headline_rows(document) if row.variant == "global-mean")
     assert f"{difference['low']:+.4f} … {difference['high']:+.4f}" in text  # not cut, though there is no terminal
     assert all(word in text for word in ("before", "after", "global-mean", "better", "480 query rows of 80 tasks"))
+
+
+def test_of_one_class_the_verdict_is_undefined():
+    data = columns()
+    data["label"][:] = 1.0
+    document = evaluation_records(**data)
+    assert {row.variant: row.verdict for row in headline_rows(document)} == {
+        "before": "undefined",
+        "after": "",
+        "global-mean": "undefined",
+    }
+    out = io.StringIO()
+    print_headline(document, out)
+    assert "not distinguishable" not in out.getvalue()
+
+
+@pytest.mark.parametrize("scale", [1, 100, 1e7])
+def test_a_pipe_cuts_no_number_of_large_labels(scale):
+    data = columns(binary=False)
+    data["label"] = data["label"] * scale
+    data["scores"] = {name: values * scale for name, values in data["scores"].items()}
+    document = evaluation_records(**data)
+    out = io.StringIO()
+    print_headline(document, out)
+    text = out.getvalue()
+    for row in headline_rows(document):
+        cells = [*cells_of(row.record, ""), *(cells_of(row.difference, "+") if row.difference else ()), row.verdict]
+        (line,) = (line for line in text.splitlines() if f" {row.variant} " in line and "mae" not in line)
+        assert all(cell in line for cell in cells), line
 
 
 def test_mistakes_are_named():
