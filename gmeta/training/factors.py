@@ -49,7 +49,7 @@ def _fit(pack: TaskPack, item: str, num_factors: int, config: TrainConfig, binar
     """Return each id's (loadings, mean), float64 [num_ids, k + 1], and the variance of labels about them.
 
     Where the labels show no factors, loadings are near 0, which training would hardly leave: those of known ids then
-    get the random numbers that rows have without factor analysis.
+    get random numbers of `embedding.init_std`, in units of the labels' deviation.
     """
     columns = pack.split("train").columns((item,))
     num_ids = pack.schema.feature(item).num_ids
@@ -69,11 +69,10 @@ def _fit(pack: TaskPack, item: str, num_factors: int, config: TrainConfig, binar
         )
     found = fit_items(task, position, columns.label, seed=config.seed, num_factors=num_factors, binary=binary)
     own = found.mean[:-1].clone()
-    if float(own[:, :-1].square().mean().sqrt()) < config.embedding.init_std:
+    least = config.embedding.init_std * (1.0 if binary else float(columns.label.std()))
+    if float(own[:, :-1].square().mean().sqrt()) < least:
         generator = torch.Generator().manual_seed(config.seed)
-        own[:, :-1] += config.embedding.init_std * torch.randn(
-            len(own), num_factors, generator=generator, dtype=own.dtype
-        )
+        own[:, :-1] += least * torch.randn(len(own), num_factors, generator=generator, dtype=own.dtype)
     rows = found.mean[-1].repeat(num_ids, 1)
     rows[torch.from_numpy(known.astype(np.int64))] = own
     return rows, found.variance
