@@ -236,7 +236,7 @@ def test_a_modulated_layer_in_parts_is_left_to_the_reference(how: str, adapt: li
 def test_what_cannot_be_modulated_is_refused() -> None:
     with pytest.raises(ValueError, match=r"meta.modulation is 'film', but LayerNorm has no linear layer"):
         modulated(nn.LayerNorm(3), "film")
-    with pytest.raises(ValueError, match=r"adapt is empty: name what it adapts"):
+    with pytest.raises(ValueError, match=r"adapt \[\] takes none: name what they adapt"):
         modulated(Net(), "cluster", adapt=[])
 
 
