@@ -242,16 +242,16 @@ def _warn(prog: str, sentence: str) -> None:
         print(f"{prog}: warning: {sentence}", file=sys.stderr, flush=True)
 
 
-def _with_defaults(parser: ArgumentParser, words: list[str]) -> list[str]:
-    """Return the words of a training with what they leave out, where they name no model."""
+def _left_out(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """Return words that add what the words of a training leave out, where they name no model."""
     given = given_values(parser, words)
     if not given.get("pack"):
-        return words
+        return []
     from gmeta.training.defaults import with_defaults
 
     filled = with_defaults(given)
     # As the last file, because an earlier one would lose model.args to the user's own.
-    return words if filled == given else [*words, f"--config={yaml.safe_dump(filled)}"]
+    return [] if filled == given else [f"--config={yaml.safe_dump(filled)}"]
 
 
 def run_quietly(argv: list[str]) -> int:
@@ -306,8 +306,9 @@ def run(argv: list[str]) -> int:
                 _warn(parser.prog, sentence)
         config: Any
         if name in ("train", "tune"):  # mistakes come before what is left out, and that before --print_config
-            parse_words(parser, COMMANDS[name].config, [word for word in words if word != "--print_config"])
-            words = _with_defaults(parser, words)
+            said = [word for word in words if word != "--print_config"]
+            parse_words(parser, COMMANDS[name].config, said)
+            words = [*words, *_left_out(parser, said)]
         config, others = parse_words(parser, COMMANDS[name].config, words)
     except ValueError as error:
         return _fail(parser.prog, error)

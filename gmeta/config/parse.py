@@ -81,11 +81,10 @@ def parse_words(parser: ArgumentParser, config: type[_T], words: Sequence[str]) 
 
 
 def given_values(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
-    """Return what command-line words and their config files say, without any default; nothing where they are wrong."""
-    try:
-        values = parser.parse_args([word for word in words if word != "--print_config"], defaults=False)
-    except (ArgumentError, TypeError):
-        return {}  # `parse_words` tells
+    """Return what command-line words and their config files say, without any default. `parse_words` tells what is wrong
+    with them, before.
+    """
+    values = parser.parse_args(list(words), defaults=False)
     values.pop("config", None)
     found: dict[str, Any] = values.as_dict()
     return found
@@ -133,9 +132,8 @@ def train_config(
 ) -> TrainConfig:
     """Return the training config that a YAML file, a mapping or a dataclass holds.
 
-    `complete` adds what is left out; of a dataclass without a model, fields that
-    have their defaults count as left out. Old keys are
-    renamed with a FutureWarning. Raises ValueError for what is unknown or out of range.
+    `complete` adds what is left out; of a dataclass without a model, fields that have their defaults count as left out.
+    Old keys are renamed with a FutureWarning. Raises ValueError for what is unknown or out of range.
     """
     if isinstance(source, TrainConfig) and source.model.name:
         source = asdict(source)

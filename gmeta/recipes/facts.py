@@ -37,18 +37,19 @@ class PackFacts:
 
 
 def read_facts(pack: TaskPack, features: Sequence[str], *, numeric: bool = True) -> PackFacts:
-    """Look at a pack whose model reads these features, and its numeric columns. Reads the sizes of all tasks, and the
-    rows of some.
+    """Look at a pack whose model reads these features, and its numeric columns. Reads the sizes of all tasks, some
+    bytes each, and the rows of the first shard.
     """
     schema, split = pack.schema, pack.split("train")
     constant = _constant_features(split, features)
     item = _item(schema, [name for name in features if name not in constant])
     labels = split.first_shard().columns().label
+    support, query = split.unverified_sizes()
     return PackFacts(
         binary=schema.binary_label,
         one_label=bool(labels.min() == labels.max()),
         num_tasks=split.num_tasks,
-        median_rows=int(np.median(split.num_task_rows)),
+        median_rows=int(np.median(support + query)),
         item=item,
         num_items=0 if item is None else schema.feature(item).num_ids - 1,
         task_features=tuple(name for name in features if name in constant),

@@ -40,7 +40,7 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         stack.enter_context(run_lock(Path(config.run_dir), mesh))
         _require_given_roles(config)
         config = _settled(config, mesh)
-        chosen = chosen_for(config)
+        chosen = on_rank_0(lambda: chosen_for(config), mesh) or []
         resume_from = prepare_run_dir(config, mesh, chosen)
         run = build_run(config, mesh, stop, factory=factory, parts=parts)
         _, run.data_schema = read_schema(Path(config.run_dir))
