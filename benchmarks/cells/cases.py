@@ -80,21 +80,16 @@ CASES = (
         metrics=CLICKS,
         truth=True,
     ),
-    Case(
-        name="ml-100k/defaults, ids",
-        data="ml-100k",
-        make=partial(raw.ratings, side=False),
-        models=DEFAULT,
-        metrics=CLICKS,
-        seeds=10,
-    ),
-    Case(
-        name="ml-100k/defaults, side features",
-        data="ml-100k",
-        make=partial(raw.ratings, side=True),
-        models=DEFAULT,
-        metrics=CLICKS,
-        seeds=10,
+    *(
+        Case(
+            name=f"ml-100k/defaults, {columns}",
+            data="ml-100k",
+            make=partial(raw.ratings, side=columns != "ids"),
+            models=DEFAULT,
+            metrics=CLICKS,
+            seeds=10,
+        )
+        for columns in ("ids", "side features")
     ),
     *(
         Case(

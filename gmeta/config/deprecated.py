@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from gmeta.core.nested import put
+
 RENAMED = {
     "dense.placement": "dense.sharding",
     "dense.group_size": "dense.node_size",
@@ -69,7 +71,7 @@ def upgrade(
         kept, sentence = _renamed(old, name, model, twice=_has(new, name))
         told.append(sentence)
         if kept:
-            _put(new, name, value)
+            put(new, name, value)
     for old in DROPPED if RENAMED_BY_COMMAND[command] is RENAMED else ():
         if _has(new, old):
             value = _pop(new, old)
@@ -160,14 +162,3 @@ def _pop(values: dict[str, Any], key: str) -> Any:
     if not values[section]:
         del values[section]
     return value
-
-
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    *sections, last = key.split(".")
-    for place, name in enumerate(sections, 1):
-        values = values.setdefault(name, {})
-        if not isinstance(values, dict):
-            raise ValueError(
-                f"{'.'.join(sections[:place])} is {values!r}: it is a section, give it keys or leave it out"
-            )
-    values[last] = value

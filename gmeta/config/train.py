@@ -8,6 +8,7 @@ from typing import Any, Literal
 from gmeta.core.errors import require, require_numbers, require_seed
 
 LossName = Literal["bce", "mse", "l1", "huber"]
+RecipeName = Literal["", "auto", "cold_users", "cold_items", "scenarios"]
 METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
 """Metrics that early stopping may watch, all measured after adaptation."""
 CLICK_METRICS = ("auc", "gauc", "logloss")
@@ -299,7 +300,7 @@ class TrainConfig:
     """Task pack directory, made by `gmeta prepare`."""
     run_dir: str
     """Run directory to create (or to resume)."""
-    recipe: Literal["", "auto", "cold_users", "cold_items", "scenarios"] = ""
+    recipe: RecipeName = ""
     """Settings for what you leave out, by what is in the pack, printed with the reasons: cold_users, cold_items,
     scenarios, or auto, which is usual where no model is named."""
     loss: LossName = "bce"

@@ -22,9 +22,17 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by dotted key as sections."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        *sections, name = key.split(".")
-        inside = found
-        for section in sections:
-            inside = inside.setdefault(section, {})
-        inside[name] = value
+        put(found, key, value)
     return found
+
+
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested settings. Raises ValueError where one of its sections is a value."""
+    *sections, last = key.split(".")
+    for place, name in enumerate(sections, 1):
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{'.'.join(sections[:place])} is {values!r}: it is a section, give it keys or leave it out"
+            )
+    values[last] = value

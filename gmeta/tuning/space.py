@@ -21,6 +21,7 @@ from gmeta.config.parse import known_keys, parse_mapping
 from gmeta.config.train import TrainConfig
 from gmeta.core.errors import closest, require
 from gmeta.core.files import read_mapping
+from gmeta.core.nested import put
 from gmeta.meta.inner_loop import LAST_LAYER
 
 TrialSettings = dict[str, Any]
@@ -201,9 +202,5 @@ def with_settings(config: TrainConfig, settings: TrialSettings, source: str) -> 
     """Return a config with other settings. Raises ValueError with `source`, the key and what it must be."""
     values = asdict(config)
     for key, value in settings.items():
-        *path, name = key.split(".")
-        inside = values
-        for part in path:
-            inside = inside.setdefault(part, {})
-        inside[name] = value
+        put(values, key, value)
     return parse_mapping(TrainConfig, values, source)

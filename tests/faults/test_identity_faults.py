@@ -139,20 +139,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def resume_words(run_dir: Path, pack: Path) -> list[object]:
-    words = [
-        "train",
-        "--model.name",
-        "melu",
-        "--pack",
-        pack,
-        "--run_dir",
-        run_dir,
-        "--loader.tasks_per_batch",
-        20,
-        "--model.hidden",
-        "[4]",
-    ]
-    return [*words, "--meta.adapt", "[head]", "--resume", "true", "--schedule.epochs", 2]
+    words = ["train", "--model.name", "melu", "--pack", pack, "--run_dir", run_dir, "--loader.tasks_per_batch", 20]
+    return [*words, "--model.hidden", "[4]", "--meta.adapt", "[head]", "--resume", "true", "--schedule.epochs", 2]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -29,19 +29,8 @@ STEPS = 60
 
 
 def command(pack: Path, run_dir: Path, resume: bool, nproc: int = 2) -> list[str]:
-    words = [
-        "train",
-        "--model.name",
-        "melu",
-        "--pack",
-        pack,
-        "--run_dir",
-        run_dir,
-        "--nproc",
-        nproc,
-        "--resume",
-        str(resume).lower(),
-    ]
+    words: list[object] = ["train", "--model.name", "melu", "--pack", pack, "--run_dir", run_dir]
+    words += ["--nproc", nproc, "--resume", str(resume).lower()]
     words += ["--schedule.epochs", 1000, "--schedule.max_steps", STEPS, "--schedule.eval_every", 20]
     words += ["--schedule.checkpoint_every", 6, "--schedule.patience", 50, "--meta.learn_inner_lr", "true"]
     words += ["--loader.tasks_per_batch", 8, "--dense.warmup_steps", 9]

@@ -25,6 +25,10 @@ from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import load_system
 
 
+def melu_words(pack: Path) -> list[object]:
+    return ["train", "--model.name", "melu", "--pack", pack, "--loader.tasks_per_batch", 60]
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a log, a pack, a run and its plain twin."""
@@ -32,17 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     gmeta("synth", "--out", out / "log", "--users", 300, "--items", 30)
     schema = out / "log" / "schema.yaml"
     gmeta("prepare", "--input", f"[{out}/log/*.parquet]", "--schema", schema, "--out", out / "pack")
-    train = [
-        "train",
-        "--model.name",
-        "melu",
-        "--pack",
-        out / "pack",
-        "--loader.tasks_per_batch",
-        60,
-        "--model.args.hidden",
-        "[8]",
-    ]
+    train = [*melu_words(out / "pack"), "--model.args.hidden", "[8]"]
     train += ["--schedule.epochs", 2, "--schedule.eval_every", 2]
     gmeta(*train, "--run_dir", out / "run")
     gmeta(*train, "--run_dir", out / "plain", "--meta.adapt", "[]")
@@ -89,17 +83,7 @@ def test_evaluate_and_report(out: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("kind", ["cluster", "film"])
 def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Path, kind: str) -> None:
-    train = [
-        "train",
-        "--model.name",
-        "melu",
-        "--pack",
-        out / "pack",
-        "--loader.tasks_per_batch",
-        60,
-        "--schedule.max_steps",
-        6,
-    ]
+    train = [*melu_words(out / "pack"), "--schedule.max_steps", 6]
     gmeta(*train, "--run_dir", tmp_path, "--meta.modulation", kind, "--dense.lr", 0.05)
     words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
     gmeta("evaluate", "--run_dir", tmp_path, *words)
@@ -113,17 +97,7 @@ def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Pat
 
 def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path: Path) -> None:
     """Fine-tuning the plain model is of first order, which has nothing to recompute."""
-    train = [
-        "train",
-        "--model.name",
-        "melu",
-        "--pack",
-        out / "pack",
-        "--loader.tasks_per_batch",
-        60,
-        "--schedule.max_steps",
-        2,
-    ]
+    train = [*melu_words(out / "pack"), "--schedule.max_steps", 2]
     gmeta(*train, "--run_dir", tmp_path, "--meta.recompute", "true")
     words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
     gmeta("evaluate", "--run_dir", tmp_path, *words)
@@ -148,17 +122,7 @@ def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> 
 
     Fine-tuning it diverges at the largest rates of the grid, which then are not chosen.
     """
-    train = [
-        "train",
-        "--model.name",
-        "melu",
-        "--pack",
-        out / "pack",
-        "--loader.tasks_per_batch",
-        60,
-        "--schedule.max_steps",
-        1,
-    ]
+    train = [*melu_words(out / "pack"), "--schedule.max_steps", 1]
     gmeta(*train, "--run_dir", tmp_path, "--meta.adapt", "[]", "--loss", "mse")
     gmeta("evaluate", "--run_dir", out / "run", "--plain_run", tmp_path, "--resamples", 2, "--baselines", "false")
     found = pq.read_table(out / "run" / "predictions.parquet")
