@@ -90,11 +90,12 @@ def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None, ne
     A task has converged when a step moves no logit of its support by more than `near`: the error is then that squared.
     It waits for the others, so that its result is its own.
     """
+    prior = torch.eye(white.shape[-1], dtype=white.dtype, device=white.device)
     u, eta = white.new_zeros(white.shape[0], white.shape[2]), logits
     going = torch.ones_like(u[:, :1], dtype=torch.bool)
     for _ in range(NEWTON_STEPS if logits.numel() else 0):
         gradient, weights = _gradient(u, eta, white, label, noise)
-        factor, info = _factor(white, weights)
+        factor, info = _factor(prior, white, weights)
         step = _solved(factor, gradient)
         if noise is not None:  # H is the same everywhere
             return step, _found(factor, info)
@@ -109,30 +110,35 @@ def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None, ne
         going = going & (farthest > near)
         if not going.any():
             break
-    _, weights = _gradient(u, eta, white, label, noise)
-    return u, _found(*_factor(white, weights))
+    _, weights = _residual(eta, label, noise)
+    return u, _found(*_factor(prior, white, weights))
 
 
 def _gradient(u: Tensor, eta: Tensor, white: Tensor, label: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return g(u) [T, D], and each row's weight in H [T, S]. `eta` are the logits at u, `noise` is None for the
     logistic loss.
     """
+    residual, weights = _residual(eta, label, noise)
+    return torch.bmm(residual.unsqueeze(-2), white).squeeze(-2) - u, weights
+
+
+def _residual(eta: Tensor, label: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what each row's loss falls by, by its logit, and its weight in H, both [T, S]."""
     if noise is None:
         mean = torch.sigmoid(eta)
-        residual, weights = label - mean, mean * (1 - mean)
-    else:
-        residual, weights = (label - eta) / noise, (1 / noise).expand_as(eta)
-    return (residual.unsqueeze(-2) @ white).squeeze(-2) - u, weights
+        return label - mean, mean * (1 - mean)
+    return (label - eta) / noise, (1 / noise).expand_as(eta)
 
 
 def _product(white: Tensor, u: Tensor) -> Tensor:
     """Return B u, [T, S]."""
-    return (white @ u.unsqueeze(-1)).squeeze(-1)
+    return torch.bmm(white, u.unsqueeze(-1)).squeeze(-1)
 
 
-def _factor(white: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the Cholesky factor of I + B^T W B, and int [T], not 0 where there is none, which is not raised."""
-    prior = torch.eye(white.shape[-1], dtype=white.dtype, device=white.device)
+def _factor(prior: Tensor, white: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the Cholesky factor of I + B^T W B, and int [T], not 0 where there is none, which is not raised. `prior`
+    is I.
+    """
     factor, info = torch.linalg.cholesky_ex(torch.baddbmm(prior, white.mT, white * weights.unsqueeze(-1)))
     return factor, info
 

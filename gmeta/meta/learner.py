@@ -171,7 +171,7 @@ class MetaLearner(nn.Module):
         inner = self._pass(rows, None, steps, inner_lr)
         inner = replace(inner, second_order=False, rates=inner.rates.detach())
         with torch.set_grad_enabled(self.adapted.steps):
-            fast, _ = self._adapt(inner, rows, support, index)
+            fast, _ = self._adapt(inner, rows, support, index, with_loss=False)
         return fast.detach()
 
     def score(
@@ -225,6 +225,7 @@ class MetaLearner(nn.Module):
             return self._plain(rows, batch, index[0], key)
         inner = self._pass(rows, None if key is None else (key, batch.task_id))
         fast, support_loss = self._adapt(inner, rows, batch.support, index[0])
+        assert support_loss is not None
         logits = self._score(inner, fast, rows, batch.query, index[1], expected=not self.training)
         query_loss = task_mean(self.loss(logits, batch.query.label), batch.query.mask)
         loss = query_loss.sum() / batch.num_tasks_global
@@ -294,18 +295,18 @@ class MetaLearner(nn.Module):
         )
 
     def _adapt(
-        self, inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan
-    ) -> tuple[FastWeights, Tensor]:
+        self, inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherPlan, *, with_loss: bool = True
+    ) -> tuple[FastWeights, Tensor | None]:
+        """Return the fast weights and, `with_loss` or where it is at hand, the support's loss [T] before adaptation."""
         fast, loss = FastWeights(len(support.mask)), None
         if self.adapted.steps:
             fast, loss = (reference.adapt if self._by_reference else factored.adapt)(inner, rows, support, plan)
         layer = self.last_layer
-        if layer is None:
-            assert loss is not None
+        if layer is None or not (with_loss or len(inner.rates)):
             return fast, loss
         again = EmbeddedRows(rows.weights, rows.support, rows.support)
         bases, logits = self._bases(inner, fast, again, support, plan, _SUPPORT_PASS)
-        if loss is None:
+        if loss is None and with_loss:
             before = inner.loss(closed_form.finished(self.model, logits), support.label)
             loss = task_mean(before, support.mask).detach()
         if len(inner.rates):

@@ -32,6 +32,8 @@ class BayesianLinear(nn.Module):
     Both are learned, from supports in the order of time.
     """
 
+    place: Tensor
+
     def __init__(self, width: int, *, bias_std: float = 0.5, noise: float = 1.0, drift_std: float = 0.0) -> None:
         super().__init__()
         require(width >= 1, "width", width, "must be at least 1")
@@ -43,6 +45,7 @@ class BayesianLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         # One vector of the lower triangle, because weight decay goes to matrices and would shrink the prior.
         row, column = torch.tril_indices(width + 1, width + 1)
+        self.register_buffer("place", row * (width + 1) + column, persistent=False)
         start = torch.where(row == column, torch.where(row == width, bias_std, 1.0), 0.0)
         self.prior_factor = nn.Parameter(start)
         self.log_noise = nn.Parameter(torch.tensor([noise]).log())
@@ -59,8 +62,7 @@ class BayesianLinear(nn.Module):
     def prior_scale(self) -> Tensor:
         """Return C, lower triangular [d + 1, d + 1]."""
         size = self.width + 1
-        row, column = torch.tril_indices(size, size, device=self.prior_factor.device)
-        return self.prior_factor.new_zeros(size, size).index_put((row, column), self.prior_factor)
+        return self.prior_factor.new_zeros(size * size).index_copy(0, self.place, self.prior_factor).view(size, size)
 
     def drift(self, mask: Tensor) -> Tensor | None:
         """Return the base of the drift of each row of a support, [T, S], from its mask; its weight is N(0, 1). None

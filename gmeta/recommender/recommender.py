@@ -18,7 +18,7 @@ from gmeta.core.batch import Bag, Examples, to_device
 from gmeta.core.errors import require
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import cheapest_ends
-from gmeta.data.prepare.encode import EncodedTables, encode_in_memory
+from gmeta.data.prepare.encoder import EncodedTables, Encoder
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
 from gmeta.data.shards import TaskRows, split_in_memory
 from gmeta.data.tables import TableLike, as_arrow, has_no_columns
@@ -73,8 +73,10 @@ class Recommender:
         self.run_dir = run_dir
         self.system, self.config, _ = load_system(run_dir, str(step), mesh, factory=factory, trust_model=trust_model)
         self.system.learner.eval()
-        schema, self._data_schema = read_schema(run_dir)
+        schema, data_schema = read_schema(run_dir)
         self.schema: PackSchema = schema
+        self._data_schema = data_schema_from_json(data_schema)
+        self._encoder = Encoder(data_schema, run_dir / "vocab", schema)
         self.version = f"{read_run_id(run_dir)}/{step}"
 
     def adapt(self, support: TableLike) -> AdaptedTasks:
@@ -115,14 +117,14 @@ class Recommender:
 
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
-        schema = data_schema_from_json(self._data_schema)
+        schema = self._data_schema
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         if has_no_columns(table):
             return None
         found = as_arrow(table, role, schema.columns([*roles, "label"] if role == "support" else roles))
         if found.num_rows == 0:
             return None
-        return encode_in_memory(found, role, self._data_schema, self.run_dir / "vocab", self.schema)
+        return self._encoder.table(found, role)
 
     def _rows(self, encoded: EncodedTables) -> TaskRows:
         """Return where each task's rows lie, with as many support rows as the run keeps."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 from gmeta.config.evaluation import PredictConfig
 from gmeta.core.files import replacing
 from gmeta.data.coverage import unknown_columns, unknown_warning
-from gmeta.data.prepare.encode import encode_tables
+from gmeta.data.prepare.encoder import encode_tables
 from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import Connection, find_files, literal, open_file, reading, require_free
 from gmeta.evaluation.score import Floats, score_split, to_predictions

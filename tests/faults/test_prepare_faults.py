@@ -21,7 +21,7 @@ import yaml
 from gmeta.cli import run
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import lock_directory, open_pack
-from gmeta.data.prepare.encode import encode_tables
+from gmeta.data.prepare.encoder import encode_tables
 from gmeta.data.prepare.prepare import prepare
 
 pytestmark = pytest.mark.faults

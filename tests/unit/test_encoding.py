@@ -28,11 +28,13 @@ from hypothesis import strategies as st
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import open_pack, verify_pack
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, id_types, reject_counts
-from gmeta.data.prepare.encode import encode_tables
+from gmeta.data.prepare.encoder import encode_tables
 from gmeta.data.prepare.prepare import prepare
 from gmeta.data.prepare.times import common_time
+from gmeta.data.prepare.vocabulary import HashedVocabulary, hashed_vocabulary
 from gmeta.data.schema import (
     ENCODING,
+    OOV,
     Feature,
     PackSchema,
     pack_schema_from_json,
@@ -672,3 +674,19 @@ def test_few_columns_a_query_give_the_pack_of_many(tmp_path: Path, monkeypatch: 
     many = prepared(tmp_path, [tmp_path / "a.parquet"], schema, name="many")
     monkeypatch.setattr("gmeta.data.prepare.columns.COLUMNS_A_QUERY", 2)
     assert prepared(tmp_path, [tmp_path / "a.parquet"], schema, name="few") == many
+
+
+def test_hashed_vocabularies_part_all_values(tmp_path: Path) -> None:
+    """A salt under which two values collide is passed over; what is unknown or missing is out of vocabulary."""
+    values = [f"item{i}" for i in range(1000)]
+    pq.write_table(pa.table({"value": values, "id": np.arange(1, 1001)}), tmp_path / "vocab.parquet")
+    with duckdb.connect() as con:
+        con.execute("""CREATE MACRO hash(value, salt) AS
+                       CASE WHEN salt < 2 THEN length(value)::UBIGINT ELSE md5_number_lower(value) END""")
+        found = hashed_vocabulary(con, f"read_parquet('{tmp_path / 'vocab.parquet'}')")
+        asked = con.execute(
+            f"SELECT {found.hash_of('value')} AS h FROM (VALUES ('item7'), (NULL), ('item999')) t(value)"
+        )
+        assert found.salt == 2
+        np.testing.assert_array_equal(found.ids_of(asked.fetchnumpy()["h"].filled(7)), [8, OOV, 1000])
+    assert HashedVocabulary(0, found.hashes[:0], found.ids[:0]).ids_of(found.hashes[:3]).tolist() == [OOV] * 3

@@ -18,7 +18,7 @@ import yaml
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import open_pack, verify_pack
 from gmeta.data.prepare import encode
-from gmeta.data.prepare.encode import encode_tables
+from gmeta.data.prepare.encoder import encode_tables
 from gmeta.data.prepare.prepare import prepare, print_summary
 from gmeta.data.schema import data_schema_from_json, load_data_schema, parse_data_schema
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,15 @@ def test_every_kind_of_table_gives_the_same(rec: gmeta.Recommender) -> None:
     for table in tables:
         np.testing.assert_array_equal(rec.adapt(table).predict(candidates), expected, type(table).__name__)
     assert rec.adapt(frame).predict(candidates.to_pandas()).tolist() == expected.tolist()
+
+
+def test_threads_share_one_recommender(rec: gmeta.Recommender) -> None:
+    tables = [(rows(3, 4, seed, label=True), rows(3, 3, seed + 50, label=False)) for seed in range(8)]
+    expected = [rec.adapt(support).predict(candidates) for support, candidates in tables]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda pair: rec.adapt(pair[0]).predict(pair[1]), tables * 3))
+    for scores, alone in zip(found, expected * 3, strict=True):
+        np.testing.assert_array_equal(scores, alone)
 
 
 def test_half_precision_is_read(rec: gmeta.Recommender) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import open_pack
-from gmeta.data.prepare.encode import encode_tables
+from gmeta.data.prepare.encoder import encode_tables
 from gmeta.data.prepare.prepare import prepare, print_summary
 from gmeta.data.sources import find_files, open_file, open_files, partition_columns, reading
 

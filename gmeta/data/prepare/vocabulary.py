@@ -1,24 +1,29 @@
 """Stage 4 of `prepare` learns vocabularies, item statistics, means and deviations, all from training rows alone.
 
-They are tables of the connection (`vocab_<index of the embedding table>`, `item_totals`, `item_folds`), which `prepare`
-learns, and `predict` loads from a run's vocabulary directory. `encode` looks values up in them.
+They are tables of the connection (`vocab_<index of the embedding table>`, `item_totals`, `item_folds`), which `encode`
+looks values up in. `encoder` loads those of a trained run, the vocabularies as hashes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
+from numpy.typing import NDArray
 
 from gmeta.data.identity import vocabulary_file
 from gmeta.data.prepare.columns import batched
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.summary import Report
 from gmeta.data.prepare.tasks import FOLDS, ShardJob
-from gmeta.data.schema import ITEM_STATISTICS, DataSchema, Feature, NumericColumn, PackSchema, RawFeature
+from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, Feature, NumericColumn, PackSchema, RawFeature
 from gmeta.data.sources import Connection, only_file, scalar
 
 PRIOR_ROWS = 10.0
@@ -186,22 +191,62 @@ def vocabulary_files(schema: DataSchema, vocab_dir: Path) -> list[Path]:
     return [vocabulary_file(vocab_dir, name) for name in [*tables, *[ITEM_STATISTICS] * schema.item_statistics]]
 
 
-def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> None:
-    """Load what `encode` looks values up in from a run's vocabulary directory.
+@dataclass(frozen=True)
+class HashedVocabulary:
+    """A vocabulary of which only 64-bit hashes are in memory, 12 bytes a value whatever its length.
+
+    All hashes of its values differ. A value that it does not hold is taken for one that it does with a probability of
+    (number of values) / 2^64.
+    """
+
+    salt: int
+    hashes: NDArray[np.uint64]  # ascending
+    ids: NDArray[np.int32]
+
+    def hash_of(self, value: str) -> str:
+        """Return SQL of the hash of a VARCHAR."""
+        return f"hash({value}, {self.salt})"
+
+    def ids_of(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
+        """Return the ids of hashed values, the out-of-vocabulary id for others; of a missing value's hash too."""
+        if not len(self.hashes):
+            return np.full(len(hashes), OOV, np.int32)
+        place = np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)
+        return np.where(self.hashes[place] == hashes, self.ids[place], OOV).astype(np.int32)
+
+
+def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> dict[str, HashedVocabulary]:
+    """Load what `encode` looks values up in from a run's vocabulary directory; returns the vocabularies by table.
 
     Raises ValueError for a file that is missing or damaged, with its name.
     """
-    for index, (table, features) in enumerate(schema.tables().items()):
+    found = {}
+    for table, features in schema.tables().items():
         if features[0].hash_buckets is None:
-            _load(con, f"vocab_{index}", "value, id", vocabulary_file(vocab_dir, table))
+            with _loading(vocabulary_file(vocab_dir, table)) as source:
+                found[table] = hashed_vocabulary(con, source)
     if schema.item_statistics:
-        _load(con, "item_totals", "value, label_sum, count", vocabulary_file(vocab_dir, ITEM_STATISTICS))
+        with _loading(vocabulary_file(vocab_dir, ITEM_STATISTICS)) as source:
+            con.execute(f"CREATE TABLE item_totals AS SELECT value, label_sum, count FROM {source}")
         con.execute("CREATE TABLE item_folds (value VARCHAR, fold INTEGER, label_sum DOUBLE, count BIGINT)")
+    return found
 
 
-def _load(con: Connection, table: str, columns: str, file: Path) -> None:
+def hashed_vocabulary(con: Connection, source: str) -> HashedVocabulary:
+    """Hash the values of a vocabulary with the first salt by which all of them differ."""
+    for salt in itertools.count():
+        found = con.execute(f"SELECT hash(value, {salt}) AS hash, id FROM {source} ORDER BY hash").fetchnumpy()
+        hashes = found["hash"]
+        if (hashes[1:] != hashes[:-1]).all():
+            return HashedVocabulary(salt, hashes, found["id"].astype(np.int32))
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _loading(file: Path) -> Iterator[str]:
+    """Give SQL that reads a file, and turn what DuckDB cannot read of it into a ValueError."""
     try:
-        con.execute(f"CREATE TABLE {table} AS SELECT {columns} FROM read_parquet({only_file(file)})")
+        yield f"read_parquet({only_file(file)})"
     except duckdb.Error as error:
         cure = "copy it again from the pack, or train again"
         raise ValueError(f"{file} is missing or damaged ({error}): {cure}") from None

@@ -1,0 +1,136 @@
+"""Raw rows in the encoding of a trained run: those of two files, for `predict`, and those of tables in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from gmeta.data.prepare.check import check, create_checked, describe_rejects, reject_counts
+from gmeta.data.prepare.encode import Array, encode
+from gmeta.data.prepare.vocabulary import load_vocabularies, vocabulary_files
+from gmeta.data.schema import PackSchema, Role, data_schema_from_json
+from gmeta.data.sources import Connection, RawPart, confine, described, find_files, open_file, reading
+
+
+@dataclass(frozen=True)
+class EncodedTables:
+    """The tasks of raw support and query rows, laid out as a shard is."""
+
+    keys: list[str]  # raw key of each task
+    arrays: dict[str, Array]  # as a shard's, without time; label is 0 in query rows, item_cold is 0
+    query_row: Array  # int64 [rows], row of the query (from 0), -1 for support rows
+
+
+class Encoder:
+    """A run's encoding, with its vocabularies in memory. Several threads may use it at once.
+
+    ValueError for a vocabulary file that is missing or damaged.
+    """
+
+    def __init__(
+        self, data_schema_json: dict[str, Any], vocab_dir: Path, pack_schema: PackSchema, files: Sequence[Path] = ()
+    ) -> None:
+        self._schema, self._pack_schema = data_schema_from_json(data_schema_json), pack_schema
+        self._con = duckdb.connect()
+        confine(self._con, [*files, *vocabulary_files(self._schema, vocab_dir)])
+        self._vocabularies = load_vocabularies(self._con, self._schema, vocab_dir)
+
+    def table(self, table: pa.Table, role: Literal["support", "candidates"]) -> EncodedTables:
+        """Encode one table of raw rows: labelled support rows, or candidates without labels.
+
+        The table has at least one row. Tasks come in the order in which it first names them. Raises ValueError for
+        missing columns and rows that cannot be used, with row, column and value.
+        """
+        numbered = table.append_column("__row", pa.array(np.arange(1, table.num_rows + 1)))
+        with self._con.cursor() as con:
+            try:
+                con.register("given", numbered)
+                part = described(con, role, "SELECT * FROM given", ordered=False)
+            except duckdb.NotImplementedException as error:
+                kinds = ", ".join(f"{field.name} {field.type}" for field in table.schema)
+                raise ValueError(
+                    f"{role} has a column of a type that cannot be read ({kinds}): make it text, or plain numbers"
+                ) from error
+            return self._encoded(con, part, None) if role == "support" else self._encoded(con, None, part)
+
+    def parts(self, support: RawPart, query: RawPart) -> EncodedTables:
+        """Encode raw rows as `encode_tables` does, of files that the encoder was made for."""
+        with self._con.cursor() as con:
+            return self._encoded(con, support, query)
+
+    def _encoded(self, con: Connection, support: RawPart | None, query: RawPart | None) -> EncodedTables:
+        """Encode the rows of one or both; the tasks are those of the query where there is one."""
+        self._checked(con, support, query)
+        with reading(" or ".join(part.file for part in (support, query) if part is not None)):
+            con.execute(f"""
+                CREATE TEMP TABLE placed AS
+                SELECT s.*, NULL::INTEGER AS fold, row_number() OVER (ORDER BY q.first, s.file, s.row) - 1 AS pos
+                FROM raw_rows s JOIN (
+                    SELECT task, min(row) AS first FROM raw_rows WHERE file = {int(query is not None)} GROUP BY task
+                ) q USING (task)""")
+        tasks = con.execute("""
+            SELECT task, min(pos) AS row_start, count(*) FILTER (file = 0) AS num_support
+            FROM placed GROUP BY task ORDER BY row_start""").fetchnumpy()
+        if query is not None and len(tasks["task"]) == 0:
+            raise ValueError(f"{query.file} has no rows: there is nothing to score")
+        of_rows = ("coalesce(b.label, 0) AS label", "CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row")
+        rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
+        numeric = self._pack_schema.numeric
+        arrays = encode(con, "placed", self._schema, numeric, order="b.pos", hashed=self._vocabularies)
+        arrays |= {
+            "label": rows["label"].astype(np.float32),
+            "item_cold": np.zeros(len(rows["label"]), np.uint8),
+            "task_id": np.arange(len(tasks["task"]), dtype=np.int64),
+            "row_start": tasks["row_start"].astype(np.int64),
+            "num_support": tasks["num_support"].astype(np.int32),
+        }
+        return EncodedTables([str(k) for k in tasks["task"]], arrays, rows["query_row"].astype(np.int64))
+
+    def _checked(self, con: Connection, support: RawPart | None, query: RawPart | None) -> None:
+        """Make view `raw_rows` of the checked rows."""
+        schema, relations = self._schema, []
+        roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
+        create_checked(con, schema, types={}, temporary=True)
+        for index, (part, needed) in enumerate(((support, [*roles, "label"]), (query, roles))):
+            if part is not None:
+                with reading(part.file):
+                    encoding = self._pack_schema.encoding
+                    relations.append(check(con, part, index, schema, needed, types={}, encoding=encoding))
+        if counts := reject_counts(con):
+            files = ["" if part is None else part.file for part in (support, query)]
+            raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")
+        con.execute(f"CREATE TEMP VIEW raw_rows AS {' UNION ALL '.join(dict.fromkeys(relations))}")
+
+
+def encode_tables(
+    support_path: str, query_path: str, data_schema_json: dict[str, Any], vocab_dir: Path, pack_schema: PackSchema
+) -> EncodedTables:
+    """Encode raw support rows (labelled) and query rows (label not needed) with a run's vocabularies and encoding.
+
+    Tasks come in the order in which the query file first names them; tasks that it does not name are left out. A
+    task may have no support. Raises ValueError for missing files and columns, and for rows that cannot be used,
+    with file, row, column and value.
+    """
+    paths = (support_path, query_path)
+    files = [_only_file(path) for path in paths]
+    with duckdb.connect() as con:
+        support, query = (_opened(con, path, file) for path, file in zip(paths, files, strict=True))
+    return Encoder(data_schema_json, vocab_dir, pack_schema, files).parts(support, query)
+
+
+def _only_file(path: str) -> Path:
+    found = find_files([path])
+    if len(found) != 1:
+        raise ValueError(f"{path} stands for {len(found)} files: give one Parquet or CSV file")
+    return found[0]
+
+
+def _opened(con: Connection, path: str, file: Path) -> RawPart:
+    with reading(path):
+        return replace(open_file(con, file), file=path)
