@@ -164,7 +164,8 @@ def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 def modern_words(words: Sequence[str], command: str = "train") -> tuple[list[str], list[str]]:
     """Return the words of a command without old names, in flags and in config files, and what to warn of.
 
-    A file with old names is handed on as YAML text in place of its path.
+    A file with old names is handed on as YAML text in place of its path, and so is one whose `model.args` are to be
+    added to those of an earlier file for the same model.
     """
     cure = "correct it, it must hold `key: value` lines"
     files = {path: read_mapping(path, cure) for _, path in _config_files(words)}
@@ -172,14 +173,32 @@ def modern_words(words: Sequence[str], command: str = "train") -> tuple[list[str
     named = named or [name for values in files.values() if (name := model_of(values)) is not None]
     model = named[-1] if named else None
     renamed, told = upgrade_words(words, command, model)
+    earlier: dict[str, Any] = {}  # section `model` of the files before
     for position, path in _config_files(renamed):
         values, found = upgrade(files[path], command=command, model=model)
-        if not found:
-            continue
+        merged = _with_earlier_args(values, earlier)
         told += [f"{path}: {sentence}" for sentence in found]
-        text = yaml.safe_dump(values, sort_keys=False)
-        renamed[position] = f"--config={text}" if renamed[position].startswith("--config=") else text
+        if found or merged is not values:
+            text = yaml.safe_dump(merged, sort_keys=False)
+            renamed[position] = f"--config={text}" if renamed[position].startswith("--config=") else text
+        if isinstance(merged.get("model"), dict):
+            earlier |= merged["model"]
     return renamed, told
+
+
+def _with_earlier_args(values: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's settings with the arguments that earlier files give to the same model: the parser would take
+    `model.args` for one value.
+    """
+    section = values.get("model")
+    before = earlier.get("args")
+    if not isinstance(section, dict) or not before or not isinstance(before, dict):
+        return values
+    if earlier.get("name") not in (None, section.get("name", earlier.get("name"))):
+        return {**values, "model": {"args": {}, **section}}
+    if not isinstance(section.get("args"), dict):
+        return values
+    return {**values, "model": {**section, "args": {**before, **section["args"]}}}
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:

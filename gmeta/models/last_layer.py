@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,9 @@ class BayesianLinear(nn.Module):
     `width` is the number of bases d; `bias_std` is the prior's standard deviation of a task's bias, that of weights
     is 1 at first. `noise` is the variance of labels about their mean, for squared losses.
 
+    `scale` is the unit of the logits, such as the deviation of labels that are amounts: weights, standard deviations
+    and noise are in units of it, so that rates and starts that suit stars suit them too.
+
     With `drift_std` a task's level was another in the past than it is in the query, by a normal number of that standard
     deviation at first: support row n from the end has the offset number * (1 - exp(-n / r)), with r = 30 rows at first.
     Both are learned, from supports in the order of time.
@@ -34,13 +39,17 @@ class BayesianLinear(nn.Module):
 
     place: Tensor
 
-    def __init__(self, width: int, *, bias_std: float = 0.5, noise: float = 1.0, drift_std: float = 0.0) -> None:
+    def __init__(
+        self, width: int, *, bias_std: float = 0.5, noise: float = 1.0, drift_std: float = 0.0, scale: float = 1.0
+    ) -> None:
         super().__init__()
         require(width >= 1, "width", width, "must be at least 1")
         require(bias_std > 0, "bias_std", bias_std, "must be more than 0")
         require(noise > 0, "noise", noise, "must be more than 0")
         require(drift_std >= 0, "drift_std", drift_std, "must be 0 (off) or more")
+        require(0 < scale < math.inf, "scale", scale, "must be a finite number above 0")
         self.width = width
+        self.scale = scale
         self.weight = nn.Parameter(torch.zeros(1, width))
         self.bias = nn.Parameter(torch.zeros(1))
         # One vector of the lower triangle, because weight decay goes to matrices and would shrink the prior.
@@ -53,16 +62,17 @@ class BayesianLinear(nn.Module):
 
     def forward(self, basis: Tensor, offset: Tensor) -> Tensor:
         """Return the logit [...] at the prior's mean, from bases [..., d] and an offset [...]."""
-        return F.linear(basis, self.weight, self.bias).squeeze(-1) + offset
+        return self._scaled(F.linear(basis, self.weight, self.bias).squeeze(-1)) + offset
 
     def prior_mean(self) -> Tensor:
         """Return the mean of (weight, bias), [d + 1]."""
-        return torch.cat([self.weight[0], self.bias])
+        return self._scaled(torch.cat([self.weight[0], self.bias]))
 
     def prior_scale(self) -> Tensor:
         """Return C, lower triangular [d + 1, d + 1]."""
         size = self.width + 1
-        return self.prior_factor.new_zeros(size * size).index_copy(0, self.place, self.prior_factor).view(size, size)
+        factor = self.prior_factor.new_zeros(size * size).index_copy(0, self.place, self.prior_factor)
+        return self._scaled(factor.view(size, size))
 
     def drift(self, mask: Tensor) -> Tensor | None:
         """Return the base of the drift of each row of a support, [T, S], from its mask; its weight is N(0, 1). None
@@ -72,12 +82,14 @@ class BayesianLinear(nn.Module):
             return None
         std, rows = self.log_drift.exp()
         from_end = mask.flip(-1).cumsum(-1).flip(-1)
-        base: Tensor = -std * torch.expm1(-from_end / rows)
-        return base
+        return self._scaled(-std * torch.expm1(-from_end / rows))
 
     def noise(self) -> Tensor:
         """Return the variance of labels about their mean, []."""
-        return self.log_noise[0].exp()
+        return self._scaled(self._scaled(self.log_noise[0].exp()))
+
+    def _scaled(self, value: Tensor) -> Tensor:
+        return value if self.scale == 1 else value * self.scale
 
 
 class OutputMap(nn.Module):

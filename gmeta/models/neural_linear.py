@@ -29,7 +29,8 @@ class NeuralLinear(nn.Module):
     with a task's own bias besides. A new item has the out-of-vocabulary row and what its features say. Without an
     item id among the features the tower alone gives bases. `bias_std`, `noise` and `drift_std` are where the prior
     starts; `drift_std` 0 is no drift, which rows without order cannot have. With `label_range`, such as [1, 5], the
-    logit goes through an `OutputMap` over that range, for labels that have few values.
+    logit goes through an `OutputMap` over that range, for labels that have few values. `label_scale` is the unit of all
+    this, 1 for clicks and stars: the deviation of labels that are amounts, times which v and p count in the logit.
     """
 
     last_layer = "last"
@@ -45,6 +46,7 @@ class NeuralLinear(nn.Module):
         noise: float = 1.0,
         drift_std: float = 0.0,
         label_range: Sequence[float] = (),
+        label_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_widths("hidden", hidden)
@@ -76,7 +78,7 @@ class NeuralLinear(nn.Module):
         self.prior = nn.Linear(width, dim, bias=False) if width else None
         if self.prior is not None:
             _zero(self.prior)
-        self.last = BayesianLinear(dim - 1, bias_std=bias_std, noise=noise, drift_std=drift_std)
+        self.last = BayesianLinear(dim - 1, bias_std=bias_std, noise=noise, drift_std=drift_std, scale=label_scale)
         if len(label_range) not in (0, 2) or not sorted(set(label_range)) == list(label_range):
             raise ValueError(
                 f"model.args.label_range is {list(label_range)}: give the lowest and the highest label, or nothing"
@@ -91,11 +93,13 @@ class NeuralLinear(nn.Module):
             parts = [*(embedded[name] for name in self.tower_features), *numeric]
             vectors.append(self.tower(self.dropout(torch.cat(parts, -1))))
         vector = vectors[0] if len(vectors) == 1 else vectors[0] + vectors[1]
-        basis, offset = vector[..., :-1], vector[..., -1] + self.base_rate
+        basis, offset = vector[..., :-1], vector[..., -1]
         if self.prior is not None:
             shift = self.prior(torch.cat([*(embedded[name] for name in self.task_features), *numeric], -1))
             offset = offset + shift[..., -1] + (basis * shift[..., :-1]).sum(-1)
-        logits: Tensor = self.finish(self.last(basis, offset))
+        if self.last.scale != 1:
+            offset = offset * self.last.scale
+        logits: Tensor = self.finish(self.last(basis, offset + self.base_rate))
         return logits
 
 

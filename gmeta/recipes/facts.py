@@ -23,7 +23,7 @@ class PackFacts:
     """Facts of a pack, as a model reads it, that decide on settings; of training tasks."""
 
     binary: bool  # labels are 0 or 1
-    one_label: bool  # all labels are alike
+    label_std: float  # 0: all labels are alike
     num_tasks: int
     median_rows: int  # of a task
     item: str | None  # the schema's item, where it is a feature whose ids tasks share
@@ -47,7 +47,7 @@ def read_facts(pack: TaskPack, features: Sequence[str], *, numeric: bool = True)
     support, query = split.unverified_sizes()
     return PackFacts(
         binary=schema.binary_label,
-        one_label=bool(labels.min() == labels.max()),
+        label_std=float(labels.std(dtype=np.float64)) if labels.min() < labels.max() else 0.0,
         num_tasks=split.num_tasks,
         median_rows=int(np.median(support + query)),
         item=item,

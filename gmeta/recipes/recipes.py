@@ -21,6 +21,8 @@ FEW_TASKS, LONG_TASKS = 200, 500
 LONG_HISTORY = 40
 """Rows of a task from which on its past level may be another: on MovieLens-100K (median 54) drift gains .004 AUC in the
 test, on the synthetic log (24, without drift) it gains nothing, and keeping the order costs .0005."""
+UNIT_LABELS = (0.5, 2.0)
+"""Labels of such a standard deviation, as stars have, need no scale."""
 MAX_FACTOR_VECTORS = 200_000
 """Factor analysis is fitted in memory on rank 0: about 7 kB for each task and item, at 16 numbers a row."""
 
@@ -62,8 +64,9 @@ def recipe_for(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
     for choice in choices:
         if choice.key == "model.name" and model not in (None, "", choice.value):
             raise ValueError(
-                f"recipe is {name!r}, whose model is {choice.value!r}, and model.name is {model!r}: "
-                "leave one of the two out"
+                f"recipe is {name!r}, whose model is {choice.value!r}, and model.name is {model!r}: leave one of the "
+                "two out; the config.yaml of a run holds what a recipe chose for its model, so start another from your "
+                "own settings"
             )
     why = why if name == fitting else f"named, where {fitting} would fit: {why}"
     return Recipe(name, why, tuple(choice for choice in choices if choice.key not in given))
@@ -111,25 +114,25 @@ def _losses(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
 
 def _cold_users(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
     return [
-        *_last_layer("over vectors of items"),
+        *_last_layer(facts, "over vectors of items"),
         Choice("model.embedding_dim", 13, "at most 12 bases of a task, and a mean"),
         *_support(facts, given),
         *_task_features(facts),
         *_rows(facts, given, lr=0.002),
-        *_outer_loop(lr=0.003),
+        *_outer_loop(facts, given, lr=0.003),
         *_schedule(facts, given),
     ]
 
 
 def _cold_items(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
     return [
-        *_last_layer("over vectors of users"),
+        *_last_layer(facts, "over vectors of users"),
         Choice("model.embedding_dim", 16, "at most 15 bases of a task, and a mean"),
         *_support(facts, given),
         *_task_features(facts),
         Choice("embedding.init_std", 0.3, "what describes an item is to matter from the start"),
         *_rows(facts, given, lr=0.003),
-        *_outer_loop(lr=0.02),
+        *_outer_loop(facts, given, lr=0.02),
         *_schedule(facts, given),
     ]
 
@@ -159,22 +162,33 @@ def _schedule(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
 
 def _scenarios(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
     return [
-        *_last_layer("over learned features of users and items"),
+        *_last_layer(facts, "over learned features of users and items"),
         Choice("model.embedding_dim", 17, "16 bases of a task, and a mean"),
         Choice("model.args.hidden", [64], "many rows a task: a wider tower"),
         Choice("loader.resample", True, "a new support every epoch"),
         *_episodes(facts),
         *_task_features(facts),
         Choice("embedding.lr", 0.005, "rows begin at random"),
-        *_outer_loop(lr=0.003),
+        *_outer_loop(facts, given, lr=0.003),
         Choice("loader.tasks_per_batch", 16, "they are long"),
         Choice("schedule.epochs", 15, "passes over the training rows"),
     ]
 
 
-def _last_layer(over: str) -> list[Choice]:
+def _last_layer(facts: PackFacts, over: str) -> list[Choice]:
     model = f"each task solves a Bayesian linear last layer {over}"
-    return [Choice("model.name", "neural_linear", model), Choice("meta.adapt", ["last_layer"], "in closed form")]
+    choices = [Choice("model.name", "neural_linear", model), Choice("meta.adapt", ["last_layer"], "in closed form")]
+    if (scale := _scale(facts, {})) != 1:
+        why = "the labels' deviation: rates and priors are in units of it"
+        choices.append(Choice("model.args.label_scale", scale, why))
+    return choices
+
+
+def _scale(facts: PackFacts, given: Mapping[str, Any]) -> float:
+    """Return the unit of the logits: the user's, or two digits of the labels' deviation, 1 where that is near 1."""
+    small, large = UNIT_LABELS
+    usual = facts.binary or not facts.label_std or small <= facts.label_std <= large
+    return float(given.get("model.args.label_scale") or (1 if usual else f"{facts.label_std:.2g}"))
 
 
 def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]:
@@ -184,7 +198,7 @@ def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]
         reason = "you say so"
     elif facts.item is None or facts.item in given.get("model.args.task_features", ()):
         reason = "the model reads no item that varies within tasks (item in the schema)"
-    elif facts.one_label:
+    elif not facts.label_std:
         reason = "all labels are alike, and factor analysis finds nothing in them"
     elif vectors > MAX_FACTOR_VECTORS:
         reason = f"{vectors:,} tasks and items are too many for factor analysis"
@@ -202,11 +216,12 @@ def _episodes(facts: PackFacts) -> list[Choice]:
     return [rows, Choice("loader.episode_rows", 400, why)]
 
 
-def _outer_loop(lr: float) -> list[Choice]:
+def _outer_loop(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]:
+    norm = 5.0 * _scale(facts, given) ** 2  # of the gradient of a squared loss
     return [
         Choice("dense.lr", lr, "with decay to 0"),
         Choice("dense.decay", "cosine", "the last steps average out noise"),
-        Choice("dense.clip_norm", 5.0, "one odd task must not move all"),
+        Choice("dense.clip_norm", norm, "one odd task must not move all"),
         Choice("embedding.optimizer", "adam", "rows of rare ids move as far as those of frequent ones"),
     ]
 

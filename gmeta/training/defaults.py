@@ -21,18 +21,20 @@ _PLACES = ("pack", "run_dir", "resume")
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a user's nested settings of `gmeta train` with what they leave out, where they name no model.
+    """Return a user's nested settings of `gmeta train` with what they leave out.
 
-    A run that goes on takes it from its last checkpoint, a new one from the recipe for its pack. ValueError for a
-    recipe that does not exist or does not fit the model, or where there is no pack.
+    A run that goes on takes it from its last checkpoint, where a recipe chose it or no model is named. A new one
+    without a model's name takes it from the recipe for its pack. ValueError for a recipe that does not exist or does
+    not fit the model, or where there is no pack.
     """
     given = {
         key: value
         for key, value in flat(values, whole=_WHOLE).items()
         if value not in ("", None) or key not in ("model.name", "recipe")
     }
-    if (given.get("model.name") and not given.get("recipe")) or not given.get("pack"):
+    if not given.get("pack"):
         return dict(values)
+    model = given.get("model.name")
     goes_on = bool(given.get("resume") or given.get("elastic.enabled"))
     recorded = recorded_settings(Path(str(given.get("run_dir", ""))), goes_on=goes_on)
     if recorded is not None:
@@ -43,6 +45,10 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"recipe is {given['recipe']!r}, and the run to resume goes on with its own settings: leave it out, or "
                 "start a new run_dir"
             )
+        if model and (model != found.get("model.name") or not found.get("recipe")):
+            return dict(values)  # another model is refused: the settings of the run's own would hide why
+    elif model and not given.get("recipe"):
+        return dict(values)
     else:
         found = _chosen(given)
     return nested({**found, **given})

@@ -36,8 +36,10 @@ def start_from_factors(run: Run) -> None:
     noise = torch.zeros(1, dtype=torch.float64)
     fitted = on_rank_0(lambda: _fit(pack, model.item or "", fused.dim - 1, run.config, binary), state.mesh)
     if fitted is not None:
-        rows, noise = fitted[0], torch.full_like(noise, fitted[1])
+        scale = model.last.scale
+        rows, noise = fitted[0], torch.full_like(noise, fitted[1] / scale**2)
         rows[:, -1] -= model.base_rate
+        rows /= scale
     fill_from_rank_0([rows, noise], state.mesh)
     fused.set_rows(table, rows)
     if not binary:

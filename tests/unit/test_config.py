@@ -13,10 +13,10 @@ import pytest
 import yaml
 from commands import fails
 
-from gmeta.cli import run
+from gmeta.cli import command_parser, run
 from gmeta.config import cluster, data, evaluation, train
 from gmeta.config.deprecated import upgrade, upgrade_words
-from gmeta.config.parse import modern_words, require_named_code, train_config
+from gmeta.config.parse import given_values, modern_words, require_named_code, train_config
 from gmeta.config.train import DenseConfig, TrainConfig
 from gmeta.data.schema import load_data_schema
 
@@ -175,6 +175,27 @@ def test_words_and_files_of_the_release_before(tmp_path: Path) -> None:
     assert yaml.safe_load(words[1])["dense"] == {"sharding": "auto"}
     untouched = ["--config", str(tmp_path / "absent.yaml"), "--seed", "3"]
     assert modern_words(untouched) == (untouched, [])
+
+
+def test_later_files_add_to_the_arguments_of_a_model(tmp_path: Path) -> None:
+    files = {
+        "base": {"model": {"name": "melu", "args": {"hidden": [8], "dropout": 0.1}}},
+        "more": {"model": {"args": {"hidden": [4]}}},
+        "other": {"model": {"name": "dlrm", "args": {"top": [2]}}},
+        "bare": {"model": {"name": "taste"}},
+    }
+    for name, values in files.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+
+    def args(*names: str) -> object:
+        words, _ = modern_words([f"--config={tmp_path / name}.yaml" for name in names])
+        parser = command_parser("train")
+        return given_values(parser, [*words, "--pack=p", "--run_dir=r"])["model"].get("args")
+
+    assert args("base", "more") == {"hidden": [4], "dropout": 0.1}
+    assert args("more", "base") == {"hidden": [8], "dropout": 0.1}
+    assert args("base", "other") == {"top": [2]}
+    assert args("base", "bare") == {}
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ SCHEMA = {
 }
 
 
-def log(users: int = 40, rows: int = 15, films: int = 30) -> str:
-    """CSV rows of users whose city and hobbies, in any order, never change."""
+def log(users: int = 40, rows: int = 15, films: int = 30, unit: int = 1) -> str:
+    """CSV rows of users whose city and hobbies, in any order, never change. A star counts `unit`."""
     rng = np.random.default_rng(0)
     hobbies = [rng.permutation(["a", "b", "c", "d"])[:2] for _ in range(users)]
     lines = ["user,film,stars,at,city,hobbies,genres"]
@@ -41,7 +41,7 @@ def log(users: int = 40, rows: int = 15, films: int = 30) -> str:
         for at, film in enumerate(rng.permutation(films)[:rows]):
             own = "|".join(rng.permutation(hobbies[user]))
             genres = "|".join(rng.permutation(["x", "y", "z"])[: rng.integers(0, 3)])
-            lines.append(f"u{user},f{film},{rng.integers(1, 6)},{at},c{user % 3},{own},{genres}")
+            lines.append(f"u{user},f{film},{unit * rng.integers(1, 6)},{at},c{user % 3},{own},{genres}")
     return "\n".join(lines) + "\n"
 
 
@@ -49,9 +49,9 @@ def log(users: int = 40, rows: int = 15, films: int = 30) -> str:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Make a pack of the log with some options of `gmeta prepare`; the schema may leave keys out."""
     place = tmp_path_factory.mktemp("recipes")
-    (place / "log.csv").write_text(log())
 
-    def made(name: str, *options: object, without: tuple[str, ...] = ()) -> Path:
+    def made(name: str, *options: object, without: tuple[str, ...] = (), unit: int = 1) -> Path:
+        (place / "log.csv").write_text(log(unit=unit))
         if not (place / name).exists():
             schema = {key: value for key, value in SCHEMA.items() if key not in without}
             (place / "schema.yaml").write_text(yaml.safe_dump(schema))
@@ -77,10 +77,11 @@ def test_facts_of_a_pack(clicks: Path, prepared: Callable[..., Path]) -> None:
     facts = read_facts(pack, usual_features(pack.schema))
     assert (facts.task_features, facts.lists) == (("city", "hobbies"), ("hobbies",))
     assert (facts.binary, facts.item, facts.num_items, facts.median_rows) == (True, "film", 30, 15)
-    assert (facts.query_is_last, facts.roles_are_given, facts.varying, facts.one_label) == (True, False, True, False)
+    assert (facts.query_is_last, facts.roles_are_given, facts.varying) == (True, False, True)
     stars = open_pack(prepared("stars"))
     found = read_facts(stars, ["city"])
     assert (found.binary, found.item, found.varying) == (False, None, False)
+    assert found.label_std == pytest.approx(2**0.5, rel=0.1)
 
 
 def test_clicks_and_ratings(clicks: Path, prepared: Callable[..., Path]) -> None:
@@ -91,6 +92,20 @@ def test_clicks_and_ratings(clicks: Path, prepared: Callable[..., Path]) -> None
     assert found["embedding.start"] == "factors"
     stars = settings(recipe_for(open_pack(prepared("stars")), {}))
     assert stars["loss"] == "mse"
+
+
+def test_amounts_are_counted_in_units_of_their_deviation(prepared: Callable[..., Path], tmp_path: Path) -> None:
+    """The same labels in another unit train the same model."""
+    stars, cents = prepared("stars"), prepared("cents", unit=100)
+    assert "model.args.label_scale" not in settings(recipe_for(open_pack(stars), {}))
+    assert settings(recipe_for(open_pack(cents), {}))["model.args.label_scale"] == pytest.approx(142, abs=10)
+    losses = []
+    for scale, pack in ((1, stars), (100, cents)):
+        words = ["--pack", pack, "--run_dir", tmp_path / str(scale), "--model.args.label_scale", scale]
+        words += ["--embedding.start", "random", "--embedding.init_std", 0.5]
+        trained(*words, "--model.args.drift_std", 0.3, "--precision", "float64", "--schedule.epochs", 3)
+        losses.append([record["loss"] / scale**2 for record in logged(tmp_path / str(scale)) if "loss" in record])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_without_an_item_rows_start_at_random(prepared: Callable[..., Path]) -> None:
@@ -211,6 +226,17 @@ def test_a_run_goes_on_with_its_own_settings(clicks: Path, tmp_path: Path) -> No
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["model"] == first["model"]
     assert config["recipe"] == ""
+
+
+def test_a_run_goes_on_where_its_model_is_named_again(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--pack", clicks, "--run_dir", tmp_path / "run", "--resume", "true"]
+    first = trained(*words)
+    gmeta("train", *words, "--model.name", "neural_linear", "--schedule.epochs", first["schedule"]["epochs"] + 1)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["model"] == first["model"]
+    fails(["train", *map(str, words), "--model.name", "melu"], capsys, "model.name", "neural_linear")
 
 
 def test_a_run_that_goes_on_takes_no_other_recipe(
