@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
+from gmeta.config.delivery import BundleConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
@@ -87,6 +88,12 @@ def _predict(config: PredictConfig) -> int:
     from gmeta.serving.predict import predict
 
     return predict(config)
+
+
+def _bundle(config: BundleConfig) -> int:
+    from gmeta.delivery.bundle import bundle
+
+    return bundle(config)
 
 
 def _report(config: ReportConfig) -> int:
@@ -186,6 +193,7 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(CompareConfig, _compare, bare="runs"),
     "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
+    "bundle": Command(BundleConfig, _bundle),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

@@ -132,3 +132,21 @@ _TAKES = {
     "dlrm": ("hidden", "bottom", "layer_norm", "dropout"),
     "taste": ("hidden", "bottom", "dropout", "task_features"),
 }
+
+
+def user_rows(num_tasks: int, each: int, seed: int, *, label: bool) -> pa.Table:
+    """Raw rows of users, interleaved; some values are in no vocabulary."""
+    rng = np.random.default_rng(seed)
+    total = num_tasks * each
+    tags = [[f"tags{i}" for i in rng.integers(0, TAGS, n)] for n in rng.integers(0, 4, total)]
+    columns: dict[str, Any] = {
+        "user": [f"new{i % num_tasks}" for i in range(total)],
+        "group": [f"group{i}" for i in rng.integers(0, USERS, total)],
+        "item": [f"item{i}" for i in rng.integers(0, ITEMS, total)],
+        "tags": tags,
+        "age": rng.normal(size=total),
+        "price": rng.normal(size=total),
+    }
+    if label:
+        columns["click"] = rng.integers(0, 2, total)
+    return pa.table(columns)

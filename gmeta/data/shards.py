@@ -80,21 +80,21 @@ def check_entry(entry: Mapping[str, Any]) -> None:
         raise ValueError(f"{file} has the size {size!r} and the checksum {checksum!r}")
 
 
-def check_size(root: Path, entry: Mapping[str, Any]) -> Path:
+def check_size(root: Path, entry: Mapping[str, Any], cure: str = CURE) -> Path:
     """Return the path of a manifest entry's file. Raises ValueError where it is missing or of another size."""
     path = root / str(entry["file"])
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {CURE}")
+        raise ValueError(f"{path} is missing: {cure}")
     if path.stat().st_size != entry["bytes"]:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {CURE}")
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: {cure}")
     return path
 
 
-def verified_file(root: Path, entry: Mapping[str, Any]) -> Path:
+def verified_file(root: Path, entry: Mapping[str, Any], cure: str = CURE) -> Path:
     """Return the path of a manifest entry's file. Raises ValueError where its bytes are not those that were written."""
-    path = check_size(root, entry)
+    path = check_size(root, entry, cure)
     if (found := checksum_file(path)) != entry["xxh3"]:
-        raise ValueError(f"{path} is damaged (checksum {found}, the manifest says {entry['xxh3']}): {CURE}")
+        raise ValueError(f"{path} is damaged (checksum {found}, the manifest says {entry['xxh3']}): {cure}")
     return path
 
 

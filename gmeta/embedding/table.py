@@ -114,16 +114,22 @@ class FusedTable:
         weight = torch.empty(len(rows), self.dim, dtype=self.dtype, device=self.mesh.device)
         if self.init_std is None:
             return weight
-        offsets = torch.tensor(list(self.offsets.values()))
         table_keys = torch.from_numpy(
             np.array([table_key(self.seed, spec.name) for spec in self.specs], np.uint64).view(np.int64)
         )
         for start in range(0, len(rows), _FILL_ROWS):
             end = min(start + _FILL_ROWS, len(rows))
-            keys = self.permutation.inverse(torch.arange(rows.start + start, rows.start + end))
-            table = torch.searchsorted(offsets, keys, right=True) - 1
-            weight[start:end] = normal_rows(keys - offsets[table], table_keys[table], self.dim) * self.init_std
+            table, ids = self.local_ids(start, end)
+            weight[start:end] = normal_rows(ids, table_keys[table], self.dim) * self.init_std
         return weight
+
+    def local_ids(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return what this worker's rows `start` to `end` stand for, both int64 [n]: position in `specs`, and id."""
+        first = self.local_range(self.mesh.rank).start
+        offsets = torch.tensor(list(self.offsets.values()))
+        keys = self.permutation.inverse(torch.arange(first + start, first + end))
+        table = torch.searchsorted(offsets, keys, right=True) - 1
+        return table, keys - offsets[table]
 
     def set_rows(self, table: str, rows: Tensor) -> None:
         """Overwrite the rows of a logical table, [num_ids, dim], on the workers that own them; all give the same."""

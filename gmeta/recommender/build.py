@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.schema import PackSchema
@@ -32,6 +32,7 @@ from gmeta.parallel.collectives import fill_from_rank_0
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
+from gmeta.runs.bundle import is_bundle, open_bundle
 from gmeta.runs.directory import open_checkpoint, read_config, read_schema
 
 WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,7 +84,7 @@ def build_system(
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
     learner = new_learner(config, schema, mesh, factory=factory)
-    dtype, generated = _dtype(config), tuple(config.embedding.generator)
+    dtype, generated = row_dtype(config), tuple(config.embedding.generator)
     tables = ShardedTables(
         table_specs(schema, learner.features),
         mesh=mesh,
@@ -113,7 +114,7 @@ def new_learner(
             f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
             "prepare with --label_threshold, or train with --loss mse, l1 or huber"
         )
-    dtype = _dtype(config)
+    dtype = row_dtype(config)
     if mesh.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
     inputs, generated = inputs_of(config.model, schema), tuple(config.embedding.generator)
@@ -128,7 +129,8 @@ def new_learner(
     return build_learner(model, config, config.meta, features, num_numeric).to(mesh.device, dtype)
 
 
-def _dtype(config: TrainConfig) -> torch.dtype:
+def row_dtype(config: TrainConfig) -> torch.dtype:
+    """Return the type of table rows and dense layers."""
     return torch.float64 if config.precision == "float64" else torch.float32
 
 
@@ -191,27 +193,49 @@ def build_learner(
 
 
 def load_system(
-    run_dir: Path, which: str, mesh: Mesh, *, factory: ModelFactory | None = None, trust_model: bool = False
+    source: Path, which: str, mesh: Mesh, *, factory: ModelFactory | None = None, trust_model: bool = False
 ) -> tuple[System, TrainConfig, int]:
-    """Build a run's system and load checkpoint `which`, without optimizer state; collective. Return them with the
-    checkpoint's step.
+    """Build the system of a run's checkpoint `which`, or of a bundle, and load it without optimizer state; collective.
+    Return them with the step.
 
     Which packs it can read, `runs.data` says. A run that names a model of somebody's own is opened with `factory`, or
     with `trust_model`, which imports what the run names. Raises ValueError otherwise.
     """
-    config = read_config(run_dir)
-    schema, _ = read_schema(run_dir)
-    if factory is None and is_foreign(config.model.name) and not trust_model:
-        raise ValueError(
-            f"{run_dir} has a model of its own, {config.model.name}: loading it runs that code. Where you trust it, "
-            "say --trust_model true (from Python: gmeta.load(…, model=YourClass), or trust_model=True)"
-        )
-    if factory is not None:
+    config = read_config(source)
+    schema, _ = read_schema(source)
+    if factory is None:
+        require_trusted(config.model.name, f"{source} has", trust_model=trust_model)
+    else:
         _compare_names(config.model.name, name_of(factory))
-    path = open_checkpoint(run_dir, which, mesh)
+    if is_bundle(source):
+        bundle = open_bundle(source)
+        system = build_system(config, schema, mesh, factory=factory, training=False)
+        bundle.fill_tables(system.tables)
+        fill_dense(system, bundle.dense(), str(source))
+        return system, config, bundle.step
+    path = open_checkpoint(source, which, mesh)
     system = build_system(config, schema, mesh, factory=factory, training=False)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config, checkpoint.step_of(path)
+
+
+def fill_dense(system: System, stored: Mapping[str, Tensor], source: str) -> None:
+    """Fill dense layers and buffers from tensors by name. ValueError where one is missing, or of another shape."""
+    tensors = {name: tensor for name, tensor in system.tensors().items() if not name.startswith("tables.")}
+    for name, tensor in tensors.items():
+        if name not in stored or stored[name].shape != tensor.shape:
+            found = list(stored[name].shape) if name in stored else "missing"
+            raise ValueError(f"{source} is of another model: {name} is {found}, expected {list(tensor.shape)}")
+        tensor.copy_(stored[name])
+
+
+def require_trusted(model: str, owner: str, *, trust_model: bool) -> None:
+    """Raise ValueError for a model that is not gmeta's own, unless it is trusted: to open it runs its code."""
+    if is_foreign(model) and not trust_model:
+        raise ValueError(
+            f"{owner} a model of its own, {model}: loading it runs that code. Where you trust it, "
+            "say --trust_model true (from Python: gmeta.load(…, model=YourClass), or trust_model=True)"
+        )
 
 
 def _compare_names(recorded: str, given: str) -> None:

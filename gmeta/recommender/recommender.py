@@ -29,6 +29,7 @@ from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import load_system
 from gmeta.runs import checkpoint as checkpoints
+from gmeta.runs.bundle import is_bundle, read_manifest
 from gmeta.runs.data import require_clicks, require_own_vocabularies
 from gmeta.runs.directory import read_run_id, read_schema, read_settings
 
@@ -43,20 +44,25 @@ def load(
     trust_model: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Recommender:
-    """Load a trained run: weights, tables and vocabularies, without optimizer state.
+    """Load a trained run or a bundle: weights, tables and vocabularies, without optimizer state.
 
-    `run` is a run directory or what `gmeta.train` returned; `checkpoint` is best, last or a step number. A run whose
-    model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what it names.
+    `run` is a run directory, what `gmeta.train` returned, or a bundle; `checkpoint` is best, last or a step number of a
+    run. One whose model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what
+    it names.
 
     Raises ValueError for what is missing, damaged, or not trusted.
     """
     mesh = local_mesh(device)
+    if is_bundle(Path(run)):
+        require(checkpoint == "best", "checkpoint", checkpoint, "a bundle is one version: leave it out")
+        return Recommender(Path(run), "", factory=model, trust_model=trust_model, mesh=mesh)
     read_settings(Path(run))  # a path that is no run is told of first
     attempts = 3
     while True:
         path = checkpoints.find_checkpoint(Path(run) / "checkpoints", str(checkpoint))
         try:
-            return Recommender(Path(run), checkpoints.step_of(path), factory=model, trust_model=trust_model, mesh=mesh)
+            step = str(checkpoints.step_of(path))
+            return Recommender(Path(run), step, factory=model, trust_model=trust_model, mesh=mesh)
         except (ValueError, OSError):
             attempts -= 1
             if path.exists() or not attempts:
@@ -67,17 +73,17 @@ class Recommender:
     """A trained model, ready to adapt: `rec.adapt(support).predict(candidates)`. Values are raw, as in the logs."""
 
     def __init__(
-        self, run_dir: Path, step: int, *, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
+        self, source: Path, which: str, *, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
     ) -> None:
-        require_own_vocabularies(run_dir)
-        self.run_dir = run_dir
-        self.system, self.config, _ = load_system(run_dir, str(step), mesh, factory=factory, trust_model=trust_model)
+        require_own_vocabularies(source)
+        self.source = source
+        self.system, self.config, step = load_system(source, which, mesh, factory=factory, trust_model=trust_model)
         self.system.learner.eval()
-        schema, data_schema = read_schema(run_dir)
+        schema, data_schema = read_schema(source)
         self.schema: PackSchema = schema
         self._data_schema = data_schema_from_json(data_schema)
-        self._encoder = Encoder(data_schema, run_dir / "vocab", schema)
-        self.version = f"{read_run_id(run_dir)}/{step}"
+        self._encoder = Encoder(data_schema, source / "vocab", schema)
+        self.version = read_manifest(source)["id"] if is_bundle(source) else f"{read_run_id(source)}/{step}"
 
     def adapt(self, support: TableLike) -> AdaptedTasks:
         """Adapt to every task of a table of labelled examples: a user's ratings, say.

@@ -20,9 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
@@ -187,6 +189,16 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], mesh: Mesh) -> None:
         raise ValueError(f"checkpoint {path} is of another model: {shown}")
     with _single_process_is_fine(), naming_lost_peers(mesh):
         dcp_load(tensors, storage_reader=reader, process_group=mesh.control_group, no_dist=mesh.control_group is None)
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """Return an empty tensor for each that a checkpoint holds, but for table rows, by name: for `load_tensors`."""
+    stored = StreamReader(str(path)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if isinstance(entry, TensorStorageMetadata) and not name.startswith("tables.")
+    }
 
 
 @contextmanager

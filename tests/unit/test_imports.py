@@ -18,7 +18,7 @@ LAYERS = (
     {"recommender"},
     {"evaluation"},
     {"training"},
-    {"serving", "tuning"},
+    {"delivery", "serving", "tuning"},
     {"lab"},
     {"cli", "doctor", "__main__"},
 )

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from packs import ITEMS, TAGS, USERS, make_pack
+from packs import make_pack
+from packs import user_rows as rows
 
 import gmeta
 from gmeta.cli import run
@@ -55,24 +56,6 @@ def runs(pack: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def rec(runs: dict[str, Path]) -> gmeta.Recommender:
     return gmeta.load(runs["factored"])
-
-
-def rows(num_tasks: int, each: int, seed: int, *, label: bool) -> pa.Table:
-    """Raw rows of users, interleaved; some values are in no vocabulary."""
-    rng = np.random.default_rng(seed)
-    total = num_tasks * each
-    tags = [[f"tags{i}" for i in rng.integers(0, TAGS, n)] for n in rng.integers(0, 4, total)]
-    columns: dict[str, Any] = {
-        "user": [f"new{i % num_tasks}" for i in range(total)],
-        "group": [f"group{i}" for i in rng.integers(0, USERS, total)],
-        "item": [f"item{i}" for i in rng.integers(0, ITEMS, total)],
-        "tags": tags,
-        "age": rng.normal(size=total),
-        "price": rng.normal(size=total),
-    }
-    if label:
-        columns["click"] = rng.integers(0, 2, total)
-    return pa.table(columns)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -248,6 +231,12 @@ def test_a_run_of_somebody_elses_code_is_not_opened_unasked(
     assert (tmp_path / "imported").exists()
     assert run(["report", "--run_dir", "run"]) == 0
     trusted = gmeta.load("run", trust_model=True)
+    assert run(["bundle", "--run_dir", "run", "--out", "version"]) == 2
+    assert "a model of its own" in capsys.readouterr().err
+    assert run(["bundle", "--run_dir", "run", "--out", "version", "--trust_model", "true"]) == 0
+    with pytest.raises(ValueError, match="a model of its own"):
+        gmeta.load("version")
+    assert gmeta.load("version", trust_model=True).version == trusted.version
     from my_towers import Towers  # type: ignore[import-not-found]
 
     given = gmeta.load("run", model=Towers)

@@ -1,0 +1,1 @@
+"""Delivery: from a trained run to a version that serves, day after day."""

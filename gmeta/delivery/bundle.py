@@ -1,0 +1,122 @@
+"""`gmeta bundle`: a checkpoint of a run as a bundle, one version that can be served, delivered and grown."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import xxhash
+from torch import Tensor
+
+from gmeta.config.delivery import BundleConfig
+from gmeta.config.train import TrainConfig
+from gmeta.data.schema import PackSchema
+from gmeta.embedding.table import FusedTable, ShardedTables
+from gmeta.models.registry import find_model, is_foreign
+from gmeta.parallel.mesh import Mesh, local_mesh
+from gmeta.recommender.build import new_learner, require_trusted, row_dtype, table_specs
+from gmeta.runs import checkpoint
+from gmeta.runs.bundle import ROWS, TRAINING, Bundle, BundleWriter
+from gmeta.runs.data import require_own_vocabularies
+from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
+
+_STATE = ("progress", "loader", "torch_rng")
+"""What of a checkpoint's state a warm start goes on with."""
+
+
+def make_bundle(config: BundleConfig) -> Bundle:
+    """Make the bundle `config.out` of a run's checkpoint. Memory: the rows of one width at a time.
+
+    Raises ValueError for a run or checkpoint that is missing or damaged, a model that is not trusted, and a disk that
+    refuses.
+    """
+    run_dir, mesh = Path(config.run_dir), local_mesh("cpu")
+    trained = read_config(run_dir)
+    require_trusted(trained.model.name, f"{run_dir} has", trust_model=config.trust_model)
+    require_own_vocabularies(run_dir)
+    schema, _ = read_schema(run_dir)
+    with BundleWriter(Path(config.out)) as writer:
+        path = open_checkpoint(run_dir, config.checkpoint, mesh)
+        step = checkpoint.step_of(path)
+        for name in ("config.yaml", "schema.json"):
+            writer.add_file(run_dir / name, name)
+        for file in sorted((run_dir / "vocab").iterdir()):
+            writer.add_file(file, f"vocab/{file.name}")
+        _add_dense(writer, path, training=config.training, mesh=mesh)
+        for fused in _tables(trained, schema, mesh, training=config.training).values():
+            _add_rows(writer, path, fused, mesh)
+        if config.training:
+            state = checkpoint.read_state(path)
+            writer.add_json(f"{TRAINING}state.json", {key: state[key] for key in _STATE})
+        model = trained.model.name
+        return writer.finish(
+            {
+                "id": f"{read_run_id(run_dir)}/{step}",
+                "parent": None,
+                "step": step,
+                "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
+            }
+        )
+
+
+def source_hash(name: str) -> str:
+    """Return a checksum of the file that a model's code is in."""
+    file = inspect.getsourcefile(inspect.unwrap(find_model(name)))
+    if file is None:
+        raise ValueError(
+            f"model {name} has no source file: write it into a module, so that a version can name its code"
+        )
+    return xxhash.xxh3_64(Path(file).read_bytes()).hexdigest()
+
+
+def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) -> None:
+    stored = checkpoint.stored_tensors(path)
+    dense = {name: value for name, value in stored.items() if name.startswith(("dense.", "buffers."))}
+    moments = {name: value for name, value in stored.items() if name.startswith("optimizer.")} if training else {}
+    checkpoint.load_tensors(path, {**dense, **moments}, mesh)
+    writer.add_tensors("dense.safetensors", dense)
+    if training:
+        writer.add_tensors(f"{TRAINING}dense.safetensors", moments)
+
+
+def _tables(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, training: bool) -> dict[str, FusedTable]:
+    learner = new_learner(config, schema, mesh)
+    tables = ShardedTables(
+        table_specs(schema, learner.features),
+        mesh=mesh,
+        seed=config.seed,
+        init_std=None,
+        dtype=row_dtype(config),
+        optimizer=config.embedding.optimizer if training else None,
+    )
+    return tables.fused
+
+
+def _add_rows(writer: BundleWriter, path: Path, fused: FusedTable, mesh: Mesh) -> None:
+    """Add the tables of one width. The rows that are read here are freed with this copy of `fused`."""
+    fused = replace(fused)
+    held = {ROWS: fused.weight, **fused.state}
+    named = {f"tables.{fused.name}.{'weight' if name == ROWS else name}": value for name, value in held.items()}
+    checkpoint.load_tensors(path, named, mesh)
+    for spec in fused.specs:
+        offset = fused.offsets[spec.name]
+
+        def read(values: Tensor, ids: Tensor, offset: int = offset) -> Tensor:
+            return values[fused.permutation.forward(ids + offset)]
+
+        rows: Mapping[str, Callable[[Tensor], Tensor]] = {name: partial(read, values) for name, values in held.items()}
+        writer.add_table(spec.name, spec.num_ids, spec.dim, rows)
+
+
+def bundle(config: BundleConfig) -> int:
+    """Run `gmeta bundle`."""
+    found = make_bundle(config)
+    size = sum(entry["bytes"] for entry in found.manifest["files"])
+    print(f"bundle {found.path}: version {found.id}, {size:,} bytes")
+    print(
+        f"next: gmeta predict --run_dir {found.path} --support … --query … --out …, or gmeta.load({str(found.path)!r})"
+    )
+    return 0

@@ -1,0 +1,289 @@
+"""A bundle: one version of a model, in files that need nothing else. `gmeta.delivery.bundle` makes one of a run.
+
+    manifest.json                       what it is, and size and checksum of every other file
+    config.yaml  schema.json  vocab/    as in the run directory
+    dense.safetensors                   dense layers, learned rates, buffers
+    tables/<table>-00000.safetensors …  an embedding table's rows, in the order of ids
+    training/                           optional: moments and positions, which a warm start goes on with
+
+Rows lie in the order of ids, whatever workers a run had, so that versions can be compared, grown, and taken apart.
+Nothing is unpickled. Loading a model never opens `training/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gmeta.core.files import read_mapping, sync
+from gmeta.data.pack import lock_directory
+from gmeta.data.shards import check_entry, check_size, checksum_file, verified_file
+from gmeta.embedding.table import ShardedTables
+
+FORMAT, VERSION = "gmeta-bundle", 1
+MANIFEST = "manifest.json"
+TRAINING = "training/"
+CURE = "make the bundle again, or copy it again"
+PART_BYTES = 1 << 28
+"""A table's file holds at most so many bytes of rows: a part is written, sent and mapped as one."""
+_FILL_ROWS = 1 << 16
+
+ROWS = "rows"
+"""Name of the rows themselves in a table's files; those of training/ have the names of the optimizer's state."""
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle, and no run directory: it has a manifest of this format."""
+    file = path / MANIFEST
+    try:
+        return file.is_file() and json.loads(file.read_text()).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def open_bundle(path: Path, *, training: bool = False) -> Bundle:
+    """Open a bundle once its manifest and the checksum of every file are verified; of `training/` only with `training`.
+
+    Raises ValueError that names the file and the cure: missing, damaged, of a newer format, without what was asked for.
+    """
+    manifest = read_manifest(path)
+    for entry in manifest["files"]:
+        if training or not entry["file"].startswith(TRAINING):
+            verified_file(path, entry, CURE)
+        else:
+            check_size(path, entry, CURE)
+    if training and not manifest["training"]:
+        raise ValueError(f"{path} has no {TRAINING} part: make the bundle with --training true")
+    return Bundle(path, manifest)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return a bundle's manifest. ValueError where it is missing, damaged, or of a newer format."""
+    file = path / MANIFEST
+    if not file.exists():
+        raise ValueError(f"{path} is no bundle (it has no {MANIFEST}): give the folder that `gmeta bundle` made")
+    manifest = read_mapping(file, CURE)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{file} is of format {manifest.get('format')!r}, expected {FORMAT!r}: give a bundle")
+    version = manifest.get("version")
+    if type(version) is not int or version > VERSION:
+        raise ValueError(f"{path} is a bundle of format {version}; this gmeta reads up to {VERSION}: upgrade")
+    if manifest.get("xxh3") != checksum_of(manifest):
+        raise ValueError(f"{file} is damaged (its checksum is not that of its content): {CURE}")
+    try:
+        for entry in manifest["files"]:
+            check_entry(entry)
+        for table in manifest["tables"].values():
+            if any(type(table[key]) is not int or table[key] < 1 for key in ("ids", "dim", "part_rows")):
+                raise ValueError(f"a table has the sizes {table}")
+        for key, kind in (("id", str), ("step", int), ("training", bool)):
+            if not isinstance(manifest[key], kind):
+                raise ValueError(f"{key} is {manifest[key]!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no manifest of a bundle ({error}): {CURE}") from None
+    return manifest
+
+
+def checksum_of(manifest: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest, but for the one that it holds."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "xxh3"}, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_64(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An open bundle. `manifest` is the parsed manifest.json."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Return the version: the run's id and the step."""
+        return str(self.manifest["id"])
+
+    @property
+    def step(self) -> int:
+        """Return the training step that it was saved after."""
+        return int(self.manifest["step"])
+
+    def dense(self, folder: str = "") -> dict[str, Tensor]:
+        """Return the dense tensors by name; with `folder` `training/` the moments."""
+        return _read(self.path / f"{folder}dense.safetensors")
+
+    @cached_property
+    def _mapped(self) -> dict[str, dict[str, Tensor]]:
+        return {}
+
+    def rows(self, table: str, ids: Tensor, name: str = ROWS) -> Tensor:
+        """Return rows of an embedding table, [n, dim], or with `name` the optimizer's state for them."""
+        entry = self.manifest["tables"][table]
+        size = entry["part_rows"]
+        part = ids // size
+        found: Tensor | None = None
+        for number in part.unique().tolist():
+            here = part == number
+            values = self._part(table, number, name)[ids[here] - number * size]
+            found = values.new_empty(len(ids), *values.shape[1:]) if found is None else found
+            found[here] = values
+        return self._part(table, 0, name)[:0] if found is None else found
+
+    def _part(self, table: str, number: int, name: str) -> Tensor:
+        file = part_name(table, number, name)
+        if file not in self._mapped:
+            self._mapped[file] = _read(self.path / file)
+        try:
+            return self._mapped[file][name]
+        except KeyError:
+            raise ValueError(f"{self.path / file} has no {name!r}: {CURE}") from None
+
+    def fill_tables(self, tables: ShardedTables) -> None:
+        """Fill this worker's rows. ValueError where a table is missing, or of another size."""
+        for fused in tables.fused.values():
+            for spec in fused.specs:
+                entry = self.manifest["tables"].get(spec.name)
+                found = None if entry is None else [entry["ids"], entry["dim"]]
+                if found != [spec.num_ids, spec.dim]:
+                    raise ValueError(
+                        f"{self.path} is of another model: table {spec.name} is {found or 'missing'}, expected "
+                        f"{[spec.num_ids, spec.dim]}"
+                    )
+            for start in range(0, len(fused.weight), _FILL_ROWS):
+                end = min(start + _FILL_ROWS, len(fused.weight))
+                table, ids = fused.local_ids(start, end)
+                for number, spec in enumerate(fused.specs):
+                    here = table == number
+                    fused.weight[start:end][here.to(fused.weight.device)] = self.rows(spec.name, ids[here]).to(
+                        fused.weight
+                    )
+
+
+def part_name(table: str, number: int, name: str = ROWS) -> str:
+    """Return the file of a part of a table's rows, or of the optimizer's state for them."""
+    folder = "tables/" if name == ROWS else f"{TRAINING}tables/"
+    return f"{folder}{quote(table, safe='')}-{number:05d}.safetensors"
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): {CURE}") from None
+
+
+class BundleWriter:
+    """Writes a bundle under `<path>.partial` and renames it to `path` in `finish`: a bundle is whole or absent.
+
+    Raises ValueError where `path` exists, where another process writes it, and where the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.directory = path.with_name(path.name + ".partial")
+        self._tables: dict[str, dict[str, int]] = {}
+        self._refuse_existing()
+        with self._disk_errors():
+            self._lock: int | None = lock_directory(self.directory)
+
+    def __enter__(self) -> BundleWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def add_file(self, source: Path, name: str) -> None:
+        """Copy a file."""
+        with self._disk_errors():
+            shutil.copyfile(source, self._place(name))
+
+    def add_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file."""
+        with self._disk_errors():
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self._place(name))
+
+    def add_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Write a JSON file."""
+        with self._disk_errors():
+            self._place(name).write_text(json.dumps(values, indent=1) + "\n")
+
+    def add_table(self, table: str, num_ids: int, dim: int, rows: Mapping[str, Any]) -> None:
+        """Write the rows of a table: `rows` has functions from ids int64 [n] to what they hold, [n, …], by name."""
+        sample = {name: read(torch.zeros(1, dtype=torch.int64)) for name, read in rows.items()}
+        part_rows = max(1, min(num_ids, PART_BYTES // max(1, sample[ROWS].nbytes)))
+        for number in range(-(-num_ids // part_rows)):
+            ids = torch.arange(number * part_rows, min((number + 1) * part_rows, num_ids))
+            self.add_tensors(part_name(table, number), {ROWS: rows[ROWS](ids)})
+            state = {name: read(ids) for name, read in rows.items() if name != ROWS}
+            if state:
+                self.add_tensors(part_name(table, number, next(iter(state))), state)
+        self._tables[table] = {"ids": num_ids, "dim": dim, "part_rows": part_rows}
+
+    def finish(self, manifest: Mapping[str, Any]) -> Bundle:
+        """Write the manifest, sync everything and rename."""
+        with self._disk_errors():
+            present = sorted(path for path in self.directory.rglob("*") if path.is_file())
+            files = [self._entry(path) for path in present]
+            training = any(entry["file"].startswith(TRAINING) for entry in files)
+            whole = {
+                "format": FORMAT,
+                "version": VERSION,
+                **manifest,
+                "tables": self._tables,
+                "training": training,
+                "files": files,
+            }
+            whole["xxh3"] = checksum_of(whole)
+            path = self.directory / MANIFEST
+            path.write_text(json.dumps(whole, sort_keys=True, indent=1) + "\n")
+            sync(path)
+            for folder in {path.parent for path in present} | {self.directory}:
+                sync(folder)
+            self._refuse_existing()
+            os.rename(self.directory, self.path)
+            sync(self.path.absolute().parent)
+        assert self._lock is not None
+        os.close(self._lock)
+        self._lock = None
+        return Bundle(self.path, json.loads(json.dumps(whole)))
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        sync(path)
+        name = path.relative_to(self.directory).as_posix()
+        return {"file": name, "bytes": path.stat().st_size, "xxh3": checksum_file(path)}
+
+    def _place(self, name: str) -> Path:
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _refuse_existing(self) -> None:
+        if self.path.exists():
+            raise ValueError(f"out {self.path} exists: remove it or name another folder")
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"cannot write {self.path}: {error}; no bundle was made: free space there or name another folder"
+            ) from error
