@@ -24,8 +24,8 @@ class ModelConfig:
     it, and all else that you leave out, by what is in the pack."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
-    dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std, noise, drift_std and
-    label_range. Your own class takes its own."""
+    dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std, noise, drift_std,
+    label_range and label_scale. Your own class takes its own."""
     features: list[str] = field(default_factory=list)
     """Categorical features to use. Empty means all in the pack but the task's own key (the user's id, say), which is
     unknown of new tasks; name it to use it."""
