@@ -110,6 +110,8 @@ class EmbeddingConfig:
     start: Literal["random", "factors"] = "random"
     """Where the item's rows start: factors has the solution of factor analysis on the training rows in them, for
     model neural_linear; step 0 is then validated and saved too."""
+    new_rows: Literal["oov", "random"] = "oov"
+    """Where rows of new ids begin in a warm start: as the row of unknown ids, or at random as in a new run."""
     id_dropout: float | None = None
     """Share of a table's ids in training that is masked at random, rare ids more often: they read the row of unknown
     ids, so that cold ids find it trained. Unset: 0.02 where valid or test tasks have cold ids, else 0."""
@@ -282,6 +284,9 @@ class ScheduleConfig:
     """Save every n steps; 0 means at each validation."""
     keep_last: int = 2
     """Checkpoints kept besides the best."""
+    position: Literal["new", "continue"] = "new"
+    """Where a warm start begins in the schedule: at its beginning, or where the bundle's training was, for the same
+    tasks: then it is the same, bit for bit, as to resume that run."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "schedule.")
@@ -303,6 +308,9 @@ class TrainConfig:
     recipe: RecipeName = ""
     """Settings for what you leave out, by what is in the pack, printed with the reasons: cold_users, cold_items,
     scenarios, or auto, which is usual where no model is named."""
+    warm_start: str = ""
+    """Bundle to go on from: a new run begins with its weights, rows and moments, aligned by the raw values of ids. What
+    you leave out is as it was set there."""
     loss: LossName = "bce"
     """Outer loss, on the query."""
     model: ModelConfig = field(default_factory=ModelConfig)

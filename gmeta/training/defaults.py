@@ -12,20 +12,20 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.nested import flat, nested
 from gmeta.data.pack import open_pack
 from gmeta.recipes.recipes import recipe_for, recipe_lines
-from gmeta.runs.directory import recorded_settings
+from gmeta.runs.directory import read_settings, recorded_settings
 
 _WHOLE = ("embedding.generator",)
 """Settings whose keys are names of the user's."""
-_PLACES = ("pack", "run_dir", "resume")
+_PLACES = ("pack", "run_dir", "resume", "warm_start", "schedule.position")
 """Settings that are the user's alone."""
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a user's nested settings of `gmeta train` with what they leave out.
 
-    A run that goes on takes it from its last checkpoint, where a recipe chose it or no model is named. A new one
-    without a model's name takes it from the recipe for its pack. ValueError for a recipe that does not exist or does
-    not fit the model, or where there is no pack.
+    A run that goes on takes it from its last checkpoint, where a recipe chose it or no model is named, and a warm start
+    from its bundle. A new run without a model's name takes it from the recipe for its pack. ValueError for a recipe
+    that does not exist or does not fit the model, or where there is no pack.
     """
     given = {
         key: value
@@ -37,9 +37,10 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     model = given.get("model.name")
     goes_on = bool(given.get("resume") or given.get("elastic.enabled"))
     recorded = recorded_settings(Path(str(given.get("run_dir", ""))), goes_on=goes_on)
+    if recorded is None and given.get("warm_start"):
+        return nested({**_others_of(read_settings(Path(str(given["warm_start"])))), **given})
     if recorded is not None:
-        old, _ = upgrade(recorded, saved=True)
-        found = {key: value for key, value in flat(old, whole=_WHOLE).items() if key not in _PLACES}
+        found = _others_of(recorded)
         if given.get("recipe", found.get("recipe")) != found.get("recipe"):
             raise ValueError(
                 f"recipe is {given['recipe']!r}, and the run to resume goes on with its own settings: leave it out, or "
@@ -54,9 +55,15 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested({**found, **given})
 
 
+def _others_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings by dotted key, but for those that are the user's alone."""
+    old, _ = upgrade(dict(recorded), saved=True)
+    return {key: value for key, value in flat(old, whole=_WHOLE).items() if key not in _PLACES}
+
+
 def chosen_for(config: TrainConfig) -> list[str]:
     """Return what a recipe chose of a config, and why, in lines; none where no recipe was followed."""
-    if not config.recipe:
+    if not config.recipe or config.warm_start:
         return []
     settings = flat(asdict(config))
     asked = ("recipe", "model.features", "model.numeric", "loader.max_support_rows")

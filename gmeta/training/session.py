@@ -28,6 +28,7 @@ from gmeta.training.factors import start_from_factors
 from gmeta.training.membership import join
 from gmeta.training.run import Run
 from gmeta.training.saving import load_checkpoint
+from gmeta.training.warm_start import start_from_bundle
 
 
 @contextmanager
@@ -53,6 +54,8 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         if resume_from is not None:
             ledger = load_checkpoint(run, resume_from)
             run.log.say(f"resumed from {resume_from}")
+        elif config.warm_start:
+            run.log.say(start_from_bundle(run, Path(config.warm_start)))
         elif config.embedding.start == "factors":
             start_from_factors(run)
         if run.ended:  # or longer than this schedule

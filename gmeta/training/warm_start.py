@@ -1,0 +1,150 @@
+"""Where a warm start begins: with the weights, rows and moments of a bundle, aligned by the raw values of ids."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from gmeta.config.train import TrainConfig
+from gmeta.core.files import read_mapping
+from gmeta.data.identity import vocabulary_file
+from gmeta.data.pack import TaskPack
+from gmeta.data.schema import OOV, PackSchema, schema_difference
+from gmeta.embedding.table import FusedTable, TableSpec
+from gmeta.parallel.collectives import on_rank_0
+from gmeta.runs import checkpoint
+from gmeta.runs.bundle import CURE, ROWS, TRAINING, Bundle, open_bundle, read_manifest
+from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
+from gmeta.training.run import Run
+from gmeta.training.state import Progress
+
+_CHUNK_ROWS = 1 << 16
+_NEW, _GONE = -1, -2
+"""Sources of ids that the bundle does not have, and of tombstones."""
+
+
+def start_from_bundle(run: Run, path: Path) -> str:
+    """Overwrite dense layers, rows and their moments by those of a bundle; collective. Returns what to tell.
+
+    An id's row and moments are those of the same raw value. An id that is new starts as `embedding.new_rows` says,
+    without moments; a tombstone is 0. With `schedule.position: continue` the position in the training goes on too.
+    Raises ValueError for a bundle that is damaged, or whose model or data are others, with what differs.
+    """
+    state, config = run.state, run.config
+    goes_on = config.schedule.position == "continue"
+    moments = bool(read_manifest(path)["training"])
+    on_rank_0(lambda: _check(path, run.pack, config, moments=moments, goes_on=goes_on), state.mesh)
+    bundle = Bundle(path, read_manifest(path))
+    tensors = {**state.system.buffer_tensors(), **state.dense.tensors()}
+    parts = {name.startswith("optimizer."): {} for name in tensors} | {False: {}, True: {}}
+    for name, tensor in tensors.items():
+        parts[name.startswith("optimizer.")][name] = tensor
+    checkpoint.load_tensors(path, parts[False], state.mesh)
+    if moments:
+        checkpoint.load_tensors(path / TRAINING, parts[True], state.mesh)
+    state.dense.loaded()
+    told = [f"warm start from {path}, version {bundle.id}" + ("" if moments else ", which holds no moments")]
+    for fused in state.system.tables.fused.values():
+        for number, spec in enumerate(fused.specs):
+            source = _sources(path, run.pack, spec)
+            _fill(fused, number, source, bundle, config, moments=moments)
+            new, gone = int((source == _NEW).sum()), int((source == _GONE).sum())
+            told.append(f"  {spec.name}: {spec.num_ids - new - gone:,} ids go on, {new:,} are new, {gone:,} are gone")
+    if goes_on:
+        _restore_position(run, path)
+    return "\n".join(told)
+
+
+def _check(path: Path, pack: TaskPack, config: TrainConfig, *, moments: bool, goes_on: bool) -> None:
+    bundle = open_bundle(path, training=moments)
+    base = read_config(path)
+    schema, data_schema = read_schema(path)
+    lines = [
+        f"{key} is {ours!r}, the bundle has {theirs!r}"
+        for key, ours, theirs in (
+            ("model.name", config.model.name, base.model.name),
+            ("model.args", config.model.args, base.model.args),
+            ("model.embedding_dim", config.model.embedding_dim, base.model.embedding_dim),
+            ("model.features", config.model.features, base.model.features),
+            ("loss", config.loss, base.loss),
+            ("embedding.generator", config.embedding.generator, base.embedding.generator),
+        )
+        if ours != theirs
+    ]
+    lines += schema_difference(_without_sizes(schema), _without_sizes(pack.schema))
+    theirs = pack.manifest["data_schema"]
+    for key in ("label_threshold", "hash_seed"):
+        if theirs.get(key) != data_schema.get(key):
+            lines.append(f"{key} of the pack is {theirs.get(key)!r}, the bundle's {data_schema.get(key)!r}")
+    if lines:
+        raise ValueError(
+            f"{path} cannot be gone on with on {pack.path}: {'; '.join(lines)}. Prepare the new rows with --base, so "
+            "that numbers mean the same, and leave settings of the model out"
+        )
+    if not goes_on:
+        return
+    if not bundle.manifest["training"]:
+        raise ValueError(
+            f"schedule.position is 'continue', and {path} has no {TRAINING} part: bundle with --training true"
+        )
+    if read_tasks_checksum(path) != pack.tasks_checksum():
+        raise ValueError(
+            f"schedule.position is 'continue', and {pack.path} has other tasks than {path} was trained on: a position "
+            "means nothing among them; leave it out"
+        )
+
+
+def _without_sizes(schema: PackSchema) -> PackSchema:
+    """Return a schema without what grows."""
+    return replace(schema, features=tuple(replace(f, num_ids=1) for f in schema.features), identity=None)
+
+
+def _sources(path: Path, pack: TaskPack, spec: TableSpec) -> Tensor:
+    """Return for each id of the pack the bundle's id of the same value, int64 [num_ids], or `_NEW` or `_GONE`."""
+    if spec.name not in pack.manifest["vocab"]:  # hashed: ids mean the same, as the schemas are the same
+        return torch.arange(spec.num_ids)
+    known, asked = (_values(file) for file in (vocabulary_file(path / "vocab", spec.name), pack.vocab_file(spec.name)))
+    place = pc.index_in(asked, value_set=known, skip_nulls=True)
+    found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), _NEW).to_numpy(zero_copy_only=False)
+    found = np.where(asked.is_null().to_numpy(zero_copy_only=False), _GONE, found)
+    return torch.from_numpy(np.concatenate([[OOV], found]))
+
+
+def _values(file: Path) -> pa.Array:
+    try:
+        return pq.read_table(file, columns=["value"])["value"].combine_chunks()
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): {CURE}") from None
+
+
+def _fill(
+    fused: FusedTable, number: int, source: Tensor, bundle: Bundle, config: TrainConfig, *, moments: bool
+) -> None:
+    """Fill this worker's rows, and their moments, of the logical table at `number`."""
+    table = fused.specs[number].name
+    held = {ROWS: fused.weight, **(fused.state if moments else {})}
+    for start in range(0, len(fused.weight), _CHUNK_ROWS):
+        of_table, ids = fused.local_ids(start, min(start + _CHUNK_ROWS, len(fused.weight)))
+        at = start + (of_table == number).nonzero()[:, 0]
+        from_id = source[ids[at - start]]
+        for name, values in held.items():
+            here = at[from_id >= 0].to(values.device)
+            values[here] = bundle.rows(table, from_id[from_id >= 0], name).to(values)
+            values[at[from_id == _GONE].to(values.device)] = 0
+        if config.embedding.new_rows == "oov":
+            new = at[from_id == _NEW].to(fused.weight.device)
+            fused.weight[new] = bundle.rows(table, torch.tensor([OOV])).to(fused.weight)
+
+
+def _restore_position(run: Run, path: Path) -> None:
+    values = read_mapping(path / TRAINING / "state.json", CURE)
+    run.state.progress = Progress(**values["progress"])
+    run.loader.load_state_dict(values["loader"])
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(values["torch_rng"]), dtype=torch.uint8))

@@ -1,0 +1,189 @@
+"""`gmeta train --warm_start`: a bundle grows into the ids of a new pack, and goes on exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from commands import fails, gmeta, logged
+from torch import Tensor
+
+from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.build import load_system
+from gmeta.runs.bundle import open_bundle
+
+SCHEMA = {"task": "user", "label": "click", "time": "at", "item": "item", "categorical": ["item", "city"]}
+Prepare = Callable[..., Path]
+
+
+def log(items: Sequence[int], users: Sequence[int], seed: int) -> str:
+    """CSV rows of users, each of whom meets 12 of these items."""
+    rng = np.random.default_rng(seed)
+    lines = ["user,item,city,click,at"]
+    for user in users:
+        for at, item in enumerate(rng.choice(items, 12)):
+            click = int(rng.random() < (0.8 if (user + item) % 3 == 0 else 0.2))
+            lines.append(f"u{user},i{item},c{user % 5},{click},{at}")
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepare:
+    """Make a pack of a log by its name: `day0` has items 0 to 29, `day1` 10 to 39, in an order of ids of its own."""
+    place = tmp_path_factory.mktemp("warm")
+    (place / "schema.yaml").write_text(yaml.safe_dump(SCHEMA))
+
+    def made(name: str, items: Sequence[int] = range(30), users: Sequence[int] = range(40)) -> Path:
+        if not (place / name).exists():
+            (place / f"{name}.csv").write_text(log(items, users, len(items) + users[0]))
+            words = ["--input", place / f"{name}.csv", "--schema", place / "schema.yaml", "--out", place / name]
+            gmeta("prepare", *words, "--query_size", 4)
+        return place / name
+
+    return made
+
+
+def train(pack: Path, run_dir: Path, *more: object) -> Path:
+    words = ["--loader.tasks_per_batch", 10, "--schedule.eval_every", 2, "--precision", "float64"]
+    gmeta("train", "--pack", pack, "--run_dir", run_dir, *words, *more)
+    return run_dir
+
+
+NEW = (
+    "--model.name",
+    "melu",
+    "--model.args.hidden",
+    "[8]",
+    "--model.embedding_dim",
+    6,
+    "--embedding.optimizer",
+    "adam",
+)
+
+
+@pytest.fixture(scope="module")
+def base(prepared: Prepare) -> Path:
+    """A bundle of step 3 of a run that ends with step 6."""
+    pack = prepared("day0")
+    run_dir = train(pack, pack.parent / "base", *NEW, "--schedule.max_steps", 6, "--schedule.checkpoint_every", 3)
+    train(pack, pack.parent / "half", *NEW, "--schedule.max_steps", 3)
+    gmeta("bundle", "--run_dir", pack.parent / "half", "--checkpoint", "last", "--out", pack.parent / "version")
+    assert run_dir.exists()
+    return pack.parent / "version"
+
+
+def tensors(source: Path, which: str = "last") -> dict[str, Tensor]:
+    system, _, _ = load_system(source, which, Mesh())
+    return system.tensors()
+
+
+def by_value(source: Path, table: str, which: str = "last") -> dict[str, Tensor]:
+    """Raw value -> row."""
+    import pyarrow.parquet as pq
+
+    system, _, _ = load_system(source, which, Mesh())
+    (fused,) = system.tables.fused.values()
+    spec = next(spec for spec in fused.specs if spec.name == table)
+    rows = fused.weight[fused.permutation.forward(torch.arange(spec.num_ids) + fused.offsets[table])]
+    values = pq.read_table(source / "vocab" / f"{table}.parquet")["value"].to_pylist()
+    return dict(zip(["", *values], rows, strict=True))
+
+
+def test_to_go_on_is_to_resume(prepared: Prepare, base: Path, tmp_path: Path) -> None:
+    pack = prepared("day0")
+    more = ("--schedule.max_steps", 6, "--schedule.checkpoint_every", 3)
+    warm = train(pack, tmp_path / "warm", "--warm_start", base, "--schedule.position", "continue", *more)
+    whole = base.parent / "base"
+    for name, tensor in tensors(whole).items():
+        assert torch.equal(tensors(warm)[name], tensor), name
+    assert [r for r in logged(whole) if r["step"] > 3] == [r for r in logged(warm) if r["step"] > 3]
+
+
+@pytest.mark.parametrize("nproc", [1, 2, 4])
+def test_rows_and_moments_follow_their_values(prepared: Prepare, base: Path, tmp_path: Path, nproc: int) -> None:
+    """With rates of 0 nothing but the growth happens."""
+    pack = prepared("day1", range(10, 40), range(100, 140))
+    still = ("--dense.lr", 0, "--embedding.lr", 0, "--dense.inner_lr_lr", 0, "--schedule.max_steps", 1)
+    grown = train(pack, tmp_path / "grown", "--warm_start", base, *still, "--nproc", nproc)
+    before, after = (by_value(source, "item") for source in (base, grown))
+    assert len(before.keys() & after.keys()) > 15
+    assert len(after.keys() - before.keys()) > 5
+    for value, row in after.items():
+        assert torch.equal(row, before.get(value, before[""])), value
+    for name, tensor in tensors(base).items():
+        if name.startswith("dense."):
+            assert torch.equal(tensors(grown)[name], tensor), name
+
+
+def test_workers_agree_after_growth(prepared: Prepare, base: Path, tmp_path: Path) -> None:
+    pack = prepared("day1", range(10, 40), range(100, 140))
+    runs = [
+        train(pack, tmp_path / str(n), "--warm_start", base, "--schedule.max_steps", 4, "--nproc", n) for n in (1, 2, 4)
+    ]
+    first, *others = ([record["loss"] for record in logged(run) if "loss" in record] for run in runs)
+    for losses in others:
+        np.testing.assert_allclose(losses, first, rtol=1e-9)
+
+
+def test_days_keep_the_keys_of_state(prepared: Prepare, base: Path, tmp_path: Path) -> None:
+    """Weights and every moment have the same ids after each day, and sensible numbers."""
+    version = base
+    for day, items in enumerate((range(10, 40), range(5, 50), range(20, 60)), start=1):
+        pack = prepared(f"day{day}", items, range(100 * day, 100 * day + 40))
+        run_dir = train(pack, tmp_path / f"run{day}", "--warm_start", version, "--schedule.max_steps", 4)
+        version = tmp_path / f"version{day}"
+        gmeta("bundle", "--run_dir", run_dir, "--checkpoint", "last", "--out", version)
+        bundle = open_bundle(version, training=True)
+        for table, entry in bundle.manifest["tables"].items():
+            ids = torch.arange(entry["ids"])
+            for name in ("rows", "exp_avg", "exp_avg_sq", "steps"):
+                values = bundle.rows(table, ids, name)
+                assert len(values) == entry["ids"]
+                assert values.double().abs().max() < 1e3
+
+
+def test_new_rows_may_be_random(prepared: Prepare, base: Path, tmp_path: Path) -> None:
+    pack = prepared("day1", range(10, 40), range(100, 140))
+    more = ("--dense.lr", 0, "--embedding.lr", 0, "--schedule.max_steps", 1, "--embedding.new_rows", "random")
+    grown = train(pack, tmp_path / "grown", "--warm_start", base, *more)
+    before, after = (by_value(source, "item") for source in (base, grown))
+    new = torch.stack([row for value, row in after.items() if value not in before])
+    assert len(new.unique(dim=0)) == len(new)
+
+
+def test_a_version_without_moments(prepared: Prepare, base: Path, tmp_path: Path, capsys: Any) -> None:
+    gmeta("bundle", "--run_dir", base.parent / "half", "--out", tmp_path / "bare", "--training", "false")
+    pack = prepared("day0")
+    train(pack, tmp_path / "run", "--warm_start", tmp_path / "bare", "--schedule.max_steps", 4)
+    assert "which holds no moments" in capsys.readouterr().err
+    words = ["train", "--pack", pack, "--run_dir", tmp_path / "no", "--warm_start", tmp_path / "bare"]
+    fails([*words, "--schedule.position", "continue"], capsys, "has no training/ part", "--training true")
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--model.args.hidden", "[4]"], "model.args is"),
+        (["--loss", "mse"], "loss is 'mse', the bundle has 'bce'"),
+        (["--model.embedding_dim", "4"], "model.embedding_dim is 4"),
+        (["--meta.learn_inner_lr", "true"], "inner_lr is missing"),
+    ],
+)
+def test_what_cannot_go_on_is_named(
+    prepared: Prepare, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], told: str
+) -> None:
+    words = ["train", "--pack", prepared("day0"), "--run_dir", tmp_path / "run", "--warm_start", base]
+    fails([*words, *more], capsys, told)
+
+
+def test_a_position_needs_the_same_tasks(
+    prepared: Prepare, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = prepared("day1", range(10, 40), range(100, 140))
+    words = ["train", "--pack", pack, "--run_dir", tmp_path / "run", "--warm_start", base]
+    fails([*words, "--schedule.position", "continue"], capsys, "has other tasks")
