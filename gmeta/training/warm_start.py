@@ -43,11 +43,11 @@ def start_from_bundle(run: Run, path: Path) -> str:
     on_rank_0(lambda: _check(path, run.pack, config, moments=moments, goes_on=goes_on), state.mesh)
     bundle = Bundle(path, read_manifest(path))
     tensors = {**state.system.buffer_tensors(), **state.dense.tensors()}
-    of_optimizer = {name for name in tensors if name.startswith("optimizer.")}
+    of_optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
     weights = {name: tensor for name, tensor in tensors.items() if name not in of_optimizer}
     checkpoint.load_tensors(path, weights, state.mesh)
     if moments:
-        checkpoint.load_tensors(path / TRAINING, {name: tensors[name] for name in of_optimizer}, state.mesh)
+        checkpoint.load_tensors(path / TRAINING, of_optimizer, state.mesh)
     state.dense.loaded()
     told = [f"warm start from {path}, version {bundle.id}" + ("" if moments else ", which holds no moments")]
     for fused in state.system.tables.fused.values():
