@@ -60,8 +60,9 @@ def training(case: Case, repetitions: int) -> list[Record]:
 
 
 def one_task(case: Case, repetitions: int) -> list[Record]:
-    """Return records of one task's adaptation, and of scoring as many rows."""
-    records = []
+    """Return records of one task's adaptation, and of scoring as many rows, on one core."""
+    records, threads = [], torch.get_num_threads()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         run = _trained(case, Path(folder))
         for size in SUPPORTS:
@@ -72,6 +73,7 @@ def one_task(case: Case, repetitions: int) -> list[Record]:
             for name, times in alternate(calls, 10 * repetitions).items():
                 variant, _, what = name.partition(" ")
                 records.append(Record(alone.name, variant, f"{what}_ms", median(times) * 1e3, "ms"))
+    torch.set_num_threads(threads)
     return records
 
 

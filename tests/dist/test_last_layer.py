@@ -77,7 +77,8 @@ def test_the_start_is_factor_analysis(tmp_path: Path) -> None:
     assert steps[0] == 0
 
 
-@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [2, 4])
 def test_ranks_start_alike_and_resume(tmp_path: Path, nproc: int) -> None:
     pack = make_pack(tmp_path / "pack", train=60, valid=8, test=9)
     base = [*WORDS, "--precision", "float64"]

@@ -133,10 +133,14 @@ def compare(mesh: Mesh, group_size: int, strategies: list[Any], accumulation: in
 
 @pytest.mark.parametrize(
     ("ranks", "group_size", "accumulation"),
-    [(1, 1, 1), (1, 1, 3), (4, 2, 3), pytest.param(4, 2, 1, marks=pytest.mark.slow)],
+    [(1, 1, 1), (1, 1, 3), *(pytest.param(4, 2, times, marks=pytest.mark.slow) for times in (1, 3))],
 )
 def test_all_placements_equal_ddp(ranks: int, group_size: int, accumulation: int) -> None:
     run_ranks(ranks, compare, group_size, list(STRATEGIES), accumulation, torch.float64)
+
+
+def test_some_placements_equal_ddp_on_four_ranks() -> None:
+    run_ranks(4, compare, 2, ["NIG", "NII", "IIG", "GGG"], 3, torch.float64)
 
 
 @pytest.mark.parametrize("group_size", [1, 2])

@@ -111,7 +111,14 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert logged(one) == logged(other)
 
 
-@pytest.mark.parametrize(("nproc", "split"), [(1, None), (1, "late"), (2, None), (2, "changing"), (4, "late")])
+@pytest.mark.parametrize(
+    ("nproc", "split"),
+    [
+        (1, "late"),
+        (2, "changing"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, None), (2, None), (4, "late"))),
+    ],
+)
 def test_the_same_bits_as_gmeta_train(tmp_path: Path, nproc: int, split: str | None) -> None:
     """Also where ranks get several micro-batches, none at all, or leave some for later."""
     results = {}

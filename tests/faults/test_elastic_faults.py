@@ -329,6 +329,7 @@ def test_sigterm_before_the_first_step_ends_the_run(pack: Path, tmp_path: Path) 
     assert "restart 1" not in said
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_group_again(pack: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Its store outlives a group that was killed, with the addresses of the dead in it."""
     run_dir, token = tmp_path / "run", tmp_path / "token"

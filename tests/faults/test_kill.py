@@ -149,6 +149,7 @@ def test_resume_on_another_world_size(pack: Path, stopped: Path, tmp_path: Path)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_run_in_time(pack: Path, tmp_path: Path) -> None:
     """A stopped process answers nothing: the others give up after timeout_s, and the message says what to do."""
     run_dir = tmp_path / "run"

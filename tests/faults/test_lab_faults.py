@@ -16,16 +16,16 @@ pytestmark = pytest.mark.faults
 def test_a_slow_worker_and_a_killed_one(tmp_path):
     scenario = Scenario(
         workers=2,
-        steps=60,
+        steps=36,
         tasks_per_batch=16,
         slot_s=0.004,
-        checkpoint_steps=10,
-        events=(Deterministic(0, 3.0), Kill("rank 1", at_step=36)),
+        checkpoint_steps=6,
+        events=(Deterministic(0, 3.0), Kill("rank 1", at_step=20)),
     )
     out = tmp_path / "lab"
     result = run_lab(scenario, "nd", out, compare=True, max_restarts=0)
     assert (result.lost, result.repeated, result.problems) == (0, 0, [])
-    assert result.expected == 60 * 16
+    assert result.expected == 36 * 16
     assert result.restarts == 1
     assert result.repeated_steps > 0
     assert result.actions["ADJUST_BATCH"] >= 1

@@ -27,7 +27,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack of a synthetic log, such as `make demo` makes."""
     out = tmp_path_factory.mktemp("examples")
-    assert run(["synth", "--out", str(out / "log"), "--users", "1500", "--items", "60"]) == 0
+    assert run(["synth", "--out", str(out / "log"), "--users", "600", "--items", "60"]) == 0
     words = ["--input", f"{out}/log/*.parquet", "--schema", f"{out}/log/schema.yaml", "--out", str(out / "pack")]
     assert run(["prepare", *words]) == 0
     return out / "pack"
@@ -87,7 +87,7 @@ def test_a_model_of_ones_own_takes_few_lines() -> None:
     assert len(ast.unparse(tree).replace("\n\n", "\n").strip().splitlines()) <= 25
 
 
-@pytest.mark.parametrize("processes", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_sharded_layers_learn_and_resume(processes: int) -> None:
     last = example("sharded.py", "IIG", processes=processes).splitlines()[-1]
     first, before, again = (float(x) for x in re.findall(r"\d\.\d+", last))

@@ -295,11 +295,11 @@ def test_uncertainty_falls_with_support_and_draws_follow_it(runs: dict[str, Path
     assert all(std.shape == (12,) and (std > 0).all() for std in stds)
     assert stds[0].mean() > stds[1].mean() > stds[2].mean()
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
-    draws = np.stack([logit(many.sample(seed).predict(candidates)) for seed in range(200)])
+    draws = np.stack([logit(many.sample(seed).predict(candidates)) for seed in range(60)])
     np.testing.assert_array_equal(draws[3], logit(many.sample(3).predict(candidates)))
     np.testing.assert_allclose(draws.std(0), stds[2], rtol=0.3)
     mode = logit(many.predict(candidates)) * np.sqrt(1 + np.pi / 8 * stds[2] ** 2)  # predicted is the mean probability
-    np.testing.assert_allclose(draws.mean(0), mode, atol=5 * stds[2].max() / 200**0.5)
+    np.testing.assert_allclose(draws.mean(0), mode, atol=5 * stds[2].max() / 60**0.5)
     again = rec.restore(many.state())
     np.testing.assert_array_equal(again.uncertainty(candidates), stds[2])
     with pytest.raises(ValueError, match="only a last layer that was solved for has a posterior"):
@@ -312,10 +312,10 @@ def test_draws_of_tasks_that_were_not_adapted_are_of_the_prior(runs: dict[str, P
     nothing, first = rec.adapt({}), rec.adapt(rows(1, 5, 1, label=True))
     std, mean = nothing.uncertainty(candidates), nothing.predict(candidates)
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
-    draws = np.stack([logit(nothing.sample(seed).predict(candidates)) for seed in range(300)])
+    draws = np.stack([logit(nothing.sample(seed).predict(candidates)) for seed in range(80)])
     np.testing.assert_allclose(draws.std(0), std, rtol=0.3)
     np.testing.assert_allclose(
-        draws.mean(0), logit(mean) * np.sqrt(1 + np.pi / 8 * std**2), atol=5 * std.max() / 300**0.5
+        draws.mean(0), logit(mean) * np.sqrt(1 + np.pi / 8 * std**2), atol=5 * std.max() / 80**0.5
     )
     drawn = nothing.sample(3)
     assert not drawn.uncertainty(candidates).any()
@@ -326,7 +326,7 @@ def test_draws_of_tasks_that_were_not_adapted_are_of_the_prior(runs: dict[str, P
             logit(drawn.predict(candidates.filter(pa.array(task == key)))), draws[3][task == key]
         )
     between = np.corrcoef([draws[:, np.flatnonzero(task == key)[0]] for key in dict.fromkeys(task)])
-    assert np.abs(between[np.triu_indices(3, 1)]).max() < 0.3  # each task has its own draw
+    assert np.abs(between[np.triu_indices(3, 1)]).max() < 0.45  # each task has its own draw
     known = logit(first.sample(3).predict(candidates))
     np.testing.assert_allclose(known[task != "new0"], draws[3][task != "new0"])
     assert not np.allclose(known[task == "new0"], draws[3][task == "new0"])
