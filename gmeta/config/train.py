@@ -110,8 +110,9 @@ class EmbeddingConfig:
     start: Literal["random", "factors"] = "random"
     """Where the item's rows start: factors has the solution of factor analysis on the training rows in them, for
     model neural_linear; step 0 is then validated and saved too."""
-    new_rows: Literal["oov", "random"] = "oov"
-    """Where rows of new ids begin in a warm start: as the row of unknown ids, or at random as in a new run."""
+    new_rows: Literal["generated", "oov", "random"] = "generated"
+    """Where rows of new ids begin in a warm start: as the row of unknown ids, with what embedding.generator makes of
+    the id's other columns where it has one; as that row alone; or at random, as in a new run."""
     id_dropout: float | None = None
     """Share of a table's ids in training that is masked at random, rare ids more often: they read the row of unknown
     ids, so that cold ids find it trained. Unset: 0.02 where valid or test tasks have cold ids, else 0."""

@@ -299,6 +299,12 @@ class PackSplit:
             rows[here] = end - row_start[local]
         return TaskRows(task_id, shard_of, start, support, rows)
 
+    def rows_apart(self, rows: Array) -> TaskRows:
+        """Return rows of the split, int64 [n], as tasks that have one of them as their query each."""
+        shard = np.searchsorted(self._row_bounds, rows, side="right") - 1
+        nothing = np.zeros_like(rows)
+        return TaskRows(nothing, shard, rows, nothing, nothing + 1)
+
     def examples(self, tasks: Array, redraw: tuple[int, int] | None = None) -> tuple[Examples, Examples, Tensor]:
         """Locate the tasks at these positions and `gather` them."""
         return self.gather(self.locate(tasks), redraw)

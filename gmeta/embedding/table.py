@@ -133,8 +133,11 @@ class FusedTable:
 
     def set_rows(self, table: str, rows: Tensor) -> None:
         """Overwrite the rows of a logical table, [num_ids, dim], on the workers that own them; all give the same."""
-        first = self.offsets[table]
-        at = self.permutation.forward(torch.arange(first, first + len(rows)))
+        self.set_ids(table, torch.arange(len(rows)), rows)
+
+    def set_ids(self, table: str, ids: Tensor, rows: Tensor) -> None:
+        """Overwrite the rows [n, dim] of some ids of a logical table, as `set_rows` does."""
+        at = self.permutation.forward(ids + self.offsets[table])
         own = self.local_range(self.mesh.rank)
         mine = (at >= own.start) & (at < own.stop)
         self.weight[(at[mine] - own.start).to(self.weight.device)] = rows[mine].to(self.weight)

@@ -380,6 +380,11 @@ class MetaLearner(nn.Module):
     def _by_reference(self) -> bool:
         return self.engine == "reference" and self.adapted.steps
 
+    def embedded(self, rows: EmbeddedRows, index: GatherPlan) -> dict[str, Tensor]:
+        """Return the unadapted embedding of each of n examples, feature -> [n, d]; `index` is their `index_query`."""
+        shared = shared_rows(rows, index)
+        return Embedded(shared, index, next(iter(shared.values())).shape[:1]).features
+
     def _plain(
         self, rows: EmbeddedRows, batch: TaskBatch, plan: GatherPlan, key: BatchKey | None
     ) -> tuple[Tensor, LearnerOutput]:

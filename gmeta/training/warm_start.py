@@ -17,11 +17,12 @@ from gmeta.core.files import read_mapping
 from gmeta.data.identity import vocabulary_file
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV, PackSchema, schema_difference
-from gmeta.embedding.table import FusedTable, TableSpec
+from gmeta.embedding.table import FusedTable
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import CURE, ROWS, TRAINING, Bundle, open_bundle, read_manifest
 from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
+from gmeta.training.first_rows import set_generated_rows
 from gmeta.training.run import Run
 from gmeta.training.state import Progress
 
@@ -52,10 +53,14 @@ def start_from_bundle(run: Run, path: Path) -> str:
     told = [f"warm start from {path}, version {bundle.id}" + ("" if moments else ", which holds no moments")]
     for fused in state.system.tables.fused.values():
         for number, spec in enumerate(fused.specs):
-            source = _sources(path, run.pack, spec)
+            source = _sources(path, run.pack, spec.name)
             _fill(fused, number, source, bundle, config, moments=moments)
             new, gone = int((source == _NEW).sum()), int((source == _GONE).sum())
             told.append(f"  {spec.name}: {spec.num_ids - new - gone:,} ids go on, {new:,} are new, {gone:,} are gone")
+    if config.embedding.new_rows == "generated":
+        for name in state.system.generated:
+            ids = (_sources(path, run.pack, run.pack.schema.feature(name).table) == _NEW).nonzero()[:, 0]
+            set_generated_rows(run, name, ids)
     if goes_on:
         _restore_position(run, path)
     return "\n".join(told)
@@ -105,11 +110,11 @@ def _without_sizes(schema: PackSchema) -> PackSchema:
     return replace(schema, features=tuple(replace(f, num_ids=1) for f in schema.features), identity=None)
 
 
-def _sources(path: Path, pack: TaskPack, spec: TableSpec) -> Tensor:
+def _sources(path: Path, pack: TaskPack, table: str) -> Tensor:
     """Return for each id of the pack the bundle's id of the same value, int64 [num_ids], or `_NEW` or `_GONE`."""
-    if spec.name not in pack.manifest["vocab"]:  # hashed: ids mean the same, as the schemas are the same
-        return torch.arange(spec.num_ids)
-    known, asked = (_values(file) for file in (vocabulary_file(path / "vocab", spec.name), pack.vocab_file(spec.name)))
+    if table not in pack.manifest["vocab"]:  # hashed: ids mean the same, as the schemas are the same
+        return torch.arange(next(f.num_ids for f in pack.schema.features if f.table == table))
+    known, asked = (_values(file) for file in (vocabulary_file(path / "vocab", table), pack.vocab_file(table)))
     place = pc.index_in(asked, value_set=known, skip_nulls=True)
     found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), _NEW).to_numpy(zero_copy_only=False)
     found = np.where(asked.is_null().to_numpy(zero_copy_only=False), _GONE, found)
@@ -137,7 +142,7 @@ def _fill(
             here = at[from_id >= 0].to(values.device)
             values[here] = bundle.rows(table, from_id[from_id >= 0], name).to(values)
             values[at[from_id == _GONE].to(values.device)] = 0
-        if config.embedding.new_rows == "oov":
+        if config.embedding.new_rows != "random":
             new = at[from_id == _NEW].to(fused.weight.device)
             fused.weight[new] = bundle.rows(table, torch.tensor([OOV])).to(fused.weight)
 

@@ -17,18 +17,18 @@ from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import load_system
 from gmeta.runs.bundle import open_bundle
 
-SCHEMA = {"task": "user", "label": "click", "time": "at", "item": "item", "categorical": ["item", "city"]}
+SCHEMA = {"task": "user", "label": "click", "time": "at", "item": "item", "categorical": ["item", "city", "genre"]}
 Prepare = Callable[..., Path]
 
 
 def log(items: Sequence[int], users: Sequence[int], seed: int) -> str:
     """CSV rows of users, each of whom meets 12 of these items."""
     rng = np.random.default_rng(seed)
-    lines = ["user,item,city,click,at"]
+    lines = ["user,item,city,genre,click,at"]
     for user in users:
         for at, item in enumerate(rng.choice(items, 12)):
             click = int(rng.random() < (0.8 if (user + item) % 3 == 0 else 0.2))
-            lines.append(f"u{user},i{item},c{user % 5},{click},{at}")
+            lines.append(f"u{user},i{item},c{user % 5},g{item % 4},{click},{at}")
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +154,27 @@ def test_new_rows_may_be_random(prepared: Prepare, base: Path, tmp_path: Path) -
     before, after = (by_value(source, "item") for source in (base, grown))
     new = torch.stack([row for value, row in after.items() if value not in before])
     assert len(new.unique(dim=0)) == len(new)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_new_rows_may_be_generated(prepared: Prepare, tmp_path: Path, nproc: int) -> None:
+    """A new item's row is that of unknown items, and what the network makes of its genre."""
+    generator = ("--embedding.generator", "{item: [genre]}", "--embedding.init_std", 0.5)
+    train(prepared("day0"), tmp_path / "base", *NEW, *generator, "--schedule.max_steps", 6)
+    gmeta("bundle", "--run_dir", tmp_path / "base", "--checkpoint", "last", "--out", tmp_path / "version")
+    pack = prepared("day1", range(10, 40), range(100, 140))
+    still = ("--dense.lr", 0, "--embedding.lr", 0, "--schedule.max_steps", 1, "--nproc", nproc)
+    grown = train(pack, tmp_path / "grown", "--warm_start", tmp_path / "version", *still)
+    before, after = (by_value(source, "item") for source in (tmp_path / "version", grown))
+    genres = by_value(grown, "genre")
+    system, _, _ = load_system(grown, "last", Mesh())
+    network = system.learner.model.id_generators.networks[0]
+    new = after.keys() - before.keys()
+    assert len(new) > 5
+    for value in new:
+        made = network(genres[f"g{int(value[1:]) % 4}"])
+        assert made.abs().max() > 1e-6
+        torch.testing.assert_close(after[value], before[""] + made)
 
 
 def test_a_version_without_moments(prepared: Prepare, base: Path, tmp_path: Path, capsys: Any) -> None:
