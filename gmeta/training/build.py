@@ -103,8 +103,7 @@ def build_run(
     }
     loader: TaskLoader[PreparedBatch] = TaskLoader(pack.split("train"), **{**arguments, **parts.loader_arguments})
     total = config.schedule.epochs * loader.batches_per_epoch
-    if config.schedule.max_steps:
-        total = min(total, config.schedule.max_steps)
+    total = min(total, config.schedule.max_steps or total)
     planned = config.dense.sharding == AUTO and mesh.world_size > 1
     row_bytes = bytes_of_rows(loader, system, WIRE[config.comm.wire] or system.dtype) if planned else 0.0
     dense = open_dense(
