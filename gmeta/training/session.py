@@ -115,9 +115,9 @@ def _banner(run: Run) -> str:
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
     ]
-    mean = run.pack.schema.label_mean
-    if run.pack.schema.binary_label and mean in (0, 1):
-        lines.append(f"every training label is {mean:g}: there is nothing to rank by; the log needs rows of both kinds")
+    only = run.pack.manifest["counts"].get("only_label")
+    if only is not None:
+        lines.append(f"every training label is {only:g}: there is nothing to rank by; the log needs rows of both kinds")
     key = run.pack.schema.task
     if key in (f.name for f in run.pack.schema.features) and key not in state.system.learner.features:
         lines.append(f"the model does not read {key!r}, the task's own key: name it in model.features if it should")
