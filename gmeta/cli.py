@@ -166,9 +166,9 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
 
 _PREDICT_HELP = """The support file needs the columns that the run's schema names: the task, the label, the features and
 the numeric columns, and the item where the schema has item_statistics. The query file needs the same but the label.
-`schema.json` in the run directory lists all of these. The time is not needed: a task's support rows count in the
-order of the file, and of a run with loader.max_support_rows the last ones are read. The output has all columns of
-the query file.
+`schema.json` in the run directory lists all of these. The time is not needed: where the support file has it, a task's
+rows count in its order, else in that of the file; of a run with loader.max_support_rows the last ones are read. The
+output has all columns of the query file.
 """
 
 _TUNE_HELP = """The space is a YAML file, dotted keys of `gmeta train` with what they vary over:

@@ -244,6 +244,8 @@ def explain(message: str, parser: ArgumentParser) -> str:
             rule = "a finite number"
         elif kind == "str":  # YAML took it for something else
             rule = "text: write it in quotes"
+        elif kind.startswith("dict"):
+            rule = "a mapping, such as {name: value}, with a space after the colon"
         else:
             rule = f"of type {kind.replace(', ', ' or ').replace('NoneType', 'null')}"
         return f"{named[1]} is {value[1]!r}: must be {rule}"

@@ -13,8 +13,9 @@ TableLike = Any
 """A pandas or polars DataFrame, an Arrow table or batch, anything else that exports an Arrow stream, or a dict."""
 
 
-def as_arrow(table: TableLike, name: str, needed: Sequence[str]) -> pa.Table:
-    """Return the `needed` columns of a table in memory; others are ignored, and so is an index of pandas.
+def as_arrow(table: TableLike, name: str, needed: Sequence[str], welcome: Sequence[str] = ()) -> pa.Table:
+    """Return the `needed` columns of a table in memory, and the `welcome` ones that it has; others are ignored, and so
+    is an index of pandas.
 
     Categories become the values that they stand for. Raises ValueError that names the table, and the column that is
     missing or cannot be read.
@@ -39,7 +40,8 @@ def as_arrow(table: TableLike, name: str, needed: Sequence[str]) -> pa.Table:
             raise ValueError(f"{name} has no column {column!r}: {nearest(column, map(str, given))}")
         if list(given).count(column) > 1:
             raise ValueError(f"{name} has two columns {column!r}: leave one out")
-    columns = {column: _column(table[column], name, column) for column in needed}
+    wanted = dict.fromkeys([*needed, *(column for column in welcome if column in given)])
+    columns = {column: _column(table[column], name, column) for column in wanted}
     sizes = {column: len(values) for column, values in columns.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the columns of {name} have different lengths: {sizes}")

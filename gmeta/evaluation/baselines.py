@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.config.evaluation import FactorConfig
+from gmeta.core.numbers import label_unit
 
 BASELINES = ("global-mean", "task-mean", "item-mean", "item-mean+task-bias", "factor-analysis")
 """Names of the baselines, in the order they are reported; the last three need an item column."""
@@ -76,19 +77,19 @@ class Baselines:
         Without an item column the three item baselines are left out: compare the keys with `BASELINES`.
         """
         _, task = np.unique(test.task, return_inverse=True)
-        query, mean = test.is_query, self.mean
-        residual = _support_mean(task, test.label - mean, ~query)
+        query, mean, label = test.is_query, self.mean, test.label.astype(np.float64)
+        residual = _support_mean(task, label - mean, ~query)
         scores = {"global-mean": np.full(int(query.sum()), mean), "task-mean": mean + residual[task[query]]}
         if self.factors is not None and test.item is not None:
             # Items that no training row holds get position -1, which stands for the global mean or the average item.
             position = np.minimum(np.searchsorted(self.items, test.item), len(self.items) - 1)
             position = np.where(self.items[position] == test.item, position, -1)
             item_mean = self.item_mean[position]
-            bias = _support_mean(task, test.label - item_mean, ~query)
+            bias = _support_mean(task, label - item_mean, ~query)
             scores["item-mean"] = item_mean[query]
             scores["item-mean+task-bias"] = item_mean[query] + bias[task[query]]
             known = ~query & (position >= 0)
-            centred = test.label[known] - mean
+            centred = label[known] - mean
             latent = fold_in(self.factors, task[known], position[known], centred, num_tasks=len(residual))
             scores["factor-analysis"] = mean + self.factors.score(latent[task[query]], position[query])
         return scores
@@ -114,7 +115,9 @@ def fit_baselines(train: BaselineRows, *, seed: int, factors: FactorConfig | Non
         items, item = np.unique(train.item, return_inverse=True)
         item_mean = np.append(np.bincount(item, label) / np.bincount(item), mean)
         _, train_task = np.unique(train.task, return_inverse=True)
-        model = fit_factors(train_task, item, label - mean, seed=seed, **asdict(factors or FactorConfig()))
+        settings = asdict(factors or FactorConfig())
+        unit = 1.0 if np.isin(label, (0, 1)).all() else label_unit(float(label.std()))
+        model = fit_factors(train_task, item, (label - mean) / unit, seed=seed, **settings).in_units_of(unit)
     return Baselines(mean, float(label.min()), float(label.max()), items, item_mean, model)
 
 
@@ -136,6 +139,10 @@ class FactorModel:
     loadings: Tensor  # float64 [items + 1, k]
     mean: Tensor  # float64 [items + 1]
     variance: float
+
+    def in_units_of(self, unit: float) -> FactorModel:
+        """Return the model of labels that are `unit` times as large."""
+        return FactorModel(self.loadings * unit, self.mean * unit, self.variance * unit**2)
 
     def score(self, latent: FloatArray, item: NDArray[Any]) -> FloatArray:
         """Return the expected label [rows] given each row's task vector [rows, k]; item -1 is an unknown one."""

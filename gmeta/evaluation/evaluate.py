@@ -49,10 +49,17 @@ def evaluate(config: EvaluateConfig) -> int:
     return 0
 
 
+def _pack_of(config: EvaluateConfig, run_dir: Path) -> TaskPack:
+    own = read_config(run_dir).pack
+    if config.pack is None and not Path(own).exists():
+        raise ValueError(f"{own}, the pack of {run_dir}, is not there any more: name where it is with --pack")
+    return open_pack(config.pack or own)
+
+
 def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     """Run `gmeta evaluate` on a mesh that is open; collective. Errors as `evaluate`."""
     run_dir = Path(config.run_dir)
-    pack = open_pack(config.pack or read_config(run_dir).pack)
+    pack = _pack_of(config, run_dir)
     require_fitting_pack(run_dir, pack)
     split = pack.split(config.split)
     if config.plain_run is not None:

@@ -7,6 +7,7 @@ from html import escape
 from importlib import resources
 from string import Template
 
+from gmeta.core.numbers import shown
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
 
@@ -63,7 +64,7 @@ def badge(verdict: str) -> str:
 
 def number_text(value: float | None, sign: str = "") -> str:
     """Return a value as text, with a true minus."""
-    return "undefined" if value is None else f"{value:{sign}.4f}".replace("-", "−")
+    return "undefined" if value is None else shown(value, sign).replace("-", "−")
 
 
 def interval_text(record: Json, sign: str = "", prefix: str = "") -> str:

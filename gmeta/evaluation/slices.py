@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gmeta.core.files import write_text
+from gmeta.core.numbers import shown
 from gmeta.evaluation.baselines import BASELINES
 from gmeta.evaluation.metrics import (
     BINARY_METRICS,
@@ -208,8 +209,8 @@ def cells_of(record: dict[str, Any], sign: str) -> list[str]:
     """Return value and interval of a record as text."""
     if record["value"] is None:
         return ["undefined", ""]
-    interval = "" if record["low"] is None else f"{record['low']:{sign}.4f} … {record['high']:{sign}.4f}"
-    return [f"{record['value']:{sign}.4f}", interval]
+    interval = "" if record["low"] is None else f"{shown(record['low'], sign)} … {shown(record['high'], sign)}"
+    return [shown(record["value"], sign), interval]
 
 
 def metrics_for(

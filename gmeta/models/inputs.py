@@ -70,11 +70,14 @@ def usual_features(schema: PackSchema) -> list[str]:
 
 
 def base_rate(schema: PackSchema) -> float:
-    """Return the logit that predicts the mean training label: the mean itself, or the log-odds of 0/1 labels."""
+    """Return the logit that predicts the mean training label: the mean itself, or the log-odds of 0/1 labels. Where all
+    of these are 1, a thousandth are taken to be 0; a mean of 0 is one that a pack does not record.
+    """
     mean = schema.label_mean
     if not schema.binary_label:
         return mean
-    return math.log(mean / (1 - mean)) if 0 < mean < 1 else 0.0
+    mean = 0.999 if mean == 1 else mean
+    return math.log(mean / (1 - mean)) if mean else 0.0
 
 
 def check_widths(key: str, widths: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gmeta.core.errors import nearest
+from gmeta.core.numbers import label_unit
 from gmeta.data.pack import TaskPack
 from gmeta.models.inputs import input_spec, usual_features
 from gmeta.recipes.facts import PackFacts, read_facts
@@ -21,8 +22,6 @@ FEW_TASKS, LONG_TASKS = 200, 500
 LONG_HISTORY = 40
 """Rows of a task from which on its past level may be another: on MovieLens-100K (median 54) drift gains .004 AUC in the
 test, on the synthetic log (24, without drift) it gains nothing, and keeping the order costs .0005."""
-UNIT_LABELS = (0.5, 2.0)
-"""Labels of such a standard deviation, as stars have, need no scale."""
 MAX_FACTOR_VECTORS = 200_000
 """Factor analysis is fitted in memory on rank 0: about 7 kB for each task and item, at 16 numbers a row."""
 
@@ -119,7 +118,7 @@ def _cold_users(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
         *_support(facts, given),
         *_task_features(facts),
         *_rows(facts, given, lr=0.002),
-        *_outer_loop(facts, given, lr=0.003),
+        *_outer_loop(lr=0.003),
         *_schedule(facts, given),
     ]
 
@@ -132,7 +131,7 @@ def _cold_items(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
         *_task_features(facts),
         Choice("embedding.init_std", 0.3, "what describes an item is to matter from the start"),
         *_rows(facts, given, lr=0.003),
-        *_outer_loop(facts, given, lr=0.02),
+        *_outer_loop(lr=0.02),
         *_schedule(facts, given),
     ]
 
@@ -169,7 +168,7 @@ def _scenarios(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
         *_episodes(facts),
         *_task_features(facts),
         Choice("embedding.lr", 0.005, "rows begin at random"),
-        *_outer_loop(facts, given, lr=0.003),
+        *_outer_loop(lr=0.003),
         Choice("loader.tasks_per_batch", 16, "they are long"),
         Choice("schedule.epochs", 15, "passes over the training rows"),
     ]
@@ -178,17 +177,10 @@ def _scenarios(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
 def _last_layer(facts: PackFacts, over: str) -> list[Choice]:
     model = f"each task solves a Bayesian linear last layer {over}"
     choices = [Choice("model.name", "neural_linear", model), Choice("meta.adapt", ["last_layer"], "in closed form")]
-    if (scale := _scale(facts, {})) != 1:
+    if not facts.binary and (unit := label_unit(facts.label_std)) != 1:
         why = "the labels' deviation: rates and priors are in units of it"
-        choices.append(Choice("model.args.label_scale", scale, why))
+        choices.append(Choice("model.args.label_scale", unit, why))
     return choices
-
-
-def _scale(facts: PackFacts, given: Mapping[str, Any]) -> float:
-    """Return the unit of the logits: the user's, or two digits of the labels' deviation, 1 where that is near 1."""
-    small, large = UNIT_LABELS
-    usual = facts.binary or not facts.label_std or small <= facts.label_std <= large
-    return float(given.get("model.args.label_scale") or (1 if usual else f"{facts.label_std:.2g}"))
 
 
 def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]:
@@ -216,12 +208,11 @@ def _episodes(facts: PackFacts) -> list[Choice]:
     return [rows, Choice("loader.episode_rows", 400, why)]
 
 
-def _outer_loop(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]:
-    norm = 5.0 * _scale(facts, given) ** 2  # of the gradient of a squared loss
+def _outer_loop(lr: float) -> list[Choice]:
     return [
         Choice("dense.lr", lr, "with decay to 0"),
         Choice("dense.decay", "cosine", "the last steps average out noise"),
-        Choice("dense.clip_norm", norm, "one odd task must not move all"),
+        Choice("dense.clip_norm", 5.0, "one odd task must not move all"),
         Choice("embedding.optimizer", "adam", "rows of rare ids move as far as those of frequent ones"),
     ]
 

@@ -89,7 +89,8 @@ class Recommender:
         """Adapt to every task of a table of labelled examples: a user's ratings, say.
 
         The table has the columns of the training logs: task, label, features, numeric columns. It may be a pandas or
-        polars DataFrame, an Arrow table, or a dict of columns; other columns are ignored.
+        polars DataFrame, an Arrow table, or a dict of columns; other columns are ignored. A task's rows count in the
+        order of the time column where the table has it, else in their own.
 
         Raises ValueError for columns that are missing, for values that cannot be used, with row and column, and for a
         task whose posterior is not finite.
@@ -127,7 +128,9 @@ class Recommender:
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         if has_no_columns(table):
             return None
-        found = as_arrow(table, role, schema.columns([*roles, "label"] if role == "support" else roles))
+        support = role == "support"
+        needed = schema.columns([*roles, "label"] if support else roles)
+        found = as_arrow(table, role, needed, [schema.time] if support and schema.time else [])
         if found.num_rows == 0:
             return None
         return self._encoder.table(found, role)
@@ -173,7 +176,7 @@ class AdaptedTasks:
     """What a model has learned about some tasks from their support: small, and of no use to another model."""
 
     recommender: Recommender
-    keys: tuple[str, ...]  # raw values of the task column, as text
+    keys: tuple[str, ...]  # of the task column, in the one form of an id: 7.0 is 7, True is true
     num_support: NDArray[np.int64]  # [tasks], support rows that each adapted to
     parts: tuple[FastWeights, ...]  # of consecutive tasks, which were adapted together
     seed: int | None = None  # of the weights that are drawn from the posteriors; None: none are

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gmeta.core.files import write_text
+from gmeta.core.numbers import shown
 
 METRICS_FILE = "metrics.jsonl"
 _PLAIN_LINE_EVERY_S = 10.0
@@ -265,7 +266,7 @@ def _describe_step(record: dict[str, Any]) -> str:
     """Say in one line loss, speed, padding, and where the time went."""
     parts = []
     for key, form in (
-        ("loss", "loss {:.4f}"),
+        ("loss", "loss {}"),
         ("tasks_per_s", "{:,.0f} tasks/s"),
         ("samples_per_s", "{:,.0f} samples/s"),
         ("padding", "padding {:.0%}"),
@@ -274,7 +275,7 @@ def _describe_step(record: dict[str, Any]) -> str:
         ("compute_share", "compute {:.0%}"),
     ):
         if record.get(key) is not None:
-            parts.append(form.format(record[key]))
+            parts.append(form.format(shown(record[key]) if key == "loss" else record[key]))
     return "  ".join(parts)
 
 
@@ -284,8 +285,8 @@ def _describe_metrics(record: dict[str, Any]) -> str:
     for key, after in record.items():
         if key.endswith("_after"):
             name = key.removesuffix("_after")
-            shown = [f"{v:.4f}" if isinstance(v, float) else "n/a" for v in (record.get(f"{name}_before"), after)]
-            parts.append(f"{name} {' -> '.join(dict.fromkeys(shown))}")
+            both = [shown(v) if isinstance(v, float) else "n/a" for v in (record.get(f"{name}_before"), after)]
+            parts.append(f"{name} {' -> '.join(dict.fromkeys(both))}")
     return "  ".join(parts)
 
 

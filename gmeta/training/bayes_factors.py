@@ -89,7 +89,7 @@ def fit_items(
             weight = _bound(square.sqrt())
         else:
             eta = (latent[by_task.segment] * mean[by_task.index]).sum(1)
-            spread = float((square - 2 * y * eta + y * y).mean()) + 1e-9  # keeps exact fits invertible
+            spread = float((square - 2 * y * eta + y * y).mean()) + 1e-9 * unit**2  # keeps exact fits invertible
             weight = torch.full_like(y, 1 / spread)
     return ItemPosterior(torch.cat([mean, prior_mean[None]]), 1.0 if binary else spread)
 

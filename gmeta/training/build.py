@@ -66,6 +66,16 @@ def _preparing(config: TrainConfig, pack: TaskPack, system: System) -> Callable[
     return system.prepare if masks is None else lambda batch: system.prepare(masks(batch))
 
 
+def _loss_scale(config: TrainConfig) -> float:
+    """Return what makes the loss of labels in units of `model.args.label_scale` of the loss of labels as they are.
+
+    Adam's eps and a clipped norm are absolute: gradients of labels of a thousandth would be lost in the first, and
+    those of thousands cut by the second.
+    """
+    unit = float(config.model.args.get("label_scale", 1.0))
+    return unit**-2 if config.loss == "mse" else 1 / unit if config.loss in ("l1", "huber") else 1.0
+
+
 def build_run(
     config: TrainConfig,
     mesh: Mesh,
@@ -93,8 +103,7 @@ def build_run(
     }
     loader: TaskLoader[PreparedBatch] = TaskLoader(pack.split("train"), **{**arguments, **parts.loader_arguments})
     total = config.schedule.epochs * loader.batches_per_epoch
-    if config.schedule.max_steps:
-        total = min(total, config.schedule.max_steps)
+    total = min(total, config.schedule.max_steps or total)
     planned = config.dense.sharding == AUTO and mesh.world_size > 1
     row_bytes = bytes_of_rows(loader, system, WIRE[config.comm.wire] or system.dtype) if planned else 0.0
     dense = open_dense(
@@ -118,6 +127,7 @@ def build_run(
         rates=LearningRates(
             config.dense.lr, config.dense.warmup_steps, config.dense.decay, total, loader.batches_per_epoch
         ),
+        loss_scale=_loss_scale(config),
         clip_norm=config.dense.clip_norm,
         run_dir=Path(config.run_dir),
         stop=stop,

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from gmeta.config.train import TrainConfig
+from gmeta.core.numbers import shown
 from gmeta.data.id_dropout import DEFAULT_SHARE, default_share
 from gmeta.data.loader import long_task_warning
 from gmeta.data.pack import open_pack
@@ -117,6 +118,9 @@ def _banner(run: Run) -> str:
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
     ]
+    only = run.pack.manifest["counts"].get("only_label")
+    if only is not None:
+        lines.append(f"every training label is {only:g}: there is nothing to rank by; the log needs rows of both kinds")
     key = run.pack.schema.task
     if key in (f.name for f in run.pack.schema.features) and key not in state.system.learner.features:
         lines.append(f"the model does not read {key!r}, the task's own key: name it in model.features if it should")
@@ -157,7 +161,7 @@ def farewell(run: Run) -> str:
     if run.out_of_patience:
         found += f", {progress.bad_validations} validations without a better {metric}"
     if progress.best is not None:
-        found += f"; best {metric} on valid {progress.best:.4f} at step {progress.best_step}"
+        found += f"; best {metric} on valid {shown(progress.best)} at step {progress.best_step}"
     trust = " --trust_model true" if is_foreign(run.config.model.name) else ""
     return f"{found}\nnext: gmeta evaluate --run_dir {shlex.quote(run.config.run_dir)}{trust}"
 

@@ -52,6 +52,7 @@ class TrainState:
     dense: Dense
     sparse: SparseOptimizer
     rates: LearningRates
+    loss_scale: float  # gradients are those of so many times the loss, so that labels' units change no step
     clip_norm: float  # of the whole gradient, over all ranks; 0: gradients are not clipped
     run_dir: Path  # where a step that is not finite leaves its tasks
     stop: threading.Event  # set when this rank was asked to stop

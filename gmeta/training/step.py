@@ -91,7 +91,7 @@ def forward(state: TrainState, step: OpenStep, part: MicroBatch) -> tuple[Tensor
 
 def backward(state: TrainState, step: OpenStep, part: MicroBatch, loss: Tensor, output: LearnerOutput) -> None:
     """Compute the gradients of `loss`, and add up the micro-batch's statistics."""
-    state.dense.backward(loss)
+    state.dense.backward(loss if state.loss_scale == 1 else loss * state.loss_scale)
     tasks = part.tasks
     examples = tasks.support.mask.sum() + tasks.query.mask.sum()
     cells = tasks.support.mask.numel() + tasks.query.mask.numel()

@@ -180,6 +180,33 @@ def test_factor_analysis_beats_the_means_on_low_rank_data():
     np.testing.assert_array_equal(scores["factor-analysis"], again["factor-analysis"])
 
 
+@pytest.mark.parametrize("unit", [1e-3, 100.0])
+def test_labels_in_another_unit_are_scored_alike(unit):
+    rng = np.random.default_rng(0)
+    task, item = np.repeat(np.arange(60), 12), rng.integers(0, 30, 720)
+    label = rng.normal(size=60)[task] * rng.normal(size=30)[item] + rng.normal(size=720)
+    query = np.arange(720) % 12 >= 8
+    # stars are counted as they are, and others in two digits of their deviation: these two are the same number
+    label *= 1 / label.std()
+    ours, theirs = (
+        baseline_scores(rows, rows, seed=0)
+        for rows in (BaselineRows(task, label * scale, query, item) for scale in (1.0, unit))
+    )
+    for name, scores in ours.items():
+        np.testing.assert_allclose(theirs[name] / unit, scores, rtol=1e-6, atol=1e-9, err_msg=name)
+
+
+def test_labels_far_from_zero_keep_their_digits():
+    task, item = np.repeat(np.arange(4), 6), np.tile(np.arange(6), 4)
+    label = (np.arange(24) % 5).astype(np.float32)
+    query = np.arange(24) % 6 >= 4
+    near, far = (
+        baseline_scores(rows, rows, seed=0)
+        for rows in (BaselineRows(task, label + shift, query, item) for shift in (np.float32(0), np.float32(1e6)))
+    )
+    np.testing.assert_allclose(far["task-mean"] - 1e6, near["task-mean"], atol=1e-6)
+
+
 @pytest.mark.data
 def test_floors_of_ml_1m():
     path = Path(os.environ.get("GMETA_DATA", "../shared/data")) / "ml-1m-subset" / "ratings.csv"

@@ -70,7 +70,8 @@ class Encoder:
         with reading(" or ".join(part.file for part in (support, query) if part is not None)):
             con.execute(f"""
                 CREATE TEMP TABLE placed AS
-                SELECT s.*, NULL::INTEGER AS fold, row_number() OVER (ORDER BY q.first, s.file, s.row) - 1 AS pos
+                SELECT s.*, NULL::INTEGER AS fold,
+                       row_number() OVER (ORDER BY q.first, s.file, s.time, s.time_fraction, s.row) - 1 AS pos
                 FROM raw_rows s JOIN (
                     SELECT task, min(row) AS first FROM raw_rows WHERE file = {int(query is not None)} GROUP BY task
                 ) q USING (task)""")
@@ -96,8 +97,11 @@ class Encoder:
         """Make view `raw_rows` of the checked rows."""
         schema, relations = self._schema, []
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
+        of_support: list[Role] = [*roles, "label"]
+        if support is not None and schema.time in support.columns:
+            of_support.append("time")  # a level that drifts, and the last rows of a support, need their order
         create_checked(con, schema, types={}, temporary=True)
-        for index, (part, needed) in enumerate(((support, [*roles, "label"]), (query, roles))):
+        for index, (part, needed) in enumerate(((support, of_support), (query, roles))):
             if part is not None:
                 with reading(part.file):
                     encoding = self._pack_schema.encoding
@@ -114,8 +118,8 @@ def encode_tables(
     """Encode raw support rows (labelled) and query rows (label not needed) with a run's vocabularies and encoding.
 
     Tasks come in the order in which the query file first names them; tasks that it does not name are left out. A
-    task may have no support. Raises ValueError for missing files and columns, and for rows that cannot be used,
-    with file, row, column and value.
+    task may have no support; its rows come by time where the file has the schema's time column, else as they are.
+    Raises ValueError for missing files and columns, and for rows that cannot be used, with file, row, column and value.
     """
     paths = (support_path, query_path)
     files = [_only_file(path) for path in paths]

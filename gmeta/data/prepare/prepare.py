@@ -60,6 +60,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         deal(con, schema, settings, scratch)
         pack_schema = learn(con, schema, scratch, shards, tell)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
+        if pack_schema.binary_label and pack_schema.label_mean in (0, 1):
+            counts["only_label"] = pack_schema.label_mean
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gmeta.data.order import bucket_by_size
+from gmeta.data.pack import SPLITS
 from gmeta.data.sources import Connection, literal, scalar
 
 Report: TypeAlias = Callable[[str, int, int], None]
@@ -86,6 +87,13 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"support and query: min / median / max rows of a task; padding at {BATCH_TASKS} tasks a batch")
     console.print(f"items in no training row: {summary['cold_items']:,}")
     console.print("ids: " + ", ".join(f"{name} {size:,}" for name, size in summary["vocab"].items()))
+    if "only_label" in summary:
+        console.print(
+            f"warning: every training label is {summary['only_label']:g}: there is nothing to rank by; the log needs "
+            "rows of both kinds, such as what was shown and not clicked"
+        )
+    if missing := [name for name in SPLITS if name not in summary["splits"]]:
+        console.print(f"no tasks in {' and '.join(missing)}: there are too few, or none was asked for")
     if summary.get("empty_files"):
         console.print(f"skipped: {summary['empty_files']:,} empty files")
     for reason, tasks in summary["dropped_tasks"].items():

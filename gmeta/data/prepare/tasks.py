@@ -48,7 +48,8 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     if kept < 2:
         raise ValueError(
             f"there are {kept} tasks to use, at least 2 are needed{f' ({why})' if why else ''}: "
-            f"is {schema.task!r} the right task column, and do min_task_rows and max_task_rows suit the data?"
+            f"is {schema.task!r} the right task column, and do min_task_rows and max_task_rows suit the data? "
+            "(max_task_rows_keep last shortens long tasks, and leaves none out)"
         )
     _split_tasks(con, settings)
     if dropped:
