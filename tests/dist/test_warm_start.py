@@ -104,7 +104,7 @@ def test_to_go_on_is_to_resume(prepared: Prepare, base: Path, tmp_path: Path) ->
     assert [r for r in logged(whole) if r["step"] > 3] == [r for r in logged(warm) if r["step"] > 3]
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_rows_and_moments_follow_their_values(prepared: Prepare, base: Path, tmp_path: Path, nproc: int) -> None:
     """With rates of 0 nothing but the growth happens."""
     pack = prepared("day1", range(10, 40), range(100, 140))
@@ -120,6 +120,7 @@ def test_rows_and_moments_follow_their_values(prepared: Prepare, base: Path, tmp
             assert torch.equal(tensors(grown)[name], tensor), name
 
 
+@pytest.mark.slow
 def test_workers_agree_after_growth(prepared: Prepare, base: Path, tmp_path: Path) -> None:
     pack = prepared("day1", range(10, 40), range(100, 140))
     runs = [
@@ -156,7 +157,7 @@ def test_new_rows_may_be_random(prepared: Prepare, base: Path, tmp_path: Path) -
     assert len(new.unique(dim=0)) == len(new)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_new_rows_may_be_generated(prepared: Prepare, tmp_path: Path, nproc: int) -> None:
     """A new item's row is that of unknown items, and what the network makes of its genre."""
     generator = ("--embedding.generator", "{item: [genre]}", "--embedding.init_std", 0.5)
