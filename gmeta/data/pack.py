@@ -49,7 +49,8 @@ VERSION = 2
 SPLITS = ("train", "valid", "test")
 
 
-def _manifest_checksum(manifest: Mapping[str, Any]) -> str:
+def manifest_checksum(manifest: Mapping[str, Any]) -> str:
+    """Return the checksum of a manifest, but for the one that it holds."""
     text = json.dumps({k: v for k, v in manifest.items() if k != "xxh3"}, sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_64(text.encode()).hexdigest()
 
@@ -140,7 +141,7 @@ class PackWriter:
         columns = {"value": values, "id": ids, "count": pa.array(np.asarray(counts, dtype=np.int64))}
         with _disk_errors(path):
             pq.write_table(pa.table(columns), path)
-            self._vocab[table] = _file_entry(self._partial, path)
+            self._vocab[table] = file_entry(self._partial, path)
 
     def write_tasks(self, task_id: Array, key: pa.Array | pa.ChunkedArray, split: Sequence[str] | pa.Array) -> None:
         """Append to tasks.parquet, which says what raw key each task id stands for, and its split."""
@@ -193,17 +194,17 @@ class PackWriter:
             "counts": dict(counts),
             "splits": splits,
             "vocab": self._vocab,
-            "tasks": _file_entry(self._partial, self._partial / "tasks.parquet"),
+            "tasks": file_entry(self._partial, self._partial / "tasks.parquet"),
         }
         listed = (*self._shards, *self._vocab.values(), manifest["tasks"])
         known = {"manifest.json", *(entry["file"] for entry in listed)}
         present = sorted(path for path in self._partial.rglob("*") if path.is_file())
         manifest["others"] = [
-            _file_entry(self._partial, path)
+            file_entry(self._partial, path)
             for path in present
             if path.relative_to(self._partial).as_posix() not in known
         ]
-        return {**manifest, "xxh3": _manifest_checksum(manifest)}
+        return {**manifest, "xxh3": manifest_checksum(manifest)}
 
     def _refuse_existing(self) -> None:
         if self.path.exists():
@@ -268,7 +269,7 @@ def save_file(arrays: Mapping[str, Array], path: Path) -> str:
     return digest.hexdigest()
 
 
-def _file_entry(root: Path, path: Path) -> dict[str, Any]:
+def file_entry(root: Path, path: Path) -> dict[str, Any]:
     """Sync a file just written to disk and return its manifest entry."""
     sync(path)
     return {"file": path.relative_to(root).as_posix(), "bytes": path.stat().st_size, "xxh3": checksum_file(path)}
@@ -479,7 +480,7 @@ def _read_manifest(root: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is of format {name!r}, expected {FORMAT!r}: give the directory of a task pack")
     if type(version) is not int or version > VERSION:
         raise ValueError(f"{root} was made by gmeta pack format {version}; this gmeta reads up to {VERSION}: upgrade")
-    if manifest.get("xxh3") != _manifest_checksum(manifest):
+    if manifest.get("xxh3") != manifest_checksum(manifest):
         raise ValueError(f"{path} is damaged (its checksum is not that of its content): {CURE}")
     try:
         _check_manifest(manifest)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.schema import PackSchema
@@ -211,22 +211,13 @@ def load_system(
         bundle = open_bundle(source)
         system = build_system(config, schema, mesh, factory=factory, training=False)
         bundle.fill_tables(system.tables)
-        fill_dense(system, bundle.dense(), str(source))
+        dense = {name: tensor for name, tensor in system.tensors().items() if not name.startswith("tables.")}
+        checkpoint.load_tensors(source, dense, mesh)
         return system, config, bundle.step
     path = open_checkpoint(source, which, mesh)
     system = build_system(config, schema, mesh, factory=factory, training=False)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config, checkpoint.step_of(path)
-
-
-def fill_dense(system: System, stored: Mapping[str, Tensor], source: str) -> None:
-    """Fill dense layers and buffers from tensors by name. ValueError where one is missing, or of another shape."""
-    tensors = {name: tensor for name, tensor in system.tensors().items() if not name.startswith("tables.")}
-    for name, tensor in tensors.items():
-        if name not in stored or stored[name].shape != tensor.shape:
-            found = list(stored[name].shape) if name in stored else "missing"
-            raise ValueError(f"{source} is of another model: {name} is {found}, expected {list(tensor.shape)}")
-        tensor.copy_(stored[name])
 
 
 def require_trusted(model: str, owner: str, *, trust_model: bool) -> None:

@@ -24,15 +24,14 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gmeta.core.files import read_mapping, sync
-from gmeta.data.pack import lock_directory
-from gmeta.data.shards import check_entry, check_size, checksum_file, verified_file
-from gmeta.embedding.table import ShardedTables
+from gmeta.data.pack import file_entry, lock_directory, manifest_checksum
+from gmeta.data.shards import check_entry, check_size, verified_file
+from gmeta.embedding.table import FusedTable, ShardedTables
 
 FORMAT, VERSION = "gmeta-bundle", 1
 MANIFEST = "manifest.json"
@@ -82,7 +81,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     version = manifest.get("version")
     if type(version) is not int or version > VERSION:
         raise ValueError(f"{path} is a bundle of format {version}; this gmeta reads up to {VERSION}: upgrade")
-    if manifest.get("xxh3") != checksum_of(manifest):
+    if manifest.get("xxh3") != manifest_checksum(manifest):
         raise ValueError(f"{file} is damaged (its checksum is not that of its content): {CURE}")
     try:
         for entry in manifest["files"]:
@@ -96,12 +95,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no manifest of a bundle ({error}): {CURE}") from None
     return manifest
-
-
-def checksum_of(manifest: Mapping[str, Any]) -> str:
-    """Return the checksum of a manifest, but for the one that it holds."""
-    text = json.dumps({k: v for k, v in manifest.items() if k != "xxh3"}, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_64(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -120,10 +113,6 @@ class Bundle:
     def step(self) -> int:
         """Return the training step that it was saved after."""
         return int(self.manifest["step"])
-
-    def dense(self, folder: str = "") -> dict[str, Tensor]:
-        """Return the dense tensors by name; with `folder` `training/` the moments."""
-        return _read(self.path / f"{folder}dense.safetensors")
 
     @cached_property
     def _mapped(self) -> dict[str, dict[str, Tensor]]:
@@ -162,14 +151,25 @@ class Bundle:
                         f"{self.path} is of another model: table {spec.name} is {found or 'missing'}, expected "
                         f"{[spec.num_ids, spec.dim]}"
                     )
-            for start in range(0, len(fused.weight), _FILL_ROWS):
-                end = min(start + _FILL_ROWS, len(fused.weight))
-                table, ids = fused.local_ids(start, end)
-                for number, spec in enumerate(fused.specs):
-                    here = table == number
-                    fused.weight[start:end][here.to(fused.weight.device)] = self.rows(spec.name, ids[here]).to(
-                        fused.weight
-                    )
+            self.fill_rows(fused)
+
+    def fill_rows(
+        self, fused: FusedTable, sources: Mapping[str, Tensor] | None = None, *, moments: bool = False
+    ) -> None:
+        """Fill this worker's rows of one width, and with `moments` the optimizer's state.
+
+        `sources[table]`, int64 [num_ids], names the bundle's id of each id, negative where it has none: such rows stay.
+        Without them the ids are the bundle's.
+        """
+        held = {ROWS: fused.weight, **(fused.state if moments else {})}
+        for start in range(0, len(fused.weight), _FILL_ROWS):
+            of_table, ids = fused.local_ids(start, min(start + _FILL_ROWS, len(fused.weight)))
+            for number, spec in enumerate(fused.specs):
+                at = (of_table == number).nonzero()[:, 0]
+                source = ids[at] if sources is None else sources[spec.name][ids[at]]
+                at, source = start + at[source >= 0], source[source >= 0]
+                for name, values in held.items():
+                    values[at.to(values.device)] = self.rows(spec.name, source, name).to(values)
 
 
 def part_name(table: str, number: int, name: str = ROWS) -> str:
@@ -241,7 +241,7 @@ class BundleWriter:
         """Write the manifest, sync everything and rename."""
         with self._disk_errors():
             present = sorted(path for path in self.directory.rglob("*") if path.is_file())
-            files = [self._entry(path) for path in present]
+            files = [file_entry(self.directory, path) for path in present]
             training = any(entry["file"].startswith(TRAINING) for entry in files)
             whole = {
                 "format": FORMAT,
@@ -251,7 +251,7 @@ class BundleWriter:
                 "training": training,
                 "files": files,
             }
-            whole["xxh3"] = checksum_of(whole)
+            whole["xxh3"] = manifest_checksum(whole)
             path = self.directory / MANIFEST
             path.write_text(json.dumps(whole, sort_keys=True, indent=1) + "\n")
             sync(path)
@@ -264,11 +264,6 @@ class BundleWriter:
         os.close(self._lock)
         self._lock = None
         return Bundle(self.path, json.loads(json.dumps(whole)))
-
-    def _entry(self, path: Path) -> dict[str, Any]:
-        sync(path)
-        name = path.relative_to(self.directory).as_posix()
-        return {"file": name, "bytes": path.stat().st_size, "xxh3": checksum_file(path)}
 
     def _place(self, name: str) -> Path:
         path = self.directory / name

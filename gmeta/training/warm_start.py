@@ -17,16 +17,14 @@ from gmeta.core.files import read_mapping
 from gmeta.data.identity import vocabulary_file
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV, PackSchema, schema_difference
-from gmeta.embedding.table import FusedTable
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
-from gmeta.runs.bundle import CURE, ROWS, TRAINING, Bundle, open_bundle, read_manifest
+from gmeta.runs.bundle import CURE, TRAINING, Bundle, open_bundle, read_manifest
 from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
 from gmeta.training.first_rows import set_generated_rows
 from gmeta.training.run import Run
 from gmeta.training.state import Progress
 
-_CHUNK_ROWS = 1 << 16
 _NEW, _GONE = -1, -2
 """Sources of ids that the bundle does not have, and of tombstones."""
 
@@ -38,11 +36,9 @@ def start_from_bundle(run: Run, path: Path) -> str:
     without moments; a tombstone is 0. With `schedule.position: continue` the position in the training goes on too.
     Raises ValueError for a bundle that is damaged, or whose model or data are others, with what differs.
     """
-    state, config = run.state, run.config
-    goes_on = config.schedule.position == "continue"
-    moments = bool(read_manifest(path)["training"])
+    state, config, bundle = run.state, run.config, Bundle(path, read_manifest(path))
+    goes_on, moments = config.schedule.position == "continue", bool(bundle.manifest["training"])
     on_rank_0(lambda: _check(path, run.pack, config, moments=moments, goes_on=goes_on), state.mesh)
-    bundle = Bundle(path, read_manifest(path))
     tensors = {**state.system.buffer_tensors(), **state.dense.tensors()}
     of_optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
     weights = {name: tensor for name, tensor in tensors.items() if name not in of_optimizer}
@@ -51,23 +47,27 @@ def start_from_bundle(run: Run, path: Path) -> str:
         checkpoint.load_tensors(path / TRAINING, of_optimizer, state.mesh)
     state.dense.loaded()
     told = [f"warm start from {path}, version {bundle.id}" + ("" if moments else ", which holds no moments")]
+    new: dict[str, Tensor] = {}
     for fused in state.system.tables.fused.values():
-        for number, spec in enumerate(fused.specs):
-            source = _sources(path, run.pack, spec.name)
-            _fill(fused, number, source, bundle, config, moments=moments)
-            new, gone = int((source == _NEW).sum()), int((source == _GONE).sum())
-            told.append(f"  {spec.name}: {spec.num_ids - new - gone:,} ids go on, {new:,} are new, {gone:,} are gone")
+        sources = {spec.name: _sources(path, run.pack, spec.name) for spec in fused.specs}
+        bundle.fill_rows(fused, sources, moments=moments)
+        for table, source in sources.items():
+            new[table], gone = ((source == what).nonzero()[:, 0] for what in (_NEW, _GONE))
+            fused.set_ids(table, gone, torch.zeros(len(gone), fused.dim))
+            if config.embedding.new_rows != "random":
+                fused.set_ids(table, new[table], bundle.rows(table, torch.tensor([OOV])).expand(len(new[table]), -1))
+            known = len(source) - len(new[table]) - len(gone)
+            told.append(f"  {table}: {known:,} ids go on, {len(new[table]):,} are new, {len(gone):,} are gone")
     if config.embedding.new_rows == "generated":
         for name in state.system.generated:
-            ids = (_sources(path, run.pack, run.pack.schema.feature(name).table) == _NEW).nonzero()[:, 0]
-            set_generated_rows(run, name, ids)
+            set_generated_rows(run, name, new[run.pack.schema.feature(name).table])
     if goes_on:
         _restore_position(run, path)
     return "\n".join(told)
 
 
 def _check(path: Path, pack: TaskPack, config: TrainConfig, *, moments: bool, goes_on: bool) -> None:
-    bundle = open_bundle(path, training=moments)
+    open_bundle(path, training=moments)  # verifies it
     base = read_config(path)
     schema, data_schema = read_schema(path)
     lines = [
@@ -89,12 +89,12 @@ def _check(path: Path, pack: TaskPack, config: TrainConfig, *, moments: bool, go
             lines.append(f"{key} of the pack is {theirs.get(key)!r}, the bundle's {data_schema.get(key)!r}")
     if lines:
         raise ValueError(
-            f"{path} cannot be gone on with on {pack.path}: {'; '.join(lines)}. Prepare the new rows with --base, so "
-            "that numbers mean the same, and leave settings of the model out"
+            f"{path} cannot be gone on with on {pack.path}: {'; '.join(lines)}. Leave settings of "
+            "the model out; where the data differ, train anew on this pack"
         )
     if not goes_on:
         return
-    if not bundle.manifest["training"]:
+    if not moments:
         raise ValueError(
             f"schedule.position is 'continue', and {path} has no {TRAINING} part: bundle with --training true"
         )
@@ -126,25 +126,6 @@ def _values(file: Path) -> pa.Array:
         return pq.read_table(file, columns=["value"])["value"].combine_chunks()
     except (OSError, pa.ArrowException, KeyError) as error:
         raise ValueError(f"{file} is missing or damaged ({error}): {CURE}") from None
-
-
-def _fill(
-    fused: FusedTable, number: int, source: Tensor, bundle: Bundle, config: TrainConfig, *, moments: bool
-) -> None:
-    """Fill this worker's rows, and their moments, of the logical table at `number`."""
-    table = fused.specs[number].name
-    held = {ROWS: fused.weight, **(fused.state if moments else {})}
-    for start in range(0, len(fused.weight), _CHUNK_ROWS):
-        of_table, ids = fused.local_ids(start, min(start + _CHUNK_ROWS, len(fused.weight)))
-        at = start + (of_table == number).nonzero()[:, 0]
-        from_id = source[ids[at - start]]
-        for name, values in held.items():
-            here = at[from_id >= 0].to(values.device)
-            values[here] = bundle.rows(table, from_id[from_id >= 0], name).to(values)
-            values[at[from_id == _GONE].to(values.device)] = 0
-        if config.embedding.new_rows != "random":
-            new = at[from_id == _NEW].to(fused.weight.device)
-            fused.weight[new] = bundle.rows(table, torch.tensor([OOV])).to(fused.weight)
 
 
 def _restore_position(run: Run, path: Path) -> None:

@@ -18,7 +18,7 @@ from packs import DATA_SCHEMA, SCHEMA, make_pack, values_of
 
 from gmeta.cli import run
 from gmeta.data.identity import content_checksum
-from gmeta.data.pack import _manifest_checksum, open_pack
+from gmeta.data.pack import manifest_checksum, open_pack
 from gmeta.data.schema import DataSchema, NumericColumn, PackSchema
 from gmeta.data.shards import checksum_file
 from gmeta.evaluation import predictions
@@ -116,7 +116,7 @@ def forget_pack(path: Path) -> None:
     file = path / "manifest.json"
     manifest = json.loads(file.read_text())
     del manifest["schema"]["identity"]
-    file.write_text(json.dumps({**manifest, "xxh3": _manifest_checksum(manifest)}))
+    file.write_text(json.dumps({**manifest, "xxh3": manifest_checksum(manifest)}))
 
 
 def forget_run(path: Path) -> None:

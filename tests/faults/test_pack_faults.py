@@ -340,7 +340,7 @@ def test_a_crafted_manifest_is_refused_though_its_checksum_is_right(
     for key in where[:-1]:
         inside = inside[key]
     inside[where[-1]] = value
-    manifest["xxh3"] = pack_module._manifest_checksum(manifest)
+    manifest["xxh3"] = pack_module.manifest_checksum(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match=r"is no manifest of a task pack .*prepare. again") as caught:
         open_pack(path)
