@@ -350,5 +350,7 @@ class TrainConfig:
                 require(isinstance(value, section), item.name, value, f"must be a {section.__name__}")
         require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
         require_seed(self.seed)
+        goes_on = self.schedule.position == "continue"
+        require(not goes_on or bool(self.warm_start), "schedule.position", "continue", "only a warm_start has one")
         metric = self.schedule.metric
         require(self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)")

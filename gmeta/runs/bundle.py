@@ -65,6 +65,10 @@ def open_bundle(path: Path, *, training: bool = False) -> Bundle:
             verified_file(path, entry, CURE)
         else:
             check_size(path, entry, CURE)
+    # those beside dense.safetensors would be read with it
+    tensors = {file.relative_to(path).as_posix() for file in path.rglob("*.safetensors")}
+    if strays := tensors - {entry["file"] for entry in manifest["files"]}:
+        raise ValueError(f"bundle {path} was not made with {min(strays)}: remove that file")
     if training and not manifest["training"]:
         raise ValueError(f"{path} has no {TRAINING} part: make the bundle with --training true")
     return Bundle(path, manifest)

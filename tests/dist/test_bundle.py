@@ -121,6 +121,12 @@ def test_damage_is_named(copy: Path, name: str, damage: Callable[[Path], None]) 
         open_bundle(copy)
 
 
+def test_a_file_that_was_not_made_with_it_is_refused(copy: Path) -> None:
+    shutil.copy(copy / "dense.safetensors", copy / "more.safetensors")
+    with pytest.raises(ValueError, match=r"was not made with more.safetensors: remove that file"):
+        open_bundle(copy)
+
+
 def test_serving_does_not_open_training(copy: Path) -> None:
     for file in (copy / "training").rglob("*.safetensors"):
         flip(file)

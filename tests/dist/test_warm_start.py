@@ -203,6 +203,11 @@ def test_what_cannot_go_on_is_named(
     fails([*words, *more], capsys, told)
 
 
+def test_a_position_needs_a_warm_start(prepared: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--pack", prepared("day0"), "--run_dir", tmp_path / "run", "--model.name", "melu"]
+    fails([*words, "--schedule.position", "continue"], capsys, "schedule.position is 'continue': only a warm_start has")
+
+
 def test_a_position_needs_the_same_tasks(
     prepared: Prepare, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -689,4 +689,7 @@ def test_hashed_vocabularies_part_all_values(tmp_path: Path) -> None:
         )
         assert found.salt == 2
         np.testing.assert_array_equal(found.ids_of(asked.fetchnumpy()["h"].filled(7)), [8, OOV, 1000])
+        twice = "(SELECT 'item7' AS value, unnest([1, 2]) AS id)"
+        with pytest.raises(ValueError, match="holds a value twice: copy it again"):
+            hashed_vocabulary(con, twice)
     assert HashedVocabulary(0, found.hashes[:0], found.ids[:0]).ids_of(found.hashes[:3]).tolist() == [OOV] * 3

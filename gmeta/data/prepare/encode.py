@@ -29,17 +29,22 @@ def _id(
     schema: DataSchema,
     feature: RawFeature,
     value: str,
-    vocab: str,
+    vocab: tuple[str, str],
     hashed: Mapping[str, HashedVocabulary] | None,
-) -> tuple[str, bool]:
-    """Return SQL of a value's id, or of what `HashedVocabulary` takes for it, and whether it reads a row of `vocab`."""
+) -> tuple[str, str]:
+    """Return SQL of a value's id, or of what `HashedVocabulary` takes for it, and the JOIN clause that it needs.
+
+    `vocab` is the table of the vocabulary, and what it is called in the query.
+    """
     if feature.hash_buckets is not None:
         seed = literal(f"{schema.hash_seed}|{feature.table}")
         bucket = f"1 + {md5_64(seed, value)} % {feature.hash_buckets}"
-        return f"CAST(CASE WHEN {value} IS NULL THEN {OOV} ELSE {bucket} END AS INTEGER)", False
+        return f"CAST(CASE WHEN {value} IS NULL THEN {OOV} ELSE {bucket} END AS INTEGER)", ""
     if hashed is not None:
-        return hashed[feature.table].hash_of(value), False
-    return f"CAST(coalesce({vocab}.id, {OOV}) AS INTEGER)", True
+        return hashed[feature.table].hash_of(value), ""
+    table, alias = vocab
+    join = f"LEFT JOIN {table} {alias} ON {alias}.value = {value}"
+    return f"CAST(coalesce({alias}.id, {OOV}) AS INTEGER)", join
 
 
 def encode(
@@ -69,9 +74,8 @@ def encode(
         if feature.kind != "categorical":
             columns_sql.append((f"f{i}", f"len(b.f{i})", ""))
         elif f"f{i}" not in found:
-            join = f"LEFT JOIN vocab_{tables.index(feature.table)} v{i} ON v{i}.value = b.f{i}"
-            found_id, joined = _id(schema, feature, f"b.f{i}", f"v{i}", hashed)
-            columns_sql.append((f"f{i}", found_id, join if joined else ""))
+            vocab = (f"vocab_{tables.index(feature.table)}", f"v{i}")
+            columns_sql.append((f"f{i}", *_id(schema, feature, f"b.f{i}", vocab, hashed)))
     values = numeric_values(con, schema)
     for j, (value, column) in enumerate(zip(values, columns, strict=True)):
         scaled = f"coalesce(({value} - {column.mean!r}) / {column.std!r}, 0)"
@@ -91,8 +95,9 @@ def encode(
     for i, feature in enumerate(schema.features):
         if feature.kind != "categorical":
             arrays[f"{feature.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"f{i}"])]).astype(np.int64)
-            vocab = f"vocab_{tables.index(feature.table)}"
-            arrays[f"{feature.name}.values"] = _list_ids(con, relation, schema, i, vocab, order, hashed)
+            arrays[f"{feature.name}.values"] = _list_ids(
+                con, relation, schema, i, f"vocab_{tables.index(feature.table)}", order, hashed
+            )
     return arrays | {name: np.asarray(found[name]) for name in more}
 
 
@@ -129,8 +134,7 @@ def _list_ids(
     hashed: Mapping[str, HashedVocabulary] | None,
 ) -> Array:
     feature = schema.features[index]
-    found, joined = _id(schema, feature, "b.value", "v", hashed)
-    join = f"LEFT JOIN {vocab} v ON v.value = b.value" if joined else ""
+    found, join = _id(schema, feature, "b.value", (vocab, "v"), hashed)
     elements = f"SELECT *, unnest(f{index}) AS value, generate_subscripts(f{index}, 1) AS place FROM {relation}"
     query = f"SELECT {found} AS id FROM ({elements}) b {join} ORDER BY {order}, b.place"
     ids: Array = con.execute(query).fetchnumpy()["id"]
