@@ -1,0 +1,240 @@
+"""`gmeta deliver`: from a day's rows to the version that serves, in stages that a delivery which stopped goes on from.
+
+    fetch    the registry's current version, with what a warm start needs
+    prepare  a task pack of the new rows, whose ids continue that version's
+    train    a warm start on the pack; of the first version a training by recipe
+    bundle   the best checkpoint as one version
+    gate     candidate against current, on tasks of the pack that nobody trained on
+    publish  the version and its verdict; the pointer moves where the gate passed it
+
+What a stage makes is whole or absent, and `delivery.json` says which stages ended and what they took.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from gmeta.config.data import PrepareConfig
+from gmeta.config.delivery import BundleConfig, DeliverConfig, GateConfig
+from gmeta.config.parse import parse_mapping, train_config
+from gmeta.config.train import TrainConfig
+from gmeta.core.files import alone, make_folder, read_mapping, write_text
+from gmeta.data.pack import open_pack
+from gmeta.data.prepare.prepare import prepare, print_summary
+from gmeta.data.sources import find_files
+from gmeta.delivery.bundle import make_bundle
+from gmeta.delivery.gate import EXIT_REFUSED, judge
+from gmeta.delivery.registry import publish
+from gmeta.parallel.launch import EXIT_STOPPED, launch
+from gmeta.runs.bundle import open_bundle, read_manifest
+from gmeta.runs.registry import Registry, open_registry
+from gmeta.training.defaults import with_defaults
+from gmeta.training.supervise import supervise
+from gmeta.training.trainer import train
+
+RECORD = "delivery.json"
+_CURE = "remove the folder to begin this delivery anew"
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and has saved; the exit code is the argument."""
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One delivery: its settings, where its files lie, and the version that it goes on from (None: the first)."""
+
+    config: DeliverConfig
+    registry: Registry
+    folder: Path
+    base: int | None
+    record: dict[str, Any]  # of delivery.json: stage -> seconds, and what the last stages found
+
+    @property
+    def base_bundle(self) -> Path:
+        """Return the folder of the current version, once it was fetched."""
+        return Path(self.record["fetched"])
+
+    def save(self) -> None:
+        """Write delivery.json."""
+        write_text(self.folder / RECORD, json.dumps(self.record, indent=1) + "\n")
+
+
+def deliver(config: DeliverConfig) -> int:
+    """Run `gmeta deliver`. Returns 0 where a version was published, 3 where the gate refused it, 75 where training was
+    asked to stop.
+
+    Raises ValueError for what is the user's to mend: of every stage, and another delivery to the registry that runs, or
+    that has published meanwhile.
+    """
+    work = make_folder("work", config.work)
+    with (
+        alone(work / ".lock", f"another delivery works in {work}: wait for it, end it, or name another folder"),
+        open_registry(config.registry).lease(),
+    ):
+        delivery = _open(config, work)
+        try:
+            for name, stage in _STAGES.items():
+                _run(delivery, name, stage)
+        except Stopped as stopped:
+            print("stopped and saved: the same command goes on")
+            return int(stopped.args[0])
+    _tell(delivery)
+    if delivery.record["passed"] and not config.keep:
+        shutil.rmtree(delivery.folder)
+    return 0 if delivery.record["passed"] else EXIT_REFUSED
+
+
+def _open(config: DeliverConfig, work: Path) -> Delivery:
+    """Find the delivery of these rows onto the registry's current version, or begin it."""
+    registry = open_registry(config.registry)
+    current = registry.current()
+    base = None if current is None else current.version
+    if base is None and config.schema is None:
+        raise ValueError(f"registry {config.registry} is empty: name the schema of the rows for its first version")
+    if base is not None and config.schema is not None and not config.full:
+        raise ValueError("schema is the base's: leave it out, or deliver a full version with --full true")
+    settings = {"base": base, "full": config.full, "prepare": config.prepare, "train": config.train}
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in find_files(config.inputs)]
+    digest = xxhash.xxh3_64_hexdigest(json.dumps([config.registry, settings, files], sort_keys=True, default=str))
+    folder = work / f"{0 if base is None else base:06d}-{digest[:8]}"
+    folder.mkdir(exist_ok=True)
+    record: dict[str, Any] = {"base": base, "seconds": {}}
+    if (folder / RECORD).exists():
+        record = read_mapping(folder / RECORD, _CURE)
+    return Delivery(config, registry, folder, base, record)
+
+
+def _run(delivery: Delivery, name: str, stage: Callable[[Delivery], None]) -> None:
+    seconds = delivery.record["seconds"]
+    if name in seconds:
+        print(f"deliver: {name} is done already")
+        return
+    print(f"deliver: {name}", flush=True)
+    start = time.perf_counter()
+    stage(delivery)
+    seconds[name] = round(time.perf_counter() - start, 3)
+    delivery.save()
+
+
+def _fetch(delivery: Delivery) -> None:
+    if delivery.base is not None:
+        cache = delivery.folder.parent / "cache"
+        delivery.record["fetched"] = str(delivery.registry.fetch(delivery.base, cache, training=True))
+
+
+def _prepare(delivery: Delivery) -> None:
+    out = delivery.folder / "pack"
+    if not out.exists():  # a pack is whole or absent
+        config = delivery.config
+        rows: dict[str, Any] = {"out": str(out), "input": config.inputs}
+        begins = delivery.base is None or config.full
+        start = {"schema": config.schema} if config.schema else {}
+        if begins and not start:
+            start = {"schema": str(_schema_of(delivery))}
+        given = {**rows, **(start if begins else {"base": str(delivery.base_bundle)}), **config.prepare}
+        print_summary(prepare(parse_mapping(PrepareConfig, given, "prepare")))
+    open_pack(out)
+
+
+def _schema_of(delivery: Delivery) -> Path:
+    """Write the raw schema of the current version as `prepare` takes it."""
+    file = delivery.folder / "schema.yaml"
+    data = read_mapping(delivery.base_bundle / "schema.json", _CURE)["data"]
+    write_text(file, yaml.safe_dump(data, sort_keys=False))
+    return file
+
+
+def _train(delivery: Delivery) -> None:
+    config, run_dir = delivery.config, delivery.folder / "run"
+    settings: dict[str, Any] = {"pack": str(delivery.folder / "pack"), "run_dir": str(run_dir), "resume": True}
+    if delivery.base is not None and not config.full:
+        settings["warm_start"] = str(delivery.base_bundle)
+    whole = train_config({**settings, **config.train}, with_defaults)
+    code = _trained(whole, config.nproc, delivery.folder / "train.yaml")
+    if code == EXIT_STOPPED:
+        raise Stopped(code)
+    if code:
+        raise ValueError(f"training ended with exit code {code}, see above: the same command goes on")
+
+
+def _trained(config: TrainConfig, nproc: int, file: Path) -> int:
+    """Train in this process, or in workers where there are several; returns the exit code."""
+    if nproc == 1 and not config.elastic.enabled:
+        return train(config).exit_code
+    write_text(file, yaml.safe_dump(_plain(config), sort_keys=False))
+    words = ["train", "--config", str(file)]
+    return supervise(config, nproc, words) if config.elastic.enabled else launch(nproc, words)
+
+
+def _bundle(delivery: Delivery) -> None:
+    out = delivery.folder / "bundle"
+    if not out.exists():
+        trust = delivery.config.trust_model
+        make_bundle(BundleConfig(run_dir=str(delivery.folder / "run"), out=str(out), trust_model=trust))
+    open_bundle(out, training=True)
+
+
+def _gate(delivery: Delivery) -> None:
+    config, folder = delivery.config, delivery.folder
+    if delivery.base is None:
+        delivery.record["passed"] = True
+        return
+    gate = GateConfig(
+        candidate=str(folder / "bundle"),
+        current=str(delivery.base_bundle),
+        pack=str(folder / "pack"),
+        rules=config.rules,
+        out=str(folder / "gate"),
+        trust_model=config.trust_model,
+    )
+    verdict = judge(gate)
+    delivery.record["passed"] = verdict.passed
+
+
+def _publish(delivery: Delivery) -> None:
+    registry, record = delivery.registry, delivery.record
+    bundle, verdict = delivery.folder / "bundle", delivery.folder / "gate" / "verdict.json"
+    found = [one.number for one in registry.versions() if one.id == read_manifest(bundle)["id"]]
+    if found:  # by this delivery, which was stopped before it could note it
+        record["version"] = found[0]
+        return
+    document = json.loads(verdict.read_text()) if verdict.exists() else None
+    record["version"] = publish(registry, bundle, verdict=document, make_current=record["passed"])
+
+
+def _tell(delivery: Delivery) -> None:
+    record = delivery.record
+    total = sum(record["seconds"].values())
+    took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record["seconds"].items())
+    print(f"delivered in {total:.1f} s ({took})")
+    if record["passed"]:
+        print(f"version {record['version']} of {delivery.config.registry} is current")
+    else:
+        print(
+            f"the gate refused the candidate: it is kept as version {record['version']}, and version {delivery.base} "
+            f"stays current; the reasons: {delivery.folder / 'gate' / 'verdict.html'}"
+        )
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(asdict(config))))
+
+
+_STAGES: Mapping[str, Callable[[Delivery], None]] = {
+    "fetch": _fetch,
+    "prepare": _prepare,
+    "train": _train,
+    "bundle": _bundle,
+    "gate": _gate,
+    "publish": _publish,
+}
