@@ -85,7 +85,7 @@ def test_popularity_is_zipf_and_latents_have_their_size():
     share = np.diff(items.popularity, prepend=0)
     np.testing.assert_allclose(share[0] / share[[1, 9, 99]], [2, 10, 100])
     assert (items.latent**2).sum(axis=1).mean() == pytest.approx(1, rel=0.25)
-    tables = synthetic._draw_user_tables(config)
+    tables = synthetic.draw_user_tables(config, np.random.default_rng([config.seed, 1]))
     block = synthetic._draw_block(config, items, tables, 0)
     assert block.taste.std() == pytest.approx(config.taste_std, rel=0.05)
     assert ((block.mean**2).sum(axis=1).mean() / config.latent_dim) ** 0.5 == pytest.approx(config.side_std, rel=0.1)
