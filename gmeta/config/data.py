@@ -114,8 +114,9 @@ STREAM_RATES = {"active": 0.1, "user_turnover": 0.05, "item_turnover": 0.02, "dr
 
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
-    """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs. With `days` it is
-    a stream: a folder of rows a day."""
+    """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs.
+
+    With `days` it is a stream: a folder of rows a day."""
 
     out: str
     """Directory to create: the log's Parquet files, schema.yaml, summary.json and _truth/."""

@@ -6,8 +6,8 @@ and effects of items, and what user features say. From day to day each moves by 
     x_d = sqrt(1 - drift²) x_{d-1} + drift ε_d,        ε_d drawn as x_0 was
 
 so that the stream is as hard on its last day as on its first. A user's taste is drawn when he arrives and stays: the
-posterior given all of his rows, of whatever days, is then the exact one of synthetic.py, with each row's own day in its
-coefficients. docs/synthetic.md tells what that means.
+posterior given all of his rows, of whatever days, is then the exact one of synthetic.py, with the v_i of each row's own
+day.
 
 A day is a function of the seed and of its number. Memory is bounded by the users there and by the rows of a few days.
 """
@@ -191,33 +191,40 @@ def next_users(config: SynthConfig, before: Users, day: int, num_users: int) -> 
 # ----------------------------------------------------------------------------------------------------- rows
 
 
+def row_terms(config: SynthConfig, world: World, users: Users, user: Ints, item: Ints) -> tuple[Floats, Floats]:
+    """Return the logit without taste [R], and what the taste is multiplied by, v_i [R, K], where the user at place
+    `user` [R] meets the item at place `item` [R].
+    """
+    items = world.items
+    mean = user_means(world.tables, users.gender[user], users.city[user], users.age[user])
+    latent = items.latent[item] + world.category[items.category[item]] + world.brand[items.brand[item]]
+    effect = config.item_std * (0.8 * items.effect - 0.6 * items.log_price)
+    base: Floats = config.bias + effect[item] + (mean * latent).sum(axis=1)
+    return base, latent
+
+
 def draw_day(config: SynthConfig, world: World, users: Users, is_new: np.ndarray[Any, Any], day: int) -> Day:
     """Draw the rows of `day`. `is_new` [U] marks users who arrived on it: they are active."""
     rng = _rng(config, 6, day)
     half = config.rows_per_user // 2
     active = np.flatnonzero(is_new | (rng.random(config.users) < config.rate("active")))
     counts = rng.integers(config.rows_per_user - half, config.rows_per_user + half + 1, size=len(active))
-    user = np.repeat(active, counts)
-    rows = len(user)
+    user, rows = np.repeat(active, counts), int(counts.sum())
     items = world.items
     weight = np.cumsum(np.arange(1, config.items + 1, dtype=np.float64) ** -config.zipf)
-    rank = np.searchsorted(weight / weight[-1], rng.random(rows), side="right")
+    rank = np.searchsorted(weight, weight[-1] * rng.random(rows), side="right")
     item = np.argsort(-items.popularity, kind="stable")[np.minimum(rank, config.items - 1)]
-    mean = user_means(world.tables, users.gender[user], users.city[user], users.age[user])
-    latent = items.latent[item] + world.category[items.category[item]] + world.brand[items.brand[item]]
-    effect = config.item_std * (0.8 * items.effect - 0.6 * items.log_price)
-    base = config.bias + effect[item] + (mean * latent).sum(axis=1)
+    base, latent = row_terms(config, world, users, user, item)
     chance = sigmoid(base + (users.taste[user] * latent).sum(axis=1))
     late = rng.random(rows) < config.rate("late")
     ids = {"user_id": users.user_id[user], "item_id": items.item_id[item], "timestamp": _times(rng, user, counts, day)}
     features = {key: getattr(users, key)[user] for key in ("gender", "age", "city")}
     features |= {key: getattr(items, key)[item] for key in ("category", "brand")}
-    price = np.exp(3 + 0.8 * items.log_price).round(2)[item]
-    label = (rng.random(rows) < chance).astype(np.int8)
+    features["price"] = np.exp(3 + 0.8 * items.log_price).round(2)[item]
     vectors = {f"latent_{k}": latent[:, k] for k in range(config.latent_dim)}
     vectors |= {f"taste_{k}": users.taste[user, k] for k in range(config.latent_dim)}
     return Day(
-        log={**ids, **features, "price": price, "label": label},
+        log={**ids, **features, "label": (rng.random(rows) < chance).astype(np.int8)},
         truth={**ids, "base": base, **vectors},
         delay=np.where(late, rng.integers(1, LATE_DAYS + 1, size=rows), 0),
     )
@@ -317,7 +324,7 @@ def print_days(summary: dict[str, Any]) -> None:
     rows = sum(day["rows"] for day in summary["days"])
     console.print(f"{len(summary['days'])} days, {rows:,} rows")
     table = Table(title=f"reference AUCs: last {summary['settings']['num_query']} rows of a sample of the day's users")
-    counts = {"users": "users", "new_users": "arrived", "new_items": "new items", "rows": "rows", "late_rows": "late"}
+    counts = {"users": "users", "new_users": "new", "new_items": "new items", "rows": "rows", "late_rows": "late"}
     for heading in ("day", *counts.values(), *REFERENCES):
         table.add_column(heading, justify="right")
     for day in summary["days"]:
