@@ -145,7 +145,8 @@ def next_world(config: SynthConfig, before: World, day: int) -> World:
     fresh, drift = _draw_world(config, day), config.rate("drift")
 
     def moved(x: Floats, noise: Floats) -> Floats:
-        return (1 - drift**2) ** 0.5 * x + drift * noise
+        mixed: Floats = (1 - drift**2) ** 0.5 * x + drift * noise
+        return mixed
 
     old, new = before.items, fresh.items
     leaving = _rng(config, 4, day).random(config.items) < config.rate("item_turnover")
