@@ -54,9 +54,14 @@ def _prepare(config: PrepareConfig) -> int:
 
 
 def _synth(config: SynthConfig) -> int:
-    from gmeta.data.synthetic import print_synthesis, synthesize
+    if config.days is None:
+        from gmeta.data.synthetic import print_synthesis, synthesize
 
-    print_synthesis(synthesize(config))
+        print_synthesis(synthesize(config))
+    else:
+        from gmeta.data.synthetic_days import print_days, synthesize_days
+
+        print_days(synthesize_days(config))
     return 0
 
 

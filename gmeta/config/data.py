@@ -108,18 +108,25 @@ class PrepareConfig:
         require_seed(self.seed)
 
 
+STREAM_RATES = {"active": 0.1, "user_turnover": 0.05, "item_turnover": 0.02, "drift": 0.1, "late": 0.02}
+"""Settings of `SynthConfig` that only a stream of days has, and what they are when unset."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SynthConfig:
-    """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs."""
+    """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs.
+
+    With `days` it is a stream: a folder of rows a day."""
 
     out: str
     """Directory to create: the log's Parquet files, schema.yaml, summary.json and _truth/."""
     users: int = 20_000
-    """Users, each of them a task."""
+    """Users, each of them a task. With days: those who are there on any one day."""
     items: int = 500
-    """Items, drawn by Zipf popularity."""
+    """Items, drawn by Zipf popularity. With days: those on offer on any one day."""
     rows_per_user: int = 24
-    """Mean rows of a user; each user's number is uniform between half and one and a half of it."""
+    """Mean rows of a user, with days on a day on which he is active; each number is uniform between half and one and a
+    half of it."""
     latent_dim: int = 2
     """Dimensions of the taste and of the item latents, 1 to 3. The exact posterior is computed on a grid of as many."""
     taste_std: float = 2.2
@@ -136,8 +143,27 @@ class SynthConfig:
     """Exponent of item popularity: probability is proportional to rank ** -zipf; 0 is uniform."""
     num_query: int = 10
     """Last rows of a user, by time, that count as the query where the summary's AUCs are measured."""
+    days: int | None = None
+    """Days of a stream, 1 to 100, each a folder day=00, day=01, …: users and items come and go, tastes and popularity
+    drift, some rows are late. Unset: one log that does not change."""
+    active: float | None = None
+    """With days: fraction of the users there who have rows on a day; who arrives is active too. 0.1 when unset."""
+    user_turnover: float | None = None
+    """With days: fraction of the users who leave a day; as many new ones arrive. 0.05 when unset."""
+    item_turnover: float | None = None
+    """With days: fraction of the items that leave a day; as many new ones arrive. 0.02 when unset."""
+    drift: float | None = None
+    """With days: how far what is learned of items and user features moves a day, in its own standard deviations; so
+    does popularity. 0 is not at all, 1 is a new world every day. 0.1 when unset."""
+    late: float | None = None
+    """With days: fraction of the rows that lie in the file of one of the next three days. 0.02 when unset."""
     seed: int = 0
     """Seed. The same seed and sizes give the same files."""
+
+    def rate(self, name: str) -> float:
+        """Return a setting of `STREAM_RATES`, or its default where it is unset."""
+        given: float | None = getattr(self, name)
+        return STREAM_RATES[name] if given is None else given
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -149,4 +175,10 @@ class SynthConfig:
             require(getattr(self, key) >= 0, key, getattr(self, key), "must not be negative")
         require(0 <= self.item_side_share <= 1, "item_side_share", self.item_side_share, "must be in [0, 1]")
         require(self.num_query >= 1, "num_query", self.num_query, "must be at least 1")
+        days = self.days
+        require(days is None or 1 <= days <= 100, "days", days, "must be in [1, 100]")
+        for key in STREAM_RATES:
+            value = getattr(self, key)
+            require(value is None or 0 <= value <= 1, key, value, "must be in [0, 1]")
+            require(value is None or days is not None, key, value, "is for a stream: set days too, or leave it out")
         require_seed(self.seed)

@@ -253,6 +253,10 @@ class PackSplit:
             ids={name: self.feature_ids(name) for name in features},
         )
 
+    def times(self) -> Array | None:
+        """Return the time of all rows, int64 [rows]; None where the schema names none."""
+        return None if self._schema.time is None else self._column("time")
+
     def feature_ids(self, name: str) -> Array:
         """Return all ids of one feature: int32 [rows], or [values] of a many-valued one."""
         if name in self._many_valued:

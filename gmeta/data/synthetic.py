@@ -9,7 +9,7 @@ A user's latent vector is told in part by the user's features; the rest is a Gau
 prior of w_u, and only the support narrows it. docs/synthetic.md explains the three reference AUCs.
 
 Users are drawn in blocks, each from its own seed: memory is bounded by a block, and a log of fewer users is a prefix
-of a log of more.
+of a log of more. A log that comes in days, and drifts, is made by gmeta/data/synthetic_days.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gmeta.config.data import SynthConfig
+from gmeta.data.stream_truth import row_truth
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -105,19 +107,23 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class LogRows:
-    """Raw rows of a split: which user met which item, and whether they clicked."""
+    """Raw rows of a split: which user met which item, and whether they clicked. In a stream of days the truth of a row
+    is told by user and time, else by user and item.
+    """
 
     user_id: Ints  # [R]
     item_id: Ints  # [R]
     label: Ints  # [R]
+    time: Ints | None = None  # [R], as in the log; microseconds in a stream
 
 
-def _sigmoid(x: Floats) -> Floats:
+def sigmoid(x: Floats) -> Floats:
+    """Return 1 / (1 + exp(-x))."""
     y: Floats = 1 / (1 + np.exp(np.minimum(-x, 700)))  # exp overflows beyond 700
     return y
 
 
-def _vectors(rng: np.random.Generator, num: int, dim: int, norm: float) -> Floats:
+def random_vectors(rng: np.random.Generator, num: int, dim: int, norm: float) -> Floats:
     """Return random vectors [num, dim] that are centred and have the root mean square norm `norm`. They are zero where
     num is 1.
     """
@@ -132,9 +138,9 @@ def _draw_items(config: SynthConfig) -> Items:
     category = rng.integers(NUM_CATEGORIES, size=num)
     brand = rng.integers(NUM_BRANDS, size=num)
     log_price = rng.standard_normal(num)
-    told = _vectors(rng, NUM_CATEGORIES, dim, (side / 2) ** 0.5)[category]
-    told += _vectors(rng, NUM_BRANDS, dim, (side / 2) ** 0.5)[brand]
-    latent = told + _vectors(rng, num, dim, (1 - side) ** 0.5)
+    told = random_vectors(rng, NUM_CATEGORIES, dim, (side / 2) ** 0.5)[category]
+    told += random_vectors(rng, NUM_BRANDS, dim, (side / 2) ** 0.5)[brand]
+    latent = told + random_vectors(rng, num, dim, (1 - side) ** 0.5)
     effect = config.item_std * (0.8 * rng.standard_normal(num) - 0.6 * log_price)
     weight = np.arange(1, num + 1, dtype=np.float64) ** -config.zipf
     popularity = np.cumsum(weight / weight.sum())
@@ -143,16 +149,24 @@ def _draw_items(config: SynthConfig) -> Items:
     return Items(category, brand, price, popularity, config.bias + effect, latent)
 
 
-def _draw_user_tables(config: SynthConfig) -> UserTables:
-    rng = np.random.default_rng([config.seed, 1])
+def draw_user_tables(config: SynthConfig, rng: np.random.Generator) -> UserTables:
+    """Return random tables under which features and items explain `config.side_std` of the logit together."""
     # A latent of norm side_std * sqrt(K) has standard deviation side_std along an item latent of norm 1.
     norm = config.side_std * config.latent_dim**0.5 / 3**0.5
     age = rng.standard_normal(config.latent_dim)
     return UserTables(
-        gender=_vectors(rng, len(GENDERS), config.latent_dim, norm),
-        city=_vectors(rng, NUM_CITIES, config.latent_dim, norm),
+        gender=random_vectors(rng, len(GENDERS), config.latent_dim, norm),
+        city=random_vectors(rng, NUM_CITIES, config.latent_dim, norm),
         age=age * (norm / float(np.linalg.norm(age))),
     )
+
+
+def user_means(tables: UserTables, gender: Ints, city: Ints, age: Ints) -> Floats:
+    """Return the prior means [U, K] of users with these features [U]."""
+    num_ages = AGES[1] - AGES[0] + 1
+    age_z = (age - (AGES[0] + AGES[1]) / 2) / ((num_ages**2 - 1) / 12) ** 0.5
+    means: Floats = tables.gender[gender] + tables.city[city] + age_z[:, None] * tables.age
+    return means
 
 
 def _draw_block(config: SynthConfig, items: Items, tables: UserTables, index: int) -> Block:
@@ -171,13 +185,11 @@ def _draw_block(config: SynthConfig, items: Items, tables: UserTables, index: in
     rows = int(counts.sum())
     choice, gap, chance = rng.random(rows), 1 + rng.exponential(3600, rows).astype(np.int64), rng.random(rows)
 
-    num_ages = AGES[1] - AGES[0] + 1
-    age_z = (age - (AGES[0] + AGES[1]) / 2) / ((num_ages**2 - 1) / 12) ** 0.5
-    mean = tables.gender[gender] + tables.city[city] + age_z[:, None] * tables.age
+    mean = user_means(tables, gender, city, age)
     item = np.searchsorted(items.popularity, choice, side="right")
     user = np.repeat(np.arange(BLOCK_USERS), counts)
     logit = items.effect[item] + ((mean + taste)[user] * items.latent[item]).sum(axis=1)
-    label = (chance < _sigmoid(logit)).astype(np.int8)
+    label = (chance < sigmoid(logit)).astype(np.int8)
     elapsed = np.cumsum(gap)
     first = np.cumsum(counts) - counts
     time = start[user] + elapsed - elapsed[first][user]
@@ -195,22 +207,30 @@ def _numbered(prefix: str, num: int) -> list[str]:
     return [f"{prefix}-{i:02d}" for i in range(num)]
 
 
-def _log_table(block: Block, items: Items) -> pa.Table:
-    user = np.repeat(np.arange(len(block.counts)), block.counts)
+def log_table(columns: Mapping[str, Any]) -> pa.Table:
+    """Return the raw rows of these columns: features are given as codes, and named here."""
     return pa.table(
         {
-            "user_id": block.first_user + user,
-            "item_id": block.item,
-            "gender": _names(block.gender[user], GENDERS),
-            "age": pa.array(block.age[user], pa.int32()),
-            "city": _names(block.city[user], _numbered("city", NUM_CITIES)),
-            "category": _names(items.category[block.item], _numbered("category", NUM_CATEGORIES)),
-            "brand": _names(items.brand[block.item], _numbered("brand", NUM_BRANDS)),
-            "price": pa.array(items.price[block.item], pa.float32()),
-            "timestamp": block.time,
-            "label": block.label,
+            "user_id": columns["user_id"],
+            "item_id": columns["item_id"],
+            "gender": _names(columns["gender"], GENDERS),
+            "age": pa.array(columns["age"], pa.int32()),
+            "city": _names(columns["city"], _numbered("city", NUM_CITIES)),
+            "category": _names(columns["category"], _numbered("category", NUM_CATEGORIES)),
+            "brand": _names(columns["brand"], _numbered("brand", NUM_BRANDS)),
+            "price": pa.array(columns["price"], pa.float32()),
+            "timestamp": columns["timestamp"],
+            "label": columns["label"],
         }
     )
+
+
+def _block_table(block: Block, items: Items) -> pa.Table:
+    user = np.repeat(np.arange(len(block.counts)), block.counts)
+    columns = {"user_id": block.first_user + user, "item_id": block.item}
+    columns |= {key: getattr(block, key)[user] for key in ("gender", "age", "city")}
+    columns |= {key: getattr(items, key)[block.item] for key in ("category", "brand", "price")}
+    return log_table({**columns, "timestamp": block.time, "label": block.label})
 
 
 def _user_table(block: Block) -> pa.Table:
@@ -231,23 +251,30 @@ def synthesize(config: SynthConfig) -> dict[str, Any]:
     The directory appears complete or not at all. Memory is bounded by one block of users, whatever their number. Raises
     ValueError when the directory exists.
     """
-    out = Path(config.out)
+    with whole_folder(Path(config.out)) as work:
+        return _write(config, work)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Give a folder beside `out`, which becomes `out` when the block ends without an error, and is removed otherwise.
+    Raises ValueError where `out` exists.
+    """
     if out.exists():
         raise ValueError(f"out is {str(out)!r}, which exists: remove it or name another directory")
     out.parent.mkdir(parents=True, exist_ok=True)
     work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        summary = _write(config, work)
+        yield work
         os.replace(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return summary
 
 
 def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
     truth = root / "_truth"
     (truth / "users").mkdir(parents=True)
-    items, tables = _draw_items(config), _draw_user_tables(config)
+    items, tables = _draw_items(config), draw_user_tables(config, np.random.default_rng([config.seed, 1]))
     pq.write_table(_item_table(items), truth / "items.parquet")
     (root / "schema.yaml").write_text(yaml.safe_dump(SCHEMA, sort_keys=False), encoding="utf-8")
     rows = clicks = 0
@@ -255,14 +282,14 @@ def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
     blocks = range(-(-config.users // BLOCK_USERS))
     for index in track(blocks, "synth", console=console, disable=not console.is_terminal):
         block = _draw_block(config, items, tables, index)
-        pq.write_table(_log_table(block, items), root / f"part-{index:05d}.parquet")
+        pq.write_table(_block_table(block, items), root / f"part-{index:05d}.parquet")
         pq.write_table(_user_table(block), truth / "users" / f"part-{index:05d}.parquet")
         rows, clicks = rows + len(block.label), clicks + int(block.label.sum())
     (truth / "truth.json").write_text(json.dumps({"taste_std": config.taste_std}), encoding="utf-8")
     measured = range(min(config.users, SUMMARY_USERS))
     support, query = last_rows(root, measured, config.num_query)
     summary = {
-        "settings": {key: value for key, value in asdict(config).items() if key != "out"},
+        "settings": {key: value for key, value in asdict(config).items() if key != "out" and value is not None},
         "rows": rows,
         "click_rate": clicks / rows,
         "measured_users": len(measured),
@@ -302,11 +329,11 @@ def last_rows(out: Path, users: Iterable[int], num_query: int) -> tuple[LogRows,
     )
     user, time, item, label = (table[name].to_numpy().astype(np.int64) for name in columns)
     order = np.lexsort((time, user))
-    user, item, label = user[order], item[order], label[order]
+    user, time, item, label = user[order], time[order], item[order], label[order]
     _, start, counts = np.unique(user, return_index=True, return_counts=True)
     to_end = np.repeat(start + counts, counts) - np.arange(len(user))
     is_query = to_end <= num_query
-    support, query = (LogRows(user[part], item[part], label[part]) for part in (~is_query, is_query))
+    support, query = (LogRows(user[part], item[part], label[part], time[part]) for part in (~is_query, is_query))
     return support, query
 
 
@@ -341,7 +368,7 @@ def reference_scores(out: Path, support: LogRows, query: LogRows) -> dict[str, F
         if known is not None:
             evidence = support_base[known], support_coefficient[known], support.label[known]
             posterior[rows] = posterior_predictive(*evidence, base[rows], coefficient[rows], grid)
-    oracle = _sigmoid(base + (coefficient * taste).sum(axis=1))
+    oracle = sigmoid(base + (coefficient * taste).sum(axis=1))
     return {"prior": prior, "posterior": posterior, "oracle": oracle}
 
 
@@ -352,9 +379,31 @@ def _groups(key: Ints) -> list[Ints]:
     return [part for part in parts if len(part)]
 
 
+def is_stream(out: Path) -> bool:
+    """Whether `out` holds a stream of days, whose truth is looked up by user and time."""
+    return "days" in _settings_of(out / "_truth")
+
+
+def _settings_of(truth: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((truth / "truth.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _truth_of(truth: Path, rows: LogRows) -> tuple[Floats, Floats, Floats]:
     """Return for every row the logit without taste [R], its gradient by the standardised taste [R, K], that taste."""
-    taste_std = float(json.loads((truth / "truth.json").read_text(encoding="utf-8"))["taste_std"])
+    settings = _settings_of(truth)
+    taste_std = float(settings["taste_std"])
+    if "days" not in settings:
+        base, latent, taste = _fixed_truth(truth, rows)
+    elif rows.time is not None:
+        base, latent, taste = row_truth(truth, rows.user_id, rows.time, settings["latent_dim"])
+    else:
+        raise ValueError("the truth of a stream of days is told by user and time: give the rows their time")
+    return base, taste_std * latent, taste / taste_std if taste_std else taste
+
+
+def _fixed_truth(truth: Path, rows: LogRows) -> tuple[Floats, Floats, Floats]:
+    """Return for every row the logit without taste [R], the item's latent vector [R, K], the user's taste [R, K]."""
     unique, user_at = np.unique(rows.user_id, return_inverse=True)
     keep = pads.field("user_id").isin(pa.array(unique))
     users = pads.dataset(truth / "users").to_table(filter=keep).sort_by("user_id")
@@ -365,7 +414,7 @@ def _truth_of(truth: Path, rows: LogRows) -> tuple[Floats, Floats, Floats]:
     latent = _matrix(items, "latent", dim)[rows.item_id]
     mean, taste = _matrix(users, "mean", dim)[user_at], _matrix(users, "taste", dim)[user_at]
     base = items["effect"].to_numpy()[rows.item_id] + (mean * latent).sum(axis=1)
-    return base, taste_std * latent, taste / taste_std if taste_std else taste
+    return base, latent, taste
 
 
 def _matrix(table: pa.Table, prefix: str, dim: int) -> Floats:
@@ -398,7 +447,7 @@ def prior_predictive(base: Floats, coefficient: Floats) -> Floats:
     nodes = lattice(1, spacing=0.1)[:, 0]
     weights = np.exp(-0.5 * nodes**2)
     width = np.linalg.norm(coefficient, axis=1)
-    total = sum((w * _sigmoid(base + x * width) for w, x in zip(weights, nodes, strict=True)), np.zeros(len(base)))
+    total = sum((w * sigmoid(base + x * width) for w, x in zip(weights, nodes, strict=True)), np.zeros(len(base)))
     return np.asarray(total / weights.sum(), dtype=np.float64)
 
 
@@ -414,13 +463,13 @@ def posterior_predictive(
     """
     mode, precision = _mode(base, coefficient, label)
     nodes = mode + grid @ np.linalg.inv(np.linalg.cholesky(precision))  # [P, K]
-    likelihood = _sigmoid((base + nodes @ coefficient.T) * (2 * label - 1))  # [P, S]
+    likelihood = sigmoid((base + nodes @ coefficient.T) * (2 * label - 1))  # [P, S]
     # logarithms are expensive: this takes one of the product of 16 rows, far from underflow wherever there is mass
     with np.errstate(divide="ignore", under="ignore"):
         log_density = np.log(np.multiply.reduceat(likelihood, np.arange(0, len(label), 16), axis=1)).sum(axis=1)
     log_density -= 0.5 * (nodes**2).sum(axis=1)
     weight = np.exp(log_density - log_density.max())
-    predicted: Floats = weight @ _sigmoid(query_base + nodes @ query_coefficient.T) / weight.sum()
+    predicted: Floats = weight @ sigmoid(query_base + nodes @ query_coefficient.T) / weight.sum()
     return predicted
 
 
@@ -429,7 +478,7 @@ def _mode(base: Floats, coefficient: Floats, label: Ints) -> tuple[Floats, Float
     dim = coefficient.shape[1]
     mode, precision = np.zeros(dim), np.eye(dim)
     for _ in range(20):
-        p = _sigmoid(base + coefficient @ mode)
+        p = sigmoid(base + coefficient @ mode)
         precision = np.eye(dim) + (coefficient.T * (p * (1 - p))) @ coefficient
         step = np.linalg.solve(precision, coefficient.T @ (label - p) - mode)
         length = float(np.linalg.norm(step))

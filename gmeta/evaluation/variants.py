@@ -17,7 +17,7 @@ from gmeta.config.train import LossName, MetaConfig, TrainConfig
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
-from gmeta.data.synthetic import LogRows, reference_scores
+from gmeta.data.synthetic import LogRows, is_stream, reference_scores
 from gmeta.evaluation.baselines import BaselineRows, Baselines, fit_baselines, last_support
 from gmeta.evaluation.predictions import Variants, task_keys
 from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss
@@ -181,18 +181,33 @@ def truth_scores(pack: TaskPack, split: PackSplit, log: Path, max_support_rows: 
 
     The posterior sees the last so many support rows of each task; None: all.
 
-    Raises ValueError where the pack's rows are not of that log, or its vocabulary left items out.
+    Raises ValueError where the pack's rows are not of that log, or its vocabulary left items out; where the log is a
+    stream of days, these may be left out, but the pack needs its time.
     """
-    columns = split.columns(("item_id",))
-    values = pq.read_table(pack.vocab_file("item_id")).sort_by("id")["value"].to_numpy().astype(np.int64)
-    if (columns.ids["item_id"] == OOV).any():
-        raise ValueError(f"{pack.path} has items out of vocabulary: the truth of those rows cannot be looked up")
-    item = values[columns.ids["item_id"] - 1]
+    columns = split.columns()
     user = np.array([int(key) for key in task_keys(pack, split.task_id).to_pylist()])[columns.task]
     label = columns.label.astype(np.int64)
     query = columns.is_query
     seen: NDArray[np.bool_] = ~query
     if max_support_rows is not None:
         seen &= last_support(columns.task, query, max_support_rows)
-    support, asked = (LogRows(user[part], item[part], label[part]) for part in (seen, query))
+    # A stream's items change from day to day, and a pack may know no id of them: time tells which row it was.
+    by_time = is_stream(log)
+    item = np.full(len(label), -1) if by_time else _item_numbers(pack, split)
+    time = split.times() if by_time else None
+    if by_time and time is None:
+        raise ValueError(f"{pack.path} keeps no time, by which a stream's truth is looked up: its schema must name it")
+    support, asked = (
+        LogRows(user[part], item[part], label[part], None if time is None else time[part]) for part in (seen, query)
+    )
     return reference_scores(log, support, asked)
+
+
+def _item_numbers(pack: TaskPack, split: PackSplit) -> NDArray[np.int64]:
+    """Return the raw item of every row [R] of a synthetic log."""
+    ids = split.feature_ids("item_id")
+    values = pq.read_table(pack.vocab_file("item_id")).sort_by("id")["value"].to_numpy().astype(np.int64)
+    if (ids == OOV).any():
+        raise ValueError(f"{pack.path} has items out of vocabulary: the truth of those rows cannot be looked up")
+    item: NDArray[np.int64] = values[ids - 1]
+    return item

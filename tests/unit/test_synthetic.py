@@ -5,6 +5,7 @@ import numpy as np
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 import yaml
 from sklearn.metrics import roc_auc_score
 
@@ -38,6 +39,17 @@ def test_the_same_seed_gives_the_same_files(log, tmp_path):
     assert files(tmp_path / "again") == files(log[0])
     synthesize(SynthConfig(out=str(tmp_path / "other"), **SMALL, seed=1))
     assert files(tmp_path / "other")["part-00000.parquet"] != files(log[0])["part-00000.parquet"]
+
+
+def test_a_log_is_that_of_earlier_releases(log):
+    """Published numbers were measured on such logs; settings of a stream are not told of one."""
+    rows = json.dumps(pq.read_table(log[0] / "part-00000.parquet").to_pylist())
+    assert xxhash.xxh3_64_hexdigest(rows.encode()) == "c395d07e71d55f98"
+    assert list(log[1]["settings"]) == [
+        *("users", "items", "rows_per_user", "latent_dim", "taste_std", "side_std", "item_std", "item_side_share"),
+        *("bias", "zipf", "num_query", "seed"),
+    ]
+    assert json.loads((log[0] / "_truth" / "truth.json").read_text()) == {"taste_std": 2.2}
 
 
 def test_a_smaller_log_is_a_prefix_of_a_larger_one(tmp_path, monkeypatch):
@@ -85,7 +97,7 @@ def test_popularity_is_zipf_and_latents_have_their_size():
     share = np.diff(items.popularity, prepend=0)
     np.testing.assert_allclose(share[0] / share[[1, 9, 99]], [2, 10, 100])
     assert (items.latent**2).sum(axis=1).mean() == pytest.approx(1, rel=0.25)
-    tables = synthetic._draw_user_tables(config)
+    tables = synthetic.draw_user_tables(config, np.random.default_rng([config.seed, 1]))
     block = synthetic._draw_block(config, items, tables, 0)
     assert block.taste.std() == pytest.approx(config.taste_std, rel=0.05)
     assert ((block.mean**2).sum(axis=1).mean() / config.latent_dim) ** 0.5 == pytest.approx(config.side_std, rel=0.1)
