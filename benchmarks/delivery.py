@@ -1,0 +1,344 @@
+"""What a new day costs: a full training on all rows so far beside a warm start on the day alone, ten days in a row.
+
+    python benchmarks/delivery.py [--quick] [--json FILE] [--folder DIR] [--seeds N] [--jobs N] [--case NAME …]
+
+Both sides run `gmeta deliver`, into registries of their own that begin with the same version, made of 30 base days:
+prepare, train, bundle, gate, publish; then the new version is loaded and answers a first request. `full` prepares and
+trains on all days so far (`--full true`), `warm` on the new day from the current version. A version of each is then
+asked for the day after: the last rows of each user, with what came before as support, raw rows as a server gets them.
+
+One thread a process. With `--folder` every delivery is kept, and not made again: an end in between costs the one that
+was running. The settings of both sides were chosen on a seed of their own (`SETTINGS` says how).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import DATA, Record, add_json, here, median, parse, publish, table
+from delivery_days import SLICES, Stream, columns, movielens, scored, synthetic
+from numpy.typing import NDArray
+
+from gmeta.evaluation.metrics import Bootstrap, make_rows
+from gmeta.runs.delta import apply_delta
+
+SIDES = ("full", "warm")
+METRICS = ("auc", "logloss")
+RESAMPLES = 1000
+MIN_ROWS = 20_000
+"""Slices of fewer query rows are shown, and not held to a bound."""
+MARGIN = -0.002
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "warm": {"schedule": {"epochs": 2}},
+}
+"""Settings of `gmeta train` on each side, beside what a recipe chooses."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The size of a run."""
+
+    base: int
+    days: int
+    users: int
+    seeds: int
+
+
+FULL, QUICK = Scale(base=30, days=10, users=6000, seeds=3), Scale(base=3, days=2, users=400, seeds=1)
+
+
+def run_seed(case: str, seed: int, scale: Scale, folder: Path) -> Path:
+    """Deliver all days of a seed on both sides; returns the folder of its records."""
+    kept = folder / case / f"seed-{seed}"
+    kept.mkdir(parents=True, exist_ok=True)
+    stream = (
+        synthetic(kept / "log", seed, base=scale.base, days=scale.days, users=scale.users)
+        if case == "stream"
+        else movielens(kept / "log", base=scale.base, days=scale.days)
+    )
+    first = kept / "first"
+    if not first.exists():
+        made = kept / "first.partial"
+        shutil.rmtree(made, ignore_errors=True)
+        words = ("--input", json.dumps(stream.until(scale.base - 1)), "--schema", stream.schema)
+        here("deliver", "--registry", made, *words, "--work", kept / "work", "--train.seed", seed)
+        made.rename(first)
+    for side in SIDES:
+        if not (kept / side).exists():
+            shutil.copytree(first, kept / f"{side}.partial", dirs_exist_ok=True)
+            (kept / f"{side}.partial").rename(kept / side)
+    for day in range(scale.base, scale.base + scale.days):
+        for side in SIDES if (day + seed) % 2 else SIDES[::-1]:  # what disturbs the machine for long disturbs both
+            record = kept / f"{side}-{day:02d}.json"
+            if not record.exists():
+                record.write_text(json.dumps(_deliver(stream, kept, side, day, seed)))
+        _score(stream, kept, day)
+    return kept
+
+
+def _deliver(stream: Stream, kept: Path, side: str, day: int, seed: int) -> dict[str, Any]:
+    """Deliver a day on one side; returns seconds by stage, and what was made."""
+    registry, work = kept / side, kept / f"work-{side}"
+    given = stream.until(day) if side == "full" else [str(stream.day(day))]
+    words: list[object] = ["--registry", registry, "--input", json.dumps(given), "--work", work, "--keep", "true"]
+    words += ["--train", json.dumps(SETTINGS[side]), "--full", "true" if side == "full" else "false"]
+    support, query, _ = stream.next_rows(day)
+    some = query.slice(0, 10)
+    start = time.perf_counter()
+    here("deliver", *words)
+    delivered = time.perf_counter()
+    version = json.loads((registry / "current.json").read_text())["version"]
+    scored(f"{registry}/current", support.slice(0, 100), some)
+    answering = time.perf_counter()
+    (folder,) = [path for path in work.iterdir() if (path / "delivery.json").exists()]
+    record = json.loads((folder / "delivery.json").read_text())
+    manifest = json.loads((folder / "pack" / "manifest.json").read_text())
+    rows = sum(split["rows"] for split in manifest["splits"].values())
+    shutil.rmtree(work)
+    return {
+        "seconds": {**record["seconds"], "load": answering - delivered},
+        "total": answering - start,
+        "rows": rows,
+        "version": version,
+        "passed": record["passed"],
+        "seed": seed,
+    }
+
+
+def _score(stream: Stream, kept: Path, day: int) -> None:
+    """Ask the versions that serve after `day` for the day after it."""
+    file = kept / f"scores-{day:02d}.npz"
+    if file.exists():
+        return
+    support, query, slices = stream.next_rows(day + 1)
+    found = {side: scored(f"{kept / side}/current", support, query) for side in SIDES}
+    found["first"] = scored(f"{kept / 'first'}/current", support, query)
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, **columns(stream, query, slices), **found)
+    partial.rename(file)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What both sides scored on a slice, over days and seeds, and the paired difference warm - full."""
+
+    name: str
+    metric: str
+    rows: int
+    values: dict[str, float]
+    difference: tuple[float, float, float]  # mean, low and high end of the 95 % interval
+
+
+def compare(kept: Sequence[Path], days: range) -> list[Slice]:
+    """Return the metrics of both sides by slice: means over days and seeds; tasks are drawn with replacement, each with
+    all of its rows.
+    """
+    loaded = {
+        (seed, day): dict(np.load(folder / f"scores-{day:02d}.npz")) for seed, folder in enumerate(kept) for day in days
+    }
+    keys = [f"{seed}|{task}" for (seed, _), one in loaded.items() for task in one["task"]]
+    tasks, index = np.unique(np.array(keys), return_inverse=True)
+    ends = np.cumsum([len(one["task"]) for one in loaded.values()])
+    of_day = dict(zip(loaded, np.split(index, ends[:-1]), strict=True))
+    found = []
+    for name in ("all", *SLICES):
+        parts = {key: _rows(one, of_day[key], name) for key, one in loaded.items()}
+        used = {key: part for key, part in parts.items() if part is not None}
+        if used:
+            found += [_compared(name, metric, used, len(tasks)) for metric in METRICS]
+    return found
+
+
+_Part = tuple[NDArray[Any], NDArray[Any], dict[str, NDArray[Any]]]
+
+
+def _rows(one: dict[str, NDArray[Any]], task: NDArray[np.int64], name: str) -> _Part | None:
+    chosen = np.full(len(task), True) if name == "all" else one["slice"] == name
+    label = one["label"][chosen]
+    if len(np.unique(label)) < 2:
+        return None  # it has no AUC
+    return task[chosen], label, {side: one[side][chosen] for side in (*SIDES, "first")}
+
+
+def _compared(name: str, metric: str, parts: dict[tuple[int, int], _Part], num_tasks: int) -> Slice:
+    bootstrap = Bootstrap(num_tasks, resamples=RESAMPLES, seed=0)
+    for key, (task, label, scores) in parts.items():
+        for side, score in scores.items():
+            rows = replace(make_rows(score, label, task), task=task, num_tasks=num_tasks)
+            bootstrap.add((*key, side), metric, rows)
+    bootstrap.run()
+    drawn = {side: np.stack([bootstrap.resampled((*key, side)).values for key in parts]) for side in (*SIDES, "first")}
+    by_resample = np.nanmean(drawn["warm"] - drawn["full"], axis=0)
+    low, high = np.quantile(by_resample[1:], [0.025, 0.975])
+    return Slice(
+        name,
+        metric,
+        sum(len(label) for _, label, _ in parts.values()),
+        {side: float(values[:, 0].mean()) for side, values in drawn.items()},
+        (float(by_resample[0]), float(low), float(high)),
+    )
+
+
+def costs(case: str, kept: Sequence[Path], days: range) -> tuple[list[Record], str]:
+    """Return what deliveries took, by stage, and the ratio of the sums over all days."""
+    found: dict[str, list[dict[str, Any]]] = {
+        side: [json.loads((folder / f"{side}-{day:02d}.json").read_text()) for folder in kept for day in days]
+        for side in SIDES
+    }
+    stages = list(found["full"][0]["seconds"])
+    rows, records = [], []
+    for stage in [*stages, "total"]:
+        of_side = {
+            side: [one["total"] if stage == "total" else one["seconds"].get(stage, 0.0) for one in ones]
+            for side, ones in found.items()
+        }
+        sums = {side: sum(seconds) for side, seconds in of_side.items()}
+        ratio = sums["full"] / sums["warm"] if sums["warm"] else float("nan")
+        rows.append([stage, *(f"{median(of_side[side]):.2f}" for side in SIDES), f"{ratio:.1f}"])
+        records += [Record(case, side, f"{stage}_s", median(of_side[side]), "s") for side in SIDES]
+    records.append(Record(case, "warm", "speedup_over_full", float(rows[-1][-1]), "x"))
+    by_seed = [_speedup(found, number, len(days)) for number in range(len(kept))]
+    trained = {side: median([one["rows"] for one in ones]) for side, ones in found.items()}
+    refused = {side: sum(not one["passed"] for one in ones) for side, ones in found.items()}
+    said = (
+        f"Seconds from closed data to the first answer of the new version, medians of {len(found['full'])} deliveries a "
+        f"side; the ratio is of the sums. By seed: {', '.join(f'{ratio:.1f}' for ratio in by_seed)}. Rows of a pack: "
+        f"{trained['full']:,.0f} and {trained['warm']:,.0f}. Refused by the gate: {refused['full']} and {refused['warm']}."
+    )
+    return records, "\n\n".join([table(["stage", *SIDES, "full / warm"], rows), said])
+
+
+def _speedup(found: dict[str, list[dict[str, Any]]], seed: int, days: int) -> float:
+    of_seed = slice(seed * days, (seed + 1) * days)
+    sums = {side: sum(one["total"] for one in ones[of_seed]) for side, ones in found.items()}
+    return sums["full"] / sums["warm"]
+
+
+def quality(case: str, kept: Sequence[Path], days: range) -> tuple[list[Record], str]:
+    """Return what the versions predict of the day after, by slice."""
+    rows, records = [], []
+    for one in compare(kept, days):
+        mean, low, high = one.difference
+        records += [Record(case, side, f"{one.metric} {one.name}", value, "1") for side, value in one.values.items()]
+        records += [
+            Record(case, "warm", f"{one.metric}_difference {one.name}", mean, "1"),
+            Record(
+                case,
+                "warm",
+                f"{one.metric}_difference_{'low' if one.metric == 'auc' else 'high'} {one.name}",
+                low if one.metric == "auc" else high,
+                "1",
+            ),
+        ]
+        verdict = "too few rows" if one.rows < MIN_ROWS else ""
+        if one.metric == "auc" and one.rows >= MIN_ROWS:
+            verdict = "within" if low >= MARGIN else "NOT within"
+        values = [f"{one.values[side]:.4f}" for side in ("first", *SIDES)]
+        rows.append(
+            [one.name, one.metric, f"{one.rows:,}", *values, f"{mean:+.4f}", f"{low:+.4f} … {high:+.4f}", verdict]
+        )
+    header = [
+        "slice",
+        "metric",
+        "query rows",
+        "first version",
+        *SIDES,
+        "warm - full",
+        "95 % over tasks",
+        f"{MARGIN} of AUC",
+    ]
+    return records, table(header, rows)
+
+
+def sizes(case: str, kept: Sequence[Path], days: range) -> tuple[list[Record], str]:
+    """Return how large deltas are beside full versions, and how long it takes to apply one."""
+    ratios, seconds, bytes_ = [], [], []
+    for folder in kept:
+        for delta in sorted((folder / "warm" / "deltas").glob("*")):
+            size = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
+            version = folder / "warm" / "versions" / delta.name
+            whole = sum(
+                path.stat().st_size for path in version.rglob("*") if path.is_file() and "training" not in path.parts
+            )
+            ratios.append(size / whole)
+            bytes_.append(whole)
+            seconds.append(_applied(folder / "warm" / "versions" / str(int(delta.name) - 1), delta))
+    if not ratios:
+        return [], "No deltas were made."
+    records = [
+        Record(case, "delta", "size_ratio", median(ratios), "1"),
+        Record(case, "delta", "apply_ms", 1e3 * median(seconds), "ms"),
+    ]
+    return records, (
+        f"A delta has {median(ratios):.2f} of the bytes of a full version without its moments "
+        f"({median(bytes_) / 1e6:.1f} MB), {min(ratios):.2f} to {max(ratios):.2f}; to apply and verify one takes "
+        f"{1e3 * median(seconds):.0f} ms (medians of {len(ratios)})."
+    )
+
+
+def _applied(base: Path, delta: Path) -> float:
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.perf_counter()
+        apply_delta(base, delta, Path(scratch) / "made")
+        return time.perf_counter() - start
+
+
+def run(args: argparse.Namespace, scale: Scale, folder: Path) -> Iterator[tuple[str, list[Record], str]]:
+    """Yield the name, the records and the text of each case."""
+    days = range(scale.base, scale.base + scale.days)
+    for case in args.case:
+        if case == "ml-100k" and not (DATA / "ml-100k").is_dir():
+            print(f"ml-100k is left out: {DATA / 'ml-100k'} does not exist; set GMETA_DATA to the data's folder")
+            continue
+        seeds = range(1 if case == "ml-100k" else args.seeds or scale.seeds)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+            kept = list(pool.map(run_seed, *zip(*((case, seed, scale, folder) for seed in seeds), strict=True)))
+        parts = [costs(case, kept, days), quality(case, kept, days), sizes(case, kept, days)]
+        yield case, [record for records, _ in parts for record in records], "\n\n".join(text for _, text in parts)
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Full retraining and warm start, ten days in a row.")
+    parser.add_argument("--quick", action="store_true", help="two small days of one seed; writes no result files")
+    add_json(parser)
+    parser.add_argument("--folder", type=Path, help="keep what is done here, and go on from it")
+    parser.add_argument("--seeds", type=int, help="seeds of the stream, 0 to N - 1; 3 when unset")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds run at a time, one thread each")
+    parser.add_argument("--case", nargs="+", choices=("stream", "ml-100k"), default=["stream", "ml-100k"])
+    return parse(parser)
+
+
+def main() -> None:
+    args = options()
+    scale = QUICK if args.quick else FULL
+    with tempfile.TemporaryDirectory() as scratch:
+        found = list(run(args, scale, args.folder or Path(scratch)))
+    bodies = [f"## {case}\n\n{text}" for case, _, text in found]
+    if args.quick:
+        bodies.insert(0, "QUICK: two small days of one seed; the numbers say only that everything runs.")
+    config = {
+        "scale": scale,
+        "settings": json.dumps(SETTINGS),
+        "intervals": f"{RESAMPLES} bootstrap resamples of the users, paired; means over days and seeds",
+        "threads": f"1 a process, {args.jobs} processes at a time",
+    }
+    publish("delivery", "\n\n".join(bodies), [record for _, records, _ in found for record in records], config, args)
+
+
+if __name__ == "__main__":
+    main()
