@@ -27,12 +27,10 @@ from gmeta.evaluation.pages import (
     variant_table,
 )
 from gmeta.evaluation.report_training import communication_section, training_section
-from gmeta.evaluation.slices import HeadlineRow, headline_rows
+from gmeta.evaluation.slices import COLDNESS, HeadlineRow, headline_rows
 from gmeta.evaluation.support_curve import curve_records
 from gmeta.runs.directory import read_settings
 from gmeta.runs.log import METRICS_FILE
-
-_COLD = ("warm", "user_cold", "item_cold", "both_cold")
 
 
 def build_report(run_dir: Path | str, folder: Path | None = None) -> Path:
@@ -180,8 +178,8 @@ def _adaptation_section(evaluation: Json | None) -> str:
     metric = evaluation["headline"]["metric"]
     cases = {case["case"]: case for case in evaluation["cases"]}
     sizes = [name for name in cases if name.startswith("support_") and cases[name]["rows"]]
-    cold = [name for name in _COLD if name in cases and cases[name]["rows"]]
-    absent = [cases[name]["about"] for name in _COLD if name in cases and not cases[name]["rows"]]
+    cold = [name for name in COLDNESS if name in cases and cases[name]["rows"]]
+    absent = [cases[name]["about"] for name in COLDNESS if name in cases and not cases[name]["rows"]]
     compared = _compared(evaluation)
     labels = [name.removeprefix("support_").replace("-", "–") for name in sizes]
     by_size = [_points(name, range(len(sizes)), _records(evaluation, sizes, name, metric)) for name in compared]
