@@ -9,7 +9,7 @@ rules:
   - {rule: label_mean, max_change: 0.3}
   - {rule: numeric_drift, max_shift: 3.0, max_spread: 5.0}
   - {rule: unknown_ids, max_share: 0.9}
-  - {rule: current_chance, min: 0.5}
+  - {rule: current_chance, min: 0.48}
   - {rule: current_drop, metric: auc, max_drop: 0.05, min_rows: 500}
   - {rule: current_calibration, max_error: 0.5}
   # Is the candidate no worse than the current version? The more rows, the narrower the margin.

@@ -196,18 +196,26 @@ HEADLINE_METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "calibration")
 """What `headline_metrics` keeps of an evaluation."""
 
 
+BEFORE = "before"
+"""Ends the name of a variant, or is all of it, that scores before adaptation."""
+
+
 def headline_metrics(evaluation: dict[str, Any], variant: str | None = None) -> dict[str, dict[str, Any]]:
     """Return slice -> {metric: value, "rows", "tasks", "label_mean"} of a variant (None: the reference) of an
-    evaluation, for the manifest of a version. Slices without rows are left out, and so are those by support size.
+    evaluation, for the manifest of a version.
+
+    Metrics before adaptation, where they were measured, are called `<metric>_before`. Slices without rows are left out,
+    and so are those by support size.
     """
     variant = evaluation["reference"] if variant is None else variant
+    suffixes = {BEFORE if variant == "after" else f"{variant}-{BEFORE}": f"_{BEFORE}", variant: ""}
     found: dict[str, dict[str, Any]] = {}
     for case in evaluation["cases"]:
         if case["rows"] and case["case"] in ("all", *COLDNESS):
             found[case["case"]] = {key: case.get(key) for key in ("rows", "tasks", "label_mean")}
     for record in evaluation["records"]:
-        if record["variant"] == variant and record["case"] in found and record["metric"] in HEADLINE_METRICS:
-            found[record["case"]][record["metric"]] = record["value"]
+        if record["variant"] in suffixes and record["case"] in found and record["metric"] in HEADLINE_METRICS:
+            found[record["case"]][record["metric"] + suffixes[record["variant"]]] = record["value"]
     return found
 
 

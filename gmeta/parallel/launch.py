@@ -141,9 +141,9 @@ def launch(
     Signals that ask this process to stop are added to `asked`.
 
     The code is 0 when all workers end well. Workers themselves end with 2 after a user's mistake, 3 where a gate
-    refused, 75 after a requested stop and 77 to be started again. It is 128 + n when signal n killed a worker. When one worker fails, the others are
-    stopped. SIGTERM, SIGHUP and Ctrl-C are passed on; the workers then have `grace_s` seconds to finish their step and
-    save. A second signal kills them.
+    refused, 75 after a requested stop and 77 to be started again. It is 128 + n when signal n killed a worker. When one
+    worker fails, the others are stopped. SIGTERM, SIGHUP and Ctrl-C are passed on; the workers then have `grace_s`
+    seconds to finish their step and save. A second signal kills them.
     """
     if nproc < 1:
         raise ValueError(f"nproc is {nproc}: must be at least 1")

@@ -20,6 +20,7 @@ from gmeta.training.first_rows import set_generated_rows
 from gmeta.training.run import Run
 from gmeta.training.state import Progress
 
+
 def start_from_bundle(run: Run, path: Path) -> str:
     """Overwrite dense layers, rows and their moments by those of a bundle; collective. Returns what to tell.
 
