@@ -19,7 +19,7 @@ rules:
   - {rule: difference, metric: auc, slices: [warm, user_cold, item_cold, both_cold], margin: 0.005, min_rows: 20000}
   - {rule: difference, metric: logloss, slices: [all], margin: 0.01}
   - {rule: difference, metric: logloss, slices: [all], margin: 0.002, min_rows: 20000}
-  - {rule: difference, metric: ece, slices: [all], margin: 0.02}
+  - {rule: difference, metric: ece, slices: [all], margin: 0.01, min_rows: 20000}
   # Is it fit to serve? What the current version fails too refuses nothing that is better.
   - {rule: calibration, max_error: 0.1, max_loss: 0.05}
   - {rule: baselines, metric: auc, min_gain: 0.0}

@@ -14,30 +14,29 @@ differences, by slice, and at the day's data themselves. verdict.json says what 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.table import Table
 
 from gmeta.config.delivery import GateConfig
-from gmeta.config.train import LossName
+from gmeta.config.train import LossName, TrainConfig
 from gmeta.core.files import make_folder, write_text
 from gmeta.data.coverage import FEW_VALUES, unknown_fraction
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
-from gmeta.delivery.gate_page import verdict_page, word_of
+from gmeta.delivery.gate_page import WORDS, verdict_page, word_of
 from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules, read_rules
 from gmeta.evaluation.baselines import fit_baselines
 from gmeta.evaluation.documents import Json, read_evaluation
 from gmeta.evaluation.evaluate import cold_tasks, support_used
 from gmeta.evaluation.predictions import Variants
 from gmeta.evaluation.score import Scores, score_split
-from gmeta.evaluation.slices import BEFORE, evaluation_records, headline_metrics, print_table
+from gmeta.evaluation.slices import BEFORE, evaluation_records, headline_metrics
 from gmeta.evaluation.variants import baseline_rows
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_REFUSED
@@ -122,10 +121,11 @@ def judge_on(mesh: Mesh, config: GateConfig) -> Verdict:
     """`judge` on a mesh that is open; collective."""
     candidate, current = Path(config.candidate), Path(config.current)
     pack = open_pack(config.pack)
-    binary = _is_binary(candidate, current)
+    trained = {source: read_config(source) for source in (candidate, current)}
+    for source in trained:
+        require_trusted(trained[source].model.name, f"{source} has", trust_model=config.trust_model)
+    binary = _is_binary(trained)
     rules = read_rules(config.rules, binary=binary)
-    for source in (candidate, current):
-        require_trusted(read_config(source).model.name, f"{source} has", trust_model=config.trust_model)
     days = {source: _day(source, pack) for source in (candidate, current)}  # mistakes come before the work
     earlier = [] if config.previous_pack is None else [_day(current, open_pack(config.previous_pack))]
     on_rank_0(lambda: make_folder("out", config.out), mesh)
@@ -137,16 +137,15 @@ def judge_on(mesh: Mesh, config: GateConfig) -> Verdict:
     return Verdict(bool(passed), document)
 
 
-def _is_binary(candidate: Path, current: Path) -> bool:
-    """Say whether both versions predict clicks. ValueError where one of them does."""
-    losses = [read_config(source).loss for source in (candidate, current)]
-    clicks = [loss == "bce" for loss in losses]
-    if clicks[0] != clicks[1]:
+def _is_binary(trained: Mapping[Path, TrainConfig]) -> bool:
+    """Say whether the versions predict clicks. ValueError where only one of them does."""
+    if len({config.loss == "bce" for config in trained.values()}) > 1:
+        losses = ", ".join(f"{source} with {config.loss!r}" for source, config in trained.items())
         raise ValueError(
-            f"{candidate} was trained with loss {losses[0]!r}, {current} with {losses[1]!r}: clicks and ratings cannot "
-            "be compared; train the candidate with the loss of the current version"
+            f"the versions were trained with losses of two kinds ({losses}): clicks and ratings cannot be compared; "
+            "train the candidate with the loss of the current version"
         )
-    return clicks[0]
+    return all(config.loss == "bce" for config in trained.values())
 
 
 def _day(source: Path, pack: TaskPack) -> _Day:
@@ -346,15 +345,11 @@ def _verdict(
 
 def _print(document: Json) -> None:
     pack, rules = document["pack"], document["rules"]
-    table = Table(
-        title=f"{document['candidate']} in place of {document['current']}, on {pack['rows']:,} query rows of "
+    print(
+        f"{document['candidate']} in place of {document['current']}, on {pack['rows']:,} query rows of "
         f"{pack['tasks']:,} {pack['split']} tasks of {pack['path']}"
     )
-    table.add_column("rule", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("because", overflow="fold")
-    for rule in rules:
-        table.add_row(rule["rule"], word_of(rule), rule["reason"], style="" if rule["passed"] else "bold")
-    print_table(table)
+    for rule in sorted(rules, key=lambda rule: WORDS.index(word_of(rule))):
+        print(f"  {word_of(rule):10} {rule['rule']}: {rule['reason']}")
     refused = sum(not rule["passed"] for rule in rules)
-    print(f"refused, by {refused} of {len(rules)} rules" if refused else "passed: the candidate may serve")
+    print(f"refused, by {refused} of {len(rules)} checks" if refused else "passed: the candidate may serve")

@@ -11,7 +11,6 @@ from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.pages import (
     all_metrics_section,
-    badge,
     case_table,
     figure,
     metric_name,
@@ -24,13 +23,14 @@ from gmeta.evaluation.pages import (
 )
 from gmeta.evaluation.slices import COLDNESS
 
-_BADGES = {"refused": "worse", "passed": "better", "-": ""}
+WORDS = ("passed", "not judged", "refused")
+_BADGES = {"refused": "worse", "passed": "better", "not judged": ""}
 """Colours of verdicts are those of comparisons."""
 
 
 def word_of(rule: Json) -> str:
-    """Return passed, refused, or - of what was not judged."""
-    return "refused" if not rule["passed"] else "passed" if rule["judged"] else "-"
+    """Return which of `WORDS` a rule earned."""
+    return "refused" if not rule["passed"] else "passed" if rule["judged"] else "not judged"
 
 
 def verdict_page(document: Json) -> str:
@@ -61,7 +61,7 @@ def _rules_table(rules: Iterable[Json]) -> str:
     rows = []
     for rule in rules:
         word = word_of(rule)
-        mark = f'<span class="badge {_BADGES[word]}">{word}</span>' if word != "-" else badge("not judged")
+        mark = f'<span class="badge {_BADGES[word]}">{word}</span>'
         rows.append(f"<tr><td>{escape(rule['rule'])}</td><td>{mark}</td><td>{escape(rule['reason'])}</td></tr>")
     return f'<div class="scroll"><table class="keys">{"".join(rows)}</table></div>'
 

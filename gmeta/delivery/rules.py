@@ -26,6 +26,7 @@ from gmeta.evaluation.metrics import BINARY_METRICS, HIGHER_IS_BETTER, NO_INTERV
 from gmeta.evaluation.slices import BEFORE, COLDNESS, HEADLINE_METRICS, SLICES, unit_of
 
 CANDIDATE, CURRENT = "candidate", "current"
+_NAMES = {CANDIDATE: "the candidate", CURRENT: "the current version"}
 TRIVIAL = ("global-mean", "task-mean", "item-mean", "item-mean+task-bias")
 """Baselines that a version must beat. Factor analysis is a model of its own: it stands beside, and refuses nothing."""
 _CURE = "write it as `gmeta gate --help` shows"
@@ -119,7 +120,7 @@ class Finite:
         return [
             Outcome(
                 count == 0,
-                f"{count:,} of {measured.rows:,} scores of the {name} are no finite numbers",
+                f"{count:,} of {measured.rows:,} scores of {_NAMES[name]} are no finite numbers",
                 value=count,
                 bound=0,
             )
@@ -210,8 +211,8 @@ class UnknownIds:
         bad = [
             Outcome(
                 False,
-                f"{share:.0%} of {name!r} are unknown to the {who} (allowed {self.max_share:.0%}): they are new, or "
-                "written in another way than before",
+                f"{share:.0%} of {name!r} are unknown to {_NAMES[who]} (allowed {self.max_share:.0%}): they are new, "
+                "or written in another way than before",
                 value=share,
                 bound=self.max_share,
             )
@@ -221,7 +222,7 @@ class UnknownIds:
         if not shares:
             return [_not_judged("no feature has a vocabulary")]
         (name, who), share = max(shares.items(), key=lambda item: item[1])
-        reason = f"at most {share:.0%} of a feature's ids ({name!r}, to the {who}) are unknown"
+        reason = f"at most {share:.0%} of a feature's ids ({name!r}, to {_NAMES[who]}) are unknown"
         return bad or [Outcome(True, f"{reason}, {self.max_share:.0%} are allowed", value=share, bound=self.max_share)]
 
 
@@ -279,7 +280,7 @@ class CurrentDrop:
         if before is None:
             return [
                 _not_judged(
-                    "nothing is recorded of what the current version scored before, so damaged labels might pass: "
+                    "nothing is recorded of what the current version scored before, so that damaged labels may pass: "
                     "name a sound day's pack with --previous_pack"
                 )
             ]
@@ -374,7 +375,7 @@ class Difference:
     def _check(self, measured: Measured, case: str) -> Outcome:
         rows, metric = measured.rows_of(case), self.metric
         if rows < max(1, self.min_rows):
-            return _not_judged(f"{case} has {rows:,} rows, {max(1, self.min_rows):,} are asked for", metric, case)
+            return _few_rows(rows, self.min_rows, metric, case)
         found = measured.record("differences", metric, case, CURRENT)
         higher = metric in HIGHER_IS_BETTER
         end = None if found is None else found["low" if higher else "high"]
@@ -416,7 +417,7 @@ class Calibration:
     def _check(self, measured: Measured, case: str) -> Outcome:
         name, rows = "calibration", measured.rows_of(case)
         if rows < max(1, self.min_rows):
-            return _not_judged(f"{case} has {rows:,} rows, {max(1, self.min_rows):,} are asked for", name, case)
+            return _few_rows(rows, self.min_rows, name, case)
         found = [measured.record("records", name, case, who) for who in (CANDIDATE, CURRENT)]
         values = [float(one["value"]) for one in found if one is not None and one["value"] is not None]
         if len(values) < 2:
@@ -454,11 +455,15 @@ class BaselineRule:
             return [_not_judged("no baseline was measured: the pack has no train tasks", self.metric, "all")]
         best = max(values, key=lambda name: sign * values[name])
         gain = sign * (ours - values[best]) / measured.unit(self.metric)
-        passed = gain >= self.min_gain or sign * (ours - theirs) >= 0
+        beats, no_worse = gain >= self.min_gain, sign * (ours - theirs) >= 0
         reason = (
-            f"{self.metric} of the candidate is {shown(ours)}, of the best trivial baseline, {best}, "
-            f"{shown(values[best])}, of the current version {shown(theirs)}"
+            f"the {self.metric} of the candidate is {shown(ours)}, that of the best trivial baseline, {best}, "
+            f"{shown(values[best])}"
         )
+        if not beats:
+            told = "no better" if no_worse else "better"
+            reason += f"; the current version, with {shown(theirs)}, is {told}"
+        passed = beats or no_worse
         return [Outcome(passed, reason, metric=self.metric, slice="all", value=gain, bound=self.min_gain)]
 
 
@@ -525,7 +530,12 @@ def apply_rules(rules: Iterable[tuple[str, Rule]], measured: Measured) -> list[t
 
 
 def _not_judged(reason: str, metric: str | None = None, case: str | None = None) -> Outcome:
-    return Outcome(True, f"not judged: {reason}", judged=False, metric=metric, slice=case)
+    return Outcome(True, reason, judged=False, metric=metric, slice=case)
+
+
+def _few_rows(rows: int, needed: int, metric: str, case: str) -> Outcome:
+    asked = f"has {rows:,} rows, {needed:,} are asked for" if rows else "has no rows"
+    return _not_judged(f"{metric} on {case}, which {asked}", metric, case)
 
 
 def _undefined(metric: str, case: str, found: Json | None) -> Outcome:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from commands import fails, gmeta, train_words
 from harness import run_ranks
-from packs import ITEMS, make_pack, values_of
+from packs import ITEMS, SCHEMA, make_pack, values_of
 
 from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
@@ -21,6 +22,7 @@ from gmeta.delivery.gate import judge_on
 from gmeta.evaluation.score import score_split
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import load_system
+from gmeta.runs.bundle import open_bundle
 from gmeta.runs.translation import translation_of
 
 pytestmark = pytest.mark.dist
@@ -97,8 +99,130 @@ def rule(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return [found for found in document["rules"] if found["rule"] == name]
 
 
+def differences(document: dict[str, Any]) -> list[dict[str, Any]]:
+    return [d for d in document["evaluation"]["differences"] if d["against"] == "current"]
+
+
 def test_a_better_candidate_passes(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     code, document = world.gate("run-pack1", "v0", "pack1", "better", "--previous_pack", world.path / "pack0")
-    print(capsys.readouterr().out)
-    assert (code, document["passed"]) == (0, True)
-    assert False
+    said = capsys.readouterr().out
+    assert (code, document["passed"]) == (0, True), said
+    assert "passed: the candidate may serve" in said
+    assert document["candidate"].startswith("run-pack1-")
+    assert document["current"] == open_bundle(world.path / "v0").id
+    pack = open_pack(world.path / "pack1")
+    assert document["pack"]["xxh3"] == pack.manifest["xxh3"]
+    assert document["pack"]["rows"] == int(pack.split("test").columns().is_query.sum())
+    unknown = document["data"]["unknown"]["item"]
+    assert unknown["current"] > unknown["candidate"] > 0  # id 0 of the pack, and two new items
+    assert {"candidate", "current", "candidate-before", "item-mean+task-bias"} <= {*document["evaluation"]["variants"]}
+    assert document["metrics"]["all"]["auc"] > document["data"]["current_now"]["all"]["auc"]
+    assert document["metrics"]["all"]["rows"] == document["pack"]["rows"]
+    page = (world.path / "better" / "verdict.html").read_text()
+    assert "Passed." in page
+    assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("candidate", ["v0", "run0"])
+def test_the_current_version_itself_passes_with_no_difference(world: World, candidate: str) -> None:
+    code, document = world.gate(candidate, "v0", "pack1", f"same-{candidate}")
+    assert (code, document["passed"]) == (0, True), [r["reason"] for r in document["rules"] if not r["passed"]]
+    found = {value for d in differences(document) for value in (d["value"], d["low"], d["high"])}
+    assert found <= {0.0, None}
+    assert document["candidate"] == document["current"]
+
+
+def test_both_versions_score_the_same_raw_rows(world: World) -> None:
+    """The current version scores rows in the candidate's ids as the same rows in its own: bit for bit."""
+
+    def own_ids(arrays: Arrays) -> None:
+        liked(arrays)
+        arrays["ids"][np.isin(arrays["ids"][:, 1], NEW), 1] = 0
+
+    sizes = {"train": 200, "valid": 10, "test": 250}
+    own = open_pack(make_pack(world.path / "own", **sizes, seed=2, change=own_ids))
+    system, _, _ = load_system(world.path / "v0", "best", Mesh())
+    found = []
+    for pack in (own, open_pack(world.path / "pack1")):
+        translate = translation_of(world.path / "v0", pack)
+        found.append(score_split(system, pack.split("test"), tasks_per_batch=64, translate=translate))
+    one, two = found
+    assert one is not None
+    assert two is not None
+    assert not translation_of(world.path / "v0", own).tables
+    for name in ("row", "task", "label", "before", "after"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def record_metrics(bundle: Path, metrics: dict[str, Any]) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text()) | {"metrics": metrics}
+    manifest["xxh3"] = manifest_checksum(manifest)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_day_with_turned_labels_is_refused(world: World) -> None:
+    """A candidate that learned them is better on them than the current version, whose own fall gives them away."""
+    code, document = world.gate("run-turned", "v0", "turned", "turned")
+    assert (code, document["passed"]) == (3, False)
+    gain = next(d for d in differences(document) if (d["case"], d["metric"]) == ("all", "auc"))
+    assert gain["low"] > 0
+    assert [found["passed"] for found in rule(document, "difference")].count(False) == 0
+    assert not all(found["passed"] for found in rule(document, "current_chance"))
+    assert "--previous_pack" in rule(document, "current_drop")[0]["reason"]
+    assert "Refused." in (world.path / "turned" / "verdict.html").read_text()
+
+    _, told = world.gate("run-turned", "v0", "turned", "told", "--previous_pack", world.path / "pack0")
+    assert not any(found["passed"] for name in ("current_drop", "label_mean") for found in rule(told, name))
+    shutil.copytree(world.path / "v0", world.path / "recorded")
+    record_metrics(world.path / "recorded", told["data"]["current_before"])
+    _, recorded = world.gate("run-turned", "recorded", "turned", "recorded-out")
+    (one, two), (three, four) = rule(told, "current_drop"), rule(recorded, "current_drop")
+    assert (one["value"], two["value"]) == (three["value"], four["value"])
+
+
+def verdicts(mesh: Mesh, config: GateConfig) -> tuple[bool, dict[str, Any]]:
+    verdict = judge_on(mesh, config)
+    return verdict.passed, verdict.document
+
+
+def test_ranks_give_one_verdict(world: World) -> None:
+    found = []
+    for nproc in (1, 2):
+        config = GateConfig(
+            candidate=str(world.path / "run-pack1"),
+            current=str(world.path / "v0"),
+            pack=str(world.path / "pack1"),
+            out=str(world.path / f"ranks{nproc}"),
+            previous_pack=str(world.path / "pack0"),
+            resamples=20,
+        )
+        (passed, document), *others = run_ranks(nproc, verdicts, config)
+        assert others == [(passed, {})] * (nproc - 1)
+        found.append(document)
+    one, two = found
+    assert one["passed"] == two["passed"]
+    assert [r["passed"] for r in one["rules"]] == [r["passed"] for r in two["rules"]]
+    for kind in ("records", "differences"):
+        values = [[r["value"] for r in document["evaluation"][kind]] for document in found]
+        np.testing.assert_allclose(*(np.array(v, np.float64) for v in values), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_a_launched_gate_ends_with_the_code_of_its_verdict(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    code, document = world.gate("run-turned", "v0", "turned", "launched", "--nproc", 2)
+    assert (code, document["passed"]) == (3, False)
+    assert "failed" not in capfd.readouterr().err
+
+
+def test_what_cannot_be_judged_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["gate", "--candidate", world.path / "run0", "--current", world.path / "v0", "--out", tmp_path / "out"]
+    aged = replace(SCHEMA, numeric=(replace(SCHEMA.numeric[0], mean=3.0), *SCHEMA.numeric[1:]))
+    other = make_pack(tmp_path / "other", 20, 4, 4, schema=aged)
+    fails([*words, "--pack", other], capsys, "numeric column 'age': mean is 3.0, expected 0.0", "gmeta prepare")
+    nothing = make_pack(tmp_path / "nothing", 20, 0, 0)
+    fails([*words, "--pack", nothing], capsys, "has no test and no valid tasks")
+    (tmp_path / "rules.yaml").write_text("rules: [{rule: difference, metric: auc, margin: 1, slices: [item_colt]}]")
+    given = ["--pack", world.path / "pack1", "--rules", tmp_path / "rules.yaml"]
+    fails([*words, *given], capsys, "rule 1 (difference)", "'item_colt', which is unknown: did you mean 'item_cold'?")
+    fails([*words, "--pack", world.path / "pack1", "--previous_pack", tmp_path], capsys, "is no task pack")
+    assert not (tmp_path / "out" / "verdict.json").exists()
