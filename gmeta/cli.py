@@ -1,7 +1,8 @@
 """The command line: one parser per command, made from its config dataclass by jsonargparse.
 
 Heavy imports (torch, duckdb) happen inside the commands, so that `--help` answers at once.
-Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 75 stopped on request and saved.
+Exit codes: 0 done, 2 the user's mistake (one message, no traceback), 3 refused by a gate, 75 stopped on request and
+saved.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
-from gmeta.config.delivery import BundleConfig
+from gmeta.config.delivery import BundleConfig, GateConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
+from gmeta.delivery.default_rules import CLICK_RULES, RATING_RULES
 from gmeta.elastic import scenario
 from gmeta.parallel.launch import is_worker, worker_rank
 
@@ -99,6 +101,12 @@ def _bundle(config: BundleConfig) -> int:
     from gmeta.delivery.bundle import bundle
 
     return bundle(config)
+
+
+def _gate(config: GateConfig) -> int:
+    from gmeta.delivery.gate import gate
+
+    return gate(config)
 
 
 def _report(config: ReportConfig) -> int:
@@ -190,6 +198,14 @@ The best settings so far are in best.yaml under out: gmeta train --config OUT/be
 With --baselines true baselines are tuned on valid tasks too: gmeta evaluate --baseline_settings OUT/baselines.json
 """
 
+_GATE_HELP = f"""The exit code is 0 where the candidate may serve, and 3 where a rule refuses it. The rules are a YAML
+file; without one they are, for clicks:
+
+{CLICK_RULES}
+and for ratings, whose margins of mae and rmse count in standard deviations of the day's labels:
+
+{RATING_RULES}"""
+
 COMMANDS: dict[str, Command] = {
     "prepare": Command(PrepareConfig, _prepare, epilog=_SCHEMA_HELP),
     "train": Command(TrainConfig, _train, distributed=True),
@@ -199,6 +215,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
+    "gate": Command(GateConfig, _gate, distributed=True, epilog=_GATE_HELP),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

@@ -1,11 +1,11 @@
-"""Settings of the commands that deliver models: `gmeta bundle` and `gmeta deliver`."""
+"""Settings of the commands that deliver models: `gmeta bundle` and `gmeta gate`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-from gmeta.core.errors import require, require_numbers
+from gmeta.core.errors import require, require_numbers, require_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,44 +26,38 @@ class BundleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeliverConfig:
-    """Make the next version of a registry's model from new rows: prepare, warm start, bundle, gate, publish."""
+class GateConfig:
+    """Judge whether a candidate may serve in place of the current version, on held-out tasks of the newest day."""
 
-    registry: str
-    """Registry of the model: a folder, or a prefix of an object store such as s3://bucket/model."""
-    input: list[str] | str
-    """The new rows: Parquet or CSV file, glob or directory, or a list of them."""
-    schema: str | None = None
-    """YAML file that says what the columns mean, for the registry's first version; later ones have the same."""
-    prepare: dict[str, Any] = field(default_factory=dict)
-    """Settings of `gmeta prepare`, such as {min_count: 5}."""
-    train: dict[str, Any] = field(default_factory=dict)
-    """Settings of `gmeta train`, such as {schedule: {epochs: 2}}. What is left out is as the current version's, and of a
-    first version as a recipe chooses."""
+    candidate: str
+    """Bundle or run directory that would serve."""
+    current: str
+    """Bundle or run directory that serves now."""
+    pack: str
+    """Task pack of the newest day. Its test tasks are scored, or its valid ones where it has no others."""
+    out: str
+    """Folder to write verdict.json and verdict.html into; made where it is missing."""
     rules: str | None = None
-    """YAML file with the rules of the gate; its own when unset."""
-    full: bool = False
-    """Train anew on the input alone, which then holds all rows, instead of going on from the current version: ids of
-    evicted values are used again, and means and deviations are those of the input."""
-    nproc: int = 1
-    """Processes that train on this machine. train {elastic: {enabled: true}} makes them an elastic group."""
-    work: str = "deliveries"
-    """Folder of what is being made. The same command goes on with a delivery that was stopped."""
-    keep: bool = False
-    """Keep pack, run and bundle when the version is published, and not only of one that was refused."""
+    """YAML file with the rules; those that this help ends with when unset."""
+    previous_pack: str | None = None
+    """Task pack of a day before, which was sound. What the current version scored there shows whether the newest day's
+    data are. Unset: what its manifest, or its run directory, recorded."""
+    resamples: int = 1000
+    """Bootstrap resamples (over tasks) of the confidence intervals."""
+    tasks_per_batch: int = 256
+    """Tasks scored at a time, over all ranks."""
+    seed: int = 0
+    """Seed of the bootstrap."""
     trust_model: bool = False
-    """Import the code of a model that is not gmeta's own; without it such a version is refused."""
-
-    @property
-    def inputs(self) -> list[str]:
-        """Return `input` as a list."""
-        return [self.input] if isinstance(self.input, str) else self.input
+    """Import the code of models that are not gmeta's own, as the versions name it; without it such are refused."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    timeout_s: int = 300
+    """Seconds after which ranks give up on one that does not answer."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
-        require(self.nproc >= 1, "nproc", self.nproc, "must be at least 1")
-        own = {"prepare": ("base", "input", "out", "schema"), "train": ("warm_start", "pack", "run_dir", "resume")}
-        for section, keys in own.items():
-            for key in keys:
-                given = key in getattr(self, section)
-                require(not given, f"{section}.{key}", getattr(self, section).get(key), "deliver sets it; leave it out")
+        require(self.resamples >= 1, "resamples", self.resamples, "must be at least 1")
+        require(self.tasks_per_batch >= 1, "tasks_per_batch", self.tasks_per_batch, "must be at least 1")
+        require(self.timeout_s >= 1, "timeout_s", self.timeout_s, "must be at least 1")
+        require_seed(self.seed)

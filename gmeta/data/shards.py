@@ -264,6 +264,10 @@ class PackSplit:
         column = self._one_valued.index(name)
         return _joined([shard.read("ids")[:, column] for shard in self._shards])
 
+    def numeric_column(self, number: int) -> Array:
+        """Return one standardised numeric column, float32 [rows], in the order of the schema's columns."""
+        return _joined([shard.read("dense")[:, number] for shard in self._shards])
+
     def lengths(self, name: str) -> Array | None:
         """Return how many ids each row has of a many-valued feature, int64 [rows]; None of a one-valued one."""
         if name not in self._many_valued:

@@ -24,7 +24,8 @@ import xxhash
 import yaml
 
 from gmeta.config.data import PrepareConfig
-from gmeta.config.delivery import BundleConfig, DeliverConfig, GateConfig
+from gmeta.config.deliver import DeliverConfig
+from gmeta.config.delivery import BundleConfig, GateConfig
 from gmeta.config.parse import parse_mapping, train_config
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import alone, make_folder, read_mapping, write_text
@@ -32,9 +33,9 @@ from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare, print_summary
 from gmeta.data.sources import find_files
 from gmeta.delivery.bundle import make_bundle
-from gmeta.delivery.gate import EXIT_REFUSED, judge
+from gmeta.delivery.gate import judge
 from gmeta.delivery.registry import publish
-from gmeta.parallel.launch import EXIT_STOPPED, launch
+from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
 from gmeta.runs.bundle import open_bundle, read_manifest
 from gmeta.runs.registry import Registry, open_registry
 from gmeta.training.defaults import with_defaults

@@ -45,6 +45,8 @@ _COLOURS = {
     "plain-finetuned": "#db2777",
     "factor-analysis": "#0f766e",
     "item-mean+task-bias": "#65a30d",
+    "candidate": "#2563eb",
+    "current": "#f59e0b",
     "query": "#2563eb",
     "support, before adapting": "#f59e0b",
 }

@@ -145,9 +145,9 @@ def _measure(measured: _Measured, by_size: dict[int, list[Floats | None]]) -> No
     evaluation = evaluation_records(
         found.predictions,
         ranking=found.ranking,
-        support_size=_support_used(split, measured.trained)[first.task],
+        support_size=support_used(split, measured.trained)[first.task],
         item_cold=split.columns(()).item_cold[first.row],
-        task_cold=_cold_tasks(pack, split)[first.task],
+        task_cold=cold_tasks(pack, split)[first.task],
         **measured.columns,
     ) | {"left_out": pack.left_out(measured.config.split)}
     evaluation["notes"] += pack.warnings()
@@ -214,13 +214,13 @@ def _warn_of_unknown_columns(pack: TaskPack, split: PackSplit) -> None:
         print(f"evaluate: {warning}", file=sys.stderr)
 
 
-def _support_used(split: PackSplit, trained: TrainConfig) -> NDArray[np.int64]:
+def support_used(split: PackSplit, trained: TrainConfig) -> NDArray[np.int64]:
     """Return the support rows that each task adapts to, [num_tasks]."""
     most = trained.loader.max_support_rows
     return np.minimum(split.num_support, most) if most else np.asarray(split.num_support)
 
 
-def _cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
+def cold_tasks(pack: TaskPack, split: PackSplit) -> NDArray[np.bool_]:
     """Say of each task whether its key names no training task, [num_tasks]: a partition may repeat a user."""
     trained = pc.is_in(task_keys(pack, split.task_id), value_set=task_keys(pack, pack.split("train").task_id))
     cold: NDArray[np.bool_] = ~trained.to_numpy().astype(np.bool_)

@@ -1,4 +1,4 @@
-"""Pieces of the HTML pages that `gmeta report` and `gmeta compare` write. Texts of a run never become markup."""
+"""Pieces of the HTML pages of `gmeta report`, `gmeta compare` and `gmeta gate`. Texts of a run never become markup."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib import resources
 from string import Template
 
 from gmeta.core.numbers import shown
+from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
 
@@ -106,3 +107,51 @@ def badness(value: float, metric: str) -> float:
     if metric == "calibration":
         return abs(value - 1)
     return -value if metric in HIGHER_IS_BETTER else value
+
+
+def case_table(evaluation: Json, names: Sequence[str], metric: str) -> str:
+    """Make a table with slices down and variants across."""
+    cases = {case["case"]: case for case in evaluation["cases"]}
+    rows = []
+    for case in names:
+        cells = row_cells([record_of(evaluation, case, variant, metric) for variant in evaluation["variants"]], metric)
+        label = f"{escape(case.replace('_', ' '))}<small>{cases[case]['rows']:,} rows</small>"
+        rows.append(f"<tr><td>{label}</td>{cells}</tr>")
+    return variant_table(f"{metric_name(metric)}, by slice", evaluation["variants"], rows)
+
+
+def all_metrics_section(evaluation: Json) -> str:
+    """Make a table of every metric of every variant over all rows, with the evaluation's notes."""
+    metrics = list(dict.fromkeys(record["metric"] for record in evaluation["records"]))
+    rows = []
+    for metric in metrics:
+        records = [record_of(evaluation, "all", variant, metric) for variant in evaluation["variants"]]
+        tasks = max((record["n"] for record in records if record), default=0)
+        rows.append(
+            f"<tr><td>{escape(metric_name(metric))}<small>{tasks:,} tasks</small></td>{row_cells(records, metric)}</tr>"
+        )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in evaluation["notes"])
+    return "<h2>All metrics</h2>" + variant_table("metric", evaluation["variants"], rows) + notes
+
+
+def record_of(evaluation: Json, case: str, variant: str, metric: str) -> Json | None:
+    """Return the record of a variant's metric on a slice; None where there is none."""
+    wanted = (case, variant, metric)
+    for record in evaluation["records"]:
+        if (record["case"], record["variant"], record["metric"]) == wanted:
+            return dict(record)
+    return None
+
+
+def records_of(evaluation: Json, cases: Iterable[str], variant: str, metric: str) -> list[Json | None]:
+    """Return a record, or None, for each of these slices."""
+    return [record_of(evaluation, case, variant, metric) for case in cases]
+
+
+def points_of(name: str, x: Iterable[float], records: Sequence[Json | None]) -> Points:
+    """Return the points of a chart, with their intervals, that some records make."""
+
+    def column(key: str) -> list[float | None]:
+        return [None if record is None else record[key] for record in records]
+
+    return Points(name, list(x), column("value"), column("low"), column("high"))

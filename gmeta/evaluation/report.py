@@ -14,25 +14,28 @@ from gmeta.evaluation import charts
 from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json, read_evaluation, read_log, read_object
 from gmeta.evaluation.pages import (
+    all_metrics_section,
     badge,
     badness,
+    case_table,
     figure,
     interval_text,
     metric_name,
     missing,
     number_text,
     page,
+    points_of,
+    record_of,
+    records_of,
     row_cells,
     stacked,
     variant_table,
 )
 from gmeta.evaluation.report_training import communication_section, training_section
-from gmeta.evaluation.slices import HeadlineRow, headline_rows
+from gmeta.evaluation.slices import COLDNESS, HeadlineRow, headline_rows
 from gmeta.evaluation.support_curve import curve_records
 from gmeta.runs.directory import read_settings
 from gmeta.runs.log import METRICS_FILE
-
-_COLD = ("warm", "user_cold", "item_cold", "both_cold")
 
 
 def build_report(run_dir: Path | str, folder: Path | None = None) -> Path:
@@ -55,7 +58,7 @@ def build_report(run_dir: Path | str, folder: Path | None = None) -> Path:
         _curve_section(evaluation),
         training_section([r for r in records if r["kind"] == "train"], [r for r in records if r["kind"] == "valid"]),
         communication_section([r.get("comm") for r in records if r["kind"] == "train"]),
-        _all_metrics_section(evaluation),
+        "" if evaluation is None else all_metrics_section(evaluation),
         _settings_section(config, environment, evaluation),
     )
     path = folder / "report.html"
@@ -164,7 +167,7 @@ def _headline_table(rows: Sequence[HeadlineRow], metric: str, reference: str) ->
 
 def _variant_chart(evaluation: Json, rows: Sequence[HeadlineRow]) -> str:
     """Draw each variant on a line of its own, in its own colour."""
-    series = [_points(row.variant, [i], [row.record]) for i, row in enumerate(rows)]
+    series = [points_of(row.variant, [i], [row.record]) for i, row in enumerate(rows)]
     names = [row.variant for row in rows]
     return charts.dot_chart(
         "Every variant", names, series, x_label=metric_name(evaluation["headline"]["metric"]), separate=False
@@ -180,12 +183,12 @@ def _adaptation_section(evaluation: Json | None) -> str:
     metric = evaluation["headline"]["metric"]
     cases = {case["case"]: case for case in evaluation["cases"]}
     sizes = [name for name in cases if name.startswith("support_") and cases[name]["rows"]]
-    cold = [name for name in _COLD if name in cases and cases[name]["rows"]]
-    absent = [cases[name]["about"] for name in _COLD if name in cases and not cases[name]["rows"]]
+    cold = [name for name in COLDNESS if name in cases and cases[name]["rows"]]
+    absent = [cases[name]["about"] for name in COLDNESS if name in cases and not cases[name]["rows"]]
     compared = _compared(evaluation)
     labels = [name.removeprefix("support_").replace("-", "–") for name in sizes]
-    by_size = [_points(name, range(len(sizes)), _records(evaluation, sizes, name, metric)) for name in compared]
-    by_cold = [_points(name, range(len(cold)), _records(evaluation, cold, name, metric)) for name in compared]
+    by_size = [points_of(name, range(len(sizes)), records_of(evaluation, sizes, name, metric)) for name in compared]
+    by_cold = [points_of(name, range(len(cold)), records_of(evaluation, cold, name, metric)) for name in compared]
     curves = [
         Points(name, [b["predicted"] for b in bins], [b["observed"] for b in bins])
         for name, bins in evaluation["curves"].items()
@@ -214,7 +217,7 @@ def _adaptation_section(evaluation: Json | None) -> str:
     note = f'<p class="note">No query rows here with: {escape("; ".join(absent))}.</p>' if absent else ""
     return (
         "<h2>What adaptation bought</h2>"
-        f'<div class="grid">{"".join(figures)}</div>{_case_table(evaluation, ["all", *cold, *sizes], metric)}{note}'
+        f'<div class="grid">{"".join(figures)}</div>{case_table(evaluation, ["all", *cold, *sizes], metric)}{note}'
     )
 
 
@@ -229,17 +232,6 @@ def _counts(names: Sequence[str], labels: Sequence[str], cases: dict[str, Json])
     return f"Tasks by support rows: {'; '.join(counts)}."
 
 
-def _case_table(evaluation: Json, names: Sequence[str], metric: str) -> str:
-    """Make a table with slices down and variants across."""
-    cases = {case["case"]: case for case in evaluation["cases"]}
-    rows = []
-    for case in names:
-        cells = row_cells([_record(evaluation, case, variant, metric) for variant in evaluation["variants"]], metric)
-        label = f"{escape(case.replace('_', ' '))}<small>{cases[case]['rows']:,} rows</small>"
-        rows.append(f"<tr><td>{label}</td>{cells}</tr>")
-    return variant_table(f"{metric_name(metric)}, by slice", evaluation["variants"], rows)
-
-
 def _curve_section(evaluation: Json | None) -> str:
     """Show the learning curve: a chart of the usual variants, and all of it as tables."""
     if evaluation is None or "support_curve" not in evaluation:
@@ -249,7 +241,7 @@ def _curve_section(evaluation: Json | None) -> str:
     records, differences = curve_records(evaluation), curve_records(evaluation, "differences")
     labels = [str(size) for size in sizes]
     series = [
-        _points(name, range(len(sizes)), [records.get((size, name)) for size in sizes])
+        points_of(name, range(len(sizes)), [records.get((size, name)) for size in sizes])
         for name in _compared(evaluation)
     ]
     title = "Learning curve"
@@ -277,48 +269,14 @@ def _difference_cells(records: Sequence[Json | None]) -> str:
     return "".join(f"<td>{stacked(record, '+') if record else '–'}</td>" for record in records)
 
 
-def _all_metrics_section(evaluation: Json | None) -> str:
-    if evaluation is None:
-        return ""
-    metrics = list(dict.fromkeys(record["metric"] for record in evaluation["records"]))
-    rows = []
-    for metric in metrics:
-        records = [_record(evaluation, "all", variant, metric) for variant in evaluation["variants"]]
-        tasks = max((record["n"] for record in records if record), default=0)
-        rows.append(
-            f"<tr><td>{escape(metric_name(metric))}<small>{tasks:,} tasks</small></td>{row_cells(records, metric)}</tr>"
-        )
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in evaluation["notes"])
-    return "<h2>All metrics</h2>" + variant_table("metric", evaluation["variants"], rows) + notes
-
-
 def _best_baseline(evaluation: Json) -> str | None:
     metric = evaluation["headline"]["metric"]
     scored = []
     for name in evaluation["baselines"]:
-        record = _record(evaluation, "all", name, metric)
+        record = record_of(evaluation, "all", name, metric)
         if record is not None and record["value"] is not None:
             scored.append((badness(record["value"], metric), name))
     return min(scored)[1] if scored else None
-
-
-def _record(evaluation: Json, case: str, variant: str, metric: str) -> Json | None:
-    wanted = (case, variant, metric)
-    for record in evaluation["records"]:
-        if (record["case"], record["variant"], record["metric"]) == wanted:
-            return dict(record)
-    return None
-
-
-def _records(evaluation: Json, cases: Iterable[str], variant: str, metric: str) -> list[Json | None]:
-    return [_record(evaluation, case, variant, metric) for case in cases]
-
-
-def _points(name: str, x: Iterable[float], records: Sequence[Json | None]) -> Points:
-    def column(key: str) -> list[float | None]:
-        return [None if record is None else record[key] for record in records]
-
-    return Points(name, list(x), column("value"), column("low"), column("high"))
 
 
 # Settings

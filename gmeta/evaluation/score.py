@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gmeta.config.train import CLICK_METRICS, LossName
+from gmeta.core.batch import TaskBatch
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER, make_rows, metric_of
@@ -47,12 +48,14 @@ def score_split(
     learner: MetaLearner | None = None,
     steps: int | None = None,
     inner_lr: float | None = None,
+    translate: Callable[[TaskBatch], TaskBatch] = lambda batch: batch,
 ) -> Scores | None:
     """Return the logits of every query row before and after adapting to its task's support; None on other ranks than 0.
 
     Tasks adapt to their last `max_support_rows` support rows (0: to all), which is a setting of the run's loader.
-    `learner`, `steps` and `inner_lr` replace what the system was trained with. The call is collective, and no other
-    loader may exchange ids meanwhile.
+    `learner`, `steps` and `inner_lr` replace what the system was trained with, and `translate` turns the ids of the
+    split into the system's, where these are others. The call is collective, and no other loader may exchange ids
+    meanwhile.
     """
     mesh = system.mesh
     learner = learner or system.learner
@@ -65,7 +68,7 @@ def score_split(
         shuffle=False,
         max_support_rows=max_support_rows,
         max_cells=max_cells,
-        transform=partial(system.prepare, learner=learner),
+        transform=lambda batch: system.prepare(translate(batch), learner=learner),
     )
     parts: list[tuple[torch.Tensor, ...]] = []
     learner.eval()

@@ -33,6 +33,9 @@ from gmeta.evaluation.metrics import (
     make_rows,
 )
 
+COLDNESS = ("warm", "user_cold", "item_cold", "both_cold")
+"""The four slices that part the rows by what training has seen."""
+
 SUPPORT_SIZES = ((0, 0), (1, 5), (6, 10), (11, 20), (21, 50), (51, None))
 """Inclusive ranges of the number of support rows, one slice each."""
 
@@ -189,6 +192,33 @@ def print_headline(evaluation: dict[str, Any], file: TextIO | None = None) -> No
     print_table(table, file, (*evaluation.get("left_out", ()), *evaluation["notes"]))
 
 
+HEADLINE_METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "calibration")
+"""What `headline_metrics` keeps of an evaluation."""
+
+
+BEFORE = "before"
+"""Ends the name of a variant, or is all of it, that scores before adaptation."""
+
+
+def headline_metrics(evaluation: dict[str, Any], variant: str | None = None) -> dict[str, dict[str, Any]]:
+    """Return slice -> {metric: value, "rows", "tasks", "label_mean"} of a variant (None: the reference) of an
+    evaluation, for the manifest of a version.
+
+    Metrics before adaptation, where they were measured, are called `<metric>_before`. Slices without rows are left out,
+    and so are those by support size.
+    """
+    variant = evaluation["reference"] if variant is None else variant
+    suffixes = {BEFORE if variant == "after" else f"{variant}-{BEFORE}": f"_{BEFORE}", variant: ""}
+    found: dict[str, dict[str, Any]] = {}
+    for case in evaluation["cases"]:
+        if case["rows"] and case["case"] in ("all", *COLDNESS):
+            found[case["case"]] = {key: case.get(key) for key in ("rows", "tasks", "label_mean")}
+    for record in evaluation["records"]:
+        if record["variant"] in suffixes and record["case"] in found and record["metric"] in HEADLINE_METRICS:
+            found[record["case"]][record["metric"] + suffixes[record["variant"]]] = record["value"]
+    return found
+
+
 def print_table(table: Table, file: TextIO | None = None, notes: Iterable[str] = ()) -> None:
     """Print a table, and notes under it, on standard output or `file`."""
     console = Console(file=file)
@@ -257,13 +287,17 @@ def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
     size = query.support_size
     for low, high in SUPPORT_SIZES:
         mask = (size >= low) & (size <= (math.inf if high is None else high))
-        if high is None:
-            slices.append((f"support_{low}+", f"tasks with {low} or more support rows", mask))
-        elif low == high:
-            slices.append((f"support_{low}", f"tasks with {low} support rows", mask))
-        else:
-            slices.append((f"support_{low}-{high}", f"tasks with {low} to {high} support rows", mask))
+        many = f"{low} or more" if high is None else f"{low}" if low == high else f"{low} to {high}"
+        slices.append((_support_slice(low, high), f"tasks with {many} support rows", mask))
     return slices
+
+
+def _support_slice(low: int, high: int | None) -> str:
+    return f"support_{low}+" if high is None else f"support_{low}" if low == high else f"support_{low}-{high}"
+
+
+SLICES = ("all", *COLDNESS, *(_support_slice(*sizes) for sizes in SUPPORT_SIZES))
+"""The names of all slices."""
 
 
 def _measure_cases(query: _Query, metrics: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
@@ -271,7 +305,9 @@ def _measure_cases(query: _Query, metrics: Sequence[str], resamples: int, seed: 
     cases, records, differences = [], [], []
     for case, about, mask in _slices(query):
         task = query.task[mask]
-        cases.append({"case": case, "about": about, "tasks": len(np.unique(task)), "rows": int(mask.sum())})
+        label_mean = float(np.mean(query.label[mask], dtype=np.float64)) if mask.any() else None
+        counts = {"tasks": len(np.unique(task)), "rows": int(mask.sum())}
+        cases.append({"case": case, "about": about, **counts, "label_mean": label_mean})
         if mask.any():
             new_records, new_differences = _measure(query, case, mask, metrics, resamples, seed)
             records += new_records

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 EXIT_USER_ERROR = 2
 """A worker's exit code for a user's mistake, told through `report_error`."""
+EXIT_REFUSED = 3
+"""A worker's exit code where a gate refused a model: nothing failed."""
 EXIT_STOPPED = 75
 """A worker's exit code after a requested stop: saved (EX_TEMPFAIL)."""
 EXIT_RESTART = 77
@@ -138,10 +140,10 @@ def launch(
     `coordinator` is what `own_coordinator` returns in the workers, and `advice` says what to do when a worker has died.
     Signals that ask this process to stop are added to `asked`.
 
-    The code is 0 when all workers end well. Workers themselves end with 2 after a user's mistake, 75 after a requested
-    stop and 77 to be started again. It is 128 + n when signal n killed a worker. When one worker fails, the others are
-    stopped. SIGTERM, SIGHUP and Ctrl-C are passed on; the workers then have `grace_s` seconds to finish their step and
-    save. A second signal kills them.
+    The code is 0 when all workers end well. Workers themselves end with 2 after a user's mistake, 3 where a gate
+    refused, 75 after a requested stop and 77 to be started again. It is 128 + n when signal n killed a worker. When one
+    worker fails, the others are stopped. SIGTERM, SIGHUP and Ctrl-C are passed on; the workers then have `grace_s`
+    seconds to finish their step and save. A second signal kills them.
     """
     if nproc < 1:
         raise ValueError(f"nproc is {nproc}: must be at least 1")
@@ -265,7 +267,7 @@ def _verdict(context: SubprocessContext, result: RunProcsResult | None, advice: 
     first = next(rank for rank in found_first if rank in causes)
     code = causes[first]
     messages = list(dict.fromkeys(text for rank in causes if (text := _last_words(context, rank))))
-    expected = code in (EXIT_STOPPED, EXIT_RESTART) or (code == EXIT_USER_ERROR and messages)
+    expected = code in (EXIT_REFUSED, EXIT_STOPPED, EXIT_RESTART) or (code == EXIT_USER_ERROR and messages)
     asked_for = result is None and code in (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
     if not (expected or asked_for):
         pid = context.subprocess_handlers[first].proc.pid

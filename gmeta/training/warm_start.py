@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import read_mapping
-from gmeta.data.identity import vocabulary_file
 from gmeta.data.pack import TaskPack
-from gmeta.data.schema import OOV, PackSchema, schema_difference
+from gmeta.data.schema import OOV
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import CURE, TRAINING, Bundle, open_bundle, read_manifest
-from gmeta.runs.directory import read_config, read_schema, read_tasks_checksum
+from gmeta.runs.directory import read_config, read_tasks_checksum
+from gmeta.runs.translation import GONE, NEW, known_ids, meaning_difference
 from gmeta.training.first_rows import set_generated_rows
 from gmeta.training.run import Run
 from gmeta.training.state import Progress
-
-_NEW, _GONE = -1, -2
-"""Sources of ids that the bundle does not have, and of tombstones."""
 
 
 def start_from_bundle(run: Run, path: Path) -> str:
@@ -49,10 +41,10 @@ def start_from_bundle(run: Run, path: Path) -> str:
     told = [f"warm start from {path}, version {bundle.id}" + ("" if moments else ", which holds no moments")]
     new: dict[str, Tensor] = {}
     for fused in state.system.tables.fused.values():
-        sources = {spec.name: _sources(path, run.pack, spec.name) for spec in fused.specs}
+        sources = {spec.name: known_ids(path, run.pack, spec.name) for spec in fused.specs}
         bundle.fill_rows(fused, sources, moments=moments)
         for table, source in sources.items():
-            new[table], gone = ((source == what).nonzero()[:, 0] for what in (_NEW, _GONE))
+            new[table], gone = ((source == what).nonzero()[:, 0] for what in (NEW, GONE))
             fused.set_ids(table, gone, torch.zeros(len(gone), fused.dim))
             if config.embedding.new_rows != "random":
                 fused.set_ids(table, new[table], bundle.rows(table, torch.tensor([OOV])).expand(len(new[table]), -1))
@@ -69,7 +61,6 @@ def start_from_bundle(run: Run, path: Path) -> str:
 def _check(path: Path, pack: TaskPack, config: TrainConfig, *, moments: bool, goes_on: bool) -> None:
     open_bundle(path, training=moments)  # verifies it
     base = read_config(path)
-    schema, data_schema = read_schema(path)
     lines = [
         f"{key} is {ours!r}, the bundle has {theirs!r}"
         for key, ours, theirs in (
@@ -82,11 +73,7 @@ def _check(path: Path, pack: TaskPack, config: TrainConfig, *, moments: bool, go
         )
         if ours != theirs
     ]
-    lines += schema_difference(_without_sizes(schema), _without_sizes(pack.schema))
-    theirs = pack.manifest["data_schema"]
-    for key in ("label_threshold", "hash_seed"):
-        if theirs.get(key) != data_schema.get(key):
-            lines.append(f"{key} of the pack is {theirs.get(key)!r}, the bundle's {data_schema.get(key)!r}")
+    lines += meaning_difference(path, pack)
     if lines:
         raise ValueError(
             f"{path} cannot be gone on with on {pack.path}: {'; '.join(lines)}. Leave settings of "
@@ -103,29 +90,6 @@ def _check(path: Path, pack: TaskPack, config: TrainConfig, *, moments: bool, go
             f"schedule.position is 'continue', and {pack.path} has other tasks than {path} was trained on: a position "
             "means nothing among them; leave it out"
         )
-
-
-def _without_sizes(schema: PackSchema) -> PackSchema:
-    """Return a schema without what grows."""
-    return replace(schema, features=tuple(replace(f, num_ids=1) for f in schema.features), identity=None)
-
-
-def _sources(path: Path, pack: TaskPack, table: str) -> Tensor:
-    """Return for each id of the pack the bundle's id of the same value, int64 [num_ids], or `_NEW` or `_GONE`."""
-    if table not in pack.manifest["vocab"]:  # hashed: ids mean the same, as the schemas are the same
-        return torch.arange(next(f.num_ids for f in pack.schema.features if f.table == table))
-    known, asked = (_values(file) for file in (vocabulary_file(path / "vocab", table), pack.vocab_file(table)))
-    place = pc.index_in(asked, value_set=known, skip_nulls=True)
-    found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), _NEW).to_numpy(zero_copy_only=False)
-    found = np.where(asked.is_null().to_numpy(zero_copy_only=False), _GONE, found)
-    return torch.from_numpy(np.concatenate([[OOV], found]))
-
-
-def _values(file: Path) -> pa.Array:
-    try:
-        return pq.read_table(file, columns=["value"])["value"].combine_chunks()
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{file} is missing or damaged ({error}): {CURE}") from None
 
 
 def _restore_position(run: Run, path: Path) -> None:

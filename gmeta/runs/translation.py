@@ -1,0 +1,124 @@
+"""Ids of a pack in the vocabularies of a run or a bundle: an id means nothing but the raw value that it stands for.
+
+A version that was trained before has fewer ids than the pack of a new day. What it does not know reads its row of
+unknown values, as in serving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from gmeta.core.batch import Bag, Examples, TaskBatch
+from gmeta.data.identity import vocabulary_file
+from gmeta.data.pack import TaskPack
+from gmeta.data.schema import OOV, PackSchema, schema_difference
+from gmeta.runs.directory import read_schema
+
+NEW, GONE = -1, -2
+"""Sources of ids whose values are not known, and of tombstones."""
+
+_CURE = "copy the run or the bundle again"
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Turns the ids of a pack's batches into those of a model; call it with a TaskBatch."""
+
+    tables: Mapping[str, Tensor]  # feature -> int64 [ids of the pack], the model's ids; of equal vocabularies none
+
+    def __call__(self, batch: TaskBatch) -> TaskBatch:
+        """Return the batch with the model's ids. Tensors of the given batch do not change."""
+        if not self.tables:
+            return batch
+        parts = tuple(self(part) for part in batch.parts)
+        return replace(batch, support=self._side(batch.support), query=self._side(batch.query), parts=parts)
+
+    def of_feature(self, name: str, ids: np.ndarray) -> np.ndarray:
+        """Return the model's ids of a feature's ids in the pack, int64 of the same shape."""
+        return self.tables[name].numpy()[ids] if name in self.tables else ids.astype(np.int64)
+
+    def _side(self, side: Examples) -> Examples:
+        ids = {name: self.tables[name][found] if name in self.tables else found for name, found in side.ids.items()}
+        bags = {
+            name: Bag(self.tables[name][bag.values], bag.lengths) if name in self.tables else bag
+            for name, bag in side.bags.items()
+        }
+        return replace(side, ids=ids, bags=bags)
+
+
+def translation_of(source: Path, pack: TaskPack) -> Translation:
+    """Return how a run or a bundle reads the pack's ids.
+
+    Raises ValueError where columns, numbers or hashes mean something else there, with what differs, and where a
+    vocabulary is damaged.
+    """
+    if lines := meaning_difference(source, pack):
+        raise ValueError(
+            f"{pack.path} does not mean what {source} was trained on: {'; '.join(lines)}. Prepare the rows with "
+            "`gmeta prepare` as a day that continues its pack, or train a new version on this pack"
+        )
+    found = {}
+    for table in dict.fromkeys(feature.table for feature in pack.schema.features):
+        ids = known_ids(source, pack, table).clamp(min=OOV)
+        if not torch.equal(ids, torch.arange(len(ids))):
+            found[table] = ids
+    return Translation({f.name: found[f.table] for f in pack.schema.features if f.table in found})
+
+
+def meaning_difference(source: Path, pack: TaskPack) -> list[str]:
+    """Say where a raw row means something else in a run or a bundle than in a pack, one line each.
+
+    Vocabularies may differ; the sizes of hashed tables, and what a number counts from, may not.
+    """
+    schema, data_schema = read_schema(source)
+    theirs = pack.manifest["data_schema"]
+    lines = schema_difference(_without_vocabularies(schema, source), _without_vocabularies(pack.schema, pack))
+    lines += [
+        f"{key} of the pack is {theirs.get(key)!r}, expected {data_schema.get(key)!r}"
+        for key in ("label_threshold", "hash_seed")
+        if theirs.get(key) != data_schema.get(key)
+    ]
+    return lines
+
+
+def _without_vocabularies(schema: PackSchema, owner: Path | TaskPack) -> PackSchema:
+    """Return a schema without the sizes of vocabularies, which grow."""
+
+    def grows(table: str) -> bool:
+        if isinstance(owner, TaskPack):
+            return table in owner.manifest["vocab"]
+        return vocabulary_file(owner / "vocab", table).exists()
+
+    sizes = [1 if grows(feature.table) else feature.num_ids for feature in schema.features]
+    features = tuple(replace(f, num_ids=size) for f, size in zip(schema.features, sizes, strict=True))
+    return replace(schema, features=features, identity=None)
+
+
+def known_ids(source: Path, pack: TaskPack, table: str) -> Tensor:
+    """Return for each id of a pack's table the id of the same value in a run or a bundle, int64 [num_ids].
+
+    It is `NEW` where the value is not known there, and `GONE` for a tombstone of the pack.
+    """
+    if table not in pack.manifest["vocab"]:  # hashed: ids mean the same, as the schemas are the same
+        return torch.arange(next(f.num_ids for f in pack.schema.features if f.table == table))
+    known, asked = (_values(file) for file in (vocabulary_file(source / "vocab", table), pack.vocab_file(table)))
+    place = pc.index_in(asked, value_set=known, skip_nulls=True)
+    found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), NEW).to_numpy(zero_copy_only=False)
+    found = np.where(asked.is_null().to_numpy(zero_copy_only=False), GONE, found)
+    return torch.from_numpy(np.concatenate([[OOV], found]))
+
+
+def _values(file: Path) -> pa.Array:
+    try:
+        return pq.read_table(file, columns=["value"])["value"].combine_chunks()
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None
