@@ -46,9 +46,11 @@ def console_report() -> Iterator[Report]:
 def split_summary(con: Connection, split: str, cold_rows: int) -> dict[str, Any]:
     """Return the sizes of a split's tasks, and the fractions that are padding, cold tasks and rows of cold items."""
     where = f"WHERE split = {literal(split)}"
-    sizes = con.execute(f"SELECT num_support, num_rows FROM tasks {where} ORDER BY task_id").fetchnumpy()
-    support = sizes["num_support"].astype(np.int64)
-    query = sizes["num_rows"].astype(np.int64) - support
+    sizes = con.execute(
+        f"SELECT num_support + num_older AS support, num_rows + num_older AS rows FROM tasks {where} ORDER BY task_id"
+    ).fetchnumpy()
+    support = sizes["support"].astype(np.int64)
+    query = sizes["rows"].astype(np.int64) - support
     seen = f"SELECT count(*) FROM tasks {where} AND key IN (SELECT key FROM tasks WHERE split = 'train')"
     warm = scalar(con, seen)
     rows = int(support.sum() + query.sum())
