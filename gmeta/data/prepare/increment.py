@@ -77,6 +77,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
             (folder / PARTS).mkdir(parents=True)
             write_vocabularies(con, writer, schema, totals="totals_after")
             gone = tombstones(con, schema, pack_schema)
+            counts["tombstones"] = {f.table: int(gone[f.name].sum()) for f in pack_schema.features if f.name in gone}
             history = History(pack_schema, base.day, rows, older, folder / PARTS, gone)
             of_shards = _OfShards(history, UnknownIds(base.pack_schema))
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, of_shards)
