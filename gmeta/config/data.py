@@ -9,6 +9,9 @@ from typing import Any, Literal
 
 from gmeta.core.errors import require, require_numbers, require_seed
 
+HISTORY_ROWS = 50
+"""Rows of earlier days that the support of a task has at most, unless a setting says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
@@ -16,6 +19,9 @@ class PrepareConfig:
 
     out: str
     """Task pack directory to create."""
+    base: str | None = None
+    """Task pack, or bundle of a run that was trained on one, that the pack of `input` continues: a new day. Schema and
+    settings are the base's; only this day's files are read. Ids go on: a known value keeps its id."""
     input: list[str] | str = field(default_factory=list)
     """Parquet or CSV file, glob or directory, or a list of them: [a.csv, logs/]."""
     schema: str | None = None
@@ -65,6 +71,13 @@ class PrepareConfig:
     """Fraction of the tasks held out as test; 0.1 when unset. Not for task_split column."""
     on_bad_rows: Literal["fail", "quarantine"] = "fail"
     """Rows that cannot be used stop the command, or go to rejects.parquet in the pack with their reason."""
+    history_rows: int = HISTORY_ROWS
+    """Rows of earlier days that a task's support has at most, its last ones; the query has rows of the new day alone.
+    With base; not with task_split column."""
+    evict_after_days: int | None = None
+    """Values not seen for so many days lose their ids, and tasks their older rows. With base. Unset: never."""
+    evict_below: int | None = None
+    """Only values seen fewer times than this in all lose their ids. Unset: all that evict_after_days names."""
     memory_limit: str = "2GB"
     """Memory that DuckDB may use before it spills to disk beside `out`."""
     threads: int = 0
@@ -99,6 +112,13 @@ class PrepareConfig:
             require(known, f"partitions[{name!r}]", split, "splits are train, valid and test")
         for name, side in self.roles.items():
             require(side in ("support", "query"), f"roles[{name!r}]", side, "roles are support and query")
+        history, days, below = self.history_rows, self.evict_after_days, self.evict_below
+        require(history >= 0, "history_rows", history, "must be 0 or more")
+        require(history == HISTORY_ROWS or self.base is not None, "history_rows", history, "has no effect without base")
+        require(days is None or days >= 1, "evict_after_days", days, "must be at least 1")
+        require(days is None or self.base is not None, "evict_after_days", days, "has no effect without base")
+        require(below is None or below >= 1, "evict_below", below, "must be at least 1")
+        require(below is None or days is not None, "evict_below", below, "has no effect without evict_after_days")
         size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B", self.memory_limit, re.IGNORECASE)
         known = size is not None and float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " ") < 1e18
         require(known, "memory_limit", self.memory_limit, "must be a size such as 500MB or 2GB")

@@ -74,11 +74,13 @@ class PackWriter:
         schema: PackSchema,
         settings: Mapping[str, Any] | None = None,
         data_schema: Mapping[str, Any] | None = None,
+        day: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
         self.schema = schema
         self._settings = dict(settings or {})
         self._data_schema = dict(data_schema or {})
+        self._day = {} if day is None else {"day": dict(day)}
         self._shards: list[dict[str, Any]] = []
         self._vocab: dict[str, dict[str, Any]] = {}
         self._tasks: pq.ParquetWriter | None = None
@@ -134,11 +136,17 @@ class PackWriter:
         counts = {"rows": len(arrays["label"]), "tasks": len(arrays["task_id"]), "bytes": path.stat().st_size}
         self._shards.append({"split": split, "file": path.name, "xxh3": checksum, **counts})
 
-    def write_vocab(self, table: str, values: pa.Array | pa.ChunkedArray, counts: Array) -> None:
-        """Write the vocabulary of an embedding table: `values[i]` has id i + 1 and was seen `counts[i]` times."""
+    def write_vocab(
+        self, table: str, values: pa.Array | pa.ChunkedArray, counts: Array, last_day: Array | None = None
+    ) -> None:
+        """Write the vocabulary of an embedding table: `values[i]` has id i + 1, was seen `counts[i]` times, and last on
+        day `last_day[i]`. A value that is NULL is a tombstone: nothing has its id.
+        """
         path = vocabulary_file(self._partial / "vocab", table)
         ids = pa.array(np.arange(1, len(values) + 1, dtype=np.int64))
         columns = {"value": values, "id": ids, "count": pa.array(np.asarray(counts, dtype=np.int64))}
+        if last_day is not None:
+            columns["last_day"] = pa.array(np.asarray(last_day, dtype=np.int32))
         with _disk_errors(path):
             pq.write_table(pa.table(columns), path)
             self._vocab[table] = file_entry(self._partial, path)
@@ -167,8 +175,8 @@ class PackWriter:
             self._tasks.close()
             path.write_text(json.dumps(self._manifest(counts or {}), sort_keys=True, indent=1) + "\n")
             sync(path)
-            sync(self._partial / "vocab")
-            sync(self._partial)
+            for folder in {path.parent for path in self._partial.rglob("*")}:
+                sync(folder)
             self._refuse_existing()
             os.rename(self._partial, self.path)
             sync(self.path.absolute().parent)
@@ -195,6 +203,7 @@ class PackWriter:
             "splits": splits,
             "vocab": self._vocab,
             "tasks": file_entry(self._partial, self._partial / "tasks.parquet"),
+            **self._day,
         }
         listed = (*self._shards, *self._vocab.values(), manifest["tasks"])
         known = {"manifest.json", *(entry["file"] for entry in listed)}

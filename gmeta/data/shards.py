@@ -6,7 +6,7 @@ rows asked for. Anonymous memory does not grow with the pack: shards stay mapped
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -279,6 +279,12 @@ class PackSplit:
         if name in self._many_valued:
             return sum(int(shard.arrays[f"{name}.offsets"][-1]) for shard in self._shards)
         return self.num_rows
+
+    def shard_arrays(self) -> Iterator[dict[str, Array]]:
+        """Give the mapped arrays of one shard after the other, after verification."""
+        for shard in self._shards:
+            shard.verify()
+            yield shard.arrays
 
     def first_shard(self) -> PackSplit:
         """Return the tasks of the first shard as a split of their own: a sample, where tasks lie in random order."""

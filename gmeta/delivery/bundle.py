@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import xxhash
 from torch import Tensor
 
+from gmeta.config.data import HISTORY_ROWS
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.train import TrainConfig
+from gmeta.data.pack import TaskPack, open_pack
+from gmeta.data.prepare.base import IN_BUNDLE, INCREMENT
+from gmeta.data.prepare.history import TASKS, history_of_pack
 from gmeta.data.schema import PackSchema
+from gmeta.data.shards import verified_file
 from gmeta.embedding.table import FusedTable, ShardedTables
 from gmeta.models.registry import find_model, is_foreign
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import new_learner, require_trusted, row_dtype, table_specs
 from gmeta.runs import checkpoint
-from gmeta.runs.bundle import ROWS, TRAINING, Bundle, BundleWriter
-from gmeta.runs.data import require_own_vocabularies
+from gmeta.runs.bundle import ROWS, TRAINING, Bundle, BundleWriter, is_bundle, read_manifest
+from gmeta.runs.data import is_own_pack, require_own_vocabularies
 from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
 
 _STATE = ("progress", "loader", "torch_rng")
@@ -48,6 +55,11 @@ def make_bundle(config: BundleConfig) -> Bundle:
         _add_dense(writer, path, training=config.training, mesh=mesh)
         for fused in _tables(trained, schema, mesh, training=config.training).values():
             _add_rows(writer, path, fused, mesh)
+        pack, reason = _own_pack(run_dir, trained)
+        if config.training and pack is not None:
+            _add_increment(writer, pack)
+        elif config.training:
+            print(f"bundle {config.out} cannot be continued by `gmeta prepare --base`: {reason}", file=sys.stderr)
         if config.training:
             state = checkpoint.read_state(path)
             writer.add_json(f"{TRAINING}state.json", {key: state[key] for key in _STATE})
@@ -55,11 +67,54 @@ def make_bundle(config: BundleConfig) -> Bundle:
         return writer.finish(
             {
                 "id": f"{read_run_id(run_dir)}/{step}",
-                "parent": None,
+                "parent": _parent(trained),
                 "step": step,
                 "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
+                **_day(pack),
             }
         )
+
+
+def _own_pack(run_dir: Path, trained: TrainConfig) -> tuple[TaskPack | None, str]:
+    """Return the pack that a run was trained on, where it still is; else None, and why."""
+    path = Path(trained.pack)
+    if not (path / "manifest.json").exists():
+        return None, f"the run's pack {path} is no longer there"
+    try:
+        pack = open_pack(path)
+        if is_own_pack(run_dir, pack):
+            return pack, ""
+    except ValueError as error:
+        return None, str(error)
+    return None, f"{path} is no longer the pack that the run was trained on"
+
+
+def _parent(trained: TrainConfig) -> str | None:
+    """Return the id of the version that a run was warm-started from; None where there is none, or it is gone."""
+    path = Path(trained.warm_start)
+    return str(read_manifest(path)["id"]) if trained.warm_start and is_bundle(path) else None
+
+
+def _day(pack: TaskPack | None) -> dict[str, Any]:
+    """Return number and interval of the day of a pack, as far as they are known."""
+    if pack is None:
+        return {}
+    day = pack.manifest.get("day", {"number": 0})
+    found: dict[str, Any] = {"day": day["number"]}
+    if day.get("first_time") is not None:
+        found["interval"] = [day["first_time"], day["last_time"]]
+    return found
+
+
+def _add_increment(writer: BundleWriter, pack: TaskPack) -> None:
+    """Add what a later day needs of the pack. A first pack has no history, so that it is made here."""
+    carried = [entry for entry in pack.manifest["others"] if entry["file"].startswith(f"{INCREMENT}/")]
+    for entry in carried:
+        writer.add_file(verified_file(pack.path, entry), f"{TRAINING}{entry['file']}")
+    if f"{INCREMENT}/{TASKS}" not in {entry["file"] for entry in carried} and pack.manifest["data_schema"]:
+        rows = 0 if pack.manifest["settings"].get("task_split") == "column" else HISTORY_ROWS
+        writer.add_made(IN_BUNDLE, partial(history_of_pack, pack, rows=rows))
+    writer.add_file(pack.path / "manifest.json", f"{IN_BUNDLE}/manifest.json")
 
 
 def source_hash(name: str) -> str:

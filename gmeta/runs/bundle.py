@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -218,6 +218,11 @@ class BundleWriter:
         """Copy a file."""
         with self._disk_errors():
             shutil.copyfile(source, self._place(name))
+
+    def add_made(self, name: str, make: Callable[[Path], None]) -> None:
+        """Have `make` write a file or a folder."""
+        with self._disk_errors():
+            make(self._place(name))
 
     def add_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file."""

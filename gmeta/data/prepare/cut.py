@@ -17,28 +17,39 @@ def size_tasks(con: Connection, settings: Settings, counts: dict[str, Any]) -> N
     """Make table `sized`: the kept tasks of `split_tasks`, with the sizes that they have in the pack.
 
     A task has `num_found` raw rows, of which its limit leaves `num_within`; `num_rows` of these are its support
-    (`num_support`) and query. `counts` gets the tasks that are shortened or cut unusually, where there are any.
+    (`num_support`) and query; `num_older` rows of earlier days come before its support. `counts` gets the tasks that
+    are shortened or cut unusually, where there are any.
     """
     support, rows, unusual = _cut(settings)
     con.execute(f"""
         CREATE TABLE sized AS
         SELECT *, {rows} AS num_rows FROM (
-            SELECT *, {support} AS num_support, num_within > 1 AND {unusual} AS is_small FROM (
-                SELECT * EXCLUDE (num_rows), num_rows AS num_found, {_limited(settings)} AS num_within
-                FROM split_tasks WHERE dropped IS NULL))""")
+            SELECT *, {support} AS num_support, num_within > 1 AND num_older = 0 AND {unusual} AS is_small FROM (
+                SELECT *, {_older(settings)} AS num_older FROM (
+                    SELECT * EXCLUDE (num_rows), num_rows AS num_found, {_limited(settings, "num_rows")} AS num_within
+                    FROM split_tasks WHERE dropped IS NULL)))""")
     if small := _small(con, settings):
         counts["small_tasks"] = small
     if shortened := _shortened(con, settings):
         counts["shortened_tasks"] = shortened
 
 
-def _limited(settings: Settings) -> str:
-    """Return SQL of the rows that a task has within its limit."""
+def _limited(settings: Settings, rows: str) -> str:
+    """Return SQL of `rows`, or of the limit of a task's rows where that is less."""
     most = settings.max_task_rows if settings.shortens else None
-    train = settings.max_train_task_rows or most
-    limit = {"train": train, "else": most}
-    cases = {key: "num_rows" if rows is None else f"least(num_rows, {rows})" for key, rows in limit.items()}
-    return f"CASE split WHEN 'train' THEN {cases['train']} ELSE {cases['else']} END"
+    limits = (settings.max_train_task_rows or most, most)
+    train, other = (rows if limit is None else f"least({rows}, {limit})" for limit in limits)
+    return f"CASE split WHEN 'train' THEN {train} ELSE {other} END"
+
+
+def _older(settings: Settings) -> str:
+    """Return SQL of the rows of earlier days that a task's support has: what its limits leave for them."""
+    most = "num_known" if settings.support_size is None else f"least(num_known, {settings.support_size})"
+    if settings.max_task_rows is None and settings.max_train_task_rows is None:
+        return most
+    limit = settings.max_task_rows or 2**62
+    limit = f"CASE split WHEN 'train' THEN {settings.max_train_task_rows or limit} ELSE {limit} END"
+    return f"least({most}, greatest(0, {limit} - num_within))"
 
 
 def _cut(settings: Settings) -> tuple[str, str, str]:
@@ -49,13 +60,14 @@ def _cut(settings: Settings) -> tuple[str, str, str]:
     if (size := settings.support_size) is not None:
         most = settings.query_size
         rows = "num_within" if most is None else f"least(num_within, num_support + {most})"
-        return f"least({size}, num_within - 1)", rows, f"num_within <= {size}"
+        return f"least(greatest({size} - num_older, 0), num_within - 1)", rows, f"num_within <= {size}"
     usual = (
         f"CAST(round({settings.query_ratio!r} * num_within) AS BIGINT)"
         if settings.query_size is None
         else str(settings.query_size)
     )
-    support = f"num_within - greatest(1, least({usual}, num_within - 1))"
+    needed = "CASE WHEN num_older = 0 THEN 1 ELSE 0 END"  # support rows of the day itself
+    support = f"num_within - greatest(1, least({usual}, num_within - {needed}))"
     return support, "num_within", f"{usual} NOT BETWEEN 1 AND num_within - 1"
 
 
@@ -65,10 +77,10 @@ def _small(con: Connection, settings: Settings) -> dict[str, int]:
     name = "query_ratio" if settings.query_ratio is not None else name
     found = {
         f"too few rows for {name}, so that they keep one support and one query row at least": "is_small",
-        "one row, which is their query: they have no support": "num_support = 0",
+        "one row, which is their query: they have no support": "num_support + num_older = 0",
     }
     if settings.split_query == "column":
-        found = {"all rows are query: they have no support": "num_support = 0"}
+        found = {"all rows are query: they have no support": "num_support + num_older = 0"}
     counts = {why: int(scalar(con, f"SELECT count(*) FROM sized WHERE {where}")) for why, where in found.items()}
     return {why: tasks for why, tasks in counts.items() if tasks}
 

@@ -118,7 +118,7 @@ def _look_up(
     found = {}
     for i in features:
         vocab = con.sql(f"SELECT value, id FROM vocab_{tables.index(schema.features[i].table)}").to_arrow_table()
-        place = pc.index_in(raw[f"f{i}"], value_set=vocab["value"].combine_chunks())
+        place = pc.index_in(raw[f"f{i}"], value_set=vocab["value"].combine_chunks(), skip_nulls=True)
         ids = np.append(vocab["id"].to_numpy(), OOV).astype(np.int32)
         found[f"f{i}"] = ids[pc.fill_null(place, len(vocab)).to_numpy()]
     return found

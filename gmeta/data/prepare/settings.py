@@ -71,12 +71,12 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
         return usual.get(key, default) if value is None else value
 
     task_split = pick("task_split", "user" if schema.partition is None else "column")
-    partitions = _as_ids(config.partitions) or usual.get("partitions") or {name: name for name in SPLITS}
+    partitions = as_ids(config.partitions) or usual.get("partitions") or {name: name for name in SPLITS}
     by_column = task_split == "column"
     by_time = "random" if schema.time is None else "last"
     split_query = pick("split_query", by_time if schema.role is None else "column")
     usual_query = config.query_ratio is None and config.support_size is None and split_query != "column"
-    roles = _as_ids(config.roles) or {"support": "support", "query": "query"}
+    roles = as_ids(config.roles) or {"support": "support", "query": "query"}
     given_valid = by_column and "valid" in partitions.values()
     settings = Settings(
         split_query=split_query,
@@ -101,7 +101,7 @@ def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
     return schema, settings
 
 
-def _as_ids(names: Mapping[Any, str]) -> dict[str, str]:
+def as_ids(names: Mapping[Any, str]) -> dict[str, str]:
     """Return a mapping of column values by the text that these are compared as: YAML reads 0 and true as no text."""
     return {str(name).lower() if isinstance(name, bool) else str(name): side for name, side in names.items()}
 

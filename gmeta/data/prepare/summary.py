@@ -20,6 +20,8 @@ from gmeta.data.sources import Connection, literal, scalar
 Report: TypeAlias = Callable[[str, int, int], None]
 """It is told (stage, done, total) as work goes on."""
 
+_SHOWN = 5
+"""So many columns that drift are named."""
 BATCH_TASKS = 64
 """The summary states the padding that batches of so many tasks have."""
 
@@ -46,9 +48,11 @@ def console_report() -> Iterator[Report]:
 def split_summary(con: Connection, split: str, cold_rows: int) -> dict[str, Any]:
     """Return the sizes of a split's tasks, and the fractions that are padding, cold tasks and rows of cold items."""
     where = f"WHERE split = {literal(split)}"
-    sizes = con.execute(f"SELECT num_support, num_rows FROM tasks {where} ORDER BY task_id").fetchnumpy()
-    support = sizes["num_support"].astype(np.int64)
-    query = sizes["num_rows"].astype(np.int64) - support
+    sizes = con.execute(
+        f"SELECT num_support + num_older AS support, num_rows + num_older AS rows FROM tasks {where} ORDER BY task_id"
+    ).fetchnumpy()
+    support = sizes["support"].astype(np.int64)
+    query = sizes["rows"].astype(np.int64) - support
     seen = f"SELECT count(*) FROM tasks {where} AND key IN (SELECT key FROM tasks WHERE split = 'train')"
     warm = scalar(con, seen)
     rows = int(support.sum() + query.sum())
@@ -72,6 +76,25 @@ def _expected_padding(support: npt.NDArray[Any], query: npt.NDArray[Any]) -> flo
     return 1 - int(support.sum() + query.sum()) / cells
 
 
+def _day_lines(summary: dict[str, Any]) -> Iterator[str]:
+    """Say what a day adds to its base, and how far its rows have drifted from it; nothing of a first pack."""
+    if "drift" not in summary:
+        return
+    drift = summary["drift"]
+    yield f"day {summary['day']}, new ids: " + ", ".join(f"{t} {n:,}" for t, n in summary["new_ids"].items())
+    if gone := {table: ids for table, ids in summary["tombstones"].items() if ids}:
+        yield "ids that stand for nothing any more: " + ", ".join(f"{t} {n:,}" for t, n in gone.items())
+    label = drift["label_mean"]
+    yield f"mean training label: {label['day']:.4g}, the base's {label['base']:.4g}"
+    farthest = sorted(drift["numeric"].items(), key=lambda item: -abs(item[1]["mean"]))[:_SHOWN]
+    if farthest:
+        columns = ", ".join(f"{name} {d['mean']:+.2f} (deviation x{d['std']:.2f})" for name, d in farthest)
+        yield f"numeric columns, by the distance of their mean from the base's in its deviations: {columns}"
+    unknown = sorted(((share, name) for name, share in drift["unknown"].items() if share > 0), reverse=True)[:_SHOWN]
+    if unknown:
+        yield "values that the base has no id for: " + ", ".join(f"{name} {share:.1%}" for share, name in unknown)
+
+
 def print_summary(summary: dict[str, Any]) -> None:
     """Print what `prepare` returned as tables."""
     console = Console(markup=False, emoji=False)  # names are the user's own: `rate[/s]` is no markup
@@ -87,6 +110,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"support and query: min / median / max rows of a task; padding at {BATCH_TASKS} tasks a batch")
     console.print(f"items in no training row: {summary['cold_items']:,}")
     console.print("ids: " + ", ".join(f"{name} {size:,}" for name, size in summary["vocab"].items()))
+    for line in _day_lines(summary):
+        console.print(line)
     if "only_label" in summary:
         console.print(
             f"warning: every training label is {summary['only_label']:g}: there is nothing to rank by; the log needs "

@@ -17,6 +17,9 @@ from gmeta.data.sources import Connection, literal, md5_64, scalar
 FOLDS = 10
 """Training tasks fall into so many folds: an item's statistics in a training row leave the row's own fold out."""
 
+LEFT_OUT = "left out"
+"""Stands for a split where the rows of tasks that a day leaves out are kept for later days."""
+
 _UNKNOWN_PARTITION = "is not in partitions"
 _SHOWN_PARTITIONS = 5
 """So many values of a partition column are named: of a wrong column there are as many as rows."""
@@ -30,13 +33,18 @@ class ShardJob:
     split: str
 
 
-def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any]) -> list[ShardJob]:
+def make_tasks(
+    con: Connection, schema: DataSchema, settings: Settings, counts: dict[str, Any], *, goes_on: bool = False
+) -> list[ShardJob]:
     """Make table `tasks`; returns its shards.
 
     It holds task, key (its text), partition, split, num_found (raw rows), num_within and num_rows (see `cut`),
-    num_support, fold (of training tasks), task_id, shard.
-    `counts` gets what is left out, by reason, and what is cut unusually.
+    num_support, fold (of training tasks), num_older (see `history`), task_id, shard.
+    `counts` gets what is left out, by reason, and what is cut unusually. A pack that `goes_on` with a base finds what
+    the base knows of its tasks in table `known_tasks`.
     """
+    if not goes_on:
+        con.execute("CREATE TABLE known_tasks (key VARCHAR, split VARCHAR, num_known BIGINT)")
     _group_tasks(con, settings)
     dropped = _dropped(con)
     counts["dropped_tasks"] = {reason: tasks for reason, (tasks, _) in dropped.items()}
@@ -45,17 +53,21 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
     if any(reason.endswith(_UNKNOWN_PARTITION) for reason in dropped):
         why += f"; partitions names {', '.join(map(repr, settings.partitions))}"
     kept = scalar(con, "SELECT count(*) FROM grouped WHERE dropped IS NULL")
-    if kept < 2:
+    if goes_on and kept == 0:
+        raise ValueError(
+            f"the day has no task to use{f' ({why})' if why else ''}: leave it out, or add more files to it"
+        )
+    if kept < 2 and not goes_on:
         raise ValueError(
             f"there are {kept} tasks to use, at least 2 are needed{f' ({why})' if why else ''}: "
             f"is {schema.task!r} the right task column, and do min_task_rows and max_task_rows suit the data? "
             "(max_task_rows_keep last shortens long tasks, and leaves none out)"
         )
-    _split_tasks(con, settings)
+    _keep_splits(con, settings) if goes_on else _split_tasks(con, settings)
     if dropped:
         counts["left_out"] = _left_out(con)
     size_tasks(con, settings, counts)
-    if not scalar(con, "SELECT count(*) FROM sized WHERE num_support > 0"):
+    if not scalar(con, "SELECT count(*) FROM sized WHERE num_support + num_older > 0"):
         raise ValueError(
             f"none of the {kept} tasks has a support row, so that nothing could adapt: "
             + (
@@ -64,10 +76,14 @@ def make_tasks(con: Connection, schema: DataSchema, settings: Settings, counts: 
                 else f"each has one row; is {schema.task!r} the right task column?"
             )
         )
-    _place_tasks(con, schema, settings)
+    _place_tasks(con, schema, settings, folds=not goes_on)
     found = con.execute("SELECT DISTINCT shard, split FROM tasks ORDER BY shard").fetchall()
     if not any(split == "train" for _, split in found):
-        raise ValueError(f"no task is left to train on{f' ({why})' if why else ''}: check partitions and fractions")
+        raise ValueError(
+            f"no task is left to train on{f' ({why})' if why else ''}: check partitions and fractions"
+            if not goes_on
+            else f"the day has no task to train on{f' ({why})' if why else ''}: leave it out, or add more files to it"
+        )
     return [ShardJob(shard, split) for shard, split in found]
 
 
@@ -111,12 +127,13 @@ def _group_tasks(con: Connection, settings: Settings) -> None:
         CREATE TABLE grouped AS
         SELECT *, CASE
             WHEN mapped IS NULL THEN {literal(_UNKNOWN_PARTITION)}
-            WHEN num_rows < {settings.min_task_rows} THEN 'fewer rows than min_task_rows'
+            WHEN num_rows + num_known < {settings.min_task_rows} THEN 'fewer rows than min_task_rows'
             {too_large if settings.max_task_rows is not None and not settings.shortens else ""}
             WHEN num_asked = 0 THEN 'no row is query' END AS dropped
-        FROM (SELECT *, CAST(task AS VARCHAR) AS key, {mapped} AS mapped
-              FROM (SELECT task, {partition}, count(*) AS num_rows, {asked} AS num_asked, {first_time} AS first_time
-                    FROM raw_rows GROUP BY ALL))""")
+        FROM (SELECT g.*, coalesce(k.num_known, 0) AS num_known, {mapped} AS mapped
+              FROM (SELECT task, {partition}, count(*) AS num_rows, {asked} AS num_asked, {first_time} AS first_time,
+                           CAST(task AS VARCHAR) AS key FROM raw_rows GROUP BY ALL) g
+              LEFT JOIN known_tasks k USING (key))""")
 
 
 def _split_tasks(con: Connection, settings: Settings) -> None:
@@ -146,6 +163,22 @@ def _split_tasks(con: Connection, settings: Settings) -> None:
         ) h ON h.key = g.key {"AND g.mapped = 'train'" if pool else ""}""")
 
 
+def drawn_split(settings: Settings, key: str) -> str:
+    """Return SQL of the split of a new key of a pack that goes on with a base: by the hash that ranks the base's."""
+    share = f"{md5_64(literal(f'split|{settings.seed}'), key)} / {2.0**64!r}"
+    test, valid = settings.test_fraction, settings.valid_fraction
+    return f"CASE WHEN {share} < {test!r} THEN 'test' WHEN {share} < {test + valid!r} THEN 'valid' ELSE 'train' END"
+
+
+def _keep_splits(con: Connection, settings: Settings) -> None:
+    """Make table `split_tasks` of a pack that goes on with a base: a known key keeps its split."""
+    split = f"coalesce(k.split, {drawn_split(settings, 'g.key')})"
+    if settings.task_split == "column":
+        split = f"CASE WHEN mapped = 'train' THEN {split} ELSE mapped END"
+    con.execute(f"""CREATE TABLE split_tasks AS
+                    SELECT g.*, {split} AS split FROM grouped g LEFT JOIN known_tasks k USING (key)""")
+
+
 def _held_out(fraction: float, total: int) -> int:
     """Return how many tasks to hold out: at least one where any is asked for and two are left."""
     return max(round(fraction * total), 1 if fraction > 0 and total > 2 else 0)
@@ -164,7 +197,7 @@ def row_bytes(con: Connection, schema: DataSchema) -> float:
     return fixed + 4 * float(values or 0)
 
 
-def _place_tasks(con: Connection, schema: DataSchema, settings: Settings) -> None:
+def _place_tasks(con: Connection, schema: DataSchema, settings: Settings, *, folds: bool) -> None:
     """Make table `tasks`. Its order is random within a split; shards are cut from it, about equal in rows."""
     rows_per_shard = max(1.0, settings.shard_mb * 1e6 / row_bytes(con, schema))
     order = f"{md5_64(literal(f'order|{settings.seed}'), 'key', 'partition')}, key, partition"
@@ -173,13 +206,28 @@ def _place_tasks(con: Connection, schema: DataSchema, settings: Settings) -> Non
     con.execute(f"""
         CREATE TABLE tasks AS
         SELECT task, key, partition, split, num_found, num_within, num_rows, num_support,
-               CASE WHEN split = 'train' THEN {fold} END AS fold,
+               CASE WHEN split = 'train' AND {folds} THEN {fold} END AS fold, num_known, num_older,
                row_number() OVER (ORDER BY split_rank, place) - 1 AS task_id,
                dense_rank() OVER (ORDER BY split_rank, rows_before * num_shards // split_rows) - 1 AS shard
         FROM (SELECT *, greatest(1, CAST(round(split_rows / {rows_per_shard!r}) AS BIGINT)) AS num_shards
               FROM (SELECT *, CASE split {split_rank} END AS split_rank,
                            row_number() OVER (PARTITION BY split ORDER BY {order}) AS place,
-                           CAST(sum(num_rows) OVER (PARTITION BY split) AS BIGINT) AS split_rows,
-                           CAST(sum(num_rows) OVER (PARTITION BY split ORDER BY {order} ROWS UNBOUNDED PRECEDING)
-                                AS BIGINT) - num_rows AS rows_before
-                    FROM sized))""")
+                           CAST(sum(size) OVER (PARTITION BY split) AS BIGINT) AS split_rows,
+                           CAST(sum(size) OVER (PARTITION BY split ORDER BY {order} ROWS UNBOUNDED PRECEDING)
+                                AS BIGINT) - size AS rows_before
+                    FROM (SELECT *, num_rows + num_known AS size FROM sized)))""")
+
+
+def place_left_out(con: Connection, schema: DataSchema, settings: Settings) -> list[ShardJob]:
+    """Add the tasks that a day leaves out to table `tasks`, after the others; return their shards."""
+    rows_per_shard = max(1.0, settings.shard_mb * 1e6 / row_bytes(con, schema))
+    con.execute(f"""
+        INSERT INTO tasks BY NAME
+        SELECT task, key, partition, {literal(LEFT_OUT)} AS split, num_rows AS num_found, num_rows AS num_within,
+               num_rows, 0 AS num_support, num_known, 0 AS num_older,
+               (SELECT count(*) FROM tasks) + row_number() OVER (ORDER BY key) - 1 AS task_id,
+               1 + (SELECT max(shard) FROM tasks)
+               + CAST(floor(sum(num_rows + num_known) OVER (ORDER BY key) / {rows_per_shard!r}) AS BIGINT) AS shard
+        FROM split_tasks WHERE dropped IS NOT NULL""")
+    found = con.execute(f"SELECT DISTINCT shard FROM tasks WHERE split = {literal(LEFT_OUT)} ORDER BY shard").fetchall()
+    return [ShardJob(shard, LEFT_OUT) for (shard,) in found]

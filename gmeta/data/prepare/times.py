@@ -93,9 +93,17 @@ def _that_differ(spans: Sequence[_Span], key: Callable[[_Span], str | None]) -> 
 
 def _unit(span: _Span) -> str | None:
     """Return the unit in which the last time of a file is a date of our days; None for a counter, and for dates."""
-    if span.kind != "number":
-        return None
-    return next((unit for unit, scale in _UNITS.items() if _DATES[0] * scale <= span.high < _DATES[1] * scale), None)
+    return unit_of(span.high) if span.kind == "number" else None
+
+
+def unit_of(time: int) -> str | None:
+    """Return the unit in which a time is a date of our days; None for a counter."""
+    return next((unit for unit, scale in _UNITS.items() if _DATES[0] * scale <= time < _DATES[1] * scale), None)
+
+
+def to_microseconds(time: int, unit: str) -> int:
+    """Return a time of a unit in microseconds."""
+    return time * 10**6 // _UNITS[unit]
 
 
 def _span(con: Connection, part: RawPart, file: int, column: str) -> _Span | None:

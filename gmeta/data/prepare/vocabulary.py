@@ -7,7 +7,7 @@ looks values up in. `encoder` loads those of a trained run, the vocabularies as 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +31,21 @@ _SALTS = 8
 """Two of a hundred million values have one hash once in 3,700 vocabularies; a second salt then parts them."""
 
 
+@dataclass(frozen=True)
+class RawTable:
+    """An embedding table whose vocabulary is to be made."""
+
+    index: int  # among the tables of the schema
+    name: str
+    min_count: int
+    counted: str  # SQL of value and count
+
+
 def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[ShardJob], tell: Report) -> PackSchema:
     """Make vocabularies and statistics from training rows, and the pack schema."""
     train_shards = [s for s in shards if s.split == "train"]
     train = dealt(schema, scratch, train_shards)
-    num_ids = _make_vocabularies(con, schema, train, tell)
+    num_ids = make_vocabularies(con, schema, train, tell, _make_vocabulary)
     with_item = dealt(schema, scratch, train_shards, item=True)
     if (vocabulary := item_vocabulary(schema)) is not None:
         con.execute(f"CREATE VIEW seen_items AS SELECT value FROM vocab_{vocabulary}")
@@ -54,12 +64,17 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         task=schema.task,
         item=schema.item,
         time=schema.time,
-        label_mean=_label_mean(con, train),
+        label_mean=mean_label(con, train),
     )
 
 
-def _make_vocabularies(con: Connection, schema: DataSchema, train: str, tell: Report) -> dict[str, int]:
-    """Make table `vocab_<index>` (value, count, id) of every embedding table; returns their numbers of ids by name."""
+def make_vocabularies(
+    con: Connection, schema: DataSchema, train: str, tell: Report, make: Callable[[Connection, RawTable], int]
+) -> dict[str, int]:
+    """Make table `vocab_<index>` (value, count, id) of every embedding table; returns their numbers of ids by name.
+
+    `make` makes one of them, of the values in a relation, and returns its size.
+    """
     tables = list(enumerate(schema.tables().items()))
     num_ids = {}
     con.execute("BEGIN")  # one commit, not one for each vocabulary
@@ -72,41 +87,50 @@ def _make_vocabularies(con: Connection, schema: DataSchema, train: str, tell: Re
         for index, (table, features) in some:
             tell("building vocabularies", index, len(tables))
             first = features[0]
-            num_ids[table] = 1 + (first.hash_buckets or _make_vocabulary(con, schema, index, features, source))
+            raw = RawTable(index, table, first.min_count, _values(schema, features, source))
+            num_ids[table] = 1 + (first.hash_buckets or make(con, raw))
     con.execute("DROP TABLE IF EXISTS some_columns; COMMIT")
     tell("building vocabularies", len(tables), len(tables))
     return num_ids
 
 
-def _make_vocabulary(
-    con: Connection, schema: DataSchema, index: int, features: Sequence[RawFeature], source: str
-) -> int:
-    """Make `vocab_<index>` of the values that `features` have in `source`; returns its size."""
+def _values(schema: DataSchema, features: Sequence[RawFeature], source: str) -> str:
+    """Return SQL of value and count: how often `source` holds each value that `features` have."""
     members = [(schema.features.index(f), f.kind) for f in features]
     values = " UNION ALL ".join(
         f"SELECT {f'f{i}' if kind == 'categorical' else f'unnest(f{i})'} AS value FROM {source}" for i, kind in members
     )
+    return f"SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value"
+
+
+def _make_vocabulary(con: Connection, raw: RawTable) -> int:
+    """Make `vocab_<index>` of an embedding table, and `pending_<index>` of the values that are too rare for it."""
+    counted = f"({raw.counted})"
+    if raw.min_count > 1:
+        con.execute(f"CREATE OR REPLACE TEMP TABLE counted AS {raw.counted}")
+        con.execute(f"""CREATE TABLE pending_{raw.index} AS SELECT value, count, 0 AS last_day FROM counted
+                        WHERE count < {raw.min_count}""")
+        counted = "counted"
     ((size,),) = con.execute(f"""
-        CREATE TABLE vocab_{index} AS SELECT value, count,
+        CREATE TABLE vocab_{raw.index} AS SELECT value, count,
             row_number() OVER (ORDER BY count DESC, CAST(value AS VARCHAR)) AS id
-        FROM (SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value)
-        WHERE count >= {features[0].min_count}""").fetchall()
+        FROM {counted} WHERE count >= {raw.min_count}""").fetchall()
     return int(size)
 
 
-def _label_mean(con: Connection, train: str) -> float:
+def mean_label(con: Connection, train: str) -> float:
     """Return the mean training label, the same bits whatever order the rows come in."""
-    scale = _label_scale(con, train)
-    query = f"SELECT {_exact_sum('CAST(label AS DOUBLE)', scale)}, count(*) FROM {train}"
+    scale = label_scale(con, train)
+    query = f"SELECT {exact_sum('CAST(label AS DOUBLE)', scale)}, count(*) FROM {train}"
     total, count = con.execute(query).fetchall()[0]
     return float(total or 0) / scale / max(int(count), 1)
 
 
 def _item_statistics(con: Connection, train: str) -> None:
     """Make tables `item_folds` and `item_totals`: rows and label sum of every item (NULL: all items)."""
-    scale = _label_scale(con, train)
+    scale = label_scale(con, train)
     con.execute(f"""
-        CREATE TABLE item_sums AS SELECT item AS value, fold, {_exact_sum("CAST(label AS DOUBLE)", scale)} AS total,
+        CREATE TABLE item_sums AS SELECT item AS value, fold, {exact_sum("CAST(label AS DOUBLE)", scale)} AS total,
             count(*) AS count FROM {train} GROUP BY ALL""")
     sums = f"CAST(sum(total) AS DOUBLE) / {scale!r} AS label_sum, CAST(sum(count) AS BIGINT) AS count FROM item_sums"
     con.execute(f"CREATE TABLE item_folds AS SELECT value, fold, {sums} GROUP BY value, fold")
@@ -114,7 +138,8 @@ def _item_statistics(con: Connection, train: str) -> None:
                     UNION ALL SELECT NULL, {sums}""")
 
 
-def _label_scale(con: Connection, train: str) -> float:
+def label_scale(con: Connection, train: str) -> float:
+    """Return the power of two by which labels become integers whose sums are exact."""
     return _fixed_point(float(scalar(con, f"SELECT max(abs(CAST(label AS DOUBLE))) FROM {train}") or 0.0))
 
 
@@ -123,7 +148,8 @@ def _fixed_point(largest: float | None) -> float:
     return 2.0 ** min(52 - math.frexp(largest)[1], 1000) if largest else 1.0
 
 
-def _exact_sum(value: str, scale: float) -> str:
+def exact_sum(value: str, scale: float) -> str:
+    """Return SQL of the sum of a value, in integers of 1 / scale: the same bits whatever order the rows come in."""
     return f"sum(CAST(round({value} * {scale!r}) AS BIGINT))"
 
 
@@ -134,7 +160,7 @@ def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[N
     moments = [
         moment
         for part in batched(list(enumerate(values)))
-        for moment in _moments(con, train, dict.fromkeys(statistics_join(schema, i) for i, _ in part), part)
+        for moment in moments_of(con, train, dict.fromkeys(statistics_join(schema, i) for i, _ in part), part)
     ]
     return tuple(
         NumericColumn(name=name, mean=mean, std=std, log=log)
@@ -142,7 +168,7 @@ def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[N
     )
 
 
-def _moments(
+def moments_of(
     con: Connection, train: str, joins: Iterable[str], columns: Sequence[tuple[int, str]]
 ) -> list[tuple[float, float]]:
     """Return mean and standard deviation (1 where it is 0) of SQL expressions, by sums that do not depend on order."""
@@ -152,7 +178,7 @@ def _moments(
         return list(con.execute(f"SELECT {', '.join(expressions)} FROM {relation}").fetchall()[0])
 
     def means_of(values: list[str], scales: list[float]) -> list[float]:
-        sums = one_row([_exact_sum(value, scale) for value, scale in zip(values, scales, strict=True)])
+        sums = one_row([exact_sum(value, scale) for value, scale in zip(values, scales, strict=True)])
         return [float(total or 0) / scale / max(n, 1) for total, scale, n in zip(sums, scales, counts, strict=True)]
 
     found = one_row([f"count({value})" for value in values] + [f"max(abs({value}))" for value in values])
@@ -238,7 +264,8 @@ def hashed_vocabulary(con: Connection, source: str) -> HashedVocabulary:
     then a value stands there twice.
     """
     for salt in range(_SALTS):
-        found = con.execute(f"SELECT hash(value, {salt}) AS hash, id FROM {source} ORDER BY hash").fetchnumpy()
+        known = f"{source} WHERE value IS NOT NULL"  # a tombstone stands for nothing, a missing value included
+        found = con.execute(f"SELECT hash(value, {salt}) AS hash, id FROM {known} ORDER BY hash").fetchnumpy()
         hashes = found["hash"]
         if (hashes[1:] != hashes[:-1]).all():
             return HashedVocabulary(salt, hashes, found["id"].astype(np.int32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,24 +16,35 @@ from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.encode import encode
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report, split_summary
-from gmeta.data.prepare.tasks import ShardJob
+from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob
 from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, PackSchema
 from gmeta.data.sources import Connection, in_order, literal, md5_64, scalar
 
 Array = npt.NDArray[Any]
 
 
-def write_vocabularies(con: Connection, writer: PackWriter, schema: DataSchema) -> None:
-    """Write the vocabularies and item statistics that `learn` made."""
+class Day(Protocol):
+    """What a day does with a shard's arrays before they are written (`increment`)."""
+
+    def add(self, con: Connection, shard: ShardJob, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Return the arrays with older rows."""
+        ...
+
+
+def write_vocabularies(con: Connection, writer: PackWriter, schema: DataSchema, totals: str | None = None) -> None:
+    """Write the vocabularies and item statistics that `learn` made; or those of `grow`, whose `totals` are a table."""
+    last_day = "" if totals is None else ", last_day"
     for index, (table, features) in enumerate(schema.tables().items()):
         if features[0].hash_buckets is None:
-            query = f"SELECT CAST(value AS VARCHAR) AS value, count FROM vocab_{index} ORDER BY id"
+            query = f"SELECT CAST(value AS VARCHAR) AS value, count{last_day} FROM vocab_{index} ORDER BY id"
             found = con.sql(query).to_arrow_table()
-            writer.write_vocab(table, found["value"], found["count"].to_numpy())
+            days = None if totals is None else found["last_day"].to_numpy()
+            writer.write_vocab(table, found["value"], found["count"].to_numpy(), days)
     if schema.item_statistics:
         file = vocabulary_file(writer.directory / "vocab", ITEM_STATISTICS)
+        source = totals or "item_totals"
         with in_order(con):
-            con.execute(f"""COPY (SELECT CAST(value AS VARCHAR) AS value, label_sum, count FROM item_totals
+            con.execute(f"""COPY (SELECT CAST(value AS VARCHAR) AS value, label_sum, count FROM {source}
                                   ORDER BY value NULLS FIRST) TO {literal(str(file))} (FORMAT parquet)""")
 
 
@@ -47,14 +58,22 @@ def write_shards(
     shards: Sequence[ShardJob],
     counts: dict[str, Any],
     tell: Report,
+    day: Day | None = None,
 ) -> None:
-    """Write all shards and the list of tasks; puts the sizes of the splits and the number of cold items in `counts`."""
+    """Write all shards and the list of tasks; puts the sizes of the splits and the number of cold items in `counts`.
+
+    A `day` adds the older rows of the tasks, and keeps the last rows of each for later days.
+    """
     cold = dict.fromkeys(SPLITS, 0)
     with ThreadPoolExecutor(1) as background:
         saved: Future[None] | None = None
         for done, shard in enumerate(shards):
             tell("writing shards", done, len(shards))
             arrays = _shard_arrays(con, schema, pack_schema, settings, scratch, shard)
+            if day is not None:
+                arrays = day.add(con, shard, arrays)
+            if shard.split == LEFT_OUT:
+                continue
             cold[shard.split] += int(arrays["item_cold"].sum())
             if saved is not None:
                 saved.result()
@@ -114,7 +133,7 @@ def _cold_items(con: Connection, schema: DataSchema, scratch: Path, shards: Sequ
     """Count the items that no training row has."""
     if schema.item is None:
         return 0
-    held_out = [shard for shard in shards if shard.split != "train"]
+    held_out = [shard for shard in shards if shard.split not in ("train", LEFT_OUT)]
     if not held_out:
         return 0
     rows = dealt(schema, scratch, held_out, item=True)

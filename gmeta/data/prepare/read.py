@@ -1,0 +1,74 @@
+"""The whole of stage 1: all files of an input, checked, as view `raw_rows`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from gmeta.config.data import PrepareConfig
+from gmeta.data.datasets import open_data_set
+from gmeta.data.prepare.check import check, create_checked, describe_rejects, id_types, reject_counts
+from gmeta.data.prepare.settings import Settings
+from gmeta.data.prepare.summary import Report
+from gmeta.data.prepare.times import common_time
+from gmeta.data.schema import DataSchema, Role
+from gmeta.data.sources import Connection, RawPart, find_files, in_order, literal, open_files, reading, scalar
+
+
+def check_all(
+    con: Connection, config: PrepareConfig, schema: DataSchema, settings: Settings, scratch: Path, tell: Report
+) -> dict[str, Any]:
+    """Check all files and make view `raw_rows` of the rows that can be used; returns the counts so far."""
+    roles: list[Role] = ["task", "label", "time", "item"]
+    if settings.task_split == "column":
+        roles.append("partition")
+    if settings.split_query == "column":
+        roles.append("role")
+    parts, empty = _parts(con, config)
+    types = id_types(schema, parts) if config.base is None else {}  # what a base knows is text
+    create_checked(con, schema, types)
+    relations = []
+    for index, part in enumerate(parts):
+        tell("reading files", index, len(parts))
+        with reading(part.file):
+            relations.append(check(con, part, index, schema, roles, types, sides=settings.roles))
+    time = common_time(con, parts, schema.time)
+    tell("reading files", len(parts), len(parts))
+    files = [part.file for part in parts]
+    bad = reject_counts(con)
+    if bad and config.on_bad_rows == "fail":
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in bad.items())
+        raise ValueError(
+            f"{sum(bad.values())} rows cannot be used ({reasons}). The first:\n{describe_rejects(con, files)}\n"
+            "Mend them, or set them aside with --on_bad_rows quarantine"
+        )
+    if bad:
+        _write_rejects(con, files, scratch)
+    union = " UNION ALL ".join(dict.fromkeys(relations))
+    con.execute(f"CREATE VIEW raw_rows AS SELECT * EXCLUDE (time_fraction) REPLACE ({time} AS time) FROM ({union})")
+    rows = scalar(con, "SELECT count(*) FROM raw_rows")
+    if rows == 0:
+        raise ValueError(f"{', '.join(files)}: no row that can be used ({sum(bad.values())} rows were set aside)")
+    skipped = {"empty_files": len(empty)} if empty else {}
+    return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, **skipped}
+
+
+def _parts(con: Connection, config: PrepareConfig) -> tuple[list[RawPart], list[Path]]:
+    """Open the input: its rows, and its files that are empty."""
+    if config.dataset is not None:
+        return [open_data_set(con, config.dataset, config.root)], []
+    if config.root is not None:
+        raise ValueError("root has no effect without dataset: leave it out")
+    return open_files(con, find_files(config.inputs))
+
+
+def _write_rejects(con: Connection, files: list[str], scratch: Path) -> None:
+    con.register("file_names", pa.table({"file": pa.array(range(len(files)), pa.int32()), "name": files}))
+    with in_order(con):
+        con.execute(f"""
+            COPY (SELECT name AS file, row, bad_column AS "column", bad_value AS value, reason
+                  FROM rejects JOIN file_names USING (file) ORDER BY file, row)
+            TO {literal(str(scratch / "rejects.parquet"))} (FORMAT parquet)""")
+    con.unregister("file_names")
