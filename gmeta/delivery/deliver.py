@@ -37,12 +37,15 @@ from gmeta.delivery.gate import judge
 from gmeta.delivery.registry import publish
 from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
 from gmeta.runs.bundle import open_bundle, read_manifest
+from gmeta.runs.lease import lease
 from gmeta.runs.registry import Registry, open_registry
 from gmeta.training.defaults import with_defaults
 from gmeta.training.supervise import supervise
 from gmeta.training.trainer import train
 
 RECORD = "delivery.json"
+LEASE = "delivering.json"
+"""Key of a registry that says which delivery to it is running."""
 _CURE = "remove the folder to begin this delivery anew"
 
 
@@ -78,11 +81,12 @@ def deliver(config: DeliverConfig) -> int:
     that has published meanwhile.
     """
     work = make_folder("work", config.work)
+    registry = open_registry(config.registry)
     with (
         alone(work / ".lock", f"another delivery works in {work}: wait for it, end it, or name another folder"),
-        open_registry(config.registry).lease(),
+        lease(registry.store, LEASE, f"a delivery to {registry.url}"),
     ):
-        delivery = _open(config, work)
+        delivery = _open(config, registry, work)
         try:
             for name, stage in _STAGES.items():
                 _run(delivery, name, stage)
@@ -95,9 +99,8 @@ def deliver(config: DeliverConfig) -> int:
     return 0 if delivery.record["passed"] else EXIT_REFUSED
 
 
-def _open(config: DeliverConfig, work: Path) -> Delivery:
+def _open(config: DeliverConfig, registry: Registry, work: Path) -> Delivery:
     """Find the delivery of these rows onto the registry's current version, or begin it."""
-    registry = open_registry(config.registry)
     current = registry.current()
     base = None if current is None else current.version
     if base is None and config.schema is None:

@@ -34,10 +34,12 @@ class Translation:
     """Turns the ids of a pack's batches into those of a model; call it with a TaskBatch."""
 
     tables: Mapping[str, Tensor]  # feature -> int64 [ids of the pack], the model's ids; of equal vocabularies none
+    scale: Tensor | None = None  # float32 [F] and
+    shift: Tensor | None = None  # [F] make the model's numbers of the pack's; None: they are the same
 
     def __call__(self, batch: TaskBatch) -> TaskBatch:
         """Return the batch with the model's ids. Tensors of the given batch do not change."""
-        if not self.tables:
+        if not self.tables and self.scale is None:
             return batch
         parts = tuple(self(part) for part in batch.parts)
         return replace(batch, support=self._side(batch.support), query=self._side(batch.query), parts=parts)
@@ -52,16 +54,20 @@ class Translation:
             name: Bag(self.tables[name][bag.values], bag.lengths) if name in self.tables else bag
             for name, bag in side.bags.items()
         }
-        return replace(side, ids=ids, bags=bags)
+        dense = side.dense if self.scale is None else torch.addcmul(self.shift, side.dense, self.scale)
+        return replace(side, ids=ids, bags=bags, dense=dense)
 
 
 def translation_of(source: Path, pack: TaskPack) -> Translation:
-    """Return how a run or a bundle reads the pack's ids.
+    """Return how a run or a bundle reads the pack's ids and numbers.
 
-    Raises ValueError where columns, numbers or hashes mean something else there, with what differs, and where a
-    vocabulary is damaged.
+    Numbers that were prepared with other means and deviations, as those of a full version are, are counted anew. One
+    that was missing stays the pack's mean.
+
+    Raises ValueError where columns or hashes mean something else there, with what differs, and where a vocabulary is
+    damaged.
     """
-    if lines := meaning_difference(source, pack):
+    if lines := meaning_difference(source, pack, moments=False):
         raise ValueError(
             f"{pack.path} does not mean what {source} was trained on: {'; '.join(lines)}. Prepare the rows with "
             "`gmeta prepare` as a day that continues its pack, or train a new version on this pack"
@@ -71,17 +77,27 @@ def translation_of(source: Path, pack: TaskPack) -> Translation:
         ids = known_ids(source, pack, table).clamp(min=OOV)
         if not torch.equal(ids, torch.arange(len(ids))):
             found[table] = ids
-    return Translation({f.name: found[f.table] for f in pack.schema.features if f.table in found})
+    tables = {f.name: found[f.table] for f in pack.schema.features if f.table in found}
+    ours, theirs = (schema.numeric for schema in (read_schema(source)[0], pack.schema))
+    if ours == theirs:
+        return Translation(tables)
+    pairs = list(zip(ours, theirs, strict=True))
+    scale = torch.tensor([b.std / a.std for a, b in pairs], dtype=torch.float32)
+    shift = torch.tensor([(b.mean - a.mean) / a.std for a, b in pairs], dtype=torch.float32)
+    return Translation(tables, scale, shift)
 
 
-def meaning_difference(source: Path, pack: TaskPack) -> list[str]:
+def meaning_difference(source: Path, pack: TaskPack, *, moments: bool = True) -> list[str]:
     """Say where a raw row means something else in a run or a bundle than in a pack, one line each.
 
-    Vocabularies may differ; the sizes of hashed tables, and what a number counts from, may not.
+    Vocabularies may differ; the sizes of hashed tables may not, nor with `moments` what a number counts from.
     """
     schema, data_schema = read_schema(source)
     theirs = pack.manifest["data_schema"]
-    lines = schema_difference(_without_vocabularies(schema, source), _without_vocabularies(pack.schema, pack))
+    mine, other = _without_vocabularies(schema, source), _without_vocabularies(pack.schema, pack)
+    if not moments:
+        mine, other = _without_moments(mine), _without_moments(other)
+    lines = schema_difference(mine, other)
     lines += [
         f"{key} of the pack is {theirs.get(key)!r}, expected {data_schema.get(key)!r}"
         for key in ("label_threshold", "hash_seed")
@@ -101,6 +117,10 @@ def _without_vocabularies(schema: PackSchema, owner: Path | TaskPack) -> PackSch
     sizes = [1 if grows(feature.table) else feature.num_ids for feature in schema.features]
     features = tuple(replace(f, num_ids=size) for f, size in zip(schema.features, sizes, strict=True))
     return replace(schema, features=features, identity=None)
+
+
+def _without_moments(schema: PackSchema) -> PackSchema:
+    return replace(schema, numeric=tuple(replace(column, mean=0.0, std=1.0) for column in schema.numeric))
 
 
 def known_ids(source: Path, pack: TaskPack, table: str) -> Tensor:
