@@ -22,6 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
+from gmeta.config.deliver import DeliverConfig
 from gmeta.config.delivery import BundleConfig, GateConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
@@ -107,6 +108,12 @@ def _gate(config: GateConfig) -> int:
     from gmeta.delivery.gate import gate
 
     return gate(config)
+
+
+def _deliver(config: DeliverConfig) -> int:
+    from gmeta.delivery.deliver import deliver
+
+    return deliver(config)
 
 
 def _report(config: ReportConfig) -> int:
@@ -216,6 +223,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
     "gate": Command(GateConfig, _gate, distributed=True, epilog=_GATE_HELP),
+    "deliver": Command(DeliverConfig, _deliver),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

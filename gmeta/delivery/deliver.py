@@ -26,6 +26,7 @@ import yaml
 from gmeta.config.data import PrepareConfig
 from gmeta.config.deliver import DeliverConfig
 from gmeta.config.delivery import BundleConfig, GateConfig
+from gmeta.config.evaluation import EvaluateConfig
 from gmeta.config.parse import parse_mapping, train_config
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import alone, make_folder, read_mapping, write_text
@@ -33,8 +34,11 @@ from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare, print_summary
 from gmeta.data.sources import find_files
 from gmeta.delivery.bundle import make_bundle
-from gmeta.delivery.gate import judge
+from gmeta.delivery.gate import HELD_OUT, judge
 from gmeta.delivery.registry import publish
+from gmeta.evaluation.documents import read_evaluation
+from gmeta.evaluation.evaluate import evaluate
+from gmeta.evaluation.slices import headline_metrics
 from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
 from gmeta.runs.bundle import open_bundle, read_manifest
 from gmeta.runs.lease import lease
@@ -88,7 +92,7 @@ def deliver(config: DeliverConfig) -> int:
     ):
         delivery = _open(config, registry, work)
         try:
-            for name, stage in _STAGES.items():
+            for name, stage in STAGES.items():
                 _run(delivery, name, stage)
         except Stopped as stopped:
             print("stopped and saved: the same command goes on")
@@ -191,7 +195,7 @@ def _bundle(delivery: Delivery) -> None:
 def _gate(delivery: Delivery) -> None:
     config, folder = delivery.config, delivery.folder
     if delivery.base is None:
-        delivery.record["passed"] = True
+        _measure_first(delivery)
         return
     gate = GateConfig(
         candidate=str(folder / "bundle"),
@@ -202,7 +206,18 @@ def _gate(delivery: Delivery) -> None:
         trust_model=config.trust_model,
     )
     verdict = judge(gate)
-    delivery.record["passed"] = verdict.passed
+    delivery.record |= {"passed": verdict.passed, "metrics": verdict.document["metrics"]}
+
+
+def _measure_first(delivery: Delivery) -> None:
+    """Measure a first version, which has none to be compared with: the next one's gate asks how good it was."""
+    out = delivery.folder / "evaluation"
+    split = next((name for name in HELD_OUT if name in open_pack(delivery.folder / "pack").splits), None)
+    if split is not None:
+        run_dir, trust = str(delivery.folder / "run"), delivery.config.trust_model
+        evaluate(EvaluateConfig(run_dir=run_dir, split=split, out=str(out), trust_model=trust))
+    evaluation = read_evaluation(out / "evaluation.json")
+    delivery.record |= {"passed": True, "metrics": None if evaluation is None else headline_metrics(evaluation)}
 
 
 def _publish(delivery: Delivery) -> None:
@@ -213,7 +228,9 @@ def _publish(delivery: Delivery) -> None:
         record["version"] = found[0]
         return
     document = json.loads(verdict.read_text()) if verdict.exists() else None
-    record["version"] = publish(registry, bundle, verdict=document, make_current=record["passed"])
+    record["version"] = publish(
+        registry, bundle, verdict=document, metrics=record["metrics"], make_current=record["passed"]
+    )
 
 
 def _tell(delivery: Delivery) -> None:
@@ -234,7 +251,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(asdict(config))))
 
 
-_STAGES: Mapping[str, Callable[[Delivery], None]] = {
+STAGES: Mapping[str, Callable[[Delivery], None]] = {
     "fetch": _fetch,
     "prepare": _prepare,
     "train": _train,

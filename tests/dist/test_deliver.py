@@ -1,0 +1,167 @@
+"""`gmeta deliver`: days of a stream become versions, a stopped delivery goes on, a damaged day is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pytest
+from commands import fails, gmeta
+
+from gmeta.cli import run
+from gmeta.delivery import deliver as stages
+from gmeta.recommender.recommender import load
+from gmeta.runs.registry import open_registry
+
+TRAIN = {
+    "model": {"name": "neural_linear", "args": {"hidden": [8]}},
+    "meta": {"adapt": ["last_layer"]},
+    "schedule": {"epochs": 2, "eval_every": 5},
+    "loader": {"tasks_per_batch": 64},
+}
+RULES = """rules:
+  - {rule: evidence, min_tasks: 10, min_rows: 100}
+  - {rule: finite}
+  - {rule: current_chance, min: 0.48}
+  - {rule: difference, metric: auc, slices: [all], margin: 0.2}
+"""
+Deliver = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four days, and rules that a version of two epochs passes."""
+    place = tmp_path_factory.mktemp("deliver")
+    gmeta("synth", "--out", place / "log", "--days", 4, "--users", 1200, "--items", 60, "--rows_per_user", 16)
+    (place / "rules.yaml").write_text(RULES)
+    return place
+
+
+def deliver(stream: Path, registry: Path, *days: int, **more: Any) -> int:
+    words: list[object] = ["deliver", "--registry", registry, "--work", registry.parent / f"work-{registry.name}"]
+    inputs = [str(more.pop("log", stream / "log") / f"day={day:02d}") for day in days]
+    words += ["--input", json.dumps(inputs), "--rules", stream / "rules.yaml"]
+    for key, value in more.items():
+        words += [f"--{key}", json.dumps(value) if isinstance(value, dict) else value]
+    return run([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def first(stream: Path) -> Path:
+    """A registry whose first version was made of two days."""
+    registry = stream / "first"
+    assert deliver(stream, registry, 0, 1, schema=stream / "log" / "schema.yaml", train=TRAIN) == 0
+    return registry
+
+
+@pytest.fixture
+def registry(first: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(first, tmp_path / "registry"))
+
+
+def test_a_day_becomes_the_version_that_serves(stream: Path, registry: Path) -> None:
+    assert deliver(stream, registry, 2) == 0
+    found = open_registry(str(registry))
+    one, two = found.versions()
+    pointer = found.current()
+    assert pointer is not None
+    assert (pointer.version, pointer.id) == (2, two.id)
+    assert (one.manifest["parent"], two.manifest["parent"]) == (None, one.id)
+    assert (one.manifest["day"], two.manifest["day"]) == (0, 1)
+    assert two.manifest["gate"]["passed"]
+    assert one.manifest["metrics"]["all"]["auc"] > 0.5
+    assert two.manifest["metrics"]["all"]["rows"] > 100
+    assert not list((registry.parent / "work-registry").glob("0*"))  # what was made on the way is gone
+    table = duckdb.sql(f"FROM read_parquet('{stream}/log/day=03/*.parquet') ORDER BY timestamp LIMIT 200").to_arrow_table()
+    served = load(f"{registry}/current").adapt(table).predict(table)
+    assert np.isfinite(served).all()
+
+
+@pytest.mark.parametrize("stage", ["fetch", "prepare", "train", "bundle", "gate", "publish"])
+def test_a_delivery_that_was_stopped_goes_on(
+    stream: Path, registry: Path, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = stages.STAGES[stage]
+
+    def killed(delivery: stages.Delivery) -> None:
+        done(delivery)
+        raise KeyboardInterrupt  # before delivery.json says that the stage ended
+
+    with monkeypatch.context() as patch:
+        patch.setitem(stages.STAGES, stage, killed)
+        assert deliver(stream, registry, 2) == 130
+    made: list[str] = []
+    for name, stage_ in list(stages.STAGES.items()):
+        monkeypatch.setitem(stages.STAGES, name, lambda d, n=name, s=stage_: (made.append(n), s(d))[1])
+    assert deliver(stream, registry, 2) == 0
+    assert made == list(stages.STAGES)[list(stages.STAGES).index(stage) :]
+    found = open_registry(str(registry))
+    assert [one.number for one in found.versions()] == [1, 2]
+    assert found.current().version == 2  # type: ignore[union-attr]
+
+
+def test_a_damaged_day_is_refused_and_the_next_one_goes_on_without_it(
+    stream: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(stream / "log" / "day=02", tmp_path / "bad" / "day=02")
+    (file,) = (tmp_path / "bad" / "day=02").glob("*.parquet")
+    duckdb.sql(f"COPY (SELECT * REPLACE (1 - label AS label) FROM '{file}') TO '{file}.new' (FORMAT parquet)")
+    Path(f"{file}.new").replace(file)
+    assert deliver(stream, registry, 2, log=tmp_path / "bad") == 3
+    assert "version 1 stays current" in capsys.readouterr().out
+    found = open_registry(str(registry))
+    assert [one.refused for one in found.versions()] == [False, True]
+    assert found.current().version == 1  # type: ignore[union-attr]
+    assert deliver(stream, registry, 3) == 0
+    assert found.current().version == 3  # type: ignore[union-attr]
+    assert found.versions()[2].manifest["parent"] == found.versions()[0].id
+
+
+def test_a_full_version_is_trained_anew_and_judged(stream: Path, registry: Path) -> None:
+    assert deliver(stream, registry, 0, 1, 2, full="true", train=TRAIN) == 0
+    found = open_registry(str(registry)).versions()[1]
+    assert (found.manifest["parent"], found.manifest["day"]) == (None, 0)
+
+
+def test_mistakes_are_told(
+    stream: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["deliver", "--registry", registry, "--work", tmp_path / "work", "--input"]
+    day = stream / "log" / "day=02"
+    fails([*words, day, "--schema", stream / "log" / "schema.yaml"], capsys, "leave it out")
+    fails([*words, day, "--prepare", '{"base": "x"}'], capsys, "prepare.base is 'x': deliver sets it; leave it out")
+    fails(["deliver", "--registry", tmp_path / "none", "--input", day], capsys, "is empty: name the schema")
+    fails([*words, tmp_path / "nothing"], capsys, "nothing")
+    assert deliver(stream, registry, 2) == 0
+    capsys.readouterr()
+    fails([*words, day], capsys, "was delivered already")
+    empty = tmp_path / "empty.csv"
+    empty.write_text(f"{','.join(duckdb.sql(f'FROM {str(day / '*.parquet')!r}').columns)}\n")
+    fails([*words, empty], capsys, "no row")
+
+
+def test_one_delivery_at_a_time(
+    stream: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["deliver", "--registry", registry, "--input", stream / "log" / "day=02", "--work", tmp_path / "work"]
+    with stages.lease(open_registry(str(registry)).store, stages.LEASE, "a delivery"):
+        fails(words, capsys, "is running (process", "wait for it")
+    assert not (registry / stages.LEASE).exists()
+
+
+@pytest.mark.slow
+def test_two_workers_deliver_what_one_does(stream: Path, first: Path, tmp_path: Path) -> None:
+    scores = []
+    for nproc in (1, 2):
+        registry = Path(shutil.copytree(first, tmp_path / f"registry-{nproc}"))
+        assert deliver(stream, registry, 2, nproc=nproc, train={"precision": "float64"}) == 0
+        rows = duckdb.sql(f"FROM read_parquet('{stream}/log/day=03/*.parquet') ORDER BY timestamp LIMIT 500")
+        table = rows.to_arrow_table()
+        scores.append(load(f"{registry}/current").adapt(table).predict(table))
+    np.testing.assert_allclose(*scores, atol=1e-9)
