@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ def _plain(config: TrainConfig) -> dict[str, Any]:
     return dict(json.loads(json.dumps(asdict(config))))
 
 
-STAGES: Mapping[str, Callable[[Delivery], None]] = {
+STAGES: dict[str, Callable[[Delivery], None]] = {
     "fetch": _fetch,
     "prepare": _prepare,
     "train": _train,
