@@ -223,9 +223,10 @@ def _measure_first(delivery: Delivery) -> None:
 def _publish(delivery: Delivery) -> None:
     registry, record = delivery.registry, delivery.record
     bundle, verdict = delivery.folder / "bundle", delivery.folder / "gate" / "verdict.json"
-    found = [one.number for one in registry.versions() if one.id == read_manifest(bundle)["id"]]
-    if found:  # by this delivery, which was stopped before it could note it
-        record["version"] = found[0]
+    stored = next((one for one in registry.versions() if one.id == read_manifest(bundle)["id"]), None)
+    current = registry.current()
+    if stored is not None and (stored.refused or (current is not None and current.id == stored.id)):
+        record["version"] = stored.number  # by this delivery, which was stopped before it could note it
         return
     document = json.loads(verdict.read_text()) if verdict.exists() else None
     record["version"] = publish(
