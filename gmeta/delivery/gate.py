@@ -27,7 +27,7 @@ from gmeta.config.train import LossName, TrainConfig
 from gmeta.core.files import make_folder, write_text
 from gmeta.data.coverage import FEW_VALUES, unknown_fraction
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.schema import OOV
+from gmeta.data.schema import ITEM_STATISTICS, OOV, STATISTICS_COLUMNS
 from gmeta.data.shards import PackSplit
 from gmeta.delivery.gate_page import WORDS, verdict_page, word_of
 from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules, read_rules
@@ -278,11 +278,15 @@ def _query_rows(split: PackSplit) -> NDArray[np.bool_]:
 def _numeric_moments(scored: _Scored) -> dict[str, dict[str, float]]:
     """Return mean and standard deviation of each numeric column over the query rows, which are all of the day.
 
-    Stored columns count from the base's mean in its standard deviations, so that these are its drift.
+    Stored columns count from the base's mean in its standard deviations, so that these are its drift. Item statistics
+    are left out: an item's count grows from day to day.
     """
-    split, query = scored.day.split, _query_rows(scored.day.split)
+    pack, split, query = scored.day.pack, scored.day.split, _query_rows(scored.day.split)
+    moving = STATISTICS_COLUMNS if pack.manifest["data_schema"].get(ITEM_STATISTICS) else ()
     found = {}
-    for number, column in enumerate(scored.day.pack.schema.numeric):
+    for number, column in enumerate(pack.schema.numeric):
+        if column.name in moving:
+            continue
         values = split.numeric_column(number)[query].astype(np.float64)
         found[column.name] = {"mean": float(values.mean()), "std": float(values.std())}
     return found
