@@ -32,6 +32,8 @@ TASKS = "tasks.parquet"
 PARTS = "history"
 _GROUP_ROWS = 1 << 16
 """Rows of a row group. What a reader holds at once is one group."""
+_FORMAT: dict[str, Any] = {"use_dictionary": ["key"], "write_statistics": ["time", "key"]}
+"""Dictionaries of ids and numbers take longer than all else, and keep few bytes."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +52,15 @@ class History:
         tasks = con.sql(
             f"SELECT key, num_older FROM tasks WHERE shard = {shard.index} ORDER BY task_id"
         ).to_arrow_table()
-        rows, task, day, place, is_query = self._rows(con, shard, arrays)
-        time = rows.get("time", np.zeros(len(task), np.int64))
-        by_time = np.lexsort((place, day, time, task))
+        rows, task, day, is_query = self._rows(con, shard, arrays)
+        # Older rows come first, in their order, so that of one time the older ones stay first.
+        by_time = np.lexsort((rows.get("time", np.zeros(len(task), np.int64)), task))
         kept = by_time[_from_end(task[by_time]) < self.rows]
         _write_part(self.out / f"{shard.index:05d}.parquet", _table(self.schema, rows, tasks["key"], task, day, kept))
-        is_old = day < self.day
-        old = np.flatnonzero(is_old)[np.lexsort((place[is_old], task[is_old]))]
-        left_out = old[_from_end(task[old]) >= tasks["num_older"].to_numpy()[task[old]]]
+        old = np.flatnonzero(day < self.day)
         in_pack = np.ones(len(task), bool)
-        in_pack[left_out] = False
-        order = np.lexsort((place, day, time, is_query, task))
+        in_pack[old[_from_end(task[old]) >= tasks["num_older"].to_numpy()[task[old]]]] = False
+        order = by_time[np.lexsort((is_query[by_time], task[by_time]))]
         order = order[in_pack[order]]
         sizes = np.bincount(task[order], minlength=len(tasks))
         return take(self.schema, rows, order) | {
@@ -71,25 +71,22 @@ class History:
 
     def _rows(
         self, con: Connection, shard: ShardJob, arrays: dict[str, Array]
-    ) -> tuple[dict[str, Array], Array, Array, Array, Array]:
-        """Return older and new rows, and of each its task in the shard, day, place, and whether it is query."""
+    ) -> tuple[dict[str, Array], Array, Array, Array]:
+        """Return older rows and then new ones, and of each its task in the shard, its day, and whether it is query."""
         sizes = np.diff(arrays["row_start"], append=len(arrays["label"]))
         task = np.repeat(np.arange(len(sizes)), sizes)
-        place = np.arange(len(task))
-        is_query = place >= (arrays["row_start"] + arrays["num_support"])[task]
+        is_query = np.arange(len(task)) >= (arrays["row_start"] + arrays["num_support"])[task]
         folder = self.older / f"shard={shard.index}"
         if not folder.exists():
-            return arrays, task, np.full(len(task), self.day), place, is_query
+            return arrays, task, np.full(len(task), self.day), is_query
         files = literal(f"{folder}/*.parquet")
         found = con.sql(f"SELECT * FROM read_parquet({files}, hive_partitioning=false) ORDER BY task_id, place")
         table = found.to_arrow_table()
-        older = _arrays(self.schema, table, self.gone)
         old_task = np.searchsorted(arrays["task_id"], table["task_id"].to_numpy())
         return (
-            _joined(self.schema, older, arrays),
+            _joined(self.schema, _arrays(self.schema, table, self.gone), arrays),
             np.concatenate([old_task, task]),
             np.concatenate([table["day"].to_numpy(), np.full(len(task), self.day)]),
-            np.concatenate([table["place"].to_numpy(), place]),
             np.concatenate([np.zeros(len(old_task), bool), is_query]),
         )
 
@@ -188,7 +185,7 @@ def history_of_pack(pack: TaskPack, folder: Path, rows: int) -> None:
             sizes = np.diff(arrays["row_start"], append=len(arrays["label"]))
             task = np.repeat(np.arange(len(sizes)), sizes)
             time = arrays.get("time", np.zeros(len(task), np.int64))
-            order = np.lexsort((np.arange(len(task)), time, task))
+            order = np.lexsort((time, task))
             kept = order[_from_end(task[order]) < rows]
             table = _table(pack.schema, arrays, keys, task, np.zeros(len(task), np.int32), kept)
             _write_part(folder / PARTS / f"{number:05d}.parquet", table)
@@ -279,7 +276,7 @@ def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> d
 
 
 def _write_part(path: Path, table: pa.Table) -> None:
-    pq.write_table(table, path, row_group_size=_GROUP_ROWS)
+    pq.write_table(table, path, row_group_size=_GROUP_ROWS, **_FORMAT)
 
 
 def write_ordered(
@@ -292,7 +289,7 @@ def write_ordered(
         reader = con.sql(query).to_arrow_reader(_GROUP_ROWS)
         groups = _groups(reader)
         first = change(next(groups))
-        with pq.ParquetWriter(path, first.schema) as writer:
+        with pq.ParquetWriter(path, first.schema, **_FORMAT) as writer:
             writer.write_table(first)
             for group in groups:
                 writer.write_table(change(group))

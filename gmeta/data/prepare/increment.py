@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
     Raises ValueError as `prepare` does, for files that a day of the base had already, for times of another unit than
     the base's, and for a day without a task to train on.
     """
-    out, schema, settings = Path(config.out), base.schema, base.settings
+    out, schema, settings = Path(config.out), base.schema, replace(base.settings, shard_mb=config.shard_mb)
     inputs = refuse_delivered(base, find_files(config.inputs))
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
@@ -70,7 +70,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
         pack_schema = grow(con, of_base, schema, scratch, shards, base.day, evicted, tell)
         counts |= _grown(base.pack_schema, pack_schema)
         counts["drift"] = drift(con, schema, base.pack_schema, scratch, shards)
-        made_with = {**settings.to_json(), "shard_mb": config.shard_mb, "input": config.inputs, "dataset": None}
+        made_with = {**settings.to_json(), "input": config.inputs, "dataset": None}
         made_with |= {key: getattr(config, key) for key in ("history_rows", "evict_after_days", "evict_below")}
         with PackWriter(out, pack_schema, made_with, schema.to_json(), day) as writer:
             folder = writer.directory / INCREMENT
