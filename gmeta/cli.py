@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
-from gmeta.config.delivery import BundleConfig
+from gmeta.config.delivery import BundleConfig, DeltaConfig, PublishConfig, RegistryConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
@@ -36,7 +36,7 @@ from gmeta.parallel.launch import is_worker, worker_rank
 class Command:
     """A command: its config dataclass, what runs it, whether it takes `--nproc`, and what its help ends with.
 
-    `bare` is the field that words without a flag belong to, where there is one.
+    `bare` is the field that words without a flag belong to, where there is one; `bare_usage` is what its help shows.
     """
 
     config: type
@@ -44,6 +44,7 @@ class Command:
     distributed: bool = False
     epilog: str | None = None
     bare: str | None = None
+    bare_usage: str = ""
 
 
 def _prepare(config: PrepareConfig) -> int:
@@ -94,6 +95,24 @@ def _bundle(config: BundleConfig) -> int:
     from gmeta.delivery.bundle import bundle
 
     return bundle(config)
+
+
+def _delta(config: DeltaConfig) -> int:
+    from gmeta.delivery.commands import delta
+
+    return delta(config)
+
+
+def _publish(config: PublishConfig) -> int:
+    from gmeta.delivery.commands import publish
+
+    return publish(config)
+
+
+def _registry(config: RegistryConfig) -> int:
+    from gmeta.delivery.commands import registry
+
+    return registry(config)
 
 
 def _report(config: ReportConfig) -> int:
@@ -190,10 +209,13 @@ COMMANDS: dict[str, Command] = {
     "train": Command(TrainConfig, _train, distributed=True),
     "tune": Command(TuneConfig, _tune, distributed=True, epilog=_TUNE_HELP),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
-    "compare": Command(CompareConfig, _compare, bare="runs"),
+    "compare": Command(CompareConfig, _compare, bare="runs", bare_usage="RUN RUN ..."),
     "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
+    "delta": Command(DeltaConfig, _delta),
+    "publish": Command(PublishConfig, _publish),
+    "registry": Command(RegistryConfig, _registry, bare="do", bare_usage="list|show|rollback|pin|unpin|prune|fetch [N]"),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),
@@ -226,7 +248,7 @@ def command_parser(name: str) -> ArgumentParser:
     command = COMMANDS[name]
     parser = parser_of(command.config, f"gmeta {name}")
     if command.bare is not None:
-        parser.usage = f"gmeta {name} RUN RUN ... [--key VALUE] ..."
+        parser.usage = f"gmeta {name} {command.bare_usage} [--key VALUE] ..."
     if command.distributed:
         parser.add_argument(
             "--nproc", type=int, default=1, help="Processes to start on this machine (torchrun does it on clusters)."
