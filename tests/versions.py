@@ -30,6 +30,7 @@ class Growing:
             "tags": [f"tag {i}" for i in range(7)],
         }
         self.counts = {table: np.ones(len(values), np.int64) for table, values in self.values.items()}
+        self.last_days = {table: np.zeros(len(values), np.int32) for table, values in self.values.items()}
         self.day = 0
         self.rows = {table: self._new_rows(n) for table, n in (*self._sizes().items(), ("group", 8))}
         self.dense = torch.zeros(3, 2)
@@ -48,6 +49,7 @@ class Growing:
             known = self.values[table]
             known += [f"{table} of day {self.day}, {i}" for i in range(new)]
             self.counts[table] = np.concatenate([self.counts[table], np.ones(new, np.int64)])
+            self.last_days[table] = np.concatenate([self.last_days[table], np.full(new, self.day, np.int32)])
             more = self._new_rows(new)
             self.rows[table] = {name: torch.cat([rows, more[name]]) for name, rows in self.rows[table].items()}
         for table, rows in self.rows.items():
@@ -56,6 +58,7 @@ class Growing:
                 values[at] += 1
             if table in self.counts:
                 self.counts[table][at[at > 0] - 1] += 1
+                self.last_days[table][at[at > 0] - 1] = self.day
         for gone in self._rng.choice(len(self.values["item"]), leave, replace=False):
             self.values["item"][gone] = None
             for values in self.rows["item"].values():
@@ -78,7 +81,7 @@ class Growing:
             for table, values in self.values.items():
                 file = scratch / f"{table}.parquet"
                 ids = pa.array(np.arange(1, len(values) + 1))
-                last_day = pa.array(np.full(len(values), self.day, np.int32))
+                last_day = pa.array(self.last_days[table])
                 columns = {"value": pa.array(values), "id": ids, "count": pa.array(self.counts[table])}
                 pq.write_table(pa.table({**columns, "last_day": last_day}), file)
                 writer.add_file(file, f"vocab/{table}.parquet")

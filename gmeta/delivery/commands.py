@@ -79,7 +79,7 @@ def _print_versions(found: Registry) -> None:
         table.add_row(
             str(record.number),
             record.id,
-            record.created.strftime("%Y-%m-%d %H:%M:%S"),
+            record.created.strftime("%Y-%m-%d %H:%M"),
             "" if day is None else str(day),
             f"{record.bytes:,}",
             _gate(record),
@@ -97,7 +97,7 @@ def _gate(record: VersionRecord) -> str:
 def _mark(number: int, pointer: Pointer | None) -> str:
     if pointer is None or pointer.version != number:
         return ""
-    return "current, pinned" if pointer.pinned else "current"
+    return "pinned" if pointer.pinned else "current"
 
 
 def _print_version(found: Registry, number: int) -> None:
