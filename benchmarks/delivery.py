@@ -215,9 +215,9 @@ def costs(case: str, kept: Sequence[Path], days: range) -> tuple[list[Record], s
     trained = {side: median([one["rows"] for one in ones]) for side, ones in found.items()}
     refused = {side: sum(not one["passed"] for one in ones) for side, ones in found.items()}
     said = (
-        f"Seconds from closed data to the first answer of the new version, medians of {len(found['full'])} deliveries a "
-        f"side; the ratio is of the sums. By seed: {', '.join(f'{ratio:.1f}' for ratio in by_seed)}. Rows of a pack: "
-        f"{trained['full']:,.0f} and {trained['warm']:,.0f}. Refused by the gate: {refused['full']} and {refused['warm']}."
+        f"Seconds from closed data to the first answer of the new version, medians of {len(found['full'])} deliveries "
+        f"a side; the ratio is of the sums. By seed: {', '.join(f'{ratio:.1f}' for ratio in by_seed)}. Rows of a pack: "
+        f"{trained['full']:,.0f} and {trained['warm']:,.0f}. Refused by the gate: {refused['full']}, {refused['warm']}."
     )
     return records, "\n\n".join([table(["stage", *SIDES, "full / warm"], rows), said])
 

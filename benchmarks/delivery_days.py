@@ -1,9 +1,10 @@
-"""The rows of days, for delivery.py: a synthetic stream, or a real log cut by time; and what two versions score on them."""
+"""The rows of days, for delivery.py: a synthetic stream, or a real log cut by time; what a version scores on them."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Stream:
 
     @property
     def schema(self) -> Path:
+        """Return the file that says what the columns mean."""
         return self.root / "schema.yaml"
 
     def day(self, number: int) -> Path:
@@ -103,7 +105,7 @@ def movielens(root: Path, *, base: int, days: int) -> Stream:
         cuts = np.linspace(first, rows.num_rows, days + 2).astype(int)
         parts = [np.linspace(0, first, base + 1).astype(int), cuts[1:]]
         edges = np.concatenate(parts)
-        for day, (start, end) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        for day, (start, end) in enumerate(pairwise(edges)):
             folder = partial / f"day={day:02d}"
             folder.mkdir(parents=True)
             pq.write_table(rows.slice(start, end - start), folder / "rows.parquet")

@@ -27,6 +27,7 @@ from gmeta.config.delivery import BundleConfig, GateConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
+from gmeta.config.registry import DeltaConfig, PublishConfig, RegistryConfig
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
@@ -39,7 +40,7 @@ from gmeta.parallel.launch import is_worker, worker_rank
 class Command:
     """A command: its config dataclass, what runs it, whether it takes `--nproc`, and what its help ends with.
 
-    `bare` is the field that words without a flag belong to, where there is one.
+    `bare` is the field that words without a flag belong to, where there is one; `bare_usage` is what its help shows.
     """
 
     config: type
@@ -47,6 +48,7 @@ class Command:
     distributed: bool = False
     epilog: str | None = None
     bare: str | None = None
+    bare_usage: str = ""
 
 
 def _prepare(config: PrepareConfig) -> int:
@@ -114,6 +116,24 @@ def _deliver(config: DeliverConfig) -> int:
     from gmeta.delivery.deliver import deliver
 
     return deliver(config)
+
+
+def _delta(config: DeltaConfig) -> int:
+    from gmeta.delivery.commands import delta
+
+    return delta(config)
+
+
+def _publish(config: PublishConfig) -> int:
+    from gmeta.delivery.commands import publish
+
+    return publish(config)
+
+
+def _registry(config: RegistryConfig) -> int:
+    from gmeta.delivery.commands import registry
+
+    return registry(config)
 
 
 def _report(config: ReportConfig) -> int:
@@ -218,12 +238,17 @@ COMMANDS: dict[str, Command] = {
     "train": Command(TrainConfig, _train, distributed=True),
     "tune": Command(TuneConfig, _tune, distributed=True, epilog=_TUNE_HELP),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
-    "compare": Command(CompareConfig, _compare, bare="runs"),
+    "compare": Command(CompareConfig, _compare, bare="runs", bare_usage="RUN RUN ..."),
     "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
     "gate": Command(GateConfig, _gate, distributed=True, epilog=_GATE_HELP),
     "deliver": Command(DeliverConfig, _deliver),
+    "delta": Command(DeltaConfig, _delta),
+    "publish": Command(PublishConfig, _publish),
+    "registry": Command(
+        RegistryConfig, _registry, bare="do", bare_usage="list|show|rollback|pin|unpin|prune|fetch [N]"
+    ),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),
@@ -256,7 +281,7 @@ def command_parser(name: str) -> ArgumentParser:
     command = COMMANDS[name]
     parser = parser_of(command.config, f"gmeta {name}")
     if command.bare is not None:
-        parser.usage = f"gmeta {name} RUN RUN ... [--key VALUE] ..."
+        parser.usage = f"gmeta {name} {command.bare_usage} [--key VALUE] ..."
     if command.distributed:
         parser.add_argument(
             "--nproc", type=int, default=1, help="Processes to start on this machine (torchrun does it on clusters)."

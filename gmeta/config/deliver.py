@@ -21,8 +21,8 @@ class DeliverConfig:
     prepare: dict[str, Any] = field(default_factory=dict)
     """Settings of `gmeta prepare`, such as {min_count: 5}."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Settings of `gmeta train`, such as {schedule: {epochs: 2}}. What is left out is as the current version's, and of a
-    first version as a recipe chooses."""
+    """Settings of `gmeta train`, such as {schedule: {epochs: 2}}. What is left out is as the current version's, and of
+    a first version as a recipe chooses."""
     rules: str | None = None
     """YAML file with the rules of the gate; its own when unset."""
     full: bool = False

@@ -75,21 +75,6 @@ def _lock(handle: int, operation: int) -> bool:
     return True
 
 
-@contextmanager
-def alone(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; the lock dies with the process. ValueError with `refusal` where
-    another process holds it.
-    """
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(refusal) from None
-    finally:
-        os.close(handle)
-
-
 def sync(path: Path) -> None:
     """fsync a file or directory."""
     handle = os.open(path, os.O_RDONLY)

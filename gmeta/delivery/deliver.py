@@ -29,7 +29,7 @@ from gmeta.config.delivery import BundleConfig, GateConfig
 from gmeta.config.evaluation import EvaluateConfig
 from gmeta.config.parse import parse_mapping, train_config
 from gmeta.config.train import TrainConfig
-from gmeta.core.files import alone, make_folder, read_mapping, write_text
+from gmeta.core.files import make_folder, read_mapping, write_text
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare, print_summary
 from gmeta.data.sources import find_files
@@ -86,10 +86,7 @@ def deliver(config: DeliverConfig) -> int:
     """
     work = make_folder("work", config.work)
     registry = open_registry(config.registry)
-    with (
-        alone(work / ".lock", f"another delivery works in {work}: wait for it, end it, or name another folder"),
-        lease(registry.store, LEASE, f"a delivery to {registry.url}"),
-    ):
+    with lease(registry.store, LEASE, f"a delivery to {registry.url}"):
         delivery = _open(config, registry, work)
         try:
             for name, stage in STAGES.items():
@@ -136,8 +133,11 @@ def _run(delivery: Delivery, name: str, stage: Callable[[Delivery], None]) -> No
 
 def _fetch(delivery: Delivery) -> None:
     if delivery.base is not None:
-        cache = delivery.folder.parent / "cache"
-        delivery.record["fetched"] = str(delivery.registry.fetch(delivery.base, cache, training=True))
+        delivery.record["fetched"] = str(delivery.registry.fetch(delivery.base, _cache(delivery)))
+
+
+def _cache(delivery: Delivery) -> Path:
+    return delivery.folder.parent / "cache"
 
 
 def _prepare(delivery: Delivery) -> None:
@@ -230,7 +230,7 @@ def _publish(delivery: Delivery) -> None:
         return
     document = json.loads(verdict.read_text()) if verdict.exists() else None
     record["version"] = publish(
-        registry, bundle, verdict=document, metrics=record["metrics"], make_current=record["passed"]
+        registry, bundle, verdict=document, metrics=record["metrics"], cache=_cache(delivery)
     )
 
 

@@ -79,12 +79,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not file.exists():
         raise ValueError(f"{path} is no bundle (it has no {MANIFEST}): give the folder that `gmeta bundle` made")
-    manifest = read_mapping(file, CURE)
+    return check_manifest(read_mapping(file, CURE), str(file))
+
+
+def check_manifest(manifest: dict[str, Any], file: str) -> dict[str, Any]:
+    """Return a manifest that is sound. ValueError names `file`, where it was read."""
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is of format {manifest.get('format')!r}, expected {FORMAT!r}: give a bundle")
     version = manifest.get("version")
     if type(version) is not int or version > VERSION:
-        raise ValueError(f"{path} is a bundle of format {version}; this gmeta reads up to {VERSION}: upgrade")
+        raise ValueError(f"{file} is of a bundle of format {version}; this gmeta reads up to {VERSION}: upgrade")
     if manifest.get("xxh3") != manifest_checksum(manifest):
         raise ValueError(f"{file} is damaged (its checksum is not that of its content): {CURE}")
     try:
@@ -99,6 +103,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no manifest of a bundle ({error}): {CURE}") from None
     return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with its own checksum, after a change to it."""
+    return {**manifest, "xxh3": manifest_checksum(manifest)}
+
+
+def manifest_text(manifest: Mapping[str, Any]) -> str:
+    """Return what manifest.json holds."""
+    return json.dumps(manifest, sort_keys=True, indent=1) + "\n"
+
+
+def without_training(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the same version without its `training/`."""
+    files = [entry for entry in manifest["files"] if not entry["file"].startswith(TRAINING)]
+    return sealed({**manifest, "training": False, "files": files})
 
 
 @dataclass(frozen=True)
@@ -262,7 +282,7 @@ class BundleWriter:
             }
             whole["xxh3"] = manifest_checksum(whole)
             path = self.directory / MANIFEST
-            path.write_text(json.dumps(whole, sort_keys=True, indent=1) + "\n")
+            path.write_text(manifest_text(whole))
             sync(path)
             for folder in {path.parent for path in present} | {self.directory}:
                 sync(folder)

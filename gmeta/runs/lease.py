@@ -27,7 +27,9 @@ def lease(store: Store, key: str, what: str, seconds: float = LEASE_S) -> Iterat
     token = secrets.token_hex(8)
     _take(store, key, what, token, seconds)
     ended = threading.Event()
-    renewing = threading.Thread(target=_renew, args=(store, key, token, seconds, ended), name="gmeta-lease", daemon=True)
+    renewing = threading.Thread(
+        target=_renew, args=(store, key, token, seconds, ended), name="gmeta-lease", daemon=True
+    )
     renewing.start()
     try:
         yield

@@ -78,7 +78,9 @@ def test_a_day_becomes_the_version_that_serves(stream: Path, registry: Path) -> 
     assert one.manifest["metrics"]["all"]["auc"] > 0.5
     assert two.manifest["metrics"]["all"]["rows"] > 100
     assert not list((registry.parent / "work-registry").glob("0*"))  # what was made on the way is gone
-    table = duckdb.sql(f"FROM read_parquet('{stream}/log/day=03/*.parquet') ORDER BY timestamp LIMIT 200").to_arrow_table()
+    table = duckdb.sql(
+        f"FROM read_parquet('{stream}/log/day=03/*.parquet') ORDER BY timestamp LIMIT 200"
+    ).to_arrow_table()
     served = load(f"{registry}/current").adapt(table).predict(table)
     assert np.isfinite(served).all()
 
@@ -129,9 +131,7 @@ def test_a_full_version_is_trained_anew_and_judged(stream: Path, registry: Path)
     assert (found.manifest["parent"], found.manifest["day"]) == (None, 0)
 
 
-def test_mistakes_are_told(
-    stream: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_told(stream: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["deliver", "--registry", registry, "--work", tmp_path / "work", "--input"]
     day = stream / "log" / "day=02"
     fails([*words, day, "--schema", stream / "log" / "schema.yaml"], capsys, "leave it out")
@@ -142,7 +142,8 @@ def test_mistakes_are_told(
     capsys.readouterr()
     fails([*words, day], capsys, "was delivered already")
     empty = tmp_path / "empty.csv"
-    empty.write_text(f"{','.join(duckdb.sql(f'FROM {str(day / '*.parquet')!r}').columns)}\n")
+    columns = duckdb.sql(f"FROM read_parquet('{day}/*.parquet')").columns
+    empty.write_text(",".join(columns) + "\n")
     fails([*words, empty], capsys, "no row")
 
 
