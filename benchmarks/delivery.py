@@ -75,7 +75,7 @@ def run_seed(case: str, seed: int, scale: Scale, folder: Path) -> Path:
         made = kept / "first.partial"
         shutil.rmtree(made, ignore_errors=True)
         words = ("--input", json.dumps(stream.until(scale.base - 1)), "--schema", stream.schema)
-        here("deliver", "--registry", made, *words, "--work", kept / "work", "--train.seed", seed)
+        here("deliver", "--registry", made, *words, "--work", kept / "work", "--train_with", json.dumps({"seed": seed}))
         made.rename(first)
     for side in SIDES:
         if not (kept / side).exists():
@@ -95,7 +95,7 @@ def _deliver(stream: Stream, kept: Path, side: str, day: int, seed: int) -> dict
     registry, work = kept / side, kept / f"work-{side}"
     given = stream.until(day) if side == "full" else [str(stream.day(day))]
     words: list[object] = ["--registry", registry, "--input", json.dumps(given), "--work", work, "--keep", "true"]
-    words += ["--train", json.dumps(SETTINGS[side]), "--full", "true" if side == "full" else "false"]
+    words += ["--train_with", json.dumps(SETTINGS[side]), "--full", "true" if side == "full" else "false"]
     support, query, _ = stream.next_rows(day)
     some = query.slice(0, 10)
     start = time.perf_counter()

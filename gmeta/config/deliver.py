@@ -18,9 +18,9 @@ class DeliverConfig:
     """The new rows: Parquet or CSV file, glob or directory, or a list of them."""
     schema: str | None = None
     """YAML file that says what the columns mean, for the registry's first version; later ones have the same."""
-    prepare: dict[str, Any] = field(default_factory=dict)
+    prepare_with: dict[str, Any] = field(default_factory=dict)
     """Settings of `gmeta prepare`, such as {min_count: 5}."""
-    train: dict[str, Any] = field(default_factory=dict)
+    train_with: dict[str, Any] = field(default_factory=dict)
     """Settings of `gmeta train`, such as {schedule: {epochs: 2}}. What is left out is as the current version's, and of
     a first version as a recipe chooses."""
     rules: str | None = None
@@ -29,7 +29,7 @@ class DeliverConfig:
     """Train anew on the input alone, which then holds all rows, instead of going on from the current version: ids of
     evicted values are used again, and means and deviations are those of the input."""
     nproc: int = 1
-    """Processes that train on this machine. train {elastic: {enabled: true}} makes them an elastic group."""
+    """Processes that train on this machine. train_with {elastic: {enabled: true}} makes them an elastic group."""
     work: str = "deliveries"
     """Folder of what is being made. The same command goes on with a delivery that was stopped."""
     keep: bool = False
@@ -45,7 +45,7 @@ class DeliverConfig:
     def __post_init__(self) -> None:
         require_numbers(self)
         require(self.nproc >= 1, "nproc", self.nproc, "must be at least 1")
-        own = {"prepare": ("base", "input", "out", "schema"), "train": ("warm_start", "pack", "run_dir", "resume")}
+        own = {"prepare_with": ("base", "input", "out", "schema"), "train_with": ("warm_start", "pack", "run_dir", "resume")}
         for section, keys in own.items():
             for key in keys:
                 given = key in getattr(self, section)

@@ -42,7 +42,7 @@ from gmeta.evaluation.slices import headline_metrics
 from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
 from gmeta.runs.bundle import open_bundle, read_manifest
 from gmeta.runs.lease import lease
-from gmeta.runs.registry import Registry, open_registry
+from gmeta.runs.registry import Pointer, Registry, open_registry
 from gmeta.training.defaults import with_defaults
 from gmeta.training.supervise import supervise
 from gmeta.training.trainer import train
@@ -108,15 +108,28 @@ def _open(config: DeliverConfig, registry: Registry, work: Path) -> Delivery:
         raise ValueError(f"registry {config.registry} is empty: name the schema of the rows for its first version")
     if base is not None and config.schema is not None and not config.full:
         raise ValueError("schema is the base's: leave it out, or deliver a full version with --full true")
-    settings = {"base": base, "full": config.full, "prepare": config.prepare, "train": config.train}
-    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in find_files(config.inputs)]
-    digest = xxhash.xxh3_64_hexdigest(json.dumps([config.registry, settings, files], sort_keys=True, default=str))
-    folder = work / f"{0 if base is None else base:06d}-{digest[:8]}"
-    folder.mkdir(exist_ok=True)
+    folder = work / _name(config)
     record: dict[str, Any] = {"base": base, "seconds": {}}
     if (folder / RECORD).exists():
-        record = read_mapping(folder / RECORD, _CURE)
-    return Delivery(config, registry, folder, base, record)
+        found = read_mapping(folder / RECORD, _CURE)
+        if found["base"] == base or _is_published(folder / "bundle", current):
+            record = found
+        else:
+            print("deliver: another version is current than when this delivery began: it begins anew")
+            shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    return Delivery(config, registry, folder, record["base"], record)
+
+
+def _name(config: DeliverConfig) -> str:
+    """Return a name of what is delivered where: rows and settings."""
+    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in find_files(config.inputs)]
+    what = [config.registry, config.full, config.prepare_with, config.train_with, files]
+    return xxhash.xxh3_64(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_published(bundle: Path, current: Pointer | None) -> bool:
+    return current is not None and bundle.exists() and current.id == read_manifest(bundle)["id"]
 
 
 def _run(delivery: Delivery, name: str, stage: Callable[[Delivery], None]) -> None:
@@ -149,7 +162,7 @@ def _prepare(delivery: Delivery) -> None:
         start = {"schema": config.schema} if config.schema else {}
         if begins and not start:
             start = {"schema": str(_schema_of(delivery))}
-        given = {**rows, **(start if begins else {"base": str(delivery.base_bundle)}), **config.prepare}
+        given = {**rows, **(start if begins else {"base": str(delivery.base_bundle)}), **config.prepare_with}
         print_summary(prepare(parse_mapping(PrepareConfig, given, "prepare")))
     open_pack(out)
 
@@ -167,7 +180,7 @@ def _train(delivery: Delivery) -> None:
     settings: dict[str, Any] = {"pack": str(delivery.folder / "pack"), "run_dir": str(run_dir), "resume": True}
     if delivery.base is not None and not config.full:
         settings["warm_start"] = str(delivery.base_bundle)
-    whole = train_config({**settings, **config.train}, with_defaults)
+    whole = train_config({**settings, **config.train_with}, with_defaults)
     code = _trained(whole, config.nproc, delivery.folder / "train.yaml")
     if code == EXIT_STOPPED:
         raise Stopped(code)
@@ -206,7 +219,7 @@ def _gate(delivery: Delivery) -> None:
         trust_model=config.trust_model,
     )
     verdict = judge(gate)
-    delivery.record |= {"passed": verdict.passed, "metrics": verdict.document["metrics"]}
+    delivery.record.update({"passed": verdict.passed, "metrics": verdict.document["metrics"]})
 
 
 def _measure_first(delivery: Delivery) -> None:
@@ -217,7 +230,7 @@ def _measure_first(delivery: Delivery) -> None:
         run_dir, trust = str(delivery.folder / "run"), delivery.config.trust_model
         evaluate(EvaluateConfig(run_dir=run_dir, split=split, out=str(out), trust_model=trust))
     evaluation = read_evaluation(out / "evaluation.json")
-    delivery.record |= {"passed": True, "metrics": None if evaluation is None else headline_metrics(evaluation)}
+    delivery.record.update({"passed": True, "metrics": None if evaluation is None else headline_metrics(evaluation)})
 
 
 def _publish(delivery: Delivery) -> None:
@@ -225,7 +238,7 @@ def _publish(delivery: Delivery) -> None:
     bundle, verdict = delivery.folder / "bundle", delivery.folder / "gate" / "verdict.json"
     stored = next((one for one in registry.versions() if one.id == read_manifest(bundle)["id"]), None)
     current = registry.current()
-    if stored is not None and (stored.refused or (current is not None and current.id == stored.id)):
+    if stored is not None and (stored.refused or _is_published(bundle, current)):
         record["version"] = stored.number  # by this delivery, which was stopped before it could note it
         return
     document = json.loads(verdict.read_text()) if verdict.exists() else None
