@@ -95,7 +95,8 @@ def _deliver(stream: Stream, kept: Path, side: str, day: int, seed: int) -> dict
     registry, work = kept / side, kept / f"work-{side}"
     given = stream.until(day) if side == "full" else [str(stream.day(day))]
     words: list[object] = ["--registry", registry, "--input", json.dumps(given), "--work", work, "--keep", "true"]
-    words += ["--train_with", json.dumps(SETTINGS[side]), "--full", "true" if side == "full" else "false"]
+    words += ["--train_with", json.dumps(SETTINGS[side])]
+    words += ["--full", "true", "--schema", stream.schema] if side == "full" else []
     support, query, _ = stream.next_rows(day)
     some = query.slice(0, 10)
     start = time.perf_counter()

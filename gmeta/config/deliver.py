@@ -17,7 +17,8 @@ class DeliverConfig:
     input: list[str] | str
     """The new rows: Parquet or CSV file, glob or directory, or a list of them."""
     schema: str | None = None
-    """YAML file that says what the columns mean, for the registry's first version; later ones have the same."""
+    """YAML file that says what the columns mean, for the registry's first version and for full ones; a day has that of
+    the current version."""
     prepare_with: dict[str, Any] = field(default_factory=dict)
     """Settings of `gmeta prepare`, such as {min_count: 5}."""
     train_with: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +46,10 @@ class DeliverConfig:
     def __post_init__(self) -> None:
         require_numbers(self)
         require(self.nproc >= 1, "nproc", self.nproc, "must be at least 1")
-        own = {"prepare_with": ("base", "input", "out", "schema"), "train_with": ("warm_start", "pack", "run_dir", "resume")}
+        own = {
+            "prepare_with": ("base", "input", "out", "schema"),
+            "train_with": ("warm_start", "pack", "run_dir", "resume"),
+        }
         for section, keys in own.items():
             for key in keys:
                 given = key in getattr(self, section)

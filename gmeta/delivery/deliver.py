@@ -104,10 +104,12 @@ def _open(config: DeliverConfig, registry: Registry, work: Path) -> Delivery:
     """Find the delivery of these rows onto the registry's current version, or begin it."""
     current = registry.current()
     base = None if current is None else current.version
-    if base is None and config.schema is None:
-        raise ValueError(f"registry {config.registry} is empty: name the schema of the rows for its first version")
-    if base is not None and config.schema is not None and not config.full:
-        raise ValueError("schema is the base's: leave it out, or deliver a full version with --full true")
+    begins = base is None or config.full
+    if begins and config.schema is None:
+        why = "full is true" if config.full else f"registry {config.registry} is empty"
+        raise ValueError(f"{why}: name the schema of the rows with --schema")
+    if not begins and config.schema is not None:
+        raise ValueError(f"schema is {config.schema!r}: a day has that of the current version, leave it out")
     folder = work / _name(config)
     record: dict[str, Any] = {"base": base, "seconds": {}}
     if (folder / RECORD).exists():
@@ -157,22 +159,11 @@ def _prepare(delivery: Delivery) -> None:
     out = delivery.folder / "pack"
     if not out.exists():  # a pack is whole or absent
         config = delivery.config
-        rows: dict[str, Any] = {"out": str(out), "input": config.inputs}
         begins = delivery.base is None or config.full
-        start = {"schema": config.schema} if config.schema else {}
-        if begins and not start:
-            start = {"schema": str(_schema_of(delivery))}
-        given = {**rows, **(start if begins else {"base": str(delivery.base_bundle)}), **config.prepare_with}
-        print_summary(prepare(parse_mapping(PrepareConfig, given, "prepare")))
+        start = {"schema": config.schema} if begins else {"base": str(delivery.base_bundle)}
+        given = {"out": str(out), "input": config.inputs, **start, **config.prepare_with}
+        print_summary(prepare(parse_mapping(PrepareConfig, given, "prepare_with")))
     open_pack(out)
-
-
-def _schema_of(delivery: Delivery) -> Path:
-    """Write the raw schema of the current version as `prepare` takes it."""
-    file = delivery.folder / "schema.yaml"
-    data = read_mapping(delivery.base_bundle / "schema.json", _CURE)["data"]
-    write_text(file, yaml.safe_dump(data, sort_keys=False))
-    return file
 
 
 def _train(delivery: Delivery) -> None:
@@ -228,7 +219,7 @@ def _measure_first(delivery: Delivery) -> None:
     split = next((name for name in HELD_OUT if name in open_pack(delivery.folder / "pack").splits), None)
     if split is not None:
         run_dir, trust = str(delivery.folder / "run"), delivery.config.trust_model
-        evaluate(EvaluateConfig(run_dir=run_dir, split=split, out=str(out), trust_model=trust))
+        evaluate(EvaluateConfig(run_dir=run_dir, split=split, out=str(out), baselines=False, trust_model=trust))
     evaluation = read_evaluation(out / "evaluation.json")
     delivery.record.update({"passed": True, "metrics": None if evaluation is None else headline_metrics(evaluation)})
 
@@ -242,9 +233,7 @@ def _publish(delivery: Delivery) -> None:
         record["version"] = stored.number  # by this delivery, which was stopped before it could note it
         return
     document = json.loads(verdict.read_text()) if verdict.exists() else None
-    record["version"] = publish(
-        registry, bundle, verdict=document, metrics=record["metrics"], cache=_cache(delivery)
-    )
+    record["version"] = publish(registry, bundle, verdict=document, metrics=record["metrics"], cache=_cache(delivery))
 
 
 def _tell(delivery: Delivery) -> None:

@@ -130,7 +130,7 @@ def test_a_damaged_day_is_refused_and_the_next_one_goes_on_without_it(
 
 @pytest.mark.slow
 def test_a_full_version_is_trained_anew_and_judged(stream: Path, registry: Path) -> None:
-    assert deliver(stream, registry, 0, 1, 2, full="true", train_with=TRAIN) == 0
+    assert deliver(stream, registry, 0, 1, 2, full="true", schema=stream / "log" / "schema.yaml", train_with=TRAIN) == 0
     found = open_registry(str(registry)).versions()[1]
     assert (found.manifest["parent"], found.manifest["day"]) == (None, 0)
 
@@ -139,8 +139,12 @@ def test_mistakes_are_told(stream: Path, registry: Path, tmp_path: Path, capsys:
     words = ["deliver", "--registry", registry, "--work", tmp_path / "work", "--input"]
     day = stream / "log" / "day=02"
     fails([*words, day, "--schema", stream / "log" / "schema.yaml"], capsys, "leave it out")
-    fails([*words, day, "--prepare_with", '{"base": "x"}'], capsys, "prepare_with.base is 'x': deliver sets it; leave it out")
-    fails(["deliver", "--registry", tmp_path / "none", "--input", day], capsys, "is empty: name the schema")
+    fails(
+        [*words, day, "--prepare_with", '{"base": "x"}'],
+        capsys,
+        "prepare_with.base is 'x': deliver sets it; leave it out",
+    )
+    fails(["deliver", "--registry", tmp_path / "none", "--input", day], capsys, "is empty: name the schema of the rows")
     fails([*words, tmp_path / "nothing"], capsys, "nothing")
     assert deliver(stream, registry, 2) == 0
     capsys.readouterr()
