@@ -170,6 +170,7 @@ def test_a_day_with_turned_labels_is_refused(world: World) -> None:
     assert (code, document["passed"]) == (3, False)
     gain = next(d for d in differences(document) if (d["case"], d["metric"]) == ("all", "auc"))
     assert gain["low"] > 0
+    assert gain["value"] > 0.3
     assert [found["passed"] for found in rule(document, "difference")].count(False) == 0
     assert not all(found["passed"] for found in rule(document, "current_chance"))
     assert "--previous_pack" in rule(document, "current_drop")[0]["reason"]
