@@ -13,11 +13,13 @@ rules:
   - {rule: current_drop, metric: auc, max_drop: 0.05, min_rows: 500}
   - {rule: current_calibration, max_error: 0.5}
   # Is the candidate no worse than the current version? The more rows, the narrower the margin.
-  - {rule: difference, metric: auc, slices: [all], margin: 0.01}
+  - {rule: difference, metric: auc, slices: [all], margin: 0.02}
+  - {rule: difference, metric: auc, slices: [all], margin: 0.01, min_rows: 5000}
   - {rule: difference, metric: auc, slices: [all], margin: 0.002, min_rows: 20000}
   - {rule: difference, metric: auc, slices: [warm, user_cold, item_cold, both_cold], margin: 0.03, min_rows: 1000}
   - {rule: difference, metric: auc, slices: [warm, user_cold, item_cold, both_cold], margin: 0.005, min_rows: 20000}
-  - {rule: difference, metric: logloss, slices: [all], margin: 0.01}
+  - {rule: difference, metric: logloss, slices: [all], margin: 0.02}
+  - {rule: difference, metric: logloss, slices: [all], margin: 0.01, min_rows: 5000}
   - {rule: difference, metric: logloss, slices: [all], margin: 0.002, min_rows: 20000}
   - {rule: difference, metric: ece, slices: [all], margin: 0.01, min_rows: 20000}
   # Is it fit to serve? What the current version fails too refuses nothing that is better.
@@ -34,11 +36,13 @@ rules:
   - {rule: numeric_drift, max_shift: 3.0, max_spread: 5.0}
   - {rule: unknown_ids, max_share: 0.9}
   - {rule: current_drop, metric: mae, max_drop: 0.1, min_rows: 500}
-  - {rule: difference, metric: mae, slices: [all], margin: 0.02}
+  - {rule: difference, metric: mae, slices: [all], margin: 0.03}
+  - {rule: difference, metric: mae, slices: [all], margin: 0.01, min_rows: 5000}
   - {rule: difference, metric: mae, slices: [all], margin: 0.004, min_rows: 20000}
   - {rule: difference, metric: mae, slices: [warm, user_cold, item_cold, both_cold], margin: 0.05, min_rows: 1000}
   - {rule: difference, metric: mae, slices: [warm, user_cold, item_cold, both_cold], margin: 0.01, min_rows: 20000}
-  - {rule: difference, metric: rmse, slices: [all], margin: 0.02}
+  - {rule: difference, metric: rmse, slices: [all], margin: 0.03}
+  - {rule: difference, metric: rmse, slices: [all], margin: 0.01, min_rows: 5000}
   - {rule: calibration, max_error: 0.1, max_loss: 0.05}
   - {rule: baselines, metric: mae, min_gain: 0.0}
 """

@@ -39,7 +39,7 @@ from gmeta.evaluation.score import Scores, score_split
 from gmeta.evaluation.slices import BEFORE, evaluation_records, headline_metrics
 from gmeta.evaluation.variants import baseline_rows
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
-from gmeta.parallel.launch import EXIT_REFUSED
+from gmeta.parallel.launch import EXIT_REFUSED, report_error
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import load_system, require_trusted
 from gmeta.runs.bundle import is_bundle, read_manifest
@@ -100,7 +100,10 @@ class _Scored:
 
 def gate(config: GateConfig) -> int:
     """Run `gmeta gate` on this rank: 0 where the candidate may serve, `EXIT_REFUSED` where it may not."""
-    return 0 if judge(config).passed else EXIT_REFUSED
+    if judge(config).passed:
+        return 0
+    report_error(f"gmeta gate: the candidate is refused; {Path(config.out) / 'verdict.html'} says why")
+    return EXIT_REFUSED
 
 
 def judge(config: GateConfig) -> Verdict:

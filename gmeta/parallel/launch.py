@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EXIT_USER_ERROR = 2
 """A worker's exit code for a user's mistake, told through `report_error`."""
 EXIT_REFUSED = 3
-"""A worker's exit code where a gate refused a model: nothing failed."""
+"""A worker's exit code where a gate refused a model, told through `report_error`: nothing failed."""
 EXIT_STOPPED = 75
 """A worker's exit code after a requested stop: saved (EX_TEMPFAIL)."""
 EXIT_RESTART = 77
@@ -267,7 +267,7 @@ def _verdict(context: SubprocessContext, result: RunProcsResult | None, advice: 
     first = next(rank for rank in found_first if rank in causes)
     code = causes[first]
     messages = list(dict.fromkeys(text for rank in causes if (text := _last_words(context, rank))))
-    expected = code in (EXIT_REFUSED, EXIT_STOPPED, EXIT_RESTART) or (code == EXIT_USER_ERROR and messages)
+    expected = code in (EXIT_STOPPED, EXIT_RESTART) or (code in (EXIT_USER_ERROR, EXIT_REFUSED) and messages)
     asked_for = result is None and code in (-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
     if not (expected or asked_for):
         pid = context.subprocess_handlers[first].proc.pid

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from commands import fails, gmeta, train_words
 from harness import run_ranks
-from packs import ITEMS, SCHEMA, make_pack, values_of
+from packs import ITEMS, SCHEMA, TAGS, make_pack, values_of
 
 from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
@@ -46,17 +46,19 @@ def liked(arrays: Arrays) -> None:
 
 
 def day1(change: Callable[[Arrays], object] = lambda arrays: None) -> dict[str, Any]:
-    """Settings of a pack whose item ids are in another order; two of its items are new."""
+    """Settings of a pack whose items and tags have their ids in another order; two of its items are new."""
 
     def changed(arrays: Arrays) -> None:
         liked(arrays)
         change(arrays)
         arrays["ids"][:, 1] = ORDER[arrays["ids"][:, 1]]
+        tags = arrays["tags.values"]
+        tags[:] = np.where(tags > 0, TAGS - tags, 0)
 
     def values(table: str, num_ids: int) -> list[str]:
         old = values_of(table, num_ids)
         if table != "item":
-            return old
+            return old[::-1] if table == "tags" else old
         named = {ORDER[i]: f"new{i}" if i in NEW else old[i - 1] for i in range(1, num_ids)}
         return [named[i] for i in range(1, num_ids)]
 
@@ -168,6 +170,7 @@ def test_a_day_with_turned_labels_is_refused(world: World) -> None:
     assert (code, document["passed"]) == (3, False)
     gain = next(d for d in differences(document) if (d["case"], d["metric"]) == ("all", "auc"))
     assert gain["low"] > 0
+    assert gain["value"] > 0.3
     assert [found["passed"] for found in rule(document, "difference")].count(False) == 0
     assert not all(found["passed"] for found in rule(document, "current_chance"))
     assert "--previous_pack" in rule(document, "current_drop")[0]["reason"]
@@ -237,7 +240,8 @@ def test_ranks_give_one_verdict(world: World) -> None:
 def test_a_launched_gate_ends_with_the_code_of_its_verdict(world: World, capfd: pytest.CaptureFixture[str]) -> None:
     code, document = world.gate("run-turned", "v0", "turned", "launched", "--nproc", 2)
     assert (code, document["passed"]) == (3, False)
-    assert "failed" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert (said.count("the candidate is refused"), said.count("failed")) == (1, 0), said
 
 
 def test_what_cannot_be_judged_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
