@@ -32,8 +32,11 @@ CHAIN = "chain.json"
 IN_BUNDLE = f"training/{INCREMENT}"
 """Where a bundle keeps what a pack has in `increment/`, with the pack's manifest."""
 
-_FREE = ("out", "base", "input", "on_bad_rows", "memory_limit", "threads", "shard_mb")
-_FREE += ("history_rows", "evict_after_days", "evict_below")
+_FREE = {"out", "base", "input", "on_bad_rows", "memory_limit", "threads", "shard_mb"} | {
+    "history_rows",
+    "evict_after_days",
+    "evict_below",
+}
 """Settings that change nothing of what a pack of the base means."""
 
 
@@ -169,7 +172,7 @@ def _refuse_other_settings(config: PrepareConfig, base: Base) -> None:
                 "to continue the base with its own, or prepare all days anew"
             )
     theirs = {"label_threshold": base.schema.label_threshold, **asdict(base.settings)}
-    for key in (f.name for f in fields(PrepareConfig) if f.name not in (*_FREE, "schema", "dataset", "root")):
+    for key in (f.name for f in fields(PrepareConfig) if f.name not in _FREE | {"schema", "dataset", "root"}):
         given = getattr(config, key)
         if key in ("partitions", "roles"):
             given = as_ids(given) or None

@@ -47,8 +47,8 @@ def _older(settings: Settings) -> str:
     most = "num_known" if settings.support_size is None else f"least(num_known, {settings.support_size})"
     if settings.max_task_rows is None and settings.max_train_task_rows is None:
         return most
-    limit = settings.max_task_rows or 2**62
-    limit = f"CASE split WHEN 'train' THEN {settings.max_train_task_rows or limit} ELSE {limit} END"
+    other = settings.max_task_rows or 2**62
+    limit = f"CASE split WHEN 'train' THEN {settings.max_train_task_rows or other} ELSE {other} END"
     return f"least({most}, greatest(0, {limit} - num_within))"
 
 

@@ -164,7 +164,7 @@ def write_pending(con: Connection, schema: DataSchema, folder: Path) -> None:
 
 def tombstones(con: Connection, schema: DataSchema, pack_schema: PackSchema) -> dict[str, npt.NDArray[np.bool_]]:
     """Return feature -> bool [num_ids], true for the ids that stand for nothing; features without any are left out."""
-    out = {}
+    out: dict[str, npt.NDArray[np.bool_]] = {}
     for index, (table, features) in enumerate(schema.tables().items()):
         if features[0].hash_buckets is None:
             ids = con.execute(f"SELECT id FROM vocab_{index} WHERE value IS NULL").fetchnumpy()["id"]

@@ -37,7 +37,7 @@ _FORMAT: dict[str, Any] = {"use_dictionary": ["key"], "write_statistics": ["time
 
 
 @dataclass(frozen=True)
-class History:
+class TaskHistory:
     """What a day knows of its tasks' earlier rows, and keeps for the days after it."""
 
     schema: PackSchema
@@ -133,7 +133,7 @@ def deal_history(con: Connection, scratch: Path) -> Path:
     return folder
 
 
-def carry_history(con: Connection, history: History, number: int, evict_after_days: int | None) -> None:
+def carry_history(con: Connection, history: TaskHistory, number: int, evict_after_days: int | None) -> None:
     """Write part `number`: the rows of the tasks that have none on the day, but for those that are evicted by age."""
     if not scalar(con, "SELECT count(*) FROM known_tasks WHERE num_known > 0"):
         return

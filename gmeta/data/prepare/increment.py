@@ -22,7 +22,7 @@ from gmeta.data.prepare.history import (
     PARTS,
     TASKS,
     Array,
-    History,
+    TaskHistory,
     carry_history,
     deal_history,
     know_tasks,
@@ -33,7 +33,7 @@ from gmeta.data.prepare.read import check_all
 from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scratch_directory
 from gmeta.data.prepare.summary import Report, console_report
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, make_tasks, place_left_out, row_bytes
-from gmeta.data.prepare.times import to_microseconds, unit_of
+from gmeta.data.prepare.times import time_unit, to_microseconds
 from gmeta.data.prepare.write import write_shards, write_vocabularies
 from gmeta.data.schema import PackSchema
 from gmeta.data.sources import Connection, find_files, scalar
@@ -78,12 +78,12 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
             write_vocabularies(con, writer, schema, totals="totals_after")
             gone = tombstones(con, schema, pack_schema)
             counts["tombstones"] = {f.table: int(gone[f.name].sum()) for f in pack_schema.features if f.name in gone}
-            history = History(pack_schema, base.day, rows, older, folder / PARTS, gone)
+            history = TaskHistory(pack_schema, base.day, rows, older, folder / PARTS, gone)
             of_shards = _OfShards(history, UnknownIds(base.pack_schema))
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, of_shards)
             counts["drift"]["unknown"] = of_shards.unknown.shares()
             tell("keeping the history", 0, 1)
-            carry_history(con, history, len(every), config.evict_after_days)
+            carry_history(con, history, every[-1].index + 1, config.evict_after_days)
             write_tasks(con, folder / TASKS, settings, base.day, config.evict_after_days)
             write_pending(con, schema, folder)
             write_chain(base, folder, inputs)
@@ -103,11 +103,11 @@ def _times(con: Connection, base: Base, known: Path) -> dict[str, int | None]:
         return none
     ((first, last),) = con.execute("SELECT min(time), max(time) FROM raw_rows").fetchall()
     before = last_time(con, known)
-    unit = unit_of(last)
-    if before is not None and unit != unit_of(before):
+    unit = time_unit(last)
+    if before is not None and unit != time_unit(before):
         units = [
             f"{found} (up to {at})" if found else f"no dates (up to {at})"
-            for found, at in ((unit, last), (unit_of(before), before))
+            for found, at in ((unit, last), (time_unit(before), before))
         ]
         raise ValueError(
             f"column {base.schema.time!r} counts {units[0]}, but {units[1]} in base {base.path}: all days have one "
@@ -129,7 +129,7 @@ def _grown(before: PackSchema, after: PackSchema) -> dict[str, Any]:
 class _OfShards:
     """What a day does with the arrays of each shard."""
 
-    history: History
+    history: TaskHistory
     unknown: UnknownIds
 
     def add(self, con: Connection, shard: ShardJob, arrays: dict[str, Array]) -> dict[str, Array]:

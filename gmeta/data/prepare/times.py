@@ -93,10 +93,10 @@ def _that_differ(spans: Sequence[_Span], key: Callable[[_Span], str | None]) -> 
 
 def _unit(span: _Span) -> str | None:
     """Return the unit in which the last time of a file is a date of our days; None for a counter, and for dates."""
-    return unit_of(span.high) if span.kind == "number" else None
+    return time_unit(span.high) if span.kind == "number" else None
 
 
-def unit_of(time: int) -> str | None:
+def time_unit(time: int) -> str | None:
     """Return the unit in which a time is a date of our days; None for a counter."""
     return next((unit for unit, scale in _UNITS.items() if _DATES[0] * scale <= time < _DATES[1] * scale), None)
 
