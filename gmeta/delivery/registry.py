@@ -189,7 +189,7 @@ def _store(registry: Registry, bundle: Path, manifest: Mapping[str, Any]) -> int
             store.upload(bundle / entry["file"], folder + entry["file"])
         sizes = {listed.key: listed.size for listed in store.list(folder)}
         for entry in manifest["files"]:
-            if sizes.get(folder + entry["file"]) != entry["bytes"]:
+            if folder + MANIFEST not in sizes and sizes.get(folder + entry["file"]) != entry["bytes"]:
                 raise ValueError(f"{registry.url}/{folder}{entry['file']} is not what was written: publish again")
         if not store.create(folder + MANIFEST, manifest_text(manifest).encode()):
             raise ValueError(
