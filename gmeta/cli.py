@@ -215,7 +215,9 @@ COMMANDS: dict[str, Command] = {
     "bundle": Command(BundleConfig, _bundle),
     "delta": Command(DeltaConfig, _delta),
     "publish": Command(PublishConfig, _publish),
-    "registry": Command(RegistryConfig, _registry, bare="do", bare_usage="list|show|rollback|pin|unpin|prune|fetch [N]"),
+    "registry": Command(
+        RegistryConfig, _registry, bare="do", bare_usage="list|show|rollback|pin|unpin|prune|fetch [N]"
+    ),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

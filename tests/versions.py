@@ -114,4 +114,11 @@ def content(folder: Path) -> dict[str, bytes]:
 def verdict(bundle: Path, *, passed: bool = True, current: str | None = None) -> dict[str, Any]:
     """What a gate says of a bundle."""
     candidate = json.loads((bundle / "manifest.json").read_text())["id"]
-    return {"format": "gmeta-gate", "version": 1, "passed": passed, "candidate": candidate, "current": current, "rules": []}
+    return {
+        "format": "gmeta-gate",
+        "version": 1,
+        "passed": passed,
+        "candidate": candidate,
+        "current": current,
+        "rules": [],
+    }

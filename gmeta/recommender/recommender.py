@@ -49,8 +49,9 @@ def load(
     """Load a trained run or a bundle: weights, tables and vocabularies, without optimizer state.
 
     `run` is a run directory, what `gmeta.train` returned, a bundle, or a version of a registry, `REGISTRY/current` or
-    `REGISTRY/<n>`, which is fetched to the folder `cache`; `checkpoint` is best, last or a step number of a run. One whose model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what
-    it names.
+    `REGISTRY/<n>`, which is fetched to the folder `cache`; `checkpoint` is best, last or a step number of a run.
+    One whose model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what it
+    names.
 
     Raises ValueError for what is missing, damaged, or not trusted.
     """

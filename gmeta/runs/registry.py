@@ -208,7 +208,7 @@ class Registry:
     def _chain(
         self, version: int, wanted: Mapping[str, Any], cache: Path, training: bool
     ) -> list[tuple[int, dict[str, Any]]]:
-        """Return the deltas from a version in the cache to this one; none where one is missing or the full is smaller."""
+        """Return the deltas from a version in the cache to this one; none where one is missing, or all are larger."""
         left = sum(entry["bytes"] for entry in wanted["files"])
         chain: list[tuple[int, dict[str, Any]]] = []
         checksum, number = wanted["xxh3"], version

@@ -1,4 +1,4 @@
-"""A registry under kills, full disks, other publishers and bad networks: readers see a whole version or the one before."""
+"""A registry under kills, full disks, other publishers, bad networks: readers see a whole version or the one before."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def memory() -> Registry:
     return Registry(Bucket("memory://", obstore.store.MemoryStore()))
 
 
+def complaint(registry: Registry, bundle: Path, cache: Path) -> str:
+    """What a publisher is told; nothing where he succeeds."""
+    try:
+        publish(registry, bundle, verdict=None, cache=cache)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def require_whole(registry: Registry, cache: Path) -> None:
     """What the pointer names is stored, and whatever is stored is whole."""
     pointer = registry.current()
@@ -71,23 +80,21 @@ def killed_publishers(url: str, days: Path, tmp_path: Path, first: int, step: in
 
 
 @pytest.mark.parametrize(
-    ("first", "step"), [(5, 17), pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    ("first", "step"), [(7, 29), pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
 )
 def test_a_publisher_is_killed_at_its_writes_to_a_folder(days: Path, tmp_path: Path, first: int, step: int) -> None:
     found = killed_publishers(str(tmp_path / "registries"), days, tmp_path, first, step)
-    assert found["kills"] >= (3 if step > 1 else 60)
+    assert found["kills"] >= (2 if step > 1 else 60)
 
 
-@pytest.mark.parametrize(
-    ("first", "step"), [(4, 16), pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
-)
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_publisher_is_killed_at_its_writes_to_a_bucket(
-    days: Path, tmp_path: Path, first: int, step: int, moto: int, monkeypatch: pytest.MonkeyPatch
+    days: Path, tmp_path: Path, moto: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, value in environment(moto).items():
         monkeypatch.setenv(key, value)
-    found = killed_publishers("s3://models", days, tmp_path, first, step)
-    assert found["kills"] >= (2 if step > 1 else 40)
+    assert killed_publishers("s3://models", days, tmp_path, 1, 1)["kills"] >= 40
 
 
 # ---------------------------------------------------------------------------------------------- other publishers
@@ -119,22 +126,18 @@ def test_two_publishers_however_their_operations_interleave(
     days: Path, tmp_path: Path, second: str, first: int, step: int
 ) -> None:
     """The second one publishes while the first is before its k-th operation: another version, or the same."""
-    told: set[str] = set()
+    complaints: list[str] = []
     k = first
     while True:
         registry = memory()
         publish(registry, days / "0", verdict=None)
-        numbers: list[int] = []
+        told: list[str] = []
 
-        def attempt(where: Registry, bundle: Path, numbers: list[int] = numbers) -> None:
-            try:
-                numbers.append(publish(where, bundle, verdict=None, cache=tmp_path / "cache"))
-            except ValueError as error:
-                told.add(" ".join(word for word in str(error).split() if word.isalpha()))
-                assert "delivered already" in str(error) or "stored as number" in str(error) or "took over" in str(error)
+        def meanwhile(registry: Registry = registry, told: list[str] = told) -> None:
+            told.append(complaint(registry, days / second, tmp_path / "cache"))
 
-        interposed = Interposed(registry, k, lambda: attempt(registry, days / second))
-        attempt(Registry(interposed), days / "1")  # type: ignore[arg-type]
+        interposed = Interposed(registry, k, meanwhile)
+        told.append(complaint(Registry(interposed), days / "1", tmp_path / "cache"))  # type: ignore[arg-type]
         require_whole(registry, tmp_path / "cache")
         ids = [record.id for record in registry.versions()]
         assert len(ids) == len(set(ids)), "one version twice"
@@ -144,10 +147,13 @@ def test_two_publishers_however_their_operations_interleave(
             break
         assert set(ids) == {"run0/0", "run1/1", "run1/1" if second == "1" else "run2/2"}
         assert pointer.version > 1
-        assert numbers
+        assert "" in told, "one of them succeeds"
+        expected = ("delivered already", "stored as number", "took over")
+        assert all(text == "" or any(part in text for part in expected) for text in told)
+        complaints += [text for text in told if text]
         k += step
     assert k > 20
-    assert len(told) >= 1
+    assert complaints
 
 
 # ---------------------------------------------------------------------------------------------- full disks
@@ -178,11 +184,9 @@ def test_a_disk_that_is_full_at_any_write(days: Path, tmp_path: Path, monkeypatc
             warnings.simplefilter("ignore")  # of a delta that found no space
             for owner, name in ((shutil, "copyfile"), (Path, "write_bytes"), (Path, "mkdir"), (os, "link")):
                 patch.setattr(owner, name, failing(getattr(owner, name)))
-            try:
-                publish(full, days / "1", verdict=None, cache=tmp_path / "cache")
-            except ValueError as error:
-                refused += 1
-                assert "No space left on device" in str(error)
+            told = complaint(full, days / "1", tmp_path / "cache")
+        refused += bool(told)
+        assert not told or "No space left on device" in told
         require_whole(full, tmp_path / "reader")
         pointer = full.current()
         assert pointer is not None
@@ -275,7 +279,7 @@ class Network:
                 upstream.close()
                 return found
 
-            def do_PUT(self) -> None:  # noqa: N802
+            def do_PUT(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 request = self.command, self.path
                 outer.seen[request] = outer.seen.get(request, 0) + 1
@@ -300,7 +304,7 @@ class Network:
                 if self.command != "HEAD":
                     self.wfile.write(data)
 
-            do_GET = do_DELETE = do_HEAD = do_POST = do_PUT  # noqa: N815
+            do_GET = do_DELETE = do_HEAD = do_POST = do_PUT
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -316,7 +320,9 @@ class Network:
         self.thread.join()
 
 
-@pytest.mark.parametrize("behaviour", ["twice", "lost", *(pytest.param(name, marks=pytest.mark.slow) for name in ("error", "late"))])
+@pytest.mark.parametrize(
+    "behaviour", ["twice", "lost", *(pytest.param(name, marks=pytest.mark.slow) for name in ("error", "late"))]
+)
 def test_a_bad_network(days: Path, tmp_path: Path, moto: int, behaviour: str) -> None:
     """Where the client's own retries do not help, the publisher is told, and publishes again."""
     network = Network(moto, behaviour)
@@ -335,10 +341,8 @@ def test_a_bad_network(days: Path, tmp_path: Path, moto: int, behaviour: str) ->
         while (pointer := registry.current()) is None or pointer.id != f"run{day}/{day}":
             tries += 1
             assert tries < 12
-            try:
-                publish(registry, days / day, verdict=None, cache=tmp_path / "cache")
-            except ValueError as error:
-                assert "cannot write" in str(error)
+            told = complaint(registry, days / day, tmp_path / "cache")
+            assert not told or "cannot write" in told
         require_whole(registry, tmp_path / "reader")
     assert [record.id for record in registry.versions()] == ["run0/0", "run1/1"]
     pointer = registry.current()
