@@ -67,8 +67,8 @@ def publish(
 
     Raises:
         ValueError: the bundle is damaged, was delivered already, is of another model than the registry's, or was judged
-            against another version than the current one; the store fails, or ignores conditions. Where another publisher
-            moved the pointer meanwhile the version is stored, and the message says its number.
+            against another version than the current one; the store fails, or ignores conditions. Where another
+            publisher moved the pointer meanwhile the version is stored, and the message says its number.
     """
     source = _checked(bundle)
     manifest = _told(source, verdict, metrics)
@@ -201,11 +201,12 @@ def _store(registry: Registry, bundle: Path, manifest: Mapping[str, Any]) -> int
             store.upload(bundle / entry["file"], folder + entry["file"])
         sizes = {listed.key: listed.size for listed in store.list(folder)}
         for entry in manifest["files"]:
-            if sizes.get(folder + entry["file"]) != entry["bytes"]:
+            if folder + MANIFEST not in sizes and sizes.get(folder + entry["file"]) != entry["bytes"]:
                 raise ValueError(f"{registry.url}/{folder}{entry['file']} is not what was written: publish again")
         if not store.create(folder + MANIFEST, manifest_text(manifest).encode()):
             raise ValueError(
-                f"version {manifest['id']} is published by another process too, which took over: see `gmeta registry list`"
+                f"version {manifest['id']} is published by another process too, which took over: `gmeta registry list` "
+                "shows what it did"
             )
     except ValueError:
         with suppress(ValueError):  # it may fail for the same reason, of which is to be told
@@ -278,8 +279,8 @@ def _make_current(
         if pointer is not None and moved and not _follows(manifest, verdict, pointer):
             raise ValueError(
                 f"version {manifest['id']} is stored as number {number} and is not current: another publisher made "
-                f"version {pointer.version} ({pointer.id}) current meanwhile, which it was not judged against. Judge it "
-                f"again, or make it current with `gmeta registry rollback --to {number}`"
+                f"version {pointer.version} ({pointer.id}) current meanwhile, which it was not judged against. Judge "
+                f"it again, or make it current with `gmeta registry rollback --to {number}`"
             )
 
 

@@ -32,6 +32,7 @@ from gmeta.runs import checkpoint as checkpoints
 from gmeta.runs.bundle import is_bundle, read_manifest
 from gmeta.runs.data import require_clicks, require_own_vocabularies
 from gmeta.runs.directory import read_run_id, read_schema, read_settings
+from gmeta.runs.registry import CACHE, fetch_named
 
 _TASKS_AT_A_TIME = 256
 
@@ -43,16 +44,19 @@ def load(
     model: ModelFactory | None = None,
     trust_model: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    cache: str | os.PathLike[str] = CACHE,
 ) -> Recommender:
     """Load a trained run or a bundle: weights, tables and vocabularies, without optimizer state.
 
-    `run` is a run directory, what `gmeta.train` returned, or a bundle; `checkpoint` is best, last or a step number of a
-    run. One whose model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what
-    it names.
+    `run` is a run directory, what `gmeta.train` returned, a bundle, or a version of a registry, `REGISTRY/current` or
+    `REGISTRY/<n>`, which is fetched to the folder `cache`; `checkpoint` is best, last or a step number of a run.
+    One whose model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what it
+    names.
 
     Raises ValueError for what is missing, damaged, or not trusted.
     """
     mesh = local_mesh(device)
+    run = fetch_named(os.fspath(run), Path(cache).expanduser()) or run
     if is_bundle(Path(run)):
         require(checkpoint == "best", "checkpoint", checkpoint, "a bundle is one version: leave it out")
         return Recommender(Path(run), "", factory=model, trust_model=trust_model, mesh=mesh)

@@ -111,7 +111,8 @@ def apply_delta(base: Path, delta: Path, out: Path, *, training: bool = True) ->
     """Make the bundle `out` of `base` and a delta: the same bytes as the full version has.
 
     Without `training` the result has no `training/`, and what the delta holds of it is not read.
-    ValueError where the delta goes on from another version, where it or the base is damaged, and where the disk refuses.
+    ValueError where the delta goes on from another version, where it or the base is damaged, and where the disk
+    refuses.
     """
     document = read_delta(delta)
     training = training and document["training"]
@@ -280,7 +281,9 @@ class _Writer:
         return True
 
     def _add_values(self, path: Path, name: str, entry: Mapping[str, Any]) -> bool:
-        """Write the rows of a vocabulary that differ. Return False where they would not give the same bytes, or fewer."""
+        """Write the rows of a vocabulary that differ. Return False where they do not give the same bytes, or are no
+        fewer.
+        """
         old = _read_table(self._base.path / name)
         changes = _changed_values(old, _read_table(path))
         if changes is None:
@@ -354,7 +357,7 @@ def _read_table(file: Path) -> pa.Table:
 
 
 def _changed_values(old: pa.Table, new: pa.Table) -> pa.Table | None:
-    """Return the rows of a growing table that are new or changed, with their positions; None where it did not grow so."""
+    """Return the rows of a table that are new or changed, with their positions; None where it did not just grow."""
     if not old.schema.equals(new.schema, check_metadata=True) or len(new) < len(old):
         return None
     differs = np.ones(len(new), dtype=bool)

@@ -26,6 +26,8 @@ from gmeta.runs.delta import DELTA, apply_delta, check_delta, checksum_of, delta
 from gmeta.runs.folders import making_folder, waiting_lock
 from gmeta.runs.store import Listed, Store, open_store
 
+CACHE = "~/.cache/gmeta"
+"""Folder of fetched versions, where none is named."""
 FORMAT, FORMAT_VERSION = "gmeta-registry", 1
 POINTER = "current.json"
 ABANDONED = "gmeta-abandoned"
@@ -76,6 +78,24 @@ def open_registry(url: str) -> Registry:
     is none, and where obstore is not installed.
     """
     return Registry(open_store(str(url)))
+
+
+def fetch_named(name: str, cache: Path) -> Path | None:
+    """Return a folder with the version `REGISTRY/current` or `REGISTRY/<n>`, to serve; None where `name` is no such
+    name. It has no `training/`. ValueError where the registry has no such version.
+    """
+    url, _, which = name.rpartition("/")
+    if not url or not (which == "current" or which.isdecimal()):
+        return None
+    if "://" not in url and (Path(name).exists() or not (Path(url) / POINTER).exists()):
+        return None
+    registry = open_registry(url)
+    if which != "current":
+        return registry.fetch(int(which), cache, training=False)
+    pointer = registry.current()
+    if pointer is None:
+        raise ValueError(f"{url} has no current version: `gmeta publish` makes one")
+    return registry.fetch(pointer.version, cache, training=False)
 
 
 def version_folder(version: int) -> str:
@@ -188,7 +208,7 @@ class Registry:
     def _chain(
         self, version: int, wanted: Mapping[str, Any], cache: Path, training: bool
     ) -> list[tuple[int, dict[str, Any]]]:
-        """Return the deltas from a version in the cache to this one; none where one is missing or the full is smaller."""
+        """Return the deltas from a version in the cache to this one; none where one is missing, or all are larger."""
         left = sum(entry["bytes"] for entry in wanted["files"])
         chain: list[tuple[int, dict[str, Any]]] = []
         checksum, number = wanted["xxh3"], version

@@ -231,7 +231,7 @@ class Folder:
             raise
         except OSError as error:
             raise ValueError(
-                f"cannot {doing} {self.path / key}: {error.strerror or error}; free space there, or mend its permissions"
+                f"cannot {doing} {self.path / key}: {error.strerror or error}; free space there, or allow it"
             ) from error
 
 

@@ -64,6 +64,18 @@ def test_a_bundle_answers_as_its_run_does(run_dir: Path, bundle: Path, tmp_path:
     assert ran.equals(bundled)
 
 
+def test_a_registry_answers_as_its_versions_do(run_dir: Path, bundle: Path, tmp_path: Path) -> None:
+    registry, support, candidates = tmp_path / "registry", rows(5, 4, 1, label=True), rows(7, 3, 2, label=False)
+    gmeta("publish", "--registry", registry, "--bundle", bundle, "--cache", tmp_path / "cache")
+    expected = api.load(run_dir).adapt(support).predict(candidates)
+    for name in ("current", "1"):
+        found = api.load(f"{registry}/{name}", cache=tmp_path / "cache")
+        np.testing.assert_array_equal(found.adapt(support).predict(candidates), expected)
+        assert not (found.source / "training").exists()
+    with pytest.raises(ValueError, match="has no version 7"):
+        api.load(f"{registry}/7", cache=tmp_path / "cache")
+
+
 def loaded(mesh: Mesh, source: Path) -> dict[str, torch.Tensor]:
     system, _, _ = load_system(source, "best", mesh)
     return {name: tensor.full_tensor() if mesh.row_mesh else tensor for name, tensor in system.table_tensors().items()}

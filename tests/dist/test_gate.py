@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import fails, gmeta, train_words
 from harness import run_ranks
 from packs import ITEMS, SCHEMA, TAGS, make_pack, values_of
 
 from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
+from gmeta.data.loader import TaskLoader
 from gmeta.data.pack import manifest_checksum, open_pack
 from gmeta.delivery.gate import judge_on
 from gmeta.evaluation.score import score_split
@@ -244,11 +246,22 @@ def test_a_launched_gate_ends_with_the_code_of_its_verdict(world: World, capfd: 
     assert (said.count("the candidate is refused"), said.count("failed")) == (1, 0), said
 
 
+def test_numbers_of_other_means_are_counted_anew(world: World, tmp_path: Path) -> None:
+    aged = replace(SCHEMA, numeric=(replace(SCHEMA.numeric[0], mean=3.0, std=2.0), *SCHEMA.numeric[1:]))
+    pack = open_pack(make_pack(tmp_path / "aged", 20, 4, 4, schema=aged))
+    split = pack.split("test")
+    batch = next(iter(TaskLoader(split, tasks_per_batch=4, seed=0, shuffle=False)))
+    read = translation_of(world.path / "v0", pack)(batch)
+    for ours, theirs in ((read.support, batch.support), (read.query, batch.query)):
+        torch.testing.assert_close(ours.dense[..., 0], theirs.dense[..., 0] * 2 + 3)
+        torch.testing.assert_close(ours.dense[..., 1], theirs.dense[..., 1])
+
+
 def test_what_cannot_be_judged_is_named(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["gate", "--candidate", world.path / "run0", "--current", world.path / "v0", "--out", tmp_path / "out"]
-    aged = replace(SCHEMA, numeric=(replace(SCHEMA.numeric[0], mean=3.0), *SCHEMA.numeric[1:]))
-    other = make_pack(tmp_path / "other", 20, 4, 4, schema=aged)
-    fails([*words, "--pack", other], capsys, "numeric column 'age': mean is 3.0, expected 0.0", "gmeta prepare")
+    logged = replace(SCHEMA, numeric=(replace(SCHEMA.numeric[0], log=True), *SCHEMA.numeric[1:]))
+    other = make_pack(tmp_path / "other", 20, 4, 4, schema=logged)
+    fails([*words, "--pack", other], capsys, "numeric column 'age': log is True, expected False", "gmeta prepare")
     nothing = make_pack(tmp_path / "nothing", 20, 0, 0)
     fails([*words, "--pack", nothing], capsys, "has no test and no valid tasks")
     (tmp_path / "rules.yaml").write_text("rules: [{rule: difference, metric: auc, margin: 1, slices: [item_colt]}]")
