@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +47,7 @@ from gmeta.runs.directory import read_config, read_run_id, read_schema
 from gmeta.runs.translation import Translation, translation_of
 
 FORMAT, VERSION = "gmeta-gate", 1
-HELD_OUT = ("test", "valid")
+HELD_OUT: tuple[Literal["test", "valid"], ...] = ("test", "valid")
 """Splits whose tasks no training has seen; the first that a pack has is judged on."""
 
 

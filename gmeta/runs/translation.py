@@ -34,12 +34,11 @@ class Translation:
     """Turns the ids of a pack's batches into those of a model; call it with a TaskBatch."""
 
     tables: Mapping[str, Tensor]  # feature -> int64 [ids of the pack], the model's ids; of equal vocabularies none
-    scale: Tensor | None = None  # float32 [F] and
-    shift: Tensor | None = None  # [F] make the model's numbers of the pack's; None: they are the same
+    rescale: tuple[Tensor, Tensor] | None = None  # scale and shift [F] make the model's numbers of the pack's
 
     def __call__(self, batch: TaskBatch) -> TaskBatch:
         """Return the batch with the model's ids. Tensors of the given batch do not change."""
-        if not self.tables and self.scale is None:
+        if not self.tables and self.rescale is None:
             return batch
         parts = tuple(self(part) for part in batch.parts)
         return replace(batch, support=self._side(batch.support), query=self._side(batch.query), parts=parts)
@@ -54,7 +53,10 @@ class Translation:
             name: Bag(self.tables[name][bag.values], bag.lengths) if name in self.tables else bag
             for name, bag in side.bags.items()
         }
-        dense = side.dense if self.scale is None else torch.addcmul(self.shift, side.dense, self.scale)
+        dense = side.dense
+        if self.rescale is not None:
+            scale, shift = self.rescale
+            dense = dense * scale + shift
         return replace(side, ids=ids, bags=bags, dense=dense)
 
 
@@ -84,7 +86,7 @@ def translation_of(source: Path, pack: TaskPack) -> Translation:
     pairs = list(zip(ours, theirs, strict=True))
     scale = torch.tensor([b.std / a.std for a, b in pairs], dtype=torch.float32)
     shift = torch.tensor([(b.mean - a.mean) / a.std for a, b in pairs], dtype=torch.float32)
-    return Translation(tables, scale, shift)
+    return Translation(tables, (scale, shift))
 
 
 def meaning_difference(source: Path, pack: TaskPack, *, moments: bool = True) -> list[str]:
