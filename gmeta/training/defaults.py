@@ -8,15 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from gmeta.config.deprecated import upgrade
-from gmeta.config.train import TrainConfig
+from gmeta.config.train import USERS_KEYS, TrainConfig
 from gmeta.core.nested import flat, nested
 from gmeta.data.pack import open_pack
 from gmeta.recipes.recipes import recipe_for, recipe_lines
 from gmeta.runs.directory import read_settings, recorded_settings
 
-_WHOLE = ("embedding.generator",)
-"""Settings whose keys are names of the user's."""
-_PLACES = ("pack", "run_dir", "resume", "warm_start", "schedule.position")
+_PLACES = (
+    "pack",
+    "run_dir",
+    "resume",
+    "warm_start",
+    "init_from",
+    "init_map",
+    "embedding.pretrained",
+    "replay.pack",
+    "schedule.position",
+)
 """Settings that are the user's alone."""
 
 
@@ -29,7 +37,7 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {
         key: value
-        for key, value in flat(values, whole=_WHOLE).items()
+        for key, value in flat(values, whole=USERS_KEYS).items()
         if value not in ("", None) or key not in ("model.name", "recipe")
     }
     if not given.get("pack"):
@@ -58,7 +66,7 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 def _others_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings by dotted key, but for those that are the user's alone."""
     old, _ = upgrade(dict(recorded), saved=True)
-    return {key: value for key, value in flat(old, whole=_WHOLE).items() if key not in _PLACES}
+    return {key: value for key, value in flat(old, whole=USERS_KEYS).items() if key not in _PLACES}
 
 
 def chosen_for(config: TrainConfig) -> list[str]:

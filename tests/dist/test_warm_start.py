@@ -193,7 +193,13 @@ def test_a_version_without_moments(prepared: Prepare, base: Path, tmp_path: Path
         (["--model.args.hidden", "[4]"], "model.args is"),
         (["--loss", "mse"], "loss is 'mse', the bundle has 'bce'"),
         (["--model.embedding_dim", "4"], "model.embedding_dim is 4"),
-        (["--meta.learn_inner_lr", "true"], "inner_lr is missing"),
+        (["--embedding.optimizer", "sgd"], "embedding.optimizer is 'sgd', the bundle has 'adam'"),
+        (["--meta.modulation", "film"], "meta.modulation is 'film', the bundle has 'none'"),
+        (
+            ["--schedule.position", "continue", "--loader.tasks_per_batch", "20"],
+            "loader.tasks_per_batch is 20, ",
+        ),
+        (["--schedule.position", "continue", "--meta.inner_steps", "2"], "meta.inner_steps is 2, "),
     ],
 )
 def test_what_cannot_go_on_is_named(
@@ -201,6 +207,68 @@ def test_what_cannot_go_on_is_named(
 ) -> None:
     words = ["train", "--pack", prepared("day0"), "--run_dir", tmp_path / "run", "--warm_start", base]
     fails([*words, *more], capsys, told)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--meta.inner_steps", 3, "--meta.inner_lr", 0.02, "--meta.order", "first", "--meta.inner_prior", 2),
+        ("--meta.adapt", "[embeddings]"),
+        ("--meta.adapt", "[]"),
+        ("--meta.engine", "reference", "--meta.inner_loss", "mse"),
+    ],
+)
+def test_the_inner_loop_may_be_another(prepared: Prepare, base: Path, tmp_path: Path, more: tuple[object, ...]) -> None:
+    """What the bundle learned goes on, and a step is then that of the new settings."""
+    pack = prepared("day0")
+    still = ("--dense.lr", 0, "--embedding.lr", 0, "--schedule.max_steps", 1)
+    run_dir = train(pack, tmp_path / "run", "--warm_start", base, *still, *more)
+    for name, tensor in tensors(base).items():
+        assert torch.equal(tensors(run_dir)[name], tensor), name
+    (usual,) = (r for r in logged(train(pack, tmp_path / "usual", "--warm_start", base, *still)) if "support_loss" in r)
+    (found,) = (r for r in logged(run_dir) if "support_loss" in r)
+    assert found["loss"] != usual["loss"]
+
+
+def test_learned_rates_go_on_by_step_and_name(
+    prepared: Prepare, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More steps repeat the last one's, other groups begin at meta.inner_lr, and rates may be learned from now on."""
+    pack, still = prepared("day0"), ("--dense.lr", 0, "--embedding.lr", 0, "--schedule.max_steps", 1)
+    learn = ("--meta.learn_inner_lr", "true", "--meta.inner_steps", 2)
+    first = train(pack, tmp_path / "first", "--warm_start", base, *learn, "--dense.inner_lr_lr", 0.01)
+    assert "inner rates of 2 steps begin without moments, those of embeddings, layers" in capsys.readouterr().err
+    gmeta("bundle", "--run_dir", first, "--checkpoint", "last", "--out", tmp_path / "version")
+    rates = tensors(first)["dense.inner_lr"]
+    assert (rates != 0.1).all()
+    names = ["embeddings", *(f"layers.{i}" for i in (0, 2))]
+    assert rates.shape == (2, len(names))
+    again = ("--warm_start", tmp_path / "version", "--dense.inner_lr_lr", 0, *still)
+    same = train(pack, tmp_path / "same", *again)
+    assert torch.equal(tensors(same)["dense.inner_lr"], rates)
+    longer = train(pack, tmp_path / "longer", *again, "--meta.inner_steps", 3, "--meta.adapt", "[layers.2.*]")
+    assert torch.equal(tensors(longer)["dense.inner_lr"], rates[[0, 1, 1], 2:])
+    fixed = train(pack, tmp_path / "fixed", *again, "--meta.learn_inner_lr", "false")
+    assert "dense.inner_lr" not in tensors(fixed)
+    assert "are left out: meta.learn_inner_lr is false" in capsys.readouterr().err
+    words = ["train", "--pack", pack, "--run_dir", tmp_path / "no", *again, "--meta.inner_lr", 0.2]
+    fails(words, capsys, "meta.inner_lr is 0.2, the bundle has 0.1")
+
+
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_tables_shrink(prepared: Prepare, base: Path, tmp_path: Path, nproc: int) -> None:
+    """A pack of fewer items and cities: those that are left keep their rows and moments, the others go."""
+    pack = prepared("less", range(3, 12), range(0, 40, 5))
+    still = ("--dense.lr", 0, "--embedding.lr", 0, "--schedule.max_steps", 1, "--nproc", nproc)
+    shrunk = train(pack, tmp_path / "shrunk", "--warm_start", base, *still)
+    for table in ("item", "city"):
+        before, after = by_value(base, table), by_value(shrunk, table)
+        assert 1 < len(after) < len(before)
+        assert after.keys() < before.keys()
+        for value, row in after.items():
+            assert torch.equal(row, before[value]), value
+    gmeta("bundle", "--run_dir", shrunk, "--out", tmp_path / "version")
+    assert open_bundle(tmp_path / "version", training=True).manifest["tables"]["item"]["ids"] == 10
 
 
 def test_a_position_needs_a_warm_start(prepared: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
