@@ -339,8 +339,8 @@ class TrainConfig:
     """Bundle of another model, parts of which a new training begins with: those that init_map names."""
     init_map: dict[str, str] = field(default_factory=dict)
     """What to take of init_from: a part of this model and the bundle's part for it, such as {tables.item: tables.item,
-    model.layers.0: model.bottom.0}; a name stands for all that begin with it. Empty: every part that both have in one
-    size."""
+    model.layers.0: model.bottom.0}; a name stands for all that begin with it. Empty: the tables and layers that both
+    have in one size."""
     loss: LossName = "bce"
     """Outer loss, on the query."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -102,7 +102,13 @@ def _hashed(schema: PackSchema, identity: Mapping[str, str]) -> dict[str, tuple[
 
 
 def _all_that_fit(ours: Mapping[str, Part], theirs: Mapping[str, Part]) -> dict[str, str]:
-    return {name: name for name, part in ours.items() if theirs.get(name) == part}
+    """Return the tables and the whole layers of one name and size: half a layer of another model is worth nothing."""
+    unlike = {_owner(name) for name, part in ours.items() if theirs.get(name) != part}
+    return {name: name for name in ours if _owner(name) not in unlike}
+
+
+def _owner(name: str) -> str:
+    return name if name.startswith(_TABLES) else name.rpartition(".")[0]
 
 
 def _named(
