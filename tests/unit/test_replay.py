@@ -70,7 +70,7 @@ def test_older_tasks_come_equally_often(num_old: int) -> None:
         found = replay.positions(tasks, epoch)
         np.testing.assert_array_equal(found[:NEW], tasks[:NEW])
         assert (np.diff(found[NEW:]) > 0).all()
-        assert found[NEW] >= NEW and found[-1] < NEW + num_old
+        assert NEW <= found[NEW] <= found[-1] < NEW + num_old
         count.update(found[NEW:].tolist())
     expected = 400 * replay.num_drawn / num_old
     assert all(abs(count[NEW + i] - expected) < 5 * expected**0.5 + 1 for i in range(num_old))
