@@ -108,7 +108,7 @@ class Evicted:
     The row of an evicted id is nobody's: no value of a later day reads it.
     """
 
-    of_table: Mapping[str, NDArray[np.bool_]]  # feature -> bool [num_ids], its table's evicted ids
+    gone: Mapping[str, NDArray[np.bool_]]  # feature -> bool [num_ids], its table's evicted ids
 
     def __call__(self, batch: TaskBatch) -> TaskBatch:
         """Return the batch with ids of its own. Tensors of the given batch do not change."""
@@ -118,7 +118,7 @@ class Evicted:
 
     def _side(self, side: Examples) -> Examples:
         ids, bags = dict(side.ids), dict(side.bags)
-        for name, gone in self.of_table.items():
+        for name, gone in self.gone.items():
             if name in bags:
                 bags[name] = Bag(_without(bags[name].values, gone), bags[name].lengths)
             else:
@@ -132,7 +132,7 @@ def _without(ids: Tensor, gone: NDArray[np.bool_]) -> Tensor:
 
 def evicted_ids(pack: TaskPack) -> Evicted | None:
     """Return what hides the ids that a pack's vocabularies no longer have; None where they have all."""
-    found = {}
+    found: dict[str, NDArray[np.bool_]] = {}
     for table in pack.manifest["vocab"]:
         gone = np.append(False, _values(pack, table).is_null().to_numpy(zero_copy_only=False))
         if gone.any():

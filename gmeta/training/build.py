@@ -81,6 +81,27 @@ def _loss_scale(config: TrainConfig) -> float:
     return unit**-2 if config.loss == "mse" else 1 / unit if config.loss in ("l1", "huber") else 1.0
 
 
+def _open_loader(
+    config: TrainConfig, pack: TaskPack, older: TaskPack | None, system: System, others: Mapping[str, Any]
+) -> TaskLoader[PreparedBatch]:
+    """Return the loader of the training tasks, with tasks of an older pack where they are replayed."""
+    arguments: dict[str, Any] = {
+        "tasks_per_batch": config.loader.tasks_per_batch,
+        "seed": config.seed,
+        "rank": system.mesh.rank,
+        "world_size": system.mesh.world_size,
+        "window_batches": config.loader.window_batches,
+        "prefetch": config.loader.prefetch,
+        "resample": config.loader.resample,
+        "max_support_rows": config.loader.max_support_rows,
+        "episode_rows": config.loader.episode_rows,
+        "replay": None if older is None else (older.split("train"), config.replay.fraction),
+        "max_cells": MAX_CELLS,
+        "transform": _preparing(config, pack, system, replays=older is not None),
+    }
+    return TaskLoader(pack.split("train"), **{**arguments, **others})
+
+
 def build_run(
     config: TrainConfig,
     mesh: Mesh,
@@ -95,21 +116,7 @@ def build_run(
     if older is not None:
         require_older(pack, older)
     system = build_system(config, pack.schema, mesh, factory=factory, exchange=parts.exchange)
-    arguments: dict[str, Any] = {
-        "tasks_per_batch": config.loader.tasks_per_batch,
-        "seed": config.seed,
-        "rank": mesh.rank,
-        "world_size": mesh.world_size,
-        "window_batches": config.loader.window_batches,
-        "prefetch": config.loader.prefetch,
-        "resample": config.loader.resample,
-        "max_support_rows": config.loader.max_support_rows,
-        "episode_rows": config.loader.episode_rows,
-        "replay": None if older is None else (older.split("train"), config.replay.fraction),
-        "max_cells": MAX_CELLS,
-        "transform": _preparing(config, pack, system, replays=older is not None),
-    }
-    loader: TaskLoader[PreparedBatch] = TaskLoader(pack.split("train"), **{**arguments, **parts.loader_arguments})
+    loader = _open_loader(config, pack, older, system, parts.loader_arguments)
     total = config.schedule.epochs * loader.batches_per_epoch
     total = min(total, config.schedule.max_steps or total)
     planned = config.dense.sharding == AUTO and mesh.world_size > 1

@@ -54,7 +54,7 @@ def test_a_run_resumes_exactly(place: Path, whole: Path, tmp_path: Path, capsys:
     words = ["train", "--pack", place / "new", "--run_dir", run_dir, "--resume", "true", "--schedule.epochs", 3]
     make_pack(tmp_path / "other", 50, seed=3)
     fails([*words, "--replay.pack", tmp_path / "other"], capsys, "is not what run", "give that pack, or a copy of it")
-    fails(words, capsys, "replay.pack is ''", "is not what run")
+    fails([*words, "--replay.pack", ""], capsys, "replay.pack is ''", "is not what run")
     shutil.copytree(place / "old", tmp_path / "copy")
     fails([*words, "--replay.pack", tmp_path / "copy", "--replay.fraction", 0.3], capsys, "replay.fraction is 0.3, but")
     gmeta(*words, "--replay.pack", tmp_path / "copy", "--schedule.max_steps", 0)
