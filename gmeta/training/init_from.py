@@ -115,22 +115,21 @@ def _named(
     given: Mapping[str, str], ours: Mapping[str, Part], theirs: Mapping[str, Part], path: Path
 ) -> dict[str, str]:
     """Return the bundle's part of each part that `init_map` names; of two keys that name it the longer one counts."""
-    pairs: dict[str, str] = {}
-    for key, value in sorted(given.items(), key=lambda item: len(item[0])):
+    keys: dict[str, str] = {}
+    for key in sorted(given, key=len):
         found = [name for name in ours if name == key or name.startswith(f"{key}.")]
         if not found:
             raise ValueError(f"init_map names {key!r}, which is no part of this model: {nearest(key, _names(ours))}")
-        for name in found:
-            other = value + name[len(key) :]
-            if other not in theirs:
-                near = nearest(other, _names(theirs))
-                raise ValueError(f"init_map takes {name} from {other!r}, which {path} does not have: {near}")
-            if difference := _difference(ours[name], theirs[other]):
-                raise ValueError(
-                    f"init_map takes {name} from {other} of {path}: {difference}; leave it out, or make this model "
-                    "alike"
-                )
-            pairs[name] = other
+        keys |= dict.fromkeys(found, key)
+    pairs = {name: given[key] + name[len(key) :] for name, key in keys.items()}
+    for name, other in pairs.items():
+        if other not in theirs:
+            near = nearest(other, _names(theirs))
+            raise ValueError(f"init_map takes {name} from {other!r}, which {path} does not have: {near}")
+        if difference := _difference(ours[name], theirs[other]):
+            raise ValueError(
+                f"init_map takes {name} from {other} of {path}: {difference}; leave it out, or make this model alike"
+            )
     return {name: pairs[name] for name in ours if name in pairs}
 
 

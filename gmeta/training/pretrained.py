@@ -21,7 +21,7 @@ from gmeta.embedding.table import FusedTable
 from gmeta.parallel.collectives import raise_together
 from gmeta.training.run import Run
 
-_BATCH_ROWS = 1 << 14
+_BATCH_ROWS = 1 << 16
 VALUE, VECTOR = "value", "vector"
 
 

@@ -113,6 +113,12 @@ def test_hashed_tables_must_be_hashed_alike() -> None:
             _named({"tables.a": "tables.b"}, {"tables.a": hashed}, {"tables.b": part}, Path("x"))
 
 
+def test_of_two_names_for_a_part_the_longer_counts() -> None:
+    ours, theirs = {"model.a.x": Part((1,)), "model.a.y": Part((2,))}, {"model.b.x": Part((1,)), "model.c": Part((2,))}
+    found = _named({"model.a": "model.b", "model.a.y": "model.c"}, ours, theirs, Path("x"))
+    assert found == {"model.a.x": "model.b.x", "model.a.y": "model.c"}
+
+
 def vectors(file: Path, values: Any, dim: int = 6, **changes: Any) -> tuple[Path, np.ndarray]:
     """A file of random vectors, in small row groups."""
     numbers = np.random.default_rng(3).normal(size=(len(values), dim)).astype(np.float32)

@@ -208,3 +208,15 @@ def test_a_position_needs_the_same_tasks(
     pack = prepared("day1", range(10, 40), range(100, 140))
     words = ["train", "--pack", pack, "--run_dir", tmp_path / "run", "--warm_start", base]
     fails([*words, "--schedule.position", "continue"], capsys, "has other tasks")
+
+
+def test_a_bundle_runs_no_code_that_the_user_did_not_name(
+    prepared: Prepare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = tmp_path / "version"
+    version.mkdir()
+    (version / "config.yaml").write_text("{pack: p, run_dir: r, model: {name: 'evil:Model'}, elastic: {enabled: true}}")
+    words = ["train", "--pack", prepared("day0"), "--run_dir", tmp_path / "run", "--warm_start", version]
+    fails(words, capsys, "has a model of its own, evil:Model", "name it yourself: --model.name evil:Model")
+    told = fails([*words, "--model.name", "evil:Model"], capsys, "evil")
+    assert "name it yourself" not in told

@@ -43,7 +43,7 @@ def test_a_mapping_a_file_and_a_dataclass_give_the_same_config(tmp_path: Path) -
         ({"init_map": {"model": "model"}}, "init_map is {'model': 'model'}: says what to take of init_from"),
         ({"init_from": "b", "warm_start": "b"}, "init_from is 'b': warm_start goes on with a whole model"),
         ({"init_from": "b", "init_map": ["model"]}, "init_map is"),
-        ({"replay": {"pack": "b", "fraction": 0}}, "replay.fraction is 0: must be in (0, 1)"),
+        ({"replay": {"pack": "b", "fraction": 0}}, "replay.fraction is 0.0: must be in (0, 1)"),
         ({"embedding": {"pretrained": {"item": "f"}, "start": "factors"}}, "embedding.pretrained sets first rows too"),
     ],
 )
