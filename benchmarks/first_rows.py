@@ -32,6 +32,7 @@ OLD_ITEMS, NEW_ITEMS, ROWS = 420, 180, 40
 USERS = {"base": 2000, "day": 400, "test": 1000}
 SHARE_OF_ITS_OWN = 0.5  # of an item's deviation
 SEEDS = 3
+REFERENCE = "oov, no generator"
 MODEL = ("--model.name", "melu", "--model.args.hidden", "[32]", "--model.embedding_dim", 12)
 TRAINING = ("--embedding.id_dropout", 0.05, "--loader.tasks_per_batch", 32, "--schedule.eval_every", 10**6)
 GENERATOR = ("--embedding.generator", "{item: [genre, brand]}")
@@ -120,30 +121,44 @@ def measured(seed: int, place: Path, epochs: int, moments: Sequence[str]) -> Ite
                 yield from of(f"{start}, {kind}", moment, model.adapt(support).predict(query))
 
 
+Found = dict[tuple[str, str, str, str], list[float]]
+"""(rows, variant, moment, metric) -> its value for each seed."""
+
+
 def main() -> None:
     args = arguments("First rows of new ids in a warm start.")
     seeds, epochs, moments = (1, 1, ["before"]) if args.quick else (SEEDS, 8, list(MOMENTS))
-    found: dict[tuple[str, str, str, str], list[float]] = {}
+    found: Found = {}
     for seed in range(seeds):
         with tempfile.TemporaryDirectory() as place:
-            for *key, value in measured(seed, Path(place), epochs, moments):
-                found.setdefault(tuple(key), []).append(value)  # type: ignore[arg-type]
+            for rows, variant, moment, metric, value in measured(seed, Path(place), epochs, moments):
+                found.setdefault((rows, variant, moment, metric), []).append(value)
+    differences = {
+        (rows, variant, moment, f"{metric} difference"): [
+            a - b for a, b in zip(values, found[rows, REFERENCE, moment, metric], strict=True)
+        ]
+        for (rows, variant, moment, metric), values in found.items()
+        if variant.partition(", ")[2] and variant != REFERENCE
+    }
     records = [
         Record(f"{rows}, {moment}", variant, metric, statistics.mean(values), "1")
-        for (rows, variant, moment, metric), values in found.items()
+        for (rows, variant, moment, metric), values in (found | differences).items()
     ]
-    bodies = [f"## {rows}\n\n{_table(rows, found)}" for rows in ("new items", "old items")]
-    said = (
-        f"Means of {seeds} seeds, ± their standard deviation. No training before, then passes over the rows of day 1."
-    )
+    bodies = [
+        f"Means of {seeds} seeds, ± their standard deviation: every seed is another shop. No training before, then passes "
+        "over the rows of day 1."
+    ]
+    for rows in ("new items", "old items"):
+        bodies += [f"## {rows}", _table(rows, found), f"Less {REFERENCE}, shop by shop:", _table(rows, differences)]
     config = {"users": USERS, "rows a user": ROWS, "items": f"{OLD_ITEMS} old, {NEW_ITEMS} new", "base epochs": epochs}
     config |= {"share of an item that its attributes do not tell": SHARE_OF_ITS_OWN, "threads": "1"}
-    publish("first_rows", "\n\n".join([said, *bodies]), records, config, args)
+    publish("first_rows", "\n\n".join(bodies), records, config, args)
 
 
-def _table(rows: str, found: dict[tuple[str, str, str, str], list[float]]) -> str:
+def _table(rows: str, found: Found) -> str:
     variants = dict.fromkeys(variant for of, variant, _, _ in found if of == rows)
-    columns = [(metric, moment) for metric in METRICS for moment in MOMENTS]
+    columns = dict.fromkeys((metric, moment) for _, _, moment, metric in found)
+    ordered = sorted(columns, key=lambda column: (column[0], list(MOMENTS).index(column[1])))
 
     def cell(variant: str, metric: str, moment: str) -> str:
         values = found.get((rows, variant, moment, metric))
@@ -151,8 +166,8 @@ def _table(rows: str, found: dict[tuple[str, str, str, str], list[float]]) -> st
             return ""
         return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
-    lines = [[variant, *(cell(variant, *column) for column in columns)] for variant in variants]
-    return table(["first rows", *(f"{metric}, {moment}" for metric, moment in columns)], lines)
+    lines = [[variant, *(cell(variant, *column) for column in ordered)] for variant in variants]
+    return table(["first rows", *(f"{metric}, {moment}" for metric, moment in ordered)], lines)
 
 
 if __name__ == "__main__":
