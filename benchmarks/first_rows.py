@@ -145,8 +145,8 @@ def main() -> None:
         for (rows, variant, moment, metric), values in (found | differences).items()
     ]
     bodies = [
-        f"Means of {seeds} seeds, ± their standard deviation: every seed is another shop. No training before, then passes "
-        "over the rows of day 1."
+        f"Means of {seeds} seeds, ± their standard deviation: every seed is another shop. No training before, then "
+        "passes over the rows of day 1."
     ]
     for rows in ("new items", "old items"):
         bodies += [f"## {rows}", _table(rows, found), f"Less {REFERENCE}, shop by shop:", _table(rows, differences)]
