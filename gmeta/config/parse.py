@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gmeta.config.deprecated import model_of, upgrade, upgrade_words
-from gmeta.config.train import TrainConfig
+from gmeta.config.train import USERS_KEYS, TrainConfig
 from gmeta.core.errors import closest
 from gmeta.core.files import read_mapping
 from gmeta.core.nested import flat, nested
@@ -138,8 +138,8 @@ def train_config(
     if isinstance(source, TrainConfig) and source.model.name:
         source = asdict(source)
     elif isinstance(source, TrainConfig):
-        usual = flat(asdict(TrainConfig(pack="", run_dir="")))
-        source = nested({key: value for key, value in flat(asdict(source)).items() if usual.get(key, ...) != value})
+        usual, given = (flat(asdict(c), whole=USERS_KEYS) for c in (TrainConfig(pack="", run_dir=""), source))
+        source = nested({key: value for key, value in given.items() if usual.get(key, ...) != value})
     if isinstance(source, Mapping):
         values, name = _without_paths(source), "config"
     elif not isinstance(source, str | Path):

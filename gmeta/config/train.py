@@ -13,6 +13,8 @@ METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
 """Metrics that early stopping may watch, all measured after adaptation."""
 CLICK_METRICS = ("auc", "gauc", "logloss")
 """Those that need 0/1 labels and probabilities."""
+USERS_KEYS = ("embedding.generator", "embedding.pretrained", "init_map")
+"""Settings that are mappings whose keys are names of the user's, dots among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +121,19 @@ class EmbeddingConfig:
     generator: dict[str, Any] = field(default_factory=dict)
     """Features whose unknown ids get a vector made of other columns (Meta-Embedding), such as {item_id: [genre]}; it
     learns from the ids that id_dropout masks."""
+    pretrained: dict[str, str] = field(default_factory=dict)
+    """Parquet files with first rows of tables, such as {item_id: vectors.parquet}: column value has the raw id, vector
+    as many numbers as embedding_dim. Other ids start as usual, and all rows are trained. In a warm start only new ids
+    read them."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "embedding.")
         share = self.id_dropout
         require(share is None or 0 <= share < 1, "embedding.id_dropout", share, "must be in [0, 1); 0 is off")
         _check_generator(self.generator)
+        factors = bool(self.pretrained) and self.start == "factors"
+        rule = "embedding.pretrained sets first rows too; leave one of the two out"
+        require(not factors, "embedding.start", self.start, rule)
         off = bool(self.generator) and share == 0
         require(not off, "embedding.id_dropout", share, "embedding.generator learns from masked ids; leave one out")
         require(self.lr >= 0, "embedding.lr", self.lr, "must not be negative")
@@ -206,6 +215,20 @@ class LoaderConfig:
         rows = self.max_support_rows
         require(rows >= 0, "loader.max_support_rows", rows, "must be 0 (all) or a number of rows")
         require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Tasks of an older pack that are trained on beside the new ones, so that what they taught is not forgotten."""
+
+    pack: str = ""
+    """Older pack, whose ids those of `pack` go on from. Empty: no replay."""
+    fraction: float = 0.2
+    """Share of an epoch's tasks that are drawn from the older pack, other ones in each epoch."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "replay.")
+        require(0 < self.fraction < 1, "replay.fraction", self.fraction, "must be in (0, 1); leave replay.pack out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,6 +335,12 @@ class TrainConfig:
     warm_start: str = ""
     """Bundle to go on from: a new run begins with its weights, rows and moments, aligned by the raw values of ids. What
     you leave out is as it was set there."""
+    init_from: str = ""
+    """Bundle of another model, parts of which a new training begins with: those that init_map names."""
+    init_map: dict[str, str] = field(default_factory=dict)
+    """What to take of init_from: a part of this model and the bundle's part for it, such as {tables.item: tables.item,
+    model.layers.0: model.bottom.0}; a name stands for all that begin with it. Empty: the tables and layers that both
+    have in one size."""
     loss: LossName = "bce"
     """Outer loss, on the query."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -324,6 +353,8 @@ class TrainConfig:
     """Dense layers' optimizer."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """Batches."""
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    """Older tasks among the new ones."""
     comm: CommConfig = field(default_factory=CommConfig)
     """Communication between workers."""
     elastic: ElasticConfig = field(default_factory=ElasticConfig)
@@ -352,5 +383,13 @@ class TrainConfig:
         require_seed(self.seed)
         goes_on = self.schedule.position == "continue"
         require(not goes_on or bool(self.warm_start), "schedule.position", "continue", "only a warm_start has one")
+        both = bool(self.init_from and self.warm_start)
+        require(
+            not both, "init_from", self.init_from, "warm_start goes on with a whole model; leave one of the two out"
+        )
+        unused = bool(self.init_map) and not self.init_from
+        require(not unused, "init_map", self.init_map, "says what to take of init_from; name that bundle too")
+        factors = bool(self.init_from) and self.embedding.start == "factors"
+        require(not factors, "embedding.start", "factors", "init_from sets first rows too; leave one of the two out")
         metric = self.schedule.metric
         require(self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)")

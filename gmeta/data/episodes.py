@@ -26,7 +26,11 @@ class Episodes:
         self._split = split
         self._most_rows = most_rows
         self._ends = np.cumsum(-(-(support + query) // most_rows))  # of each task's episodes in the numbering
-        self.num_episodes = int(self._ends[-1])
+        self.num_episodes = self.of_first(len(self._ends))
+
+    def of_first(self, num_tasks: int) -> int:
+        """Return how many episodes the first so many tasks have, at least one."""
+        return int(self._ends[num_tasks - 1])
 
     def locate(self, episodes: Array) -> TaskRows:
         """Look up where episodes lie, int64 [T] numbers of them; as `PackSplit.locate` does for tasks."""

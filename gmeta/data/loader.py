@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
@@ -18,6 +19,7 @@ from gmeta.core.batch import BatchSplit, TaskBatch, joined
 from gmeta.data.episodes import Episodes
 from gmeta.data.order import Tasks, batches_of_pass, ends_within, num_batches, tasks_per_rank, window_of_batches
 from gmeta.data.pack import TaskPack
+from gmeta.data.replay import Replay
 from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
@@ -63,6 +65,8 @@ class TaskLoader(Generic[_T]):
     With `episode_rows`, a longer task counts as several (see `Episodes`), and positions in the split are those of
     episodes; 0 is off.
 
+    `replay` has tasks of an older pack, and which share of each epoch they are (see `Replay`); needs `shuffle`.
+
     `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them. Without
     `shuffle` the pass is then in an order that pads little, and batches may have fewer tasks: `batches_of_pass`. With
     `shuffle` the tasks of a batch are given, and a rank that would exceed the bound gets them as several micro-batches
@@ -95,6 +99,7 @@ class TaskLoader(Generic[_T]):
         resample: bool = False,
         max_support_rows: int = 0,
         episode_rows: int = 0,
+        replay: tuple[PackSplit, float] | None = None,
         max_cells: int | None = None,
         transform: Callable[[TaskBatch], _T] | None = None,
     ) -> None:
@@ -103,7 +108,7 @@ class TaskLoader(Generic[_T]):
                 f"loader.tasks_per_batch is {tasks_per_batch}, world size is {world_size}: a batch needs a task for "
                 f"each worker; raise tasks_per_batch to {world_size} or more, or start fewer workers"
             )
-        self._split = split
+        self._split = split if replay is None else split.followed_by(replay[0])
         self._tasks_per_batch = tasks_per_batch
         self._seed = seed
         self._rank = rank
@@ -115,8 +120,12 @@ class TaskLoader(Generic[_T]):
         self._prefetch = prefetch
         self._resample = resample
         self._max_support_rows = max_support_rows
-        self._episodes = Episodes(split, episode_rows) if episode_rows else None
-        self.num_tasks = split.num_tasks if self._episodes is None else self._episodes.num_episodes
+        self._episodes = Episodes(self._split, episode_rows) if episode_rows else None
+        self.num_tasks = self._count(split)
+        self.replay: Replay | None = None
+        if replay is not None:
+            self.replay = Replay(seed, self.num_tasks, self._count(self._split) - self.num_tasks, replay[1])
+            self.num_tasks = self.replay.num_tasks
         self._max_cells = max_cells
         self._transform = transform
         self._split_by: Callable[[int], SplitSpec] | None = None
@@ -300,12 +309,18 @@ class TaskLoader(Generic[_T]):
         cells = self._max_cells
         return tuple(a + end for a, part in parts for end in ends_within(part.num_support, part.num_query, cells))
 
-    def _locate(self, tasks: Tasks) -> TaskRows:
+    def _count(self, split: PackSplit) -> int:
+        """Count the tasks of the first so many of the loader's split, or their episodes."""
+        return split.num_tasks if self._episodes is None else self._episodes.of_first(split.num_tasks)
+
+    def _locate(self, tasks: Tasks, epoch: int) -> TaskRows:
+        if self.replay is not None:
+            tasks = self.replay.positions(tasks, epoch)
         at = self._split.locate(tasks) if self._episodes is None else self._episodes.locate(tasks)
         return at.last_support(self._max_support_rows)
 
-    def _sizes(self, tasks: Tasks) -> tuple[Tasks, Tasks]:
-        at = self._locate(tasks)
+    def _sizes(self, tasks: Tasks, epoch: int) -> tuple[Tasks, Tasks]:
+        at = self._locate(tasks, epoch)
         return at.num_support, at.num_query
 
     def _batches_of_pass(self) -> list[Tasks]:
@@ -313,22 +328,22 @@ class TaskLoader(Generic[_T]):
         tasks, size = np.arange(self.num_tasks), self._tasks_per_batch
         if self._max_cells is None:
             return np.split(tasks, range(size, self.num_tasks, size)) if self.num_tasks else []
-        return batches_of_pass(*self._sizes(tasks), size, self._max_cells, self._window_batches)
+        return batches_of_pass(*self._sizes(tasks, 0), size, self._max_cells, self._window_batches)
 
     def _tasks(self, epoch: int, index: int) -> tuple[Tasks, TaskRows]:
         """Return the tasks of the global batch. They are located once a window: it costs a look-up in every shard."""
         size = self._tasks_per_batch
         if index >= self.batches_per_epoch:
             tasks = np.asarray(self._tail[:size], np.int64)
-            return tasks, self._locate(tasks)
+            return tasks, self._locate(tasks, epoch)
         if not self._shuffle:
             tasks = self._pass[index]
-            return tasks, self._locate(tasks)
+            return tasks, self._locate(tasks, epoch)
         window, offset = divmod(index, self._window_batches)
         if self._window is None or self._window[:2] != (epoch, window):
             batches = window_of_batches(
                 self.num_tasks,
-                self._sizes,
+                partial(self._sizes, epoch=epoch),
                 tasks_per_batch=size,
                 window_batches=self._window_batches,
                 seed=self._seed,
@@ -338,7 +353,7 @@ class TaskLoader(Generic[_T]):
                 size_buckets=self._size_buckets,
             )
             tasks = np.concatenate(batches)
-            self._window = (epoch, window, tasks, self._locate(tasks))
+            self._window = (epoch, window, tasks, self._locate(tasks, epoch))
         mine = slice(offset * size, (offset + 1) * size)  # only an epoch's last batch may be short
         return self._window[2][mine], self._window[3][mine]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +133,11 @@ def _whole(value: Any, kind: type, where: str) -> dict[str, Any]:
         if field.default is MISSING and field.name not in entry:
             raise ValueError(f"{where}: key {field.name!r} is missing")
     return entry
+
+
+def without_sizes(schema: PackSchema) -> PackSchema:
+    """Return a schema without what grows from day to day: numbers of ids, and the vocabularies that they are of."""
+    return replace(schema, features=tuple(replace(feature, num_ids=1) for feature in schema.features), identity=None)
 
 
 def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:

@@ -290,6 +290,10 @@ class PackSplit:
         """Return the tasks of the first shard as a split of their own: a sample, where tasks lie in random order."""
         return PackSplit(self.name, self._shards[:1], self._schema)
 
+    def followed_by(self, other: PackSplit) -> PackSplit:
+        """Return these tasks, and behind them in the numbering those of another pack of the same columns."""
+        return PackSplit(self.name, [*self._shards, *other._shards], self._schema)
+
     def verify(self) -> None:
         """Verify every shard's checksum. Raises ValueError with the name of a damaged one."""
         for shard in self._shards:

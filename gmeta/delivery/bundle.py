@@ -26,7 +26,7 @@ from gmeta.models.registry import find_model, is_foreign
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import new_learner, require_trusted, row_dtype, table_specs
 from gmeta.runs import checkpoint
-from gmeta.runs.bundle import ROWS, TRAINING, Bundle, BundleWriter, is_bundle, read_manifest
+from gmeta.runs.bundle import DENSE, ROWS, TRAINING, Bundle, BundleWriter, is_bundle, read_manifest
 from gmeta.runs.data import is_own_pack, require_own_vocabularies
 from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
 
@@ -132,7 +132,7 @@ def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) 
     dense = {name: value for name, value in stored.items() if name.startswith(("dense.", "buffers."))}
     moments = {name: value for name, value in stored.items() if name.startswith("optimizer.")} if training else {}
     checkpoint.load_tensors(path, {**dense, **moments}, mesh)
-    writer.add_tensors("dense.safetensors", dense)
+    writer.add_tensors(DENSE, dense)
     if training:
         writer.add_tensors(f"{TRAINING}dense.safetensors", moments)
 

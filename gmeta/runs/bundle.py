@@ -35,6 +35,7 @@ from gmeta.embedding.table import FusedTable, ShardedTables
 
 FORMAT, VERSION = "gmeta-bundle", 1
 MANIFEST = "manifest.json"
+DENSE = "dense.safetensors"
 TRAINING = "training/"
 CURE = "make the bundle again, or copy it again"
 PART_BYTES = 1 << 28
@@ -142,6 +143,11 @@ class Bundle:
     def _mapped(self) -> dict[str, dict[str, Tensor]]:
         return {}
 
+    @cached_property
+    def dense(self) -> dict[str, Tensor]:
+        """Return the mapped tensors of `dense.safetensors`, by name: `dense.NAME` and `buffers.NAME`."""
+        return _read(self.path / DENSE)
+
     def rows(self, table: str, ids: Tensor, name: str = ROWS) -> Tensor:
         """Return rows of an embedding table, [n, dim], or with `name` the optimizer's state for them."""
         entry = self.manifest["tables"][table]
@@ -178,22 +184,29 @@ class Bundle:
             self.fill_rows(fused)
 
     def fill_rows(
-        self, fused: FusedTable, sources: Mapping[str, Tensor] | None = None, *, moments: bool = False
+        self,
+        fused: FusedTable,
+        sources: Mapping[str, tuple[str, Tensor]] | None = None,
+        *,
+        moments: bool = False,
     ) -> None:
         """Fill this worker's rows of one width, and with `moments` the optimizer's state.
 
-        `sources[table]`, int64 [num_ids], names the bundle's id of each id, negative where it has none: such rows stay.
-        Without them the ids are the bundle's.
+        `sources[table]` has the bundle's table, and its id of each id, int64 [num_ids], negative where it has none:
+        such rows stay, and so do those of tables that have no entry. Without `sources` tables and ids are the bundle's.
         """
         held = {ROWS: fused.weight, **(fused.state if moments else {})}
         for start in range(0, len(fused.weight), _FILL_ROWS):
             of_table, ids = fused.local_ids(start, min(start + _FILL_ROWS, len(fused.weight)))
             for number, spec in enumerate(fused.specs):
+                if sources is not None and spec.name not in sources:
+                    continue
                 at = (of_table == number).nonzero()[:, 0]
-                source = ids[at] if sources is None else sources[spec.name][ids[at]]
+                table, source = (spec.name, None) if sources is None else sources[spec.name]
+                source = ids[at] if source is None else source[ids[at]]
                 at, source = start + at[source >= 0], source[source >= 0]
                 for name, values in held.items():
-                    values[at.to(values.device)] = self.rows(spec.name, source, name).to(values)
+                    values[at.to(values.device)] = self.rows(table, source, name).to(values)
 
 
 def part_name(table: str, number: int, name: str = ROWS) -> str:

@@ -3,7 +3,8 @@
 config.yaml  environment.json  run_id  schema.json  vocab/  metrics.jsonl  tensorboard/  checkpoints/  report.html
 
 `schema.json` holds the pack schema with the identity of its data (`pack`), the raw data schema (`data`), and checksums
-of the pack's tasks and splits (`tasks`), of the rows of each split (`rows`) and of its manifest (`manifest`).
+of the pack's tasks and splits (`tasks`), of the rows of each split (`rows`) and of its manifest (`manifest`). Where an
+older pack is replayed, `replay` is the checksum of its manifest.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ FIXED_ON_RESUME = (
     "loader.resample",
     "loader.max_support_rows",
     "loader.episode_rows",
+    "replay.fraction",
 )
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
 
@@ -118,7 +120,7 @@ def _prepare(config: TrainConfig, run_dir: Path, notes: Sequence[str]) -> int | 
     """Check what is there, then write what a run directory holds from its start. Return the last step that was
     saved.
     """
-    pack = open_pack(config.pack)
+    pack, older = open_pack(config.pack), open_pack(config.replay.pack) if config.replay.pack else None
     checkpoints = run_dir / "checkpoints"
     saved = checkpoint.steps_saved(checkpoints)
     goes_on = config.resume or config.elastic.enabled
@@ -132,20 +134,26 @@ def _prepare(config: TrainConfig, run_dir: Path, notes: Sequence[str]) -> int | 
         if (run_dir / "schema.json").exists():
             _require_own_schema(run_dir, state, last)
         _require_same_data(state, run_dir, pack)
+        if (run_dir / "schema.json").exists() and read_replay_checksum(run_dir) != _manifest_checksum(older):
+            raise ValueError(
+                f"replay.pack is {config.replay.pack!r}, which is not what run {run_dir} replays: give that pack, or a "
+                "copy of it; to replay another, name a new run_dir"
+            )
     for leftover in checkpoints.glob(".partial-*"):  # of a process that was killed in a save
         shutil.rmtree(leftover)
-    # The path is absolute, so that the run can be evaluated from anywhere.
-    resolved = replace(config, pack=str(pack.path.resolve()))
+    # Paths are absolute, so that the run can be evaluated from anywhere.
+    replay = config.replay if older is None else replace(config.replay, pack=str(older.path.resolve()))
+    resolved = replace(config, pack=str(pack.path.resolve()), replay=replay)
     head = "".join(f"# {line}\n" for line in notes)
     write_text(run_dir / "config.yaml", head + yaml.safe_dump(asdict(resolved), sort_keys=False))
-    _write_data(run_dir, pack, keep=bool(saved))
+    _write_data(run_dir, pack, older, keep=bool(saved))
     write_environment(run_dir / "environment.json")
     if not (run_dir / _RUN_ID).exists():
         write_text(run_dir / _RUN_ID, f"{run_dir.name}-{uuid.uuid4().hex[:12]}\n")
     return saved[-1] if saved else None
 
 
-def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
+def _write_data(run_dir: Path, pack: TaskPack, older: TaskPack | None, keep: bool) -> None:
     """Write schema.json and the vocabularies; with `keep` only what is missing, for checkpoints rely on it."""
     if not (keep and (run_dir / "schema.json").exists()):
         schemas = {
@@ -155,6 +163,8 @@ def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
             "rows": pack.rows_checksums(),
             "manifest": pack.manifest["xxh3"],
         }
+        if older is not None:
+            schemas["replay"] = _manifest_checksum(older)
         write_text(run_dir / "schema.json", json.dumps(schemas, indent=1))
     (run_dir / "vocab").mkdir(exist_ok=True)
     for file in pack.vocabulary_files():
@@ -162,6 +172,10 @@ def _write_data(run_dir: Path, pack: TaskPack, keep: bool) -> None:
         if not (keep and target.exists()):
             with replacing(target) as partial:
                 shutil.copyfile(file, partial)
+
+
+def _manifest_checksum(pack: TaskPack | None) -> str | None:
+    return None if pack is None else str(pack.manifest["xxh3"])
 
 
 def _require_same(state: dict[str, Any], now: TrainConfig) -> None:
@@ -298,6 +312,12 @@ def read_rows_checksums(run_dir: Path) -> dict[str, str] | None:
     if rows is not None and not isinstance(rows, dict):
         raise ValueError(f"{run_dir / 'schema.json'} is no schema of a run (rows is {rows!r}): {_CURE}")
     return rows
+
+
+def read_replay_checksum(run_dir: Path) -> str | None:
+    """Return the checksum of the manifest of the pack that a run replays; None where it replays none."""
+    found = read_mapping(run_dir / "schema.json", _CURE).get("replay")
+    return None if found is None else str(found)
 
 
 def tasks_difference(ours: str | None, theirs: str | None) -> list[str]:

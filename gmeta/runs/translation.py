@@ -125,14 +125,17 @@ def _without_moments(schema: PackSchema) -> PackSchema:
     return replace(schema, numeric=tuple(replace(column, mean=0.0, std=1.0) for column in schema.numeric))
 
 
-def known_ids(source: Path, pack: TaskPack, table: str) -> Tensor:
+def known_ids(source: Path, pack: TaskPack, table: str, theirs: str | None = None) -> Tensor:
     """Return for each id of a pack's table the id of the same value in a run or a bundle, int64 [num_ids].
 
-    It is `NEW` where the value is not known there, and `GONE` for a tombstone of the pack.
+    It is `NEW` where the value is not known there, and `GONE` for a tombstone of the pack. `theirs` is what the table is
+    called there, where that is another name.
     """
-    if table not in pack.manifest["vocab"]:  # hashed: ids mean the same, as the schemas are the same
+    if table not in pack.manifest["vocab"]:  # hashed alike: ids mean the same
         return torch.arange(next(f.num_ids for f in pack.schema.features if f.table == table))
-    known, asked = (_values(file) for file in (vocabulary_file(source / "vocab", table), pack.vocab_file(table)))
+    known, asked = (
+        _values(file) for file in (vocabulary_file(source / "vocab", theirs or table), pack.vocab_file(table))
+    )
     place = pc.index_in(asked, value_set=known, skip_nulls=True)
     found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), NEW).to_numpy(zero_copy_only=False)
     found = np.where(asked.is_null().to_numpy(zero_copy_only=False), GONE, found)

@@ -131,6 +131,14 @@ class PartitionTensor(Tensor):
         raise ValueError(f"{index.fqn} has no part at {index.offset} here")
 
 
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Overwrite a tensor, or the partition of one, by a full value of its shape."""
+    if isinstance(tensor, PartitionTensor):
+        tensor.local.copy_(value.reshape(-1)[tensor.start : tensor.start + tensor.local.numel()])
+    else:
+        tensor.copy_(value)
+
+
 class PartitionWriter(HuggingFaceStorageWriter):
     """Writes safetensors files, in which a name can stand once: the k-th box of a name on a rank goes to its k-th
     file."""

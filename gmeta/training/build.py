@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gmeta.core.batch import TaskBatch
 from gmeta.data.id_dropout import build_id_dropout
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
+from gmeta.data.replay import evicted_ids, require_older
 from gmeta.embedding.exchange import RowExchange
 from gmeta.models.registry import ModelFactory
 from gmeta.optim.dense import OuterReduce
@@ -54,7 +56,9 @@ def bytes_of_rows(loader: TaskLoader[PreparedBatch], system: System, wire: torch
     return values * wire.itemsize / max(1, batches)
 
 
-def _preparing(config: TrainConfig, pack: TaskPack, system: System) -> Callable[[TaskBatch], PreparedBatch]:
+def _preparing(
+    config: TrainConfig, pack: TaskPack, system: System, *, replays: bool
+) -> Callable[[TaskBatch], PreparedBatch]:
     """Return what the loader's thread does with a batch: mask ids, where the run does, and prepare it."""
     share = config.embedding.id_dropout or 0.0  # unset only where no run directory was opened
     masks = build_id_dropout(pack, share, features=system.learner.features, seed=config.seed)
@@ -63,7 +67,8 @@ def _preparing(config: TrainConfig, pack: TaskPack, system: System) -> Callable[
             raise ValueError(
                 f"embedding.generator names {name!r}, which is hashed and has no unknown ids: leave it out"
             )
-    return system.prepare if masks is None else lambda batch: system.prepare(masks(batch))
+    hides = [mask for mask in (evicted_ids(pack) if replays else None, masks) if mask is not None]
+    return lambda batch: system.prepare(reduce(lambda given, hide: hide(given), hides, batch))
 
 
 def _loss_scale(config: TrainConfig) -> float:
@@ -76,6 +81,27 @@ def _loss_scale(config: TrainConfig) -> float:
     return unit**-2 if config.loss == "mse" else 1 / unit if config.loss in ("l1", "huber") else 1.0
 
 
+def _open_loader(
+    config: TrainConfig, pack: TaskPack, older: TaskPack | None, system: System, others: Mapping[str, Any]
+) -> TaskLoader[PreparedBatch]:
+    """Return the loader of the training tasks, with tasks of an older pack where they are replayed."""
+    arguments: dict[str, Any] = {
+        "tasks_per_batch": config.loader.tasks_per_batch,
+        "seed": config.seed,
+        "rank": system.mesh.rank,
+        "world_size": system.mesh.world_size,
+        "window_batches": config.loader.window_batches,
+        "prefetch": config.loader.prefetch,
+        "resample": config.loader.resample,
+        "max_support_rows": config.loader.max_support_rows,
+        "episode_rows": config.loader.episode_rows,
+        "replay": None if older is None else (older.split("train"), config.replay.fraction),
+        "max_cells": MAX_CELLS,
+        "transform": _preparing(config, pack, system, replays=older is not None),
+    }
+    return TaskLoader(pack.split("train"), **{**arguments, **others})
+
+
 def build_run(
     config: TrainConfig,
     mesh: Mesh,
@@ -86,22 +112,11 @@ def build_run(
 ) -> Run:
     """Build everything that a rank needs. Raises ValueError for what does not fit, before anything is written."""
     parts = parts or Parts()
-    pack = open_pack(config.pack)
+    pack, older = open_pack(config.pack), open_pack(config.replay.pack) if config.replay.pack else None
+    if older is not None:
+        require_older(pack, older)
     system = build_system(config, pack.schema, mesh, factory=factory, exchange=parts.exchange)
-    arguments: dict[str, Any] = {
-        "tasks_per_batch": config.loader.tasks_per_batch,
-        "seed": config.seed,
-        "rank": mesh.rank,
-        "world_size": mesh.world_size,
-        "window_batches": config.loader.window_batches,
-        "prefetch": config.loader.prefetch,
-        "resample": config.loader.resample,
-        "max_support_rows": config.loader.max_support_rows,
-        "episode_rows": config.loader.episode_rows,
-        "max_cells": MAX_CELLS,
-        "transform": _preparing(config, pack, system),
-    }
-    loader: TaskLoader[PreparedBatch] = TaskLoader(pack.split("train"), **{**arguments, **parts.loader_arguments})
+    loader = _open_loader(config, pack, older, system, parts.loader_arguments)
     total = config.schedule.epochs * loader.batches_per_epoch
     total = min(total, config.schedule.max_steps or total)
     planned = config.dense.sharding == AUTO and mesh.world_size > 1
@@ -135,4 +150,4 @@ def build_run(
         read_late=mesh.device.type == "cuda",
     )
     log = RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total, console=parts.console)
-    return Run(config, state, loader, pack, log, Stopwatch(mesh.device))
+    return Run(config, state, loader, pack, older, log, Stopwatch(mesh.device))

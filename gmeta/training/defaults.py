@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from gmeta.config.deprecated import upgrade
-from gmeta.config.train import TrainConfig
+from gmeta.config.train import USERS_KEYS, TrainConfig
 from gmeta.core.nested import flat, nested
 from gmeta.data.pack import open_pack
+from gmeta.models.registry import is_foreign
 from gmeta.recipes.recipes import recipe_for, recipe_lines
 from gmeta.runs.directory import read_settings, recorded_settings
 
-_WHOLE = ("embedding.generator",)
-"""Settings whose keys are names of the user's."""
-_PLACES = ("pack", "run_dir", "resume", "warm_start", "schedule.position")
+_PLACES = (
+    "pack",
+    "run_dir",
+    "resume",
+    "warm_start",
+    "init_from",
+    "init_map",
+    "embedding.pretrained",
+    "schedule.position",
+)
 """Settings that are the user's alone."""
+_OF_A_RUN = ("elastic.", "replay.pack")
+"""Settings of one run, which another that begins with its bundle does not take over."""
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,7 +40,7 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {
         key: value
-        for key, value in flat(values, whole=_WHOLE).items()
+        for key, value in flat(values, whole=USERS_KEYS).items()
         if value not in ("", None) or key not in ("model.name", "recipe")
     }
     if not given.get("pack"):
@@ -38,7 +49,7 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     goes_on = bool(given.get("resume") or given.get("elastic.enabled"))
     recorded = recorded_settings(Path(str(given.get("run_dir", ""))), goes_on=goes_on)
     if recorded is None and given.get("warm_start"):
-        return nested({**_others_of(read_settings(Path(str(given["warm_start"])))), **given})
+        return nested({**_of_bundle(Path(str(given["warm_start"])), named=bool(model)), **given})
     if recorded is not None:
         found = _others_of(recorded)
         if given.get("recipe", found.get("recipe")) != found.get("recipe"):
@@ -55,10 +66,25 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     return nested({**found, **given})
 
 
+def _of_bundle(path: Path, *, named: bool) -> dict[str, Any]:
+    """Return the settings of a bundle that a warm start goes on with, by dotted key.
+
+    Raises ValueError where they name code that the user did not name: a bundle may come from anyone.
+    """
+    found = {key: value for key, value in _others_of(read_settings(path)).items() if not key.startswith(_OF_A_RUN)}
+    model = str(found.get("model.name"))
+    if is_foreign(model) and not named:
+        raise ValueError(
+            f"{path} has a model of its own, {model}: training with it runs that code. Where you trust it, name it "
+            f"yourself: --model.name {shlex.quote(model)}"
+        )
+    return found
+
+
 def _others_of(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings by dotted key, but for those that are the user's alone."""
     old, _ = upgrade(dict(recorded), saved=True)
-    return {key: value for key, value in flat(old, whole=_WHOLE).items() if key not in _PLACES}
+    return {key: value for key, value in flat(old, whole=USERS_KEYS).items() if key not in _PLACES}
 
 
 def chosen_for(config: TrainConfig) -> list[str]:

@@ -24,6 +24,7 @@ class Run:
     state: TrainState
     loader: TaskLoader[PreparedBatch]
     pack: TaskPack
+    older: TaskPack | None  # whose tasks are replayed
     log: RunLog
     watch: Stopwatch  # of the batch at hand
     data_schema: dict[str, Any] | None = None  # that of schema.json, once there is a run directory

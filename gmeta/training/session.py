@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from torch import Tensor
+
 from gmeta.config.train import TrainConfig
 from gmeta.core.numbers import shown
 from gmeta.data.id_dropout import DEFAULT_SHARE, default_share
@@ -26,7 +28,9 @@ from gmeta.runs.directory import prepare_run_dir, read_schema, recorded_settings
 from gmeta.training.build import Parts, build_run
 from gmeta.training.defaults import chosen_for
 from gmeta.training.factors import start_from_factors
+from gmeta.training.init_from import start_from_parts
 from gmeta.training.membership import join
+from gmeta.training.pretrained import set_pretrained_rows
 from gmeta.training.run import Run
 from gmeta.training.saving import load_checkpoint
 from gmeta.training.warm_start import start_from_bundle
@@ -55,10 +59,8 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
         if resume_from is not None:
             ledger = load_checkpoint(run, resume_from)
             run.log.say(f"resumed from {resume_from}")
-        elif config.warm_start:
-            run.log.say(start_from_bundle(run, Path(config.warm_start)))
-        elif config.embedding.start == "factors":
-            start_from_factors(run)
+        else:
+            _begin(run)
         if run.ended:  # or longer than this schedule
             asked = f"schedule.epochs is {config.schedule.epochs}, schedule.max_steps {config.schedule.max_steps}"
             run.log.say(f"nothing left to train after step {run.state.progress.step}: {asked}; raise them to go on")
@@ -68,6 +70,18 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
                 stack.callback(run.membership.agent.close)
         run.log.start()
         yield run
+
+
+def _begin(run: Run) -> None:
+    """Give a run that does not go on the weights that it begins with; collective."""
+    config, new = run.config, dict[str, Tensor]()
+    if config.warm_start:
+        new = start_from_bundle(run, Path(config.warm_start))
+    elif config.init_from:
+        new = start_from_parts(run, Path(config.init_from))
+    elif config.embedding.start == "factors":
+        start_from_factors(run)
+    set_pretrained_rows(run, new)
 
 
 def _require_given_roles(config: TrainConfig) -> None:
@@ -110,7 +124,9 @@ def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
 def _banner(run: Run) -> str:
     """Return what a user wants to know before the first step."""
     split, state = run.pack.split("train"), run.state
-    episodes = f" in {run.loader.num_tasks:,} episodes an epoch" if run.loader.num_tasks > split.num_tasks else ""
+    replay, new = run.loader.replay, run.loader.num_tasks
+    new = new if replay is None else replay.num_new
+    episodes = f" in {new:,} episodes an epoch" if new > split.num_tasks else ""
     engine = state.system.learner.engine_reason
     lines = [
         f"{split.num_tasks:,} tasks{episodes}, {split.num_rows:,} rows; {state.rates.total_steps:,} steps of "
@@ -118,6 +134,11 @@ def _banner(run: Run) -> str:
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
     ]
+    if replay is not None:
+        what = "episodes" if run.config.loader.episode_rows else "tasks"
+        lines.append(
+            f"replay: an epoch has {replay.num_drawn:,} of the {replay.num_old:,} {what} of {run.config.replay.pack}"
+        )
     only = run.pack.manifest["counts"].get("only_label")
     if only is not None:
         lines.append(f"every training label is {only:g}: there is nothing to rank by; the log needs rows of both kinds")

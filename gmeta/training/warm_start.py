@@ -2,94 +2,148 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gmeta.config.train import TrainConfig
+from gmeta.config.train import USERS_KEYS, TrainConfig
 from gmeta.core.files import read_mapping
-from gmeta.data.pack import TaskPack
-from gmeta.data.schema import OOV
+from gmeta.core.nested import flat
+from gmeta.meta.inner_loop import resolve_adapted
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import CURE, TRAINING, Bundle, open_bundle, read_manifest
-from gmeta.runs.directory import read_config, read_tasks_checksum
-from gmeta.runs.translation import GONE, NEW, known_ids, meaning_difference
-from gmeta.training.first_rows import set_generated_rows
+from gmeta.runs.directory import (
+    FIXED_ON_RESUME,
+    FREE_ON_RESUME,
+    read_config,
+    read_replay_checksum,
+    read_tasks_checksum,
+)
+from gmeta.runs.translation import meaning_difference
+from gmeta.sharding.checkpoint import fill
+from gmeta.training.aligned_rows import align_rows
 from gmeta.training.run import Run
 from gmeta.training.state import Progress
 
+_RATES = "inner_lr"
 
-def start_from_bundle(run: Run, path: Path) -> str:
-    """Overwrite dense layers, rows and their moments by those of a bundle; collective. Returns what to tell.
 
-    An id's row and moments are those of the same raw value. An id that is new starts as `embedding.new_rows` says,
-    without moments; a tombstone is 0. With `schedule.position: continue` the position in the training goes on too.
-    Raises ValueError for a bundle that is damaged, or whose model or data are others, with what differs.
+def start_from_bundle(run: Run, path: Path) -> dict[str, Tensor]:
+    """Overwrite dense layers, rows and their moments by those of a bundle; collective. Returns the new ids by table.
+
+    An id's row and moments are those of the same raw value; see `align_rows`. Learned inner rates go on by step and
+    name. With `schedule.position: continue` the position in the training goes on too. Raises ValueError for a bundle
+    that is damaged, or whose model or data are others, with what differs.
     """
     state, config, bundle = run.state, run.config, Bundle(path, read_manifest(path))
     goes_on, moments = config.schedule.position == "continue", bool(bundle.manifest["training"])
-    on_rank_0(lambda: _check(path, run.pack, config, moments=moments, goes_on=goes_on), state.mesh)
+    on_rank_0(lambda: _check(path, run, moments=moments, goes_on=goes_on), state.mesh)
+    run.log.say(f"warm start from {path}, version {bundle.id}" + ("" if moments else ", which holds no moments"))
     tensors = {**state.system.buffer_tensors(), **state.dense.tensors()}
+    if (rates := _rates(run, bundle)) is not None:
+        fill(tensors[f"dense.{_RATES}"], rates)
+        tensors = {name: tensor for name, tensor in tensors.items() if name.split(".")[1] != _RATES}
     of_optimizer = {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")}
     weights = {name: tensor for name, tensor in tensors.items() if name not in of_optimizer}
     checkpoint.load_tensors(path, weights, state.mesh)
     if moments:
         checkpoint.load_tensors(path / TRAINING, of_optimizer, state.mesh)
     state.dense.loaded()
-    told = [f"warm start from {path}, version {bundle.id}" + ("" if moments else ", which holds no moments")]
-    new: dict[str, Tensor] = {}
-    for fused in state.system.tables.fused.values():
-        sources = {spec.name: known_ids(path, run.pack, spec.name) for spec in fused.specs}
-        bundle.fill_rows(fused, sources, moments=moments)
-        for table, source in sources.items():
-            new[table], gone = ((source == what).nonzero()[:, 0] for what in (NEW, GONE))
-            fused.set_ids(table, gone, torch.zeros(len(gone), fused.dim))
-            if config.embedding.new_rows != "random":
-                fused.set_ids(table, new[table], bundle.rows(table, torch.tensor([OOV])).expand(len(new[table]), -1))
-            known = len(source) - len(new[table]) - len(gone)
-            told.append(f"  {table}: {known:,} ids go on, {len(new[table]):,} are new, {len(gone):,} are gone")
-    if config.embedding.new_rows == "generated":
-        for name in state.system.generated:
-            set_generated_rows(run, name, new[run.pack.schema.feature(name).table])
+    tables = {spec.name: spec.name for fused in state.system.tables.fused.values() for spec in fused.specs}
+    new = align_rows(run, bundle, tables, moments=moments)
     if goes_on:
         _restore_position(run, path)
-    return "\n".join(told)
+    return new
 
 
-def _check(path: Path, pack: TaskPack, config: TrainConfig, *, moments: bool, goes_on: bool) -> None:
+def _rates(run: Run, bundle: Bundle) -> Tensor | None:
+    """Return learned inner rates [steps, groups] where they are no plain copy of the bundle's.
+
+    A group that the bundle learned no rates of begins with `meta.inner_lr`. Steps beyond the bundle's repeat its last.
+    """
+    learner, theirs = run.state.system.learner, bundle.dense.get(f"dense.{_RATES}")
+    if learner.inner_lr is None:
+        if theirs is not None:
+            run.log.say(f"  the inner rates that {bundle.id} learned are left out: meta.learn_inner_lr is false")
+        return None
+    names: tuple[str, ...] = ()
+    if theirs is not None:
+        adapted = read_config(bundle.path).meta.adapt
+        names = resolve_adapted(adapted, learner.model, tuple(learner.features)).rates
+    if theirs is not None and names == learner.rate_names and theirs.shape == learner.inner_lr.shape:
+        return None
+    loop = learner.inner_loop
+    rates = torch.full((loop.steps, len(learner.rate_names)), loop.lr, dtype=learner.inner_lr.dtype)
+    fresh = [name for name in learner.rate_names if name not in names]
+    for column, name in enumerate(learner.rate_names):
+        if theirs is not None and name in names:
+            steps = torch.arange(loop.steps).clamp(max=len(theirs) - 1)
+            rates[:, column] = theirs[steps, names.index(name)].to(rates)
+    told = f", those of {', '.join(fresh)} at {loop.lr:g}" if fresh else ""
+    run.log.say(f"  inner rates of {loop.steps} steps begin without moments{told}")
+    return rates
+
+
+def _check(path: Path, run: Run, *, moments: bool, goes_on: bool) -> None:
     open_bundle(path, training=moments)  # verifies it
-    base = read_config(path)
-    lines = [
-        f"{key} is {ours!r}, the bundle has {theirs!r}"
-        for key, ours, theirs in (
-            ("model.name", config.model.name, base.model.name),
-            ("model.args", config.model.args, base.model.args),
-            ("model.embedding_dim", config.model.embedding_dim, base.model.embedding_dim),
-            ("model.features", config.model.features, base.model.features),
-            ("loss", config.loss, base.loss),
-            ("embedding.generator", config.embedding.generator, base.embedding.generator),
-        )
-        if ours != theirs
-    ]
+    config, pack, base = run.config, run.pack, read_config(path)
+    lines = [f"{key} is {ours!r}, the bundle has {theirs!r}" for key, ours, theirs in _others(config, base, moments)]
     lines += meaning_difference(path, pack)
     if lines:
         raise ValueError(
             f"{path} cannot be gone on with on {pack.path}: {'; '.join(lines)}. Leave settings of "
             "the model out; where the data differ, train anew on this pack"
         )
-    if not goes_on:
-        return
+    if goes_on:
+        _check_position(path, run, base, moments)
+
+
+def _others(config: TrainConfig, base: TrainConfig, moments: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the settings without which the bundle's numbers mean nothing and that are others: key, ours, the bundle's.
+
+    How a task adapts is free: steps, rates, loss and order of the inner loop, and what adapts.
+    """
+    keys = ["loss", "model.name", "model.args", "model.embedding_dim", "model.features", "embedding.generator"]
+    keys += ["meta.modulation"]
+    if base.meta.modulation != "none":
+        keys.append("meta.modulation_dim")
+    if base.meta.modulation == "cluster":
+        keys.append("meta.clusters")
+    if config.meta.learn_inner_lr and base.meta.learn_inner_lr and config.meta.adapt == base.meta.adapt:
+        keys.append("meta.inner_lr")  # only where learned rates begin
+    if moments:
+        keys.append("embedding.optimizer")
+    ours, theirs = (flat(asdict(c), whole=(*USERS_KEYS, "model.args")) for c in (config, base))
+    for key in keys:
+        if ours[key] != theirs[key]:
+            yield key, ours[key], theirs[key]
+
+
+def _check_position(path: Path, run: Run, base: TrainConfig, moments: bool) -> None:
+    """Raise ValueError where a position of the bundle's training means nothing in this one."""
+    said = "schedule.position is 'continue', and"
     if not moments:
+        raise ValueError(f"{said} {path} has no {TRAINING} part: bundle with --training true")
+    if read_tasks_checksum(path) != run.pack.tasks_checksum():
         raise ValueError(
-            f"schedule.position is 'continue', and {path} has no {TRAINING} part: bundle with --training true"
-        )
-    if read_tasks_checksum(path) != pack.tasks_checksum():
-        raise ValueError(
-            f"schedule.position is 'continue', and {pack.path} has other tasks than {path} was trained on: a position "
+            f"{said} {run.pack.path} has other tasks than {path} was trained on: a position "
             "means nothing among them; leave it out"
         )
+    if read_replay_checksum(path) != (None if run.older is None else run.older.manifest["xxh3"]):
+        raise ValueError(f"{said} {path} was trained with another replay.pack, or with none: leave the position out")
+    ours, theirs = (flat(asdict(c), whole=USERS_KEYS) for c in (run.config, base))
+    for key in ours:
+        fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
+        if fixed and ours[key] != theirs.get(key):
+            raise ValueError(
+                f"{said} {key} is {ours[key]!r}, {path} has {theirs.get(key)!r}: a position goes on with the bundle's "
+                "own; leave one of the two out"
+            )
 
 
 def _restore_position(run: Run, path: Path) -> None:

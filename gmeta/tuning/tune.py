@@ -169,7 +169,11 @@ def _ends(configs: list[TrainConfig], pack: TaskPack, world_size: int) -> list[l
     schedules = []
     for config in configs:
         tasks, schedule = config.loader.tasks_per_batch, config.schedule
-        loader: TaskLoader[Any] = TaskLoader(pack.split("train"), tasks_per_batch=tasks, seed=0, world_size=world_size)
+        replay = config.replay
+        older = (open_pack(replay.pack).split("train"), replay.fraction) if replay.pack else None
+        loader: TaskLoader[Any] = TaskLoader(
+            pack.split("train"), tasks_per_batch=tasks, seed=0, world_size=world_size, replay=older
+        )
         steps = schedule.epochs * loader.batches_per_epoch
         steps = min(steps, schedule.max_steps) if schedule.max_steps else steps
         every = schedule.eval_every or loader.batches_per_epoch

@@ -40,6 +40,11 @@ def test_a_mapping_a_file_and_a_dataclass_give_the_same_config(tmp_path: Path) -
         ({"meta": {"inner_steps": "many"}}, "meta.inner_steps is 'many': must be of type int"),
         ({"meta": {"inner_steps": 0}}, "meta.inner_steps is 0: must be at least 1"),
         ({"loss": "hinge"}, "loss is 'hinge': must be one of"),
+        ({"init_map": {"model": "model"}}, "init_map is {'model': 'model'}: says what to take of init_from"),
+        ({"init_from": "b", "warm_start": "b"}, "init_from is 'b': warm_start goes on with a whole model"),
+        ({"init_from": "b", "init_map": ["model"]}, "init_map is"),
+        ({"replay": {"pack": "b", "fraction": 0}}, "replay.fraction is 0.0: must be in (0, 1)"),
+        ({"embedding": {"pretrained": {"item": "f"}, "start": "factors"}}, "embedding.pretrained sets first rows too"),
     ],
 )
 def test_mistakes_are_told_in_one_form(values: dict, message: str) -> None:
@@ -138,6 +143,18 @@ def test_a_dataclass_is_checked_as_a_mapping_is(tmp_path: Path) -> None:
         with pytest.raises(ValueError) as caught:
             train_config(TrainConfig(**BASE, **values))
         assert message in str(caught.value)
+
+
+def test_names_of_the_users_may_have_dots() -> None:
+    values = {
+        "init_from": "b",
+        "init_map": {"model.layers.0": "model.bottom.0"},
+        "embedding": {"pretrained": {"a.b": "f"}},
+    }
+    config = train_config({**BASE, **values})
+    assert train_config(config) == config  # it names no model, and so is taken apart by dotted key
+    assert config.init_map == values["init_map"]
+    assert config.embedding.pretrained == {"a.b": "f"}
 
 
 def test_old_keys_warn_and_name_the_new_one() -> None:
