@@ -128,8 +128,8 @@ def _without_moments(schema: PackSchema) -> PackSchema:
 def known_ids(source: Path, pack: TaskPack, table: str, theirs: str | None = None) -> Tensor:
     """Return for each id of a pack's table the id of the same value in a run or a bundle, int64 [num_ids].
 
-    It is `NEW` where the value is not known there, and `GONE` for a tombstone of the pack. `theirs` is what the table is
-    called there, where that is another name.
+    It is `NEW` where the value is not known there, and `GONE` for a tombstone of the pack. `theirs` is what the table
+    is called there, where that is another name.
     """
     if table not in pack.manifest["vocab"]:  # hashed alike: ids mean the same
         return torch.arange(next(f.num_ids for f in pack.schema.features if f.table == table))
