@@ -11,6 +11,8 @@ import pytest
 import yaml
 from commands import fails, gmeta
 
+from gmeta.data.pack import manifest_checksum
+
 pytestmark = pytest.mark.faults
 
 SCHEMA = {
@@ -85,6 +87,18 @@ def test_a_pack_that_nobody_prepared_is_no_base(days: Path, tmp_path: Path, caps
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle/manifest.json").write_text(json.dumps({"format": "gmeta-bundle", "xxh3": "0"}))
     fails(["prepare", "--base", tmp_path / "bundle", *words], capsys, "manifest.json is damaged")
+
+
+def test_settings_of_a_manifest_are_checked(days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checksum says that a manifest is whole, not who wrote it."""
+    shutil.copytree(days / "1", tmp_path / "base")
+    file = tmp_path / "base/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["settings"]["query_size"] = "1); DROP TABLE tasks"
+    manifest["xxh3"] = manifest_checksum(manifest)
+    file.write_text(json.dumps(manifest))
+    words = ["prepare", "--base", tmp_path / "base", "--input", days / "2.csv", "--out", tmp_path / "out"]
+    fails(words, capsys, "settings.query_size is '1); DROP TABLE tasks'")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from gmeta.config.data import PrepareConfig
 from gmeta.core.files import read_mapping
 from gmeta.data.pack import TaskPack, manifest_checksum, open_pack
 from gmeta.data.prepare.history import TASKS, history_of_pack
-from gmeta.data.prepare.settings import Settings, as_ids
+from gmeta.data.prepare.settings import Settings, as_ids, settings_from_json
 from gmeta.data.schema import (
     ENCODING,
     DataSchema,
@@ -122,14 +122,18 @@ def _bundle(path: Path, manifest: Mapping[str, Any]) -> Base:
     cure = "make the bundle again, or copy it again"
     if manifest.get("xxh3") != manifest_checksum(manifest):
         raise ValueError(f"{path / 'manifest.json'} is damaged (its checksum is not that of its content): {cure}")
-    for entry in manifest["files"]:
-        check_entry(entry)
-    if f"{IN_BUNDLE}/manifest.json" not in {entry["file"] for entry in manifest["files"]}:
+    try:
+        entries = list(manifest["files"])
+        for entry in entries:
+            check_entry(entry)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'manifest.json'} is no manifest of a bundle ({error}): {cure}") from None
+    if f"{IN_BUNDLE}/manifest.json" not in {entry["file"] for entry in entries}:
         raise ValueError(
             f"bundle {path} holds nothing that a pack could continue: make it with --training true while the pack "
             "of its run is in place, or give that pack as base"
         )
-    for entry in manifest["files"]:
+    for entry in entries:
         if entry["file"].startswith(("vocab/", f"{IN_BUNDLE}/")):
             verified_file(path, entry, cure)
     of_pack = read_mapping(path / IN_BUNDLE / "manifest.json", cure)
@@ -140,7 +144,6 @@ def _opened(path: Path, manifest: dict[str, Any], vocab: Path, increment: Path |
     stored = manifest.get("settings", {})
     if not manifest.get("data_schema") or "split_query" not in stored:
         raise ValueError(f"base {path} was not made by `gmeta prepare`: only a pack of raw rows can be continued")
-    known = {f.name for f in fields(Settings)}
     return Base(
         path,
         manifest,
@@ -149,7 +152,7 @@ def _opened(path: Path, manifest: dict[str, Any], vocab: Path, increment: Path |
         pack,
         data_schema_from_json(manifest["data_schema"]),
         pack_schema_from_json(manifest["schema"]),
-        Settings(**{key: value for key, value in stored.items() if key in known}),
+        settings_from_json(stored),
     )
 
 

@@ -173,23 +173,24 @@ def _young(day: int, evict_after_days: int | None) -> str:
 def history_of_pack(pack: TaskPack, folder: Path, rows: int) -> None:
     """Make the history of a first pack, from its shards, in a new folder."""
     (folder / PARTS).mkdir(parents=True)
-    listed = pq.read_table(pack.tasks_file(), columns=["task_id", "key", "split"]).sort_by("task_id")
-    days = pa.array(np.zeros(len(listed), np.int32))
-    pq.write_table(listed.select(["key", "split"]).append_column("last_day", days), folder / TASKS)
-    if rows == 0:
-        return
-    number = 0
-    for name in pack.splits:
-        for arrays in pack.split(name).shard_arrays():
-            keys = listed["key"].slice(int(arrays["task_id"][0]), len(arrays["task_id"]))
-            sizes = np.diff(arrays["row_start"], append=len(arrays["label"]))
-            task = np.repeat(np.arange(len(sizes)), sizes)
-            time = arrays.get("time", np.zeros(len(task), np.int64))
-            order = np.lexsort((time, task))
-            kept = order[_from_end(task[order]) < rows]
-            table = _table(pack.schema, arrays, keys, task, np.zeros(len(task), np.int32), kept)
-            _write_part(folder / PARTS / f"{number:05d}.parquet", table)
-            number += 1
+    listed = pack.tasks_file()
+    with pq.ParquetFile(listed) as file:
+        tasks = pa.schema([("key", pa.string()), ("split", pa.string()), ("last_day", pa.int32())])
+        with pq.ParquetWriter(folder / TASKS, tasks) as writer:
+            for batch in file.iter_batches(_GROUP_ROWS):
+                days = pa.array(np.zeros(len(batch), np.int32))
+                writer.write_table(pa.table([batch["key"], batch["split"], days], schema=tasks))
+    shards = [arrays for name in pack.splits for arrays in pack.split(name).shard_arrays()] if rows else []
+    for number, arrays in enumerate(shards):
+        ids = arrays["task_id"]
+        within = [("task_id", ">=", int(ids[0])), ("task_id", "<=", int(ids[-1]))]
+        keys = pq.read_table(listed, columns=["key", "task_id"], filters=within).sort_by("task_id")["key"]
+        sizes = np.diff(arrays["row_start"], append=len(arrays["label"]))
+        task = np.repeat(np.arange(len(sizes)), sizes)
+        order = np.lexsort((arrays.get("time", np.zeros(len(task), np.int64)), task))
+        kept = order[_from_end(task[order]) < rows]
+        table = _table(pack.schema, arrays, keys, task, np.zeros(len(task), np.int32), kept)
+        _write_part(folder / PARTS / f"{number:05d}.parquet", table)
 
 
 # ------------------------------------------------------------------------------------------------- rows

@@ -48,6 +48,31 @@ class Settings:
         return {key: value for key, value in asdict(self).items() if key not in unset}
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "dict[str, str]": (dict,),
+    "None": (type(None),),
+}
+
+
+def settings_from_json(stored: Mapping[str, Any]) -> Settings:
+    """Return the settings that `Settings.to_json` wrote, other keys left out.
+
+    The kind of every value is checked: a manifest may come from anyone, and numbers go into SQL. ValueError names the
+    setting.
+    """
+    found = {}
+    for item in fields(Settings):
+        value = found[item.name] = stored.get(item.name)
+        kinds = [kind for name in str(item.type).split(" | ") for kind in _KINDS[name]]
+        texts = [*value, *value.values()] if isinstance(value, dict) else []
+        if type(value) not in kinds or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"settings.{item.name} is {value!r}: must be {item.type}")
+    return Settings(**found)
+
+
 def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
     """Return the data schema and the settings; what is unset is taken from the named data set or the defaults."""
     usual: dict[str, Any] = {}
