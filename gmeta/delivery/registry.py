@@ -300,7 +300,7 @@ def _swap(registry: Registry, pointer: Pointer | None, document: Mapping[str, An
     return registry.store.replace(POINTER, data, pointer.etag)
 
 
-def rollback(registry: Registry, to: int | None = None) -> int:
+def roll_back(registry: Registry, to: int | None = None) -> int:
     """Make the version current that was current before this one, or the one named. Return its number.
 
     ValueError where there is none, where the gate refused it, and where the pointer is pinned.
@@ -360,7 +360,7 @@ def _servable(registry: Registry, number: int) -> dict[str, Any]:
     return manifest
 
 
-def prune(registry: Registry, keep: int) -> list[int]:
+def prune_versions(registry: Registry, keep: int) -> list[int]:
     """Remove all but the newest `keep` versions, and the current one; return the numbers.
 
     A version's delta goes with it. So does what publishers left behind a day ago or earlier. Numbers are never used

@@ -47,7 +47,9 @@ class Listed(NamedTuple):
 class Store(Protocol):
     """The operations of both kinds. A failure of the disk or of the network is a ValueError that names the store."""
 
-    url: str
+    @property
+    def url(self) -> str:
+        """Return where the store is, for messages."""
 
     def read(self, key: str) -> Held | None:
         """Return what a key holds; None where there is none."""
