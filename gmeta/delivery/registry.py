@@ -33,7 +33,7 @@ from gmeta.runs.registry import (
     delta_folder,
     version_folder,
 )
-from gmeta.runs.store import Listed, require_conditions
+from gmeta.runs.store import Folder, Listed, require_conditions
 
 CLAIM = "claim.json"
 MAX_HISTORY = 100
@@ -61,7 +61,7 @@ def publish(
         bundle: folder of the bundle.
         verdict: the gate's document; None where none judged it.
         make_current: whether to move the pointer.
-        cache: folder with fetched versions, where the delta's base is looked for; None fetches it anew.
+        cache: folder with versions fetched from an object store, where the delta's base is looked for; None fetches it.
 
     Raises:
         ValueError: the bundle is damaged, was delivered already, is of another model than the registry's, or was judged
@@ -242,7 +242,10 @@ def _publish_delta(
     if store.read(folder + DELTA) is not None:
         return
     with TemporaryDirectory(prefix="gmeta-") as scratch:
-        base = registry.fetch(pointer.version, cache or Path(scratch) / "cache")
+        if isinstance(store, Folder):
+            base = store.path / version_folder(pointer.version)
+        else:
+            base = registry.fetch(pointer.version, cache or Path(scratch) / "cache")
         out = Path(scratch) / "delta"
         document = make_delta(base, bundle, out, manifest=manifest, base_version=pointer.version)
         if delta_bytes(document) >= MAX_DELTA_SHARE * sum(entry["bytes"] for entry in manifest["files"]):
