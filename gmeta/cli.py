@@ -119,21 +119,21 @@ def _deliver(config: DeliverConfig) -> int:
 
 
 def _delta(config: DeltaConfig) -> int:
-    from gmeta.delivery.commands import delta
+    from gmeta.delivery.commands import run_delta
 
-    return delta(config)
+    return run_delta(config)
 
 
 def _publish(config: PublishConfig) -> int:
-    from gmeta.delivery.commands import publish
+    from gmeta.delivery.commands import run_publish
 
-    return publish(config)
+    return run_publish(config)
 
 
 def _registry(config: RegistryConfig) -> int:
-    from gmeta.delivery.commands import registry
+    from gmeta.delivery.commands import run_registry
 
-    return registry(config)
+    return run_registry(config)
 
 
 def _report(config: ReportConfig) -> int:

@@ -40,7 +40,8 @@ class PublishConfig:
     make_current: bool = True
     """Make the version current, unless another one is pinned."""
     cache: str = "~/.cache/gmeta"
-    """Folder with versions that were fetched before: a delta to this one is made of the current version."""
+    """Folder with versions that were fetched from an object store: the delta to this version is made of the current
+    one."""
 
 
 REGISTRY_VERBS = ("list", "show", "rollback", "pin", "unpin", "prune", "fetch")

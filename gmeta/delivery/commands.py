@@ -16,7 +16,7 @@ from gmeta.runs.delta import apply_delta, delta_bytes, make_delta
 from gmeta.runs.registry import Pointer, Registry, VersionRecord, open_registry
 
 
-def publish(config: PublishConfig) -> int:
+def run_publish(config: PublishConfig) -> int:
     """Run `gmeta publish`."""
     verdict = None if config.verdict is None else read_mapping(Path(config.verdict), "give what `gmeta gate` wrote")
     found, cache = open_registry(config.registry), Path(config.cache).expanduser()
@@ -37,7 +37,7 @@ def _why_not_current(number: int, pointer: Pointer | None, verdict: dict[str, ob
     return f", and not current; `gmeta registry rollback --to {number}` makes it so"
 
 
-def registry(config: RegistryConfig) -> int:
+def run_registry(config: RegistryConfig) -> int:
     """Run `gmeta registry`."""
     found = open_registry(config.registry)
     verb, *rest = config.do
@@ -49,14 +49,14 @@ def registry(config: RegistryConfig) -> int:
             assert number is not None
             _print_version(found, number)
         case "rollback":
-            print(f"{found.url}: version {registries.rollback(found, config.to)} is current")
+            print(f"{found.url}: version {registries.roll_back(found, config.to)} is current")
         case "pin":
             print(f"{found.url}: version {registries.pin(found, number)} is current, and pinned")
         case "unpin":
             print(f"{found.url}: version {registries.unpin(found)} is current, and no longer pinned")
         case "prune":
             assert config.keep is not None
-            gone = registries.prune(found, config.keep)
+            gone = registries.prune_versions(found, config.keep)
             print(f"{found.url}: removed {', '.join(f'version {n}' for n in gone) or 'nothing'}")
         case "fetch":
             assert number is not None
@@ -107,7 +107,7 @@ def _print_version(found: Registry, number: int) -> None:
     print(json.dumps({**manifest, "files": len(files), "bytes": size}, indent=1))
 
 
-def delta(config: DeltaConfig) -> int:
+def run_delta(config: DeltaConfig) -> int:
     """Run `gmeta delta`."""
     base, out = Path(config.base), Path(config.out)
     if config.apply is not None:

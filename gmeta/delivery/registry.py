@@ -33,7 +33,7 @@ from gmeta.runs.registry import (
     delta_folder,
     version_folder,
 )
-from gmeta.runs.store import Listed, require_conditions
+from gmeta.runs.store import Folder, Listed, require_conditions
 
 CLAIM = "claim.json"
 MAX_HISTORY = 100
@@ -63,7 +63,7 @@ def publish(
         verdict: the gate's document; None where none judged it.
         metrics: what the version scored on its own day, for the manifest; None: as the verdict says.
         make_current: whether to move the pointer.
-        cache: folder with fetched versions, where the delta's base is looked for; None fetches it anew.
+        cache: folder with versions fetched from an object store, where the delta's base is looked for; None fetches it.
 
     Raises:
         ValueError: the bundle is damaged, was delivered already, is of another model than the registry's, or was judged
@@ -254,7 +254,10 @@ def _publish_delta(
     if store.read(folder + DELTA) is not None:
         return
     with TemporaryDirectory(prefix="gmeta-") as scratch:
-        base = registry.fetch(pointer.version, cache or Path(scratch) / "cache")
+        if isinstance(store, Folder):
+            base = store.path / version_folder(pointer.version)
+        else:
+            base = registry.fetch(pointer.version, cache or Path(scratch) / "cache")
         out = Path(scratch) / "delta"
         document = make_delta(base, bundle, out, manifest=manifest, base_version=pointer.version)
         if delta_bytes(document) >= MAX_DELTA_SHARE * sum(entry["bytes"] for entry in manifest["files"]):
@@ -312,7 +315,7 @@ def _swap(registry: Registry, pointer: Pointer | None, document: Mapping[str, An
     return registry.store.replace(POINTER, data, pointer.etag)
 
 
-def rollback(registry: Registry, to: int | None = None) -> int:
+def roll_back(registry: Registry, to: int | None = None) -> int:
     """Make the version current that was current before this one, or the one named. Return its number.
 
     ValueError where there is none, where the gate refused it, and where the pointer is pinned.
@@ -372,7 +375,7 @@ def _servable(registry: Registry, number: int) -> dict[str, Any]:
     return manifest
 
 
-def prune(registry: Registry, keep: int) -> list[int]:
+def prune_versions(registry: Registry, keep: int) -> list[int]:
     """Remove all but the newest `keep` versions, and the current one; return the numbers.
 
     A version's delta goes with it. So does what publishers left behind a day ago or earlier. Numbers are never used

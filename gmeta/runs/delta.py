@@ -292,7 +292,7 @@ class _Writer:
         self._place(out)
         pq.write_table(changes, out)
         pq.write_table(_with_changes(old, changes), trial)
-        good = checksum_file(trial) == entry["xxh3"] and out.stat().st_size < entry["bytes"]
+        good = bool(checksum_file(trial) == entry["xxh3"] and out.stat().st_size < entry["bytes"])
         trial.unlink()
         if not good:
             out.unlink()
@@ -385,4 +385,4 @@ def _with_changes(old: pa.Table, changes: pa.Table) -> pa.Table:
 def delta_bytes(document: Mapping[str, Any], *, training: bool = True) -> int:
     """Return how many bytes a consumer fetches, with or without what belongs to `training/`."""
     sizes = [entry["bytes"] for entry in document["files"] if training or not is_of_training(entry["file"])]
-    return sum(sizes) + len(manifest_text(document))
+    return int(sum(sizes)) + len(manifest_text(document))

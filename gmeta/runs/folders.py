@@ -17,10 +17,10 @@ from gmeta.data.pack import lock_directory
 
 @contextmanager
 def making_folder(path: Path, what: str) -> Iterator[Path]:
-    """Give an empty folder beside `path`, which becomes `path` when the block ends without an error, and else is removed.
+    """Give an empty folder beside `path`, which becomes `path` when the block ends without an error.
 
-    What a killed process left is removed by the next one. ValueError, which names `what` is made, where `path` exists,
-    where another process makes it, and where the disk is full.
+    Else it is removed. What a killed process left is removed by the next one. ValueError, which names `what` is made,
+    where `path` exists, where another process makes it, and where the disk is full.
     """
     _refuse_existing(path)
     partial = path.with_name(path.name + ".partial")

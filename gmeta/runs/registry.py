@@ -189,7 +189,7 @@ class Registry:
         make_folder("cache", str(cache))
         manifest = self.manifest(version)
         wanted = manifest if training else without_training(manifest)
-        home = cache / wanted["xxh3"]
+        home = cache / str(wanted["xxh3"])
         if not _is_sound(home, wanted):
             chain = self._chain(version, wanted, cache, training)
             try:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 _SCHEMES = ("s3", "gs", "az", "file")
-_CHUNK_BYTES = 1 << 23
+CHUNK_BYTES = 1 << 25
+"""An object store is read in requests of so many bytes: one that is lost is made again."""
 
 
 class Held(NamedTuple):
@@ -47,7 +48,9 @@ class Listed(NamedTuple):
 class Store(Protocol):
     """The operations of both kinds. A failure of the disk or of the network is a ValueError that names the store."""
 
-    url: str
+    @property
+    def url(self) -> str:
+        """Return where the store is, for messages."""
 
     def read(self, key: str) -> Held | None:
         """Return what a key holds; None where there is none."""
@@ -299,11 +302,12 @@ class Bucket:
         import obstore
 
         with self._errors("read", key):
-            stream = obstore.get(self.store, key).stream(min_chunk_size=_CHUNK_BYTES)
+            size = obstore.head(self.store, key)["size"]
             try:
                 with target.open("wb") as file:
-                    for chunk in stream:
-                        file.write(chunk)
+                    for start in range(0, size, CHUNK_BYTES):  # each request ends long before its time is out
+                        length = min(CHUNK_BYTES, size - start)
+                        file.write(obstore.get_range(self.store, key, start=start, length=length))
             except OSError as error:
                 raise ValueError(f"cannot write {target}: {error.strerror or error}; free space there") from error
 

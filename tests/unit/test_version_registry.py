@@ -13,7 +13,7 @@ from commands import fails, gmeta
 from versions import Growing, content, verdict
 
 from gmeta.data.pack import manifest_checksum
-from gmeta.delivery.registry import pin, prune, publish, rollback, unpin
+from gmeta.delivery.registry import pin, prune_versions, publish, roll_back, unpin
 from gmeta.runs.bundle import open_bundle
 from gmeta.runs.registry import Registry, open_registry
 from gmeta.runs.store import Bucket
@@ -120,7 +120,7 @@ def test_a_refused_version_is_stored_and_never_current(registry: Registry, days:
     assert current(registry) == 1
     assert [record.refused for record in registry.versions()] == [False, True]
     assert registry.manifest(2)["gate"] == refusal
-    for move in (lambda: rollback(registry, 2), lambda: pin(registry, 2)):
+    for move in (lambda: roll_back(registry, 2), lambda: pin(registry, 2)):
         with pytest.raises(ValueError, match="was refused by its gate"):
             move()
     publish(registry, days / "2", verdict=verdict(days / "2", current="run0/0"))
@@ -131,12 +131,12 @@ def test_a_refused_version_is_stored_and_never_current(registry: Registry, days:
 def test_back_and_forward(registry: Registry, days: Path) -> None:
     for day in range(3):
         publish(registry, days / str(day), verdict=None)
-    assert rollback(registry) == 2 == current(registry)
-    assert rollback(registry) == 1 == current(registry)
+    assert roll_back(registry) == 2 == current(registry)
+    assert roll_back(registry) == 1 == current(registry)
     with pytest.raises(ValueError, match="no version that was current before"):
-        rollback(registry)
-    assert rollback(registry, 3) == 3 == current(registry)
-    assert rollback(registry) == 2
+        roll_back(registry)
+    assert roll_back(registry, 3) == 3 == current(registry)
+    assert roll_back(registry) == 2
 
 
 def test_a_pin_holds_the_pointer(registry: Registry, days: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_pin_holds_the_pointer(registry: Registry, days: Path) -> None:
     assert publish(registry, days / "2", verdict=None) == 3
     assert current(registry) == 1
     with pytest.raises(ValueError, match="is pinned"):
-        rollback(registry)
+        roll_back(registry)
     assert unpin(registry) == 1
     assert publish(registry, days / "3", verdict=None) == 4 == current(registry)
 
@@ -157,16 +157,16 @@ def test_prune_keeps_what_serves(registry: Registry, days: Path, tmp_path: Path)
     for day in (2, 3, 4):
         publish(registry, days / str(day), verdict=None)
     pin(registry, 1)
-    assert prune(registry, 2) == [2, 3]
+    assert prune_versions(registry, 2) == [2, 3]
     assert [record.number for record in registry.versions()] == [1, 4, 5]
     assert {listed.key.split("/")[1] for listed in registry.store.list("deltas/")} <= {"4", "5"}
     with pytest.raises(ValueError, match="has no version 3"):
         registry.fetch(3, tmp_path / "cache")
     unpin(registry)
     assert publish(registry, days / "5", verdict=None) == 6
-    assert prune(registry, 1) == [1, 4, 5]
+    assert prune_versions(registry, 1) == [1, 4, 5]
     assert content(registry.fetch(6, tmp_path / "cache")) == content(days / "5")
-    assert prune(registry, 1) == []
+    assert prune_versions(registry, 1) == []
 
 
 def test_a_version_that_is_being_removed_does_not_become_current(
@@ -188,12 +188,12 @@ def test_a_version_that_is_being_removed_does_not_become_current(
 
     def late_rollback() -> None:
         with pytest.raises(ValueError, match="is being removed"):
-            rollback(registry, 1)
+            roll_back(registry, 1)
 
     race(type(registry.store), "delete", late_rollback)
-    assert prune(registry, 2) == [1]
-    race(type(registry.store), "replace", lambda: rollback(registry, 2) and None)
-    assert prune(registry, 1) == []  # version 2 is current, version 3 the newest
+    assert prune_versions(registry, 2) == [1]
+    race(type(registry.store), "replace", lambda: roll_back(registry, 2) and None)
+    assert prune_versions(registry, 1) == []  # version 2 is current, version 3 the newest
     assert current(registry) == 2
 
 
@@ -336,7 +336,7 @@ def test_numbers_go_on_after_pruning_the_newest(days: Path, tmp_path: Path) -> N
     registry = open_registry(str(tmp_path))
     publish(registry, days / "0", verdict=None)
     publish(registry, days / "1", verdict=None)
-    rollback(registry)
+    roll_back(registry)
     publish(registry, days / "2", verdict=None, make_current=False)
-    assert prune(registry, 1) == [2]
+    assert prune_versions(registry, 1) == [2]
     assert publish(registry, days / "3", verdict=None) == 4
