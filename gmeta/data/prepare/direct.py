@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from gmeta.data.identity import vocabulary_file
 from gmeta.data.prepare.encode import LARGEST, Array
 from gmeta.data.prepare.vocabulary import PRIOR_ROWS, SALTS
-from gmeta.data.schema import FLOAT32_MAX, ITEM_STATISTICS, OOV, DataSchema, PackSchema, RawFeature
+from gmeta.data.schema import FLOAT32_MAX, ITEM_STATISTICS, OOV, DataSchema, PackSchema, RawFeature, Role
 from gmeta.data.sources import Connection, scalar
 
 MISSING, BAD = -1, -2
