@@ -158,7 +158,7 @@ class TaskRows:
     def __len__(self) -> int:
         return len(self.task_id)
 
-    def __getitem__(self, tasks: slice) -> TaskRows:
+    def __getitem__(self, tasks: slice | Array) -> TaskRows:
         return TaskRows(
             self.task_id[tasks], self.shard[tasks], self.start[tasks], self.num_support[tasks], self.num_rows[tasks]
         )

@@ -104,7 +104,7 @@ class Recommender:
         for tasks in _chunks(at.num_support, at.num_query):
             examples, _, _ = split.gather(at[tasks])
             parts.append(self._adapt(examples))
-            _require_finite(parts[-1], encoded.keys[tasks])
+            require_finite(parts[-1], encoded.keys[tasks])
         return AdaptedTasks(self, tuple(encoded.keys), at.num_support, tuple(parts))
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
@@ -249,7 +249,7 @@ class AdaptedTasks:
         }
 
 
-def _require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
+def require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
     """Raise ValueError that names the first task whose posterior has a number that is not finite."""
     if fast.posterior is None:
         return
