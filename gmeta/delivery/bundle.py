@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import xxhash
 from torch import Tensor
 
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.train import TrainConfig
 from gmeta.data.schema import PackSchema
 from gmeta.embedding.table import FusedTable, ShardedTables
-from gmeta.models.registry import find_model, is_foreign
+from gmeta.models.registry import is_foreign, source_hash
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import new_learner, require_trusted, row_dtype, table_specs
 from gmeta.runs import checkpoint
@@ -60,16 +58,6 @@ def make_bundle(config: BundleConfig) -> Bundle:
                 "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
             }
         )
-
-
-def source_hash(name: str) -> str:
-    """Return a checksum of the file that a model's code is in."""
-    file = inspect.getsourcefile(inspect.unwrap(find_model(name)))
-    if file is None:
-        raise ValueError(
-            f"model {name} has no source file: write it into a module, so that a version can name its code"
-        )
-    return xxhash.xxh3_64(Path(file).read_bytes()).hexdigest()
 
 
 def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -68,22 +69,43 @@ def encode(rec: Recommender, table: TableLike, role: Literal["support", "candida
     return encoded
 
 
-def adapt_tasks(rec: Recommender, supports: Sequence[EncodedTables]) -> list[TaskState]:
-    """Adapt to every task of some tables of support rows; return their states in order.
+def adapt_tasks(
+    rec: Recommender, supports: Sequence[EncodedTables], wanted: Sequence[int] | None = None
+) -> list[TaskState]:
+    """Adapt to the tasks of some tables of support rows, or to those that are `wanted`, numbered through the tables;
+    return their states in order.
 
     ValueError where the posterior of a task is not finite.
     """
-    if not supports:
+    if not supports or (wanted is not None and not len(wanted)):
         return []
     joined = _joined(supports)
-    at, split = rec._rows(joined), split_in_memory(joined.arrays, rec.schema)
+    chosen = np.arange(len(joined.keys)) if wanted is None else np.asarray(wanted, np.int64)
+    at, split = rec._rows(joined)[chosen], split_in_memory(joined.arrays, rec.schema)
     states: dict[int, TaskState] = {}
     for tasks in _groups(at.num_support, at.num_query):
         where = at[tasks]
         fast = rec._adapt(split.gather(where)[0])
-        require_finite(fast, [joined.keys[task] for task in tasks.tolist()])
+        require_finite(fast, [joined.keys[task] for task in chosen[tasks].tolist()])
         states |= zip(tasks.tolist(), split_states(fast, where.num_support), strict=True)
-    return [states[task] for task in range(len(joined.keys))]
+    return [states[task] for task in range(len(chosen))]
+
+
+def task_digests(support: EncodedTables) -> list[bytes]:
+    """Return a checksum of the rows of each task: equal rows in one model's encoding give equal states."""
+    arrays = support.arrays
+    starts = arrays["row_start"].tolist()
+    digests = []
+    for start, end in zip(starts, [*starts[1:], len(arrays["label"])], strict=True):
+        digest = xxhash.xxh3_128()
+        for name, array in arrays.items():
+            if name in ("ids", "dense", "label"):
+                digest.update(np.ascontiguousarray(array[start:end]))
+            elif name.endswith(".offsets"):
+                digest.update(np.diff(array[start : end + 1]))
+                digest.update(arrays[f"{name.removesuffix('.offsets')}.values"][array[start] : array[end]])
+        digests.append(digest.digest())
+    return digests
 
 
 def state_without_support(rec: Recommender) -> TaskState:

@@ -392,8 +392,10 @@ def _parts(parquet: pq.ParquetFile) -> Iterator[tuple[list[str | None], NDArray[
 def _read_items(con: Connection, file: Path) -> _Items:
     with _opened(file) as parquet:
         table = parquet.read(["value", "label_sum", "count"])
-        values, sums, counts = (table[name].to_pylist() for name in table.column_names)
-        whole = values.index(None)  # the row of all items
+        values, sums, counts = (table[name].to_pylist() for name in ("value", "label_sum", "count"))
+        if None not in values:
+            raise KeyError("it has no row of all items")
+        whole = values.index(None)
         prior = PRIOR_ROWS * (sums[whole] / counts[whole])
         numbers = np.arange(1, len(values) + 1, dtype=np.int32)
         ids = Ids(hash_texts(lambda: [(values, numbers)], str(file)).find)
