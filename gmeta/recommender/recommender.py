@@ -43,19 +43,22 @@ def load(
     model: ModelFactory | None = None,
     trust_model: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
+    mapped: bool = False,
 ) -> Recommender:
     """Load a trained run or a bundle: weights, tables and vocabularies, without optimizer state.
 
     `run` is a run directory, what `gmeta.train` returned, or a bundle; `checkpoint` is best, last or a step number of a
     run. One whose model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what
-    it names.
+    it names. With `mapped` a bundle's rows are read from its files when they are asked for, in memory that processes
+    share; the states of it fit no other.
 
     Raises ValueError for what is missing, damaged, or not trusted.
     """
     mesh = local_mesh(device)
     if is_bundle(Path(run)):
         require(checkpoint == "best", "checkpoint", checkpoint, "a bundle is one version: leave it out")
-        return Recommender(Path(run), "", factory=model, trust_model=trust_model, mesh=mesh)
+        return Recommender(Path(run), "", factory=model, trust_model=trust_model, mesh=mesh, mapped=mapped)
+    require(not mapped, "mapped", mapped, "only a bundle can be: make one with `gmeta bundle`")
     read_settings(Path(run))  # a path that is no run is told of first
     attempts = 3
     while True:
@@ -73,17 +76,28 @@ class Recommender:
     """A trained model, ready to adapt: `rec.adapt(support).predict(candidates)`. Values are raw, as in the logs."""
 
     def __init__(
-        self, source: Path, which: str, *, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
+        self,
+        source: Path,
+        which: str,
+        *,
+        factory: ModelFactory | None,
+        trust_model: bool,
+        mesh: Mesh,
+        mapped: bool = False,
     ) -> None:
         require_own_vocabularies(source)
         self.source = source
-        self.system, self.config, step = load_system(source, which, mesh, factory=factory, trust_model=trust_model)
+        self.system, self.config, step = load_system(
+            source, which, mesh, factory=factory, trust_model=trust_model, mapped=mapped
+        )
         self.system.learner.eval()
         schema, data_schema = read_schema(source)
         self.schema: PackSchema = schema
         self._data_schema = data_schema_from_json(data_schema)
         self._encoder = Encoder(data_schema, source / "vocab", schema)
         self.version = read_manifest(source)["id"] if is_bundle(source) else f"{read_run_id(source)}/{step}"
+        if mapped:
+            self.version += " mapped"
 
     def adapt(self, support: TableLike) -> AdaptedTasks:
         """Adapt to every task of a table of labelled examples: a user's ratings, say.

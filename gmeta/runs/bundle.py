@@ -126,6 +126,8 @@ class Bundle:
         """Return rows of an embedding table, [n, dim], or with `name` the optimizer's state for them."""
         entry = self.manifest["tables"][table]
         size = entry["part_rows"]
+        if size >= entry["ids"]:
+            return self._part(table, 0, name).index_select(0, ids)
         part = ids // size
         found: Tensor | None = None
         for number in part.unique().tolist():
@@ -147,15 +149,19 @@ class Bundle:
     def fill_tables(self, tables: ShardedTables) -> None:
         """Fill this worker's rows. ValueError where a table is missing, or of another size."""
         for fused in tables.fused.values():
-            for spec in fused.specs:
-                entry = self.manifest["tables"].get(spec.name)
-                found = None if entry is None else [entry["ids"], entry["dim"]]
-                if found != [spec.num_ids, spec.dim]:
-                    raise ValueError(
-                        f"{self.path} is of another model: table {spec.name} is {found or 'missing'}, expected "
-                        f"{[spec.num_ids, spec.dim]}"
-                    )
+            self.require_tables(fused)
             self.fill_rows(fused)
+
+    def require_tables(self, fused: FusedTable) -> None:
+        """Raise ValueError where a table of one width is missing, or of another size."""
+        for spec in fused.specs:
+            entry = self.manifest["tables"].get(spec.name)
+            found = None if entry is None else [entry["ids"], entry["dim"]]
+            if found != [spec.num_ids, spec.dim]:
+                raise ValueError(
+                    f"{self.path} is of another model: table {spec.name} is {found or 'missing'}, expected "
+                    f"{[spec.num_ids, spec.dim]}"
+                )
 
     def fill_rows(
         self, fused: FusedTable, sources: Mapping[str, Tensor] | None = None, *, moments: bool = False

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
-
 from gmeta.data.schema import data_schema_from_json
 from gmeta.models.registry import is_foreign, source_hash
 from gmeta.recommender.recommender import Recommender, load
@@ -86,17 +84,16 @@ def open_version(
             f"{path} has the model {model.get('name')} of source {model.get('source')}, this server trusts "
             f"{trusted.get('name')} of source {trusted.get('source')}: start it anew with that version"
         )
-    rec = load(path, trust_model=trust_model, device=device)
+    rec = load(path, trust_model=trust_model, device=device, mapped=True)
     if is_foreign(model["name"]) and source_hash(model["name"]) != model["source"]:
         raise ValueError(
             f"the code of {model['name']} that is installed here is not what {path} was made with: install that, or "
             "make the bundle again"
         )
-    with torch.inference_mode(False):
-        nothing = state_without_support(rec)
+    nothing = state_without_support(rec)
     check_smoke(rec)
     columns = Columns.of(data_schema_from_json(read_schema(path)[1]))
-    return Version(rec.version, rec, nothing, columns, manifest, time.time())
+    return Version(str(manifest["id"]), rec, nothing, columns, manifest, time.time())
 
 
 class Versions:
