@@ -12,6 +12,7 @@ from torch import Tensor
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.train import TrainConfig
 from gmeta.data.schema import PackSchema
+from gmeta.delivery.smoke import add_smoke
 from gmeta.embedding.table import FusedTable, ShardedTables
 from gmeta.models.registry import is_foreign, source_hash
 from gmeta.parallel.mesh import Mesh, local_mesh
@@ -50,14 +51,14 @@ def make_bundle(config: BundleConfig) -> Bundle:
             state = checkpoint.read_state(path)
             writer.add_json(f"{TRAINING}state.json", {key: state[key] for key in _STATE})
         model = trained.model.name
-        return writer.finish(
-            {
-                "id": f"{read_run_id(run_dir)}/{step}",
-                "parent": None,
-                "step": step,
-                "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
-            }
-        )
+        manifest = {
+            "id": f"{read_run_id(run_dir)}/{step}",
+            "parent": None,
+            "step": step,
+            "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
+        }
+        add_smoke(writer, run_dir, trained, manifest)
+        return writer.finish(manifest)
 
 
 def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) -> None:

@@ -250,21 +250,9 @@ class BundleWriter:
     def finish(self, manifest: Mapping[str, Any]) -> Bundle:
         """Write the manifest, sync everything and rename."""
         with self._disk_errors():
-            present = sorted(path for path in self.directory.rglob("*") if path.is_file())
-            files = [file_entry(self.directory, path) for path in present]
-            training = any(entry["file"].startswith(TRAINING) for entry in files)
-            whole = {
-                "format": FORMAT,
-                "version": VERSION,
-                **manifest,
-                "tables": self._tables,
-                "training": training,
-                "files": files,
-            }
-            whole["xxh3"] = manifest_checksum(whole)
-            path = self.directory / MANIFEST
-            path.write_text(json.dumps(whole, sort_keys=True, indent=1) + "\n")
-            sync(path)
+            whole = self._write_manifest(manifest)
+            sync(self.directory / MANIFEST)
+            present = [path for path in self.directory.rglob("*") if path.is_file()]
             for folder in {path.parent for path in present} | {self.directory}:
                 sync(folder)
             self._refuse_existing()
@@ -274,6 +262,28 @@ class BundleWriter:
         os.close(self._lock)
         self._lock = None
         return Bundle(self.path, json.loads(json.dumps(whole)))
+
+    def preview(self, manifest: Mapping[str, Any]) -> Path:
+        """Return the folder of the bundle as it is now, which can be opened until more is added."""
+        with self._disk_errors():
+            self._write_manifest(manifest)
+        return self.directory
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        path = self.directory / MANIFEST
+        path.unlink(missing_ok=True)
+        files = [file_entry(self.directory, file) for file in sorted(self.directory.rglob("*")) if file.is_file()]
+        whole = {
+            "format": FORMAT,
+            "version": VERSION,
+            **manifest,
+            "tables": self._tables,
+            "training": any(entry["file"].startswith(TRAINING) for entry in files),
+            "files": files,
+        }
+        whole["xxh3"] = manifest_checksum(whole)
+        path.write_text(json.dumps(whole, sort_keys=True, indent=1) + "\n")
+        return whole
 
     def _place(self, name: str) -> Path:
         path = self.directory / name

@@ -12,10 +12,14 @@ from gmeta.models.registry import is_foreign, source_hash
 from gmeta.recommender.recommender import Recommender, load
 from gmeta.recommender.smoke import check_smoke
 from gmeta.recommender.tasks import TaskState, state_without_support
-from gmeta.runs.bundle import read_manifest
+from gmeta.runs.bundle import MANIFEST, read_manifest
 from gmeta.runs.directory import read_schema
 from gmeta.serving.metrics import Metrics
 from gmeta.serving.wire import Columns
+
+
+_AGAIN_S = 60.0
+"""Seconds after which a version that was refused is tried again: its files may have been mended."""
 
 
 class Source(Protocol):
@@ -35,9 +39,10 @@ class FolderSource:
         self._path = path
 
     def poll(self) -> tuple[str, Path] | None:
-        """Return the checksum of the manifest, and the folder that a link leads to."""
+        """Return what tells one manifest from another, and the folder that a link leads to."""
         path = self._path.resolve()
-        return str(read_manifest(path)["xxh3"]), path
+        manifest = read_manifest(path)
+        return f"{manifest['xxh3']} {path} {(path / MANIFEST).stat().st_mtime_ns}", path
 
 
 class RegistrySource:
@@ -113,7 +118,7 @@ class Versions:
         if found is None:
             raise ValueError("there is no version to serve yet: publish one, then start the server")
         self._mark, path = found
-        self._refused = ""
+        self._refused, self._again = "", 0.0  # the mark that was refused, and when to try it again
         self.current = open_version(path, trust_model=trust_model, device=device)
         self._trusted = self.current.manifest["model"]
         self.shadow = (
@@ -147,15 +152,17 @@ class Versions:
         except (ValueError, OSError) as error:
             self._say(f"cannot look for a new version ({error}); {self.current.id} goes on serving")
             return False
-        if found is None or found[0] in (self._mark, self._refused):
+        if found is None or found[0] == self._mark:
+            return False
+        if found[0] == self._refused and time.monotonic() < self._again:
             return False
         mark, path = found
         try:
             version = open_version(path, trust_model=self._trust, device=self._device, trusted=self._trusted)
         except (ValueError, OSError) as error:
-            self._refused = mark
+            self._refused, self._again = mark, time.monotonic() + _AGAIN_S
             self._metrics.count_reload("refused")
-            self._metrics.note(f"refused a new version ({error}); {self.current.id} goes on serving")
+            self._say(f"refused a new version ({error}); {self.current.id} goes on serving")
             return False
         self._mark, self._refused, self.current = mark, "", version
         self._count()
