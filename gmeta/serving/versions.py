@@ -17,7 +17,6 @@ from gmeta.runs.directory import read_schema
 from gmeta.serving.metrics import Metrics
 from gmeta.serving.wire import Columns
 
-
 _AGAIN_S = 60.0
 """Seconds after which a version that was refused is tried again: its files may have been mended."""
 
