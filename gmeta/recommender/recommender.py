@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 from numpy.typing import NDArray
@@ -138,16 +139,18 @@ class Recommender:
 
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
-        schema = self._data_schema
-        roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         if has_no_columns(table):
             return None
+        found = self._arrow(table, role)
+        return self._encoder.table(found, role) if found.num_rows else None
+
+    def _arrow(self, table: TableLike, role: Literal["support", "candidates"]) -> pa.Table:
+        """Return the columns of a table that the encoding needs."""
+        schema = self._data_schema
+        roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         support = role == "support"
         needed = schema.columns([*roles, "label"] if support else roles)
-        found = as_arrow(table, role, needed, [schema.time] if support and schema.time else [])
-        if found.num_rows == 0:
-            return None
-        return self._encoder.table(found, role)
+        return as_arrow(table, role, needed, [schema.time] if support and schema.time else [])
 
     def _rows(self, encoded: EncodedTables) -> TaskRows:
         """Return where each task's rows lie, with as many support rows as the run keeps."""

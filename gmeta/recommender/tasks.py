@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 import xxhash
@@ -67,6 +69,32 @@ def encode(rec: Recommender, table: TableLike, role: Literal["support", "candida
     if encoded is not None and role == "support":
         require_clicks(encoded.arrays["label"], rec.config.loss, role)
     return encoded
+
+
+def encode_together(
+    rec: Recommender, tables: Sequence[TableLike], role: Literal["support", "candidates"]
+) -> tuple[EncodedTables, list[int]] | None:
+    """Encode the rows of several tables at once, which costs little more than one of them. Return them as one table,
+    with the number of tasks that each has; None where they are not alike, or some row is not a plain one.
+
+    The tables are dicts of lists of the same columns, or Arrow tables of one schema.
+    """
+    merged: TableLike
+    if all(isinstance(table, pa.Table) for table in tables):
+        merged = pa.concat_tables(table.replace_schema_metadata() for table in tables)
+    elif all(isinstance(table, dict) for table in tables):
+        merged = {name: list(chain.from_iterable(table[name] for table in tables)) for name in tables[0]}
+    else:
+        return None
+    task = rec.schema.task
+    group = list(chain.from_iterable([number] * len(table[task]) for number, table in enumerate(tables)))
+    try:
+        found = rec._encoder.together(rec._arrow(merged, role), role, group)
+        if found is not None and role == "support":
+            require_clicks(found[0].arrays["label"], rec.config.loss, role)
+    except ValueError:
+        return None
+    return found and (found[0], np.bincount(found[1], minlength=len(tables)).tolist())
 
 
 def adapt_tasks(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from gmeta.data.prepare.direct import text_of
 from gmeta.data.prepare.encoder import EncodedTables
 from gmeta.data.schema import OOV
-from gmeta.data.tables import TableLike
-from gmeta.recommender.tasks import TaskState, adapt_tasks, encode, score_tasks, task_digests
+from gmeta.data.tables import TableLike, as_arrow
+from gmeta.recommender.tasks import TaskState, adapt_tasks, encode, encode_together, score_tasks, task_digests
 from gmeta.serving.metrics import Metrics
 from gmeta.serving.refusal import Refusal
 from gmeta.serving.states import Kept, States
@@ -40,13 +41,13 @@ class Job:
 
 
 @dataclass(eq=False)
-class _Work:
-    """A job in one version's encoding."""
+class _Part:
+    """The support or the candidates of some jobs in one version's encoding: each job has a run of tasks and of rows."""
 
-    job: Job
-    support: EncodedTables | None = None
-    candidates: EncodedTables | None = None
-    states: dict[str, TaskState] = field(default_factory=dict)
+    table: EncodedTables
+    jobs: list[Job]
+    tasks: list[slice]
+    rows: list[slice]
 
 
 class Engine:
@@ -86,89 +87,113 @@ class Engine:
 
     def _pass(self, version: Version, jobs: Sequence[Job]) -> None:
         with self._timed("encode"):
-            work = [found for job in jobs if (found := self._encoded(version, job)) is not None]
+            supports = self._encoded(version, jobs, "support")
+            candidates = self._encoded(version, [job for job in jobs if job.error is None], "candidates")
         with self._timed("adapt"):
-            self._adapt(version, work)
-        scored = [part for part in work if part.candidates is not None and part.job.error is None]
-        tables = [part.candidates for part in scored if part.candidates is not None]
-        of_tables = [
-            [part.states.get(key, version.nothing) for key in table.keys]
-            for part, table in zip(scored, tables, strict=True)
-        ]
+            states = self._adapt(version, supports, [job for job in jobs if job.error is None])
         with self._timed("score"):
-            found = score_tasks(version.rec, tables, of_tables)
-        for part, scores in zip(scored, found, strict=True):
-            part.job.scores = scores
-        for part in work:
-            if part.job.error is None:
-                part.job.version = version.id
-                if part.job.keep:
-                    self._keep(part)
+            self._score(version, candidates, states)
+        for part in supports:
+            for job, tasks in zip(part.jobs, part.tasks, strict=True):
+                if job.keep and job.error is None:
+                    self._keep(job, part.table.keys[tasks], states)
+        for job in jobs:
+            job.version = version.id
+
+    def _encoded(self, version: Version, jobs: Sequence[Job], role: Literal["support", "candidates"]) -> list[_Part]:
+        """Encode the rows of jobs, those that look alike together; a job whose rows cannot be used gets its error."""
+        alike: dict[object, list[tuple[Job, TableLike]]] = {}
+        for job in jobs:
+            table = job.query.support if role == "support" else job.query.candidates
+            if table is not None:
+                alike.setdefault(_looks(table), []).append((job, table))
+        parts = []
+        for pairs in alike.values():
+            found = encode_together(version.rec, [table for _, table in pairs], role) if len(pairs) > 1 else None
+            if found is not None:
+                sizes = [len(table[self._versions.task]) for _, table in pairs]
+                parts.append(_Part(found[0], [job for job, _ in pairs], _runs(found[1]), _runs(sizes)))
+                continue
+            for job, table in pairs:
+                try:
+                    encoded = encode(version.rec, table, role)
+                except ValueError as error:
+                    job.error = Refusal(422, "bad_value", str(error))
+                    continue
+                if encoded is not None:
+                    parts.append(
+                        _Part(encoded, [job], [slice(0, len(encoded.keys))], [slice(0, len(encoded.query_row))])
+                    )
+        return parts
+
+    def _adapt(self, version: Version, parts: Sequence[_Part], jobs: Sequence[Job]) -> dict[tuple[Job, str], TaskState]:
+        """Return the states of the jobs' tasks, of which those that are not remembered are adapted together."""
+        states: dict[tuple[Job, str], TaskState] = {}
+        wanted: list[tuple[int, Job, str, bytes]] = []
+        tables, start = [], 0
+        for part in [*parts, *self._kept(version, jobs, states)]:
+            digests = task_digests(part.table)
+            for job, tasks in zip(part.jobs, part.tasks, strict=True):
+                for place in range(tasks.start, tasks.stop):
+                    key, digest = part.table.keys[place], digests[place]
+                    if (kept := job.kept.get(key)) is not None:
+                        kept.digests[version.id] = digest
+                    state = self._states.state(job.owner, key, version.id, digest)
+                    if state is None:
+                        wanted.append((start + place, job, key, digest))
+                    else:
+                        states[job, key] = state
+            tables.append(part.table)
+            start += len(part.table.keys)
+        self._metrics.count_states(len(states), len(wanted))
+        adapted = adapt_tasks(version.rec, tables, [place for place, *_ in wanted])
+        for (_, job, key, digest), state in zip(wanted, adapted, strict=True):
+            states[job, key] = state
+            self._states.put(job.owner, key, version.id, digest, state)
+        return states
+
+    def _kept(self, version: Version, jobs: Sequence[Job], states: dict[tuple[Job, str], TaskState]) -> list[_Part]:
+        """Find the states of kept rows that are remembered; return the others' rows in this version's encoding."""
+        parts = []
+        for job in jobs:
+            for key, kept in job.kept.items():
+                digest = kept.digests.get(version.id)
+                state = None if digest is None else self._states.state(job.owner, key, version.id, digest)
+                if state is not None:
+                    states[job, key] = state
+                    continue
+                try:
+                    table = encode(version.rec, kept.support, "support")
+                    assert table is not None
+                    parts.append(_Part(table, [job], [slice(0, 1)], [slice(0, len(table.query_row))]))
+                except ValueError:
+                    reason = "the state's rows do not fit the version that serves now: send them again"
+                    job.error = Refusal(410, "state_expired", reason)
+        return parts
+
+    def _score(self, version: Version, parts: Sequence[_Part], states: Mapping[tuple[Job, str], TaskState]) -> None:
+        of_tables = []
+        for part in parts:
+            of_tables.append([version.nothing] * len(part.table.keys))
+            for job, tasks in zip(part.jobs, part.tasks, strict=True):
+                keys = part.table.keys[tasks]
+                of_tables[-1][tasks] = [states.get((job, key), version.nothing) for key in keys]
+                if strange := job.kept.keys() - set(keys):
+                    reason = f"{len(strange)} states are of tasks without candidates"
+                    job.error = job.error or Refusal(422, "state_without_candidates", reason)
+        tables = [part.table for part in parts]
+        for part, scores in zip(parts, score_tasks(version.rec, tables, of_tables), strict=True):
+            for job, rows in zip(part.jobs, part.rows, strict=True):
+                job.scores = scores[rows]
         self._metrics.count_ids(*_unknown(tables))
 
-    def _encoded(self, version: Version, job: Job) -> _Work | None:
-        work, role = _Work(job), "support"
+    def _keep(self, job: Job, keys: Sequence[str], states: Mapping[tuple[Job, str], TaskState]) -> None:
+        assert job.query.support is not None
         try:
-            if job.query.support is not None:
-                work.support = encode(version.rec, job.query.support, "support")
-            role = "candidates"
-            if job.query.candidates is not None:
-                work.candidates = encode(version.rec, job.query.candidates, "candidates")
-        except ValueError as error:
-            job.error = Refusal(422, "bad_value", _without_files(str(error), role))
-            return None
-        if work.candidates is not None and (strange := job.kept.keys() - set(work.candidates.keys)):
-            job.error = Refusal(
-                422, "state_without_candidates", f"{len(strange)} states are of tasks without candidates"
-            )
-            return None
-        return work
-
-    def _adapt(self, version: Version, work: Sequence[_Work]) -> None:
-        """Give every job the states of its tasks, of which those that are not remembered are adapted together."""
-        tables: list[EncodedTables] = []
-        wanted: list[tuple[int, _Work, str, bytes]] = []
-        start = hits = 0
-        for part in work:
-            for table in self._supports(version, part):
-                for place, (key, digest) in enumerate(zip(table.keys, task_digests(table), strict=True)):
-                    state = self._states.state(part.job.owner, key, version.id, digest)
-                    if state is None:
-                        wanted.append((start + place, part, key, digest))
-                    else:
-                        part.states[key], hits = state, hits + 1
-                tables.append(table)
-                start += len(table.keys)
-        self._metrics.count_states(hits, len(wanted))
-        adapted = adapt_tasks(version.rec, tables, [place for place, *_ in wanted])
-        for (_, part, key, digest), state in zip(wanted, adapted, strict=True):
-            part.states[key] = state
-            self._states.put(part.job.owner, key, version.id, digest, state)
-
-    def _supports(self, version: Version, part: _Work) -> list[EncodedTables]:
-        """Return the support rows of a job: its own, and those that were kept, in this version's encoding."""
-        tables = [] if part.support is None else [part.support]
-        for kept in part.job.kept.values():
-            try:
-                table = encode(version.rec, kept.support, "support")
-            except ValueError:
-                table = None
-            if table is None:
-                part.job.error = Refusal(
-                    410, "state_expired", "the state's rows do not fit the version that serves now: send them again"
-                )
-                return []
-            tables.append(table)
-        return tables
-
-    def _keep(self, part: _Work) -> None:
-        job = part.job
-        assert part.support is not None
-        try:
-            for key, rows in _rows_by_task(job.query.support, part.support.keys, self._versions.task).items():
+            for key, rows in _rows_by_task(job.query.support, keys, self._versions.task).items():
                 job.states[key] = self._states.new_id(job.owner)
                 self._states.keep(job.owner, job.states[key], Kept(key, rows))
-                job.num_support[key] = part.states[key].num_support
+                job.num_support[key] = states[job, key].num_support
         except Refusal as refusal:
             job.error = refusal
 
@@ -185,7 +210,7 @@ class Engine:
                 self._metrics.count_drift(np.abs(other.scores - job.scores))
 
     @contextmanager
-    def _timed(self, stage: Literal["encode", "adapt", "score"]):  # type: ignore[no-untyped-def]
+    def _timed(self, stage: Literal["encode", "adapt", "score"]) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self._metrics.observe(stage, time.perf_counter() - start)
@@ -193,7 +218,7 @@ class Engine:
 
 def _rows_by_task(support: TableLike, keys: Sequence[str], task: str) -> dict[str, pa.Table]:
     """Return the support rows of each task as a table of its own, which shares no memory with others."""
-    table = support if isinstance(support, pa.Table) else pa.table(support)
+    table = support if isinstance(support, pa.Table) else as_arrow(support, "support", list(support))
     if len(keys) == 1:
         return {keys[0]: table}
     of_task: dict[Any, list[int]] = {}
@@ -208,12 +233,18 @@ def _unknown(tables: Sequence[EncodedTables]) -> tuple[int, int]:
     return sum(part.size for part in ids), sum(int((part == OOV).sum()) for part in ids)
 
 
-def _without_files(message: str, role: str) -> str:
-    return message if message.startswith(role) else f"{role}: {message}"
+def _runs(sizes: Sequence[int]) -> list[slice]:
+    """Return where parts of these sizes lie behind each other."""
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _looks(table: TableLike) -> object:
+    """Return what tables share that can be encoded as one: columns and types, of lists those of their first values."""
+    if isinstance(table, pa.Table):
+        return tuple(zip(table.column_names, map(str, table.schema.types), strict=True))
+    return tuple((name, type(values[0])) for name, values in table.items())
 
 
 def _unknown_version(name: str, names: Sequence[str]) -> Refusal:
     return Refusal(404, "unknown_version", f"version {name!r} is not served; there is: {', '.join(names)}")
-
-
-Run = Callable[[Sequence[Job]], None]

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 
 import pyarrow as pa
@@ -32,6 +32,7 @@ class Kept:
 
     key: str
     support: pa.Table
+    digests: dict[str, bytes] = field(default_factory=dict)  # version -> checksum of the rows in its encoding
 
     @property
     def nbytes(self) -> int:

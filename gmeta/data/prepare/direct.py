@@ -148,6 +148,7 @@ class DirectRows:
     keys: list[str]
     arrays: dict[str, Array]
     row: Array  # int64 [rows]: the row of the table, from 0
+    group: list[int]  # of each task
 
 
 class DirectEncoder:
@@ -170,9 +171,11 @@ class DirectEncoder:
         self._threshold = None if schema.label_threshold is None else _as_sql(con, [schema.label_threshold])[0]
         self._items = _read_items(con, vocabulary_file(vocab_dir, ITEM_STATISTICS)) if schema.item_statistics else None
 
-    def rows(self, table: pa.Table, *, support: bool) -> DirectRows | None:
+    def rows(self, table: pa.Table, *, support: bool, group: Sequence[int] | None = None) -> DirectRows | None:
         """Return the rows of a table as `Encoder.table` lays them out, without query rows' labels; None where a value,
         or a column's type, is not a plain one.
+
+        With `group`, of each row, rows of one key in two groups are two tasks.
         """
         schema = self._schema
         roles: list[Role] = ["task", *["item"] * schema.item_statistics, *["label"] * support]  # type: ignore[list-item]
@@ -181,16 +184,15 @@ class DirectEncoder:
         tasks = _values(table[schema.task])
         if tasks is None:
             return None
-        of_task: dict[Any, int] = {}
-        code = np.fromiter((of_task.setdefault(value, len(of_task)) for value in tasks), np.int64, len(tasks))
-        names: dict[str, int] = {}  # two spellings may be one task: 7 and 7.0
-        for value in of_task:
-            text = text_of(value)
-            if isinstance(text, int):
-                return None
-            names.setdefault(text, len(names))
+        named = list(zip([0] * len(tasks) if group is None else group, tasks, strict=True))
+        of_task: dict[tuple[int, Any], int] = {}
+        code = np.fromiter((of_task.setdefault(name, len(of_task)) for name in named), np.int64, len(named))
+        names: dict[tuple[int, str | int], int] = {}  # two spellings may be one task: 7 and 7.0
+        first = [names.setdefault((number, text_of(value)), len(names)) for number, value in of_task]
+        if any(isinstance(text, int) for _, text in names):
+            return None
         if len(names) != len(of_task):
-            code = np.array([names[str(text_of(value))] for value in of_task])[code]
+            code = np.array(first)[code]
         order = self._order(table, code, support=support)
         arrays = None if order is None else self._arrays(table, order, support=support)
         if order is None or arrays is None:
@@ -202,7 +204,7 @@ class DirectEncoder:
             "row_start": np.cumsum(size) - size,
             "num_support": (size if support else np.zeros_like(size)).astype(np.int32),
         }
-        return DirectRows(list(names), arrays, order)
+        return DirectRows([str(text) for _, text in names], arrays, order, [number for number, _ in names])
 
     def _order(self, table: pa.Table, code: Array, *, support: bool) -> Array | None:
         """Return the rows by task, then by time where a support has it, then as they come."""

@@ -81,6 +81,18 @@ class Encoder:
                 ) from error
             return self._encoded(con, part, None) if role == "support" else self._encoded(con, None, part)
 
+    def together(
+        self, table: pa.Table, role: Literal["support", "candidates"], group: Sequence[int]
+    ) -> tuple[EncodedTables, list[int]] | None:
+        """Encode the rows of several tables that are one, where `group` says which each row is of; None where `table`
+        would need the database. Return them with the group of each task: rows of one key in two groups are two tasks.
+        """
+        found = None if self._direct is None else self._direct.rows(table, support=role == "support", group=group)
+        if found is None:
+            return None
+        query_row = np.full(table.num_rows, -1) if role == "support" else found.row
+        return EncodedTables(found.keys, found.arrays, query_row), found.group
+
     def parts(self, support: RawPart, query: RawPart) -> EncodedTables:
         """Encode raw rows as `encode_tables` does, of files that the encoder was made for."""
         with self._con.cursor() as con:
