@@ -278,7 +278,10 @@ def stages(port: int) -> dict[str, float]:
     """Return the seconds that the server has spent in each stage."""
     with urllib.request.urlopen(f"http://{HOST}:{port}/metrics") as page:
         text = page.read().decode()
-    return {stage: float(value) for stage, value in re.findall(r'gmeta_stage_seconds_sum{stage="(\w+)"} (\S+)', text)}
+    return {
+        stage: float(value)
+        for stage, value in re.findall(r'gmeta_stage_seconds_sum{stage="(\w+)",worker="0"} (\S+)', text)
+    }
 
 
 if __name__ == "__main__":

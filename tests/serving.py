@@ -73,6 +73,11 @@ def with_client(bundle: Path, work: Callable[[Client], Awaitable[Any]], **values
     return asyncio.run(run())
 
 
+async def metrics_of(client: Client) -> str:
+    """The page of /metrics."""
+    return (await client.http.get("/metrics")).text
+
+
 def columns(rows: pa.Table) -> dict[str, list[Any]]:
     """The columns of one task's rows, without its key."""
     return {name: values for name, values in rows.to_pydict().items() if name != "user"}

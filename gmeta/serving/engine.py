@@ -38,6 +38,7 @@ class Job:
     scores: NDArray[np.float64] | None = None  # of the candidates' rows
     states: dict[str, str] = field(default_factory=dict)  # task -> id
     num_support: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, bytes] = field(default_factory=dict)  # task -> checksum of its support in the version's encoding
 
 
 @dataclass(eq=False)
@@ -96,7 +97,7 @@ class Engine:
         for part in supports:
             for job, tasks in zip(part.jobs, part.tasks, strict=True):
                 if job.keep and job.error is None:
-                    self._keep(job, part.table.keys[tasks], states)
+                    self._keep(version, job, part.table.keys[tasks], states)
         for job in jobs:
             job.version = version.id
 
@@ -136,6 +137,7 @@ class Engine:
             for job, tasks in zip(part.jobs, part.tasks, strict=True):
                 for place in range(tasks.start, tasks.stop):
                     key, digest = part.table.keys[place], digests[place]
+                    job.digests[key] = digest
                     if (kept := job.kept.get(key)) is not None:
                         kept.digests[version.id] = digest
                     state = self._states.state(job.owner, key, version.id, digest)
@@ -149,7 +151,7 @@ class Engine:
         adapted = adapt_tasks(version.rec, tables, [place for place, *_ in wanted])
         for (_, job, key, digest), state in zip(wanted, adapted, strict=True):
             states[job, key] = state
-            self._states.put(job.owner, key, version.id, digest, state)
+            self._states.put(job.owner, key, version.id, digest, state, job.query.states.get(key, ""))
         return states
 
     def _kept(self, version: Version, jobs: Sequence[Job], states: dict[tuple[Job, str], TaskState]) -> list[_Part]:
@@ -187,12 +189,14 @@ class Engine:
                 job.scores = scores[rows]
         self._metrics.count_ids(*_unknown(tables))
 
-    def _keep(self, job: Job, keys: Sequence[str], states: Mapping[tuple[Job, str], TaskState]) -> None:
+    def _keep(
+        self, version: Version, job: Job, keys: Sequence[str], states: Mapping[tuple[Job, str], TaskState]
+    ) -> None:
         assert job.query.support is not None
         try:
             for key, rows in _rows_by_task(job.query.support, keys, self._versions.task).items():
                 job.states[key] = self._states.new_id(job.owner)
-                self._states.keep(job.owner, job.states[key], Kept(key, rows))
+                self._states.keep(job.owner, job.states[key], Kept(key, rows, {version.id: job.digests[key]}))
                 job.num_support[key] = states[job, key].num_support
         except Refusal as refusal:
             job.error = refusal

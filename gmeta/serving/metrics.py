@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 
+Family = tuple[str, str, str, list[tuple[str, dict[str, str], float]]]
 Stage = Literal["read", "parse", "queue", "encode", "adapt", "score", "write"]
 _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.0, 2.5, 5.0, 10.0)
 _DRIFT = (1e-6, 1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -94,6 +95,37 @@ class Metrics:
         """Write a line for whoever runs the server."""
         print(f"gmeta serve: {sentence}", file=sys.stderr, flush=True)
 
-    def text(self) -> bytes:
-        """Return the page of `/metrics`."""
-        return generate_latest(self.registry)
+    def families(self) -> list[Family]:
+        """Return all that is counted, as plain values: name, help, type, samples (name, labels, value)."""
+        return [
+            (
+                family.name,
+                family.documentation,
+                family.type,
+                [(s.name, dict(s.labels), s.value) for s in family.samples],
+            )
+            for family in self.registry.collect()
+        ]
+
+
+class _Workers:
+    """What several workers count, each with its number as a label."""
+
+    def __init__(self, families: Mapping[str, list[Family]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        found: dict[str, Metric] = {}
+        for worker, families in self._families.items():
+            for name, text, kind, samples in families:
+                metric = found.setdefault(name, Metric(name, text, kind))
+                for sample, labels, value in samples:
+                    metric.add_sample(sample, {**labels, "worker": worker}, value)
+        yield from found.values()
+
+
+def page(families: Mapping[str, list[Family]]) -> bytes:
+    """Return the page of `/metrics`, of what each worker counts."""
+    registry = CollectorRegistry()
+    registry.register(_Workers(families))  # type: ignore[arg-type]
+    return generate_latest(registry)

@@ -27,11 +27,13 @@ try:
     from gmeta.serving.batcher import Batcher
     from gmeta.serving.engine import Engine, Job
     from gmeta.serving.infer import answer, metadata, query_of_infer
-    from gmeta.serving.metrics import Metrics
+    from gmeta.serving.metrics import Metrics, page
+    from gmeta.serving.peers import Peers
     from gmeta.serving.refusal import Refusal
     from gmeta.serving.states import Kept, States
     from gmeta.serving.versions import FolderSource, RegistrySource, Source, Versions
     from gmeta.serving.wire import Limits, Query, parse_json, query_of_arrow, query_of_json
+    from gmeta.serving.workers import Worker, run_workers
 except ImportError as error:
     raise ValueError(
         f"gmeta serve needs packages that are not here ({error}): pip install 'gmeta[serve]', or '.[serve]' in a clone"
@@ -60,7 +62,14 @@ class Service:
     """Everything that one worker has: the versions, the queue, the states."""
 
     def __init__(
-        self, config: ServeConfig, source: Source, *, tokens: list[str], secret: bytes, worker: int = 0
+        self,
+        config: ServeConfig,
+        source: Source,
+        *,
+        tokens: list[str],
+        secret: bytes,
+        worker: int = 0,
+        sockets: str = "",
     ) -> None:
         self.config = config
         self.metrics = Metrics(worker, log=config.access_log)
@@ -75,6 +84,7 @@ class Service:
         self.limits = Limits(config.max_body_mb * 2**20, config.max_rows, config.max_tasks, config.max_list)
         self.states = States(worker=worker, secret=secret, most_bytes=config.state_mb * 2**20, ttl_s=config.state_ttl_s)
         self.engine = Engine(self.versions, self.states, self.metrics)
+        self.peers = Peers(worker, config.workers, Path(sockets), self.states, self.metrics)
         self.batcher: Batcher[Job] | None = None
         self.stopping = False
         self.metrics.watch("gmeta_waiting_requests", "Requests in the queue.", lambda: len(self.batcher or ()))
@@ -94,7 +104,8 @@ class Service:
         )
         self.batcher.start()
         following = asyncio.create_task(self._follow())
-        yield
+        async with self.peers.listening():
+            yield
         self.stopping = True
         following.cancel()
         await self.batcher.close()
@@ -120,7 +131,7 @@ class Service:
 
     async def find(self, owner: str, key: str, state_id: str) -> Kept:
         """Return the kept rows of a state. Raises `Refusal` for one of another task, too."""
-        kept = self.states.find(owner, state_id)
+        kept = await self.peers.find(owner, state_id)
         if kept.key != key:
             raise Refusal(422, "state_of_another_task", "the state is of another task than the one that names it")
         return kept
@@ -188,7 +199,7 @@ def create_app(service: Service) -> FastAPI:
         return _json({"version": job.version, "tasks": tasks})
 
     async def delete(request: Request, owner: str, _: Counted) -> Response:
-        service.states.erase(owner, request.path_params["state_id"])
+        await service.peers.erase(owner, request.path_params["state_id"])
         return Response(status_code=204)
 
     async def model(_: Request, __: str, counted: Counted) -> Response:
@@ -208,7 +219,7 @@ def create_app(service: Service) -> FastAPI:
         return _json(metadata(name, service.versions.current))
 
     async def metrics(_: Request, __: str, ___: Counted) -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(page(await service.peers.families()), media_type="text/plain; version=0.0.4")
 
     async def live() -> Response:
         return _json({"live": True})
@@ -335,10 +346,26 @@ def serve(config: ServeConfig) -> int:
             f"host is {config.host!r}, which others can reach: name a --token_file (made where there is none)"
         )
     tokens = [] if config.token_file is None else read_tokens(config.token_file)
+    with contextlib.closing(listen(config.host, config.port)) as bound:
+        if config.workers > 1:
+            return run_workers(config, tokens, bound, _work)
+        worker = Worker(config, tokens, secrets.token_bytes(32), 0, "", bound)
+        _work(worker, lambda version: print(f"serves {version} on {url_of(bound)}", flush=True))
+    return 0
+
+
+def _work(worker: Worker, tell: Callable[[str], None]) -> None:
+    """Serve as one of the workers."""
     torch.set_num_threads(1)  # a pass is many small products, which threads slow down
     sys.setswitchinterval(_SWITCH_S)
-    service = Service(config, open_source(config), tokens=tokens, secret=secrets.token_bytes(32))
-    with contextlib.closing(listen(config.host, config.port)) as bound:
-        print(f"serves {service.versions.current.id} on {url_of(bound)}", flush=True)
-        run_app(create_app(service), bound, graceful_s=max(1, round(config.timeout_s)))
-    return 0
+    config = worker.config
+    service = Service(
+        config,
+        open_source(config),
+        tokens=worker.tokens,
+        secret=worker.secret,
+        worker=worker.number,
+        sockets=worker.folder,
+    )
+    tell(service.versions.current.id)
+    run_app(create_app(service), worker.bound, graceful_s=max(1, round(config.timeout_s)))

@@ -40,6 +40,9 @@ class Kept:
         return int(self.support.nbytes)
 
 
+_ERASED, _ERASED_S = 100_000, 60.0
+"""So many erased ids are remembered, for longer than any computation takes."""
+
 Entry = tuple[str, ...]
 """Key of the cache: ("state", owner, task, version, checksum) or ("kept", owner, id)."""
 
@@ -53,6 +56,7 @@ class States:
         self._cache: TTLCache[Entry, Kept | TaskState] = TTLCache(
             most_bytes, ttl_s, getsizeof=lambda entry: entry.nbytes + _OVERHEAD
         )
+        self._erased: TTLCache[str, bool] = TTLCache(_ERASED, _ERASED_S)
 
     def new_id(self, owner: str) -> str:
         """Return an id that nobody can guess, for a client."""
@@ -88,8 +92,10 @@ class States:
             found = self._cache.get(("state", owner, key, version, digest.hex()))
         return found if isinstance(found, TaskState) else None
 
-    def put(self, owner: str, key: str, version: str, digest: bytes, state: TaskState) -> None:
-        """Remember an adapted state, where it fits."""
+    def put(self, owner: str, key: str, version: str, digest: bytes, state: TaskState, of: str = "") -> None:
+        """Remember an adapted state, where it fits. `of` is the id of the kept rows that it was adapted to."""
+        if of in self._erased:  # while it was computed
+            return
         try:
             self._put(("state", owner, key, version, digest.hex()), state)
         except Refusal:
@@ -104,17 +110,11 @@ class States:
                     413, "state_too_large", "the support rows are larger than what a state may take"
                 ) from None
 
-    def erase(self, owner: str, state_id: str) -> str:
-        """Erase kept rows and every state of their task; return the task. Raises `Refusal` as `find` does."""
-        key = self.find(owner, state_id).key
+    def erase(self, owner: str, state_id: str, key: str) -> None:
+        """Erase kept rows, where they are here, and every adapted state of their task."""
         with self._lock:
+            self._erased[state_id] = True
             self._cache.pop(("kept", owner, state_id), None)
-        self.erase_task(owner, key)
-        return key
-
-    def erase_task(self, owner: str, key: str) -> None:
-        """Erase every adapted state of a client's task."""
-        with self._lock:
             for entry in [e for e in self._cache if e[0] == "state" and e[1:3] == (owner, key)]:
                 self._cache.pop(entry, None)
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from packs import user_rows
-from serving import ARROW, Client, arrow_body, columns, make_version, one_task, with_client
+from serving import ARROW, Client, arrow_body, columns, make_version, metrics_of, one_task, with_client
 
 import gmeta
 from gmeta.cli import run
@@ -93,9 +93,9 @@ def test_a_state_is_scored_like_its_support(bundle: Path) -> None:
         assert answer["outputs"][0]["data"] == direct[0]["scores"]
         assert (answer["id"], answer["model_version"]) == ("7", adapted["version"])
         # nothing is adapted twice
-        text = (await client.http.get("/metrics")).text
-        assert 'gmeta_states_total{found="no"} 2.0' in text
-        assert 'gmeta_states_total{found="yes"} 5.0' in text
+        text = await metrics_of(client)
+        assert 'gmeta_states_total{found="no",worker="0"} 2.0' in text
+        assert 'gmeta_states_total{found="yes",worker="0"} 5.0' in text
 
     with_client(bundle, work)
 

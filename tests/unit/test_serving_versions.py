@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from packs import SCHEMA, make_pack, user_rows
-from serving import Client, columns, make_version, one_task, with_client
+from serving import Client, columns, make_version, metrics_of, one_task, with_client
 
 import gmeta
 from gmeta.data.schema import NumericColumn, parse_data_schema
@@ -115,11 +115,11 @@ def test_a_version_that_cannot_serve_is_refused(
         if damage == "smoke":
             monkeypatch.setattr(smoke, "TOLERANCE", -1.0)
         point(link, bad)
-        while 'gmeta_reloads_total{outcome="refused"} 1.0' not in client.service.metrics.text().decode():
+        while 'gmeta_reloads_total{outcome="refused",worker="0"} 1.0' not in await metrics_of(client):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         assert (await client.score(one_task())).json()["version"] == first
-        assert 'gmeta_reloads_total{outcome="refused"} 1.0' in client.service.metrics.text().decode()
+        assert 'gmeta_reloads_total{outcome="refused",worker="0"} 1.0' in await metrics_of(client)
         monkeypatch.undo()
         point(link, folder / "v2")  # the next one is taken up
         await served(client, gmeta.load(folder / "v2").version)
@@ -174,7 +174,7 @@ def test_a_shadow_scores_what_was_answered(folder: Path) -> None:
 
     async def work(client: Client) -> None:
         assert (await client.score(task)).json()["version"] == first.version
-        while "gmeta_shadow_difference_count 4.0" not in (await client.http.get("/metrics")).text:
+        while 'gmeta_shadow_difference_count{worker="0"} 4.0' not in await metrics_of(client):
             await asyncio.sleep(0.01)
         answer = (await client.score(task, version=second.version)).json()
         assert answer["version"] == second.version
