@@ -13,16 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
 from gmeta.config.serving import ServeConfig
 from gmeta.elastic.service import url_of
-
-_QUICK_S = 10.0
-"""A worker that ends sooner would end again: the server then stops."""
 
 
 @dataclass(frozen=True)
@@ -49,46 +45,49 @@ def run_workers(config: ServeConfig, tokens: list[str], bound: socket.socket, wo
     folder, secret = tempfile.mkdtemp(prefix="gmeta-serve-"), secrets.token_bytes(32)
     stopping = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    running: dict[int, tuple[BaseProcess, float]] = {}
+    running: dict[int, tuple[BaseProcess, Connection]] = {}
 
-    def start(number: int) -> Connection:
+    def start(number: int) -> None:
         heard, told = context.Pipe(duplex=False)
         worker = Worker(config, tokens, secret, number, folder, bound)
         process = context.Process(target=_work, args=(worker, told, work), daemon=True)
         process.start()
         told.close()
-        running[number] = (process, time.monotonic())
-        return heard
+        running[number] = (process, heard)
 
     try:
-        heard = [start(number) for number in range(config.workers)]
-        versions = {version for one in heard if (version := _hear(one, stopping)) is not None}
-        if not stopping.is_set() and len(versions) == 1:
-            print(f"serves {versions.pop()} on {url_of(bound)} with {config.workers} workers", flush=True)
+        for number in range(config.workers):
+            start(number)
+        versions = [_hear(heard, stopping) for _, heard in running.values()]
+        if None in versions:
+            return 0 if stopping.is_set() else 1  # it has said why
+        print(f"serves {versions[0]} on {url_of(bound)} with {config.workers} workers", flush=True)
         while not stopping.is_set():
             wait([process.sentinel for process, _ in running.values()], 0.2)
-            for number, (process, since) in list(running.items()):
+            for number, (process, heard) in list(running.items()):
                 if process.exitcode is None or stopping.is_set():
                     continue
-                if time.monotonic() - since < _QUICK_S:
-                    return 1  # it has said why
+                if versions[number] is None and not heard.poll():
+                    return 1  # it would not begin the next time either
                 print(f"gmeta serve: worker {number} died ({process.exitcode}) and is started anew", file=sys.stderr)
+                versions[number] = None
                 start(number)
         return 0
     finally:
         _stop([process for process, _ in running.values()], config.timeout_s + 5)
         shutil.rmtree(folder, ignore_errors=True)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _hear(heard: Connection, stopping: threading.Event) -> str | None:
-    """Return what a worker tells when it is ready; None where it ends, or all shall."""
+    """Return the version that a worker tells when it is ready; None where it ends, or all shall."""
     while not stopping.is_set():
         if heard.poll(0.2):
-            with suppress(EOFError):
-                return str(heard.recv_bytes(), "utf-8")
-            return None
+            try:
+                return heard.recv_bytes().decode()
+            except EOFError:
+                return None
     return None
 
 
