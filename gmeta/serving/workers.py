@@ -67,7 +67,7 @@ def run_workers(config: ServeConfig, tokens: list[str], bound: socket.socket, wo
             for number, (process, heard) in list(running.items()):
                 if process.exitcode is None or stopping.is_set():
                     continue
-                if versions[number] is None and not heard.poll():
+                if versions[number] is None and _hear(heard, stopping) is None:
                     return 1  # it would not begin the next time either
                 print(f"gmeta serve: worker {number} died ({process.exitcode}) and is started anew", file=sys.stderr)
                 versions[number] = None
