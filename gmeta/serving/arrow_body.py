@@ -31,7 +31,7 @@ def read_streams(body: bytes, most_bytes: int) -> Iterator[pa.Table]:
     while reader.tell() < len(body):
         start = reader.tell()
         try:
-            budget -= _content_bytes(pa.BufferReader(body[start:]))
+            budget -= _content_bytes(pa.BufferReader(memoryview(body)[start:]))
             if budget < 0:
                 raise Refusal(
                     413, "body_too_large", f"the Arrow body holds more than {most_bytes:,} bytes: send it in parts"

@@ -88,11 +88,19 @@ class Batcher(Generic[T]):
                     return
                 continue
             jobs = [waiting.job for waiting in batch]
-            await loop.run_in_executor(self._thread, self._run, jobs)
+            fault: Exception | None = None
+            try:
+                await loop.run_in_executor(self._thread, self._run, jobs)
+            except Exception as error:  # whoever waits is told; the next pass goes on
+                fault = error
             for waiting in batch:
-                if not waiting.done.done():
+                if waiting.done.done():
+                    continue
+                if fault is None:
                     waiting.done.set_result(None)
-            if self._after is not None:
+                else:
+                    waiting.done.set_exception(fault)
+            if self._after is not None and fault is None:
                 await asyncio.sleep(0)  # the answers go first
                 await loop.run_in_executor(self._thread, self._after, jobs)
 

@@ -208,7 +208,7 @@ class Engine:
         if version is None or not answered:
             return
         again = [Job(job.owner, job.query, job.kept) for job in answered]
-        self._guarded(version, again)
+        self._guarded(version, again)  # which raises nothing
         for job, other in zip(answered, again, strict=True):
             if other.scores is not None and job.scores is not None:
                 self._metrics.count_drift(np.abs(other.scores - job.scores))

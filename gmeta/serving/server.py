@@ -41,6 +41,8 @@ except ImportError as error:
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
+_ROWS_OF_TASK = 200
+"""A request of few tasks with very many rows counts as more tasks: a pass takes only so many."""
 _SWITCH_S = 0.0005
 """Python's default lets the event loop keep the lock for 5 ms, in which the computing thread waits."""
 
@@ -123,7 +125,8 @@ class Service:
         assert self.batcher is not None
         counted.tasks, counted.rows = job.query.num_tasks, job.query.num_rows
         job.kept = {key: await self.find(job.owner, key, state_id) for key, state_id in job.query.states.items()}
-        await self.batcher.submit(job, job.query.num_tasks, self.config.timeout_s)
+        size = max(job.query.num_tasks, job.query.num_rows // _ROWS_OF_TASK)
+        await self.batcher.submit(job, size, self.config.timeout_s)
         if job.error is not None:
             raise job.error
         counted.version = job.version
@@ -190,12 +193,12 @@ def create_app(service: Service) -> FastAPI:
         query, in_arrow = await _query(service, request, counted, scoring=False)
         job = await service.compute(Job(owner, query, keep=True), counted)
         keys = list(job.states)
-        num_support = [job.num_support[key] for key in keys]
+        states, num_support = [job.states[key] for key in keys], [job.num_support[key] for key in keys]
         if in_arrow:
-            states = [job.states[key] for key in keys]
             return _arrow({"key": keys, "state": states, "num_support": num_support}, job.version)
-        found = zip(keys, num_support, strict=True)
-        tasks = [{"key": key, "state": job.states[key], "num_support": count} for key, count in found]
+        given = [key for key, _ in query.tasks]  # the tasks are in this order
+        found = zip(given, states, num_support, strict=True)
+        tasks = [{"key": key, "state": state, "num_support": count} for key, state, count in found]
         return _json({"version": job.version, "tasks": tasks})
 
     async def delete(request: Request, owner: str, _: Counted) -> Response:

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from pydantic_core import from_json
 
 from gmeta.core.errors import nearest
+from gmeta.data.prepare.direct import text_of
 from gmeta.data.schema import DataSchema, Role
 from gmeta.data.tables import TableLike
 from gmeta.serving.arrow_body import read_streams
@@ -207,7 +208,15 @@ def _key(value: Any, where: str) -> str:
         raise Refusal(
             422, "invalid_key", f"{where}.key is {_kind(value)}: give the task's key, a text or a whole number"
         )
-    return str(value)
+    return canonical(str(value), where)
+
+
+def canonical(key: str, where: str) -> str:
+    """Return a key in the one form of an id. Raises `Refusal` for one that stands for a missing value."""
+    text = text_of(key)
+    if isinstance(text, int):
+        raise Refusal(422, "invalid_key", f"{where} has the key {key!r}, which is no id: give the task's own")
+    return text
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -264,6 +273,7 @@ def check_columns(
     required = "candidates" if scoring else "support"
     if required not in found:
         raise Refusal(422, f"missing_{required}", f"the body has no {required}")
+    states = {canonical(key, "states"): state for key, state in states.items()}
     total, keys = 0, set()
     for part, table in found.items():
         names = list(table.column_names if isinstance(table, pa.Table) else table)
@@ -273,6 +283,8 @@ def check_columns(
         for name in (columns.task, *columns.needed(part)):
             if names.count(name) != 1:
                 raise Refusal(422, "missing_column", f"{part} must have one column {name!r}: {nearest(name, names)}")
+        if len(set(names)) < len(names):
+            raise Refusal(422, "missing_column", f"{part} has a column twice: leave one out")
         lengths = {name: len(table[name]) for name in names}
         if len(set(lengths.values())) > 1:
             raise Refusal(422, "ragged_columns", f"the columns of {part} have different lengths: {lengths}")

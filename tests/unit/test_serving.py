@@ -100,6 +100,38 @@ def test_a_state_is_scored_like_its_support(bundle: Path) -> None:
     with_client(bundle, work)
 
 
+def test_spellings_of_a_key_are_one_task(bundle: Path) -> None:
+    async def work(client: Client) -> None:
+        task = one_task()
+        adapted = (await client.adapt({"key": 7, "support": task["support"]})).json()["tasks"][0]
+        assert adapted["key"] == 7
+        expected = (await client.score({**task, "key": 7})).json()["tasks"][0]["scores"]
+        for key in (7, "7", "7.0"):
+            named = {"key": key, "state": adapted["state"], "candidates": task["candidates"]}
+            answer = (await client.score(named)).json()["tasks"][0]
+            assert (answer["key"], answer["scores"]) == (key, expected)
+        twice = await client.score({**task, "key": 7}, {**task, "key": "7.0"})
+        assert twice.json()["error"]["code"] == "duplicate_task"
+
+    with_client(bundle, work)
+
+
+def test_a_fault_of_one_pass_is_told_and_the_next_goes_on(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def work(client: Client) -> None:
+        batcher = client.service.batcher
+        assert batcher is not None
+        whole = batcher._run
+        batcher._run = lambda jobs: 1 / 0  # type: ignore[assignment,return-value]
+        answer = await client.score(one_task())
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+        assert "division" not in answer.text
+        batcher._run = whole
+        assert (await client.score(one_task())).status_code == 200
+
+    with_client(bundle, work)
+    assert "division by zero" in capsys.readouterr().err
+
+
 def test_a_value_may_stand_for_every_row(bundle: Path) -> None:
     task = one_task("a")
     for part, rows in (("support", 6), ("candidates", 4)):
