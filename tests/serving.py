@@ -17,7 +17,9 @@ import gmeta
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.serving import ServeConfig
 from gmeta.delivery.bundle import make_bundle
-from gmeta.serving.server import Service, create_app, open_source
+from gmeta.serving.routes import create_app
+from gmeta.serving.server import open_source
+from gmeta.serving.service import Service
 
 ARROW = "application/vnd.apache.arrow.stream"
 

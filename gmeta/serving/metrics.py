@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,33 +19,43 @@ _SECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25
 _DRIFT = (1e-6, 1e-5, 1e-4, 1e-3, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
+@dataclass
+class Counted:
+    """What the metrics and the log tell of a request."""
+
+    tasks: int = 0
+    rows: int = 0
+    size: int = 0
+    version: str = ""
+
+
 class Metrics:
     """The counters of one worker, and its log."""
 
     def __init__(self, worker: int = 0, *, log: bool = True) -> None:
         self.registry = CollectorRegistry()
-        own, self._log, self._worker = {"registry": self.registry}, log, worker
-        self._requests = Counter("gmeta_requests", "Requests by route and status.", ["route", "status"], **own)
+        own, self._log, self._worker = self.registry, log, worker
+        self._requests = Counter("gmeta_requests", "Requests by route and status.", ["route", "status"], registry=own)
         self._latency = Histogram(
-            "gmeta_request_seconds", "Seconds a request took.", ["route"], buckets=_SECONDS, **own
+            "gmeta_request_seconds", "Seconds a request took.", ["route"], buckets=_SECONDS, registry=own
         )
-        self._stages = Histogram("gmeta_stage_seconds", "Seconds by stage.", ["stage"], buckets=_SECONDS, **own)
-        self._tasks = Counter("gmeta_tasks", "Tasks of requests.", **own)
-        self._rows = Counter("gmeta_rows", "Support and candidate rows of requests.", **own)
+        self._stages = Histogram("gmeta_stage_seconds", "Seconds by stage.", ["stage"], buckets=_SECONDS, registry=own)
+        self._tasks = Counter("gmeta_tasks", "Tasks of requests.", registry=own)
+        self._rows = Counter("gmeta_rows", "Support and candidate rows of requests.", registry=own)
         self._states = Counter(
-            "gmeta_states", "Support of tasks, by whether its state was remembered.", ["found"], **own
+            "gmeta_states", "Support of tasks, by whether its state was remembered.", ["found"], registry=own
         )
-        self._ids = Counter("gmeta_candidate_ids", "Ids of candidates.", **own)
-        self._unknown = Counter("gmeta_unknown_candidate_ids", "Ids of candidates that no vocabulary has.", **own)
+        self._ids = Counter("gmeta_candidate_ids", "Ids of candidates.", registry=own)
+        self._unknown = Counter("gmeta_unknown_candidate_ids", "Ids of candidates in no vocabulary.", registry=own)
         self._drift = Histogram(
-            "gmeta_shadow_difference", "How far the shadow's scores are off.", buckets=_DRIFT, **own
+            "gmeta_shadow_difference", "How far the shadow's scores are off.", buckets=_DRIFT, registry=own
         )
-        self._reloads = Counter("gmeta_reloads", "New versions, by what became of them.", ["outcome"], **own)
+        self._reloads = Counter("gmeta_reloads", "New versions, by what became of them.", ["outcome"], registry=own)
         self._loaded = Gauge(
-            "gmeta_version_loaded_timestamp_seconds", "When the version that serves was loaded.", **own
+            "gmeta_version_loaded_timestamp_seconds", "When the version that serves was loaded.", registry=own
         )
         self._trained = Gauge(
-            "gmeta_version_data_timestamp_seconds", "Time of the last row that it was trained on.", **own
+            "gmeta_version_data_timestamp_seconds", "Time of the last row that it was trained on.", registry=own
         )
 
     def watch(self, name: str, text: str, value: Callable[[], float]) -> None:
@@ -78,17 +89,16 @@ class Metrics:
             if trained_until is not None:
                 self._trained.set(trained_until)
 
-    def finish(
-        self, route: str, status: int, seconds: float, *, tasks: int, rows: int, size: int, version: str
-    ) -> None:
+    def finish(self, route: str, status: int, seconds: float, counted: Counted) -> None:
         """Count a request, and log it: no task, no address, no value."""
         self._requests.labels(route, str(status)).inc()
         self._latency.labels(route).observe(seconds)
-        self._tasks.inc(tasks)
-        self._rows.inc(rows)
+        self._tasks.inc(counted.tasks)
+        self._rows.inc(counted.rows)
         if self._log:
             entry = {"time": round(time.time(), 3), "route": route, "status": status, "ms": round(seconds * 1e3, 2)}
-            entry |= {"tasks": tasks, "rows": rows, "bytes": size, "version": version, "worker": self._worker}
+            entry |= {"tasks": counted.tasks, "rows": counted.rows, "bytes": counted.size}
+            entry |= {"version": counted.version, "worker": self._worker}
             print(json.dumps(entry), file=sys.stderr, flush=True)
 
     def note(self, sentence: str) -> None:
@@ -127,5 +137,5 @@ class _Workers:
 def page(families: Mapping[str, list[Family]]) -> bytes:
     """Return the page of `/metrics`, of what each worker counts."""
     registry = CollectorRegistry()
-    registry.register(_Workers(families))  # type: ignore[arg-type]
+    registry.register(_Workers(families))
     return generate_latest(registry)

@@ -62,14 +62,16 @@ class Columns:
     def of(cls, schema: DataSchema) -> Columns:
         """Return those of a schema."""
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
-        needed = {
-            part: tuple(c for c in schema.columns([*roles, *extra]) if c != schema.task)
-            for part, extra in (("support", ["label"]), ("candidates", []))
-        }
+        labelled: list[Role] = [*roles, "label"]
         all_roles: list[Role] = ["task", "label", "time", "item", "partition", "role"]
-        many = frozenset(f.name for f in schema.features if f.kind != "categorical")
-        known = frozenset(schema.columns([r for r in all_roles if getattr(schema, r) is not None]))
-        return cls(schema.task, needed["support"], needed["candidates"], schema.time, known | {schema.task}, many)
+        return cls(
+            task=schema.task,
+            support=tuple(name for name in schema.columns(labelled) if name != schema.task),
+            candidates=tuple(name for name in schema.columns(roles) if name != schema.task),
+            time=schema.time,
+            known=frozenset(schema.columns([role for role in all_roles if getattr(schema, role) is not None])),
+            many=frozenset(feature.name for feature in schema.features if feature.kind != "categorical"),
+        )
 
     def needed(self, part: str) -> tuple[str, ...]:
         """Return the columns that a part must have."""
@@ -142,13 +144,10 @@ def _merged(
     having = [(place, task[part]) for place, task in enumerate(tasks) if part in task]
     if not having:
         return None, [0] * len(tasks)
-    timed = (
-        columns.time is not None
-        and part == "support"
-        and isinstance(having[0][1], dict)
-        and columns.time in having[0][1]
-    )
-    wanted = [*columns.needed(part), *([columns.time] if timed and columns.time not in columns.needed(part) else [])]
+    wanted = list(columns.needed(part))
+    timed = any(isinstance(given, dict) and columns.time in given for _, given in having)
+    if part == "support" and timed and columns.time is not None and columns.time not in wanted:
+        wanted.append(columns.time)
     merged: dict[str, list[Any]] = {columns.task: [], **{name: [] for name in wanted}}
     counts = [0] * len(tasks)
     for place, given in having:

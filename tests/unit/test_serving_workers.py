@@ -20,7 +20,8 @@ import pytest
 from serving import Client, make_version, metrics_of, one_task
 
 from gmeta.config.serving import ServeConfig
-from gmeta.serving.server import Service, open_source
+from gmeta.serving.server import open_source
+from gmeta.serving.service import Service
 
 
 @pytest.fixture(scope="module")
