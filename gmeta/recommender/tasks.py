@@ -128,10 +128,10 @@ def task_digests(support: EncodedTables) -> list[bytes]:
         digest = xxhash.xxh3_128()
         for name, array in arrays.items():
             if name in ("ids", "dense", "label"):
-                digest.update(np.ascontiguousarray(array[start:end]))
+                digest.update(array[start:end].tobytes())
             elif name.endswith(".offsets"):
-                digest.update(np.diff(array[start : end + 1]))
-                digest.update(arrays[f"{name.removesuffix('.offsets')}.values"][array[start] : array[end]])
+                digest.update(np.diff(array[start : end + 1]).tobytes())
+                digest.update(arrays[f"{name.removesuffix('.offsets')}.values"][array[start] : array[end]].tobytes())
         digests.append(digest.digest())
     return digests
 
@@ -206,7 +206,7 @@ def _stacked(states: Sequence[TaskState]) -> FastWeights:
     sizes = [int(np.prod(shape)) for shape in layout.shapes]
     tensors = (
         part.reshape(count, *shape).to(dtype)
-        for part, shape, dtype in zip(flat.split(sizes, 1), layout.shapes, layout.dtypes, strict=True)
+        for part, shape, dtype in zip(torch.split(flat, sizes, 1), layout.shapes, layout.dtypes, strict=True)
     )
     pairs, deltas = {}, {}
     for table in states[0].rows:
@@ -233,7 +233,7 @@ def _padded(fast: FastWeights) -> FastWeights:
 def _by_task(pairs: Tensor, num_tasks: int) -> tuple[Tensor, ...]:
     """Return where each task's pairs are among [P, 2]."""
     order = pairs[:, 0].argsort(stable=True)
-    return order.split(torch.bincount(pairs[:, 0], minlength=num_tasks).tolist())
+    return torch.split(order, torch.bincount(pairs[:, 0], minlength=num_tasks).tolist())
 
 
 def _groups(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ def open_source(config: ServeConfig) -> Source:
     if config.bundle is not None:
         return FolderSource(Path(config.bundle))
     assert config.registry is not None
-    return RegistrySource(config.registry, Path(config.cache_dir), config.pin)
+    registry = import_module("gmeta.runs.registry").open_registry(config.registry)
+    return RegistrySource(registry, Path(config.cache_dir), config.pin)
 
 
 def serve(config: ServeConfig) -> int:

@@ -44,13 +44,21 @@ class FolderSource:
         return f"{manifest['xxh3']} {path} {(path / MANIFEST).stat().st_mtime_ns}", path
 
 
+class Registry(Protocol):
+    """What is asked of a registry."""
+
+    def current(self) -> Any:
+        """Return the pointer, which has a `version`; None where nothing is published."""
+
+    def fetch(self, version: int, cache: Path, *, training: bool) -> Path:
+        """Return a version's verified bundle below `cache`."""
+
+
 class RegistrySource:
-    """The current version of a registry, or the one that is pinned; fetched into `cache`, verified."""
+    """The current version of a registry, or the one that is pinned; fetched into `cache`."""
 
-    def __init__(self, url: str, cache: Path, pin: int | None) -> None:
-        from gmeta.runs.registry import open_registry
-
-        self._registry, self._cache, self._pin = open_registry(url), cache, pin
+    def __init__(self, registry: Registry, cache: Path, pin: int | None) -> None:
+        self._registry, self._cache, self._pin = registry, cache, pin
 
     def poll(self) -> tuple[str, Path] | None:
         """Return the version's number and its local folder."""
@@ -58,7 +66,7 @@ class RegistrySource:
         if number is None:
             pointer = self._registry.current()
             number = None if pointer is None else pointer.version
-        return None if number is None else (str(number), self._registry.fetch(number, self._cache))
+        return None if number is None else (str(number), self._registry.fetch(number, self._cache, training=False))
 
 
 @dataclass(frozen=True)

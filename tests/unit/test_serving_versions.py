@@ -14,6 +14,7 @@ import time
 import urllib.request
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ from serving import Client, columns, make_version, metrics_of, one_task, with_cl
 import gmeta
 from gmeta.data.schema import NumericColumn, parse_data_schema
 from gmeta.recommender import smoke
+from gmeta.serving.metrics import Metrics
+from gmeta.serving.versions import RegistrySource, Versions
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,39 @@ def test_a_state_that_no_longer_fits_has_expired(folder: Path, tmp_path: Path) -
         assert (answer.status_code, answer.json()["error"]["code"]) == (410, "state_expired")
 
     with_client(link, work)
+
+
+class FakeRegistry:
+    """Version n is the n-th bundle."""
+
+    def __init__(self, *bundles: Path) -> None:
+        self.bundles, self.pointer, self.fetched = bundles, 0, list[int]()
+
+    def current(self) -> Any:
+        return SimpleNamespace(version=self.pointer) if self.pointer else None
+
+    def fetch(self, version: int, cache: Path, *, training: bool) -> Path:
+        assert not training
+        self.fetched.append(version)
+        return self.bundles[version - 1]
+
+
+def test_a_registry_is_followed_back_and_forth(folder: Path, tmp_path: Path) -> None:
+    registry = FakeRegistry(folder / "v1", folder / "v2")
+    ids = [gmeta.load(folder / name).version for name in ("v1", "v2")]
+    source = RegistrySource(registry, tmp_path, None)
+    with pytest.raises(ValueError, match="there is no version to serve yet"):
+        Versions(source, Metrics(), trust_model=False, device="cpu")
+    registry.pointer = 1
+    versions = Versions(source, Metrics(), trust_model=False, device="cpu")
+    assert not versions.refresh()
+    for number in (2, 1, 2):
+        registry.pointer = number
+        assert versions.refresh()
+        assert versions.current.id == ids[number - 1]
+    pinned = Versions(RegistrySource(registry, tmp_path, 1), Metrics(), trust_model=False, device="cpu")
+    assert pinned.current.id == ids[0]
+    assert not pinned.refresh()
 
 
 def test_a_shadow_scores_what_was_answered(folder: Path) -> None:

@@ -215,23 +215,23 @@ class DirectEncoder:
 
     def _arrays(self, table: pa.Table, order: Array, *, support: bool) -> dict[str, Array] | None:
         label = self._label(table[self._schema.label]) if support else np.zeros(len(order), np.float32)
-        one_valued, bags = [], {}
-        for feature in self._schema.features:
-            if feature.kind == "categorical":
-                one_valued.append(self._one(feature, table[feature.name]))
-            else:
-                bags[feature.name] = self._many(feature, table[feature.name], order)
         dense = self._dense(table)
-        if any(part is None for part in (label, dense, *one_valued, *bags.values())):
+        if label is None or dense is None:
             return None
-        arrays = {
-            "ids": np.stack(one_valued, 1)[order] if one_valued else np.empty((len(order), 0), np.int32),
-            "dense": dense[order],
-            "label": label[order],
-        }
-        for name, bag in bags.items():
-            arrays[f"{name}.values"], arrays[f"{name}.offsets"] = bag
-        return arrays
+        one_valued: list[Array] = []
+        arrays: dict[str, Array] = {"dense": dense[order], "label": label[order]}
+        for feature in self._schema.features:
+            column = table[feature.name]
+            if feature.kind == "categorical":
+                if (ids := self._one(feature, column)) is None:
+                    return None
+                one_valued.append(ids)
+            else:
+                if (bag := self._many(feature, column, order)) is None:
+                    return None
+                arrays[f"{feature.name}.values"], arrays[f"{feature.name}.offsets"] = bag
+        ids = np.stack(one_valued, 1)[order] if one_valued else np.empty((len(order), 0), np.int32)
+        return {"ids": ids, **arrays}
 
     def _one(self, feature: RawFeature, column: pa.ChunkedArray) -> Array | None:
         values = _values(column)
@@ -292,7 +292,8 @@ class DirectEncoder:
             return values.astype(np.float32)
         if pa.types.is_float32(column.type):
             return (values.astype(np.float32) >= np.float32(self._threshold)).astype(np.float32)
-        return (values >= self._threshold).astype(np.float32)
+        reached: Array = (values >= self._threshold).astype(np.float32)
+        return reached
 
 
 # --------------------------------------------------------------------------------------------- columns
@@ -358,8 +359,8 @@ def _times(column: pa.ChunkedArray) -> Array | None:
     if column.null_count or not (_is_whole(kind) or pa.types.is_timestamp(kind) or pa.types.is_date32(kind)):
         return None
     if pa.types.is_timestamp(kind):
-        micros = column.cast(pa.int64()).to_numpy()
-        return micros // 1000 if kind.unit == "ns" else micros
+        moments: Array = column.cast(pa.int64()).to_numpy()
+        return moments // 1000 if kind.unit == "ns" else moments
     return np.asarray(column.cast(pa.int32() if pa.types.is_date32(kind) else pa.int64()).to_numpy())
 
 
