@@ -59,6 +59,7 @@ class RegistrySource:
 
     def __init__(self, registry: Registry, cache: Path, pin: int | None) -> None:
         self._registry, self._cache, self._pin = registry, cache, pin
+        self._fetched: tuple[int, Path] | None = None  # to fetch means to verify every byte
 
     def poll(self) -> tuple[str, Path] | None:
         """Return the version's number and its local folder."""
@@ -66,7 +67,11 @@ class RegistrySource:
         if number is None:
             pointer = self._registry.current()
             number = None if pointer is None else pointer.version
-        return None if number is None else (str(number), self._registry.fetch(number, self._cache, training=False))
+        if number is None:
+            return None
+        if self._fetched is None or self._fetched[0] != number:
+            self._fetched = (number, self._registry.fetch(number, self._cache, training=False))
+        return str(number), self._fetched[1]
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,9 @@ def test_a_registry_is_followed_back_and_forth(folder: Path, tmp_path: Path) -> 
     for number in (2, 1, 2):
         registry.pointer = number
         assert versions.refresh()
+        assert not versions.refresh()
         assert versions.current.id == ids[number - 1]
+    assert registry.fetched == [1, 2, 1, 2]  # once each time, however often it is looked
     pinned = Versions(RegistrySource(registry, tmp_path, 1), Metrics(), trust_model=False, device="cpu")
     assert pinned.current.id == ids[0]
     assert not pinned.refresh()
