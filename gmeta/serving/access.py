@@ -11,7 +11,7 @@ from fastapi import Request
 
 from gmeta.elastic.service import is_local
 from gmeta.elastic.tokens import make_token
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 
 ANYONE = "local"
 
@@ -43,15 +43,15 @@ class Access:
         self._digests = [hashlib.sha256(f"Bearer {token}".encode()).digest() for token in tokens]
 
     def owner(self, request: Request) -> str:
-        """Return the owner. Raises `Refusal`: 401 for a token that is missing or wrong, 403 for a foreign page.
+        """Return the owner. Raises `Declined`: 401 for a token that is missing or wrong, 403 for a foreign page.
 
         All tokens are compared, each in constant time.
         """
         if not self._digests:
             if is_local(request):
                 return ANYONE
-            raise Refusal(403, "not_local", "without a token, Host and Origin must be of this machine")
+            raise Declined(403, "not_local", "without a token, Host and Origin must be of this machine")
         given = hashlib.sha256(request.headers.get("authorization", "").encode()).digest()
         if not any([hmac.compare_digest(given, digest) for digest in self._digests]):  # noqa: C419
-            raise Refusal(401, "unauthorized", "the token is missing or wrong: send Authorization: Bearer TOKEN")
+            raise Declined(401, "unauthorized", "the token is missing or wrong: send Authorization: Bearer TOKEN")
         return given.hex()

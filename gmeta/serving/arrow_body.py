@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 
 _RECORD_BATCH, _DICTIONARY_BATCH = 3, 2  # of the union MessageHeader in Arrow's Message.fbs
 _PLAIN = (
@@ -24,7 +24,7 @@ _PLAIN = (
 def read_streams(body: bytes, most_bytes: int) -> Iterator[pa.Table]:
     """Yield the tables of Arrow IPC streams behind each other; compressed ones may hold `most_bytes` in all.
 
-    Raises `Refusal` for bytes that are none, types that a request does not need, and content that is too large.
+    Raises `Declined` for bytes that are none, types that a request does not need, and content that is too large.
     """
     budget = most_bytes
     reader = pa.BufferReader(body)
@@ -33,7 +33,7 @@ def read_streams(body: bytes, most_bytes: int) -> Iterator[pa.Table]:
         try:
             budget -= _content_bytes(pa.BufferReader(memoryview(body)[start:]))
             if budget < 0:
-                raise Refusal(
+                raise Declined(
                     413, "body_too_large", f"the Arrow body holds more than {most_bytes:,} bytes: send it in parts"
                 )
             stream = pa.ipc.open_stream(reader)
@@ -43,7 +43,7 @@ def read_streams(body: bytes, most_bytes: int) -> Iterator[pa.Table]:
             table.validate(full=True)
         except (pa.ArrowException, OSError, ValueError, struct.error, IndexError) as error:
             reason = str(error).partition("\n")[0]
-            raise Refusal(400, "invalid_arrow", f"the body is no Arrow stream ({reason})") from None
+            raise Declined(400, "invalid_arrow", f"the body is no Arrow stream ({reason})") from None
         yield _without_dictionaries(table, most_bytes)
 
 
@@ -105,7 +105,7 @@ def _require_plain(field: pa.Field) -> None:
     if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
         kind = kind.value_type
     if not any(test(kind) for test in _PLAIN):
-        raise Refusal(
+        raise Declined(
             422, "invalid_type", f"column {field.name!r} is of type {field.type}: send plain values, or lists of them"
         )
 
@@ -126,5 +126,5 @@ def _without_dictionaries(table: pa.Table, most_bytes: int) -> pa.Table:
                 )
             size += longest * len(column)
     if size > most_bytes:
-        raise Refusal(413, "body_too_large", f"the Arrow body's dictionaries stand for more than {most_bytes:,} bytes")
+        raise Declined(413, "body_too_large", f"the Arrow body's dictionaries stand for more than {most_bytes:,} bytes")
     return table

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 
 T = TypeVar("T")
 
@@ -62,19 +62,19 @@ class Batcher(Generic[T]):
     async def submit(self, job: T, size: int, timeout_s: float) -> None:
         """Have a job of so many tasks computed.
 
-        Raises `Refusal`: 503 for a full queue or at the end, 504 when it is late.
+        Raises `Declined`: 503 for a full queue or at the end, 504 when it is late.
         """
         if self._closed:
-            raise Refusal(503, "shutting_down", "the server is stopping: ask another", retry_after_s=1)
+            raise Declined(503, "shutting_down", "the server is stopping: ask another", retry_after_s=1)
         if len(self._queue) >= self._most_waiting:
-            raise Refusal(503, "queue_full", f"{len(self._queue)} requests wait already: try again", retry_after_s=1)
+            raise Declined(503, "queue_full", f"{len(self._queue)} requests wait already: try again", retry_after_s=1)
         waiting = Waiting(job, size, asyncio.get_running_loop().create_future())
         self._queue.append(waiting)
         self._filled.set()
         try:
             await asyncio.wait_for(waiting.done, timeout_s)
         except asyncio.TimeoutError:
-            raise Refusal(504, "timeout", f"the request was not computed within {timeout_s:g} s: try again") from None
+            raise Declined(504, "timeout", f"the request was not computed within {timeout_s:g} s: try again") from None
 
     async def _compute(self) -> None:
         loop = asyncio.get_running_loop()

@@ -19,21 +19,21 @@ from gmeta.data.schema import OOV
 from gmeta.data.tables import TableLike, as_arrow
 from gmeta.recommender.tasks import TaskState, adapt_tasks, encode, encode_together, score_tasks, task_digests
 from gmeta.serving.metrics import Metrics
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 from gmeta.serving.states import Kept, States
 from gmeta.serving.versions import Version, Versions
 from gmeta.serving.wire import Query
 
 
 @dataclass(eq=False)
-class Job:
+class ScoringJob:
     """What a request asks for, and the answer. `kept` are the rows of the states that it names, by task."""
 
     owner: str
     query: Query
     kept: dict[str, Kept] = field(default_factory=dict)
     keep: bool = False  # keep the support rows, and give ids of states
-    error: Refusal | None = None
+    error: Declined | None = None
     version: str = ""
     scores: NDArray[np.float64] | None = None  # of the candidates' rows
     states: dict[str, str] = field(default_factory=dict)  # task -> id
@@ -46,7 +46,7 @@ class _Part:
     """The support or the candidates of some jobs in one version's encoding: each job has a run of tasks and of rows."""
 
     table: EncodedTables
-    jobs: list[Job]
+    jobs: list[ScoringJob]
     tasks: list[slice]
     rows: list[slice]
 
@@ -57,10 +57,10 @@ class Engine:
     def __init__(self, versions: Versions, states: States, metrics: Metrics) -> None:
         self._versions, self._states, self._metrics = versions, states, metrics
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[ScoringJob]) -> None:
         """Compute jobs; each has its answer or its error then."""
         current = self._versions.current
-        by_version: dict[str, list[Job]] = {}
+        by_version: dict[str, list[ScoringJob]] = {}
         for job in jobs:
             by_version.setdefault(job.query.version or current.id, []).append(job)
         for name, of_version in by_version.items():
@@ -71,7 +71,7 @@ class Engine:
             else:
                 self._guarded(version, of_version)
 
-    def _guarded(self, version: Version, jobs: Sequence[Job]) -> None:
+    def _guarded(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
         """Compute jobs together; where one fails, each alone, so that only that one does."""
         try:
             self._pass(version, jobs)
@@ -81,12 +81,12 @@ class Engine:
                     if job.error is None:
                         self._guarded(version, [job])
             elif isinstance(error, ValueError):
-                jobs[0].error = Refusal(422, "bad_value", str(error))
+                jobs[0].error = Declined(422, "bad_value", str(error))
             else:
                 self._metrics.note(f"a request failed: {error!r}")
-                jobs[0].error = Refusal(500, "internal", "the server failed at this request: see its log")
+                jobs[0].error = Declined(500, "internal", "the server failed at this request: see its log")
 
-    def _pass(self, version: Version, jobs: Sequence[Job]) -> None:
+    def _pass(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
         with self._timed("encode"):
             supports = self._encoded(version, jobs, "support")
             candidates = self._encoded(version, [job for job in jobs if job.error is None], "candidates")
@@ -101,9 +101,11 @@ class Engine:
         for job in jobs:
             job.version = version.id
 
-    def _encoded(self, version: Version, jobs: Sequence[Job], role: Literal["support", "candidates"]) -> list[_Part]:
+    def _encoded(
+        self, version: Version, jobs: Sequence[ScoringJob], role: Literal["support", "candidates"]
+    ) -> list[_Part]:
         """Encode the rows of jobs, those that look alike together; a job whose rows cannot be used gets its error."""
-        alike: dict[object, list[tuple[Job, TableLike]]] = {}
+        alike: dict[object, list[tuple[ScoringJob, TableLike]]] = {}
         for job in jobs:
             table = job.query.support if role == "support" else job.query.candidates
             if table is not None:
@@ -119,7 +121,7 @@ class Engine:
                 try:
                     encoded = encode(version.rec, table, role)
                 except ValueError as error:
-                    job.error = Refusal(422, "bad_value", str(error))
+                    job.error = Declined(422, "bad_value", str(error))
                     continue
                 if encoded is not None:
                     parts.append(
@@ -127,10 +129,12 @@ class Engine:
                     )
         return parts
 
-    def _adapt(self, version: Version, parts: Sequence[_Part], jobs: Sequence[Job]) -> dict[tuple[Job, str], TaskState]:
+    def _adapt(
+        self, version: Version, parts: Sequence[_Part], jobs: Sequence[ScoringJob]
+    ) -> dict[tuple[ScoringJob, str], TaskState]:
         """Return the states of the jobs' tasks, of which those that are not remembered are adapted together."""
-        states: dict[tuple[Job, str], TaskState] = {}
-        wanted: list[tuple[int, Job, str, bytes]] = []
+        states: dict[tuple[ScoringJob, str], TaskState] = {}
+        wanted: list[tuple[int, ScoringJob, str, bytes]] = []
         tables, start = [], 0
         for part in [*parts, *self._kept(version, jobs, states)]:
             digests = task_digests(part.table)
@@ -154,7 +158,9 @@ class Engine:
             self._states.put(job.owner, key, version.id, digest, state, job.query.states.get(key, ""))
         return states
 
-    def _kept(self, version: Version, jobs: Sequence[Job], states: dict[tuple[Job, str], TaskState]) -> list[_Part]:
+    def _kept(
+        self, version: Version, jobs: Sequence[ScoringJob], states: dict[tuple[ScoringJob, str], TaskState]
+    ) -> list[_Part]:
         """Find the states of kept rows that are remembered; return the others' rows in this version's encoding."""
         parts = []
         for job in jobs:
@@ -170,10 +176,12 @@ class Engine:
                     parts.append(_Part(table, [job], [slice(0, 1)], [slice(0, len(table.query_row))]))
                 except ValueError:
                     reason = "the state's rows do not fit the version that serves now: send them again"
-                    job.error = Refusal(410, "state_expired", reason)
+                    job.error = Declined(410, "state_expired", reason)
         return parts
 
-    def _score(self, version: Version, parts: Sequence[_Part], states: Mapping[tuple[Job, str], TaskState]) -> None:
+    def _score(
+        self, version: Version, parts: Sequence[_Part], states: Mapping[tuple[ScoringJob, str], TaskState]
+    ) -> None:
         of_tables = []
         for part in parts:
             of_tables.append([version.nothing] * len(part.table.keys))
@@ -182,7 +190,7 @@ class Engine:
                 of_tables[-1][tasks] = [states.get((job, key), version.nothing) for key in keys]
                 if strange := job.kept.keys() - set(keys):
                     reason = f"{len(strange)} states are of tasks without candidates"
-                    job.error = job.error or Refusal(422, "state_without_candidates", reason)
+                    job.error = job.error or Declined(422, "state_without_candidates", reason)
         tables = [part.table for part in parts]
         for part, scores in zip(parts, score_tasks(version.rec, tables, of_tables), strict=True):
             for job, rows in zip(part.jobs, part.rows, strict=True):
@@ -190,7 +198,7 @@ class Engine:
         self._metrics.count_ids(*_unknown(tables))
 
     def _keep(
-        self, version: Version, job: Job, keys: Sequence[str], states: Mapping[tuple[Job, str], TaskState]
+        self, version: Version, job: ScoringJob, keys: Sequence[str], states: Mapping[tuple[ScoringJob, str], TaskState]
     ) -> None:
         assert job.query.support is not None
         try:
@@ -198,16 +206,16 @@ class Engine:
                 job.states[key] = self._states.new_id(job.owner)
                 self._states.keep(job.owner, job.states[key], Kept(key, rows, {version.id: job.digests[key]}))
                 job.num_support[key] = states[job, key].num_support
-        except Refusal as refusal:
+        except Declined as refusal:
             job.error = refusal
 
-    def shadow(self, jobs: Sequence[Job]) -> None:
+    def shadow(self, jobs: Sequence[ScoringJob]) -> None:
         """Score answered jobs with the shadow version, and tell how far its scores are off."""
         version = self._versions.shadow
         answered = [job for job in jobs if job.scores is not None]
         if version is None or not answered:
             return
-        again = [Job(job.owner, job.query, job.kept) for job in answered]
+        again = [ScoringJob(job.owner, job.query, job.kept) for job in answered]
         self._guarded(version, again)  # which raises nothing
         for job, other in zip(answered, again, strict=True):
             if other.scores is not None and job.scores is not None:
@@ -250,5 +258,5 @@ def _looks(table: TableLike) -> object:
     return tuple((name, type(values[0])) for name, values in table.items())
 
 
-def _unknown_version(name: str, names: Sequence[str]) -> Refusal:
-    return Refusal(404, "unknown_version", f"version {name!r} is not served; there is: {', '.join(names)}")
+def _unknown_version(name: str, names: Sequence[str]) -> Declined:
+    return Declined(404, "unknown_version", f"version {name!r} is not served; there is: {', '.join(names)}")

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 
 from gmeta.serving.metrics import Family, Metrics
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 from gmeta.serving.states import Kept, States
 
 _TIMEOUT_S = 5.0
@@ -48,7 +48,7 @@ class Peers:
         return self._folder / f"worker-{worker}.sock"
 
     async def find(self, owner: str, state_id: str) -> Kept:
-        """Return the kept rows of a state, whoever has them. Raises `Refusal` as `States.find` does."""
+        """Return the kept rows of a state, whoever has them. Raises `Declined` as `States.find` does."""
         worker = self._states.worker_of(owner, state_id)
         if worker == self._own or worker >= self._count:
             return self._states.find(owner, state_id)
@@ -57,7 +57,7 @@ class Peers:
         return Kept(head["key"], support, {name: bytes.fromhex(digest) for name, digest in head["digests"].items()})
 
     async def erase(self, owner: str, state_id: str) -> None:
-        """Erase a state everywhere. Raises `Refusal` as `States.find` does, and 503 where a worker does not answer."""
+        """Erase a state everywhere. Raises `Declined` as `States.find` does, and 503 where a worker does not answer."""
         key = (await self.find(owner, state_id)).key
         self._states.erase(owner, state_id, key)
         message = {"ask": "erase", "owner": owner, "id": state_id, "key": key}
@@ -69,7 +69,7 @@ class Peers:
         for worker in self._others:
             try:
                 head, _ = await self._ask(worker, {"ask": "metrics"})
-            except Refusal:
+            except Declined:
                 continue
             found[str(worker)] = head["families"]
         return found
@@ -82,7 +82,7 @@ class Peers:
         try:
             return await asyncio.wait_for(self._exchange(worker, message), _TIMEOUT_S)
         except (OSError, EOFError, asyncio.TimeoutError):
-            raise Refusal(
+            raise Declined(
                 503, "worker_gone", "the worker that has the state does not answer", retry_after_s=1
             ) from None
 
@@ -94,7 +94,7 @@ class Peers:
         finally:
             writer.close()
         if "refused" in head:
-            raise Refusal(*head["refused"])
+            raise Declined(*head["refused"])
         return head, content
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -102,7 +102,7 @@ class Peers:
             message, _ = await _receive(reader)
             try:
                 head, content = self._answer(message)
-            except Refusal as refusal:
+            except Declined as refusal:
                 head, content = {"refused": [refusal.status, refusal.code, refusal.message]}, b""
             await _send(writer, head, content)
         except (OSError, EOFError):  # whoever asked is gone

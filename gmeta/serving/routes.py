@@ -11,17 +11,17 @@ from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
 from starlette.requests import ClientDisconnect
 
-from gmeta.serving.engine import Job
+from gmeta.serving.engine import ScoringJob
 from gmeta.serving.infer import answer, metadata, query_of_infer
 from gmeta.serving.metrics import Counted, page
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 from gmeta.serving.service import Service
 from gmeta.serving.wire import Query, parse_json, query_of_arrow, query_of_json
 
 JSON = "application/json"
 ARROW = "application/vnd.apache.arrow.stream"
 
-Handler = Callable[[Request, str, Counted], Awaitable[Response]]
+RouteHandler = Callable[[Request, str, Counted], Awaitable[Response]]
 """Answers a request of an owner, and tells what to count."""
 
 
@@ -50,20 +50,20 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _answered(service: Service, route: str, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def _answered(service: Service, route: str, handler: RouteHandler) -> Callable[[Request], Awaitable[Response]]:
     """Return an endpoint that checks the token, counts the request, and turns errors into answers."""
 
     async def endpoint(request: Request) -> Response:
         start, counted = time.perf_counter(), Counted()
         try:
             response = await handler(request, service.access.owner(request), counted)
-        except Refusal as refusal:
+        except Declined as refusal:
             response = _json(refusal.body, refusal.status, refusal.headers)
         except ClientDisconnect:
-            response = _json(Refusal(400, "cut_off", "the request was cut off").body, 400)
+            response = _json(Declined(400, "cut_off", "the request was cut off").body, 400)
         except Exception as error:
             service.metrics.note(f"a fault at {route}: {error!r}")
-            response = _json(Refusal(500, "internal", "the server failed at this request: see its log").body, 500)
+            response = _json(Declined(500, "internal", "the server failed at this request: see its log").body, 500)
         service.metrics.finish(route, response.status_code, time.perf_counter() - start, counted)
         return response
 
@@ -79,7 +79,7 @@ class Routes:
     async def score(self, request: Request, owner: str, counted: Counted) -> Response:
         """Score candidates."""
         query, in_arrow = await self._query(request, counted, scoring=True)
-        job = await self._service.compute(Job(owner, query), counted)
+        job = await self._service.compute(ScoringJob(owner, query), counted)
         assert job.scores is not None
         if in_arrow:
             return _arrow({"score": job.scores}, job.version)
@@ -92,7 +92,7 @@ class Routes:
     async def adapt(self, request: Request, owner: str, counted: Counted) -> Response:
         """Adapt to support rows, and keep them."""
         query, in_arrow = await self._query(request, counted, scoring=False)
-        job = await self._service.compute(Job(owner, query, keep=True), counted)
+        job = await self._service.compute(ScoringJob(owner, query, keep=True), counted)
         keys = list(job.states)
         states, num_support = [job.states[key] for key in keys], [job.num_support[key] for key in keys]
         if in_arrow:
@@ -118,7 +118,7 @@ class Routes:
         self._require_model(request)
         document = parse_json(await self._body(request, counted, (JSON,)))
         query = query_of_infer(document, service.versions.current.columns, service.limits)
-        job = await service.compute(Job(owner, query), counted)
+        job = await service.compute(ScoringJob(owner, query), counted)
         assert job.scores is not None
         return _json(answer(service.config.name, job.version, document.get("id"), job.scores))
 
@@ -144,7 +144,7 @@ class Routes:
     def _require_model(self, request: Request) -> None:
         name = self._service.config.name
         if request.path_params["model"] != name:
-            raise Refusal(404, "unknown_model", f"there is one model here: {name}")
+            raise Declined(404, "unknown_model", f"there is one model here: {name}")
 
     async def _query(self, request: Request, counted: Counted, *, scoring: bool) -> tuple[Query, bool]:
         """Return what a request asks for, and whether it is in Arrow."""
@@ -161,11 +161,11 @@ class Routes:
         return query, in_arrow
 
     async def _body(self, request: Request, counted: Counted, types: tuple[str, ...]) -> bytes:
-        """Return a request's body. Raises `Refusal`: 415 for another type, 413 for one that is too large."""
+        """Return a request's body. Raises `Declined`: 415 for another type, 413 for one that is too large."""
         kind, most = _content_type(request), self._service.limits.body_bytes
         if kind not in types:  # which no page of another origin can send without asking first
-            raise Refusal(415, "unsupported_type", f"the content type is {kind!r}: it must be {' or '.join(types)}")
-        too_large = Refusal(413, "body_too_large", f"the body is larger than {most:,} bytes: send it in parts")
+            raise Declined(415, "unsupported_type", f"the content type is {kind!r}: it must be {' or '.join(types)}")
+        too_large = Declined(413, "body_too_large", f"the body is larger than {most:,} bytes: send it in parts")
         declared = request.headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > most:
             raise too_large

@@ -19,7 +19,7 @@ try:
     from gmeta.serving.routes import create_app
     from gmeta.serving.service import Service
     from gmeta.serving.versions import FolderSource, RegistrySource, Source
-    from gmeta.serving.workers import Worker, run_workers
+    from gmeta.serving.workers import ServerWorker, run_workers
 except ImportError as error:
     raise ValueError(
         f"gmeta serve needs packages that are not here ({error}): pip install 'gmeta[serve]', or '.[serve]' in a clone"
@@ -51,12 +51,12 @@ def serve(config: ServeConfig) -> int:
     with contextlib.closing(listen(config.host, config.port)) as bound:
         if config.workers > 1:
             return run_workers(config, tokens, bound, _work)
-        worker = Worker(config, tokens, secrets.token_bytes(32), 0, "", bound)
+        worker = ServerWorker(config, tokens, secrets.token_bytes(32), 0, "", bound)
         _work(worker, lambda version: print(f"serves {version} on {url_of(bound)}", flush=True))
     return 0
 
 
-def _work(worker: Worker, tell: Callable[[str], None]) -> None:
+def _work(worker: ServerWorker, tell: Callable[[str], None]) -> None:
     """Serve as one of the workers."""
     torch.set_num_threads(1)  # a pass is many small products, which threads slow down
     sys.setswitchinterval(_SWITCH_S)

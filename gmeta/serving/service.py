@@ -12,13 +12,13 @@ from fastapi import FastAPI
 from gmeta.config.serving import ServeConfig
 from gmeta.serving.access import Access
 from gmeta.serving.batcher import Batcher
-from gmeta.serving.engine import Engine, Job
+from gmeta.serving.engine import Engine, ScoringJob
 from gmeta.serving.metrics import Counted, Metrics
 from gmeta.serving.peers import Peers
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 from gmeta.serving.states import Kept, States
 from gmeta.serving.versions import Source, Versions
-from gmeta.serving.wire import Limits
+from gmeta.serving.wire import RequestLimits
 
 _ROWS_OF_TASK = 200
 """A request of few tasks with very many rows counts as more tasks: a pass takes only so many."""
@@ -47,11 +47,11 @@ class Service:
             shadow=None if config.shadow is None else Path(config.shadow),
         )
         self.access = Access(tokens)
-        self.limits = Limits(config.max_body_mb * 2**20, config.max_rows, config.max_tasks, config.max_list)
+        self.limits = RequestLimits(config.max_body_mb * 2**20, config.max_rows, config.max_tasks, config.max_list)
         self.states = States(worker=worker, secret=secret, most_bytes=config.state_mb * 2**20, ttl_s=config.state_ttl_s)
         self.engine = Engine(self.versions, self.states, self.metrics)
         self.peers = Peers(worker, config.workers, Path(sockets), self.states, self.metrics)
-        self.batcher: Batcher[Job] | None = None
+        self.batcher: Batcher[ScoringJob] | None = None
         self.stopping = False
         self.metrics.watch("gmeta_waiting_requests", "Requests in the queue.", lambda: len(self.batcher or ()))
         self.metrics.watch("gmeta_state_bytes", "Bytes of states and kept rows.", lambda: self.states.nbytes)
@@ -84,8 +84,8 @@ class Service:
             except Exception as error:  # the version that serves goes on
                 self.metrics.note(f"a fault while looking for a new version: {error!r}")
 
-    async def compute(self, job: Job, counted: Counted) -> Job:
-        """Have a job computed. Raises its `Refusal`."""
+    async def compute(self, job: ScoringJob, counted: Counted) -> ScoringJob:
+        """Have a job computed. Raises its `Declined`."""
         assert self.batcher is not None
         counted.tasks, counted.rows = job.query.num_tasks, job.query.num_rows
         job.kept = {key: await self.find(job.owner, key, state_id) for key, state_id in job.query.states.items()}
@@ -97,8 +97,8 @@ class Service:
         return job
 
     async def find(self, owner: str, key: str, state_id: str) -> Kept:
-        """Return the kept rows of a state. Raises `Refusal` for one of another task, too."""
+        """Return the kept rows of a state. Raises `Declined` for one of another task, too."""
         kept = await self.peers.find(owner, state_id)
         if kept.key != key:
-            raise Refusal(422, "state_of_another_task", "the state is of another task than the one that names it")
+            raise Declined(422, "state_of_another_task", "the state is of another task than the one that names it")
         return kept

@@ -19,7 +19,7 @@ import pyarrow as pa
 from cachetools import TTLCache
 
 from gmeta.recommender.tasks import TaskState
-from gmeta.serving.refusal import Refusal
+from gmeta.serving.refusal import Declined
 
 _ID = re.compile(r"[0-9a-f]{2}[0-9a-f]{32}[0-9a-f]{32}")
 _OVERHEAD = 512
@@ -64,26 +64,26 @@ class States:
         return head + self._code(owner, head)
 
     def worker_of(self, owner: str, state_id: str) -> int:
-        """Return which worker made an id. Raises `Refusal` (404) for one that was not made here for this client."""
+        """Return which worker made an id. Raises `Declined` (404) for one that was not made here for this client."""
         head, code = state_id[:34], state_id[34:]
         if not _ID.fullmatch(state_id) or not hmac.compare_digest(code, self._code(owner, head)):
-            raise Refusal(404, "unknown_state", "there is no such state: adapt again, and use the id that is returned")
+            raise Declined(404, "unknown_state", "there is no such state: adapt again, and use the id that is returned")
         return int(state_id[:2], 16)
 
     def _code(self, owner: str, head: str) -> str:
         return hmac.new(self._secret, f"{owner}|{head}".encode(), hashlib.sha256).hexdigest()[:32]
 
     def keep(self, owner: str, state_id: str, kept: Kept) -> None:
-        """Keep the support rows of a task. Raises `Refusal` where they are larger than the budget."""
+        """Keep the support rows of a task. Raises `Declined` where they are larger than the budget."""
         self._put(("kept", owner, state_id), kept)
 
     def find(self, owner: str, state_id: str) -> Kept:
-        """Return kept rows. Raises `Refusal`: 404 for an unknown id, 410 for one whose rows are gone."""
+        """Return kept rows. Raises `Declined`: 404 for an unknown id, 410 for one whose rows are gone."""
         self.worker_of(owner, state_id)
         with self._lock:
             found = self._cache.get(("kept", owner, state_id))
         if not isinstance(found, Kept):
-            raise Refusal(410, "state_expired", "the state has expired: send the support rows again")
+            raise Declined(410, "state_expired", "the state has expired: send the support rows again")
         return found
 
     def state(self, owner: str, key: str, version: str, digest: bytes) -> TaskState | None:
@@ -98,7 +98,7 @@ class States:
             return
         try:
             self._put(("state", owner, key, version, digest.hex()), state)
-        except Refusal:
+        except Declined:
             return
 
     def _put(self, entry: Entry, value: Kept | TaskState) -> None:
@@ -106,7 +106,7 @@ class States:
             try:
                 self._cache[entry] = value
             except ValueError:
-                raise Refusal(
+                raise Declined(
                     413, "state_too_large", "the support rows are larger than what a state may take"
                 ) from None
 

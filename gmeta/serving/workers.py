@@ -22,7 +22,7 @@ from gmeta.elastic.service import url_of
 
 
 @dataclass(frozen=True)
-class Worker:
+class ServerWorker:
     """What a worker process is told."""
 
     config: ServeConfig
@@ -33,7 +33,7 @@ class Worker:
     bound: socket.socket
 
 
-Work = Callable[[Worker, Callable[[str], None]], None]
+Work = Callable[[ServerWorker, Callable[[str], None]], None]
 """Serves, once it has told the version that it serves."""
 
 
@@ -49,7 +49,7 @@ def run_workers(config: ServeConfig, tokens: list[str], bound: socket.socket, wo
 
     def start(number: int) -> None:
         heard, told = context.Pipe(duplex=False)
-        worker = Worker(config, tokens, secret, number, folder, bound)
+        worker = ServerWorker(config, tokens, secret, number, folder, bound)
         process = context.Process(target=_work, args=(worker, told, work), daemon=True)
         process.start()
         told.close()
@@ -102,7 +102,7 @@ def _stop(processes: list[BaseProcess], timeout_s: float) -> None:
             process.join()
 
 
-def _work(worker: Worker, told: Connection, work: Work) -> None:
+def _work(worker: ServerWorker, told: Connection, work: Work) -> None:
     """Run in the process of a worker; it ends with the process that started it."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:

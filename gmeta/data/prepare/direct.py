@@ -290,10 +290,11 @@ class DirectEncoder:
             return None
         if self._threshold is None:
             return values.astype(np.float32)
-        if pa.types.is_float32(column.type):
-            return (values.astype(np.float32) >= np.float32(self._threshold)).astype(np.float32)
-        reached: Array = (values >= self._threshold).astype(np.float32)
-        return reached
+        single = pa.types.is_float32(column.type)  # which is compared in its own type
+        reached: Array = (
+            values.astype(np.float32) >= np.float32(self._threshold) if single else values >= self._threshold
+        )
+        return reached.astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------- columns
