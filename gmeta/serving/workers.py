@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 
 from gmeta.config.serving import ServeConfig
 from gmeta.elastic.service import url_of
+from gmeta.parallel.launch import leave
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,11 @@ def _work(worker: ServerWorker, told: Connection, work: Work) -> None:
     threading.Thread(target=_follow_parent, daemon=True).start()
     try:
         work(worker, lambda version: told.send_bytes(version.encode()))
+        code = 0
     except ValueError as error:
         print(f"gmeta serve: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        code = 2
+    leave(code)
 
 
 def _follow_parent() -> None:
