@@ -28,6 +28,7 @@ from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.registry import DeltaConfig, PublishConfig, RegistryConfig
+from gmeta.config.serving import ServeConfig
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
@@ -98,6 +99,12 @@ def _predict(config: PredictConfig) -> int:
     from gmeta.serving.predict import predict
 
     return predict(config)
+
+
+def _serve(config: ServeConfig) -> int:
+    from gmeta.serving.server import serve
+
+    return serve(config)
 
 
 def _bundle(config: BundleConfig) -> int:
@@ -249,6 +256,7 @@ COMMANDS: dict[str, Command] = {
     "registry": Command(
         RegistryConfig, _registry, bare="do", bare_usage="list|show|rollback|pin|unpin|prune|fetch [N]"
     ),
+    "serve": Command(ServeConfig, _serve),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

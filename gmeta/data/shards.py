@@ -158,7 +158,7 @@ class TaskRows:
     def __len__(self) -> int:
         return len(self.task_id)
 
-    def __getitem__(self, tasks: slice) -> TaskRows:
+    def __getitem__(self, tasks: slice | Array) -> TaskRows:
         return TaskRows(
             self.task_id[tasks], self.shard[tasks], self.start[tasks], self.num_support[tasks], self.num_rows[tasks]
         )
@@ -293,6 +293,25 @@ class PackSplit:
     def followed_by(self, other: PackSplit) -> PackSplit:
         """Return these tasks, and behind them in the numbering those of another pack of the same columns."""
         return PackSplit(self.name, [*self._shards, *other._shards], self._schema)
+
+    def sample(self, num_tasks: int, most_rows: int) -> dict[str, Array]:
+        """Return the first tasks of the first shard that have at most so many rows each, as the arrays of a shard."""
+        if not self._shards:
+            return {}
+        shard = self._shards[0]
+        start = shard.read("row_start")
+        size = np.diff(start, append=shard.num_rows)
+        tasks = np.flatnonzero(size <= most_rows)[:num_tasks]
+        rows = _ranges(start[tasks], size[tasks])
+        arrays = {name: shard.read(name)[rows] for name in ("ids", "dense", "label", "item_cold")}
+        arrays |= {name: shard.read(name)[tasks] for name in ("task_id", "num_support")}
+        arrays["row_start"] = np.cumsum(size[tasks]) - size[tasks]
+        for name in self._many_valued:
+            offsets = shard.read(f"{name}.offsets")
+            length = offsets[rows + 1] - offsets[rows]
+            arrays[f"{name}.values"] = shard.read(f"{name}.values")[_ranges(offsets[rows], length)]
+            arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
+        return arrays
 
     def verify(self) -> None:
         """Verify every shard's checksum. Raises ValueError with the name of a damaged one."""

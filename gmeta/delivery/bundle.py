@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -10,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from torch import Tensor
 
 from gmeta.config.data import HISTORY_ROWS
@@ -21,8 +19,9 @@ from gmeta.data.prepare.base import IN_BUNDLE, INCREMENT
 from gmeta.data.prepare.history import TASKS, history_of_pack
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import verified_file
+from gmeta.delivery.smoke import add_smoke
 from gmeta.embedding.table import FusedTable, ShardedTables
-from gmeta.models.registry import find_model, is_foreign
+from gmeta.models.registry import is_foreign, source_hash
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import new_learner, require_trusted, row_dtype, table_specs
 from gmeta.runs import checkpoint
@@ -64,15 +63,16 @@ def make_bundle(config: BundleConfig) -> Bundle:
             state = checkpoint.read_state(path)
             writer.add_json(f"{TRAINING}state.json", {key: state[key] for key in _STATE})
         model = trained.model.name
-        return writer.finish(
-            {
-                "id": f"{read_run_id(run_dir)}/{step}",
-                "parent": _parent(trained),
-                "step": step,
-                "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
-                **_day(pack),
-            }
-        )
+        manifest = {
+            "id": f"{read_run_id(run_dir)}/{step}",
+            "parent": _parent(trained),
+            "step": step,
+            "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
+            **_day(pack),
+        }
+        if pack is not None:
+            add_smoke(writer, pack, manifest)
+        return writer.finish(manifest)
 
 
 def _own_pack(run_dir: Path, trained: TrainConfig) -> tuple[TaskPack | None, str]:
@@ -115,16 +115,6 @@ def _add_increment(writer: BundleWriter, pack: TaskPack) -> None:
         rows = 0 if pack.manifest["settings"].get("task_split") == "column" else HISTORY_ROWS
         writer.add_made(IN_BUNDLE, partial(history_of_pack, pack, rows=rows))
     writer.add_file(pack.path / "manifest.json", f"{IN_BUNDLE}/manifest.json")
-
-
-def source_hash(name: str) -> str:
-    """Return a checksum of the file that a model's code is in."""
-    file = inspect.getsourcefile(inspect.unwrap(find_model(name)))
-    if file is None:
-        raise ValueError(
-            f"model {name} has no source file: write it into a module, so that a version can name its code"
-        )
-    return xxhash.xxh3_64(Path(file).read_bytes()).hexdigest()
 
 
 def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) -> None:

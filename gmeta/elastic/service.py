@@ -65,7 +65,7 @@ def create_app(coordinator: Coordinator, token: str | None) -> FastAPI:
     app = FastAPI(title="gmeta coordinator", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
 
     def barred(request: Request) -> Response | None:
-        if token is None and not _is_local(request):
+        if token is None and not is_local(request):
             metrics.errors[403] += 1
             return _error(403, "without a token, Host and Origin must be of this machine: use http://127.0.0.1:PORT")
         if token is None or _authorized(request, token):
@@ -110,7 +110,7 @@ async def _tick(coordinator: Coordinator) -> None:
         await asyncio.sleep(_TICK_S)
 
 
-def _is_local(request: Request) -> bool:
+def is_local(request: Request) -> bool:
     """Whether a request names this machine by itself, not by a name that anyone can point to it, and is from no page of
     another origin.
     """
@@ -256,16 +256,29 @@ def _guard(config: uvicorn.Config, guard: Guard) -> None:
 
 def serve(coordinator: Coordinator, bound: socket.socket, token: str | None) -> None:
     """Serve until SIGTERM or Ctrl-C."""
+    print(f"listening on {url_of(bound)}", flush=True)
+    run_app(create_app(coordinator, token), bound)
+
+
+def url_of(bound: socket.socket) -> str:
+    """Return where a listening socket is reached."""
     host, port = bound.getsockname()[:2]
-    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def run_app(app: FastAPI, bound: socket.socket, *, graceful_s: int = 5) -> None:
+    """Serve an app until SIGTERM or Ctrl-C, within the descriptors that there are.
+
+    Requests that are being answered then have `graceful_s` seconds.
+    """
     config = uvicorn.Config(
-        create_app(coordinator, token),
+        app,
         log_level="warning",
         access_log=False,
         server_header=False,  # a client spends most of its time on parsing headers
         date_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,
+        timeout_graceful_shutdown=graceful_s,
         backlog=BACKLOG,
         timeout_notify=1,
         callback_notify=lambda: sweep(),

@@ -60,6 +60,7 @@ class FusedTable:
     init_std: float | None
     dtype: torch.dtype
     optimizer: str | None
+    in_order: bool = False  # requests name rows by key, without the permutation: whoever reads them has them so
 
     @property
     def dim(self) -> int:

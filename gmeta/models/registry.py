@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
@@ -99,6 +100,16 @@ def can_be_found(name: str) -> bool:
 def is_foreign(name: str) -> bool:
     """Say whether a name makes gmeta import code that is not its own."""
     return name not in MODELS
+
+
+def source_hash(name: str) -> str:
+    """Return a checksum of the file that a model's code is in."""
+    file = inspect.getsourcefile(inspect.unwrap(find_model(name)))
+    if file is None:
+        raise ValueError(
+            f"model {name} has no source file: write it into a module, so that a version can name its code"
+        )
+    return xxhash.xxh3_64(Path(file).read_bytes()).hexdigest()
 
 
 def resolved_args(factory: ModelFactory, args: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from gmeta.models.registry import (
 )
 from gmeta.parallel.collectives import fill_from_rank_0
 from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.mapped import MappedRows
 from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import is_bundle, open_bundle
@@ -193,13 +195,20 @@ def build_learner(
 
 
 def load_system(
-    source: Path, which: str, mesh: Mesh, *, factory: ModelFactory | None = None, trust_model: bool = False
+    source: Path,
+    which: str,
+    mesh: Mesh,
+    *,
+    factory: ModelFactory | None = None,
+    trust_model: bool = False,
+    mapped: bool = False,
 ) -> tuple[System, TrainConfig, int]:
     """Build the system of a run's checkpoint `which`, or of a bundle, and load it without optimizer state; collective.
     Return them with the step.
 
     Which packs it can read, `runs.data` says. A run that names a model of somebody's own is opened with `factory`, or
-    with `trust_model`, which imports what the run names. Raises ValueError otherwise.
+    with `trust_model`, which imports what the run names. With `mapped` a bundle's rows stay in its files. Raises
+    ValueError otherwise.
     """
     config = read_config(source)
     schema, _ = read_schema(source)
@@ -209,9 +218,11 @@ def load_system(
         _compare_names(config.model.name, name_of(factory))
     if is_bundle(source):
         bundle = open_bundle(source)
-        system = build_system(config, schema, mesh, factory=factory, training=False)
-        bundle.fill_tables(system.tables)
-        dense = {name: tensor for name, tensor in system.tensors().items() if not name.startswith("tables.")}
+        exchange: MakeExchange = partial(MappedRows, bundle) if mapped else RowExchange
+        system = build_system(config, schema, mesh, factory=factory, exchange=exchange, training=False)
+        if not mapped:
+            bundle.fill_tables(system.tables)
+        dense = system.dense_tensors()
         checkpoint.load_tensors(source, dense, mesh)
         return system, config, bundle.step
     path = open_checkpoint(source, which, mesh)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 import xxhash
 from numpy.typing import NDArray
@@ -45,13 +46,15 @@ def load(
     trust_model: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     cache: str | os.PathLike[str] = CACHE,
+    mapped: bool = False,
 ) -> Recommender:
     """Load a trained run or a bundle: weights, tables and vocabularies, without optimizer state.
 
     `run` is a run directory, what `gmeta.train` returned, a bundle, or a version of a registry, `REGISTRY/current` or
     `REGISTRY/<n>`, which is fetched to the folder `cache`; `checkpoint` is best, last or a step number of a run.
     One whose model is not gmeta's own is opened with `model`, its class, or with `trust_model`, which imports what it
-    names.
+    names. With `mapped` a bundle's rows are read from its files when they are asked for, in memory that processes
+    share; the states of it fit no other.
 
     Raises ValueError for what is missing, damaged, or not trusted.
     """
@@ -59,7 +62,8 @@ def load(
     run = fetch_named(os.fspath(run), Path(cache).expanduser()) or run
     if is_bundle(Path(run)):
         require(checkpoint == "best", "checkpoint", checkpoint, "a bundle is one version: leave it out")
-        return Recommender(Path(run), "", factory=model, trust_model=trust_model, mesh=mesh)
+        return Recommender(Path(run), "", factory=model, trust_model=trust_model, mesh=mesh, mapped=mapped)
+    require(not mapped, "mapped", mapped, "only a bundle can be: make one with `gmeta bundle`")
     read_settings(Path(run))  # a path that is no run is told of first
     attempts = 3
     while True:
@@ -77,17 +81,28 @@ class Recommender:
     """A trained model, ready to adapt: `rec.adapt(support).predict(candidates)`. Values are raw, as in the logs."""
 
     def __init__(
-        self, source: Path, which: str, *, factory: ModelFactory | None, trust_model: bool, mesh: Mesh
+        self,
+        source: Path,
+        which: str,
+        *,
+        factory: ModelFactory | None,
+        trust_model: bool,
+        mesh: Mesh,
+        mapped: bool = False,
     ) -> None:
         require_own_vocabularies(source)
         self.source = source
-        self.system, self.config, step = load_system(source, which, mesh, factory=factory, trust_model=trust_model)
+        self.system, self.config, step = load_system(
+            source, which, mesh, factory=factory, trust_model=trust_model, mapped=mapped
+        )
         self.system.learner.eval()
         schema, data_schema = read_schema(source)
         self.schema: PackSchema = schema
         self._data_schema = data_schema_from_json(data_schema)
         self._encoder = Encoder(data_schema, source / "vocab", schema)
         self.version = read_manifest(source)["id"] if is_bundle(source) else f"{read_run_id(source)}/{step}"
+        if mapped:
+            self.version += " mapped"
 
     def adapt(self, support: TableLike) -> AdaptedTasks:
         """Adapt to every task of a table of labelled examples: a user's ratings, say.
@@ -108,7 +123,7 @@ class Recommender:
         for tasks in _chunks(at.num_support, at.num_query):
             examples, _, _ = split.gather(at[tasks])
             parts.append(self._adapt(examples))
-            _require_finite(parts[-1], encoded.keys[tasks])
+            require_finite(parts[-1], encoded.keys[tasks])
         return AdaptedTasks(self, tuple(encoded.keys), at.num_support, tuple(parts))
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
@@ -128,16 +143,18 @@ class Recommender:
 
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
-        schema = self._data_schema
-        roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         if has_no_columns(table):
             return None
+        found = self._arrow(table, role)
+        return self._encoder.table(found, role) if found.num_rows else None
+
+    def _arrow(self, table: TableLike, role: Literal["support", "candidates"]) -> pa.Table:
+        """Return the columns of a table that the encoding needs."""
+        schema = self._data_schema
+        roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         support = role == "support"
         needed = schema.columns([*roles, "label"] if support else roles)
-        found = as_arrow(table, role, needed, [schema.time] if support and schema.time else [])
-        if found.num_rows == 0:
-            return None
-        return self._encoder.table(found, role)
+        return as_arrow(table, role, needed, [schema.time] if support and schema.time else [])
 
     def _rows(self, encoded: EncodedTables) -> TaskRows:
         """Return where each task's rows lie, with as many support rows as the run keeps."""
@@ -253,7 +270,7 @@ class AdaptedTasks:
         }
 
 
-def _require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
+def require_finite(fast: FastWeights, keys: Sequence[str]) -> None:
     """Raise ValueError that names the first task whose posterior has a number that is not finite."""
     if fast.posterior is None:
         return

@@ -105,8 +105,12 @@ class System:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor of model, learned rates and tables, by name, for checkpoints."""
+        return {**self.dense_tensors(), **self.table_tensors()}
+
+    def dense_tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of model and learned rates, by name."""
         dense = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self.learner.named_parameters()}
-        return {**dense, **self.buffer_tensors(), **self.table_tensors()}
+        return {**dense, **self.buffer_tensors()}
 
     def buffer_tensors(self) -> dict[str, Tensor]:
         """Return the model's persistent buffers, by name. No forward pass changes them (`gmeta.meta.trial`), but a

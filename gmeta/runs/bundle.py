@@ -152,6 +152,8 @@ class Bundle:
         """Return rows of an embedding table, [n, dim], or with `name` the optimizer's state for them."""
         entry = self.manifest["tables"][table]
         size = entry["part_rows"]
+        if size >= entry["ids"]:
+            return self._part(table, 0, name).index_select(0, ids)
         part = ids // size
         found: Tensor | None = None
         for number in part.unique().tolist():
@@ -173,15 +175,19 @@ class Bundle:
     def fill_tables(self, tables: ShardedTables) -> None:
         """Fill this worker's rows. ValueError where a table is missing, or of another size."""
         for fused in tables.fused.values():
-            for spec in fused.specs:
-                entry = self.manifest["tables"].get(spec.name)
-                found = None if entry is None else [entry["ids"], entry["dim"]]
-                if found != [spec.num_ids, spec.dim]:
-                    raise ValueError(
-                        f"{self.path} is of another model: table {spec.name} is {found or 'missing'}, expected "
-                        f"{[spec.num_ids, spec.dim]}"
-                    )
+            self.require_tables(fused)
             self.fill_rows(fused)
+
+    def require_tables(self, fused: FusedTable) -> None:
+        """Raise ValueError where a table of one width is missing, or of another size."""
+        for spec in fused.specs:
+            entry = self.manifest["tables"].get(spec.name)
+            found = None if entry is None else [entry["ids"], entry["dim"]]
+            if found != [spec.num_ids, spec.dim]:
+                raise ValueError(
+                    f"{self.path} is of another model: table {spec.name} is {found or 'missing'}, expected "
+                    f"{[spec.num_ids, spec.dim]}"
+                )
 
     def fill_rows(
         self,
@@ -282,21 +288,9 @@ class BundleWriter:
     def finish(self, manifest: Mapping[str, Any]) -> Bundle:
         """Write the manifest, sync everything and rename."""
         with self._disk_errors():
-            present = sorted(path for path in self.directory.rglob("*") if path.is_file())
-            files = [file_entry(self.directory, path) for path in present]
-            training = any(entry["file"].startswith(TRAINING) for entry in files)
-            whole = {
-                "format": FORMAT,
-                "version": VERSION,
-                **manifest,
-                "tables": self._tables,
-                "training": training,
-                "files": files,
-            }
-            whole["xxh3"] = manifest_checksum(whole)
-            path = self.directory / MANIFEST
-            path.write_text(manifest_text(whole))
-            sync(path)
+            whole = self._write_manifest(manifest)
+            sync(self.directory / MANIFEST)
+            present = [path for path in self.directory.rglob("*") if path.is_file()]
             for folder in {path.parent for path in present} | {self.directory}:
                 sync(folder)
             self._refuse_existing()
@@ -306,6 +300,28 @@ class BundleWriter:
         os.close(self._lock)
         self._lock = None
         return Bundle(self.path, json.loads(json.dumps(whole)))
+
+    def preview(self, manifest: Mapping[str, Any]) -> Path:
+        """Return the folder of the bundle as it is now, which can be opened until more is added."""
+        with self._disk_errors():
+            self._write_manifest(manifest)
+        return self.directory
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        path = self.directory / MANIFEST
+        path.unlink(missing_ok=True)
+        files = [file_entry(self.directory, file) for file in sorted(self.directory.rglob("*")) if file.is_file()]
+        whole = {
+            "format": FORMAT,
+            "version": VERSION,
+            **manifest,
+            "tables": self._tables,
+            "training": any(entry["file"].startswith(TRAINING) for entry in files),
+            "files": files,
+        }
+        whole["xxh3"] = manifest_checksum(whole)
+        path.write_text(manifest_text(whole))
+        return whole
 
     def _place(self, name: str) -> Path:
         path = self.directory / name

@@ -18,7 +18,7 @@ from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 Array = npt.NDArray[Any]
 
-_LARGEST = float(np.finfo(np.float32).max)
+LARGEST = float(np.finfo(np.float32).max)
 """A number far outside the training rows' range can pass this when it is divided by their deviation."""
 _CELLS_IN_MEMORY = 1 << 20
 """So many raw values are looked up by Arrow. To plan 32 joins takes DuckDB 45 ms, whatever the rows; above this number
@@ -79,7 +79,7 @@ def encode(
     values = numeric_values(con, schema)
     for j, (value, column) in enumerate(zip(values, columns, strict=True)):
         scaled = f"coalesce(({value} - {column.mean!r}) / {column.std!r}, 0)"
-        limited = f"greatest({-_LARGEST!r}, least({_LARGEST!r}, {scaled}))"
+        limited = f"greatest({-LARGEST!r}, least({LARGEST!r}, {scaled}))"
         columns_sql.append((f"n{j}", f"CAST({limited} AS FLOAT)", statistics_join(schema, j)))
     for part in batched(columns_sql):
         select = ", ".join(f"{value} AS {name}" for name, value, _ in part)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import duckdb
@@ -12,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, reject_counts
+from gmeta.data.prepare.direct import DirectEncoder
 from gmeta.data.prepare.encode import Array, encode
-from gmeta.data.prepare.vocabulary import load_vocabularies, vocabulary_files
-from gmeta.data.schema import PackSchema, Role, data_schema_from_json
+from gmeta.data.prepare.vocabulary import HashedVocabulary, load_vocabularies, vocabulary_files
+from gmeta.data.schema import ENCODING, PackSchema, Role, data_schema_from_json
 from gmeta.data.sources import Connection, RawPart, confine, described, find_files, open_file, reading
 
 
@@ -30,16 +33,30 @@ class EncodedTables:
 class Encoder:
     """A run's encoding, with its vocabularies in memory. Several threads may use it at once.
 
-    ValueError for a vocabulary file that is missing or damaged.
+    `files` are those that `parts` will read; without them the encoder is for tables, which it reads directly where it
+    can. ValueError for a vocabulary file that is missing or damaged.
     """
 
     def __init__(
         self, data_schema_json: dict[str, Any], vocab_dir: Path, pack_schema: PackSchema, files: Sequence[Path] = ()
     ) -> None:
-        self._schema, self._pack_schema = data_schema_from_json(data_schema_json), pack_schema
-        self._con = duckdb.connect()
+        self._schema, self._pack_schema, self._vocab_dir = (
+            data_schema_from_json(data_schema_json),
+            pack_schema,
+            vocab_dir,
+        )
+        self._con, self._lock = duckdb.connect(), Lock()
         confine(self._con, [*files, *vocabulary_files(self._schema, vocab_dir)])
-        self._vocabularies = load_vocabularies(self._con, self._schema, vocab_dir)
+        self._direct: DirectEncoder | None = None
+        if files or pack_schema.encoding != ENCODING:
+            _ = self._vocabularies
+        else:
+            self._direct = DirectEncoder(self._con, self._schema, vocab_dir, pack_schema)
+
+    @cached_property
+    def _vocabularies(self) -> dict[str, HashedVocabulary]:
+        """Return what DuckDB looks values up in. An encoder of plain tables never needs it."""
+        return load_vocabularies(self._con, self._schema, self._vocab_dir)
 
     def table(self, table: pa.Table, role: Literal["support", "candidates"]) -> EncodedTables:
         """Encode one table of raw rows: labelled support rows, or candidates without labels.
@@ -47,6 +64,11 @@ class Encoder:
         The table has at least one row. Tasks come in the order in which it first names them. Raises ValueError for
         missing columns and rows that cannot be used, with row, column and value.
         """
+        found = None if self._direct is None else self._direct.rows(table, support=role == "support")
+        if found is not None:
+            return EncodedTables(
+                found.keys, found.arrays, np.full(table.num_rows, -1) if role == "support" else found.row
+            )
         numbered = table.append_column("__row", pa.array(np.arange(1, table.num_rows + 1)))
         with self._con.cursor() as con:
             try:
@@ -58,6 +80,18 @@ class Encoder:
                     f"{role} has a column of a type that cannot be read ({kinds}): make it text, or plain numbers"
                 ) from error
             return self._encoded(con, part, None) if role == "support" else self._encoded(con, None, part)
+
+    def together(
+        self, table: pa.Table, role: Literal["support", "candidates"], group: Sequence[int]
+    ) -> tuple[EncodedTables, list[int]] | None:
+        """Encode the rows of several tables that are one, where `group` says which each row is of; None where `table`
+        would need the database. Return them with the group of each task: rows of one key in two groups are two tasks.
+        """
+        found = None if self._direct is None else self._direct.rows(table, support=role == "support", group=group)
+        if found is None:
+            return None
+        query_row = np.full(table.num_rows, -1) if role == "support" else found.row
+        return EncodedTables(found.keys, found.arrays, query_row), found.group
 
     def parts(self, support: RawPart, query: RawPart) -> EncodedTables:
         """Encode raw rows as `encode_tables` does, of files that the encoder was made for."""
@@ -83,7 +117,9 @@ class Encoder:
         of_rows = ("coalesce(b.label, 0) AS label", "CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row")
         rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
         numeric = self._pack_schema.numeric
-        arrays = encode(con, "placed", self._schema, numeric, order="b.pos", hashed=self._vocabularies)
+        with self._lock:
+            vocabularies = self._vocabularies
+        arrays = encode(con, "placed", self._schema, numeric, order="b.pos", hashed=vocabularies)
         arrays |= {
             "label": rows["label"].astype(np.float32),
             "item_cold": np.zeros(len(rows["label"]), np.uint8),

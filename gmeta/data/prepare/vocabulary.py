@@ -27,7 +27,7 @@ from gmeta.data.sources import Connection, only_file, scalar
 
 PRIOR_ROWS = 10.0
 """An item's mean label is smoothed with so many rows of the global mean."""
-_SALTS = 8
+SALTS = 8
 """Two of a hundred million values have one hash once in 3,700 vocabularies; a second salt then parts them."""
 
 
@@ -260,12 +260,14 @@ def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> d
 
 
 def hashed_vocabulary(con: Connection, source: str) -> HashedVocabulary:
-    """Hash the values of a vocabulary with the first salt by which all of them differ. ValueError where none is found:
-    then a value stands there twice.
+    """Hash the values of a vocabulary with the first salt by which all of them differ; evicted ones have no value.
+
+    ValueError where no salt is found: then a value stands there twice.
     """
-    for salt in range(_SALTS):
-        known = f"{source} WHERE value IS NOT NULL"  # a tombstone stands for nothing, a missing value included
-        found = con.execute(f"SELECT hash(value, {salt}) AS hash, id FROM {known} ORDER BY hash").fetchnumpy()
+    for salt in range(SALTS):
+        found = con.execute(
+            f"SELECT hash(value, {salt}) AS hash, id FROM {source} WHERE value IS NOT NULL ORDER BY hash"
+        ).fetchnumpy()
         hashes = found["hash"]
         if (hashes[1:] != hashes[:-1]).all():
             return HashedVocabulary(salt, hashes, found["id"].astype(np.int32))

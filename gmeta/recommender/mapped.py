@@ -1,0 +1,82 @@
+"""Embedding rows of a bundle, read from its mapped files when a batch asks for them.
+
+Nothing is copied when a bundle is opened, and processes that serve one share its pages. Rows lie there in the order of
+ids, so that requests need no permutation either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gmeta.core.batch import EmbeddedRows, Examples, RowGradients, to_device
+from gmeta.embedding.exchange import RoutedRequest, RowRoute, as_leaf
+from gmeta.embedding.lookup import RowRequest, request_rows
+from gmeta.embedding.table import FusedTable
+from gmeta.parallel.mesh import Mesh
+from gmeta.parallel.traffic import CommStats
+from gmeta.runs.bundle import Bundle
+
+
+class MappedRows:
+    """An `Exchange` of one process that reads rows and never changes them.
+
+    `tables` are a model's fused tables (`ShardedTables.fused`), of which the rows are never allocated. `wire` is the
+    type that training rounded rows to on their way. ValueError for a bundle of another model.
+    """
+
+    def __init__(
+        self, bundle: Bundle, tables: Mapping[str, FusedTable], mesh: Mesh, wire: torch.dtype | None = None
+    ) -> None:
+        self._bundle, self._mesh, self._wire = bundle, mesh, wire
+        for fused in tables.values():
+            bundle.require_tables(fused)
+        self._tables = {name: replace(fused, in_order=True) for name, fused in tables.items()}
+
+    def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
+        """Return the rows that support and query, or one of them, need; their numbers are keys."""
+        return request_rows(self._tables, support, query)
+
+    def exchange_ids(self, request: RowRequest) -> RoutedRequest:
+        """Return the request: there is nobody to exchange with."""
+        routes = {name: RowRoute((), rows, rows, None) for name, rows in request.rows.items()}
+        device = self._mesh.device
+        return RoutedRequest(
+            routes, to_device(request.support, device), to_device(request.query, device), CommStats(self._mesh.rank)
+        )
+
+    def fetch(self, routed: RoutedRequest) -> EmbeddedRows:
+        """Read the rows; a table of which nothing is asked gets a leaf of one zero row."""
+        leaves = {}
+        for name, route in routed.routes.items():
+            table = self._tables[name]
+            rows = _rows(self._bundle, table, route.take)
+            leaves[name] = as_leaf(rows.to(self._mesh.device, self._wire or rows.dtype).to(table.dtype))
+        return EmbeddedRows(leaves, routed.support, routed.query)
+
+    def return_gradients(
+        self, routed: RoutedRequest, rows: EmbeddedRows, used: Mapping[str, Tensor] | None = None
+    ) -> dict[str, RowGradients]:
+        """Refuse: a bundle's rows do not change."""
+        raise NotImplementedError("a bundle's mapped rows take no gradients: load it without mapped")
+
+    def expected_traffic(
+        self, routed: RoutedRequest, *, control_bytes: Sequence[int] = (), marked: bool = False
+    ) -> CommStats:
+        """Return no traffic."""
+        return CommStats(self._mesh.rank)
+
+
+def _rows(bundle: Bundle, table: FusedTable, keys: Tensor) -> Tensor:
+    """Return the rows [U, dim] of ascending keys int64 [U]."""
+    starts = torch.tensor([*table.offsets.values(), table.num_rows])
+    cuts = torch.searchsorted(keys, starts).tolist()
+    parts = [
+        bundle.rows(spec.name, keys[begin:end] - table.offsets[spec.name])
+        for spec, begin, end in zip(table.specs, cuts, cuts[1:], strict=False)
+        if end > begin
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, table.dim, dtype=table.dtype)

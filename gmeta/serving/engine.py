@@ -1,0 +1,262 @@
+"""One pass over the jobs of several requests: encode, adapt what is not remembered, score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from gmeta.data.prepare.direct import text_of
+from gmeta.data.prepare.encoder import EncodedTables
+from gmeta.data.schema import OOV
+from gmeta.data.tables import TableLike, as_arrow
+from gmeta.recommender.tasks import TaskState, adapt_tasks, encode, encode_together, score_tasks, task_digests
+from gmeta.serving.metrics import Metrics
+from gmeta.serving.refusal import Declined
+from gmeta.serving.states import Kept, States
+from gmeta.serving.versions import Version, Versions
+from gmeta.serving.wire import Query
+
+
+@dataclass(eq=False)
+class ScoringJob:
+    """What a request asks for, and the answer. `kept` are the rows of the states that it names, by task."""
+
+    owner: str
+    query: Query
+    kept: dict[str, Kept] = field(default_factory=dict)
+    keep: bool = False  # keep the support rows, and give ids of states
+    error: Declined | None = None
+    version: str = ""
+    scores: NDArray[np.float64] | None = None  # of the candidates' rows
+    states: dict[str, str] = field(default_factory=dict)  # task -> id
+    num_support: dict[str, int] = field(default_factory=dict)
+    digests: dict[str, bytes] = field(default_factory=dict)  # task -> checksum of its support in the version's encoding
+
+
+@dataclass(eq=False)
+class _Part:
+    """The support or the candidates of some jobs in one version's encoding: each job has a run of tasks and of rows."""
+
+    table: EncodedTables
+    jobs: list[ScoringJob]
+    tasks: list[slice]
+    rows: list[slice]
+
+
+class Engine:
+    """Computes jobs, in the computing thread alone."""
+
+    def __init__(self, versions: Versions, states: States, metrics: Metrics) -> None:
+        self._versions, self._states, self._metrics = versions, states, metrics
+
+    def run(self, jobs: Sequence[ScoringJob]) -> None:
+        """Compute jobs; each has its answer or its error then."""
+        current = self._versions.current
+        by_version: dict[str, list[ScoringJob]] = {}
+        for job in jobs:
+            by_version.setdefault(job.query.version or current.id, []).append(job)
+        for name, of_version in by_version.items():
+            version = current if name == current.id else self._versions.find(name)
+            if version is None:
+                for job in of_version:
+                    job.error = _unknown_version(name, self._versions.names)
+            else:
+                self._guarded(version, of_version)
+
+    def _guarded(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
+        """Compute jobs together; where one fails, each alone, so that only that one does."""
+        try:
+            self._pass(version, jobs)
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    if job.error is None:
+                        self._guarded(version, [job])
+            elif isinstance(error, ValueError):
+                jobs[0].error = Declined(422, "bad_value", str(error))
+            else:
+                self._metrics.note(f"a request failed: {error!r}")
+                jobs[0].error = Declined(500, "internal", "the server failed at this request: see its log")
+
+    def _pass(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
+        with self._timed("encode"):
+            supports = self._encoded(version, jobs, "support")
+            candidates = self._encoded(version, [job for job in jobs if job.error is None], "candidates")
+        with self._timed("adapt"):
+            states = self._adapt(version, supports, [job for job in jobs if job.error is None])
+        with self._timed("score"):
+            self._score(version, candidates, states)
+        for part in supports:
+            for job, tasks in zip(part.jobs, part.tasks, strict=True):
+                if job.keep and job.error is None:
+                    self._keep(version, job, part.table.keys[tasks], states)
+        for job in jobs:
+            job.version = version.id
+
+    def _encoded(
+        self, version: Version, jobs: Sequence[ScoringJob], role: Literal["support", "candidates"]
+    ) -> list[_Part]:
+        """Encode the rows of jobs, those that look alike together; a job whose rows cannot be used gets its error."""
+        alike: dict[object, list[tuple[ScoringJob, TableLike]]] = {}
+        for job in jobs:
+            table = job.query.support if role == "support" else job.query.candidates
+            if table is not None:
+                alike.setdefault(_looks(table), []).append((job, table))
+        parts = []
+        for pairs in alike.values():
+            found = encode_together(version.rec, [table for _, table in pairs], role) if len(pairs) > 1 else None
+            if found is not None:
+                sizes = [len(table[self._versions.task]) for _, table in pairs]
+                parts.append(_Part(found[0], [job for job, _ in pairs], _runs(found[1]), _runs(sizes)))
+                continue
+            for job, table in pairs:
+                try:
+                    encoded = encode(version.rec, table, role)
+                except ValueError as error:
+                    job.error = Declined(422, "bad_value", str(error))
+                    continue
+                if encoded is not None:
+                    parts.append(
+                        _Part(encoded, [job], [slice(0, len(encoded.keys))], [slice(0, len(encoded.query_row))])
+                    )
+        return parts
+
+    def _adapt(
+        self, version: Version, parts: Sequence[_Part], jobs: Sequence[ScoringJob]
+    ) -> dict[tuple[ScoringJob, str], TaskState]:
+        """Return the states of the jobs' tasks, of which those that are not remembered are adapted together."""
+        states: dict[tuple[ScoringJob, str], TaskState] = {}
+        wanted: list[tuple[int, ScoringJob, str, bytes]] = []
+        tables, start = [], 0
+        for part in [*parts, *self._kept(version, jobs, states)]:
+            digests = task_digests(part.table)
+            for job, tasks in zip(part.jobs, part.tasks, strict=True):
+                for place in range(tasks.start, tasks.stop):
+                    key, digest = part.table.keys[place], digests[place]
+                    job.digests[key] = digest
+                    if (kept := job.kept.get(key)) is not None:
+                        kept.digests[version.id] = digest
+                    state = self._states.state(job.owner, key, version.id, digest)
+                    if state is None:
+                        wanted.append((start + place, job, key, digest))
+                    else:
+                        states[job, key] = state
+            tables.append(part.table)
+            start += len(part.table.keys)
+        self._metrics.count_states(len(states), len(wanted))
+        adapted = adapt_tasks(version.rec, tables, [place for place, *_ in wanted])
+        for (_, job, key, digest), state in zip(wanted, adapted, strict=True):
+            states[job, key] = state
+            self._states.put(job.owner, key, version.id, digest, state, job.query.states.get(key, ""))
+        return states
+
+    def _kept(
+        self, version: Version, jobs: Sequence[ScoringJob], states: dict[tuple[ScoringJob, str], TaskState]
+    ) -> list[_Part]:
+        """Find the states of kept rows that are remembered; return the others' rows in this version's encoding."""
+        parts = []
+        for job in jobs:
+            for key, kept in job.kept.items():
+                digest = kept.digests.get(version.id)
+                state = None if digest is None else self._states.state(job.owner, key, version.id, digest)
+                if state is not None:
+                    states[job, key] = state
+                    continue
+                try:
+                    table = encode(version.rec, kept.support, "support")
+                    assert table is not None
+                    parts.append(_Part(table, [job], [slice(0, 1)], [slice(0, len(table.query_row))]))
+                except ValueError:
+                    reason = "the state's rows do not fit the version that serves now: send them again"
+                    job.error = Declined(410, "state_expired", reason)
+        return parts
+
+    def _score(
+        self, version: Version, parts: Sequence[_Part], states: Mapping[tuple[ScoringJob, str], TaskState]
+    ) -> None:
+        of_tables = []
+        for part in parts:
+            of_tables.append([version.nothing] * len(part.table.keys))
+            for job, tasks in zip(part.jobs, part.tasks, strict=True):
+                keys = part.table.keys[tasks]
+                of_tables[-1][tasks] = [states.get((job, key), version.nothing) for key in keys]
+                if strange := job.kept.keys() - set(keys):
+                    reason = f"{len(strange)} states are of tasks without candidates"
+                    job.error = job.error or Declined(422, "state_without_candidates", reason)
+        tables = [part.table for part in parts]
+        for part, scores in zip(parts, score_tasks(version.rec, tables, of_tables), strict=True):
+            for job, rows in zip(part.jobs, part.rows, strict=True):
+                job.scores = scores[rows]
+        self._metrics.count_ids(*_unknown(tables))
+
+    def _keep(
+        self, version: Version, job: ScoringJob, keys: Sequence[str], states: Mapping[tuple[ScoringJob, str], TaskState]
+    ) -> None:
+        assert job.query.support is not None
+        try:
+            for key, rows in _rows_by_task(job.query.support, keys, self._versions.task).items():
+                job.states[key] = self._states.new_id(job.owner)
+                self._states.keep(job.owner, job.states[key], Kept(key, rows, {version.id: job.digests[key]}))
+                job.num_support[key] = states[job, key].num_support
+        except Declined as refusal:
+            job.error = refusal
+
+    def shadow(self, jobs: Sequence[ScoringJob]) -> None:
+        """Score answered jobs with the shadow version, and tell how far its scores are off."""
+        version = self._versions.shadow
+        answered = [job for job in jobs if job.scores is not None]
+        if version is None or not answered:
+            return
+        again = [ScoringJob(job.owner, job.query, job.kept) for job in answered]
+        self._guarded(version, again)  # which raises nothing
+        for job, other in zip(answered, again, strict=True):
+            if other.scores is not None and job.scores is not None:
+                self._metrics.count_drift(np.abs(other.scores - job.scores))
+
+    @contextmanager
+    def _timed(self, stage: Literal["encode", "adapt", "score"]) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._metrics.observe(stage, time.perf_counter() - start)
+
+
+def _rows_by_task(support: TableLike, keys: Sequence[str], task: str) -> dict[str, pa.Table]:
+    """Return the support rows of each task as a table of its own, which shares no memory with others."""
+    table = support if isinstance(support, pa.Table) else as_arrow(support, "support", list(support))
+    if len(keys) == 1:
+        return {keys[0]: table}
+    of_task: dict[Any, list[int]] = {}
+    for row, value in enumerate(table[task].to_pylist()):
+        of_task.setdefault(text_of(value), []).append(row)
+    return {key: table.take(of_task[key]) for key in keys}
+
+
+def _unknown(tables: Sequence[EncodedTables]) -> tuple[int, int]:
+    """Return how many ids the candidates have, and how many of them are unknown."""
+    ids = [table.arrays["ids"] for table in tables]
+    return sum(part.size for part in ids), sum(int((part == OOV).sum()) for part in ids)
+
+
+def _runs(sizes: Sequence[int]) -> list[slice]:
+    """Return where parts of these sizes lie behind each other."""
+    ends = list(accumulate(sizes))
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _looks(table: TableLike) -> object:
+    """Return what tables share that can be encoded as one: columns and types, of lists those of their first values."""
+    if isinstance(table, pa.Table):
+        return tuple(zip(table.column_names, map(str, table.schema.types), strict=True))
+    return tuple((name, type(values[0])) for name, values in table.items())
+
+
+def _unknown_version(name: str, names: Sequence[str]) -> Declined:
+    return Declined(404, "unknown_version", f"version {name!r} is not served; there is: {', '.join(names)}")

@@ -1,0 +1,195 @@
+"""Which version of the model answers: load, warm up, check the smoke sample, and only then serve it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from gmeta.data.schema import data_schema_from_json
+from gmeta.models.registry import is_foreign, source_hash
+from gmeta.recommender.recommender import Recommender, load
+from gmeta.recommender.smoke import check_smoke
+from gmeta.recommender.tasks import TaskState, state_without_support
+from gmeta.runs.bundle import MANIFEST, read_manifest
+from gmeta.runs.directory import read_schema
+from gmeta.serving.metrics import Metrics
+from gmeta.serving.wire import Columns
+
+_AGAIN_S = 60.0
+"""Seconds after which a version that was refused is tried again: its files may have been mended."""
+
+
+class Source(Protocol):
+    """Where versions come from."""
+
+    def poll(self) -> tuple[str, Path] | None:
+        """Return what is to be served now: a mark that changes with it, and its bundle; None where there is nothing.
+
+        ValueError or OSError where the place cannot be read.
+        """
+
+
+class FolderSource:
+    """A bundle in a folder, or a link to one, that another takes the place of."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def poll(self) -> tuple[str, Path] | None:
+        """Return what tells one manifest from another, and the folder that a link leads to."""
+        path = self._path.resolve()
+        manifest = read_manifest(path)
+        return f"{manifest['xxh3']} {path} {(path / MANIFEST).stat().st_mtime_ns}", path
+
+
+class Registry(Protocol):
+    """What is asked of a registry."""
+
+    def current(self) -> Any:
+        """Return the pointer, which has a `version`; None where nothing is published."""
+
+    def fetch(self, version: int, cache: Path, *, training: bool) -> Path:
+        """Return a version's verified bundle below `cache`."""
+
+
+class RegistrySource:
+    """The current version of a registry, or the one that is pinned; fetched into `cache`."""
+
+    def __init__(self, registry: Registry, cache: Path, pin: int | None) -> None:
+        self._registry, self._cache, self._pin = registry, cache, pin
+        self._fetched: tuple[int, Path] | None = None  # to fetch means to verify every byte
+
+    def poll(self) -> tuple[str, Path] | None:
+        """Return the version's number and its local folder."""
+        number = self._pin
+        if number is None:
+            pointer = self._registry.current()
+            number = None if pointer is None else pointer.version
+        if number is None:
+            return None
+        if self._fetched is None or self._fetched[0] != number:
+            self._fetched = (number, self._registry.fetch(number, self._cache, training=False))
+        return str(number), self._fetched[1]
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that is ready to answer."""
+
+    id: str
+    rec: Recommender
+    nothing: TaskState  # of a task of which nothing is known
+    columns: Columns
+    manifest: dict[str, Any]
+    since: float
+
+
+def open_version(
+    path: Path, *, trust_model: bool, device: Literal["auto", "cpu", "cuda"], trusted: dict[str, Any] | None = None
+) -> Version:
+    """Load a bundle, warm it up, and check the scores that it carries of its smoke sample.
+
+    `trusted` is the `model` entry of the version that was trusted first: another model, or other code, is refused.
+    ValueError for what is damaged, not trusted, or scores otherwise than where it was made.
+    """
+    manifest = read_manifest(path)
+    model = manifest["model"]
+    if trusted is not None and model != trusted:
+        raise ValueError(
+            f"{path} has the model {model.get('name')} of source {model.get('source')}, this server trusts "
+            f"{trusted.get('name')} of source {trusted.get('source')}: start it anew with that version"
+        )
+    rec = load(path, trust_model=trust_model, device=device, mapped=True)
+    if is_foreign(model["name"]) and source_hash(model["name"]) != model["source"]:
+        raise ValueError(
+            f"the code of {model['name']} that is installed here is not what {path} was made with: install that, or "
+            "make the bundle again"
+        )
+    nothing = state_without_support(rec)
+    check_smoke(rec)
+    columns = Columns.of(data_schema_from_json(read_schema(path)[1]))
+    return Version(str(manifest["id"]), rec, nothing, columns, manifest, time.time())
+
+
+class Versions:
+    """The version that answers, and the shadow beside it."""
+
+    def __init__(
+        self,
+        source: Source,
+        metrics: Metrics,
+        *,
+        trust_model: bool,
+        device: Literal["auto", "cpu", "cuda"],
+        shadow: Path | None = None,
+    ) -> None:
+        self._source, self._metrics, self._trust, self._device = source, metrics, trust_model, device
+        found = source.poll()
+        if found is None:
+            raise ValueError("there is no version to serve yet: publish one, then start the server")
+        self._mark, path = found
+        self._refused, self._again = "", 0.0  # the mark that was refused, and when to try it again
+        self.current = open_version(path, trust_model=trust_model, device=device)
+        self._trusted = self.current.manifest["model"]
+        self.shadow = (
+            None
+            if shadow is None
+            else open_version(shadow, trust_model=trust_model, device=device, trusted=self._trusted)
+        )
+        self._count()
+
+    @property
+    def names(self) -> list[str]:
+        """Return the versions that a request may name."""
+        return [self.current.id, *([] if self.shadow is None else [self.shadow.id])]
+
+    @property
+    def task(self) -> str:
+        """Return the task column."""
+        return self.current.columns.task
+
+    def find(self, name: str) -> Version | None:
+        """Return a version by name, None for one that is not served."""
+        return next((v for v in (self.current, self.shadow) if v is not None and v.id == name), None)
+
+    def refresh(self) -> bool:
+        """Look for a new version and take it up; where it cannot be served, stay and say so.
+
+        Return whether the version changed.
+        """
+        try:
+            found = self._source.poll()
+        except (ValueError, OSError) as error:
+            self._say(f"cannot look for a new version ({error}); {self.current.id} goes on serving")
+            return False
+        if found is None or found[0] == self._mark:
+            return False
+        if found[0] == self._refused and time.monotonic() < self._again:
+            return False
+        mark, path = found
+        try:
+            version = open_version(path, trust_model=self._trust, device=self._device, trusted=self._trusted)
+        except (ValueError, OSError) as error:
+            self._refused, self._again = mark, time.monotonic() + _AGAIN_S
+            self._metrics.count_reload("refused")
+            self._say(f"refused a new version ({error}); {self.current.id} goes on serving")
+            return False
+        self._mark, self._refused, self.current = mark, "", version
+        self._count()
+        self._metrics.note(f"serves {version.id}")
+        return True
+
+    _said = ""
+
+    def _say(self, sentence: str) -> None:
+        """Note what is wrong, once."""
+        if sentence != self._said:
+            self._said = sentence
+            self._metrics.note(sentence)
+
+    def _count(self) -> None:
+        interval = self.current.manifest.get("interval") or [None, None]
+        last = interval[1]
+        self._metrics.count_reload("served", trained_until=None if last is None else last / 1e6)
