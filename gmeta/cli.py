@@ -191,7 +191,7 @@ COMMANDS: dict[str, Command] = {
     "tune": Command(TuneConfig, _tune, distributed=True, epilog=_TUNE_HELP),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
     "compare": Command(CompareConfig, _compare, bare="runs"),
-    "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
+    "predict": Command(PredictConfig, _predict, distributed=True, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
     "synth": Command(SynthConfig, _synth),
