@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gmeta.core.errors import require
 from gmeta.data.pack import lock_directory
 from gmeta.data.prepare.parts import Parts
 from gmeta.parallel.collectives import broadcast_from_rank_0, gather_to_rank_0, on_rank_0, raise_together
@@ -50,8 +51,10 @@ def scratch_folder(out: Path, mesh: Mesh) -> Iterator[Path]:
 
 def same_checkpoint(source: Path, which: str, mesh: Mesh) -> str:
     """Return the checkpoint that rank 0 finds, for all ranks: a run that is training may have another the next moment.
-    Collective.
+    Collective. ValueError for a checkpoint of a bundle, which is one version.
     """
+    if is_bundle(source):
+        require(which == "best", "checkpoint", which, "a bundle is one version: leave it out")
     if is_bundle(source) or mesh.control_group is None:
         return which
 
