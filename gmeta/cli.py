@@ -24,7 +24,7 @@ from gmeta.config.data import PrepareConfig, SynthConfig
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
-from gmeta.config.export import ExportStatesConfig
+from gmeta.config.export import ExportConfig, ExportStatesConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
@@ -95,6 +95,12 @@ def _bundle(config: BundleConfig) -> int:
     from gmeta.delivery.bundle import bundle
 
     return bundle(config)
+
+
+def _export(config: ExportConfig) -> int:
+    from gmeta.serving.export import export
+
+    return export(config)
 
 
 def _export_states(config: ExportStatesConfig) -> int:
@@ -201,6 +207,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command(PredictConfig, _predict, distributed=True, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
+    "export": Command(ExportConfig, _export),
     "export-states": Command(ExportStatesConfig, _export_states, distributed=True),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),

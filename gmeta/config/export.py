@@ -33,3 +33,22 @@ class ExportStatesConfig:
     def __post_init__(self) -> None:
         require(self.out.endswith(".parquet"), "out", self.out, "must end in .parquet")
         require_size("memory_limit", self.memory_limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model in a format that runs without gmeta: torch.export or ONNX."""
+
+    run_dir: str
+    """Run directory made by `gmeta train`, or a bundle."""
+    out: str
+    """Folder to make."""
+    format: Literal["torch", "onnx"] = "torch"
+    """torch: files .pt2 of torch.export. onnx: for onnxruntime and others; needs `pip install 'gmeta[export]'`."""
+    score: bool = True
+    """Write score-given-state too, which scores examples of tasks from what `gmeta export-states` wrote. Runs that adapt
+    embeddings, or by the reference engine, have only the unadapted model."""
+    checkpoint: str = "best"
+    """Checkpoint to take: best, last, or a step number."""
+    trust_model: bool = False
+    """Import the code of a model that is not gmeta's own, as the run names it; without it such a run is refused."""

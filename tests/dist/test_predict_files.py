@@ -117,24 +117,35 @@ def test_a_memory_limit_that_is_too_low_is_told(place: Path, tmp_path: Path, cap
 PEAK = """
 import resource, sys
 from gmeta.cli import run
+from gmeta.data.prepare import parts
+parts.PART_ROWS = 1 << 15
 code = run(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 sys.exit(code)
 """
 
 
+def many_rows(copies: int, each: int, *, label: bool) -> pa.Table:
+    """Rows of 2,500 users a copy."""
+    table, tables = rows(2500, each, 1, label=label), []
+    for number in range(copies):
+        users = pa.array([f"{user}-{number}" for user in table["user"].to_pylist()])
+        tables.append(table.set_column(0, "user", users))
+    return pa.concat_tables(tables)
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(place: Path, tmp_path: Path) -> None:
     peaks = []
-    for number, tasks in enumerate((15_000, 150_000)):
-        pq.write_table(rows(tasks, 4, 1, label=True), tmp_path / "support.parquet")
-        pq.write_table(rows(tasks, 16, 2, label=False), tmp_path / "query.parquet")
+    for copies in (2, 20):
+        pq.write_table(many_rows(copies, 4, label=True), tmp_path / "support.parquet")
+        pq.write_table(many_rows(copies, 16, label=False), tmp_path / "query.parquet")
         words = ["predict", "--run_dir", place / "run", "--support", tmp_path / "support.parquet"]
-        words += ["--query", tmp_path / "query.parquet", "--out", tmp_path / f"{number}.parquet"]
-        words += ["--memory_limit", "200MB", "--before", "false"]
+        words += ["--query", tmp_path / "query.parquet", "--out", tmp_path / f"{copies}.parquet"]
+        words += ["--memory_limit", "100MB", "--before", "false"]
         command = [sys.executable, "-c", PEAK, *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]))
-        assert pq.read_metadata(tmp_path / f"{number}.parquet").num_rows == tasks * 16
-    assert peaks[1] - peaks[0] < 150, peaks  # ten times the rows: a million cells more would be 100 MB a column
+        assert pq.read_metadata(tmp_path / f"{copies}.parquet").num_rows == copies * 2500 * 16
+    assert peaks[1] - peaks[0] < 100, peaks  # MB, of a million rows where there were a hundred thousand
