@@ -9,8 +9,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +76,21 @@ def _write(graph: Unadapted | GivenState, name: str, config: ExportConfig, folde
     if config.format == "torch":
         torch.export.save(program, file)
     else:
-        names = [one.name for one in graph.inputs]
-        found = torch.onnx.export(program, input_names=names, output_names=list(OUTPUTS), dynamo=True, verbose=False)
-        assert found is not None
-        found.save(file, external_data=True)
-    outputs = [{"name": output, "shape": list(graph.encoded.of_examples[0].dims[:2])} for output in OUTPUTS]
+        _save_onnx(program, [one.name for one in graph.inputs], file)
+    outputs = [{"name": output, "shape": list(graph.encoded.leading)} for output in OUTPUTS]
     return {"file": file.name, "inputs": [one.describe() for one in graph.inputs], "outputs": outputs}
+
+
+def _save_onnx(program: torch.export.ExportedProgram, names: list[str], file: Path) -> None:
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    with warnings.catch_warnings():  # torch 2.13 warns of its own code, and tells of packages that it does not need
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        found = torch.onnx.export(program, input_names=names, output_names=list(OUTPUTS), dynamo=True, verbose=False)
+    assert found is not None
+    found.save(file, external_data=True)
 
 
 def _describe(rec: Recommender, graphs: dict[str, Any]) -> dict[str, Any]:

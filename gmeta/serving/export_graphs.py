@@ -51,11 +51,12 @@ class Input:
 
 
 class _Encoded(nn.Module):
-    """The model with its tables in the order of ids, on encoded examples whose leading dimensions are `leading`."""
+    """The model with its tables in the order of ids, on encoded examples whose first dimensions are `leading`."""
 
     def __init__(self, rec: Recommender, leading: tuple[str, ...]) -> None:
         super().__init__()
         system = rec.system
+        self.leading = leading
         self.learner, self.loss = system.learner, rec.config.loss
         self.generated = system.generated
         self.num_numeric = system.num_numeric - len(system.generated)
@@ -72,10 +73,10 @@ class _Encoded(nn.Module):
                 self.tables.append(nn.Parameter(fused.weight[at].detach(), requires_grad=False))
                 self.table_names.append(spec.name)
                 self.fused_names.append(fused.name)
-        self.of_examples = [*self._of_features(leading), *self._of_numbers(rec, leading)]
+        self.of_examples = [*self._of_features(), *self._of_numbers(rec)]
 
-    def _of_features(self, leading: tuple[str, ...]) -> list[Input]:
-        found = []
+    def _of_features(self) -> list[Input]:
+        found, leading = [], self.leading
         for name in self.learner.features:
             number, pooling = self.features[name]
             about = {"feature": name, "table": self.table_names[number], "oov": OOV}
@@ -87,11 +88,11 @@ class _Encoded(nn.Module):
             found.append(Input(f"lengths_{name}", leading, torch.int64, {"lengths_of": f"ids_{name}"}))
         return found
 
-    def _of_numbers(self, rec: Recommender, leading: tuple[str, ...]) -> list[Input]:
+    def _of_numbers(self, rec: Recommender) -> list[Input]:
         if not self.num_numeric:
             return []
         columns = [column.name for column in rec.schema.numeric[: self.num_numeric]]
-        return [Input("dense", (*leading, self.num_numeric), rec.system.dtype, {"columns": columns})]
+        return [Input("dense", (*self.leading, self.num_numeric), rec.system.dtype, {"columns": columns})]
 
     def inputs_of_model(
         self, tensors: Sequence[Tensor], own: Mapping[str, tuple[Tensor, Tensor]] | None = None
@@ -161,6 +162,10 @@ class GivenState(nn.Module):
         self.adapted = rec.system.learner.adapted.parameters
         like = rec._without_support(1).state_dict()
         self.keys = [key for key in like if key != "num_tasks"]
+        rest = {key: like[key] for key in like if _kind(key) not in ("pairs", "deltas")}
+        self.like = FastWeights.from_state_dict(rest)
+        names = {id(tensor): key for key, tensor in rest.items()}
+        self.order = [names[id(tensor)] for tensor in self.like.tensors()]
         self.of_state = [_of_state(f"state_{number}", key, like[key]) for number, key in enumerate(self.keys)]
         self.inputs = [*self.of_state, *self.encoded.of_examples]
 
@@ -170,8 +175,7 @@ class GivenState(nn.Module):
         state = dict(zip(self.keys, tensors, strict=False))
         own = _own_rows(state)
         dense, embedded = encoded.inputs_of_model(tensors[len(self.keys) :], own)
-        rest = {key: tensor for key, tensor in state.items() if json.loads(key)[0] not in ("pairs", "deltas")}
-        fast = FastWeights.from_state_dict({"num_tasks": torch.ones(1), **rest})
+        fast = self.like.filled(state[key] for key in self.order)
         leading = next(iter(embedded.values())).shape[:2]
         handler = _Updated(AdaptedPass(learner.model, self.adapted, fast, (leading[0], leading[1])), fast)
         layer = learner.last_layer
@@ -253,6 +257,10 @@ def trace(graph: Unadapted | GivenState, model: str) -> torch.export.ExportedPro
         raise ValueError(
             f"model {model} cannot be exported ({reason}): its forward must be tensor operations, of any batch size"
         ) from error
+
+
+def _kind(key: str) -> str:
+    return key if key == "num_tasks" else str(json.loads(key)[0])
 
 
 def _own_rows(state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]] | None:
