@@ -1,9 +1,9 @@
 """`gmeta export`: a model in a format that runs without gmeta, with what says how its inputs are encoded.
 
-    export.json              version, and of each graph its file, inputs (shape, dtype, feature) and outputs
-    model.pt2 / model.onnx   encoded examples -> logit and prediction, of tasks of which nothing is known
-    score.pt2 / score.onnx   state of tasks (as `gmeta export-states` writes it), encoded examples -> the same
-    schema.json  vocab/      how raw values become ids and numbers, as in the run directory
+export.json              version, and of each graph its file, inputs (shape, dtype, feature) and outputs
+model.pt2 / model.onnx   encoded examples -> logit and prediction, of tasks of which nothing is known
+score.pt2 / score.onnx   state of tasks (as `gmeta export-states` writes it), encoded examples -> the same
+schema.json  vocab/      how raw values become ids and numbers, as in the run directory
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,6 @@ def _require_free(out: Path) -> None:
 
 
 def _require_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"format is 'onnx', which needs {error.name}: pip install 'gmeta[export]'") from None
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise ValueError(f"format is 'onnx', which needs {package}: pip install 'gmeta[export]'")

@@ -225,7 +225,9 @@ def require_exportable_state(rec: Recommender) -> None:
     if not learner.adapted:
         raise ValueError("the run adapts nothing (meta.adapt []), so there is no state to score: say --score false")
     if learner.engine == "reference" and learner.adapted.steps:
-        raise ValueError(f"the run adapts by the reference engine ({learner.engine_reason}), whole layers a task: {cure}")
+        raise ValueError(
+            f"the run adapts by the reference engine ({learner.engine_reason}), whole layers a task: {cure}"
+        )
 
 
 def require_exportable_model(rec: Recommender) -> None:

@@ -97,7 +97,7 @@ def export_states_on(config: ExportStatesConfig, mesh: Mesh) -> None:
 
 
 def read_states(file: str | Path, tasks: Collection[str] | None = None) -> dict[str, Any]:
-    """Return the states in a file of `gmeta export-states`, of all tasks or of some: `gmeta.load(…).restore` reads them.
+    """Return the states in a file of `gmeta export-states`, of all tasks or of some, for `gmeta.load(…).restore`.
 
     Raises ValueError for another file, and for one of vectors, which are not all that scores need.
     """

@@ -135,9 +135,7 @@ def _finish(config: PredictConfig, schema: PackSchema, folder: Path, counts: NDA
     if (warning := unknown_warning(unknown, f"{config.support} and {config.query}")) is not None:
         print(f"predict: {warning}", file=sys.stderr)
     _write(config, folder, step)
-    print(
-        f"{counts[0]:,} rows of {counts[1]:,} tasks ({counts[2]:,} with support) scored by step {step}: {config.out}"
-    )
+    print(f"{counts[0]:,} rows of {counts[1]:,} tasks ({counts[2]:,} with support) scored by step {step}: {config.out}")
 
 
 def _copy(con: Connection, statement: str) -> None:

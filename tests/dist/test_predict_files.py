@@ -90,7 +90,7 @@ def test_what_a_killed_command_left_is_removed(place: Path, tmp_path: Path) -> N
 
 
 def refused(mesh: Mesh, config: PredictConfig) -> str:
-    with pytest.raises(ValueError) as error:  # noqa: PT011
+    with pytest.raises(ValueError) as error:
         predicted(mesh, config, FEW)
     return str(error.value)
 
@@ -106,7 +106,9 @@ def test_what_one_rank_finds_all_ranks_refuse(place: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["support.parquet"]
 
 
-def test_a_memory_limit_that_is_too_low_is_told(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_memory_limit_that_is_too_low_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["predict", "--run_dir", place / "run", "--support", place / "support.parquet"]
     words += ["--query", place / "query.parquet", "--out", tmp_path / "out.parquet", "--memory_limit"]
     fails([*words, "100KB"], capsys, "memory_limit is too low", "raise it")

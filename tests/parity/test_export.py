@@ -21,7 +21,10 @@ from gmeta.core.batch import Examples
 from gmeta.data.shards import split_in_memory
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "solved": {"model": {"name": "neural_linear", "args": {"task_features": ["group"]}}, "meta": {"adapt": ["last_layer"]}},
+    "solved": {
+        "model": {"name": "neural_linear", "args": {"task_features": ["group"]}},
+        "meta": {"adapt": ["last_layer"]},
+    },
     "taste": {
         "model": {"name": "taste", "args": {"task_features": ["group"], "hidden": [8], "bottom": [8]}},
         "meta": {"adapt": ["decision"], "inner_steps": 2, "inner_lr": 0.5},
@@ -139,6 +142,8 @@ def gathered(rec: api.Recommender, candidates: pa.Table) -> tuple[list[str], Exa
 def test_graphs_score_as_the_recommender_does(
     trained: Callable[[str], Path], tmp_path: Path, name: str, kind: str
 ) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxscript")
     gmeta("export", "--run_dir", trained(name), "--out", tmp_path / "out", "--format", kind)
     rec = api.load(trained(name))
     score, model = opened(tmp_path / "out", kind, "score"), opened(tmp_path / "out", kind, "model")
