@@ -46,8 +46,8 @@ class ExportConfig:
     format: Literal["torch", "onnx"] = "torch"
     """torch: files .pt2 of torch.export. onnx: for onnxruntime and others; needs `pip install 'gmeta[export]'`."""
     score: bool = True
-    """Write score-given-state too, which scores examples of tasks from what `gmeta export-states` wrote. Runs that adapt
-    embeddings, or by the reference engine, have only the unadapted model."""
+    """Write score-given-state too, which scores examples of tasks from what `gmeta export-states` wrote. Runs that
+    adapt nothing, or by the reference engine, have only the unadapted model."""
     checkpoint: str = "best"
     """Checkpoint to take: best, last, or a step number."""
     trust_model: bool = False
