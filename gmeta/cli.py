@@ -26,6 +26,7 @@ from gmeta.config.deliver import DeliverConfig
 from gmeta.config.delivery import BundleConfig, GateConfig
 from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
+from gmeta.config.export import ExportConfig, ExportStatesConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.registry import DeltaConfig, PublishConfig, RegistryConfig
 from gmeta.config.serving import ServeConfig
@@ -143,6 +144,18 @@ def _registry(config: RegistryConfig) -> int:
     return run_registry(config)
 
 
+def _export(config: ExportConfig) -> int:
+    from gmeta.serving.export import export
+
+    return export(config)
+
+
+def _export_states(config: ExportStatesConfig) -> int:
+    from gmeta.serving.export_states import export_states
+
+    return export_states(config)
+
+
 def _report(config: ReportConfig) -> int:
     from gmeta.evaluation.report import build_report
 
@@ -246,7 +259,7 @@ COMMANDS: dict[str, Command] = {
     "tune": Command(TuneConfig, _tune, distributed=True, epilog=_TUNE_HELP),
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
     "compare": Command(CompareConfig, _compare, bare="runs", bare_usage="RUN RUN ..."),
-    "predict": Command(PredictConfig, _predict, epilog=_PREDICT_HELP),
+    "predict": Command(PredictConfig, _predict, distributed=True, epilog=_PREDICT_HELP),
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
     "gate": Command(GateConfig, _gate, distributed=True, epilog=_GATE_HELP),
@@ -257,6 +270,8 @@ COMMANDS: dict[str, Command] = {
         RegistryConfig, _registry, bare="do", bare_usage="list|show|rollback|pin|unpin|prune|fetch [N]"
     ),
     "serve": Command(ServeConfig, _serve),
+    "export": Command(ExportConfig, _export),
+    "export-states": Command(ExportStatesConfig, _export_states, distributed=True),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

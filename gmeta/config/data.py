@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gmeta.core.errors import require, require_numbers, require_seed
+from gmeta.core.errors import require, require_numbers, require_seed, require_size
 
 HISTORY_ROWS = 50
 """Rows of earlier days that the support of a task has at most, unless a setting says otherwise."""
@@ -119,9 +118,7 @@ class PrepareConfig:
         require(days is None or self.base is not None, "evict_after_days", days, "has no effect without base")
         require(below is None or below >= 1, "evict_below", below, "must be at least 1")
         require(below is None or days is not None, "evict_below", below, "has no effect without evict_after_days")
-        size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B", self.memory_limit, re.IGNORECASE)
-        known = size is not None and float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " ") < 1e18
-        require(known, "memory_limit", self.memory_limit, "must be a size such as 500MB or 2GB")
+        require_size("memory_limit", self.memory_limit)
         most = 4 * max(4, os.cpu_count() or 1)
         require(0 <= self.threads <= most, "threads", self.threads, f"must be 0 (one a core) to {most}")
         require(1 <= self.shard_mb <= 4096, "shard_mb", self.shard_mb, "must be in [1, 4096]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING
@@ -33,6 +34,13 @@ def require_numbers(config: DataclassInstance, prefix: str = "") -> None:
 def require_seed(seed: int) -> None:
     """Raise ValueError for a seed that random generators do not take."""
     require(0 <= seed < 2**63, "seed", seed, "must be in [0, 2^63)")
+
+
+def require_size(key: str, value: str) -> None:
+    """Raise ValueError unless a text is a size in bytes that DuckDB takes, such as 500MB."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)i?B", value, re.IGNORECASE)
+    known = size is not None and float(size[1]) * 1000 ** " KMGT".index(size[2].upper() or " ") < 1e18
+    require(known, key, value, "must be a size such as 500MB or 2GB")
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

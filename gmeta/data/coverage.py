@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -20,17 +20,32 @@ def unknown_fraction(ids: npt.NDArray[np.integer]) -> float:
     return float(np.mean(ids == OOV)) if ids.size else 0.0
 
 
+def unknown_counts(ids: Mapping[str, npt.NDArray[np.integer]]) -> npt.NDArray[np.int64]:
+    """Return of each feature how many ids are out of vocabulary, and how many there are: int64 [features, 2]."""
+    return np.array([(int((column == OOV).sum()), column.size) for column in ids.values()]).reshape(-1, 2)
+
+
 def unknown_columns(ids: Mapping[str, npt.NDArray[np.integer]], task: str) -> dict[str, float]:
+    """Return what `nearly_unknown` does of ids: feature -> int array of any shape; of a many-valued feature, all its
+    values.
+    """
+    return nearly_unknown(ids, unknown_counts(ids), task)
+
+
+def nearly_unknown(names: Iterable[str], counts: npt.NDArray[np.int64], task: str) -> dict[str, float]:
     """Return the fraction of ids out of vocabulary of each feature where that is at least NEARLY_ALL.
 
     Columns of fewer than FEW_VALUES values are left out, and so is the task column: new tasks are what a run adapts to.
 
     Args:
-        ids: feature -> int array of any shape; of a many-valued feature, all its values.
+        names: the features.
+        counts: what `unknown_counts` found of them, or the sum of that over parts.
         task: name of the task column.
     """
     fractions = {
-        name: unknown_fraction(column) for name, column in ids.items() if name != task and column.size >= FEW_VALUES
+        name: unknown / total
+        for name, (unknown, total) in zip(names, counts.tolist(), strict=True)
+        if name != task and total >= FEW_VALUES
     }
     return {name: fraction for name, fraction in fractions.items() if fraction >= NEARLY_ALL}
 

@@ -72,14 +72,15 @@ def md5_64(*parts: str) -> str:
     return f"md5_number_lower(concat_ws('|', {', '.join(parts)}))"
 
 
-def confine(con: Connection, paths: Iterable[Path]) -> None:
-    """Let a connection touch these files alone from here on; nothing can take that back.
+def confine(con: Connection, paths: Iterable[Path], folders: Iterable[Path] = ()) -> None:
+    """Let a connection touch these files, and what is in these folders, alone from here on; nothing can take that back.
 
     What it is told next depends on files that may come from anyone, such as a run's schema.json.
     """
     # DuckDB compares a path before it takes it for a pattern, and after.
     known = {text for path in paths for text in (str(path), glob.escape(str(path)))}
     con.execute(f"SET allowed_paths = [{', '.join(map(literal, sorted(known)))}]")
+    con.execute(f"SET allowed_directories = [{', '.join(literal(str(folder)) for folder in folders)}]")
     con.execute("SET enable_external_access = false")
 
 

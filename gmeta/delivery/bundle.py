@@ -44,7 +44,7 @@ def make_bundle(config: BundleConfig) -> Bundle:
     require_trusted(trained.model.name, f"{run_dir} has", trust_model=config.trust_model)
     require_own_vocabularies(run_dir)
     schema, _ = read_schema(run_dir)
-    with BundleWriter(Path(config.out)) as writer:
+    with BundleWriter(Path(config.out), config.rows) as writer:
         path = open_checkpoint(run_dir, config.checkpoint, mesh)
         step = checkpoint.step_of(path)
         for name in ("config.yaml", "schema.json"):
@@ -64,7 +64,8 @@ def make_bundle(config: BundleConfig) -> Bundle:
             writer.add_json(f"{TRAINING}state.json", {key: state[key] for key in _STATE})
         model = trained.model.name
         manifest = {
-            "id": f"{read_run_id(run_dir)}/{step}",
+            # Rounded rows are another version: states that one adapted are of no use to the other.
+            "id": f"{read_run_id(run_dir)}/{step}" + ("" if config.rows == "exact" else f".{config.rows}"),
             "parent": _parent(trained),
             "step": step,
             "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},

@@ -49,8 +49,10 @@ def score_split(
     steps: int | None = None,
     inner_lr: float | None = None,
     translate: Callable[[TaskBatch], TaskBatch] = lambda batch: batch,
+    before: bool = True,
 ) -> Scores | None:
     """Return the logits of every query row before and after adapting to its task's support; None on other ranks than 0.
+    Without `before` those before are not computed, and are NaN.
 
     Tasks adapt to their last `max_support_rows` support rows (0: to all), which is a setting of the run's loader.
     `learner`, `steps` and `inner_lr` replace what the system was trained with, and `translate` turns the ids of the
@@ -78,10 +80,11 @@ def score_split(
             for part in prepared.parts:
                 query = part.tasks.query
                 with system.precision():
-                    before, after = learner.predict(
-                        part.rows(rows), part.tasks, part.index, steps=steps, inner_lr=inner_lr
+                    first, after = learner.predict(
+                        part.rows(rows), part.tasks, part.index, steps=steps, inner_lr=inner_lr, before=before
                     )
-                values = (query.row, query.label, before, after)
+                first = torch.full_like(after, math.nan) if first is None else first
+                values = (query.row, query.label, first, after)
                 parts.append(tuple(v[query.mask].cpu() for v in values))
     learner.train()
     empty = (torch.zeros(0, dtype=torch.int64), *(torch.zeros(0, dtype=system.dtype) for _ in range(3)))

@@ -239,26 +239,28 @@ class MetaLearner(nn.Module):
         *,
         steps: int | None = None,
         inner_lr: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        before: bool = True,
+    ) -> tuple[Tensor | None, Tensor]:
         """Return the query logits [T, Q] before and after adaptation, without dropout; no graph is left behind.
 
-        `steps` and `inner_lr` are those of `adapt`; before adaptation means no steps.
+        `steps` and `inner_lr` are those of `adapt`; before adaptation means no steps. Without `before` that pass is
+        left out, and None comes in its place.
         """
         index = index or self._index(rows, batch)
         with torch.no_grad():
             if not self.adapted:
                 _, logits = self._flat_logits(rows, (batch.support, batch.query), index[0], None)
-                return logits, logits
-            before, after = (
+                return (logits if before else None), logits
+            *first, after = (
                 self.score(
                     self.adapt(rows, batch.support, index[0], steps=number, inner_lr=inner_lr),
                     rows,
                     batch.query,
                     index[1],
                 )
-                for number in (0, steps)
+                for number in ((0, steps) if before else (steps,))
             )
-        return before, after
+        return (first[0] if before else None), after
 
     def _index(self, rows: EmbeddedRows, batch: TaskBatch) -> tuple[GatherPlan, ...]:
         return to_device(self.index(rows.support, rows.query, _num_rows(rows)), batch.task_id.device)

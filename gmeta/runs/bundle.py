@@ -6,7 +6,8 @@
     tables/<table>-00000.safetensors …  an embedding table's rows, in the order of ids
     training/                           optional: moments and positions, which a warm start goes on with
 
-Rows lie in the order of ids, whatever workers a run had, so that versions can be compared, grown, and taken apart.
+Rows lie in the order of ids, whatever workers a run had, so that versions can be compared, grown, and taken apart. A
+bundle that is only served may hold them in fewer bytes (`rows` in the manifest); they are turned back as they are read.
 Nothing is unpickled. Loading a model never opens `training/`.
 """
 
@@ -32,8 +33,9 @@ from gmeta.core.files import read_mapping, sync
 from gmeta.data.pack import file_entry, lock_directory, manifest_checksum
 from gmeta.data.shards import check_entry, check_size, verified_file
 from gmeta.embedding.table import FusedTable, ShardedTables
+from gmeta.runs.small_rows import RowFormat, packed, unpacked
 
-FORMAT, VERSION = "gmeta-bundle", 1
+FORMAT, VERSION = "gmeta-bundle", 2
 MANIFEST = "manifest.json"
 DENSE = "dense.safetensors"
 TRAINING = "training/"
@@ -153,22 +155,22 @@ class Bundle:
         entry = self.manifest["tables"][table]
         size = entry["part_rows"]
         if size >= entry["ids"]:
-            return self._part(table, 0, name).index_select(0, ids)
+            return self._part(table, 0, name, ids)
         part = ids // size
         found: Tensor | None = None
         for number in part.unique().tolist():
             here = part == number
-            values = self._part(table, number, name)[ids[here] - number * size]
+            values = self._part(table, number, name, ids[here] - number * size)
             found = values.new_empty(len(ids), *values.shape[1:]) if found is None else found
             found[here] = values
-        return self._part(table, 0, name)[:0] if found is None else found
+        return self._part(table, 0, name, ids[:0]) if found is None else found
 
-    def _part(self, table: str, number: int, name: str) -> Tensor:
+    def _part(self, table: str, number: int, name: str, ids: Tensor) -> Tensor:
         file = part_name(table, number, name)
         if file not in self._mapped:
             self._mapped[file] = _read(self.path / file)
         try:
-            return self._mapped[file][name]
+            return unpacked(self._mapped[file], name, ids)
         except KeyError:
             raise ValueError(f"{self.path / file} has no {name!r}: {CURE}") from None
 
@@ -231,13 +233,14 @@ def _read(file: Path) -> dict[str, Tensor]:
 
 
 class BundleWriter:
-    """Writes a bundle under `<path>.partial` and renames it to `path` in `finish`: a bundle is whole or absent.
+    """Writes a bundle under `<path>.partial` and renames it to `path` in `finish`: a bundle is whole or absent. Rows of
+    tables are stored as `rows` says.
 
     Raises ValueError where `path` exists, where another process writes it, and where the disk is full.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, rows: RowFormat = "exact") -> None:
+        self.path, self.row_format = path, rows
         self.directory = path.with_name(path.name + ".partial")
         self._tables: dict[str, dict[str, int]] = {}
         self._refuse_existing()
@@ -279,7 +282,7 @@ class BundleWriter:
         part_rows = max(1, min(num_ids, PART_BYTES // max(1, sample[ROWS].nbytes)))
         for number in range(-(-num_ids // part_rows)):
             ids = torch.arange(number * part_rows, min((number + 1) * part_rows, num_ids))
-            self.add_tensors(part_name(table, number), {ROWS: rows[ROWS](ids)})
+            self.add_tensors(part_name(table, number), packed(rows[ROWS](ids), ROWS, self.row_format))
             state = {name: read(ids) for name, read in rows.items() if name != ROWS}
             if state:
                 self.add_tensors(part_name(table, number, next(iter(state))), state)
@@ -311,10 +314,12 @@ class BundleWriter:
         path = self.directory / MANIFEST
         path.unlink(missing_ok=True)
         files = [file_entry(self.directory, file) for file in sorted(self.directory.rglob("*")) if file.is_file()]
+        small = self.row_format != "exact"
         whole = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if small else 1,  # earlier releases would take steps for rows
             **manifest,
+            **({"rows": self.row_format} if small else {}),
             "tables": self._tables,
             "training": any(entry["file"].startswith(TRAINING) for entry in files),
             "files": files,

@@ -139,6 +139,26 @@ def test_a_file_that_was_not_made_with_it_is_refused(copy: Path) -> None:
         open_bundle(copy)
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("fp16", 2**11), ("int8", 2 * 127)])
+def test_rows_may_be_stored_in_fewer_bytes(run_dir: Path, bundle: Path, tmp_path: Path, kind: str, steps: int) -> None:
+    out = tmp_path / kind
+    gmeta("bundle", "--run_dir", run_dir, "--out", out, "--rows", kind, "--training", "false")
+    exact, small = open_bundle(bundle), open_bundle(out)
+    ids = torch.arange(39, -1, -1)
+    rows_, rounded = exact.rows("item", ids), small.rows("item", ids)
+    error = (rows_ - rounded).abs() / rows_.abs().amax(1, keepdim=True)
+    assert 0 < error.max() <= 1.01 / steps
+    stored = load_file(out / part_name("item", 0))
+    assert sum(tensor.nbytes for tensor in stored.values()) == (40 * 8 * 2 if kind == "fp16" else 40 * (8 + 4))
+    support, candidates = rows(5, 4, 1, label=True), rows(7, 3, 2, label=False)
+    ours, theirs = api.load(bundle), api.load(out)
+    assert theirs.version == f"{ours.version}.{kind}"
+    users = ours.adapt(support)
+    np.testing.assert_allclose(theirs.adapt(support).predict(candidates), users.predict(candidates), atol=0.02)
+    with pytest.raises(ValueError, match="adapt again"):
+        theirs.restore(users.state())
+
+
 def test_serving_does_not_open_training(copy: Path) -> None:
     for file in (copy / "training").rglob("*.safetensors"):
         flip(file)
@@ -150,7 +170,7 @@ def test_serving_does_not_open_training(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"version": 2}, "upgrade"),
+        ({"version": 3}, "upgrade"),
         ({"format": "other"}, "is of format 'other'"),
         ({"id": "another"}, "is damaged"),
     ],
@@ -187,6 +207,7 @@ def test_mistakes(run_dir: Path, bundle: Path, tmp_path: Path, capsys: pytest.Ca
     fails(["bundle", "--run_dir", run_dir, "--out", bundle], capsys, "exists")
     fails(["bundle", "--run_dir", tmp_path / "none", "--out", tmp_path / "b"], capsys, "none")
     fails(["bundle", "--run_dir", run_dir, "--out", tmp_path / "b", "--checkpoint", "7"], capsys, "checkpoint is '7'")
+    fails(["bundle", "--run_dir", run_dir, "--out", tmp_path / "b", "--rows", "int8"], capsys, "say --training false")
     assert not list(tmp_path.iterdir())
     assert not is_bundle(run_dir)
     with pytest.raises(ValueError, match="checkpoint is 'last': a bundle is one version"):

@@ -19,7 +19,6 @@ from packs import make_pack, raw_rows
 from gmeta.cli import run
 from gmeta.core.files import replacing
 from gmeta.data.sources import confine, open_file
-from gmeta.parallel.launch import launch
 from gmeta.serving import predict
 
 pytestmark = pytest.mark.faults
@@ -91,15 +90,6 @@ def test_an_earlier_output_is_overwritten(trained: Path, files: Path) -> None:
     out.write_text("old")
     assert run(predict_words(trained, files, out)) == 0
     assert pq.read_table(out).column_names[-2:] == ["score", "score_before"]
-
-
-def test_several_processes(trained: Path, files: Path, capfd: Capture) -> None:
-    out = files / "scores.parquet"
-    assert launch(2, predict_words(trained, files, out)) == 2
-    message = capfd.readouterr().err
-    assert "predict runs in one process, found 2: start it without torchrun" in message
-    assert "Traceback" not in message
-    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", ["score", "Score", "SCORE_BEFORE", "__row", "__ROW", "__Problem", "File_Row_Number"])

@@ -17,8 +17,8 @@ from gmeta.data.prepare.check import check, create_checked, describe_rejects, re
 from gmeta.data.prepare.direct import DirectEncoder
 from gmeta.data.prepare.encode import Array, encode
 from gmeta.data.prepare.vocabulary import HashedVocabulary, load_vocabularies, vocabulary_files
-from gmeta.data.schema import ENCODING, PackSchema, Role, data_schema_from_json
-from gmeta.data.sources import Connection, RawPart, confine, described, find_files, open_file, reading
+from gmeta.data.schema import ENCODING, DataSchema, PackSchema, Role, data_schema_from_json
+from gmeta.data.sources import Connection, RawPart, confine, described, find_files, only_file, open_file, reading
 
 
 @dataclass(frozen=True)
@@ -98,22 +98,36 @@ class Encoder:
         with self._con.cursor() as con:
             return self._encoded(con, support, query)
 
+    def dealt(self, files: Sequence[Path], *, query: bool) -> EncodedTables:
+        """Encode a part that `deal_tasks` wrote, of files that the encoder was made for. The tasks are those of the
+        query, or without one those of the support; the part has at least one of them.
+        """
+        with self._con.cursor() as con:
+            rows = f"read_parquet([{', '.join(map(only_file, files))}], hive_partitioning=false)"
+            con.execute(f"CREATE TEMP VIEW raw_rows AS SELECT * FROM {rows}")
+            return self._laid_out(con, query=query)
+
     def _encoded(self, con: Connection, support: RawPart | None, query: RawPart | None) -> EncodedTables:
         """Encode the rows of one or both; the tasks are those of the query where there is one."""
-        self._checked(con, support, query)
+        check_rows(con, self._schema, self._pack_schema, support, query)
         with reading(" or ".join(part.file for part in (support, query) if part is not None)):
-            con.execute(f"""
-                CREATE TEMP TABLE placed AS
-                SELECT s.*, NULL::INTEGER AS fold,
-                       row_number() OVER (ORDER BY q.first, s.file, s.time, s.time_fraction, s.row) - 1 AS pos
-                FROM raw_rows s JOIN (
-                    SELECT task, min(row) AS first FROM raw_rows WHERE file = {int(query is not None)} GROUP BY task
-                ) q USING (task)""")
+            found = self._laid_out(con, query=query is not None)
+        if query is not None and not found.keys:
+            raise ValueError(f"{query.file} has no rows: there is nothing to score")
+        return found
+
+    def _laid_out(self, con: Connection, *, query: bool) -> EncodedTables:
+        """Encode the rows of view `raw_rows`, task by task."""
+        con.execute(f"""
+            CREATE TEMP TABLE placed AS
+            SELECT s.*, NULL::INTEGER AS fold,
+                   row_number() OVER (ORDER BY q.first, s.file, s.time, s.time_fraction, s.row) - 1 AS pos
+            FROM raw_rows s JOIN (
+                SELECT task, min(row) AS first FROM raw_rows WHERE file = {int(query)} GROUP BY task
+            ) q USING (task)""")
         tasks = con.execute("""
             SELECT task, min(pos) AS row_start, count(*) FILTER (file = 0) AS num_support
             FROM placed GROUP BY task ORDER BY row_start""").fetchnumpy()
-        if query is not None and len(tasks["task"]) == 0:
-            raise ValueError(f"{query.file} has no rows: there is nothing to score")
         of_rows = ("coalesce(b.label, 0) AS label", "CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row")
         rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
         numeric = self._pack_schema.numeric
@@ -129,23 +143,29 @@ class Encoder:
         }
         return EncodedTables([str(k) for k in tasks["task"]], arrays, rows["query_row"].astype(np.int64))
 
-    def _checked(self, con: Connection, support: RawPart | None, query: RawPart | None) -> None:
-        """Make view `raw_rows` of the checked rows."""
-        schema, relations = self._schema, []
-        roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
-        of_support: list[Role] = [*roles, "label"]
-        if support is not None and schema.time in support.columns:
-            of_support.append("time")  # a level that drifts, and the last rows of a support, need their order
-        create_checked(con, schema, types={}, temporary=True)
-        for index, (part, needed) in enumerate(((support, of_support), (query, roles))):
-            if part is not None:
-                with reading(part.file):
-                    encoding = self._pack_schema.encoding
-                    relations.append(check(con, part, index, schema, needed, types={}, encoding=encoding))
-        if counts := reject_counts(con):
-            files = ["" if part is None else part.file for part in (support, query)]
-            raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")
-        con.execute(f"CREATE TEMP VIEW raw_rows AS {' UNION ALL '.join(dict.fromkeys(relations))}")
+
+def check_rows(
+    con: Connection, schema: DataSchema, pack_schema: PackSchema, support: RawPart | None, query: RawPart | None
+) -> None:
+    """Make the temporary view `raw_rows` of the checked rows: of the support, file 0, and of the query, file 1.
+
+    Raises ValueError for missing columns and rows that cannot be used, with file, row, column and value.
+    """
+    relations = []
+    roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
+    of_support: list[Role] = [*roles, "label"]
+    if support is not None and schema.time in support.columns:
+        of_support.append("time")  # a level that drifts, and the last rows of a support, need their order
+    create_checked(con, schema, types={}, temporary=True)
+    for index, (part, needed) in enumerate(((support, of_support), (query, roles))):
+        if part is not None:
+            with reading(part.file):
+                encoding = pack_schema.encoding
+                relations.append(check(con, part, index, schema, needed, types={}, encoding=encoding))
+    if counts := reject_counts(con):
+        files = ["" if part is None else part.file for part in (support, query)]
+        raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")
+    con.execute(f"CREATE TEMP VIEW raw_rows AS {' UNION ALL '.join(dict.fromkeys(relations))}")
 
 
 def encode_tables(
@@ -158,19 +178,21 @@ def encode_tables(
     Raises ValueError for missing files and columns, and for rows that cannot be used, with file, row, column and value.
     """
     paths = (support_path, query_path)
-    files = [_only_file(path) for path in paths]
+    files = [only_table(path) for path in paths]
     with duckdb.connect() as con:
-        support, query = (_opened(con, path, file) for path, file in zip(paths, files, strict=True))
+        support, query = (opened_table(con, path, file) for path, file in zip(paths, files, strict=True))
     return Encoder(data_schema_json, vocab_dir, pack_schema, files).parts(support, query)
 
 
-def _only_file(path: str) -> Path:
+def only_table(path: str) -> Path:
+    """Return the one file that a path or pattern stands for. ValueError where there are several, or none."""
     found = find_files([path])
     if len(found) != 1:
         raise ValueError(f"{path} stands for {len(found)} files: give one Parquet or CSV file")
     return found[0]
 
 
-def _opened(con: Connection, path: str, file: Path) -> RawPart:
+def opened_table(con: Connection, path: str, file: Path) -> RawPart:
+    """Open a file as raw rows that messages call as the user did."""
     with reading(path):
         return replace(open_file(con, file), file=path)
