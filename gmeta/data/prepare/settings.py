@@ -63,7 +63,7 @@ def settings_from_json(stored: Mapping[str, Any]) -> Settings:
     The kind of every value is checked: a manifest may come from anyone, and numbers go into SQL. ValueError names the
     setting.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for item in fields(Settings):
         value = found[item.name] = stored.get(item.name)
         kinds = [kind for name in str(item.type).split(" | ") for kind in _KINDS[name]]
