@@ -116,7 +116,11 @@ def tasks(pack: TaskPack) -> dict[str, tuple[int, list[Row]]]:
             end = [*arrays["row_start"][1:], len(arrays["label"])]
             for t, (start, stop) in enumerate(zip(arrays["row_start"], end, strict=True)):
                 rows = [
-                    {name: arrays[name][r].tolist() for name in ("ids", "dense", "label", "item_cold", "time")}
+                    {
+                        name: arrays[name][r].tolist()
+                        for name in ("ids", "dense", "label", "item_cold", "time")
+                        if name in arrays
+                    }
                     | {
                         name: arrays[f"{name}.values"][
                             arrays[f"{name}.offsets"][r] : arrays[f"{name}.offsets"][r + 1]
@@ -543,3 +547,47 @@ def test_roles_go_on(tmp_path: Path) -> None:
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
     pack = make_days(tmp_path, days, schema, first={"query_size": None})[1]
     assert {(support, len(rows)) for support, rows in tasks(pack).values()} == {(5, 6)}
+
+
+def test_every_kind_of_feature_goes_on(tmp_path: Path) -> None:
+    """A table that features share, a hashed one, no time, and more tables than one query takes."""
+    columns = [f"c{i}" for i in range(33)]
+    schema = {
+        "task": "user",
+        "label": "y",
+        "item": "item",
+        "categorical": [{"name": "item", "table": "it", "min_count": 15}, {"name": "dev", "hash_buckets": 5}, *columns],
+        "sequence": [{"name": "seen", "separator": " ", "table": "it", "min_count": 15}],
+    }
+    rng = np.random.default_rng(0)
+    days = [
+        [
+            {
+                "user": f"u{user}",
+                "item": rng.integers(5 * n, 30 + 5 * n),
+                "seen": " ".join(str(i) for i in rng.integers(9 * n, 40 + 9 * n, 3)),
+                "dev": f"d{rng.integers(9)}",
+                "y": 1000 * n + 10 * user + k,  # names the row
+            }
+            | {name: f"v{rng.integers(3 + n)}" for name in columns}
+            for user in range(5 * n, 30 + 5 * n)
+            for k in range(6)
+        ]
+        for n in range(3)
+    ]
+    packs = make_days(tmp_path, days, schema, first={"query_size": 2}, evict_after_days=1)
+    known = {table: vocabulary(packs[-1], table)["value"] for table in ("it", *columns)}
+    assert None in known["it"]
+    raw = {row["y"]: row for row in days[-1]}
+    encoded = [row for _, rows in tasks(packs[-1]).values() for row in rows if row["label"] >= 2000]
+    assert len(encoded) == len(raw)
+    unknown = 0
+    for row in encoded:
+        given = raw[row["label"]]
+        pairs = [(known[name], row["ids"][2 + at], given[name]) for at, name in enumerate(columns)]
+        pairs += [(known["it"], i, value) for i, value in zip(row["seen"], given["seen"].split(), strict=True)]
+        pairs.append((known["it"], row["ids"][0], str(given["item"])))
+        for values, i, value in pairs:
+            assert values[i - 1] == value if i else value not in values
+            unknown += not i
+    assert unknown > 0
