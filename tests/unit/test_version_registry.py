@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -340,3 +341,29 @@ def test_numbers_go_on_after_pruning_the_newest(days: Path, tmp_path: Path) -> N
     publish(registry, days / "2", verdict=None, make_current=False)
     assert prune_versions(registry, 1) == [2]
     assert publish(registry, days / "3", verdict=None) == 4
+
+
+def test_what_dead_publishers_left_is_removed_after_a_day(days: Path, tmp_path: Path) -> None:
+    registry = open_registry(str(tmp_path))
+    publish(registry, days / "0", verdict=None)
+    left = {7: ["claim.json", "dense.safetensors", "tables/.partial-0"], 8: ["claim.json", "dense.safetensors"]}
+    for number, files in left.items():
+        for file in files:
+            path = tmp_path / "versions" / str(number) / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"id": f"dead/{number}"}))
+            if number == 7:
+                os.utime(path, (0, 0))
+    (tmp_path / "deltas" / "7").mkdir(parents=True)
+    (tmp_path / "deltas" / "7" / "result.json").write_text("{}")
+    prune_versions(registry, 1)
+    assert {entry.key for entry in registry.store.list("versions/7/")} == {
+        "versions/7/claim.json",
+        "versions/7/manifest.json",  # its publisher, should he live, finds that he was given up
+    }
+    assert len(registry.store.list("versions/8/")) == 2, "it may be alive"
+    assert registry.store.list("deltas/") == []
+    assert [record.number for record in registry.versions()] == [1]
+    with pytest.raises(ValueError, match="has no version 7"):
+        registry.manifest(7)
+    assert publish(registry, days / "1", verdict=None) == 9
