@@ -91,13 +91,15 @@ def in_process(bundle: Path, log: pa.Table, args: argparse.Namespace) -> list[Re
     import torch
 
     from gmeta.recommender.recommender import load
-    from gmeta.recommender.tasks import adapt_tasks, encode, score_tasks
+    from gmeta.recommender.tasks import adapt_tasks, encode_rows, score_tasks
 
     torch.set_num_threads(1)
     rec = load(bundle, device="cpu", mapped=True)
     names = [f"t{i}" for i in range(64)]
-    supports = [encode(rec, rows_of(log, [n], SUPPORT, i, label=True), "support") for i, n in enumerate(names)]
-    candidates = [encode(rec, rows_of(log, [n], CANDIDATES, i, label=False), "candidates") for i, n in enumerate(names)]
+    supports = [encode_rows(rec, rows_of(log, [n], SUPPORT, i, label=True), "support") for i, n in enumerate(names)]
+    candidates = [
+        encode_rows(rec, rows_of(log, [n], CANDIDATES, i, label=False), "candidates") for i, n in enumerate(names)
+    ]
 
     def single() -> None:
         for support, rows in zip(supports, candidates, strict=True):

@@ -103,9 +103,9 @@ def _predict(config: PredictConfig) -> int:
 
 
 def _serve(config: ServeConfig) -> int:
-    from gmeta.serving.server import serve
+    from gmeta.serving.server import run_serve
 
-    return serve(config)
+    return run_serve(config)
 
 
 def _bundle(config: BundleConfig) -> int:

@@ -17,7 +17,7 @@ import gmeta
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.serving import ServeConfig
 from gmeta.delivery.bundle import make_bundle
-from gmeta.serving.routes import create_app
+from gmeta.serving.routes import build_app
 from gmeta.serving.server import open_source
 from gmeta.serving.service import Service
 
@@ -42,7 +42,7 @@ class Client:
     def __init__(self, service: Service, token: str | None) -> None:
         self.service = service
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
-        transport = httpx.ASGITransport(create_app(service))
+        transport = httpx.ASGITransport(build_app(service))
         self.http = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", headers=headers)
 
     async def post(self, path: str, content: Any, *, kind: str = "application/json", **headers: str) -> httpx.Response:

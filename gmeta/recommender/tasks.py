@@ -1,6 +1,6 @@
 """Tasks of many requests, adapted and scored together: what a server batches, and the state that it keeps of each.
 
-    encoded = [encode(rec, table, "support") for table in …]     # one a request, one or more tasks each
+    encoded = [encode_rows(rec, table, "support") for table in …]     # one a request, one or more tasks each
     states = adapt_tasks(rec, encoded)                           # a TaskState for every task, in order
     scores = score_tasks(rec, candidates, states_of_candidates)  # an array for every table, in its order of rows
 
@@ -63,7 +63,7 @@ class TaskState:
         return sum(tensor.nbytes for tensor in (self.numbers, *self.rows.values(), *self.deltas.values()))
 
 
-def encode(rec: Recommender, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
+def encode_rows(rec: Recommender, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
     """Return raw rows in the model's encoding, None without rows; errors are those of `adapt` and `predict`."""
     encoded = rec._encode(table, role)
     if encoded is not None and role == "support":

@@ -17,7 +17,7 @@ from gmeta.data.prepare.direct import text_of
 from gmeta.data.prepare.encoder import EncodedTables
 from gmeta.data.schema import OOV
 from gmeta.data.tables import TableLike, as_arrow
-from gmeta.recommender.tasks import TaskState, adapt_tasks, encode, encode_together, score_tasks, task_digests
+from gmeta.recommender.tasks import TaskState, adapt_tasks, encode_rows, encode_together, score_tasks, task_digests
 from gmeta.serving.metrics import Metrics
 from gmeta.serving.refusal import Declined
 from gmeta.serving.states import Kept, States
@@ -119,7 +119,7 @@ class Engine:
                 continue
             for job, table in pairs:
                 try:
-                    encoded = encode(version.rec, table, role)
+                    encoded = encode_rows(version.rec, table, role)
                 except ValueError as error:
                     job.error = Declined(422, "bad_value", str(error))
                     continue
@@ -171,7 +171,7 @@ class Engine:
                     states[job, key] = state
                     continue
                 try:
-                    table = encode(version.rec, kept.support, "support")
+                    table = encode_rows(version.rec, kept.support, "support")
                     assert table is not None
                     parts.append(_Part(table, [job], [slice(0, 1)], [slice(0, len(table.query_row))]))
                 except ValueError:

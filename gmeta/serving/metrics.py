@@ -134,7 +134,7 @@ class _Workers:
         yield from found.values()
 
 
-def page(families: Mapping[str, list[Family]]) -> bytes:
+def metrics_page(families: Mapping[str, list[Family]]) -> bytes:
     """Return the page of `/metrics`, of what each worker counts."""
     registry = CollectorRegistry()
     registry.register(_Workers(families))

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from gmeta.serving.engine import ScoringJob
 from gmeta.serving.infer import answer, metadata, query_of_infer
-from gmeta.serving.metrics import Counted, page
+from gmeta.serving.metrics import Counted, metrics_page
 from gmeta.serving.refusal import Declined
 from gmeta.serving.service import Service
 from gmeta.serving.wire import Query, parse_json, query_of_arrow, query_of_json
@@ -25,7 +25,7 @@ RouteHandler = Callable[[Request, str, Counted], Awaitable[Response]]
 """Answers a request of an owner, and tells what to count."""
 
 
-def create_app(service: Service) -> FastAPI:
+def build_app(service: Service) -> FastAPI:
     """Return the service as an ASGI app."""
     app = FastAPI(
         title="gmeta",
@@ -130,7 +130,7 @@ class Routes:
 
     async def metrics(self, _: Request, __: str, ___: Counted) -> Response:
         """Tell what is counted."""
-        return Response(page(await self._service.peers.families()), media_type="text/plain; version=0.0.4")
+        return Response(metrics_page(await self._service.peers.families()), media_type="text/plain; version=0.0.4")
 
     async def live(self) -> Response:
         """Tell that the process lives."""

@@ -16,7 +16,7 @@ from gmeta.config.serving import ServeConfig
 try:
     from gmeta.elastic.service import is_loopback, listen, run_app, url_of
     from gmeta.serving.access import read_tokens
-    from gmeta.serving.routes import create_app
+    from gmeta.serving.routes import build_app
     from gmeta.serving.service import Service
     from gmeta.serving.versions import FolderSource, RegistrySource, Source
     from gmeta.serving.workers import ServerWorker, run_workers
@@ -38,7 +38,7 @@ def open_source(config: ServeConfig) -> Source:
     return RegistrySource(registry, Path(config.cache_dir), config.pin)
 
 
-def serve(config: ServeConfig) -> int:
+def run_serve(config: ServeConfig) -> int:
     """Run `gmeta serve` until SIGTERM or Ctrl-C; requests that are being answered then are finished.
 
     ValueError says why it cannot begin.
@@ -70,4 +70,4 @@ def _work(worker: ServerWorker, tell: Callable[[str], None]) -> None:
         sockets=worker.folder,
     )
     tell(service.versions.current.id)
-    run_app(create_app(service), worker.bound, graceful_s=max(1, round(config.timeout_s)))
+    run_app(build_app(service), worker.bound, graceful_s=max(1, round(config.timeout_s)))

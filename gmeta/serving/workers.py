@@ -19,7 +19,6 @@ from multiprocessing.process import BaseProcess
 
 from gmeta.config.serving import ServeConfig
 from gmeta.elastic.service import url_of
-from gmeta.parallel.launch import leave
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,9 @@ def _work(worker: ServerWorker, told: Connection, work: Work) -> None:
     except ValueError as error:
         print(f"gmeta serve: error: {error}", file=sys.stderr, flush=True)
         code = 2
-    leave(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to take the interpreter apart would free what libraries still hold
 
 
 def _follow_parent() -> None:

@@ -191,6 +191,14 @@ def test_other_types_are_left_to_the_database(tmp_path: Path, column: str, value
     assert encoder.table(table, "support").keys == ["u"]
 
 
+def test_large_tables_are_left_to_the_database(tmp_path: Path) -> None:
+    encoder = make_encoder(tmp_path)
+    assert encoder._direct is not None
+    for rows, direct in ((1 << 16, True), ((1 << 16) + 1, False)):
+        table = pa.table({name: pa.array(values).take(pa.array([0] * rows)) for name, values in ROW.items()})
+        assert (encoder._direct.rows(table, support=True) is not None) == direct
+
+
 def test_an_evicted_id_is_matched_by_nothing(tmp_path: Path) -> None:
     encoder = make_encoder(tmp_path)
     table = pa.table(ROW | {"item": ["7"]})

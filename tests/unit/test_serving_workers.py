@@ -81,7 +81,7 @@ def ask(url: str, path: str, document: Any) -> tuple[int, Any]:
 
 def workers(server: int) -> list[int]:
     """The processes of a server's workers."""
-    children = psutil.Process(server).children()
+    children = [c for c in psutil.Process(server).children() if c.status() != psutil.STATUS_ZOMBIE]
     return [child.pid for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
 

@@ -10,7 +10,14 @@ import pytest
 from packs import make_pack, user_rows
 
 import gmeta
-from gmeta.recommender.tasks import adapt_tasks, encode, join_states, score_tasks, split_states, state_without_support
+from gmeta.recommender.tasks import (
+    adapt_tasks,
+    encode_rows,
+    join_states,
+    score_tasks,
+    split_states,
+    state_without_support,
+)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "decision": {"meta": {"adapt": ["decision"], "inner_steps": 2, "inner_lr": 0.5}},
@@ -44,10 +51,10 @@ def test_scores_are_those_of_each_request_alone(pack: Path, name: str) -> None:
     ]
     candidates = [user_rows(tasks, each, 9 + tasks, label=False) for tasks, each in [(1, 7), (3, 2), (2, 30)]]
     expected = [rec.adapt(s).predict(c) for s, c in zip(supports, candidates, strict=True)]
-    encoded = [encode(rec, table, "support") for table in supports]
+    encoded = [encode_rows(rec, table, "support") for table in supports]
     states = adapt_tasks(rec, [table for table in encoded if table is not None])
     assert [state.num_support for state in states] == [3, 11, 11, 11, 20, 20]
-    rows = [table for c in candidates if (table := encode(rec, c, "candidates")) is not None]
+    rows = [table for c in candidates if (table := encode_rows(rec, c, "candidates")) is not None]
     of_tables = [states[:1], states[1:4], states[4:]]
     for found, scores in zip(score_tasks(rec, rows, of_tables), expected, strict=True):
         np.testing.assert_allclose(found, scores, rtol=1e-9)
@@ -61,4 +68,4 @@ def test_scores_are_those_of_each_request_alone(pack: Path, name: str) -> None:
     np.testing.assert_allclose(mixed[1::3], rec.adapt({}).predict(candidates[1])[1::3], rtol=1e-9)
     np.testing.assert_allclose(mixed[::3], expected[1][::3], rtol=1e-9)
     assert adapt_tasks(rec, []) == score_tasks(rec, [], []) == []
-    assert encode(rec, {}, "support") is None
+    assert encode_rows(rec, {}, "support") is None
