@@ -385,9 +385,7 @@ def prune_versions(registry: Registry, keep: int) -> list[int]:
         raise ValueError(f"keep is {keep}: must be at least 1")
     while True:
         pointer = _current(registry)
-        records = registry.versions()
-        newest = [record.number for record in records if not record.refused][-keep:]
-        gone = _removable(records, newest, pointer)
+        gone = _removable(registry.versions(), keep, pointer)
         # Marked first: a rollback to one of them, decided at this moment, then finds another pointer.
         marked = {
             "version": pointer.version,
@@ -408,13 +406,16 @@ def prune_versions(registry: Registry, keep: int) -> list[int]:
     return gone
 
 
-def _removable(records: Sequence[VersionRecord], newest: Sequence[int], pointer: Pointer) -> list[int]:
+def _removable(records: Sequence[VersionRecord], keep: int, pointer: Pointer) -> list[int]:
+    """Return what is to go. What is marked goes in any case: another `prune` is at it, or was killed at it."""
+    marked = set(pointer.removed)
+    newest = [record.number for record in records if not record.refused and record.number not in marked][-keep:]
     oldest = min(newest, default=0)
     stays = {*newest, pointer.version}
     return [
         record.number
         for record in records
-        if record.number not in stays and (record.number < oldest or not record.refused)
+        if record.number not in stays and (record.number in marked or record.number < oldest or not record.refused)
     ]
 
 

@@ -198,6 +198,26 @@ def test_a_version_that_is_being_removed_does_not_become_current(
     assert current(registry) == 2
 
 
+def test_a_removal_that_was_killed_is_completed(
+    registry: Registry, days: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for day in range(4):
+        publish(registry, days / str(day), verdict=None)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(registry.store), "delete", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_versions(registry, 1)
+    assert len(registry.versions()) == 4
+    with pytest.raises(ValueError, match="is being removed"):
+        roll_back(registry, 2)
+    assert prune_versions(registry, 2) == [1, 2, 3]
+    assert [record.number for record in registry.versions()] == [4]
+
+
 def test_what_is_not_to_be_published(registry: Registry, days: Path, tmp_path: Path) -> None:
     publish(registry, days / "0", verdict=None)
     publish(registry, days / "1", verdict=None)
