@@ -212,4 +212,7 @@ def test_mistakes(trained: Callable[[str], Path], tmp_path: Path, capsys: pytest
     fails([*words, tmp_path], capsys, f"out {tmp_path} exists")
     (tmp_path / "file").write_text("")
     fails([*words, tmp_path / "file" / "out"], capsys, "cannot write")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    gmeta("bundle", "--run_dir", trained("solved"), "--out", tmp_path / "bundle", "--training", "false")
+    words[2] = tmp_path / "bundle"
+    fails([*words, tmp_path / "out", "--checkpoint", "3"], capsys, "a bundle is one version: leave it out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "file"]
