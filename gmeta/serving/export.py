@@ -13,6 +13,8 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,8 @@ def export(config: ExportConfig) -> int:
     try:
         lock = lock_directory(partial)
         try:
-            told = {name: _write(graph, name, config, partial) for name, graph in graphs.items()}
+            with _without_logs():
+                told = {name: _write(rec, graph, name, config.format, partial) for name, graph in graphs.items()}
             shutil.copyfile(source / "schema.json", partial / "schema.json")
             shutil.copytree(source / "vocab", partial / "vocab")
             (partial / "export.json").write_text(json.dumps(_describe(rec, told), indent=1) + "\n")
@@ -70,11 +73,22 @@ def export(config: ExportConfig) -> int:
     return 0
 
 
-def _write(graph: Unadapted | GivenState, name: str, config: ExportConfig, folder: Path) -> dict[str, Any]:
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Keep torch from logging every step, and the whole graph where a model cannot be traced: the error says why."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _write(rec: Recommender, graph: Unadapted | GivenState, name: str, kind: str, folder: Path) -> dict[str, Any]:
     """Write a graph, and return what export.json says of it."""
-    file = folder / f"{name}.{SUFFIX[config.format]}"
-    program = trace(graph, config.run_dir)
-    if config.format == "torch":
+    file = folder / f"{name}.{SUFFIX[kind]}"
+    program = trace(graph, rec.config.model.name)
+    if kind == "torch":
         torch.export.save(program, file)
     else:
         _save_onnx(program, [one.name for one in graph.inputs], file)
@@ -83,12 +97,9 @@ def _write(graph: Unadapted | GivenState, name: str, config: ExportConfig, folde
 
 
 def _save_onnx(program: torch.export.ExportedProgram, names: list[str], file: Path) -> None:
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    with warnings.catch_warnings():  # torch 2.13 warns of its own code, and tells of packages that it does not need
+    with warnings.catch_warnings():  # torch 2.13 warns of its own code
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         found = torch.onnx.export(program, input_names=names, output_names=list(OUTPUTS), dynamo=True, verbose=False)
     assert found is not None
     found.save(file, external_data=True)

@@ -30,7 +30,7 @@ from torch import Tensor
 from gmeta.config.export import ExportStatesConfig
 from gmeta.core.files import replacing
 from gmeta.data.prepare.encoder import EncodedTables, Encoder
-from gmeta.data.prepare.parts import Parts, deal_tasks, open_parts
+from gmeta.data.prepare.parts import DealtParts, deal_tasks, open_parts
 from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import find_files
 from gmeta.meta.fast_weights import FastWeights
@@ -228,7 +228,7 @@ def _state(table: pa.Table, tensors: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def _join(config: ExportStatesConfig, parts: Parts, version: str, counts: NDArray[np.int64]) -> None:
+def _join(config: ExportStatesConfig, parts: DealtParts, version: str, counts: NDArray[np.int64]) -> None:
     """Write the parts' tasks as one file, which is whole or absent."""
     out = Path(config.out)
     with replacing(out) as partial_file:

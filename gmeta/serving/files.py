@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from gmeta.core.errors import require
 from gmeta.data.pack import lock_directory
-from gmeta.data.prepare.parts import Parts
+from gmeta.data.prepare.parts import DealtParts
 from gmeta.parallel.collectives import broadcast_from_rank_0, gather_to_rank_0, on_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
@@ -65,7 +65,7 @@ def same_checkpoint(source: Path, which: str, mesh: Mesh) -> str:
 
 
 def sum_over_parts(
-    parts: Parts, mesh: Mesh, num_counts: int, compute: Callable[[int], NDArray[np.int64]]
+    parts: DealtParts, mesh: Mesh, num_counts: int, compute: Callable[[int], NDArray[np.int64]]
 ) -> NDArray[np.int64]:
     """Compute this rank's parts, each of which gives int64 [num_counts], and return their sum over all ranks' parts on
     rank 0; collective. An error on any rank is raised on all.

@@ -22,7 +22,7 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.files import replacing
 from gmeta.data.coverage import nearly_unknown, unknown_counts, unknown_warning
 from gmeta.data.prepare.encoder import Encoder
-from gmeta.data.prepare.parts import Parts, deal_tasks, joined_with_results, open_parts
+from gmeta.data.prepare.parts import DealtParts, deal_tasks, joined_with_results, open_parts
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import Connection, find_files, literal, open_file, reading, require_free
@@ -76,7 +76,7 @@ class _Scorer:
     schema: PackSchema
     system: System
     encoder: Encoder
-    parts: Parts
+    parts: DealtParts
 
     @property
     def num_counts(self) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 import gmeta as api
 from gmeta.core.batch import Examples
 from gmeta.data.shards import split_in_memory
+from gmeta.serving.export_graphs import Unadapted, trace
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "solved": {
@@ -190,9 +191,28 @@ def test_what_cannot_be_exported_is_named(
     assert not list(tmp_path.iterdir())
 
 
+class Peeking(torch.nn.Module):
+    """Computes by what it sees, which no graph can hold."""
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        logits = embedded["item"].sum(-1)
+        return logits if float(logits.sum()) > 0 else -logits
+
+
+def test_a_model_that_cannot_be_traced_is_named(trained: Callable[[str], Path]) -> None:
+    rec = api.load(trained("melu"))
+    rec.system.learner.model = Peeking()
+    graph = Unadapted(rec)
+    with pytest.raises(ValueError, match=r"model own:Peeking cannot be exported .* tensor operations"):
+        trace(graph, "own:Peeking")
+
+
 def test_mistakes(trained: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["export", "--run_dir", trained("solved"), "--out"]
     fails([*words, tmp_path], capsys, f"out {tmp_path} exists")
     (tmp_path / "file").write_text("")
     fails([*words, tmp_path / "file" / "out"], capsys, "cannot write")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    gmeta("bundle", "--run_dir", trained("solved"), "--out", tmp_path / "bundle", "--training", "false")
+    words[2] = tmp_path / "bundle"
+    fails([*words, tmp_path / "out", "--checkpoint", "3"], capsys, "a bundle is one version: leave it out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "file"]

@@ -24,7 +24,7 @@ _ROWS = "rows"
 
 
 @dataclass(frozen=True)
-class Parts:
+class DealtParts:
     """The parts that `deal_tasks` made in a folder, by number. A part without tasks to compute has no number."""
 
     folder: Path
@@ -55,7 +55,7 @@ def deal_tasks(
     """
     schema, paths = data_schema_from_json(data_schema_json), [support, *([] if query is None else [query])]
     files = [only_table(path) for path in paths]
-    with disk_errors(folder), duckdb.connect(config=_limits(folder, memory_limit)) as con:
+    with limit_errors(folder), duckdb.connect(config=_limits(folder, memory_limit)) as con:
         opened = [opened_table(con, path, file) for path, file in zip(paths, files, strict=True)]
         confine(con, files, [folder])
         check_rows(con, schema, pack_schema, opened[0], opened[1] if query is not None else None)
@@ -75,21 +75,21 @@ def deal_tasks(
     (folder / "parts").write_text(" ".join(str(number) for (number,) in found))
 
 
-def open_parts(folder: Path) -> Parts:
+def open_parts(folder: Path) -> DealtParts:
     """Return the parts that `deal_tasks` made."""
-    return Parts(folder, tuple(map(int, (folder / "parts").read_text().split())))
+    return DealtParts(folder, tuple(map(int, (folder / "parts").read_text().split())))
 
 
 @contextmanager
 def joined_with_results(folder: Path, results: Path, *, memory_limit: str) -> Iterator[Connection]:
     """Give a connection with view `results` of all Parquet files in a folder."""
-    with disk_errors(folder), duckdb.connect(config=_limits(folder, memory_limit)) as con:
+    with limit_errors(folder), duckdb.connect(config=_limits(folder, memory_limit)) as con:
         con.execute(f"CREATE VIEW results AS SELECT * FROM read_parquet({literal(str(results / '*.parquet'))})")
         yield con
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def limit_errors(folder: Path) -> Iterator[None]:
     """Turn a full disk, or a memory limit that is too low, into a ValueError that says what to do."""
     try:
         yield
