@@ -25,7 +25,7 @@ await() { # the server looks for a new version every half second
 }
 
 echo "== five days of clicks whose truth is known; the labels of day 3 are turned round"
-"$gmeta" synth --out "$out/log" --days 5 --users 4000 --items 300 > "$out/synth.log"
+"$gmeta" synth --out "$out/log" --days 5 --users 9000 --items 300 > "$out/synth.log"
 "$python" - "$out/log/day=03" <<'PYTHON'
 import sys
 from pathlib import Path
