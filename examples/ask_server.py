@@ -1,7 +1,7 @@
 """Ask a `gmeta serve` without pause, as examples/daily.sh does, and count what it answers.
 
-    python examples/ask_server.py --url-file URL --log DAY --out asked.json    # until SIGTERM; exit code 1 if any failed
-    python examples/ask_server.py --url-file URL --version                     # the version that is served
+python examples/ask_server.py --url-file URL --log DAY --out asked.json   # until SIGTERM; ends with 1 if any failed
+python examples/ask_server.py --url-file URL --version                    # the version that is served
 """
 
 from __future__ import annotations

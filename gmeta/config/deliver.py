@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from gmeta.core.errors import require, require_numbers
 
@@ -24,6 +24,9 @@ class DeliverConfig:
     train_with: dict[str, Any] = field(default_factory=dict)
     """Settings of `gmeta train`, such as {schedule: {epochs: 2}}. What is left out is as the current version's, and of
     a first version as a recipe chooses."""
+    checkpoint: Literal["best", "last"] | None = None
+    """Checkpoint that becomes the version. Unset: the best of a first or full version, and the last of a day, whose few
+    valid tasks do not tell one validation from another."""
     rules: str | None = None
     """YAML file with the rules of the gate; its own when unset."""
     full: bool = False

@@ -3,7 +3,7 @@
     fetch    the registry's current version, with what a warm start needs
     prepare  a task pack of the new rows, whose ids continue that version's
     train    a warm start on the pack; of the first version a training by recipe
-    bundle   the best checkpoint as one version
+    bundle   a checkpoint as one version
     gate     candidate against current, on tasks of the pack that nobody trained on
     publish  the version and its verdict; the pointer moves where the gate passed it
 
@@ -191,8 +191,10 @@ def _trained(config: TrainConfig, nproc: int, file: Path) -> int:
 def _bundle(delivery: Delivery) -> None:
     out = delivery.folder / "bundle"
     if not out.exists():
-        trust = delivery.config.trust_model
-        make_bundle(BundleConfig(run_dir=str(delivery.folder / "run"), out=str(out), trust_model=trust))
+        config, run_dir = delivery.config, str(delivery.folder / "run")
+        usual = "best" if delivery.base is None or config.full else "last"
+        which = config.checkpoint or usual
+        make_bundle(BundleConfig(run_dir=run_dir, out=str(out), checkpoint=which, trust_model=config.trust_model))
     open_bundle(out, training=True)
 
 
