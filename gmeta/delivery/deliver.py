@@ -104,23 +104,21 @@ def _open(config: DeliverConfig, registry: Registry, work: Path) -> Delivery:
     """Find the delivery of these rows onto the registry's current version, or begin it."""
     current = registry.current()
     base = None if current is None else current.version
+    folder = work / _name(config)
+    if (folder / RECORD).exists():
+        record = read_mapping(folder / RECORD, _CURE)
+        if record["base"] == base or _is_published(folder / "bundle", current):
+            return Delivery(config, registry, folder, record["base"], record)
+        print("deliver: another version is current than when this delivery began: it begins anew")
+        shutil.rmtree(folder)
     begins = base is None or config.full
     if begins and config.schema is None:
         why = "full is true" if config.full else f"registry {config.registry} is empty"
         raise ValueError(f"{why}: name the schema of the rows with --schema")
     if not begins and config.schema is not None:
         raise ValueError(f"schema is {config.schema!r}: a day has that of the current version, leave it out")
-    folder = work / _name(config)
-    record: dict[str, Any] = {"base": base, "seconds": {}}
-    if (folder / RECORD).exists():
-        found = read_mapping(folder / RECORD, _CURE)
-        if found["base"] == base or _is_published(folder / "bundle", current):
-            record = found
-        else:
-            print("deliver: another version is current than when this delivery began: it begins anew")
-            shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
-    return Delivery(config, registry, folder, record["base"], record)
+    return Delivery(config, registry, folder, base, {"base": base, "seconds": {}})
 
 
 def _name(config: DeliverConfig) -> str:
@@ -152,7 +150,7 @@ def _fetch(delivery: Delivery) -> None:
 
 
 def _cache(delivery: Delivery) -> Path:
-    return delivery.folder.parent / "cache"
+    return delivery.folder / "cache"
 
 
 def _prepare(delivery: Delivery) -> None:

@@ -111,6 +111,24 @@ def test_a_delivery_that_was_stopped_goes_on(
     assert found.current().version == 2  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
+def test_a_first_delivery_that_was_stopped_goes_on(
+    stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = stages.STAGES["publish"]
+
+    def killed(delivery: stages.Delivery) -> None:
+        done(delivery)
+        raise KeyboardInterrupt
+
+    words: dict[str, Any] = {"schema": stream / "log" / "schema.yaml", "train_with": TRAIN}
+    with monkeypatch.context() as patch:
+        patch.setitem(stages.STAGES, "publish", killed)
+        assert deliver(stream, tmp_path / "registry", 0, 1, **words) == 130
+    assert deliver(stream, tmp_path / "registry", 0, 1, **words) == 0
+    assert [one.number for one in open_registry(str(tmp_path / "registry")).versions()] == [1]
+
+
 def test_a_damaged_day_is_refused_and_the_next_one_goes_on_without_it(
     stream: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
