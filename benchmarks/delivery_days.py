@@ -67,13 +67,13 @@ class Stream:
                     count(*) OVER (PARTITION BY {self.task}) AS rows
                 FROM (SELECT *, 1 AS today FROM today UNION ALL SELECT *, 0 AS today FROM before)""")
             query = f"today = 1 AND place > rows - {QUERY_ROWS}"
-            found = con.execute(f"""
+            found = con.sql(f"""
                 SELECT r.* EXCLUDE (today, place, rows), CASE
                     WHEN {self.task} IN (SELECT {self.task} FROM before)
                         THEN CASE WHEN {self.item} IN (FROM items) THEN 'warm' ELSE 'item_cold' END
                     ELSE CASE WHEN {self.item} IN (FROM items) THEN 'user_cold' ELSE 'both_cold' END END AS slice
                 FROM ranked r WHERE {query} ORDER BY {self.task}, place""").to_arrow_table()
-            support = con.execute(f"""
+            support = con.sql(f"""
                 SELECT * EXCLUDE (today, place, rows) FROM ranked
                 WHERE NOT ({query}) AND place > rows - {QUERY_ROWS + HISTORY_ROWS}
                 ORDER BY {self.task}, place""").to_arrow_table()
@@ -95,7 +95,7 @@ def movielens(root: Path, *, base: int, days: int) -> Stream:
         shutil.rmtree(partial, ignore_errors=True)
         log = DATA / "ml-100k" / "ml-100k.inter"
         with duckdb.connect() as con:
-            rows = con.execute(f"""
+            rows = con.sql(f"""
                 SELECT column0 AS user_id, column1 AS item_id, CAST(column2 >= 4 AS INTEGER) AS label,
                        CAST(column3 AS BIGINT) AS timestamp
                 FROM read_csv('{log}', delim='\\t', header=false, skip=1)
