@@ -105,7 +105,8 @@ class _Scorer:
         folder = self.parts.folder / _RESULTS
         pq.write_table(pa.table({"__row": row[order] + 1, **predictions}), folder / f"{number}.parquet")
         unknown = unknown_counts({f.name: split.feature_ids(f.name) for f in self.schema.features})
-        sizes = [len(row), len(found.keys), int((found.arrays["num_support"] > 0).sum())]
+        tasks = [len(found.keys), int((found.arrays["num_support"] > 0).sum())]
+        sizes = [len(row), *(tasks if number < self.parts.first_continued else (0, 0))]
         return np.concatenate([sizes, unknown.reshape(-1)])
 
 

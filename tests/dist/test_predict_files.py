@@ -73,6 +73,23 @@ def test_parts_change_neither_rows_nor_scores(place: Path, tmp_path: Path) -> No
     assert not changed[~known].any()
 
 
+def test_a_task_with_many_rows_goes_on_in_other_parts(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = pq.read_table(place / "query.parquet")
+    users = ["new1" if i % 3 else user for i, user in enumerate(query["user"].to_pylist())]
+    pq.write_table(query.set_column(0, "user", pa.array(users)), tmp_path / "query.parquet")
+    for name, part_rows in (("whole", 10**9), ("parts", FEW)):
+        config = settings(place, tmp_path / f"{name}.parquet", query=str(tmp_path / "query.parquet"))
+        predicted(Mesh(), config, part_rows)
+    said = capsys.readouterr().out
+    assert said.count(f"420 rows of {len(set(users))} tasks") == 2
+    whole, dealt = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("whole", "parts"))
+    for name in ("score", "score_before"):
+        np.testing.assert_allclose(dealt[name], whole[name], rtol=1e-5)
+    assert dealt.drop(["score", "score_before"]).equals(whole.drop(["score", "score_before"]))
+
+
 def test_scores_before_adaptation_are_left_out_on_demand(place: Path, tmp_path: Path) -> None:
     predicted(Mesh(), settings(place, tmp_path / "both.parquet"), FEW)
     predicted(Mesh(), settings(place, tmp_path / "after.parquet", before=False), FEW)

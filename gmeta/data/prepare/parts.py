@@ -16,10 +16,10 @@ import duckdb
 
 from gmeta.data.prepare.encoder import check_rows, only_table, opened_table
 from gmeta.data.schema import PackSchema, data_schema_from_json
-from gmeta.data.sources import Connection, confine, is_full_disk, literal, reading
+from gmeta.data.sources import Connection, confine, is_full_disk, literal, reading, scalar
 
 PART_ROWS = 1 << 18
-"""Rows of a part, about; a task is never divided."""
+"""Rows of a part, about. A task is divided only where its query has more, and its support never."""
 _ROWS = "rows"
 
 
@@ -29,6 +29,7 @@ class DealtParts:
 
     folder: Path
     numbers: tuple[int, ...]
+    first_continued: int  # parts from this number on hold more query rows of tasks that other parts began
 
     def files(self, number: int) -> list[Path]:
         """Return the files of a part, for `Encoder.dealt`."""
@@ -63,21 +64,45 @@ def deal_tasks(
             counts = dict(con.execute("SELECT file, count(*) FROM raw_rows GROUP BY file").fetchall())
         if not counts.get(len(paths) - 1):
             raise ValueError(f"{paths[-1]} has no rows: there is nothing to {'adapt to' if query is None else 'score'}")
-        number = f"hash(task) % {-(-sum(counts.values()) // PART_ROWS)}"
+        num_parts = -(-sum(counts.values()) // PART_ROWS)
         con.execute("SET preserve_insertion_order=false")
         with reading(" or ".join(paths)):
             con.execute(f"""
-                COPY (SELECT *, {number} AS part FROM raw_rows) TO {literal(str(folder / _ROWS))}
+                COPY ({_with_part(con, num_parts)}) TO {literal(str(folder / _ROWS))}
                 (FORMAT parquet, COMPRESSION lz4, PARTITION_BY (part))""")
         # The tasks of a part are those of its query, or without one those of its support.
         dealt = f"read_parquet({literal(str(folder / _ROWS / '*' / '*.parquet'))}, hive_partitioning=true)"
         found = con.execute(f"SELECT DISTINCT part FROM {dealt} WHERE file = {len(paths) - 1} ORDER BY part").fetchall()
-    (folder / "parts").write_text(" ".join(str(number) for (number,) in found))
+    (folder / "parts").write_text(" ".join(map(str, [num_parts, *(number for (number,) in found)])))
+
+
+def _with_part(con: Connection, num_parts: int) -> str:
+    """Return SQL of the rows with their part. A query of more than PART_ROWS rows goes on in parts of its own, which
+    are numbered from `num_parts` on, and have the task's support too.
+    """
+    con.execute(f"""
+        CREATE TEMP TABLE long_tasks AS
+        SELECT task, more, CAST({num_parts} + sum(more) OVER (ORDER BY task) - more AS BIGINT) AS first FROM (
+            SELECT task, (count(*) - 1) // {PART_ROWS} AS more FROM raw_rows WHERE file = 1 GROUP BY task)
+        WHERE more > 0""")
+    part = f"CAST(hash(r.task) % {num_parts} AS BIGINT)"
+    whole = f"SELECT r.*, {part} AS part FROM raw_rows r"
+    if not scalar(con, "SELECT count(*) FROM long_tasks"):
+        return whole
+    joined = "FROM raw_rows r JOIN long_tasks l ON l.task = r.task"
+    return f"""
+        {whole} WHERE r.file = 0 OR r.task NOT IN (SELECT task FROM long_tasks)
+        UNION ALL SELECT r.*, l.first + unnest(range(l.more)) AS part {joined} WHERE r.file = 0
+        UNION ALL SELECT r.* EXCLUDE (first, place),
+                  CASE WHEN r.place < {PART_ROWS} THEN {part} ELSE r.first - 1 + r.place // {PART_ROWS} END AS part
+        FROM (SELECT r.*, l.first, row_number() OVER (PARTITION BY r.task ORDER BY r.row) - 1 AS place
+              {joined} WHERE r.file = 1) r"""
 
 
 def open_parts(folder: Path) -> DealtParts:
     """Return the parts that `deal_tasks` made."""
-    return DealtParts(folder, tuple(map(int, (folder / "parts").read_text().split())))
+    num_parts, *numbers = map(int, (folder / "parts").read_text().split())
+    return DealtParts(folder, tuple(numbers), num_parts)
 
 
 @contextmanager
