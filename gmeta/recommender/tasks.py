@@ -27,7 +27,7 @@ from gmeta.data.order import bucket_by_size, ends_within
 from gmeta.data.prepare.encoder import EncodedTables
 from gmeta.data.shards import split_in_memory
 from gmeta.data.tables import TableLike
-from gmeta.meta.fast_weights import FastWeights, LowRankUpdate
+from gmeta.meta.fast_weights import FastWeights, LinearSite, LowRankUpdate
 from gmeta.meta.losses import prediction
 from gmeta.recommender.recommender import Recommender, require_finite
 from gmeta.runs.data import require_clicks
@@ -35,7 +35,7 @@ from gmeta.runs.data import require_clicks
 TASKS_TOGETHER = 64
 """Tasks in one pass: beyond so many a task costs the same."""
 _SUPPORT_STEP = 8
-"""States are padded to multiples of so many support rows, so that those of most tasks have one layout."""
+"""What is kept of each support row is padded to multiples of so many, so that most tasks' states have one layout."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def score_tasks(
 
 def split_states(fast: FastWeights, num_support: NDArray[np.int64]) -> list[TaskState]:
     """Take the fast weights of T tasks apart."""
-    rest = _padded(replace(fast, deltas={}, pairs={}))
+    rest = _compact(replace(fast, deltas={}, pairs={}))
     tensors, count = rest.tensors(), fast.num_tasks
     layout = Layout(
         tuple(tuple(tensor.shape[1:]) for tensor in tensors),
@@ -218,16 +218,34 @@ def _stacked(states: Sequence[TaskState]) -> FastWeights:
     return replace(layout.form.filled(iter(tensors)), num_tasks=count, pairs=pairs, deltas=deltas)
 
 
-def _padded(fast: FastWeights) -> FastWeights:
-    """Pad the support rows of low-rank updates with zeros, which change nothing."""
-    updates = {}
-    for site, steps in fast.updates.items():
-        length = max((step.inputs.shape[1] for step in steps), default=0)
-        more = -length % _SUPPORT_STEP
-        updates[site] = tuple(
-            LowRankUpdate(F.pad(step.inputs, (0, 0, 0, more)), F.pad(step.gradients, (0, 0, 0, more))) for step in steps
-        )
-    return replace(fast, updates=updates)
+def _compact(fast: FastWeights) -> FastWeights:
+    """Write all steps of a site as one update, of its change of the weight where that is smaller than the steps are.
+
+    A state of many steps on many rows then is as small as what it changes.
+    """
+    return replace(fast, updates={site: (_one_update(site, steps),) for site, steps in fast.updates.items() if steps})
+
+
+def _one_update(site: LinearSite, steps: Sequence[LowRankUpdate]) -> LowRankUpdate:
+    """Return the update of rank R that all steps are together.
+
+    A change C [out, in] of the weight is the update of inputs C and gradients I. That would change the bias by 1, so
+    that one row more, of inputs 0, takes it to what it is.
+    """
+    inputs, gradients = torch.cat([s.inputs for s in steps], 1), torch.cat([s.gradients for s in steps], 1)
+    count, rank, num_out = gradients.shape
+    rows = (num_out if site.weight is not None else 0) + (site.bias is not None)
+    if rank <= rows or inputs.dtype not in (torch.float32, torch.float64):
+        more = -rank % _SUPPORT_STEP
+        return LowRankUpdate(F.pad(inputs, (0, 0, 0, more)), F.pad(gradients, (0, 0, 0, more)))
+    changes, units = [], []
+    if site.weight is not None:
+        changes.append(torch.bmm(gradients.mT, inputs))
+        units.append(torch.eye(num_out, dtype=inputs.dtype, device=inputs.device).expand(count, -1, -1))
+    if site.bias is not None:
+        changes.append(inputs.new_zeros(count, 1, inputs.shape[2]))
+        units.append(gradients.sum(1, keepdim=True) - float(site.weight is not None))
+    return LowRankUpdate(torch.cat(changes, 1), torch.cat(units, 1))
 
 
 def _by_task(pairs: Tensor, num_tasks: int) -> tuple[Tensor, ...]:

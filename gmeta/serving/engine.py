@@ -52,7 +52,7 @@ class _Part:
 
 
 class Engine:
-    """Computes jobs, in the computing thread alone."""
+    """Computes jobs, one pass at a time."""
 
     def __init__(self, versions: Versions, states: States, metrics: Metrics) -> None:
         self._versions, self._states, self._metrics = versions, states, metrics

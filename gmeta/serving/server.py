@@ -25,8 +25,9 @@ except ImportError as error:
         f"gmeta serve needs packages that are not here ({error}): pip install 'gmeta[serve]', or '.[serve]' in a clone"
     ) from error
 
-_SWITCH_S = 0.0005
-"""Python's default lets the event loop keep the lock for 5 ms, in which the computing thread waits."""
+_SWITCH_S = 0.00005
+"""While a new version is loaded, by a thread of its own, each small operation of a pass may wait so long for Python's
+lock; the default is 5 ms."""
 
 
 def open_source(config: ServeConfig) -> Source:

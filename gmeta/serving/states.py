@@ -48,7 +48,7 @@ Entry = tuple[str, ...]
 
 
 class States:
-    """The states of one worker. The event loop and the computing thread use it."""
+    """The states of one worker. Threads may share it."""
 
     def __init__(self, *, worker: int, secret: bytes, most_bytes: int, ttl_s: float) -> None:
         self._worker, self._secret = worker, secret

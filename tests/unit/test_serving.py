@@ -382,7 +382,7 @@ def test_a_full_queue_and_a_late_answer(bundle: Path) -> None:
         await asyncio.sleep(0.7)
         assert (await client.score(GOOD)).status_code == 200
 
-    with_client(bundle, work, max_queue=3, timeout_s=0.2)
+    with_client(bundle, work, max_queue=3, timeout_s=0.2, batch_tasks=1)
 
 
 def test_what_is_told_of_the_model(bundle: Path) -> None:

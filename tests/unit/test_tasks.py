@@ -20,6 +20,8 @@ from gmeta.recommender.tasks import (
 )
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "many steps": {"meta": {"adapt": ["dense"], "inner_steps": 9, "inner_lr": 0.1, "order": "first"}},
+    "biases": {"meta": {"adapt": ["*.bias"], "inner_steps": 3, "inner_lr": 0.5}},
     "decision": {"meta": {"adapt": ["decision"], "inner_steps": 2, "inner_lr": 0.5}},
     "embeddings": {"meta": {"adapt": ["embeddings", "head"], "inner_lr": 2.0, "order": "first"}},
     "reference": {"meta": {"engine": "reference", "inner_lr": 0.5}},
