@@ -34,7 +34,7 @@ _REMEMBERED = 1 << 16
 """Values whose ids are remembered: those of popular items cost one look into a dict."""
 _LONGEST = 64
 _MOST_ROWS = 1 << 16
-"""Of more rows, Python's objects for the values take memory that DuckDB does not need, and its 40 ms are nothing."""
+"""More rows go to DuckDB: Python objects for their values take memory that it does not need, and 40 ms are nothing."""
 _CURE = "copy it again from the pack, or train again"
 _DECIMAL = re.compile(r"-?(0|[1-9][0-9]*)[.]0+")
 _EXPONENT = re.compile(r"-?[1-9][.][0-9]+E[0-9]+")
