@@ -68,6 +68,7 @@ def test_the_same_best_settings_on_several_ranks(tmp_path: Path, nproc: int) -> 
             assert (done.failed is None) == (together[key].failed is None)
 
 
+@pytest.mark.slow
 def test_the_same_baselines_on_several_ranks(tmp_path: Path) -> None:
     """Fine-tuning is scored by all ranks; factor analysis is computed by rank 0, and the others do not wait for it."""
     pack = make_pack(tmp_path / "pack")

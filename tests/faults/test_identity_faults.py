@@ -153,7 +153,7 @@ def test_other_data_are_refused_with_what_differs(place: Path, run_dir: Path, ca
     fails(resume_words(run_dir, pack), capsys, expected, "is not the data that run", "name a new run_dir")
     other = run_dir.with_name("plain")
     shutil.copytree(place / "plain", other)
-    _write_data(other, open_pack(pack), keep=False)
+    _write_data(other, open_pack(pack), None, keep=False)
     words = ["evaluate", "--run_dir", run_dir, "--plain_run", other]
     fails(words, capsys, expected, f"run {other} was not trained on the data of run")
     assert contents(run_dir) == before
@@ -205,7 +205,7 @@ def test_other_tasks_or_splits(place: Path, run_dir: Path, tmp_path: Path, capsy
     fails(resume_words(run_dir, pack), capsys, "its tasks, or the splits they lie in, are others")
     plain = tmp_path / "plain"
     shutil.copytree(place / "plain", plain)
-    _write_data(plain, open_pack(pack), keep=False)
+    _write_data(plain, open_pack(pack), None, keep=False)
     words = ["evaluate", "--run_dir", run_dir, "--plain_run", plain]
     fails(words, capsys, "its tasks, or the splits they lie in, are others", "train it again on the pack of the other")
 
@@ -228,7 +228,7 @@ def test_other_rows_of_the_same_tasks(place: Path, run_dir: Path, tmp_path: Path
     assert not is_own_pack(run_dir, open_pack(pack))
     plain = tmp_path / "plain"
     shutil.copytree(place / "plain", plain)
-    _write_data(plain, open_pack(pack), keep=False)
+    _write_data(plain, open_pack(pack), None, keep=False)
     fails(
         ["evaluate", "--run_dir", run_dir, "--plain_run", plain], capsys, expected, "was not trained on the data of run"
     )

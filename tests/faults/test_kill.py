@@ -125,7 +125,9 @@ def kill_and_compare(pack: Path, undisturbed: Path, tmp_path: Path, kills: int, 
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("kills", "seed"), [(1, 1), pytest.param(10, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("kills", "seed"), [pytest.param(1, 1, marks=pytest.mark.slow), pytest.param(10, 2, marks=pytest.mark.slow)]
+)
 def test_kills_change_nothing(pack: Path, undisturbed: Path, tmp_path: Path, kills: int, seed: int) -> None:
     kill_and_compare(pack, undisturbed, tmp_path, kills=kills, seed=seed)
 

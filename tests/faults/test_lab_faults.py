@@ -13,6 +13,7 @@ from gmeta.lab.run import run_lab, summary
 pytestmark = pytest.mark.faults
 
 
+@pytest.mark.slow
 def test_a_slow_worker_and_a_killed_one(tmp_path):
     scenario = Scenario(
         workers=2,
