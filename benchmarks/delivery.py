@@ -94,7 +94,7 @@ def run_seed(case: str, seed: int, scale: Scale, folder: Path) -> Path:
     kept = folder / case / f"seed-{seed}"
     kept.mkdir(parents=True, exist_ok=True)
     stream = (
-        synthetic(kept / "log", seed, base=scale.base, days=scale.days, users=scale.users)
+        synthetic(kept / "log", seed, base=scale.base, days=max(scale.days, FULL.days), users=scale.users)
         if case == "stream"
         else movielens(kept / "log", base=scale.base, days=scale.days)
     )
@@ -346,6 +346,7 @@ def options() -> argparse.Namespace:
     add_json(parser)
     parser.add_argument("--folder", type=Path, help="keep what is done here, and go on from it")
     parser.add_argument("--seeds", type=int, help="seeds of the stream, 0 to N - 1; 3 when unset")
+    parser.add_argument("--days", type=int, help="days to deliver; 10 when unset")
     parser.add_argument("--jobs", type=int, default=2, help="seeds run at a time, one thread each")
     parser.add_argument("--case", nargs="+", choices=("stream", "ml-100k"), default=["stream", "ml-100k"])
     return parse(parser)
@@ -354,6 +355,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     args = options()
     scale = QUICK if args.quick else FULL
+    scale = replace(scale, days=args.days or scale.days)
     with tempfile.TemporaryDirectory() as scratch:
         found = list(run(args, scale, args.folder or Path(scratch)))
     bodies = [f"## {case}\n\n{text}" for case, _, text in found]
