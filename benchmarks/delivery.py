@@ -49,8 +49,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "warm": {"schedule": {"epochs": 10}, "embedding": {"lr": 0.005}},
 }
-"""Settings of `gmeta train` on each side, beside what a recipe chooses (5 epochs, rate .002). Of warm starts 2, 5 and 10
-epochs and rates .002, .005 and .01 were tried on three days of seed 99; the full side has the recipe's own."""
+"""Settings of `gmeta train` on each side, beside what a recipe chooses (5 epochs, rate .002). Of warm starts 2, 5 and
+10 epochs and rates .002, .005 and .01 were tried on three days of seed 99; the full side has the recipe's own."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ LATE_DAYS = 3
 MEASURED_USERS = 200
 """Users of a day on which `synthesize_days` measures its reference AUCs."""
 
-Columns = dict[str, np.ndarray[Any, Any]]
+RowColumns = dict[str, np.ndarray[Any, Any]]
 Drawn = TypeVar("Drawn", "Catalogue", "Users")
 
 
@@ -98,11 +98,11 @@ class Users:
 
 
 @dataclass(frozen=True, slots=True)
-class Day:
+class StreamDay:
     """The rows that happened on a day, one user after the other, by time."""
 
-    log: Columns  # [R], as `log_table` takes them
-    truth: Columns  # [R], as `row_truth` reads them
+    log: RowColumns  # [R], as `log_table` takes them
+    truth: RowColumns  # [R], as `row_truth` reads them
     delay: Ints  # [R], days after which the row is in a file
 
 
@@ -204,7 +204,7 @@ def row_terms(config: SynthConfig, world: World, users: Users, user: Ints, item:
     return base, latent
 
 
-def draw_day(config: SynthConfig, world: World, users: Users, is_new: np.ndarray[Any, Any], day: int) -> Day:
+def draw_day(config: SynthConfig, world: World, users: Users, is_new: np.ndarray[Any, Any], day: int) -> StreamDay:
     """Draw the rows of `day`. `is_new` [U] marks users who arrived on it: they are active."""
     rng = _rng(config, 6, day)
     half = config.rows_per_user // 2
@@ -224,7 +224,7 @@ def draw_day(config: SynthConfig, world: World, users: Users, is_new: np.ndarray
     features["price"] = np.exp(3 + 0.8 * items.log_price).round(2)[item]
     vectors = {f"latent_{k}": latent[:, k] for k in range(config.latent_dim)}
     vectors |= {f"taste_{k}": users.taste[user, k] for k in range(config.latent_dim)}
-    return Day(
+    return StreamDay(
         log={**ids, **features, "label": (rng.random(rows) < chance).astype(np.int8)},
         truth={**ids, "base": base, **vectors},
         delay=np.where(late, rng.integers(1, LATE_DAYS + 1, size=rows), 0),
@@ -240,7 +240,7 @@ def _times(rng: np.random.Generator, user: Ints, counts: Ints, day: int) -> np.n
     return (START_US + day * DAY_US + within).astype("datetime64[us]")
 
 
-def days_of(config: SynthConfig, num: int) -> Iterator[tuple[Day, int, int]]:
+def days_of(config: SynthConfig, num: int) -> Iterator[tuple[StreamDay, int, int]]:
     """Yield the first `num` days: their rows, and how many users and items arrived on each; all of them on day 0."""
     world = _draw_world(config, 0)
     users = _draw_users(config, _rng(config, 5, 0), config.users, 0)
@@ -279,7 +279,7 @@ def synthesize_days(config: SynthConfig) -> dict[str, Any]:
 
 def _write_days(config: SynthConfig, num: int, root: Path) -> list[dict[str, Any]]:
     console = Console(stderr=True)
-    coming: dict[int, list[Columns]] = {}  # day of the file -> rows that wait for it
+    coming: dict[int, list[RowColumns]] = {}  # day of the file -> rows that wait for it
     summary = []
     days = enumerate(days_of(config, num))
     for day, (drawn, users, items) in track(days, "synth", num, console=console, disable=not console.is_terminal):
@@ -297,14 +297,14 @@ def _write_days(config: SynthConfig, num: int, root: Path) -> list[dict[str, Any
     return summary
 
 
-def _by_time(parts: Sequence[Columns]) -> Columns:
+def _by_time(parts: Sequence[RowColumns]) -> RowColumns:
     """Join rows and sort them by time, rows of one time by user."""
     joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     order = np.lexsort((joined["user_id"], joined["timestamp"]))
     return {key: values[order] for key, values in joined.items()}
 
 
-def _measured(config: SynthConfig, root: Path, day: int, columns: Columns) -> dict[str, Any]:
+def _measured(config: SynthConfig, root: Path, day: int, columns: RowColumns) -> dict[str, Any]:
     """Return the size of a day's file, and the reference AUCs of a sample of its users, where only it is known."""
     active = np.unique(columns["user_id"])
     sample = active[:: max(1, len(active) // MEASURED_USERS)][:MEASURED_USERS]

@@ -41,7 +41,7 @@ from gmeta.evaluation.evaluate import evaluate
 from gmeta.evaluation.slices import headline_metrics
 from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
 from gmeta.runs.bundle import open_bundle, read_manifest
-from gmeta.runs.lease import lease
+from gmeta.runs.lease import hold_lease
 from gmeta.runs.registry import Pointer, Registry, open_registry
 from gmeta.training.defaults import with_defaults
 from gmeta.training.supervise import supervise
@@ -86,7 +86,7 @@ def deliver(config: DeliverConfig) -> int:
     """
     work = make_folder("work", config.work)
     registry = open_registry(config.registry)
-    with lease(registry.store, LEASE, f"a delivery to {registry.url}"):
+    with hold_lease(registry.store, LEASE, f"a delivery to {registry.url}"):
         delivery = _open(config, registry, work)
         try:
             for name, stage in STAGES.items():

@@ -22,7 +22,7 @@ LEASE_S = 60.0
 
 
 @contextmanager
-def lease(store: Store, key: str, what: str, seconds: float = LEASE_S) -> Iterator[None]:
+def hold_lease(store: Store, key: str, what: str, seconds: float = LEASE_S) -> Iterator[None]:
     """Hold the lease `key` of a store while the block runs. ValueError that names the holder where there is one."""
     token = secrets.token_hex(8)
     _take(store, key, what, token, seconds)

@@ -6,12 +6,12 @@ import contextlib
 import secrets
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
 from gmeta.config.serving import ServeConfig
+from gmeta.runs.registry import open_registry
 
 try:
     from gmeta.elastic.service import is_loopback, listen, run_app, url_of
@@ -35,7 +35,7 @@ def open_source(config: ServeConfig) -> Source:
     if config.bundle is not None:
         return FolderSource(Path(config.bundle))
     assert config.registry is not None
-    registry = import_module("gmeta.runs.registry").open_registry(config.registry)
+    registry = open_registry(config.registry)
     return RegistrySource(registry, Path(config.cache_dir), config.pin)
 
 

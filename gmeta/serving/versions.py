@@ -14,6 +14,7 @@ from gmeta.recommender.smoke import check_smoke
 from gmeta.recommender.tasks import TaskState, state_without_support
 from gmeta.runs.bundle import MANIFEST, read_manifest
 from gmeta.runs.directory import read_schema
+from gmeta.runs.registry import Registry
 from gmeta.serving.metrics import Metrics
 from gmeta.serving.wire import Columns
 
@@ -42,16 +43,6 @@ class FolderSource:
         path = self._path.resolve()
         manifest = read_manifest(path)
         return f"{manifest['xxh3']} {path} {(path / MANIFEST).stat().st_mtime_ns}", path
-
-
-class Registry(Protocol):
-    """What is asked of a registry."""
-
-    def current(self) -> Any:
-        """Return the pointer, which has a `version`; None where nothing is published."""
-
-    def fetch(self, version: int, cache: Path, *, training: bool) -> Path:
-        """Return a version's verified bundle below `cache`."""
 
 
 class RegistrySource:

@@ -177,7 +177,7 @@ def test_one_delivery_at_a_time(
     stream: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["deliver", "--registry", registry, "--input", stream / "log" / "day=02", "--work", tmp_path / "work"]
-    with stages.lease(open_registry(str(registry)).store, stages.LEASE, "a delivery"):
+    with stages.hold_lease(open_registry(str(registry)).store, stages.LEASE, "a delivery"):
         fails(words, capsys, "is running (process", "wait for it")
     assert not (registry / stages.LEASE).exists()
 

@@ -51,6 +51,7 @@ def test_a_variant_that_computes_something_else_is_not_timed() -> None:
             engine.check_agreement(steps | {"other-second": other})
 
 
+@pytest.mark.slow
 def test_a_last_layer_in_closed_form_is_measured() -> None:
     records = [*last_layer.training(TINY, 1), *last_layer.one_task(TINY, 1)]
     found = {(record.variant, record.metric): record.value for record in records}

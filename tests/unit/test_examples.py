@@ -47,7 +47,7 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss_after"] for line in lines if line["kind"] == "valid"]
 
 
-@pytest.mark.parametrize("name", ["own_model.py", "own_loop.py"])
+@pytest.mark.parametrize("name", ["own_model.py", pytest.param("own_loop.py", marks=pytest.mark.slow)])
 def test_examples_that_train_learn_the_same_on_two_processes(pack: Path, tmp_path: Path, name: str) -> None:
     for processes in (1, 2):
         assert "best loss" in example(name, pack, tmp_path / str(processes), processes=processes)

@@ -332,7 +332,7 @@ def test_batches_are_those_of_the_loader(split, loader):
     batches = [batch for epoch in range(2) for batch in batches_of(split, config, epoch)]
     assert len(batches) == 2 * given.batches_per_epoch
     for tasks in batches:
-        assert next(given).task_id.tolist() == given._locate(tasks).task_id.tolist()
+        assert next(given).task_id.tolist() == given._locate(tasks, 0).task_id.tolist()
     steps = []
     for number, tasks in enumerate(batches):
         epoch, index = divmod(number, given.batches_per_epoch)

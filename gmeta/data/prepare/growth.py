@@ -199,7 +199,7 @@ def drift(
     return {"numeric": numeric, "label_mean": {"base": before.label_mean, "day": mean_label(con, train)}}
 
 
-class UnknownIds:
+class UnknownCounts:
     """Counts the values of the day's rows that the base has no id for, feature by feature."""
 
     def __init__(self, before: PackSchema) -> None:

@@ -17,7 +17,7 @@ from gmeta.data.pack import PackWriter
 from gmeta.data.prepare.base import INCREMENT, Base, refuse_delivered, write_chain
 from gmeta.data.prepare.cut import rows_on_both_sides
 from gmeta.data.prepare.deal import deal
-from gmeta.data.prepare.growth import PENDING, Eviction, UnknownIds, drift, grow, tombstones, write_pending
+from gmeta.data.prepare.growth import PENDING, Eviction, UnknownCounts, drift, grow, tombstones, write_pending
 from gmeta.data.prepare.history import (
     PARTS,
     TASKS,
@@ -79,7 +79,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
             gone = tombstones(con, schema, pack_schema)
             counts["tombstones"] = {f.table: int(gone[f.name].sum()) for f in pack_schema.features if f.name in gone}
             history = TaskHistory(pack_schema, base.day, rows, older, folder / PARTS, gone)
-            of_shards = _OfShards(history, UnknownIds(base.pack_schema))
+            of_shards = _OfShards(history, UnknownCounts(base.pack_schema))
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, of_shards)
             counts["drift"]["unknown"] = of_shards.unknown.shares()
             tell("keeping the history", 0, 1)
@@ -130,7 +130,7 @@ class _OfShards:
     """What a day does with the arrays of each shard."""
 
     history: TaskHistory
-    unknown: UnknownIds
+    unknown: UnknownCounts
 
     def add(self, con: Connection, shard: ShardJob, arrays: dict[str, Array]) -> dict[str, Array]:
         if shard.split != LEFT_OUT:
