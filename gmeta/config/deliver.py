@@ -20,7 +20,7 @@ class DeliverConfig:
     """YAML file that says what the columns mean, for the registry's first version and for full ones; a day has that of
     the current version."""
     prepare_with: dict[str, Any] = field(default_factory=dict)
-    """Settings of `gmeta prepare`, such as {min_count: 5}."""
+    """Settings of `gmeta prepare`, such as {query_size: 5}."""
     train_with: dict[str, Any] = field(default_factory=dict)
     """Settings of `gmeta train`, such as {schedule: {epochs: 2}}. What is left out is as the current version's, and of
     a first version as a recipe chooses."""

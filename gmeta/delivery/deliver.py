@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,18 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.files import make_folder, read_mapping, write_text
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare, print_summary
+from gmeta.data.shards import checksum_file
 from gmeta.data.sources import find_files
 from gmeta.delivery.bundle import make_bundle
 from gmeta.delivery.gate import HELD_OUT, judge
 from gmeta.delivery.registry import publish
+from gmeta.delivery.rules import read_rules
 from gmeta.evaluation.documents import read_evaluation
 from gmeta.evaluation.evaluate import evaluate
 from gmeta.evaluation.slices import headline_metrics
 from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
 from gmeta.runs.bundle import open_bundle, read_manifest
+from gmeta.runs.directory import read_config
 from gmeta.runs.lease import hold_lease
 from gmeta.runs.registry import Pointer, Registry, open_registry
 from gmeta.training.defaults import with_defaults
@@ -84,6 +87,7 @@ def deliver(config: DeliverConfig) -> int:
     Raises ValueError for what is the user's to mend: of every stage, and another delivery to the registry that runs, or
     that has published meanwhile.
     """
+    train_config({"pack": "", "run_dir": "", **config.train_with})  # mistakes come before the work
     work = make_folder("work", config.work)
     registry = open_registry(config.registry)
     with hold_lease(registry.store, LEASE, f"a delivery to {registry.url}"):
@@ -94,7 +98,11 @@ def deliver(config: DeliverConfig) -> int:
         except Stopped as stopped:
             print("stopped and saved: the same command goes on")
             return int(stopped.args[0])
-    _tell(delivery)
+        except ValueError:
+            if "prepare" not in delivery.record["seconds"]:
+                shutil.rmtree(delivery.folder)  # it holds a copy of the current version, and nothing of its own
+            raise
+        _tell(delivery)
     if delivery.record["passed"] and not config.keep:
         shutil.rmtree(delivery.folder)
     return 0 if delivery.record["passed"] else EXIT_REFUSED
@@ -104,28 +112,55 @@ def _open(config: DeliverConfig, registry: Registry, work: Path) -> Delivery:
     """Find the delivery of these rows onto the registry's current version, or begin it."""
     current = registry.current()
     base = None if current is None else current.version
-    folder = work / _name(config)
+    inputs = {checksum_file(file): str(file) for file in find_files(config.inputs)}
+    folder = work / _name(config, list(inputs))
     if (folder / RECORD).exists():
         record = read_mapping(folder / RECORD, _CURE)
         if record["base"] == base or _is_published(folder / "bundle", current):
             return Delivery(config, registry, folder, record["base"], record)
-        print("deliver: another version is current than when this delivery began: it begins anew")
-        shutil.rmtree(folder)
+        _set_aside(folder, record)
     begins = base is None or config.full
     if begins and config.schema is None:
         why = "full is true" if config.full else f"registry {config.registry} is empty"
         raise ValueError(f"{why}: name the schema of the rows with --schema")
     if not begins and config.schema is not None:
         raise ValueError(f"schema is {config.schema!r}: a day has that of the current version, leave it out")
+    before = [] if base is None or config.full else registry.manifest(base).get("delivered", [])
+    for known in (checksum for checksum in inputs if checksum in before):
+        raise ValueError(
+            f"{inputs[known]} was delivered already, with version {base} of {config.registry} or one before it: leave "
+            "it out"
+        )
     folder.mkdir(exist_ok=True)
-    return Delivery(config, registry, folder, base, {"base": base, "seconds": {}})
+    return Delivery(config, registry, folder, base, {"base": base, "delivered": [*before, *inputs], "seconds": {}})
 
 
-def _name(config: DeliverConfig) -> str:
-    """Return a name of what is delivered where: rows and settings."""
-    files = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in find_files(config.inputs)]
-    what = [config.registry, config.full, config.prepare_with, config.train_with, files]
+def _name(config: DeliverConfig, inputs: Sequence[str]) -> str:
+    """Return a name of what is delivered where: rows by their checksums, and settings, those in files by content."""
+    files = [None if file is None else _text(file) for file in (config.schema, config.rules)]
+    what = [config.registry, config.full, config.checkpoint, config.prepare_with, config.train_with, files, inputs]
     return xxhash.xxh3_64(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _text(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}): name a YAML file") from None
+
+
+def _set_aside(folder: Path, record: Mapping[str, Any]) -> None:
+    """Make way for a delivery that begins anew, because another version is current than when this one began.
+
+    ValueError where it was published: the day was delivered.
+    """
+    if "publish" not in record["seconds"]:
+        print("deliver: another version is current than when this delivery began: it begins anew")
+        shutil.rmtree(folder)
+    elif record["passed"]:
+        raise ValueError(f"these rows were delivered already, as version {record['version']}: leave them out")
+    else:
+        folder.rename(folder.with_name(f"{folder.name}-version-{record['version']}"))
 
 
 def _is_published(bundle: Path, current: Pointer | None) -> bool:
@@ -145,8 +180,11 @@ def _run(delivery: Delivery, name: str, stage: Callable[[Delivery], None]) -> No
 
 
 def _fetch(delivery: Delivery) -> None:
+    rules = delivery.config.rules
     if delivery.base is not None:
         delivery.record["fetched"] = str(delivery.registry.fetch(delivery.base, _cache(delivery)))
+        if rules is not None:
+            read_rules(rules, binary=read_config(delivery.base_bundle).loss == "bce")  # a mistake comes before the work
 
 
 def _cache(delivery: Delivery) -> Path:
@@ -161,7 +199,9 @@ def _prepare(delivery: Delivery) -> None:
         start = {"schema": config.schema} if begins else {"base": str(delivery.base_bundle)}
         given = {"out": str(out), "input": config.inputs, **start, **config.prepare_with}
         print_summary(prepare(parse_mapping(PrepareConfig, given, "prepare_with")))
-    open_pack(out)
+    if delivery.base is not None and not set(HELD_OUT) & set(open_pack(out).splits):
+        shutil.rmtree(out)
+        raise ValueError("the day has no task that is held out, and nothing could be judged: add more files to it")
 
 
 def _train(delivery: Delivery) -> None:
@@ -233,7 +273,14 @@ def _publish(delivery: Delivery) -> None:
         record["version"] = stored.number  # by this delivery, which was stopped before it could note it
         return
     document = json.loads(verdict.read_text()) if verdict.exists() else None
-    record["version"] = publish(registry, bundle, verdict=document, metrics=record["metrics"], cache=_cache(delivery))
+    record["version"] = publish(
+        registry,
+        bundle,
+        verdict=document,
+        metrics=record["metrics"],
+        delivered=record["delivered"],
+        cache=_cache(delivery),
+    )
 
 
 def _tell(delivery: Delivery) -> None:
@@ -241,7 +288,14 @@ def _tell(delivery: Delivery) -> None:
     total = sum(record["seconds"].values())
     took = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in record["seconds"].items())
     print(f"delivered in {total:.1f} s ({took})")
-    if record["passed"]:
+    pointer = delivery.registry.current()
+    if record["passed"] and pointer is not None and pointer.version != record["version"]:
+        print(
+            f"version {record['version']} is stored in {delivery.config.registry}, and version {pointer.version} stays "
+            f"{'pinned' if pointer.pinned else 'current'}: `gmeta registry rollback --to {record['version']}` makes it "
+            "current" + (", after `gmeta registry unpin`" if pointer.pinned else "")
+        )
+    elif record["passed"]:
         print(f"version {record['version']} of {delivery.config.registry} is current")
     else:
         print(

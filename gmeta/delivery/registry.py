@@ -49,6 +49,7 @@ def publish(
     *,
     verdict: dict[str, Any] | None,
     metrics: dict[str, Any] | None = None,
+    delivered: Sequence[str] | None = None,
     make_current: bool = True,
     cache: Path | None = None,
 ) -> int:
@@ -62,6 +63,7 @@ def publish(
         bundle: folder of the bundle.
         verdict: the gate's document; None where none judged it.
         metrics: what the version scored on its own day, for the manifest; None: as the verdict says.
+        delivered: checksums of the files that it and the versions before it were trained on, for the manifest.
         make_current: whether to move the pointer.
         cache: folder with versions fetched from an object store, where the delta's base is looked for; None fetches it.
 
@@ -72,6 +74,8 @@ def publish(
     """
     source = _checked(bundle)
     manifest = _told(source, verdict, metrics)
+    if delivered is not None:
+        manifest = sealed({**manifest, "delivered": list(delivered)})
     require_conditions(registry.store)
     pointer = registry.current()
     if pointer is not None:

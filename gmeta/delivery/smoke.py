@@ -1,4 +1,4 @@
-"""The smoke sample of a bundle: a few valid tasks with their scores, which a server computes again before it serves."""
+"""The smoke sample of a bundle: a few tasks, valid ones where there are some, with scores that a server computes anew."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def add_smoke(writer: BundleWriter, pack: TaskPack, manifest: Mapping[str, Any])
     """Add a sample of the run's own pack to a bundle that has all its other files; `manifest` is what `finish` will be
     given.
     """
-    arrays = pack.split("valid").sample(_TASKS, _ROWS)
+    name = "valid" if "valid" in pack.splits else "train"
+    arrays = pack.split(name).sample(_TASKS, _ROWS)
     if not arrays or not len(arrays["task_id"]):
         return
     # make_bundle has asked for trust

@@ -1,7 +1,7 @@
 """A lease: one holder at a time, on whatever machine, of something that a registry's store has one of.
 
-The holder renews it while it lives. That of a killed holder runs out after `LEASE_S`; clocks of machines that share a
-registry must agree to a fraction of that.
+The holder renews it while it lives. That of a killed holder runs out after `LEASE_S`, on its own machine at once.
+Clocks of machines that share a registry must agree to a fraction of that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import psutil
 
 from gmeta.runs.store import Store
 
@@ -47,7 +49,8 @@ def _take(store: Store, key: str, what: str, token: str, seconds: float) -> None
     held = store.read(key)
     holder = _held_by(store, key)
     left = float(holder.get("until", 0.0)) - time.time()
-    if left <= 0 and (store.replace(key, data, held.tag) if held is not None else store.create(key, data)):
+    dead = holder.get("host") == socket.gethostname() and not psutil.pid_exists(int(holder.get("process", 0)))
+    if (left <= 0 or dead) and (store.replace(key, data, held.tag) if held is not None else store.create(key, data)):
         return
     raise ValueError(
         f"{what} is running (process {holder.get('process')} on {holder.get('host')}): wait for it; if it was killed, "

@@ -164,9 +164,25 @@ def test_mistakes_are_told(stream: Path, registry: Path, tmp_path: Path, capsys:
     )
     fails(["deliver", "--registry", tmp_path / "none", "--input", day], capsys, "is empty: name the schema of the rows")
     fails([*words, tmp_path / "nothing"], capsys, "nothing")
-    assert deliver(stream, registry, 2) == 0
+    first = stream / "log" / "day=00"
+    fails([*words, first], capsys, "was delivered already, with version 1 of")  # by the first version
+    fails([*words, day, "--train_with", '{"schedul": 1}'], capsys, "unknown key schedul")
+    fails([*words, day, "--rules", tmp_path / "none.yaml"], capsys, "none.yaml cannot be read")
+    (tmp_path / "rules.yaml").write_text("rules: [{rule: evidense}]")
+    fails([*words, day, "--rules", tmp_path / "rules.yaml"], capsys, "did you mean 'evidence'?")
+    assert not list((tmp_path / "work").iterdir())  # nothing is left of what failed
+    assert deliver(stream, registry, 2, keep="true") == 0
     capsys.readouterr()
     fails([*words, day], capsys, "was delivered already")
+    kept = registry.parent / f"work-{registry.name}"
+    assert deliver(stream, registry, 3) == 0
+    again = ["deliver", "--registry", registry, "--work", kept, "--rules", stream / "rules.yaml", "--keep", "true"]
+    fails([*again, "--input", json.dumps([str(day)])], capsys, "these rows were delivered already, as version 2")
+    assert list(kept.glob("*/pack"))
+    gmeta("registry", "pin", 1, "--registry", registry)
+    assert deliver(stream, registry, 2, checkpoint="best") == 0
+    assert "version 4 is stored" in (said := capsys.readouterr().out)
+    assert "version 1 stays pinned" in said
     empty = tmp_path / "empty.csv"
     columns = duckdb.sql(f"FROM read_parquet('{day}/*.parquet')").columns
     empty.write_text(",".join(columns) + "\n")

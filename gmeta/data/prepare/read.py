@@ -42,7 +42,8 @@ def check_all(
         reasons = "; ".join(f"{count} × {reason}" for reason, count in bad.items())
         raise ValueError(
             f"{sum(bad.values())} rows cannot be used ({reasons}). The first:\n{describe_rejects(con, files)}\n"
-            "Mend them, or set them aside with --on_bad_rows quarantine"
+            "Mend them, or set them aside with --on_bad_rows quarantine (of deliver: --prepare_with '{on_bad_rows: "
+            "quarantine}')"
         )
     if bad:
         _write_rejects(con, files, scratch)
