@@ -1,4 +1,4 @@
-"""The smoke sample of a bundle: a few tasks, valid ones where there are some, with scores that a server computes anew."""
+"""The smoke sample of a bundle: a few tasks, valid ones where there are any, and scores that servers compute anew."""
 
 from __future__ import annotations
 
