@@ -394,8 +394,8 @@ def _current(registry: Registry) -> Pointer:
     pointer = registry.current()
     if pointer is None:
         raise ValueError(
-            f"{registry.url} has no current version: `gmeta publish` makes one, and of a stored version `gmeta registry "
-            "rollback --to N`"
+            f"{registry.url} has no current version: `gmeta publish` makes one, and of a stored version `gmeta "
+            "registry rollback --to N`"
         )
     return pointer
 
@@ -410,8 +410,8 @@ def _servable(registry: Registry, number: int) -> dict[str, Any]:
         if size != entry["bytes"]:
             found = "is missing" if size is None else f"has {size} bytes, its manifest says {entry['bytes']}"
             raise ValueError(
-                f"version {number} of {registry.url} is damaged: its {entry['file']} {found}; name another version, "
-                f"or {version_cure(number)}"
+                f"version {number} of {registry.url} is damaged: its {entry['file']} {found}; name another "
+                f"version, or {version_cure(number)}"
             )
     return manifest
 
