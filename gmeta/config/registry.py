@@ -72,9 +72,10 @@ class RegistryConfig:
         most = 0 if needed is None else 1
         least = 1 if needed else 0
         number = all(word.isdecimal() for word in rest) and least <= len(rest) <= most
-        require(
-            number, "do", " ".join(self.do), f"{verb} takes {'one number of a version' if most else 'no word more'}"
-        )
+        takes = "one number of a version" if most else "no word more"
+        if verb == "rollback":
+            takes += ": name the version with --to N"
+        require(number, "do", " ".join(self.do), f"{verb} takes {takes}")
         for key, owner in (("to", "rollback"), ("keep", "prune"), ("out", "fetch")):
             value = getattr(self, key)
             require(value is None or verb == owner, key, value, f"it belongs to {owner}, not to {verb}: leave it out")

@@ -53,7 +53,7 @@ def run_registry(config: RegistryConfig) -> int:
         case "pin":
             print(f"{found.url}: version {registries.pin(found, number)} is current, and pinned")
         case "unpin":
-            print(f"{found.url}: version {registries.unpin(found)} is current, and no longer pinned")
+            _unpin(found)
         case "prune":
             assert config.keep is not None
             gone = registries.prune_versions(found, config.keep)
@@ -66,10 +66,23 @@ def run_registry(config: RegistryConfig) -> int:
     return 0
 
 
+def _unpin(found: Registry) -> None:
+    pointer = found.current()
+    was = pointer is not None and pointer.pinned
+    number = registries.unpin(found)
+    print(f"{found.url}: version {number} is current, and {'no longer pinned' if was else 'was not pinned'}")
+
+
 def _print_versions(found: Registry) -> None:
-    pointer, records = found.current(), found.versions()
+    """Print the versions, and below them what is damaged: its cure may need their numbers."""
+    pointer, notes = None, []
+    try:
+        pointer = found.current()
+    except ValueError as error:
+        notes.append(str(error))
+    records = found.versions()
     if not records:
-        print(f"{found.url} holds no version: `gmeta publish` stores one")
+        print("\n".join(notes) or f"{found.url} holds no version: `gmeta publish` stores one")
         return
     table = Table(title=found.url, title_justify="left")
     for name in ("version", "id", "stored", "day", "bytes", "gate", ""):
@@ -86,9 +99,13 @@ def _print_versions(found: Registry) -> None:
             _mark(record.number, pointer),
         )
     Console().print(table)
+    for note in (*notes, *(record.damage for record in records if record.damage)):
+        print(note)
 
 
 def _gate(record: VersionRecord) -> str:
+    if record.damage:
+        return "damaged"
     if record.manifest.get("gate") is None:
         return ""
     return "refused" if record.refused else "passed"

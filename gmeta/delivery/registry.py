@@ -24,6 +24,7 @@ from gmeta.runs.delta import DELTA, delta_bytes, make_delta
 from gmeta.runs.directory import read_schema
 from gmeta.runs.registry import (
     ABANDONED,
+    BEGUN,
     FORMAT,
     FORMAT_VERSION,
     POINTER,
@@ -31,6 +32,7 @@ from gmeta.runs.registry import (
     Registry,
     VersionRecord,
     delta_folder,
+    version_cure,
     version_folder,
 )
 from gmeta.runs.store import Folder, Listed, require_conditions
@@ -61,7 +63,7 @@ def publish(
     Args:
         registry: where to.
         bundle: folder of the bundle.
-        verdict: the gate's document; None where none judged it.
+        verdict: the gate's document; None where none judged it: one that the bundle was stored with before is dropped.
         metrics: what the version scored on its own day, for the manifest; None: as the verdict says.
         delivered: checksums of the files that it and the versions before it were trained on, for the manifest.
         make_current: whether to move the pointer.
@@ -87,7 +89,7 @@ def publish(
             )
     number = _stored(registry, manifest, pointer)
     if number is None:
-        number = _store(registry, bundle, manifest)
+        number = _store(registry, bundle, manifest, pointer)
     if verdict is not None and not verdict["passed"]:
         return number
     if pointer is not None and pointer.version != number:
@@ -102,12 +104,12 @@ def publish(
 
 def _told(source: Bundle, verdict: Mapping[str, Any] | None, metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a bundle's manifest with what was found out about it."""
-    told: dict[str, Any] = {}
+    told = {key: value for key, value in source.manifest.items() if key != "gate"}
     if verdict is not None:
-        told = {"gate": _fitting(verdict, source), "metrics": verdict.get("metrics")}
+        told.update(gate=_fitting(verdict, source), metrics=verdict.get("metrics"))
     if metrics is not None:
         told["metrics"] = dict(metrics)
-    return sealed({**source.manifest, **told}) if told else source.manifest
+    return sealed(told)
 
 
 def _checked(bundle: Path) -> Bundle:
@@ -142,7 +144,13 @@ def _require_same_model(registry: Registry, pointer: Pointer, source: Bundle) ->
         for _ in range(source.manifest["model"]["name"] != current["model"]["name"])
     ]
     with TemporaryDirectory(prefix="gmeta-") as folder:
-        registry.store.download(version_folder(pointer.version) + "schema.json", Path(folder) / "schema.json")
+        try:
+            registry.store.download(version_folder(pointer.version) + "schema.json", Path(folder) / "schema.json")
+        except FileNotFoundError:
+            raise ValueError(
+                f"version {pointer.version} of {registry.url} is damaged: its schema.json is missing; "
+                f"{version_cure(pointer.version)}"
+            ) from None
         before, _ = read_schema(Path(folder))
     ours, _ = read_schema(source.path)
     lines += schema_difference(_kind(before), _kind(ours))
@@ -195,10 +203,10 @@ def _stored(registry: Registry, manifest: Mapping[str, Any], pointer: Pointer | 
     return None
 
 
-def _store(registry: Registry, bundle: Path, manifest: Mapping[str, Any]) -> int:
+def _store(registry: Registry, bundle: Path, manifest: Mapping[str, Any], pointer: Pointer | None) -> int:
     """Store a version under a number of its own, and return it. What was written is removed where this fails."""
     store = registry.store
-    number = _claim(registry, str(manifest["id"]))
+    number = _claim(registry, str(manifest["id"]), pointer)
     folder = version_folder(number)
     try:
         for entry in manifest["files"]:
@@ -219,20 +227,24 @@ def _store(registry: Registry, bundle: Path, manifest: Mapping[str, Any]) -> int
     return number
 
 
-def _claim(registry: Registry, version_id: str) -> int:
+def _claim(registry: Registry, version_id: str, pointer: Pointer | None) -> int:
     """Claim the next number, and give up older claims of the same version: their publishers died, or lose."""
     claim = {"id": version_id, "at": _now(), "token": secrets.token_hex(8)}
-    number = max(registry.keys(), default=0) + 1
+    served = [] if pointer is None else [entry["version"] for entry in pointer.history]  # perhaps removed by hand
+    number = max([*registry.keys(), *served], default=0) + 1
     while not registry.store.create(version_folder(number) + CLAIM, json.dumps(claim).encode()):
         number += 1
     for other, listed in registry.keys().items():
         if other >= number:
             continue
         held = registry.store.read(version_folder(other) + CLAIM)
-        same = held is not None and json.loads(held.data).get("id") == version_id
+        same = held is not None and _value(held.data, "id") == version_id
         if same and not _give_up(registry, other, listed):
             _give_up(registry, number)
-            raise ValueError(f"version {version_id} was delivered already, as number {other} of {registry.url}")
+            raise ValueError(
+                f"version {version_id} was delivered already, as number {other} of {registry.url}: `gmeta registry "
+                f"list` shows it; where it is damaged, {version_cure(other)}"
+            )
     return number
 
 
@@ -242,12 +254,21 @@ def _give_up(registry: Registry, number: int, listed: Sequence[Listed] | None = 
     document = {"format": ABANDONED, "at": _now(), "token": secrets.token_hex(8)}
     if not registry.store.create(folder + MANIFEST, json.dumps(document).encode()):
         held = registry.store.read(folder + MANIFEST)
-        if held is not None and json.loads(held.data).get("format") != ABANDONED:
+        if held is not None and _value(held.data, "format") != ABANDONED:
             return False
     for entry in registry.store.list(folder) if listed is None else listed:
         if entry.key not in (folder + MANIFEST, folder + CLAIM):
             registry.store.delete(entry.key)
     return True
+
+
+def _value(data: bytes, key: str) -> object:
+    """Return a value of a small JSON file; None where it is damaged."""
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return None
+    return values.get(key) if isinstance(values, dict) else None
 
 
 def _publish_delta(
@@ -314,23 +335,28 @@ def _move(
 def _swap(registry: Registry, pointer: Pointer | None, document: Mapping[str, Any]) -> bool:
     whole = {"format": FORMAT, "format_version": FORMAT_VERSION, **document, "token": secrets.token_hex(8)}
     data = (json.dumps(whole, indent=1) + "\n").encode()
-    if pointer is None:
-        return registry.store.create(POINTER, data)
-    return registry.store.replace(POINTER, data, pointer.etag)
+    store = registry.store
+    moved = store.create(POINTER, data) if pointer is None else store.replace(POINTER, data, pointer.etag)
+    if moved:
+        with suppress(ValueError):  # the pointer did move; the next move writes it
+            store.create(BEGUN, data)
+    return moved
 
 
 def roll_back(registry: Registry, to: int | None = None) -> int:
     """Make the version current that was current before this one, or the one named. Return its number.
 
-    ValueError where there is none, where the gate refused it, and where the pointer is pinned.
+    Where the pointer is missing, naming a version makes one. ValueError where there is no such version, where its gate
+    refused it, where its files are missing or of another size, and where the pointer is pinned.
     """
     while True:
-        pointer = _current(registry)
-        if pointer.pinned:
+        pointer = _current(registry) if to is None else registry.pointer()
+        if pointer is not None and pointer.pinned:
             raise ValueError(
                 f"version {pointer.version} of {registry.url} is pinned: `gmeta registry unpin` first, or pin another"
             )
-        number = _previous(registry, pointer) if to is None else to
+        number = to if to is not None or pointer is None else _previous(registry, pointer)
+        assert number is not None
         if _move(registry, pointer, number, _servable(registry, number), by="rollback"):
             return number
 
@@ -340,7 +366,7 @@ def _previous(registry: Registry, pointer: Pointer) -> int:
     history = list(pointer.history)
     while history and (history[-1]["version"] != pointer.version or history[-1]["by"] == "rollback"):
         history.pop()
-    stored = {record.number for record in registry.versions()} - set(pointer.removed)
+    stored = {record.number for record in registry.versions() if not record.damage} - set(pointer.removed)
     for entry in reversed(history[:-1]):
         if entry["version"] != pointer.version and entry["version"] in stored:
             return int(entry["version"])
@@ -348,10 +374,14 @@ def _previous(registry: Registry, pointer: Pointer) -> int:
 
 
 def pin(registry: Registry, number: int | None = None) -> int:
-    """Make a version current, by default the one that is, and hold the pointer there. Return its number."""
+    """Make a version current, by default the one that is, and hold the pointer there. Return its number.
+
+    Where the pointer is missing, naming a version makes one. ValueError as of `roll_back`.
+    """
     while True:
-        pointer = _current(registry)
-        wanted = pointer.version if number is None else number
+        pointer = _current(registry) if number is None else registry.pointer()
+        wanted = number if number is not None or pointer is None else pointer.version
+        assert wanted is not None
         if _move(registry, pointer, wanted, _servable(registry, wanted), by="pin", pinned=True):
             return wanted
 
@@ -360,15 +390,17 @@ def unpin(registry: Registry) -> int:
     """Let the pointer move again. Return the current version's number."""
     while True:
         pointer = _current(registry)
-        manifest = registry.manifest(pointer.version)
-        if _move(registry, pointer, pointer.version, manifest, by="unpin"):
+        if _move(registry, pointer, pointer.version, {"id": pointer.id, "xxh3": pointer.xxh3}, by="unpin"):
             return pointer.version
 
 
 def _current(registry: Registry) -> Pointer:
     pointer = registry.current()
     if pointer is None:
-        raise ValueError(f"{registry.url} has no current version: `gmeta publish` makes one")
+        raise ValueError(
+            f"{registry.url} has no current version: `gmeta publish` makes one, and of a stored version `gmeta "
+            "registry rollback --to N`"
+        )
     return pointer
 
 
@@ -376,6 +408,15 @@ def _servable(registry: Registry, number: int) -> dict[str, Any]:
     manifest = registry.manifest(number)
     if (gate := manifest.get("gate")) is not None and not gate["passed"]:
         raise ValueError(f"version {number} of {registry.url} was refused by its gate: it cannot be current")
+    sizes = {listed.key: listed.size for listed in registry.store.list(version_folder(number))}
+    for entry in manifest["files"]:
+        size = sizes.get(version_folder(number) + entry["file"])
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes, its manifest says {entry['bytes']}"
+            raise ValueError(
+                f"version {number} of {registry.url} is damaged: its {entry['file']} {found}; name another "
+                f"version, or {version_cure(number)}"
+            )
     return manifest
 
 
@@ -383,7 +424,7 @@ def prune_versions(registry: Registry, keep: int) -> list[int]:
     """Remove all but the newest `keep` versions, and the current one; return the numbers.
 
     A version's delta goes with it. So does what publishers left behind a day ago or earlier. Numbers are never used
-    again. Refused versions stay while they are newer than the oldest that stays.
+    again. Refused and damaged versions stay while they are newer than the oldest that stays.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}: must be at least 1")
@@ -413,13 +454,14 @@ def prune_versions(registry: Registry, keep: int) -> list[int]:
 def _removable(records: Sequence[VersionRecord], keep: int, pointer: Pointer) -> list[int]:
     """Return what is to go. What is marked goes in any case: another `prune` is at it, or was killed at it."""
     marked = set(pointer.removed)
-    newest = [record.number for record in records if not record.refused and record.number not in marked][-keep:]
+    sound = {record.number for record in records if not record.refused and not record.damage}
+    newest = sorted(sound - marked)[-keep:]
     oldest = min(newest, default=0)
     stays = {*newest, pointer.version}
     return [
         record.number
         for record in records
-        if record.number not in stays and (record.number in marked or record.number < oldest or not record.refused)
+        if record.number not in stays and (record.number in marked or record.number < oldest or record.number in sound)
     ]
 
 

@@ -85,15 +85,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return check_manifest(read_mapping(file, CURE), str(file))
 
 
-def check_manifest(manifest: dict[str, Any], file: str) -> dict[str, Any]:
-    """Return a manifest that is sound. ValueError names `file`, where it was read."""
+def check_manifest(manifest: dict[str, Any], file: str, cure: str = CURE) -> dict[str, Any]:
+    """Return a manifest that is sound. ValueError names `file`, where it was read, and the cure of damage."""
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{file} is of format {manifest.get('format')!r}, expected {FORMAT!r}: give a bundle")
     version = manifest.get("version")
     if type(version) is not int or version > VERSION:
         raise ValueError(f"{file} is of a bundle of format {version}; this gmeta reads up to {VERSION}: upgrade")
     if manifest.get("xxh3") != manifest_checksum(manifest):
-        raise ValueError(f"{file} is damaged (its checksum is not that of its content): {CURE}")
+        raise ValueError(f"{file} is damaged (its checksum is not that of its content): {cure}")
     try:
         for entry in manifest["files"]:
             check_entry(entry)
@@ -104,7 +104,7 @@ def check_manifest(manifest: dict[str, Any], file: str) -> dict[str, Any]:
             if not isinstance(manifest[key], kind):
                 raise ValueError(f"{key} is {manifest[key]!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no manifest of a bundle ({error}): {CURE}") from None
+        raise ValueError(f"{file} is no manifest of a bundle ({error}): {cure}") from None
     return manifest
 
 

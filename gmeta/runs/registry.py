@@ -3,6 +3,7 @@
     versions/<n>/   a bundle, immutable. It exists once its manifest does, which is written last.
     deltas/<n>/     what makes it of the version that was current before (see `gmeta.runs.delta`)
     current.json    the pointer, replaced by compare-and-swap
+    begun.json      says that there was a pointer: where it is missing since, it was lost
 
 This is what readers need; `gmeta.delivery.registry` publishes.
 """
@@ -30,9 +31,11 @@ CACHE = "~/.cache/gmeta"
 """Folder of fetched versions, where none is named."""
 FORMAT, FORMAT_VERSION = "gmeta-registry", 1
 POINTER = "current.json"
+BEGUN = "begun.json"
 ABANDONED = "gmeta-abandoned"
 """Format of a manifest that stands where no version will ever be: its publisher gave up, or was given up."""
-_CURE = "fetch it again; where that does not help, publish the version anew"
+_CURE = "fetch it again; where that does not help, restore the version's files"
+_POINTER_CURE = "restore it, or remove it and make another with `gmeta registry rollback --to N`"
 
 
 @dataclass(frozen=True)
@@ -50,21 +53,25 @@ class Pointer:
 
 @dataclass(frozen=True)
 class VersionRecord:
-    """A version that is stored. `created` is when the store got its manifest."""
+    """A version that is stored. `created` is when the store got its manifest.
+
+    Where the manifest cannot be read, `damage` says why, and the manifest is empty.
+    """
 
     number: int
     manifest: dict[str, Any]
     created: datetime
+    damage: str = ""
 
     @property
     def id(self) -> str:
-        """Return the version's id: a run's, and the step."""
-        return str(self.manifest["id"])
+        """Return the version's id: a run's, and the step; nothing where it is damaged."""
+        return str(self.manifest.get("id", ""))
 
     @property
     def bytes(self) -> int:
-        """Return the size of its files."""
-        return sum(entry["bytes"] for entry in self.manifest["files"])
+        """Return the size of its files; 0 where it is damaged."""
+        return sum(entry["bytes"] for entry in self.manifest.get("files", ()))
 
     @property
     def refused(self) -> bool:
@@ -87,7 +94,7 @@ def fetch_named(name: str, cache: Path) -> Path | None:
     url, _, which = name.rpartition("/")
     if not url or not (which == "current" or which.isdecimal()):
         return None
-    if "://" not in url and (Path(name).exists() or not (Path(url) / POINTER).exists()):
+    if "://" not in url and (Path(name).exists() or not any((Path(url) / key).exists() for key in (POINTER, BEGUN))):
         return None
     registry = open_registry(url)
     if which != "current":
@@ -101,6 +108,11 @@ def fetch_named(name: str, cache: Path) -> Path | None:
 def version_folder(version: int) -> str:
     """Return the keys' prefix of a version."""
     return f"versions/{version}/"
+
+
+def version_cure(version: int) -> str:
+    """Return what to do about a version that is damaged."""
+    return f"restore its files, or remove versions/{version} (where it is current, after `gmeta registry rollback`)"
 
 
 def delta_folder(version: int) -> str:
@@ -120,12 +132,24 @@ class Registry:
         return self.store.url
 
     def current(self) -> Pointer | None:
-        """Return which version serves; None where none was made current yet."""
+        """Return which version serves; None where none was made current yet. ValueError where the pointer was lost."""
+        pointer = self.pointer()
+        if pointer is not None or self.store.read(BEGUN) is None:
+            return pointer
+        if (pointer := self.pointer()) is not None:  # made between the two
+            return pointer
+        raise ValueError(
+            f"{self.url}/{POINTER} is missing, and was there: restore it, or make another with `gmeta registry "
+            "rollback --to N`; `gmeta registry list` shows the versions"
+        )
+
+    def pointer(self) -> Pointer | None:
+        """Return the pointer; None where there is none, lost or not yet made."""
         held = self.store.read(POINTER)
         if held is None:
             return None
         where = f"{self.url}/{POINTER}"
-        values = _mapping(held.data, where)
+        values = _mapping(held.data, where, _POINTER_CURE)
         if values.get("format") != FORMAT:
             raise ValueError(f"{where} is of format {values.get('format')!r}, expected {FORMAT!r}: give a registry")
         known = values.get("format_version")
@@ -137,36 +161,42 @@ class Registry:
                 str(values["id"]),
                 str(values["xxh3"]),
                 bool(values["pinned"]),
-                tuple(values["history"]),
-                tuple(values["removed"]),
+                tuple(
+                    {**entry, "version": int(entry["version"]), "by": str(entry["by"])} for entry in values["history"]
+                ),
+                tuple(int(number) for number in values["removed"]),
                 held.tag,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{where} is damaged ({error}): restore it") from None
+            raise ValueError(f"{where} is damaged ({error!r}): {_POINTER_CURE}") from None
 
     def manifest(self, version: int) -> dict[str, Any]:
         """Return the manifest of a version."""
-        found = self._manifest(version)
+        held = self.store.read(version_folder(version) + MANIFEST)
+        found = None if held is None else self._checked(version, held.data)
         if found is None:
             raise ValueError(f"{self.url} has no version {version}: `gmeta registry list` shows those that it has")
         return found
 
-    def _manifest(self, version: int) -> dict[str, Any] | None:
-        key = version_folder(version) + MANIFEST
-        held = self.store.read(key)
-        if held is None:
-            return None
-        values = _mapping(held.data, f"{self.url}/{key}")
-        return None if values.get("format") == ABANDONED else check_manifest(values, f"{self.url}/{key}")
+    def _checked(self, version: int, data: bytes) -> dict[str, Any] | None:
+        """Return what a version's manifest says; None where none will ever be there. ValueError where it is damaged."""
+        where, cure = f"{self.url}/{version_folder(version)}{MANIFEST}", version_cure(version)
+        values = _mapping(data, where, cure)
+        return None if values.get("format") == ABANDONED else check_manifest(values, where, cure)
 
     def versions(self) -> list[VersionRecord]:
-        """Return the versions that are stored, those that were refused too, in the order of their numbers."""
+        """Return the versions that are stored in the order of their numbers, those that were refused or damaged too."""
         found = []
         for number, listed in self.keys().items():
             manifest = next((entry for entry in listed if entry.key == version_folder(number) + MANIFEST), None)
-            if manifest is None:
+            held = None if manifest is None else self.store.read(manifest.key)
+            if manifest is None or held is None:
                 continue
-            values = self._manifest(number)
+            try:
+                values = self._checked(number, held.data)
+            except ValueError as error:
+                found.append(VersionRecord(number, {}, manifest.modified, str(error)))
+                continue
             if values is not None:
                 found.append(VersionRecord(number, values, manifest.modified))
         return found
@@ -218,7 +248,7 @@ class Registry:
             if held is None:
                 return []
             try:
-                document = check_delta(_mapping(held.data, f"{self.url}/{key}"), f"{self.url}/{key}")
+                document = check_delta(_mapping(held.data, f"{self.url}/{key}", _CURE), f"{self.url}/{key}")
             except ValueError:
                 return []
             left -= delta_bytes(document, training=training)
@@ -285,11 +315,11 @@ def _is_sound(home: Path, wanted: Mapping[str, Any] | None) -> bool:
     return bool(manifest["xxh3"] == (home.name if wanted is None else wanted["xxh3"]))
 
 
-def _mapping(data: bytes, where: str) -> dict[str, Any]:
+def _mapping(data: bytes, where: str, cure: str) -> dict[str, Any]:
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} cannot be read ({error}): {_CURE}") from None
+        raise ValueError(f"{where} cannot be read ({error}): {cure}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{where} holds no mapping: {_CURE}")
+        raise ValueError(f"{where} holds no mapping: {cure}")
     return values

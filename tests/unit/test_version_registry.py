@@ -312,11 +312,135 @@ def test_a_pointer_that_is_not_ours_is_told_of(tmp_path: Path) -> None:
         ("[]", "holds no mapping"),
         ('{"format": "other"}', "is of format 'other'"),
         ('{"format": "gmeta-registry", "format_version": 2}', "upgrade"),
-        ('{"format": "gmeta-registry", "format_version": 1}', "is damaged"),
+        ('{"format": "gmeta-registry", "format_version": 1}', "is damaged .* remove it and make another"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=told):
             open_registry(str(tmp_path)).current()
+
+
+def test_a_pointer_that_was_lost_is_not_an_empty_registry(registry: Registry, days: Path) -> None:
+    publish(registry, days / "0", verdict=None)
+    publish(registry, days / "1", verdict=None)
+    for move in (lambda: roll_back(registry, 1), lambda: pin(registry, 2)):
+        registry.store.delete("current.json")
+        for ask in (
+            registry.current,
+            lambda: roll_back(registry),
+            lambda: prune_versions(registry, 1),
+            lambda: publish(registry, days / "2", verdict=None),
+        ):
+            with pytest.raises(ValueError, match=r"current.json is missing, and was there: .* rollback --to N"):
+                ask()
+        assert move() == current(registry)
+    assert unpin(registry) == 2
+    assert publish(registry, days / "2", verdict=None) == 3 == current(registry)
+
+
+def test_a_first_publisher_that_was_killed_leaves_no_lost_pointer(
+    registry: Registry, days: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither do versions that were refused, or stored for later: any of the three is gone on with."""
+    publish(registry, days / "3", verdict=verdict(days / "3", passed=False))
+    assert publish(registry, days / "4", verdict=None, make_current=False) == 2
+    kind = type(registry.store)
+    create = kind.create
+
+    def killed(self: Any, key: str, data: bytes) -> bool:
+        if key == "current.json":
+            raise KeyboardInterrupt
+        return create(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "create", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(registry, days / "0", verdict=None)
+    assert registry.current() is None
+    with pytest.raises(ValueError, match=r"no current version: .* `gmeta registry rollback --to N`"):
+        roll_back(registry)
+    assert publish(registry, days / "0", verdict=None) == 3 == current(registry)
+    assert roll_back(registry, 2) == 2 == current(registry)
+
+
+def test_a_verdict_of_another_registry_is_dropped(registry: Registry, days: Path, tmp_path: Path) -> None:
+    first = open_registry(str(tmp_path / "first"))
+    publish(first, days / "0", verdict={**verdict(days / "0"), "metrics": {"auc": 0.7}})
+    first.download(1, tmp_path / "fetched")
+    publish(registry, tmp_path / "fetched", verdict=None)
+    manifest = registry.manifest(1)
+    assert "gate" not in manifest
+    assert manifest["metrics"] == {"auc": 0.7}
+    assert first.manifest(1)["gate"]["passed"]
+
+
+def damage(registry: Registry, key: str, place: Path, data: bytes = b"{") -> None:
+    place.write_bytes(data)
+    registry.store.upload(place, key)
+
+
+def test_a_damaged_manifest_stops_nothing_else(registry: Registry, days: Path, tmp_path: Path) -> None:
+    for day in range(4):
+        publish(registry, days / str(day), verdict=None)
+    sound = registry.store.read("versions/3/manifest.json")
+    assert sound is not None
+    for text in (b"{", b"[]", sound.data.replace(b"run2/2", b"run2/3")):
+        damage(registry, "versions/3/manifest.json", tmp_path / "bytes", text)
+        assert [bool(record.damage) for record in registry.versions()] == [False, False, True, False]
+    for move in (lambda: roll_back(registry, 3), lambda: pin(registry, 3), lambda: registry.manifest(3)):
+        with pytest.raises(ValueError, match=r"versions/3/manifest.json .*restore its files, or remove versions/3"):
+            move()
+    with pytest.raises(ValueError, match=r"was delivered already, as number 3 .* remove versions/3"):
+        publish(registry, days / "2", verdict=None)
+    assert roll_back(registry) == 2 == current(registry), "the damaged one is passed over"
+    assert publish(registry, days / "4", verdict=None) == 6 == current(registry)
+    damage(registry, "versions/6/manifest.json", tmp_path / "bytes")
+    assert unpin(registry) == 6
+    assert roll_back(registry) == 2 == current(registry)
+    for listed in registry.store.list("versions/6/"):
+        registry.store.delete(listed.key)
+    assert publish(registry, days / "4", verdict=None) == 7, "what served once keeps its number"
+    assert prune_versions(registry, 1) == [1, 2, 3, 4]
+
+
+def test_a_version_whose_files_are_not_there_does_not_become_current(
+    registry: Registry, days: Path, tmp_path: Path
+) -> None:
+    for day in range(3):
+        publish(registry, days / str(day), verdict=None)
+    registry.store.delete("versions/1/dense.safetensors")
+    damage(registry, "versions/2/config.yaml", tmp_path / "bytes", b"")
+    for number, told in ((1, "its dense.safetensors is missing"), (2, "its config.yaml has 0 bytes")):
+        for move in (roll_back, pin):
+            with pytest.raises(
+                ValueError, match=f"version {number} of .* is damaged: {told}.* remove versions/{number}"
+            ):
+                move(registry, number)
+    assert current(registry) == 3
+    registry.store.delete("versions/3/schema.json")
+    with pytest.raises(ValueError, match=r"version 3 of .* is damaged: its schema.json is missing"):
+        publish(registry, days / "3", verdict=None)
+
+
+def test_the_commands_on_a_damaged_registry(days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "registry"
+    registry, to = open_registry(str(place)), ["--registry", place]
+    for day in range(3):
+        publish(registry, days / str(day), verdict=None)
+    (place / "versions" / "1" / "manifest.json").write_text("{")
+    (place / "current.json").write_text("{")
+    gmeta("registry", "list", *to)
+    told = capsys.readouterr().out
+    assert "damaged" in told
+    assert "run1/1" in told
+    assert "remove versions/1" in told
+    assert "remove it and make another with `gmeta registry rollback --to N`" in told
+    (place / "current.json").unlink()
+    fails(["serve", *to], capsys, "current.json is missing, and was there")
+    fails(["registry", "rollback", "2", *to], capsys, "name the version with --to N")
+    gmeta("registry", "rollback", "--to", 2, *to)
+    assert "version 2 is current" in capsys.readouterr().out
+    gmeta("registry", "unpin", *to)
+    assert "was not pinned" in capsys.readouterr().out
 
 
 def test_the_commands(days: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
