@@ -21,6 +21,8 @@ from gmeta.recommender.tasks import encode_rows, join_tables
 from gmeta.serving.wire import Query
 
 Part = Literal["support", "candidates"]
+_MOST_MIXES = 16
+"""Each may take a query of the database, and other requests wait for it."""
 _Rows = dict[int, NDArray[np.int64]]
 """Task's place in the request -> its rows."""
 
@@ -43,6 +45,10 @@ def encode_request(rec: Recommender, query: Query, table: TableLike, part: Part)
     alike: dict[object, _Rows] = {}
     for place, of_task in rows.items():
         alike.setdefault(_types(_taken(table, of_task)), {})[place] = of_task
+    if len(alike) > _MOST_MIXES:
+        raise ValueError(
+            f"the tasks' {part} differ in the types of values in {len(alike)} ways: send one type a column"
+        )
     found = [one for group in alike.values() for one in _halved(rec, query, table, group, part)]
     joined = join_tables([encoded for encoded, _ in found])
     if part == "support":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,21 @@ def test_tasks_may_differ_in_the_types_of_their_values(bundle: Path) -> None:
         ]
         for one, other in zip(alone, (await client.score(*named)).json()["tasks"], strict=True):
             np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-6)
+
+    with_client(bundle, work)
+
+
+def test_tasks_may_not_differ_in_too_many_ways(bundle: Path) -> None:
+    tasks = []
+    for number, kinds in enumerate(itertools.product((str, int), (str, int, float), (str, int, float))):
+        tasks.append(one_task(f"u{number}"))
+        for name, kind in zip(("item", "age", "price"), kinds, strict=True):
+            tasks[-1]["candidates"][name] = [kind(1)] * ROWS
+
+    async def work(client: Client) -> None:
+        answer = await client.score(*tasks)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_value")
+        assert "in 18 ways: send one type a column" in answer.json()["error"]["message"]
 
     with_client(bundle, work)
 
