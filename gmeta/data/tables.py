@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -65,6 +65,19 @@ def _array(values: Any) -> pa.Array:
         return pa.array(values, pa.uint64(), from_pandas=True)
 
 
+def _types(values: Iterable[Any]) -> str:
+    """Tell the first row of each type of value; nothing where there is but one, which is plain."""
+    first: dict[str, str] = {}
+    for row, value in enumerate(values, 1):
+        kind = type(value).__name__
+        if isinstance(value, list):
+            kind = f"list of {' and '.join(sorted({type(part).__name__ for part in value if part is not None}))}"
+        if value is not None and not (isinstance(value, float) and value != value):
+            first.setdefault(kind, f"row {row} has {repr(value)[:80]} ({kind})")
+    plain = len(first) == 1 and " and " not in next(iter(first))
+    return "" if plain else ", ".join(first.values())
+
+
 def _column(values: Any, name: str, key: str) -> pa.Array | pa.ChunkedArray:
     if not isinstance(values, pa.Array | pa.ChunkedArray):
         if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
@@ -78,7 +91,8 @@ def _column(values: Any, name: str, key: str) -> pa.Array | pa.ChunkedArray:
         except OverflowError:
             raise ValueError(f"{name}[{key!r}] holds whole numbers beyond 64 bits: make them text") from None
         except (pa.ArrowException, ValueError, TypeError) as error:
-            raise ValueError(f"{name}[{key!r}] cannot be read as one type of values: {error}") from None
+            reason = _types(values) or error
+            raise ValueError(f"{name}[{key!r}] cannot be read as one type of values: {reason}") from None
     if pa.types.is_float16(values.type):  # DuckDB has no such type
         return values.cast(pa.float32())
     if not pa.types.is_dictionary(values.type):

@@ -107,7 +107,7 @@ def adapt_tasks(
     """
     if not supports or (wanted is not None and not len(wanted)):
         return []
-    joined = _joined(supports)
+    joined = join_tables(supports)
     chosen = np.arange(len(joined.keys)) if wanted is None else np.asarray(wanted, np.int64)
     at, split = rec._rows(joined)[chosen], split_in_memory(joined.arrays, rec.schema)
     states: dict[int, TaskState] = {}
@@ -148,7 +148,7 @@ def score_tasks(
     """Return the scores of the rows of each table, [rows]; `states[i]` are those of the tasks of `candidates[i]`."""
     if not candidates:
         return []
-    joined = _joined(candidates)
+    joined = join_tables(candidates)
     flat = [state for of_table in states for state in of_table]
     at, split = rec._rows(joined), split_in_memory(joined.arrays, rec.schema)
     logits = np.zeros(len(joined.query_row))
@@ -263,8 +263,8 @@ def _groups(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Ite
             start = end
 
 
-def _joined(tables: Sequence[EncodedTables]) -> EncodedTables:
-    """Return the tasks of all tables as those of one."""
+def join_tables(tables: Sequence[EncodedTables]) -> EncodedTables:
+    """Return the tasks of all tables as those of one; there is at least one table."""
     if len(tables) == 1:
         return tables[0]
     arrays: dict[str, NDArray[np.generic]] = {}

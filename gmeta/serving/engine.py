@@ -7,17 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from gmeta.data.prepare.direct import text_of
 from gmeta.data.prepare.encoder import EncodedTables
 from gmeta.data.schema import OOV
-from gmeta.data.tables import TableLike, as_arrow
+from gmeta.data.tables import TableLike
 from gmeta.recommender.tasks import TaskState, adapt_tasks, encode_rows, encode_together, score_tasks, task_digests
+from gmeta.serving.apart import encode_request, split_tasks
 from gmeta.serving.metrics import Metrics
 from gmeta.serving.refusal import Declined
 from gmeta.serving.states import Kept, States
@@ -119,7 +119,7 @@ class Engine:
                 continue
             for job, table in pairs:
                 try:
-                    encoded = encode_rows(version.rec, table, role)
+                    encoded = encode_request(version.rec, job.query, table, role)
                 except ValueError as error:
                     job.error = Declined(422, "bad_value", str(error))
                     continue
@@ -202,7 +202,7 @@ class Engine:
     ) -> None:
         assert job.query.support is not None
         try:
-            for key, rows in _rows_by_task(job.query.support, keys, self._versions.task).items():
+            for key, rows in split_tasks(job.query.support, keys, self._versions.task).items():
                 job.states[key] = self._states.new_id(job.owner)
                 self._states.keep(job.owner, job.states[key], Kept(key, rows, {version.id: job.digests[key]}))
                 job.num_support[key] = states[job, key].num_support
@@ -226,17 +226,6 @@ class Engine:
         start = time.perf_counter()
         yield
         self._metrics.observe(stage, time.perf_counter() - start)
-
-
-def _rows_by_task(support: TableLike, keys: Sequence[str], task: str) -> dict[str, pa.Table]:
-    """Return the support rows of each task as a table of its own, which shares no memory with others."""
-    table = support if isinstance(support, pa.Table) else as_arrow(support, "support", list(support))
-    if len(keys) == 1:
-        return {keys[0]: table}
-    of_task: dict[Any, list[int]] = {}
-    for row, value in enumerate(table[task].to_pylist()):
-        of_task.setdefault(text_of(value), []).append(row)
-    return {key: table.take(of_task[key]) for key in keys}
 
 
 def _unknown(tables: Sequence[EncodedTables]) -> tuple[int, int]:

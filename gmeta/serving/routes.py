@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from gmeta.serving.engine import ScoringJob
@@ -45,9 +46,23 @@ def build_app(service: Service) -> FastAPI:
         endpoint = _answered(service, f"{method} {path}", handler)
         name = handler.__name__
         app.add_api_route(path, endpoint, methods=[method], description=says, name=name, response_model=None)
+    app.add_exception_handler(HTTPException, _no_route)
     app.add_api_route("/v2/health/live", routes.live, methods=["GET"], response_model=None)
     app.add_api_route("/v2/health/ready", routes.ready, methods=["GET"], response_model=None)
     return app
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer a request that no route takes."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 405:
+        refusal = Declined(405, "method_not_allowed", f"{path} takes no {request.method}: see /docs")
+    elif error.status_code == 404:
+        refusal = Declined(404, "not_found", f"there is nothing at {path}: see /docs")
+    else:
+        refusal = Declined(error.status_code, "bad_request", str(error.detail))
+    return _json(refusal.body, refusal.status, error.headers)
 
 
 def _answered(service: Service, route: str, handler: RouteHandler) -> Callable[[Request], Awaitable[Response]]:
@@ -84,7 +99,7 @@ class Routes:
         if in_arrow:
             return _arrow({"score": job.scores}, job.version)
         scores, tasks, start = job.scores.tolist(), [], 0
-        for key, rows in query.tasks:
+        for key, _, rows in query.tasks:
             tasks.append({"key": key, "scores": scores[start : start + rows]})
             start += rows
         return _json({"version": job.version, "tasks": tasks})
@@ -97,7 +112,7 @@ class Routes:
         states, num_support = [job.states[key] for key in keys], [job.num_support[key] for key in keys]
         if in_arrow:
             return _arrow({"key": keys, "state": states, "num_support": num_support}, job.version)
-        given = [key for key, _ in query.tasks]  # the tasks are in this order
+        given = [task.key for task in query.tasks]  # the tasks are in this order
         found = zip(given, states, num_support, strict=True)
         tasks = [{"key": key, "state": state, "num_support": count} for key, state, count in found]
         return _json({"version": job.version, "tasks": tasks})
@@ -165,6 +180,10 @@ class Routes:
         kind, most = _content_type(request), self._service.limits.body_bytes
         if kind not in types:  # which no page of another origin can send without asking first
             raise Declined(415, "unsupported_type", f"the content type is {kind!r}: it must be {' or '.join(types)}")
+        if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise Declined(
+                415, "unsupported_encoding", f"the body's content encoding is {coding!r}: send it uncompressed"
+            )
         too_large = Declined(413, "body_too_large", f"the body is larger than {most:,} bytes: send it in parts")
         declared = request.headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > most:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -34,6 +34,14 @@ class RequestLimits:
     values: int  # of a many-valued feature in one row
 
 
+class JsonTask(NamedTuple):
+    """A task of a JSON body. The rows of the tasks lie behind each other."""
+
+    key: Any  # as it was given
+    support: int  # rows
+    candidates: int
+
+
 @dataclass(frozen=True)
 class Query:
     """The tasks of one request."""
@@ -44,7 +52,7 @@ class Query:
     version: str | None = None  # None: the current one
     num_tasks: int = 0
     num_rows: int = 0
-    tasks: tuple[tuple[Any, int], ...] = ()  # of a JSON body: key and candidate rows, in its order
+    tasks: tuple[JsonTask, ...] = ()  # of a JSON body, in its order
 
 
 @dataclass(frozen=True)
@@ -83,12 +91,20 @@ def parse_json(body: bytes) -> dict[str, Any]:
     try:
         document = from_json(body, allow_inf_nan=False)
     except ValueError as error:
-        raise Declined(
-            400, "invalid_json", f"the body is no JSON ({error}): missing values are null, not NaN"
-        ) from None
+        raise Declined(400, "invalid_json", _why_no_json(body, str(error))) from None
     if not isinstance(document, dict):
-        raise Declined(400, "invalid_json", f"the body is a {_kind(document)}: it must be an object")
+        found = "null" if document is None else _kind(document)
+        raise Declined(400, "invalid_json", f"the body is {found}: it must be an object")
     return document
+
+
+def _why_no_json(body: bytes, error: str) -> str:
+    if not body.strip():
+        return "the body is empty: it must be a JSON object"
+    if error.startswith("recursion limit"):
+        return "the body is nested too deep: it may be 200 deep"
+    cure = ": missing values are null, not NaN" if b"NaN" in body or b"Infinity" in body else ""
+    return f"the body is no JSON ({error}){cure}"
 
 
 def query_of_json(document: Mapping[str, Any], columns: Columns, limits: RequestLimits, *, scoring: bool) -> Query:
@@ -122,10 +138,9 @@ def query_of_json(document: Mapping[str, Any], columns: Columns, limits: Request
         for part in PARTS if scoring else ("support",):
             if part not in task and (part == "candidates" or not scoring):
                 raise Declined(422, f"missing_{part}", f"{where} has no {part}: give its columns")
-    support, _ = _merged(tasks, "support", columns, limits)
+    support, num_support = _merged(tasks, "support", columns, limits)
     candidates, counts = _merged(tasks, "candidates", columns, limits) if scoring else (None, [0] * len(tasks))
-    rows = len(support[columns.task]) if support else 0
-    total = rows + sum(counts)
+    total = sum(num_support) + sum(counts)
     if total > limits.rows:
         raise Declined(413, "too_many_rows", f"{total:,} rows are more than {limits.rows:,}: send them in parts")
     return Query(
@@ -135,7 +150,7 @@ def query_of_json(document: Mapping[str, Any], columns: Columns, limits: Request
         version,
         len(tasks),
         total,
-        tuple((t["key"], n) for t, n in zip(tasks, counts, strict=True)),
+        tuple(JsonTask(t["key"], *rows) for t, *rows in zip(tasks, num_support, counts, strict=True)),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,14 @@ REFUSED: dict[str, tuple[Any, int, str, str]] = {
     "missing column": (without("candidates", "age"), 422, "missing_column", "no column 'age'"),
     "no label": (without("support", "click"), 422, "missing_column", "tasks[0].support has no column 'click'"),
     "wrong type": (changed("candidates", age=["old"] * ROWS), 422, "bad_value", "'old' is no number"),
-    "mixed types": (changed("candidates", age=[1, "x", 2, 3]), 422, "bad_value", "cannot be read as one type"),
+    "mixed types": (
+        changed("candidates", age=[1, "x", 2, 3]),
+        422,
+        "bad_value",
+        "row 1 has 1 (int), row 2 has 'x' (str)",
+    ),
+    "mixed labels": (changed("support", click=["a", 0, 1, 0, 1, 0]), 422, "bad_value", "row 2 has 0 (int)"),
+    "mixed lists": (changed("candidates", tags=[["a", 1]] * ROWS), 422, "bad_value", "(list of int and str)"),
     "an object": (changed("candidates", age={"a": 1}), 422, "invalid_column", "is an object"),
     "missing value": (changed("candidates", age=[None] * ROWS), 422, "bad_value", "column 'age': is missing"),
     "no click": (changed("support", click=[2] * 6), 422, "bad_value", "clicks, which are 0 or 1"),
@@ -224,6 +232,94 @@ def test_bad_requests_are_refused(bundle: Path) -> None:
         unknown = await client.score(GOOD, version="v9")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_version")
         assert (await client.score(GOOD)).status_code == 200
+
+    with_client(bundle, work)
+
+
+def test_tasks_may_differ_in_the_types_of_their_values(bundle: Path) -> None:
+    tasks = [one_task(f"u{i}", seed=i, support=2 + i) for i in range(6)]
+    for task, as_type in zip(tasks, (float, str, float, int, str, None), strict=True):
+        for part in ("support", "candidates"):
+            values = task[part]["price"]
+            task[part]["price"] = [float(round(v)) if as_type is None else as_type(round(v)) for v in values]
+    for part in ("support", "candidates"):
+        tasks[1][part]["item"] = list(range(len(tasks[1][part]["item"])))
+
+    async def work(client: Client) -> None:
+        alone = [(await client.score(task)).json()["tasks"][0] for task in tasks]
+        together = await client.score(*tasks)
+        assert together.status_code == 200, together.text
+        for one, other in zip(alone, together.json()["tasks"], strict=True):
+            assert one["key"] == other["key"]
+            np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-6)
+        adapted = (await client.adapt(*({"key": t["key"], "support": t["support"]} for t in tasks))).json()["tasks"]
+        assert [(t["key"], t["num_support"]) for t in adapted] == [(f"u{i}", 2 + i) for i in range(6)]
+        named = [
+            {"key": t["key"], "state": t["state"], "candidates": task["candidates"]}
+            for t, task in zip(adapted, tasks, strict=True)
+        ]
+        for one, other in zip(alone, (await client.score(*named)).json()["tasks"], strict=True):
+            np.testing.assert_allclose(one["scores"], other["scores"], atol=1e-6)
+
+    with_client(bundle, work)
+
+
+def test_tasks_may_not_differ_in_too_many_ways(bundle: Path) -> None:
+    tasks = []
+    for number, kinds in enumerate(itertools.product((str, int), (str, int, float), (str, int, float))):
+        tasks.append(one_task(f"u{number}"))
+        for name, kind in zip(("item", "age", "price"), kinds, strict=True):
+            tasks[-1]["candidates"][name] = [kind(1)] * ROWS
+
+    async def work(client: Client) -> None:
+        answer = await client.score(*tasks)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "bad_value")
+        assert "in 18 ways: send one type a column" in answer.json()["error"]["message"]
+
+    with_client(bundle, work)
+
+
+def test_a_bad_row_is_told_with_its_task(bundle: Path) -> None:
+    async def work(client: Client) -> None:
+        for part, column, value in (("candidates", "age", None), ("candidates", "age", "old"), ("support", "click", 2)):
+            tasks = [one_task(f"u{i}", seed=i) for i in range(5)]
+            tasks[3][part][column][1] = value
+            if value == "old":
+                tasks[3][part][column] = [str(v) for v in tasks[3][part][column]]
+            message = (await client.score(*tasks)).json()["error"]["message"]
+            assert message.startswith("tasks[3] (key 'u3'): "), message
+            assert column == "click" or f"{part}, row 2, column '{column}'" in message
+
+    with_client(bundle, work)
+
+
+def test_what_no_route_takes_is_refused_like_all_else(bundle: Path) -> None:
+    async def work(client: Client) -> None:
+        lost, wrong = await client.http.get("/v1/scores"), await client.http.get("/v1/score")
+        assert (lost.status_code, lost.json()["error"]["code"]) == (404, "not_found")
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+        assert wrong.headers["allow"] == "POST"
+
+    with_client(bundle, work)
+
+
+NO_JSON = {
+    b"": "the body is empty: it must be a JSON object",
+    b"[]": "the body is a list: it must be an object",
+    b"null": "the body is null: it must be an object",
+    b'{"tasks":' + b"[" * 1000: "the body is nested too deep: it may be 200 deep",
+    b'{"tasks": x}': "the body is no JSON (expected value at line 1 column 11)",
+    b'{"tasks": NaN}': "the body is no JSON (expected value at line 1 column 11): missing values are null, not NaN",
+}
+
+
+def test_why_a_body_is_no_json(bundle: Path) -> None:
+    async def work(client: Client) -> None:
+        for body, message in NO_JSON.items():
+            assert (await client.post("/v1/score", body)).json()["error"]["message"] == message
+        zipped = await client.post("/v1/score", b"", **{"content-encoding": "gzip"})
+        assert (zipped.status_code, zipped.json()["error"]["code"]) == (415, "unsupported_encoding")
+        assert "send it uncompressed" in zipped.json()["error"]["message"]
 
     with_client(bundle, work)
 
