@@ -90,7 +90,7 @@ def _of_bundle(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     if named and named != model:
         raise ValueError(
             f"model.name is {named!r}, the bundle has {model!r}: a warm start goes on with the model of {path}. Leave "
-            "model.name out, or train a new one, which --init_from gives what fits of the bundle"
+            "model.name out, or begin a new training with what fits of the bundle: --init_from"
         )
     if is_foreign(model) and not named:
         raise ValueError(

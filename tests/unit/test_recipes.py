@@ -245,9 +245,10 @@ def test_rows_from_elsewhere_take_the_place_of_factors(
     words = ["--pack", clicks, "--run_dir", tmp_path / "c", "--warm_start", tmp_path / "version"]
     assert trained(*words, *vectors)["embedding"]["start"] == "random"
     words[3] = tmp_path / "d"
-    told = fails(["train", *words, "--model.name", "taste"], capsys, "a warm start goes on with the model of", "leave")
+    told = fails(["train", *words, "--model.name", "taste"], capsys, "a warm start goes on with the model of")
     assert "model.args" not in told
-    told = fails(["train", *words[:4], "--init_from", clicks, "--embedding.start", "factors"], capsys, "is no bundle")
+    fails(["train", *words[:4], "--init_from", tmp_path / "run"], capsys, f"{tmp_path / 'run'} is no bundle")
+    fails(["train", *words[:4], "--init_from", clicks], capsys, "manifest.json is of format", "give a bundle")
     assert not (tmp_path / "d").exists()
 
 
