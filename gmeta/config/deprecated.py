@@ -64,6 +64,10 @@ def upgrade(
     new = _copy(values)
     told = []
     model = model or model_of(values)
+    trains = RENAMED_BY_COMMAND[command] is RENAMED
+    replay = new.get("replay")
+    if trains and isinstance(replay, dict) and replay.get("pack") == "" and replay.get("fraction") is not None:
+        _pop(new, "replay.fraction")  # config.yaml of a run without replay had the default of both
     for old, name in RENAMED_BY_COMMAND[command].items():
         if not _has(new, old):
             continue
@@ -72,7 +76,7 @@ def upgrade(
         told.append(sentence)
         if kept:
             put(new, name, value)
-    for old in DROPPED if RENAMED_BY_COMMAND[command] is RENAMED else ():
+    for old in DROPPED if trains else ():
         if _has(new, old):
             value = _pop(new, old)
             told.append(_dropped(old, DROPPED[old] if saved else value))

@@ -223,12 +223,20 @@ class ReplayConfig:
 
     pack: str = ""
     """Older pack, whose ids those of `pack` go on from. Empty: no replay."""
-    fraction: float = 0.2
-    """Share of an epoch's tasks that are drawn from the older pack, other ones in each epoch."""
+    fraction: float | None = None
+    """Share of an epoch's tasks that are drawn from the older pack, other ones in each epoch. Unset: 0.2."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "replay.")
-        require(0 < self.fraction < 1, "replay.fraction", self.fraction, "must be in (0, 1); leave replay.pack out")
+        share, key = self.fraction, "replay.fraction"
+        require(share is None or 0 < share < 1, key, share, "must be in (0, 1); leave replay.pack out")
+        rule = "says how much of replay.pack to replay; name that pack too"
+        require(share is None or bool(self.pack), key, share, rule)
+
+    @property
+    def share(self) -> float:
+        """Return the fraction, or what it is where it is unset."""
+        return 0.2 if self.fraction is None else self.fraction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,6 +185,9 @@ def _last_layer(facts: PackFacts, over: str) -> list[Choice]:
 
 def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]:
     """Return where rows begin, and their rate: `lr` where factor analysis can be fitted."""
+    for key in ("embedding.pretrained", "init_from"):
+        if given.get(key):
+            return [Choice("embedding.lr", 0.01, f"{key} sets first rows, and not factor analysis")]
     vectors = facts.num_tasks + facts.num_items
     if given.get("embedding.start") == "random":
         reason = "you say so"

@@ -198,6 +198,8 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
     before, wanted = flat(defaults) | flat(saved), flat(asdict(now))
     for settings in (before, wanted):  # a run that lists no feature reads all of its pack
         settings["model.features"] = settings["model.features"] or [f["name"] for f in state["schema"]["features"]]
+    if not (before.get("replay.pack") and wanted["replay.pack"]):  # the pack is compared by itself
+        before["replay.fraction"] = wanted["replay.fraction"]
     for key in dict.fromkeys([*wanted, *before]):
         fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
         if fixed and before.get(key) != wanted.get(key):

@@ -95,7 +95,7 @@ def _open_loader(
         "resample": config.loader.resample,
         "max_support_rows": config.loader.max_support_rows,
         "episode_rows": config.loader.episode_rows,
-        "replay": None if older is None else (older.split("train"), config.replay.fraction),
+        "replay": None if older is None else (older.split("train"), config.replay.share),
         "max_cells": MAX_CELLS,
         "transform": _preparing(config, pack, system, replays=older is not None),
     }

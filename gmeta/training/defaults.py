@@ -14,6 +14,7 @@ from gmeta.core.nested import flat, nested
 from gmeta.data.pack import open_pack
 from gmeta.models.registry import is_foreign
 from gmeta.recipes.recipes import recipe_for, recipe_lines
+from gmeta.runs.bundle import read_manifest
 from gmeta.runs.directory import read_settings, recorded_settings
 
 _PLACES = (
@@ -36,7 +37,7 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 
     A run that goes on takes it from its last checkpoint, where a recipe chose it or no model is named, and a warm start
     from its bundle. A new run without a model's name takes it from the recipe for its pack. ValueError for a recipe
-    that does not exist or does not fit the model, or where there is no pack.
+    that does not exist or does not fit the model, a bundle of another model or that is none, or where there is no pack.
     """
     given = {
         key: value
@@ -49,7 +50,9 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     goes_on = bool(given.get("resume") or given.get("elastic.enabled"))
     recorded = recorded_settings(Path(str(given.get("run_dir", ""))), goes_on=goes_on)
     if recorded is None and given.get("warm_start"):
-        return nested({**_of_bundle(Path(str(given["warm_start"])), named=bool(model)), **given})
+        return _filled(_of_bundle(Path(str(given["warm_start"])), given), given)
+    if recorded is None and given.get("init_from"):
+        read_manifest(Path(str(given["init_from"])))  # that it is no bundle is told before what follows from it
     if recorded is not None:
         found = _others_of(recorded)
         if given.get("recipe", found.get("recipe")) != found.get("recipe"):
@@ -63,16 +66,32 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         return dict(values)
     else:
         found = _chosen(given)
-    return nested({**found, **given})
+    return _filled(found, given)
 
 
-def _of_bundle(path: Path, *, named: bool) -> dict[str, Any]:
+def _filled(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the user gives, and what was found for the rest, as sections."""
+    whole = {**found, **given}
+    if not whole.get("replay.pack") and "replay.fraction" not in given:
+        whole.pop("replay.fraction", None)
+    return nested(whole)
+
+
+def _of_bundle(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a bundle that a warm start goes on with, by dotted key.
 
-    Raises ValueError where they name code that the user did not name: a bundle may come from anyone.
+    Raises ValueError where the user names another model, or they name code that the user did not name: a bundle may
+    come from anyone.
     """
     found = {key: value for key, value in _others_of(read_settings(path)).items() if not key.startswith(_OF_A_RUN)}
-    model = str(found.get("model.name"))
+    if given.get("embedding.pretrained"):
+        found.pop("embedding.start", None)  # the bundle's rows began so; these do not
+    model, named = str(found.get("model.name")), given.get("model.name")
+    if named and named != model:
+        raise ValueError(
+            f"model.name is {named!r}, the bundle has {model!r}: a warm start goes on with the model of {path}. Leave "
+            "model.name out, or begin a new training with what fits of the bundle: --init_from"
+        )
     if is_foreign(model) and not named:
         raise ValueError(
             f"{path} has a model of its own, {model}: training with it runs that code. Where you trust it, name it "
@@ -91,8 +110,15 @@ def chosen_for(config: TrainConfig) -> list[str]:
     """Return what a recipe chose of a config, and why, in lines; none where no recipe was followed."""
     if not config.recipe or config.warm_start:
         return []
-    settings = flat(asdict(config))
-    asked = ("recipe", "model.features", "model.numeric", "loader.max_support_rows")
+    settings = flat(asdict(config), whole=USERS_KEYS)
+    asked = (
+        "recipe",
+        "model.features",
+        "model.numeric",
+        "loader.max_support_rows",
+        "embedding.pretrained",
+        "init_from",
+    )
     given = {key: settings[key] for key in asked if key in settings}
     recipe = recipe_for(open_pack(config.pack), given)
     kept = tuple(choice for choice in recipe.choices if settings.get(choice.key) == choice.value)

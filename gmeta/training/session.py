@@ -95,7 +95,8 @@ def _require_given_roles(config: TrainConfig) -> None:
 
 
 def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
-    """Return the config with the features that the model reads and the share of ids that is masked; collective.
+    """Return the config with the features that the model reads and the shares of ids that are masked and of tasks that
+    are replayed; collective.
 
     A run that goes on keeps its own: one of a release before read all features, and masked nothing.
     """
@@ -118,6 +119,8 @@ def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
 
         found = broadcast_from_rank_0(on_rank_0(share, mesh) or 0.0, mesh)
         config = replace(config, embedding=replace(config.embedding, id_dropout=found))
+    if config.replay.pack:
+        config = replace(config, replay=replace(config.replay, fraction=config.replay.share))
     return config
 
 

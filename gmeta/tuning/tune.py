@@ -170,7 +170,7 @@ def _ends(configs: list[TrainConfig], pack: TaskPack, world_size: int) -> list[l
     for config in configs:
         tasks, schedule = config.loader.tasks_per_batch, config.schedule
         replay = config.replay
-        older = (open_pack(replay.pack).split("train"), replay.fraction) if replay.pack else None
+        older = (open_pack(replay.pack).split("train"), replay.share) if replay.pack else None
         loader: TaskLoader[Any] = TaskLoader(
             pack.split("train"), tasks_per_batch=tasks, seed=0, world_size=world_size, replay=older
         )

@@ -12,6 +12,8 @@ from commands import fails, gmeta, logged, train_words
 from days import tensors
 from packs import make_pack
 
+from gmeta.runs.directory import read_config
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,10 +65,23 @@ def test_a_run_resumes_exactly(place: Path, whole: Path, tmp_path: Path, capsys:
         assert torch.equal(found[name], tensor), name
 
 
+def test_the_next_training_replays_what_it_is_given(place: Path, tmp_path: Path) -> None:
+    """Nothing, unless it names a pack; then as much as the bundle's did, and a run of its own by default a fifth."""
+    train(place, tmp_path / "run", "--replay.fraction", 0.1, "--schedule.max_steps", 1)
+    gmeta("bundle", "--run_dir", tmp_path / "run", "--out", tmp_path / "version", "--training", "true")
+    words = ["train", "--pack", place / "new", "--schedule.max_steps", 1, "--run_dir"]
+    replays = ("--replay.pack", place / "old")
+    more = [(tmp_path / "version",), (tmp_path / "version", *replays), (place / "version", *replays)]
+    for number, (version, *given) in enumerate(more):
+        gmeta(*words, tmp_path / str(number), "--warm_start", version, *given)
+    assert [read_config(tmp_path / str(n)).replay.fraction for n in range(3)] == [None, 0.1, 0.2]
+
+
 def test_bad_replay_is_named(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--pack", place / "new", "--run_dir", tmp_path / "run", "--warm_start", place / "version"]
     fails([*words, "--replay.pack", "nowhere"], capsys, "nowhere is no task pack")
     fails([*words, "--replay.fraction", 1], capsys, "replay.fraction is 1")
+    fails([*words, "--replay.fraction", 0.3], capsys, "replay.fraction is 0.3", "name that pack too")
     make_pack(tmp_path / "other", 20, values=lambda table, n: [f"{table}{i}" for i in range(2, n + 1)])
     fails([*words, "--replay.pack", tmp_path / "other"], capsys, "id 1 of vocabulary 'group' is 'group2', expected")
     here = ["--replay.pack", place / "old", "--schedule.position", "continue"]

@@ -17,7 +17,7 @@ from gmeta.cli import command_parser, run
 from gmeta.config import cluster, data, evaluation, train
 from gmeta.config.deprecated import upgrade, upgrade_words
 from gmeta.config.parse import given_values, modern_words, require_named_code, train_config
-from gmeta.config.train import DenseConfig, TrainConfig
+from gmeta.config.train import DenseConfig, ReplayConfig, TrainConfig
 from gmeta.data.schema import load_data_schema
 
 BASE = {"pack": "p", "run_dir": "r"}
@@ -44,6 +44,7 @@ def test_a_mapping_a_file_and_a_dataclass_give_the_same_config(tmp_path: Path) -
         ({"init_from": "b", "warm_start": "b"}, "init_from is 'b': warm_start goes on with a whole model"),
         ({"init_from": "b", "init_map": ["model"]}, "init_map is"),
         ({"replay": {"pack": "b", "fraction": 0}}, "replay.fraction is 0.0: must be in (0, 1)"),
+        ({"replay": {"fraction": 0.2}}, "replay.fraction is 0.2: says how much of replay.pack to replay; name that"),
         ({"embedding": {"pretrained": {"item": "f"}, "start": "factors"}}, "embedding.pretrained sets first rows too"),
     ],
 )
@@ -170,6 +171,11 @@ def test_old_keys_warn_and_name_the_new_one() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_config({**BASE, "dense": {"sharding": "IIG", "node_size": 2}})
+
+
+def test_a_run_that_replayed_nothing_may_say_how_much() -> None:
+    """As config.yaml of a release before does."""
+    assert train_config({**BASE, "replay": {"pack": "", "fraction": 0.2}}).replay == ReplayConfig()
 
 
 def test_an_old_key_beside_its_new_one_is_refused() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from commands import fails, gmeta, logged
@@ -128,6 +130,7 @@ def test_what_the_user_gives_is_kept(clicks: Path) -> None:
     ("given", "chosen"),
     [
         ({"embedding.start": "random"}, {"embedding.lr": 0.01}),
+        ({"init_from": "version"}, {"embedding.start": None, "embedding.lr": 0.01}),
         ({"loss": "l1"}, {"meta.inner_loss": "mse"}),
         ({"model.args.task_features": ["film"]}, {"embedding.start": None}),
         ({"model.features": ["city"]}, {"model.args.task_features": None, "embedding.start": None}),
@@ -219,6 +222,34 @@ def test_workers_train_the_recipe(clicks: Path, tmp_path: Path, nproc: int) -> N
     assert together == {**alone, "run_dir": str(tmp_path / str(nproc))}
     losses = [[r["loss"] for r in logged(tmp_path / str(n)) if r["kind"] == "train"] for n in (1, nproc)]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-9)
+
+
+def test_rows_from_elsewhere_take_the_place_of_factors(
+    clicks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a recipe, a version of one, and a warm start from that; what the user gives is refused beside it."""
+    table = pa.table({"value": ["f1", "f2"], "vector": [[0.1] * 4, [0.2] * 4]})
+    pq.write_table(table, tmp_path / "vectors.parquet")
+    vectors = ("--embedding.pretrained", f"{{film: {tmp_path / 'vectors.parquet'}}}")
+    first = ["--pack", clicks, "--run_dir", tmp_path / "run", "--model.embedding_dim", 4]
+    assert trained(*first)["embedding"]["start"] == "factors"
+    gmeta("bundle", "--run_dir", tmp_path / "run", "--out", tmp_path / "version", "--training", "true")
+    capsys.readouterr()
+    for place, more in (("a", vectors), ("b", ("--init_from", tmp_path / "version"))):
+        words = ["--pack", clicks, "--run_dir", tmp_path / place, "--model.embedding_dim", 4, *more]
+        assert trained(*words)["embedding"]["start"] == "random"
+        assert f"{more[0][2:]} sets first rows, and not factor analysis" in capsys.readouterr().err
+        fails(
+            ["train", *words, "--run_dir", tmp_path / "no", "--embedding.start", "factors"], capsys, "sets first rows"
+        )
+    words = ["--pack", clicks, "--run_dir", tmp_path / "c", "--warm_start", tmp_path / "version"]
+    assert trained(*words, *vectors)["embedding"]["start"] == "random"
+    words[3] = tmp_path / "d"
+    told = fails(["train", *words, "--model.name", "taste"], capsys, "a warm start goes on with the model of")
+    assert "model.args" not in told
+    fails(["train", *words[:4], "--init_from", tmp_path / "run"], capsys, f"{tmp_path / 'run'} is no bundle")
+    fails(["train", *words[:4], "--init_from", clicks], capsys, "manifest.json is of format", "give a bundle")
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_run_goes_on_with_its_own_settings(clicks: Path, tmp_path: Path) -> None:
