@@ -28,7 +28,7 @@ _RATES = "inner_lr"
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """What must be equal of two parts. The ids of two tables with vocabularies are found by value."""
 
     shape: tuple[int, ...]  # of a tensor; of a table the width of a row
@@ -73,27 +73,30 @@ def _key(name: str, tensors: Mapping[str, Any]) -> str:
     return f"dense.{name}" if f"dense.{name}" in tensors else f"buffers.{name}"
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> dict[str, Part]:
+def _layers(tensors: Mapping[str, Tensor]) -> dict[str, ModelPart]:
     parts = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind in ("dense", "buffers") and name != _RATES:
-            parts[name] = Part(tuple(tensor.shape))
+            parts[name] = ModelPart(tuple(tensor.shape))
     return parts
 
 
-def _our_parts(run: Run) -> dict[str, Part]:
+def _our_parts(run: Run) -> dict[str, ModelPart]:
     system = run.state.system
     specs = {spec.name: spec for fused in system.tables.fused.values() for spec in fused.specs}
     ids = _hashed(run.pack.schema, run.pack.identity().schema.identity or {})
-    tables = {f"{_TABLES}{name}": Part((spec.dim,), ids.get(name)) for name, spec in specs.items()}
+    tables = {f"{_TABLES}{name}": ModelPart((spec.dim,), ids.get(name)) for name, spec in specs.items()}
     return {**_layers({**run.state.dense.tensors(), **system.buffer_tensors()}), **tables}
 
 
-def _parts_of(bundle: Bundle) -> dict[str, Part]:
+def _parts_of(bundle: Bundle) -> dict[str, ModelPart]:
     ids = _hashed(read_schema(bundle.path)[0], run_identity(bundle.path).schema.identity or {})
     entries = bundle.manifest["tables"].items()
-    return {**_layers(bundle.dense), **{f"{_TABLES}{name}": Part((e["dim"],), ids.get(name)) for name, e in entries}}
+    return {
+        **_layers(bundle.dense),
+        **{f"{_TABLES}{name}": ModelPart((e["dim"],), ids.get(name)) for name, e in entries},
+    }
 
 
 def _hashed(schema: PackSchema, identity: Mapping[str, str]) -> dict[str, tuple[str, int]]:
@@ -101,7 +104,7 @@ def _hashed(schema: PackSchema, identity: Mapping[str, str]) -> dict[str, tuple[
     return {name: (what, sizes[name]) for name, what in identity.items() if what.startswith("hash") and name in sizes}
 
 
-def _all_that_fit(ours: Mapping[str, Part], theirs: Mapping[str, Part]) -> dict[str, str]:
+def _all_that_fit(ours: Mapping[str, ModelPart], theirs: Mapping[str, ModelPart]) -> dict[str, str]:
     """Return the tables and the whole layers of one name and size: half a layer of another model is worth nothing."""
     unlike = {_owner(name) for name, part in ours.items() if theirs.get(name) != part}
     return {name: name for name in ours if _owner(name) not in unlike}
@@ -112,7 +115,7 @@ def _owner(name: str) -> str:
 
 
 def _named(
-    given: Mapping[str, str], ours: Mapping[str, Part], theirs: Mapping[str, Part], path: Path
+    given: Mapping[str, str], ours: Mapping[str, ModelPart], theirs: Mapping[str, ModelPart], path: Path
 ) -> dict[str, str]:
     """Return the bundle's part of each part that `init_map` names; of two keys that name it the longer one counts."""
     keys: dict[str, str] = {}
@@ -133,7 +136,7 @@ def _named(
     return {name: pairs[name] for name in ours if name in pairs}
 
 
-def _difference(ours: Part, theirs: Part) -> str:
+def _difference(ours: ModelPart, theirs: ModelPart) -> str:
     if ours.shape != theirs.shape:
         return f"its shape is {list(theirs.shape)}, here it is {list(ours.shape)}"
     if ours.ids != theirs.ids:
@@ -142,7 +145,7 @@ def _difference(ours: Part, theirs: Part) -> str:
     return ""
 
 
-def _names(parts: Mapping[str, Part]) -> list[str]:
+def _names(parts: Mapping[str, ModelPart]) -> list[str]:
     """Return all names that a key of `init_map` may be: of parts, and what they begin with."""
 
     def prefixes() -> Iterator[str]:
