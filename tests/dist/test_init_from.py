@@ -14,7 +14,7 @@ from commands import fails, gmeta
 from days import NEW, STILL, Prepare, by_value, preparing, tensors, train
 
 from gmeta.training import pretrained
-from gmeta.training.init_from import Part, _named
+from gmeta.training.init_from import ModelPart, _named
 
 ANOTHER = (*NEW, "--model.args.hidden", "[8, 4]", "--embedding.optimizer", "rowwise_adagrad", "--seed", 7)
 MAP = "{tables.product: tables.item, tables.city: tables.city, model.layers.0: model.layers.0}"
@@ -106,7 +106,11 @@ def test_what_cannot_be_taken_is_named(
 
 
 def test_hashed_tables_must_be_hashed_alike() -> None:
-    values, hashed, other = Part((6,)), Part((6,), ("hash seed 0", 100)), Part((6,), ("hash seed 1", 100))
+    values, hashed, other = (
+        ModelPart((6,)),
+        ModelPart((6,), ("hash seed 0", 100)),
+        ModelPart((6,), ("hash seed 1", 100)),
+    )
     assert _named({"tables.a": "tables.b"}, {"tables.a": hashed}, {"tables.b": hashed}, Path("x"))
     for part in (values, other):
         with pytest.raises(ValueError, match=r"its ids are numbered by .*, here by hash seed 0 of 100 ids"):
@@ -114,7 +118,10 @@ def test_hashed_tables_must_be_hashed_alike() -> None:
 
 
 def test_of_two_names_for_a_part_the_longer_counts() -> None:
-    ours, theirs = {"model.a.x": Part((1,)), "model.a.y": Part((2,))}, {"model.b.x": Part((1,)), "model.c": Part((2,))}
+    ours, theirs = (
+        {"model.a.x": ModelPart((1,)), "model.a.y": ModelPart((2,))},
+        {"model.b.x": ModelPart((1,)), "model.c": ModelPart((2,))},
+    )
     found = _named({"model.a": "model.b", "model.a.y": "model.c"}, ours, theirs, Path("x"))
     assert found == {"model.a.x": "model.b.x", "model.a.y": "model.c"}
 
