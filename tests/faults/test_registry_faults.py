@@ -82,7 +82,11 @@ def killed_publishers(url: str, days: Path, tmp_path: Path, first: int, step: in
 
 
 @pytest.mark.parametrize(
-    ("first", "step"), [(7, 29), pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    ("first", "step"),
+    [
+        pytest.param(7, 29, marks=pytest.mark.slow),
+        pytest.param(1, 1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
 )
 def test_a_publisher_is_killed_at_its_writes_to_a_folder(days: Path, tmp_path: Path, first: int, step: int) -> None:
     found = killed_publishers(str(tmp_path / "registries"), days, tmp_path, first, step)

@@ -84,7 +84,7 @@ def in_onnx(file: Path, names: list[str]) -> Graph:
 
 
 RUNTIME = {"torch": in_torch, "onnx": in_onnx}
-QUICK = {("solved", "torch"), ("melu", "onnx")}
+QUICK = {("solved", "torch")}
 
 
 def opened(folder: Path, kind: str, name: str) -> tuple[dict[str, Any], Graph]:

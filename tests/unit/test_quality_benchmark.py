@@ -62,6 +62,7 @@ def test_outcomes_survive_the_disk(tmp_path: Path) -> None:
         found[""].joined(_outcome({"d": np.ones(60)}, rows=60))
 
 
+@pytest.mark.slow
 def test_a_cell_is_run_once_and_again_when_its_settings_change(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     """A real training on a synthetic log of few users: model, twin and baselines."""
     short = ("--schedule.max_steps", 2, "--meta.adapt", "[head]", "--model.name", "melu")

@@ -221,6 +221,7 @@ def test_a_shadow_scores_what_was_answered(folder: Path) -> None:
     with_client(folder / "v1", work, shadow=str(folder / "v2"))
 
 
+@pytest.mark.slow
 def test_a_server_ends_in_good_order(folder: Path) -> None:
     """A process of its own: it answers over a socket, and finishes what it has begun when it is told to stop."""
     words = ["serve", "--bundle", folder / "v1", "--port", 0, "--batch_wait_ms", 100]

@@ -120,6 +120,7 @@ def test_processes_share_a_port(bundle: Path) -> None:
         process.wait()
 
 
+@pytest.mark.slow
 def test_workers_that_cannot_begin_end_the_server(bundle: Path, tmp_path: Path) -> None:
     words = ["serve", "--bundle", str(tmp_path), "--workers", "2", "--port", "0"]
     argv = [sys.executable, "-m", "gmeta", *words]
