@@ -42,7 +42,7 @@ from gmeta.evaluation.documents import read_evaluation
 from gmeta.evaluation.evaluate import evaluate
 from gmeta.evaluation.slices import headline_metrics
 from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
-from gmeta.runs.bundle import open_bundle, read_manifest
+from gmeta.runs.bundle import read_manifest
 from gmeta.runs.directory import read_config
 from gmeta.runs.lease import hold_lease
 from gmeta.runs.registry import Pointer, Registry, open_registry
@@ -233,7 +233,6 @@ def _bundle(delivery: Delivery) -> None:
         usual = "best" if delivery.base is None or config.full else "last"
         which = config.checkpoint or usual
         make_bundle(BundleConfig(run_dir=run_dir, out=str(out), checkpoint=which, trust_model=config.trust_model))
-    open_bundle(out, training=True)
 
 
 def _gate(delivery: Delivery) -> None:

@@ -41,9 +41,9 @@ from gmeta.evaluation.variants import baseline_rows
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_REFUSED, report_error
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
-from gmeta.recommender.build import load_system, require_trusted
+from gmeta.recommender.build import load_system, require_trusted, version_of
 from gmeta.runs.bundle import is_bundle, read_manifest
-from gmeta.runs.directory import read_config, read_run_id, read_schema
+from gmeta.runs.directory import read_config, read_schema
 from gmeta.runs.translation import Translation, translation_of
 
 FORMAT, VERSION = "gmeta-gate", 1
@@ -163,7 +163,7 @@ def _day(source: Path, pack: TaskPack) -> _Day:
 def _score(mesh: Mesh, config: GateConfig, source: Path, days: Sequence[_Day]) -> list[_Scored]:
     """Score the held-out tasks of some days by one version; collective. Nothing is returned on other ranks than 0."""
     system, trained, step = load_system(source, "best", mesh, trust_model=config.trust_model)
-    name = read_manifest(source)["id"] if is_bundle(source) else f"{read_run_id(source)}/{step}"
+    name = version_of(source, step)
     found = []
     for day in days:
         scores = score_split(

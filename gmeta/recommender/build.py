@@ -34,8 +34,8 @@ from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.mapped import MappedRows
 from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
-from gmeta.runs.bundle import is_bundle, open_bundle
-from gmeta.runs.directory import open_checkpoint, read_config, read_schema
+from gmeta.runs.bundle import is_bundle, open_bundle, read_manifest
+from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
 
 WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of rows and row gradients on the way; None: as the tables hold them."""
@@ -229,6 +229,11 @@ def load_system(
     system = build_system(config, schema, mesh, factory=factory, training=False)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config, checkpoint.step_of(path)
+
+
+def version_of(source: Path, step: int | str) -> str:
+    """Return the id of a bundle, or of the checkpoint of a run after `step`: the run's id and the step."""
+    return str(read_manifest(source)["id"]) if is_bundle(source) else f"{read_run_id(source)}/{step}"
 
 
 def require_trusted(model: str, owner: str, *, trust_model: bool) -> None:

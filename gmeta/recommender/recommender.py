@@ -28,11 +28,11 @@ from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.losses import prediction
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
-from gmeta.recommender.build import load_system
+from gmeta.recommender.build import load_system, version_of
 from gmeta.runs import checkpoint as checkpoints
-from gmeta.runs.bundle import is_bundle, read_manifest
+from gmeta.runs.bundle import is_bundle
 from gmeta.runs.data import require_clicks, require_own_vocabularies
-from gmeta.runs.directory import read_run_id, read_schema, read_settings
+from gmeta.runs.directory import read_schema, read_settings
 from gmeta.runs.registry import CACHE, fetch_named
 
 _TASKS_AT_A_TIME = 256
@@ -100,7 +100,7 @@ class Recommender:
         self.schema: PackSchema = schema
         self._data_schema = data_schema_from_json(data_schema)
         self._encoder = Encoder(data_schema, source / "vocab", schema)
-        self.version = read_manifest(source)["id"] if is_bundle(source) else f"{read_run_id(source)}/{step}"
+        self.version = version_of(source, step)
         if mapped:
             self.version += " mapped"
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ from gmeta.core.files import read_mapping, sync
 from gmeta.data.pack import file_entry, lock_directory, manifest_checksum
 from gmeta.data.shards import check_entry, check_size, verified_file
 from gmeta.embedding.table import FusedTable, ShardedTables
+from gmeta.runs.folders import folder_errors, put_in_place, refuse_existing
 from gmeta.runs.small_rows import RowFormat, packed, unpacked
 
 FORMAT, VERSION = "gmeta-bundle", 2
@@ -223,11 +223,15 @@ def part_name(table: str, number: int, name: str = ROWS) -> str:
     return f"{folder}{quote(table, safe='')}-{number:05d}.safetensors"
 
 
+def mapped_tensors(file: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file. SafetensorError or OSError where it cannot be read."""
+    with safe_open(file, framework="pt") as stored:
+        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+
+
 def _read(file: Path) -> dict[str, Tensor]:
-    """Map the tensors of a file."""
     try:
-        with safe_open(file, framework="pt") as stored:
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        return mapped_tensors(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read ({error}): {CURE}") from None
 
@@ -243,8 +247,9 @@ class BundleWriter:
         self.path, self.row_format = path, rows
         self.directory = path.with_name(path.name + ".partial")
         self._tables: dict[str, dict[str, int]] = {}
-        self._refuse_existing()
-        with self._disk_errors():
+        self._entries: dict[Path, dict[str, Any]] = {}  # of files whose checksum is known
+        refuse_existing(path)
+        with folder_errors(self.path, "bundle"):
             self._lock: int | None = lock_directory(self.directory)
 
     def __enter__(self) -> BundleWriter:
@@ -258,22 +263,22 @@ class BundleWriter:
 
     def add_file(self, source: Path, name: str) -> None:
         """Copy a file."""
-        with self._disk_errors():
+        with folder_errors(self.path, "bundle"):
             shutil.copyfile(source, self._place(name))
 
     def add_made(self, name: str, make: Callable[[Path], None]) -> None:
         """Have `make` write a file or a folder."""
-        with self._disk_errors():
+        with folder_errors(self.path, "bundle"):
             make(self._place(name))
 
     def add_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file."""
-        with self._disk_errors():
+        with folder_errors(self.path, "bundle"):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, self._place(name))
 
     def add_json(self, name: str, values: Mapping[str, Any]) -> None:
         """Write a JSON file."""
-        with self._disk_errors():
+        with folder_errors(self.path, "bundle"):
             self._place(name).write_text(json.dumps(values, indent=1) + "\n")
 
     def add_table(self, table: str, num_ids: int, dim: int, rows: Mapping[str, Any]) -> None:
@@ -290,15 +295,13 @@ class BundleWriter:
 
     def finish(self, manifest: Mapping[str, Any]) -> Bundle:
         """Write the manifest, sync everything and rename."""
-        with self._disk_errors():
+        with folder_errors(self.path, "bundle"):
             whole = self._write_manifest(manifest)
             sync(self.directory / MANIFEST)
             present = [path for path in self.directory.rglob("*") if path.is_file()]
             for folder in {path.parent for path in present} | {self.directory}:
                 sync(folder)
-            self._refuse_existing()
-            os.rename(self.directory, self.path)
-            sync(self.path.absolute().parent)
+            put_in_place(self.directory, self.path)
         assert self._lock is not None
         os.close(self._lock)
         self._lock = None
@@ -306,14 +309,16 @@ class BundleWriter:
 
     def preview(self, manifest: Mapping[str, Any]) -> Path:
         """Return the folder of the bundle as it is now, which can be opened until more is added."""
-        with self._disk_errors():
+        with folder_errors(self.path, "bundle"):
             self._write_manifest(manifest)
         return self.directory
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         path = self.directory / MANIFEST
         path.unlink(missing_ok=True)
-        files = [file_entry(self.directory, file) for file in sorted(self.directory.rglob("*")) if file.is_file()]
+        present = sorted(file for file in self.directory.rglob("*") if file.is_file())
+        self._entries |= {file: file_entry(self.directory, file) for file in present if file not in self._entries}
+        files = [self._entries[file] for file in present]
         small = self.row_format != "exact"
         whole = {
             "format": FORMAT,
@@ -332,16 +337,3 @@ class BundleWriter:
         path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
-
-    def _refuse_existing(self) -> None:
-        if self.path.exists():
-            raise ValueError(f"out {self.path} exists: remove it or name another folder")
-
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"cannot write {self.path}: {error}; no bundle was made: free space there or name another folder"
-            ) from error

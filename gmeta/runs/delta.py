@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,12 +38,14 @@ from gmeta.runs.bundle import (
     Bundle,
     check_manifest,
     manifest_text,
+    mapped_tensors,
     part_name,
     read_manifest,
     sealed,
     without_training,
 )
 from gmeta.runs.folders import making_folder
+from gmeta.runs.translation import ids_of_values
 
 FORMAT, VERSION = "gmeta-delta", 1
 DELTA, RESULT = "delta.json", "result.json"
@@ -222,10 +224,8 @@ class _Expected:
         known, asked = (_read_table(file)["value"].combine_chunks() for file in files)
         if known.type != asked.type:
             return torch.tensor([OOV])
-        place = pc.index_in(asked, value_set=known, skip_nulls=True).cast(pa.int64())
-        found = pc.fill_null(pc.add(place, 1), _GONE).to_numpy(zero_copy_only=False)
-        found = np.where(found < num_ids, found, _GONE)
-        return torch.from_numpy(np.concatenate([[OOV], found]))
+        found = ids_of_values(asked, known, _GONE)
+        return torch.from_numpy(np.where(found < num_ids, found, _GONE))
 
 
 class _Writer:
@@ -263,7 +263,7 @@ class _Writer:
         first = part_name(part.table, 0, part.name)
         if first not in self._old:
             return False
-        found, before = _tensors(path), _tensors(self._base.path / first)
+        found, before = mapped_tensors(path), mapped_tensors(self._base.path / first)
         if {n: (t.dtype, t.shape[1:]) for n, t in found.items()} != {
             n: (t.dtype, t.shape[1:]) for n, t in before.items()
         }:
@@ -330,20 +330,14 @@ def _apply(base: Bundle, delta: Path, how: Mapping[str, str], manifest: Mapping[
 
 
 def _write_rows(base: Bundle, expected: _Expected, part: _Part, changes: Path, target: Path) -> None:
-    names = list(_tensors(base.path / part_name(part.table, 0, part.name)))
+    names = list(mapped_tensors(base.path / part_name(part.table, 0, part.name)))
     rows = expected.rows(part, names)
     if changes.exists():
-        changed = _tensors(changes)
+        changed = mapped_tensors(changes)
         at = changed.pop("ids") - part.ids.start
         for name, values in changed.items():
             rows[name][at] = values
     save_file(rows, target)
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """Map the tensors of a file."""
-    with safe_open(file, framework="pt") as stored:
-        return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ def making_folder(path: Path, what: str) -> Iterator[Path]:
     Else it is removed. What a killed process left is removed by the next one. ValueError, which names `what` is made,
     where `path` exists, where another process makes it, and where the disk is full.
     """
-    _refuse_existing(path)
+    refuse_existing(path)
     partial = path.with_name(path.name + ".partial")
-    try:
+    with folder_errors(path, what):
         lock = lock_directory(partial)
         try:
             yield partial
@@ -33,21 +33,34 @@ def making_folder(path: Path, what: str) -> Iterator[Path]:
                     if file.is_file():
                         sync(file)
                 sync(folder)
-            _refuse_existing(path)
-            os.rename(partial, path)
-            sync(path.absolute().parent)
+            put_in_place(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
             os.close(lock)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a folder whose content is on the disk. ValueError where `path` exists."""
+    refuse_existing(path)
+    os.rename(partial, path)
+    sync(path.absolute().parent)
+
+
+@contextmanager
+def folder_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn what a disk refuses while `what` is written at `path` into a ValueError that says so."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"cannot write {path}: {error}; no {what} was made: free space there or name another folder"
         ) from error
 
 
-def _refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
+    """Raise ValueError where a folder that is to be made exists."""
     if path.exists():
         raise ValueError(f"out {path} exists: remove it or name another folder")
 

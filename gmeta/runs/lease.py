@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from gmeta.runs.store import Store
+from gmeta.runs.store import Held, Store
 
 LEASE_S = 60.0
 
@@ -38,7 +38,7 @@ def hold_lease(store: Store, key: str, what: str, seconds: float = LEASE_S) -> I
     finally:
         ended.set()
         renewing.join()
-        if _held_by(store, key).get("token") == token:
+        if _terms_of(store.read(key)).get("token") == token:
             store.delete(key)
 
 
@@ -47,7 +47,7 @@ def _take(store: Store, key: str, what: str, token: str, seconds: float) -> None
     if store.create(key, data):
         return
     held = store.read(key)
-    holder = _held_by(store, key)
+    holder = _terms_of(held)
     left = float(holder.get("until", 0.0)) - time.time()
     dead = holder.get("host") == socket.gethostname() and not psutil.pid_exists(int(holder.get("process", 0)))
     if (left <= 0 or dead) and (store.replace(key, data, held.tag) if held is not None else store.create(key, data)):
@@ -62,15 +62,15 @@ def _renew(store: Store, key: str, token: str, seconds: float, ended: threading.
     while not ended.wait(seconds / 3):
         try:
             held = store.read(key)
-            if held is None or json.loads(held.data).get("token") != token:
+            if held is None or _terms_of(held).get("token") != token:
                 return  # it ran out, and another took it: publishing compares the pointer
             store.replace(key, _terms(token, seconds), held.tag)
         except ValueError:
             continue  # the store may answer again before the lease runs out
 
 
-def _held_by(store: Store, key: str) -> dict[str, Any]:
-    held = store.read(key)
+def _terms_of(held: Held | None) -> dict[str, Any]:
+    """Return what a lease says; nothing of one that is not there, or damaged."""
     try:
         found = {} if held is None else json.loads(held.data)
     except ValueError:

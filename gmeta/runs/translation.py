@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, TaskBatch
@@ -136,10 +137,19 @@ def known_ids(source: Path, pack: TaskPack, table: str, theirs: str | None = Non
     known, asked = (
         _values(file) for file in (vocabulary_file(source / "vocab", theirs or table), pack.vocab_file(table))
     )
+    found = ids_of_values(asked, known, NEW)
+    found[1:][asked.is_null().to_numpy(zero_copy_only=False)] = GONE
+    return torch.from_numpy(found)
+
+
+def ids_of_values(asked: pa.Array, known: pa.Array, missing: int) -> NDArray[np.int64]:
+    """Return for each id of a vocabulary with the values `asked` the id of the same value in one with the values
+    `known`, int64 [1 + len(asked)]: the first is out of vocabulary in both. A value that is not known, or is none, has
+    `missing`.
+    """
     place = pc.index_in(asked, value_set=known, skip_nulls=True)
-    found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), NEW).to_numpy(zero_copy_only=False)
-    found = np.where(asked.is_null().to_numpy(zero_copy_only=False), GONE, found)
-    return torch.from_numpy(np.concatenate([[OOV], found]))
+    found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), missing).to_numpy(zero_copy_only=False)
+    return np.concatenate([[OOV], found]).astype(np.int64)
 
 
 def _values(file: Path) -> pa.Array:
