@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+from numpy.typing import NDArray
 
-from gmeta.data.schema import ITEM_STATISTICS, PackSchema, schema_difference
+from gmeta.data.schema import ITEM_STATISTICS, OOV, PackSchema, schema_difference
 
 _STATISTICS = ("value", "label_sum", "count")
 _SAME_VALUES = "no value differs, so one of the two files is not what was recorded: copy it again"
@@ -76,6 +77,26 @@ def table_identities(schema: PackSchema, data_schema: Mapping[str, Any], vocabul
 def vocabulary_file(directory: Path, table: str) -> Path:
     """Return where a directory of vocabularies holds that of `table`."""
     return directory / f"{quote(table, safe='')}.parquet"
+
+
+def vocabulary_values(file: Path, cure: str) -> pa.Array:
+    """Return the values of a vocabulary file, that of id 1 first, NULL for tombstones. ValueError names a file that is
+    missing or damaged, and `cure`.
+    """
+    try:
+        return pq.read_table(file, columns=["value"])["value"].combine_chunks()
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): {cure}") from None
+
+
+def ids_of_values(asked: pa.Array, known: pa.Array, missing: int) -> NDArray[np.int64]:
+    """Return for each id of a vocabulary with the values `asked` the id of the same value in one with the values
+    `known`, int64 [1 + len(asked)]: the first is out of vocabulary in both. A value that is not known, or is none, has
+    `missing`.
+    """
+    place = pc.index_in(asked, value_set=known, skip_nulls=True)
+    found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), missing).to_numpy(zero_copy_only=False)
+    return np.concatenate([[OOV], found]).astype(np.int64)
 
 
 def identity_difference(ours: DataIdentity, theirs: DataIdentity) -> list[str]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, TaskBatch, joined
+from gmeta.data.identity import vocabulary_values
 from gmeta.data.order import Tasks, keyed_hash
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV, schema_difference, without_sizes
@@ -98,7 +98,7 @@ def _ids_difference(table: str, pack: TaskPack, older: TaskPack) -> list[str]:
 
 
 def _values(pack: TaskPack, table: str) -> pa.Array:
-    return pq.read_table(pack.vocab_file(table), columns=["value"])["value"].combine_chunks()
+    return vocabulary_values(pack.vocab_file(table), "copy the pack again")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gmeta.core.files import read_mapping
-from gmeta.data.identity import vocabulary_file
+from gmeta.data.identity import ids_of_values, vocabulary_file
 from gmeta.data.pack import file_entry, manifest_checksum
 from gmeta.data.schema import OOV
 from gmeta.data.shards import check_entry, checksum_file, verified_file
@@ -45,7 +45,6 @@ from gmeta.runs.bundle import (
     without_training,
 )
 from gmeta.runs.folders import making_folder
-from gmeta.runs.translation import ids_of_values
 
 FORMAT, VERSION = "gmeta-delta", 1
 DELTA, RESULT = "delta.json", "result.json"

@@ -11,15 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, TaskBatch
-from gmeta.data.identity import vocabulary_file
+from gmeta.data.identity import ids_of_values, vocabulary_file, vocabulary_values
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV, PackSchema, schema_difference
 from gmeta.runs.directory import read_schema
@@ -134,26 +130,8 @@ def known_ids(source: Path, pack: TaskPack, table: str, theirs: str | None = Non
     """
     if table not in pack.manifest["vocab"]:  # hashed alike: ids mean the same
         return torch.arange(next(f.num_ids for f in pack.schema.features if f.table == table))
-    known, asked = (
-        _values(file) for file in (vocabulary_file(source / "vocab", theirs or table), pack.vocab_file(table))
-    )
+    known = vocabulary_values(vocabulary_file(source / "vocab", theirs or table), _CURE)
+    asked = vocabulary_values(pack.vocab_file(table), _CURE)
     found = ids_of_values(asked, known, NEW)
     found[1:][asked.is_null().to_numpy(zero_copy_only=False)] = GONE
     return torch.from_numpy(found)
-
-
-def ids_of_values(asked: pa.Array, known: pa.Array, missing: int) -> NDArray[np.int64]:
-    """Return for each id of a vocabulary with the values `asked` the id of the same value in one with the values
-    `known`, int64 [1 + len(asked)]: the first is out of vocabulary in both. A value that is not known, or is none, has
-    `missing`.
-    """
-    place = pc.index_in(asked, value_set=known, skip_nulls=True)
-    found = pc.fill_null(pc.add(place.cast(pa.int64()), 1), missing).to_numpy(zero_copy_only=False)
-    return np.concatenate([[OOV], found]).astype(np.int64)
-
-
-def _values(file: Path) -> pa.Array:
-    try:
-        return pq.read_table(file, columns=["value"])["value"].combine_chunks()
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from gmeta.core.errors import nearest
+from gmeta.data.identity import ids_of_values, vocabulary_values
 from gmeta.data.pack import TaskPack
+from gmeta.data.schema import OOV
 from gmeta.embedding.table import FusedTable
 from gmeta.parallel.collectives import raise_together
 from gmeta.training.run import Run
@@ -61,9 +63,8 @@ def _fill(run: Run, table: str, file: Path, new: Tensor | None) -> tuple[int, in
         may[new.numpy()] = True
     seen, taken, unknown = np.zeros(len(known) + 1, bool), 0, 0
     for values, vectors in _vectors(key, file, fused.dim):
-        place = pc.index_in(values, value_set=known, skip_nulls=True)
-        found = pc.fill_null(place, -1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
-        here = found > 0
+        found = ids_of_values(values, known, OOV)[1:]
+        here = found != OOV
         ids = found[here]
         unknown += int((~here).sum())
         _require_once(file, ids, seen, known)
@@ -80,7 +81,7 @@ def _set(fused: FusedTable, table: str, ids: np.ndarray, vectors: np.ndarray) ->
 
 
 def _vocabulary(pack: TaskPack, table: str) -> pa.Array:
-    return pq.read_table(pack.vocab_file(table), columns=["value"])["value"].combine_chunks().cast(pa.string())
+    return vocabulary_values(pack.vocab_file(table), "copy the pack again").cast(pa.string())
 
 
 def _require_once(file: Path, ids: np.ndarray, seen: np.ndarray, known: pa.Array) -> None:
