@@ -297,14 +297,12 @@ def sizes(case: str, kept: Sequence[Path], days: range) -> tuple[list[Record], s
     ratios, seconds, bytes_ = [], [], []
     for folder in kept:
         for delta in sorted((folder / "warm" / "deltas").glob("*")):
-            size = sum(path.stat().st_size for path in delta.rglob("*") if path.is_file())
-            version = folder / "warm" / "versions" / delta.name
-            whole = sum(
-                path.stat().st_size for path in version.rglob("*") if path.is_file() and "training" not in path.parts
-            )
-            ratios.append(size / whole)
+            whole = _served_bytes(folder / "warm" / "versions" / delta.name)
+            ratios.append(_served_bytes(delta) / whole)
             bytes_.append(whole)
-            seconds.append(_applied(folder / "warm" / "versions" / str(int(delta.name) - 1), delta))
+            # The version before may be one that was refused.
+            base = json.loads((delta / "delta.json").read_text())["base"]["version"]
+            seconds.append(_applied(folder / "warm" / "versions" / str(base), delta))
     if not ratios:
         return [], "No deltas were made."
     records = [
@@ -312,10 +310,15 @@ def sizes(case: str, kept: Sequence[Path], days: range) -> tuple[list[Record], s
         Record(case, "delta", "apply_ms", 1e3 * median(seconds), "ms"),
     ]
     return records, (
-        f"A delta has {median(ratios):.2f} of the bytes of a full version without its moments "
+        f"A delta has {median(ratios):.2f} of the bytes of a full version, both without moments "
         f"({median(bytes_) / 1e6:.1f} MB), {min(ratios):.2f} to {max(ratios):.2f}; to apply and verify one takes "
         f"{1e3 * median(seconds):.0f} ms (medians of {len(ratios)})."
     )
+
+
+def _served_bytes(folder: Path) -> int:
+    """Return the bytes of a version or a delta without what a warm start needs."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and "training" not in p.parts)
 
 
 def _applied(base: Path, delta: Path) -> float:
