@@ -84,6 +84,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_folders(path: Path) -> None:
+    """fsync every folder below `path`, then `path` itself."""
+    for entry in path.rglob("*"):
+        if entry.is_dir():
+            sync(entry)
+    sync(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, completely or not at all."""
     with replacing(path) as partial:

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from gmeta.core.files import sync
+from gmeta.core.files import sync, sync_folders
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
 from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.data.shards import (
@@ -175,8 +175,7 @@ class PackWriter:
             self._tasks.close()
             path.write_text(json.dumps(self._manifest(counts or {}), sort_keys=True, indent=1) + "\n")
             sync(path)
-            for folder in {path.parent for path in self._partial.rglob("*")}:
-                sync(folder)
+            sync_folders(self._partial)
             self._refuse_existing()
             os.rename(self._partial, self.path)
             sync(self.path.absolute().parent)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gmeta.core.files import read_mapping, sync
+from gmeta.core.files import read_mapping, sync, sync_folders
 from gmeta.data.pack import file_entry, lock_directory, manifest_checksum
 from gmeta.data.shards import check_entry, check_size, verified_file
 from gmeta.embedding.table import FusedTable, ShardedTables
@@ -298,9 +298,7 @@ class BundleWriter:
         with folder_errors(self.path, "bundle"):
             whole = self._write_manifest(manifest)
             sync(self.directory / MANIFEST)
-            present = [path for path in self.directory.rglob("*") if path.is_file()]
-            for folder in {path.parent for path in present} | {self.directory}:
-                sync(folder)
+            sync_folders(self.directory)
             put_in_place(self.directory, self.path)
         assert self._lock is not None
         os.close(self._lock)

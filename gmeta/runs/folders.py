@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gmeta.core.files import sync
+from gmeta.core.files import sync, sync_folders
 from gmeta.data.pack import lock_directory
 
 
@@ -28,11 +28,10 @@ def making_folder(path: Path, what: str) -> Iterator[Path]:
         lock = lock_directory(partial)
         try:
             yield partial
-            for folder in [partial, *(entry for entry in partial.rglob("*") if entry.is_dir())]:
-                for file in folder.iterdir():
-                    if file.is_file():
-                        sync(file)
-                sync(folder)
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            sync_folders(partial)
             put_in_place(partial, path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
