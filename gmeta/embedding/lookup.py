@@ -75,9 +75,9 @@ class _Keys:
         if self.one:
             ids = torch.stack([side.ids[name] for name in self.one]).flatten(1)
             ids = ids if self.cells is None else ids.index_select(1, self.cells)
-            self.keys.append(_checked(ids.long(), table, self.one).reshape(-1))
+            self.keys.append(_keys(ids.long(), table, self.one).reshape(-1))
         for name, bag in self.bags.items():
-            self.keys.append(_checked(bag.values.long()[None], table, [name])[0])
+            self.keys.append(_keys(bag.values.long()[None], table, [name])[0])
         self.num_keys = sum(len(key) for key in self.keys)
 
     def lookups(self, index: Tensor) -> dict[str, Lookup]:
@@ -97,8 +97,8 @@ class _Keys:
         return out
 
 
-def _checked(ids: Tensor, table: FusedTable, features: Sequence[str]) -> Tensor:
-    """Return the keys of the fused table for ids [features, n]. ValueError where an id is outside its logical table."""
+def check_ids(ids: Tensor, table: FusedTable, features: Sequence[str]) -> None:
+    """Raise ValueError where some of the ids [features, n] are outside of their logical tables."""
     num_ids = torch.tensor([table.features[name].num_ids for name in features])[:, None]
     outside = (ids < 0) | (ids >= num_ids)
     if bool(outside.any()):
@@ -109,6 +109,11 @@ def _checked(ids: Tensor, table: FusedTable, features: Sequence[str]) -> Tensor:
             f"{spec.name!r} has the ids 0 to {spec.num_ids - 1}: the pack does not fit the model, prepare the data and "
             "train again together"
         )
+
+
+def _keys(ids: Tensor, table: FusedTable, features: Sequence[str]) -> Tensor:
+    """Return the keys of the fused table for ids [features, n]."""
+    check_ids(ids, table, features)
     return ids + torch.tensor([table.offset(name) for name in features])[:, None]
 
 

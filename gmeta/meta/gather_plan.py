@@ -271,11 +271,16 @@ def _pair_selection(side: _Entries, entry: Ints, pair: Ints, num_pairs: int) -> 
 
 
 def shared_rows(rows: EmbeddedRows, plan: GatherPlan) -> dict[str, Tensor]:
-    """Return E0 as the features of each table read it: table -> [n, F, d], pooled where the feature is a bag."""
+    """Return E0 as the features of each table read it: table -> [n, F, d], pooled where the feature is a bag.
+
+    A plan that has a table's features without their lookup takes the table's weights for these values.
+    """
     out = {}
-    for table, lookup in plan.lookups.items():
+    for table, names in plan.features.items():
         weight = rows.weights[table]
-        out[table] = product(weight, lookup).view(-1, len(plan.features[table]), weight.shape[1])
+        out[table] = weight
+        if table in plan.lookups:
+            out[table] = product(weight, plan.lookups[table]).view(-1, len(names), weight.shape[1])
     return out
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import require
@@ -104,7 +105,8 @@ class InnerPass:
         """Return where tasks with this support start. With no inner steps it sees an empty support."""
         if self.modulator is None:
             return {}
-        found: dict[str, Modulated] = self.modulator(dense, embedded, label, mask & (len(self.rates) > 0))
+        seen = mask if len(self.rates) else torch.zeros_like(mask)
+        found: dict[str, Modulated] = self.modulator(dense, embedded, label, seen)
         return found
 
 

@@ -6,15 +6,17 @@ ids, so that requests need no permutation either.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gmeta.core.batch import EmbeddedRows, Examples, RowGradients, to_device
+from gmeta.core.batch import Bag, EmbeddedRows, Examples, RowGradients, to_device
+from gmeta.core.selection import offsets_of
 from gmeta.embedding.exchange import RoutedRequest, RowRoute, as_leaf
-from gmeta.embedding.lookup import RowRequest, request_rows
+from gmeta.embedding.lookup import RowRequest, check_ids, request_rows
 from gmeta.embedding.table import FusedTable
 from gmeta.parallel.mesh import Mesh
 from gmeta.parallel.traffic import CommStats
@@ -56,6 +58,44 @@ class MappedRows:
             rows = _rows(self._bundle, table, route.take)
             leaves[name] = as_leaf(rows.to(self._mesh.device, self._wire or rows.dtype).to(table.dtype))
         return EmbeddedRows(leaves, routed.support, routed.query)
+
+    def features(self, order: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Return the features that read each table, in this order."""
+        wanted = tuple(order)
+        read = {name: tuple(f for f in wanted if f in table.features) for name, table in self._tables.items()}
+        return {name: features for name, features in read.items() if features}
+
+    def look_up(self, side: Examples, tables: Mapping[str, Sequence[str]]) -> dict[str, Tensor]:
+        """Return what the features of each table read of n examples, [n, F, d]; `tables` names the features.
+
+        They are the values that `request`, `fetch` and a gather plan lead to, without the search for equal ids, which
+        only pays where rows travel or change.
+        """
+        out = {}
+        for name, features in tables.items():
+            table, ids = self._tables[name], {}
+            if one := [feature for feature in features if table.pooling(feature) is None]:
+                block = torch.stack([side.ids[feature].reshape(-1) for feature in one])
+                check_ids(block, table, one)
+                ids = dict(zip(one, block, strict=True))
+            read = [
+                self._rows_of(table, feature, ids[feature])
+                if feature in ids
+                else self._pooled(table, feature, side.bags[feature])
+                for feature in features
+            ]
+            out[name] = torch.stack(read, 1)
+        return out
+
+    def _rows_of(self, table: FusedTable, feature: str, ids: Tensor) -> Tensor:
+        rows = self._bundle.rows(table.features[feature].name, ids)
+        return rows.to(self._mesh.device, self._wire or rows.dtype).to(table.dtype)
+
+    def _pooled(self, table: FusedTable, feature: str, bag: Bag) -> Tensor:
+        check_ids(bag.values[None], table, [feature])
+        rows, mode = self._rows_of(table, feature, bag.values), table.pooling(feature) or "mean"
+        places = torch.arange(len(rows), device=rows.device)
+        return F.embedding_bag(places, rows, offsets_of(bag.lengths), mode=mode, include_last_offset=True)
 
     def return_gradients(
         self, routed: RoutedRequest, rows: EmbeddedRows, used: Mapping[str, Tensor] | None = None

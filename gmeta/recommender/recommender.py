@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +26,11 @@ from gmeta.data.tables import TableLike, as_arrow, has_no_columns
 from gmeta.meta.closed_form import require_posterior, sampled_weights
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.losses import prediction
+from gmeta.meta.recorded import Programs, RecordedLearner
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import load_system, version_of
+from gmeta.recommender.mapped import MappedRows
 from gmeta.runs import checkpoint as checkpoints
 from gmeta.runs.bundle import is_bundle
 from gmeta.runs.data import require_clicks, require_own_vocabularies
@@ -96,6 +98,7 @@ class Recommender:
             source, which, mesh, factory=factory, trust_model=trust_model, mapped=mapped
         )
         self.system.learner.eval()
+        self._recorded: tuple[MappedRows, RecordedLearner] | None = None
         schema, data_schema = read_schema(source)
         self.schema: PackSchema = schema
         self._data_schema = data_schema_from_json(data_schema)
@@ -125,6 +128,18 @@ class Recommender:
             parts.append(self._adapt(examples))
             require_finite(parts[-1], encoded.keys[tasks])
         return AdaptedTasks(self, tuple(encoded.keys), at.num_support, tuple(parts))
+
+    def record(self, programs: Programs, note: Callable[[str], None]) -> None:
+        """Adapt and score by recorded programs from now on (see `gmeta.meta.recorded`); `note` is told where not."""
+        system = self.system
+        if not isinstance(system.exchange, MappedRows) or system.mesh.device.type != "cpu" or system.autocast:
+            note("passes are recorded of mapped bundles only, on a CPU, in one precision")
+            return
+        tables = system.exchange.features(system.learner.features)
+        try:
+            self._recorded = system.exchange, RecordedLearner(system.learner, tables, programs, note)
+        except ValueError as reason:
+            note(str(reason))
 
     def restore(self, state: Mapping[str, Any]) -> AdaptedTasks:
         """Return what `AdaptedTasks.state` gave. ValueError where another model adapted it."""
@@ -165,6 +180,9 @@ class Recommender:
         """Return the fast weights of padded examples, whose pairs name rows by their position in the table."""
         system = self.system
         support = system.examples(support)
+        if self._recorded is not None:
+            exchange, learner = self._recorded
+            return learner.adapt(exchange.look_up(support, learner.tables), _in_precision(support, system.dtype))
         request = system.exchange.request(support=support)
         rows = system.exchange.fetch(system.exchange.exchange_ids(request))
         index = system.learner.index_support(request.support, request.num_rows)
@@ -182,6 +200,9 @@ class Recommender:
         """Return logits [T, Q], or their posterior standard deviation."""
         system = self.system
         query = system.examples(query)
+        if self._recorded is not None and not deviation:
+            exchange, learner = self._recorded
+            return learner.score(fast, exchange.look_up(query, learner.tables), _in_precision(query, system.dtype))
         request = system.exchange.request(query=query)
         rows = system.exchange.fetch(system.exchange.exchange_ids(request))
         index = system.learner.index_query(request.query, request.num_rows, fast.pairs, request.rows)
@@ -309,6 +330,10 @@ def _chunks(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Ite
         for end in cheapest_ends(num_support[part], num_query[part], MAX_CELLS):
             yield slice(begin, start + end)
             begin = start + end
+
+
+def _in_precision(examples: Examples, dtype: torch.dtype) -> Examples:
+    return replace(examples, dense=examples.dense.to(dtype), label=examples.label.to(dtype))
 
 
 def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:

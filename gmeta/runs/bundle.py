@@ -142,7 +142,7 @@ class Bundle:
         return int(self.manifest["step"])
 
     @cached_property
-    def _mapped(self) -> dict[str, dict[str, Tensor]]:
+    def _mapped(self) -> dict[tuple[str, int, str], dict[str, Tensor]]:
         return {}
 
     @cached_property
@@ -166,13 +166,13 @@ class Bundle:
         return self._part(table, 0, name, ids[:0]) if found is None else found
 
     def _part(self, table: str, number: int, name: str, ids: Tensor) -> Tensor:
-        file = part_name(table, number, name)
-        if file not in self._mapped:
-            self._mapped[file] = _read(self.path / file)
+        part = table, number, name
+        if part not in self._mapped:
+            self._mapped[part] = _read(self.path / part_name(*part))
         try:
-            return unpacked(self._mapped[file], name, ids)
+            return unpacked(self._mapped[part], name, ids)
         except KeyError:
-            raise ValueError(f"{self.path / file} has no {name!r}: {CURE}") from None
+            raise ValueError(f"{self.path / part_name(*part)} has no {name!r}: {CURE}") from None
 
     def fill_tables(self, tables: ShardedTables) -> None:
         """Fill this worker's rows. ValueError where a table is missing, or of another size."""

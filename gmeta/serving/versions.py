@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from gmeta.data.schema import data_schema_from_json
+from gmeta.meta.recorded import Programs
 from gmeta.models.registry import is_foreign, source_hash
 from gmeta.recommender.recommender import Recommender, load
 from gmeta.recommender.smoke import check_smoke
@@ -78,10 +81,17 @@ class Version:
 
 
 def open_version(
-    path: Path, *, trust_model: bool, device: Literal["auto", "cpu", "cuda"], trusted: dict[str, Any] | None = None
+    programs: Programs,
+    note: Callable[[str], None],
+    path: Path,
+    *,
+    trust_model: bool,
+    device: Literal["auto", "cpu", "cuda"],
+    trusted: dict[str, Any] | None = None,
 ) -> Version:
     """Load a bundle, warm it up, and check the scores that it carries of its smoke sample.
 
+    `programs` are those of the versions before, and `note` is told why passes cannot be recorded, if they cannot.
     `trusted` is the `model` entry of the version that was trusted first: another model, or other code, is refused.
     ValueError for what is damaged, not trusted, or scores otherwise than where it was made.
     """
@@ -100,6 +110,7 @@ def open_version(
         )
     nothing = state_without_support(rec)
     check_smoke(rec)
+    rec.record(programs, note)
     columns = Columns.of(data_schema_from_json(read_schema(path)[1]))
     return Version(str(manifest["id"]), rec, nothing, columns, manifest, time.time())
 
@@ -116,19 +127,16 @@ class Versions:
         device: Literal["auto", "cpu", "cuda"],
         shadow: Path | None = None,
     ) -> None:
-        self._source, self._metrics, self._trust, self._device = source, metrics, trust_model, device
+        self._source, self._metrics = source, metrics
+        self._open = partial(open_version, Programs(), metrics.note, trust_model=trust_model, device=device)
         found = source.poll()
         if found is None:
             raise ValueError("there is no version to serve yet: publish one, then start the server")
         self._mark, path = found
         self._refused, self._again = "", 0.0  # the mark that was refused, and when to try it again
-        self.current = open_version(path, trust_model=trust_model, device=device)
+        self.current = self._open(path)
         self._trusted = self.current.manifest["model"]
-        self.shadow = (
-            None
-            if shadow is None
-            else open_version(shadow, trust_model=trust_model, device=device, trusted=self._trusted)
-        )
+        self.shadow = None if shadow is None else self._open(shadow, trusted=self._trusted)
         self._count()
 
     @property
@@ -161,7 +169,7 @@ class Versions:
             return False
         mark, path = found
         try:
-            version = open_version(path, trust_model=self._trust, device=self._device, trusted=self._trusted)
+            version = self._open(path, trusted=self._trusted)
         except (ValueError, OSError) as error:
             self._refused, self._again = mark, time.monotonic() + _AGAIN_S
             self._metrics.count_reload("refused")
