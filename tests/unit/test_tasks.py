@@ -10,6 +10,9 @@ import pytest
 from packs import make_pack, user_rows
 
 import gmeta
+from gmeta.config.delivery import BundleConfig
+from gmeta.delivery.bundle import make_bundle
+from gmeta.meta.recorded import Programs
 from gmeta.recommender.tasks import (
     adapt_tasks,
     encode_rows,
@@ -48,11 +51,32 @@ def trained(pack: Path, name: str) -> gmeta.Recommender:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_scores_are_those_of_each_request_alone(pack: Path, name: str) -> None:
     rec = trained(pack, name)
+    assert_as_alone(rec, rec)
+
+
+@pytest.mark.parametrize(("name", "programs"), [("many steps", 4), ("modulated", 4), ("solved", 3), ("embeddings", 0)])
+def test_recorded_scores_are_too(
+    pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, programs: int
+) -> None:
+    """Of mapped rows, bags among them. What cannot be recorded is computed as ever."""
+    monkeypatch.setattr("gmeta.meta.recorded._WORTH", 1)
+    rec = trained(pack, name)
+    make_bundle(BundleConfig(run_dir=str(rec.source), out=str(tmp_path / "bundle")))
+    mapped, made, notes = gmeta.load(tmp_path / "bundle", mapped=True), Programs(), []
+    mapped.record(made, notes.append)
+    for _ in range(3):
+        assert_as_alone(mapped, rec)
+    assert len(made.made) >= programs
+    assert bool(notes) == (name in ("embeddings", "solved"))
+
+
+def assert_as_alone(rec: gmeta.Recommender, alone: gmeta.Recommender) -> None:
+    """Compare tasks of several tables, adapted and scored together by one, with each table alone by the other."""
     supports = [
         user_rows(tasks, each, seed, label=True) for seed, (tasks, each) in enumerate([(1, 3), (3, 11), (2, 20)])
     ]
     candidates = [user_rows(tasks, each, 9 + tasks, label=False) for tasks, each in [(1, 7), (3, 2), (2, 30)]]
-    expected = [rec.adapt(s).predict(c) for s, c in zip(supports, candidates, strict=True)]
+    expected = [alone.adapt(s).predict(c) for s, c in zip(supports, candidates, strict=True)]
     encoded = [encode_rows(rec, table, "support") for table in supports]
     states = adapt_tasks(rec, [table for table in encoded if table is not None])
     assert [state.num_support for state in states] == [3, 11, 11, 11, 20, 20]
@@ -67,7 +91,7 @@ def test_scores_are_those_of_each_request_alone(pack: Path, name: str) -> None:
         np.testing.assert_allclose(found, scores, rtol=1e-9)
     nothing = state_without_support(rec)
     mixed = score_tasks(rec, rows[1:2], [[states[1], nothing, states[3]]])[0]
-    np.testing.assert_allclose(mixed[1::3], rec.adapt({}).predict(candidates[1])[1::3], rtol=1e-9)
+    np.testing.assert_allclose(mixed[1::3], alone.adapt({}).predict(candidates[1])[1::3], rtol=1e-9)
     np.testing.assert_allclose(mixed[::3], expected[1][::3], rtol=1e-9)
     assert adapt_tasks(rec, []) == score_tasks(rec, [], []) == []
     assert encode_rows(rec, {}, "support") is None
