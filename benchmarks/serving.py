@@ -26,8 +26,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 import yaml
 from common import ROOT, Record, arguments, gmeta, median, publish, table
+
+from gmeta.meta.recorded import Programs
+from gmeta.recommender.recommender import Recommender, load
+from gmeta.recommender.tasks import adapt_tasks, encode_rows, score_tasks
 
 SUPPORT, CANDIDATES, TASKS = 20, 100, 8
 HOST = "127.0.0.1"
@@ -87,41 +92,46 @@ def rows_of(log: pa.Table, tasks: Sequence[str], each: int, seed: int, *, label:
 
 
 def in_process(bundle: Path, log: pa.Table, args: argparse.Namespace) -> list[Record]:
-    """Measure adapting and scoring without HTTP: a batch of 64 against 64 single calls."""
-    import torch
-
-    from gmeta.recommender.recommender import load
-    from gmeta.recommender.tasks import adapt_tasks, encode_rows, score_tasks
-
+    """Measure adapting and scoring without HTTP: a batch of 64 against 64 single calls, by the learner and, as the
+    server does, by recorded programs.
+    """
     torch.set_num_threads(1)
-    rec = load(bundle, device="cpu", mapped=True)
+    rec, recorded = load(bundle, device="cpu", mapped=True), load(bundle, device="cpu", mapped=True)
+    recorded.record(Programs(), print)
     names = [f"t{i}" for i in range(64)]
     supports = [encode_rows(rec, rows_of(log, [n], SUPPORT, i, label=True), "support") for i, n in enumerate(names)]
     candidates = [
         encode_rows(rec, rows_of(log, [n], CANDIDATES, i, label=False), "candidates") for i, n in enumerate(names)
     ]
 
-    def single() -> None:
+    def single(one: Recommender) -> None:
         for support, rows in zip(supports, candidates, strict=True):
-            score_tasks(rec, [rows], [adapt_tasks(rec, [support])])
+            score_tasks(one, [rows], [adapt_tasks(one, [support])])
 
-    def batch() -> None:
-        score_tasks(rec, candidates, [[state] for state in adapt_tasks(rec, supports)])
+    def batch(one: Recommender) -> None:
+        score_tasks(one, candidates, [[state] for state in adapt_tasks(one, supports)])
 
-    seconds: dict[str, list[float]] = {"single": [], "batch": [], "adapt": []}
-    functions = {"single": single, "batch": batch, "adapt": lambda: adapt_tasks(rec, supports)}
+    functions = {"single": single, "batch": batch, "adapt": lambda one: adapt_tasks(one, supports)}
+    for _ in range(20):  # until programs are made
+        batch(recorded)
+    single(recorded)
+    seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(2 if args.quick else 15):
         for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    one, together, adapted = (median(seconds[name]) for name in functions)
-    return [
-        Record("64 tasks", "in-process", "batch_speedup", one / together, "x"),
-        Record("64 tasks", "in-process", "adapted_tasks_per_s", 64 / adapted, "tasks/s"),
-        Record("64 tasks", "in-process", "adapted_and_scored_tasks_per_s", 64 / together, "tasks/s"),
-        Record("1 task", "in-process", "p50_ms", one / 64 * 1e3, "ms"),
-    ]
+            for variant, one in (("learner", rec), ("recorded", recorded)):
+                start = time.perf_counter()
+                function(one)
+                seconds.setdefault((name, variant), []).append(time.perf_counter() - start)
+    records = []
+    for variant in ("learner", "recorded"):
+        one, together, adapted = (median(seconds[name, variant]) for name in functions)
+        records += [
+            Record("64 tasks", variant, "batch_speedup", one / together, "x"),
+            Record("64 tasks", variant, "adapted_tasks_per_s", 64 / adapted, "tasks/s"),
+            Record("64 tasks", variant, "adapted_and_scored_tasks_per_s", 64 / together, "tasks/s"),
+            Record("1 task", variant, "p50_ms", one / 64 * 1e3, "ms"),
+        ]
+    return records
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 from urllib.parse import urlsplit
@@ -206,6 +207,7 @@ def listen(host: str, port: int) -> socket.socket:
     return bound
 
 
+@lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Whether only this machine can connect to a host name."""
     with contextlib.suppress(ValueError):

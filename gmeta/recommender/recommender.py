@@ -21,7 +21,7 @@ from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import cheapest_ends
 from gmeta.data.prepare.encoder import EncodedTables, Encoder
 from gmeta.data.schema import PackSchema, Role, data_schema_from_json
-from gmeta.data.shards import TaskRows, split_in_memory
+from gmeta.data.shards import PackSplit, TaskRows, split_in_memory
 from gmeta.data.tables import TableLike, as_arrow, has_no_columns
 from gmeta.meta.closed_form import require_posterior, sampled_weights
 from gmeta.meta.fast_weights import FastWeights
@@ -121,8 +121,7 @@ class Recommender:
         if encoded is None:
             return AdaptedTasks(self, (), np.zeros(0, np.int64), ())
         require_clicks(encoded.arrays["label"], self.config.loss, "support")
-        at = self._rows(encoded)
-        split, parts = split_in_memory(encoded.arrays, self.schema), []
+        (at, split), parts = self._rows(encoded), []
         for tasks in _chunks(at.num_support, at.num_query):
             examples, _, _ = split.gather(at[tasks])
             parts.append(self._adapt(examples))
@@ -171,10 +170,11 @@ class Recommender:
         needed = schema.columns([*roles, "label"] if support else roles)
         return as_arrow(table, role, needed, [schema.time] if support and schema.time else [])
 
-    def _rows(self, encoded: EncodedTables) -> TaskRows:
-        """Return where each task's rows lie, with as many support rows as the run keeps."""
+    def _rows(self, encoded: EncodedTables) -> tuple[TaskRows, PackSplit]:
+        """Return where each task's rows lie, with as many support rows as the run keeps, in a split of them."""
         split = split_in_memory(encoded.arrays, self.schema)
-        return split.locate(np.arange(len(encoded.keys))).last_support(self.config.loader.max_support_rows)
+        at = split.locate(np.arange(len(encoded.keys)))
+        return at.last_support(self.config.loader.max_support_rows), split
 
     def _adapt(self, support: Examples) -> FastWeights:
         """Return the fast weights of padded examples, whose pairs name rows by their position in the table."""
@@ -267,7 +267,7 @@ class AdaptedTasks:
         parts, num_support = self.parts, self.num_support
         if (position == len(known)).any():
             parts, num_support = (*parts, rec._without_support(1)), np.append(num_support, 0)
-        split, at = split_in_memory(encoded.arrays, rec.schema), rec._rows(encoded)
+        at, split = rec._rows(encoded)
         logits = np.zeros(len(encoded.query_row))
         for tasks in _chunks(num_support[position], at.num_query):
             _, query, _ = split.gather(at[tasks])

@@ -25,7 +25,6 @@ from torch import Tensor
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import bucket_by_size, ends_within
 from gmeta.data.prepare.encoder import EncodedTables
-from gmeta.data.shards import split_in_memory
 from gmeta.data.tables import TableLike
 from gmeta.meta.fast_weights import FastWeights, LinearSite, LowRankUpdate
 from gmeta.meta.losses import prediction
@@ -109,7 +108,8 @@ def adapt_tasks(
         return []
     joined = join_tables(supports)
     chosen = np.arange(len(joined.keys)) if wanted is None else np.asarray(wanted, np.int64)
-    at, split = rec._rows(joined)[chosen], split_in_memory(joined.arrays, rec.schema)
+    at, split = rec._rows(joined)
+    at = at[chosen]
     states: dict[int, TaskState] = {}
     for tasks in _groups(at.num_support, at.num_query):
         where = at[tasks]
@@ -150,7 +150,7 @@ def score_tasks(
         return []
     joined = join_tables(candidates)
     flat = [state for of_table in states for state in of_table]
-    at, split = rec._rows(joined), split_in_memory(joined.arrays, rec.schema)
+    at, split = rec._rows(joined)
     logits = np.zeros(len(joined.query_row))
     num_support = np.array([state.num_support for state in flat], np.int64)
     for tasks in _groups(num_support, at.num_query):

@@ -31,7 +31,6 @@ from gmeta.config.export import ExportStatesConfig
 from gmeta.core.files import replacing
 from gmeta.data.prepare.encoder import EncodedTables, Encoder
 from gmeta.data.prepare.parts import DealtParts, deal_tasks, open_parts
-from gmeta.data.shards import split_in_memory
 from gmeta.data.sources import find_files
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.parallel.collectives import on_rank_0
@@ -153,7 +152,7 @@ def _write_part(rec: Recommender, encoded: EncodedTables, kind: str, file: Path)
 
 
 def _adapted(rec: Recommender, encoded: EncodedTables) -> Iterator[tuple[list[str], NDArray[np.int64], FastWeights]]:
-    at, split = rec._rows(encoded), split_in_memory(encoded.arrays, rec.schema)
+    at, split = rec._rows(encoded)
     for tasks in _chunks(at.num_support, at.num_query):
         support, _, _ = split.gather(at[tasks])
         fast, keys = rec._adapt(support), encoded.keys[tasks]

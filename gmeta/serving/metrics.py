@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ class Metrics:
             "gmeta_request_seconds", "Seconds a request took.", ["route"], buckets=_SECONDS, registry=own
         )
         self._stages = Histogram("gmeta_stage_seconds", "Seconds by stage.", ["stage"], buckets=_SECONDS, registry=own)
+        self._stage = {stage: self._stages.labels(stage) for stage in get_args(Stage)}  # a look-up takes 5 us
         self._tasks = Counter("gmeta_tasks", "Tasks of requests.", registry=own)
         self._rows = Counter("gmeta_rows", "Support and candidate rows of requests.", registry=own)
         self._states = Counter(
@@ -64,7 +65,7 @@ class Metrics:
 
     def observe(self, stage: Stage, seconds: float) -> None:
         """Count the seconds of a stage."""
-        self._stages.labels(stage).observe(seconds)
+        self._stage[stage].observe(seconds)
 
     def count_states(self, found: int, adapted: int) -> None:
         """Count states that were remembered, and those that were not."""

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Route
 
 from gmeta.serving.engine import ScoringJob
 from gmeta.serving.infer import answer, metadata, query_of_infer
@@ -46,6 +47,9 @@ def build_app(service: Service) -> FastAPI:
         endpoint = _answered(service, f"{method} {path}", handler)
         name = handler.__name__
         app.add_api_route(path, endpoint, methods=[method], description=says, name=name, response_model=None)
+        # Requests go by plain routes, which come first; those of FastAPI tell its OpenAPI page of them. To look for
+        # parameters in a request, which these handlers have none of, takes a fifth of the time of a cached score.
+        app.router.routes.insert(0, Route(path, endpoint, methods=[method]))
     app.add_exception_handler(HTTPException, _no_route)
     app.add_api_route("/v2/health/live", routes.live, methods=["GET"], response_model=None)
     app.add_api_route("/v2/health/ready", routes.ready, methods=["GET"], response_model=None)

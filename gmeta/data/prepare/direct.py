@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import md5
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any
 
@@ -186,9 +187,12 @@ class DirectEncoder:
         tasks = _values(table[schema.task])
         if tasks is None:
             return None
-        named = list(zip([0] * len(tasks) if group is None else group, tasks, strict=True))
         of_task: dict[tuple[int, Any], int] = {}
-        code = np.fromiter((of_task.setdefault(name, len(of_task)) for name in named), np.int64, len(named))
+        codes, sizes = [], []
+        for name, run in groupby(zip(repeat(0, len(tasks)) if group is None else group, tasks, strict=True)):
+            codes.append(of_task.setdefault(name, len(of_task)))
+            sizes.append(len(list(run)))  # rows of a task mostly lie behind each other
+        code = np.repeat(np.array(codes, np.int64), sizes)
         names: dict[tuple[int, str | int], int] = {}  # two spellings may be one task: 7 and 7.0
         first = [names.setdefault((number, text_of(value)), len(names)) for number, value in of_task]
         if any(isinstance(text, int) for _, text in names):
@@ -346,8 +350,8 @@ def _numbers(column: pa.ChunkedArray) -> Array | None:
     """Return a column as float64, NaN where missing; None for a type that is not a plain number's."""
     kind = column.type
     if pa.types.is_float32(kind):  # by the shortest decimal text that gives the value back
-        texts = [math.nan if v is None else float(str(np.float32(v))) for v in column.to_pylist()]
-        return np.array(texts, np.float64)
+        decimal: Array = column.cast(pa.string()).cast(pa.float64()).to_numpy()  # NaN where missing
+        return decimal
     if pa.types.is_null(kind):
         return np.full(len(column), math.nan)
     if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_float64(kind)):
