@@ -25,8 +25,7 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.checkpoint",
         "torch.distributed.elastic.multiprocessing",
         "gmeta.embedding.exchange",
-        "gmeta.training.run",
-        "gmeta.evaluation.evaluate",
+        "gmeta.training.trainer",
         "gmeta.elastic.service",
         "gmeta.data.prepare.prepare",
     ]
