@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -299,8 +300,12 @@ def overview() -> ArgumentParser:
     return parser
 
 
+@cache
 def command_parser(name: str) -> ArgumentParser:
-    """Return the parser of one command, from the fields and docstrings of its dataclass."""
+    """Return the parser of one command, from the fields and docstrings of its dataclass.
+
+    Nobody adds to it: making that of `train` takes 0.2 s, and a process may call many commands.
+    """
     command = COMMANDS[name]
     parser = parser_of(command.config, f"gmeta {name}")
     if command.bare is not None:

@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -17,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from forks import Forked
 
 from gmeta.cli import run
 from gmeta.config.data import PrepareConfig
@@ -445,9 +444,9 @@ prepare(PrepareConfig(out=out, input=[file], schema=schema, query_size=1, thread
 """
 
 
-def start(config: PrepareConfig, limit: int = 0, pause: str = "") -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-c", RUN, str(limit), pause, config.out, config.inputs[0], str(config.schema)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(config: PrepareConfig, limit: int = 0, pause: str = "") -> Forked:
+    words = ["-c", RUN, str(limit), pause, config.out, config.inputs[0], str(config.schema)]
+    return Forked(words, os.environ, pipes=(1, 2))
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000])
