@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gmeta.data.schema import NumericColumn, PackSchema, schema_difference
-from gmeta.runs.bundle import MANIFEST, Bundle, manifest_text, open_bundle, read_manifest, sealed
+from gmeta.runs.bundle import MANIFEST, TRAINING, Bundle, manifest_text, open_bundle, read_manifest, sealed
 from gmeta.runs.delta import DELTA, delta_bytes, make_delta
 from gmeta.runs.directory import read_schema
 from gmeta.runs.registry import (
@@ -40,7 +40,7 @@ from gmeta.runs.store import Folder, Listed, require_conditions
 CLAIM = "claim.json"
 MAX_HISTORY = 100
 MAX_DELTA_SHARE = 0.5
-"""A delta is published where it is smaller than this share of the full version."""
+"""A delta is published where it is smaller than this share of the full version, with or without `training/`."""
 _LEFT_BEHIND = timedelta(days=1)
 """What a publisher wrote nothing to for so long, `prune` removes."""
 
@@ -285,11 +285,19 @@ def _publish_delta(
             base = registry.fetch(pointer.version, cache or Path(scratch) / "cache")
         out = Path(scratch) / "delta"
         document = make_delta(base, bundle, out, manifest=manifest, base_version=pointer.version)
-        if delta_bytes(document) >= MAX_DELTA_SHARE * sum(entry["bytes"] for entry in manifest["files"]):
+        if not any(_is_small(document, manifest, training=training) for training in (False, True)):
             return
         for entry in document["files"]:
             store.upload(out / entry["file"], folder + entry["file"])
         store.upload(out / DELTA, folder + DELTA)  # last: the delta exists once this does
+
+
+def _is_small(document: Mapping[str, Any], manifest: Mapping[str, Any], *, training: bool) -> bool:
+    """Whether a delta is worth its place for readers that serve, or for those that train on: tasks' older rows lie in
+    `training/` and are nearly all new each day, so that a delta may be of use to the former alone.
+    """
+    full = sum(entry["bytes"] for entry in manifest["files"] if training or not entry["file"].startswith(TRAINING))
+    return bool(delta_bytes(document, training=training) < MAX_DELTA_SHARE * full)
 
 
 def _make_current(

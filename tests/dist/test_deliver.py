@@ -55,7 +55,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def deliver(stream: Path, registry: Path, *days: int, **more: Any) -> int:
     words: list[object] = ["deliver", "--registry", registry, "--work", registry.parent / f"work-{registry.name}"]
     inputs = [str(more.pop("log", stream / "log") / f"day={day:02d}") for day in days]
-    words += ["--input", json.dumps(inputs), "--rules", stream / "rules.yaml"]
+    words += ["--input", json.dumps(inputs), "--rules", more.pop("rules", stream / "rules.yaml")]
     for key, value in more.items():
         words += [f"--{key}", json.dumps(value) if isinstance(value, dict) else value]
     return run([str(word) for word in words])
@@ -154,6 +154,24 @@ def test_a_damaged_day_is_refused_and_the_next_one_goes_on_without_it(
     assert deliver(stream, registry, 3) == 0
     assert found.current().version == 3  # type: ignore[union-attr]
     assert found.versions()[2].manifest["parent"] == found.versions()[0].id
+    before = found.versions()[2].manifest["gate"]["data"]["before_from"]
+    assert before == "as its manifest says"  # what it scored on the damaged day is no measure
+
+
+def test_after_a_sound_day_that_was_refused_the_next_is_compared_with_it(
+    stream: Path, registry: Path, tmp_path: Path
+) -> None:
+    drop = "{rule: current_drop, max_drop: 0.3, min_rows: 50}"
+    strict, usual = tmp_path / "strict.yaml", tmp_path / "usual.yaml"
+    strict.write_text(f"rules: [{drop}, {{rule: evidence, min_rows: 1000000}}]")
+    usual.write_text(f"rules: [{drop}, {{rule: finite}}]")
+    assert deliver(stream, registry, 2, rules=strict) == 3
+    assert deliver(stream, registry, 3, rules=usual) == 0
+    refused, passed = (record.manifest["gate"]["data"] for record in open_registry(str(registry)).versions()[1:])
+    assert refused["before_from"] == "as its manifest says"
+    assert passed["before_from"] == "as the verdict on version 2 says"
+    assert passed["current_before"] == refused["current_now"]
+    assert passed["usual_label_mean"] == refused["label_mean"]
 
 
 @pytest.mark.slow

@@ -501,6 +501,9 @@ def test_days_that_cannot_go_on_are_refused(packs: list[TaskPack], tmp_path: Pat
 
     shutil.copy(place / "day1.csv", tmp_path / "again.csv")
     refused("again.csv was delivered already, with day 1 of base", str(tmp_path / "again.csv"))
+    shutil.copy(place / "day0.csv", tmp_path / "first.csv")
+    for base in (packs[0], packs[2]):
+        refused("first.csv was delivered already, with day 0 of base", str(tmp_path / "first.csv"), base)
     (tmp_path / "none.csv").write_text("user,item,city,tags,price,click,at\n")
     refused("no row that can be used", str(tmp_path / "none.csv"))
     refused("has no column 'city'", [{k: v for k, v in row.items() if k != "city"} for row in DAYS[3]])

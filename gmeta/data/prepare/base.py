@@ -29,6 +29,8 @@ from gmeta.data.shards import CURE, check_entry, checksum_file, verified_file
 
 INCREMENT = "increment"
 CHAIN = "chain.json"
+FIRST_INPUTS = "input_xxh3"
+"""Setting in the manifest of a first pack: the checksums of its files."""
 IN_BUNDLE = f"training/{INCREMENT}"
 """Where a bundle keeps what a pack has in `increment/`, with the pack's manifest."""
 
@@ -59,9 +61,14 @@ class Base:
         return int(self.manifest.get("day", {}).get("number", 0)) + 1
 
     def chain(self) -> list[dict[str, Any]]:
-        """Return the days after the first pack: `number`, and `inputs`, the checksums of the day's files."""
+        """Return the days so far: `number`, and `inputs`, the checksums of the day's files. The first one, 0, is left
+        out where it was made of a named data set, or by gmeta before it noted them.
+        """
         file = None if self.increment is None else self.increment / CHAIN
-        return read_mapping(file, CURE)["days"] if file is not None and file.exists() else []
+        if file is not None and file.exists():
+            return list(read_mapping(file, CURE)["days"])
+        found = self.manifest["settings"].get(FIRST_INPUTS)
+        return [{"number": 0, "inputs": found}] if isinstance(found, list) else []
 
     def history(self, scratch: Path, rows: int) -> Path:
         """Return the folder of its history; that of a first pack is made in `scratch`, with `rows` of each task."""
@@ -91,9 +98,18 @@ def open_base(config: PrepareConfig) -> Base:
     return base
 
 
+def input_checksums(files: Sequence[Path]) -> dict[str, Path]:
+    """Return the checksum of each input file that has bytes.
+
+    It reads them once more than DuckDB does, at 3 GB/s where they are in memory, and first, so that DuckDB finds them
+    there. Of 50 million rows, which `prepare` takes 70 s for, files have 1.3 GB.
+    """
+    return {checksum_file(file): file for file in files if file.stat().st_size}
+
+
 def refuse_delivered(base: Base, files: Sequence[Path]) -> list[str]:
     """Return the checksums of input files. Raises ValueError where an earlier day of the base had one of them."""
-    sums = {checksum_file(file): file for file in files if file.stat().st_size}
+    sums = input_checksums(files)
     for day in base.chain():
         for known in day["inputs"]:
             if known in sums:

@@ -20,7 +20,7 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import PackWriter
-from gmeta.data.prepare.base import INCREMENT, open_base
+from gmeta.data.prepare.base import FIRST_INPUTS, INCREMENT, input_checksums, open_base
 from gmeta.data.prepare.cut import rows_on_both_sides
 from gmeta.data.prepare.deal import deal
 from gmeta.data.prepare.growth import write_pending
@@ -32,7 +32,7 @@ from gmeta.data.prepare.summary import Report, console_report, print_summary
 from gmeta.data.prepare.tasks import make_tasks, row_bytes
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
-from gmeta.data.sources import scalar
+from gmeta.data.sources import find_files, scalar
 
 __all__ = ["prepare", "print_summary"]
 
@@ -47,6 +47,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         return prepare_day(config, open_base(config), report)
     out = Path(config.out)
     schema, settings = resolve_settings(config)
+    inputs = None if config.dataset is not None else sorted(input_checksums(find_files(config.inputs)))
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
         counts = check_all(con, config, schema, settings, scratch, tell)
@@ -63,6 +64,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         if pack_schema.binary_label and pack_schema.label_mean in (0, 1):
             counts["only_label"] = pack_schema.label_mean
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
+        made_with |= {} if inputs is None else {FIRST_INPUTS: inputs}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
             write_pending(con, schema, writer.directory / INCREMENT)
