@@ -202,7 +202,7 @@ def bounds() -> dict[str, str]:
     """Package -> the version below which pyproject.toml keeps it, of those that gmeta needs to run, serve or export."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     blocks = re.findall(r"^(?:dependencies|serve|registry|export) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
-    return dict(re.findall(r'"([\w-]+)(?:>=[\d.]+,)?<([\d.]+)"', "".join(blocks)))
+    return dict(re.findall(r'"([\w-]+)(?:>=[\d.]+,)?<([\d.]+)(?:; [^"]*)?"', "".join(blocks)))
 
 
 def test_every_dependency_is_bounded_just_above_its_pin() -> None:
