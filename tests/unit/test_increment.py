@@ -152,6 +152,7 @@ class Reference:
             self.known[table], self.pending[table] = [], {}
             self.admit(table, {value: [count, 0] for value, count in counts.items()})
         self.totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.of_all = [0, 0]  # evicted items too
         self.count(train)
         self.last_seen = dict.fromkeys(self.split, 0)
         self.history = {}
@@ -172,13 +173,14 @@ class Reference:
 
     def count(self, train: list[Row]) -> None:
         for row in train:
-            self.totals[row["item"]][0] += row["click"]
-            self.totals[row["item"]][1] += 1
+            for total in (self.totals[row["item"]], self.of_all):
+                total[0] += row["click"]
+                total[1] += 1
 
     def encode(self, row: Row) -> Row:
         ids = {t: {value: i for i, (value, _, _) in enumerate(self.known[t], 1) if value} for t in self.known}
         clicks, of = self.totals.get(row["item"], (0, 0))
-        mean = sum(c for c, _ in self.totals.values()) / sum(n for _, n in self.totals.values())
+        mean = self.of_all[0] / self.of_all[1]
         numbers = [row["price"], (clicks + 10 * mean) / (of + 10), math.log(1 + of)]
         return {
             "ids": [ids["item"].get(row["item"], 0), ids["city"].get(row["city"], 0)],
@@ -203,6 +205,10 @@ class Reference:
                 waiting[value] = [waiting.get(value, [0, 0])[0] + count, day]
             self.admit(table, waiting)
             self.pending[table] = {v: e for v, e in self.pending[table].items() if day - e[1] < EVICT}
+            if table == "item":
+                kept = {value for value, _, _ in self.known[table]} | self.pending[table].keys()
+                for item in self.totals.keys() - kept:
+                    del self.totals[item]
             for rows in self.history.values():
                 for row in rows:
                     if table == "tags":
@@ -278,6 +284,7 @@ def test_days_equal_the_reference(packs: list[TaskPack]) -> None:
         }
         sums = pq.read_table(pack.path / "vocab/item_statistics.parquet").to_pylist()
         assert {r["value"]: [r["label_sum"], r["count"]] for r in sums if r["value"]} == reference.totals
+        assert [[r["label_sum"], r["count"]] for r in sums if r["value"] is None] == [reference.of_all]
     assert came_back > 50
     assert any(None in vocabulary(packs[-1], table)["value"] for table in ("item", "tags"))
 
@@ -421,6 +428,26 @@ def test_values_below_a_count_are_evicted(tmp_path: Path) -> None:
     assert gone in [row["ids"][0] for _, rows in tasks(packs[1]).values() for row in rows]  # of older rows
     assert pq.read_table(packs[0].path / "increment/pending/item.parquet")["value"].to_pylist() == ["i8"]
     assert pq.read_table(packs[2].path / "increment/pending/item.parquet")["value"].to_pylist() == []
+
+
+@pytest.mark.parametrize("least", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_statistics_of_items_that_come_and_go_do_not_grow(tmp_path: Path, least: int) -> None:
+    """Ten items a day, each of which lives three days; with a count of 3 some wait for an id when they leave."""
+    days = [
+        stream({f"u{u}": [10 * day - shift + (u + shift) % 10 for shift in (0, 10, 20)] for u in range(30)}, 100 * day)
+        for day in range(11)
+    ]
+    for day, rows in enumerate(days):
+        rows += stream({"u30": [1000 + day]}, 100 * day)
+    schema = {**PLAIN, "categorical": [{"name": "item", "min_count": least}], "item_statistics": True}
+    packs = make_days(tmp_path, days, schema, evict_after_days=2)
+    found = [pq.read_table(pack.path / "vocab/item_statistics.parquet").to_pydict() for pack in packs]
+    assert [len(one["value"]) for one in found[4:]] == [len(found[4]["value"])] * 7
+    last = found[-1]
+    waiting = pq.read_table(packs[-1].path / "increment/pending/item.parquet")["value"].to_pylist() if least > 1 else []
+    known = {value for value in vocabulary(packs[-1], "item")["value"] if value is not None}
+    assert set(last["value"]) == known | set(waiting) | {None}
+    assert last["count"][last["value"].index(None)] > 10 * sum(last["count"]) / len(last["count"])  # of all rows ever
 
 
 def test_tombstones_stand_for_nothing(packs: list[TaskPack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
