@@ -344,6 +344,7 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
         ({}, {"max_task_rows": 9, "max_train_task_rows": 10}, "max_train_task_rows is 10: must be at most"),
         ({}, {"min_task_rows": 9, "max_train_task_rows": 8}, "max_train_task_rows is 8: must be at least 9"),
         ({}, {"max_task_rows_keep": "last"}, "set max_task_rows too"),
+        ({}, {"min_task_rows": 0}, "min_task_rows is 0: must be at least 1"),
         ({"time": None}, {"max_task_rows": 9, "max_task_rows_keep": "last"}, "add the key time"),
         ({}, {"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
     ],

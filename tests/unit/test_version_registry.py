@@ -106,6 +106,20 @@ def test_deltas_are_followed_from_a_version_in_the_cache(registry: Registry, day
     assert content(reader.fetch(5, tmp_path / "whole")) == content(days / "4")
 
 
+def test_the_whole_verdict_lies_beside_the_manifest(registry: Registry, days: Path, tmp_path: Path) -> None:
+    """All who look at a version read its manifest, and nobody but people an evaluation."""
+    publish(registry, days / "0", verdict=None)
+    told = verdict(days / "1", current="run0/0") | {"evaluation": {"records": [1, 2]}, "metrics": {"all": {"auc": 0.7}}}
+    publish(registry, days / "1", verdict=told)
+    manifest = registry.manifest(2)
+    assert manifest["gate"] == {key: value for key, value in told.items() if key != "evaluation"}
+    assert manifest["metrics"] == told["metrics"]
+    held = registry.store.read("versions/2/verdict.json")
+    assert held is not None
+    assert json.loads(held.data) == told
+    assert not (registry.fetch(2, tmp_path / "cache") / "verdict.json").exists()
+
+
 def test_a_delta_is_published_for_those_that_serve_alone(registry: Registry, tmp_path: Path) -> None:
     """The history of a day's tasks is new each day, and larger than all else of this version."""
     model = Growing(items=2000)

@@ -1,7 +1,7 @@
 """The base of `prepare --base`: a pack, or a bundle of a run that was trained on one, whose ids a new day continues.
 
 Only what the day needs is read and verified: vocabularies, and the folder `increment/`. A first pack has no history
-there; it is made from its shards.
+there; it is made from its shards, and from the rows of tasks that it left out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from gmeta.config.data import PrepareConfig
 from gmeta.core.files import read_mapping
 from gmeta.data.pack import TaskPack, manifest_checksum, open_pack
-from gmeta.data.prepare.history import TASKS, history_of_pack
+from gmeta.data.prepare.history import INCREMENT, TASKS, history_of_pack
 from gmeta.data.prepare.settings import Settings, as_ids, settings_from_json
 from gmeta.data.schema import (
     ENCODING,
@@ -27,7 +27,6 @@ from gmeta.data.schema import (
 )
 from gmeta.data.shards import CURE, check_entry, checksum_file, verified_file
 
-INCREMENT = "increment"
 CHAIN = "chain.json"
 FIRST_INPUTS = "input_xxh3"
 """Setting in the manifest of a first pack: the checksums of its files."""
