@@ -24,7 +24,7 @@ def encode_batches(
     A text without tokens gives zeros. Raises ValueError for a text that is no Unicode.
     """
     tokens, cut = encoder.tokenizer([render(spec.template, text) for text in texts], spec.max_tokens)
-    for batch in pack_by_length([len(found) for found in tokens]):
+    for batch in pack_by_length([len(found) for found in tokens], TOKENS_PER_BATCH):
         ids, mask = encoder.batch([tokens[position] for position in batch])
         states = encoder.low(ids, mask).float()
         yield batch, pool_states(states, mask, spec.pooling, spec.vectors).cpu(), sum(cut[at] for at in batch)
@@ -38,7 +38,7 @@ def encode_texts(encoder: TextEncoder, spec: StoreSpec, texts: Sequence[str]) ->
     return out
 
 
-def pack_by_length(lengths: Sequence[int], budget: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
+def pack_by_length(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Yield positions, short texts first, in batches whose number times their longest length is within the budget;
     a text that is beyond it alone is a batch.
     """

@@ -193,7 +193,7 @@ def test_texts_of_like_length_are_packed() -> None:
     batches = list(pack_by_length(lengths, budget=18))
     assert sorted(at for batch in batches for at in batch) == list(range(7))
     assert [[lengths[at] for at in batch] for batch in batches] == [[1, 2, 3, 3], [9, 9], [40]]
-    assert list(pack_by_length([])) == []
+    assert list(pack_by_length([], 18)) == []
 
 
 def test_a_text_has_one_vector_whatever_it_is_encoded_with(opened: dict[str, TextEncoder]) -> None:
