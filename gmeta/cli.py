@@ -31,6 +31,7 @@ from gmeta.config.export import ExportConfig, ExportStatesConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.registry import DeltaConfig, PublishConfig, RegistryConfig
 from gmeta.config.serving import ServeConfig
+from gmeta.config.text import EmbedConfig
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
@@ -143,6 +144,12 @@ def _registry(config: RegistryConfig) -> int:
     from gmeta.delivery.commands import run_registry
 
     return run_registry(config)
+
+
+def _embed(config: EmbedConfig) -> int:
+    from gmeta.text.embed import embed
+
+    return embed(config)
 
 
 def _export(config: ExportConfig) -> int:
@@ -273,6 +280,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(ServeConfig, _serve),
     "export": Command(ExportConfig, _export),
     "export-states": Command(ExportStatesConfig, _export_states, distributed=True),
+    "embed": Command(EmbedConfig, _embed, bare="do", bare_usage="[verify|stats|compact]"),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

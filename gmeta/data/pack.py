@@ -250,13 +250,13 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def save_file(arrays: Mapping[str, Array], path: Path) -> str:
+def save_file(arrays: Mapping[str, Array], path: Path, metadata: Mapping[str, str] | None = None) -> str:
     """Write and sync a safetensors file, the same bytes as its library would; returns its checksum.
 
     The library copies every array before it writes, and the checksum would take another pass over the file.
     """
     names = sorted(arrays, key=lambda name: (list(SAFETENSORS_DTYPE).index(arrays[name].dtype.name), name))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         array, start = arrays[name], end
