@@ -219,6 +219,8 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
   item: item_id               # what is recommended; reports show items that no training task has seen
   partition: day              # a column that says which split a row belongs to
   role: side                  # a column that says support or query, in place of a cut (--roles for other words)
+  weight: weight              # how much a row counts in losses and metrics
+  scenario: gender            # a feature of one value a row, by which every report is sliced
   label_threshold: 4          # labels of at least this become 1, others 0
   categorical:                # one value a row; a bare name, or a mapping:
     - gender

@@ -305,10 +305,13 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
             raise ValueError(f"{name}.offsets must rise from 0 to the number of values, {len(values)}")
         _check_range(name, values, schema.feature(name).num_ids)
     _check_range("item_cold", arrays["item_cold"], 2)
-    for name in ("dense", "label"):
+    for name in ("dense", "label", *(["weight"] if schema.weight is not None else [])):
         if not np.isfinite(arrays[name]).all():
             bad = ~np.isfinite(arrays[name])
             raise ValueError(f"{name} is {arrays[name][bad][0]} in row {np.argwhere(bad)[0, 0]}: must be finite")
+    if schema.weight is not None and (arrays["weight"] < 0).any():
+        row = int(np.argmax(arrays["weight"] < 0))
+        raise ValueError(f"weight is {arrays['weight'][row]} in row {row}: must not be negative")
     if schema.binary_label:
         bad = ~np.isin(arrays["label"], (0, 1))
         if bad.any():

@@ -45,6 +45,8 @@ def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[s
     }
     if schema.time is not None:
         layout["time"] = ("int64", (rows,))
+    if schema.weight is not None:
+        layout["weight"] = ("float32", (rows,))
     for name in many_valued(schema):
         layout[f"{name}.values"] = ("int32", (None,))
         layout[f"{name}.offsets"] = ("int64", (rows + 1,))
@@ -188,6 +190,7 @@ class SplitColumns:
     task: Array  # int64 [rows], position of the row's task in the split
     is_query: Array  # bool [rows]
     label: Array  # float32 [rows]
+    weight: Array | None  # float32 [rows]; None where rows have none
     item_cold: Array  # bool [rows]
     ids: dict[str, Array]  # one-valued feature -> int32 [rows]
 
@@ -205,6 +208,11 @@ class PackSplit:
         self._row_bounds = np.cumsum([0, *(shard.num_rows for shard in shards)])
         self.num_tasks = int(self._task_bounds[-1])
         self.num_rows = int(self._row_bounds[-1])
+
+    @property
+    def schema(self) -> PackSchema:
+        """Return the schema of the pack."""
+        return self._schema
 
     @cached_property
     def task_id(self) -> Array:
@@ -249,6 +257,7 @@ class PackSplit:
             task=task,
             is_query=np.arange(self.num_rows) >= query_start[task],
             label=self._column("label"),
+            weight=None if self._schema.weight is None else self._column("weight"),
             item_cold=self._column("item_cold").astype(bool),
             ids={name: self.feature_ids(name) for name in features},
         )
@@ -303,7 +312,8 @@ class PackSplit:
         size = np.diff(start, append=shard.num_rows)
         tasks = np.flatnonzero(size <= most_rows)[:num_tasks]
         rows = _ranges(start[tasks], size[tasks])
-        arrays = {name: shard.read(name)[rows] for name in ("ids", "dense", "label", "item_cold")}
+        stored = ("ids", "dense", "label", "weight", "item_cold")
+        arrays = {name: shard.read(name)[rows] for name in stored if name in shard.arrays}
         arrays |= {name: shard.read(name)[tasks] for name in ("task_id", "num_support")}
         arrays["row_start"] = np.cumsum(size[tasks]) - size[tasks]
         for name in self._many_valued:
@@ -360,6 +370,7 @@ class PackSplit:
         cells = self._cells(at.shard, np.concatenate([support_row, query_row], axis=1))
         ids, dense, label, item_cold = (cells.column(name) for name in ("ids", "dense", "label", "item_cold"))
         bags = {name: cells.bag(name) for name in self._many_valued}
+        weight = None if self._schema.weight is None else cells.column("weight")
 
         def side(rows: Array, columns: slice) -> Examples:
             by_feature = torch.from_numpy(ids[:, columns].transpose(2, 0, 1).astype(np.int64, order="C"))
@@ -371,6 +382,7 @@ class PackSplit:
                 mask=torch.from_numpy(rows >= 0),
                 row=torch.from_numpy(rows),
                 item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
+                weight=None if weight is None else torch.from_numpy(weight[:, columns].copy()),
             )
 
         S = support_row.shape[1]

@@ -30,13 +30,13 @@ from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import ITEM_STATISTICS, OOV, STATISTICS_COLUMNS
 from gmeta.data.shards import PackSplit
 from gmeta.delivery.gate_page import WORDS, verdict_page, word_of
-from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules, read_rules
+from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules, read_rules, scenarios_named
 from gmeta.evaluation.baselines import fit_baselines
 from gmeta.evaluation.documents import Json, read_evaluation
 from gmeta.evaluation.evaluate import cold_tasks, support_used
-from gmeta.evaluation.predictions import Variants
+from gmeta.evaluation.predictions import Variants, scenarios_of
 from gmeta.evaluation.score import Scores, score_split
-from gmeta.evaluation.slices import BEFORE, evaluation_records, headline_metrics
+from gmeta.evaluation.slices import BEFORE, SCENARIO, evaluation_records, headline_metrics
 from gmeta.evaluation.variants import baseline_rows
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_REFUSED, report_error
@@ -136,6 +136,7 @@ def judge_on(mesh: Mesh, config: GateConfig, before: Earlier | None = None) -> V
         require_trusted(trained[source].model.name, f"{source} has", trust_model=config.trust_model)
     binary = _is_binary(trained)
     rules = read_rules(config.rules, binary=binary)
+    _require_scenario(rules, pack)
     days = {source: _day(source, pack) for source in (candidate, current)}  # mistakes come before the work
     earlier = [] if config.previous_pack is None else [_day(current, open_pack(config.previous_pack))]
     on_rank_0(lambda: make_folder("out", config.out), mesh)
@@ -145,6 +146,14 @@ def judge_on(mesh: Mesh, config: GateConfig, before: Earlier | None = None) -> V
     # the others wait until the verdict is written: a launcher ends all when one ends with a code
     passed = broadcast_from_rank_0(float(document.get("passed", False)), mesh)
     return Verdict(bool(passed), document)
+
+
+def _require_scenario(rules: Sequence[tuple[str, Rule]], pack: TaskPack) -> None:
+    if pack.schema.scenario is None and (names := scenarios_named(rules)):
+        raise ValueError(
+            f"a rule looks at the slice {SCENARIO}{names[0]}, but the schema of {pack.path} names no scenario: leave "
+            "the slice out, or prepare with the key scenario"
+        )
 
 
 def _is_binary(trained: Mapping[Path, TrainConfig]) -> bool:
@@ -187,9 +196,16 @@ def _score(mesh: Mesh, config: GateConfig, source: Path, days: Sequence[_Day]) -
 
 
 def _measure(
-    config: GateConfig, ours: _Scored, theirs: Sequence[_Scored], binary: bool, known: Earlier | None
+    config: GateConfig,
+    ours: _Scored,
+    theirs: Sequence[_Scored],
+    binary: bool,
+    known: Earlier | None,
+    scenarios: Sequence[str],
 ) -> Measured:
-    """Measure what the rules look at; `theirs` has what the current version scored, on the day and on one before."""
+    """Measure what the rules look at, the slices of `scenarios` too; `theirs` has what the current version scored, on
+    the day and on one before.
+    """
     current, *earlier = theirs
     scores, labels = ours.scores, ours.scores.label
     if len(labels) == 0:
@@ -202,7 +218,7 @@ def _measure(
         tasks=len(np.unique(scores.task)),
         rows=len(labels),
         not_finite=not_finite,
-        evaluation=_evaluation(config, ours, current, binary) if finite else None,
+        evaluation=_evaluation(config, ours, current, binary, scenarios) if finite else None,
         label_mean=float(labels.mean()),
         label_std=float(labels.std()),
         usual_label_mean=usual,
@@ -214,7 +230,7 @@ def _measure(
     )
 
 
-def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool) -> Json:
+def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool, scenarios: Sequence[str]) -> Json:
     """Return the evaluation of candidate, current version and baselines, by the coldness that the pack knows."""
     pack, split, scores = ours.day.pack, ours.day.split, ours.scores
     found = ours.variants(CANDIDATE).joined(theirs.variants(CURRENT))
@@ -236,6 +252,8 @@ def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool
         binary=binary,
         resamples=config.resamples,
         seed=config.seed,
+        weight=scores.weight,
+        scenario=scenarios_of(pack, split, scores.row, scenarios),
     )
     return {**evaluation, "notes": [*evaluation["notes"], *notes], "left_out": pack.left_out(split.name)}
 
@@ -256,6 +274,7 @@ def _own_metrics(config: GateConfig, scored: _Scored, binary: bool) -> dict[str,
             binary=binary,
             resamples=1,  # values alone are asked for
             seed=config.seed,
+            weight=scores.weight,
         )
     )
 
@@ -335,7 +354,7 @@ def _verdict(
     before: Earlier | None,
 ) -> Json:
     """Apply the rules, write the verdict and print it; returns the content of verdict.json."""
-    measured = _measure(config, ours, theirs, binary, before)
+    measured = _measure(config, ours, theirs, binary, before, scenarios_named(rules))
     outcomes = apply_rules(rules, measured)
     pack, evaluation = ours.day.pack, measured.evaluation
     keys = ("label_mean", "usual_label_mean", "numeric", "unknown", "current_now", "current_before", "before_from")

@@ -21,6 +21,7 @@ class InputSpec:
     numeric: tuple[str, ...]  # names of the F columns of `dense`, standardised
     base_rate: float  # the logit that predicts the mean training label
     item: str | None = None  # the feature that is the item's id, where the model reads it
+    scenario: str | None = None  # the feature that the schema calls the scenario, where the model reads it
 
     @property
     def num_numeric(self) -> int:
@@ -56,8 +57,8 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     if not chosen:
         raise ValueError("the model has no categorical feature: set model.features, or prepare a pack that has some")
     names = tuple(column.name for column in schema.numeric) if numeric else ()
-    item = schema.item if schema.item in chosen else None
-    return InputSpec(dict.fromkeys(chosen, embedding_dim), names, base_rate(schema), item)
+    item, scenario = (name if name in chosen else None for name in (schema.item, schema.scenario))
+    return InputSpec(dict.fromkeys(chosen, embedding_dim), names, base_rate(schema), item, scenario)
 
 
 def usual_features(schema: PackSchema) -> list[str]:

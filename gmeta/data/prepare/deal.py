@@ -21,6 +21,7 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
     columns = ["s.file", "s.row", "s.label", "CAST(t.task_id AS INTEGER) AS task_id"]
     columns += [f"s.f{i}" for i in range(len(schema.features))] + [f"s.n{i}" for i in range(len(schema.numeric))]
     optional = {
+        "s.weight": schema.weight is not None,
         "s.time": True,
         "s.item": item_feature(schema) is None,
         "s.is_query": settings.split_query == "column",

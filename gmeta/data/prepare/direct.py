@@ -221,11 +221,13 @@ class DirectEncoder:
 
     def _arrays(self, table: pa.Table, order: Array, *, support: bool) -> dict[str, Array] | None:
         label = self._label(table[self._schema.label]) if support else np.zeros(len(order), np.float32)
-        dense = self._dense(table)
-        if label is None or dense is None:
+        weight, dense = self._weight(table, support=support), self._dense(table)
+        if label is None or weight is None or dense is None:
             return None
         one_valued: list[Array] = []
         arrays: dict[str, Array] = {"dense": dense[order], "label": label[order]}
+        if self._schema.weight is not None:
+            arrays["weight"] = weight[order]
         for feature in self._schema.features:
             column = table[feature.name]
             if feature.kind == "categorical":
@@ -289,6 +291,15 @@ class DirectEncoder:
             scaled = np.nan_to_num((values - stored.mean) / stored.std, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
             dense[:, place] = scaled.clip(-LARGEST, LARGEST)
         return dense
+
+    def _weight(self, table: pa.Table, *, support: bool) -> Array | None:
+        """Return the rows' weights, 1 where the table has none."""
+        if not (support and self._schema.weight in table.column_names):
+            return np.ones(table.num_rows, np.float32)
+        values = _numbers(table[self._schema.weight])
+        if values is None or not ((values >= 0) & (values <= FLOAT32_MAX)).all():
+            return None
+        return values.astype(np.float32)
 
     def _label(self, column: pa.ChunkedArray) -> Array | None:
         values = _numbers(column)

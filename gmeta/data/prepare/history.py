@@ -41,6 +41,8 @@ INCREMENT = "increment"
 TASKS = "tasks.parquet"
 PARTS = "history"
 LEFT_OUT_TASKS, LEFT_OUT_PARTS = "left_out.parquet", "left_out"
+_FLAT = ("time", "label", "item_cold", "weight")
+"""Columns of one number a row; some packs have no time and no weight."""
 _GROUP_ROWS = 1 << 16
 """Rows of a row group. What a reader holds at once is one group."""
 _FORMAT: dict[str, Any] = {"use_dictionary": ["key"], "write_statistics": ["time", "key"]}
@@ -238,8 +240,8 @@ def history_of_pack(pack: TaskPack, folder: Path, rows: int) -> None:
 
 
 def take(schema: PackSchema, rows: Mapping[str, Array], index: Array) -> dict[str, Array]:
-    """Return the columns of rows at `index` int64 [n]: ids, dense, label, item_cold, time, and many-valued features."""
-    out = {name: rows[name][index] for name in ("ids", "dense", "label", "item_cold", "time") if name in rows}
+    """Return the columns of rows at `index` int64 [n]: those of `_FLAT`, ids, dense, and many-valued features."""
+    out = {name: rows[name][index] for name in ("ids", "dense", *_FLAT) if name in rows}
     for name in many_valued(schema):
         values, offsets = rows[f"{name}.values"], rows[f"{name}.offsets"]
         length = np.diff(offsets)[index]
@@ -251,11 +253,7 @@ def take(schema: PackSchema, rows: Mapping[str, Array], index: Array) -> dict[st
 
 def _joined(schema: PackSchema, first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
     """Return the rows of both, one after the other."""
-    out = {
-        name: np.concatenate([first[name], second[name]])
-        for name in ("ids", "dense", "label", "item_cold", "time")
-        if name in first
-    }
+    out = {name: np.concatenate([first[name], second[name]]) for name in ("ids", "dense", *_FLAT) if name in first}
     for name in many_valued(schema):
         offsets = [side[f"{name}.offsets"] for side in (first, second)]
         out[f"{name}.values"] = np.concatenate([side[f"{name}.values"] for side in (first, second)])
@@ -284,7 +282,7 @@ def _table(
 
 
 def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Array]:
-    columns = {name: pa.array(rows[name]) for name in ("time", "label", "item_cold") if name in rows}
+    columns = {name: pa.array(rows[name]) for name in _FLAT if name in rows}
     for name in ("ids", "dense"):
         if width := rows[name].shape[1]:
             ends = pa.array(np.arange(0, rows[name].size + 1, width, dtype=np.int32))
@@ -297,7 +295,7 @@ def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Arra
 
 def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> dict[str, Array]:
     """Return the rows of a table of the history as a shard has them; ids of tombstones are out of vocabulary."""
-    rows = {name: table[name].to_numpy() for name in ("time", "label", "item_cold") if name in table.column_names}
+    rows = {name: table[name].to_numpy() for name in _FLAT if name in table.column_names}
     for name, width, kind in (("ids", len(one_valued(schema)), np.int32), ("dense", len(schema.numeric), np.float32)):
         flat = table[name].combine_chunks().flatten().to_numpy() if width else np.empty(0, kind)
         rows[name] = flat.astype(kind).reshape(len(table), width)  # a copy, which may be written to

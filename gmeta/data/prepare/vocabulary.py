@@ -65,6 +65,8 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         item=schema.item,
         time=schema.time,
         label_mean=mean_label(con, train),
+        weight=schema.weight,
+        scenario=schema.scenario,
     )
 
 
