@@ -15,7 +15,7 @@ from gmeta.core.errors import nearest, require
 from gmeta.core.files import read_mapping
 
 Kind = Literal["categorical", "multi", "sequence"]
-Pooling = Literal["sum", "mean"]
+Pooling = Literal["sum", "mean", "none"]
 
 ENCODING = 2
 """The version of the rules by which raw values become ids and numbers (gmeta/data/prepare/values.py)."""
@@ -35,7 +35,7 @@ class Feature:
     kind: Kind
     num_ids: int
     table: str  # features of one table share vocabulary and embedding rows
-    pooling: Pooling = "mean"  # of many-valued features
+    pooling: Pooling = "mean"  # of many-valued features; none: a model reads every value of a sequence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def _encoded(value: Any, where: str) -> Feature:
     _check(entry, "name", (str,), where, "a column name")
     _check(entry, "table", (str,), where, "a table name")
     _choice(entry, "kind", ("categorical", "multi", "sequence"), where)
-    _choice(entry, "pooling", ("mean", "sum"), where)
+    _choice(entry, "pooling", _poolings(entry["kind"]), where)
     _check_count(entry, "num_ids", where)
     return Feature(**entry)
 
@@ -369,8 +369,12 @@ def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
         raise ValueError(f"{where}: min_count has no effect with hash_buckets: remove one")
     _check(entry, "separator", (str,), where, "a text such as '|'")
     _choice(entry, "nulls", ("error", "oov"), where)
-    _choice(entry, "pooling", ("mean", "sum"), where)
+    _choice(entry, "pooling", _poolings(kind), where)
     return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
+
+
+def _poolings(kind: str) -> tuple[str, ...]:
+    return ("mean", "sum", "none") if kind == "sequence" else ("mean", "sum")
 
 
 def _numeric(value: Any, where: str) -> RawNumeric:

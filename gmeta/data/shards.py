@@ -201,6 +201,7 @@ class PackSplit:
         self._schema = schema
         self._one_valued = one_valued(schema)
         self._many_valued = many_valued(schema)
+        self._sequences = tuple(f.name for f in schema.features if f.pooling == "none")
         self._task_bounds = np.cumsum([0, *(shard.num_tasks for shard in shards)])
         self._row_bounds = np.cumsum([0, *(shard.num_rows for shard in shards)])
         self.num_tasks = int(self._task_bounds[-1])
@@ -335,6 +336,22 @@ class PackSplit:
             support[here] = shard.read("num_support")[local]
             rows[here] = end - row_start[local]
         return TaskRows(task_id, shard_of, start, support, rows)
+
+    def cells_per_row(self, at: TaskRows) -> Array:
+        """Return what a padded row of each task counts, int64 [T]: 1, and one more for each value of its longest row in
+        sequences that are not pooled, since a model holds a vector of each.
+        """
+        cells = np.ones(len(at), np.int64)
+        for name in self._sequences:
+            for index in np.unique(at.shard):
+                here = np.flatnonzero((at.shard == index) & (at.num_rows > 0))
+                if not len(here):
+                    continue
+                offsets = self._shards[index].read(f"{name}.offsets")
+                rows = _ranges(at.start[here] - self._row_bounds[index], at.num_rows[here])
+                first = np.cumsum(at.num_rows[here]) - at.num_rows[here]
+                cells[here] += np.maximum.reduceat(offsets[rows + 1] - offsets[rows], first)
+        return cells
 
     def rows_apart(self, rows: Array) -> TaskRows:
         """Return rows of the split, int64 [n], as tasks that have one of them as their query each."""
