@@ -20,6 +20,12 @@ SCHEMA: dict[str, Any] = {
     "sequence": [{"name": "last", "table": "item", "pooling": "none", "max_length": 4}],
     "numeric": ["age"],
 }
+WIDE = {
+    **SCHEMA,
+    "sequence": [*SCHEMA["sequence"], {"name": "kinds", "aligned": "last"}],
+    "numeric_sequence": [{"name": "gaps", "aligned": "last", "log": True}],
+}
+"""The same, with what stands beside each value of the history."""
 
 
 def history_rows(num_users: int = 40, each: int = 12, seed: int = 0, first_user: int = 0) -> dict[str, list[Any]]:

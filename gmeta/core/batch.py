@@ -20,6 +20,11 @@ Pooling = Literal["sum", "mean", "none"]
 _T = TypeVar("_T")
 
 
+def mask_of(sequence: str) -> str:
+    """Return under which name a model finds the mask of a sequence that is not pooled."""
+    return f"{sequence}.mask"
+
+
 @dataclass(frozen=True, slots=True)
 class Bag:
     """The values of a many-valued feature. An empty bag pools to the zero vector. Sequences keep their order, and those

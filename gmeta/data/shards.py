@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples
+from gmeta.core.batch import Bag, Examples, mask_of
 from gmeta.data.order import keyed_hash
 from gmeta.data.schema import PackSchema
 
@@ -45,8 +45,8 @@ def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[s
     }
     if schema.time is not None:
         layout["time"] = ("int64", (rows,))
-    for name in many_valued(schema):
-        layout[f"{name}.values"] = ("int32", (None,))
+    for name, dtype in ragged(schema).items():
+        layout[f"{name}.values"] = (dtype, (None,))
         layout[f"{name}.offsets"] = ("int64", (rows + 1,))
     return layout
 
@@ -59,6 +59,13 @@ def one_valued(schema: PackSchema) -> tuple[str, ...]:
 def many_valued(schema: PackSchema) -> tuple[str, ...]:
     """Return the features that are stored as `<name>.values` and `<name>.offsets`."""
     return tuple(f.name for f in schema.features if f.kind != "categorical")
+
+
+def ragged(schema: PackSchema) -> dict[str, str]:
+    """Return name -> numpy dtype of what is stored as `<name>.values` and `<name>.offsets`: many-valued features, and
+    numeric sequences.
+    """
+    return {**dict.fromkeys(many_valued(schema), "int32"), **{c.name: "float32" for c in schema.numeric_sequence}}
 
 
 def checksum_file(path: Path) -> str:
@@ -307,7 +314,7 @@ class PackSplit:
         arrays = {name: shard.read(name)[rows] for name in ("ids", "dense", "label", "item_cold")}
         arrays |= {name: shard.read(name)[tasks] for name in ("task_id", "num_support")}
         arrays["row_start"] = np.cumsum(size[tasks]) - size[tasks]
-        for name in self._many_valued:
+        for name in ragged(self._schema):
             offsets = shard.read(f"{name}.offsets")
             length = offsets[rows + 1] - offsets[rows]
             arrays[f"{name}.values"] = shard.read(f"{name}.values")[_ranges(offsets[rows], length)]
@@ -377,6 +384,7 @@ class PackSplit:
         cells = self._cells(at.shard, np.concatenate([support_row, query_row], axis=1))
         ids, dense, label, item_cold = (cells.column(name) for name in ("ids", "dense", "label", "item_cold"))
         bags = {name: cells.bag(name) for name in self._many_valued}
+        numbers = {column.name: cells.bag(column.name) for column in self._schema.numeric_sequence}
 
         def side(rows: Array, columns: slice) -> Examples:
             by_feature = torch.from_numpy(ids[:, columns].transpose(2, 0, 1).astype(np.int64, order="C"))
@@ -388,6 +396,7 @@ class PackSplit:
                 mask=torch.from_numpy(rows >= 0),
                 row=torch.from_numpy(rows),
                 item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
+                given=_padded({name: bag.cut(columns) for name, bag in numbers.items()}),
             )
 
         S = support_row.shape[1]
@@ -466,7 +475,23 @@ class _Bags:
         """Return the bag of one side."""
         length = np.ascontiguousarray(self.length[:, columns])
         values = self.values[_ranges(self.first[:, columns].reshape(-1), length.reshape(-1))]
-        return Bag(torch.from_numpy(values.astype(np.int64)), torch.from_numpy(length))
+        kind = np.int64 if values.dtype.kind == "i" else values.dtype
+        return Bag(torch.from_numpy(values.astype(kind)), torch.from_numpy(length))
+
+
+def _padded(bags: Mapping[str, Bag]) -> dict[str, Tensor]:
+    """Return numbers [T, S, L, 1] of each bag, zeros behind its values, and a mask bool [T, S, L], true for these.
+
+    L is the longest of the side, and at least 1, as for the sequences that they are aligned with.
+    """
+    given: dict[str, Tensor] = {}
+    for name, bag in bags.items():
+        longest = max(1, int(bag.lengths.max()) if bag.lengths.numel() else 1)
+        mask = torch.arange(longest) < bag.lengths.unsqueeze(-1)
+        numbers = bag.values.new_zeros(*mask.shape)
+        numbers[mask] = bag.values
+        given |= {name: numbers.unsqueeze(-1), mask_of(name): mask}
+    return given
 
 
 def _ranges(first: Array, length: Array) -> Array:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gmeta.core.batch import EmbeddedRows, Examples, Lookup
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, mask_of
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan
@@ -22,7 +22,6 @@ from gmeta.meta.inner_loop import InnerPass
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import widen
 from gmeta.meta.modulation import modulated_parameters
-from gmeta.models.inputs import mask_of
 
 
 @dataclass(frozen=True, slots=True)

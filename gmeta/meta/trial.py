@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmeta.core.batch import mask_of
 from gmeta.core.errors import UserCodeError
 from gmeta.meta.closed_form import finished, recording
 from gmeta.meta.dropout import SeededDropout, example_keys
@@ -32,7 +33,6 @@ from gmeta.meta.interception import Intercept
 from gmeta.meta.modulation import Modulated
 from gmeta.meta.reference import substituted
 from gmeta.meta.views import Embedded
-from gmeta.models.inputs import mask_of
 from gmeta.models.last_layer import BayesianLinear
 
 _LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))

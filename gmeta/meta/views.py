@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmeta.core.batch import mask_of
 from gmeta.core.selection import cat
 from gmeta.meta.gather_plan import GatherPlan
-from gmeta.models.inputs import mask_of
 
 
 class Embedded:

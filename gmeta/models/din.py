@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, history_of, mask_of
+from gmeta.core.batch import mask_of
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, history_of
 
 
 class DIN(nn.Module):

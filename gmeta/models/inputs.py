@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gmeta.core.batch import mask_of
 from gmeta.core.errors import nearest, require
 from gmeta.data.schema import PackSchema
 
@@ -26,7 +27,7 @@ class InputSpec:
     numeric: tuple[str, ...]  # names of the F columns of `dense`, standardised
     base_rate: float  # the logit that predicts the mean training label
     item: str | None = None  # the feature that is the item's id, where the model reads it
-    sequences: Mapping[str, int] = field(default_factory=dict)  # name -> d, of sequences that are not pooled
+    sequences: Mapping[str, int] = field(default_factory=dict)  # name -> d (1 of numbers), of those that are not pooled
     tables: Mapping[str, str] = field(default_factory=dict)  # feature or sequence -> vocabulary, whose rows they share
 
     @property
@@ -59,11 +60,6 @@ class InputSpec:
     def width(self) -> int:
         """Return the number of inputs of one example: a vector for each name of `widths`, and the numeric columns."""
         return sum(self.widths.values()) + len(self.numeric)
-
-
-def mask_of(sequence: str) -> str:
-    """Return under which name a model finds the mask of a sequence."""
-    return f"{sequence}.mask"
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -110,7 +106,8 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
 
     Raises ValueError for a feature that the pack lacks (with the nearest) or that is named twice, or without any.
     """
-    known = [feature.name for feature in schema.features]
+    numbers = [column.name for column in schema.numeric_sequence]
+    known = [*(feature.name for feature in schema.features), *numbers]
     for name in features:
         if name not in known:
             raise ValueError(f"model.features names {name!r}, which is not in the pack: {nearest(name, known)}")
@@ -121,14 +118,14 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
         raise ValueError("the model has no categorical feature: set model.features, or prepare a pack that has some")
     names = tuple(column.name for column in schema.numeric) if numeric else ()
     item = schema.item if schema.item in chosen else None
-    tables = {name: schema.feature(name).table for name in chosen}
-    whole = {name for name in chosen if schema.feature(name).pooling == "none"}
+    tables = {name: schema.feature(name).table for name in chosen if name not in numbers}
+    whole = {name for name in tables if schema.feature(name).pooling == "none"}
     return InputSpec(
-        {name: embedding_dim for name in chosen if name not in whole},
+        {name: embedding_dim for name in tables if name not in whole},
         names,
         base_rate(schema),
         item,
-        {name: embedding_dim for name in chosen if name in whole},
+        {name: embedding_dim if name in whole else 1 for name in chosen if name in whole or name in numbers},
         tables,
     )
 
@@ -138,7 +135,7 @@ def usual_features(schema: PackSchema) -> list[str]:
 
     New tasks are what a model adapts to, and their keys are unknown to it. The key is read where nothing else is there.
     """
-    names = [feature.name for feature in schema.features]
+    names = [*(feature.name for feature in schema.features), *(column.name for column in schema.numeric_sequence)]
     return [name for name in names if name != schema.task] or names
 
 

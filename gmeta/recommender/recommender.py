@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples, to_device
+from gmeta.core.batch import Bag, Examples, mask_of, to_device
 from gmeta.core.errors import require
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import cheapest_ends
@@ -350,4 +350,12 @@ def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
         mask=flags,
         row=none,
         item_cold=flags,
+        given={
+            name: value
+            for column in schema.numeric_sequence
+            for name, value in (
+                (column.name, numbers.view(num_tasks, 0, 1, 1)),
+                (mask_of(column.name), flags.view(num_tasks, 0, 1)),
+            )
+        },
     )

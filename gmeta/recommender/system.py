@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, to_device
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, mask_of, to_device
 from gmeta.core.modules import persistent_buffers
 from gmeta.data.schema import OOV
 from gmeta.embedding.exchange import Exchange, RoutedRequest
@@ -16,7 +16,6 @@ from gmeta.embedding.lookup import RowRequest
 from gmeta.embedding.table import ShardedTables
 from gmeta.meta.gather_plan import GatherPlan
 from gmeta.meta.learner import MetaLearner
-from gmeta.models.inputs import mask_of
 from gmeta.parallel.mesh import Mesh
 
 

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmeta.core.batch import mask_of
 from gmeta.data.schema import OOV
 from gmeta.meta import closed_form
 from gmeta.meta.factored import AdaptedPass
 from gmeta.meta.fast_weights import FastWeights, LinearSite
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import prediction
-from gmeta.models.inputs import mask_of
 from gmeta.recommender.recommender import Recommender
 
 OUTPUTS = ("logit", "prediction")

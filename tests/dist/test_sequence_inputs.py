@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from commands import gmeta, train_words
 from harness import run_ranks
-from histories import SCHEMA, history_pack, history_rows
+from histories import SCHEMA, WIDE, history_pack, history_rows
 from test_division import changing, run_divided
 from test_train import assert_same, config, run_steps
 
@@ -34,7 +34,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return history_pack(tmp_path_factory.mktemp("histories"))
+    return history_pack(tmp_path_factory.mktemp("histories"), WIDE)
 
 
 def settings_of(pack: Path, model: str, **changes: Any) -> TrainConfig:
@@ -65,14 +65,15 @@ def test_both_engines_learn_the_same(pack: Path) -> None:
     assert_same(*found, 1e-9)
 
 
-def test_the_mean_of_a_sequence_is_what_pooling_gives(pack: Path, tmp_path: Path) -> None:
+def test_the_mean_of_a_sequence_is_what_pooling_gives(tmp_path: Path) -> None:
     """`melu` of the sequence learns what it learns of the pooled one, bit for bit but for rounding."""
-    pooled = history_pack(tmp_path, {**SCHEMA, "sequence": [{**SCHEMA["sequence"][0], "pooling": "mean"}]})
-    ours, theirs = (run_steps(Mesh(), settings_of(path, "melu"), 3) for path in (pack, pooled))
+    whole = history_pack(tmp_path / "whole")
+    pooled = history_pack(tmp_path / "pooled", {**SCHEMA, "sequence": [{**SCHEMA["sequence"][0], "pooling": "mean"}]})
+    ours, theirs = (run_steps(Mesh(), settings_of(path, "melu"), 3) for path in (whole, pooled))
     assert_same(ours, theirs, 1e-9)
 
 
-def test_batches_are_cut_where_a_history_is_long(pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_cut_where_a_history_is_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row with 400 values makes its task a part of its own; the others are not padded to it."""
     rows = history_rows()
     rows["last"][7] = [f"i{i % 30}" for i in range(400)]
@@ -141,7 +142,10 @@ def test_the_history_counts(trained: Path) -> None:
     rows = history_rows(1, 12, seed=6, first_user=950)
     query = {name: [values[-1]] * 4 for name, values in rows.items() if name != "click"}
     query["last"] = [[], ["i1"], ["i2", "i1"], ["i9", "i9", "i4", "i7", "i2", "i1"]]
+    query["kinds"] = [["k0"] * len(values) for values in query["last"]]
+    query["gaps"] = [[float(i) for i in range(len(values))] for values in query["last"]]
     found = rec.adapt(rows).predict(query)
     assert len({round(score, 9) for score in found}) == 4
-    query["last"][3] = query["last"][3][-4:]
+    for name in ("last", "kinds", "gaps"):
+        query[name][3] = query[name][3][-4:]
     assert found.tolist() == rec.adapt(rows).predict(query).tolist()
