@@ -229,6 +229,7 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
   multi: [{name: genres, separator: "|", pooling: mean}]  # several values a row
   sequence:                   # in order; the features of one table share its vocabulary and min_count
     - {name: last_items, separator: " ", max_length: 20, table: item_id, min_count: 2}
+    - {name: last_shops, pooling: none}   # a model gets every value, not their mean
   numeric: [age, {name: price, log: true, nulls: mean}]   # standardised
   item_statistics: false      # count and mean label of each item as numeric columns
   hash_seed: 0

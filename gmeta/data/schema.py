@@ -6,7 +6,7 @@ This module imports neither torch nor DuckDB, so that command lines and error pa
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from gmeta.core.errors import nearest, require
 from gmeta.core.files import read_mapping
 
 Kind = Literal["categorical", "multi", "sequence"]
-Pooling = Literal["sum", "mean"]
+Pooling = Literal["sum", "mean", "none"]
 
 ENCODING = 2
 """The version of the rules by which raw values become ids and numbers (gmeta/data/prepare/values.py)."""
@@ -35,7 +35,8 @@ class Feature:
     kind: Kind
     num_ids: int
     table: str  # features of one table share vocabulary and embedding rows
-    pooling: Pooling = "mean"  # of many-valued features
+    pooling: Pooling = "mean"  # of many-valued features; none: a model reads every value of a sequence
+    aligned: str | None = None  # the sequence that it has as many values as, in every row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,17 @@ class NumericColumn:
     """A numeric column as stored: (log1p(x) if log else x, then - mean, then / std)."""
 
     name: str
+    mean: float = 0.0
+    std: float = 1.0
+    log: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumericSequence:
+    """Numbers beside the values of a sequence, stored as `NumericColumn` says."""
+
+    name: str
+    aligned: str  # the sequence
     mean: float = 0.0
     std: float = 1.0
     log: bool = False
@@ -66,6 +78,7 @@ class PackSchema:
         None  # of each table's ids (see `data.identity`); None: made before it was recorded
     )
     encoding: int = ENCODING  # packs and runs that record none have 1
+    numeric_sequence: tuple[NumericSequence, ...] = ()
 
     def feature(self, name: str) -> Feature:
         """Return the feature called `name`. ValueError lists the known names."""
@@ -80,7 +93,7 @@ class PackSchema:
 
         What is not named is left out, as in what earlier releases wrote, so that packs keep their bytes.
         """
-        return _named(asdict(self), ("weight", "scenario"))
+        return _told(asdict(self))
 
 
 def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
@@ -106,8 +119,25 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
         raise ValueError(f"schema.identity is {identity!r}: must map tables to texts")
     features = tuple(_encoded(f, f"schema.features[{i}]") for i, f in enumerate(_list(entry["features"], "features")))
     numeric = tuple(_scaled(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry["numeric"], "numeric")))
+    found = _list(entry.get("numeric_sequence"), "numeric_sequence")
+    sequences = tuple(_scaled_sequence(c, f"schema.numeric_sequence[{i}]") for i, c in enumerate(found))
     _require_scenario(entry.get("scenario"), features)
-    return PackSchema(**{**entry, "features": features, "numeric": numeric, "encoding": encoding})
+    return PackSchema(
+        **{
+            **entry,
+            "features": features,
+            "numeric": numeric,
+            "encoding": encoding,
+            "numeric_sequence": sequences,
+        }
+    )
+
+
+def _told(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
+    features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
+    new = ("role", "weight", "scenario", "numeric_sequence")
+    return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
 
 
 def _require_scenario(scenario: str | None, features: Iterable[Feature | RawFeature]) -> None:
@@ -118,29 +148,35 @@ def _require_scenario(scenario: str | None, features: Iterable[Feature | RawFeat
         raise ValueError(f"schema.scenario is {scenario!r}, which is no feature under categorical: {hint}")
 
 
-def _named(entry: dict[str, Any], optional: Iterable[str]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in optional or value is not None}
-
-
 def _encoded(value: Any, where: str) -> Feature:
     entry = _whole(value, Feature, where)
     _check(entry, "name", (str,), where, "a column name")
     _check(entry, "table", (str,), where, "a table name")
     _choice(entry, "kind", ("categorical", "multi", "sequence"), where)
-    _choice(entry, "pooling", ("mean", "sum"), where)
+    _choice(entry, "pooling", _poolings(entry["kind"]), where)
     _check_count(entry, "num_ids", where)
+    _check(entry, "aligned", (str, type(None)), where, "the name of a sequence")
     return Feature(**entry)
 
 
 def _scaled(value: Any, where: str) -> NumericColumn:
-    entry = _whole(value, NumericColumn, where)
+    return NumericColumn(**_checked_scale(_whole(value, NumericColumn, where), where))
+
+
+def _scaled_sequence(value: Any, where: str) -> NumericSequence:
+    entry = _whole(value, NumericSequence, where)
+    _check(entry, "aligned", (str,), where, "the name of a sequence")
+    return NumericSequence(**_checked_scale(entry, where))
+
+
+def _checked_scale(entry: dict[str, Any], where: str) -> dict[str, Any]:
     _check(entry, "name", (str,), where, "a column name")
     _check(entry, "log", (bool,), where, "true or false")
     for key in ("mean", "std"):
         _check_number(entry, key, where)
     if entry.get("std", 1.0) <= 0:
         raise ValueError(f"{where}.std is {entry['std']!r}: must be more than 0")
-    return NumericColumn(**entry)
+    return entry
 
 
 def _whole(value: Any, kind: type, where: str) -> dict[str, Any]:
@@ -173,20 +209,11 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
         f"feature {n!r}: {field} is {getattr(other[n], field)!r}, expected {getattr(mine[n], field)!r}"
         for n in mine
         if n in other
-        for field in ("kind", "num_ids", "table", "pooling")
+        for field in ("kind", "num_ids", "table", "pooling", "aligned")
         if getattr(mine[n], field) != getattr(other[n], field)
     ]
-    if [c.name for c in ours.numeric] != [c.name for c in theirs.numeric]:
-        lines.append(
-            f"numeric columns are {[c.name for c in theirs.numeric]}, expected {[c.name for c in ours.numeric]}"
-        )
-    else:
-        lines += [
-            f"numeric column {a.name!r}: {field} is {getattr(b, field)!r}, expected {getattr(a, field)!r}"
-            for a, b in zip(ours.numeric, theirs.numeric, strict=True)
-            for field in ("mean", "std", "log")
-            if getattr(a, field) != getattr(b, field)
-        ]
+    lines += _columns_difference(ours.numeric, theirs.numeric, "numeric column")
+    lines += _columns_difference(ours.numeric_sequence, theirs.numeric_sequence, "numeric sequence")
     lines += [
         f"{field} is {getattr(theirs, field)!r}, expected {getattr(ours, field)!r}"
         for field in ("task", "item", "label", "binary_label", "weight")
@@ -199,6 +226,18 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     return lines
 
 
+def _columns_difference(ours: Sequence[Any], theirs: Sequence[Any], what: str) -> list[str]:
+    """Return where two lists of dataclasses with names differ, in words."""
+    if [column.name for column in ours] != [column.name for column in theirs]:
+        return [f"{what}s are {[column.name for column in theirs]}, expected {[column.name for column in ours]}"]
+    return [
+        f"{what} {a.name!r}: {field.name} is {getattr(b, field.name)!r}, expected {getattr(a, field.name)!r}"
+        for a, b in zip(ours, theirs, strict=True)
+        for field in fields(a)
+        if getattr(a, field.name) != getattr(b, field.name)
+    ]
+
+
 # ------------------------------------------------------------------------------------------- raw columns
 
 
@@ -208,12 +247,14 @@ ITEM_STATISTICS = "item_statistics"
 """Schema key, and the name of the file beside the vocabularies."""
 STATISTICS_COLUMNS = ("item_mean", "item_log_count")
 
+_MANY = ("name", "table", "min_count", "hash_buckets", "nulls", "separator")
 _FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
     "categorical": ("name", "table", "min_count", "hash_buckets", "nulls"),
-    "multi": ("name", "table", "min_count", "hash_buckets", "nulls", "separator", "pooling"),
-    "sequence": ("name", "table", "min_count", "hash_buckets", "nulls", "separator", "pooling", "max_length"),
+    "multi": (*_MANY, "pooling"),
+    "sequence": (*_MANY, "pooling", "max_length", "aligned"),
 }
 _NUMERIC_KEYS = ("name", "log", "nulls")
+_NUMERIC_SEQUENCE_KEYS = ("name", "aligned", "log", "nulls", "separator")
 _MOST = 2**31 - 1
 _LARGEST = sys.float_info.max
 
@@ -231,6 +272,7 @@ class RawFeature:
     separator: str | None = None  # splits a text column into many values
     pooling: Pooling = "mean"
     max_length: int | None = None  # keeps the last values of a sequence
+    aligned: str | None = None  # another sequence, which has as many values in every row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +282,17 @@ class RawNumeric:
     name: str
     log: bool = False  # log1p first
     nulls: Literal["error", "mean"] = "error"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawNumericSequence:
+    """A raw column of numbers beside the values of the sequence `aligned`: as many in every row, and cut as it is."""
+
+    name: str
+    aligned: str
+    log: bool = False  # log1p first
+    nulls: Literal["error", "mean"] = "error"  # of single numbers
+    separator: str | None = None  # splits a text column into many values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +312,7 @@ class DataSchema:
     numeric: tuple[RawNumeric, ...] = ()
     item_statistics: bool = False  # adds STATISTICS_COLUMNS, from training rows
     hash_seed: int = 0  # of every feature with hash_buckets
+    numeric_sequence: tuple[RawNumericSequence, ...] = ()
 
     def __post_init__(self) -> None:
         threshold = self.label_threshold
@@ -266,7 +320,8 @@ class DataSchema:
         require(finite, "label_threshold", threshold, "must be a finite number, within float32")
         if self.item_statistics and (taken := [c.name for c in self.numeric if c.name in STATISTICS_COLUMNS]):
             raise ValueError(f"schema: item_statistics adds a column {taken[0]!r} itself: rename yours")
-        for names in ([f.name for f in self.features], self.numeric_names()):
+        sequences = [column.name for column in self.numeric_sequence]
+        for names in ([*(f.name for f in self.features), *sequences], self.numeric_names()):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"schema: feature {name!r} is listed twice")
@@ -283,6 +338,10 @@ class DataSchema:
         for feature in self.features:
             if feature.table == ITEM_STATISTICS:
                 raise ValueError(f"schema: table {ITEM_STATISTICS!r} is a reserved name: choose another")
+        aligned: list[RawFeature | RawNumericSequence] = [*self.features, *self.numeric_sequence]
+        for column in aligned:
+            if column.aligned is not None:
+                self._check_aligned(column, column.aligned)
         for first, *others in self.tables().values():
             for other in others:
                 if (first.min_count, first.hash_buckets) != (other.min_count, other.hash_buckets):
@@ -290,6 +349,26 @@ class DataSchema:
                         f"schema: {first.name!r} and {other.name!r} share table {first.table!r} but differ in "
                         "min_count or hash_buckets: give both the same values"
                     )
+
+    def _check_aligned(self, column: RawFeature | RawNumericSequence, to: str) -> None:
+        """Raise ValueError unless a column may be aligned with a sequence of this name."""
+        whole = {f.name: f for f in self.features if f.kind == "sequence" and f.aligned is None}
+        what = f"schema: {column.name!r} is aligned with {to!r}"
+        if to not in whole or to == column.name:
+            known = nearest(to, [name for name in whole if name != column.name])
+            raise ValueError(f"{what}, which is no sequence that is aligned with no other: {known}")
+        if whole[to].pooling != "none" or (isinstance(column, RawFeature) and column.pooling != "none"):
+            raise ValueError(f"{what}, but one of them is pooled, which has no order: give both `pooling: none`")
+        if isinstance(column, RawFeature) and column.max_length != whole[to].max_length:
+            raise ValueError(
+                f"{what}, but keeps {column.max_length} values and not {whole[to].max_length}: leave its max_length out"
+            )
+
+    def length_of(self, column: RawFeature | RawNumericSequence) -> int | None:
+        """Return how many values a many-valued column keeps; None: all."""
+        if isinstance(column, RawFeature):
+            return column.max_length
+        return next(f.max_length for f in self.features if f.name == column.aligned)
 
     def numeric_names(self) -> list[str]:
         """Return the names of the stored numeric columns, in stored order."""
@@ -306,6 +385,7 @@ class DataSchema:
         """Return the raw columns that must exist for the features and these roles, each once."""
         names = [getattr(self, role) for role in roles]
         names += [f.name for f in self.features] + [c.name for c in self.numeric]
+        names += [column.name for column in self.numeric_sequence]
         return list(dict.fromkeys(n for n in names if n is not None))
 
     def to_json(self) -> dict[str, Any]:
@@ -313,7 +393,7 @@ class DataSchema:
 
         What is not named is left out, as in what earlier releases wrote, so that packs keep their bytes.
         """
-        return _named(asdict(self), ("role", "weight", "scenario"))
+        return _told(asdict(self))
 
 
 def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
@@ -330,7 +410,7 @@ def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
         features.append(_feature(_said(feature, RawFeature), kind, where))
     columns = _list(entry.pop("numeric", None), "schema.numeric")
     numeric = [_numeric(column, f"schema.numeric[{i}]") for i, column in enumerate(columns)]
-    return _data_schema(entry, features, numeric)
+    return _data_schema(entry, features, numeric, _numeric_sequences(entry))
 
 
 def _said(entry: dict[str, Any], kind: type) -> dict[str, Any]:
@@ -358,7 +438,7 @@ def load_data_schema(path: str | Path) -> DataSchema:
 def parse_data_schema(values: Any) -> DataSchema:
     """Return the DataSchema that the mapping of a YAML schema describes. ValueError names the key and the cure."""
     keys = ("task", "label", "time", "item", "partition", "role", "weight", "scenario", "label_threshold")
-    known = (*keys, "categorical", "multi", "sequence", "numeric", ITEM_STATISTICS, "hash_seed")
+    known = (*keys, *_FEATURE_KEYS, "numeric", "numeric_sequence", ITEM_STATISTICS, "hash_seed")
     entry = _mapping(values, "schema", known)
     features = [
         _feature(item, kind, f"schema.{kind}[{i}]")
@@ -366,10 +446,15 @@ def parse_data_schema(values: Any) -> DataSchema:
         for i, item in enumerate(_list(entry.pop(kind, None), f"schema.{kind}"))
     ]
     numeric = [_numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry.pop("numeric", None), "numeric"))]
-    return _data_schema(entry, features, numeric)
+    return _data_schema(entry, features, numeric, _numeric_sequences(entry))
 
 
-def _data_schema(entry: dict[str, Any], features: list[RawFeature], numeric: list[RawNumeric]) -> DataSchema:
+def _data_schema(
+    entry: dict[str, Any],
+    features: list[RawFeature],
+    numeric: list[RawNumeric],
+    sequences: list[RawNumericSequence],
+) -> DataSchema:
     """Return the schema of these columns; `entry` has the other keys, which are checked."""
     for key in ("task", "label"):
         if entry.get(key) is None:
@@ -378,13 +463,18 @@ def _data_schema(entry: dict[str, Any], features: list[RawFeature], numeric: lis
         _check(entry, key, (str, type(None)), "schema", "a column name")
     if entry.get("weight") is not None and entry["weight"] == entry["label"]:
         raise ValueError(f"schema: {entry['label']!r} is the label and the weight: name the column of the weights")
-    if entry["label"] in [*(f.name for f in features), *(c.name for c in numeric)]:
+    if entry["label"] in [*(f.name for f in features), *(c.name for c in numeric), *(s.name for s in sequences)]:
         raise ValueError(f"schema: {entry['label']!r} is the label and a feature, so models would read it: take it out")
     if entry.get("label_threshold") is not None:
         _check_number(entry, "label_threshold", "schema")
     _check(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
     _check(entry, "hash_seed", (int,), "schema", "a whole number")
-    return DataSchema(features=tuple(features), numeric=tuple(numeric), **entry)
+    lengths = {f.name: f.max_length for f in features}
+    features = [
+        replace(f, max_length=lengths.get(f.aligned)) if f.aligned is not None and f.max_length is None else f
+        for f in features
+    ]
+    return DataSchema(features=tuple(features), numeric=tuple(numeric), numeric_sequence=tuple(sequences), **entry)
 
 
 def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
@@ -397,8 +487,32 @@ def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
         raise ValueError(f"{where}: min_count has no effect with hash_buckets: remove one")
     _check(entry, "separator", (str,), where, "a text such as '|'")
     _choice(entry, "nulls", ("error", "oov"), where)
-    _choice(entry, "pooling", ("mean", "sum"), where)
+    _check(entry, "aligned", (str,), where, "the name of a sequence")
+    if "aligned" in entry:
+        entry.setdefault("pooling", "none")
+    _choice(entry, "pooling", _poolings(kind), where)
     return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
+
+
+def _numeric_sequences(entry: dict[str, Any]) -> list[RawNumericSequence]:
+    """Return the numeric sequences of a schema's mapping, which they are taken out of."""
+    found = []
+    for i, value in enumerate(_list(entry.pop("numeric_sequence", None), "schema.numeric_sequence")):
+        where = f"schema.numeric_sequence[{i}]"
+        column = _column(value, where, _NUMERIC_SEQUENCE_KEYS)
+        _check(column, "name", (str,), where, "a column name", required=True)
+        _check(
+            column, "aligned", (str,), where, "the name of the sequence whose values it stands beside", required=True
+        )
+        _check(column, "log", (bool,), where, "true or false")
+        _check(column, "separator", (str, type(None)), where, "a text such as '|'")
+        _choice(column, "nulls", ("error", "mean"), where)
+        found.append(RawNumericSequence(**column))
+    return found
+
+
+def _poolings(kind: str) -> tuple[str, ...]:
+    return ("mean", "sum", "none") if kind == "sequence" else ("mean", "sum")
 
 
 def _numeric(value: Any, where: str) -> RawNumeric:

@@ -95,7 +95,8 @@ def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) ->
     Raises ValueError where the model has no such part.
     """
     meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
-    learner = build_learner(plain.learner.model, trained, meta, plain.learner.features, plain.num_numeric)
+    own = plain.learner
+    learner = build_learner(own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors)
     return learner.to(plain.mesh.device, plain.dtype)
 
 

@@ -51,7 +51,7 @@ def recipe_for(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
     another model, or a feature that the pack lacks.
     """
     features = given.get("model.features") or usual_features(pack.schema)
-    known = list(input_spec(pack.schema, features=features, numeric=False, embedding_dim=1).features)
+    known = list(input_spec(pack.schema, features=features, numeric=False, embedding_dim=1).tables)
     facts = read_facts(pack, known, numeric=given.get("model.numeric", True))
     fitting, why = _fitting(facts)
     name = str(given.get("recipe") or AUTO)

@@ -209,7 +209,8 @@ def _difference(ours: DataSchema, theirs: DataSchema) -> list[str]:
     """Say where two data schemas differ, column by column."""
     mine, other = asdict(ours), asdict(theirs)
     lines = []
-    for kind, name in (("features", "feature"), ("numeric", "numeric column")):
+    kinds = (("features", "feature"), ("numeric", "numeric column"), ("numeric_sequence", "numeric sequence"))
+    for kind, name in kinds:
         left, right = ({column["name"]: column for column in side.pop(kind)} for side in (mine, other))
         lines += [f"{name} {column!r} is missing" for column in left if column not in right]
         lines += [f"{name} {column!r} is new" for column in right if column not in left]

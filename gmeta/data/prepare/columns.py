@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
+from gmeta.data.schema import DataSchema
 from gmeta.data.sources import RawPart
 
 T = TypeVar("T")
@@ -35,6 +36,14 @@ def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
 def is_nested(kind: str) -> bool:
     """Tell whether a value of a DuckDB type holds others."""
     return kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
+
+
+def value_columns(schema: DataSchema) -> list[str]:
+    """Return the columns of checked rows that hold values: f0 … (features), n0 … (numeric columns) and s0 … (numeric
+    sequences).
+    """
+    counts = {"f": len(schema.features), "n": len(schema.numeric), "s": len(schema.numeric_sequence)}
+    return [f"{kind}{i}" for kind, count in counts.items() for i in range(count)]
 
 
 def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:

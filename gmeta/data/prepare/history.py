@@ -31,7 +31,7 @@ from gmeta.data.pack import TaskPack
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, drawn_split
 from gmeta.data.schema import OOV, PackSchema
-from gmeta.data.shards import many_valued, one_valued, verified_file
+from gmeta.data.shards import one_valued, ragged, verified_file
 from gmeta.data.sources import Connection, in_order, literal, only_file, scalar
 
 Array = npt.NDArray[Any]
@@ -242,7 +242,7 @@ def history_of_pack(pack: TaskPack, folder: Path, rows: int) -> None:
 def take(schema: PackSchema, rows: Mapping[str, Array], index: Array) -> dict[str, Array]:
     """Return the columns of rows at `index` int64 [n]: those of `_FLAT`, ids, dense, and many-valued features."""
     out = {name: rows[name][index] for name in ("ids", "dense", *_FLAT) if name in rows}
-    for name in many_valued(schema):
+    for name in ragged(schema):
         values, offsets = rows[f"{name}.values"], rows[f"{name}.offsets"]
         length = np.diff(offsets)[index]
         end = np.cumsum(length)
@@ -254,7 +254,7 @@ def take(schema: PackSchema, rows: Mapping[str, Array], index: Array) -> dict[st
 def _joined(schema: PackSchema, first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
     """Return the rows of both, one after the other."""
     out = {name: np.concatenate([first[name], second[name]]) for name in ("ids", "dense", *_FLAT) if name in first}
-    for name in many_valued(schema):
+    for name in ragged(schema):
         offsets = [side[f"{name}.offsets"] for side in (first, second)]
         out[f"{name}.values"] = np.concatenate([side[f"{name}.values"] for side in (first, second)])
         out[f"{name}.offsets"] = np.concatenate([offsets[0], offsets[1][1:] + offsets[0][-1]])
@@ -287,7 +287,7 @@ def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Arra
         if width := rows[name].shape[1]:
             ends = pa.array(np.arange(0, rows[name].size + 1, width, dtype=np.int32))
             columns[name] = pa.ListArray.from_arrays(ends, pa.array(rows[name].reshape(-1)))
-    for name in many_valued(schema):
+    for name in ragged(schema):
         ends = pa.array(rows[f"{name}.offsets"].astype(np.int32))
         columns[f"{name}.values"] = pa.ListArray.from_arrays(ends, pa.array(rows[f"{name}.values"]))
     return columns
@@ -302,9 +302,9 @@ def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> d
     for column, name in enumerate(one_valued(schema)):
         if name in gone:
             rows["ids"][gone[name][rows["ids"][:, column]], column] = OOV
-    for name in many_valued(schema):
+    for name, dtype in ragged(schema).items():
         lists = table[f"{name}.values"].combine_chunks()
-        values = lists.flatten().to_numpy().astype(np.int32)
+        values = lists.flatten().to_numpy().astype(dtype)
         if name in gone:
             values[gone[name][values]] = OOV
         length = lists.value_lengths().to_numpy()

@@ -115,7 +115,7 @@ def _shard_arrays(
         rows = f"""(SELECT r.*, CAST(i.value IS NULL AS UTINYINT) AS item_cold
                     FROM {rows} r LEFT JOIN seen_items i ON i.value = r.item)"""
         more.append("item_cold")
-    arrays = encode(con, rows, schema, pack_schema.numeric, order, more)
+    arrays = encode(con, rows, schema, pack_schema, order, more)
     if known:
         one_valued = [f.name for f in schema.features if f.kind == "categorical"]
         arrays["item_cold"] = (arrays["ids"][:, one_valued.index(str(schema.item))] == OOV).astype(np.uint8)
