@@ -14,6 +14,7 @@ from typing import Any
 from common import Record, median, table
 from delivery_days import begins, deliver, synthetic
 
+from gmeta.runs.bundle import manifest_text, read_manifest, without_training
 from gmeta.runs.delta import apply_delta, delta_bytes, make_delta
 
 FEW_ITEMS: dict[str, Any] = {"base": 30, "days": 3, "users": 1000, "items": 20_000}
@@ -62,9 +63,10 @@ def _measured(registry: Path, base: int, version: int) -> Measured:
 
 
 def _bytes(folder: Path, *, training: bool) -> int:
-    """Return the bytes of a version, with or without what a warm start needs."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return sum(path.stat().st_size for path in files if training or "training" not in path.parts)
+    """Return the bytes of a version that a reader fetches, with or without what a warm start needs."""
+    manifest = read_manifest(folder)
+    manifest = manifest if training else without_training(manifest)
+    return sum(entry["bytes"] for entry in manifest["files"]) + len(manifest_text(manifest))
 
 
 def sizes(case: str, found: Sequence[Measured]) -> tuple[list[Record], str]:
