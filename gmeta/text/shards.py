@@ -66,14 +66,14 @@ def pack_records(values: Tensor, dtype: VectorDtype) -> NDArray[np.uint8]:
     return np.concatenate(parts, axis=1)
 
 
-def unpack_records(records: Tensor, dtype: VectorDtype, vectors: int, dim: int, to: torch.dtype) -> Tensor:
+def unpack_records(records: NDArray[np.uint8], dtype: VectorDtype, vectors: int, dim: int, to: torch.dtype) -> Tensor:
     """Return the vectors of records: uint8 [n, bytes] -> [n, vectors, d] of type `to`."""
-    shape = (len(records), vectors, dim)
+    shape, raw = (len(records), vectors, dim), torch.from_numpy(records)
     if dtype == "fp16":
-        return records.view(torch.float16).view(shape).to(to)
-    scale = records[:, : vectors * _SCALE_BYTES].contiguous().view(torch.float32)
-    whole = records[:, vectors * _SCALE_BYTES :].view(torch.int8)
-    return (whole.float().view(shape)).mul_(scale[..., None]).to(to)
+        return raw.view(torch.float16).view(shape).to(to)
+    scale = raw[:, : vectors * _SCALE_BYTES].contiguous().view(torch.float32)
+    whole = raw[:, vectors * _SCALE_BYTES :].view(torch.int8)
+    return whole.float().view(shape).mul_(scale[..., None]).to(to)
 
 
 # ------------------------------------------------------------------------------------------------- shards
@@ -86,7 +86,7 @@ class VectorShard:
     path: Path
     high: Words
     low: Words
-    records: Tensor
+    records: NDArray[np.uint8]
     checksum: str
 
     def __len__(self) -> int:
@@ -118,12 +118,12 @@ def map_shard(path: Path, num_bytes: int) -> VectorShard:
     try:
         with safe_open(path, framework="pt") as file:
             high, low = (file.get_tensor(f"keys.{word}").numpy().view(np.uint64) for word in ("high", "low"))
-            records = file.get_tensor("records")
+            records = file.get_tensor("records").numpy()
             checksum = (file.metadata() or {})["xxh3"]
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(_damaged(path, str(error))) from None
-    if not len(high) == len(low) == len(records) or records.shape[1:] != (num_bytes,) or records.dtype != torch.uint8:
-        raise ValueError(_damaged(path, f"records are {tuple(records.shape)}, expected ({len(high)}, {num_bytes})"))
+    if not len(high) == len(low) == len(records) or records.shape[1:] != (num_bytes,) or records.dtype != np.uint8:
+        raise ValueError(_damaged(path, f"records are {records.shape}, expected ({len(high)}, {num_bytes})"))
     return VectorShard(path, high, low, records, checksum)
 
 
@@ -134,7 +134,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def verify_shard(shard: VectorShard) -> None:
     """Raise ValueError unless the bytes of a shard are those that were written, and its keys rise."""
-    if (found := _checksum(shard.high, shard.low, shard.records.numpy())) != shard.checksum:
+    if (found := _checksum(shard.high, shard.low, shard.records)) != shard.checksum:
         raise ValueError(_damaged(shard.path, f"checksum {found}, written as {shard.checksum}"))
     before, after = (shard.high[:-1], shard.low[:-1]), (shard.high[1:], shard.low[1:])
     if not ((before[0] < after[0]) | ((before[0] == after[0]) & (before[1] < after[1]))).all():
@@ -175,7 +175,7 @@ def merge_shards(folder: Path, shards: Sequence[VectorShard], known: KeyIndex) -
         records = np.empty((len(part), shards[0].records.shape[1]), np.uint8)
         for number, shard in enumerate(shards):
             here = shard_of[part] == number
-            records[here] = shard.records.numpy()[row_of[part[here]]]
+            records[here] = shard.records[row_of[part[here]]]
         written.add(write_shard(folder, (high[part], low[part]), records))
     for shard in shards:
         if shard.path not in written:

@@ -194,10 +194,10 @@ def test_numbers_that_cannot_be_kept_are_refused(tmp_path: Path) -> None:
             writer.append(["a", "b"], large)
         with pytest.raises(ValueError, match=r"vectors is \(2, 1, 11\)"):
             writer.append(["a", "b"], large[..., :11])
-    found = unpack_records(torch.from_numpy(pack_records(large, "int8")), "int8", 1, 12, torch.float32)
+    found = unpack_records(pack_records(large, "int8"), "int8", 1, 12, torch.float32)
     assert found[0, 0, 0] == pytest.approx(7e4)
     zeros = torch.zeros(2, 1, 12)
-    assert not unpack_records(torch.from_numpy(pack_records(zeros, "int8")), "int8", 1, 12, torch.float32).any()
+    assert not unpack_records(pack_records(zeros, "int8"), "int8", 1, 12, torch.float32).any()
 
 
 # ---------------------------------------------------------------------------------------------- damage
