@@ -39,6 +39,9 @@ RATING_METRICS = ("mae", "task_mae", "rmse", "calibration", *NDCG_METRICS)
 HIGHER_IS_BETTER = frozenset({"auc", "gauc", *NDCG_METRICS, *RELEVANCE_METRICS})
 """Lower is better for all others but `calibration`, whose best value is 1."""
 
+LABEL_MARK = "/"
+"""Stands between a metric and its label, where there are several: auc/click."""
+
 LOGLOSS_CLIP = 1e-7
 """Probabilities are clipped to [c, 1 - c]: a float32 sigmoid saturates at 1 - 6e-8, by rounding and not by claim."""
 MAX_NDCG_LABEL = 30.0
@@ -123,6 +126,11 @@ def metric(
             metric does not take.
     """
     return metric_of(name, make_rows(score, label, task, logit=logit, relevant_label=relevant_label, weight=weight))
+
+
+def without_label(name: str) -> str:
+    """Return a metric's name without the label that it is of."""
+    return name.partition(LABEL_MARK)[0]
 
 
 def metric_of(name: str, rows: Rows) -> float:

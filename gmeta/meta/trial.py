@@ -48,6 +48,7 @@ class _Examples:
     keys: Tensor  # int64 [*leading], of dropout: the same for the same example in every form
     plan: GatherPlan
     leading: tuple[int, ...]
+    labels: tuple[str, ...] = ()  # several labels, of which the model gives a logit each
 
     def of(self, *leading: int, start: int = 0) -> _Examples:
         """Return the examples from `start` on, with other leading dimensions."""
@@ -55,7 +56,7 @@ class _Examples:
         values = {table: value[which].clone() for table, value in self.values.items()}
         dense = self.dense.flatten(0, -2)[which].clone()
         keys = self.keys.flatten()[which].view(leading)
-        return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, self.plan, leading)
+        return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, self.plan, leading, self.labels)
 
     def changed(self) -> _Examples:
         """Return the same with one example that has zeros as numeric columns, as padding has, and other rows."""
@@ -73,18 +74,20 @@ def choose_engine(
     num_numeric: int,
     modulated: Mapping[str, int],
     engine: str,
+    labels: tuple[str, ...] = (),
 ) -> tuple[str, str]:
     """Try the model out and return (engine, why); `engine` may be auto.
 
     `features` has the embedding dimension of each feature, `modulated` the number of units of each modulated layer.
     The model, its buffers, gradients and flags, and the global random state are left as they were.
     Raises ValueError, which names the call where possible, for a model that mixes examples, returns another shape than
-    one logit an example, draws random numbers without a seed, or changes its buffers or inputs; `UserCodeError` for
+    one logit an example (of several `labels` one for each), draws random numbers without a seed, or changes its buffers
+    or inputs; `UserCodeError` for
     one that raises. Where a model is right for [n, ...] alone, that is an error with `engine` factored, and the reason
     of taking the reference with auto; so is `Unsupported`, for what the factored engine cannot adapt.
     """
     _refuse_modules(model)
-    flat = _examples(model, features, num_numeric)
+    flat = replace(_examples(model, features, num_numeric), labels=labels)
     parameters = {
         name: _noise(parameter, seed).requires_grad_(parameter.requires_grad)
         for seed, (name, parameter) in enumerate(model.named_parameters())
@@ -144,7 +147,7 @@ def require_last_layer(model: nn.Module, layer: BayesianLinear, features: Mappin
 @torch.no_grad()
 def _refuse_another_answer(model: nn.Module, flat: _Examples, both: _Examples, logits: Tensor) -> None:
     """Raise ValueError if the examples as [T, S, ...] get other logits than as [n, ...], and try both without any."""
-    if not _same(_try_alone(model, both).flatten(), logits):
+    if not _same(_try_alone(model, both).flatten(0, 1), logits):
         where = _first_difference(model, flat, both)
         raise ValueError(
             f"{_name(model)}.forward mixes examples{where}: {_form(both)} gives other logits than the same "
@@ -267,11 +270,11 @@ def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
             f"{_name(model)}.forward fails{_raised_at(error)} for {_form(given)}: {type(error).__name__}: {error}"
             f"{known}{_cure(given)}"
         ) from error
-    if not isinstance(out, Tensor) or tuple(out.shape) != given.leading:
+    expected = (*given.leading, *([len(examples.labels)] if examples.labels else []))
+    if not isinstance(out, Tensor) or tuple(out.shape) != expected:
         found = f"{list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(
-            f"{_name(model)}.forward returns {found} for {_form(given)}: it must return one logit an example, "
-            f"{list(given.leading)}; a last dimension of 1 is left out by .squeeze(-1){_cure(given)}"
+            f"{_name(model)}.forward returns {found} for {_form(given)}: it must return {_wanted(examples, expected)}"
         )
     if versions != [tensor._version for tensor in (given.dense, *given.values.values())]:
         raise ValueError(
@@ -279,6 +282,14 @@ def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
             "that makes a new tensor"
         )
     return out
+
+
+def _wanted(examples: _Examples, shape: tuple[int, ...]) -> str:
+    """Return which logits a model must give."""
+    if examples.labels:
+        names = ", ".join(examples.labels)
+        return f"{len(examples.labels)} logits an example, one for each of {names}: {list(shape)}{_cure(examples)}"
+    return f"one logit an example, {list(shape)}; a last dimension of 1 is left out by .squeeze(-1){_cure(examples)}"
 
 
 def _cure(examples: _Examples) -> str:
@@ -322,7 +333,9 @@ def _others(values: Tensor) -> Tensor:
 def _try_alone(model: nn.Module, examples: _Examples) -> Tensor:
     """Return the logits of examples in one form. Raises ValueError where they depend on their neighbours."""
     logits = _run(model, examples)
-    mixes = not _same(_others(_run(model, examples.changed()).flatten()), _others(logits.flatten()))
+    last = len(examples.leading) - 1
+    changed = _run(model, examples.changed())
+    mixes = not _same(_others(changed.flatten(0, last)), _others(logits.flatten(0, last)))
     if not mixes and len(examples.leading) == 1:  # a maximum may not notice one changed example
         half = len(logits) // 2
         mixes = not _same(torch.cat([_run(model, examples.of(half, start=start)) for start in (0, half)]), logits)
@@ -359,7 +372,8 @@ def _finite_on_padding(model: nn.Module, examples: _Examples) -> bool:
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.enable_grad():
         out = _run(model, examples.changed())
-        loss = torch.where(torch.arange(len(out), device=out.device) == _CHANGED, 0, out).sum()
+        rows = torch.arange(len(out), device=out.device).view(-1, *[1] * (out.dim() - 1))
+        loss = torch.where(rows == _CHANGED, 0, out).sum()
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves and loss.requires_grad else ()
     return bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
-from gmeta.data.schema import PackSchema
+from gmeta.data.schema import LabelColumn, PackSchema
 from gmeta.embedding.exchange import Exchange, RowExchange
 from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
 from gmeta.meta.inner_loop import InnerLoop
@@ -111,6 +111,12 @@ def new_learner(
     config: TrainConfig, schema: PackSchema, mesh: Mesh, *, factory: ModelFactory | None = None
 ) -> MetaLearner:
     """Build model and learner without tables. Arguments and errors are those of `build_system`; collective."""
+    if schema.labels and config.loss != schema.labels[0].loss:
+        first = schema.labels[0]
+        raise ValueError(
+            f"loss is {config.loss!r}: with several labels it must be that of the first, {first.name!r}, which is "
+            f"{first.loss} in the schema; set loss to {first.loss}, or prepare with other labels"
+        )
     if config.loss == "bce" and not schema.binary_label:
         raise ValueError(
             f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
@@ -128,7 +134,8 @@ def new_learner(
     num_numeric = inputs.num_numeric + len(generated)
     model = model.to(mesh.device, dtype)
     fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
-    return build_learner(model, config, config.meta, features, num_numeric).to(mesh.device, dtype)
+    learner = build_learner(model, config, config.meta, features, num_numeric, schema.labels)
+    return learner.to(mesh.device, dtype)
 
 
 def row_dtype(config: TrainConfig) -> torch.dtype:
@@ -156,11 +163,17 @@ def table_specs(schema: PackSchema, features: Mapping[str, int]) -> list[TableSp
 
 
 def build_learner(
-    model: nn.Module, config: TrainConfig, meta: MetaConfig, features: Mapping[str, int], num_numeric: int
+    model: nn.Module,
+    config: TrainConfig,
+    meta: MetaConfig,
+    features: Mapping[str, int],
+    num_numeric: int,
+    labels: Sequence[LabelColumn] = (),
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features` are the embedded features that the model reads, name -> width, and `num_numeric` the numeric columns.
+    `features` are the embedded features that the model reads, name -> width, `num_numeric` the numeric columns, and
+    `labels` the labels where there are several.
     """
     modulator = None
     if meta.modulation != "none":
@@ -188,6 +201,7 @@ def build_learner(
             recompute=meta.recompute,
         ),
         loss=config.loss,
+        labels=labels,
         modulator=modulator,
         engine=meta.engine,
         seed=config.seed,

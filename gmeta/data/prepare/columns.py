@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias, TypeVar
 
+from gmeta.data.schema import DataSchema
 from gmeta.data.sources import RawPart
 
 T = TypeVar("T")
@@ -30,6 +31,13 @@ COLUMNS_A_QUERY = 32
 def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
     """Return the error for a column whose type cannot hold what the schema says of it."""
     return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
+
+
+def label_columns(schema: DataSchema) -> list[str]:
+    """Return the columns of a checked row that hold its labels: `label` alone, or `label`, `y1`, … where there are
+    several, of which a row may lack some (NULL).
+    """
+    return ["label", *(f"y{i}" for i in range(1, len(schema.labels)))]
 
 
 def is_nested(kind: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gmeta.data.prepare.columns import label_columns
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
@@ -131,7 +132,7 @@ def rows_on_both_sides(con: Connection, schema: DataSchema, settings: Settings) 
 
     A log may hold one event twice, or two events that look alike, so that such rows are told of and not refused.
     """
-    columns = ["s.label", "s.time", "s.item"]
+    columns = [*(f"s.{name}" for name in label_columns(schema)), "s.time", "s.item"]
     columns += [f"s.f{i}" for i in range(len(schema.features))] + [f"s.n{i}" for i in range(len(schema.numeric))]
     found = con.execute(f"""
         SELECT count(DISTINCT task_id), sum(rows)::BIGINT, min(key) FROM (

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched
+from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched, label_columns
 from gmeta.data.prepare.vocabulary import HashedVocabulary, numeric_values, statistics_join
 from gmeta.data.schema import OOV, DataSchema, NumericColumn, RawFeature
 from gmeta.data.sources import Connection, literal, md5_64, scalar
@@ -64,8 +64,12 @@ def encode(
     statistics. Returns `ids` int32 [rows, one-valued features], `dense` float32 [rows, F], `<name>.values` int32 and
     `<name>.offsets` int64 [rows + 1] of every many-valued feature, and the columns of `relation` named in `more`.
     """
-    tables = list(schema.tables())
-    columns_sql: list[tuple[str, str, str]] = [(name, f"b.{name}", "") for name in more]  # name, value, join
+    tables, labels = list(schema.tables()), label_columns(schema)
+    # name, value, join; a number that a row lacks is NaN
+    columns_sql: list[tuple[str, str, str]] = [
+        (name, f"coalesce(b.{name}, 'nan'::FLOAT)" if schema.labels and name in labels else f"b.{name}", "")
+        for name in more
+    ]
     looked_up = [i for i, f in enumerate(schema.features) if f.kind == "categorical" and f.hash_buckets is None]
     found: dict[str, Array] = {}
     if hashed is None and _in_memory(con, relation, looked_up):
@@ -99,6 +103,12 @@ def encode(
                 con, relation, schema, i, f"vocab_{tables.index(feature.table)}", order, hashed
             )
     return arrays | {name: np.asarray(found[name]) for name in more}
+
+
+def take_labels(schema: DataSchema, arrays: dict[str, Array]) -> Array:
+    """Take the labels out of encoded columns: [rows], or [rows, labels] where there are several."""
+    columns = [arrays.pop(name) for name in label_columns(schema)]
+    return np.stack(columns, 1) if schema.labels else columns[0]
 
 
 def _in_memory(con: Connection, relation: str, features: Sequence[int]) -> bool:
