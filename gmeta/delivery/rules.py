@@ -9,7 +9,7 @@ To add one: a frozen dataclass with `check`, and its name in `RULES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -29,7 +29,7 @@ from gmeta.evaluation.metrics import (
     LABEL_MARK,
     NO_INTERVAL,
     RATING_METRICS,
-    without_label,
+    is_metric,
 )
 from gmeta.evaluation.slices import BEFORE, COLDNESS, HEADLINE_METRICS, OTHER, SCENARIO, SLICES, unit_of
 
@@ -498,11 +498,6 @@ RULES: dict[str, Callable[..., Rule]] = {
 }
 _WITHOUT_SCORES = ("evidence", "finite")
 """Rules that can be judged where scores are no finite numbers."""
-
-
-def is_metric(name: str, known: Collection[str]) -> bool:
-    """Say whether a metric, of whichever label, is one of some."""
-    return without_label(name) in known
 
 
 def read_rules(file: str | None, *, binary: bool, labels: Sequence[LabelColumn] = ()) -> list[tuple[str, Rule]]:

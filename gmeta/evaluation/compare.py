@@ -69,7 +69,7 @@ def compare(config: CompareConfig) -> int:
         ValueError: a run has no stored predictions, or not of the same query rows; with what differs.
     """
     runs = _open_runs(config.runs)
-    binary = all(run.loss == "bce" for run in runs)
+    binary = all(loss == "bce" for run in runs for loss in (*run.labels.values(), run.loss))
     if binary and config.relevant_label is not None:
         raise ValueError(
             f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"

@@ -73,7 +73,7 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     system, trained, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
     if pack.schema.labels and config.truth is not None:
         raise ValueError(f"truth is {config.truth}: it is of one label, and {pack.path} has several; leave it out")
-    if trained.loss == "bce" and config.relevant_label is not None:
+    if config.relevant_label is not None and set(pack.schema.losses(trained.loss)) == {"bce"}:
         raise ValueError(
             f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
         )

@@ -19,7 +19,7 @@ Rows may have weights: then a sum over rows is a weighted sum, a pair of rows co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -131,6 +131,11 @@ def metric(
 def without_label(name: str) -> str:
     """Return a metric's name without the label that it is of."""
     return name.partition(LABEL_MARK)[0]
+
+
+def is_metric(name: str, known: Collection[str]) -> bool:
+    """Say whether a metric, of whichever label, is one of some."""
+    return without_label(name) in known
 
 
 def metric_of(name: str, rows: Rows) -> float:
