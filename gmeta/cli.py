@@ -214,7 +214,9 @@ def _lab(config: LabConfig) -> int:
 _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
 
   task: user_id               # required: whose rows form a task
-  label: click                # required: 0 or 1, or a rating
+  label: click                # required: 0 or 1, or a rating; in its place, for several labels with a loss each:
+#   labels: {click: bce, pay: bce}      # a row may lack some of them
+#   label_weights: {pay: 0.5}           # of their losses in the sum; 1 when unset
   time: timestamp             # a user's last rows by time are then the query
   item: item_id               # what is recommended; reports show items that no training task has seen
   partition: day              # a column that says which split a row belongs to

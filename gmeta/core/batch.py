@@ -42,7 +42,7 @@ class Examples:
     ids: dict[str, Tensor]  # feature -> int64 [T, S]
     bags: dict[str, Bag]  # many-valued feature -> Bag
     dense: Tensor  # float32 [T, S, F]
-    label: Tensor  # float32 [T, S], 0 on padding
+    label: Tensor  # float32 [T, S], 0 on padding; [T, S, K] where there are K labels, NaN where the example lacks one
     mask: Tensor  # bool [T, S], False on padding
     row: Tensor  # int64 [T, S], position of the example in its split of the pack, -1 on padding
     item_cold: Tensor  # bool [T, S], item never seen in a training task; False where unknown

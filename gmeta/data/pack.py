@@ -311,18 +311,23 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
         if not np.array_equal(arrays[f"{name}.offsets"], arrays[f"{other}.offsets"]):
             raise ValueError(f"{name} has not as many values in every row as {other}")
     _check_range("item_cold", arrays["item_cold"], 2)
-    weights = ["weight"] if schema.weight is not None else []
-    for name in ("dense", "label", *weights, *(f"{column.name}.values" for column in schema.numeric_sequence)):
+    checked = ["dense", *["weight"] * (schema.weight is not None), *["label"] * (not schema.labels)]
+    for name in sorted([*checked, *(f"{column.name}.values" for column in schema.numeric_sequence)]):
         if not np.isfinite(arrays[name]).all():
             bad = ~np.isfinite(arrays[name])
             raise ValueError(f"{name} is {arrays[name][bad][0]} in row {np.argwhere(bad)[0, 0]}: must be finite")
     if schema.weight is not None and (arrays["weight"] < 0).any():
         row = int(np.argmax(arrays["weight"] < 0))
         raise ValueError(f"weight is {arrays['weight'][row]} in row {row}: must not be negative")
-    if schema.binary_label:
-        bad = ~np.isin(arrays["label"], (0, 1))
+    labels = arrays["label"] if schema.labels else arrays["label"][:, None]
+    if np.isnan(labels).all(1).any():
+        raise ValueError(f"row {np.argmax(np.isnan(labels).all(1))} has no label: it must have one of them")
+    for column, label in zip(labels.T, schema.labels or (None,), strict=True):
+        binary = schema.binary_label if label is None else label.loss == "bce"
+        bad = ~(np.isin(column, (0, 1)) | np.isnan(column)) if binary else np.isinf(column)
         if bad.any():
-            raise ValueError(f"label is {arrays['label'][bad][0]} in row {np.argmax(bad)}: must be 0 or 1")
+            name, rule = "label" if label is None else f"label {label.name!r}", "0 or 1" if binary else "finite"
+            raise ValueError(f"{name} is {column[bad][0]} in row {np.argmax(bad)}: must be {rule}")
 
 
 def _check_tasks(arrays: Mapping[str, Array]) -> None:

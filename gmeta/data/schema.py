@@ -20,6 +20,9 @@ Pooling = Literal["sum", "mean", "none"]
 ENCODING = 2
 """The version of the rules by which raw values become ids and numbers (gmeta/data/prepare/values.py)."""
 
+LABEL_LOSSES = ("bce", "mse", "l1", "huber")
+"""What several labels may be trained with."""
+
 FLOAT32_MAX = 3.4e38
 """Labels and numbers are at most this."""
 
@@ -61,6 +64,16 @@ class NumericSequence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelColumn:
+    """One of several labels. A row may lack it, and then counts for the others only."""
+
+    name: str
+    loss: str  # bce, mse, l1 or huber
+    weight: float = 1.0  # of its loss in the sum over labels
+    mean: float = 0.0  # over training rows that have it; 0 in a schema of raw columns
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackSchema:
     """The schema of a task pack: what training, evaluation and checkpoints need to know of the data."""
 
@@ -74,11 +87,21 @@ class PackSchema:
     label_mean: float = 0.0  # over training rows: where a model's output starts
     weight: str | None = None  # the column of the rows' weights
     scenario: str | None = None  # the one-valued feature that slices reports
+    labels: tuple[LabelColumn, ...] = ()  # several labels, of which `label` is the first; empty: `label` alone
     identity: dict[str, str] | None = (
         None  # of each table's ids (see `data.identity`); None: made before it was recorded
     )
     encoding: int = ENCODING  # packs and runs that record none have 1
     numeric_sequence: tuple[NumericSequence, ...] = ()
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Return the names of all labels, in stored order."""
+        return tuple(label.name for label in self.labels) or (self.label,)
+
+    def losses(self, loss: str) -> tuple[str, ...]:
+        """Return the loss of each label; `loss` is that of the one label, where there is one."""
+        return tuple(label.loss for label in self.labels) or (loss,)
 
     def feature(self, name: str) -> Feature:
         """Return the feature called `name`. ValueError lists the known names."""
@@ -122,12 +145,14 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
     found = _list(entry.get("numeric_sequence"), "numeric_sequence")
     sequences = tuple(_scaled_sequence(c, f"schema.numeric_sequence[{i}]") for i, c in enumerate(found))
     _require_scenario(entry.get("scenario"), features)
+    labels = _labels(entry.pop("labels", ()), entry["label"])
     return PackSchema(
         **{
             **entry,
             "features": features,
             "numeric": numeric,
             "encoding": encoding,
+            "labels": labels,
             "numeric_sequence": sequences,
         }
     )
@@ -136,8 +161,33 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
 def _told(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
     features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
-    new = ("role", "weight", "scenario", "numeric_sequence")
+    new = ("role", "weight", "scenario", "labels", "numeric_sequence")
     return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
+
+
+def _labels(value: Any, first: str) -> tuple[LabelColumn, ...]:
+    """Return labels as JSON holds them, of which `first` is the first."""
+    found = []
+    for i, item in enumerate(_list(value, "schema.labels")):
+        where = f"schema.labels[{i}]"
+        entry = _whole(item, LabelColumn, where)
+        _check(entry, "name", (str,), where, "a column name")
+        _check(entry, "loss", (str,), where, "a loss")
+        _choice(entry, "loss", LABEL_LOSSES, where)
+        for key in ("weight", "mean"):
+            _check_number(entry, key, where)
+        found.append(LabelColumn(**entry))
+    _require_labels(found, first)
+    return tuple(found)
+
+
+def _require_labels(labels: Sequence[LabelColumn], first: str) -> None:
+    names = [label.name for label in labels]
+    if labels and (len(names) < 2 or len(set(names)) < len(names) or names[0] != first):
+        raise ValueError(f"schema.labels are {names}: must be two or more, each once; write one as label: COLUMN")
+    for label in labels:
+        if not label.weight > 0:
+            raise ValueError(f"schema.label_weights.{label.name} is {label.weight!r}: must be more than 0")
 
 
 def _require_scenario(scenario: str | None, features: Iterable[Feature | RawFeature]) -> None:
@@ -201,9 +251,10 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     It compares features and sizes, the numeric columns with their means, deviations and logarithms, and the columns
     that are task, item, label and weight. `identity_difference` compares the vocabularies too.
     """
+    lines = _label_difference(ours, theirs)
     mine = {f.name: f for f in ours.features}
     other = {f.name: f for f in theirs.features}
-    lines = [f"feature {n!r} is missing" for n in mine if n not in other]
+    lines += [f"feature {n!r} is missing" for n in mine if n not in other]
     lines += [f"feature {n!r} is new" for n in other if n not in mine]
     lines += [
         f"feature {n!r}: {field} is {getattr(other[n], field)!r}, expected {getattr(mine[n], field)!r}"
@@ -236,6 +287,14 @@ def _columns_difference(ours: Sequence[Any], theirs: Sequence[Any], what: str) -
         for field in fields(a)
         if getattr(a, field.name) != getattr(b, field.name)
     ]
+
+
+def _label_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
+    mine, other = ([(label.name, label.loss) for label in schema.labels] for schema in (ours, theirs))
+    if mine == other:
+        return []
+    told = [", ".join(f"{name}: {loss}" for name, loss in labels) or "one label" for labels in (other, mine)]
+    return [f"labels are {told[0]}, expected {told[1]}"]
 
 
 # ------------------------------------------------------------------------------------------- raw columns
@@ -307,6 +366,7 @@ class DataSchema:
     role: str | None = None  # says which rows are support and which are query
     weight: str | None = None  # how much a row counts in losses and metrics
     scenario: str | None = None  # the feature under categorical that slices reports
+    labels: tuple[LabelColumn, ...] = ()  # several labels, of which `label` is the first; empty: `label` alone
     label_threshold: float | None = None  # label >= threshold becomes 1, other labels 0
     features: tuple[RawFeature, ...] = ()
     numeric: tuple[RawNumeric, ...] = ()
@@ -329,6 +389,10 @@ class DataSchema:
             raise ValueError("schema: no feature is listed: name columns under categorical, multi or sequence")
         if self.item_statistics and self.item is None:
             raise ValueError("schema: item_statistics needs the key item: name the item column")
+        _require_labels(self.labels, self.label)
+        if self.labels and (threshold is not None or self.item_statistics):
+            key = "label_threshold" if threshold is not None else ITEM_STATISTICS
+            raise ValueError(f"schema: {key} is of one label, and labels names several: leave {key} out")
         _require_scenario(self.scenario, self.features)
         if any(f.name == self.scenario and f.hash_buckets is not None for f in self.features):
             raise ValueError(
@@ -374,6 +438,11 @@ class DataSchema:
         """Return the names of the stored numeric columns, in stored order."""
         return [c.name for c in self.numeric] + (list(STATISTICS_COLUMNS) if self.item_statistics else [])
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Return the names of all labels, in stored order."""
+        return tuple(label.name for label in self.labels) or (self.label,)
+
     def tables(self) -> dict[str, list[RawFeature]]:
         """Return table -> the features that share it."""
         out: dict[str, list[RawFeature]] = {}
@@ -383,7 +452,7 @@ class DataSchema:
 
     def columns(self, roles: Iterable[Role]) -> list[str]:
         """Return the raw columns that must exist for the features and these roles, each once."""
-        names = [getattr(self, role) for role in roles]
+        names = [n for role in roles for n in (self.label_names if role == "label" else [getattr(self, role)])]
         names += [f.name for f in self.features] + [c.name for c in self.numeric]
         names += [column.name for column in self.numeric_sequence]
         return list(dict.fromkeys(n for n in names if n is not None))
@@ -399,6 +468,7 @@ class DataSchema:
 def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
     """Return the schema that `DataSchema.to_json` wrote, checked as one in YAML is. ValueError names the key."""
     entry = _whole(data, DataSchema, "schema")
+    entry["labels"] = _labels(entry.pop("labels", ()), entry["label"])
     features = []
     for i, value in enumerate(_list(entry.pop("features", None), "schema.features")):
         where = f"schema.features[{i}]"
@@ -438,8 +508,9 @@ def load_data_schema(path: str | Path) -> DataSchema:
 def parse_data_schema(values: Any) -> DataSchema:
     """Return the DataSchema that the mapping of a YAML schema describes. ValueError names the key and the cure."""
     keys = ("task", "label", "time", "item", "partition", "role", "weight", "scenario", "label_threshold")
-    known = (*keys, *_FEATURE_KEYS, "numeric", "numeric_sequence", ITEM_STATISTICS, "hash_seed")
-    entry = _mapping(values, "schema", known)
+    known = (*keys, "labels", "label_weights", *_FEATURE_KEYS, "numeric", "numeric_sequence", ITEM_STATISTICS)
+    entry = _mapping(values, "schema", (*known, "hash_seed"))
+    entry |= _several_labels(entry)
     features = [
         _feature(item, kind, f"schema.{kind}[{i}]")
         for kind in _FEATURE_KEYS
@@ -447,6 +518,30 @@ def parse_data_schema(values: Any) -> DataSchema:
     ]
     numeric = [_numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry.pop("numeric", None), "numeric"))]
     return _data_schema(entry, features, numeric, _numeric_sequences(entry))
+
+
+def _several_labels(entry: dict[str, Any]) -> dict[str, Any]:
+    """Take the keys `labels` and `label_weights` out of a YAML schema; return what they say, nothing without labels."""
+    labels, weights = entry.pop("labels", None), entry.pop("label_weights", None)
+    if labels is None:
+        if weights is not None:
+            raise ValueError("schema.label_weights has no meaning without labels: leave it out")
+        return {}
+    if entry.get("label") is not None:
+        raise ValueError("schema: label and labels are both there: write one label as label, several as labels")
+    if not isinstance(labels, dict) or len(labels) < 2:
+        raise ValueError(
+            f"schema.labels is {labels!r}: must map two columns or more to their losses, as in "
+            "{click: bce, pay: bce}; write one label as label: COLUMN"
+        )
+    weights = _mapping({} if weights is None else weights, "schema.label_weights", [str(name) for name in labels])
+    found = []
+    for name, loss in labels.items():
+        _check({"name": name}, "name", (str,), "schema.labels", "a column name (a number in quotes)")
+        _choice({name: loss}, name, LABEL_LOSSES, "schema.labels")
+        _check_number(weights, name, "schema.label_weights")
+        found.append(LabelColumn(name=name, loss=loss, weight=float(weights.get(name, 1.0))))
+    return {"label": found[0].name, "labels": tuple(found)}
 
 
 def _data_schema(
@@ -461,10 +556,12 @@ def _data_schema(
             raise ValueError(f"schema: key {key!r} is missing: name the column")
     for key in ("task", "label", "time", "item", "partition", "role", "weight", "scenario"):
         _check(entry, key, (str, type(None)), "schema", "a column name")
-    if entry.get("weight") is not None and entry["weight"] == entry["label"]:
-        raise ValueError(f"schema: {entry['label']!r} is the label and the weight: name the column of the weights")
-    if entry["label"] in [*(f.name for f in features), *(c.name for c in numeric), *(s.name for s in sequences)]:
-        raise ValueError(f"schema: {entry['label']!r} is the label and a feature, so models would read it: take it out")
+    read = [*(f.name for f in features), *(c.name for c in numeric), *(s.name for s in sequences)]
+    for name in [label.name for label in entry.get("labels", ())] or [entry["label"]]:
+        if name == entry.get("weight"):
+            raise ValueError(f"schema: {name!r} is the label and the weight: name the column of the weights")
+        if name in read:
+            raise ValueError(f"schema: {name!r} is the label and a feature, so models would read it: take it out")
     if entry.get("label_threshold") is not None:
         _check_number(entry, "label_threshold", "schema")
     _check(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")

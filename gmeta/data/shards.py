@@ -37,7 +37,7 @@ def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[s
     layout: dict[str, tuple[str, tuple[int | None, ...]]] = {
         "ids": ("int32", (rows, len(one_valued(schema)))),
         "dense": ("float32", (rows, len(schema.numeric))),
-        "label": ("float32", (rows,)),
+        "label": ("float32", (rows, len(schema.labels)) if schema.labels else (rows,)),
         "item_cold": ("uint8", (rows,)),
         "task_id": ("int64", (tasks,)),
         "row_start": ("int64", (tasks,)),
@@ -196,7 +196,7 @@ class SplitColumns:
 
     task: Array  # int64 [rows], position of the row's task in the split
     is_query: Array  # bool [rows]
-    label: Array  # float32 [rows]
+    label: Array  # float32 [rows], of the label that was asked for; NaN where the row lacks it
     weight: Array | None  # float32 [rows]; None where rows have none
     item_cold: Array  # bool [rows]
     ids: dict[str, Array]  # one-valued feature -> int32 [rows]
@@ -252,8 +252,11 @@ class PackSplit:
         at = self.locate(tasks)
         return at.num_support, at.num_query
 
-    def columns(self, features: Sequence[str] = ()) -> SplitColumns:
-        """Return whole columns, with the ids of the one-valued `features`: views, where the split has one shard."""
+    def columns(self, features: Sequence[str] = (), label: int = 0) -> SplitColumns:
+        """Return whole columns, with the ids of the one-valued `features`: views, where the split has one shard.
+
+        `label` is the number of the label, where there are several.
+        """
         for name in features:
             if name not in self._one_valued:
                 known = ", ".join(self._one_valued)
@@ -264,7 +267,7 @@ class PackSplit:
         return SplitColumns(
             task=task,
             is_query=np.arange(self.num_rows) >= query_start[task],
-            label=self._column("label"),
+            label=self._column("label")[:, label] if self._schema.labels else self._column("label"),
             weight=None if self._schema.weight is None else self._column("weight"),
             item_cold=self._column("item_cold").astype(bool),
             ids={name: self.feature_ids(name) for name in features},

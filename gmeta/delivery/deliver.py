@@ -44,7 +44,7 @@ from gmeta.evaluation.evaluate import evaluate
 from gmeta.evaluation.slices import headline_metrics
 from gmeta.parallel.launch import EXIT_REFUSED, EXIT_STOPPED, launch
 from gmeta.runs.bundle import read_manifest
-from gmeta.runs.directory import read_config
+from gmeta.runs.directory import read_config, read_schema
 from gmeta.runs.lease import hold_lease
 from gmeta.runs.registry import Pointer, Registry, open_registry
 from gmeta.training.defaults import with_defaults
@@ -185,7 +185,9 @@ def _fetch(delivery: Delivery) -> None:
     if delivery.base is not None:
         delivery.record["fetched"] = str(delivery.registry.fetch(delivery.base, _cache(delivery)))
         if rules is not None:
-            read_rules(rules, binary=read_config(delivery.base_bundle).loss == "bce")  # a mistake comes before the work
+            # a mistake comes before the work
+            labels = read_schema(delivery.base_bundle)[0].labels
+            read_rules(rules, binary=read_config(delivery.base_bundle).loss == "bce", labels=labels)
 
 
 def _cache(delivery: Delivery) -> Path:

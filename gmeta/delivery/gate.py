@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmeta.config.delivery import GateConfig
-from gmeta.config.train import LossName, TrainConfig
+from gmeta.config.train import TrainConfig
 from gmeta.core.files import make_folder, write_text
 from gmeta.data.coverage import FEW_VALUES, unknown_fraction
 from gmeta.data.pack import TaskPack, open_pack
@@ -36,8 +36,8 @@ from gmeta.evaluation.documents import Json, read_evaluation
 from gmeta.evaluation.evaluate import cold_tasks, support_used
 from gmeta.evaluation.predictions import Variants, scenarios_of
 from gmeta.evaluation.score import Scores, score_split
-from gmeta.evaluation.slices import BEFORE, SCENARIO, evaluation_records, headline_metrics
-from gmeta.evaluation.variants import baseline_rows
+from gmeta.evaluation.slices import BEFORE, SCENARIO, evaluation_records, headline_metrics, of_labels
+from gmeta.evaluation.variants import baseline_rows, training_rows
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_REFUSED, report_error
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -76,7 +76,7 @@ class _Scored:
     """What one version scored on the held-out tasks of a day; on rank 0."""
 
     id: str
-    loss: LossName
+    loss: str
     day: _Day
     adapts: bool
     scores: Scores
@@ -87,9 +87,24 @@ class _Scored:
         logits = {name: self.scores.after, f"{name}-{BEFORE}": self.scores.before}
         return Variants.of(logits if self.adapts else {name: self.scores.before}, self.loss)
 
+    def of_labels(self) -> dict[str, _Scored]:
+        """Return by label what was scored on the rows that have it."""
+        schema = self.day.pack.schema
+        if not schema.labels:
+            return {schema.label: self}
+        return {
+            label.name: replace(self, loss=label.loss, scores=self.scores.of_label(number).labelled())
+            for number, label in enumerate(schema.labels)
+        }
+
+    def first(self) -> _Scored:
+        """Return what was scored of the first label."""
+        return next(iter(self.of_labels().values()))
+
     def not_finite(self) -> int:
-        """Count the query rows whose score is no finite number."""
-        return int((~np.isfinite(self.scores.before + self.scores.after)).sum())
+        """Count the query rows whose score, or one of them, is no finite number."""
+        finite = np.isfinite(self.scores.before + self.scores.after)
+        return int((~finite.reshape(len(finite), -1).all(1)).sum())
 
     def item_cold(self) -> NDArray[np.bool_]:
         """Say of each query row whether the version has not seen its item, [N]."""
@@ -135,7 +150,7 @@ def judge_on(mesh: Mesh, config: GateConfig, before: Earlier | None = None) -> V
     for source in trained:
         require_trusted(trained[source].model.name, f"{source} has", trust_model=config.trust_model)
     binary = _is_binary(trained)
-    rules = read_rules(config.rules, binary=binary)
+    rules = read_rules(config.rules, binary=binary, labels=pack.schema.labels)
     _require_scenario(rules, pack)
     days = {source: _day(source, pack) for source in (candidate, current)}  # mistakes come before the work
     earlier = [] if config.previous_pack is None else [_day(current, open_pack(config.previous_pack))]
@@ -207,8 +222,9 @@ def _measure(
     the day and on one before.
     """
     current, *earlier = theirs
-    scores, labels = ours.scores, ours.scores.label
-    if len(labels) == 0:
+    by_label = {name: one.scores.label for name, one in ours.of_labels().items()}
+    scores, labels = ours.scores, next(iter(by_label.values()))
+    if len(scores.row) == 0:
         raise ValueError(f"{config.pack} has no query rows in split {ours.day.split.name}: prepare it with some")
     not_finite = {CANDIDATE: ours.not_finite(), CURRENT: current.not_finite()}
     finite = not any(not_finite.values())
@@ -216,11 +232,12 @@ def _measure(
     usual = (before or {}).get("all", {}).get("label_mean") or read_schema(Path(config.current))[0].label_mean or None
     return Measured(
         tasks=len(np.unique(scores.task)),
-        rows=len(labels),
+        rows=len(scores.row),
         not_finite=not_finite,
-        evaluation=_evaluation(config, ours, current, binary, scenarios) if finite else None,
+        evaluation=_evaluation(config, ours, current, scenarios) if finite else None,
         label_mean=float(labels.mean()),
         label_std=float(labels.std()),
+        label_stds={name: float(values.std()) for name, values in by_label.items()},
         usual_label_mean=usual,
         numeric=_numeric_moments(ours),
         unknown=_unknown_shares(ours, current),
@@ -230,18 +247,29 @@ def _measure(
     )
 
 
-def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool, scenarios: Sequence[str]) -> Json:
+def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, scenarios: Sequence[str]) -> Json:
     """Return the evaluation of candidate, current version and baselines, by the coldness that the pack knows."""
+    pack, split = ours.day.pack, ours.day.split
+    pairs = zip(ours.of_labels().items(), theirs.of_labels().values(), strict=True)
+    evaluation = of_labels(
+        {name: _of_label(config, one, two, scenarios, n) for n, ((name, one), two) in enumerate(pairs)}
+    )
+    notes = pack.warnings()
+    if "train" not in pack.splits:
+        notes.append("baselines are left out: the pack has no train tasks")
+    return {**evaluation, "notes": [*evaluation["notes"], *notes], "left_out": pack.left_out(split.name)}
+
+
+def _of_label(config: GateConfig, ours: _Scored, theirs: _Scored, scenarios: Sequence[str], label: int) -> Json:
+    """Return the evaluation on the rows that have one label."""
     pack, split, scores = ours.day.pack, ours.day.split, ours.scores
     found = ours.variants(CANDIDATE).joined(theirs.variants(CURRENT))
-    notes = pack.warnings()
     if "train" in pack.splits:
-        fitted = fit_baselines(baseline_rows(pack, pack.split("train")), seed=config.seed)
-        raw = fitted.score(baseline_rows(pack, split))
-        found = found.joined(Variants(fitted.clip(raw), raw))
-    else:
-        notes.append("baselines are left out: the pack has no train tasks")
-    evaluation = evaluation_records(
+        fitted = fit_baselines(training_rows(pack, label), seed=config.seed)
+        raw = fitted.score(baseline_rows(pack, split, label))
+        known = np.isin(np.flatnonzero(_query_rows(split)), scores.row)
+        found = found.joined(Variants(fitted.clip(raw), raw).where(known))
+    return evaluation_records(
         found.predictions,
         ranking=found.ranking,
         label=scores.label,
@@ -249,17 +277,17 @@ def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool
         support_size=ours.support_size[scores.task],
         item_cold=split.columns(()).item_cold[scores.row],
         task_cold=cold_tasks(pack, split)[scores.task] if "train" in pack.splits else True,
-        binary=binary,
+        binary=ours.loss == "bce",
         resamples=config.resamples,
         seed=config.seed,
         weight=scores.weight,
         scenario=scenarios_of(pack, split, scores.row, scenarios),
     )
-    return {**evaluation, "notes": [*evaluation["notes"], *notes], "left_out": pack.left_out(split.name)}
 
 
 def _own_metrics(config: GateConfig, scored: _Scored, binary: bool) -> dict[str, dict[str, Any]]:
-    """Return what a version scored, by slices of what it has seen itself."""
+    """Return what a version scored, of the first label, by slices of what it has seen itself."""
+    scored = scored.first()
     pack, split, scores = scored.day.pack, scored.day.split, scored.scores
     found = scored.variants(CURRENT)
     return headline_metrics(

@@ -9,7 +9,7 @@ To add one: a frozen dataclass with `check`, and its name in `RULES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -20,9 +20,17 @@ from gmeta.config.parse import parse_mapping
 from gmeta.core.errors import nearest, require, require_numbers
 from gmeta.core.files import read_mapping
 from gmeta.core.numbers import shown
+from gmeta.data.schema import LabelColumn
 from gmeta.delivery.default_rules import CLICK_RULES, RATING_RULES
 from gmeta.evaluation.documents import Json
-from gmeta.evaluation.metrics import BINARY_METRICS, HIGHER_IS_BETTER, NO_INTERVAL, RATING_METRICS
+from gmeta.evaluation.metrics import (
+    BINARY_METRICS,
+    HIGHER_IS_BETTER,
+    LABEL_MARK,
+    NO_INTERVAL,
+    RATING_METRICS,
+    is_metric,
+)
 from gmeta.evaluation.slices import BEFORE, COLDNESS, HEADLINE_METRICS, OTHER, SCENARIO, SLICES, unit_of
 
 CANDIDATE, CURRENT = "candidate", "current"
@@ -50,10 +58,16 @@ class Measured:
     current_now: _Metrics  # headline_metrics of the current version, by what it has seen itself
     current_before: _Metrics | None  # the same of a day before; None: nobody recorded it
     before_from: str  # where the latter is from
+    label_stds: dict[str, float] = field(default_factory=dict)  # by label
+
+    def named(self, metric: str) -> str:
+        """Return a metric's name in the evaluation: of several labels it is the first one's unless it names one."""
+        labels = (self.evaluation or {}).get("labels")
+        return f"{metric}{LABEL_MARK}{labels[0]}" if labels and LABEL_MARK not in metric else metric
 
     def record(self, kind: str, metric: str, case: str, variant: str) -> Json | None:
         """Return the record of a variant, or of the candidate's difference to it; None where it was not measured."""
-        key = "variant" if kind == "records" else "against"
+        key, metric = "variant" if kind == "records" else "against", self.named(metric)
         for found in self.evaluation[kind] if self.evaluation else []:
             if (found["metric"], found["case"], found[key]) == (metric, case, variant):
                 return dict(found)
@@ -66,7 +80,9 @@ class Measured:
 
     def unit(self, metric: str) -> float:
         """Return what margins of a metric are counted in: standard deviations of the labels, or 1."""
-        return (self.label_std or 1.0) if unit_of(metric) == "label" else 1.0
+        _, mark, label = metric.partition(LABEL_MARK)
+        deviation = self.label_stds.get(label, self.label_std) if mark else self.label_std
+        return (deviation or 1.0) if unit_of(metric) == "label" else 1.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +157,7 @@ class LabelMean:
     def check(self, measured: Measured) -> list[Outcome]:
         """Compare the mean label with the usual one."""
         usual, found = measured.usual_label_mean, measured.label_mean
-        binary = measured.evaluation is not None and measured.evaluation["headline"]["metric"] == "auc"
+        binary = measured.evaluation is not None and is_metric(measured.evaluation["headline"]["metric"], {"auc"})
         scale = usual if binary else measured.label_std
         if not usual or not scale:
             return [_not_judged("the usual mean label is not known")]
@@ -366,7 +382,7 @@ class Difference:
         require_numbers(self)
         require(self.margin >= 0, "margin", self.margin, "must not be negative: it is the loss that is allowed")
         require(self.min_rows >= 0, "min_rows", self.min_rows, "must not be negative")
-        require(self.metric != "calibration", "metric", self.metric, "use the rule calibration")
+        require(not is_metric(self.metric, {"calibration"}), "metric", self.metric, "use the rule calibration")
 
     def check(self, measured: Measured) -> list[Outcome]:
         """Judge each slice for itself."""
@@ -377,9 +393,9 @@ class Difference:
         if rows < max(1, self.min_rows):
             return _few_rows(rows, self.min_rows, metric, case)
         found = measured.record("differences", metric, case, CURRENT)
-        higher = metric in HIGHER_IS_BETTER
+        higher = is_metric(metric, HIGHER_IS_BETTER)
         end = None if found is None else found["low" if higher else "high"]
-        if found is not None and metric in NO_INTERVAL:
+        if found is not None and is_metric(metric, NO_INTERVAL):
             end = found["value"]
         if found is None or end is None:
             return _undefined(metric, case, found)
@@ -443,11 +459,11 @@ class BaselineRule:
     def __post_init__(self) -> None:
         _require_metric(self.metric)
         require_numbers(self)
-        require(self.metric != "calibration", "metric", self.metric, "use the rule calibration")
+        require(not is_metric(self.metric, {"calibration"}), "metric", self.metric, "use the rule calibration")
 
     def check(self, measured: Measured) -> list[Outcome]:
         """Compare with the best baseline on all rows."""
-        sign = 1 if self.metric in HIGHER_IS_BETTER else -1
+        sign = 1 if is_metric(self.metric, HIGHER_IS_BETTER) else -1
         found = {name: measured.record("records", self.metric, "all", name) for name in (CANDIDATE, CURRENT, *TRIVIAL)}
         values = {name: one["value"] for name, one in found.items() if one is not None and one["value"] is not None}
         ours, theirs = (values.pop(name, math.nan) for name in (CANDIDATE, CURRENT))
@@ -484,8 +500,10 @@ _WITHOUT_SCORES = ("evidence", "finite")
 """Rules that can be judged where scores are no finite numbers."""
 
 
-def read_rules(file: str | None, *, binary: bool) -> list[tuple[str, Rule]]:
+def read_rules(file: str | None, *, binary: bool, labels: Sequence[LabelColumn] = ()) -> list[tuple[str, Rule]]:
     """Return the rules of a YAML file, or the default ones for clicks (`binary`) or other labels, with their names.
+
+    Of several `labels`, metrics may name one (auc/pay), and are of the first else.
 
     Raises ValueError that names the rule and the key, with the nearest name of what is unknown.
     """
@@ -498,10 +516,11 @@ def read_rules(file: str | None, *, binary: bool) -> list[tuple[str, Rule]]:
     given = values.get("rules")
     if not isinstance(given, list) or not given:
         raise ValueError(f"{file}: rules is {given!r}: must be a list of rules, at least one: {_CURE}")
-    return [_rule(entry, f"{file or 'default rules'}, rule {i}", binary) for i, entry in enumerate(given, start=1)]
+    where = f"{file or 'default rules'}, rule"
+    return [_rule(entry, f"{where} {i}", binary, labels) for i, entry in enumerate(given, start=1)]
 
 
-def _rule(entry: Any, where: str, binary: bool) -> tuple[str, Rule]:
+def _rule(entry: Any, where: str, binary: bool, labels: Sequence[LabelColumn]) -> tuple[str, Rule]:
     if not isinstance(entry, dict) or not isinstance(entry.get("rule"), str):
         raise ValueError(f"{where} is {entry!r}: must be a mapping with a key rule: {_CURE}")
     name = entry["rule"]
@@ -510,8 +529,15 @@ def _rule(entry: Any, where: str, binary: bool) -> tuple[str, Rule]:
     kind: Any = RULES[name]
     rule: Rule = parse_mapping(kind, {key: value for key, value in entry.items() if key != "rule"}, f"{where} ({name})")
     metric = getattr(rule, "metric", "auc" if name == "current_chance" else None)
+    _, mark, label = (metric or "").partition(LABEL_MARK)
+    if mark:
+        losses = {one.name: one.loss for one in labels}
+        if label not in losses:
+            hint = nearest(label, losses) if losses else "the pack has one label: leave it out"
+            raise ValueError(f"{where} ({name}): {metric} names the label {label!r}: {hint}")
+        binary = losses[label] == "bce"
     known = BINARY_METRICS if binary else RATING_METRICS
-    if metric is not None and metric not in known:
+    if metric is not None and not is_metric(metric, known):
         kinds = "clicks" if binary else "ratings"
         raise ValueError(f"{where} ({name}): {metric} is no metric of {kinds}: choose one of {', '.join(known)}")
     return name, rule
@@ -561,7 +587,7 @@ def _interval(record: Json, sign: str = "") -> str:
 
 def _require_metric(metric: str) -> None:
     known = dict.fromkeys((*BINARY_METRICS, *RATING_METRICS))
-    if metric not in known:
+    if not is_metric(metric, known):
         raise ValueError(f"metric is {metric!r}, which is unknown: {nearest(metric, known)}")
 
 

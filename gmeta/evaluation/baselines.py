@@ -47,7 +47,10 @@ class BaselineRows:
 
     def last_support(self, num_rows: int) -> BaselineRows:
         """Keep what `last_support` keeps."""
-        keep = last_support(self.task, self.is_query, num_rows)
+        return self.where(last_support(self.task, self.is_query, num_rows))
+
+    def where(self, keep: NDArray[np.bool_]) -> BaselineRows:
+        """Keep some rows."""
         item, weight = (None if column is None else column[keep] for column in (self.item, self.weight))
         return BaselineRows(self.task[keep], self.label[keep], self.is_query[keep], item, weight)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from gmeta.data.sources import only_file, reading
 from gmeta.evaluation import charts
 from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json
-from gmeta.evaluation.metrics import HIGHER_IS_BETTER, NO_INTERVAL, Bootstrap, make_rows
+from gmeta.evaluation.metrics import HIGHER_IS_BETTER, LABEL_MARK, NO_INTERVAL, Bootstrap, make_rows
 from gmeta.evaluation.pages import badge, figure, metric_name, page, row_cells, stacked, variant_table
 from gmeta.evaluation.predictions import PREDICTIONS_FILE, RANKING_SUFFIX
 from gmeta.evaluation.score import Floats, Ints
@@ -34,6 +34,7 @@ from gmeta.evaluation.slices import (
     estimate_fields,
     metrics_for,
     print_table,
+    relabelled,
     unit_of,
     verdict_of,
     weight_notes,
@@ -52,6 +53,13 @@ class _Run:
     step: str
     columns: tuple[str, ...]
     scenarios: tuple[str, ...]  # those that have a slice of their own
+    labels: dict[str, str]  # the losses of several labels by name; empty: there is one
+
+    def of_label(self, name: str) -> _Run:
+        """Return the same run, whose variant is of one of several labels."""
+        if not self.labels:
+            return self
+        return replace(self, variant=f"{self.variant}{LABEL_MARK}{name}", loss=self.labels[name])
 
 
 def compare(config: CompareConfig) -> int:
@@ -61,7 +69,7 @@ def compare(config: CompareConfig) -> int:
         ValueError: a run has no stored predictions, or not of the same query rows; with what differs.
     """
     runs = _open_runs(config.runs)
-    binary = all(run.loss == "bce" for run in runs)
+    binary = all(loss == "bce" for run in runs for loss in (*run.labels.values(), run.loss))
     if binary and config.relevant_label is not None:
         raise ValueError(
             f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
@@ -99,9 +107,10 @@ def _open_run(name: str, given: str) -> _Run:
         told = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         variants = json.loads(told["variants"])
         variant = "after" if "after" in variants else "before"
-        scenarios = tuple(json.loads(told.get("scenarios", "[]")))
-        run = _Run(name, file, variant, told["loss"], told["step"], tuple(schema.names), scenarios)
-        lacking = {"task", "row", "label", variant} - set(run.columns)
+        scenarios, labels = tuple(json.loads(told.get("scenarios", "[]"))), json.loads(told.get("labels", "{}"))
+        run = _Run(name, file, variant, told["loss"], told["step"], tuple(schema.names), scenarios, labels)
+        needed = {f"{column}{LABEL_MARK}{label}" for column in ("label", variant) for label in labels}
+        lacking = {"task", "row", *(needed or ("label", variant))} - set(run.columns)
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged, or of an earlier release ({error}): run `gmeta evaluate` again") from None
     if lacking:
@@ -110,7 +119,10 @@ def _open_run(name: str, given: str) -> _Run:
 
 
 def _require_same_rows(first: _Run, other: _Run) -> None:
-    """Raise ValueError with what differs, unless both runs predicted the same query rows."""
+    """Raise ValueError with what differs, unless both runs predicted the same query rows, and the same labels."""
+    if list(first.labels) != list(other.labels):
+        told = [", ".join(run.labels) or "one label" for run in (first, other)]
+        raise ValueError(f"{first.name} predicted {told[0]}, {other.name} {told[1]}: compare runs of the same labels")
     for column, what in (("item", "name items"), ("weight", "have weights")):
         if (column in first.columns) != (column in other.columns):
             having, lacking = (first, other) if column in first.columns else (other, first)
@@ -133,7 +145,14 @@ def _require_same_rows(first: _Run, other: _Run) -> None:
 
 def _rows_only_in(con: duckdb.DuckDBPyConnection, run: _Run, other: _Run) -> tuple[int, list[str]]:
     """Count the rows that `other` lacks, and return the first of them as text."""
-    kinds = {"task": "VARCHAR", "item": "VARCHAR", "row": "BIGINT", "label": "DOUBLE", "weight": "DOUBLE"}
+    labels = [f"label{LABEL_MARK}{name}" for name in run.labels] or ["label"]
+    kinds = {
+        "task": "VARCHAR",
+        "item": "VARCHAR",
+        "row": "BIGINT",
+        **dict.fromkeys(labels, "DOUBLE"),
+        "weight": "DOUBLE",
+    }
     kinds = {name: kind for name, kind in kinds.items() if name in run.columns}
     keys = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in kinds.items())
     mine, theirs = (f"SELECT {keys} FROM read_parquet({only_file(one.file)})" for one in (run, other))
@@ -157,20 +176,22 @@ def _read(run: _Run) -> tuple[Floats, Floats]:
 class _Rows:
     """The query rows that all runs predicted, in the order of their numbers."""
 
-    label: Floats  # [N]
+    label: Floats  # [N], NaN where the row lacks one of several
     task: Ints  # [N], number of the task
     weight: Floats | None  # [N]; None where rows have none
     scenario: Scenarios | None  # None where there are none
 
     def slices(self) -> list[tuple[str, str, NDArray[np.bool_]]]:
-        """Return (case, description, rows) of all rows, and of each scenario."""
+        """Return (case, description, rows) of all rows that have the label, and of those of each scenario."""
+        known = ~np.isnan(self.label)
         of_scenarios = [] if self.scenario is None else self.scenario.slices()
-        return [("all", "every query row", np.ones(len(self.label), bool)), *of_scenarios]
+        return [("all", "every query row", known), *((case, about, mask & known) for case, about, mask in of_scenarios)]
 
 
-def _read_rows(run: _Run) -> _Rows:
+def _read_rows(run: _Run, label: str) -> _Rows:
     optional = [name for name in ("weight", "scenario") if name in run.columns]
-    table = pq.read_table(run.file, columns=["row", "label", "task", *optional])
+    column = f"label{LABEL_MARK}{label}" if run.labels else "label"
+    table = pq.read_table(run.file, columns=["row", column, "task", *optional])
     order = np.argsort(table["row"].to_numpy(), kind="stable")
     task = table["task"].combine_chunks().dictionary_encode().indices.to_numpy()
     weight = table["weight"].to_numpy()[order] if "weight" in optional else None
@@ -180,19 +201,47 @@ def _read_rows(run: _Run) -> _Rows:
         place = {name: number for number, name in enumerate(names)}
         texts = table["scenario"].cast(pa.string()).to_pylist()
         scenario = Scenarios(names, np.array([place.get(text, len(names)) for text in texts])[order])
-    return _Rows(table["label"].to_numpy()[order], task[order].astype(np.int64), weight, scenario)
+    return _Rows(table[column].to_numpy()[order], task[order].astype(np.int64), weight, scenario)
 
 
 def _comparison(config: CompareConfig, runs: Sequence[_Run], binary: bool) -> Json:
-    """Return the content of comparison.json."""
-    rows = _read_rows(runs[0])
-    metrics, notes = metrics_for(rows.label, rows.task, binary, config.relevant_label)
+    """Return the content of comparison.json; of several labels metrics are called `<metric>/<label>`, and numbers of
+    rows and tasks are those of the first.
+    """
+    labels = runs[0].labels
+    if not labels:
+        return _of_label(config, runs, binary, "")
+    found = {
+        name: _of_label(config, [run.of_label(name) for run in runs], loss == "bce", name)
+        for name, loss in labels.items()
+    }
+    first = next(iter(found.values()))
+    named = {
+        **first,
+        "headline": {**first["headline"], "metric": f"{first['headline']['metric']}/{next(iter(labels))}"},
+    }
+    kinds = ("records", "differences")
+    named |= relabelled({name: {kind: one[kind] for kind in kinds} for name, one in found.items()})
+    named["runs"] = [{**told, "variant": run.variant} for told, run in zip(first["runs"], runs, strict=True)]
+    if "slices" in first:
+        named["slices"] = [
+            part | relabelled({name: {kind: one["slices"][i][kind] for kind in kinds} for name, one in found.items()})
+            for i, part in enumerate(first["slices"])
+        ]
+    return named | {"notes": [f"{name}: {note}" for name, one in found.items() for note in one["notes"]]}
+
+
+def _of_label(config: CompareConfig, runs: Sequence[_Run], binary: bool, label: str) -> Json:
+    """Return the comparison of one label."""
+    rows = _read_rows(runs[0], label)
+    known, relevant = ~np.isnan(rows.label), None if binary else config.relevant_label
+    metrics, notes = metrics_for(rows.label[known], rows.task[known], binary, relevant)
     scores = {run.name: _read(run) for run in runs}
     slices: list[Json] = []
     for case, about, mask in rows.slices():
         measured: Json = {"records": [], "differences": []}
         if mask.any():
-            measured = _measured(config, runs, scores, rows, mask, metrics)
+            measured = _measured(config, runs, scores, rows, mask, metrics, relevant)
         tasks = len(np.unique(rows.task[mask]))
         slices.append({"case": case, "about": about, "tasks": tasks, "rows": int(mask.sum()), **measured})
     whole, *parts = slices
@@ -217,6 +266,7 @@ def _measured(
     of_rows: _Rows,
     mask: NDArray[np.bool_],
     metrics: Sequence[str],
+    relevant: float | None,
 ) -> Json:
     """Return the records of every run on some rows, and its paired differences to the first."""
     label, task = of_rows.label[mask], of_rows.task[mask]
@@ -225,7 +275,7 @@ def _measured(
     for run in runs:
         score, ranking = (column[mask] for column in scores[run.name])
         try:
-            rows = make_rows(score, label, task, logit=ranking, relevant_label=config.relevant_label, weight=weight)
+            rows = make_rows(score, label, task, logit=ranking, relevant_label=relevant, weight=weight)
         except ValueError as error:
             raise ValueError(f"{run.file}, column {run.variant!r}: {error}") from None
         for name in metrics:

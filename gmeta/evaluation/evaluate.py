@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gmeta.evaluation.baseline_settings import BaselineSettings, read_baseline_s
 from gmeta.evaluation.predictions import Variants, scenarios_of, task_keys, write_predictions
 from gmeta.evaluation.report import build_report
 from gmeta.evaluation.score import Floats, Scores
-from gmeta.evaluation.slices import evaluation_records, print_headline, write_evaluation
+from gmeta.evaluation.slices import evaluation_records, of_labels, print_headline, relabelled, write_evaluation
 from gmeta.evaluation.support_curve import SupportCurve, print_curve
 from gmeta.evaluation.variants import Network, NetworkFree, plain_network
 from gmeta.parallel.collectives import on_rank_0
@@ -71,7 +71,9 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
     system, trained, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
-    if trained.loss == "bce" and config.relevant_label is not None:
+    if pack.schema.labels and config.truth is not None:
+        raise ValueError(f"truth is {config.truth}: it is of one label, and {pack.path} has several; leave it out")
+    if config.relevant_label is not None and set(pack.schema.losses(trained.loss)) == {"bce"}:
         raise ValueError(
             f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
         )
@@ -130,41 +132,76 @@ class _Measured:
     scores: list[Scores]  # of each network
     settings: dict[str, Any]  # of evaluation.json
     factors: FactorConfig | None  # settings of the factor analysis, where it was tuned
+    label: int = 0  # number of the label that is measured
+
+    def of_label(self, number: int) -> _Measured:
+        """Return the same of one label, for all query rows."""
+        labels = self.pack.schema.labels
+        if not labels:
+            return self
+        networks = [replace(network, loss=labels[number].loss) for network in self.networks]
+        scores = [one.of_label(number) for one in self.scores]
+        return replace(self, networks=networks, scores=scores, label=number)
 
     @property
-    def columns(self) -> dict[str, Any]:
+    def binary(self) -> bool:
+        """Whether the label is a click."""
+        return self.networks[0].loss == "bce"
+
+    def columns(self, labelled: Scores) -> dict[str, Any]:
         """Return what metrics need besides scores, with the settings of the bootstrap."""
-        config, first = self.config, self.scores[0]
-        columns: dict[str, Any] = {"label": first.label, "task": first.task, "weight": first.weight}
-        columns["binary"] = self.trained.loss == "bce"
-        return columns | {key: getattr(config, key) for key in ("resamples", "seed", "relevant_label")}
+        columns: dict[str, Any] = {"label": labelled.label, "task": labelled.task, "weight": labelled.weight}
+        columns |= {key: getattr(self.config, key) for key in ("resamples", "seed")}
+        relevant = None if self.binary else self.config.relevant_label
+        return columns | {"binary": self.binary, "relevant_label": relevant}
 
 
 def _measure(measured: _Measured, by_size: dict[int, list[Floats | None]]) -> None:
-    """Measure what was scored, write it and print it; on rank 0."""
-    pack, split, first = measured.pack, measured.split, measured.scores[0]
-    free = NetworkFree.build(measured.config, pack, split, measured.factors)
+    """Measure what was scored, each label for itself, write it and print it; on rank 0."""
+    evaluations, found = {}, []
+    for number, name in enumerate(measured.pack.schema.label_names):
+        evaluations[name], variants = _measure_label(measured.of_label(number), by_size)
+        found.append(variants)
+    evaluation = of_labels(evaluations) | {"left_out": measured.pack.left_out(measured.config.split)}
+    curves = {name: one["support_curve"] for name, one in evaluations.items() if "support_curve" in one}
+    if len(curves) > 1:
+        first, kinds = next(iter(curves.values())), ("records", "differences", "gains")
+        by_label = relabelled({name: {kind: curve[kind] for kind in kinds} for name, curve in curves.items()})
+        evaluation["support_curve"] = {**first, **by_label}
+    evaluation["notes"] += measured.pack.warnings()
+    _write(measured, found, evaluation)
+
+
+def _measure_label(measured: _Measured, by_size: dict[int, list[Floats | None]]) -> tuple[dict[str, Any], Variants]:
+    """Return the evaluation of one label on the rows that have it, and what was predicted for all query rows."""
+    pack, split, scored = measured.pack, measured.split, measured.scores[0]
+    free = NetworkFree.build(measured.config, pack, split, measured.factors, measured.label)
     found = _network_variants(measured).joined(free.variants())
+    known, first = ~np.isnan(scored.label), scored.labelled()
+    of_rows = found.where(known)
+    columns = measured.columns(first)
     evaluation = evaluation_records(
-        found.predictions,
-        ranking=found.ranking,
+        of_rows.predictions,
+        ranking=of_rows.ranking,
         support_size=support_used(split, measured.trained)[first.task],
         item_cold=split.columns(()).item_cold[first.row],
         task_cold=cold_tasks(pack, split)[first.task],
         scenario=scenarios_of(pack, split, first.row),
-        **measured.columns,
-    ) | {"left_out": pack.left_out(measured.config.split)}
-    evaluation["notes"] += pack.warnings()
+        **columns,
+    )
     if by_size:
-        curve = SupportCurve(evaluation["variants"], evaluation["reference"], **measured.columns)
+        curve = SupportCurve(evaluation["variants"], evaluation["reference"], **columns)
         for size, logits in by_size.items():
             at_size = free.variants(size)
             for network, scores, after in zip(measured.networks, measured.scores, logits, strict=True):
-                at_size = at_size.joined(network.variants(scores.before, scores.before if after is None else after))
-            curve.add(size, at_size)
+                of_label = after if after is None or after.ndim == 1 else after[:, measured.label]
+                at_size = at_size.joined(
+                    network.variants(scores.before, scores.before if of_label is None else of_label)
+                )
+            curve.add(size, at_size.where(known))
         evaluation["support_curve"] = curve.document(split.num_support[np.unique(first.task)])
         evaluation["notes"] += curve.notes
-    _write(measured, found, evaluation)
+    return evaluation, found
 
 
 def _network_variants(measured: _Measured) -> Variants:
@@ -181,7 +218,7 @@ def _network_variants(measured: _Measured) -> Variants:
     return found
 
 
-def _write(measured: _Measured, found: Variants, evaluation: dict[str, Any]) -> None:
+def _write(measured: _Measured, found: list[Variants], evaluation: dict[str, Any]) -> None:
     run_dir, pack, settings = Path(measured.config.run_dir), measured.pack, measured.settings
     folder, name = run_dir, ""
     if measured.config.out is not None:

@@ -19,7 +19,7 @@ Rows may have weights: then a sum over rows is a weighted sum, a pair of rows co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,9 @@ RATING_METRICS = ("mae", "task_mae", "rmse", "calibration", *NDCG_METRICS)
 """Metrics of other labels; `RELEVANCE_METRICS` too where it is known which of them are relevant."""
 HIGHER_IS_BETTER = frozenset({"auc", "gauc", *NDCG_METRICS, *RELEVANCE_METRICS})
 """Lower is better for all others but `calibration`, whose best value is 1."""
+
+LABEL_MARK = "/"
+"""Stands between a metric and its label, where there are several: auc/click."""
 
 LOGLOSS_CLIP = 1e-7
 """Probabilities are clipped to [c, 1 - c]: a float32 sigmoid saturates at 1 - 6e-8, by rounding and not by claim."""
@@ -123,6 +126,16 @@ def metric(
             metric does not take.
     """
     return metric_of(name, make_rows(score, label, task, logit=logit, relevant_label=relevant_label, weight=weight))
+
+
+def without_label(name: str) -> str:
+    """Return a metric's name without the label that it is of."""
+    return name.partition(LABEL_MARK)[0]
+
+
+def is_metric(name: str, known: Collection[str]) -> bool:
+    """Say whether a metric, of whichever label, is one of some."""
+    return without_label(name) in known
 
 
 def metric_of(name: str, rows: Rows) -> float:

@@ -10,7 +10,7 @@ from string import Template
 from gmeta.core.numbers import shown
 from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json
-from gmeta.evaluation.metrics import HIGHER_IS_BETTER
+from gmeta.evaluation.metrics import HIGHER_IS_BETTER, LABEL_MARK, without_label
 from gmeta.evaluation.slices import SCENARIO
 
 _NAMES = {
@@ -41,10 +41,12 @@ def page(title: str, subtitle: str, body: Iterable[str]) -> str:
 
 def metric_name(metric: str) -> str:
     """Return a metric's name as people write it."""
+    metric, mark, label = metric.partition(LABEL_MARK)
+    of_label = f" of {label}" if mark else ""
     kind, at, k = metric.partition("@")
     if at and kind in _NAMES_AT_K:
-        return f"{_NAMES_AT_K[kind]}@{k}"
-    return _NAMES.get(metric, metric)
+        return f"{_NAMES_AT_K[kind]}@{k}{of_label}"
+    return f"{_NAMES.get(metric, metric)}{of_label}"
 
 
 def figure(title: str, svg: str, caption: str = "") -> str:
@@ -105,6 +107,7 @@ def row_cells(records: Sequence[Json | None], metric: str) -> str:
 
 def badness(value: float, metric: str) -> float:
     """Turn a value into one of which lower is better, whatever the metric."""
+    metric = without_label(metric)
     if metric == "calibration":
         return abs(value - 1)
     return -value if metric in HIGHER_IS_BETTER else value

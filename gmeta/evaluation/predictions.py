@@ -6,18 +6,20 @@ docs/evaluation.md shows the columns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from gmeta.config.train import LossName
 from gmeta.core.files import replacing
 from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit
+from gmeta.evaluation.metrics import LABEL_MARK
 from gmeta.evaluation.score import Floats, Ints, Scores, to_predictions
 from gmeta.evaluation.slices import Scenarios
 
@@ -38,9 +40,16 @@ class Variants:
     ranking: dict[str, Floats]  # [N], what ranking metrics sort by, where it may differ: logits, unclipped baselines
 
     @staticmethod
-    def of(logits: dict[str, Floats], loss: LossName) -> Variants:
+    def of(logits: dict[str, Floats], loss: str) -> Variants:
         """Make the variants that a network trained with `loss` scored."""
         return Variants({name: to_predictions(values, loss) for name, values in logits.items()}, logits)
+
+    def where(self, mask: NDArray[np.bool_]) -> Variants:
+        """Return the predictions of some rows."""
+        predictions, ranking = (
+            {name: column[mask] for name, column in of.items()} for of in (self.predictions, self.ranking)
+        )
+        return Variants(predictions, ranking)
 
     def joined(self, other: Variants | None) -> Variants:
         """Return these variants and then those of another."""
@@ -89,10 +98,12 @@ def scenarios_of(pack: TaskPack, split: PackSplit, row: Ints, named: Iterable[st
 
 
 def write_predictions(
-    path: Path, pack: TaskPack, split: PackSplit, scores: Scores, found: Variants, *, step: int, loss: LossName
+    path: Path, pack: TaskPack, split: PackSplit, scores: Scores, found: Sequence[Variants], *, step: int, loss: str
 ) -> None:
-    """Write the file in blocks of rows. Its metadata has `step`, `loss` and `variants`, a JSON list of their names, and
-    `scenarios`, one of those that have a slice.
+    """Write the file in blocks of rows. Its metadata has `step`, `loss` and `variants`, a JSON list of their names,
+    `scenarios`, one of those that have a slice, and `labels`, the losses of several labels by name.
+
+    `found` has the variants of each label.
     """
     keys = task_keys(pack, split.task_id)
     values = {"item": values_of_ids(pack, pack.schema.item), "scenario": values_of_ids(pack, pack.schema.scenario)}
@@ -102,13 +113,19 @@ def write_predictions(
         if found is not None
     }
     scenarios = scenarios_of(pack, split, scores.row)
-    measured = {}
-    for name, predicted in found.predictions.items():
-        measured[name] = predicted
-        ranking = found.ranking.get(name, predicted)
-        if not np.array_equal(ranking, predicted):
-            measured[name + RANKING_SUFFIX] = ranking
-    metadata = {"step": str(step), "loss": loss, "variants": json.dumps(list(found.predictions))}
+    measured: dict[str, Any] = {}
+    for number, (variants, label) in enumerate(zip(found, pack.schema.label_names, strict=True)):
+        suffix = f"{LABEL_MARK}{label}" if pack.schema.labels else ""
+        values_of_label = scores.of_label(number).label
+        measured[f"label{suffix}"] = pa.array(values_of_label, mask=np.isnan(values_of_label))
+        for name, predicted in variants.predictions.items():
+            measured[f"{name}{suffix}"] = predicted
+            ranking = variants.ranking.get(name, predicted)
+            if not np.array_equal(ranking, predicted):
+                measured[f"{name}{suffix}{RANKING_SUFFIX}"] = ranking
+    metadata = {"step": str(step), "loss": loss, "variants": json.dumps(list(found[0].predictions))}
+    if pack.schema.labels:
+        metadata["labels"] = json.dumps({label.name: label.loss for label in pack.schema.labels})
     if scenarios is not None:
         metadata["scenarios"] = json.dumps(scenarios.names)
 
@@ -116,10 +133,12 @@ def write_predictions(
         task = scores.task[rows]
         columns = {"task_id": split.task_id[task], "task": keys.take(pa.array(task))}
         columns |= {name: found.take(pa.array(ids[scores.row[rows]])) for name, (found, ids) in known.items()}
-        columns |= {"row": scores.row[rows], "label": scores.label[rows]}
+        columns["row"] = scores.row[rows]
+        if not pack.schema.labels:
+            columns["label"] = measured["label"][rows]
         if scores.weight is not None:
             columns["weight"] = scores.weight[rows]
-        columns |= {name: column[rows] for name, column in measured.items()}
+        columns |= {name: column[rows] for name, column in measured.items() if name not in columns}
         return pa.table(columns).replace_schema_metadata(metadata)
 
     with replacing(path) as partial, pq.ParquetWriter(partial, block(slice(0)).schema) as writer:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gmeta.config.train import CLICK_METRICS, LossName
+from gmeta.config.train import CLICK_METRICS
 from gmeta.core.batch import TaskBatch
 from gmeta.data.loader import MAX_CELLS, TaskLoader
+from gmeta.data.schema import LabelColumn
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER, make_rows, metric_of
 from gmeta.meta.learner import MetaLearner
@@ -29,14 +30,30 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Scores:
-    """One entry a query row, ordered by `row`."""
+    """One entry a query row, ordered by `row`. Of several labels, labels and logits are [N, K] until `of_label`."""
 
     row: Ints  # [N], row of the split
     task: Ints  # [N], position of its task in the split
-    label: Floats  # [N]
+    label: Floats  # [N], NaN where the row lacks one of several
     before: Floats  # [N], unrounded logits before adaptation
     after: Floats  # [N], and after
     weight: Floats | None = None  # [N], how much the row counts; None: once
+
+    def of_label(self, number: int) -> Scores:
+        """Return the scores of one of several labels, of all rows; of the one label that there is, these."""
+        if self.label.ndim == 1:
+            return self
+        return replace(self, **{name: getattr(self, name)[:, number] for name in ("label", "before", "after")})
+
+    def labelled(self) -> Scores:
+        """Return the rows that have the label."""
+        known = ~np.isnan(self.label)
+        return self if known.all() else self.where(known)
+
+    def where(self, mask: NDArray[np.bool_]) -> Scores:
+        """Return some rows."""
+        weight = None if self.weight is None else self.weight[mask]
+        return Scores(self.row[mask], self.task[mask], self.label[mask], self.before[mask], self.after[mask], weight)
 
 
 def score_split(
@@ -88,8 +105,9 @@ def score_split(
                 values = (query.row, query.label, first, after, *([] if query.weight is None else [query.weight]))
                 parts.append(tuple(v[query.mask].cpu() for v in values))
     learner.train()
-    num_columns = 3 + (split.schema.weight is not None)
-    empty = (torch.zeros(0, dtype=torch.int64), *(torch.zeros(0, dtype=system.dtype) for _ in range(num_columns)))
+    schema = split.schema
+    shapes = [(0, len(schema.labels)) if schema.labels else (0,)] * 3 + [(0,)] * (schema.weight is not None)
+    empty = (torch.zeros(0, dtype=torch.int64), *(torch.zeros(shape, dtype=system.dtype) for shape in shapes))
     columns = [torch.cat(column).numpy() for column in zip(*(parts or [empty]), strict=True)]
     row, *values_of_rows = (gather_to_rank_0(column, mesh) for column in columns)
     if mesh.rank != 0:
@@ -101,12 +119,12 @@ def score_split(
     return Scores(row, task, *(v[order].astype(np.float64) for v in values_of_rows))
 
 
-def to_predictions(logits: Floats, loss: LossName) -> Floats:
+def to_predictions(logits: Floats, loss: str) -> Floats:
     """Turn logits into what is reported: probabilities under bce, values otherwise."""
     return prediction(loss)(torch.from_numpy(logits)).numpy().astype(np.float64)
 
 
-def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName, weight: Floats | None = None) -> float:
+def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: str, weight: Floats | None = None) -> float:
     """Return the mean over tasks of the (weighted) mean loss of their query rows, which is what training minimises."""
     values = example_loss(loss)(torch.from_numpy(logits), torch.from_numpy(label)).numpy()
     _, index = np.unique(task, return_inverse=True)
@@ -116,7 +134,43 @@ def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName, we
     return float((np.bincount(index, weight * values) / np.where(total > 0, total, 1)).mean())
 
 
-def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
+def mean_loss(scores: Scores, logits: Floats, loss: str, labels: Sequence[LabelColumn]) -> float:
+    """Return `task_mean_loss`, of several labels the sum over them: a task without rows of a label counts 0 for it."""
+    if not labels:
+        return task_mean_loss(logits, scores.label, scores.task, loss, scores.weight)
+    num_tasks, total = len(np.unique(scores.task)), 0.0
+    for number, label in enumerate(labels):
+        one = replace(scores, after=logits).of_label(number).labelled()
+        if len(one.row):
+            mean = task_mean_loss(one.after, one.label, one.task, label.loss, one.weight)
+            total += label.weight * mean * len(np.unique(one.task)) / num_tasks
+    return total
+
+
+def validation_metrics(scores: Scores, loss: str, labels: Sequence[LabelColumn] = ()) -> dict[str, float]:
+    """Return what `metrics_of_label` does; with several `labels` that of each, called `<metric>/<label>_before` and so
+    on, and the loss of all together.
+    """
+    if not labels or len(scores.row) == 0:
+        return metrics_of_label(scores, loss)
+    out: dict[str, float] = {}
+    for when, logits in (("before", scores.before), ("after", scores.after)):
+        finite = np.isfinite(logits).all()
+        out[f"loss_{when}"] = mean_loss(scores, logits, loss, labels) if finite else math.inf
+    for number, label in enumerate(labels):
+        for name, value in metrics_of_label(scores.of_label(number).labelled(), label.loss).items():
+            metric, _, when = name.rpartition("_")
+            out[f"{metric}/{label.name}_{when}"] = value
+    return out
+
+
+def watched_metric(metrics: Mapping[str, float], name: str, labels: Sequence[LabelColumn]) -> float:
+    """Return the metric called `name` after adaptation, of several labels the first one's; NaN where there is none."""
+    first = f"{name}/{labels[0].name}_after" if labels else ""
+    return metrics.get(f"{name}_after", metrics.get(first, math.nan))
+
+
+def metrics_of_label(scores: Scores, loss: str) -> dict[str, float]:
     """Return `<metric>_before` and `<metric>_after` of every metric that fits the loss; nothing without query rows.
 
     Logits that are not all finite have the worst value of every metric, ±inf. Ranking metrics sort by logits rounded to

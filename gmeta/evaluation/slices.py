@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +23,7 @@ from gmeta.evaluation.baselines import BASELINES
 from gmeta.evaluation.metrics import (
     BINARY_METRICS,
     HIGHER_IS_BETTER,
+    LABEL_MARK,
     MAX_NDCG_LABEL,
     NDCG_METRICS,
     RATING_METRICS,
@@ -31,6 +32,7 @@ from gmeta.evaluation.metrics import (
     Estimate,
     calibration_curve,
     make_rows,
+    without_label,
 )
 
 COLDNESS = ("warm", "user_cold", "item_cold", "both_cold")
@@ -161,6 +163,46 @@ def evaluation_records(
     }
 
 
+def of_labels(evaluations: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the evaluations of several labels as one: metrics are called `<metric>/<label>`, and all else is that of
+    the first label. Cases have `labels`, what each counts of its own rows. One evaluation stays as it is.
+    """
+    names, (first, *_) = list(evaluations), evaluations.values()
+    if len(names) == 1:
+        return first
+    headline = {**first["headline"], "metric": f"{first['headline']['metric']}{LABEL_MARK}{names[0]}"}
+    counted = ("tasks", "rows", "label_mean")
+    return {
+        **first,
+        "headline": headline,
+        "labels": names,
+        "cases": [
+            {**case, "labels": {n: {key: e["cases"][i][key] for key in counted} for n, e in evaluations.items()}}
+            for i, case in enumerate(first["cases"])
+        ],
+        **relabelled({name: {kind: e[kind] for kind in ("records", "differences")} for name, e in evaluations.items()}),
+        "curves": {
+            variant if name == names[0] else f"{variant}{LABEL_MARK}{name}": bins
+            for name, evaluation in evaluations.items()
+            for variant, bins in evaluation["curves"].items()
+        },
+        "notes": [f"{name}: {note}" for name, evaluation in evaluations.items() for note in evaluation["notes"]],
+    }
+
+
+def relabelled(records: Mapping[str, Mapping[str, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return lists of records by kind, of label -> kind -> records; metrics get the name of their label."""
+    kinds = next(iter(records.values()))
+    return {
+        kind: [
+            {**record, "metric": f"{record['metric']}{LABEL_MARK}{name}"}
+            for name, of_label in records.items()
+            for record in of_label[kind]
+        ]
+        for kind in kinds
+    }
+
+
 def write_evaluation(path: Path | str, evaluation: dict[str, Any], settings: dict[str, Any]) -> None:
     """Write evaluation.json; `settings` (checkpoint, split, tuned steps, …) go under their own key."""
     text = json.dumps({"settings": settings, **evaluation}, allow_nan=False, indent=1)
@@ -234,7 +276,8 @@ def headline_metrics(evaluation: dict[str, Any], variant: str | None = None) -> 
     """Return slice -> {metric: value, "rows", "tasks", "label_mean"} of a variant (None: the reference) of an
     evaluation, for the manifest of a version.
 
-    Metrics before adaptation, where they were measured, are called `<metric>_before`. Slices without rows are left out,
+    Metrics before adaptation, where they were measured, are called `<metric>_before`; of several labels the first one's
+    have no label in their name. Slices without rows are left out,
     and so are those by support size.
     """
     variant = evaluation["reference"] if variant is None else variant
@@ -243,9 +286,12 @@ def headline_metrics(evaluation: dict[str, Any], variant: str | None = None) -> 
     for case in evaluation["cases"]:
         if case["rows"] and case["case"] in ("all", *COLDNESS):
             found[case["case"]] = {key: case.get(key) for key in ("rows", "tasks", "label_mean")}
+    first = f"{LABEL_MARK}{evaluation['labels'][0]}" if "labels" in evaluation else ""
     for record in evaluation["records"]:
-        if record["variant"] in suffixes and record["case"] in found and record["metric"] in HEADLINE_METRICS:
-            found[record["case"]][record["metric"] + suffixes[record["variant"]]] = record["value"]
+        known = without_label(record["metric"]) in HEADLINE_METRICS
+        if record["variant"] in suffixes and record["case"] in found and known:
+            name = record["metric"].removesuffix(first)
+            found[record["case"]][name + suffixes[record["variant"]]] = record["value"]
     return found
 
 
@@ -387,7 +433,7 @@ def _measure(
 
 def unit_of(metric: str) -> str:
     """Return the unit of a metric: label, nat or 1."""
-    return _UNITS.get(metric, "1")
+    return _UNITS.get(without_label(metric), "1")
 
 
 def estimate_fields(estimate: Estimate) -> dict[str, Any]:

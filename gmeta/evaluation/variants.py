@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gmeta.config.evaluation import EvaluateConfig, FactorConfig, FinetuneConfig
-from gmeta.config.train import LossName, MetaConfig, TrainConfig
+from gmeta.config.train import MetaConfig, TrainConfig
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV
 from gmeta.data.shards import PackSplit
 from gmeta.data.synthetic import LogRows, is_stream, reference_scores
 from gmeta.evaluation.baselines import BaselineRows, Baselines, fit_baselines, last_support
 from gmeta.evaluation.predictions import Variants, task_keys
-from gmeta.evaluation.score import Floats, Scores, score_split, task_mean_loss
+from gmeta.evaluation.score import Floats, Scores, mean_loss, score_split
 from gmeta.meta.learner import MetaLearner
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.parallel.mesh import Mesh
@@ -39,7 +39,7 @@ class Network:
     before: str  # name of the variant before adaptation
     after: str | None  # and after it; None where the model adapts nothing
     system: System
-    loss: LossName
+    loss: str
     learner: MetaLearner | None = None  # in place of the system's own
     steps: int | None = None
     inner_lr: float | None = None
@@ -96,7 +96,9 @@ def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) ->
     """
     meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
     own = plain.learner
-    learner = build_learner(own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors)
+    learner = build_learner(
+        own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors, own.labels
+    )
     return learner.to(plain.mesh.device, plain.dtype)
 
 
@@ -128,7 +130,7 @@ def _tune(
         )
         loss = math.nan
         if scores is not None:
-            loss = task_mean_loss(scores.after, scores.label, scores.task, trained.loss, scores.weight)
+            loss = mean_loss(scores, scores.after, trained.loss, pack.schema.labels)
         loss = broadcast_from_rank_0(loss, mesh)
         if math.isfinite(loss):  # large rates diverge
             best = min(best, (loss, steps, rate))
@@ -147,14 +149,16 @@ class NetworkFree:
 
     @staticmethod
     def build(
-        config: EvaluateConfig, pack: TaskPack, split: PackSplit, factors: FactorConfig | None = None
+        config: EvaluateConfig, pack: TaskPack, split: PackSplit, factors: FactorConfig | None = None, label: int = 0
     ) -> NetworkFree:
-        """Fit the baselines that `config` asks for, once; `factors` are the settings of the factor analysis."""
+        """Fit the baselines that `config` asks for, once, of one of several labels; `factors` are the settings of the
+        factor analysis.
+        """
         truth = None if config.truth is None else Path(config.truth)
         if not config.baselines:
             return NetworkFree(None, None, pack, split, truth)
-        fitted = fit_baselines(baseline_rows(pack, pack.split("train")), seed=config.seed, factors=factors)
-        return NetworkFree(fitted, baseline_rows(pack, split), pack, split, truth)
+        fitted = fit_baselines(training_rows(pack, label), seed=config.seed, factors=factors)
+        return NetworkFree(fitted, baseline_rows(pack, split, label), pack, split, truth)
 
     def variants(self, max_support_rows: int | None = None) -> Variants:
         """Predict with the last so many support rows of each task; None: all."""
@@ -168,13 +172,22 @@ class NetworkFree:
         return found
 
 
-def baseline_rows(pack: TaskPack, split: PackSplit) -> BaselineRows:
-    """Return what baselines see of a split; without items where these are no ids."""
+def training_rows(pack: TaskPack, label: int = 0) -> BaselineRows:
+    """Return what baselines are fitted on: the training rows that have the label."""
+    rows = baseline_rows(pack, pack.split("train"), label)
+    return rows.where(~np.isnan(rows.label))
+
+
+def baseline_rows(pack: TaskPack, split: PackSplit, label: int = 0) -> BaselineRows:
+    """Return what baselines see of a split; without items where these are no ids. Support rows without the label, one
+    of several, are left out.
+    """
     item = pack.schema.item
     features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
-    columns = split.columns(features)
+    columns = split.columns(features, label)
     ids = columns.ids[item] if features and item is not None else None
-    return BaselineRows(columns.task, columns.label, columns.is_query, ids, columns.weight)
+    rows = BaselineRows(columns.task, columns.label, columns.is_query, ids, columns.weight)
+    return rows.where(columns.is_query | ~np.isnan(columns.label)) if pack.schema.labels else rows
 
 
 def truth_scores(pack: TaskPack, split: PackSplit, log: Path, max_support_rows: int | None = None) -> dict[str, Floats]:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, to_device
+from gmeta.data.schema import LabelColumn
 from gmeta.meta import closed_form, factored, gather_plan, reference
 from gmeta.meta.dropout import QUERY_PASS, BatchKey, SeededDropout, example_keys
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan, shared_rows
-from gmeta.meta.inner_loop import InnerLoop, InnerPass, resolve_adapted
+from gmeta.meta.inner_loop import Adapted, InnerLoop, InnerPass, resolve_adapted
 from gmeta.meta.interception import Intercept
-from gmeta.meta.losses import counts_of, example_loss, task_mean, widen
+from gmeta.meta.losses import counts_of, example_loss, over_labels, several_losses, task_mean, widen
 from gmeta.meta.modulation import Modulator
 from gmeta.meta.trial import choose_engine, require_last_layer, try_examples
 from gmeta.meta.views import Embedded
@@ -31,7 +32,7 @@ _SUPPORT_PASS = QUERY_PASS - 1  # inner steps are passes from QUERY_PASS + 1 on
 class LearnerOutput:
     """What a step is judged by. The logits hold the graph, for terms that a loop of your own adds to the loss."""
 
-    query_logits: Tensor  # [T, Q]
+    query_logits: Tensor  # [T, Q], or [T, Q, K] of several labels
     query_loss: Tensor  # [T], (weighted) mean over the task's query rows, after adaptation; detached
     support_loss: Tensor  # [T], before adaptation; detached
 
@@ -42,8 +43,10 @@ class MetaLearner(nn.Module):
     `features` has the embedding dimension of each feature that the model reads, `num_numeric` is the number of numeric
     columns that it is given. Of the features in `sequences` it reads all values, [..., L, d]; those that are not among
     `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width. `loss` is the query's
-    and, unless the inner loop has its own, the support's. A `modulator` (`gmeta.meta.modulation.build_modulator`)
-    decides from the support where a task's linear layers start.
+    and, unless the inner loop has its own, the support's. With several `labels` the model returns a logit for each,
+    [..., K], a task's loss is the sum of its mean losses of each label, in both loops, and `loss` names that of the
+    first. A `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers
+    start.
 
     `engine` is factored, reference, or auto: factored where it can adapt the model. The model is tried out here, on
     random numbers; `engine_reason` then says what was taken and why. A last layer in closed form needs neither: the
@@ -64,6 +67,7 @@ class MetaLearner(nn.Module):
         sequences: Mapping[str, int] | None = None,
         vectors: Mapping[str, int] | None = None,
         loss: str = "bce",
+        labels: Sequence[LabelColumn] = (),
         modulator: Modulator | None = None,
         engine: Literal["auto", "factored", "reference"] = "auto",
         seed: int = 0,
@@ -74,10 +78,15 @@ class MetaLearner(nn.Module):
         self.sequences, self.vectors = dict(sequences or {}), dict(vectors or {})
         self.inner_loop = inner_loop
         self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
-        self.loss = example_loss(loss)
         self.loss_name = loss
         self.inner_loss_name = inner_loop.loss or loss
-        self.inner_loss = example_loss(self.inner_loss_name)
+        self.labels = tuple(labels)
+        if labels:
+            _refuse_one_label(labels, inner_loop, modulator, self.adapted)
+            self.loss = several_losses([label.loss for label in labels], [label.weight for label in labels])
+            self.inner_loss = self.loss
+        else:
+            self.loss, self.inner_loss = example_loss(loss), example_loss(self.inner_loss_name)
         if modulator is not None and not self.adapted.steps:
             raise ValueError(
                 f"a modulator decides where SGD steps start, but adapt {list(inner_loop.adapt)} takes none: name what "
@@ -86,7 +95,14 @@ class MetaLearner(nn.Module):
         self.modulator = modulator
         self.seed = seed
         stepping = replace(self.adapted, last_layer="")
-        examples = try_examples(model, self.features, num_numeric, self.sequences, self.vectors)
+        examples = try_examples(
+            model,
+            self.features,
+            num_numeric,
+            self.sequences,
+            self.vectors,
+            labels=tuple(label.name for label in labels),
+        )
         sizes = {} if modulator is None else modulator.sizes
         self.engine, self.engine_reason = choose_engine(model, stepping, examples, sizes, engine)
         if self.last_layer is not None:
@@ -233,7 +249,7 @@ class MetaLearner(nn.Module):
         fast, support_loss = self._adapt(inner, rows, batch.support, index[0])
         assert support_loss is not None
         logits = self._score(inner, fast, rows, batch.query, index[1], expected=not self.training)
-        query_loss = task_mean(self.loss(logits, batch.query.label), _counts(batch.query))
+        query_loss = over_labels(task_mean(self.loss(logits, batch.query.label), counts_of(batch.query)))
         loss = query_loss.sum() / batch.num_tasks_global
         return loss, LearnerOutput(logits, query_loss.detach(), support_loss)
 
@@ -316,7 +332,7 @@ class MetaLearner(nn.Module):
         bases, logits = self._bases(inner, fast, again, support, plan, _SUPPORT_PASS)
         if loss is None and with_loss:
             before = inner.loss(closed_form.finished(self.model, logits), support.label)
-            loss = task_mean(before, _counts(support)).detach()
+            loss = task_mean(before, counts_of(support)).detach()
         if len(inner.rates):
             posterior = closed_form.solve(
                 layer,
@@ -401,9 +417,11 @@ class MetaLearner(nn.Module):
         keys = None if key is None else partial(example_keys, key, batch.task_id)
         logits = self._flat_logits(rows, sides, plan, keys)
         losses = [self.loss(part, side.label) for part, side in zip(logits, sides, strict=True)]
-        counts = [_counts(side) for side in sides]
-        together = task_mean(torch.cat(losses, 1), torch.cat(counts, 1))
-        support_loss, query_loss = (task_mean(part.detach(), of) for part, of in zip(losses, counts, strict=True))
+        counts = [counts_of(side) for side in sides]
+        together = over_labels(task_mean(torch.cat(losses, 1), torch.cat(counts, 1)))
+        support_loss, query_loss = (
+            over_labels(task_mean(part.detach(), of)) for part, of in zip(losses, counts, strict=True)
+        )
         return together.sum() / batch.num_tasks_global, LearnerOutput(logits[1], query_loss, support_loss)
 
     def _flat_logits(
@@ -427,11 +445,21 @@ class MetaLearner(nn.Module):
         with Intercept(embedded, SeededDropout(None if keys is None else flat_keys)):
             logits = self.model(dense, embedded.features)
         parts = torch.split(widen(logits), [side.mask.numel() for side in sides])
-        return [part.view(side.mask.shape) for part, side in zip(parts, sides, strict=True)]
+        return [part.view(*side.mask.shape, *part.shape[1:]) for part, side in zip(parts, sides, strict=True)]
 
 
-def _counts(examples: Examples) -> Tensor:
-    return counts_of(examples.mask, examples.weight)
+def _refuse_one_label(
+    labels: Sequence[LabelColumn], inner_loop: InnerLoop, modulator: Modulator | None, adapted: Adapted
+) -> None:
+    """Raise ValueError for what knows one label alone."""
+    names = ", ".join(label.name for label in labels)
+    for what, key, cure in (
+        (modulator is not None, "meta.modulation", "leave it out"),
+        (bool(adapted.last_layer), "meta.adapt last_layer", "adapt layers by steps, such as head or decision"),
+        (inner_loop.loss is not None, "meta.inner_loss", "leave it out: the inner loop has the losses of the schema"),
+    ):
+        if what:
+            raise ValueError(f"{key} is for one label, and the pack has {names}: {cure}")
 
 
 def _given_together(sides: Sequence[Examples]) -> dict[str, Tensor]:

@@ -195,8 +195,8 @@ def _padded(examples: Examples, count: int, size: int) -> list[Tensor]:
     tasks, rows = count - examples.mask.shape[0], size - examples.mask.shape[1]
     if not tasks and not rows:
         return [examples.dense, examples.label, examples.mask]
-    dense = F.pad(examples.dense, (0, 0, 0, rows, 0, tasks))
-    return [dense, F.pad(examples.label, (0, rows, 0, tasks)), F.pad(examples.mask, (0, rows, 0, tasks))]
+    dense, label = (F.pad(x, (*[0, 0] * (x.dim() - 2), 0, rows, 0, tasks)) for x in (examples.dense, examples.label))
+    return [dense, label, F.pad(examples.mask, (0, rows, 0, tasks))]
 
 
 def _padded_values(values: Mapping[str, Tensor], shape: Sequence[int], padded: tuple[int, int]) -> list[Tensor]:

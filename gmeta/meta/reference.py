@@ -42,9 +42,12 @@ class _Side:
 
     @property
     def weight(self) -> Tensor:
-        if self.examples.weight is None:
-            return torch.ones_like(self.label)
-        return self.examples.weight[self.task, self.positions]
+        """How much each example counts [n], or [n, K] for each of several labels."""
+        own = self.examples.weight
+        weight = (
+            torch.ones_like(self.positions, dtype=self.label.dtype) if own is None else own[self.task, self.positions]
+        )
+        return weight if self.label.dim() == 1 else torch.where(self.label.isnan(), 0, weight.unsqueeze(-1))
 
 
 def pairs_of(support: Mapping[str, Lookup], adapted: Sequence[str]) -> dict[str, Tensor]:
@@ -94,7 +97,7 @@ def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherP
         deltas={g: torch.cat(d) if d else rows.weights[g][:0] for g, d in deltas.items()},
         pairs=plan.pairs,
     )
-    return fast, torch.stack(losses) if losses else support.label.sum(-1)
+    return fast, torch.stack(losses) if losses else support.label.new_zeros(0)
 
 
 def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan) -> Tensor:
@@ -188,8 +191,8 @@ def _adapt_task(
         logits = _score_task(inner, rows, side, {**fixed, **parameters}, tables, step + 1)
         with torch.autocast(logits.device.type, enabled=False):
             losses = side.weight * inner.loss(logits, side.label)
-            total = side.weight.sum()
-            objective = losses.sum() / _or_one(total + inner.prior)
+            total = side.weight.sum(0)
+            objective = (losses.sum(0) / _or_one(total + inner.prior)).sum()
             grads = torch.autograd.grad(
                 objective,
                 list(state.values()),
@@ -201,7 +204,7 @@ def _adapt_task(
             key: value - (rates[0] if key[0] == "table" else rates[inner.adapted.rate_of(key[1])]) * grad
             for (key, value), grad in zip(state.items(), grads, strict=True)
         }
-        first = losses.detach().sum() / _or_one(total) if step == 0 else first
+        first = (losses.detach().sum(0) / _or_one(total)).sum() if step == 0 else first
     return {**{("parameter", name): value for name, value in fixed.items()}, **state}, first
 
 

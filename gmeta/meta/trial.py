@@ -50,6 +50,7 @@ class _Examples:
     plan: GatherPlan  # with the masks of all n examples
     given: dict[str, Tensor]  # [n, ...]
     leading: tuple[int, ...]
+    labels: tuple[str, ...] = ()  # several labels, of which the model gives a logit each
 
     def of(self, *leading: int, start: int = 0) -> _Examples:
         """Return the examples from `start` on, with other leading dimensions."""
@@ -59,7 +60,7 @@ class _Examples:
         keys = self.keys.flatten()[which].view(leading)
         plan = replace(self.plan, masks={name: mask[which] for name, mask in self.plan.masks.items()})
         given = {name: value[which].clone() for name, value in self.given.items()}
-        return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, plan, given, leading)
+        return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, plan, given, leading, self.labels)
 
     def changed(self) -> _Examples:
         """Return the same with one example that has zeros as numeric columns, as padding has, and other rows."""
@@ -105,7 +106,8 @@ def choose_engine(
     `modulated` has the number of units of each modulated layer.
     The model, its buffers, gradients and flags, and the global random state are left as they were.
     Raises ValueError, which names the call where possible, for a model that mixes examples, returns another shape than
-    one logit an example, draws random numbers without a seed, or changes its buffers or inputs; `UserCodeError` for
+    one logit an example (of several labels one for each), draws random numbers without a seed, or changes its buffers
+    or inputs; `UserCodeError` for
     one that raises. Where a model is right for [n, ...] alone, that is an error with `engine` factored, and the reason
     of taking the reference with auto; so is `Unsupported`, for what the factored engine cannot adapt.
     """
@@ -169,7 +171,7 @@ def require_last_layer(model: nn.Module, layer: BayesianLinear, examples: _Examp
 @torch.no_grad()
 def _refuse_another_answer(model: nn.Module, flat: _Examples, both: _Examples, logits: Tensor) -> None:
     """Raise ValueError if the examples as [T, S, ...] get other logits than as [n, ...], and try both without any."""
-    if not _same(_try_alone(model, both).flatten(), logits):
+    if not _same(_try_alone(model, both).flatten(0, 1), logits):
         where = _first_difference(model, flat, both)
         raise ValueError(
             f"{_name(model)}.forward mixes examples{where}: {_form(both)} gives other logits than the same "
@@ -244,6 +246,7 @@ def try_examples(
     num_numeric: int,
     sequences: Mapping[str, int] | None = None,
     vectors: Mapping[str, int] | None = None,
+    labels: tuple[str, ...] = (),
 ) -> _Examples:
     """Make six examples [6, ...] of random numbers, with features of one width side by side, as tables hold them.
 
@@ -265,7 +268,7 @@ def try_examples(
         given[name] = _noise(like.new_empty(number, 3, sequences[name]), 8) * mask.unsqueeze(-1).to(like.dtype)
         given[mask_of(name)] = mask
     keys = example_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
-    made = _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, given, (number,))
+    made = _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, given, (number,), labels)
     return replace(made, values={table: value * made.present(table) for table, value in values.items()})
 
 
@@ -330,11 +333,11 @@ def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
             f"{_name(model)}.forward fails{_raised_at(error)} for {_form(given)}: {type(error).__name__}: {error}"
             f"{known}{_cure(given)}"
         ) from error
-    if not isinstance(out, Tensor) or tuple(out.shape) != given.leading:
+    expected = (*given.leading, *([len(examples.labels)] if examples.labels else []))
+    if not isinstance(out, Tensor) or tuple(out.shape) != expected:
         found = f"{list(out.shape)}" if isinstance(out, Tensor) else f"a {type(out).__name__}"
         raise ValueError(
-            f"{_name(model)}.forward returns {found} for {_form(given)}: it must return one logit an example, "
-            f"{list(given.leading)}; a last dimension of 1 is left out by .squeeze(-1){_cure(given)}"
+            f"{_name(model)}.forward returns {found} for {_form(given)}: it must return {_wanted(examples, expected)}"
         )
     if versions != [tensor._version for tensor in inputs]:
         raise ValueError(
@@ -342,6 +345,14 @@ def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
             "that makes a new tensor"
         )
     return out
+
+
+def _wanted(examples: _Examples, shape: tuple[int, ...]) -> str:
+    """Return which logits a model must give."""
+    if examples.labels:
+        names = ", ".join(examples.labels)
+        return f"{len(examples.labels)} logits an example, one for each of {names}: {list(shape)}{_cure(examples)}"
+    return f"one logit an example, {list(shape)}; a last dimension of 1 is left out by .squeeze(-1){_cure(examples)}"
 
 
 def _cure(examples: _Examples) -> str:
@@ -385,7 +396,9 @@ def _others(values: Tensor) -> Tensor:
 def _try_alone(model: nn.Module, examples: _Examples) -> Tensor:
     """Return the logits of examples in one form. Raises ValueError where they depend on their neighbours."""
     logits = _run(model, examples)
-    mixes = not _same(_others(_run(model, examples.changed()).flatten()), _others(logits.flatten()))
+    last = len(examples.leading) - 1
+    changed = _run(model, examples.changed())
+    mixes = not _same(_others(changed.flatten(0, last)), _others(logits.flatten(0, last)))
     if not mixes and len(examples.leading) == 1:  # a maximum may not notice one changed example
         half = len(logits) // 2
         mixes = not _same(torch.cat([_run(model, examples.of(half, start=start)) for start in (0, half)]), logits)
@@ -422,7 +435,8 @@ def _finite_on_padding(model: nn.Module, examples: _Examples) -> bool:
     leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.enable_grad():
         out = _run(model, examples.changed())
-        loss = torch.where(torch.arange(len(out), device=out.device) == _CHANGED, 0, out).sum()
+        rows = torch.arange(len(out), device=out.device).view(-1, *[1] * (out.dim() - 1))
+        loss = torch.where(rows == _CHANGED, 0, out).sum()
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if leaves and loss.requires_grad else ()
     return bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in grads if grad is not None)
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, logits_of, output_layer
 
 
 class DLRM(nn.Module):
-    """Top network over [bottom output, pairwise dot products of bottom output and embeddings] -> one logit.
+    """Top network over [bottom output, pairwise dot products of bottom output and embeddings] -> a logit of each label.
 
     `bottom` are the widths of the network over numeric columns; the embedding dimension is appended to them. Without
     numeric columns there is no such network. `hidden` are the widths of the top network.
@@ -49,14 +49,16 @@ class DLRM(nn.Module):
         num_products = num_vectors * (num_vectors - 1) // 2
         widths = [num_products + (embedding_dim if num_numeric else 0), *hidden]
         self.top = _network(widths, layer_norm, dropout)
-        self.output = nn.Linear(widths[-1], 1)
-        nn.init.constant_(self.output.bias, inputs.base_rate)
+        self.output = output_layer(widths[-1], inputs)
+        self.num_labels = inputs.num_labels
         self.pairs: Tensor
         left, right = torch.triu_indices(num_vectors, num_vectors, 1)
         self.register_buffer("pairs", left * num_vectors + right, persistent=False)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Return logits [...] from dense [..., F] and one [..., d] for each feature, of a sequence its mean."""
+        """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature, of
+        a sequence its mean.
+        """
         vectors = as_vectors(embedded, self.features)
         parts = []
         if self.bottom is not None:
@@ -64,8 +66,7 @@ class DLRM(nn.Module):
         stacked = torch.stack(parts + vectors, -2)  # [..., n, d]
         products = (stacked @ stacked.mT).flatten(-2)  # [..., n * n]
         x = torch.cat([*parts, products[..., self.pairs]], -1)
-        logits: Tensor = self.output(self.top(x)).squeeze(-1)
-        return logits
+        return logits_of(self.output(self.top(x)), self.num_labels)
 
 
 def _network(widths: Sequence[int], layer_norm: bool, dropout: float) -> nn.Sequential:

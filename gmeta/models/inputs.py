@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmeta.core.batch import mask_of
 from gmeta.core.errors import nearest, require
@@ -30,6 +30,12 @@ class InputSpec:
     scenario: str | None = None  # the feature that the schema calls the scenario, where the model reads it
     sequences: Mapping[str, int] = field(default_factory=dict)  # name -> d (1 of numbers), of those that are not pooled
     tables: Mapping[str, str] = field(default_factory=dict)  # feature or sequence -> vocabulary, whose rows they share
+    base_rates: tuple[float, ...] = ()  # of each of several labels, of which the model gives a logit each: [..., K]
+
+    @property
+    def num_labels(self) -> int:
+        """Return K, the number of logits of an example; with 1 they have no dimension of their own."""
+        return len(self.base_rates) or 1
 
     @property
     def num_numeric(self) -> int:
@@ -119,6 +125,7 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
         raise ValueError("the model has no categorical feature: set model.features, or prepare a pack that has some")
     names = tuple(column.name for column in schema.numeric) if numeric else ()
     item, scenario = (name if name in chosen else None for name in (schema.item, schema.scenario))
+    rates = tuple(base_rate_of(label.mean, binary=label.loss == "bce") for label in schema.labels)
     tables = {name: schema.feature(name).table for name in chosen if name not in numbers}
     whole = {name for name in tables if schema.feature(name).pooling == "none"}
     return InputSpec(
@@ -129,6 +136,7 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
         scenario,
         {name: embedding_dim if name in whole else 1 for name in chosen if name in whole or name in numbers},
         tables,
+        rates,
     )
 
 
@@ -142,14 +150,40 @@ def usual_features(schema: PackSchema) -> list[str]:
 
 
 def base_rate(schema: PackSchema) -> float:
-    """Return the logit that predicts the mean training label: the mean itself, or the log-odds of 0/1 labels. Where all
+    """Return the logit that predicts the mean training label, of several labels the first."""
+    return base_rate_of(schema.label_mean, binary=schema.binary_label)
+
+
+def base_rate_of(mean: float, *, binary: bool) -> float:
+    """Return the logit that predicts a mean label: the mean itself, or the log-odds of 0/1 labels. Where all
     of these are 1, a thousandth are taken to be 0; a mean of 0 is one that a pack does not record.
     """
-    mean = schema.label_mean
-    if not schema.binary_label:
+    if not binary:
         return mean
     mean = 0.999 if mean == 1 else mean
     return math.log(mean / (1 - mean)) if mean else 0.0
+
+
+def require_one_label(inputs: InputSpec, model: str) -> None:
+    """Raise ValueError where there are several labels, for a model that predicts one."""
+    if inputs.num_labels > 1:
+        raise ValueError(
+            f"{model} predicts one label, and the pack has {inputs.num_labels}: use melu, dlrm, or a model of your own "
+            "that returns a logit for each"
+        )
+
+
+def output_layer(width: int, inputs: InputSpec) -> nn.Linear:
+    """Return a layer from hidden units to the logits of all labels, [..., K], that starts at their base rates."""
+    layer = nn.Linear(width, inputs.num_labels)
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor(inputs.base_rates or [inputs.base_rate]))
+    return layer
+
+
+def logits_of(output: Tensor, num_labels: int) -> Tensor:
+    """Return what an output layer gives, [..., K], without its last dimension where there is one label."""
+    return output if num_labels > 1 else output.squeeze(-1)
 
 
 def check_widths(key: str, widths: Sequence[int]) -> None:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, logits_of, output_layer
 
 
 class MeLU(nn.Module):
-    """[embeddings of all features, numeric columns] -> hidden ReLU layers -> one logit.
+    """[embeddings of all features, numeric columns] -> hidden ReLU layers -> a logit of each label.
 
     `hidden` are the widths of the hidden layers, each followed by layer norm (where asked for) and dropout.
     """
@@ -40,17 +40,18 @@ class MeLU(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.norms = nn.ModuleList(nn.LayerNorm(width) if layer_norm else nn.Identity() for width in hidden)
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(widths[-1], 1)
-        nn.init.constant_(self.output.bias, inputs.base_rate)
+        self.output = output_layer(widths[-1], inputs)
+        self.num_labels = inputs.num_labels
         self.decision_layers = ("layers", "norms", "output")
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Return logits [...] from dense [..., F] and one [..., d] for each feature, of a sequence its mean."""
+        """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature, of
+        a sequence its mean.
+        """
         parts = as_vectors(embedded, self.features)
         if self.num_numeric:
             parts.append(dense)
         x = torch.cat(parts, -1)
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = self.dropout(torch.relu(norm(layer(x))))
-        logits: Tensor = self.output(x).squeeze(-1)
-        return logits
+        return logits_of(self.output(x), self.num_labels)

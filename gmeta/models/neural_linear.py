@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import nearest
-from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, require_one_label
 from gmeta.models.last_layer import BayesianLinear, OutputMap
 
 _PIECES = 24
@@ -49,6 +49,7 @@ class NeuralLinear(nn.Module):
         label_scale: float = 1.0,
     ) -> None:
         super().__init__()
+        require_one_label(inputs, "neural_linear")
         check_widths("hidden", hidden)
         check_dropout(dropout)
         for name in task_features:

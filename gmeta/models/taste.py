@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.core.errors import nearest
-from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, require_one_label
 
 
 class Shift(nn.Module):
@@ -60,6 +60,7 @@ class Taste(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        require_one_label(inputs, "taste")
         check_widths("bottom", bottom)
         check_widths("hidden", hidden)
         check_dropout(dropout)

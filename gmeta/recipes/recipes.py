@@ -50,6 +50,11 @@ def recipe_for(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
     What the user gives is reckoned with, and not chosen again. ValueError for a recipe that does not exist, or is for
     another model, or a feature that the pack lacks.
     """
+    if pack.schema.labels:
+        raise ValueError(
+            f"{pack.path} has {len(pack.schema.labels)} labels, and recipes are for one: name a model that gives a "
+            "logit for each, such as --model.name melu"
+        )
     features = given.get("model.features") or usual_features(pack.schema)
     known = list(input_spec(pack.schema, features=features, numeric=False, embedding_dim=1).tables)
     facts = read_facts(pack, known, numeric=given.get("model.numeric", True))

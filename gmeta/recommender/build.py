@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
-from gmeta.data.schema import PackSchema
+from gmeta.data.schema import LabelColumn, PackSchema
 from gmeta.embedding.exchange import Exchange, RowExchange
 from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
 from gmeta.meta.inner_loop import InnerLoop
@@ -111,6 +111,12 @@ def new_learner(
     config: TrainConfig, schema: PackSchema, mesh: Mesh, *, factory: ModelFactory | None = None
 ) -> MetaLearner:
     """Build model and learner without tables. Arguments and errors are those of `build_system`; collective."""
+    if schema.labels and config.loss != schema.labels[0].loss:
+        first = schema.labels[0]
+        raise ValueError(
+            f"loss is {config.loss!r}: with several labels it must be that of the first, {first.name!r}, which is "
+            f"{first.loss} in the schema; set loss to {first.loss}, or prepare with other labels"
+        )
     if config.loss == "bce" and not schema.binary_label:
         raise ValueError(
             f"loss is 'bce' but label {schema.label!r} has values other than 0 and 1: "
@@ -130,7 +136,7 @@ def new_learner(
     fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
     features = {name: width for name, width in read.widths.items() if name in inputs.tables}
     vectors: dict[str, int] = {}
-    learner = build_learner(model, config, config.meta, features, num_numeric, read.sequences, vectors)
+    learner = build_learner(model, config, config.meta, features, num_numeric, read.sequences, vectors, schema.labels)
     return learner.to(mesh.device, dtype)
 
 
@@ -166,10 +172,12 @@ def build_learner(
     num_numeric: int,
     sequences: Mapping[str, int],
     vectors: Mapping[str, int],
+    labels: Sequence[LabelColumn] = (),
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features`, `num_numeric`, `sequences` and `vectors` say what the model reads, as in `MetaLearner`.
+    `features`, `num_numeric`, `sequences` and `vectors` say what the model reads, as in `MetaLearner`, and `labels` are
+    the labels where there are several.
     """
     modulator = None
     if meta.modulation != "none":
@@ -199,6 +207,7 @@ def build_learner(
         sequences=sequences,
         vectors=vectors,
         loss=config.loss,
+        labels=labels,
         modulator=modulator,
         engine=meta.engine,
         seed=config.seed,

@@ -25,7 +25,7 @@ from gmeta.data.shards import PackSplit, TaskRows, split_in_memory
 from gmeta.data.tables import TableLike, as_arrow, has_no_columns
 from gmeta.meta.closed_form import require_posterior, sampled_weights
 from gmeta.meta.fast_weights import FastWeights
-from gmeta.meta.losses import prediction
+from gmeta.meta.losses import predictions
 from gmeta.meta.recorded import Programs, RecordedLearner
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
@@ -155,6 +155,19 @@ class Recommender:
         )
         return AdaptedTasks(self, tuple(state["keys"]), state["num_support"].numpy(), parts, state.get("seed"))
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the names of what is predicted: one label, or several."""
+        return self.schema.label_names
+
+    @property
+    def _outputs(self) -> tuple[int, ...]:
+        return (len(self.labels),) if self.schema.labels else ()
+
+    def _predictions(self, logits: Tensor) -> NDArray[np.float64]:
+        """Return what logits [..., K] predict."""
+        return predictions(self.schema.losses(self.config.loss))(logits).numpy()
+
     def _encode(self, table: TableLike, role: Literal["support", "candidates"]) -> EncodedTables | None:
         """Return a table's rows in the run's encoding, None without rows."""
         if has_no_columns(table):
@@ -227,13 +240,14 @@ class AdaptedTasks:
         return len(self.keys)
 
     def predict(self, candidates: TableLike) -> NDArray[np.float64]:
-        """Return the score of each row of `candidates`, [N]: a probability for clicks, a value otherwise.
+        """Return the score of each row of `candidates`, [N]: a probability for clicks, a value otherwise; of several
+        labels [N, K], in the order of `Recommender.labels`.
 
         The table is like the support's, without labels. Rows of tasks that were not adapted get the score of a task of
         which nothing is known.
         """
         logits = self._evaluated(candidates)
-        return prediction(self.recommender.config.loss)(torch.from_numpy(logits)).numpy()
+        return self.recommender._predictions(torch.from_numpy(logits))
 
     def uncertainty(self, candidates: TableLike) -> NDArray[np.float64]:
         """Return the posterior standard deviation of the logit of each row of `candidates`, [N], for exploration.
@@ -261,14 +275,14 @@ class AdaptedTasks:
         rec = self.recommender
         encoded = rec._encode(candidates, "candidates")
         if encoded is None:
-            return np.zeros(0)
+            return np.zeros((0, *rec._outputs))
         known = {key: position for position, key in enumerate(self.keys)}
         position = np.array([known.get(key, len(known)) for key in encoded.keys])
         parts, num_support = self.parts, self.num_support
         if (position == len(known)).any():
             parts, num_support = (*parts, rec._without_support(1)), np.append(num_support, 0)
         at, split = rec._rows(encoded)
-        logits = np.zeros(len(encoded.query_row))
+        logits = np.zeros((len(encoded.query_row), *rec._outputs))
         for tasks in _chunks(num_support[position], at.num_query, split.cells_per_row(at)):
             _, query, _ = split.gather(at[tasks])
             fast = _chosen(parts, position[tasks])
@@ -347,7 +361,7 @@ def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
         ids={feature.name: none for feature in schema.features if feature.kind == "categorical"},
         bags={f.name: Bag(none.reshape(0), none) for f in schema.features if f.kind != "categorical"},
         dense=torch.zeros(num_tasks, 0, len(schema.numeric)),
-        label=numbers,
+        label=torch.zeros(num_tasks, 0, len(schema.labels)) if schema.labels else numbers,
         mask=flags,
         row=none,
         item_cold=flags,

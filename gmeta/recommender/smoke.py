@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gmeta.data.shards import split_in_memory
-from gmeta.meta.losses import prediction
 from gmeta.recommender.recommender import Recommender
 
 SMOKE = "smoke.safetensors"
@@ -27,7 +26,7 @@ def smoke_scores(rec: Recommender, arrays: dict[str, NDArray[Any]]) -> NDArray[n
     at = split.locate(np.arange(split.num_tasks)).last_support(rec.config.loader.max_support_rows)
     support, query, _ = split.gather(at)
     logits = rec._score(rec._adapt(support), query)[query.mask].cpu().double()
-    return prediction(rec.config.loss)(logits).numpy()
+    return rec._predictions(logits)
 
 
 def check_smoke(rec: Recommender) -> bool:

@@ -27,7 +27,6 @@ from gmeta.data.order import bucket_by_size, ends_within
 from gmeta.data.prepare.encoder import EncodedTables
 from gmeta.data.tables import TableLike
 from gmeta.meta.fast_weights import FastWeights, LinearSite, LowRankUpdate
-from gmeta.meta.losses import prediction
 from gmeta.recommender.recommender import Recommender, require_finite
 from gmeta.runs.data import require_clicks
 
@@ -145,23 +144,25 @@ def state_without_support(rec: Recommender) -> TaskState:
 def score_tasks(
     rec: Recommender, candidates: Sequence[EncodedTables], states: Sequence[Sequence[TaskState]]
 ) -> list[NDArray[np.float64]]:
-    """Return the scores of the rows of each table, [rows]; `states[i]` are those of the tasks of `candidates[i]`."""
+    """Return the scores of the rows of each table, [rows], or [rows, K] of several labels; `states[i]` are those of the
+    tasks of `candidates[i]`.
+    """
     if not candidates:
         return []
     joined = join_tables(candidates)
     flat = [state for of_table in states for state in of_table]
     at, split = rec._rows(joined)
-    logits = np.zeros(len(joined.query_row))
+    logits = np.zeros((len(joined.query_row), *rec._outputs))
     num_support = np.array([state.num_support for state in flat], np.int64)
     for tasks in _groups(num_support, at.num_query, split.cells_per_row(at)):
         _, query, _ = split.gather(at[tasks])
         found = rec._score(join_states([flat[task] for task in tasks.tolist()]), query).cpu()
         logits[query.row[query.mask].numpy()] = found[query.mask].double().numpy()
-    scores = prediction(rec.config.loss)(torch.from_numpy(logits)).numpy()
+    scores = rec._predictions(torch.from_numpy(logits))
     out, start = [], 0
     for table in candidates:
         end = start + len(table.query_row)
-        own = np.empty(end - start)
+        own = np.empty((end - start, *rec._outputs))
         own[table.query_row] = scores[start:end]
         out.append(own)
         start = end

@@ -38,8 +38,10 @@ def require_fitting_pack(run_dir: Path, pack: TaskPack) -> None:
 
 
 def require_clicks(label: NDArray[Any], loss: LossName, source: str) -> None:
-    """Raise ValueError where labels [N] of `source` are no clicks, and the run was trained on clicks."""
-    if loss == "bce" and not np.isin(label, (0, 1)).all():
+    """Raise ValueError where labels [N] of `source` are no clicks, and the run was trained on clicks. Those of several
+    labels, [N, K], were checked by the schema.
+    """
+    if label.ndim == 1 and loss == "bce" and not np.isin(label, (0, 1)).all():
         wrong = label[~np.isin(label, (0, 1))][0]
         raise ValueError(f"{source} has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
 

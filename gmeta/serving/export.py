@@ -46,6 +46,9 @@ def export(config: ExportConfig) -> int:
         _require_onnx()
     which = same_checkpoint(source, config.checkpoint, mesh)
     rec = Recommender(source, which, factory=None, trust_model=config.trust_model, mesh=mesh)
+    if rec.schema.labels:
+        names = ", ".join(rec.labels)
+        raise ValueError(f"{source} predicts {names}, and export is for models of one label: serve it with gmeta serve")
     require_exportable_model(rec)
     graphs: dict[str, Unadapted | GivenState] = {"model": Unadapted(rec)}
     if config.score:

@@ -1,12 +1,13 @@
 """The Open Inference Protocol, version 2: metadata, and `infer` with one tensor a column.
 
 Inputs are called `candidates.<column>` and `support.<column>`, and have one value a row; the task's column says whose
-rows they are. The output `score` has one value a candidate.
+rows they are. The output `score` has one value a candidate; of several labels there is an output `score_<label>` for
+each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ def metadata(name: str, version: Version) -> dict[str, Any]:
         for part in PARTS
         for column in (columns.task, *columns.needed(part))
     ]
-    outputs = [{"name": "score", "datatype": "FP64", "shape": [-1]}]
+    names = [f"score_{label}" for label in columns.labels] or ["score"]
+    outputs = [{"name": name, "datatype": "FP64", "shape": [-1]} for name in names]
     return {"name": name, "versions": [version.id], "platform": "gmeta", "inputs": inputs, "outputs": outputs}
 
 
@@ -62,8 +64,16 @@ def query_of_infer(document: Mapping[str, Any], columns: Columns, limits: Reques
     return check_columns(found, states, columns, limits)
 
 
-def answer(name: str, version: str, request_id: Any, scores: NDArray[Any]) -> dict[str, Any]:
+def named_scores(scores: NDArray[Any], labels: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Return scores [rows] as the output `score`, those of several labels [rows, K] as `score_<label>` each."""
+    return {f"score_{label}": scores[:, k] for k, label in enumerate(labels)} if labels else {"score": scores}
+
+
+def answer(name: str, version: str, request_id: Any, scores: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     """Return the body of an answer."""
-    output = {"name": "score", "datatype": "FP64", "shape": [len(scores)], "data": scores.tolist()}
+    outputs = [
+        {"name": output, "datatype": "FP64", "shape": [len(values)], "data": values.tolist()}
+        for output, values in scores.items()
+    ]
     identity = {} if request_id is None else {"id": str(request_id)}
-    return {"model_name": name, "model_version": version, **identity, "outputs": [output]}
+    return {"model_name": name, "model_version": version, **identity, "outputs": outputs}

@@ -40,8 +40,16 @@ SCORES = ("score", "score_before")
 _RESULTS = "scores"
 
 
+def score_columns(schema: PackSchema) -> tuple[str, ...]:
+    """Return `SCORES`; of several labels each of them with the label's name, as `score_click`."""
+    if not schema.labels:
+        return SCORES
+    return tuple(f"{name}_{label.name}" for name in SCORES for label in schema.labels)
+
+
 def predict(config: PredictConfig) -> int:
-    """Run `gmeta predict`; writes the query file's columns with `score` (after adaptation) and `score_before`.
+    """Run `gmeta predict`; writes the query file's columns with `score` (after adaptation) and `score_before`, of
+    several labels `score_<label>` and so on.
 
     Raises:
         ValueError: a file does not fit the run's schema (with file, row and column); a column of the query file has the
@@ -63,8 +71,9 @@ def _check_files(config: PredictConfig) -> None:
             if out.exists() and out.samefile(file):
                 raise ValueError(f"out {out} would overwrite {key} {file}: name another file")
     with duckdb.connect() as con:
+        taken = score_columns(read_schema(Path(config.run_dir))[0])
         for file in find_files([config.query]):
-            require_free(open_file(con, file).columns, SCORES, file)
+            require_free(open_file(con, file).columns, taken, file)
 
 
 @dataclass(frozen=True)
@@ -100,8 +109,11 @@ class _Scorer:
         assert scores is not None  # the system knows no other rank
         row = found.query_row[scores.row]
         order = np.argsort(row)
-        columns = {"score": scores.after, **({"score_before": scores.before} if self.config.before else {})}
-        predictions = {name: to_predictions(logits[order], self.trained.loss) for name, logits in columns.items()}
+        columns = (scores.after, scores.before) if self.config.before else (scores.after,)
+        losses = self.schema.losses(self.trained.loss)
+        of_labels = (logits.reshape(len(order), -1)[order, k] for logits in columns for k in range(len(losses)))
+        names = zip(score_columns(self.schema), of_labels, losses * 2, strict=False)
+        predictions = {name: to_predictions(logits, loss) for name, logits, loss in names}
         folder = self.parts.folder / _RESULTS
         pq.write_table(pa.table({"__row": row[order] + 1, **predictions}), folder / f"{number}.parquet")
         unknown = unknown_counts({f.name: split.feature_ids(f.name) for f in self.schema.features})

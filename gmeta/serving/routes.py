@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
 from gmeta.serving.engine import ScoringJob
-from gmeta.serving.infer import answer, metadata, query_of_infer
+from gmeta.serving.infer import answer, metadata, named_scores, query_of_infer
 from gmeta.serving.metrics import Counted, metrics_page
 from gmeta.serving.refusal import Declined
 from gmeta.serving.service import Service
@@ -100,11 +100,13 @@ class Routes:
         query, in_arrow = await self._query(request, counted, scoring=True)
         job = await self._service.compute(ScoringJob(owner, query), counted)
         assert job.scores is not None
+        labels = self._service.versions.current.columns.labels
         if in_arrow:
-            return _arrow({"score": job.scores}, job.version)
-        scores, tasks, start = job.scores.tolist(), [], 0
+            return _arrow(named_scores(job.scores, labels), job.version)
+        columns, tasks, start = [column.tolist() for column in named_scores(job.scores, labels).values()], [], 0
         for key, _, rows in query.tasks:
-            tasks.append({"key": key, "scores": scores[start : start + rows]})
+            found = [column[start : start + rows] for column in columns]
+            tasks.append({"key": key, "scores": dict(zip(labels, found, strict=True)) if labels else found[0]})
             start += rows
         return _json({"version": job.version, "tasks": tasks})
 
@@ -139,7 +141,8 @@ class Routes:
         query = query_of_infer(document, service.versions.current.columns, service.limits)
         job = await service.compute(ScoringJob(owner, query), counted)
         assert job.scores is not None
-        return _json(answer(service.config.name, job.version, document.get("id"), job.scores))
+        scores = named_scores(job.scores, service.versions.current.columns.labels)
+        return _json(answer(service.config.name, job.version, document.get("id"), scores))
 
     async def describe(self, request: Request, _: str, counted: Counted) -> Response:
         """Tell the model's metadata, by the Open Inference Protocol."""
@@ -233,6 +236,7 @@ def _described(service: Service) -> dict[str, Any]:
         "candidates": list(columns.candidates),
         "time": columns.time,
         **({} if columns.weight is None else {"weight": columns.weight}),
+        **({"labels": list(columns.labels)} if columns.labels else {}),
         "limits": {
             "body_bytes": limits.body_bytes,
             "rows": limits.rows,

@@ -64,6 +64,7 @@ class Columns:
     candidates: tuple[str, ...]
     time: str | None
     weight: str | None
+    labels: tuple[str, ...]  # several labels, in the order of the scores; empty: there is one
     known: frozenset[str]
     many: frozenset[str]
 
@@ -81,6 +82,7 @@ class Columns:
             candidates=tuple(name for name in schema.columns(roles) if name != schema.task),
             time=schema.time,
             weight=schema.weight,
+            labels=tuple(label.name for label in schema.labels),
             known=frozenset(schema.columns([role for role in all_roles if getattr(schema, role) is not None])),
             many=frozenset(lists),
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
-from gmeta.evaluation.score import score_split, validation_metrics
+from gmeta.evaluation.score import score_split, validation_metrics, watched_metric
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.training.run import Run
 
@@ -22,8 +22,9 @@ def validate(run: Run) -> bool:
         tasks = max(256, run.config.loader.tasks_per_batch)
         most = run.config.loader.max_support_rows
         scores = score_split(state.system, run.pack.split("valid"), tasks_per_batch=tasks, max_support_rows=most)
-    metrics = validation_metrics(scores, run.config.loss) if scores is not None else {}
-    value = broadcast_from_rank_0(metrics.get(f"{schedule.metric}_after", math.nan), state.mesh)
+    labels = run.pack.schema.labels
+    metrics = validation_metrics(scores, run.config.loss, labels) if scores is not None else {}
+    value = broadcast_from_rank_0(watched_metric(metrics, schedule.metric, labels), state.mesh)
     if state.mesh.rank == 0:
         run.log.valid({"step": progress.step, **metrics})
     if math.isinf(value):

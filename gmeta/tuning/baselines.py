@@ -101,6 +101,8 @@ def tune_baselines(config: TuneConfig, pack: TaskPack, folder: Path) -> None:
 
     Ranks other than 0 return before factor-analysis, which is computed by rank 0 alone and takes no mesh.
     """
+    if pack.schema.labels:
+        raise ValueError(f"baselines are tuned for one label, and {pack.path} has several: leave --baselines out")
     mesh = open_mesh(config.train.device, config.train.timeout_s)
     try:
         finetuned = None if config.plain_run is None else _tune_finetuning(config, pack, folder, mesh)

@@ -168,13 +168,24 @@ def test_help_prints_its_summary_once(command: str, capsys: pytest.CaptureFixtur
     assert " ".join(capsys.readouterr().out.split()).count(" ".join(summary[:8])) == 1
 
 
+_OF_ONE_LABEL = ("label", "label_threshold", "item_statistics")
+
+
 def test_the_schema_in_the_help_of_prepare_is_one_and_has_every_key() -> None:
     text = (COMMANDS["prepare"].epilog or "").partition("\n\n")[2]
     values = yaml.safe_load(text)
     found = parse_data_schema(values)
     assert found.tables()["item_id"]
-    keys = {field.name for field in fields(DataSchema)} - {"features"} | {"categorical", "multi", "sequence"}
+    keys = {field.name for field in fields(DataSchema)} - {"features", "labels"} | {"categorical", "multi", "sequence"}
     assert set(values) == keys
+    several = {
+        key: value
+        for line in text.splitlines()
+        if "#   label" in line
+        for key, value in yaml.safe_load(line.partition("#")[2]).items()
+    }
+    of_several = parse_data_schema({key: value for key, value in values.items() if key not in _OF_ONE_LABEL} | several)
+    assert [label.weight for label in of_several.labels] == [1.0, 0.5]
     listed = [entry for kind in ("categorical", "multi", "sequence", "numeric") for entry in values[kind]]
     inside = {key for entry in listed if isinstance(entry, dict) for key in entry}
     assert inside == {field.name for kind in (RawFeature, RawNumeric) for field in fields(kind)} - {"kind"}

@@ -13,9 +13,17 @@ from typing import TypeAlias
 
 from gmeta.core.errors import nearest
 from gmeta.data.prepare import encoding_v1, values
-from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value, is_nested, unfit
+from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value, is_nested, label_columns, unfit
 from gmeta.data.prepare.times import time_columns
-from gmeta.data.schema import ENCODING, DataSchema, RawFeature, RawNumeric, RawNumericSequence, Role
+from gmeta.data.schema import (
+    ENCODING,
+    DataSchema,
+    LabelColumn,
+    RawFeature,
+    RawNumeric,
+    RawNumericSequence,
+    Role,
+)
 from gmeta.data.sources import Connection, RawPart, identifier, in_order, literal, scalar
 
 SHOWN_REJECTS = 5
@@ -69,6 +77,7 @@ def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[st
     """
     task, item = (types.get(("role", role), "VARCHAR") for role in ("task", "item"))
     columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
+    columns |= dict.fromkeys(label_columns(schema)[1:], "FLOAT")
     columns |= {} if schema.weight is None else {"weight": "FLOAT"}
     columns |= {"item": item, "partition": "VARCHAR", "is_query": "BOOLEAN"}
     for i, feature in enumerate(schema.features):
@@ -170,7 +179,12 @@ class _Columns:
             column = getattr(self.schema, role)
             if column is None:
                 continue
-            if role == "label":
+            if role == "label" and self.schema.labels:
+                for name, label in zip(label_columns(self.schema), self.schema.labels, strict=True):
+                    add(name, label.name, self._one_of_several(label))
+                none = " AND ".join(f"({found[name]}) IS NULL" for name in label_columns(self.schema))
+                checks.append((column, none, "is missing, as all labels of the row are"))
+            elif role == "label":
                 add(role, column, self._label(column))
             elif role == "weight":
                 add(role, column, self._weight(column))
@@ -282,6 +296,17 @@ class _Columns:
         if found is None:
             raise unfit(self.part, column, "label", "it needs a number")
         return found
+
+    def _one_of_several(self, label: LabelColumn) -> Value:
+        kind = self.part.columns[label.name]
+        found = None if is_nested(kind) else self.rules.number_value(identifier(label.name), kind)
+        if found is None:
+            raise unfit(self.part, label.name, "label", "it needs a number")
+        number, checks = found
+        value = f"CASE WHEN NOT isnan({number}) THEN TRY_CAST({number} AS FLOAT) END"
+        if label.loss == "bce":
+            checks = [*checks, (f"({value}) NOT IN (0, 1)", "is not 0 or 1, which its loss bce needs")]
+        return value, checks
 
     def _weight(self, column: str) -> Value:
         kind = self.part.columns[column]

@@ -33,6 +33,13 @@ def unfit(part: RawPart, column: str, used_as: str, cure: str) -> ValueError:
     return ValueError(f"{part.file}: column {column!r} has type {part.columns[column]}, unfit for {used_as}: {cure}")
 
 
+def label_columns(schema: DataSchema) -> list[str]:
+    """Return the columns of a checked row that hold its labels: `label` alone, or `label`, `y1`, … where there are
+    several, of which a row may lack some (NULL).
+    """
+    return ["label", *(f"y{i}" for i in range(1, len(schema.labels)))]
+
+
 def is_nested(kind: str) -> bool:
     """Tell whether a value of a DuckDB type holds others."""
     return kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gmeta.data.prepare.columns import value_columns
+from gmeta.data.prepare.columns import label_columns, value_columns
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
@@ -132,7 +132,8 @@ def rows_on_both_sides(con: Connection, schema: DataSchema, settings: Settings) 
 
     A log may hold one event twice, or two events that look alike, so that such rows are told of and not refused.
     """
-    columns = ["s.label", "s.time", "s.item", *(f"s.{name}" for name in value_columns(schema))]
+    columns = [*(f"s.{name}" for name in label_columns(schema)), "s.time", "s.item"]
+    columns += [f"s.{name}" for name in value_columns(schema)]
     found = con.execute(f"""
         SELECT count(DISTINCT task_id), sum(rows)::BIGINT, min(key) FROM (
             SELECT t.task_id, min(t.key) AS key, count(*) FILTER (s.is_query) AS rows

@@ -9,7 +9,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmeta.data.prepare.columns import value_columns
+from gmeta.data.prepare.columns import label_columns, value_columns
 from gmeta.data.prepare.cut import choose_rows
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.tasks import ShardJob
@@ -19,7 +19,8 @@ from gmeta.data.sources import Connection, literal
 
 def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path) -> None:
     """Deal the rows of kept tasks to one folder of Parquet files a shard, and drop the checked ones."""
-    columns = ["s.file", "s.row", "s.label", "CAST(t.task_id AS INTEGER) AS task_id"]
+    labels = [f"s.{name}" for name in label_columns(schema)]
+    columns = ["s.file", "s.row", *labels, "CAST(t.task_id AS INTEGER) AS task_id"]
     columns += [f"s.{name}" for name in value_columns(schema)]
     optional = {
         "s.weight": schema.weight is not None,

@@ -231,7 +231,8 @@ class DirectEncoder:
         return None if time is None else np.lexsort((time, code))
 
     def _arrays(self, table: pa.Table, order: Array, *, support: bool) -> dict[str, Array] | None:
-        label = self._label(table[self._schema.label]) if support else np.zeros(len(order), np.float32)
+        several = (len(order), len(self._schema.labels)) if self._schema.labels else len(order)
+        label = self._labels(table) if support else np.zeros(several, np.float32)
         weight, dense = self._weight(table, support=support), self._dense(table)
         if label is None or weight is None or dense is None:
             return None
@@ -353,6 +354,21 @@ class DirectEncoder:
         if values is None or not ((values >= 0) & (values <= FLOAT32_MAX)).all():
             return None
         return values.astype(np.float32)
+
+    def _labels(self, table: pa.Table) -> Array | None:
+        """Return the labels [rows], or [rows, labels] of several, NaN where a row lacks one."""
+        if not self._schema.labels:
+            return self._label(table[self._schema.label])
+        columns = []
+        for label in self._schema.labels:
+            values = _numbers(table[label.name])
+            if values is None or (np.abs(values) > FLOAT32_MAX).any():
+                return None
+            if label.loss == "bce" and not (np.isin(values, (0, 1)) | np.isnan(values)).all():
+                return None
+            columns.append(values.astype(np.float32))
+        found = np.stack(columns, 1)
+        return None if np.isnan(found).all(1).any() else found
 
     def _label(self, column: pa.ChunkedArray) -> Array | None:
         values = _numbers(column)

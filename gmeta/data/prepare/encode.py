@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 
-from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched
+from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched, label_columns
 from gmeta.data.prepare.vocabulary import HashedVocabulary, numeric_values, statistics_join
 from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, RawFeature
 from gmeta.data.sources import Connection, literal, md5_64, scalar
@@ -65,8 +65,12 @@ def encode(
     float32 [rows, F], `<name>.values` and `<name>.offsets` int64 [rows + 1] of every many-valued feature (int32) and
     numeric sequence (float32), and the columns of `relation` named in `more`.
     """
-    tables = list(schema.tables())
-    columns_sql: list[tuple[str, str, str]] = [(name, f"b.{name}", "") for name in more]  # name, value, join
+    tables, labels = list(schema.tables()), label_columns(schema)
+    # name, value, join; a number that a row lacks is NaN
+    columns_sql: list[tuple[str, str, str]] = [
+        (name, f"coalesce(b.{name}, 'nan'::FLOAT)" if schema.labels and name in labels else f"b.{name}", "")
+        for name in more
+    ]
     looked_up = [i for i, f in enumerate(schema.features) if f.kind == "categorical" and f.hash_buckets is None]
     found: dict[str, Array] = {}
     if hashed is None and _in_memory(con, relation, looked_up):
@@ -115,6 +119,12 @@ def _list_numbers(con: Connection, relation: str, index: int, column: NumericSeq
     value = _scaled("ln(1 + b.value)" if column.log else "b.value", column)
     query = f"SELECT {value} AS number FROM ({elements}) b ORDER BY {order}, b.place"
     return np.asarray(con.execute(query).fetchnumpy()["number"], np.float32)
+
+
+def take_labels(schema: DataSchema, arrays: dict[str, Array]) -> Array:
+    """Take the labels out of encoded columns: [rows], or [rows, labels] where there are several."""
+    columns = [arrays.pop(name) for name in label_columns(schema)]
+    return np.stack(columns, 1) if schema.labels else columns[0]
 
 
 def _in_memory(con: Connection, relation: str, features: Sequence[int]) -> bool:

@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, reject_counts
+from gmeta.data.prepare.columns import label_columns
 from gmeta.data.prepare.direct import DirectEncoder
-from gmeta.data.prepare.encode import Array, encode
+from gmeta.data.prepare.encode import Array, encode, take_labels
 from gmeta.data.prepare.vocabulary import HashedVocabulary, load_vocabularies, vocabulary_files
 from gmeta.data.schema import ENCODING, DataSchema, PackSchema, Role, data_schema_from_json
 from gmeta.data.sources import Connection, RawPart, confine, described, find_files, only_file, open_file, reading
@@ -128,15 +129,17 @@ class Encoder:
         tasks = con.execute("""
             SELECT task, min(pos) AS row_start, count(*) FILTER (file = 0) AS num_support
             FROM placed GROUP BY task ORDER BY row_start""").fetchnumpy()
-        of_rows = ["coalesce(b.label, 0) AS label", "CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row"]
+        missing = "CASE b.file WHEN 0 THEN 'nan'::FLOAT ELSE 0 END" if self._schema.labels else "0"
+        of_rows = [f"coalesce(b.{name}, {missing}) AS {name}" for name in label_columns(self._schema)]
+        of_rows.append("CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row")
         of_rows += [] if self._schema.weight is None else ["coalesce(b.weight, 1) AS weight"]
         rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
         with self._lock:
             vocabularies = self._vocabularies
         arrays = encode(con, "placed", self._schema, self._pack_schema, order="b.pos", hashed=vocabularies)
         arrays |= {
-            "label": rows["label"].astype(np.float32),
-            "item_cold": np.zeros(len(rows["label"]), np.uint8),
+            "label": take_labels(self._schema, rows).astype(np.float32),
+            "item_cold": np.zeros(len(rows["query_row"]), np.uint8),
             "task_id": np.arange(len(tasks["task"]), dtype=np.int64),
             "row_start": tasks["row_start"].astype(np.int64),
             "num_support": tasks["num_support"].astype(np.int32),

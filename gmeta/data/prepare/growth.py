@@ -73,8 +73,10 @@ def grow(
         _add_statistics(con, vocabulary_file(vocabularies, ITEM_STATISTICS), with_item, kept)
     if schema.item is not None:
         con.execute(f"CREATE TABLE seen_items AS {_seen_items(schema, with_item)}")
-    if before.binary_label and not scalar(
-        con, f"SELECT bool_and(label IN (0, 1)) FROM {dealt(schema, scratch, shards)}"
+    if (
+        before.binary_label
+        and not schema.labels
+        and not scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {dealt(schema, scratch, shards)}")
     ):
         raise ValueError(
             f"label {schema.label!r} has values other than 0 and 1, which the base's are: a model of clicks cannot go "

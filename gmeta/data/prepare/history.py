@@ -282,8 +282,8 @@ def _table(
 
 
 def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Array]:
-    columns = {name: pa.array(rows[name]) for name in _FLAT if name in rows}
-    for name in ("ids", "dense"):
+    columns = {name: pa.array(rows[name]) for name in _FLAT if name in rows and rows[name].ndim == 1}
+    for name in ("ids", "dense", *(["label"] if schema.labels else [])):
         if width := rows[name].shape[1]:
             ends = pa.array(np.arange(0, rows[name].size + 1, width, dtype=np.int32))
             columns[name] = pa.ListArray.from_arrays(ends, pa.array(rows[name].reshape(-1)))
@@ -295,8 +295,10 @@ def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Arra
 
 def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> dict[str, Array]:
     """Return the rows of a table of the history as a shard has them; ids of tombstones are out of vocabulary."""
-    rows = {name: table[name].to_numpy() for name in _FLAT if name in table.column_names}
-    for name, width, kind in (("ids", len(one_valued(schema)), np.int32), ("dense", len(schema.numeric), np.float32)):
+    flat_columns = [name for name in _FLAT if name in table.column_names and not (schema.labels and name == "label")]
+    rows = {name: table[name].to_numpy() for name in flat_columns}
+    lists = [("ids", len(one_valued(schema)), np.int32), ("dense", len(schema.numeric), np.float32)]
+    for name, width, kind in lists + [("label", len(schema.labels), np.float32)] * bool(schema.labels):
         flat = table[name].combine_chunks().flatten().to_numpy() if width else np.empty(0, kind)
         rows[name] = flat.astype(kind).reshape(len(table), width)  # a copy, which may be written to
     for column, name in enumerate(one_valued(schema)):

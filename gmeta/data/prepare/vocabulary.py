@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmeta.data.identity import vocabulary_file
-from gmeta.data.prepare.columns import batched
+from gmeta.data.prepare.columns import batched, label_columns
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.summary import Report
 from gmeta.data.prepare.tasks import FOLDS, ShardJob
@@ -69,7 +69,9 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         ),
         numeric=_numeric_columns(con, schema, with_item if schema.item_statistics else train),
         label=schema.label,
-        binary_label=scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {dealt(schema, scratch, shards)}"),
+        binary_label=schema.labels[0].loss == "bce"
+        if schema.labels
+        else scalar(con, f"SELECT bool_and(label IN (0, 1)) FROM {dealt(schema, scratch, shards)}"),
         task=schema.task,
         item=schema.item,
         time=schema.time,
@@ -77,6 +79,10 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         weight=schema.weight,
         scenario=schema.scenario,
         numeric_sequence=_numeric_sequences(con, schema, train),
+        labels=tuple(
+            replace(label, mean=mean_label(con, train, name))
+            for name, label in zip(label_columns(schema), schema.labels, strict=False)
+        ),
     )
 
 
@@ -130,10 +136,10 @@ def _make_vocabulary(con: Connection, raw: RawTable) -> int:
     return int(size)
 
 
-def mean_label(con: Connection, train: str) -> float:
+def mean_label(con: Connection, train: str, label: str = "label") -> float:
     """Return the mean training label, the same bits whatever order the rows come in."""
-    scale = label_scale(con, train)
-    query = f"SELECT {exact_sum('CAST(label AS DOUBLE)', scale)}, count(*) FROM {train}"
+    scale = label_scale(con, train, label)
+    query = f"SELECT {exact_sum(f'CAST({label} AS DOUBLE)', scale)}, count({label}) FROM {train}"
     total, count = con.execute(query).fetchall()[0]
     return float(total or 0) / scale / max(int(count), 1)
 
@@ -150,9 +156,9 @@ def _item_statistics(con: Connection, train: str) -> None:
                     UNION ALL SELECT NULL, {sums}""")
 
 
-def label_scale(con: Connection, train: str) -> float:
+def label_scale(con: Connection, train: str, label: str = "label") -> float:
     """Return the power of two by which labels become integers whose sums are exact."""
-    return _fixed_point(float(scalar(con, f"SELECT max(abs(CAST(label AS DOUBLE))) FROM {train}") or 0.0))
+    return _fixed_point(float(scalar(con, f"SELECT max(abs(CAST({label} AS DOUBLE))) FROM {train}") or 0.0))
 
 
 def _fixed_point(largest: float | None) -> float:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from gmeta.data.identity import vocabulary_file
 from gmeta.data.pack import SPLITS, PackWriter
+from gmeta.data.prepare.columns import label_columns
 from gmeta.data.prepare.deal import dealt, item_vocabulary
-from gmeta.data.prepare.encode import encode
+from gmeta.data.prepare.encode import encode, take_labels
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report, split_summary
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob
@@ -110,12 +111,13 @@ def _shard_arrays(
     known = item_vocabulary(schema) is not None
     dealt_rows = dealt(schema, scratch, [shard], item=schema.item_statistics or not known)
     rows, order = _in_order(con, dealt_rows, settings)
-    more = ["label"] + ["weight"] * (schema.weight is not None) + ["time"] * (schema.time is not None)
+    more = label_columns(schema) + ["weight"] * (schema.weight is not None) + ["time"] * (schema.time is not None)
     if schema.item is not None and not known:
         rows = f"""(SELECT r.*, CAST(i.value IS NULL AS UTINYINT) AS item_cold
                     FROM {rows} r LEFT JOIN seen_items i ON i.value = r.item)"""
         more.append("item_cold")
     arrays = encode(con, rows, schema, pack_schema, order, more)
+    arrays["label"] = take_labels(schema, arrays)
     if known:
         one_valued = [f.name for f in schema.features if f.kind == "categorical"]
         arrays["item_cold"] = (arrays["ids"][:, one_valued.index(str(schema.item))] == OOV).astype(np.uint8)
