@@ -7,7 +7,7 @@ U fetched rows, d embedding dimension. Padding is marked by `mask`; padded ids a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar
 
@@ -16,13 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Pooling = Literal["sum", "mean"]
+Pooling = Literal["sum", "mean", "none"]
 _T = TypeVar("_T")
+
+
+def mask_of(sequence: str) -> str:
+    """Return under which name a model finds the mask of a sequence that is not pooled."""
+    return f"{sequence}.mask"
 
 
 @dataclass(frozen=True, slots=True)
 class Bag:
-    """The values of a many-valued feature. An empty bag pools to the zero vector. Sequences keep their order."""
+    """The values of a many-valued feature. An empty bag pools to the zero vector. Sequences keep their order, and those
+    that are not pooled are padded where they are read.
+    """
 
     values: Tensor  # int64 [N], example after example, task after task
     lengths: Tensor  # int64 [T, S], 0 on padding; sums to N
@@ -40,6 +47,8 @@ class Examples:
     row: Tensor  # int64 [T, S], position of the example in its split of the pack, -1 on padding
     item_cold: Tensor  # bool [T, S], item never seen in a training task; False where unknown
     weight: Tensor | None = None  # float32 [T, S], how much the example counts, 0 on padding; None: all count alike
+    given: dict[str, Tensor] = field(default_factory=dict)
+    """What a model reads as it is, by name, [T, S, ...], zeros on padding. A batch in parts has it in these alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +114,12 @@ class Lookup:
     table: str  # name of the fused table, a key of EmbeddedRows.weights
     index: Tensor  # int64, positions among the rows fetched from the table: [T, S], or [N] for a bag
     lengths: Tensor | None = None  # int64 [T, S] for a bag, None for a one-valued feature
-    pooling: Pooling = "mean"
+    pooling: Pooling = "mean"  # none: a model gets all values of a bag, in their order
+
+    @property
+    def is_sequence(self) -> bool:
+        """Say whether a model reads a vector for each value, and not one for the example."""
+        return self.lengths is not None and self.pooling == "none"
 
 
 @dataclass(frozen=True, slots=True)

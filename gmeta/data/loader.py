@@ -30,7 +30,7 @@ MAX_CELLS = 1 << 20
 """Padded rows, support and query together, that a rank computes at once in training and evaluation.
 
 Only batches with a very long task have more: 64 tasks reach it where one has 16,000 rows. A step holds some kilobytes
-a row.
+a row, and of each value of a sequence that is not pooled, which counts as a row.
 """
 
 
@@ -67,7 +67,8 @@ class TaskLoader(Generic[_T]):
 
     `replay` has tasks of an older pack, and which share of each epoch they are (see `Replay`); needs `shuffle`.
 
-    `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them. Without
+    `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them, and times
+    what the longest row counts where sequences are not pooled (`PackSplit.cells_per_row`). Without
     `shuffle` the pass is then in an order that pads little, and batches may have fewer tasks: `batches_of_pass`. With
     `shuffle` the tasks of a batch are given, and a rank that would exceed the bound gets them as several micro-batches
     (`TaskBatch.parts`); `ends_within` says where the cuts are. One task alone may still exceed the bound.
@@ -307,7 +308,11 @@ class TaskLoader(Generic[_T]):
             return tuple(ends)
         parts = ((a, at[a:b]) for a, b in pairwise((0, *ends)))
         cells = self._max_cells
-        return tuple(a + end for a, part in parts for end in ends_within(part.num_support, part.num_query, cells))
+        return tuple(
+            a + end
+            for a, part in parts
+            for end in ends_within(part.num_support, part.num_query, self._split.cells_per_row(part), cells)
+        )
 
     def _count(self, split: PackSplit) -> int:
         """Count the tasks of the first so many of the loader's split, or their episodes."""
@@ -328,7 +333,9 @@ class TaskLoader(Generic[_T]):
         tasks, size = np.arange(self.num_tasks), self._tasks_per_batch
         if self._max_cells is None:
             return np.split(tasks, range(size, self.num_tasks, size)) if self.num_tasks else []
-        return batches_of_pass(*self._sizes(tasks, 0), size, self._max_cells, self._window_batches)
+        at = self._locate(tasks, 0)
+        sizes = at.num_support, at.num_query, self._split.cells_per_row(at)
+        return batches_of_pass(*sizes, size, self._max_cells, self._window_batches)
 
     def _tasks(self, epoch: int, index: int) -> tuple[Tasks, TaskRows]:
         """Return the tasks of the global batch. They are located once a window: it costs a look-up in every shard."""

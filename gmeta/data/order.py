@@ -32,38 +32,47 @@ def num_batches(num_tasks: int, tasks_per_batch: int) -> int:
 
 
 def batches_of_pass(
-    num_support: Tasks, num_query: Tasks, tasks_per_batch: int, max_cells: int, window_batches: int
+    num_support: Tasks,
+    num_query: Tasks,
+    cells_per_row: Tasks,
+    tasks_per_batch: int,
+    max_cells: int,
+    window_batches: int,
 ) -> list[Tasks]:
     """Cut a pass over all tasks (evaluation) into batches with little padding, positions in the split.
 
-    Sizes are int64 [num_tasks]. Windows of consecutive tasks, so that reads stay near-sequential, are bucketed by size
-    as in training. Each bucket, in ascending order of rows, is cut where that is worth a batch: `cheapest_ends`.
+    Sizes and `cells_per_row`, as `cheapest_ends` takes them, are int64 [num_tasks]. Windows of consecutive tasks, so
+    that reads stay near-sequential, are bucketed by size as in training. Each bucket, in ascending order of rows, is
+    cut where that is worth a batch: `cheapest_ends`.
     """
     batches: list[Tasks] = []
     length = tasks_per_batch * window_batches
     for start in range(0, len(num_support), length):
-        support, query = num_support[start : start + length], num_query[start : start + length]
+        part = slice(start, start + length)
+        support, query, cells = num_support[part], num_query[part], cells_per_row[part]
         for members in bucket_by_size(support, query, tasks_per_batch):
             tasks = members[np.argsort((support + query)[members], kind="stable")]
-            ends = cheapest_ends(support[tasks], query[tasks], max_cells)
+            ends = cheapest_ends(support[tasks], query[tasks], cells[tasks], max_cells)
             batches += np.split(start + tasks, ends[:-1])
     return batches
 
 
-def cheapest_ends(num_support: Tasks, num_query: Tasks, max_cells: int) -> tuple[int, ...]:
+def cheapest_ends(num_support: Tasks, num_query: Tasks, cells_per_row: Tasks, max_cells: int) -> tuple[int, ...]:
     """Cut consecutive tasks into parts that are padded on their own, at least cost; returns where each part ends.
 
-    A part costs its cells, tasks times (longest support + longest query), and `PART_CELLS` besides. It has at most
-    `max_cells` cells, but for a task that alone has more. So padding is at most `PART_CELLS` a task.
+    A part costs its cells, tasks times (longest support + longest query) times what its longest row counts, and
+    `PART_CELLS` besides. `cells_per_row` [num_tasks] is what `PackSplit.cells_per_row` gives: 1 without sequences. A
+    part has at most `max_cells` cells, but for a task that alone has more. So padding is at most `PART_CELLS` a task.
     """
     num_tasks = len(num_support)
-    cells = num_tasks * int(num_support.max(initial=0) + num_query.max(initial=0))
-    if cells <= max_cells and cells - int(num_support.sum() + num_query.sum()) <= PART_CELLS:
+    cells = num_tasks * int(num_support.max(initial=0) + num_query.max(initial=0)) * int(cells_per_row.max(initial=1))
+    if cells <= max_cells and cells - int(((num_support + num_query) * cells_per_row).sum()) <= PART_CELLS:
         return (num_tasks,)
     best, begin = np.zeros(num_tasks + 1), np.zeros(num_tasks + 1, np.int64)  # of the first so many tasks
     for end in range(1, num_tasks + 1):
-        support, query = (np.maximum.accumulate(side[:end][::-1]) for side in (num_support, num_query))
-        of_part = np.arange(1, end + 1) * (support + query)  # of the last 1, 2, … of them
+        sizes = (num_support, num_query, cells_per_row)
+        support, query, row = (np.maximum.accumulate(size[:end][::-1]) for size in sizes)
+        of_part = np.arange(1, end + 1) * (support + query) * row  # of the last 1, 2, … of them
         cost = best[:end][::-1] + of_part + PART_CELLS
         cost[1:][of_part[1:] > max_cells] = np.inf
         size = int(cost.argmin())
@@ -74,23 +83,25 @@ def cheapest_ends(num_support: Tasks, num_query: Tasks, max_cells: int) -> tuple
     return tuple(reversed(ends))
 
 
-def ends_within(num_support: Tasks, num_query: Tasks, max_cells: int | None) -> tuple[int, ...]:
+def ends_within(num_support: Tasks, num_query: Tasks, cells_per_row: Tasks, max_cells: int | None) -> tuple[int, ...]:
     """Cut consecutive tasks into parts that are padded on their own; returns where each part ends.
 
-    Together they are padded to the longest support and the longest query. There is one part where that is no more than
-    `max_cells` cells. Otherwise parts have at most a quarter of that each: one task is then far longer than its
-    neighbours, and must not pad as many of them as still fit. A task that alone has more is a part of its own.
+    Together they are padded to the longest support, the longest query and the longest row; cells are those of
+    `cheapest_ends`. There is one part where that is no more than `max_cells` of them. Otherwise parts have at most a
+    quarter of that each: one task is then far longer than its neighbours, and must not pad as many of them as still
+    fit. A task that alone has more is a part of its own.
     """
     num_tasks = len(num_support)
-    if max_cells is None or num_tasks * int(num_support.max(initial=0) + num_query.max(initial=0)) <= max_cells:
+    rows = int(num_support.max(initial=0) + num_query.max(initial=0))
+    if max_cells is None or num_tasks * rows * int(cells_per_row.max(initial=1)) <= max_cells:
         return (num_tasks,)
     ends: list[int] = []
-    start = support = query = 0
-    for i, (s, q) in enumerate(zip(num_support.tolist(), num_query.tolist(), strict=True)):
-        support, query = max(support, s), max(query, q)
-        if i > start and (i + 1 - start) * (support + query) > max_cells // 4:
+    start = support = query = row = 0
+    for i, (s, q, r) in enumerate(zip(num_support.tolist(), num_query.tolist(), cells_per_row.tolist(), strict=True)):
+        support, query, row = max(support, s), max(query, q), max(row, r)
+        if i > start and (i + 1 - start) * (support + query) * row > max_cells // 4:
             ends.append(i)
-            start, support, query = i, s, q
+            start, support, query, row = i, s, q, r
     return (*ends, num_tasks)
 
 

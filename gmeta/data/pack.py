@@ -38,6 +38,7 @@ from gmeta.data.shards import (
     many_valued,
     one_valued,
     open_shard,
+    ragged,
     shard_layout,
     verified_file,
 )
@@ -250,13 +251,13 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def save_file(arrays: Mapping[str, Array], path: Path) -> str:
+def save_file(arrays: Mapping[str, Array], path: Path, metadata: Mapping[str, str] | None = None) -> str:
     """Write and sync a safetensors file, the same bytes as its library would; returns its checksum.
 
     The library copies every array before it writes, and the checksum would take another pass over the file.
     """
     names = sorted(arrays, key=lambda name: (list(SAFETENSORS_DTYPE).index(arrays[name].dtype.name), name))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         array, start = arrays[name], end
@@ -299,14 +300,19 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
     _check_tasks(arrays)
     for column, name in enumerate(one_valued(schema)):
         _check_range(name, arrays["ids"][:, column], schema.feature(name).num_ids)
-    for name in many_valued(schema):
+    for name in ragged(schema):
         values, offsets = arrays[f"{name}.values"], arrays[f"{name}.offsets"]
         if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise ValueError(f"{name}.offsets must rise from 0 to the number of values, {len(values)}")
-        _check_range(name, values, schema.feature(name).num_ids)
+    for name in many_valued(schema):
+        _check_range(name, arrays[f"{name}.values"], schema.feature(name).num_ids)
+    aligned = [(f.name, f.aligned) for f in schema.features if f.aligned is not None]
+    for name, other in (*aligned, *((c.name, c.aligned) for c in schema.numeric_sequence)):
+        if not np.array_equal(arrays[f"{name}.offsets"], arrays[f"{other}.offsets"]):
+            raise ValueError(f"{name} has not as many values in every row as {other}")
     _check_range("item_cold", arrays["item_cold"], 2)
     checked = ["dense", *["weight"] * (schema.weight is not None), *["label"] * (not schema.labels)]
-    for name in sorted(checked):
+    for name in (*sorted(checked), *(f"{column.name}.values" for column in schema.numeric_sequence)):
         if not np.isfinite(arrays[name]).all():
             bad = ~np.isfinite(arrays[name])
             raise ValueError(f"{name} is {arrays[name][bad][0]} in row {np.argwhere(bad)[0, 0]}: must be finite")

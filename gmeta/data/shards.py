@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples
+from gmeta.core.batch import Bag, Examples, mask_of
 from gmeta.data.order import keyed_hash
 from gmeta.data.schema import PackSchema
 
@@ -47,8 +47,8 @@ def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[s
         layout["time"] = ("int64", (rows,))
     if schema.weight is not None:
         layout["weight"] = ("float32", (rows,))
-    for name in many_valued(schema):
-        layout[f"{name}.values"] = ("int32", (None,))
+    for name, dtype in ragged(schema).items():
+        layout[f"{name}.values"] = (dtype, (None,))
         layout[f"{name}.offsets"] = ("int64", (rows + 1,))
     return layout
 
@@ -61,6 +61,13 @@ def one_valued(schema: PackSchema) -> tuple[str, ...]:
 def many_valued(schema: PackSchema) -> tuple[str, ...]:
     """Return the features that are stored as `<name>.values` and `<name>.offsets`."""
     return tuple(f.name for f in schema.features if f.kind != "categorical")
+
+
+def ragged(schema: PackSchema) -> dict[str, str]:
+    """Return name -> numpy dtype of what is stored as `<name>.values` and `<name>.offsets`: many-valued features, and
+    numeric sequences.
+    """
+    return {**dict.fromkeys(many_valued(schema), "int32"), **{c.name: "float32" for c in schema.numeric_sequence}}
 
 
 def checksum_file(path: Path) -> str:
@@ -204,6 +211,7 @@ class PackSplit:
         self._schema = schema
         self._one_valued = one_valued(schema)
         self._many_valued = many_valued(schema)
+        self._sequences = tuple(f.name for f in schema.features if f.pooling == "none")
         self._task_bounds = np.cumsum([0, *(shard.num_tasks for shard in shards)])
         self._row_bounds = np.cumsum([0, *(shard.num_rows for shard in shards)])
         self.num_tasks = int(self._task_bounds[-1])
@@ -319,7 +327,7 @@ class PackSplit:
         arrays = {name: shard.read(name)[rows] for name in stored if name in shard.arrays}
         arrays |= {name: shard.read(name)[tasks] for name in ("task_id", "num_support")}
         arrays["row_start"] = np.cumsum(size[tasks]) - size[tasks]
-        for name in self._many_valued:
+        for name in ragged(self._schema):
             offsets = shard.read(f"{name}.offsets")
             length = offsets[rows + 1] - offsets[rows]
             arrays[f"{name}.values"] = shard.read(f"{name}.values")[_ranges(offsets[rows], length)]
@@ -349,6 +357,22 @@ class PackSplit:
             rows[here] = end - row_start[local]
         return TaskRows(task_id, shard_of, start, support, rows)
 
+    def cells_per_row(self, at: TaskRows) -> Array:
+        """Return what a padded row of each task counts, int64 [T]: 1, and one more for each value of its longest row in
+        sequences that are not pooled, since a model holds a vector of each.
+        """
+        cells = np.ones(len(at), np.int64)
+        for name in self._sequences:
+            for index in np.unique(at.shard):
+                here = np.flatnonzero((at.shard == index) & (at.num_rows > 0))
+                if not len(here):
+                    continue
+                offsets = self._shards[index].read(f"{name}.offsets")
+                rows = _ranges(at.start[here] - self._row_bounds[index], at.num_rows[here])
+                first = np.cumsum(at.num_rows[here]) - at.num_rows[here]
+                cells[here] += np.maximum.reduceat(offsets[rows + 1] - offsets[rows], first)
+        return cells
+
     def rows_apart(self, rows: Array) -> TaskRows:
         """Return rows of the split, int64 [n], as tasks that have one of them as their query each."""
         shard = np.searchsorted(self._row_bounds, rows, side="right") - 1
@@ -374,6 +398,7 @@ class PackSplit:
         ids, dense, label, item_cold = (cells.column(name) for name in ("ids", "dense", "label", "item_cold"))
         bags = {name: cells.bag(name) for name in self._many_valued}
         weight = None if self._schema.weight is None else cells.column("weight")
+        numbers = {column.name: cells.bag(column.name) for column in self._schema.numeric_sequence}
 
         def side(rows: Array, columns: slice) -> Examples:
             by_feature = torch.from_numpy(ids[:, columns].transpose(2, 0, 1).astype(np.int64, order="C"))
@@ -386,6 +411,7 @@ class PackSplit:
                 row=torch.from_numpy(rows),
                 item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
                 weight=None if weight is None else torch.from_numpy(weight[:, columns].copy()),
+                given=_padded({name: bag.cut(columns) for name, bag in numbers.items()}),
             )
 
         S = support_row.shape[1]
@@ -464,7 +490,23 @@ class _Bags:
         """Return the bag of one side."""
         length = np.ascontiguousarray(self.length[:, columns])
         values = self.values[_ranges(self.first[:, columns].reshape(-1), length.reshape(-1))]
-        return Bag(torch.from_numpy(values.astype(np.int64)), torch.from_numpy(length))
+        kind = np.int64 if values.dtype.kind == "i" else values.dtype
+        return Bag(torch.from_numpy(values.astype(kind)), torch.from_numpy(length))
+
+
+def _padded(bags: Mapping[str, Bag]) -> dict[str, Tensor]:
+    """Return numbers [T, S, L, 1] of each bag, zeros behind its values, and a mask bool [T, S, L], true for these.
+
+    L is the longest of the side, and at least 1, as for the sequences that they are aligned with.
+    """
+    given: dict[str, Tensor] = {}
+    for name, bag in bags.items():
+        longest = max(1, int(bag.lengths.max()) if bag.lengths.numel() else 1)
+        mask = torch.arange(longest) < bag.lengths.unsqueeze(-1)
+        numbers = bag.values.new_zeros(*mask.shape)
+        numbers[mask] = bag.values
+        given |= {name: numbers.unsqueeze(-1), mask_of(name): mask}
+    return given
 
 
 def _ranges(first: Array, length: Array) -> Array:

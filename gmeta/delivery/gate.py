@@ -50,6 +50,9 @@ FORMAT, VERSION = "gmeta-gate", 1
 HELD_OUT: tuple[Literal["test", "valid"], ...] = ("test", "valid")
 """Splits whose tasks no training has seen; the first that a pack has is judged on."""
 
+Earlier = tuple[dict[str, dict[str, Any]], str]
+"""What a version scored on a day before its candidate's, by slice, and words that say where that is from."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -121,8 +124,12 @@ def gate(config: GateConfig) -> int:
     return EXIT_REFUSED
 
 
-def judge(config: GateConfig) -> Verdict:
+def judge(config: GateConfig, before: Earlier | None = None) -> Verdict:
     """Judge a candidate; rank 0 prints the rules and writes verdict.json and verdict.html.
+
+    Args:
+        config: settings of `gmeta gate`.
+        before: what the current version scored on a day before, where that is known better than its manifest says it.
 
     Raises:
         ValueError: a version or a pack is missing or damaged; the pack's columns mean something else to one of them;
@@ -130,12 +137,12 @@ def judge(config: GateConfig) -> Verdict:
     """
     mesh = open_mesh(config.device, config.timeout_s)
     try:
-        return judge_on(mesh, config)
+        return judge_on(mesh, config, before)
     finally:
         close_mesh(mesh)
 
 
-def judge_on(mesh: Mesh, config: GateConfig) -> Verdict:
+def judge_on(mesh: Mesh, config: GateConfig, before: Earlier | None = None) -> Verdict:
     """`judge` on a mesh that is open; collective."""
     candidate, current = Path(config.candidate), Path(config.current)
     pack = open_pack(config.pack)
@@ -150,7 +157,7 @@ def judge_on(mesh: Mesh, config: GateConfig) -> Verdict:
     on_rank_0(lambda: make_folder("out", config.out), mesh)
     theirs = _score(mesh, config, current, [days[current], *earlier])
     ours = _score(mesh, config, candidate, [days[candidate]])
-    document = on_rank_0(lambda: _verdict(config, rules, ours[0], theirs, binary), mesh) or {}
+    document = on_rank_0(lambda: _verdict(config, rules, ours[0], theirs, binary, before), mesh) or {}
     # the others wait until the verdict is written: a launcher ends all when one ends with a code
     passed = broadcast_from_rank_0(float(document.get("passed", False)), mesh)
     return Verdict(bool(passed), document)
@@ -204,7 +211,12 @@ def _score(mesh: Mesh, config: GateConfig, source: Path, days: Sequence[_Day]) -
 
 
 def _measure(
-    config: GateConfig, ours: _Scored, theirs: Sequence[_Scored], binary: bool, scenarios: Sequence[str]
+    config: GateConfig,
+    ours: _Scored,
+    theirs: Sequence[_Scored],
+    binary: bool,
+    known: Earlier | None,
+    scenarios: Sequence[str],
 ) -> Measured:
     """Measure what the rules look at, the slices of `scenarios` too; `theirs` has what the current version scored, on
     the day and on one before.
@@ -216,7 +228,7 @@ def _measure(
         raise ValueError(f"{config.pack} has no query rows in split {ours.day.split.name}: prepare it with some")
     not_finite = {CANDIDATE: ours.not_finite(), CURRENT: current.not_finite()}
     finite = not any(not_finite.values())
-    before, before_from = _before(config, earlier, binary)
+    before, before_from = _before(config, earlier, binary, known)
     usual = (before or {}).get("all", {}).get("label_mean") or read_schema(Path(config.current))[0].label_mean or None
     return Measured(
         tasks=len(np.unique(scores.task)),
@@ -296,11 +308,13 @@ def _own_metrics(config: GateConfig, scored: _Scored, binary: bool) -> dict[str,
 
 
 def _before(
-    config: GateConfig, earlier: Sequence[_Scored], binary: bool
+    config: GateConfig, earlier: Sequence[_Scored], binary: bool, known: Earlier | None
 ) -> tuple[dict[str, dict[str, Any]] | None, str]:
     """Return what the current version scored on a day before, with where it is from; None where nobody knows."""
     if earlier and len(earlier[0].scores.row) and not earlier[0].not_finite():
         return _own_metrics(config, earlier[0], binary), f"on {config.previous_pack}"
+    if known is not None:
+        return known
     current = Path(config.current)
     if is_bundle(current):
         recorded = read_manifest(current).get("metrics")
@@ -360,10 +374,15 @@ def _unknown_shares(ours: _Scored, theirs: _Scored) -> dict[str, dict[str, float
 
 
 def _verdict(
-    config: GateConfig, rules: Sequence[tuple[str, Rule]], ours: _Scored, theirs: Sequence[_Scored], binary: bool
+    config: GateConfig,
+    rules: Sequence[tuple[str, Rule]],
+    ours: _Scored,
+    theirs: Sequence[_Scored],
+    binary: bool,
+    before: Earlier | None,
 ) -> Json:
     """Apply the rules, write the verdict and print it; returns the content of verdict.json."""
-    measured = _measure(config, ours, theirs, binary, scenarios_named(rules))
+    measured = _measure(config, ours, theirs, binary, before, scenarios_named(rules))
     outcomes = apply_rules(rules, measured)
     pack, evaluation = ours.day.pack, measured.evaluation
     keys = ("label_mean", "usual_label_mean", "numeric", "unknown", "current_now", "current_before", "before_from")

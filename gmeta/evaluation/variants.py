@@ -95,8 +95,10 @@ def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) ->
     Raises ValueError where the model has no such part.
     """
     meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
-    of_plain = plain.learner
-    learner = build_learner(of_plain.model, trained, meta, of_plain.features, plain.num_numeric, of_plain.labels)
+    own = plain.learner
+    learner = build_learner(
+        own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors, own.labels
+    )
     return learner.to(plain.mesh.device, plain.dtype)
 
 

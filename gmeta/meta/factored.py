@@ -57,7 +57,7 @@ def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherP
     shared = shared_rows(rows, plan)
     modulation: dict[str, Modulated] = {}
     if inner.modulator is not None:
-        embedded = Embedded(shared, plan, (num_tasks, length))
+        embedded = Embedded(shared, plan, (num_tasks, length), support.given)
         with Intercept(embedded):
             modulation = inner.modulation(support.dense, embedded.features, support.label, support.mask)
         # An alias: the inner loop differentiates by these rows, but not through what made the modulation.
@@ -173,7 +173,7 @@ def _forward(
     if inner.keys is not None:
         make_keys = partial(inner.keys, pass_number, torch.arange(length, device=examples.mask.device))
     taped = AdaptedPass(inner.model, inner.adapted.parameters, fast, (tasks, length))
-    embedded = Embedded(values, plan, (tasks, length))
+    embedded = Embedded(values, plan, (tasks, length), examples.given)
     with Intercept(taped, embedded, SeededDropout(make_keys)):
         logits = inner.model(examples.dense, embedded.features)
     taped.finish()

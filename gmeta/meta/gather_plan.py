@@ -5,13 +5,15 @@ A task that adapts a row does not copy it: as with linear layers, it reads the s
 support does not hold have no pair and stay E0. All adapted features that share a row share its pair; a feature
 that is not adapted reads E0, also where it shares a row with an adapted one.
 
-Looked-up values lie as [examples, features, d], so that what a model concatenates is a view (`gmeta.meta.views`).
+Looked-up values lie as [examples, slots, d], so that what a model concatenates is a view (`gmeta.meta.views`). A
+feature has one slot. A sequence that is not pooled has L, as many as the longest of the side has values, and at least
+one. A slot beyond an example's values reads nothing: it holds zeros, and no gradient leaves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,28 +28,33 @@ from gmeta.core.selection import Ints, Selection, product, select, sort_keys
 class GatherPlan:
     """How the n examples of one side, support or query, read the fetched rows. For each table of rows:
 
-    F features that read it, U fetched rows, P pairs. Tables whose rows no task adapts have neither reads nor pairs.
+    W slots that read it, U fetched rows, P pairs. Tables whose rows no task adapts have neither reads nor pairs.
     """
 
-    features: dict[str, tuple[str, ...]]  # table -> its features, in the order in which their values lie
-    lookups: dict[str, Selection]  # table -> [n * F, U]
-    reads: dict[str, Selection]  # table -> [n * F, P], which pair's change each entry reads
+    features: dict[str, tuple[str, ...]]  # table -> its features, in the order in which their slots lie: sequences last
+    lookups: dict[str, Selection]  # table -> [n * W, U]
+    reads: dict[str, Selection]  # table -> [n * W, P], which pair's change each entry reads
     pairs: dict[str, Tensor]  # table -> int64 [P, 2]: position of the task, row
+    masks: dict[str, Tensor] = field(default_factory=dict)  # sequence -> bool [n, L], which slots hold a value
+
+    def slots(self, names: Sequence[str]) -> list[int]:
+        """Return how many slots each feature has."""
+        return [self.masks[name].shape[1] if name in self.masks else 1 for name in names]
 
 
 @dataclass(frozen=True, slots=True)
 class _Entries:
-    """Entries of all features of a table on one side, example after example."""
+    """Entries of all slots of a table on one side, example after example."""
 
     columns: Ints  # [E]
-    lengths: Ints | None  # [n * F]; None: one each
+    lengths: Ints | None  # [n * W]; None: one each
     weights: NDArray[np.float64] | None  # [E]; None: all one
     task: Ints  # [E]
     adapted: NDArray[np.bool_] | None  # [E]; None: all
 
     @property
     def rows(self) -> Ints:
-        """Return which of the n * F looked-up values each entry belongs to, [E]."""
+        """Return which of the n * W looked-up values each entry belongs to, [E]."""
         return np.arange(len(self.columns)) if self.lengths is None else _repeat(self.lengths)
 
 
@@ -90,6 +97,7 @@ def plan_query(
     for table, names, flags in _tables(query, features, adapted):
         side = _entries([query[name] for name in names], flags)
         plan.features[table], plan.lookups[table] = names, _selection(side, num_rows[table])
+        plan.masks.update(_masks(query, names))
         if table in pairs:
             plan.reads[table] = _known_pairs(side, num_rows[table], pairs[table].cpu().numpy())
             plan.pairs[table] = pairs[table]
@@ -104,8 +112,11 @@ def plan_together(
     """
     plan = GatherPlan({}, {}, {}, {})
     for table, names, flags in _tables(support, features, ()):
-        sides = [_entries([side[name] for name in names], flags) for side in (support, query)]
+        longest = {name: max(_longest(side[name]) for side in (support, query)) for name in names}
+        sides = [_entries([side[name] for name in names], flags, longest.values()) for side in (support, query)]
         plan.features[table], plan.lookups[table] = names, _selection(_joined(*sides), num_rows[table])
+        masks = [_masks(side, names, longest) for side in (support, query)]
+        plan.masks.update({name: torch.cat([mask[name] for mask in masks]) for name in masks[0]})
     return plan
 
 
@@ -123,7 +134,8 @@ def _tables(
 ) -> Iterator[tuple[str, tuple[str, ...], NDArray[np.bool_]]]:
     """Yield each fused table, the features that read it, and which of those are adapted."""
     for table in dict.fromkeys(lookups[name].table for name in features):
-        names = tuple(name for name in features if lookups[name].table == table)
+        of_table = [name for name in features if lookups[name].table == table]
+        names = tuple(sorted(of_table, key=lambda name: lookups[name].is_sequence))
         yield table, names, np.array([name in adapted for name in names])
 
 
@@ -138,6 +150,8 @@ def _plan(
         sides = [_entries([side[name] for name in names], flags) for side in lookups]
         for plan, side in zip(plans, sides, strict=True):
             plan.features[table], plan.lookups[table] = names, _selection(side, num_rows[table])
+        for plan, looked_up in zip(plans, lookups, strict=True):
+            plan.masks.update(_masks(looked_up, names))
         if flags.any():
             reads, keys = _pairs(sides, num_rows[table])
             for plan, read in zip(plans, reads, strict=True):
@@ -145,7 +159,8 @@ def _plan(
     return plans
 
 
-def _entries(lookups: list[Lookup], flags: NDArray[np.bool_]) -> _Entries:
+def _entries(lookups: list[Lookup], flags: NDArray[np.bool_], longest: Iterable[int] | None = None) -> _Entries:
+    """Return the entries of features of one table; `longest` has their slots, where they are not the side's own."""
     first = lookups[0]
     tasks, length = first.index.shape if first.lengths is None else first.lengths.shape
     num_examples, num_features = tasks * length, len(lookups)
@@ -154,11 +169,19 @@ def _entries(lookups: list[Lookup], flags: NDArray[np.bool_]) -> _Entries:
         task = np.repeat(np.arange(tasks), length * num_features)
         return _Entries(columns, None, None, task, None if flags.all() else np.tile(flags, num_examples))
     sizes = [_lengths(lookup) for lookup in lookups]
-    lengths = np.stack(sizes, 1).reshape(-1)
-    starts = (np.cumsum(lengths) - lengths).reshape(num_examples, num_features)
+    slots = [_longest(lookup) for lookup in lookups] if longest is None else list(longest)
+    num_slots, first_slot = sum(slots), np.cumsum(slots) - slots
+    blocks = [
+        _present(size, width) if lookup.is_sequence else size[:, None]
+        for lookup, size, width in zip(lookups, sizes, slots, strict=True)
+    ]
+    lengths = np.concatenate(blocks, 1, dtype=np.int64).reshape(-1)
+    starts = (np.cumsum(lengths) - lengths).reshape(num_examples, num_slots)
     columns, weights = np.empty(int(lengths.sum()), np.int64), np.ones(int(lengths.sum()))
     for i, (lookup, size) in enumerate(zip(lookups, sizes, strict=True)):
-        position = np.repeat(starts[:, i] - (np.cumsum(size) - size), size) + np.arange(int(size.sum()))
+        # the values of an example lie behind each other, whether in one slot or in as many
+        before = starts[:, first_slot[i]] - (np.cumsum(size) - size)
+        position = np.repeat(before, size) + np.arange(int(size.sum()))
         columns[position] = lookup.index.cpu().numpy().reshape(-1)
         if lookup.lengths is not None and lookup.pooling == "mean":
             weights[position] = np.repeat(1.0 / np.maximum(size, 1), size)
@@ -167,9 +190,33 @@ def _entries(lookups: list[Lookup], flags: NDArray[np.bool_]) -> _Entries:
         columns,
         lengths,
         weights if (weights != 1).any() else None,
-        row // max(length * num_features, 1),
-        None if flags.all() else flags[row % num_features],
+        row // max(length * num_slots, 1),
+        None if flags.all() else np.repeat(flags, slots)[row % num_slots],
     )
+
+
+def _longest(lookup: Lookup) -> int:
+    """Return the number of slots of a feature: L of a sequence, 1 of any other."""
+    return max(int(_lengths(lookup).max(initial=1)), 1) if lookup.is_sequence else 1
+
+
+def _present(lengths: Ints, width: int) -> NDArray[np.bool_]:
+    """Return which slots of a sequence hold a value, bool [n, width]."""
+    present: NDArray[np.bool_] = np.arange(width) < lengths[:, None]
+    return present
+
+
+def _masks(
+    lookups: Mapping[str, Lookup], names: Sequence[str], longest: Mapping[str, int] | None = None
+) -> dict[str, Tensor]:
+    """Return sequence -> which of its slots hold a value, bool [n, L]."""
+    return {
+        name: torch.from_numpy(
+            _present(_lengths(lookups[name]), _longest(lookups[name]) if longest is None else longest[name])
+        )
+        for name in names
+        if lookups[name].is_sequence
+    }
 
 
 def _lengths(lookup: Lookup) -> Ints:
@@ -271,7 +318,7 @@ def _pair_selection(side: _Entries, entry: Ints, pair: Ints, num_pairs: int) -> 
 
 
 def shared_rows(rows: EmbeddedRows, plan: GatherPlan) -> dict[str, Tensor]:
-    """Return E0 as the features of each table read it: table -> [n, F, d], pooled where the feature is a bag.
+    """Return E0 as the features of each table read it: table -> [n, W, d], pooled where the feature is a bag.
 
     A plan that has a table's features without their lookup takes the table's weights for these values.
     """
@@ -280,12 +327,12 @@ def shared_rows(rows: EmbeddedRows, plan: GatherPlan) -> dict[str, Tensor]:
         weight = rows.weights[table]
         out[table] = weight
         if table in plan.lookups:
-            out[table] = product(weight, plan.lookups[table]).view(-1, len(names), weight.shape[1])
+            out[table] = product(weight, plan.lookups[table]).view(-1, sum(plan.slots(names)), weight.shape[1])
     return out
 
 
 def apply_deltas(values: Mapping[str, Tensor], deltas: Mapping[str, Tensor], plan: GatherPlan) -> dict[str, Tensor]:
-    """Return the rows as the tasks see them: shared [n, F, d] plus the tasks' own changes, deltas [P, d]; by table."""
+    """Return the rows as the tasks see them: shared [n, W, d] plus the tasks' own changes, deltas [P, d]; by table."""
     out = {}
     for table, value in values.items():
         out[table] = value

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, to_device
@@ -20,7 +21,7 @@ from gmeta.meta.inner_loop import Adapted, InnerLoop, InnerPass, resolve_adapted
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import counts_of, example_loss, over_labels, several_losses, task_mean, widen
 from gmeta.meta.modulation import Modulator
-from gmeta.meta.trial import choose_engine, require_last_layer
+from gmeta.meta.trial import choose_engine, require_last_layer, try_examples
 from gmeta.meta.views import Embedded
 from gmeta.models.last_layer import BayesianLinear
 
@@ -40,10 +41,11 @@ class MetaLearner(nn.Module):
     """A model and its inner loop.
 
     `features` has the embedding dimension of each feature that the model reads, `num_numeric` is the number of numeric
-    columns that it is given. `loss` is the query's and, unless the inner loop has its own, the support's. With several
-    `labels` the model returns a logit for each, [..., K], a task's loss is the sum of its mean losses of each label, in
-    both loops, and `loss` names the first one's. A
-    `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
+    columns that it is given. Of the features in `sequences` it reads all values, [..., L, d]; those that are not among
+    `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width. `loss` is the query's
+    and, unless the inner loop has its own, the support's. With several `labels` the model returns a logit for each,
+    [..., K], a task's loss is the sum of its mean losses of each label, in both loops, and `loss` is the first one's.
+    A `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
 
     `engine` is factored, reference, or auto: factored where it can adapt the model. The model is tried out here, on
     random numbers; `engine_reason` then says what was taken and why. A last layer in closed form needs neither: the
@@ -61,6 +63,8 @@ class MetaLearner(nn.Module):
         num_numeric: int,
         inner_loop: InnerLoop,
         *,
+        sequences: Mapping[str, int] | None = None,
+        vectors: Mapping[str, int] | None = None,
         loss: str = "bce",
         labels: Sequence[LabelColumn] = (),
         modulator: Modulator | None = None,
@@ -70,6 +74,7 @@ class MetaLearner(nn.Module):
         super().__init__()
         self.model = model
         self.features = dict(features)
+        self.sequences, self.vectors = dict(sequences or {}), dict(vectors or {})
         self.inner_loop = inner_loop
         self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
         self.loss_name = loss
@@ -89,18 +94,13 @@ class MetaLearner(nn.Module):
         self.modulator = modulator
         self.seed = seed
         stepping = replace(self.adapted, last_layer="")
-        self.engine, self.engine_reason = choose_engine(
-            model,
-            stepping,
-            self.features,
-            num_numeric,
-            {} if modulator is None else modulator.sizes,
-            engine,
-            tuple(label.name for label in labels),
-        )
+        examples = try_examples(model, self.features, num_numeric, self.sequences, self.vectors)
+        examples = replace(examples, labels=tuple(label.name for label in labels))
+        sizes = {} if modulator is None else modulator.sizes
+        self.engine, self.engine_reason = choose_engine(model, stepping, examples, sizes, engine)
         if self.last_layer is not None:
             closed_form.require_solver(self.inner_loss_name)
-            require_last_layer(model, self.last_layer, self.features, num_numeric)
+            require_last_layer(model, self.last_layer, examples)
             if not self.adapted.steps:
                 self.engine_reason = "closed form"
         learned = None
@@ -434,7 +434,7 @@ class MetaLearner(nn.Module):
             return torch.cat(found)
 
         dense = torch.cat([side.dense.flatten(0, 1) for side in sides])
-        embedded = Embedded(shared_rows(rows, plan), plan, dense.shape[:1])
+        embedded = Embedded(shared_rows(rows, plan), plan, dense.shape[:1], _given_together(sides))
         with Intercept(embedded, SeededDropout(None if keys is None else flat_keys)):
             logits = self.model(dense, embedded.features)
         parts = torch.split(widen(logits), [side.mask.numel() for side in sides])
@@ -453,6 +453,18 @@ def _refuse_one_label(
     ):
         if what:
             raise ValueError(f"{key} is for one label, and the pack has {names}: {cure}")
+
+
+def _given_together(sides: Sequence[Examples]) -> dict[str, Tensor]:
+    """Return what examples carry for the model, of all sides behind each other, sequences padded to one length."""
+    found = {}
+    for name in sides[0].given:
+        parts = [side.given[name].flatten(0, 1) for side in sides]
+        longest = max(part.shape[1] for part in parts)
+        if any(part.shape[1] != longest for part in parts):  # of vectors all are alike
+            parts = [F.pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1])) for part in parts]
+        found[name] = torch.cat(parts)
+    return found
 
 
 def _num_rows(rows: EmbeddedRows) -> dict[str, int]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.meta.losses import widen
+from gmeta.models.inputs import as_vectors
 
 OPEN_GATE = 2.0
 """What gates start from, before the sigmoid: 0.88, near the unmodulated model and not yet saturated."""
@@ -43,8 +44,8 @@ class Modulated:
 class TaskEncoder(nn.Module):
     """Encodes a support as one vector: the mean of relu(linear([embeddings, numeric columns, label])) of its examples.
 
-    Their order does not matter, and the empty support is the zero vector. `dims` has the embedding dimension of each
-    feature.
+    Their order does not matter, and the empty support is the zero vector. `dims` has the width of each feature; of a
+    sequence the mean counts.
     """
 
     def __init__(self, dims: Mapping[str, int], num_numeric: int, width: int) -> None:
@@ -55,7 +56,7 @@ class TaskEncoder(nn.Module):
 
     def forward(self, dense: Tensor, embedded: Mapping[str, Tensor], label: Tensor, mask: Tensor) -> Tensor:
         """Return [T, width] from dense [T, S, F], one [T, S, d] for each feature, label [T, S] and mask bool [T, S]."""
-        parts = [embedded[name] for name in self.features]
+        parts = as_vectors(embedded, self.features)
         if self.num_numeric:
             parts.append(dense)
         rows = widen(torch.relu(self.layer(torch.cat([*parts, label.unsqueeze(-1)], -1))))

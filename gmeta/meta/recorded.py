@@ -169,6 +169,8 @@ def _not_recordable(learner: MetaLearner, tables: Mapping[str, tuple[str, ...]])
         return "it embeds no feature"
     if learner.adapted.features:
         return "embedding rows adapt"
+    if learner.sequences or learner.vectors:
+        return f"it reads {next(iter((*learner.sequences, *learner.vectors)))!r}, which is not one row of a table"
     if learner.engine == "reference" and learner.adapted.steps:
         return "its engine is the reference"
     return ""

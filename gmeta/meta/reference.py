@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gmeta.core.batch import EmbeddedRows, Examples, Lookup
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, mask_of
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout
 from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan
@@ -164,9 +164,8 @@ def _modulated(inner: InnerPass, rows: EmbeddedRows, side: _Side) -> dict[str, T
     """Return a task's modulated parameters, from its real support examples as a batch of one task."""
     if inner.modulator is None:
         return {}
-    embedded = {
-        name: _read(rows.weights[lookup.table], lookup, side).unsqueeze(0) for name, lookup in side.lookups.items()
-    }
+    found = _embedded({name: rows.weights[lookup.table] for name, lookup in side.lookups.items()}, side)
+    embedded = {name: value.unsqueeze(0) for name, value in found.items()}
     dense, label = side.examples.dense[side.task, side.positions].unsqueeze(0), side.label.unsqueeze(0)
     modulation = inner.modulation(dense, embedded, label, torch.ones_like(label, dtype=torch.bool))
     return modulated_parameters(inner.model, modulation, 0)
@@ -223,10 +222,11 @@ def _score_task(
     pass_number: int,
 ) -> Tensor:
     """Return the logits of one task's real examples [n], with its own parameters and, for adapted features, tables."""
-    embedded = {}
-    for name, lookup in side.lookups.items():
-        table = tables[lookup.table] if name in inner.adapted.features else rows.weights[lookup.table]
-        embedded[name] = _read(table, lookup, side)
+    own = {
+        name: tables[lookup.table] if name in inner.adapted.features else rows.weights[lookup.table]
+        for name, lookup in side.lookups.items()
+    }
+    embedded = _embedded(own, side)
     make_keys = None
     if inner.keys is not None:
         keys = inner.keys
@@ -235,15 +235,32 @@ def _score_task(
         return widen(inner.model(side.examples.dense[side.task, side.positions], embedded))
 
 
-def _read(table: Tensor, lookup: Lookup, side: _Side) -> Tensor:
-    """Return the rows that one feature reads for one task: [n, d]."""
-    if lookup.lengths is None:
-        return table[lookup.index[side.task, side.positions]]
-    ends = lookup.lengths.flatten().cumsum(0).view_as(lookup.lengths)[side.task]
-    pooled = [table.new_zeros(0, table.shape[1])]
+def _embedded(tables: Mapping[str, Tensor], side: _Side) -> dict[str, Tensor]:
+    """Return what the model reads of one task's n examples: [n, d] of a feature, [n, L, d] of a sequence and its
+    mask, and what the examples carry. `tables` has the rows that each feature reads.
+    """
+    embedded = {name: value[side.task, side.positions] for name, value in side.examples.given.items()}
+    for name, lookup in side.lookups.items():
+        table = tables[name]
+        if lookup.lengths is None:
+            embedded[name] = table[lookup.index[side.task, side.positions]]
+            continue
+        bags = [table[index] for index in _bags(lookup, lookup.lengths, side)]
+        if lookup.is_sequence:
+            longest = max(int(lookup.lengths.max()) if lookup.lengths.numel() else 1, 1)
+            padded = [torch.cat([bag, bag.new_zeros(longest - len(bag), bag.shape[1])]) for bag in bags]
+            embedded[name] = torch.stack(padded) if padded else table.new_zeros(0, longest, table.shape[1])
+            lengths = lookup.lengths[side.task, side.positions]
+            embedded[mask_of(name)] = torch.arange(longest, device=lengths.device) < lengths.unsqueeze(-1)
+            continue
+        totals = [bag.sum(0) / (max(len(bag), 1) if lookup.pooling == "mean" else 1) for bag in bags]
+        embedded[name] = torch.stack(totals) if totals else table.new_zeros(0, table.shape[1])
+    return embedded
+
+
+def _bags(lookup: Lookup, lengths: Tensor, side: _Side) -> Iterator[Tensor]:
+    """Yield which rows each example of one task reads, int64 [length]."""
+    ends = lengths.flatten().cumsum(0).view_as(lengths)[side.task]
     for position in side.positions.tolist():
-        length = int(lookup.lengths[side.task, position])
-        values = table[lookup.index[int(ends[position]) - length : int(ends[position])]]
-        total = values.sum(0, keepdim=True)
-        pooled.append(total / max(length, 1) if lookup.pooling == "mean" else total)
-    return torch.cat(pooled)
+        end = int(ends[position])
+        yield lookup.index[end - int(lengths[side.task, position]) : end]

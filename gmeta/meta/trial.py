@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gmeta.core.batch import mask_of
 from gmeta.core.errors import UserCodeError
 from gmeta.meta.closed_form import finished, recording
 from gmeta.meta.dropout import SeededDropout, example_keys
@@ -44,9 +45,10 @@ class _Examples:
     """Random examples in one form: with the leading dimensions [6] or [2, 3], or fewer."""
 
     dense: Tensor  # [*leading, F]
-    values: dict[str, Tensor]  # table -> [n, features, d]
+    values: dict[str, Tensor]  # table -> [n, slots, d]
     keys: Tensor  # int64 [*leading], of dropout: the same for the same example in every form
-    plan: GatherPlan
+    plan: GatherPlan  # with the masks of all n examples
+    given: dict[str, Tensor]  # [n, ...]
     leading: tuple[int, ...]
     labels: tuple[str, ...] = ()  # several labels, of which the model gives a logit each
 
@@ -56,38 +58,60 @@ class _Examples:
         values = {table: value[which].clone() for table, value in self.values.items()}
         dense = self.dense.flatten(0, -2)[which].clone()
         keys = self.keys.flatten()[which].view(leading)
-        return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, self.plan, leading, self.labels)
+        plan = replace(self.plan, masks={name: mask[which] for name, mask in self.plan.masks.items()})
+        given = {name: value[which].clone() for name, value in self.given.items()}
+        return _Examples(dense.view(*leading, dense.shape[-1]), values, keys, plan, given, leading, self.labels)
 
     def changed(self) -> _Examples:
         """Return the same with one example that has zeros as numeric columns, as padding has, and other rows."""
         other = self.of(*self.leading)
         other.dense.flatten(0, -2)[_CHANGED] = 0
-        for value in other.values.values():
-            value[_CHANGED] = value[_CHANGED].flip(-1) * 3 + 1
+        for table, value in other.values.items():
+            value[_CHANGED] = (value[_CHANGED].flip(-1) * 3 + 1) * self.present(table)[_CHANGED]
+        for name, value in other.given.items():
+            if value.is_floating_point():
+                present = self.given.get(mask_of(name), value.new_ones(len(value), 1)).to(value.dtype)
+                value[_CHANGED] = (value[_CHANGED] * 3 + 1) * present[_CHANGED].view(-1, *[1] * (value.dim() - 2))
         return other
+
+    def present(self, table: str) -> Tensor:
+        """Return 1 for each slot of a table that holds a value, and 0 for padding, [n, slots, 1]."""
+        value, names = self.values[table], self.plan.features[table]
+        whole = value.new_ones(len(value), 1, dtype=torch.bool)
+        return torch.cat([self.plan.masks.get(name, whole) for name in names], 1).unsqueeze(-1).to(value.dtype)
+
+    def longer(self) -> _Examples:
+        """Return the same with sequences that are padded further, as beside a longer one in the batch."""
+        values = {}
+        for table, value in self.values.items():
+            names = self.plan.features[table]
+            parts = torch.split(value, self.plan.slots(names), 1)
+            more = [part if n not in self.plan.masks else _wider(part) for n, part in zip(names, parts, strict=True)]
+            values[table] = torch.cat(more, 1)
+        plan = replace(self.plan, masks={name: _wider(mask) for name, mask in self.plan.masks.items()})
+        sequences = {name for name in self.given if mask_of(name) in self.given or name.endswith(mask_of(""))}
+        given = {name: _wider(value) if name in sequences else value for name, value in self.given.items()}
+        return replace(self, values=values, plan=plan, given=given)
 
 
 def choose_engine(
     model: nn.Module,
     adapted: Adapted,
-    features: Mapping[str, int],
-    num_numeric: int,
+    flat: _Examples,
     modulated: Mapping[str, int],
     engine: str,
-    labels: tuple[str, ...] = (),
 ) -> tuple[str, str]:
-    """Try the model out and return (engine, why); `engine` may be auto.
+    """Try the model out on `try_examples` and return (engine, why); `engine` may be auto.
 
-    `features` has the embedding dimension of each feature, `modulated` the number of units of each modulated layer.
+    `modulated` has the number of units of each modulated layer.
     The model, its buffers, gradients and flags, and the global random state are left as they were.
     Raises ValueError, which names the call where possible, for a model that mixes examples, returns another shape than
-    one logit an example (of several `labels` one for each), draws random numbers without a seed, or changes its buffers
+    one logit an example (one for each of several labels), draws random numbers without a seed, or changes its buffers
     or inputs; `UserCodeError` for
     one that raises. Where a model is right for [n, ...] alone, that is an error with `engine` factored, and the reason
     of taking the reference with auto; so is `Unsupported`, for what the factored engine cannot adapt.
     """
     _refuse_modules(model)
-    flat = replace(_examples(model, features, num_numeric), labels=labels)
     parameters = {
         name: _noise(parameter, seed).requires_grad_(parameter.requires_grad)
         for seed, (name, parameter) in enumerate(model.named_parameters())
@@ -100,6 +124,7 @@ def choose_engine(
                 model.train(training)
                 _try_repeated(model, flat)
             logits = _try_alone(model, flat)
+            _refuse_padding(model, flat, logits)
             _run(model, flat.of(1))
         _refuse_no_gradient(model, flat)
         finite = not bool(logits.isfinite().all()) or _finite_on_padding(model, flat)
@@ -129,11 +154,10 @@ def choose_engine(
 
 
 @torch.no_grad()
-def require_last_layer(model: nn.Module, layer: BayesianLinear, features: Mapping[str, int], num_numeric: int) -> None:
+def require_last_layer(model: nn.Module, layer: BayesianLinear, examples: _Examples) -> None:
     """Raise ValueError unless the model calls `layer` once, and returns what it returns, or what `finish` makes of
     it.
     """
-    examples = _examples(model, features, num_numeric)
     with _undisturbed(model), recording(layer) as calls:
         logits = _run(model, examples)
         outputs = [finished(model, output) for output in calls.outputs]
@@ -198,17 +222,53 @@ def _refuse_no_gradient(model: nn.Module, examples: _Examples) -> None:
             )
 
 
-def _examples(model: nn.Module, features: Mapping[str, int], num_numeric: int) -> _Examples:
-    """Make six examples [6, ...] of random numbers, with features of one width side by side, as tables hold them."""
+def _refuse_padding(model: nn.Module, examples: _Examples, logits: Tensor) -> None:
+    """Raise ValueError where what is behind a sequence's values counts."""
+    further = examples.longer()
+    if further.plan.masks or further.given:
+        if _same(_run(model, further), logits):
+            return
+        where = mask_of(next(iter(further.plan.masks), "name"))
+        raise ValueError(
+            f"{_name(model)}.forward gives other logits where sequences are padded further, as they are beside a "
+            f"longer one: use embedded[{where!r}], True for values, as gmeta.models.inputs.masked_mean does"
+        )
+
+
+def _wider(value: Tensor) -> Tensor:
+    """Pad [n, L, ...] to [n, L + 2, ...]."""
+    return torch.cat([value, value.new_zeros(len(value), 2, *value.shape[2:])], 1)
+
+
+def try_examples(
+    model: nn.Module,
+    features: Mapping[str, int],
+    num_numeric: int,
+    sequences: Mapping[str, int] | None = None,
+    vectors: Mapping[str, int] | None = None,
+) -> _Examples:
+    """Make six examples [6, ...] of random numbers, with features of one width side by side, as tables hold them.
+
+    Arguments are those of `MetaLearner`. Sequences have 0 to 3 values, and as many each in one example.
+    """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     number = _TASKS * _ROWS
     plan, values = GatherPlan({}, {}, {}, {}), {}
+    sequences, vectors = sequences or {}, vectors or {}
+    mask = torch.arange(3, device=like.device) < torch.tensor([2, 3, 0, 1, 3, 1], device=like.device).unsqueeze(-1)
+    plan.masks.update({name: mask for name in features if name in sequences})
     for dim in dict.fromkeys(features.values()):
-        names = tuple(name for name, width in features.items() if width == dim)
+        of_width = [name for name, width in features.items() if width == dim]
+        names = tuple(sorted(of_width, key=sequences.__contains__))
         plan.features[f"width {dim}"] = names
-        values[f"width {dim}"] = _noise(like.new_empty(number, len(names), dim), dim)
+        values[f"width {dim}"] = _noise(like.new_empty(number, sum(plan.slots(names)), dim), dim)
+    given = {name: _noise(like.new_empty(number, width), 7) for name, width in vectors.items()}
+    for name in sequences.keys() - features.keys():
+        given[name] = _noise(like.new_empty(number, 3, sequences[name]), 8) * mask.unsqueeze(-1).to(like.dtype)
+        given[mask_of(name)] = mask
     keys = example_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
-    return _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, (number,))
+    made = _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, given, (number,))
+    return replace(made, values={table: value * made.present(table) for table, value in values.items()})
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:
@@ -257,8 +317,10 @@ def _generators(model: nn.Module) -> list[tuple[Callable[[], Tensor], Callable[[
 def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
     """Return the logits of examples. Raises ValueError where the model fails, errs in shape, or changes its inputs."""
     given = examples.of(*examples.leading)
-    embedded = Embedded(given.values, given.plan, given.leading)
-    versions = [tensor._version for tensor in (given.dense, *given.values.values())]
+    shaped = {name: value.view(*given.leading, *value.shape[1:]) for name, value in given.given.items()}
+    embedded = Embedded(given.values, given.plan, given.leading, shaped)
+    inputs = (given.dense, *given.values.values(), *given.given.values(), *given.plan.masks.values())
+    versions = [tensor._version for tensor in inputs]
     try:
         with Intercept(*handlers, embedded, SeededDropout(lambda: examples.keys)):
             out = model(given.dense, embedded.features)
@@ -276,7 +338,7 @@ def _run(model: nn.Module, examples: _Examples, *handlers: Any) -> Tensor:
         raise ValueError(
             f"{_name(model)}.forward returns {found} for {_form(given)}: it must return {_wanted(examples, expected)}"
         )
-    if versions != [tensor._version for tensor in (given.dense, *given.values.values())]:
+    if versions != [tensor._version for tensor in inputs]:
         raise ValueError(
             f"{_name(model)}.forward changes its inputs in place: every inner step reads them again; use an operation "
             "that makes a new tensor"

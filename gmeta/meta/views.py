@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gmeta.core.batch import mask_of
 from gmeta.core.selection import cat
 from gmeta.meta.gather_plan import GatherPlan
 
@@ -15,18 +16,35 @@ from gmeta.meta.gather_plan import GatherPlan
 class Embedded:
     """Handles one forward pass, in which features that lie side by side are concatenated, or stacked, as a view.
 
-    `features` is the model's `embedded`: feature -> [*leading, d], from the values [n, F, d] of each table. Measured
-    on 20 features of [2560, 16], one core: torch.cat was a quarter of a plain training step, and half of that again
-    in its backward.
+    `features` is the model's `embedded`: feature -> [*leading, d], from the values [n, W, d] of each table. A sequence
+    is [*leading, L, d], and `embedded[name + ".mask"]` bool [*leading, L] says which of these are values. `given` is
+    what examples carry for the model as it is. Measured on 20 features of [2560, 16], one core: torch.cat was a quarter
+    of a plain training step, and half of that again in its backward.
     """
 
-    def __init__(self, values: Mapping[str, Tensor], plan: GatherPlan, leading: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Tensor],
+        plan: GatherPlan,
+        leading: tuple[int, ...],
+        given: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.tables = {table: values[table].view(*leading, *values[table].shape[1:]) for table in plan.features}
         self.features: dict[str, Tensor] = {}
         self.positions: dict[int, tuple[str, int]] = {}
         for table, names in plan.features.items():
-            self.features.update(zip(names, self.tables[table].unbind(-2), strict=True))
-            self.positions.update((id(self.features[name]), (table, i)) for i, name in enumerate(names))
+            sequences = [name for name in names if name in plan.masks]
+            vectors = names[: len(names) - len(sequences)]
+            if sequences:
+                parts = torch.split(self.tables[table], [len(vectors), *plan.slots(sequences)], -2)
+                self.tables[table] = parts[0]
+                self.features.update(zip(sequences, parts[1:], strict=True))
+            if vectors:
+                self.features.update(zip(vectors, self.tables[table].unbind(-2), strict=True))
+            self.positions.update((id(self.features[name]), (table, i)) for i, name in enumerate(vectors))
+        for name, mask in plan.masks.items():
+            self.features[mask_of(name)] = mask.view(*leading, mask.shape[-1])
+        self.features.update(given or {})
 
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return the result of a call of `torch.cat` or `torch.stack`, or NotImplemented."""

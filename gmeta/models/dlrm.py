@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gmeta.models.inputs import InputSpec, check_dropout, check_widths, logits_of, output_layer
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, logits_of, output_layer
 
 
 class DLRM(nn.Module):
@@ -38,7 +38,7 @@ class DLRM(nn.Module):
         check_widths("bottom", bottom)
         check_widths("hidden", hidden)
         check_dropout(dropout)
-        self.features = tuple(inputs.features)
+        self.features = tuple(inputs.widths)
         num_numeric, embedding_dim = inputs.num_numeric, inputs.embedding_dim
         num_vectors = len(self.features) + (1 if num_numeric else 0)
         if num_vectors < 2:
@@ -56,8 +56,10 @@ class DLRM(nn.Module):
         self.register_buffer("pairs", left * num_vectors + right, persistent=False)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature."""
-        vectors = [embedded[name] for name in self.features]
+        """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature, of
+        a sequence its mean.
+        """
+        vectors = as_vectors(embedded, self.features)
         parts = []
         if self.bottom is not None:
             parts.append(self.bottom(dense))

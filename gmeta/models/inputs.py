@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from gmeta.core.batch import mask_of
 from gmeta.core.errors import nearest, require
 from gmeta.data.schema import PackSchema
 
@@ -17,7 +18,9 @@ from gmeta.data.schema import PackSchema
 class InputSpec:
     """The inputs of `model(dense, embedded) -> logits [...]`, with any leading dimensions.
 
-    `embedded[name]` is [..., d] for each feature, and `dense` is [..., F].
+    `embedded[name]` is [..., d] for each feature, and `dense` is [..., F]. For each sequence `embedded[name]` is
+    [..., L, d] with zeros behind its values, and `embedded[name + ".mask"]` bool [..., L] is true for a value; L is the
+    longest of the batch, at least 1, and a logit must not depend on it.
     """
 
     features: Mapping[str, int]  # name -> d, in the order of the pack
@@ -25,6 +28,8 @@ class InputSpec:
     base_rate: float  # the logit that predicts the mean training label
     item: str | None = None  # the feature that is the item's id, where the model reads it
     scenario: str | None = None  # the feature that the schema calls the scenario, where the model reads it
+    sequences: Mapping[str, int] = field(default_factory=dict)  # name -> d (1 of numbers), of those that are not pooled
+    tables: Mapping[str, str] = field(default_factory=dict)  # feature or sequence -> vocabulary, whose rows they share
     base_rates: tuple[float, ...] = ()  # of each of several labels, of which the model gives a logit each: [..., K]
 
     @property
@@ -39,16 +44,68 @@ class InputSpec:
 
     @property
     def embedding_dim(self) -> int:
-        """Return d, where all features have the same width. Raises ValueError where they differ."""
-        (dim, *others) = set(self.features.values())
+        """Return d, where all embeddings have the same width. Raises ValueError where they differ."""
+        (dim, *others) = {*self.features.values(), *(d for name, d in self.sequences.items() if name in self.tables)}
         if others:
-            raise ValueError(f"the features have widths {dict(self.features)}: this model needs one width")
+            raise ValueError(f"the features have widths {self.widths}: this model needs one width")
         return dim
 
     @property
+    def widths(self) -> dict[str, int]:
+        """Return name -> width of all that `as_vectors` makes one vector of: features, then sequences."""
+        return {**self.features, **self.sequences}
+
+    def reading(self, names: Sequence[str]) -> InputSpec:
+        """Return the same inputs with these features and sequences alone, in this order."""
+        return replace(
+            self,
+            features={name: self.features[name] for name in names if name in self.features},
+            sequences={name: self.sequences[name] for name in names if name in self.sequences},
+        )
+
+    @property
     def width(self) -> int:
-        """Return the number of inputs of one example: all embeddings and the numeric columns."""
-        return sum(self.features.values()) + len(self.numeric)
+        """Return the number of inputs of one example: a vector for each name of `widths`, and the numeric columns."""
+        return sum(self.widths.values()) + len(self.numeric)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of a sequence's values: [..., L, d] and bool [..., L] -> [..., d]; zeros where it has none."""
+    count = mask.sum(-1, keepdim=True).clamp(min=1).to(values.dtype)
+    return torch.where(mask.unsqueeze(-1), values, 0).sum(-2) / count
+
+
+def as_vectors(embedded: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
+    """Return one vector [..., d] for each name: of a sequence the mean of its values."""
+    return [
+        embedded[name] if mask_of(name) not in embedded else masked_mean(embedded[name], embedded[mask_of(name)])
+        for name in names
+    ]
+
+
+def history_of(inputs: InputSpec, target: str = "", history: str = "") -> tuple[str, str]:
+    """Return the names of the item that is asked about and of the sequence of such items, for models that compare them.
+
+    Without a name, they are the id of the item, and the only sequence of its vocabulary. ValueError where there is
+    none, or where the two do not share their rows.
+    """
+    target = target or inputs.item or ""
+    if not target:
+        known = ", ".join(inputs.features)
+        raise ValueError(f"model.args.target is not set, and the model reads no id of the item: name one of {known}")
+    if target not in inputs.features:
+        known = nearest(target, inputs.features)
+        raise ValueError(f"model.args.target names {target!r}, no feature of the model: {known}")
+    table = inputs.tables.get(target, target)
+    of_table = [name for name in inputs.sequences if inputs.tables.get(name) == table]
+    how = f"`sequence` with `pooling: none` and `table: {table}` in the schema"
+    if history and history not in of_table:
+        known = nearest(history, of_table) if of_table else "the model reads none"
+        raise ValueError(f"model.args.history names {history!r}, which is no {how}: {known}")
+    if not history and len(of_table) != 1:
+        known = ", ".join(of_table) or "none"
+        raise ValueError(f"model.args.history is not set: name a {how}; the model reads {known}")
+    return target, history or of_table[0]
 
 
 def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, embedding_dim: int) -> InputSpec:
@@ -56,7 +113,8 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
 
     Raises ValueError for a feature that the pack lacks (with the nearest) or that is named twice, or without any.
     """
-    known = [feature.name for feature in schema.features]
+    numbers = [column.name for column in schema.numeric_sequence]
+    known = [*(feature.name for feature in schema.features), *numbers]
     for name in features:
         if name not in known:
             raise ValueError(f"model.features names {name!r}, which is not in the pack: {nearest(name, known)}")
@@ -68,7 +126,18 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     names = tuple(column.name for column in schema.numeric) if numeric else ()
     item, scenario = (name if name in chosen else None for name in (schema.item, schema.scenario))
     rates = tuple(base_rate_of(label.mean, binary=label.loss == "bce") for label in schema.labels)
-    return InputSpec(dict.fromkeys(chosen, embedding_dim), names, base_rate(schema), item, scenario, rates)
+    tables = {name: schema.feature(name).table for name in chosen if name not in numbers}
+    whole = {name for name in tables if schema.feature(name).pooling == "none"}
+    return InputSpec(
+        {name: embedding_dim for name in tables if name not in whole},
+        names,
+        base_rate(schema),
+        item,
+        scenario,
+        {name: embedding_dim if name in whole else 1 for name in chosen if name in whole or name in numbers},
+        tables,
+        rates,
+    )
 
 
 def usual_features(schema: PackSchema) -> list[str]:
@@ -76,7 +145,7 @@ def usual_features(schema: PackSchema) -> list[str]:
 
     New tasks are what a model adapts to, and their keys are unknown to it. The key is read where nothing else is there.
     """
-    names = [feature.name for feature in schema.features]
+    names = [*(feature.name for feature in schema.features), *(column.name for column in schema.numeric_sequence)]
     return [name for name in names if name != schema.task] or names
 
 
@@ -99,8 +168,8 @@ def require_one_label(inputs: InputSpec, model: str) -> None:
     """Raise ValueError where there are several labels, for a model that predicts one."""
     if inputs.num_labels > 1:
         raise ValueError(
-            f"{model} predicts one label, and the pack has {inputs.num_labels}: use melu, dlrm, or a model of your own "
-            "that returns a logit for each"
+            f"{model} predicts one label, and the pack has {inputs.num_labels}: use melu, dlrm, din, transformer, or a "
+            "model of your own that returns a logit for each"
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gmeta.models.inputs import InputSpec, check_dropout, check_widths, logits_of, output_layer
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, logits_of, output_layer
 
 
 class MeLU(nn.Module):
@@ -34,7 +34,7 @@ class MeLU(nn.Module):
         super().__init__()
         check_widths("hidden", hidden)
         check_dropout(dropout)
-        self.features = tuple(inputs.features)
+        self.features = tuple(inputs.widths)
         self.num_numeric = inputs.num_numeric
         widths = [inputs.width, *hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
@@ -45,8 +45,10 @@ class MeLU(nn.Module):
         self.decision_layers = ("layers", "norms", "output")
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature."""
-        parts = [embedded[name] for name in self.features]
+        """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature, of
+        a sequence its mean.
+        """
+        parts = as_vectors(embedded, self.features)
         if self.num_numeric:
             parts.append(dense)
         x = torch.cat(parts, -1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import nearest
-from gmeta.models.inputs import InputSpec, check_dropout, check_widths, require_one_label
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, require_one_label
 from gmeta.models.last_layer import BayesianLinear, OutputMap
 
 _PIECES = 24
@@ -53,20 +53,20 @@ class NeuralLinear(nn.Module):
         check_widths("hidden", hidden)
         check_dropout(dropout)
         for name in task_features:
-            if name not in inputs.features:
+            if name not in inputs.widths:
                 raise ValueError(
                     f"model.args.task_features names {name!r}, which is not a feature of the model: "
-                    f"{nearest(name, inputs.features)}"
+                    f"{nearest(name, inputs.widths)}"
                 )
         dim, numeric = inputs.embedding_dim, inputs.num_numeric
         if dim < 2:
             raise ValueError(f"model.embedding_dim is {dim}: neural_linear needs 2 or more, a mean and some bases")
-        self.features = tuple(inputs.features)
+        self.features = tuple(inputs.widths)
         self.item = None if inputs.item in task_features else inputs.item
         self.task_features = tuple(name for name in self.features if name in task_features)
         self.tower_features = tuple(n for n in self.features if n != self.item and n not in task_features)
         self.base_rate, self.num_numeric = inputs.base_rate, numeric
-        width = len(self.tower_features) * dim + numeric
+        width = sum(inputs.widths[name] for name in self.tower_features) + numeric
         if self.item is None and not width:
             raise ValueError(
                 "neural_linear reads nothing that describes the item: leave some feature out of task_features"
@@ -75,7 +75,7 @@ class NeuralLinear(nn.Module):
         self.tower = _network([width, *hidden, dim]) if width else None
         if self.tower is not None and self.item is not None:
             _zero(self.tower[-1])
-        width = len(self.task_features) * dim + numeric
+        width = sum(inputs.widths[name] for name in self.task_features) + numeric
         self.prior = nn.Linear(width, dim, bias=False) if width else None
         if self.prior is not None:
             _zero(self.prior)
@@ -87,16 +87,18 @@ class NeuralLinear(nn.Module):
         self.finish = OutputMap(label_range[0], label_range[1], _PIECES) if label_range else nn.Identity()
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Return logits [...] at the prior's mean, from dense [..., F] and one [..., d] for each feature."""
+        """Return logits [...] at the prior's mean, from dense [..., F] and one [..., d] for each feature, of a sequence
+        its mean.
+        """
         numeric = [dense] if self.num_numeric else []
         vectors = [] if self.item is None else [embedded[self.item]]
         if self.tower is not None:
-            parts = [*(embedded[name] for name in self.tower_features), *numeric]
+            parts = [*as_vectors(embedded, self.tower_features), *numeric]
             vectors.append(self.tower(self.dropout(torch.cat(parts, -1))))
         vector = vectors[0] if len(vectors) == 1 else vectors[0] + vectors[1]
         basis, offset = vector[..., :-1], vector[..., -1]
         if self.prior is not None:
-            shift = self.prior(torch.cat([*(embedded[name] for name in self.task_features), *numeric], -1))
+            shift = self.prior(torch.cat([*as_vectors(embedded, self.task_features), *numeric], -1))
             offset = offset + shift[..., -1] + (basis * shift[..., :-1]).sum(-1)
         if self.last.scale != 1:
             offset = offset * self.last.scale

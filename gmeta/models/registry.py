@@ -19,16 +19,25 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from gmeta.core.errors import UserCodeError, nearest
+from gmeta.models.din import DIN
 from gmeta.models.dlrm import DLRM
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
 from gmeta.models.neural_linear import NeuralLinear
 from gmeta.models.taste import Taste
+from gmeta.models.transformer import Transformer
 
 ModelFactory = Callable[..., nn.Module]
 """`(inputs: InputSpec, **args) -> nn.Module`."""
 
-MODELS: dict[str, ModelFactory] = {"melu": MeLU, "dlrm": DLRM, "taste": Taste, "neural_linear": NeuralLinear}
+MODELS: dict[str, ModelFactory] = {
+    "melu": MeLU,
+    "dlrm": DLRM,
+    "taste": Taste,
+    "neural_linear": NeuralLinear,
+    "din": DIN,
+    "transformer": Transformer,
+}
 """Add a model: one file beside this one, and its line here."""
 
 
@@ -208,14 +217,16 @@ def build_model(
 
 
 def features_of(model: nn.Module, inputs: InputSpec) -> tuple[str, ...]:
-    """Return the features that a model reads: its attribute `features`, or all. ValueError for an unknown one."""
+    """Return the features and sequences that a model reads: its attribute `features`, or all. ValueError for an unknown
+    one.
+    """
     names = getattr(model, "features", None)
     if names is None:
-        return tuple(inputs.features)
+        return tuple(inputs.widths)
     for name in names:
-        if name not in inputs.features:
+        if name not in inputs.widths:
             raise ValueError(
                 f"{type(model).__name__}.features names {name!r}, which is not among the model's inputs: "
-                f"{nearest(str(name), inputs.features)} (the task's own key is one only if model.features names it)"
+                f"{nearest(str(name), inputs.widths)} (the task's own key is one only if model.features names it)"
             )
     return tuple(names)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.core.errors import nearest
-from gmeta.models.inputs import InputSpec, check_dropout, check_widths, require_one_label
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, require_one_label
 
 
 class Shift(nn.Module):
@@ -65,12 +65,12 @@ class Taste(nn.Module):
         check_widths("hidden", hidden)
         check_dropout(dropout)
         for name in task_features:
-            if name not in inputs.features:
+            if name not in inputs.widths:
                 raise ValueError(
                     f"model.args.task_features names {name!r}, which is not a feature of the model: "
-                    f"{nearest(name, inputs.features)} (the task's own key is one only if model.features names it)"
+                    f"{nearest(name, inputs.widths)} (the task's own key is one only if model.features names it)"
                 )
-        self.features = tuple(inputs.features)
+        self.features = tuple(inputs.widths)
         num_numeric, embedding_dim, base_rate = inputs.num_numeric, inputs.embedding_dim, inputs.base_rate
         self.task_features = tuple(name for name in self.features if name in task_features)
         self.item_features = tuple(name for name in self.features if name not in task_features)
@@ -80,13 +80,13 @@ class Taste(nn.Module):
             raise ValueError("model.args.hidden is []: taste needs at least one hidden layer")
         self.num_numeric = num_numeric
         self.base_rate = base_rate
-        num_inputs = len(self.item_features) * embedding_dim + num_numeric
+        num_inputs = sum(inputs.widths[name] for name in self.item_features) + num_numeric
         self.dropout = nn.Dropout(dropout)
         self.tower = _network([num_inputs, *bottom, embedding_dim])
         self.skip = nn.Linear(num_inputs, embedding_dim, bias=False)
         self.norm = nn.LayerNorm(embedding_dim)
         self.item_bias = _zero(nn.Linear(num_inputs, 1))
-        num_task_inputs = len(self.task_features) * embedding_dim + num_numeric
+        num_task_inputs = sum(inputs.widths[name] for name in self.task_features) + num_numeric
         self.prior = _zero(nn.Linear(num_task_inputs, embedding_dim + 1, bias=False)) if num_task_inputs else None
         self.taste = Shift(embedding_dim)
         self.offset = Shift(1)
@@ -98,8 +98,8 @@ class Taste(nn.Module):
         nn.init.normal_(self.output.weight, std=0.05)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Return logits [...] from dense [..., F] and one [..., d] for each feature."""
-        z = self.dropout(torch.cat([embedded[name] for name in self.item_features], -1))
+        """Return logits [...] from dense [..., F] and one [..., d] for each feature, of a sequence its mean."""
+        z = self.dropout(torch.cat(as_vectors(embedded, self.item_features), -1))
         if self.num_numeric:
             z = torch.cat([z, dense], -1)
         x = self.norm(self.tower(z) + self.skip(z))
@@ -116,7 +116,7 @@ class Taste(nn.Module):
         """
         if self.prior is None:
             return torch.zeros_like(x), torch.zeros_like(x[..., :1])
-        parts = [embedded[name] for name in self.task_features] + ([dense] if self.num_numeric else [])
+        parts = as_vectors(embedded, self.task_features) + ([dense] if self.num_numeric else [])
         out = self.prior(torch.cat(parts, -1))
         return out[..., :-1], out[..., -1:]
 

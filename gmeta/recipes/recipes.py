@@ -56,7 +56,7 @@ def recipe_for(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
             "logit for each, such as --model.name melu"
         )
     features = given.get("model.features") or usual_features(pack.schema)
-    known = list(input_spec(pack.schema, features=features, numeric=False, embedding_dim=1).features)
+    known = list(input_spec(pack.schema, features=features, numeric=False, embedding_dim=1).tables)
     facts = read_facts(pack, known, numeric=given.get("model.numeric", True))
     fitting, why = _fitting(facts)
     name = str(given.get("recipe") or AUTO)

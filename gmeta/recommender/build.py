@@ -127,14 +127,16 @@ def new_learner(
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
     inputs, generated = inputs_of(config.model, schema), tuple(config.embedding.generator)
     model = make_model(config.model, schema, seed=config.seed, factory=factory)
-    features = {name: inputs.features[name] for name in features_of(model, inputs)}
+    read = inputs.reading(features_of(model, inputs))
     if generated:
         _require_one_valued(generated, schema)
-        add_generators(model, replace(inputs, features=features), config.embedding.generator, seed=config.seed)
+        add_generators(model, read, config.embedding.generator, seed=config.seed)
     num_numeric = inputs.num_numeric + len(generated)
     model = model.to(mesh.device, dtype)
     fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
-    learner = build_learner(model, config, config.meta, features, num_numeric, schema.labels)
+    features = {name: width for name, width in read.widths.items() if name in inputs.tables}
+    vectors: dict[str, int] = {}
+    learner = build_learner(model, config, config.meta, features, num_numeric, read.sequences, vectors, schema.labels)
     return learner.to(mesh.device, dtype)
 
 
@@ -168,12 +170,14 @@ def build_learner(
     meta: MetaConfig,
     features: Mapping[str, int],
     num_numeric: int,
+    sequences: Mapping[str, int],
+    vectors: Mapping[str, int],
     labels: Sequence[LabelColumn] = (),
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features` are the embedded features that the model reads, name -> width, `num_numeric` the numeric columns, and
-    `labels` the labels where there are several.
+    `features`, `num_numeric`, `sequences` and `vectors` say what the model reads, as in `MetaLearner`; `labels` are
+    several.
     """
     modulator = None
     if meta.modulation != "none":
@@ -200,6 +204,8 @@ def build_learner(
             prior=meta.inner_prior,
             recompute=meta.recompute,
         ),
+        sequences=sequences,
+        vectors=vectors,
         loss=config.loss,
         labels=labels,
         modulator=modulator,

@@ -15,7 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples, to_device
+from gmeta.core.batch import Bag, Examples, mask_of, to_device
 from gmeta.core.errors import require
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import cheapest_ends
@@ -122,7 +122,7 @@ class Recommender:
             return AdaptedTasks(self, (), np.zeros(0, np.int64), ())
         require_clicks(encoded.arrays["label"], self.config.loss, "support")
         (at, split), parts = self._rows(encoded), []
-        for tasks in _chunks(at.num_support, at.num_query):
+        for tasks in _chunks(at.num_support, at.num_query, split.cells_per_row(at)):
             examples, _, _ = split.gather(at[tasks])
             parts.append(self._adapt(examples))
             require_finite(parts[-1], encoded.keys[tasks])
@@ -283,7 +283,7 @@ class AdaptedTasks:
             parts, num_support = (*parts, rec._without_support(1)), np.append(num_support, 0)
         at, split = rec._rows(encoded)
         logits = np.zeros((len(encoded.query_row), *rec._outputs))
-        for tasks in _chunks(num_support[position], at.num_query):
+        for tasks in _chunks(num_support[position], at.num_query, split.cells_per_row(at)):
             _, query, _ = split.gather(at[tasks])
             fast = _chosen(parts, position[tasks])
             if self.seed is not None:
@@ -336,12 +336,14 @@ def _chosen(parts: Sequence[FastWeights], positions: NDArray[np.int64]) -> FastW
     return joined if (order[1:] > order[:-1]).all() else joined.of_tasks(np.argsort(order).tolist())
 
 
-def _chunks(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Iterator[slice]:
+def _chunks(
+    num_support: NDArray[np.int64], num_query: NDArray[np.int64], cells_per_row: NDArray[np.int64]
+) -> Iterator[slice]:
     """Cut tasks into parts of which none is padded beyond what memory holds."""
     for start in range(0, len(num_support), _TASKS_AT_A_TIME):
         part = slice(start, start + _TASKS_AT_A_TIME)
         begin = start
-        for end in cheapest_ends(num_support[part], num_query[part], MAX_CELLS):
+        for end in cheapest_ends(num_support[part], num_query[part], cells_per_row[part], MAX_CELLS):
             yield slice(begin, start + end)
             begin = start + end
 
@@ -364,4 +366,12 @@ def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
         row=none,
         item_cold=flags,
         weight=None if schema.weight is None else numbers,
+        given={
+            name: value
+            for column in schema.numeric_sequence
+            for name, value in (
+                (column.name, numbers.view(num_tasks, 0, 1, 1)),
+                (mask_of(column.name), flags.view(num_tasks, 0, 1)),
+            )
+        },
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, to_device
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, mask_of, to_device
 from gmeta.core.modules import persistent_buffers
 from gmeta.data.schema import OOV
 from gmeta.embedding.exchange import Exchange, RoutedRequest
@@ -76,12 +76,19 @@ class System:
         return replace(batch, support=self.examples(batch.support), query=self.examples(batch.query), parts=parts)
 
     def examples(self, side: Examples) -> Examples:
-        """Return examples with the numeric columns that the model reads."""
+        """Return examples with what the model reads of their numeric columns, and of what they carry for it."""
         dense = side.dense[..., : self.num_numeric - len(self.generated)]
         if self.generated:
             unknown = torch.stack([(side.ids[name] == OOV) & side.mask for name in self.generated], -1)
             dense = torch.cat([dense, unknown.to(dense.dtype)], -1)
-        return replace(side, dense=dense)
+        given = {name: value for name, value in side.given.items() if name in self._given}
+        return replace(side, dense=dense, given=given)
+
+    @property
+    def _given(self) -> set[str]:
+        learner = self.learner
+        sequences = learner.sequences.keys() - learner.features.keys()
+        return {*learner.vectors, *sequences, *map(mask_of, sequences)}
 
     def _micro_batches(self, batch: TaskBatch, request: RowRequest, learner: MetaLearner) -> tuple[MicroBatch, ...]:
         device, work = self.mesh.device, _work(batch)

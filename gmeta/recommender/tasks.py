@@ -110,7 +110,7 @@ def adapt_tasks(
     at, split = rec._rows(joined)
     at = at[chosen]
     states: dict[int, TaskState] = {}
-    for tasks in _groups(at.num_support, at.num_query):
+    for tasks in _groups(at.num_support, at.num_query, split.cells_per_row(at)):
         where = at[tasks]
         fast = rec._adapt(split.gather(where)[0])
         require_finite(fast, [joined.keys[task] for task in chosen[tasks].tolist()])
@@ -154,7 +154,7 @@ def score_tasks(
     at, split = rec._rows(joined)
     logits = np.zeros((len(joined.query_row), *rec._outputs))
     num_support = np.array([state.num_support for state in flat], np.int64)
-    for tasks in _groups(num_support, at.num_query):
+    for tasks in _groups(num_support, at.num_query, split.cells_per_row(at)):
         _, query, _ = split.gather(at[tasks])
         found = rec._score(join_states([flat[task] for task in tasks.tolist()]), query).cpu()
         logits[query.row[query.mask].numpy()] = found[query.mask].double().numpy()
@@ -255,11 +255,13 @@ def _by_task(pairs: Tensor, num_tasks: int) -> tuple[Tensor, ...]:
     return torch.split(order, torch.bincount(pairs[:, 0], minlength=num_tasks).tolist())
 
 
-def _groups(num_support: NDArray[np.int64], num_query: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+def _groups(
+    num_support: NDArray[np.int64], num_query: NDArray[np.int64], cells_per_row: NDArray[np.int64]
+) -> Iterator[NDArray[np.int64]]:
     """Yield the tasks of each pass, those of about one size together."""
     for members in bucket_by_size(num_support, num_query, TASKS_TOGETHER):
         start = 0
-        for end in ends_within(num_support[members], num_query[members], MAX_CELLS):
+        for end in ends_within(num_support[members], num_query[members], cells_per_row[members], MAX_CELLS):
             yield members[start:end]
             start = end
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gmeta.core.batch import mask_of
 from gmeta.data.schema import OOV
 from gmeta.meta import closed_form
 from gmeta.meta.factored import AdaptedPass
@@ -113,11 +114,15 @@ class _Encoded(nn.Module):
             if pooling is not None:
                 lengths = given[f"lengths_{name}"].unsqueeze(-1)
                 present = torch.arange(ids.shape[-1], device=ids.device) < lengths
-                rows = (rows * present.unsqueeze(-1).to(rows.dtype)).sum(-2)
-                rows = rows / lengths.clamp(min=1).to(rows.dtype) if pooling == "mean" else rows
+                rows = rows * present.unsqueeze(-1).to(rows.dtype)
+                if pooling == "none":
+                    embedded[mask_of(name)] = present
+                else:
+                    rows = rows.sum(-2)
+                    rows = rows / lengths.clamp(min=1).to(rows.dtype) if pooling == "mean" else rows
             embedded[name] = rows
-        first = next(iter(embedded.values()))
-        dense = given.get("dense", first[..., :0])
+        first = embedded[next(name for name in self.learner.features)]
+        dense = given.get("dense", first.new_zeros(*first.shape[: len(self.leading)], 0))
         if self.generated:
             unknown = torch.stack([given[f"ids_{name}"] == OOV for name in self.generated], -1)
             dense = torch.cat([dense, unknown.to(dense.dtype)], -1)
@@ -231,7 +236,15 @@ def require_exportable_state(rec: Recommender) -> None:
 
 
 def require_exportable_model(rec: Recommender) -> None:
-    """Raise ValueError where a task's layers do not start from what the model has."""
+    """Raise ValueError where a graph would lack what the model reads, or where a task's layers do not start from what
+    the model has.
+    """
+    learner = rec.system.learner
+    if carried := [*learner.vectors, *(learner.sequences.keys() - learner.features.keys())]:
+        raise ValueError(
+            f"the model reads {min(carried)!r}, vectors or numbers that exported graphs have no input for yet; serve "
+            "the run with gmeta.load, or train without it (model.features)"
+        )
     if rec.system.learner.modulator is not None:
         kind = rec.config.meta.modulation
         raise ValueError(

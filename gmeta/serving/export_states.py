@@ -153,7 +153,7 @@ def _write_part(rec: Recommender, encoded: EncodedTables, kind: str, file: Path)
 
 def _adapted(rec: Recommender, encoded: EncodedTables) -> Iterator[tuple[list[str], NDArray[np.int64], FastWeights]]:
     at, split = rec._rows(encoded)
-    for tasks in _chunks(at.num_support, at.num_query):
+    for tasks in _chunks(at.num_support, at.num_query, split.cells_per_row(at)):
         support, _, _ = split.gather(at[tasks])
         fast, keys = rec._adapt(support), encoded.keys[tasks]
         require_finite(fast, keys)

@@ -73,6 +73,8 @@ class Columns:
         """Return those of a schema."""
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         labelled: list[Role] = [*roles, "label"]
+        lists = [f.name for f in schema.features if f.kind != "categorical"]
+        lists += [column.name for column in schema.numeric_sequence]
         all_roles: list[Role] = ["task", "label", "weight", "time", "item", "partition", "role"]
         return cls(
             task=schema.task,
@@ -82,7 +84,7 @@ class Columns:
             weight=schema.weight,
             labels=tuple(label.name for label in schema.labels),
             known=frozenset(schema.columns([role for role in all_roles if getattr(schema, role) is not None])),
-            many=frozenset(feature.name for feature in schema.features if feature.kind != "categorical"),
+            many=frozenset(lists),
         )
 
     def needed(self, part: str) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
                 return float(recorded.get("embedding", {}).get("id_dropout") or 0.0)
             if config.embedding.generator:
                 return DEFAULT_SHARE
-            return default_share(open_pack(config.pack), inputs_of(config.model, schema).features)
+            return default_share(open_pack(config.pack), inputs_of(config.model, schema).tables)
 
         found = broadcast_from_rank_0(on_rank_0(share, mesh) or 0.0, mesh)
         config = replace(config, embedding=replace(config.embedding, id_dropout=found))

@@ -25,6 +25,9 @@ FEATURES = {  # feature -> (table, pooling of a bag or None); item and history s
     "city": ("narrow", None),
     "tags": ("narrow", "sum"),
 }
+SEQUENCES = {"last": ("wide", "none"), "pages": ("narrow", "none")}
+"""Sequences that are not pooled; a problem has them where it is asked for them."""
+_ALL = {**FEATURES, **SEQUENCES}
 NUM_NUMERIC = 2
 
 
@@ -53,15 +56,15 @@ def make_problem(
     weights = {
         table: torch.randn(NUM_ROWS[table], dim, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
         for table, dim in DIMS.items()
-        if any(FEATURES[name][0] == table for name in features)
+        if any(_ALL[name][0] == table for name in features)
     }
     sides = [_side(sizes, features, generator, dtype, binary) for sizes in (support, query)]
     lookups = [
         {
             name: (
-                Lookup(FEATURES[name][0], side.ids[name])
-                if FEATURES[name][1] is None
-                else Lookup(FEATURES[name][0], side.bags[name].values, side.bags[name].lengths, FEATURES[name][1])
+                Lookup(_ALL[name][0], side.ids[name])
+                if _ALL[name][1] is None
+                else Lookup(_ALL[name][0], side.bags[name].values, side.bags[name].lengths, _ALL[name][1])
             )
             for name in features
         }
@@ -83,7 +86,7 @@ def _side(
     mask = torch.arange(longest).expand(tasks, longest) < torch.tensor(sizes, dtype=torch.int64).unsqueeze(-1)
     ids, bags = {}, {}
     for name in features:
-        table, pooling = FEATURES[name]
+        table, pooling = _ALL[name]
         if pooling is None:
             index = torch.randint(0, NUM_ROWS[table], (tasks, longest), generator=generator)
             ids[name] = torch.where(mask, index, 0)
@@ -133,8 +136,10 @@ def poison_padding(problem: Problem) -> Problem:
 
 
 def _matrix(lookup: Lookup, num_rows: int, dtype: torch.dtype) -> Tensor:
-    """The lookup as a dense matrix [T, S, U]."""
+    """The lookup as a dense matrix [T, S, U], of a sequence [T, S, L, U]."""
     shape = lookup.index.shape if lookup.lengths is None else lookup.lengths.shape
+    if lookup.is_sequence:
+        shape = (*shape, max(1, int(lookup.lengths.max())))
     matrix = torch.zeros(*shape, num_rows, dtype=dtype)
     start = 0
     for t in range(shape[0]):
@@ -143,6 +148,10 @@ def _matrix(lookup: Lookup, num_rows: int, dtype: torch.dtype) -> Tensor:
                 matrix[t, s, lookup.index[t, s]] = 1
                 continue
             length = int(lookup.lengths[t, s])
+            if lookup.is_sequence:
+                matrix[t, s, range(length), lookup.index[start : start + length]] = 1
+                start += length
+                continue
             for u in lookup.index[start : start + length].tolist():
                 matrix[t, s, u] += 1 / length if lookup.pooling == "mean" else 1
             start += length
@@ -180,6 +189,8 @@ def textbook(
             table = rows.support[name].table
             weight = fast.get(f"table {table}", tables[table]) if name in features else tables[table]
             embedded[name] = matrix @ weight
+            if rows.support[name].is_sequence:
+                embedded[f"{name}.mask"] = matrix.sum(-1) > 0
         values = own | {n: v for n, v in fast.items() if not n.startswith("table ")}
         logits = functional_call(model, values, (dense, embedded))
         return (which(logits, label) * mask).sum() / mask.sum().clamp(min=1)

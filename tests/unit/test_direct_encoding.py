@@ -15,7 +15,7 @@ import pytest
 
 from gmeta.data.prepare.direct import DirectEncoder
 from gmeta.data.prepare.encoder import EncodedTables, Encoder
-from gmeta.data.schema import Feature, NumericColumn, PackSchema, parse_data_schema
+from gmeta.data.schema import Feature, NumericColumn, NumericSequence, PackSchema, parse_data_schema
 
 RAW: dict[str, Any] = {
     "task": "user",
@@ -29,7 +29,11 @@ RAW: dict[str, Any] = {
         {"name": "bucket", "hash_buckets": 13, "nulls": "oov"},
     ],
     "multi": [{"name": "tags", "separator": "|", "nulls": "oov"}],
-    "sequence": [{"name": "last", "table": "item", "max_length": 3}],
+    "sequence": [
+        {"name": "last", "table": "item", "max_length": 3, "pooling": "none"},
+        {"name": "kinds", "table": "shop", "aligned": "last", "nulls": "oov"},
+    ],
+    "numeric_sequence": [{"name": "gaps", "aligned": "last", "log": True, "nulls": "mean"}],
     "numeric": [{"name": "price", "nulls": "mean"}, {"name": "age", "log": True}],
     "item_statistics": True,
 }
@@ -57,7 +61,13 @@ def make_encoder(folder: Path, change: dict[str, Any] | None = None) -> Encoder:
     scales = NUMERIC | STATISTICS
     numeric = [NumericColumn(name=n, mean=scales[n][0], std=scales[n][1]) for n in schema.numeric_names()]
     pack = PackSchema(
-        features=tuple(features), numeric=tuple(numeric), label="click", binary_label=False, task="user", item="item"
+        features=tuple(features),
+        numeric=tuple(numeric),
+        label="click",
+        binary_label=False,
+        task="user",
+        item="item",
+        numeric_sequence=(NumericSequence(name="gaps", aligned="last", mean=1.3, std=0.7, log=True),),
     )
     return Encoder(schema.to_json(), folder, pack)
 
@@ -100,7 +110,6 @@ def draw(rng: np.random.Generator, rows: int) -> pa.Table:
             pa.array(many([7], [], [1, 2, 3])),
             pa.array(many([True], [True, False])),
         ),
-        "last": pa.array(many(["1", "2", "x", "1.10"], ["2"], [])),
         "price": some(
             pa.array(many(1.5, None, float("nan"), 3e38, -0.1)),
             pa.array(many(0.1, 3.3, 1e-7, 16777217.0, None), pa.float32()),
@@ -123,6 +132,11 @@ def draw(rng: np.random.Generator, rows: int) -> pa.Table:
             pa.array(rng.integers(0, 9, rows)),
         ),
     }
+    lengths = rng.integers(0, 6, rows).tolist()
+    columns["last"] = pa.array([[some("1", "2.0", "x", "1.10") for _ in range(n)] for n in lengths])
+    columns["kinds"] = pa.array([[some("1", "007", "z") for _ in range(n)] if n else some([], None) for n in lengths])
+    gaps = [[some(0.0, 3.7, 1e-7, None) for _ in range(n)] if n else some([], None) for n in lengths]
+    columns["gaps"] = some(pa.array(gaps, pa.list_(pa.float64())), pa.array(gaps, pa.large_list(pa.float32())))
     return pa.table({name: column for name, column in columns.items() if name != "at" or rng.random() < 0.7})
 
 
@@ -135,12 +149,14 @@ def same(found: EncodedTables, expected: EncodedTables) -> None:
     np.testing.assert_array_equal(found.query_row, expected.query_row)
 
 
-@pytest.mark.parametrize("change", [{}, {"label_threshold": 3.9}, {"item_statistics": False}])
-def test_plain_rows_are_encoded_as_the_database_does(tmp_path: Path, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("change", "tables"), [({}, 25), ({"label_threshold": 3.9}, 8), ({"item_statistics": False}, 8)]
+)
+def test_plain_rows_are_encoded_as_the_database_does(tmp_path: Path, change: dict[str, Any], tables: int) -> None:
     direct, by_database = make_encoder(tmp_path, change), make_encoder(tmp_path, change)
     by_database._direct = None
     rng = np.random.default_rng(7)
-    for _ in range(25):
+    for _ in range(tables):
         table = draw(rng, int(rng.integers(1, 12)))
         for role, rows in (("support", table), ("candidates", table.drop_columns("click"))):
             assert direct._direct is not None
@@ -149,7 +165,7 @@ def test_plain_rows_are_encoded_as_the_database_does(tmp_path: Path, change: dic
 
 
 ROW = {"user": ["u"], "item": ["1"], "shop": ["1"], "flag": [True], "bucket": [1], "tags": ["a"], "last": [["1"]]}
-ROW |= {"price": [1.0], "age": [1.0], "click": [1.0]}
+ROW |= {"price": [1.0], "age": [1.0], "click": [1.0], "kinds": [["1"]], "gaps": [[0.5]]}
 
 
 @pytest.mark.parametrize(
@@ -161,6 +177,11 @@ ROW |= {"price": [1.0], "age": [1.0], "click": [1.0]}
         ("item", 1.5, "column 'item': '1.5' is a fraction"),
         ("last", ["1", None], "has a missing element"),
         ("last", None, "column 'last': is missing"),
+        ("kinds", ["1", "2"], "column 'kinds': '[1, 2]' has not as many values as 'last', which it is aligned with"),
+        ("kinds", None, "column 'kinds': has not as many values as 'last'"),
+        ("gaps", [1.0, 2.0], "column 'gaps': '[1.0, 2.0]' has not as many values as 'last'"),
+        ("gaps", [-1.0], "has a negative element, and the schema takes its logarithm"),
+        ("gaps", [float("inf")], "has an element that is infinite or beyond float32"),
         ("age", None, "column 'age': is missing"),
         ("age", -1.0, "is negative, and the schema takes its logarithm"),
         ("price", float("inf"), "is infinite or beyond float32"),
@@ -182,6 +203,7 @@ def test_bad_values_are_named_as_the_database_names_them(tmp_path: Path, column:
         ("at", pa.array(["2024-11-03T10:00:00Z"])),
         ("at", pa.array([1.5])),
         ("item", pa.array([2], pa.uint64())),
+        ("gaps", pa.array([[1]], pa.list_(pa.decimal128(3, 1)))),
     ],
 )
 def test_other_types_are_left_to_the_database(tmp_path: Path, column: str, value: pa.Array) -> None:

@@ -79,18 +79,19 @@ SIDES = st.tuples(st.integers(0, 30), st.integers(0, 30))
 @given(sizes=st.lists(SIDES, max_size=8), max_cells=st.integers(1, 400), part=st.integers(0, 60))
 def test_the_cheapest_cut_is_that_of_a_search(sizes, max_cells, part) -> None:
     support, query = np.array(sizes, np.int64).reshape(-1, 2).T
-    numbers = range(1, len(sizes))
+    numbers, row = range(1, len(sizes)), 1 + (support + 2 * query) % 3
 
     def cost(ends: tuple[int, ...]) -> float:
         total = 0.0
         for a, b in itertools.pairwise((0, *ends)):
-            cells = (b - a) * int(support[a:b].max(initial=0) + query[a:b].max(initial=0))
+            rows = (b - a) * int(support[a:b].max(initial=0) + query[a:b].max(initial=0))
+            cells = rows * int(row[a:b].max(initial=1))
             total += part + cells if b - a <= 1 or cells <= max_cells else np.inf
         return total
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(order, "PART_CELLS", part)
-        found = order.cheapest_ends(support, query, max_cells)
+        found = order.cheapest_ends(support, query, row, max_cells)
     cuts = itertools.chain.from_iterable(itertools.combinations(numbers, k) for k in range(len(sizes) + 1))
     assert found[-1] == len(sizes)
     assert cost(found) == min(cost((*cut, len(sizes))) for cut in cuts)
@@ -99,20 +100,23 @@ def test_the_cheapest_cut_is_that_of_a_search(sizes, max_cells, part) -> None:
 @settings(max_examples=100, deadline=None)
 @given(
     sizes=st.lists(SIDES, max_size=60),
+    row=st.integers(1, 40),
     long=st.integers(1, 3000),
     size=st.integers(1, 20),
     max_cells=st.integers(1, 20_000),
 )
-def test_a_pass_has_every_task_once_and_little_padding(sizes, long, size, max_cells) -> None:
+def test_a_pass_has_every_task_once_and_little_padding(sizes, row, long, size, max_cells) -> None:
     support, query = np.array(sizes, np.int64).reshape(-1, 2).T
     support[3:4] *= long
-    batches = order.batches_of_pass(support, query, size, max_cells, 2)
+    per_row = np.ones(len(sizes), np.int64)
+    per_row[::5] = row
+    batches = order.batches_of_pass(support, query, per_row, size, max_cells, 2)
     assert sorted(np.concatenate([np.zeros(0, np.int64), *batches]).tolist()) == list(range(len(sizes)))
     for tasks in batches:
-        cells = len(tasks) * int(support[tasks].max() + query[tasks].max())
+        cells = len(tasks) * int(support[tasks].max() + query[tasks].max()) * int(per_row[tasks].max())
         assert 1 <= len(tasks) <= size
         assert len(tasks) == 1 or cells <= max_cells
-        assert cells - int((support + query)[tasks].sum()) <= order.PART_CELLS * len(tasks)
+        assert cells - int(((support + query) * per_row)[tasks].sum()) <= order.PART_CELLS * len(tasks)
         assert np.ptp(tasks) < 2 * size, "of one window"
 
 
@@ -120,7 +124,7 @@ def test_one_long_task_pads_no_others() -> None:
     """The case of one user with 16,000 rows: its batch is below the bound of cells, and 63 others were padded to it."""
     support = np.full(64, 20)
     support[17] = 16_000
-    batches = order.batches_of_pass(support, np.full(64, 4), 64, 1 << 20, 64)
+    batches = order.batches_of_pass(support, np.full(64, 4), np.ones(64, np.int64), 64, 1 << 20, 64)
     assert sorted(map(len, batches)) == [1, 63]
 
 

@@ -15,7 +15,7 @@ from gmeta.core.errors import nearest
 from gmeta.data.prepare import encoding_v1, values
 from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value, is_nested, label_columns, unfit
 from gmeta.data.prepare.times import time_columns
-from gmeta.data.schema import ENCODING, DataSchema, LabelColumn, RawFeature, RawNumeric, Role
+from gmeta.data.schema import ENCODING, DataSchema, LabelColumn, RawFeature, RawNumeric, RawNumericSequence, Role
 from gmeta.data.sources import Connection, RawPart, identifier, in_order, literal, scalar
 
 SHOWN_REJECTS = 5
@@ -64,7 +64,9 @@ def create_checked(
 
 
 def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[str, str]:
-    """Return column -> SQL type of a checked row: the roles, f0 … (features) and n0 … (numeric columns)."""
+    """Return column -> SQL type of a checked row: the roles, f0 … (features), n0 … (numeric columns) and s0 … (numeric
+    sequences).
+    """
     task, item = (types.get(("role", role), "VARCHAR") for role in ("task", "item"))
     columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
     columns |= dict.fromkeys(label_columns(schema)[1:], "FLOAT")
@@ -72,7 +74,8 @@ def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[st
     columns |= {"item": item, "partition": "VARCHAR", "is_query": "BOOLEAN"}
     for i, feature in enumerate(schema.features):
         columns[f"f{i}"] = types.get(feature.table, "VARCHAR") + ("" if feature.kind == "categorical" else "[]")
-    return columns | {f"n{i}": "DOUBLE" for i in range(len(schema.numeric))}
+    columns |= {f"n{i}": "DOUBLE" for i in range(len(schema.numeric))}
+    return columns | {f"s{i}": "DOUBLE[]" for i in range(len(schema.numeric_sequence))}
 
 
 def check(
@@ -195,6 +198,8 @@ class _Columns:
             add(f"f{i}", feature.name, value)
         for i, numeric in enumerate(self.schema.numeric):
             add(f"n{i}", numeric.name, self._number(numeric))
+        for i, sequence in enumerate(self.schema.numeric_sequence):
+            add(f"s{i}", sequence.name, self._numbers(sequence))
         return found, checks
 
     def _id(self, column: str, as_type: str, nulls: str, used_as: str) -> Value:
@@ -212,33 +217,70 @@ class _Columns:
         side = f"CASE {text} {names} END"
         return side, [*checks, (f"({side}) IS NULL", f"is no role: roles names {', '.join(map(repr, self.sides))}")]
 
-    def _list(self, feature: RawFeature, as_type: str) -> Value:
-        value, kind, separator = identifier(feature.name), self.part.columns[feature.name], feature.separator
-        checks: Checks = []
+    def _elements(self, column: RawFeature | RawNumericSequence) -> tuple[str, str]:
+        """Return SQL of the raw values of a many-valued column as a list, and their type."""
+        value, kind, separator = identifier(column.name), self.part.columns[column.name], column.separator
         if kind == '"NULL"':
-            return f"CAST([] AS {as_type}[])", [("true", "is missing")] if feature.nulls == "error" else []
+            return "CAST([] AS VARCHAR[])", "VARCHAR"
         if kind == "VARCHAR" and separator is not None:
             # A CSV file cannot tell an empty list from none.
             elements = (
                 f"list_filter(string_split(coalesce({value}, ''), {literal(separator)}), lambda x: trim(x) <> '')"
             )
-            elements, kind = f"list_transform({elements}, lambda x: trim(x))", "VARCHAR"
-        elif kind.endswith("[]"):
-            elements, kind = value, kind.removesuffix("[]")
-            checks = [(f"{value} IS NULL", "is missing")] if feature.nulls == "error" else []
-        else:
-            cure = "it needs a list column, or text and the key separator"
-            raise unfit(self.part, feature.name, feature.kind, cure)
+            return f"list_transform({elements}, lambda x: trim(x))", "VARCHAR"
+        if kind.endswith("[]"):
+            return value, kind.removesuffix("[]")
+        used_as = column.kind if isinstance(column, RawFeature) else "numeric_sequence"
+        raise unfit(self.part, column.name, used_as, "it needs a list column, or text and the key separator")
+
+    def _of_list(self, column: RawFeature | RawNumericSequence, elements: str) -> Checks:
+        """Return the checks of a many-valued column as a whole."""
+        checks: Checks = []
+        kind = self.part.columns[column.name]
+        if column.nulls == "error" and kind == '"NULL"':
+            checks.append(("true", "is missing"))
+        elif column.nulls == "error" and kind.endswith("[]"):
+            checks.append((f"{identifier(column.name)} IS NULL", "is missing"))
+        if column.aligned is not None:
+            other = next(feature for feature in self.schema.features if feature.name == column.aligned)
+            mine, theirs = (f"coalesce(len({listed}), 0)" for listed in (elements, self._elements(other)[0]))
+            reason = f"has not as many values as {column.aligned!r}, which it is aligned with"
+            checks.append((f"{mine} <> {theirs}", reason))
+        return checks
+
+    def _kept(self, column: RawFeature | RawNumericSequence, values: str) -> str:
+        """Return SQL of the values that a many-valued column keeps of a list."""
+        length = self.schema.length_of(column)
+        return f"coalesce({values if length is None else f'({values})[-{length}:]'}, [])"
+
+    def _numbers(self, column: RawNumericSequence) -> Value:
+        elements, kind = self._elements(column)
+        found = None if is_nested(kind) else self.rules.number_value("x", kind)
+        if found is None:
+            raise unfit(self.part, column.name, "numeric_sequence", "its elements must be numbers")
+        number, bad = found
+        bad = [(condition, f"has an element that {reason}") for condition, reason in bad]
+        if column.nulls == "error":
+            bad.append((f"({number} IS NULL OR isnan({number}))", "has a missing element"))
+        if column.log:
+            bad.append((f"{number} < 0", "has a negative element, and the schema takes its logarithm"))
+        checks = self._of_list(column, elements)
+        checks += [(f"len(list_filter({elements}, lambda x: {condition})) > 0", reason) for condition, reason in bad]
+        number = f"CASE WHEN NOT isnan({number}) THEN {number} END"
+        return self._kept(column, f"list_transform({elements}, lambda x: {number})"), checks
+
+    def _list(self, feature: RawFeature, as_type: str) -> Value:
+        elements, kind = self._elements(feature)
+        checks = self._of_list(feature, elements)
+        if self.part.columns[feature.name] == '"NULL"':
+            return f"CAST([] AS {as_type}[])", checks
         found = None if is_nested(kind) else self.rules.id_value("x", kind, as_type)
         if found is None:
             raise unfit(self.part, feature.name, feature.kind, "its elements must be texts or whole numbers")
         text, element_checks = found
         bad = [*element_checks, (f"({text}) IS NULL", "has a missing element")]
         checks += [(f"len(list_filter({elements}, lambda x: {condition})) > 0", reason) for condition, reason in bad]
-        ids = f"list_transform({elements}, lambda x: {text})"
-        if feature.max_length is not None:
-            ids = f"({ids})[-{feature.max_length}:]"
-        return f"coalesce({ids}, [])", checks
+        return self._kept(feature, f"list_transform({elements}, lambda x: {text})"), checks
 
     def _label(self, column: str) -> Value:
         kind, threshold = self.part.columns[column], self.schema.label_threshold

@@ -45,6 +45,14 @@ def is_nested(kind: str) -> bool:
     return kind.endswith("]") or kind.startswith(("STRUCT", "MAP", "UNION"))
 
 
+def value_columns(schema: DataSchema) -> list[str]:
+    """Return the columns of checked rows that hold values: f0 … (features), n0 … (numeric columns) and s0 … (numeric
+    sequences).
+    """
+    counts = {"f": len(schema.features), "n": len(schema.numeric), "s": len(schema.numeric_sequence)}
+    return [f"{kind}{i}" for kind, count in counts.items() for i in range(count)]
+
+
 def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:
     """Cut `items` into parts of at most COLUMNS_A_QUERY."""
     return (items[start : start + COLUMNS_A_QUERY] for start in range(0, len(items), COLUMNS_A_QUERY))

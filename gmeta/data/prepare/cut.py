@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gmeta.data.prepare.columns import label_columns
+from gmeta.data.prepare.columns import label_columns, value_columns
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
@@ -132,8 +132,8 @@ def rows_on_both_sides(con: Connection, schema: DataSchema, settings: Settings) 
 
     A log may hold one event twice, or two events that look alike, so that such rows are told of and not refused.
     """
-    columns = [*(f"s.{name}" for name in label_columns(schema)), "s.time", "s.item"]
-    columns += [f"s.f{i}" for i in range(len(schema.features))] + [f"s.n{i}" for i in range(len(schema.numeric))]
+    columns = [*label_columns(schema), "time", "item", *value_columns(schema)]
+    columns = [f"s.{name}" for name in columns]
     found = con.execute(f"""
         SELECT count(DISTINCT task_id), sum(rows)::BIGINT, min(key) FROM (
             SELECT t.task_id, min(t.key) AS key, count(*) FILTER (s.is_query) AS rows

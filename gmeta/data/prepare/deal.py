@@ -9,7 +9,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmeta.data.prepare.columns import label_columns
+from gmeta.data.prepare.columns import label_columns, value_columns
 from gmeta.data.prepare.cut import choose_rows
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.tasks import ShardJob
@@ -21,7 +21,7 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
     """Deal the rows of kept tasks to one folder of Parquet files a shard, and drop the checked ones."""
     labels = [f"s.{name}" for name in label_columns(schema)]
     columns = ["s.file", "s.row", *labels, "CAST(t.task_id AS INTEGER) AS task_id"]
-    columns += [f"s.f{i}" for i in range(len(schema.features))] + [f"s.n{i}" for i in range(len(schema.numeric))]
+    columns += [f"s.{name}" for name in value_columns(schema)]
     optional = {
         "s.weight": schema.weight is not None,
         "s.time": True,

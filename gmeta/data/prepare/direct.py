@@ -26,7 +26,17 @@ from numpy.typing import NDArray
 from gmeta.data.identity import vocabulary_file
 from gmeta.data.prepare.encode import LARGEST, Array
 from gmeta.data.prepare.vocabulary import PRIOR_ROWS, SALTS
-from gmeta.data.schema import FLOAT32_MAX, ITEM_STATISTICS, OOV, DataSchema, PackSchema, RawFeature, Role
+from gmeta.data.schema import (
+    FLOAT32_MAX,
+    ITEM_STATISTICS,
+    OOV,
+    DataSchema,
+    PackSchema,
+    RawFeature,
+    RawNumeric,
+    RawNumericSequence,
+    Role,
+)
 from gmeta.data.sources import Connection, scalar
 
 MISSING, BAD = -1, -2
@@ -171,6 +181,7 @@ class DirectEncoder:
             else:
                 self._ids[table] = Ids(_read_hashes(vocabulary_file(vocab_dir, table)).find)
         self._numeric = [_Numeric(*_as_sql(con, [c.mean, c.std])) for c in pack_schema.numeric]
+        self._sequences = [_Numeric(*_as_sql(con, [c.mean, c.std])) for c in pack_schema.numeric_sequence]
         self._threshold = None if schema.label_threshold is None else _as_sql(con, [schema.label_threshold])[0]
         self._items = _read_items(con, vocabulary_file(vocab_dir, ITEM_STATISTICS)) if schema.item_statistics else None
 
@@ -239,8 +250,57 @@ class DirectEncoder:
                 if (bag := self._many(feature, column, order)) is None:
                     return None
                 arrays[f"{feature.name}.values"], arrays[f"{feature.name}.offsets"] = bag
+        for sequence, stored in zip(self._schema.numeric_sequence, self._sequences, strict=True):
+            numbers = self._numbers_of(sequence, stored, table[sequence.name], order)
+            if numbers is None:
+                return None
+            arrays[f"{sequence.name}.values"], arrays[f"{sequence.name}.offsets"] = numbers
+        if not self._are_aligned(table):
+            return None
         ids = np.stack(one_valued, 1)[order] if one_valued else np.empty((len(order), 0), np.int32)
         return {"ids": ids, **arrays}
+
+    def _are_aligned(self, table: pa.Table) -> bool:
+        """Say whether every row has as many values of a sequence as of the one that it is aligned with."""
+        features = {feature.name: feature for feature in self._schema.features}
+        pairs: list[tuple[RawFeature | RawNumericSequence, str | None]] = [
+            *((feature, feature.aligned) for feature in self._schema.features),
+            *((sequence, sequence.aligned) for sequence in self._schema.numeric_sequence),
+        ]
+        for column, other in pairs:
+            if other is not None:
+                sizes = (_sizes(column, table[column.name]), _sizes(features[other], table[other]))
+                if sizes[0] is None or sizes[0] != sizes[1]:
+                    return False
+        return True
+
+    def _numbers_of(
+        self, sequence: RawNumericSequence, stored: _Numeric, column: pa.ChunkedArray, order: Array
+    ) -> tuple[Array, Array] | None:
+        """Return values and offsets of a numeric sequence, rows in `order`; None where it is left to DuckDB."""
+        kind = column.type
+        if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            return None
+        if column.null_count and sequence.nulls == "error":
+            return None
+        whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+        values = _numbers(pa.chunked_array([whole.flatten()]))
+        values = None if values is None else self._checked(sequence, values)
+        if values is None:
+            return None
+        size = np.array([length or 0 for length in whole.value_lengths().to_pylist()], np.int64)
+        kept = np.minimum(size, self._schema.length_of(sequence) or size.max(initial=0))
+        last = np.cumsum(size)
+        rows = [values[end - count : end] for end, count in zip(last[order], kept[order], strict=True)]
+        return _stored(np.concatenate([np.zeros(0), *rows]), stored), np.cumsum([0, *kept[order]])
+
+    def _checked(self, numeric: RawNumeric | RawNumericSequence, values: Array) -> Array | None:
+        """Return numbers before they are standardised, NaN where missing; None where one cannot be used."""
+        if (np.isnan(values).any() and numeric.nulls == "error") or (np.abs(values) > FLOAT32_MAX).any():
+            return None
+        if not numeric.log:
+            return values
+        return None if (values < 0).any() else _log1p(values)
 
     def _one(self, feature: RawFeature, column: pa.ChunkedArray) -> Array | None:
         values = _values(column)
@@ -271,15 +331,9 @@ class DirectEncoder:
         columns: list[Array] = []
         for numeric in self._schema.numeric:
             values = _numbers(table[numeric.name])
+            values = None if values is None else self._checked(numeric, values)
             if values is None:
                 return None
-            missing = np.isnan(values)
-            if (missing.any() and numeric.nulls == "error") or (np.abs(values) > FLOAT32_MAX).any():
-                return None
-            if numeric.log:
-                if (values < 0).any():
-                    return None
-                values = _log1p(values)
             columns.append(values)
         if self._items is not None:
             items = _values(table[self._schema.item or ""])
@@ -289,8 +343,7 @@ class DirectEncoder:
             columns += found
         dense = np.empty((table.num_rows, len(columns)), np.float32)
         for place, (values, stored) in enumerate(zip(columns, self._numeric, strict=True)):
-            scaled = np.nan_to_num((values - stored.mean) / stored.std, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
-            dense[:, place] = scaled.clip(-LARGEST, LARGEST)
+            dense[:, place] = _stored(values, stored)
         return dense
 
     def _weight(self, table: pa.Table, *, support: bool) -> Array | None:
@@ -385,6 +438,20 @@ def _numbers(column: pa.ChunkedArray) -> Array | None:
         return None
     values = [math.nan if v is None else v for v in column.to_pylist()] if column.null_count else column.to_numpy()
     return np.asarray(values, np.float64)
+
+
+def _stored(values: Array, column: _Numeric) -> Array:
+    """Return numbers as they are stored, 0 where they are missing."""
+    scaled = np.nan_to_num((values - column.mean) / column.std, nan=0.0, posinf=LARGEST, neginf=-LARGEST)
+    return np.asarray(scaled.clip(-LARGEST, LARGEST), np.float32)
+
+
+def _sizes(column: RawFeature | RawNumericSequence, raw: pa.ChunkedArray) -> list[int] | None:
+    """Return how many values each row has, None where this is left to DuckDB."""
+    if column.separator is not None and not (pa.types.is_list(raw.type) or pa.types.is_large_list(raw.type)):
+        lists = _lists(column, raw) if isinstance(column, RawFeature) else None
+        return None if lists is None else [len(values) for values in lists]
+    return [length or 0 for length in raw.combine_chunks().value_lengths().to_pylist()]
 
 
 def _times(column: pa.ChunkedArray) -> Array | None:

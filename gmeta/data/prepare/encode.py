@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched, label_columns
 from gmeta.data.prepare.vocabulary import HashedVocabulary, numeric_values, statistics_join
-from gmeta.data.schema import OOV, DataSchema, NumericColumn, RawFeature
+from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, RawFeature
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 Array = npt.NDArray[Any]
@@ -51,7 +51,7 @@ def encode(
     con: Connection,
     relation: str,
     schema: DataSchema,
-    columns: Sequence[NumericColumn],
+    stored: PackSchema,
     order: str,
     more: Sequence[str] = (),
     hashed: Mapping[str, HashedVocabulary] | None = None,
@@ -61,8 +61,9 @@ def encode(
     Values are looked up in the tables `vocab_<index>` of the connection or, where it is given, in `hashed` by table.
 
     `relation` has the columns of `checked`, and `fold` (NULL outside training tasks) where the schema asks for item
-    statistics. Returns `ids` int32 [rows, one-valued features], `dense` float32 [rows, F], `<name>.values` int32 and
-    `<name>.offsets` int64 [rows + 1] of every many-valued feature, and the columns of `relation` named in `more`.
+    statistics. Numbers become those that `stored` says. Returns `ids` int32 [rows, one-valued features], `dense`
+    float32 [rows, F], `<name>.values` and `<name>.offsets` int64 [rows + 1] of every many-valued feature (int32) and
+    numeric sequence (float32), and the columns of `relation` named in `more`.
     """
     tables, labels = list(schema.tables()), label_columns(schema)
     # name, value, join; a number that a row lacks is NaN
@@ -80,11 +81,10 @@ def encode(
         elif f"f{i}" not in found:
             vocab = (f"vocab_{tables.index(feature.table)}", f"v{i}")
             columns_sql.append((f"f{i}", *_id(schema, feature, f"b.f{i}", vocab, hashed)))
+    columns_sql += [(f"s{i}", f"len(b.s{i})", "") for i in range(len(schema.numeric_sequence))]
     values = numeric_values(con, schema)
-    for j, (value, column) in enumerate(zip(values, columns, strict=True)):
-        scaled = f"coalesce(({value} - {column.mean!r}) / {column.std!r}, 0)"
-        limited = f"greatest({-LARGEST!r}, least({LARGEST!r}, {scaled}))"
-        columns_sql.append((f"n{j}", f"CAST({limited} AS FLOAT)", statistics_join(schema, j)))
+    for j, (value, column) in enumerate(zip(values, stored.numeric, strict=True)):
+        columns_sql.append((f"n{j}", _scaled(value, column), statistics_join(schema, j)))
     for part in batched(columns_sql):
         select = ", ".join(f"{value} AS {name}" for name, value, _ in part)
         joins = " ".join(dict.fromkeys(join for _, _, join in part))
@@ -94,7 +94,7 @@ def encode(
     rows = len(next(iter(found.values())))
     arrays: dict[str, Array] = {"ids": np.empty((rows, 0), np.int32), "dense": np.empty((rows, 0), np.float32)}
     ids = [found[f"f{i}"] for i, f in enumerate(schema.features) if f.kind == "categorical"]
-    dense = [found[f"n{j}"] for j in range(len(columns))]
+    dense = [found[f"n{j}"] for j in range(len(values))]
     arrays |= {name: np.stack(stack, 1) for name, stack in (("ids", ids), ("dense", dense)) if stack}
     for i, feature in enumerate(schema.features):
         if feature.kind != "categorical":
@@ -102,6 +102,9 @@ def encode(
             arrays[f"{feature.name}.values"] = _list_ids(
                 con, relation, schema, i, f"vocab_{tables.index(feature.table)}", order, hashed
             )
+    for i, sequence in enumerate(stored.numeric_sequence):
+        arrays[f"{sequence.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"s{i}"])]).astype(np.int64)
+        arrays[f"{sequence.name}.values"] = _list_numbers(con, relation, i, sequence, order)
     return arrays | {name: np.asarray(found[name]) for name in more}
 
 
@@ -109,6 +112,19 @@ def take_labels(schema: DataSchema, arrays: dict[str, Array]) -> Array:
     """Take the labels out of encoded columns: [rows], or [rows, labels] where there are several."""
     columns = [arrays.pop(name) for name in label_columns(schema)]
     return np.stack(columns, 1) if schema.labels else columns[0]
+
+
+def _scaled(value: str, column: NumericColumn | NumericSequence) -> str:
+    """Return SQL of a number as it is stored: standardised, within float32, 0 where it is missing."""
+    scaled = f"coalesce(({value} - {column.mean!r}) / {column.std!r}, 0)"
+    return f"CAST(greatest({-LARGEST!r}, least({LARGEST!r}, {scaled})) AS FLOAT)"
+
+
+def _list_numbers(con: Connection, relation: str, index: int, column: NumericSequence, order: str) -> Array:
+    elements = f"SELECT *, unnest(s{index}) AS value, generate_subscripts(s{index}, 1) AS place FROM {relation}"
+    value = _scaled("ln(1 + b.value)" if column.log else "b.value", column)
+    query = f"SELECT {value} AS number FROM ({elements}) b ORDER BY {order}, b.place"
+    return np.asarray(con.execute(query).fetchnumpy()["number"], np.float32)
 
 
 def _in_memory(con: Connection, relation: str, features: Sequence[int]) -> bool:

@@ -134,10 +134,9 @@ class Encoder:
         of_rows.append("CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row")
         of_rows += [] if self._schema.weight is None else ["coalesce(b.weight, 1) AS weight"]
         rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
-        numeric = self._pack_schema.numeric
         with self._lock:
             vocabularies = self._vocabularies
-        arrays = encode(con, "placed", self._schema, numeric, order="b.pos", hashed=vocabularies)
+        arrays = encode(con, "placed", self._schema, self._pack_schema, order="b.pos", hashed=vocabularies)
         arrays |= {
             "label": take_labels(self._schema, rows).astype(np.float32),
             "item_cold": np.zeros(len(rows["query_row"]), np.uint8),

@@ -22,7 +22,16 @@ from gmeta.data.prepare.columns import batched, label_columns
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.summary import Report
 from gmeta.data.prepare.tasks import FOLDS, ShardJob
-from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, Feature, NumericColumn, PackSchema, RawFeature
+from gmeta.data.schema import (
+    ITEM_STATISTICS,
+    OOV,
+    DataSchema,
+    Feature,
+    NumericColumn,
+    NumericSequence,
+    PackSchema,
+    RawFeature,
+)
 from gmeta.data.sources import Connection, only_file, scalar
 
 PRIOR_ROWS = 10.0
@@ -73,6 +82,7 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
             replace(label, mean=mean_label(con, train, name))
             for name, label in zip(label_columns(schema), schema.labels, strict=False)
         ),
+        numeric_sequence=_numeric_sequences(con, schema, train),
     )
 
 
@@ -174,6 +184,16 @@ def _numeric_columns(con: Connection, schema: DataSchema, train: str) -> tuple[N
         NumericColumn(name=name, mean=mean, std=std, log=log)
         for name, (mean, std), log in zip(schema.numeric_names(), moments, logs, strict=True)
     )
+
+
+def _numeric_sequences(con: Connection, schema: DataSchema, train: str) -> tuple[NumericSequence, ...]:
+    """Return mean and standard deviation of every numeric sequence over the values of training rows."""
+    found = []
+    for i, column in enumerate(schema.numeric_sequence):
+        values = f"(SELECT unnest(s{i}) AS value FROM {train})"
+        ((mean, std),) = moments_of(con, values, (), [(i, "ln(1 + value)" if column.log else "value")])
+        found.append(NumericSequence(name=column.name, aligned=column.aligned, mean=mean, std=std, log=column.log))
+    return tuple(found)
 
 
 def moments_of(

@@ -116,7 +116,7 @@ def _shard_arrays(
         rows = f"""(SELECT r.*, CAST(i.value IS NULL AS UTINYINT) AS item_cold
                     FROM {rows} r LEFT JOIN seen_items i ON i.value = r.item)"""
         more.append("item_cold")
-    arrays = encode(con, rows, schema, pack_schema.numeric, order, more)
+    arrays = encode(con, rows, schema, pack_schema, order, more)
     arrays["label"] = take_labels(schema, arrays)
     if known:
         one_valued = [f.name for f in schema.features if f.kind == "categorical"]
