@@ -312,7 +312,7 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
             raise ValueError(f"{name} has not as many values in every row as {other}")
     _check_range("item_cold", arrays["item_cold"], 2)
     checked = ["dense", *["weight"] * (schema.weight is not None), *["label"] * (not schema.labels)]
-    for name in sorted([*checked, *(f"{column.name}.values" for column in schema.numeric_sequence)]):
+    for name in (*sorted(checked), *(f"{column.name}.values" for column in schema.numeric_sequence)):
         if not np.isfinite(arrays[name]).all():
             bad = ~np.isfinite(arrays[name])
             raise ValueError(f"{name} is {arrays[name][bad][0]} in row {np.argwhere(bad)[0, 0]}: must be finite")

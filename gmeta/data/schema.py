@@ -5,14 +5,23 @@ This module imports neither torch nor DuckDB, so that command lines and error pa
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from gmeta.core.errors import nearest, require
 from gmeta.core.files import read_mapping
+from gmeta.data.entries import (
+    as_list,
+    is_whole_number,
+    require_choice,
+    require_count,
+    require_keys,
+    require_number,
+    require_type,
+    whole_object,
+)
 
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean", "none"]
@@ -53,6 +62,16 @@ class NumericColumn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelColumn:
+    """One of several labels. A row may lack it, and then counts for the others only."""
+
+    name: str
+    loss: str  # bce, mse, l1 or huber
+    weight: float = 1.0  # of its loss in the sum over labels
+    mean: float = 0.0  # over training rows that have it; 0 in a schema of raw columns
+
+
+@dataclass(frozen=True, kw_only=True)
 class NumericSequence:
     """Numbers beside the values of a sequence, stored as `NumericColumn` says."""
 
@@ -61,16 +80,6 @@ class NumericSequence:
     mean: float = 0.0
     std: float = 1.0
     log: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelColumn:
-    """One of several labels. A row may lack it, and then counts for the others only."""
-
-    name: str
-    loss: str  # bce, mse, l1 or huber
-    weight: float = 1.0  # of its loss in the sum over labels
-    mean: float = 0.0  # over training rows that have it; 0 in a schema of raw columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,24 +134,24 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
     Every value is checked as those of YAML are: a file may come from anyone, and some go into SQL. ValueError names
     what is wrong, or says that a newer gmeta encoded the data.
     """
-    entry = _whole(data, PackSchema, "schema")
+    entry = whole_object(data, PackSchema, "schema")
     encoding = entry.get("encoding", 1)
-    if not _is_int(encoding) or encoding not in range(1, ENCODING + 1):
+    if not is_whole_number(encoding) or encoding not in range(1, ENCODING + 1):
         raise ValueError(f"the data have encoding {encoding!r}, this gmeta reads 1 to {ENCODING}: upgrade gmeta")
     for key in ("label", "task"):
-        _check(entry, key, (str,), "schema", "a column name", required=True)
+        require_type(entry, key, (str,), "schema", "a column name", required=True)
     for key in ("item", "time", "weight", "scenario"):
-        _check(entry, key, (str, type(None)), "schema", "a column name")
-    _check(entry, "binary_label", (bool,), "schema", "true or false", required=True)
-    _check_number(entry, "label_mean", "schema")
+        require_type(entry, key, (str, type(None)), "schema", "a column name")
+    require_type(entry, "binary_label", (bool,), "schema", "true or false", required=True)
+    require_number(entry, "label_mean", "schema")
     identity = entry.get("identity")
     if identity is not None and not (
         isinstance(identity, dict) and all(isinstance(text, str) for pair in identity.items() for text in pair)
     ):
         raise ValueError(f"schema.identity is {identity!r}: must map tables to texts")
-    features = tuple(_encoded(f, f"schema.features[{i}]") for i, f in enumerate(_list(entry["features"], "features")))
-    numeric = tuple(_scaled(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry["numeric"], "numeric")))
-    found = _list(entry.get("numeric_sequence"), "numeric_sequence")
+    features = tuple(_encoded(f, f"schema.features[{i}]") for i, f in enumerate(as_list(entry["features"], "features")))
+    numeric = tuple(_scaled(c, f"schema.numeric[{i}]") for i, c in enumerate(as_list(entry["numeric"], "numeric")))
+    found = as_list(entry.get("numeric_sequence"), "numeric_sequence")
     sequences = tuple(_scaled_sequence(c, f"schema.numeric_sequence[{i}]") for i, c in enumerate(found))
     _require_scenario(entry.get("scenario"), features)
     labels = _labels(entry.pop("labels", ()), entry["label"])
@@ -154,28 +163,22 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
             "encoding": encoding,
             "labels": labels,
             "numeric_sequence": sequences,
+            "labels": labels,
         }
     )
-
-
-def _told(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
-    features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
-    new = ("role", "weight", "scenario", "labels", "numeric_sequence")
-    return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
 
 
 def _labels(value: Any, first: str) -> tuple[LabelColumn, ...]:
     """Return labels as JSON holds them, of which `first` is the first."""
     found = []
-    for i, item in enumerate(_list(value, "schema.labels")):
+    for i, item in enumerate(as_list(value, "schema.labels")):
         where = f"schema.labels[{i}]"
-        entry = _whole(item, LabelColumn, where)
-        _check(entry, "name", (str,), where, "a column name")
-        _check(entry, "loss", (str,), where, "a loss")
-        _choice(entry, "loss", LABEL_LOSSES, where)
+        entry = whole_object(item, LabelColumn, where)
+        require_type(entry, "name", (str,), where, "a column name")
+        require_type(entry, "loss", (str,), where, "a loss")
+        require_choice(entry, "loss", LABEL_LOSSES, where)
         for key in ("weight", "mean"):
-            _check_number(entry, key, where)
+            require_number(entry, key, where)
         found.append(LabelColumn(**entry))
     _require_labels(found, first)
     return tuple(found)
@@ -190,6 +193,13 @@ def _require_labels(labels: Sequence[LabelColumn], first: str) -> None:
             raise ValueError(f"schema.label_weights.{label.name} is {label.weight!r}: must be more than 0")
 
 
+def _told(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
+    features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
+    new = ("role", "weight", "scenario", "labels", "numeric_sequence")
+    return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
+
+
 def _require_scenario(scenario: str | None, features: Iterable[Feature | RawFeature]) -> None:
     """Raise ValueError, with the nearest name, for a scenario that is no feature of one value a row."""
     known = [feature.name for feature in features if feature.kind == "categorical"]
@@ -199,43 +209,33 @@ def _require_scenario(scenario: str | None, features: Iterable[Feature | RawFeat
 
 
 def _encoded(value: Any, where: str) -> Feature:
-    entry = _whole(value, Feature, where)
-    _check(entry, "name", (str,), where, "a column name")
-    _check(entry, "table", (str,), where, "a table name")
-    _choice(entry, "kind", ("categorical", "multi", "sequence"), where)
-    _choice(entry, "pooling", _poolings(entry["kind"]), where)
-    _check_count(entry, "num_ids", where)
-    _check(entry, "aligned", (str, type(None)), where, "the name of a sequence")
+    entry = whole_object(value, Feature, where)
+    require_type(entry, "name", (str,), where, "a column name")
+    require_type(entry, "table", (str,), where, "a table name")
+    require_choice(entry, "kind", ("categorical", "multi", "sequence"), where)
+    require_choice(entry, "pooling", _poolings(entry["kind"]), where)
+    require_count(entry, "num_ids", where)
+    require_type(entry, "aligned", (str, type(None)), where, "the name of a sequence")
     return Feature(**entry)
 
 
 def _scaled(value: Any, where: str) -> NumericColumn:
-    return NumericColumn(**_checked_scale(_whole(value, NumericColumn, where), where))
+    return NumericColumn(**_checked_scale(whole_object(value, NumericColumn, where), where))
 
 
 def _scaled_sequence(value: Any, where: str) -> NumericSequence:
-    entry = _whole(value, NumericSequence, where)
-    _check(entry, "aligned", (str,), where, "the name of a sequence")
+    entry = whole_object(value, NumericSequence, where)
+    require_type(entry, "aligned", (str,), where, "the name of a sequence")
     return NumericSequence(**_checked_scale(entry, where))
 
 
 def _checked_scale(entry: dict[str, Any], where: str) -> dict[str, Any]:
-    _check(entry, "name", (str,), where, "a column name")
-    _check(entry, "log", (bool,), where, "true or false")
+    require_type(entry, "name", (str,), where, "a column name")
+    require_type(entry, "log", (bool,), where, "true or false")
     for key in ("mean", "std"):
-        _check_number(entry, key, where)
+        require_number(entry, key, where)
     if entry.get("std", 1.0) <= 0:
         raise ValueError(f"{where}.std is {entry['std']!r}: must be more than 0")
-    return entry
-
-
-def _whole(value: Any, kind: type, where: str) -> dict[str, Any]:
-    """Return a JSON object that has fields of a dataclass only, and all that have no default."""
-    known = fields(kind)
-    entry = _mapping(value, where, [field.name for field in known])
-    for field in known:
-        if field.default is MISSING and field.name not in entry:
-            raise ValueError(f"{where}: key {field.name!r} is missing")
     return entry
 
 
@@ -277,6 +277,14 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     return lines
 
 
+def _label_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
+    mine, other = ([(label.name, label.loss) for label in schema.labels] for schema in (ours, theirs))
+    if mine == other:
+        return []
+    told = [", ".join(f"{name}: {loss}" for name, loss in labels) or "one label" for labels in (other, mine)]
+    return [f"labels are {told[0]}, expected {told[1]}"]
+
+
 def _columns_difference(ours: Sequence[Any], theirs: Sequence[Any], what: str) -> list[str]:
     """Return where two lists of dataclasses with names differ, in words."""
     if [column.name for column in ours] != [column.name for column in theirs]:
@@ -287,14 +295,6 @@ def _columns_difference(ours: Sequence[Any], theirs: Sequence[Any], what: str) -
         for field in fields(a)
         if getattr(a, field.name) != getattr(b, field.name)
     ]
-
-
-def _label_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
-    mine, other = ([(label.name, label.loss) for label in schema.labels] for schema in (ours, theirs))
-    if mine == other:
-        return []
-    told = [", ".join(f"{name}: {loss}" for name, loss in labels) or "one label" for labels in (other, mine)]
-    return [f"labels are {told[0]}, expected {told[1]}"]
 
 
 # ------------------------------------------------------------------------------------------- raw columns
@@ -314,8 +314,6 @@ _FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
 }
 _NUMERIC_KEYS = ("name", "log", "nulls")
 _NUMERIC_SEQUENCE_KEYS = ("name", "aligned", "log", "nulls", "separator")
-_MOST = 2**31 - 1
-_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -467,18 +465,18 @@ class DataSchema:
 
 def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
     """Return the schema that `DataSchema.to_json` wrote, checked as one in YAML is. ValueError names the key."""
-    entry = _whole(data, DataSchema, "schema")
+    entry = whole_object(data, DataSchema, "schema")
     entry["labels"] = _labels(entry.pop("labels", ()), entry["label"])
     features = []
-    for i, value in enumerate(_list(entry.pop("features", None), "schema.features")):
+    for i, value in enumerate(as_list(entry.pop("features", None), "schema.features")):
         where = f"schema.features[{i}]"
-        feature = _whole(value, RawFeature, where)
-        _check(feature, "kind", (str,), where, "text")
-        _choice(feature, "kind", tuple(_FEATURE_KEYS), where)
-        _check(feature, "table", (str,), where, "a table name")
+        feature = whole_object(value, RawFeature, where)
+        require_type(feature, "kind", (str,), where, "text")
+        require_choice(feature, "kind", tuple(_FEATURE_KEYS), where)
+        require_type(feature, "table", (str,), where, "a table name")
         kind = feature.pop("kind")
         features.append(_feature(_said(feature, RawFeature), kind, where))
-    columns = _list(entry.pop("numeric", None), "schema.numeric")
+    columns = as_list(entry.pop("numeric", None), "schema.numeric")
     numeric = [_numeric(column, f"schema.numeric[{i}]") for i, column in enumerate(columns)]
     return _data_schema(entry, features, numeric, _numeric_sequences(entry))
 
@@ -508,15 +506,26 @@ def load_data_schema(path: str | Path) -> DataSchema:
 def parse_data_schema(values: Any) -> DataSchema:
     """Return the DataSchema that the mapping of a YAML schema describes. ValueError names the key and the cure."""
     keys = ("task", "label", "time", "item", "partition", "role", "weight", "scenario", "label_threshold")
-    known = (*keys, "labels", "label_weights", *_FEATURE_KEYS, "numeric", "numeric_sequence", ITEM_STATISTICS)
-    entry = _mapping(values, "schema", (*known, "hash_seed"))
+    known = (
+        *keys,
+        "labels",
+        "label_weights",
+        *_FEATURE_KEYS,
+        "numeric",
+        "numeric_sequence",
+        ITEM_STATISTICS,
+        "hash_seed",
+    )
+    entry = require_keys(values, "schema", known)
     entry |= _several_labels(entry)
     features = [
         _feature(item, kind, f"schema.{kind}[{i}]")
         for kind in _FEATURE_KEYS
-        for i, item in enumerate(_list(entry.pop(kind, None), f"schema.{kind}"))
+        for i, item in enumerate(as_list(entry.pop(kind, None), f"schema.{kind}"))
     ]
-    numeric = [_numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry.pop("numeric", None), "numeric"))]
+    numeric = [
+        _numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(as_list(entry.pop("numeric", None), "numeric"))
+    ]
     return _data_schema(entry, features, numeric, _numeric_sequences(entry))
 
 
@@ -534,12 +543,12 @@ def _several_labels(entry: dict[str, Any]) -> dict[str, Any]:
             f"schema.labels is {labels!r}: must map two columns or more to their losses, as in "
             "{click: bce, pay: bce}; write one label as label: COLUMN"
         )
-    weights = _mapping({} if weights is None else weights, "schema.label_weights", [str(name) for name in labels])
+    weights = require_keys({} if weights is None else weights, "schema.label_weights", [str(name) for name in labels])
     found = []
     for name, loss in labels.items():
-        _check({"name": name}, "name", (str,), "schema.labels", "a column name (a number in quotes)")
-        _choice({name: loss}, name, LABEL_LOSSES, "schema.labels")
-        _check_number(weights, name, "schema.label_weights")
+        require_type({"name": name}, "name", (str,), "schema.labels", "a column name (a number in quotes)")
+        require_choice({name: loss}, name, LABEL_LOSSES, "schema.labels")
+        require_number(weights, name, "schema.label_weights")
         found.append(LabelColumn(name=name, loss=loss, weight=float(weights.get(name, 1.0))))
     return {"label": found[0].name, "labels": tuple(found)}
 
@@ -555,7 +564,7 @@ def _data_schema(
         if entry.get(key) is None:
             raise ValueError(f"schema: key {key!r} is missing: name the column")
     for key in ("task", "label", "time", "item", "partition", "role", "weight", "scenario"):
-        _check(entry, key, (str, type(None)), "schema", "a column name")
+        require_type(entry, key, (str, type(None)), "schema", "a column name")
     read = [*(f.name for f in features), *(c.name for c in numeric), *(s.name for s in sequences)]
     for name in [label.name for label in entry.get("labels", ())] or [entry["label"]]:
         if name == entry.get("weight"):
@@ -563,9 +572,9 @@ def _data_schema(
         if name in read:
             raise ValueError(f"schema: {name!r} is the label and a feature, so models would read it: take it out")
     if entry.get("label_threshold") is not None:
-        _check_number(entry, "label_threshold", "schema")
-    _check(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
-    _check(entry, "hash_seed", (int,), "schema", "a whole number")
+        require_number(entry, "label_threshold", "schema")
+    require_type(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
+    require_type(entry, "hash_seed", (int,), "schema", "a whole number")
     lengths = {f.name: f.max_length for f in features}
     features = [
         replace(f, max_length=lengths.get(f.aligned)) if f.aligned is not None and f.max_length is None else f
@@ -576,34 +585,34 @@ def _data_schema(
 
 def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
     entry = _column(value, where, _FEATURE_KEYS[kind])
-    _check(entry, "name", (str,), where, "a column name", required=True)
-    _check(entry, "table", (str,), where, "a table name")
+    require_type(entry, "name", (str,), where, "a column name", required=True)
+    require_type(entry, "table", (str,), where, "a table name")
     for key in ("min_count", "hash_buckets", "max_length"):
-        _check_count(entry, key, where)
+        require_count(entry, key, where)
     if "hash_buckets" in entry and "min_count" in entry:
         raise ValueError(f"{where}: min_count has no effect with hash_buckets: remove one")
-    _check(entry, "separator", (str,), where, "a text such as '|'")
-    _choice(entry, "nulls", ("error", "oov"), where)
-    _check(entry, "aligned", (str,), where, "the name of a sequence")
+    require_type(entry, "separator", (str,), where, "a text such as '|'")
+    require_choice(entry, "nulls", ("error", "oov"), where)
+    require_type(entry, "aligned", (str,), where, "the name of a sequence")
     if "aligned" in entry:
         entry.setdefault("pooling", "none")
-    _choice(entry, "pooling", _poolings(kind), where)
+    require_choice(entry, "pooling", _poolings(kind), where)
     return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
 
 
 def _numeric_sequences(entry: dict[str, Any]) -> list[RawNumericSequence]:
     """Return the numeric sequences of a schema's mapping, which they are taken out of."""
     found = []
-    for i, value in enumerate(_list(entry.pop("numeric_sequence", None), "schema.numeric_sequence")):
+    for i, value in enumerate(as_list(entry.pop("numeric_sequence", None), "schema.numeric_sequence")):
         where = f"schema.numeric_sequence[{i}]"
         column = _column(value, where, _NUMERIC_SEQUENCE_KEYS)
-        _check(column, "name", (str,), where, "a column name", required=True)
-        _check(
+        require_type(column, "name", (str,), where, "a column name", required=True)
+        require_type(
             column, "aligned", (str,), where, "the name of the sequence whose values it stands beside", required=True
         )
-        _check(column, "log", (bool,), where, "true or false")
-        _check(column, "separator", (str, type(None)), where, "a text such as '|'")
-        _choice(column, "nulls", ("error", "mean"), where)
+        require_type(column, "log", (bool,), where, "true or false")
+        require_type(column, "separator", (str, type(None)), where, "a text such as '|'")
+        require_choice(column, "nulls", ("error", "mean"), where)
         found.append(RawNumericSequence(**column))
     return found
 
@@ -614,9 +623,9 @@ def _poolings(kind: str) -> tuple[str, ...]:
 
 def _numeric(value: Any, where: str) -> RawNumeric:
     entry = _column(value, where, _NUMERIC_KEYS)
-    _check(entry, "name", (str,), where, "a column name", required=True)
-    _check(entry, "log", (bool,), where, "true or false")
-    _choice(entry, "nulls", ("error", "mean"), where)
+    require_type(entry, "name", (str,), where, "a column name", required=True)
+    require_type(entry, "log", (bool,), where, "true or false")
+    require_choice(entry, "nulls", ("error", "mean"), where)
     return RawNumeric(**entry)
 
 
@@ -624,62 +633,4 @@ def _column(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
     if not isinstance(value, str | dict):
         rule = f"must be a column name (a number in quotes), or a mapping with the keys {', '.join(known)}"
         raise ValueError(f"{where} is {value!r}: {rule}")
-    return _mapping({"name": value} if isinstance(value, str) else value, where, known)
-
-
-def _mapping(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}: must be a mapping with the keys {', '.join(known)}")
-    for key in value:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
-    return dict(value)
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{where} is {value!r}: must be a list of columns")
-    return list(value)
-
-
-def _check(
-    entry: dict[str, Any], key: str, types: tuple[type, ...], where: str, rule: str, required: bool = False
-) -> None:
-    if key not in entry and not required:
-        return
-    value = entry.get(key)
-    # YAML's true is an int to Python.
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or value == "":
-        raise ValueError(f"{where}.{key} is {value!r}: must be {rule}")
-
-
-def _check_count(entry: dict[str, Any], key: str, where: str) -> None:
-    """Raise ValueError unless a value, where there is one, is a whole number that an int32 id can reach."""
-    _check(entry, key, (int,), where, "a whole number of at least 1")
-    if entry.get(key, 1) < 1:
-        raise ValueError(f"{where}.{key} is {entry[key]!r}: must be at least 1")
-    if entry.get(key, 1) >= _MOST:
-        raise ValueError(f"{where}.{key} is {_short(entry[key])}: must be below 2^31 - 1")
-
-
-def _check_number(entry: dict[str, Any], key: str, where: str) -> None:
-    """Raise ValueError unless a value, where there is one, is a number that float64 holds."""
-    _check(entry, key, (int, float), where, "a number")
-    if not abs(entry.get(key, 0)) <= _LARGEST:
-        raise ValueError(f"{where}.{key} is {_short(entry[key])}: must be a finite number")
-
-
-def _short(value: object) -> str:
-    """Show a value; of a number with thousands of digits Python itself refuses to."""
-    return f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _choice(entry: dict[str, Any], key: str, choices: tuple[str, ...], where: str) -> None:
-    if entry.get(key, choices[0]) not in choices:
-        raise ValueError(f"{where}.{key} is {entry[key]!r}: must be {' or '.join(choices)}")
+    return require_keys({"name": value} if isinstance(value, str) else value, where, known)

@@ -44,9 +44,8 @@ class MetaLearner(nn.Module):
     columns that it is given. Of the features in `sequences` it reads all values, [..., L, d]; those that are not among
     `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width. `loss` is the query's
     and, unless the inner loop has its own, the support's. With several `labels` the model returns a logit for each,
-    [..., K], a task's loss is the sum of its mean losses of each label, in both loops, and `loss` names that of the
-    first. A `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers
-    start.
+    [..., K], a task's loss is the sum of its mean losses of each label, in both loops, and `loss` is the first one's.
+    A `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
 
     `engine` is factored, reference, or auto: factored where it can adapt the model. The model is tried out here, on
     random numbers; `engine_reason` then says what was taken and why. A last layer in closed form needs neither: the
@@ -95,14 +94,8 @@ class MetaLearner(nn.Module):
         self.modulator = modulator
         self.seed = seed
         stepping = replace(self.adapted, last_layer="")
-        examples = try_examples(
-            model,
-            self.features,
-            num_numeric,
-            self.sequences,
-            self.vectors,
-            labels=tuple(label.name for label in labels),
-        )
+        examples = try_examples(model, self.features, num_numeric, self.sequences, self.vectors)
+        examples = replace(examples, labels=tuple(label.name for label in labels))
         sizes = {} if modulator is None else modulator.sizes
         self.engine, self.engine_reason = choose_engine(model, stepping, examples, sizes, engine)
         if self.last_layer is not None:

@@ -106,7 +106,7 @@ def choose_engine(
     `modulated` has the number of units of each modulated layer.
     The model, its buffers, gradients and flags, and the global random state are left as they were.
     Raises ValueError, which names the call where possible, for a model that mixes examples, returns another shape than
-    one logit an example (of several labels one for each), draws random numbers without a seed, or changes its buffers
+    one logit an example (one for each of several labels), draws random numbers without a seed, or changes its buffers
     or inputs; `UserCodeError` for
     one that raises. Where a model is right for [n, ...] alone, that is an error with `engine` factored, and the reason
     of taking the reference with auto; so is `Unsupported`, for what the factored engine cannot adapt.

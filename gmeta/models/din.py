@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.batch import mask_of
-from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, history_of
+from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, history_of, logits_of, output_layer
 
 
 class DIN(nn.Module):
@@ -57,19 +57,20 @@ class DIN(nn.Module):
         widths = [inputs.width, *hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(widths[-1], 1)
-        nn.init.constant_(self.output.bias, inputs.base_rate)
+        self.output = output_layer(widths[-1], inputs)
+        self.num_labels = inputs.num_labels
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
-        """Return logits [...] from dense [..., F], one [..., d] for each feature, and the history [..., L, d]."""
+        """Return logits [...], of several labels [..., K], from dense [..., F], one [..., d] for each feature, and the
+        history [..., L, d].
+        """
         parts = [self._interest(embedded), *as_vectors(embedded, self.others)]
         if self.num_numeric:
             parts.append(dense)
         x = torch.cat(parts, -1)
         for layer in self.layers:
             x = self.dropout(torch.relu(layer(x)))
-        logits: Tensor = self.output(x).squeeze(-1)
-        return logits
+        return logits_of(self.output(x), self.num_labels)
 
     def _interest(self, embedded: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of the history [..., d]."""

@@ -176,8 +176,8 @@ def build_learner(
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features`, `num_numeric`, `sequences` and `vectors` say what the model reads, as in `MetaLearner`, and `labels` are
-    the labels where there are several.
+    `features`, `num_numeric`, `sequences` and `vectors` say what the model reads, as in `MetaLearner`; `labels` are
+    several.
     """
     modulator = None
     if meta.modulation != "none":

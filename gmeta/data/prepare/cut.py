@@ -132,8 +132,8 @@ def rows_on_both_sides(con: Connection, schema: DataSchema, settings: Settings) 
 
     A log may hold one event twice, or two events that look alike, so that such rows are told of and not refused.
     """
-    columns = [*(f"s.{name}" for name in label_columns(schema)), "s.time", "s.item"]
-    columns += [f"s.{name}" for name in value_columns(schema)]
+    columns = [*label_columns(schema), "time", "item", *value_columns(schema)]
+    columns = [f"s.{name}" for name in columns]
     found = con.execute(f"""
         SELECT count(DISTINCT task_id), sum(rows)::BIGINT, min(key) FROM (
             SELECT t.task_id, min(t.key) AS key, count(*) FILTER (s.is_query) AS rows

@@ -108,6 +108,12 @@ def encode(
     return arrays | {name: np.asarray(found[name]) for name in more}
 
 
+def take_labels(schema: DataSchema, arrays: dict[str, Array]) -> Array:
+    """Take the labels out of encoded columns: [rows], or [rows, labels] where there are several."""
+    columns = [arrays.pop(name) for name in label_columns(schema)]
+    return np.stack(columns, 1) if schema.labels else columns[0]
+
+
 def _scaled(value: str, column: NumericColumn | NumericSequence) -> str:
     """Return SQL of a number as it is stored: standardised, within float32, 0 where it is missing."""
     scaled = f"coalesce(({value} - {column.mean!r}) / {column.std!r}, 0)"
@@ -119,12 +125,6 @@ def _list_numbers(con: Connection, relation: str, index: int, column: NumericSeq
     value = _scaled("ln(1 + b.value)" if column.log else "b.value", column)
     query = f"SELECT {value} AS number FROM ({elements}) b ORDER BY {order}, b.place"
     return np.asarray(con.execute(query).fetchnumpy()["number"], np.float32)
-
-
-def take_labels(schema: DataSchema, arrays: dict[str, Array]) -> Array:
-    """Take the labels out of encoded columns: [rows], or [rows, labels] where there are several."""
-    columns = [arrays.pop(name) for name in label_columns(schema)]
-    return np.stack(columns, 1) if schema.labels else columns[0]
 
 
 def _in_memory(con: Connection, relation: str, features: Sequence[int]) -> bool:

@@ -78,11 +78,11 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         label_mean=mean_label(con, train),
         weight=schema.weight,
         scenario=schema.scenario,
-        numeric_sequence=_numeric_sequences(con, schema, train),
         labels=tuple(
             replace(label, mean=mean_label(con, train, name))
             for name, label in zip(label_columns(schema), schema.labels, strict=False)
         ),
+        numeric_sequence=_numeric_sequences(con, schema, train),
     )
 
 
