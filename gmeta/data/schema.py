@@ -5,7 +5,6 @@ This module imports neither torch nor DuckDB, so that command lines and error pa
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
@@ -13,6 +12,14 @@ from typing import Any, Literal
 
 from gmeta.core.errors import nearest, require
 from gmeta.core.files import read_mapping
+from gmeta.data.entries import check_choice_key as _choice
+from gmeta.data.entries import check_count_key as _check_count
+from gmeta.data.entries import check_key as _check
+from gmeta.data.entries import check_number_key as _check_number
+from gmeta.data.entries import column_entry as _column
+from gmeta.data.entries import is_whole_number as _is_int
+from gmeta.data.entries import list_entry as _list
+from gmeta.data.entries import mapping_entry as _mapping
 
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean", "none"]
@@ -61,6 +68,16 @@ class NumericSequence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vector:
+    """A list of `dim` numbers of each row, or of each item; the same in raw data and in a pack."""
+
+    name: str
+    dim: int
+    owner: Literal["row", "item"] = "row"  # item: kept once for each item id, and found by it
+    dtype: Literal["fp32", "fp16"] = "fp32"  # as stored; models get float32
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackSchema:
     """The schema of a task pack: what training, evaluation and checkpoints need to know of the data."""
 
@@ -77,6 +94,7 @@ class PackSchema:
     )
     encoding: int = ENCODING  # packs and runs that record none have 1
     numeric_sequence: tuple[NumericSequence, ...] = ()
+    vector: tuple[Vector, ...] = ()
 
     def feature(self, name: str) -> Feature:
         """Return the feature called `name`. ValueError lists the known names."""
@@ -126,6 +144,7 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
             "numeric": numeric,
             "encoding": encoding,
             "numeric_sequence": sequences,
+            "vector": _vectors(entry),
         }
     )
 
@@ -133,7 +152,7 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
 def _told(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
     features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
-    new = ("role", "numeric_sequence")
+    new = ("role", "numeric_sequence", "vector")
     return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
 
 
@@ -203,6 +222,7 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     ]
     lines += _columns_difference(ours.numeric, theirs.numeric, "numeric column")
     lines += _columns_difference(ours.numeric_sequence, theirs.numeric_sequence, "numeric sequence")
+    lines += _columns_difference(ours.vector, theirs.vector, "vector")
     lines += [
         f"{field} is {getattr(theirs, field)!r}, expected {getattr(ours, field)!r}"
         for field in ("task", "item", "label", "binary_label")
@@ -244,8 +264,6 @@ _FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
 }
 _NUMERIC_KEYS = ("name", "log", "nulls")
 _NUMERIC_SEQUENCE_KEYS = ("name", "aligned", "log", "nulls", "separator")
-_MOST = 2**31 - 1
-_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +318,7 @@ class DataSchema:
     item_statistics: bool = False  # adds STATISTICS_COLUMNS, from training rows
     hash_seed: int = 0  # of every feature with hash_buckets
     numeric_sequence: tuple[RawNumericSequence, ...] = ()
+    vector: tuple[Vector, ...] = ()
 
     def __post_init__(self) -> None:
         threshold = self.label_threshold
@@ -307,7 +326,7 @@ class DataSchema:
         require(finite, "label_threshold", threshold, "must be a finite number, within float32")
         if self.item_statistics and (taken := [c.name for c in self.numeric if c.name in STATISTICS_COLUMNS]):
             raise ValueError(f"schema: item_statistics adds a column {taken[0]!r} itself: rename yours")
-        sequences = [column.name for column in self.numeric_sequence]
+        sequences = [*(column.name for column in self.numeric_sequence), *(vector.name for vector in self.vector)]
         for names in ([*(f.name for f in self.features), *sequences], self.numeric_names()):
             for name in names:
                 if names.count(name) > 1:
@@ -323,6 +342,13 @@ class DataSchema:
         for column in aligned:
             if column.aligned is not None:
                 self._check_aligned(column, column.aligned)
+        for vector in self.vector:
+            one_valued = {f.name: f for f in self.features if f.kind == "categorical"}
+            if vector.owner == "item" and (self.item not in one_valued or one_valued[self.item].hash_buckets):
+                raise ValueError(
+                    f"schema: vector {vector.name!r} is kept by the item's id, and the item ({self.item!r}) is no "
+                    "categorical feature with a vocabulary: add it, or say owner: row"
+                )
         for first, *others in self.tables().values():
             for other in others:
                 if (first.min_count, first.hash_buckets) != (other.min_count, other.hash_buckets):
@@ -355,6 +381,10 @@ class DataSchema:
         """Return the names of the stored numeric columns, in stored order."""
         return [c.name for c in self.numeric] + (list(STATISTICS_COLUMNS) if self.item_statistics else [])
 
+    def item_vectors(self) -> list[str]:
+        """Return the names of the vectors that are kept by the item's id."""
+        return [vector.name for vector in self.vector if vector.owner == "item"]
+
     def tables(self) -> dict[str, list[RawFeature]]:
         """Return table -> the features that share it."""
         out: dict[str, list[RawFeature]] = {}
@@ -363,10 +393,14 @@ class DataSchema:
         return out
 
     def columns(self, roles: Iterable[Role]) -> list[str]:
-        """Return the raw columns that must exist for the features and these roles, each once."""
+        """Return the raw columns that must exist for the features and these roles, each once.
+
+        Vectors of items are not among them: where their items are known, so are they (`item_vectors`).
+        """
         names = [getattr(self, role) for role in roles]
         names += [f.name for f in self.features] + [c.name for c in self.numeric]
         names += [column.name for column in self.numeric_sequence]
+        names += [vector.name for vector in self.vector if vector.owner == "row"]
         return list(dict.fromkeys(n for n in names if n is not None))
 
     def to_json(self) -> dict[str, Any]:
@@ -419,7 +453,7 @@ def load_data_schema(path: str | Path) -> DataSchema:
 def parse_data_schema(values: Any) -> DataSchema:
     """Return the DataSchema that the mapping of a YAML schema describes. ValueError names the key and the cure."""
     keys = ("task", "label", "time", "item", "partition", "role", "label_threshold")
-    known = (*keys, *_FEATURE_KEYS, "numeric", "numeric_sequence", ITEM_STATISTICS, "hash_seed")
+    known = (*keys, *_FEATURE_KEYS, "numeric", "numeric_sequence", "vector", ITEM_STATISTICS, "hash_seed")
     entry = _mapping(values, "schema", known)
     features = [
         _feature(item, kind, f"schema.{kind}[{i}]")
@@ -448,12 +482,18 @@ def _data_schema(
         _check_number(entry, "label_threshold", "schema")
     _check(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
     _check(entry, "hash_seed", (int,), "schema", "a whole number")
+    vectors = _vectors(entry)
+    entry.pop("vector", None)
+    if entry["label"] in [vector.name for vector in vectors]:
+        raise ValueError(f"schema: {entry['label']!r} is the label and a vector, so models would read it: take it out")
     lengths = {f.name: f.max_length for f in features}
     features = [
         replace(f, max_length=lengths.get(f.aligned)) if f.aligned is not None and f.max_length is None else f
         for f in features
     ]
-    return DataSchema(features=tuple(features), numeric=tuple(numeric), numeric_sequence=tuple(sequences), **entry)
+    return DataSchema(
+        features=tuple(features), numeric=tuple(numeric), numeric_sequence=tuple(sequences), vector=vectors, **entry
+    )
 
 
 def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
@@ -471,6 +511,21 @@ def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
         entry.setdefault("pooling", "none")
     _choice(entry, "pooling", _poolings(kind), where)
     return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
+
+
+def _vectors(entry: Mapping[str, Any]) -> tuple[Vector, ...]:
+    """Return the vectors of a schema's mapping."""
+    found = []
+    for i, value in enumerate(_list(entry.get("vector"), "schema.vector")):
+        where = f"schema.vector[{i}]"
+        column = _column(value, where, [field.name for field in fields(Vector)])
+        _check(column, "name", (str,), where, "a column name", required=True)
+        _check(column, "dim", (int,), where, "a whole number of at least 1: how many numbers it has", required=True)
+        _check_count(column, "dim", where)
+        _choice(column, "owner", ("row", "item"), where)
+        _choice(column, "dtype", ("fp32", "fp16"), where)
+        found.append(Vector(**column))
+    return tuple(found)
 
 
 def _numeric_sequences(entry: dict[str, Any]) -> list[RawNumericSequence]:
@@ -500,68 +555,3 @@ def _numeric(value: Any, where: str) -> RawNumeric:
     _check(entry, "log", (bool,), where, "true or false")
     _choice(entry, "nulls", ("error", "mean"), where)
     return RawNumeric(**entry)
-
-
-def _column(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
-    if not isinstance(value, str | dict):
-        rule = f"must be a column name (a number in quotes), or a mapping with the keys {', '.join(known)}"
-        raise ValueError(f"{where} is {value!r}: {rule}")
-    return _mapping({"name": value} if isinstance(value, str) else value, where, known)
-
-
-def _mapping(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is {value!r}: must be a mapping with the keys {', '.join(known)}")
-    for key in value:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}: {nearest(str(key), known)}")
-    return dict(value)
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{where} is {value!r}: must be a list of columns")
-    return list(value)
-
-
-def _check(
-    entry: dict[str, Any], key: str, types: tuple[type, ...], where: str, rule: str, required: bool = False
-) -> None:
-    if key not in entry and not required:
-        return
-    value = entry.get(key)
-    # YAML's true is an int to Python.
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types) or value == "":
-        raise ValueError(f"{where}.{key} is {value!r}: must be {rule}")
-
-
-def _check_count(entry: dict[str, Any], key: str, where: str) -> None:
-    """Raise ValueError unless a value, where there is one, is a whole number that an int32 id can reach."""
-    _check(entry, key, (int,), where, "a whole number of at least 1")
-    if entry.get(key, 1) < 1:
-        raise ValueError(f"{where}.{key} is {entry[key]!r}: must be at least 1")
-    if entry.get(key, 1) >= _MOST:
-        raise ValueError(f"{where}.{key} is {_short(entry[key])}: must be below 2^31 - 1")
-
-
-def _check_number(entry: dict[str, Any], key: str, where: str) -> None:
-    """Raise ValueError unless a value, where there is one, is a number that float64 holds."""
-    _check(entry, key, (int, float), where, "a number")
-    if not abs(entry.get(key, 0)) <= _LARGEST:
-        raise ValueError(f"{where}.{key} is {_short(entry[key])}: must be a finite number")
-
-
-def _short(value: object) -> str:
-    """Show a value; of a number with thousands of digits Python itself refuses to."""
-    return f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _choice(entry: dict[str, Any], key: str, choices: tuple[str, ...], where: str) -> None:
-    if entry.get(key, choices[0]) not in choices:
-        raise ValueError(f"{where}.{key} is {entry[key]!r}: must be {' or '.join(choices)}")

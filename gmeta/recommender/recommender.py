@@ -168,7 +168,9 @@ class Recommender:
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         support = role == "support"
         needed = schema.columns([*roles, "label"] if support else roles)
-        return as_arrow(table, role, needed, [schema.time] if support and schema.time else [])
+        return as_arrow(
+            table, role, needed, [*([schema.time] if support and schema.time else []), *schema.item_vectors()]
+        )
 
     def _rows(self, encoded: EncodedTables) -> tuple[TaskRows, PackSplit]:
         """Return where each task's rows lie, with as many support rows as the run keeps, in a split of them."""
@@ -350,7 +352,8 @@ def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
         mask=flags,
         row=none,
         item_cold=flags,
-        given={
+        given={vector.name: numbers.new_zeros(num_tasks, 0, vector.dim) for vector in schema.vector}
+        | {
             name: value
             for column in schema.numeric_sequence
             for name, value in (

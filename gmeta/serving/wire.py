@@ -65,6 +65,7 @@ class Columns:
     time: str | None
     known: frozenset[str]
     many: frozenset[str]
+    optional: tuple[str, ...]  # known by the item's id where a request leaves them out
 
     @classmethod
     def of(cls, schema: DataSchema) -> Columns:
@@ -79,8 +80,14 @@ class Columns:
             support=tuple(name for name in schema.columns(labelled) if name != schema.task),
             candidates=tuple(name for name in schema.columns(roles) if name != schema.task),
             time=schema.time,
-            known=frozenset(schema.columns([role for role in all_roles if getattr(schema, role) is not None])),
+            known=frozenset(
+                [
+                    *schema.columns([role for role in all_roles if getattr(schema, role) is not None]),
+                    *schema.item_vectors(),
+                ]
+            ),
             many=frozenset(lists),
+            optional=tuple(schema.item_vectors()),
         )
 
     def needed(self, part: str) -> tuple[str, ...]:
@@ -167,6 +174,7 @@ def _merged(
     timed = any(isinstance(given, dict) and columns.time in given for _, given in having)
     if part == "support" and timed and columns.time is not None and columns.time not in wanted:
         wanted.append(columns.time)
+    wanted += [name for name in columns.optional if any(isinstance(g, dict) and name in g for _, g in having)]
     merged: dict[str, list[Any]] = {columns.task: [], **{name: [] for name in wanted}}
     counts = [0] * len(tasks)
     for place, given in having:

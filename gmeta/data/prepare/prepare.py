@@ -30,6 +30,7 @@ from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scra
 from gmeta.data.prepare.settings import resolve_settings
 from gmeta.data.prepare.summary import Report, console_report, print_summary
 from gmeta.data.prepare.tasks import make_tasks, row_bytes
+from gmeta.data.prepare.vectors import find_item_vectors, write_item_vectors
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
 from gmeta.data.sources import scalar
@@ -56,6 +57,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         require_space(out, needed=int(2 * rows * row_bytes(con, schema)))
         if settings.split_query == "column" and (both := rows_on_both_sides(con, schema, settings)):
             counts["rows_on_both_sides"] = both
+        find_item_vectors(con, schema, counts.pop("files"))
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
         pack_schema = learn(con, schema, scratch, shards, tell)
@@ -65,6 +67,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
+            write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
             write_pending(con, schema, writer.directory / INCREMENT)
             write_shards(con, writer, schema, pack_schema, settings, scratch, shards, counts, tell)
             if counts["bad_rows"]:

@@ -75,6 +75,7 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         time=schema.time,
         label_mean=mean_label(con, train),
         numeric_sequence=_numeric_sequences(con, schema, train),
+        vector=schema.vector,
     )
 
 
