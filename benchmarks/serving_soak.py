@@ -30,7 +30,7 @@ from gmeta.recommender.recommender import load
 from gmeta.runs.bundle import read_manifest
 
 CLIENTS, TASKS = 4, 16
-TOLERANCE = 1e-4
+TOLERANCE = 1e-6
 
 
 @dataclass

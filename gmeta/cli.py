@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from gmeta.config.export import ExportConfig, ExportStatesConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
 from gmeta.config.registry import DeltaConfig, PublishConfig, RegistryConfig
 from gmeta.config.serving import ServeConfig
+from gmeta.config.text import EmbedConfig
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
@@ -144,6 +146,12 @@ def _registry(config: RegistryConfig) -> int:
     return run_registry(config)
 
 
+def _embed(config: EmbedConfig) -> int:
+    from gmeta.text.embed import embed
+
+    return embed(config)
+
+
 def _export(config: ExportConfig) -> int:
     from gmeta.serving.export import export
 
@@ -211,6 +219,8 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
   item: item_id               # what is recommended; reports show items that no training task has seen
   partition: day              # a column that says which split a row belongs to
   role: side                  # a column that says support or query, in place of a cut (--roles for other words)
+  weight: weight              # how much a row counts in losses and metrics
+  scenario: gender            # a feature of one value a row, by which every report is sliced
   label_threshold: 4          # labels of at least this become 1, others 0
   categorical:                # one value a row; a bare name, or a mapping:
     - gender
@@ -276,6 +286,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command(ServeConfig, _serve),
     "export": Command(ExportConfig, _export),
     "export-states": Command(ExportStatesConfig, _export_states, distributed=True),
+    "embed": Command(EmbedConfig, _embed, bare="do", bare_usage="[verify|stats|compact]"),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),
@@ -303,8 +314,12 @@ def overview() -> ArgumentParser:
     return parser
 
 
+@cache
 def command_parser(name: str) -> ArgumentParser:
-    """Return the parser of one command, from the fields and docstrings of its dataclass."""
+    """Return the parser of one command, from the fields and docstrings of its dataclass.
+
+    Nobody adds to it: making that of `train` takes 0.2 s, and a process may call many commands.
+    """
     command = COMMANDS[name]
     parser = parser_of(command.config, f"gmeta {name}")
     if command.bare is not None:

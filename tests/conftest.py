@@ -34,6 +34,18 @@ def no_ranks_left() -> Iterator[None]:
         sys.modules["harness"].close_pools()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Fork the workers of a launch from a server. A file that needs real ones has a fixture of this name."""
+    from forks import begin_worker
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not {"COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"} & os.environ.keys():  # it begins with a process
+            patch.setattr(SubprocessHandler, "_popen", begin_worker)
+        yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Callable[[str], Path]:
     """`real_data("ml-100k")` is that folder under GMETA_DATA (default ../shared/data); skips where it is absent."""

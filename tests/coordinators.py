@@ -12,6 +12,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from forks import Forked
+
 from gmeta.elastic.client import Client
 from gmeta.elastic.ledger import JobSpec
 
@@ -27,9 +29,8 @@ class Process:
         self.start()
 
     def start(self) -> None:
-        argv = [sys.executable, *self.program, "coordinate", "--journal", str(self.journal), "--port", str(self.port)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen([*argv, *map(str, self.words)], text=True, env=ENVIRONMENT, **pipes)
+        words = [*self.program, "coordinate", "--journal", str(self.journal), "--port", str(self.port)]
+        self.process = Forked([*words, *map(str, self.words)], ENVIRONMENT, pipes=(1, 2))
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("listening on http://"):

@@ -85,6 +85,18 @@ def columns(rows: pa.Table) -> dict[str, list[Any]]:
     return {name: values for name, values in rows.to_pydict().items() if name != "user"}
 
 
+def tasks_of(support: pa.Table, candidates: pa.Table) -> list[dict[str, Any]]:
+    """The rows of a table as tasks of a JSON body, in the order in which candidates name them."""
+    tasks = []
+    for key in dict.fromkeys(candidates["user"].to_pylist()):
+        own = {
+            part: columns(rows.filter(pa.compute.equal(rows["user"], key)))
+            for part, rows in (("support", support), ("candidates", candidates))
+        }
+        tasks.append({"key": key, **{part: rows for part, rows in own.items() if rows["item"]}})
+    return tasks
+
+
 def one_task(key: str = "new0", *, support: int = 6, candidates: int = 4, seed: int = 1) -> dict[str, Any]:
     """A task with its support and candidates."""
     return {

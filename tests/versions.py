@@ -70,8 +70,10 @@ class Growing:
         sizes = {**self._sizes(), "group": 8}
         return replace(SCHEMA, features=tuple(replace(f, num_ids=sizes[f.table]) for f in SCHEMA.features))
 
-    def write(self, path: Path, *, parent: str | None = None, training: bool = True, **manifest: Any) -> Path:
-        """Write this day's bundle."""
+    def write(
+        self, path: Path, *, parent: str | None = None, training: bool = True, history: int = 0, **manifest: Any
+    ) -> Path:
+        """Write this day's bundle. Its `training/` has so many numbers of `history`, other ones each day."""
         scratch = path.with_name(path.name + ".vocab")
         scratch.mkdir(parents=True)
         with BundleWriter(path) as writer:
@@ -92,6 +94,8 @@ class Growing:
                 writer.add_table(table, len(rows[ROWS]), DIM, reads)
             if training:
                 writer.add_json("training/state.json", {"progress": {"step": self.day}})
+                if history:
+                    writer.add_json("training/history.json", {str(n): self.day for n in range(history)})
             writer.finish(
                 {
                     "id": f"run{self.day}/{self.day}",

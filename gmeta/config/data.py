@@ -104,7 +104,7 @@ class PrepareConfig:
         require(test is None or 0 <= test < 1, "test_fraction", test, "must be in [0, 1)")
         require((valid or 0) + (test or 0) < 1, "test_fraction", test, "must leave tasks to train on")
         low, high = self.min_task_rows, self.max_task_rows
-        require(low is None or low >= 2, "min_task_rows", low, "must be at least 1")
+        require(low is None or low >= 1, "min_task_rows", low, "must be at least 1")
         require(high is None or high >= max(2, low or 2), "max_task_rows", high, f"must be at least {max(2, low or 2)}")
         for name, split in self.partitions.items():
             known = split in ("train", "valid", "test")

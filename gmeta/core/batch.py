@@ -46,6 +46,7 @@ class Examples:
     mask: Tensor  # bool [T, S], False on padding
     row: Tensor  # int64 [T, S], position of the example in its split of the pack, -1 on padding
     item_cold: Tensor  # bool [T, S], item never seen in a training task; False where unknown
+    weight: Tensor | None = None  # float32 [T, S], how much the example counts, 0 on padding; None: all count alike
     given: dict[str, Tensor] = field(default_factory=dict)
     """What a model reads as it is, by name, [T, S, ...], zeros on padding. A batch in parts has it in these alone."""
 
@@ -173,6 +174,7 @@ def _without_padding(sides: Sequence[Examples]) -> Examples:
     def rows(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([t[side.mask] for t, side in zip(tensors, sides, strict=True)])[None]
 
+    weights = [side.weight for side in sides if side.weight is not None]
     return Examples(
         ids={name: rows([side.ids[name] for side in sides]) for name in sides[0].ids},
         bags={
@@ -186,6 +188,7 @@ def _without_padding(sides: Sequence[Examples]) -> Examples:
         mask=rows([side.mask for side in sides]),
         row=rows([side.row for side in sides]),
         item_cold=rows([side.item_cold for side in sides]),
+        weight=rows(weights) if weights else None,
     )
 
 

@@ -66,6 +66,21 @@ def _remove_leftovers(path: Path) -> None:
             os.close(handle)
 
 
+@contextmanager
+def only_writer(file: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a file, made where it is missing, while the block runs. It dies with this process.
+
+    Raises ValueError at once, which says `what` is being written, where another process holds it.
+    """
+    handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if not _lock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            raise ValueError(f"{what} is being written by another process: wait for it")
+        yield
+    finally:
+        os.close(handle)
+
+
 def _lock(handle: int, operation: int) -> bool:
     """Lock an open file. Return False where another holds it, or the file system has no locks."""
     try:

@@ -24,6 +24,11 @@ def vector_file(directory: Path, name: str) -> Path:
     return directory / f"{quote(name, safe='')}.npy"
 
 
+def array_name(vector: str) -> str:
+    """Return what the array of a vector of rows is called: no vector hides an array that every shard has."""
+    return f"{vector}.vector"
+
+
 class ItemVectors:
     """The vectors of items by id. The file is opened, and with `verify` verified, when it is first read."""
 

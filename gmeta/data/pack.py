@@ -26,7 +26,7 @@ import xxhash
 
 from gmeta.core.files import sync, sync_folders
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
-from gmeta.data.item_vectors import open_item_vectors
+from gmeta.data.item_vectors import array_name, open_item_vectors
 from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.data.shards import (
     CHUNK_BYTES,
@@ -253,13 +253,13 @@ def _disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def save_file(arrays: Mapping[str, Array], path: Path) -> str:
+def save_file(arrays: Mapping[str, Array], path: Path, metadata: Mapping[str, str] | None = None) -> str:
     """Write and sync a safetensors file, the same bytes as its library would; returns its checksum.
 
     The library copies every array before it writes, and the checksum would take another pass over the file.
     """
     names = sorted(arrays, key=lambda name: (list(SAFETENSORS_DTYPE).index(arrays[name].dtype.name), name))
-    header: dict[str, Any] = {}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         array, start = arrays[name], end
@@ -313,11 +313,15 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
         if not np.array_equal(arrays[f"{name}.offsets"], arrays[f"{other}.offsets"]):
             raise ValueError(f"{name} has not as many values in every row as {other}")
     _check_range("item_cold", arrays["item_cold"], 2)
-    row_vectors = [vector.name for vector in schema.vector if vector.owner == "row"]
-    for name in ("dense", "label", *row_vectors, *(f"{column.name}.values" for column in schema.numeric_sequence)):
+    more = ["weight"] if schema.weight is not None else []
+    more += [array_name(vector.name) for vector in schema.vector if vector.owner == "row"]
+    for name in ("dense", "label", *more, *(f"{column.name}.values" for column in schema.numeric_sequence)):
         if not np.isfinite(arrays[name]).all():
             bad = ~np.isfinite(arrays[name])
             raise ValueError(f"{name} is {arrays[name][bad][0]} in row {np.argwhere(bad)[0, 0]}: must be finite")
+    if schema.weight is not None and (arrays["weight"] < 0).any():
+        row = int(np.argmax(arrays["weight"] < 0))
+        raise ValueError(f"weight is {arrays['weight'][row]} in row {row}: must not be negative")
     if schema.binary_label:
         bad = ~np.isin(arrays["label"], (0, 1))
         if bad.any():

@@ -89,6 +89,8 @@ class PackSchema:
     item: str | None = None
     time: str | None = None
     label_mean: float = 0.0  # over training rows: where a model's output starts
+    weight: str | None = None  # the column of the rows' weights
+    scenario: str | None = None  # the one-valued feature that slices reports
     identity: dict[str, str] | None = (
         None  # of each table's ids (see `data.identity`); None: made before it was recorded
     )
@@ -107,7 +109,7 @@ class PackSchema:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-serialisable dict, which `pack_schema_from_json` reads back.
 
-        What a pack has none of is left out, so that packs keep the bytes that earlier releases gave them.
+        What is not named is left out, as in what earlier releases wrote, so that packs keep their bytes.
         """
         return _told(asdict(self))
 
@@ -124,7 +126,7 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
         raise ValueError(f"the data have encoding {encoding!r}, this gmeta reads 1 to {ENCODING}: upgrade gmeta")
     for key in ("label", "task"):
         _check(entry, key, (str,), "schema", "a column name", required=True)
-    for key in ("item", "time"):
+    for key in ("item", "time", "weight", "scenario"):
         _check(entry, key, (str, type(None)), "schema", "a column name")
     _check(entry, "binary_label", (bool,), "schema", "true or false", required=True)
     _check_number(entry, "label_mean", "schema")
@@ -137,6 +139,7 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
     numeric = tuple(_scaled(c, f"schema.numeric[{i}]") for i, c in enumerate(_list(entry["numeric"], "numeric")))
     found = _list(entry.get("numeric_sequence"), "numeric_sequence")
     sequences = tuple(_scaled_sequence(c, f"schema.numeric_sequence[{i}]") for i, c in enumerate(found))
+    _require_scenario(entry.get("scenario"), features)
     return PackSchema(
         **{
             **entry,
@@ -152,8 +155,16 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
 def _told(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
     features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
-    new = ("role", "numeric_sequence", "vector")
+    new = ("role", "weight", "scenario", "numeric_sequence", "vector")
     return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
+
+
+def _require_scenario(scenario: str | None, features: Iterable[Feature | RawFeature]) -> None:
+    """Raise ValueError, with the nearest name, for a scenario that is no feature of one value a row."""
+    known = [feature.name for feature in features if feature.kind == "categorical"]
+    if scenario is not None and scenario not in known:
+        hint = nearest(scenario, known) if known else "there is none"
+        raise ValueError(f"schema.scenario is {scenario!r}, which is no feature under categorical: {hint}")
 
 
 def _encoded(value: Any, where: str) -> Feature:
@@ -207,7 +218,7 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     when they fit.
 
     It compares features and sizes, the numeric columns with their means, deviations and logarithms, and the columns
-    that are task, item and label. `identity_difference` compares the vocabularies too.
+    that are task, item, label and weight. `identity_difference` compares the vocabularies too.
     """
     mine = {f.name: f for f in ours.features}
     other = {f.name: f for f in theirs.features}
@@ -225,7 +236,7 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     lines += _columns_difference(ours.vector, theirs.vector, "vector")
     lines += [
         f"{field} is {getattr(theirs, field)!r}, expected {getattr(ours, field)!r}"
-        for field in ("task", "item", "label", "binary_label")
+        for field in ("task", "item", "label", "binary_label", "weight")
         if getattr(ours, field) != getattr(theirs, field)
     ]
     if ours.encoding != theirs.encoding:
@@ -250,7 +261,7 @@ def _columns_difference(ours: Sequence[Any], theirs: Sequence[Any], what: str) -
 # ------------------------------------------------------------------------------------------- raw columns
 
 
-Role = Literal["task", "label", "time", "item", "partition", "role"]
+Role = Literal["task", "label", "weight", "time", "item", "partition", "role"]
 
 ITEM_STATISTICS = "item_statistics"
 """Schema key, and the name of the file beside the vocabularies."""
@@ -312,6 +323,8 @@ class DataSchema:
     item: str | None = None
     partition: str | None = None
     role: str | None = None  # says which rows are support and which are query
+    weight: str | None = None  # how much a row counts in losses and metrics
+    scenario: str | None = None  # the feature under categorical that slices reports
     label_threshold: float | None = None  # label >= threshold becomes 1, other labels 0
     features: tuple[RawFeature, ...] = ()
     numeric: tuple[RawNumeric, ...] = ()
@@ -335,6 +348,12 @@ class DataSchema:
             raise ValueError("schema: no feature is listed: name columns under categorical, multi or sequence")
         if self.item_statistics and self.item is None:
             raise ValueError("schema: item_statistics needs the key item: name the item column")
+        _require_scenario(self.scenario, self.features)
+        if any(f.name == self.scenario and f.hash_buckets is not None for f in self.features):
+            raise ValueError(
+                f"schema.scenario is {self.scenario!r}, which is hashed, and reports name its values: "
+                "leave hash_buckets out"
+            )
         for feature in self.features:
             if feature.table == ITEM_STATISTICS:
                 raise ValueError(f"schema: table {ITEM_STATISTICS!r} is a reserved name: choose another")
@@ -406,7 +425,7 @@ class DataSchema:
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-serialisable dict, which `data_schema_from_json` reads back.
 
-        What is not named is left out where earlier releases did not know it, so that packs keep their bytes.
+        What is not named is left out, as in what earlier releases wrote, so that packs keep their bytes.
         """
         return _told(asdict(self))
 
@@ -452,7 +471,7 @@ def load_data_schema(path: str | Path) -> DataSchema:
 
 def parse_data_schema(values: Any) -> DataSchema:
     """Return the DataSchema that the mapping of a YAML schema describes. ValueError names the key and the cure."""
-    keys = ("task", "label", "time", "item", "partition", "role", "label_threshold")
+    keys = ("task", "label", "time", "item", "partition", "role", "weight", "scenario", "label_threshold")
     known = (*keys, *_FEATURE_KEYS, "numeric", "numeric_sequence", "vector", ITEM_STATISTICS, "hash_seed")
     entry = _mapping(values, "schema", known)
     features = [
@@ -474,8 +493,10 @@ def _data_schema(
     for key in ("task", "label"):
         if entry.get(key) is None:
             raise ValueError(f"schema: key {key!r} is missing: name the column")
-    for key in ("task", "label", "time", "item", "partition", "role"):
+    for key in ("task", "label", "time", "item", "partition", "role", "weight", "scenario"):
         _check(entry, key, (str, type(None)), "schema", "a column name")
+    if entry.get("weight") is not None and entry["weight"] == entry["label"]:
+        raise ValueError(f"schema: {entry['label']!r} is the label and the weight: name the column of the weights")
     if entry["label"] in [*(f.name for f in features), *(c.name for c in numeric), *(s.name for s in sequences)]:
         raise ValueError(f"schema: {entry['label']!r} is the label and a feature, so models would read it: take it out")
     if entry.get("label_threshold") is not None:

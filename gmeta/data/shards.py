@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, mask_of
-from gmeta.data.item_vectors import DTYPE, ItemVectors
+from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
 from gmeta.data.order import keyed_hash
 from gmeta.data.schema import PackSchema
 
@@ -46,7 +46,9 @@ def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[s
     }
     if schema.time is not None:
         layout["time"] = ("int64", (rows,))
-    layout |= {v.name: (DTYPE[v.dtype], (rows, v.dim)) for v in schema.vector if v.owner == "row"}
+    if schema.weight is not None:
+        layout["weight"] = ("float32", (rows,))
+    layout |= {array_name(v.name): (DTYPE[v.dtype], (rows, v.dim)) for v in schema.vector if v.owner == "row"}
     for name, dtype in ragged(schema).items():
         layout[f"{name}.values"] = (dtype, (None,))
         layout[f"{name}.offsets"] = ("int64", (rows + 1,))
@@ -206,6 +208,7 @@ class SplitColumns:
     task: Array  # int64 [rows], position of the row's task in the split
     is_query: Array  # bool [rows]
     label: Array  # float32 [rows]
+    weight: Array | None  # float32 [rows]; None where rows have none
     item_cold: Array  # bool [rows]
     ids: dict[str, Array]  # one-valued feature -> int32 [rows]
 
@@ -224,6 +227,11 @@ class PackSplit:
         self._row_bounds = np.cumsum([0, *(shard.num_rows for shard in shards)])
         self.num_tasks = int(self._task_bounds[-1])
         self.num_rows = int(self._row_bounds[-1])
+
+    @property
+    def schema(self) -> PackSchema:
+        """Return the schema of the pack."""
+        return self._schema
 
     @cached_property
     def task_id(self) -> Array:
@@ -268,6 +276,7 @@ class PackSplit:
             task=task,
             is_query=np.arange(self.num_rows) >= query_start[task],
             label=self._column("label"),
+            weight=None if self._schema.weight is None else self._column("weight"),
             item_cold=self._column("item_cold").astype(bool),
             ids={name: self.feature_ids(name) for name in features},
         )
@@ -322,8 +331,9 @@ class PackSplit:
         size = np.diff(start, append=shard.num_rows)
         tasks = np.flatnonzero(size <= most_rows)[:num_tasks]
         rows = _ranges(start[tasks], size[tasks])
-        vectors = {vector.name: self._vectors_of(shard, vector.name, rows) for vector in self._schema.vector}
-        arrays = vectors | {name: shard.read(name)[rows] for name in ("ids", "dense", "label", "item_cold")}
+        vectors = {array_name(v.name): self._vectors_of(shard, v.name, rows) for v in self._schema.vector}
+        stored = ("ids", "dense", "label", "weight", "item_cold")
+        arrays = vectors | {name: shard.read(name)[rows] for name in stored if name in shard.arrays}
         arrays |= {name: shard.read(name)[tasks] for name in ("task_id", "num_support")}
         arrays["row_start"] = np.cumsum(size[tasks]) - size[tasks]
         for name in ragged(self._schema):
@@ -396,6 +406,7 @@ class PackSplit:
         cells = self._cells(at.shard, np.concatenate([support_row, query_row], axis=1))
         ids, dense, label, item_cold = (cells.column(name) for name in ("ids", "dense", "label", "item_cold"))
         bags = {name: cells.bag(name) for name in self._many_valued}
+        weight = None if self._schema.weight is None else cells.column("weight")
         numbers = {column.name: cells.bag(column.name) for column in self._schema.numeric_sequence}
         vectors = {
             vector.name: cells.vector(partial(self._vectors_of, name=vector.name), vector.dim)
@@ -412,6 +423,7 @@ class PackSplit:
                 mask=torch.from_numpy(rows >= 0),
                 row=torch.from_numpy(rows),
                 item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
+                weight=None if weight is None else torch.from_numpy(weight[:, columns].copy()),
                 given=_padded({name: bag.cut(columns) for name, bag in numbers.items()})
                 | {name: torch.from_numpy(vector[:, columns].copy()) for name, vector in vectors.items()},
             )
@@ -421,8 +433,8 @@ class PackSplit:
 
     def _vectors_of(self, shard: Shard, name: str, rows: Array) -> Array:
         """Return a vector of rows of a shard, [n, dim]: its own, or that of its item."""
-        if name in shard.arrays:
-            return shard.read(name)[rows]
+        if array_name(name) in shard.arrays:
+            return shard.read(array_name(name))[rows]
         item = self._one_valued.index(str(self._schema.item))
         return shard.vectors[name].rows(shard.read("ids")[rows, item])
 

@@ -15,8 +15,8 @@ from gmeta.config.data import HISTORY_ROWS
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.train import TrainConfig
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.prepare.base import IN_BUNDLE, INCREMENT
-from gmeta.data.prepare.history import TASKS, history_of_pack
+from gmeta.data.prepare.base import IN_BUNDLE
+from gmeta.data.prepare.history import INCREMENT, LEFT_OUT_PARTS, TASKS, history_of_pack
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import verified_file
 from gmeta.delivery.smoke import add_smoke
@@ -109,7 +109,8 @@ def _day(pack: TaskPack | None) -> dict[str, Any]:
 
 def _add_increment(writer: BundleWriter, pack: TaskPack) -> None:
     """Add what a later day needs of the pack. A first pack has no history, so that it is made here."""
-    carried = [entry for entry in pack.manifest["others"] if entry["file"].startswith(f"{INCREMENT}/")]
+    others = [entry for entry in pack.manifest["others"] if entry["file"].startswith(f"{INCREMENT}/")]
+    carried = [entry for entry in others if not entry["file"].startswith(f"{INCREMENT}/{LEFT_OUT_PARTS}")]
     for entry in carried:
         writer.add_file(verified_file(pack.path, entry), f"{TRAINING}{entry['file']}")
     if f"{INCREMENT}/{TASKS}" not in {entry["file"] for entry in carried} and pack.manifest["data_schema"]:

@@ -38,6 +38,7 @@ from gmeta.delivery.bundle import make_bundle
 from gmeta.delivery.gate import HELD_OUT, judge
 from gmeta.delivery.registry import publish
 from gmeta.delivery.rules import read_rules
+from gmeta.delivery.sound_day import newest_sound_day
 from gmeta.evaluation.documents import read_evaluation
 from gmeta.evaluation.evaluate import evaluate
 from gmeta.evaluation.slices import headline_metrics
@@ -248,7 +249,7 @@ def _gate(delivery: Delivery) -> None:
         out=str(folder / "gate"),
         trust_model=config.trust_model,
     )
-    verdict = judge(gate)
+    verdict = judge(gate, newest_sound_day(delivery.registry, delivery.base))
     delivery.record.update({"passed": verdict.passed, "metrics": verdict.document["metrics"]})
 
 

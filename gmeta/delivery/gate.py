@@ -30,13 +30,13 @@ from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import ITEM_STATISTICS, OOV, STATISTICS_COLUMNS
 from gmeta.data.shards import PackSplit
 from gmeta.delivery.gate_page import WORDS, verdict_page, word_of
-from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules, read_rules
+from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules, read_rules, scenarios_named
 from gmeta.evaluation.baselines import fit_baselines
 from gmeta.evaluation.documents import Json, read_evaluation
 from gmeta.evaluation.evaluate import cold_tasks, support_used
-from gmeta.evaluation.predictions import Variants
+from gmeta.evaluation.predictions import Variants, scenarios_of
 from gmeta.evaluation.score import Scores, score_split
-from gmeta.evaluation.slices import BEFORE, evaluation_records, headline_metrics
+from gmeta.evaluation.slices import BEFORE, SCENARIO, evaluation_records, headline_metrics
 from gmeta.evaluation.variants import baseline_rows
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_REFUSED, report_error
@@ -49,6 +49,9 @@ from gmeta.runs.translation import Translation, translation_of
 FORMAT, VERSION = "gmeta-gate", 1
 HELD_OUT: tuple[Literal["test", "valid"], ...] = ("test", "valid")
 """Splits whose tasks no training has seen; the first that a pack has is judged on."""
+
+Earlier = tuple[dict[str, dict[str, Any]], str]
+"""What a version scored on a day before its candidate's, by slice, and words that say where that is from."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,12 @@ def gate(config: GateConfig) -> int:
     return EXIT_REFUSED
 
 
-def judge(config: GateConfig) -> Verdict:
+def judge(config: GateConfig, before: Earlier | None = None) -> Verdict:
     """Judge a candidate; rank 0 prints the rules and writes verdict.json and verdict.html.
+
+    Args:
+        config: settings of `gmeta gate`.
+        before: what the current version scored on a day before, where that is known better than its manifest says it.
 
     Raises:
         ValueError: a version or a pack is missing or damaged; the pack's columns mean something else to one of them;
@@ -115,12 +122,12 @@ def judge(config: GateConfig) -> Verdict:
     """
     mesh = open_mesh(config.device, config.timeout_s)
     try:
-        return judge_on(mesh, config)
+        return judge_on(mesh, config, before)
     finally:
         close_mesh(mesh)
 
 
-def judge_on(mesh: Mesh, config: GateConfig) -> Verdict:
+def judge_on(mesh: Mesh, config: GateConfig, before: Earlier | None = None) -> Verdict:
     """`judge` on a mesh that is open; collective."""
     candidate, current = Path(config.candidate), Path(config.current)
     pack = open_pack(config.pack)
@@ -129,15 +136,24 @@ def judge_on(mesh: Mesh, config: GateConfig) -> Verdict:
         require_trusted(trained[source].model.name, f"{source} has", trust_model=config.trust_model)
     binary = _is_binary(trained)
     rules = read_rules(config.rules, binary=binary)
+    _require_scenario(rules, pack)
     days = {source: _day(source, pack) for source in (candidate, current)}  # mistakes come before the work
     earlier = [] if config.previous_pack is None else [_day(current, open_pack(config.previous_pack))]
     on_rank_0(lambda: make_folder("out", config.out), mesh)
     theirs = _score(mesh, config, current, [days[current], *earlier])
     ours = _score(mesh, config, candidate, [days[candidate]])
-    document = on_rank_0(lambda: _verdict(config, rules, ours[0], theirs, binary), mesh) or {}
+    document = on_rank_0(lambda: _verdict(config, rules, ours[0], theirs, binary, before), mesh) or {}
     # the others wait until the verdict is written: a launcher ends all when one ends with a code
     passed = broadcast_from_rank_0(float(document.get("passed", False)), mesh)
     return Verdict(bool(passed), document)
+
+
+def _require_scenario(rules: Sequence[tuple[str, Rule]], pack: TaskPack) -> None:
+    if pack.schema.scenario is None and (names := scenarios_named(rules)):
+        raise ValueError(
+            f"a rule looks at the slice {SCENARIO}{names[0]}, but the schema of {pack.path} names no scenario: leave "
+            "the slice out, or prepare with the key scenario"
+        )
 
 
 def _is_binary(trained: Mapping[Path, TrainConfig]) -> bool:
@@ -179,21 +195,30 @@ def _score(mesh: Mesh, config: GateConfig, source: Path, days: Sequence[_Day]) -
     return found
 
 
-def _measure(config: GateConfig, ours: _Scored, theirs: Sequence[_Scored], binary: bool) -> Measured:
-    """Measure what the rules look at; `theirs` has what the current version scored, on the day and on one before."""
+def _measure(
+    config: GateConfig,
+    ours: _Scored,
+    theirs: Sequence[_Scored],
+    binary: bool,
+    known: Earlier | None,
+    scenarios: Sequence[str],
+) -> Measured:
+    """Measure what the rules look at, the slices of `scenarios` too; `theirs` has what the current version scored, on
+    the day and on one before.
+    """
     current, *earlier = theirs
     scores, labels = ours.scores, ours.scores.label
     if len(labels) == 0:
         raise ValueError(f"{config.pack} has no query rows in split {ours.day.split.name}: prepare it with some")
     not_finite = {CANDIDATE: ours.not_finite(), CURRENT: current.not_finite()}
     finite = not any(not_finite.values())
-    before, before_from = _before(config, earlier, binary)
+    before, before_from = _before(config, earlier, binary, known)
     usual = (before or {}).get("all", {}).get("label_mean") or read_schema(Path(config.current))[0].label_mean or None
     return Measured(
         tasks=len(np.unique(scores.task)),
         rows=len(labels),
         not_finite=not_finite,
-        evaluation=_evaluation(config, ours, current, binary) if finite else None,
+        evaluation=_evaluation(config, ours, current, binary, scenarios) if finite else None,
         label_mean=float(labels.mean()),
         label_std=float(labels.std()),
         usual_label_mean=usual,
@@ -205,7 +230,7 @@ def _measure(config: GateConfig, ours: _Scored, theirs: Sequence[_Scored], binar
     )
 
 
-def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool) -> Json:
+def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool, scenarios: Sequence[str]) -> Json:
     """Return the evaluation of candidate, current version and baselines, by the coldness that the pack knows."""
     pack, split, scores = ours.day.pack, ours.day.split, ours.scores
     found = ours.variants(CANDIDATE).joined(theirs.variants(CURRENT))
@@ -227,6 +252,8 @@ def _evaluation(config: GateConfig, ours: _Scored, theirs: _Scored, binary: bool
         binary=binary,
         resamples=config.resamples,
         seed=config.seed,
+        weight=scores.weight,
+        scenario=scenarios_of(pack, split, scores.row, scenarios),
     )
     return {**evaluation, "notes": [*evaluation["notes"], *notes], "left_out": pack.left_out(split.name)}
 
@@ -247,16 +274,19 @@ def _own_metrics(config: GateConfig, scored: _Scored, binary: bool) -> dict[str,
             binary=binary,
             resamples=1,  # values alone are asked for
             seed=config.seed,
+            weight=scores.weight,
         )
     )
 
 
 def _before(
-    config: GateConfig, earlier: Sequence[_Scored], binary: bool
+    config: GateConfig, earlier: Sequence[_Scored], binary: bool, known: Earlier | None
 ) -> tuple[dict[str, dict[str, Any]] | None, str]:
     """Return what the current version scored on a day before, with where it is from; None where nobody knows."""
     if earlier and len(earlier[0].scores.row) and not earlier[0].not_finite():
         return _own_metrics(config, earlier[0], binary), f"on {config.previous_pack}"
+    if known is not None:
+        return known
     current = Path(config.current)
     if is_bundle(current):
         recorded = read_manifest(current).get("metrics")
@@ -316,10 +346,15 @@ def _unknown_shares(ours: _Scored, theirs: _Scored) -> dict[str, dict[str, float
 
 
 def _verdict(
-    config: GateConfig, rules: Sequence[tuple[str, Rule]], ours: _Scored, theirs: Sequence[_Scored], binary: bool
+    config: GateConfig,
+    rules: Sequence[tuple[str, Rule]],
+    ours: _Scored,
+    theirs: Sequence[_Scored],
+    binary: bool,
+    before: Earlier | None,
 ) -> Json:
     """Apply the rules, write the verdict and print it; returns the content of verdict.json."""
-    measured = _measure(config, ours, theirs, binary)
+    measured = _measure(config, ours, theirs, binary, before, scenarios_named(rules))
     outcomes = apply_rules(rules, measured)
     pack, evaluation = ours.day.pack, measured.evaluation
     keys = ("label_mean", "usual_label_mean", "numeric", "unknown", "current_now", "current_before", "before_from")

@@ -11,6 +11,7 @@ from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.pages import (
     all_metrics_section,
+    case_name,
     case_table,
     figure,
     metric_name,
@@ -106,7 +107,7 @@ def _difference_table(evaluation: Json, cases: list[str]) -> str:
         cells = "".join(
             f"<td>{stacked(found[case, metric], '+')}</td>" for metric in metrics if (case, metric) in found
         )
-        rows.append(f"<tr><td>{escape(case.replace('_', ' '))}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{escape(case_name(case))}</td>{cells}</tr>")
     return variant_table("candidate − current", map(metric_name, metrics), rows)
 
 

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gmeta.data.schema import NumericColumn, PackSchema, schema_difference
-from gmeta.runs.bundle import MANIFEST, Bundle, manifest_text, open_bundle, read_manifest, sealed
+from gmeta.runs.bundle import MANIFEST, TRAINING, Bundle, manifest_text, open_bundle, read_manifest, sealed
 from gmeta.runs.delta import DELTA, delta_bytes, make_delta
 from gmeta.runs.directory import read_schema
 from gmeta.runs.registry import (
@@ -38,9 +38,11 @@ from gmeta.runs.registry import (
 from gmeta.runs.store import Folder, Listed, require_conditions
 
 CLAIM = "claim.json"
+VERDICT = "verdict.json"
+"""The gate's whole verdict, beside the manifest of a version, for people alone: no reader fetches it."""
 MAX_HISTORY = 100
 MAX_DELTA_SHARE = 0.5
-"""A delta is published where it is smaller than this share of the full version."""
+"""A delta is published where it is smaller than this share of the full version, with or without `training/`."""
 _LEFT_BEHIND = timedelta(days=1)
 """What a publisher wrote nothing to for so long, `prune` removes."""
 
@@ -89,7 +91,7 @@ def publish(
             )
     number = _stored(registry, manifest, pointer)
     if number is None:
-        number = _store(registry, bundle, manifest, pointer)
+        number = _store(registry, bundle, manifest, pointer, verdict)
     if verdict is not None and not verdict["passed"]:
         return number
     if pointer is not None and pointer.version != number:
@@ -133,7 +135,8 @@ def _fitting(verdict: Mapping[str, Any], source: Bundle) -> dict[str, Any]:
             f"the verdict is of version {verdict.get('candidate')!r}, and {source.path} is {source.id!r}: give the "
             "verdict of this bundle"
         )
-    return dict(verdict)
+    # Its evaluation has half a megabyte, and all who look at a version read its manifest.
+    return {key: value for key, value in verdict.items() if key != "evaluation"}
 
 
 def _require_same_model(registry: Registry, pointer: Pointer, source: Bundle) -> None:
@@ -204,7 +207,13 @@ def _stored(registry: Registry, manifest: Mapping[str, Any], pointer: Pointer | 
     return None
 
 
-def _store(registry: Registry, bundle: Path, manifest: Mapping[str, Any], pointer: Pointer | None) -> int:
+def _store(
+    registry: Registry,
+    bundle: Path,
+    manifest: Mapping[str, Any],
+    pointer: Pointer | None,
+    verdict: Mapping[str, Any] | None,
+) -> int:
     """Store a version under a number of its own, and return it. What was written is removed where this fails."""
     store = registry.store
     number = _claim(registry, str(manifest["id"]), pointer)
@@ -212,6 +221,8 @@ def _store(registry: Registry, bundle: Path, manifest: Mapping[str, Any], pointe
     try:
         for entry in manifest["files"]:
             store.upload(bundle / entry["file"], folder + entry["file"])
+        if verdict is not None:
+            store.create(folder + VERDICT, (json.dumps(verdict, indent=1) + "\n").encode())
         sizes = {listed.key: listed.size for listed in store.list(folder)}
         for entry in manifest["files"]:
             if folder + MANIFEST not in sizes and sizes.get(folder + entry["file"]) != entry["bytes"]:
@@ -286,11 +297,19 @@ def _publish_delta(
             base = registry.fetch(pointer.version, cache or Path(scratch) / "cache")
         out = Path(scratch) / "delta"
         document = make_delta(base, bundle, out, manifest=manifest, base_version=pointer.version)
-        if delta_bytes(document) >= MAX_DELTA_SHARE * sum(entry["bytes"] for entry in manifest["files"]):
+        if not any(_is_small(document, manifest, training=training) for training in (False, True)):
             return
         for entry in document["files"]:
             store.upload(out / entry["file"], folder + entry["file"])
         store.upload(out / DELTA, folder + DELTA)  # last: the delta exists once this does
+
+
+def _is_small(document: Mapping[str, Any], manifest: Mapping[str, Any], *, training: bool) -> bool:
+    """Whether a delta is worth its place for readers that serve, or for those that train on: tasks' older rows lie in
+    `training/` and are nearly all new each day, so that a delta may be of use to the former alone.
+    """
+    full = sum(entry["bytes"] for entry in manifest["files"] if training or not entry["file"].startswith(TRAINING))
+    return bool(delta_bytes(document, training=training) < MAX_DELTA_SHARE * full)
 
 
 def _make_current(

@@ -23,7 +23,7 @@ from gmeta.core.numbers import shown
 from gmeta.delivery.default_rules import CLICK_RULES, RATING_RULES
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.metrics import BINARY_METRICS, HIGHER_IS_BETTER, NO_INTERVAL, RATING_METRICS
-from gmeta.evaluation.slices import BEFORE, COLDNESS, HEADLINE_METRICS, SLICES, unit_of
+from gmeta.evaluation.slices import BEFORE, COLDNESS, HEADLINE_METRICS, OTHER, SCENARIO, SLICES, unit_of
 
 CANDIDATE, CURRENT = "candidate", "current"
 _NAMES = {CANDIDATE: "the candidate", CURRENT: "the current version"}
@@ -517,6 +517,12 @@ def _rule(entry: Any, where: str, binary: bool) -> tuple[str, Rule]:
     return name, rule
 
 
+def scenarios_named(rules: Iterable[tuple[str, Rule]]) -> list[str]:
+    """Return the scenarios whose slices some rules look at, but for those that are all others together."""
+    slices = [case for _, rule in rules for case in getattr(rule, "slices", ())]
+    return [case.removeprefix(SCENARIO) for case in slices if case.startswith(SCENARIO) and case != OTHER]
+
+
 def apply_rules(rules: Iterable[tuple[str, Rule]], measured: Measured) -> list[tuple[str, Outcome]]:
     """Return what each rule found. Where scores are no finite numbers, the rules that need them refuse."""
     found = []
@@ -562,8 +568,10 @@ def _require_metric(metric: str) -> None:
 def _require_slices(slices: list[str]) -> None:
     require(bool(slices), "slices", slices, f"must name slices, such as all, {', '.join(COLDNESS)}")
     for case in slices:
-        if case not in SLICES:
-            raise ValueError(f"slices has {case!r}, which is unknown: {nearest(str(case), SLICES)}")
+        of_scenario = isinstance(case, str) and case.startswith(SCENARIO) and case != SCENARIO
+        if case not in SLICES and not of_scenario:
+            hint = nearest(str(case), (*SLICES, f"{SCENARIO}VALUE"))
+            raise ValueError(f"slices has {case!r}, which is unknown: {hint}")
 
 
 def _require_positive(rule: Any, *keys: str) -> None:

@@ -34,19 +34,27 @@ class BaselineRows:
     label: NDArray[Any]
     is_query: NDArray[np.bool_]
     item: NDArray[Any] | None = None  # integer key of the row's item; None where the pack has no item column
+    weight: NDArray[Any] | None = None  # how much the row counts in means; None: once
 
     def __post_init__(self) -> None:
         sizes = {"task": len(self.task), "label": len(self.label), "is_query": len(self.is_query)}
         if self.item is not None:
             sizes["item"] = len(self.item)
+        if self.weight is not None:
+            sizes["weight"] = len(self.weight)
         if len(set(sizes.values())) != 1:
             raise ValueError(f"columns of baseline rows have different lengths: {sizes}")
 
     def last_support(self, num_rows: int) -> BaselineRows:
         """Keep what `last_support` keeps."""
         keep = last_support(self.task, self.is_query, num_rows)
-        item = None if self.item is None else self.item[keep]
-        return BaselineRows(self.task[keep], self.label[keep], self.is_query[keep], item)
+        item, weight = (None if column is None else column[keep] for column in (self.item, self.weight))
+        return BaselineRows(self.task[keep], self.label[keep], self.is_query[keep], item, weight)
+
+    @property
+    def counts(self) -> FloatArray:
+        """Return how much each row counts."""
+        return np.ones(len(self.label)) if self.weight is None else self.weight.astype(np.float64)
 
 
 def last_support(task: NDArray[Any], is_query: NDArray[np.bool_], num_rows: int) -> NDArray[np.bool_]:
@@ -78,14 +86,14 @@ class Baselines:
         """
         _, task = np.unique(test.task, return_inverse=True)
         query, mean, label = test.is_query, self.mean, test.label.astype(np.float64)
-        residual = _support_mean(task, label - mean, ~query)
+        residual = _support_mean(task, label - mean, test.counts, ~query)
         scores = {"global-mean": np.full(int(query.sum()), mean), "task-mean": mean + residual[task[query]]}
         if self.factors is not None and test.item is not None:
             # Items that no training row holds get position -1, which stands for the global mean or the average item.
             position = np.minimum(np.searchsorted(self.items, test.item), len(self.items) - 1)
             position = np.where(self.items[position] == test.item, position, -1)
             item_mean = self.item_mean[position]
-            bias = _support_mean(task, label - item_mean, ~query)
+            bias = _support_mean(task, label - item_mean, test.counts, ~query)
             scores["item-mean"] = item_mean[query]
             scores["item-mean+task-bias"] = item_mean[query] + bias[task[query]]
             known = ~query & (position >= 0)
@@ -101,19 +109,22 @@ class Baselines:
 
 def fit_baselines(train: BaselineRows, *, seed: int, factors: FactorConfig | None = None) -> Baselines:
     """Fit the baselines. `seed` draws the initial loadings of the factor analysis, whose settings are `factors` (None:
-    the defaults).
+    the defaults). Means are weighted where rows have weights; the factor analysis counts every row once.
 
     Raises:
         ValueError: there is no training row.
     """
     if len(train.label) == 0:
         raise ValueError("baselines need training rows, but the train split has none: prepare a pack with train tasks")
-    label = train.label.astype(np.float64)
-    mean = float(label.mean())
+    label, counts = train.label.astype(np.float64), train.counts
+    weighted = train.weight is not None and counts.sum() > 0
+    mean = float(np.average(label, weights=counts) if weighted else label.mean())
     items, item_mean, model = np.zeros(0, dtype=np.int64), np.full(1, mean), None
     if train.item is not None:
         items, item = np.unique(train.item, return_inverse=True)
-        item_mean = np.append(np.bincount(item, label) / np.bincount(item), mean)
+        total = np.bincount(item, counts)
+        seen = np.bincount(item, counts * label) / np.where(total > 0, total, 1)
+        item_mean = np.append(np.where(total > 0, seen, mean), mean)
         _, train_task = np.unique(train.task, return_inverse=True)
         settings = asdict(factors or FactorConfig())
         unit = 1.0 if np.isin(label, (0, 1)).all() else label_unit(float(label.std()))
@@ -121,12 +132,14 @@ def fit_baselines(train: BaselineRows, *, seed: int, factors: FactorConfig | Non
     return Baselines(mean, float(label.min()), float(label.max()), items, item_mean, model)
 
 
-def _support_mean(task: NDArray[Any], value: NDArray[Any], support: NDArray[np.bool_]) -> FloatArray:
+def _support_mean(
+    task: NDArray[Any], value: NDArray[Any], counts: FloatArray, support: NDArray[np.bool_]
+) -> FloatArray:
     """Take the mean of `value` over each task's support, [tasks]; it is 0 for a task without support."""
     num_tasks = int(task.max()) + 1 if len(task) else 0
-    count = np.bincount(task[support], minlength=num_tasks)
-    total = np.bincount(task[support], value[support], minlength=num_tasks)
-    return np.asarray(total / np.maximum(count, 1), dtype=np.float64)
+    count = np.bincount(task[support], counts[support], minlength=num_tasks)
+    total = np.bincount(task[support], (counts * value)[support], minlength=num_tasks)
+    return np.asarray(total / np.where(count > 0, count, 1), dtype=np.float64)
 
 
 @dataclass(frozen=True)

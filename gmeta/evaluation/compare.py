@@ -6,7 +6,7 @@ docs/evaluation.md shows the layout of comparison.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,6 +15,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from rich.table import Table
 
 from gmeta.config.evaluation import CompareConfig
@@ -27,7 +28,16 @@ from gmeta.evaluation.metrics import HIGHER_IS_BETTER, NO_INTERVAL, Bootstrap, m
 from gmeta.evaluation.pages import badge, figure, metric_name, page, row_cells, stacked, variant_table
 from gmeta.evaluation.predictions import PREDICTIONS_FILE, RANKING_SUFFIX
 from gmeta.evaluation.score import Floats, Ints
-from gmeta.evaluation.slices import cells_of, estimate_fields, metrics_for, print_table, unit_of, verdict_of
+from gmeta.evaluation.slices import (
+    Scenarios,
+    cells_of,
+    estimate_fields,
+    metrics_for,
+    print_table,
+    unit_of,
+    verdict_of,
+    weight_notes,
+)
 
 _SHOWN_KEYS = 3
 """Rows that a refusal shows of those that only one run has."""
@@ -41,6 +51,7 @@ class _Run:
     loss: str
     step: str
     columns: tuple[str, ...]
+    scenarios: tuple[str, ...]  # those that have a slice of their own
 
 
 def compare(config: CompareConfig) -> int:
@@ -88,7 +99,8 @@ def _open_run(name: str, given: str) -> _Run:
         told = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         variants = json.loads(told["variants"])
         variant = "after" if "after" in variants else "before"
-        run = _Run(name, file, variant, told["loss"], told["step"], tuple(schema.names))
+        scenarios = tuple(json.loads(told.get("scenarios", "[]")))
+        run = _Run(name, file, variant, told["loss"], told["step"], tuple(schema.names), scenarios)
         lacking = {"task", "row", "label", variant} - set(run.columns)
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged, or of an earlier release ({error}): run `gmeta evaluate` again") from None
@@ -99,11 +111,12 @@ def _open_run(name: str, given: str) -> _Run:
 
 def _require_same_rows(first: _Run, other: _Run) -> None:
     """Raise ValueError with what differs, unless both runs predicted the same query rows."""
-    if ("item" in first.columns) != ("item" in other.columns):
-        having, lacking = (first, other) if "item" in first.columns else (other, first)
-        raise ValueError(
-            f"the predictions of {having.name} name items, those of {lacking.name} do not: evaluate both on one pack"
-        )
+    for column, what in (("item", "name items"), ("weight", "have weights")):
+        if (column in first.columns) != (column in other.columns):
+            having, lacking = (first, other) if column in first.columns else (other, first)
+            raise ValueError(
+                f"the predictions of {having.name} {what}, those of {lacking.name} do not: evaluate both on one pack"
+            )
     with duckdb.connect() as con, reading(str(other.file)):
         only = [_rows_only_in(con, *pair) for pair in ((first, other), (other, first))]
     told = [
@@ -120,7 +133,7 @@ def _require_same_rows(first: _Run, other: _Run) -> None:
 
 def _rows_only_in(con: duckdb.DuckDBPyConnection, run: _Run, other: _Run) -> tuple[int, list[str]]:
     """Count the rows that `other` lacks, and return the first of them as text."""
-    kinds = {"task": "VARCHAR", "item": "VARCHAR", "row": "BIGINT", "label": "DOUBLE"}
+    kinds = {"task": "VARCHAR", "item": "VARCHAR", "row": "BIGINT", "label": "DOUBLE", "weight": "DOUBLE"}
     kinds = {name: kind for name, kind in kinds.items() if name in run.columns}
     keys = ", ".join(f'CAST("{name}" AS {kind}) AS "{name}"' for name, kind in kinds.items())
     mine, theirs = (f"SELECT {keys} FROM read_parquet({only_file(one.file)})" for one in (run, other))
@@ -140,23 +153,79 @@ def _read(run: _Run) -> tuple[Floats, Floats]:
     return score, table[names[-1]].to_numpy()[order]
 
 
-def _read_rows(run: _Run) -> tuple[Floats, Ints]:
-    """Return label and number of the task, each [N], in the order of the rows' numbers."""
-    table = pq.read_table(run.file, columns=["row", "label", "task"])
+@dataclass(frozen=True)
+class _Rows:
+    """The query rows that all runs predicted, in the order of their numbers."""
+
+    label: Floats  # [N]
+    task: Ints  # [N], number of the task
+    weight: Floats | None  # [N]; None where rows have none
+    scenario: Scenarios | None  # None where there are none
+
+    def slices(self) -> list[tuple[str, str, NDArray[np.bool_]]]:
+        """Return (case, description, rows) of all rows, and of each scenario."""
+        of_scenarios = [] if self.scenario is None else self.scenario.slices()
+        return [("all", "every query row", np.ones(len(self.label), bool)), *of_scenarios]
+
+
+def _read_rows(run: _Run) -> _Rows:
+    optional = [name for name in ("weight", "scenario") if name in run.columns]
+    table = pq.read_table(run.file, columns=["row", "label", "task", *optional])
     order = np.argsort(table["row"].to_numpy(), kind="stable")
     task = table["task"].combine_chunks().dictionary_encode().indices.to_numpy()
-    return table["label"].to_numpy()[order], task[order].astype(np.int64)
+    weight = table["weight"].to_numpy()[order] if "weight" in optional else None
+    scenario = None
+    if "scenario" in optional:
+        names = run.scenarios
+        place = {name: number for number, name in enumerate(names)}
+        texts = table["scenario"].cast(pa.string()).to_pylist()
+        scenario = Scenarios(names, np.array([place.get(text, len(names)) for text in texts])[order])
+    return _Rows(table["label"].to_numpy()[order], task[order].astype(np.int64), weight, scenario)
 
 
 def _comparison(config: CompareConfig, runs: Sequence[_Run], binary: bool) -> Json:
     """Return the content of comparison.json."""
-    label, task = _read_rows(runs[0])
-    metrics, notes = metrics_for(label, task, binary, config.relevant_label)
+    rows = _read_rows(runs[0])
+    metrics, notes = metrics_for(rows.label, rows.task, binary, config.relevant_label)
+    scores = {run.name: _read(run) for run in runs}
+    slices: list[Json] = []
+    for case, about, mask in rows.slices():
+        measured: Json = {"records": [], "differences": []}
+        if mask.any():
+            measured = _measured(config, runs, scores, rows, mask, metrics)
+        tasks = len(np.unique(rows.task[mask]))
+        slices.append({"case": case, "about": about, "tasks": tasks, "rows": int(mask.sum()), **measured})
+    whole, *parts = slices
+    headline = "auc" if binary else "mae"
+    return {
+        "headline": {"metric": headline, "higher_is_better": headline in HIGHER_IS_BETTER},
+        "runs": [{"run": r.name, "file": str(r.file), "variant": r.variant, "step": int(r.step)} for r in runs],
+        "tasks": whole["tasks"],
+        "rows": whole["rows"],
+        "resamples": config.resamples,
+        "records": whole["records"],
+        "differences": whole["differences"],
+        **({"slices": parts} if parts else {}),
+        "notes": [*weight_notes(rows.weight), *notes],
+    }
+
+
+def _measured(
+    config: CompareConfig,
+    runs: Sequence[_Run],
+    scores: Mapping[str, tuple[Floats, Floats]],
+    of_rows: _Rows,
+    mask: NDArray[np.bool_],
+    metrics: Sequence[str],
+) -> Json:
+    """Return the records of every run on some rows, and its paired differences to the first."""
+    label, task = of_rows.label[mask], of_rows.task[mask]
+    weight = None if of_rows.weight is None else of_rows.weight[mask]
     bootstrap = Bootstrap(len(np.unique(task)), resamples=config.resamples, seed=config.seed)
     for run in runs:
-        score, ranking = _read(run)
+        score, ranking = (column[mask] for column in scores[run.name])
         try:
-            rows = make_rows(score, label, task, logit=ranking, relevant_label=config.relevant_label)
+            rows = make_rows(score, label, task, logit=ranking, relevant_label=config.relevant_label, weight=weight)
         except ValueError as error:
             raise ValueError(f"{run.file}, column {run.variant!r}: {error}") from None
         for name in metrics:
@@ -170,17 +239,7 @@ def _comparison(config: CompareConfig, runs: Sequence[_Run], binary: bool) -> Js
             if run is not first:
                 found = estimate_fields(bootstrap.estimate((run.name, name), against=(first.name, name)))
                 differences.append(keys | {"against": first.name, **found, "verdict": _verdict(name, found)})
-    headline = "auc" if binary else "mae"
-    return {
-        "headline": {"metric": headline, "higher_is_better": headline in HIGHER_IS_BETTER},
-        "runs": [{"run": r.name, "file": str(r.file), "variant": r.variant, "step": int(r.step)} for r in runs],
-        "tasks": bootstrap.num_tasks,
-        "rows": len(label),
-        "resamples": config.resamples,
-        "records": records,
-        "differences": differences,
-        "notes": notes,
-    }
+    return {"records": records, "differences": differences}
 
 
 def _verdict(metric: str, difference: Json) -> str | None:
@@ -212,8 +271,27 @@ def _print(document: Json) -> None:
             style = "bold" if metric == document["headline"]["metric"] else ""
             table.add_row(metric, *values, *cells_of(difference, "+"), difference["verdict"] or "", style=style)
         print_table(table)
+    _print_slices(document)
     for note in document["notes"]:
         print(note)
+
+
+def _print_slices(document: Json) -> None:
+    """Print the headline metric of each run by scenario, and of all but the first the paired difference."""
+    first, *others = (run["run"] for run in document["runs"])
+    metric = document["headline"]["metric"]
+    table = Table(title=f"{metric} by scenario")
+    table.add_column("slice", overflow="fold")
+    for name in ("rows", first, *(f"{other} - {first}" for other in others)):
+        table.add_column(name, justify="right", overflow="fold")
+    for part in document.get("slices", []):
+        if part["rows"]:
+            found = [cells_of(_of_run(part, "records", first)[metric], "")[0]]
+            gains = [_of_run(part, "differences", other)[metric] for other in others]
+            found += [f"{cells_of(gain, '+')[0]} ({gain['verdict']})" for gain in gains]
+            table.add_row(part["case"], f"{part['rows']:,}", *found)
+    if table.row_count:
+        print_table(table)
 
 
 def _page(document: Json) -> str:
@@ -243,10 +321,29 @@ def _page(document: Json) -> str:
     body = [
         f'<p class="note" style="margin-top:12px">{lead}</p><div class="grid">{figure("Runs", chart)}</div>',
         f"<h2>Metrics</h2>{variant_table('metric', names, metrics)}",
-        f"<h2>Differences</h2>{variant_table(f'run − {names[0]}', names[1:], gains)}{notes}",
+        f"<h2>Differences</h2>{variant_table(f'run − {names[0]}', names[1:], gains)}{notes}{_slice_tables(document)}",
         f'<h2>Runs</h2><div class="scroll"><table class="keys">{runs}</table></div>',
     ]
     return page("Comparison", " · ".join(names), body)
+
+
+def _slice_tables(document: Json) -> str:
+    """Return the headline metric by scenario, and the differences to the first run; nothing without scenarios."""
+    parts = [part for part in document.get("slices", []) if part["rows"]]
+    if not parts:
+        return ""
+    names, metric = [run["run"] for run in document["runs"]], document["headline"]["metric"]
+    values, gains = [], []
+    for part in parts:
+        title = f"<tr><td>{escape(part['case'])}<small>{part['rows']:,} rows</small></td>"
+        found = {name: _of_run(part, "records", name)[metric] for name in names}
+        values.append(f"{title}{row_cells(list(found.values()), metric)}</tr>")
+        cells = "".join(_difference_cell(_of_run(part, "differences", name)[metric]) for name in names[1:])
+        gains.append(f"{title}{cells}</tr>")
+    return (
+        f"<h2>By scenario</h2>{variant_table(f'{metric_name(metric)}, by scenario', names, values)}"
+        f"{variant_table(f'run − {names[0]}, by scenario', names[1:], gains)}"
+    )
 
 
 def _difference_cell(difference: Json) -> str:

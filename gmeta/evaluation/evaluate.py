@@ -18,7 +18,7 @@ from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.baseline_settings import BaselineSettings, read_baseline_settings
-from gmeta.evaluation.predictions import Variants, task_keys, write_predictions
+from gmeta.evaluation.predictions import Variants, scenarios_of, task_keys, write_predictions
 from gmeta.evaluation.report import build_report
 from gmeta.evaluation.score import Floats, Scores
 from gmeta.evaluation.slices import evaluation_records, print_headline, write_evaluation
@@ -83,6 +83,8 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     }
     if config.relevant_label is not None:
         settings["relevant_label"] = config.relevant_label
+    if pack.schema.weight is not None:
+        settings["weight"] = pack.schema.weight
     if config.sizes:
         settings["support_sizes"] = list(config.sizes)
     after = "after" if trained.meta.adapt else None
@@ -133,7 +135,8 @@ class _Measured:
     def columns(self) -> dict[str, Any]:
         """Return what metrics need besides scores, with the settings of the bootstrap."""
         config, first = self.config, self.scores[0]
-        columns = {"label": first.label, "task": first.task, "binary": self.trained.loss == "bce"}
+        columns: dict[str, Any] = {"label": first.label, "task": first.task, "weight": first.weight}
+        columns["binary"] = self.trained.loss == "bce"
         return columns | {key: getattr(config, key) for key in ("resamples", "seed", "relevant_label")}
 
 
@@ -148,6 +151,7 @@ def _measure(measured: _Measured, by_size: dict[int, list[Floats | None]]) -> No
         support_size=support_used(split, measured.trained)[first.task],
         item_cold=split.columns(()).item_cold[first.row],
         task_cold=cold_tasks(pack, split)[first.task],
+        scenario=scenarios_of(pack, split, first.row),
         **measured.columns,
     ) | {"left_out": pack.left_out(measured.config.split)}
     evaluation["notes"] += pack.warnings()

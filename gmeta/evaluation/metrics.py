@@ -11,6 +11,9 @@ where it is one of those.
 Ranking metrics (auc, gauc and those at k) read the order of the scores alone. A probability loses that order where the
 sigmoid saturates: from a logit of 37 on, every float64 probability is 1. They therefore sort by logits where there are
 some.
+
+Rows may have weights: then a sum over rows is a weighted sum, a pair of rows counts the product of their weights, and
+`gauc` weights a task by its rows' sum. Ranking metrics at k count every row once.
 """
 
 from __future__ import annotations
@@ -58,6 +61,12 @@ class Rows:
     num_tasks: int
     ranking: FloatArray  # [N], what ranking metrics sort by: the logits, or the score
     relevant_label: float | None = None  # rows of at least this label are relevant; None: labels are 0/1, and 1 is
+    weight: FloatArray | None = None  # [N], how much each row counts; None: once
+
+    @property
+    def counts(self) -> FloatArray:
+        """Return how much each row counts, [N]."""
+        return np.ones(len(self.score)) if self.weight is None else self.weight
 
     @cached_property
     def best_first(self) -> TaskOrder:
@@ -96,6 +105,7 @@ def metric(
     *,
     logit: ArrayLike | None = None,
     relevant_label: float | None = None,
+    weight: ArrayLike | None = None,
 ) -> float:
     """Return the value of one metric.
 
@@ -106,12 +116,13 @@ def metric(
         task: [N], any integers.
         logit: [N], what ranking metrics sort by in place of `score`.
         relevant_label: rows of at least this label are relevant to RELEVANCE_METRICS; without it labels must be 0/1.
+        weight: [N], how much each row counts, at least 0; metrics at k leave it alone.
 
     Raises:
         ValueError: unknown name; no rows, arrays of unequal length, values that are not finite; or labels that the
             metric does not take.
     """
-    return metric_of(name, make_rows(score, label, task, logit=logit, relevant_label=relevant_label))
+    return metric_of(name, make_rows(score, label, task, logit=logit, relevant_label=relevant_label, weight=weight))
 
 
 def metric_of(name: str, rows: Rows) -> float:
@@ -129,15 +140,19 @@ def make_rows(
     *,
     logit: ArrayLike | None = None,
     relevant_label: float | None = None,
+    weight: ArrayLike | None = None,
 ) -> Rows:
     """Check the columns of some rows and number their tasks densely, in the order of their keys.
 
     Raises:
-        ValueError: there are no rows, the columns differ in length, or one holds a value that is not finite.
+        ValueError: there are no rows, the columns differ in length, one holds a value that is not finite, or a weight
+            is negative.
     """
     columns = {"score": np.asarray(score), "label": np.asarray(label), "task": np.asarray(task)}
     if logit is not None:
         columns["logit"] = np.asarray(logit)
+    if weight is not None:
+        columns["weight"] = np.asarray(weight)
     for name, column in columns.items():
         if column.ndim != 1:
             raise ValueError(f"{name} has shape {column.shape}: it must be a flat array with one entry a row")
@@ -149,6 +164,8 @@ def make_rows(
     for name, column in columns.items():
         if len(bad := np.flatnonzero(~np.isfinite(column))):
             raise ValueError(f"{name} is not finite in row {bad[0]} ({column[bad[0]]}): cannot measure it")
+    if weight is not None and len(bad := np.flatnonzero(columns["weight"] < 0)):
+        raise ValueError(f"weight is {columns['weight'][bad[0]]} in row {bad[0]}: must not be negative")
     keys, index = np.unique(columns["task"], return_inverse=True)
     values = columns["score"].astype(np.float64)
     return Rows(
@@ -158,6 +175,7 @@ def make_rows(
         num_tasks=len(keys),
         ranking=columns["logit"].astype(np.float64) if logit is not None else values,
         relevant_label=relevant_label,
+        weight=columns["weight"].astype(np.float64) if weight is not None else None,
     )
 
 
@@ -177,14 +195,14 @@ def task_sums(name: str, rows: Rows) -> TaskSums:
         return _by_rows(rows, rows.score, rows.label, combine=_ratio)
     if name == "logloss":
         _require_binary(name, rows.label)
-        return _by_rows(rows, _row_logloss(rows), np.ones(len(error)), combine=_ratio)
+        return _by_rows(rows, _row_logloss(rows), combine=_ratio)
     if name == "mae":
-        return _by_rows(rows, np.abs(error), np.ones(len(error)), combine=_ratio)
+        return _by_rows(rows, np.abs(error), combine=_ratio)
     if name == "rmse":
-        return _by_rows(rows, error**2, np.ones(len(error)), combine=lambda sums: np.sqrt(_ratio(sums)))
+        return _by_rows(rows, error**2, combine=lambda sums: np.sqrt(_ratio(sums)))
     if name == "task_mae":
-        count = rows.sum_by_task(np.ones(len(error)))
-        mean = rows.sum_by_task(np.abs(error)) / np.maximum(count, 1)
+        count = rows.sum_by_task(rows.counts)
+        mean = rows.sum_by_task(rows.counts * np.abs(error)) / np.where(count > 0, count, 1)
         return _by_tasks(mean, count > 0, np.ones(rows.num_tasks))
     known = ", ".join(dict.fromkeys(BINARY_METRICS + RATING_METRICS + RELEVANCE_METRICS))
     raise ValueError(f"metric {name!r} is unknown: must be one of {known}")
@@ -215,25 +233,39 @@ def rmse(score: ArrayLike, label: ArrayLike) -> float:
     return metric("rmse", score, label, _one_task(label))
 
 
-def calibration_curve(score: ArrayLike, label: ArrayLike, num_bins: int = 10) -> list[dict[str, float | int]]:
-    """Return mean prediction and mean label of (nearly) equally many rows a bin, by rising prediction.
+def calibration_curve(
+    score: ArrayLike, label: ArrayLike, num_bins: int = 10, weight: ArrayLike | None = None
+) -> list[dict[str, float | int]]:
+    """Return the (weighted) mean prediction and label of (nearly) equally many rows a bin, by rising prediction.
 
-    Equal scores never part: a bin ends at the last row of its score, so there may be fewer bins.
+    Equal scores never part: a bin ends at the last row of its score, so there may be fewer bins. Rows of weight 0 are
+    left out.
 
     Raises:
         ValueError: as `make_rows`.
     """
-    rows = make_rows(score, label, _one_task(label))
+    rows = make_rows(score, label, _one_task(label), weight=weight)
     order = np.argsort(rows.score, kind="stable")
-    predicted, observed = rows.score[order], rows.label[order]
+    order = order[rows.counts[order] > 0]
+    predicted, observed, counts = rows.score[order], rows.label[order], rows.counts[order]
+    if not len(order):
+        return []
     cuts = np.arange(1, num_bins) * len(predicted) // num_bins
     ends = np.unique(np.append(np.searchsorted(predicted, predicted[cuts - 1], side="right"), len(predicted)))
     ends = ends[ends > 0]
     bins = zip(np.append(0, ends[:-1]), ends, strict=True)
     return [
-        {"predicted": float(predicted[a:b].mean()), "observed": float(observed[a:b].mean()), "n": int(b - a)}
+        {
+            "predicted": _mean(predicted[a:b], counts[a:b]),
+            "observed": _mean(observed[a:b], counts[a:b]),
+            "n": int(b - a),
+        }
         for a, b in bins
     ]
+
+
+def _mean(values: FloatArray, counts: FloatArray) -> float:
+    return float(values.mean() if (counts == 1).all() else np.average(values, weights=counts))
 
 
 def _one_task(label: ArrayLike) -> NDArray[np.int64]:
@@ -243,7 +275,7 @@ def _one_task(label: ArrayLike) -> NDArray[np.int64]:
 
 def _auc(rows: Rows) -> float:
     _require_binary("auc", rows.label)
-    ranking = _Ranking.build(rows.ranking, rows.label, np.zeros(len(rows.label), dtype=np.int64))
+    ranking = _Ranking.build(rows.ranking, rows.label, np.zeros(len(rows.label), dtype=np.int64), rows.weight)
     return float(ranking.weighted_auc(np.ones((1, 1)))[0])
 
 
@@ -254,10 +286,11 @@ def _ratio(sums: FloatArray) -> FloatArray:
 
 
 def _by_rows(
-    rows: Rows, top: FloatArray, bottom: FloatArray, *, combine: Callable[[FloatArray], FloatArray]
+    rows: Rows, top: FloatArray, bottom: FloatArray | float = 1.0, *, combine: Callable[[FloatArray], FloatArray]
 ) -> TaskSums:
-    columns = np.stack([rows.sum_by_task(top), rows.sum_by_task(bottom)], axis=1)
-    return TaskSums(columns, combine, rows.sum_by_task(np.ones(len(rows.score))) > 0)
+    counts = rows.counts
+    columns = np.stack([rows.sum_by_task(counts * top), rows.sum_by_task(counts * bottom)], axis=1)
+    return TaskSums(columns, combine, rows.sum_by_task(counts) > 0)
 
 
 def _by_tasks(value: FloatArray, counted: NDArray[np.bool_], weight: FloatArray) -> TaskSums:
@@ -281,8 +314,8 @@ def _ece(rows: Rows) -> TaskSums:
     """Make the expected calibration error over equally wide bins of the prediction in [0, 1]."""
     bins = np.clip((rows.score * CALIBRATION_BINS).astype(np.int64), 0, CALIBRATION_BINS - 1)
     cell = rows.task * CALIBRATION_BINS + bins
-    gap = np.bincount(cell, rows.score - rows.label, minlength=rows.num_tasks * CALIBRATION_BINS)
-    count = rows.sum_by_task(np.ones(len(rows.score)))
+    gap = np.bincount(cell, rows.counts * (rows.score - rows.label), minlength=rows.num_tasks * CALIBRATION_BINS)
+    count = rows.sum_by_task(rows.counts)
 
     def combine(sums: FloatArray) -> FloatArray:
         return _ratio(np.stack([np.abs(sums[..., :-1]).sum(axis=-1), sums[..., -1]], axis=-1))
@@ -293,6 +326,8 @@ def _ece(rows: Rows) -> TaskSums:
 def _gauc(rows: Rows) -> TaskSums:
     """Make the tasks' AUCs (by midranks), weighted by their rows; tasks with one class are left out."""
     _require_binary("gauc", rows.label)
+    if rows.weight is not None:
+        return _weighted_gauc(rows, rows.weight)
     order = np.lexsort((rows.ranking, rows.task))
     task, ranking, label = rows.task[order], rows.ranking[order], rows.label[order]
     start = group_starts(task, ranking)
@@ -307,6 +342,28 @@ def _gauc(rows: Rows) -> TaskSums:
     pairs = positive * (count - positive)
     value = (rank_sum - positive * (positive + 1) / 2) / np.maximum(pairs, 1)
     return _by_tasks(value, pairs > 0, count)
+
+
+def _weighted_gauc(rows: Rows, weight: FloatArray) -> TaskSums:
+    """Make the tasks' weighted AUCs. A positive counts the weight of the negatives of its task that it beats, and half
+    of that of those that it ties with.
+    """
+    order = np.lexsort((rows.ranking, rows.task))
+    task, ranking, positive = rows.task[order], rows.ranking[order], rows.label[order] == 1
+    weight = weight[order]
+    negatives = np.append(0.0, np.cumsum(np.where(positive, 0, weight)))  # before each row, and behind the last
+    first = np.flatnonzero(group_starts(task, ranking))
+    end = np.append(first[1:], len(task))
+    group = np.repeat(np.arange(len(first)), end - first)
+    tasks = np.flatnonzero(np.diff(task, prepend=-1))
+    before = negatives[tasks[np.searchsorted(tasks, np.arange(len(task)), side="right") - 1]]
+    beaten = 0.5 * (negatives[first] + negatives[end])[group] - before
+    wins = np.bincount(task, np.where(positive, weight * beaten, 0), minlength=rows.num_tasks)
+    of_positive, of_negative = (
+        np.bincount(task, part, minlength=rows.num_tasks) for part in (weight * positive, weight * ~positive)
+    )
+    pairs = of_positive * of_negative
+    return _by_tasks(wins / np.where(pairs > 0, pairs, 1), pairs > 0, rows.sum_by_task(rows.counts))
 
 
 def _ndcg(rows: Rows, k: int) -> TaskSums:
@@ -340,22 +397,28 @@ class _Ranking:
     negative: NDArray[np.int64]  # task of each negative row, by rising score
     below: NDArray[np.int64]  # for each positive, negatives that score lower
     upto: NDArray[np.int64]  # for each positive, negatives that score lower or equal
+    own: tuple[FloatArray, FloatArray] | None  # the weights of positives and negatives; None: all are 1
 
     @staticmethod
-    def build(score: NDArray[Any], label: NDArray[Any], task: NDArray[np.int64]) -> _Ranking:
+    def build(score: NDArray[Any], label: NDArray[Any], task: NDArray[np.int64], weight: FloatArray | None) -> _Ranking:
         order = np.argsort(score, kind="stable")
         score, task, is_positive = score[order], task[order], label[order] == 1
         low, high = score[~is_positive], score[is_positive]
         below, upto = np.searchsorted(low, high, side="left"), np.searchsorted(low, high, side="right")
-        return _Ranking(task[is_positive], task[~is_positive], below, upto)
+        own = None if weight is None else (weight[order][is_positive], weight[order][~is_positive])
+        return _Ranking(task[is_positive], task[~is_positive], below, upto, own)
 
     def weighted_auc(self, weights: FloatArray) -> FloatArray:
-        """Return AUC with each row weighted by its task, for each row of `weights` [R, tasks]; nan without pairs."""
+        """Return AUC with each row weighted by its task, and by its own weight, for each row of `weights` [R, tasks];
+        nan without pairs.
+        """
         out = np.full(len(weights), np.nan)
         below = np.zeros(len(self.negative) + 1)
         for i, weight in enumerate(weights):
-            np.cumsum(weight[self.negative], out=below[1:])
-            positive = weight[self.positive]
+            positive, negative = weight[self.positive], weight[self.negative]
+            if self.own is not None:
+                positive, negative = positive * self.own[0], negative * self.own[1]
+            np.cumsum(negative, out=below[1:])
             pairs = positive.sum() * below[-1]
             if pairs > 0:
                 out[i] = 0.5 * (positive @ below[self.below] + positive @ below[self.upto]) / pairs
@@ -408,7 +471,7 @@ class Bootstrap:
             self._without_interval.add(key)
         if name == "auc":
             _require_binary(name, rows.label)
-            self._rankings[key] = (_Ranking.build(rows.ranking, rows.label, rows.task), rows)
+            self._rankings[key] = (_Ranking.build(rows.ranking, rows.label, rows.task, rows.weight), rows)
         else:
             self._sums[key] = task_sums(name, rows)
 
@@ -437,7 +500,8 @@ class Bootstrap:
     def _num_counted(self, key: Any) -> int:
         if key in self._sums:
             return int(self._sums[key].counted.sum())
-        return len(np.unique(self._rankings[key][1].task))
+        rows = self._rankings[key][1]
+        return len(np.unique(rows.task[rows.counts > 0]))
 
     def _weights(self) -> Iterator[FloatArray]:
         """Yield blocks [R, tasks] of how often each task was drawn. The first row is all ones, the sample itself."""

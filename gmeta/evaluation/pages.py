@@ -11,6 +11,7 @@ from gmeta.core.numbers import shown
 from gmeta.evaluation.charts import Points
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
+from gmeta.evaluation.slices import SCENARIO
 
 _NAMES = {
     "auc": "AUC",
@@ -115,9 +116,14 @@ def case_table(evaluation: Json, names: Sequence[str], metric: str) -> str:
     rows = []
     for case in names:
         cells = row_cells([record_of(evaluation, case, variant, metric) for variant in evaluation["variants"]], metric)
-        label = f"{escape(case.replace('_', ' '))}<small>{cases[case]['rows']:,} rows</small>"
+        label = f"{escape(case_name(case))}<small>{cases[case]['rows']:,} rows</small>"
         rows.append(f"<tr><td>{label}</td>{cells}</tr>")
     return variant_table(f"{metric_name(metric)}, by slice", evaluation["variants"], rows)
+
+
+def case_name(case: str) -> str:
+    """Return a slice's name as people write it; the value of a scenario stays as it is."""
+    return case if case.startswith(SCENARIO) else case.replace("_", " ")
 
 
 def all_metrics_section(evaluation: Json) -> str:

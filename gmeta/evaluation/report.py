@@ -32,7 +32,7 @@ from gmeta.evaluation.pages import (
     variant_table,
 )
 from gmeta.evaluation.report_training import communication_section, training_section
-from gmeta.evaluation.slices import COLDNESS, HeadlineRow, headline_rows
+from gmeta.evaluation.slices import COLDNESS, SCENARIO, HeadlineRow, headline_rows
 from gmeta.evaluation.support_curve import curve_records
 from gmeta.runs.directory import read_settings
 from gmeta.runs.log import METRICS_FILE
@@ -194,6 +194,7 @@ def _adaptation_section(evaluation: Json | None) -> str:
         for name, bins in evaluation["curves"].items()
         if name in compared and len(bins) > 1
     ]
+    scenarios = [name for name in cases if name.startswith(SCENARIO) and cases[name]["rows"]]
     figures = [
         figure(
             "By support size",
@@ -210,6 +211,12 @@ def _adaptation_section(evaluation: Json | None) -> str:
             "; ".join(f"{name.replace('_', '-')}: {cases[name]['about']}" for name in cold),
         ),
     ]
+    if scenarios:
+        series = [points_of(n, range(len(scenarios)), records_of(evaluation, scenarios, n, metric)) for n in compared]
+        names = [name.removeprefix(SCENARIO) for name in scenarios]
+        figures.append(
+            figure("By scenario", charts.dot_chart("By scenario", names, series, x_label=metric_name(metric)))
+        )
     if curves:
         figures.append(
             figure("Calibration", charts.calibration_chart("Calibration", curves), "Bins of equally many rows.")
@@ -217,7 +224,8 @@ def _adaptation_section(evaluation: Json | None) -> str:
     note = f'<p class="note">No query rows here with: {escape("; ".join(absent))}.</p>' if absent else ""
     return (
         "<h2>What adaptation bought</h2>"
-        f'<div class="grid">{"".join(figures)}</div>{case_table(evaluation, ["all", *cold, *sizes], metric)}{note}'
+        f'<div class="grid">{"".join(figures)}</div>'
+        f"{case_table(evaluation, ['all', *cold, *sizes, *scenarios], metric)}{note}"
     )
 
 

@@ -36,6 +36,7 @@ class Scores:
     label: Floats  # [N]
     before: Floats  # [N], unrounded logits before adaptation
     after: Floats  # [N], and after
+    weight: Floats | None = None  # [N], how much the row counts; None: once
 
 
 def score_split(
@@ -84,19 +85,20 @@ def score_split(
                         part.rows(rows), part.tasks, part.index, steps=steps, inner_lr=inner_lr, before=before
                     )
                 first = torch.full_like(after, math.nan) if first is None else first
-                values = (query.row, query.label, first, after)
+                values = (query.row, query.label, first, after, *([] if query.weight is None else [query.weight]))
                 parts.append(tuple(v[query.mask].cpu() for v in values))
     learner.train()
-    empty = (torch.zeros(0, dtype=torch.int64), *(torch.zeros(0, dtype=system.dtype) for _ in range(3)))
+    num_columns = 3 + (split.schema.weight is not None)
+    empty = (torch.zeros(0, dtype=torch.int64), *(torch.zeros(0, dtype=system.dtype) for _ in range(num_columns)))
     columns = [torch.cat(column).numpy() for column in zip(*(parts or [empty]), strict=True)]
-    row, label, before_, after_ = (gather_to_rank_0(column, mesh) for column in columns)
+    row, *values_of_rows = (gather_to_rank_0(column, mesh) for column in columns)
     if mesh.rank != 0:
         return None
     order = np.argsort(row, kind="stable")
     starts = np.concatenate([[0], np.cumsum(split.num_task_rows)])
     row = row[order]
     task = np.searchsorted(starts, row, side="right") - 1
-    return Scores(row, task, *(v[order].astype(np.float64) for v in (label, before_, after_)))
+    return Scores(row, task, *(v[order].astype(np.float64) for v in values_of_rows))
 
 
 def to_predictions(logits: Floats, loss: LossName) -> Floats:
@@ -104,11 +106,14 @@ def to_predictions(logits: Floats, loss: LossName) -> Floats:
     return prediction(loss)(torch.from_numpy(logits)).numpy().astype(np.float64)
 
 
-def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName) -> float:
-    """Return the mean over tasks of the mean loss of their query rows, which is what training minimises."""
+def task_mean_loss(logits: Floats, label: Floats, task: Ints, loss: LossName, weight: Floats | None = None) -> float:
+    """Return the mean over tasks of the (weighted) mean loss of their query rows, which is what training minimises."""
     values = example_loss(loss)(torch.from_numpy(logits), torch.from_numpy(label)).numpy()
     _, index = np.unique(task, return_inverse=True)
-    return float((np.bincount(index, values) / np.bincount(index)).mean())
+    if weight is None:
+        return float((np.bincount(index, values) / np.bincount(index)).mean())
+    total = np.bincount(index, weight)
+    return float((np.bincount(index, weight * values) / np.where(total > 0, total, 1)).mean())
 
 
 def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
@@ -126,8 +131,9 @@ def validation_metrics(scores: Scores, loss: LossName) -> dict[str, float]:
             worst = {name: -math.inf if name in HIGHER_IS_BETTER else math.inf for name in ("loss", *names)}
             out |= {f"{name}_{when}": value for name, value in worst.items()}
             continue
-        out[f"loss_{when}"] = task_mean_loss(logits, scores.label, scores.task, loss)
+        out[f"loss_{when}"] = task_mean_loss(logits, scores.label, scores.task, loss, scores.weight)
         ranking = logits.round(RANKING_DECIMALS)
-        rows = make_rows(to_predictions(logits, loss), scores.label, scores.task, logit=ranking)
+        score = to_predictions(logits, loss)
+        rows = make_rows(score, scores.label, scores.task, logit=ranking, weight=scores.weight)
         out |= {f"{name}_{when}": metric_of(name, rows) for name in names}
     return out

@@ -50,6 +50,26 @@ _MAX_TABLE_WIDTH = 10_000
 _UNITS = {"logloss": "nat", "mae": "label", "task_mae": "label", "rmse": "label"}
 
 
+SCENARIO = "scenario="
+"""Begins the name of a slice of one scenario."""
+OTHER = f"{SCENARIO}other"
+
+
+@dataclass(frozen=True)
+class Scenarios:
+    """The scenario of each query row."""
+
+    names: tuple[str, ...]  # those that have a slice of their own
+    index: NDArray[Any]  # int [N], position in `names`; len(names): another scenario, or an unknown one
+
+    def slices(self) -> list[tuple[str, str, NDArray[np.bool_]]]:
+        """Return (case, description, rows) of each of them, and of all others."""
+        named = [
+            (f"{SCENARIO}{name}", f"rows of scenario {name}", self.index == i) for i, name in enumerate(self.names)
+        ]
+        return [*named, (OTHER, "rows of other or unknown scenarios", self.index == len(self.names))]
+
+
 @dataclass(frozen=True)
 class _Query:
     scores: dict[str, NDArray[Any]]  # variant -> [N]
@@ -61,12 +81,16 @@ class _Query:
     task_cold: NDArray[np.bool_]  # [N]
     reference: str  # the variant whose differences to all others are measured
     relevant_label: float | None  # ratings of at least this are relevant; None: clicks are, or it is not known
+    weight: NDArray[Any] | None  # [N], how much each row counts; None: once
+    scenario: Scenarios | None  # of each row; None where the schema names none
 
     def __post_init__(self) -> None:
         sizes = {name: len(score) for name, score in self.scores.items()}
         sizes |= {f"ranking of {name}": len(values) for name, values in self.ranking.items()}
         columns = ("label", "task", "support_size", "item_cold", "task_cold")
         sizes |= {name: len(getattr(self, name)) for name in columns}
+        sizes |= {} if self.weight is None else {"weight": len(self.weight)}
+        sizes |= {} if self.scenario is None else {"scenario": len(self.scenario.index)}
         if len(set(sizes.values())) != 1:
             raise ValueError(f"columns of query rows have different lengths: {sizes}")
         if len(self.label) == 0:
@@ -86,6 +110,8 @@ def evaluation_records(
     seed: int,
     ranking: dict[str, NDArray[Any]] | None = None,
     relevant_label: float | None = None,
+    weight: NDArray[Any] | None = None,
+    scenario: Scenarios | None = None,
 ) -> dict[str, Any]:
     """Return the content of evaluation.json, but for what only the caller knows (`write_evaluation` adds it).
 
@@ -101,6 +127,8 @@ def evaluation_records(
         ranking: variant -> what ranking metrics sort by, [N], where it is not the score: logits, unclipped baselines.
         relevant_label: ratings of at least this are relevant to precision@k and its like; of clicks those labelled 1
             are.
+        weight: how much each row counts, [N], in all metrics but those at k; None: once.
+        scenario: the scenario of each row, for slices; None where there are none.
 
     Raises ValueError for columns of different lengths, no rows, and values that a metric does not take.
     """
@@ -116,6 +144,8 @@ def evaluation_records(
         task_cold if isinstance(task_cold, np.ndarray) else np.full(len(label), task_cold),
         reference="after" if "after" in scores else next(iter(scores)),
         relevant_label=relevant_label,
+        weight=weight,
+        scenario=scenario,
     )
     metrics, notes = metrics_for(label, task, binary, relevant_label)
     headline = "auc" if binary else "mae"
@@ -126,8 +156,8 @@ def evaluation_records(
         "baselines": [name for name in scores if name in BASELINES],
         "resamples": resamples,
         **_measure_cases(query, metrics, resamples, seed),
-        "curves": {name: calibration_curve(score, label) for name, score in scores.items()},
-        "notes": notes,
+        "curves": {name: calibration_curve(score, label, weight=weight) for name, score in scores.items()},
+        "notes": [*weight_notes(weight), *notes],
     }
 
 
@@ -266,6 +296,13 @@ def metrics_for(
     return names + RELEVANCE_METRICS, notes
 
 
+def weight_notes(weight: NDArray[Any] | None) -> list[str]:
+    """Say that metrics are weighted, where they are."""
+    if weight is None:
+        return []
+    return ["Metrics count rows by their weights, but for those at k and nDCG, which count every row once"]
+
+
 def _no_relevant_row(relevant: NDArray[np.bool_], task: NDArray[Any], names: str) -> list[str]:
     """Note how many tasks have no relevant row, where there are such."""
     num_tasks, num_with = len(np.unique(task)), len(np.unique(task[relevant]))
@@ -289,7 +326,7 @@ def _slices(query: _Query) -> list[tuple[str, str, NDArray[np.bool_]]]:
         mask = (size >= low) & (size <= (math.inf if high is None else high))
         many = f"{low} or more" if high is None else f"{low}" if low == high else f"{low} to {high}"
         slices.append((_support_slice(low, high), f"tasks with {many} support rows", mask))
-    return slices
+    return slices if query.scenario is None else [*slices, *query.scenario.slices()]
 
 
 def _support_slice(low: int, high: int | None) -> str:
@@ -297,7 +334,7 @@ def _support_slice(low: int, high: int | None) -> str:
 
 
 SLICES = ("all", *COLDNESS, *(_support_slice(*sizes) for sizes in SUPPORT_SIZES))
-"""The names of all slices."""
+"""The names of all slices but those of scenarios."""
 
 
 def _measure_cases(query: _Query, metrics: Sequence[str], resamples: int, seed: int) -> dict[str, Any]:
@@ -323,7 +360,12 @@ def _measure(
     for name, score in query.scores.items():
         ranking = query.ranking.get(name, score)[mask]
         rows[name] = make_rows(
-            score[mask], query.label[mask], query.task[mask], logit=ranking, relevant_label=query.relevant_label
+            score[mask],
+            query.label[mask],
+            query.task[mask],
+            logit=ranking,
+            relevant_label=query.relevant_label,
+            weight=None if query.weight is None else query.weight[mask],
         )
     bootstrap = Bootstrap(next(iter(rows.values())).num_tasks, resamples=resamples, seed=seed)
     for variant, sample in rows.items():

@@ -43,6 +43,7 @@ class SupportCurve:
     resamples: int
     seed: int
     relevant_label: float | None = None
+    weight: NDArray[Any] | None = None
     notes: list[str] = field(default_factory=list)
     _points: dict[int, dict[tuple[str, str], Resampled]] = field(default_factory=dict)
 
@@ -95,7 +96,14 @@ class SupportCurve:
             score = found.predictions[variant]
             ranking = found.ranking.get(variant, score)
             if np.isfinite(score).all() and np.isfinite(ranking).all():
-                rows = make_rows(score, self.label, self.task, logit=ranking, relevant_label=self.relevant_label)
+                rows = make_rows(
+                    score,
+                    self.label,
+                    self.task,
+                    logit=ranking,
+                    relevant_label=self.relevant_label,
+                    weight=self.weight,
+                )
                 for name in self.metrics:
                     bootstrap.add((variant, name), name, rows)
             else:

@@ -128,7 +128,7 @@ def _tune(
         )
         loss = math.nan
         if scores is not None:
-            loss = task_mean_loss(scores.after, scores.label, scores.task, trained.loss)
+            loss = task_mean_loss(scores.after, scores.label, scores.task, trained.loss, scores.weight)
         loss = broadcast_from_rank_0(loss, mesh)
         if math.isfinite(loss):  # large rates diverge
             best = min(best, (loss, steps, rate))
@@ -174,7 +174,7 @@ def baseline_rows(pack: TaskPack, split: PackSplit) -> BaselineRows:
     features = (item,) if item is not None and any(f.name == item for f in pack.schema.features) else ()
     columns = split.columns(features)
     ids = columns.ids[item] if features and item is not None else None
-    return BaselineRows(task=columns.task, item=ids, label=columns.label, is_query=columns.is_query)
+    return BaselineRows(columns.task, columns.label, columns.is_query, ids, columns.weight)
 
 
 def truth_scores(pack: TaskPack, split: PackSplit, log: Path, max_support_rows: int | None = None) -> dict[str, Floats]:

@@ -1,8 +1,9 @@
 """The inner loop in closed form: the posterior of every task's last layer, given its support.
 
 With bases B = (basis, 1) C whitened by the prior's factor, a task's weights are mean + C u with u ~ N(0, I). The
-posterior's mode of u solves g(u) = B^T (label - mu(offset + B u)) / noise - u = 0, where mu is the identity for a
-squared loss, and the sigmoid, with noise 1, for a logistic one. Newton's method finds it, at once for the former.
+posterior's mode of u solves g(u) = B^T V (label - mu(offset + B u)) / noise - u = 0, where mu is the identity for a
+squared loss, and the sigmoid, with noise 1, for a logistic one. V holds the rows' own weights, 1 where they have none:
+a row of weight v counts as v rows. Newton's method finds the mode, at once for a squared loss.
 H = I + B^T W B is at least I, so there is a solution also with fewer rows than weights, with rows that are alike, and
 with labels that are all one.
 
@@ -52,19 +53,21 @@ def solve(
     label: Tensor,
     mask: Tensor,
     *,
+    weight: Tensor | None = None,
     loss: str,
     second_order: bool,
 ) -> Posterior:
     """Return the posterior of T tasks' weights, from the bases [T, S, d] of their support and its logits at the
-    prior's mean [T, S].
+    prior's mean [T, S]. Rows count `weight` [T, S] times.
 
-    A task without support keeps the prior.
+    A task without support, or whose weights are all 0, keeps the prior.
     """
     kind = widen(logits).dtype
     # Rows of padding are 0, and so change nothing below. In double precision, because H has the square of the bases'
     # condition: with float32 its factor is lost where noise is 1e-9 of a base's square, as it is for constant labels.
     basis = torch.where(mask.unsqueeze(-1), with_one(basis), 0).double()
     logits, label = torch.where(mask, logits, 0).double(), torch.where(mask, label, 0).double()
+    weight = None if weight is None else torch.where(mask, weight, 0).double()
     with torch.autocast(logits.device.type, enabled=False):
         scale, mean = layer.prior_scale().double(), layer.prior_mean().double()
         white, drift = basis @ scale, layer.drift(mask)
@@ -73,9 +76,9 @@ def solve(
             white, first = torch.cat([torch.where(mask, drift.double(), 0).unsqueeze(-1), white], -1), 1
         noise = layer.noise().double() if loss == "mse" else None
         with torch.no_grad():
-            u, factor = _mode(white, logits, label, noise, torch.finfo(kind).eps ** 0.5)
+            u, factor = _mode(white, logits, (label, weight), noise, torch.finfo(kind).eps ** 0.5)
         if second_order:
-            gradient, _ = _gradient(u, logits + _product(white, u), white, label, noise)
+            gradient, _ = _gradient(u, logits + _product(white, u), white, (label, weight), noise)
             change = (u + _solved(factor, gradient))[:, first:] @ scale.T
         else:
             change = (u[:, first:] @ scale.T).detach()
@@ -84,7 +87,11 @@ def solve(
         return Posterior((mean + change).to(kind), spread.to(kind))
 
 
-def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None, near: float) -> tuple[Tensor, Tensor]:
+_Labels = tuple[Tensor, Tensor | None]
+"""The labels of rows [T, S], and how often each counts [T, S]; None: once."""
+
+
+def _mode(white: Tensor, logits: Tensor, label: _Labels, noise: Tensor | None, near: float) -> tuple[Tensor, Tensor]:
     """Return u [T, D] where g is 0, and the Cholesky factor of H there [T, D, D].
 
     A task has converged when a step moves no logit of its support by more than `near`: the error is then that squared.
@@ -114,7 +121,7 @@ def _mode(white: Tensor, logits: Tensor, label: Tensor, noise: Tensor | None, ne
     return u, _found(*_factor(prior, white, weights))
 
 
-def _gradient(u: Tensor, eta: Tensor, white: Tensor, label: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _gradient(u: Tensor, eta: Tensor, white: Tensor, label: _Labels, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return g(u) [T, D], and each row's weight in H [T, S]. `eta` are the logits at u, `noise` is None for the
     logistic loss.
     """
@@ -122,12 +129,15 @@ def _gradient(u: Tensor, eta: Tensor, white: Tensor, label: Tensor, noise: Tenso
     return torch.bmm(residual.unsqueeze(-2), white).squeeze(-2) - u, weights
 
 
-def _residual(eta: Tensor, label: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def _residual(eta: Tensor, label: _Labels, noise: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what each row's loss falls by, by its logit, and its weight in H, both [T, S]."""
+    value, counts = label
     if noise is None:
         mean = torch.sigmoid(eta)
-        return label - mean, mean * (1 - mean)
-    return (label - eta) / noise, (1 / noise).expand_as(eta)
+        residual, curvature = value - mean, mean * (1 - mean)
+    else:
+        residual, curvature = (value - eta) / noise, (1 / noise).expand_as(eta)
+    return (residual, curvature) if counts is None else (counts * residual, counts * curvature)
 
 
 def _product(white: Tensor, u: Tensor) -> Tensor:

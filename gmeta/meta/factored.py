@@ -29,7 +29,7 @@ from gmeta.meta.fast_weights import FastWeights, LinearSite, LowRankUpdate
 from gmeta.meta.gather_plan import GatherPlan, apply_deltas, shared_rows
 from gmeta.meta.inner_loop import InnerPass, rate_group
 from gmeta.meta.interception import Intercept
-from gmeta.meta.losses import task_mean, widen
+from gmeta.meta.losses import counts_of, task_mean, widen
 from gmeta.meta.modulation import Modulated
 from gmeta.meta.recompute import recomputed
 from gmeta.meta.views import Embedded
@@ -98,8 +98,9 @@ def _inner_step(
     read = {table: _differentiable(seen[table]) for table in plan.reads}
     logits, taped = _forward(inner, fast, support, {**seen, **read}, plan, step + 1)
     with _no_autocast(logits):
-        loss = task_mean(inner.loss(logits, support.label), support.mask)
-        num_rows = support.mask.sum(-1).clamp(min=1).to(loss.dtype)
+        counts = counts_of(support.mask, support.weight)
+        loss = task_mean(inner.loss(logits, support.label), counts)
+        num_rows = counts.sum(1).to(loss.dtype)
         fraction = num_rows / (num_rows + inner.prior) if inner.prior else torch.ones_like(num_rows)
         targets = [out for _, out in taped.sites.values()] + list(taped.values.values()) + list(read.values())
         changes: Iterator[Tensor] = iter(

@@ -37,7 +37,8 @@ class InnerLoop:
     loss: str | None = None
     """The support's loss; None: the query's."""
     prior: float = 0.0
-    """Pseudo-rows: a step follows (sum of a task's losses) / (its rows + prior), so that a small support moves less."""
+    """Pseudo-rows: a step follows (sum of a task's losses) / (its rows + prior), so that a small support moves less.
+    A row of weight w counts as w rows, in both sums."""
     recompute: bool = False
     """Factored engine, second order: build an inner step's graph again in the backward pass instead of keeping it."""
 

@@ -18,7 +18,7 @@ from gmeta.meta.fast_weights import FastWeights
 from gmeta.meta.gather_plan import GatherPlan, shared_rows
 from gmeta.meta.inner_loop import InnerLoop, InnerPass, resolve_adapted
 from gmeta.meta.interception import Intercept
-from gmeta.meta.losses import example_loss, task_mean, widen
+from gmeta.meta.losses import counts_of, example_loss, task_mean, widen
 from gmeta.meta.modulation import Modulator
 from gmeta.meta.trial import choose_engine, require_last_layer, try_examples
 from gmeta.meta.views import Embedded
@@ -32,7 +32,7 @@ class LearnerOutput:
     """What a step is judged by. The logits hold the graph, for terms that a loop of your own adds to the loss."""
 
     query_logits: Tensor  # [T, Q]
-    query_loss: Tensor  # [T], mean over the task's query rows, after adaptation; detached
+    query_loss: Tensor  # [T], (weighted) mean over the task's query rows, after adaptation; detached
     support_loss: Tensor  # [T], before adaptation; detached
 
 
@@ -233,7 +233,7 @@ class MetaLearner(nn.Module):
         fast, support_loss = self._adapt(inner, rows, batch.support, index[0])
         assert support_loss is not None
         logits = self._score(inner, fast, rows, batch.query, index[1], expected=not self.training)
-        query_loss = task_mean(self.loss(logits, batch.query.label), batch.query.mask)
+        query_loss = task_mean(self.loss(logits, batch.query.label), _counts(batch.query))
         loss = query_loss.sum() / batch.num_tasks_global
         return loss, LearnerOutput(logits, query_loss.detach(), support_loss)
 
@@ -316,7 +316,7 @@ class MetaLearner(nn.Module):
         bases, logits = self._bases(inner, fast, again, support, plan, _SUPPORT_PASS)
         if loss is None and with_loss:
             before = inner.loss(closed_form.finished(self.model, logits), support.label)
-            loss = task_mean(before, support.mask).detach()
+            loss = task_mean(before, _counts(support)).detach()
         if len(inner.rates):
             posterior = closed_form.solve(
                 layer,
@@ -324,6 +324,7 @@ class MetaLearner(nn.Module):
                 logits,
                 support.label,
                 support.mask,
+                weight=support.weight,
                 loss=self.inner_loss_name,
                 second_order=inner.second_order,
             )
@@ -403,10 +404,9 @@ class MetaLearner(nn.Module):
         keys = None if key is None else partial(example_keys, key, batch.task_id)
         logits = self._flat_logits(rows, sides, plan, keys)
         losses = [self.loss(part, side.label) for part, side in zip(logits, sides, strict=True)]
-        together = task_mean(torch.cat(losses, 1), torch.cat([side.mask for side in sides], 1))
-        support_loss, query_loss = (
-            task_mean(part.detach(), side.mask) for part, side in zip(losses, sides, strict=True)
-        )
+        counts = [_counts(side) for side in sides]
+        together = task_mean(torch.cat(losses, 1), torch.cat(counts, 1))
+        support_loss, query_loss = (task_mean(part.detach(), of) for part, of in zip(losses, counts, strict=True))
         return together.sum() / batch.num_tasks_global, LearnerOutput(logits[1], query_loss, support_loss)
 
     def _flat_logits(
@@ -431,6 +431,10 @@ class MetaLearner(nn.Module):
             logits = self.model(dense, embedded.features)
         parts = torch.split(widen(logits), [side.mask.numel() for side in sides])
         return [part.view(side.mask.shape) for part, side in zip(parts, sides, strict=True)]
+
+
+def _counts(examples: Examples) -> Tensor:
+    return counts_of(examples.mask, examples.weight)
 
 
 def _given_together(sides: Sequence[Examples]) -> dict[str, Tensor]:

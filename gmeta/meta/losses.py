@@ -34,9 +34,19 @@ def prediction(name: str) -> Callable[[Tensor], Tensor]:
     return torch.sigmoid if name == "bce" else lambda logits: logits
 
 
-def task_mean(loss: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over each task's real examples: [T, S], bool [T, S] -> [T]; it is 0 for a task without any."""
-    return torch.where(mask, loss, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+def counts_of(mask: Tensor, weight: Tensor | None) -> Tensor:
+    """Return how much each example counts, [T, S]: its weight, 0 on padding; or the mask, where examples have none."""
+    return mask if weight is None else torch.where(mask, weight, 0)
+
+
+def task_mean(loss: Tensor, counts: Tensor) -> Tensor:
+    """Return the mean over each task's examples: [T, S], `counts_of` them [T, S] -> [T]; it is 0 for a task without
+    any, and for one whose weights are all 0.
+    """
+    if counts.dtype == torch.bool:
+        return torch.where(counts, loss, 0).sum(1) / counts.sum(1).clamp(min=1)
+    total = counts.sum(1)
+    return torch.where(counts > 0, loss * counts, 0).sum(1) / torch.where(total > 0, total, 1)
 
 
 def widen(values: Tensor) -> Tensor:

@@ -77,11 +77,14 @@ class RecordedLearner:
         """
         count, size = _padded_shape(support.mask)
         inputs = [*_padded(support, count, size), *_padded_values(values, support.mask.shape, (count, size))]
+        if support.weight is not None:
+            inputs.append(F.pad(support.weight, (0, size - support.mask.shape[1], 0, count - support.mask.shape[0])))
         made: list[FastWeights] = []
 
-        def run(dense: Tensor, label: Tensor, mask: Tensor, *looked_up: Tensor) -> Sequence[Tensor]:
-            rows = EmbeddedRows(dict(zip(values, looked_up, strict=True)), {}, {})
-            made.append(self._learner.adapt(rows, _examples(dense, label, mask), self._plan))
+        def run(dense: Tensor, label: Tensor, mask: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+            rows = EmbeddedRows(dict(zip(values, rest[: len(values)], strict=True)), {}, {})
+            (weight,) = rest[len(values) :] or (None,)
+            made.append(self._learner.adapt(rows, _examples(dense, label, mask, weight), self._plan))
             return made[-1].tensors()
 
         shape, tensors = self._run(("adapt",), run, inputs)
@@ -211,5 +214,5 @@ def _more_tasks(tensor: Tensor, count: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(count - len(tensor), *tensor.shape[1:])])
 
 
-def _examples(dense: Tensor, label: Tensor, mask: Tensor) -> Examples:
-    return Examples({}, {}, dense, label, mask, mask, mask)
+def _examples(dense: Tensor, label: Tensor, mask: Tensor, weight: Tensor | None = None) -> Examples:
+    return Examples({}, {}, dense, label, mask, mask, mask, weight)

@@ -40,6 +40,12 @@ class _Side:
     def label(self) -> Tensor:
         return self.examples.label[self.task, self.positions]
 
+    @property
+    def weight(self) -> Tensor:
+        if self.examples.weight is None:
+            return torch.ones_like(self.label)
+        return self.examples.weight[self.task, self.positions]
+
 
 def pairs_of(support: Mapping[str, Lookup], adapted: Sequence[str]) -> dict[str, Tensor]:
     """Return table -> the (task, row) pairs [P, 2] of a support, in ascending order: all the index work of this engine.
@@ -181,8 +187,9 @@ def _adapt_task(
         tables = {name: value for (kind, name), value in state.items() if kind == "table"}
         logits = _score_task(inner, rows, side, {**fixed, **parameters}, tables, step + 1)
         with torch.autocast(logits.device.type, enabled=False):
-            losses = inner.loss(logits, side.label)
-            objective = losses.sum() / (len(losses) + inner.prior)
+            losses = side.weight * inner.loss(logits, side.label)
+            total = side.weight.sum()
+            objective = losses.sum() / _or_one(total + inner.prior)
             grads = torch.autograd.grad(
                 objective,
                 list(state.values()),
@@ -194,8 +201,13 @@ def _adapt_task(
             key: value - (rates[0] if key[0] == "table" else rates[inner.adapted.rate_of(key[1])]) * grad
             for (key, value), grad in zip(state.items(), grads, strict=True)
         }
-        first = losses.detach().mean() if step == 0 else first
+        first = losses.detach().sum() / _or_one(total) if step == 0 else first
     return {**{("parameter", name): value for name, value in fixed.items()}, **state}, first
+
+
+def _or_one(total: Tensor) -> Tensor:
+    """Return what a sum of losses of this weight is divided by: without weight it is 0 anyway."""
+    return torch.where(total > 0, total, 1)
 
 
 def _score_task(

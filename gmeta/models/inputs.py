@@ -27,6 +27,7 @@ class InputSpec:
     numeric: tuple[str, ...]  # names of the F columns of `dense`, standardised
     base_rate: float  # the logit that predicts the mean training label
     item: str | None = None  # the feature that is the item's id, where the model reads it
+    scenario: str | None = None  # the feature that the schema calls the scenario, where the model reads it
     sequences: Mapping[str, int] = field(default_factory=dict)  # name -> d (1 of numbers), of those that are not pooled
     tables: Mapping[str, str] = field(default_factory=dict)  # feature or sequence -> vocabulary, whose rows they share
     vectors: Mapping[str, int] = field(default_factory=dict)  # name -> width, of vectors that the data have
@@ -120,7 +121,7 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     if not chosen:
         raise ValueError("the model has no categorical feature: set model.features, or prepare a pack that has some")
     names = tuple(column.name for column in schema.numeric) if numeric else ()
-    item = schema.item if schema.item in chosen else None
+    item, scenario = (name if name in chosen else None for name in (schema.item, schema.scenario))
     tables = {name: schema.feature(name).table for name in chosen if name not in numbers and name not in vectors}
     whole = {name for name in tables if schema.feature(name).pooling == "none"}
     return InputSpec(
@@ -128,6 +129,7 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
         names,
         base_rate(schema),
         item,
+        scenario,
         {name: embedding_dim if name in whole else 1 for name in chosen if name in whole or name in numbers},
         tables,
         {name: vectors[name] for name in chosen if name in vectors},

@@ -168,9 +168,8 @@ class Recommender:
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         support = role == "support"
         needed = schema.columns([*roles, "label"] if support else roles)
-        return as_arrow(
-            table, role, needed, [*([schema.time] if support and schema.time else []), *schema.item_vectors()]
-        )
+        of_support = [c for c in (schema.time, schema.weight) if support and c is not None]
+        return as_arrow(table, role, needed, [*of_support, *schema.item_vectors()])
 
     def _rows(self, encoded: EncodedTables) -> tuple[TaskRows, PackSplit]:
         """Return where each task's rows lie, with as many support rows as the run keeps, in a split of them."""
@@ -337,7 +336,8 @@ def _chunks(
 
 
 def _in_precision(examples: Examples, dtype: torch.dtype) -> Examples:
-    return replace(examples, dense=examples.dense.to(dtype), label=examples.label.to(dtype))
+    weight = None if examples.weight is None else examples.weight.to(dtype)
+    return replace(examples, dense=examples.dense.to(dtype), label=examples.label.to(dtype), weight=weight)
 
 
 def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
@@ -352,6 +352,7 @@ def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
         mask=flags,
         row=none,
         item_cold=flags,
+        weight=None if schema.weight is None else numbers,
         given={vector.name: numbers.new_zeros(num_tasks, 0, vector.dim) for vector in schema.vector}
         | {
             name: value

@@ -16,6 +16,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -280,13 +281,24 @@ def read_settings(run_dir: Path) -> dict[str, Any]:
     return read_mapping(file, _CURE)
 
 
+_KEPT_CONFIGS = 32
+_configs: dict[str, TrainConfig] = {}
+"""What a config.yaml holds -> its config: a command asks for that of a run up to ten times, and parsing takes 0.1 s."""
+
+
 def read_config(run_dir: Path) -> TrainConfig:
     """Return the resolved config of a run. Raises ValueError when there is no run, or the file is damaged."""
     values, _ = upgrade(read_settings(run_dir), saved=True)
-    try:
-        return parse_mapping(TrainConfig, values, "config.yaml")
-    except ValueError as error:
-        raise ValueError(f"{run_dir / 'config.yaml'} is no config of a run ({error}): {_CURE}") from None
+    told = repr(values)
+    if told not in _configs:
+        try:
+            config = parse_mapping(TrainConfig, values, "config.yaml")
+        except ValueError as error:
+            raise ValueError(f"{run_dir / 'config.yaml'} is no config of a run ({error}): {_CURE}") from None
+        if len(_configs) >= _KEPT_CONFIGS:
+            _configs.clear()
+        _configs[told] = config
+    return deepcopy(_configs[told])
 
 
 def read_schema(run_dir: Path) -> tuple[PackSchema, dict[str, Any]]:

@@ -232,6 +232,7 @@ def _described(service: Service) -> dict[str, Any]:
         "support": list(columns.support),
         "candidates": list(columns.candidates),
         "time": columns.time,
+        **({} if columns.weight is None else {"weight": columns.weight}),
         "limits": {
             "body_bytes": limits.body_bytes,
             "rows": limits.rows,

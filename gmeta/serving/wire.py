@@ -63,6 +63,7 @@ class Columns:
     support: tuple[str, ...]  # needed, without the task
     candidates: tuple[str, ...]
     time: str | None
+    weight: str | None
     known: frozenset[str]
     many: frozenset[str]
     optional: tuple[str, ...]  # known by the item's id where a request leaves them out
@@ -74,12 +75,13 @@ class Columns:
         labelled: list[Role] = [*roles, "label"]
         lists = [f.name for f in schema.features if f.kind != "categorical"]
         lists += [column.name for column in schema.numeric_sequence]
-        all_roles: list[Role] = ["task", "label", "time", "item", "partition", "role"]
+        all_roles: list[Role] = ["task", "label", "weight", "time", "item", "partition", "role"]
         return cls(
             task=schema.task,
             support=tuple(name for name in schema.columns(labelled) if name != schema.task),
             candidates=tuple(name for name in schema.columns(roles) if name != schema.task),
             time=schema.time,
+            weight=schema.weight,
             known=frozenset(
                 [
                     *schema.columns([role for role in all_roles if getattr(schema, role) is not None]),
@@ -171,10 +173,11 @@ def _merged(
     if not having:
         return None, [0] * len(tasks)
     wanted = list(columns.needed(part))
-    timed = any(isinstance(given, dict) and columns.time in given for _, given in having)
-    if part == "support" and timed and columns.time is not None and columns.time not in wanted:
-        wanted.append(columns.time)
-    wanted += [name for name in columns.optional if any(isinstance(g, dict) and name in g for _, g in having)]
+    of_support = (columns.time, columns.weight) if part == "support" else ()
+    for name in (*of_support, *columns.optional):
+        given_by_some = any(isinstance(given, dict) and name in given for _, given in having)
+        if given_by_some and name is not None and name not in wanted:
+            wanted.append(name)
     merged: dict[str, list[Any]] = {columns.task: [], **{name: [] for name in wanted}}
     counts = [0] * len(tasks)
     for place, given in having:

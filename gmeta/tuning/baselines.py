@@ -160,7 +160,10 @@ def _factor_value(train: BaselineRows, valid: BaselineRows, settings: FactorConf
     name, query, scores = FACTORS, valid.is_query, fitted.score(valid)
     if not np.isfinite(scores[name]).all():
         return math.nan
-    rows = make_rows(fitted.clip(scores)[name], valid.label[query], valid.task[query], logit=scores[name])
+    weight = None if valid.weight is None else valid.weight[query]
+    rows = make_rows(
+        fitted.clip(scores)[name], valid.label[query], valid.task[query], logit=scores[name], weight=weight
+    )
     return metric_of(metric, rows)
 
 

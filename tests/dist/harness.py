@@ -10,7 +10,6 @@ this process.
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import time
 import traceback
@@ -20,21 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import CONTEXT
 
 from gmeta.parallel.launch import worker_environment
 from gmeta.parallel.mesh import Mesh, open_mesh
 
 Function = Callable[..., Any]
-# A server that has imported torch once; workers are forked from it.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "torch._dynamo",  # torch.optim imports it at the first step
-        "torch.distributed.checkpoint",
-        "torch.distributed.elastic.multiprocessing",
-        "gmeta.embedding.exchange",
-    ]
-)
 
 
 def _worker(environment: dict[str, str], timeout_s: int, node_size: int, tasks: Connection) -> None:

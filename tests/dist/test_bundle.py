@@ -81,7 +81,7 @@ def loaded(mesh: Mesh, source: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.full_tensor() if mesh.row_mesh else tensor for name, tensor in system.table_tensors().items()}
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_workers_reads_it(run_dir: Path, bundle: Path, nproc: int) -> None:
     expected = loaded(Mesh(), run_dir)
     for found in run_ranks(nproc, loaded, bundle):

@@ -79,7 +79,7 @@ def test_the_row_of_unknown_ids_is_trained(tmp_path: Path) -> None:
     assert changed(pack, 0.5) == {"group": True, "item": True, "tags": True}
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_learn_the_same(tmp_path: Path, nproc: int) -> None:
     pack = make_pack(tmp_path / "pack", change=warm)
     alone = run_steps(Mesh(), settings_of(pack, 0.2), 8)

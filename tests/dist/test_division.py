@@ -83,7 +83,7 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("changes", "switches"), SETTINGS, ids=["factored", "reference", "plain", "naive"])
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_division_changes_what_is_learned(
     tmp_path: Path, nproc: int, changes: dict[str, Any], switches: tuple[str, ...]
 ) -> None:
@@ -92,7 +92,7 @@ def test_no_division_changes_what_is_learned(
     assert_same(run_ranks(nproc, run_divided, settings, 12, changing, switches)[0]["learned"], alone, 1e-10)
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_tasks_that_are_late_come_again_in_their_epoch(tmp_path: Path, nproc: int) -> None:
     """Every task takes effect once an epoch, and a step's update is that of one process on the tasks it finished."""
     settings = config(make_pack(tmp_path / "pack"))

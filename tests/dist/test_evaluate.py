@@ -39,7 +39,7 @@ def scores_of(mesh: Mesh, settings: TrainConfig, tasks_per_batch: int) -> dict[s
     return {**columns, **validation_metrics(found, "bce")}
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -> None:
     settings = TrainConfig(
         pack=str(make_pack(tmp_path / "pack", test=33)),
@@ -60,13 +60,14 @@ def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -
 TEXTS, NUMBERS = ("size", "from_size", "variant", "against", "metric", "unit", "n"), ("value", "low", "high")
 
 
-def test_a_learning_curve_is_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_learning_curve_is_the_same_on_any_number_of_ranks(tmp_path: Path, several: int) -> None:
     """Each point is the evaluation of a run that reads so many support rows; of baselines, of a shorter log."""
     pack, run_dir = make_pack(tmp_path / "pack", test=33), tmp_path / "run"
     words = ("--precision", "float64", "--meta.inner_lr", 0.5, "--loader.max_support_rows", 3)
     gmeta(*train_words(pack, run_dir, *words, epochs=1))
     found = []
-    for nproc in (1, 2, 4):
+    for nproc in (1, several):
         out = str(tmp_path / f"out{nproc}")
         sizes = "3,0,1,99,100"
         run_ranks(

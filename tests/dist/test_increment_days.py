@@ -30,13 +30,16 @@ STATE = ("rows", "exp_avg", "exp_avg_sq", "steps")
 
 
 def log(path: Path, day: int) -> Path:
-    """Users and items of a day: ten users and eight items arrive and leave each day."""
+    """Users and items of a day: ten users and eight items arrive and leave each day. User `few` has a row on day 0, too
+    few for a task, and then two.
+    """
     rng = np.random.default_rng(day)
     lines = ["user,item,city,price,click,at"]
     for user in range(10 * day, 40 + 10 * day):
         for at, item in enumerate(rng.integers(8 * day, 24 + 8 * day, 9)):
             click = int(rng.random() < (0.8 if (user + item) % 3 == 0 else 0.2))
             lines.append(f"u{user},i{item},c{user % 5},{rng.normal():.3f},{click},{100 * day + at}")
+    lines += [f"few,i{8 * day + at},c1,0.5,1,{100 * day + at}" for at in range(min(day + 1, 2))]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -72,7 +75,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]:
             gmeta("prepare", *words, "--base", made[-1][1], "--evict_after_days", 2)
             train(pack, run_dir, "--warm_start", made[-1][1])
         else:
-            gmeta("prepare", *words, "--schema", place / "schema.yaml", "--query_size", 3)
+            gmeta("prepare", *words, "--schema", place / "schema.yaml", "--query_size", 3, "--min_task_rows", 2)
             train(pack, run_dir, *NEW)
         gmeta("bundle", "--run_dir", run_dir, "--checkpoint", "last", "--out", version)
         made.append((pack, version))
@@ -164,8 +167,10 @@ def test_a_bundle_without_its_pack_is_no_base(
     fails(["prepare", "--base", damaged, *more], capsys, "history/00000.parquet is damaged", "make the bundle again")
 
 
-def test_first_packs_have_no_increment(chain: list[tuple[Path, Path]], tmp_path: Path, capsys: Any) -> None:
-    """The history of the bundle of a first pack is that of its shards."""
+def test_first_packs_have_no_history(chain: list[tuple[Path, Path]], tmp_path: Path, capsys: Any) -> None:
+    """The history of the bundle of a first pack is that of its shards, and of the tasks that it left out."""
     pack, version = chain[0]
     history = pq.read_table(version / "training/increment/history")
-    assert len(history) == sum(open_pack(pack).split(name).num_rows for name in ("train", "valid", "test"))
+    assert len(history) == 1 + sum(open_pack(pack).split(name).num_rows for name in ("train", "valid", "test"))
+    assert not list(version.glob("training/increment/left_out*"))
+    assert "few" in pq.read_table(chain[1][0] / "tasks.parquet")["key"].to_pylist()

@@ -34,7 +34,7 @@ def settings(pack: Path, adapt: tuple[str, ...] = ("last_layer",), **changes: An
 @pytest.mark.parametrize(
     "adapt", [("last_layer",), pytest.param(("embeddings.item", "last_layer"), marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_learn_what_one_learns(tmp_path: Path, nproc: int, adapt: tuple[str, ...], sharding: str) -> None:
     pack = make_pack(tmp_path / "pack")
     alone = run_steps(Mesh(), settings(pack, adapt), 12)
@@ -78,7 +78,7 @@ def test_the_start_is_factor_analysis(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_start_alike_and_resume(tmp_path: Path, nproc: int) -> None:
     pack = make_pack(tmp_path / "pack", train=60, valid=8, test=9)
     base = [*WORDS, "--precision", "float64"]

@@ -100,7 +100,7 @@ def saved(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {f"{file.name} {name}": value for file in files for name, value in load_file(file).items()}
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_read_late_is_the_same_run(tmp_path: Path, nproc: int) -> None:
     for name, late in (("late", True), ("early", False)):
         results = run_ranks(nproc, run_loop, settings_of(tmp_path, name), late)

@@ -9,12 +9,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import CONTEXT
+from forks import CONTEXT
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from gmeta.parallel.launch import launch, module_command
 
 pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_workers():
+    """Real ones here."""
 
 
 def _launcher(behaviour: str, folder: Path, environment: dict[str, str]) -> None:

@@ -100,7 +100,7 @@ def trained(
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_partitions_learn_what_whole_matrices_learn(ranks: int) -> None:
     strategies = ["NNN", "NNI", "NIG", "III", "IIG", "GGG", {"": "NNG", "layers": "GIG", "layers.1": "NNN"}]
     expected = unsharded(ranks, 5)
@@ -120,16 +120,18 @@ def test_momentum_is_saved_under_one_strategy_and_loaded_under_another(tmp_path:
                 torch.testing.assert_close(weights[name], value, rtol=1e-11, atol=1e-12)
 
 
-def test_what_matrices_cost_on_the_wire() -> None:
+@pytest.mark.parametrize(
+    ("strategy", "groups"),  # of ranks that bring matrices together
+    [("NNN", 0), ("NNI", 2), pytest.param("NNG", 1, marks=pytest.mark.slow)],
+)
+def test_what_matrices_cost_on_the_wire(strategy: str, groups: int) -> None:
     """Every element goes to its matrix's owner and back, unless it is there: at most twice its bytes a step."""
     matrices = 8 * sum(p.numel() for name, p in model().named_parameters() if p.ndim == 2 and "begin" not in name)
     used = matrices - 8 * 8 * 2  # all but two heads
-    for strategy, groups in (("NNN", 0), ("NNI", 2), ("NNG", 1)):  # groups of ranks that bring matrices together
-        several, few = (sum(every[0][1] for every in run_ranks(4, trained, [strategy], n, None)) for n in (3, 2))
-        plain = run_ranks(4, sent_by_adamw, strategy)
-        extra = several - few - sum(plain)
-        assert extra <= 2 * groups * used
-        assert (extra > 0) == (groups > 0)
+    several, few = (sum(every[0][1] for every in run_ranks(4, trained, [strategy], n, None)) for n in (3, 2))
+    extra = several - few - sum(run_ranks(4, sent_by_adamw, strategy))
+    assert extra <= 2 * groups * used
+    assert (extra > 0) == (groups > 0)
 
 
 def sent_by_adamw(mesh: Mesh, strategy: str) -> float:

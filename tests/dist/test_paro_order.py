@@ -103,9 +103,16 @@ def same(engine: Any, expected: dict[str, Tensor], about: Any) -> None:
             )
 
 
-@pytest.mark.parametrize("choose", [towers, experts, layer_drop])
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 4])
-def test_ranks_that_use_other_parts(choose: Any, ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "choose"),
+    [
+        (2, towers),
+        (2, experts),
+        (4, layer_drop),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, layer_drop), (4, towers), (4, experts))),
+    ],
+)
+def test_ranks_that_use_other_parts(ranks: int, choose: Any) -> None:
     """Reduced in each rank's own order, gradients of equal sizes were added up with each other's."""
     run_ranks(ranks, trained, [*REPLICATED, {"": "IIG", "parts": "NIG"}], choose, ADAMW)
 
@@ -127,7 +134,7 @@ def same_on_all(step: int, _rank: int) -> list[int]:
     return [[0, 1, 2, 3], [3, 1], [2, 0], [1], [3, 2, 1, 0]][step]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_steps_that_use_other_parts(ranks: int) -> None:
     """All ranks alike use some, in any order. What nobody uses is neither decayed nor moved by its momentum."""
     run_ranks(ranks, trained, ["NNN", "NIG", "III", "IIG", "GGG"], same_on_all, ADAMW)

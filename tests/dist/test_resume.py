@@ -39,7 +39,7 @@ def prepare(mesh: Mesh, of_rank_0: TrainConfig, of_others: TrainConfig) -> Path 
         return str(error)
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_rank_0_decides(config: TrainConfig, nproc: int) -> None:
     """Whatever the others were told: a node that joins a job was started for the first time."""
     last = Path(config.run_dir) / "checkpoints" / "step-00000006"
@@ -67,7 +67,7 @@ def load(mesh: Mesh, run_dir: Path, which: str) -> int | str:
         return str(error)
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_all_ranks_load_the_same_checkpoint_or_none(config: TrainConfig, nproc: int) -> None:
     run_dir = Path(config.run_dir)
     assert run_ranks(nproc, load, run_dir, "last") == [6] * nproc

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_one_placement_continues_under_another(tmp_path: Path, s
     assert_same(found, expected, 1e-9)
 
 
-@pytest.mark.parametrize("divide", [changing, always_late])
+@pytest.mark.parametrize("divide", [pytest.param(changing, marks=pytest.mark.slow), always_late])
 @pytest.mark.parametrize(
     "strategy", ["IIG", pytest.param("NIG", marks=pytest.mark.slow), pytest.param("GGG", marks=pytest.mark.slow)]
 )

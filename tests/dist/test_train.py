@@ -37,6 +37,7 @@ from gmeta.training.records import traffic_record
 from gmeta.training.run import Run
 
 pytestmark = pytest.mark.dist
+SLOW = pytest.mark.slow
 
 
 def config(pack: Path, **changes: Any) -> TrainConfig:
@@ -85,8 +86,14 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) 
         np.testing.assert_allclose(ours[name], theirs[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adam"])
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize(
+    ("nproc", "optimizer"),
+    [
+        (2, "rowwise_adagrad"),
+        (4, "adam"),
+        *(pytest.param(*case, marks=SLOW) for case in ((2, "adam"), (4, "rowwise_adagrad"))),
+    ],
+)
 def test_twenty_steps_equal_one_process(tmp_path: Path, nproc: int, optimizer: str) -> None:
     settings = config(
         make_pack(tmp_path / "pack"), embedding=EmbeddingConfig(optimizer=optimizer, lr=0.05, init_std=0.5)
@@ -97,7 +104,7 @@ def test_twenty_steps_equal_one_process(tmp_path: Path, nproc: int, optimizer: s
     assert not np.allclose(alone["trace"][0], alone["trace"][-1])
 
 
-@pytest.mark.parametrize(("kind", "nproc"), [("cluster", 2), ("film", 4)])
+@pytest.mark.parametrize(("kind", "nproc"), [("cluster", 2), ("film", 2), pytest.param("film", 4, marks=SLOW)])
 def test_modulated_training_equals_one_process(tmp_path: Path, kind: str, nproc: int) -> None:
     """Nine tasks in batches of four: the last batch of an epoch leaves ranks without one."""
     settings = config(
@@ -124,7 +131,7 @@ def test_a_rank_without_tasks_takes_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=SLOW)])
 def test_episodes_and_tasks_without_support_equal_one_process(tmp_path: Path, nproc: int) -> None:
     def take_support(arrays: dict[str, np.ndarray]) -> None:
         arrays["num_support"][::3] = 0
@@ -166,7 +173,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("switches", CHOICES, ids="-".join)
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=SLOW)])
 def test_no_switch_of_the_study_changes_what_is_learned(tmp_path: Path, nproc: int, switches: tuple[str, ...]) -> None:
     settings = config(make_pack(tmp_path / "pack"))
     alone = run_steps(Mesh(), settings, 4)
@@ -214,7 +221,7 @@ def ask_to_stop(mesh: Mesh, settings: TrainConfig, who: int) -> list[bool]:
     return stops
 
 
-@pytest.mark.parametrize("nproc", [1, 2, 4])
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=SLOW)])
 def test_all_ranks_stop_at_the_same_step(tmp_path: Path, nproc: int) -> None:
     settings = config(make_pack(tmp_path / "pack"))
     assert run_ranks(nproc, ask_to_stop, settings, nproc - 1) == [[False, True, True]] * nproc
@@ -242,7 +249,7 @@ def traffic_of_steps(mesh: Mesh, settings: TrainConfig, switches: tuple[str, ...
     ],
     ids=["default", "separate", "central", "bf16", "fp16"],
 )
-@pytest.mark.parametrize(("nproc", "node_size"), [(1, 0), (2, 0), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("nproc", "node_size"), [(1, 0), (2, 0), pytest.param(4, 0, marks=SLOW), (4, 2)])
 def test_a_step_sends_what_the_formulas_say(
     tmp_path: Path, nproc: int, node_size: int, switches: tuple[str, ...], wire: Any
 ) -> None:
@@ -283,11 +290,11 @@ def validate_between_steps(mesh: Mesh, settings: TrainConfig) -> list[float]:
     return losses
 
 
-def test_validation_between_steps_equals_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=SLOW)])
+def test_validation_between_steps_equals_one_process(tmp_path: Path, nproc: int) -> None:
     settings = config(make_pack(tmp_path / "pack"))
     (alone,) = run_ranks(1, validate_between_steps, settings)
-    for nproc in (2, 4):
-        assert run_ranks(nproc, validate_between_steps, settings)[0] == pytest.approx(alone, rel=1e-9)
+    assert run_ranks(nproc, validate_between_steps, settings)[0] == pytest.approx(alone, rel=1e-9)
 
 
 def fail_in_the_thread(mesh: Mesh, settings: TrainConfig) -> str:

@@ -164,9 +164,15 @@ LEAVING = ("before forward", "before backward", "before step", "after step")
 
 
 @pytest.mark.parametrize(
-    ("nproc", "leave"), [*((1, leave) for leave in LEAVING), (2, "before step"), (2, "after step")]
+    ("nproc", "leave", "at"),  # validation is due after step 10
+    [
+        *((1, leave, 9) for leave in LEAVING),
+        (2, "after step", 9),
+        pytest.param(2, "before step", 9, marks=pytest.mark.slow),
+        *(pytest.param(1, leave, 6, marks=pytest.mark.slow) for leave in LEAVING),
+        *(pytest.param(2, leave, 6, marks=pytest.mark.slow) for leave in ("before step", "after step")),
+    ],
 )
-@pytest.mark.parametrize("at", [pytest.param(6, marks=pytest.mark.slow), 9])  # validation is due after step 10
 def test_a_loop_that_is_left_goes_on_exactly(tmp_path: Path, nproc: int, leave: str, at: int) -> None:
     """A batch without a step comes again; what is due after a step is done."""
     run_ranks(nproc, own_loop, settings_of(tmp_path, "whole"), None)

@@ -15,8 +15,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import commands
 import pytest
 from coordinators import ENVIRONMENT, Process, audit, fails, records, until
+from forks import Forked
 
 from gmeta.elastic.client import Client, Refused, Unreachable, read_token
 from gmeta.elastic.ledger import JobSpec
@@ -79,9 +81,8 @@ class Pipe:
         self.start(moment, fatal)
 
     def start(self, moment: str = "never", fatal: int = 0) -> None:
-        argv = [sys.executable, "-c", DYING + REQUESTS, moment, str(fatal), str(self.journal)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(argv, text=True, env=ENVIRONMENT, **pipes)
+        words = ["-c", DYING + REQUESTS, moment, str(fatal), str(self.journal)]
+        self.process = Forked(words, ENVIRONMENT, pipes=(0, 1))
 
     def call(self, name: str, **fields: object) -> dict:
         message = json.dumps([name, {"run": "r", "request": f"number {next(self.numbers)}", **fields}])
@@ -126,8 +127,14 @@ def work(pipe: Pipe, spec: JobSpec) -> Counter[tuple[int, int]]:
     return delivered
 
 
-@pytest.mark.parametrize("mode", ["at_least_once", "at_most_once", "exactly_once"])
-@pytest.mark.parametrize("moment", MOMENTS)
+MODES = ("at_least_once", "at_most_once", "exactly_once")
+_USUAL = [(MOMENTS[0], "exactly_once"), (MOMENTS[1], "at_least_once"), (MOMENTS[2], "at_most_once")]
+_OTHERS = [case for case in itertools.product(MOMENTS, MODES) if case not in _USUAL]
+
+
+@pytest.mark.parametrize(
+    ("moment", "mode"), [*_USUAL, *(pytest.param(*case, marks=pytest.mark.slow) for case in _OTHERS)]
+)
 def test_killed_at_every_write(tmp_path: Path, moment: str, mode: str):
     spec = JobSpec(num_samples=5, work_item_size=2, epochs=2, seed=4, mode=mode)
     undisturbed = Pipe(tmp_path / "undisturbed", "never", 0)
@@ -143,7 +150,9 @@ def test_killed_at_every_write(tmp_path: Path, moment: str, mode: str):
         assert [kind for kind, _ in records(pipe.journal)] == [kind for kind, _ in whole]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [MOMENTS[1], *(pytest.param(moment, marks=pytest.mark.slow) for moment in (MOMENTS[0], MOMENTS[2]))]
+)
 def test_the_client_goes_on_when_the_service_is_killed_at_a_write(tmp_path: Path, moment: str):
     spec = JobSpec(num_samples=30, work_item_size=3, epochs=2, seed=4)
     process = Process(tmp_path / "j", program=("-c", DYING + COMMAND, moment, "5"))
@@ -326,7 +335,7 @@ def test_stopped_for_a_while(tmp_path: Path):
     client.call("lease", worker="w", count=2)
     process.process.send_signal(signal.SIGSTOP)
     waited = threading.Event()
-    waited.wait(3.5)
+    waited.wait(2.5)
     process.process.send_signal(signal.SIGCONT)
     assert client.call("exchange", worker="v", count=2, generation=0, commit=[], progress=[])["reply"] == "WAIT"
     until(lambda: client.call("lease", worker="v", count=2)["reply"] == "SHARD")
@@ -352,20 +361,25 @@ def test_it_ends_when_asked(tmp_path: Path):
         (["--policy", "nonsense"], "policy is 'nonsense': must be one of"),
         (["--policy", "nowhere:decide"], "policy 'nowhere:decide' cannot be imported"),
         (["--host", "0.0.0.0"], "host is '0.0.0.0', which others can reach: name a --token_file"),
-        (["--host", "192.0.2.1", "--token_file", "{folder}/token"], "cannot listen on 192.0.2.1:0"),
         (["--port", "70000"], "port is 70000: must be in [0, 65535]"),
         (["--trace", "{folder}/none/trace"], "cannot be written"),
     ],
 )
-def test_mistakes_on_the_command_line(tmp_path: Path, words: list[str], message: str):
-    found = fails("--journal", tmp_path / "j", *(word.format(folder=tmp_path) for word in words))
-    assert message in found
-    assert len(found.splitlines()) == 1
+def test_mistakes_on_the_command_line(
+    tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+):
+    words = ["coordinate", "--journal", tmp_path / "j", *(word.format(folder=tmp_path) for word in words)]
+    assert len(commands.fails(words, capsys, message).splitlines()) == 1
 
 
-def test_files_that_are_no_journal(tmp_path: Path):
+def test_an_address_of_another_machine(tmp_path: Path):
+    words = ("--host", "192.0.2.1", "--token_file", tmp_path / "token")
+    assert "cannot listen on 192.0.2.1:0" in fails("--journal", tmp_path / "j", *words)
+
+
+def test_files_that_are_no_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "j").write_text("not a database, but long enough to be taken for one\n" * 100)
-    assert "another --journal" in fails("--journal", tmp_path / "j")
+    commands.fails(["coordinate", "--journal", tmp_path / "j"], capsys, "another --journal")
 
 
 def test_without_the_extra(tmp_path: Path):

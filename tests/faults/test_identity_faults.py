@@ -22,7 +22,7 @@ from gmeta.data.pack import manifest_checksum, open_pack
 from gmeta.data.schema import DataSchema, NumericColumn, PackSchema
 from gmeta.data.shards import checksum_file
 from gmeta.evaluation import predictions
-from gmeta.evaluation.predictions import item_values
+from gmeta.evaluation.predictions import values_of_ids
 from gmeta.runs.data import is_own_pack, require_fitting_pack, require_same_training_data
 from gmeta.runs.directory import _write_data
 
@@ -330,7 +330,8 @@ def test_items_without_a_vocabulary_get_no_column(tmp_path: Path) -> None:
     packs = {"hashed": {"data_schema": hashed_item}, "none": {"schema": replace(SCHEMA, item=None)}}
     packs["no feature"] = {"schema": replace(SCHEMA, item="movie")}
     for name, changes in packs.items():
-        assert item_values(open_pack(make_pack(tmp_path / name, **changes))) is None
+        pack = open_pack(make_pack(tmp_path / name, **changes))
+        assert values_of_ids(pack, pack.schema.item) is None
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

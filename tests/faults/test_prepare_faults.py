@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -17,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from forks import Forked
 
 from gmeta.cli import run
 from gmeta.config.data import PrepareConfig
@@ -345,6 +344,7 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
         ({}, {"max_task_rows": 9, "max_train_task_rows": 10}, "max_train_task_rows is 10: must be at most"),
         ({}, {"min_task_rows": 9, "max_train_task_rows": 8}, "max_train_task_rows is 8: must be at least 9"),
         ({}, {"max_task_rows_keep": "last"}, "set max_task_rows too"),
+        ({}, {"min_task_rows": 0}, "min_task_rows is 0: must be at least 1"),
         ({"time": None}, {"max_task_rows": 9, "max_task_rows_keep": "last"}, "add the key time"),
         ({}, {"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
     ],
@@ -445,9 +445,9 @@ prepare(PrepareConfig(out=out, input=[file], schema=schema, query_size=1, thread
 """
 
 
-def start(config: PrepareConfig, limit: int = 0, pause: str = "") -> "subprocess.Popen[str]":
-    argv = [sys.executable, "-c", RUN, str(limit), pause, config.out, config.inputs[0], str(config.schema)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(config: PrepareConfig, limit: int = 0, pause: str = "") -> Forked:
+    words = ["-c", RUN, str(limit), pause, config.out, config.inputs[0], str(config.schema)]
+    return Forked(words, os.environ, pipes=(1, 2))
 
 
 @pytest.mark.parametrize("limit", [20_000, 400_000])

@@ -140,7 +140,7 @@ def test_a_coordinator_that_is_away_delays_and_loses_nothing(tmp_path: Path):
     for number, lease in enumerate(client.work_items("w0", ahead=2)):
         if number == 5:
             process.kill()
-            starting = threading.Timer(3.0, process.start)
+            starting = threading.Timer(1.0, process.start)
             starting.start()
         taken.update(samples(lease))
     assert starting is not None

@@ -202,10 +202,10 @@ def test_every_model_is_in_the_table_and_every_argument_in_the_help(capsys: pyte
 
 
 def bounds() -> dict[str, str]:
-    """Package -> the version below which pyproject.toml keeps it, of those that gmeta needs to run, serve or export."""
+    """Package -> the version below which pyproject.toml keeps it, of those that some command needs."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    blocks = re.findall(r"^(?:dependencies|serve|registry|export) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
-    return dict(re.findall(r'"([\w-]+)(?:>=[\d.]+,)?<([\d.]+)"', "".join(blocks)))
+    blocks = re.findall(r"^(?:dependencies|serve|registry|export|text) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+    return dict(re.findall(r'"([\w-]+)(?:>=[\d.]+,)?<([\d.]+)(?:; [^"]*)?"', "".join(blocks)))
 
 
 def test_every_dependency_is_bounded_just_above_its_pin() -> None:
@@ -213,7 +213,9 @@ def test_every_dependency_is_bounded_just_above_its_pin() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     needed = re.findall(
         r'"',
-        "".join(re.findall(r"^(?:dependencies|serve|registry|export) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)),
+        "".join(
+            re.findall(r"^(?:dependencies|serve|registry|export|text) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+        ),
     )
     upper = bounds()
     assert len(needed) == 2 * len(upper), "a dependency has no upper bound"

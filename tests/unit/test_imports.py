@@ -13,6 +13,7 @@ LAYERS = (
     {"core"},
     {"config"},
     {"data", "parallel", "models", "elastic"},
+    {"text"},
     {"embedding", "sharding", "recipes"},
     {"optim", "meta", "runs"},
     {"recommender"},
@@ -35,6 +36,8 @@ DISTRIBUTED = {
     "sharding": "torch.distributed",
 }
 """The part of torch.distributed that each room may import; the others none."""
+ONLY_IN = {"transformers": "text", "tokenizers": "text"}
+"""Packages that one room alone imports."""
 STANDS_ALONE = {"elastic"}
 """Rooms that import no torch and nothing of ours: they serve any training loop."""
 READS_ENVIRONMENT = {"parallel", "doctor"}
@@ -65,6 +68,8 @@ def violations(room: str, source: str) -> list[str]:
                 found.append(f"{room} imports {name}, its neighbour")
             elif target == "parallel" and room in NO_RANKS:
                 found.append(f"{room} imports {name}, but knows no ranks")
+        if (home := ONLY_IN.get(parts[0], room)) != room:
+            found.append(f"{room} imports {name}, which {home} alone may")
         if room in STANDS_ALONE and (parts[0] == "torch" or (parts[0] == "gmeta" and parts[1:2] != [room])):
             found.append(f"{room} imports {name}, but stands alone")
         allowed = DISTRIBUTED.get(room, "nothing")
@@ -114,6 +119,7 @@ def test_imports_flow_one_way():
         ("embedding", "import torch.distributed as dist", "torch.distributed"),
         ("elastic", "import torch", "stands alone"),
         ("elastic", "from gmeta.core.batch import TaskBatch", "stands alone"),
+        ("training", "def f():\n    from transformers import AutoModel", "text alone may"),
         ("training", "import os\nos.environ['RANK']", "environment in line 2"),
         ("training", "from os import getenv", "environment in line 1"),
     ],

@@ -152,12 +152,32 @@ class Reference:
             self.known[table], self.pending[table] = [], {}
             self.admit(table, {value: [count, 0] for value, count in counts.items()})
         self.totals: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self.of_all = [0, 0]  # evicted items too
         self.count(train)
         self.last_seen = dict.fromkeys(self.split, 0)
         self.history = {}
         for key, (_, stored) in tasks(first).items():
             placed = [dict(row, day=0, place=place) for place, row in enumerate(stored)]
             self.history[key] = sorted(placed, key=lambda r: (r["time"], r["place"]))[-HISTORY:]
+        self.leave_out(first, rows)
+
+    def leave_out(self, first: TaskPack, rows: list[Row]) -> None:
+        """Keep the rows of tasks that the first pack left out, as it would have encoded those of a held-out task."""
+        listed = pq.read_table(first.path / "increment/left_out.parquet").to_pylist()
+        by_key: dict[str, list[Row]] = {one["key"]: [] for one in listed}
+        for row in rows:
+            if row["user"] not in self.history:
+                by_key[row["user"]].append(row)
+        assert all(0 < len(own) < MIN_ROWS for own in by_key.values())
+        for one in listed:
+            key = one["key"]
+            own = sorted(by_key[key], key=lambda row: row["at"])
+            cold = [int(row["item"] not in self.totals) for row in own]
+            coded = [self.encode(row) for row in own]
+            self.history[key] = [
+                dict(row, day=0, place=n, item_cold=new) for n, (row, new) in enumerate(zip(coded, cold, strict=True))
+            ]
+            self.split[key], self.last_seen[key] = one["split"], 0
 
     @staticmethod
     def values(row: Row, table: str) -> list[str]:
@@ -172,13 +192,14 @@ class Reference:
 
     def count(self, train: list[Row]) -> None:
         for row in train:
-            self.totals[row["item"]][0] += row["click"]
-            self.totals[row["item"]][1] += 1
+            for total in (self.totals[row["item"]], self.of_all):
+                total[0] += row["click"]
+                total[1] += 1
 
     def encode(self, row: Row) -> Row:
         ids = {t: {value: i for i, (value, _, _) in enumerate(self.known[t], 1) if value} for t in self.known}
         clicks, of = self.totals.get(row["item"], (0, 0))
-        mean = sum(c for c, _ in self.totals.values()) / sum(n for _, n in self.totals.values())
+        mean = self.of_all[0] / self.of_all[1]
         numbers = [row["price"], (clicks + 10 * mean) / (of + 10), math.log(1 + of)]
         return {
             "ids": [ids["item"].get(row["item"], 0), ids["city"].get(row["city"], 0)],
@@ -203,6 +224,10 @@ class Reference:
                 waiting[value] = [waiting.get(value, [0, 0])[0] + count, day]
             self.admit(table, waiting)
             self.pending[table] = {v: e for v, e in self.pending[table].items() if day - e[1] < EVICT}
+            if table == "item":
+                kept = {value for value, _, _ in self.known[table]} | self.pending[table].keys()
+                for item in self.totals.keys() - kept:
+                    del self.totals[item]
             for rows in self.history.values():
                 for row in rows:
                     if table == "tags":
@@ -278,6 +303,7 @@ def test_days_equal_the_reference(packs: list[TaskPack]) -> None:
         }
         sums = pq.read_table(pack.path / "vocab/item_statistics.parquet").to_pylist()
         assert {r["value"]: [r["label_sum"], r["count"]] for r in sums if r["value"]} == reference.totals
+        assert [[r["label_sum"], r["count"]] for r in sums if r["value"] is None] == [reference.of_all]
     assert came_back > 50
     assert any(None in vocabulary(packs[-1], table)["value"] for table in ("item", "tags"))
 
@@ -423,6 +449,26 @@ def test_values_below_a_count_are_evicted(tmp_path: Path) -> None:
     assert pq.read_table(packs[2].path / "increment/pending/item.parquet")["value"].to_pylist() == []
 
 
+@pytest.mark.parametrize("least", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_statistics_of_items_that_come_and_go_do_not_grow(tmp_path: Path, least: int) -> None:
+    """Ten items a day, each of which lives three days; with a count of 3 some wait for an id when they leave."""
+    days = [
+        stream({f"u{u}": [10 * day - shift + (u + shift) % 10 for shift in (0, 10, 20)] for u in range(30)}, 100 * day)
+        for day in range(11)
+    ]
+    for day, rows in enumerate(days):
+        rows += stream({"u30": [1000 + day]}, 100 * day)
+    schema = {**PLAIN, "categorical": [{"name": "item", "min_count": least}], "item_statistics": True}
+    packs = make_days(tmp_path, days, schema, first={"min_task_rows": 1}, evict_after_days=2)
+    found = [pq.read_table(pack.path / "vocab/item_statistics.parquet").to_pydict() for pack in packs]
+    assert [len(one["value"]) for one in found[4:]] == [len(found[4]["value"])] * 7
+    last = found[-1]
+    waiting = pq.read_table(packs[-1].path / "increment/pending/item.parquet")["value"].to_pylist() if least > 1 else []
+    known = {value for value in vocabulary(packs[-1], "item")["value"] if value is not None}
+    assert set(last["value"]) == known | set(waiting) | {None}
+    assert last["count"][last["value"].index(None)] > 10 * sum(last["count"]) / len(last["count"])  # of all rows ever
+
+
 def test_tombstones_stand_for_nothing(packs: list[TaskPack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a missing value nor the evicted one has a tombstone's id, whichever way values are looked up."""
     pack = packs[-1]
@@ -438,6 +484,31 @@ def test_tombstones_stand_for_nothing(packs: list[TaskPack], tmp_path: Path, mon
     words: Row = {"input": [str(packs[0].path.parent / "day3.csv")], "history_rows": HISTORY, "evict_after_days": EVICT}
     prepare(PrepareConfig(out=str(tmp_path / "pack"), base=str(packs[2].path), **words), quiet)
     assert tasks(open_pack(tmp_path / "pack")) == tasks(pack)
+
+
+def test_tasks_that_a_first_pack_leaves_out_come_back(packs: list[TaskPack], tmp_path: Path) -> None:
+    """With their rows of then, at most 50 and the last ones; in the split in which they would have lain."""
+    listed = pq.read_table(packs[0].path / "increment/left_out.parquet").to_pydict()
+    dropped = packs[0].manifest["counts"]["dropped_tasks"]
+    assert len(listed["key"]) == dropped["fewer rows than min_task_rows"] > 3
+    assert set(listed["split"]) <= {"train", "valid", "test"}
+    bot = {"bot": list(range(70))}  # left out for its length
+    first = {"max_task_rows": 60, "min_task_rows": 3}
+    days = [
+        FIRST + stream(bot | {"two": [1, 2]}),
+        stream({"bot": [71], "two": [3]} | {f"u{u}": [9] for u in range(30)}, 99),
+    ]
+    both = make_days(tmp_path, days, PLAIN, first)
+    assert both[0].manifest["counts"]["dropped_tasks"] == {
+        "fewer rows than min_task_rows": 1,
+        "more rows than max_task_rows": 1,
+    }
+    found = tasks(both[1])
+    scale = both[1].schema.numeric[0]
+    prices = {key: [round(row["dense"][0] * scale.std + scale.mean) for row in found[key][1]] for key in ("bot", "two")}
+    assert prices == {"bot": [*range(20, 70), 71], "two": [1, 2, 3]}
+    split = dict(zip(*pq.read_table(both[0].path / "increment/left_out.parquet").to_pydict().values(), strict=True))
+    assert {key: splits(both[1])[key] for key in split} == split
 
 
 def test_a_first_pack_carries_pending_values_alone(tmp_path: Path) -> None:
@@ -501,6 +572,9 @@ def test_days_that_cannot_go_on_are_refused(packs: list[TaskPack], tmp_path: Pat
 
     shutil.copy(place / "day1.csv", tmp_path / "again.csv")
     refused("again.csv was delivered already, with day 1 of base", str(tmp_path / "again.csv"))
+    shutil.copy(place / "day0.csv", tmp_path / "first.csv")
+    for base in (packs[0], packs[2]):
+        refused("first.csv was delivered already, with day 0 of base", str(tmp_path / "first.csv"), base)
     (tmp_path / "none.csv").write_text("user,item,city,tags,price,click,at\n")
     refused("no row that can be used", str(tmp_path / "none.csv"))
     refused("has no column 'city'", [{k: v for k, v in row.items() if k != "city"} for row in DAYS[3]])
@@ -540,13 +614,15 @@ def test_roles_go_on(tmp_path: Path) -> None:
     days = [
         [
             dict(row, side="query" if row["item"] == "i3" else "support")
-            for row in stream({f"u{u}": [1, 2, 3] for u in range(20)}, n)
+            for row in stream({f"u{u}": [1, 2, 3] for u in range(20)} | {"v": [1, 2, 3 + (n == 0)]}, n)
         ]
         for n in (0, 10)
     ]
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(schema))
-    pack = make_days(tmp_path, days, schema, first={"query_size": None})[1]
+    first, pack = make_days(tmp_path, days, schema, first={"query_size": None})
+    assert "v" not in tasks(first)  # no row was query
     assert {(support, len(rows)) for support, rows in tasks(pack).values()} == {(5, 6)}
+    assert "v" in tasks(pack)
 
 
 def test_every_kind_of_feature_goes_on(tmp_path: Path) -> None:

@@ -425,3 +425,91 @@ def test_bootstraps_of_equal_tasks_and_seed_are_paired():
         apart[variant] = alone.resampled("x")
     together.run()
     assert apart["one"].estimate(apart["other"]) == together.estimate("one", against="other")
+
+
+WEIGHTED = ("auc", "gauc", "logloss", "mae", "task_mae", "rmse", "calibration", "ece")
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_a_whole_weight_is_so_many_rows(name):
+    score, label, task = clicks()
+    weight = np.random.default_rng(3).integers(0, 4, len(score))
+    weight[task == task[0]] = 0
+    found = metric(name, score, label, task, weight=weight)
+    again = [np.repeat(column, weight) for column in (score, label, task)]
+    assert found == pytest.approx(metric(name, *again), rel=1e-12)
+    assert found != metric(name, score, label, task)
+
+
+def slow_weighted(name, score, label, task, weight):
+    """By definition, pair by pair and row by row."""
+    if name in ("auc", "gauc"):
+        values, totals = [], []
+        for key in np.unique(task) if name == "gauc" else [None]:
+            rows = np.flatnonzero(task == key) if name == "gauc" else np.arange(len(task))
+            wins = pairs = 0.0
+            for i, j in itertools.product(rows[label[rows] == 1], rows[label[rows] == 0]):
+                pairs += weight[i] * weight[j]
+                wins += weight[i] * weight[j] * (1.0 if score[i] > score[j] else 0.5 if score[i] == score[j] else 0.0)
+            if pairs:
+                values.append(wins / pairs)
+                totals.append(weight[rows].sum())
+        return sum(v * w for v, w in zip(values, totals, strict=True)) / sum(totals)
+    clipped = np.clip(score, 1e-7, 1 - 1e-7)
+    by_row = {
+        "logloss": -np.log(np.where(label == 1, clipped, 1 - clipped)),
+        "mae": abs(score - label),
+        "rmse": (score - label) ** 2,
+    }
+    if name == "calibration":
+        return (weight * score).sum() / (weight * label).sum()
+    mean = (weight * by_row[name]).sum() / weight.sum()
+    return math.sqrt(mean) if name == "rmse" else mean
+
+
+@pytest.mark.parametrize("name", ["auc", "gauc", "logloss", "mae", "rmse", "calibration"])
+def test_weighted_metrics_match_their_definition(name):
+    score, label, task = clicks(num_tasks=12, seed=4)
+    weight = np.random.default_rng(5).exponential(size=len(score)) * (np.random.default_rng(6).random(len(score)) > 0.2)
+    expected = slow_weighted(name, score, label, task, weight)
+    assert metric(name, score, label, task, weight=weight) == pytest.approx(expected, rel=1e-11)
+    bootstrap = Bootstrap(len(np.unique(task)), resamples=3, seed=0)
+    bootstrap.add("x", name, make_rows(score, label, task, weight=weight))
+    bootstrap.run()
+    assert bootstrap.estimate("x").value == pytest.approx(expected, rel=1e-11)
+
+
+def test_weighted_auc_matches_scikit_learn():
+    score, label, task = clicks()
+    weight = np.random.default_rng(7).random(len(score))
+    expected = sk.roc_auc_score(label, score, sample_weight=weight)
+    assert metric("auc", score, label, task, weight=weight) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in BINARY_METRICS if "@" in n])
+def test_metrics_at_k_count_every_row_once(name):
+    score, label, task = clicks()
+    weight = np.random.default_rng(8).random(len(score))
+    assert metric(name, score, label, task, weight=weight) == metric(name, score, label, task)
+
+
+def test_weights_that_cannot_be():
+    score, label, task = clicks()
+    weight = np.ones(len(score))
+    weight[3] = -0.5
+    with pytest.raises(ValueError, match=r"weight is -0\.5 in row 3: must not be negative"):
+        metric("auc", score, label, task, weight=weight)
+    weight[3] = np.nan
+    with pytest.raises(ValueError, match="weight is not finite in row 3"):
+        metric("auc", score, label, task, weight=weight)
+    assert math.isnan(metric("logloss", score, label, task, weight=np.zeros(len(score))))
+
+
+def test_a_weighted_calibration_curve_is_that_of_repeated_rows():
+    score, label, _ = clicks()
+    weight = np.random.default_rng(9).integers(0, 3, len(score))
+    found = calibration_curve(score, label, 1, weight=weight)
+    (again,) = calibration_curve(np.repeat(score, weight), np.repeat(label, weight), 1)
+    assert found[0]["predicted"] == pytest.approx(again["predicted"])
+    assert found[0]["observed"] == pytest.approx(again["observed"])
+    assert found[0]["n"] == (weight > 0).sum()

@@ -81,12 +81,14 @@ def test_evaluate_and_report(out: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize("kind", ["cluster", "film"])
-def test_a_modulated_run_is_trained_saved_and_evaluated(out: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "beside_a_twin"), [("cluster", False), ("film", True)])
+def test_a_modulated_run_is_trained_saved_and_evaluated(
+    out: Path, tmp_path: Path, kind: str, beside_a_twin: bool
+) -> None:
     train = [*melu_words(out / "pack"), "--schedule.max_steps", 6]
     gmeta(*train, "--run_dir", tmp_path, "--meta.modulation", kind, "--dense.lr", 0.05)
-    words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
-    gmeta("evaluate", "--run_dir", tmp_path, *words)
+    words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--resamples", 2)
+    gmeta("evaluate", "--run_dir", tmp_path, *words, *(("--plain_run", out / "plain") if beside_a_twin else ()))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if line["kind"] == "valid"][-1]
     records = json.loads((tmp_path / "evaluation.json").read_text())["records"]
@@ -100,7 +102,7 @@ def test_a_run_that_recomputed_is_compared_with_a_plain_one(out: Path, tmp_path:
     train = [*melu_words(out / "pack"), "--schedule.max_steps", 2]
     gmeta(*train, "--run_dir", tmp_path, "--meta.recompute", "true")
     words = ("--split", "valid", "--checkpoint", "last", "--baselines", "false", "--plain_run", out / "plain")
-    gmeta("evaluate", "--run_dir", tmp_path, *words)
+    gmeta("evaluate", "--run_dir", tmp_path, *words, "--resamples", 2)
     assert "plain-finetuned" in json.loads((tmp_path / "evaluation.json").read_text())["variants"]
 
 
@@ -246,12 +248,14 @@ def test_predict_equals_evaluate(out: Path, tmp_path: Path) -> None:
 
 
 def test_help_does_not_import_torch() -> None:
-    for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
-        code = f"import sys; from gmeta.cli import run\ntry: run({words})\nexcept SystemExit: pass\n"
-        code += "assert not {'torch', 'duckdb', 'pyarrow'} & set(sys.modules), 'heavy import'"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
-        assert "usage: gmeta" in result.stdout
+    """Nor that of any command, asked for one after the other."""
+    asked = [["--help"], *([name, "--help"] for name in COMMANDS)]
+    code = f"import sys; from gmeta.cli import run\nfor words in {asked}:\n"
+    code += "    try: run(words)\n    except SystemExit: pass\n"
+    code += "    assert not {'torch', 'duckdb', 'pyarrow'} & set(sys.modules), f'heavy import: {words}'"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage: gmeta") == len(asked)
 
 
 @pytest.mark.parametrize("words", [["train", "--help"], ["--help"], ["--version"]])

@@ -58,14 +58,14 @@ def snapshots(draw) -> Snapshot:
     return Snapshot(1.0, 9, setting, draw(st.sampled_from([0, 4, 60, 200])), tuple(views), draw(st.integers(0, 2)))
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
 @settings(max_examples=200, deadline=None)
 @given(snapshot=snapshots())
-def test_every_action_is_possible_whatever_is_known(name: str, snapshot: Snapshot) -> None:
-    actions = POLICIES[name](snapshot)
-    after = apply_actions(snapshot.setting, actions, 9)
-    assert sum(after.tasks_per_rank) == snapshot.batch
-    assert after.restart is None or snapshot.restarts_left
+def test_every_action_is_possible_whatever_is_known(snapshot: Snapshot) -> None:
+    """Of every policy: to draw a snapshot takes longer than to act on it."""
+    for name, policy in sorted(POLICIES.items()):
+        after = apply_actions(snapshot.setting, policy(snapshot), 9)
+        assert sum(after.tasks_per_rank) == snapshot.batch, name
+        assert after.restart is None or snapshot.restarts_left, name
 
 
 @settings(max_examples=100, deadline=None)
@@ -215,7 +215,7 @@ def run(policy, speeds, steps: int, noise: float = 0.0, fixed_s: float = 0.0, wo
     return decisions, seconds
 
 
-@pytest.mark.parametrize("workers", [4, 64])
+@pytest.mark.parametrize("workers", [4, 16, pytest.param(64, marks=pytest.mark.slow)])
 def test_nd_does_not_flap_under_noise(workers: int) -> None:
     decisions, _ = run(nd, lambda rank, step: 1.0, 1000, noise=0.05, workers=workers)
     assert len([step for step, _ in decisions if step > 110]) <= 2

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from packs import user_rows
-from serving import ARROW, Client, arrow_body, columns, make_version, metrics_of, one_task, with_client
+from serving import ARROW, Client, arrow_body, make_version, metrics_of, one_task, tasks_of, with_client
 
 import gmeta
 from gmeta.cli import run
@@ -22,19 +22,6 @@ from gmeta.cli import run
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_version(tmp_path_factory.mktemp("serving"), "v1")
-
-
-def many_tasks(support: pa.Table, candidates: pa.Table) -> list[dict[str, Any]]:
-    """The rows of a table as tasks of a JSON body, in the order in which candidates name them."""
-    keys = list(dict.fromkeys(candidates["user"].to_pylist()))
-    tasks = []
-    for key in keys:
-        own = {
-            part: columns(rows.filter(pa.compute.equal(rows["user"], key)))
-            for part, rows in (("support", support), ("candidates", candidates))
-        }
-        tasks.append({"key": key, **{part: rows for part, rows in own.items() if rows["item"]}})
-    return tasks
 
 
 def served_like_predict(bundle: Path, folder: Path, tasks: int, each: int) -> None:
@@ -47,7 +34,7 @@ def served_like_predict(bundle: Path, folder: Path, tasks: int, each: int) -> No
     expected = pq.read_table(folder / "out.parquet")["score"].to_numpy()
 
     async def work(client: Client) -> tuple[np.ndarray, np.ndarray]:
-        wanted = many_tasks(support, candidates)
+        wanted = tasks_of(support, candidates)
         answers = await asyncio.gather(*(client.score(*wanted[i : i + 7]) for i in range(0, len(wanted), 7)))
         by_key = {task["key"]: task["scores"] for answer in answers for task in answer.json()["tasks"]}
         position = dict.fromkeys(by_key, 0)

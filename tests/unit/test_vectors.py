@@ -25,6 +25,7 @@ from gmeta.delivery.bundle import make_bundle
 from gmeta.models.inputs import input_spec
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import new_learner
+from gmeta.recommender.tasks import encode_rows, task_digests
 
 TEXT, PICTURE = 3, 2
 VECTORS = {
@@ -173,6 +174,25 @@ def test_requests_are_encoded_alike_with_a_database_and_without(folder: Path) ->
         for name, array in expected.items():
             np.testing.assert_array_equal(found[name], array, name)
             assert found[name].dtype == array.dtype
+
+
+def test_supports_that_differ_in_a_vector_are_two(folder: Path) -> None:
+    """A server remembers what a task learned by a checksum of its support."""
+    rec, (support, _) = package.load(folder / "bundle"), support_and_query(1)
+    pictures = support["picture"].to_pylist()
+    other = support.set_column(support.column_names.index("picture"), "picture", [[[9.0, 9.0], *pictures[1:]]])
+    found = [task_digests(encode_rows(rec, table, "support")) for table in (support, support, other)]  # type: ignore[arg-type]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_a_vector_may_have_any_name(tmp_path: Path) -> None:
+    rows = vector_rows()
+    schema = {**SCHEMA, "vector": [{"name": "dense", "dim": PICTURE}, {"name": "item_cold", "dim": TEXT}]}
+    pack = open_pack(history_pack(tmp_path, schema, dense=rows["picture"], item_cold=rows["text"]))
+    support, _, _ = pack.split("train").examples(np.arange(2))
+    assert support.given["dense"].shape == (*support.mask.shape, PICTURE)
+    assert support.dense.shape == (*support.mask.shape, 1)
 
 
 def test_the_server_answers(folder: Path) -> None:

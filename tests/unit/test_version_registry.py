@@ -106,6 +106,44 @@ def test_deltas_are_followed_from_a_version_in_the_cache(registry: Registry, day
     assert content(reader.fetch(5, tmp_path / "whole")) == content(days / "4")
 
 
+def test_the_whole_verdict_lies_beside_the_manifest(registry: Registry, days: Path, tmp_path: Path) -> None:
+    """All who look at a version read its manifest, and nobody but people an evaluation."""
+    publish(registry, days / "0", verdict=None)
+    told = verdict(days / "1", current="run0/0") | {"evaluation": {"records": [1, 2]}, "metrics": {"all": {"auc": 0.7}}}
+    publish(registry, days / "1", verdict=told)
+    manifest = registry.manifest(2)
+    assert manifest["gate"] == {key: value for key, value in told.items() if key != "evaluation"}
+    assert manifest["metrics"] == told["metrics"]
+    held = registry.store.read("versions/2/verdict.json")
+    assert held is not None
+    assert json.loads(held.data) == told
+    assert not (registry.fetch(2, tmp_path / "cache") / "verdict.json").exists()
+
+
+def test_a_delta_is_published_for_those_that_serve_alone(registry: Registry, tmp_path: Path) -> None:
+    """The history of a day's tasks is new each day, and larger than all else of this version."""
+    model = Growing(items=2000)
+    for day in range(2):
+        model.next_day()
+        publish(registry, model.write(tmp_path / str(day), history=20_000), verdict=None)
+    sizes = {entry.key: entry.size for entry in registry.store.list("deltas/2/")}
+    assert sum(sizes.values()) > 0.5 * sum(entry["bytes"] for entry in registry.manifest(2)["files"])
+    served = sum(entry["bytes"] for entry in registry.manifest(2)["files"] if "training" not in entry["file"])
+    assert sum(size for key, size in sizes.items() if "training" not in key) < 0.5 * served
+    for training in (True, False):
+        registry.fetch(1, tmp_path / "cache", training=training)
+        made = registry.fetch(2, tmp_path / "cache", training=training)
+        assert content(made) == content(registry.fetch(2, tmp_path / f"fresh{training}", training=training))
+
+
+def test_a_delta_that_saves_nobody_half_is_left_out(registry: Registry, tmp_path: Path) -> None:
+    model = Growing(items=200)
+    for day in range(2):
+        model.next_day(changed=200)
+        publish(registry, model.write(tmp_path / str(day)), verdict=None)
+    assert registry.store.list("deltas/") == []
+
+
 def test_a_cached_version_that_is_damaged_is_fetched_again(registry: Registry, days: Path, tmp_path: Path) -> None:
     publish(registry, days / "0", verdict=None)
     made = registry.fetch(1, tmp_path / "cache")

@@ -70,6 +70,7 @@ def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[st
     """
     task, item = (types.get(("role", role), "VARCHAR") for role in ("task", "item"))
     columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
+    columns |= {} if schema.weight is None else {"weight": "FLOAT"}
     columns |= {"item": item, "partition": "VARCHAR", "is_query": "BOOLEAN"}
     for i, feature in enumerate(schema.features):
         columns[f"f{i}"] = types.get(feature.table, "VARCHAR") + ("" if feature.kind == "categorical" else "[]")
@@ -175,6 +176,8 @@ class _Columns:
                 continue
             if role == "label":
                 add(role, column, self._label(column))
+            elif role == "weight":
+                add(role, column, self._weight(column))
             elif role == "time":
                 whole, fraction, bad = time_columns(self.con, self.part, column)
                 add(role, column, (whole, bad))
@@ -305,6 +308,15 @@ class _Columns:
         if found is None:
             raise unfit(self.part, column, "label", "it needs a number")
         return found
+
+    def _weight(self, column: str) -> Value:
+        kind = self.part.columns[column]
+        found = None if is_nested(kind) else self.rules.number_value(identifier(column), kind)
+        if found is None:
+            raise unfit(self.part, column, "weight", "it needs a number")
+        number, checks = found
+        bad = [(f"({number} IS NULL OR isnan({number}))", "is missing"), (f"{number} < 0", "is negative, as a weight")]
+        return f"TRY_CAST({number} AS FLOAT)", [*checks, *bad]
 
     def _number(self, numeric: RawNumeric) -> Value:
         kind = self.part.columns[numeric.name]

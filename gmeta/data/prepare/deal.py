@@ -22,6 +22,7 @@ def deal(con: Connection, schema: DataSchema, settings: Settings, scratch: Path)
     columns = ["s.file", "s.row", "s.label", "CAST(t.task_id AS INTEGER) AS task_id"]
     columns += [f"s.{name}" for name in value_columns(schema)]
     optional = {
+        "s.weight": schema.weight is not None,
         "s.time": True,
         "s.item": item_feature(schema) is None,
         "s.is_query": settings.split_query == "column",

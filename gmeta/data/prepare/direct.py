@@ -24,7 +24,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from gmeta.data.identity import vocabulary_file
-from gmeta.data.item_vectors import ItemVectors
+from gmeta.data.item_vectors import ItemVectors, array_name
 from gmeta.data.prepare.check import LARGEST_FP16
 from gmeta.data.prepare.encode import LARGEST, Array, with_item_vectors
 from gmeta.data.prepare.vocabulary import PRIOR_ROWS, SALTS
@@ -242,11 +242,13 @@ class DirectEncoder:
 
     def _arrays(self, table: pa.Table, order: Array, *, support: bool) -> dict[str, Array] | None:
         label = self._label(table[self._schema.label]) if support else np.zeros(len(order), np.float32)
-        dense = self._dense(table)
-        if label is None or dense is None:
+        weight, dense = self._weight(table, support=support), self._dense(table)
+        if label is None or weight is None or dense is None:
             return None
         one_valued: list[Array] = []
         arrays: dict[str, Array] = {"dense": dense[order], "label": label[order]}
+        if self._schema.weight is not None:
+            arrays["weight"] = weight[order]
         for feature in self._schema.features:
             column = table[feature.name]
             if feature.kind == "categorical":
@@ -269,7 +271,8 @@ class DirectEncoder:
             given = self._vector(vector, table)
             if given is None:
                 return None
-            arrays[vector.name] = with_item_vectors(vector, given.take(order), ids, self._stored, self._vectors)
+            found = with_item_vectors(vector, given.take(order), ids, self._stored, self._vectors)
+            arrays[array_name(vector.name)] = found
         return {"ids": ids, **arrays}
 
     def _vector(self, vector: Vector, table: pa.Table) -> pa.Array | None:
@@ -374,6 +377,15 @@ class DirectEncoder:
         for place, (values, stored) in enumerate(zip(columns, self._numeric, strict=True)):
             dense[:, place] = _stored(values, stored)
         return dense
+
+    def _weight(self, table: pa.Table, *, support: bool) -> Array | None:
+        """Return the rows' weights, 1 where the table has none."""
+        if not (support and self._schema.weight in table.column_names):
+            return np.ones(table.num_rows, np.float32)
+        values = _numbers(table[self._schema.weight])
+        if values is None or not ((values >= 0) & (values <= FLOAT32_MAX)).all():
+            return None
+        return values.astype(np.float32)
 
     def _label(self, column: pa.ChunkedArray) -> Array | None:
         values = _numbers(column)

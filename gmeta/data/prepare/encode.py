@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gmeta.data.item_vectors import DTYPE, ItemVectors
+from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched
 from gmeta.data.prepare.vocabulary import HashedVocabulary, numeric_values, statistics_join
 from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, RawFeature, Vector
@@ -105,12 +105,26 @@ def encode(
     for i, sequence in enumerate(stored.numeric_sequence):
         arrays[f"{sequence.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"s{i}"])]).astype(np.int64)
         arrays[f"{sequence.name}.values"] = _list_numbers(con, relation, i, sequence, order)
+    arrays |= _vectors(con, relation, stored, order, arrays["ids"], item_vectors)
+    return arrays | {name: np.asarray(found[name]) for name in more}
+
+
+def _vectors(
+    con: Connection,
+    relation: str,
+    stored: PackSchema,
+    order: str,
+    ids: Array,
+    item_vectors: Mapping[str, ItemVectors] | None,
+) -> dict[str, Array]:
+    """Return the vectors of rows, and with `item_vectors` those of items too."""
+    arrays = {}
     for i, vector in enumerate(stored.vector):
         if vector.owner == "row" or item_vectors is not None:
             query = f"SELECT v{i} AS vector FROM {relation} b ORDER BY {order}"
             given = con.sql(query).to_arrow_table()["vector"].combine_chunks()
-            arrays[vector.name] = with_item_vectors(vector, given, arrays["ids"], stored, item_vectors or {})
-    return arrays | {name: np.asarray(found[name]) for name in more}
+            arrays[array_name(vector.name)] = with_item_vectors(vector, given, ids, stored, item_vectors or {})
+    return arrays
 
 
 def with_item_vectors(

@@ -27,7 +27,7 @@ class EncodedTables:
     """The tasks of raw support and query rows, laid out as a shard is."""
 
     keys: list[str]  # raw key of each task
-    arrays: dict[str, Array]  # as a shard's, without time; label is 0 in query rows, item_cold is 0
+    arrays: dict[str, Array]  # as a shard's, without time; label is 0 in query rows, weight 1, item_cold is 0
     query_row: Array  # int64 [rows], row of the query (from 0), -1 for support rows
 
 
@@ -130,7 +130,8 @@ class Encoder:
         tasks = con.execute("""
             SELECT task, min(pos) AS row_start, count(*) FILTER (file = 0) AS num_support
             FROM placed GROUP BY task ORDER BY row_start""").fetchnumpy()
-        of_rows = ("coalesce(b.label, 0) AS label", "CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row")
+        of_rows = ["coalesce(b.label, 0) AS label", "CASE b.file WHEN 1 THEN b.row - 1 ELSE -1 END AS query_row"]
+        of_rows += [] if self._schema.weight is None else ["coalesce(b.weight, 1) AS weight"]
         rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
         with self._lock:
             vocabularies = self._vocabularies
@@ -150,6 +151,8 @@ class Encoder:
             "row_start": tasks["row_start"].astype(np.int64),
             "num_support": tasks["num_support"].astype(np.int32),
         }
+        if "weight" in rows:
+            arrays["weight"] = rows["weight"].astype(np.float32)
         return EncodedTables([str(k) for k in tasks["task"]], arrays, rows["query_row"].astype(np.int64))
 
 
@@ -165,6 +168,8 @@ def check_rows(
     of_support: list[Role] = [*roles, "label"]
     if support is not None and schema.time in support.columns:
         of_support.append("time")  # a level that drifts, and the last rows of a support, need their order
+    if support is not None and schema.weight in support.columns:
+        of_support.append("weight")  # rows without one count 1
     create_checked(con, schema, types={}, temporary=True)
     for index, (part, needed) in enumerate(((support, of_support), (query, roles))):
         if part is not None:

@@ -1,7 +1,8 @@
 """Stage 4 of `prepare --base`: the base's vocabularies and statistics go on, and its means and deviations stay.
 
 A value keeps its id. A value that was seen `min_count` times over all days gets the next one; until then it is
-pending. One that was not seen for long becomes a tombstone: nothing has its id any more.
+pending. One that was not seen for long becomes a tombstone: nothing has its id any more, and statistics of an item go
+with its id.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def grow(
     num_ids = make_vocabularies(con, schema, train, tell, grown)
     with_item = dealt(schema, scratch, train_shards, item=True)
     if schema.item_statistics:
-        _add_statistics(con, vocabulary_file(vocabularies, ITEM_STATISTICS), with_item)
+        kept = _kept_items(schema) if eviction.after_days is not None else "true"
+        _add_statistics(con, vocabulary_file(vocabularies, ITEM_STATISTICS), with_item, kept)
     if schema.item is not None:
         con.execute(f"CREATE TABLE seen_items AS {_seen_items(schema, with_item)}")
     if before.binary_label and not scalar(
@@ -125,12 +127,24 @@ def _stored(file: Path, columns: str) -> str:
     return f"(SELECT {columns}, {last_day} FROM read_parquet({only_file(file)}))"
 
 
-def _add_statistics(con: Connection, file: Path, train: str) -> None:
+def _kept_items(schema: DataSchema) -> str:
+    """Return SQL of whether a value of the item statistics stays: NULL, which stands for all items, and what has an id
+    or waits for one. Items without a vocabulary stay for good: nothing notes when they were last seen.
+    """
+    for index, members in enumerate(schema.tables().values()):
+        if members[0].hash_buckets is None and schema.item in [f.name for f in members]:
+            known = f"(SELECT value FROM vocab_{index} UNION ALL SELECT value FROM pending_{index})"
+            return f"(value IS NULL OR value IN (SELECT value FROM {known} WHERE value IS NOT NULL))"
+    return "true"
+
+
+def _add_statistics(con: Connection, file: Path, train: str, kept: str) -> None:
     """Make `item_totals` of all earlier days, an empty `item_folds`, and `totals_after`: with the day's."""
     scale = label_scale(con, train)
     sums = f"CAST({exact_sum('CAST(label AS DOUBLE)', scale)} AS DOUBLE) / {scale!r} AS label_sum, count(*) AS count"
     con.execute(f"""
-        CREATE TABLE item_totals AS SELECT value, label_sum, count FROM read_parquet({only_file(file)});
+        CREATE TABLE item_totals AS
+        SELECT value, label_sum, count FROM read_parquet({only_file(file)}) WHERE {kept};
         CREATE TABLE item_folds (value VARCHAR, fold INTEGER, label_sum DOUBLE, count BIGINT);
         CREATE TABLE totals_after AS
         SELECT value, sum(label_sum) AS label_sum, CAST(sum(count) AS BIGINT) AS count FROM (

@@ -3,12 +3,19 @@
     increment/tasks.parquet             key, split and last day of every task that was ever seen
     increment/history/00000.parquet …   the last rows of each task, `place` 0 being the oldest
 
+A first pack has no history: one is made of its shards when a later day needs it. But rows of tasks that it leaves out
+are in no shard, so that it keeps the last ones:
+
+    increment/left_out.parquet          key and split of every task that is left out
+    increment/left_out/00003.parquet …  their rows, as in a history
+
 A day's history has one part for each of its shards, whose tasks' older rows are read beside it, and one for the tasks
 that have no row on the day: memory holds a shard, whatever the number of tasks.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +26,24 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gmeta.data.item_vectors import DTYPE
+from gmeta.config.data import HISTORY_ROWS
+from gmeta.data.item_vectors import DTYPE, array_name
 from gmeta.data.pack import TaskPack
 from gmeta.data.prepare.settings import Settings
-from gmeta.data.prepare.tasks import ShardJob, drawn_split
+from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, drawn_split
 from gmeta.data.schema import OOV, PackSchema, Vector
-from gmeta.data.shards import one_valued, ragged
+from gmeta.data.shards import one_valued, ragged, verified_file
 from gmeta.data.sources import Connection, in_order, literal, only_file, scalar
 
 Array = npt.NDArray[Any]
 
+INCREMENT = "increment"
+"""The folder of a pack with what later days need of it."""
 TASKS = "tasks.parquet"
 PARTS = "history"
+LEFT_OUT_TASKS, LEFT_OUT_PARTS = "left_out.parquet", "left_out"
+_FLAT = ("time", "label", "item_cold", "weight")
+"""Columns of one number a row; some packs have no time and no weight."""
 _GROUP_ROWS = 1 << 16
 """Rows of a row group. What a reader holds at once is one group."""
 _FORMAT: dict[str, Any] = {"use_dictionary": ["key"], "write_statistics": ["time", "key"]}
@@ -90,6 +103,25 @@ class TaskHistory:
             np.concatenate([table["day"].to_numpy(), np.full(len(task), self.day)]),
             np.concatenate([np.zeros(len(old_task), bool), is_query]),
         )
+
+
+@dataclass(frozen=True)
+class LeftOutRows:
+    """What a first pack does with the arrays of each shard: it keeps those of tasks that are left out."""
+
+    history: TaskHistory
+
+    def add(self, con: Connection, shard: ShardJob, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Write a shard's part where its tasks are left out; returns its arrays."""
+        return self.history.add(con, shard, arrays) if shard.split == LEFT_OUT else arrays
+
+
+def keep_left_out(con: Connection, schema: PackSchema, folder: Path, scratch: Path) -> LeftOutRows:
+    """Write which tasks a first pack leaves out, and return what keeps their rows in `folder`."""
+    (folder / LEFT_OUT_PARTS).mkdir(parents=True)
+    query = "SELECT key, min(split) AS split FROM split_tasks WHERE dropped IS NOT NULL GROUP BY key ORDER BY key"
+    write_ordered(con, query, folder / LEFT_OUT_TASKS)
+    return LeftOutRows(TaskHistory(schema, 0, HISTORY_ROWS, scratch / "older", folder / LEFT_OUT_PARTS, {}))
 
 
 def know_tasks(con: Connection, folder: Path, rows: int, settings: Settings) -> None:
@@ -172,16 +204,25 @@ def _young(day: int, evict_after_days: int | None) -> str:
 
 
 def history_of_pack(pack: TaskPack, folder: Path, rows: int) -> None:
-    """Make the history of a first pack, from its shards, in a new folder."""
+    """Make the history of a first pack, from its shards and the rows of tasks that it left out, in a new folder."""
     (folder / PARTS).mkdir(parents=True)
+    left_out = {
+        entry["file"]: verified_file(pack.path, entry)
+        for entry in pack.manifest["others"]
+        if entry["file"].startswith(f"{INCREMENT}/{LEFT_OUT_PARTS}")
+    }
     listed = pack.tasks_file()
-    with pq.ParquetFile(listed) as file:
-        tasks = pa.schema([("key", pa.string()), ("split", pa.string()), ("last_day", pa.int32())])
-        with pq.ParquetWriter(folder / TASKS, tasks) as writer:
-            for batch in file.iter_batches(_GROUP_ROWS):
-                days = pa.array(np.zeros(len(batch), np.int32))
-                writer.write_table(pa.table([batch["key"], batch["split"], days], schema=tasks))
-    shards = [arrays for name in pack.splits for arrays in pack.split(name).shard_arrays()] if rows else []
+    unkept = left_out.pop(f"{INCREMENT}/{LEFT_OUT_TASKS}", None)
+    tasks = pa.schema([("key", pa.string()), ("split", pa.string()), ("last_day", pa.int32())])
+    with pq.ParquetWriter(folder / TASKS, tasks) as writer:
+        for source in (listed, *([] if unkept is None else [unkept])):
+            with pq.ParquetFile(source) as file:
+                for batch in file.iter_batches(_GROUP_ROWS):
+                    days = pa.array(np.zeros(len(batch), np.int32))
+                    writer.write_table(pa.table([batch["key"], batch["split"], days], schema=tasks))
+    if not rows:
+        return
+    shards = [arrays for name in pack.splits for arrays in pack.split(name).shard_arrays()]
     for number, arrays in enumerate(shards):
         ids = arrays["task_id"]
         within = [("task_id", ">=", int(ids[0])), ("task_id", "<=", int(ids[-1]))]
@@ -192,13 +233,17 @@ def history_of_pack(pack: TaskPack, folder: Path, rows: int) -> None:
         kept = order[_from_end(task[order]) < rows]
         table = _table(pack.schema, arrays, keys, task, np.zeros(len(task), np.int32), kept)
         _write_part(folder / PARTS / f"{number:05d}.parquet", table)
+    for number, file in enumerate(left_out.values(), start=len(shards)):
+        shutil.copyfile(file, folder / PARTS / f"{number:05d}.parquet")
 
 
 # ------------------------------------------------------------------------------------------------- rows
 
 
 def take(schema: PackSchema, rows: Mapping[str, Array], index: Array) -> dict[str, Array]:
-    """Return the columns of rows at `index` int64 [n]: ids, dense, label, item_cold, time, and many-valued features."""
+    """Return the columns of rows at `index` int64 [n]: those of `_FLAT`, ids, dense, vectors, and many-valued
+    features.
+    """
     out = {name: rows[name][index] for name in _plain(schema) if name in rows}
     for name in ragged(schema):
         values, offsets = rows[f"{name}.values"], rows[f"{name}.offsets"]
@@ -221,11 +266,11 @@ def _joined(schema: PackSchema, first: Mapping[str, Array], second: Mapping[str,
 
 def _plain(schema: PackSchema) -> list[str]:
     """Return the arrays that have one entry a row."""
-    return ["ids", "dense", "label", "item_cold", "time", *_row_vectors(schema)]
+    return ["ids", "dense", *_FLAT, *_row_vectors(schema)]
 
 
 def _row_vectors(schema: PackSchema) -> dict[str, Vector]:
-    return {vector.name: vector for vector in schema.vector if vector.owner == "row"}
+    return {array_name(vector.name): vector for vector in schema.vector if vector.owner == "row"}
 
 
 def _from_end(task: Array) -> Array:
@@ -249,7 +294,7 @@ def _table(
 
 
 def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Array]:
-    columns = {name: pa.array(rows[name]) for name in ("time", "label", "item_cold") if name in rows}
+    columns = {name: pa.array(rows[name]) for name in _FLAT if name in rows}
     for name in ("ids", "dense", *_row_vectors(schema)):
         if width := rows[name].shape[1]:
             ends = pa.array(np.arange(0, rows[name].size + 1, width, dtype=np.int32))
@@ -262,7 +307,7 @@ def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Arra
 
 def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> dict[str, Array]:
     """Return the rows of a table of the history as a shard has them; ids of tombstones are out of vocabulary."""
-    rows = {name: table[name].to_numpy() for name in ("time", "label", "item_cold") if name in table.column_names}
+    rows = {name: table[name].to_numpy() for name in _FLAT if name in table.column_names}
     wide: list[tuple[str, int, Any]] = [
         ("ids", len(one_valued(schema)), np.int32),
         ("dense", len(schema.numeric), np.float32),

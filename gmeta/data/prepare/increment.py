@@ -14,11 +14,12 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import PackWriter
-from gmeta.data.prepare.base import INCREMENT, Base, refuse_delivered, write_chain
+from gmeta.data.prepare.base import Base, refuse_delivered, write_chain
 from gmeta.data.prepare.cut import rows_on_both_sides
 from gmeta.data.prepare.deal import deal
 from gmeta.data.prepare.growth import PENDING, Eviction, UnknownCounts, drift, grow, tombstones, write_pending
 from gmeta.data.prepare.history import (
+    INCREMENT,
     PARTS,
     TASKS,
     Array,
@@ -60,7 +61,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
         shards = make_tasks(con, schema, settings, counts, goes_on=True)
         if settings.split_query == "column" and (both := rows_on_both_sides(con, schema, settings)):
             counts["rows_on_both_sides"] = both
-        every = [*shards, *(place_left_out(con, schema, settings) if rows else [])]
+        every = [*shards, *(place_left_out(con, schema, settings, rows) if rows else [])]
         size = scalar(con, "SELECT coalesce(sum(num_rows + 2 * num_known), 0)::BIGINT FROM tasks")
         require_space(out, needed=int(2 * size * row_bytes(con, schema)))
         tell("dealing rows to shards", 0, 1)

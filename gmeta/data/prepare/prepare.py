@@ -18,22 +18,23 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from gmeta.config.data import PrepareConfig
+from gmeta.config.data import HISTORY_ROWS, PrepareConfig
 from gmeta.data.pack import PackWriter
-from gmeta.data.prepare.base import INCREMENT, open_base
+from gmeta.data.prepare.base import FIRST_INPUTS, input_checksums, open_base
 from gmeta.data.prepare.cut import rows_on_both_sides
 from gmeta.data.prepare.deal import deal
 from gmeta.data.prepare.growth import write_pending
+from gmeta.data.prepare.history import INCREMENT, keep_left_out
 from gmeta.data.prepare.increment import prepare_day
 from gmeta.data.prepare.read import check_all
 from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scratch_directory
 from gmeta.data.prepare.settings import resolve_settings
 from gmeta.data.prepare.summary import Report, console_report, print_summary
-from gmeta.data.prepare.tasks import make_tasks, row_bytes
+from gmeta.data.prepare.tasks import make_tasks, place_left_out, row_bytes
 from gmeta.data.prepare.vectors import find_item_vectors, write_item_vectors
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
-from gmeta.data.sources import scalar
+from gmeta.data.sources import find_files, scalar
 
 __all__ = ["prepare", "print_summary"]
 
@@ -48,15 +49,18 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         return prepare_day(config, open_base(config), report)
     out = Path(config.out)
     schema, settings = resolve_settings(config)
+    inputs = None if config.dataset is not None else sorted(input_checksums(find_files(config.inputs)))
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
         counts = check_all(con, config, schema, settings, scratch, tell)
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts)
-        rows = scalar(con, "SELECT coalesce(sum(num_rows), 0)::BIGINT FROM tasks")
-        require_space(out, needed=int(2 * rows * row_bytes(con, schema)))
         if settings.split_query == "column" and (both := rows_on_both_sides(con, schema, settings)):
             counts["rows_on_both_sides"] = both
+        # With a partition column tasks bring no older rows to later days.
+        waiting = [] if settings.task_split == "column" else place_left_out(con, schema, settings, HISTORY_ROWS)
+        rows = scalar(con, "SELECT coalesce(sum(num_rows), 0)::BIGINT FROM tasks")
+        require_space(out, needed=int(2 * rows * row_bytes(con, schema)))
         find_item_vectors(con, schema, counts.pop("files"))
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
@@ -65,11 +69,14 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         if pack_schema.binary_label and pack_schema.label_mean in (0, 1):
             counts["only_label"] = pack_schema.label_mean
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
+        made_with |= {} if inputs is None else {FIRST_INPUTS: inputs}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
             write_pending(con, schema, writer.directory / INCREMENT)
-            write_shards(con, writer, schema, pack_schema, settings, scratch, shards, counts, tell)
+            kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
+            every = [*shards, *waiting]
+            write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)
             if counts["bad_rows"]:
                 shutil.copyfile(scratch / "rejects.parquet", writer.directory / "rejects.parquet")
             writer.finish(counts=counts)

@@ -21,7 +21,7 @@ def check_all(
     con: Connection, config: PrepareConfig, schema: DataSchema, settings: Settings, scratch: Path, tell: Report
 ) -> dict[str, Any]:
     """Check all files and make view `raw_rows` of the rows that can be used; returns the counts so far."""
-    roles: list[Role] = ["task", "label", "time", "item"]
+    roles: list[Role] = ["task", "label", "weight", "time", "item"]
     if settings.task_split == "column":
         roles.append("partition")
     if settings.split_query == "column":

@@ -18,7 +18,7 @@ FOLDS = 10
 """Training tasks fall into so many folds: an item's statistics in a training row leave the row's own fold out."""
 
 LEFT_OUT = "left out"
-"""Stands for a split where the rows of tasks that a day leaves out are kept for later days."""
+"""Stands for a split where the rows of tasks that a pack leaves out are kept for later days."""
 
 _UNKNOWN_PARTITION = "is not in partitions"
 _SHOWN_PARTITIONS = 5
@@ -189,7 +189,7 @@ def row_bytes(con: Connection, schema: DataSchema) -> float:
     many = [i for i, f in enumerate(schema.features) if f.kind != "categorical"]
     one_valued = len(schema.features) - len(many)
     fixed = 4 * one_valued + 4 * len(schema.numeric_names()) + 4 + 1 + 8 * (schema.time is not None) + 8 * len(many)
-    fixed += 8 * len(schema.numeric_sequence)
+    fixed += 4 * (schema.weight is not None) + 8 * len(schema.numeric_sequence)
     fixed += sum(v.dim * (2 if v.dtype == "fp16" else 4) for v in schema.vector if v.owner == "row")
     lists = [*(f"f{i}" for i in many), *(f"s{i}" for i in range(len(schema.numeric_sequence)))]
     if not lists:
@@ -221,16 +221,22 @@ def _place_tasks(con: Connection, schema: DataSchema, settings: Settings, *, fol
                     FROM (SELECT *, num_rows + num_known AS size FROM sized)))""")
 
 
-def place_left_out(con: Connection, schema: DataSchema, settings: Settings) -> list[ShardJob]:
-    """Add the tasks that a day leaves out to table `tasks`, after the others; return their shards."""
+def place_left_out(con: Connection, schema: DataSchema, settings: Settings, most: int) -> list[ShardJob]:
+    """Add the tasks that are left out to table `tasks`, after the others, with `most` of their rows, about the last
+    ones; return their shards.
+    """
     rows_per_shard = max(1.0, settings.shard_mb * 1e6 / row_bytes(con, schema))
+    kept, support = f"least(num_rows, {most})", "0"
+    if settings.split_query == "column":
+        support = f"least(num_rows - num_asked, {most} - least(num_asked, {most}))"
+        kept = f"{support} + least(num_asked, {most})"
     con.execute(f"""
         INSERT INTO tasks BY NAME
-        SELECT task, key, partition, {literal(LEFT_OUT)} AS split, num_rows AS num_found, num_rows AS num_within,
-               num_rows, 0 AS num_support, num_known, 0 AS num_older,
-               (SELECT count(*) FROM tasks) + row_number() OVER (ORDER BY key) - 1 AS task_id,
+        SELECT *, (SELECT count(*) FROM tasks) + row_number() OVER (ORDER BY key) - 1 AS task_id,
                1 + (SELECT max(shard) FROM tasks)
                + CAST(floor(sum(num_rows + num_known) OVER (ORDER BY key) / {rows_per_shard!r}) AS BIGINT) AS shard
-        FROM split_tasks WHERE dropped IS NOT NULL""")
+        FROM (SELECT task, key, partition, {literal(LEFT_OUT)} AS split, num_rows AS num_found, {kept} AS num_within,
+                     {kept} AS num_rows, {support} AS num_support, num_known, 0 AS num_older
+              FROM split_tasks WHERE dropped IS NOT NULL)""")
     found = con.execute(f"SELECT DISTINCT shard FROM tasks WHERE split = {literal(LEFT_OUT)} ORDER BY shard").fetchall()
     return [ShardJob(shard, LEFT_OUT) for (shard,) in found]

@@ -74,6 +74,8 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
         item=schema.item,
         time=schema.time,
         label_mean=mean_label(con, train),
+        weight=schema.weight,
+        scenario=schema.scenario,
         numeric_sequence=_numeric_sequences(con, schema, train),
         vector=schema.vector,
     )

@@ -110,7 +110,7 @@ def _shard_arrays(
     known = item_vocabulary(schema) is not None
     dealt_rows = dealt(schema, scratch, [shard], item=schema.item_statistics or not known)
     rows, order = _in_order(con, dealt_rows, settings)
-    more = ["label"] + ["time"] * (schema.time is not None)
+    more = ["label"] + ["weight"] * (schema.weight is not None) + ["time"] * (schema.time is not None)
     if schema.item is not None and not known:
         rows = f"""(SELECT r.*, CAST(i.value IS NULL AS UTINYINT) AS item_cold
                     FROM {rows} r LEFT JOIN seen_items i ON i.value = r.item)"""
