@@ -231,8 +231,11 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
   multi: [{name: genres, separator: "|", pooling: mean}]  # several values a row
   sequence:                   # in order; the features of one table share its vocabulary and min_count
     - {name: last_items, separator: " ", max_length: 20, table: item_id, min_count: 2}
-    - {name: last_shops, pooling: none}   # a model gets every value, not their mean
+    - {name: last_shops, pooling: none}                   # a model gets every value, not their mean
+    - {name: last_kinds, aligned: last_shops}             # as many values as last_shops in every row
   numeric: [age, {name: price, log: true, nulls: mean}]   # standardised
+  numeric_sequence: [{name: gaps, aligned: last_shops, log: true, nulls: mean, separator: " "}]   # so are these
+  vector: [{name: text, dim: 384, owner: item, dtype: fp16}]   # a list of numbers; kept once for each item, or a row
   item_statistics: false      # count and mean label of each item as numeric columns
   hash_seed: 0
 """

@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ import xxhash
 
 from gmeta.core.files import sync, sync_folders
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
+from gmeta.data.item_vectors import array_name, open_item_vectors
 from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.data.shards import (
     CHUNK_BYTES,
@@ -312,6 +314,7 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
             raise ValueError(f"{name} has not as many values in every row as {other}")
     _check_range("item_cold", arrays["item_cold"], 2)
     checked = ["dense", *["weight"] * (schema.weight is not None), *["label"] * (not schema.labels)]
+    checked += [array_name(vector.name) for vector in schema.vector if vector.owner == "row"]
     for name in (*sorted(checked), *(f"{column.name}.values" for column in schema.numeric_sequence)):
         if not np.isfinite(arrays[name]).all():
             bad = ~np.isfinite(arrays[name])
@@ -362,9 +365,13 @@ def open_pack(path: str | Path) -> TaskPack:
     root = Path(path)
     manifest = _read_manifest(root)
     schema = pack_schema_from_json(manifest["schema"])
+    files = {entry["file"]: partial(verified_file, root, entry) for entry in manifest["others"]}
+    verify = {file.removeprefix("vocab/"): check for file, check in files.items() if file.startswith("vocab/")}
+    vectors = open_item_vectors(root / "vocab", schema, verify)
     splits = {}
     for name, entry in manifest["splits"].items():
-        splits[name] = PackSplit(name, [open_shard(root, shard, schema) for shard in entry["shards"]], schema)
+        shards = [open_shard(root, shard, schema, vectors) for shard in entry["shards"]]
+        splits[name] = PackSplit(name, shards, schema)
     for entry in (*manifest["vocab"].values(), manifest["tasks"], *manifest["others"]):
         check_size(root, entry)
     return TaskPack(root, manifest, schema, splits)

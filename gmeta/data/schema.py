@@ -83,6 +83,16 @@ class NumericSequence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Vector:
+    """A list of `dim` numbers of each row, or of each item; the same in raw data and in a pack."""
+
+    name: str
+    dim: int
+    owner: Literal["row", "item"] = "row"  # item: kept once for each item id, and found by it
+    dtype: Literal["fp32", "fp16"] = "fp32"  # as stored; models get float32
+
+
+@dataclass(frozen=True, kw_only=True)
 class PackSchema:
     """The schema of a task pack: what training, evaluation and checkpoints need to know of the data."""
 
@@ -102,6 +112,7 @@ class PackSchema:
     )
     encoding: int = ENCODING  # packs and runs that record none have 1
     numeric_sequence: tuple[NumericSequence, ...] = ()
+    vector: tuple[Vector, ...] = ()
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -163,7 +174,7 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
             "encoding": encoding,
             "labels": labels,
             "numeric_sequence": sequences,
-            "labels": labels,
+            "vector": _vectors(entry),
         }
     )
 
@@ -196,7 +207,7 @@ def _require_labels(labels: Sequence[LabelColumn], first: str) -> None:
 def _told(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
     features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
-    new = ("role", "weight", "scenario", "labels", "numeric_sequence")
+    new = ("role", "weight", "scenario", "labels", "numeric_sequence", "vector")
     return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
 
 
@@ -265,6 +276,7 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     ]
     lines += _columns_difference(ours.numeric, theirs.numeric, "numeric column")
     lines += _columns_difference(ours.numeric_sequence, theirs.numeric_sequence, "numeric sequence")
+    lines += _columns_difference(ours.vector, theirs.vector, "vector")
     lines += [
         f"{field} is {getattr(theirs, field)!r}, expected {getattr(ours, field)!r}"
         for field in ("task", "item", "label", "binary_label", "weight")
@@ -371,6 +383,7 @@ class DataSchema:
     item_statistics: bool = False  # adds STATISTICS_COLUMNS, from training rows
     hash_seed: int = 0  # of every feature with hash_buckets
     numeric_sequence: tuple[RawNumericSequence, ...] = ()
+    vector: tuple[Vector, ...] = ()
 
     def __post_init__(self) -> None:
         threshold = self.label_threshold
@@ -378,7 +391,7 @@ class DataSchema:
         require(finite, "label_threshold", threshold, "must be a finite number, within float32")
         if self.item_statistics and (taken := [c.name for c in self.numeric if c.name in STATISTICS_COLUMNS]):
             raise ValueError(f"schema: item_statistics adds a column {taken[0]!r} itself: rename yours")
-        sequences = [column.name for column in self.numeric_sequence]
+        sequences = [*(column.name for column in self.numeric_sequence), *(vector.name for vector in self.vector)]
         for names in ([*(f.name for f in self.features), *sequences], self.numeric_names()):
             for name in names:
                 if names.count(name) > 1:
@@ -404,6 +417,13 @@ class DataSchema:
         for column in aligned:
             if column.aligned is not None:
                 self._check_aligned(column, column.aligned)
+        for vector in self.vector:
+            one_valued = {f.name: f for f in self.features if f.kind == "categorical"}
+            if vector.owner == "item" and (self.item not in one_valued or one_valued[self.item].hash_buckets):
+                raise ValueError(
+                    f"schema: vector {vector.name!r} is kept by the item's id, and the item ({self.item!r}) is no "
+                    "categorical feature with a vocabulary: add it, or say owner: row"
+                )
         for first, *others in self.tables().values():
             for other in others:
                 if (first.min_count, first.hash_buckets) != (other.min_count, other.hash_buckets):
@@ -441,6 +461,10 @@ class DataSchema:
         """Return the names of all labels, in stored order."""
         return tuple(label.name for label in self.labels) or (self.label,)
 
+    def item_vectors(self) -> list[str]:
+        """Return the names of the vectors that are kept by the item's id."""
+        return [vector.name for vector in self.vector if vector.owner == "item"]
+
     def tables(self) -> dict[str, list[RawFeature]]:
         """Return table -> the features that share it."""
         out: dict[str, list[RawFeature]] = {}
@@ -449,10 +473,14 @@ class DataSchema:
         return out
 
     def columns(self, roles: Iterable[Role]) -> list[str]:
-        """Return the raw columns that must exist for the features and these roles, each once."""
+        """Return the raw columns that must exist for the features and these roles, each once.
+
+        Vectors of items are not among them: where their items are known, so are they (`item_vectors`).
+        """
         names = [n for role in roles for n in (self.label_names if role == "label" else [getattr(self, role)])]
         names += [f.name for f in self.features] + [c.name for c in self.numeric]
         names += [column.name for column in self.numeric_sequence]
+        names += [vector.name for vector in self.vector if vector.owner == "row"]
         return list(dict.fromkeys(n for n in names if n is not None))
 
     def to_json(self) -> dict[str, Any]:
@@ -513,6 +541,7 @@ def parse_data_schema(values: Any) -> DataSchema:
         *_FEATURE_KEYS,
         "numeric",
         "numeric_sequence",
+        "vector",
         ITEM_STATISTICS,
         "hash_seed",
     )
@@ -575,12 +604,19 @@ def _data_schema(
         require_number(entry, "label_threshold", "schema")
     require_type(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
     require_type(entry, "hash_seed", (int,), "schema", "a whole number")
+    vectors = _vectors(entry)
+    entry.pop("vector", None)
+    for name in [label.name for label in entry.get("labels", ())] or [entry["label"]]:
+        if name in [vector.name for vector in vectors]:
+            raise ValueError(f"schema: {name!r} is the label and a vector, so models would read it: take it out")
     lengths = {f.name: f.max_length for f in features}
     features = [
         replace(f, max_length=lengths.get(f.aligned)) if f.aligned is not None and f.max_length is None else f
         for f in features
     ]
-    return DataSchema(features=tuple(features), numeric=tuple(numeric), numeric_sequence=tuple(sequences), **entry)
+    return DataSchema(
+        features=tuple(features), numeric=tuple(numeric), numeric_sequence=tuple(sequences), vector=vectors, **entry
+    )
 
 
 def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
@@ -598,6 +634,23 @@ def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
         entry.setdefault("pooling", "none")
     require_choice(entry, "pooling", _poolings(kind), where)
     return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
+
+
+def _vectors(entry: Mapping[str, Any]) -> tuple[Vector, ...]:
+    """Return the vectors of a schema's mapping."""
+    found = []
+    for i, value in enumerate(as_list(entry.get("vector"), "schema.vector")):
+        where = f"schema.vector[{i}]"
+        column = _column(value, where, [field.name for field in fields(Vector)])
+        require_type(column, "name", (str,), where, "a column name", required=True)
+        require_type(
+            column, "dim", (int,), where, "a whole number of at least 1: how many numbers it has", required=True
+        )
+        require_count(column, "dim", where)
+        require_choice(column, "owner", ("row", "item"), where)
+        require_choice(column, "dtype", ("fp32", "fp16"), where)
+        found.append(Vector(**column))
+    return tuple(found)
 
 
 def _numeric_sequences(entry: dict[str, Any]) -> list[RawNumericSequence]:

@@ -6,9 +6,9 @@ rows asked for. Anonymous memory does not grow with the pack: shards stay mapped
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gmeta.core.batch import Bag, Examples, mask_of
+from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
 from gmeta.data.order import keyed_hash
 from gmeta.data.schema import PackSchema
 
 CURE = "run `gmeta prepare` again, or restore the file"
 
 Array = NDArray[Any]
-SAFETENSORS_DTYPE = {"int64": "I64", "float32": "F32", "int32": "I32", "uint8": "U8"}
+SAFETENSORS_DTYPE = {"int64": "I64", "float32": "F32", "int32": "I32", "float16": "F16", "uint8": "U8"}
 """In the order in which a safetensors file stores them: the widest first, so that each starts aligned."""
 CHUNK_BYTES = 1 << 20
 
@@ -47,6 +48,7 @@ def shard_layout(schema: PackSchema, rows: int, tasks: int) -> dict[str, tuple[s
         layout["time"] = ("int64", (rows,))
     if schema.weight is not None:
         layout["weight"] = ("float32", (rows,))
+    layout |= {array_name(v.name): (DTYPE[v.dtype], (rows, v.dim)) for v in schema.vector if v.owner == "row"}
     for name, dtype in ragged(schema).items():
         layout[f"{name}.values"] = (dtype, (None,))
         layout[f"{name}.offsets"] = ("int64", (rows + 1,))
@@ -107,8 +109,10 @@ def verified_file(root: Path, entry: Mapping[str, Any], cure: str = CURE) -> Pat
     return path
 
 
-def open_shard(root: Path, entry: Mapping[str, Any], schema: PackSchema) -> Shard:
-    """Map a shard; its header must be the one that the manifest and the schema imply."""
+def open_shard(
+    root: Path, entry: Mapping[str, Any], schema: PackSchema, vectors: Mapping[str, ItemVectors] | None = None
+) -> Shard:
+    """Map a shard; its header must be the one that the manifest and the schema imply. `vectors` are by its ids."""
     path = check_size(root, entry)
     layout = shard_layout(schema, entry["rows"], entry["tasks"])
     arrays = {}
@@ -128,14 +132,21 @@ def open_shard(root: Path, entry: Mapping[str, Any], schema: PackSchema) -> Shar
                 arrays[name] = file.get_tensor(name).numpy()
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): {CURE}") from None
-    return Shard(path, entry, arrays)
+    return Shard(path, entry, arrays, vectors)
 
 
 class Shard:
     """One mapped shard. Its checksum is verified when it is first read."""
 
-    def __init__(self, path: Path, entry: Mapping[str, Any], arrays: dict[str, Array]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        entry: Mapping[str, Any],
+        arrays: dict[str, Array],
+        vectors: Mapping[str, ItemVectors] | None = None,
+    ) -> None:
         self.path = path
+        self.vectors = dict(vectors or {})
         self.num_rows = int(entry["rows"])
         self.num_tasks = int(entry["tasks"])
         self.arrays = arrays
@@ -323,8 +334,9 @@ class PackSplit:
         size = np.diff(start, append=shard.num_rows)
         tasks = np.flatnonzero(size <= most_rows)[:num_tasks]
         rows = _ranges(start[tasks], size[tasks])
+        vectors = {array_name(v.name): self._vectors_of(shard, v.name, rows) for v in self._schema.vector}
         stored = ("ids", "dense", "label", "weight", "item_cold")
-        arrays = {name: shard.read(name)[rows] for name in stored if name in shard.arrays}
+        arrays = vectors | {name: shard.read(name)[rows] for name in stored if name in shard.arrays}
         arrays |= {name: shard.read(name)[tasks] for name in ("task_id", "num_support")}
         arrays["row_start"] = np.cumsum(size[tasks]) - size[tasks]
         for name in ragged(self._schema):
@@ -399,6 +411,10 @@ class PackSplit:
         bags = {name: cells.bag(name) for name in self._many_valued}
         weight = None if self._schema.weight is None else cells.column("weight")
         numbers = {column.name: cells.bag(column.name) for column in self._schema.numeric_sequence}
+        vectors = {
+            vector.name: cells.vector(partial(self._vectors_of, name=vector.name), vector.dim)
+            for vector in self._schema.vector
+        }
 
         def side(rows: Array, columns: slice) -> Examples:
             by_feature = torch.from_numpy(ids[:, columns].transpose(2, 0, 1).astype(np.int64, order="C"))
@@ -411,11 +427,19 @@ class PackSplit:
                 row=torch.from_numpy(rows),
                 item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
                 weight=None if weight is None else torch.from_numpy(weight[:, columns].copy()),
-                given=_padded({name: bag.cut(columns) for name, bag in numbers.items()}),
+                given=_padded({name: bag.cut(columns) for name, bag in numbers.items()})
+                | {name: torch.from_numpy(vector[:, columns].copy()) for name, vector in vectors.items()},
             )
 
         S = support_row.shape[1]
         return side(support_row, slice(0, S)), side(query_row, slice(S, None)), torch.from_numpy(at.task_id.copy())
+
+    def _vectors_of(self, shard: Shard, name: str, rows: Array) -> Array:
+        """Return a vector of rows of a shard, [n, dim]: its own, or that of its item."""
+        if array_name(name) in shard.arrays:
+            return shard.read(array_name(name))[rows]
+        item = self._one_valued.index(str(self._schema.item))
+        return shard.vectors[name].rows(shard.read("ids")[rows, item])
 
     def _column(self, name: str) -> Array:
         return _joined([shard.read(name) for shard in self._shards])
@@ -461,6 +485,14 @@ class _Cells:
             if len(self.pad):
                 out[self.pad] = 0
         return out.reshape(*self.shape, *like.shape[1:])[self.back]
+
+    def vector(self, read: Callable[..., Array], dim: int) -> Array:
+        """Return float32 [T, W, dim] of the cells, 0 on padding; `read(shard, rows=…)` gives those of a shard."""
+        out = np.zeros((self.shape[0] * self.shape[1], dim), np.float32)
+        for shard, run, local in self.runs:
+            out[run] = read(shard, rows=local)
+        out[self.pad] = 0
+        return out.reshape(*self.shape, dim)[self.back]
 
     def bag(self, name: str) -> _Bags:
         """Return a many-valued feature of the cells."""

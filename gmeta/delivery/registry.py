@@ -170,6 +170,7 @@ def _kind(schema: PackSchema) -> PackSchema:
         schema,
         features=tuple(replace(feature, num_ids=1) for feature in schema.features),
         numeric=tuple(NumericColumn(name=column.name) for column in schema.numeric),
+        numeric_sequence=tuple(replace(column, mean=0.0, std=1.0, log=False) for column in schema.numeric_sequence),
         encoding=0,
     )
 

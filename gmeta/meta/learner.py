@@ -398,10 +398,13 @@ class MetaLearner(nn.Module):
     def _by_reference(self) -> bool:
         return self.engine == "reference" and self.adapted.steps
 
-    def embedded(self, rows: EmbeddedRows, index: GatherPlan) -> dict[str, Tensor]:
-        """Return the unadapted embedding of each of n examples, feature -> [n, d]; `index` is their `index_query`."""
+    def embedded(self, rows: EmbeddedRows, index: GatherPlan, examples: Examples) -> dict[str, Tensor]:
+        """Return the unadapted embedding of each of n examples, feature -> [n, d], and what the examples carry; `index`
+        is their `index_query`.
+        """
+        given = _given_together((examples,))
         shared = shared_rows(rows, index)
-        return Embedded(shared, index, next(iter(shared.values())).shape[:1]).features
+        return Embedded(shared, index, next(iter(shared.values())).shape[:1], given).features
 
     def _plain(
         self, rows: EmbeddedRows, batch: TaskBatch, plan: GatherPlan, key: BatchKey | None

@@ -18,8 +18,9 @@ from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widt
 class DLRM(nn.Module):
     """Top network over [bottom output, pairwise dot products of bottom output and embeddings] -> a logit of each label.
 
-    `bottom` are the widths of the network over numeric columns; the embedding dimension is appended to them. Without
-    numeric columns there is no such network. `hidden` are the widths of the top network.
+    `bottom` are the widths of the network over numeric columns, vectors and numeric sequences, of which it reads the
+    mean; the embedding dimension is appended to them. Without such inputs there is no such network. `hidden` are the
+    widths of the top network.
     """
 
     head = "output"
@@ -39,8 +40,12 @@ class DLRM(nn.Module):
         check_widths("hidden", hidden)
         check_dropout(dropout)
         self.features = tuple(inputs.widths)
-        num_numeric, embedding_dim = inputs.num_numeric, inputs.embedding_dim
-        num_vectors = len(self.features) + (1 if num_numeric else 0)
+        embedding_dim = inputs.embedding_dim
+        self.vectors = tuple(name for name in self.features if name in inputs.tables or name in inputs.features)
+        self.numbers = tuple(name for name in self.features if name not in self.vectors)
+        self.num_numeric = inputs.num_numeric
+        num_numeric = inputs.num_numeric + sum(inputs.widths[name] for name in self.numbers)
+        num_vectors = len(self.vectors) + (1 if num_numeric else 0)
         if num_vectors < 2:
             raise ValueError(
                 f"dlrm has {num_vectors} vectors to multiply: it needs two features, or one and numeric columns"
@@ -59,10 +64,11 @@ class DLRM(nn.Module):
         """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature, of
         a sequence its mean.
         """
-        vectors = as_vectors(embedded, self.features)
+        vectors = as_vectors(embedded, self.vectors)
         parts = []
         if self.bottom is not None:
-            parts.append(self.bottom(dense))
+            numbers = [dense] if self.num_numeric else []
+            parts.append(self.bottom(torch.cat([*numbers, *as_vectors(embedded, self.numbers)], -1)))
         stacked = torch.stack(parts + vectors, -2)  # [..., n, d]
         products = (stacked @ stacked.mT).flatten(-2)  # [..., n * n]
         x = torch.cat([*parts, products[..., self.pairs]], -1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import nearest
-from gmeta.models.inputs import InputSpec
+from gmeta.models.inputs import InputSpec, as_vectors
 
 NAME = "id_generators"
 """The networks are a submodule of the model of this name, so that they are trained, adapted and saved as its layers."""
@@ -34,11 +34,11 @@ class IdGenerators(nn.Module):
     def __init__(self, inputs: InputSpec, sources: Mapping[str, Sequence[str]]) -> None:
         super().__init__()
         self.num_numeric = inputs.num_numeric
-        self.sources = [(name, [s for s in of if s in inputs.features]) for name, of in sources.items()]
-        self.columns = [[inputs.numeric.index(s) for s in of if s not in inputs.features] for of in sources.values()]
+        self.sources = [(name, [s for s in of if s in inputs.widths]) for name, of in sources.items()]
+        self.columns = [[inputs.numeric.index(s) for s in of if s not in inputs.widths] for of in sources.values()]
         self.networks = nn.ModuleList()
         for (name, features), columns in zip(self.sources, self.columns, strict=True):
-            width, dim = sum(inputs.features[feature] for feature in features) + len(columns), inputs.features[name]
+            width, dim = sum(inputs.widths[feature] for feature in features) + len(columns), inputs.features[name]
             last = nn.Linear(2 * dim, dim)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -51,7 +51,7 @@ class IdGenerators(nn.Module):
         numeric, unknown = dense[..., : self.num_numeric], dense[..., self.num_numeric :]
         out = dict(embedded)
         for i, ((name, features), columns) in enumerate(zip(self.sources, self.columns, strict=True)):
-            parts = [embedded[feature] for feature in features] + [numeric[..., c : c + 1] for c in columns]
+            parts = as_vectors(embedded, features) + [numeric[..., c : c + 1] for c in columns]
             made = self.networks[i](torch.cat(parts, -1))
             out[name] = embedded[name] + unknown[..., i : i + 1] * made
         return numeric, out
@@ -68,8 +68,8 @@ def add_generators(model: nn.Module, inputs: InputSpec, sources: Mapping[str, Se
             known = nearest(name, inputs.features)
             raise ValueError(f"embedding.generator names {name!r}, which is no feature that the model reads: {known}")
         for source in of:
-            if source == name or source not in (*inputs.features, *inputs.numeric):
-                known = nearest(source, [other for other in (*inputs.features, *inputs.numeric) if other != name])
+            if source == name or source not in (*inputs.widths, *inputs.numeric):
+                known = nearest(source, [other for other in (*inputs.widths, *inputs.numeric) if other != name])
                 raise ValueError(f"embedding.generator.{name} names {source!r}, which the model does not read: {known}")
     if hasattr(model, NAME):
         raise ValueError(f"{type(model).__name__} has an attribute {NAME}, which embedding.generator takes: rename it")

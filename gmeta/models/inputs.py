@@ -18,9 +18,9 @@ from gmeta.data.schema import PackSchema
 class InputSpec:
     """The inputs of `model(dense, embedded) -> logits [...]`, with any leading dimensions.
 
-    `embedded[name]` is [..., d] for each feature, and `dense` is [..., F]. For each sequence `embedded[name]` is
-    [..., L, d] with zeros behind its values, and `embedded[name + ".mask"]` bool [..., L] is true for a value; L is the
-    longest of the batch, at least 1, and a logit must not depend on it.
+    `embedded[name]` is [..., d] for each feature and each vector, and `dense` is [..., F]. For each sequence
+    `embedded[name]` is [..., L, d] with zeros behind its values, and `embedded[name + ".mask"]` bool [..., L] is true
+    for a value; L is the longest of the batch, at least 1, and a logit must not depend on it.
     """
 
     features: Mapping[str, int]  # name -> d, in the order of the pack
@@ -31,6 +31,7 @@ class InputSpec:
     sequences: Mapping[str, int] = field(default_factory=dict)  # name -> d (1 of numbers), of those that are not pooled
     tables: Mapping[str, str] = field(default_factory=dict)  # feature or sequence -> vocabulary, whose rows they share
     base_rates: tuple[float, ...] = ()  # of each of several labels, of which the model gives a logit each: [..., K]
+    vectors: Mapping[str, int] = field(default_factory=dict)  # name -> width, of vectors that the data have
 
     @property
     def num_labels(self) -> int:
@@ -52,15 +53,16 @@ class InputSpec:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Return name -> width of all that `as_vectors` makes one vector of: features, then sequences."""
-        return {**self.features, **self.sequences}
+        """Return name -> width of all that `as_vectors` makes one vector of: features, sequences, vectors."""
+        return {**self.features, **self.sequences, **self.vectors}
 
     def reading(self, names: Sequence[str]) -> InputSpec:
-        """Return the same inputs with these features and sequences alone, in this order."""
+        """Return the same inputs with these features, sequences and vectors alone, in this order."""
         return replace(
             self,
             features={name: self.features[name] for name in names if name in self.features},
             sequences={name: self.sequences[name] for name in names if name in self.sequences},
+            vectors={name: self.vectors[name] for name in names if name in self.vectors},
         )
 
     @property
@@ -114,7 +116,8 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     Raises ValueError for a feature that the pack lacks (with the nearest) or that is named twice, or without any.
     """
     numbers = [column.name for column in schema.numeric_sequence]
-    known = [*(feature.name for feature in schema.features), *numbers]
+    vectors = {vector.name: vector.dim for vector in schema.vector}
+    known = [*(feature.name for feature in schema.features), *numbers, *vectors]
     for name in features:
         if name not in known:
             raise ValueError(f"model.features names {name!r}, which is not in the pack: {nearest(name, known)}")
@@ -126,7 +129,7 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     names = tuple(column.name for column in schema.numeric) if numeric else ()
     item, scenario = (name if name in chosen else None for name in (schema.item, schema.scenario))
     rates = tuple(base_rate_of(label.mean, binary=label.loss == "bce") for label in schema.labels)
-    tables = {name: schema.feature(name).table for name in chosen if name not in numbers}
+    tables = {name: schema.feature(name).table for name in chosen if name not in numbers and name not in vectors}
     whole = {name for name in tables if schema.feature(name).pooling == "none"}
     return InputSpec(
         {name: embedding_dim for name in tables if name not in whole},
@@ -137,6 +140,7 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
         {name: embedding_dim if name in whole else 1 for name in chosen if name in whole or name in numbers},
         tables,
         rates,
+        {name: vectors[name] for name in chosen if name in vectors},
     )
 
 
@@ -146,6 +150,7 @@ def usual_features(schema: PackSchema) -> list[str]:
     New tasks are what a model adapts to, and their keys are unknown to it. The key is read where nothing else is there.
     """
     names = [*(feature.name for feature in schema.features), *(column.name for column in schema.numeric_sequence)]
+    names += [vector.name for vector in schema.vector]
     return [name for name in names if name != schema.task] or names
 
 

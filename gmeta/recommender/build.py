@@ -135,8 +135,8 @@ def new_learner(
     model = model.to(mesh.device, dtype)
     fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
     features = {name: width for name, width in read.widths.items() if name in inputs.tables}
-    vectors: dict[str, int] = {}
-    learner = build_learner(model, config, config.meta, features, num_numeric, read.sequences, vectors, schema.labels)
+    labels = schema.labels
+    learner = build_learner(model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels)
     return learner.to(mesh.device, dtype)
 
 

@@ -181,7 +181,8 @@ class Recommender:
         roles: list[Role] = ["task", "item"] if schema.item_statistics else ["task"]
         support = role == "support"
         needed = schema.columns([*roles, "label"] if support else roles)
-        return as_arrow(table, role, needed, [c for c in (schema.time, schema.weight) if support and c is not None])
+        of_support = [c for c in (schema.time, schema.weight) if support and c is not None]
+        return as_arrow(table, role, needed, [*of_support, *schema.item_vectors()])
 
     def _rows(self, encoded: EncodedTables) -> tuple[TaskRows, PackSplit]:
         """Return where each task's rows lie, with as many support rows as the run keeps, in a split of them."""
@@ -366,7 +367,8 @@ def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
         row=none,
         item_cold=flags,
         weight=None if schema.weight is None else numbers,
-        given={
+        given={vector.name: numbers.new_zeros(num_tasks, 0, vector.dim) for vector in schema.vector}
+        | {
             name: value
             for column in schema.numeric_sequence
             for name, value in (

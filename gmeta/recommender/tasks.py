@@ -126,7 +126,7 @@ def task_digests(support: EncodedTables) -> list[bytes]:
     for start, end in zip(starts, [*starts[1:], len(arrays["label"])], strict=True):
         digest = xxhash.xxh3_128()
         for name, array in arrays.items():
-            if name in ("ids", "dense", "label", "weight"):
+            if name in ("ids", "dense", "label", "weight") or name.endswith(".vector"):
                 digest.update(array[start:end].tobytes())
             elif name.endswith(".offsets"):
                 digest.update(np.diff(array[start : end + 1]).tobytes())

@@ -251,7 +251,12 @@ class _Writer:
             return "same"
         if part is not None and self._add_rows(path, part, self._out / _CHANGED / name):
             return "rows"
-        if name.startswith("vocab/") and name in self._old and self._add_values(path, name, entry):
+        if (
+            name.startswith("vocab/")
+            and name.endswith(".parquet")
+            and name in self._old
+            and self._add_values(path, name, entry)
+        ):
             return "values"
         self._place(self._out / _WHOLE / name)
         shutil.copyfile(path, self._out / _WHOLE / name)

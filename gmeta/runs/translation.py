@@ -7,17 +7,17 @@ unknown values, as in serving.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples, TaskBatch
+from gmeta.core.batch import Bag, Examples, TaskBatch, mask_of
 from gmeta.data.identity import ids_of_values, vocabulary_file, vocabulary_values
 from gmeta.data.pack import TaskPack
-from gmeta.data.schema import OOV, PackSchema, schema_difference
+from gmeta.data.schema import OOV, NumericColumn, NumericSequence, PackSchema, schema_difference
 from gmeta.runs.directory import read_schema
 
 NEW, GONE = -1, -2
@@ -32,10 +32,11 @@ class Translation:
 
     tables: Mapping[str, Tensor]  # feature -> int64 [ids of the pack], the model's ids; of equal vocabularies none
     rescale: tuple[Tensor, Tensor] | None = None  # scale and shift [F] make the model's numbers of the pack's
+    sequences: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # numeric sequence -> scale and shift
 
     def __call__(self, batch: TaskBatch) -> TaskBatch:
         """Return the batch with the model's ids. Tensors of the given batch do not change."""
-        if not self.tables and self.rescale is None:
+        if not self.tables and self.rescale is None and not self.sequences:
             return batch
         parts = tuple(self(part) for part in batch.parts)
         return replace(batch, support=self._side(batch.support), query=self._side(batch.query), parts=parts)
@@ -54,7 +55,11 @@ class Translation:
         if self.rescale is not None:
             scale, shift = self.rescale
             dense = dense * scale + shift
-        return replace(side, ids=ids, bags=bags, dense=dense)
+        given = dict(side.given)
+        for name, (by, more) in self.sequences.items():
+            if name in given:  # a batch in parts has it in these
+                given[name] = torch.where(given[mask_of(name)].unsqueeze(-1), given[name] * by + more, 0)
+        return replace(side, ids=ids, bags=bags, dense=dense, given=given)
 
 
 def translation_of(source: Path, pack: TaskPack) -> Translation:
@@ -77,13 +82,22 @@ def translation_of(source: Path, pack: TaskPack) -> Translation:
         if not torch.equal(ids, torch.arange(len(ids))):
             found[table] = ids
     tables = {f.name: found[f.table] for f in pack.schema.features if f.table in found}
-    ours, theirs = (schema.numeric for schema in (read_schema(source)[0], pack.schema))
-    if ours == theirs:
-        return Translation(tables)
-    pairs = list(zip(ours, theirs, strict=True))
-    scale = torch.tensor([b.std / a.std for a, b in pairs], dtype=torch.float32)
-    shift = torch.tensor([(b.mean - a.mean) / a.std for a, b in pairs], dtype=torch.float32)
-    return Translation(tables, (scale, shift))
+    schema = read_schema(source)[0]
+    sequences = {
+        a.name: _between(a, b)
+        for a, b in zip(schema.numeric_sequence, pack.schema.numeric_sequence, strict=True)
+        if a != b
+    }
+    if schema.numeric == pack.schema.numeric:
+        return Translation(tables, None, sequences)
+    pairs = [_between(a, b) for a, b in zip(schema.numeric, pack.schema.numeric, strict=True)]
+    scale, shift = torch.tensor(pairs, dtype=torch.float32).unbind(1)
+    return Translation(tables, (scale, shift), sequences)
+
+
+def _between(ours: NumericColumn | NumericSequence, theirs: NumericColumn | NumericSequence) -> tuple[float, float]:
+    """Return scale and shift that make numbers as `ours` says of those as `theirs` says."""
+    return theirs.std / ours.std, (theirs.mean - ours.mean) / ours.std
 
 
 def meaning_difference(source: Path, pack: TaskPack, *, moments: bool = True) -> list[str]:
@@ -119,7 +133,11 @@ def _without_vocabularies(schema: PackSchema, owner: Path | TaskPack) -> PackSch
 
 
 def _without_moments(schema: PackSchema) -> PackSchema:
-    return replace(schema, numeric=tuple(replace(column, mean=0.0, std=1.0) for column in schema.numeric))
+    return replace(
+        schema,
+        numeric=tuple(replace(column, mean=0.0, std=1.0) for column in schema.numeric),
+        numeric_sequence=tuple(replace(column, mean=0.0, std=1.0) for column in schema.numeric_sequence),
+    )
 
 
 def known_ids(source: Path, pack: TaskPack, table: str, theirs: str | None = None) -> Tensor:

@@ -62,6 +62,7 @@ class _Encoded(nn.Module):
         self.generated = system.generated
         self.num_numeric = system.num_numeric - len(system.generated)
         self.tables, self.positions = nn.ParameterList(), nn.ParameterList()
+        self.aligned = {feature.name: feature.aligned for feature in rec.schema.features}
         self.features: dict[str, tuple[int, str | None]] = {}  # feature -> number of its table, how it is pooled
         self.table_names: list[str] = []
         self.fused_names: list[str] = []
@@ -85,7 +86,8 @@ class _Encoded(nn.Module):
                 found.append(Input(f"ids_{name}", leading, torch.int64, about))
                 continue
             about = {**about, "pooling": pooling}
-            found.append(Input(f"ids_{name}", (*leading, f"len_{name}"), torch.int64, about))
+            length = f"len_{self.aligned.get(name) or name}"
+            found.append(Input(f"ids_{name}", (*leading, length), torch.int64, about))
             found.append(Input(f"lengths_{name}", leading, torch.int64, {"lengths_of": f"ids_{name}"}))
         return found
 

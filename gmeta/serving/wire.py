@@ -67,6 +67,7 @@ class Columns:
     labels: tuple[str, ...]  # several labels, in the order of the scores; empty: there is one
     known: frozenset[str]
     many: frozenset[str]
+    optional: tuple[str, ...]  # known by the item's id where a request leaves them out
 
     @classmethod
     def of(cls, schema: DataSchema) -> Columns:
@@ -83,8 +84,14 @@ class Columns:
             time=schema.time,
             weight=schema.weight,
             labels=tuple(label.name for label in schema.labels),
-            known=frozenset(schema.columns([role for role in all_roles if getattr(schema, role) is not None])),
+            known=frozenset(
+                [
+                    *schema.columns([role for role in all_roles if getattr(schema, role) is not None]),
+                    *schema.item_vectors(),
+                ]
+            ),
             many=frozenset(lists),
+            optional=tuple(schema.item_vectors()),
         )
 
     def needed(self, part: str) -> tuple[str, ...]:
@@ -168,7 +175,8 @@ def _merged(
     if not having:
         return None, [0] * len(tasks)
     wanted = list(columns.needed(part))
-    for name in (columns.time, columns.weight) if part == "support" else ():
+    of_support = (columns.time, columns.weight) if part == "support" else ()
+    for name in (*of_support, *columns.optional):
         given_by_some = any(isinstance(given, dict) and name in given for _, given in having)
         if given_by_some and name is not None and name not in wanted:
             wanted.append(name)

@@ -38,8 +38,9 @@ def _generated(run: Run, feature: str, rows: np.ndarray) -> Tensor:
     request = system.exchange.request(query=query)
     fetched = system.exchange.fetch(system.exchange.exchange_ids(request))
     index = to_device(system.learner.index_query(request.query, request.num_rows, {}), system.mesh.device)
-    embedded = system.learner.embedded(fetched, index)
-    dense = to_device(query.dense, system.mesh.device, system.dtype).flatten(0, 1)
+    query = to_device(query, system.mesh.device, system.dtype)
+    embedded = system.learner.embedded(fetched, index, query)
+    dense = query.dense.flatten(0, 1)
     generators = getattr(system.learner.model, NAME)
     found: Tensor = generators(dense, embedded)[1][feature]
     return found.cpu()

@@ -37,28 +37,41 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return history_pack(tmp_path_factory.mktemp("histories"), WIDE)
 
 
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack with vectors of items and of rows too."""
+    rows = history_rows()
+    vectors = [{"name": "text", "dim": 3, "owner": "item", "dtype": "fp16"}, {"name": "picture", "dim": 2}]
+    text = [[int(item[1:]) / 8, 1.0, -float(int(item[1:]) % 3)] for item in rows["item"]]
+    picture = np.random.default_rng(1).normal(size=(len(text), 2)).tolist()
+    folder = tmp_path_factory.mktemp("everything")
+    return history_pack(folder, {**WIDE, "vector": vectors}, text=text, picture=picture)
+
+
 def settings_of(pack: Path, model: str, **changes: Any) -> TrainConfig:
     return config(pack, model=MODELS[model], **changes)
 
 
 @pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", ["din", pytest.param("transformer", marks=pytest.mark.slow)])
-def test_ranks_learn_the_same(pack: Path, model: str, nproc: int) -> None:
-    settings = settings_of(pack, model)
+def test_ranks_learn_the_same(everything: Path, model: str, nproc: int) -> None:
+    settings = settings_of(everything, model)
     assert_same(run_ranks(nproc, run_steps, settings, 3)[0], run_steps(Mesh(), settings, 3), 1e-9)
 
 
-def test_micro_batches_change_nothing(pack: Path) -> None:
+def test_micro_batches_change_nothing(everything: Path) -> None:
     """Each is padded to its own longest history."""
-    settings = settings_of(pack, "din")
+    settings = settings_of(everything, "din")
     assert_same(run_ranks(2, run_divided, settings, 3, changing)[0]["learned"], run_steps(Mesh(), settings, 3), 1e-9)
 
 
-def test_both_engines_learn_the_same(pack: Path) -> None:
+def test_both_engines_learn_the_same(everything: Path) -> None:
     loader_config = LoaderConfig(tasks_per_batch=4)
     found = [
         run_steps(
-            Mesh(), settings_of(pack, "din", meta=MetaConfig(inner_steps=2, engine=engine), loader=loader_config), 2
+            Mesh(),
+            settings_of(everything, "din", meta=MetaConfig(inner_steps=2, engine=engine), loader=loader_config),
+            2,
         )
         for engine in ("factored", "reference")
     ]

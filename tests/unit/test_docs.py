@@ -18,7 +18,7 @@ import yaml
 import gmeta
 from gmeta.cli import COMMANDS, command_parser, run
 from gmeta.config.parse import keys_of
-from gmeta.data.schema import DataSchema, RawFeature, RawNumeric, parse_data_schema
+from gmeta.data.schema import DataSchema, RawFeature, RawNumeric, RawNumericSequence, Vector, parse_data_schema
 from gmeta.elastic.scenario import parse_scenario
 from gmeta.models.registry import MODELS
 
@@ -186,9 +186,12 @@ def test_the_schema_in_the_help_of_prepare_is_one_and_has_every_key() -> None:
     }
     of_several = parse_data_schema({key: value for key, value in values.items() if key not in _OF_ONE_LABEL} | several)
     assert [label.weight for label in of_several.labels] == [1.0, 0.5]
-    listed = [entry for kind in ("categorical", "multi", "sequence", "numeric") for entry in values[kind]]
+    kinds = ("categorical", "multi", "sequence", "numeric", "numeric_sequence")
+    listed = [entry for kind in kinds for entry in values[kind]]
     inside = {key for entry in listed if isinstance(entry, dict) for key in entry}
-    assert inside == {field.name for kind in (RawFeature, RawNumeric) for field in fields(kind)} - {"kind"}
+    raw = (RawFeature, RawNumeric, RawNumericSequence)
+    assert inside == {field.name for kind in raw for field in fields(kind)} - {"kind"}
+    assert {key for entry in values["vector"] for key in entry} == {field.name for field in fields(Vector)}
 
 
 def test_the_scenario_in_the_help_of_the_laboratory_is_one() -> None:

@@ -209,7 +209,8 @@ def _difference(ours: DataSchema, theirs: DataSchema) -> list[str]:
     """Say where two data schemas differ, column by column."""
     mine, other = asdict(ours), asdict(theirs)
     lines = []
-    kinds = (("features", "feature"), ("numeric", "numeric column"), ("numeric_sequence", "numeric sequence"))
+    kinds = [("features", "feature"), ("numeric", "numeric column"), ("numeric_sequence", "numeric sequence")]
+    kinds.append(("vector", "vector"))
     for kind, name in kinds:
         left, right = ({column["name"]: column for column in side.pop(kind)} for side in (mine, other))
         lines += [f"{name} {column!r} is missing" for column in left if column not in right]

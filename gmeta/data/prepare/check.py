@@ -15,10 +15,20 @@ from gmeta.core.errors import nearest
 from gmeta.data.prepare import encoding_v1, values
 from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value, is_nested, label_columns, unfit
 from gmeta.data.prepare.times import time_columns
-from gmeta.data.schema import ENCODING, DataSchema, LabelColumn, RawFeature, RawNumeric, RawNumericSequence, Role
+from gmeta.data.schema import (
+    ENCODING,
+    DataSchema,
+    LabelColumn,
+    RawFeature,
+    RawNumeric,
+    RawNumericSequence,
+    Role,
+    Vector,
+)
 from gmeta.data.sources import Connection, RawPart, identifier, in_order, literal, scalar
 
 SHOWN_REJECTS = 5
+LARGEST_FP16 = 65504.0
 
 TypeKey: TypeAlias = str | tuple[str, str]
 """A table's name, or ("role", role)."""
@@ -64,8 +74,8 @@ def create_checked(
 
 
 def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[str, str]:
-    """Return column -> SQL type of a checked row: the roles, f0 … (features), n0 … (numeric columns) and s0 … (numeric
-    sequences).
+    """Return column -> SQL type of a checked row: the roles, f0 … (features), n0 … (numeric columns), s0 … (numeric
+    sequences) and v0 … (vectors).
     """
     task, item = (types.get(("role", role), "VARCHAR") for role in ("task", "item"))
     columns = {"task": task, "label": "FLOAT", "time": "BIGINT", "time_fraction": "INTEGER"}
@@ -75,7 +85,8 @@ def checked_columns(schema: DataSchema, types: Mapping[TypeKey, str]) -> dict[st
     for i, feature in enumerate(schema.features):
         columns[f"f{i}"] = types.get(feature.table, "VARCHAR") + ("" if feature.kind == "categorical" else "[]")
     columns |= {f"n{i}": "DOUBLE" for i in range(len(schema.numeric))}
-    return columns | {f"s{i}": "DOUBLE[]" for i in range(len(schema.numeric_sequence))}
+    columns |= {f"s{i}": "DOUBLE[]" for i in range(len(schema.numeric_sequence))}
+    return columns | {f"v{i}": "FLOAT[]" for i in range(len(schema.vector))}
 
 
 def check(
@@ -87,16 +98,18 @@ def check(
     types: Mapping[TypeKey, str],
     encoding: int = ENCODING,
     sides: Mapping[str, str] | None = None,
+    *,
+    known_items: bool = False,
 ) -> str:
     """Check the rows of `part`, which is file number `file`; returns SQL of its rows that can be used.
 
     Their columns are file, row, and those of `checked_columns`; roles that are not asked for are NULL. `sides` says of
-    each value of the role column whether it stands for `support` or `query`. Rows of a part
-    that must be read in order are copied to `checked`; the others are read from the file each time, which is cheaper
-    than to write them. Raises ValueError for a column that is missing or whose type cannot hold what the schema says
-    of it.
+    each value of the role column whether it stands for `support` or `query`. With `known_items`, vectors that are kept
+    by item may be left out. Rows of a part that must be read in order are copied to `checked`; the others are read
+    from the file each time, which is cheaper than to write them. Raises ValueError for a column that is missing or
+    whose type cannot hold what the schema says of it.
     """
-    for name in schema.columns(roles):
+    for name in [*schema.columns(roles), *([] if known_items else schema.item_vectors())]:
         if name not in part.columns:
             raise ValueError(f"{part.file} has no column {name!r}: {nearest(name, part.columns)}")
     columns = checked_columns(schema, types)
@@ -200,7 +213,29 @@ class _Columns:
             add(f"n{i}", numeric.name, self._number(numeric))
         for i, sequence in enumerate(self.schema.numeric_sequence):
             add(f"s{i}", sequence.name, self._numbers(sequence))
+        for i, vector in enumerate(self.schema.vector):
+            if vector.name in self.part.columns:
+                add(f"v{i}", vector.name, self._vector(vector))
         return found, checks
+
+    def _vector(self, vector: Vector) -> Value:
+        value, kind = identifier(vector.name), self.part.columns[vector.name]
+        inner = kind[: kind.rindex("[")] if kind.endswith("]") else "VARCHAR"
+        found = None if is_nested(inner) or inner == "VARCHAR" else self.rules.number_value("x", inner)
+        if found is None:
+            raise unfit(self.part, vector.name, "vector", f"it needs a list of {vector.dim} numbers a row")
+        number, bad = found
+        bad = [(condition, f"has an element that {reason}") for condition, reason in bad]
+        bad.append((f"({number} IS NULL OR isnan({number}))", "has a missing element"))
+        if vector.dtype == "fp16":
+            bad.append((f"abs({number}) > {LARGEST_FP16!r}", "has an element beyond fp16: store it as fp32"))
+        listed = f"CAST({value} AS {inner}[])"
+        checks = [
+            (f"{value} IS NULL", "is missing"),
+            (f"len({listed}) <> {vector.dim}", f"has not {vector.dim} numbers"),
+        ]
+        checks += [(f"len(list_filter({listed}, lambda x: {condition})) > 0", reason) for condition, reason in bad]
+        return f"list_transform({listed}, lambda x: TRY_CAST({number} AS FLOAT))", checks
 
     def _id(self, column: str, as_type: str, nulls: str, used_as: str) -> Value:
         kind = self.part.columns[column]

@@ -47,10 +47,11 @@ def is_nested(kind: str) -> bool:
 
 def value_columns(schema: DataSchema) -> list[str]:
     """Return the columns of checked rows that hold values: f0 … (features), n0 … (numeric columns) and s0 … (numeric
-    sequences).
+    sequences), and of the vectors those that are kept by row.
     """
     counts = {"f": len(schema.features), "n": len(schema.numeric), "s": len(schema.numeric_sequence)}
-    return [f"{kind}{i}" for kind, count in counts.items() for i in range(count)]
+    names = [f"{kind}{i}" for kind, count in counts.items() for i in range(count)]
+    return names + [f"v{i}" for i, vector in enumerate(schema.vector) if vector.owner == "row"]
 
 
 def batched(items: Sequence[T]) -> Iterator[Sequence[T]]:

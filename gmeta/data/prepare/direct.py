@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import md5
@@ -24,7 +24,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from gmeta.data.identity import vocabulary_file
-from gmeta.data.prepare.encode import LARGEST, Array
+from gmeta.data.item_vectors import ItemVectors, array_name
+from gmeta.data.prepare.check import LARGEST_FP16
+from gmeta.data.prepare.encode import LARGEST, Array, with_item_vectors
 from gmeta.data.prepare.vocabulary import PRIOR_ROWS, SALTS
 from gmeta.data.schema import (
     FLOAT32_MAX,
@@ -36,6 +38,7 @@ from gmeta.data.schema import (
     RawNumeric,
     RawNumericSequence,
     Role,
+    Vector,
 )
 from gmeta.data.sources import Connection, scalar
 
@@ -171,8 +174,15 @@ class DirectEncoder:
     missing or damaged.
     """
 
-    def __init__(self, con: Connection, schema: DataSchema, vocab_dir: Path, pack_schema: PackSchema) -> None:
-        self._schema = schema
+    def __init__(
+        self,
+        con: Connection,
+        schema: DataSchema,
+        vocab_dir: Path,
+        pack_schema: PackSchema,
+        item_vectors: Mapping[str, ItemVectors] | None = None,
+    ) -> None:
+        self._schema, self._stored, self._vectors = schema, pack_schema, item_vectors or {}
         self._ids: dict[str, Ids] = {}
         for table, features in schema.tables().items():
             first = features[0]
@@ -258,7 +268,30 @@ class DirectEncoder:
         if not self._are_aligned(table):
             return None
         ids = np.stack(one_valued, 1)[order] if one_valued else np.empty((len(order), 0), np.int32)
+        for vector in self._stored.vector:
+            given = self._vector(vector, table)
+            if given is None:
+                return None
+            found = with_item_vectors(vector, given.take(order), ids, self._stored, self._vectors)
+            arrays[array_name(vector.name)] = found
         return {"ids": ids, **arrays}
+
+    def _vector(self, vector: Vector, table: pa.Table) -> pa.Array | None:
+        """Return a column of vectors, NULL where it is left out; None where it is left to DuckDB."""
+        if vector.name not in table.column_names:
+            return pa.nulls(table.num_rows, pa.list_(pa.float64()))
+        column = table[vector.name].combine_chunks()
+        kind = column.type
+        fixed = pa.types.is_fixed_size_list(kind) and kind.list_size == vector.dim
+        if column.null_count or not (fixed or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+            return None
+        values = _numbers(pa.chunked_array([column.flatten()]))
+        if values is None or not (fixed or set(column.value_lengths().to_pylist()) <= {vector.dim}):
+            return None
+        most = LARGEST_FP16 if vector.dtype == "fp16" else FLOAT32_MAX
+        if not (np.abs(values) <= most).all():
+            return None
+        return pa.FixedSizeListArray.from_arrays(pa.array(values), vector.dim)
 
     def _are_aligned(self, table: pa.Table) -> bool:
         """Say whether every row has as many values of a sequence as of the one that it is aligned with."""

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched, label_columns
 from gmeta.data.prepare.vocabulary import HashedVocabulary, numeric_values, statistics_join
-from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, RawFeature
+from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, RawFeature, Vector
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 Array = npt.NDArray[Any]
@@ -55,6 +57,7 @@ def encode(
     order: str,
     more: Sequence[str] = (),
     hashed: Mapping[str, HashedVocabulary] | None = None,
+    item_vectors: Mapping[str, ItemVectors] | None = None,
 ) -> dict[str, Array]:
     """Encode the checked rows of `relation` in the total order `order`, SQL expressions over `relation` as b.
 
@@ -63,7 +66,8 @@ def encode(
     `relation` has the columns of `checked`, and `fold` (NULL outside training tasks) where the schema asks for item
     statistics. Numbers become those that `stored` says. Returns `ids` int32 [rows, one-valued features], `dense`
     float32 [rows, F], `<name>.values` and `<name>.offsets` int64 [rows + 1] of every many-valued feature (int32) and
-    numeric sequence (float32), and the columns of `relation` named in `more`.
+    numeric sequence (float32), every vector [rows, dim] that is kept by row, and the columns of `relation` named in
+    `more`. With `item_vectors` those that are kept by item come too, by id where a row has none.
     """
     tables, labels = list(schema.tables()), label_columns(schema)
     # name, value, join; a number that a row lacks is NaN
@@ -105,6 +109,7 @@ def encode(
     for i, sequence in enumerate(stored.numeric_sequence):
         arrays[f"{sequence.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"s{i}"])]).astype(np.int64)
         arrays[f"{sequence.name}.values"] = _list_numbers(con, relation, i, sequence, order)
+    arrays |= _vectors(con, relation, stored, order, arrays["ids"], item_vectors)
     return arrays | {name: np.asarray(found[name]) for name in more}
 
 
@@ -112,6 +117,37 @@ def take_labels(schema: DataSchema, arrays: dict[str, Array]) -> Array:
     """Take the labels out of encoded columns: [rows], or [rows, labels] where there are several."""
     columns = [arrays.pop(name) for name in label_columns(schema)]
     return np.stack(columns, 1) if schema.labels else columns[0]
+
+
+def _vectors(
+    con: Connection,
+    relation: str,
+    stored: PackSchema,
+    order: str,
+    ids: Array,
+    item_vectors: Mapping[str, ItemVectors] | None,
+) -> dict[str, Array]:
+    """Return the vectors of rows, and with `item_vectors` those of items too."""
+    arrays = {}
+    for i, vector in enumerate(stored.vector):
+        if vector.owner == "row" or item_vectors is not None:
+            query = f"SELECT v{i} AS vector FROM {relation} b ORDER BY {order}"
+            given = con.sql(query).to_arrow_table()["vector"].combine_chunks()
+            arrays[array_name(vector.name)] = with_item_vectors(vector, given, ids, stored, item_vectors or {})
+    return arrays
+
+
+def with_item_vectors(
+    vector: Vector, given: pa.Array, ids: Array, stored: PackSchema, item_vectors: Mapping[str, ItemVectors]
+) -> Array:
+    """Return a list column as [rows, dim], where it is NULL the vectors of the items of `ids` [rows, one-valued]."""
+    out = np.zeros((len(given), vector.dim), DTYPE[vector.dtype])
+    there = given.is_valid().to_numpy(zero_copy_only=False)
+    out[there] = given.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, vector.dim)
+    if not there.all():
+        column = [f.name for f in stored.features if f.kind == "categorical"].index(str(stored.item))
+        out[~there] = item_vectors[vector.name].rows(ids[~there, column])
+    return out
 
 
 def _scaled(value: str, column: NumericColumn | NumericSequence) -> str:

@@ -13,6 +13,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from gmeta.data.item_vectors import open_item_vectors
 from gmeta.data.prepare.check import check, create_checked, describe_rejects, reject_counts
 from gmeta.data.prepare.columns import label_columns
 from gmeta.data.prepare.direct import DirectEncoder
@@ -46,13 +47,14 @@ class Encoder:
             pack_schema,
             vocab_dir,
         )
+        self._vectors = open_item_vectors(vocab_dir, pack_schema)
         self._con, self._lock = duckdb.connect(), Lock()
         confine(self._con, [*files, *vocabulary_files(self._schema, vocab_dir)])
         self._direct: DirectEncoder | None = None
         if files or pack_schema.encoding != ENCODING:
             _ = self._vocabularies
         else:
-            self._direct = DirectEncoder(self._con, self._schema, vocab_dir, pack_schema)
+            self._direct = DirectEncoder(self._con, self._schema, vocab_dir, pack_schema, self._vectors)
 
     @cached_property
     def _vocabularies(self) -> dict[str, HashedVocabulary]:
@@ -136,7 +138,15 @@ class Encoder:
         rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
         with self._lock:
             vocabularies = self._vocabularies
-        arrays = encode(con, "placed", self._schema, self._pack_schema, order="b.pos", hashed=vocabularies)
+        arrays = encode(
+            con,
+            "placed",
+            self._schema,
+            self._pack_schema,
+            order="b.pos",
+            hashed=vocabularies,
+            item_vectors=self._vectors,
+        )
         arrays |= {
             "label": take_labels(self._schema, rows).astype(np.float32),
             "item_cold": np.zeros(len(rows["query_row"]), np.uint8),
@@ -168,7 +178,7 @@ def check_rows(
         if part is not None:
             with reading(part.file):
                 encoding = pack_schema.encoding
-                relations.append(check(con, part, index, schema, needed, types={}, encoding=encoding))
+                relations.append(check(con, part, index, schema, needed, {}, encoding, known_items=True))
     if counts := reject_counts(con):
         files = ["" if part is None else part.file for part in (support, query)]
         raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{describe_rejects(con, files)}")

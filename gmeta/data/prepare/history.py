@@ -27,10 +27,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gmeta.config.data import HISTORY_ROWS
+from gmeta.data.item_vectors import DTYPE, array_name
 from gmeta.data.pack import TaskPack
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, drawn_split
-from gmeta.data.schema import OOV, PackSchema
+from gmeta.data.schema import OOV, PackSchema, Vector
 from gmeta.data.shards import one_valued, ragged, verified_file
 from gmeta.data.sources import Connection, in_order, literal, only_file, scalar
 
@@ -240,8 +241,10 @@ def history_of_pack(pack: TaskPack, folder: Path, rows: int) -> None:
 
 
 def take(schema: PackSchema, rows: Mapping[str, Array], index: Array) -> dict[str, Array]:
-    """Return the columns of rows at `index` int64 [n]: those of `_FLAT`, ids, dense, and many-valued features."""
-    out = {name: rows[name][index] for name in ("ids", "dense", *_FLAT) if name in rows}
+    """Return the columns of rows at `index` int64 [n]: those of `_FLAT`, ids, dense, vectors, and many-valued
+    features.
+    """
+    out = {name: rows[name][index] for name in _plain(schema) if name in rows}
     for name in ragged(schema):
         values, offsets = rows[f"{name}.values"], rows[f"{name}.offsets"]
         length = np.diff(offsets)[index]
@@ -253,12 +256,21 @@ def take(schema: PackSchema, rows: Mapping[str, Array], index: Array) -> dict[st
 
 def _joined(schema: PackSchema, first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
     """Return the rows of both, one after the other."""
-    out = {name: np.concatenate([first[name], second[name]]) for name in ("ids", "dense", *_FLAT) if name in first}
+    out = {name: np.concatenate([first[name], second[name]]) for name in _plain(schema) if name in first}
     for name in ragged(schema):
         offsets = [side[f"{name}.offsets"] for side in (first, second)]
         out[f"{name}.values"] = np.concatenate([side[f"{name}.values"] for side in (first, second)])
         out[f"{name}.offsets"] = np.concatenate([offsets[0], offsets[1][1:] + offsets[0][-1]])
     return out
+
+
+def _plain(schema: PackSchema) -> list[str]:
+    """Return the arrays that have one entry a row."""
+    return ["ids", "dense", *_FLAT, *_row_vectors(schema)]
+
+
+def _row_vectors(schema: PackSchema) -> dict[str, Vector]:
+    return {array_name(vector.name): vector for vector in schema.vector if vector.owner == "row"}
 
 
 def _from_end(task: Array) -> Array:
@@ -283,7 +295,7 @@ def _table(
 
 def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Array]:
     columns = {name: pa.array(rows[name]) for name in _FLAT if name in rows and rows[name].ndim == 1}
-    for name in ("ids", "dense", *(["label"] if schema.labels else [])):
+    for name in ("ids", "dense", *(["label"] if schema.labels else []), *_row_vectors(schema)):
         if width := rows[name].shape[1]:
             ends = pa.array(np.arange(0, rows[name].size + 1, width, dtype=np.int32))
             columns[name] = pa.ListArray.from_arrays(ends, pa.array(rows[name].reshape(-1)))
@@ -297,8 +309,13 @@ def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> d
     """Return the rows of a table of the history as a shard has them; ids of tombstones are out of vocabulary."""
     flat_columns = [name for name in _FLAT if name in table.column_names and not (schema.labels and name == "label")]
     rows = {name: table[name].to_numpy() for name in flat_columns}
-    lists = [("ids", len(one_valued(schema)), np.int32), ("dense", len(schema.numeric), np.float32)]
-    for name, width, kind in lists + [("label", len(schema.labels), np.float32)] * bool(schema.labels):
+    wide: list[tuple[str, int, Any]] = [
+        ("ids", len(one_valued(schema)), np.int32),
+        ("dense", len(schema.numeric), np.float32),
+        *[("label", len(schema.labels), np.float32)] * bool(schema.labels),
+        *((name, vector.dim, DTYPE[vector.dtype]) for name, vector in _row_vectors(schema).items()),
+    ]
+    for name, width, kind in wide:
         flat = table[name].combine_chunks().flatten().to_numpy() if width else np.empty(0, kind)
         rows[name] = flat.astype(kind).reshape(len(table), width)  # a copy, which may be written to
     for column, name in enumerate(one_valued(schema)):

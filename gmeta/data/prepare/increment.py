@@ -35,6 +35,7 @@ from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scra
 from gmeta.data.prepare.summary import Report, console_report
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, make_tasks, place_left_out, row_bytes
 from gmeta.data.prepare.times import time_unit, to_microseconds
+from gmeta.data.prepare.vectors import find_item_vectors, write_item_vectors
 from gmeta.data.prepare.write import write_shards, write_vocabularies
 from gmeta.data.schema import PackSchema
 from gmeta.data.sources import Connection, find_files, scalar
@@ -65,6 +66,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
         require_space(out, needed=int(2 * size * row_bytes(con, schema)))
         tell("dealing rows to shards", 0, 1)
         older = deal_history(con, scratch)
+        find_item_vectors(con, schema, counts.pop("files"))
         deal(con, schema, settings, scratch)
         of_base = (base.pack_schema, base.vocabularies, (base.increment or scratch) / PENDING)
         evicted = Eviction(config.evict_after_days, config.evict_below)
@@ -77,6 +79,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
             folder = writer.directory / INCREMENT
             (folder / PARTS).mkdir(parents=True)
             write_vocabularies(con, writer, schema, totals="totals_after")
+            write_item_vectors(con, schema, pack_schema, writer.directory / "vocab", base.vocabularies)
             gone = tombstones(con, schema, pack_schema)
             counts["tombstones"] = {f.table: int(gone[f.name].sum()) for f in pack_schema.features if f.name in gone}
             history = TaskHistory(pack_schema, base.day, rows, older, folder / PARTS, gone)

@@ -31,6 +31,7 @@ from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scra
 from gmeta.data.prepare.settings import resolve_settings
 from gmeta.data.prepare.summary import Report, console_report, print_summary
 from gmeta.data.prepare.tasks import make_tasks, place_left_out, row_bytes
+from gmeta.data.prepare.vectors import find_item_vectors, write_item_vectors
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
 from gmeta.data.sources import find_files, scalar
@@ -60,6 +61,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         waiting = [] if settings.task_split == "column" else place_left_out(con, schema, settings, HISTORY_ROWS)
         rows = scalar(con, "SELECT coalesce(sum(num_rows), 0)::BIGINT FROM tasks")
         require_space(out, needed=int(2 * rows * row_bytes(con, schema)))
+        find_item_vectors(con, schema, counts.pop("files"))
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
         pack_schema = learn(con, schema, scratch, shards, tell)
@@ -70,6 +72,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         made_with |= {} if inputs is None else {FIRST_INPUTS: inputs}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
+            write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
             write_pending(con, schema, writer.directory / INCREMENT)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
             every = [*shards, *waiting]

@@ -53,7 +53,7 @@ def check_all(
     if rows == 0:
         raise ValueError(f"{', '.join(files)}: no row that can be used ({sum(bad.values())} rows were set aside)")
     skipped = {"empty_files": len(empty)} if empty else {}
-    return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, **skipped}
+    return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, **skipped, "files": files}
 
 
 def _parts(con: Connection, config: PrepareConfig) -> tuple[list[RawPart], list[Path]]:

@@ -190,6 +190,7 @@ def row_bytes(con: Connection, schema: DataSchema) -> float:
     one_valued = len(schema.features) - len(many)
     fixed = 4 * one_valued + 4 * len(schema.numeric_names()) + 4 + 1 + 8 * (schema.time is not None) + 8 * len(many)
     fixed += 4 * (schema.weight is not None) + 4 * max(0, len(schema.labels) - 1) + 8 * len(schema.numeric_sequence)
+    fixed += sum(v.dim * (2 if v.dtype == "fp16" else 4) for v in schema.vector if v.owner == "row")
     lists = [*(f"f{i}" for i in many), *(f"s{i}" for i in range(len(schema.numeric_sequence)))]
     if not lists:
         return float(fixed)

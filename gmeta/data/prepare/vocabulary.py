@@ -83,6 +83,7 @@ def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[S
             for name, label in zip(label_columns(schema), schema.labels, strict=False)
         ),
         numeric_sequence=_numeric_sequences(con, schema, train),
+        vector=schema.vector,
     )
 
 
