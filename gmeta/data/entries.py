@@ -87,3 +87,11 @@ def require_choice(entry: dict[str, Any], key: str, choices: tuple[str, ...], wh
     """Raise ValueError unless a value, where there is one, is one of the choices."""
     if entry.get(key, choices[0]) not in choices:
         raise ValueError(f"{where}.{key} is {entry[key]!r}: must be {' or '.join(choices)}")
+
+
+def require_column(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
+    """Return a column's mapping, of which a bare name is the shortest. ValueError for anything else."""
+    if not isinstance(value, str | dict):
+        rule = f"must be a column name (a number in quotes), or a mapping with the keys {', '.join(known)}"
+        raise ValueError(f"{where} is {value!r}: {rule}")
+    return require_keys({"name": value} if isinstance(value, str) else value, where, known)

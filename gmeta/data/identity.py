@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import xxhash
 from numpy.typing import NDArray
 
-from gmeta.data.schema import ITEM_STATISTICS, OOV, PackSchema, schema_difference
+from gmeta.data.schema import ITEM_STATISTICS, OOV, PackSchema
+from gmeta.data.schema_difference import schema_difference
 
 _STATISTICS = ("value", "label_sum", "count")
 _SAME_VALUES = "no value differs, so one of the two files is not what was recorded: copy it again"

@@ -21,7 +21,8 @@ from gmeta.core.batch import Bag, Examples, TaskBatch, joined
 from gmeta.data.identity import vocabulary_values
 from gmeta.data.order import Tasks, keyed_hash
 from gmeta.data.pack import TaskPack
-from gmeta.data.schema import OOV, schema_difference, without_sizes
+from gmeta.data.schema import OOV
+from gmeta.data.schema_difference import schema_difference, without_sizes
 
 _DRAW = 4  # keeps the draws apart from the other hashes of (seed, epoch)
 

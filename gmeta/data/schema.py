@@ -16,15 +16,25 @@ from gmeta.data.entries import (
     as_list,
     is_whole_number,
     require_choice,
+    require_column,
     require_count,
     require_keys,
     require_number,
     require_type,
     whole_object,
 )
-
-Kind = Literal["categorical", "multi", "sequence"]
-Pooling = Literal["sum", "mean", "none"]
+from gmeta.data.raw_columns import (
+    FEATURE_KEYS,
+    Kind,
+    Pooling,
+    RawFeature,
+    RawNumeric,
+    RawNumericSequence,
+    poolings_of,
+    read_feature,
+    read_numeric,
+    read_numeric_sequences,
+)
 
 ENCODING = 2
 """The version of the rules by which raw values become ids and numbers (gmeta/data/prepare/values.py)."""
@@ -224,7 +234,7 @@ def _encoded(value: Any, where: str) -> Feature:
     require_type(entry, "name", (str,), where, "a column name")
     require_type(entry, "table", (str,), where, "a table name")
     require_choice(entry, "kind", ("categorical", "multi", "sequence"), where)
-    require_choice(entry, "pooling", _poolings(entry["kind"]), where)
+    require_choice(entry, "pooling", poolings_of(entry["kind"]), where)
     require_count(entry, "num_ids", where)
     require_type(entry, "aligned", (str, type(None)), where, "the name of a sequence")
     return Feature(**entry)
@@ -250,65 +260,6 @@ def _checked_scale(entry: dict[str, Any], where: str) -> dict[str, Any]:
     return entry
 
 
-def without_sizes(schema: PackSchema) -> PackSchema:
-    """Return a schema without what grows from day to day: numbers of ids, and the vocabularies that they are of."""
-    return replace(schema, features=tuple(replace(feature, num_ids=1) for feature in schema.features), identity=None)
-
-
-def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
-    """Return why encoded data of schema `theirs` do not fit `ours`, one line for each difference. The list is empty
-    when they fit.
-
-    It compares features and sizes, the numeric columns with their means, deviations and logarithms, and the columns
-    that are task, item, label and weight. `identity_difference` compares the vocabularies too.
-    """
-    lines = _label_difference(ours, theirs)
-    mine = {f.name: f for f in ours.features}
-    other = {f.name: f for f in theirs.features}
-    lines += [f"feature {n!r} is missing" for n in mine if n not in other]
-    lines += [f"feature {n!r} is new" for n in other if n not in mine]
-    lines += [
-        f"feature {n!r}: {field} is {getattr(other[n], field)!r}, expected {getattr(mine[n], field)!r}"
-        for n in mine
-        if n in other
-        for field in ("kind", "num_ids", "table", "pooling", "aligned")
-        if getattr(mine[n], field) != getattr(other[n], field)
-    ]
-    lines += _columns_difference(ours.numeric, theirs.numeric, "numeric column")
-    lines += _columns_difference(ours.numeric_sequence, theirs.numeric_sequence, "numeric sequence")
-    lines += _columns_difference(ours.vector, theirs.vector, "vector")
-    lines += [
-        f"{field} is {getattr(theirs, field)!r}, expected {getattr(ours, field)!r}"
-        for field in ("task", "item", "label", "binary_label", "weight")
-        if getattr(ours, field) != getattr(theirs, field)
-    ]
-    if ours.encoding != theirs.encoding:
-        lines.append(
-            f"encoding is {theirs.encoding}, expected {ours.encoding}: prepare the raw rows again and train anew"
-        )
-    return lines
-
-
-def _label_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
-    mine, other = ([(label.name, label.loss) for label in schema.labels] for schema in (ours, theirs))
-    if mine == other:
-        return []
-    told = [", ".join(f"{name}: {loss}" for name, loss in labels) or "one label" for labels in (other, mine)]
-    return [f"labels are {told[0]}, expected {told[1]}"]
-
-
-def _columns_difference(ours: Sequence[Any], theirs: Sequence[Any], what: str) -> list[str]:
-    """Return where two lists of dataclasses with names differ, in words."""
-    if [column.name for column in ours] != [column.name for column in theirs]:
-        return [f"{what}s are {[column.name for column in theirs]}, expected {[column.name for column in ours]}"]
-    return [
-        f"{what} {a.name!r}: {field.name} is {getattr(b, field.name)!r}, expected {getattr(a, field.name)!r}"
-        for a, b in zip(ours, theirs, strict=True)
-        for field in fields(a)
-        if getattr(a, field.name) != getattr(b, field.name)
-    ]
-
-
 # ------------------------------------------------------------------------------------------- raw columns
 
 
@@ -317,51 +268,6 @@ Role = Literal["task", "label", "weight", "time", "item", "partition", "role"]
 ITEM_STATISTICS = "item_statistics"
 """Schema key, and the name of the file beside the vocabularies."""
 STATISTICS_COLUMNS = ("item_mean", "item_log_count")
-
-_MANY = ("name", "table", "min_count", "hash_buckets", "nulls", "separator")
-_FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
-    "categorical": ("name", "table", "min_count", "hash_buckets", "nulls"),
-    "multi": (*_MANY, "pooling"),
-    "sequence": (*_MANY, "pooling", "max_length", "aligned"),
-}
-_NUMERIC_KEYS = ("name", "log", "nulls")
-_NUMERIC_SEQUENCE_KEYS = ("name", "aligned", "log", "nulls", "separator")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawFeature:
-    """A raw column that becomes embedding ids."""
-
-    name: str
-    kind: Kind
-    table: str  # features of one table share one vocabulary
-    min_count: int = 1  # rarer values are out of vocabulary
-    hash_buckets: int | None = None  # hash into this many ids in place of a vocabulary
-    nulls: Literal["error", "oov"] = "error"  # oov: out of vocabulary, or an empty list
-    separator: str | None = None  # splits a text column into many values
-    pooling: Pooling = "mean"
-    max_length: int | None = None  # keeps the last values of a sequence
-    aligned: str | None = None  # another sequence, which has as many values in every row
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawNumeric:
-    """A raw numeric column; it is stored standardised by the training rows' mean and standard deviation."""
-
-    name: str
-    log: bool = False  # log1p first
-    nulls: Literal["error", "mean"] = "error"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawNumericSequence:
-    """A raw column of numbers beside the values of the sequence `aligned`: as many in every row, and cut as it is."""
-
-    name: str
-    aligned: str
-    log: bool = False  # log1p first
-    nulls: Literal["error", "mean"] = "error"  # of single numbers
-    separator: str | None = None  # splits a text column into many values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,13 +406,13 @@ def data_schema_from_json(data: Mapping[str, Any]) -> DataSchema:
         where = f"schema.features[{i}]"
         feature = whole_object(value, RawFeature, where)
         require_type(feature, "kind", (str,), where, "text")
-        require_choice(feature, "kind", tuple(_FEATURE_KEYS), where)
+        require_choice(feature, "kind", tuple(FEATURE_KEYS), where)
         require_type(feature, "table", (str,), where, "a table name")
         kind = feature.pop("kind")
-        features.append(_feature(_said(feature, RawFeature), kind, where))
+        features.append(read_feature(_said(feature, RawFeature), kind, where))
     columns = as_list(entry.pop("numeric", None), "schema.numeric")
-    numeric = [_numeric(column, f"schema.numeric[{i}]") for i, column in enumerate(columns)]
-    return _data_schema(entry, features, numeric, _numeric_sequences(entry))
+    numeric = [read_numeric(column, f"schema.numeric[{i}]") for i, column in enumerate(columns)]
+    return _data_schema(entry, features, numeric, read_numeric_sequences(entry))
 
 
 def _said(entry: dict[str, Any], kind: type) -> dict[str, Any]:
@@ -538,7 +444,7 @@ def parse_data_schema(values: Any) -> DataSchema:
         *keys,
         "labels",
         "label_weights",
-        *_FEATURE_KEYS,
+        *FEATURE_KEYS,
         "numeric",
         "numeric_sequence",
         "vector",
@@ -548,14 +454,14 @@ def parse_data_schema(values: Any) -> DataSchema:
     entry = require_keys(values, "schema", known)
     entry |= _several_labels(entry)
     features = [
-        _feature(item, kind, f"schema.{kind}[{i}]")
-        for kind in _FEATURE_KEYS
+        read_feature(item, kind, f"schema.{kind}[{i}]")
+        for kind in FEATURE_KEYS
         for i, item in enumerate(as_list(entry.pop(kind, None), f"schema.{kind}"))
     ]
     numeric = [
-        _numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(as_list(entry.pop("numeric", None), "numeric"))
+        read_numeric(c, f"schema.numeric[{i}]") for i, c in enumerate(as_list(entry.pop("numeric", None), "numeric"))
     ]
-    return _data_schema(entry, features, numeric, _numeric_sequences(entry))
+    return _data_schema(entry, features, numeric, read_numeric_sequences(entry))
 
 
 def _several_labels(entry: dict[str, Any]) -> dict[str, Any]:
@@ -619,29 +525,12 @@ def _data_schema(
     )
 
 
-def _feature(value: Any, kind: Kind, where: str) -> RawFeature:
-    entry = _column(value, where, _FEATURE_KEYS[kind])
-    require_type(entry, "name", (str,), where, "a column name", required=True)
-    require_type(entry, "table", (str,), where, "a table name")
-    for key in ("min_count", "hash_buckets", "max_length"):
-        require_count(entry, key, where)
-    if "hash_buckets" in entry and "min_count" in entry:
-        raise ValueError(f"{where}: min_count has no effect with hash_buckets: remove one")
-    require_type(entry, "separator", (str,), where, "a text such as '|'")
-    require_choice(entry, "nulls", ("error", "oov"), where)
-    require_type(entry, "aligned", (str,), where, "the name of a sequence")
-    if "aligned" in entry:
-        entry.setdefault("pooling", "none")
-    require_choice(entry, "pooling", _poolings(kind), where)
-    return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
-
-
 def _vectors(entry: Mapping[str, Any]) -> tuple[Vector, ...]:
     """Return the vectors of a schema's mapping."""
     found = []
     for i, value in enumerate(as_list(entry.get("vector"), "schema.vector")):
         where = f"schema.vector[{i}]"
-        column = _column(value, where, [field.name for field in fields(Vector)])
+        column = require_column(value, where, [field.name for field in fields(Vector)])
         require_type(column, "name", (str,), where, "a column name", required=True)
         require_type(
             column, "dim", (int,), where, "a whole number of at least 1: how many numbers it has", required=True
@@ -651,39 +540,3 @@ def _vectors(entry: Mapping[str, Any]) -> tuple[Vector, ...]:
         require_choice(column, "dtype", ("fp32", "fp16"), where)
         found.append(Vector(**column))
     return tuple(found)
-
-
-def _numeric_sequences(entry: dict[str, Any]) -> list[RawNumericSequence]:
-    """Return the numeric sequences of a schema's mapping, which they are taken out of."""
-    found = []
-    for i, value in enumerate(as_list(entry.pop("numeric_sequence", None), "schema.numeric_sequence")):
-        where = f"schema.numeric_sequence[{i}]"
-        column = _column(value, where, _NUMERIC_SEQUENCE_KEYS)
-        require_type(column, "name", (str,), where, "a column name", required=True)
-        require_type(
-            column, "aligned", (str,), where, "the name of the sequence whose values it stands beside", required=True
-        )
-        require_type(column, "log", (bool,), where, "true or false")
-        require_type(column, "separator", (str, type(None)), where, "a text such as '|'")
-        require_choice(column, "nulls", ("error", "mean"), where)
-        found.append(RawNumericSequence(**column))
-    return found
-
-
-def _poolings(kind: str) -> tuple[str, ...]:
-    return ("mean", "sum", "none") if kind == "sequence" else ("mean", "sum")
-
-
-def _numeric(value: Any, where: str) -> RawNumeric:
-    entry = _column(value, where, _NUMERIC_KEYS)
-    require_type(entry, "name", (str,), where, "a column name", required=True)
-    require_type(entry, "log", (bool,), where, "true or false")
-    require_choice(entry, "nulls", ("error", "mean"), where)
-    return RawNumeric(**entry)
-
-
-def _column(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
-    if not isinstance(value, str | dict):
-        rule = f"must be a column name (a number in quotes), or a mapping with the keys {', '.join(known)}"
-        raise ValueError(f"{where} is {value!r}: {rule}")
-    return require_keys({"name": value} if isinstance(value, str) else value, where, known)

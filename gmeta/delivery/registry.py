@@ -18,7 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gmeta.data.schema import NumericColumn, PackSchema, schema_difference
+from gmeta.data.schema import NumericColumn, PackSchema
+from gmeta.data.schema_difference import schema_difference
 from gmeta.runs.bundle import MANIFEST, TRAINING, Bundle, manifest_text, open_bundle, read_manifest, sealed
 from gmeta.runs.delta import DELTA, delta_bytes, make_delta
 from gmeta.runs.directory import read_schema

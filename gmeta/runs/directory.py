@@ -30,7 +30,8 @@ from gmeta.core.files import read_mapping, replacing, write_text
 from gmeta.core.nested import flat
 from gmeta.data.identity import identity_difference, identity_of
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json, schema_difference
+from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
+from gmeta.data.schema_difference import schema_difference
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint

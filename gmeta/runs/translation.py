@@ -17,7 +17,8 @@ from torch import Tensor
 from gmeta.core.batch import Bag, Examples, TaskBatch, mask_of
 from gmeta.data.identity import ids_of_values, vocabulary_file, vocabulary_values
 from gmeta.data.pack import TaskPack
-from gmeta.data.schema import OOV, NumericColumn, NumericSequence, PackSchema, schema_difference
+from gmeta.data.schema import OOV, NumericColumn, NumericSequence, PackSchema
+from gmeta.data.schema_difference import schema_difference
 from gmeta.runs.directory import read_schema
 
 NEW, GONE = -1, -2

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import gmeta as api
 from gmeta.core.batch import Examples
-from gmeta.data.shards import split_in_memory
 from gmeta.serving.export_graphs import Unadapted, trace
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -128,7 +127,8 @@ def gathered(rec: api.Recommender, candidates: pa.Table) -> tuple[list[str], Exa
     """Candidates [T, Q] in the run's encoding, and the row of each among `candidates`."""
     encoded = rec._encode(candidates, "candidates")
     assert encoded is not None
-    _, query, _ = split_in_memory(encoded.arrays, rec.schema).gather(rec._rows(encoded))
+    at, split = rec._rows(encoded)
+    _, query, _ = split.gather(at)
     return encoded.keys, query, encoded.query_row[query.row.numpy()]
 
 

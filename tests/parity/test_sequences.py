@@ -24,8 +24,8 @@ INPUTS = InputSpec(
     ("x0", "x1"),
     0.3,
     "item",
-    {"last": DIMS["wide"]},
-    dict.fromkeys(READ, "wide"),
+    sequences={"last": DIMS["wide"]},
+    tables=dict.fromkeys(READ, "wide"),
 )
 MODELS = {
     "din": lambda: build_model(DIN, INPUTS, {"hidden": [5], "attention": [4]}, name="din", seed=0),

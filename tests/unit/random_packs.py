@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from gmeta.data.pack import PackWriter
-from gmeta.data.schema import DataSchema, Feature, NumericColumn, PackSchema, RawFeature
+from gmeta.data.raw_columns import RawFeature
+from gmeta.data.schema import DataSchema, Feature, NumericColumn, PackSchema
 
 
 def schema(one: int = 2, many: int = 1, numeric: int = 1, time: bool = False) -> PackSchema:

@@ -18,7 +18,8 @@ import yaml
 import gmeta
 from gmeta.cli import COMMANDS, command_parser, run
 from gmeta.config.parse import keys_of
-from gmeta.data.schema import DataSchema, RawFeature, RawNumeric, RawNumericSequence, Vector, parse_data_schema
+from gmeta.data.raw_columns import RawFeature, RawNumeric, RawNumericSequence
+from gmeta.data.schema import DataSchema, Vector, parse_data_schema
 from gmeta.elastic.scenario import parse_scenario
 from gmeta.models.registry import MODELS
 

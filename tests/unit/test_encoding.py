@@ -32,15 +32,8 @@ from gmeta.data.prepare.encoder import encode_tables
 from gmeta.data.prepare.prepare import prepare
 from gmeta.data.prepare.times import common_time
 from gmeta.data.prepare.vocabulary import HashedVocabulary, hashed_vocabulary
-from gmeta.data.schema import (
-    ENCODING,
-    OOV,
-    Feature,
-    PackSchema,
-    pack_schema_from_json,
-    parse_data_schema,
-    schema_difference,
-)
+from gmeta.data.schema import ENCODING, OOV, Feature, PackSchema, pack_schema_from_json, parse_data_schema
+from gmeta.data.schema_difference import schema_difference
 from gmeta.data.sources import open_file
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "encoding_1"

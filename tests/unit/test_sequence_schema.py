@@ -15,12 +15,8 @@ from commands import fails
 from histories import SCHEMA, WIDE, history_pack, history_rows
 
 from gmeta.data.pack import PackWriter, open_pack
-from gmeta.data.schema import (
-    data_schema_from_json,
-    pack_schema_from_json,
-    parse_data_schema,
-    schema_difference,
-)
+from gmeta.data.schema import data_schema_from_json, pack_schema_from_json, parse_data_schema
+from gmeta.data.schema_difference import schema_difference
 from gmeta.models.inputs import input_spec
 
 

@@ -16,7 +16,8 @@ from gmeta.config.train import ModelConfig
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, map_tensors
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare
-from gmeta.data.schema import Feature, NumericColumn, PackSchema, schema_difference
+from gmeta.data.schema import Feature, NumericColumn, PackSchema
+from gmeta.data.schema_difference import schema_difference
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import base_rate

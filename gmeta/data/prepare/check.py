@@ -15,16 +15,8 @@ from gmeta.core.errors import nearest
 from gmeta.data.prepare import encoding_v1, values
 from gmeta.data.prepare.columns import INTEGERS, SMALL_INTEGERS, Checks, Value, is_nested, label_columns, unfit
 from gmeta.data.prepare.times import time_columns
-from gmeta.data.schema import (
-    ENCODING,
-    DataSchema,
-    LabelColumn,
-    RawFeature,
-    RawNumeric,
-    RawNumericSequence,
-    Role,
-    Vector,
-)
+from gmeta.data.raw_columns import RawFeature, RawNumeric, RawNumericSequence
+from gmeta.data.schema import ENCODING, DataSchema, LabelColumn, Role, Vector
 from gmeta.data.sources import Connection, RawPart, identifier, in_order, literal, scalar
 
 SHOWN_REJECTS = 5

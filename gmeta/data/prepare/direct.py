@@ -28,18 +28,8 @@ from gmeta.data.item_vectors import ItemVectors, array_name
 from gmeta.data.prepare.check import LARGEST_FP16
 from gmeta.data.prepare.encode import LARGEST, Array, with_item_vectors
 from gmeta.data.prepare.vocabulary import PRIOR_ROWS, SALTS
-from gmeta.data.schema import (
-    FLOAT32_MAX,
-    ITEM_STATISTICS,
-    OOV,
-    DataSchema,
-    PackSchema,
-    RawFeature,
-    RawNumeric,
-    RawNumericSequence,
-    Role,
-    Vector,
-)
+from gmeta.data.raw_columns import RawFeature, RawNumeric, RawNumericSequence
+from gmeta.data.schema import FLOAT32_MAX, ITEM_STATISTICS, OOV, DataSchema, PackSchema, Role, Vector
 from gmeta.data.sources import Connection, scalar
 
 MISSING, BAD = -1, -2

@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched, label_columns
 from gmeta.data.prepare.vocabulary import HashedVocabulary, numeric_values, statistics_join
-from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, RawFeature, Vector
+from gmeta.data.raw_columns import RawFeature
+from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, Vector
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 Array = npt.NDArray[Any]

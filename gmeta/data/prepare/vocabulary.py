@@ -22,16 +22,8 @@ from gmeta.data.prepare.columns import batched, label_columns
 from gmeta.data.prepare.deal import dealt, item_vocabulary
 from gmeta.data.prepare.summary import Report
 from gmeta.data.prepare.tasks import FOLDS, ShardJob
-from gmeta.data.schema import (
-    ITEM_STATISTICS,
-    OOV,
-    DataSchema,
-    Feature,
-    NumericColumn,
-    NumericSequence,
-    PackSchema,
-    RawFeature,
-)
+from gmeta.data.raw_columns import RawFeature
+from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, Feature, NumericColumn, NumericSequence, PackSchema
 from gmeta.data.sources import Connection, only_file, scalar
 
 PRIOR_ROWS = 10.0
