@@ -316,3 +316,13 @@ def test_a_batch_without_tasks() -> None:
         learner_of(MODELS["din"](), "factored", adapt=["dense"]),
     )
     assert learner(problem.rows, problem.batch)[0].item() == 0
+
+
+@pytest.mark.parametrize("name", ["din", "transformer"])
+def test_several_labels(name: str) -> None:
+    """A logit of each label, that start at the base rates of these where the last layer says nothing else."""
+    inputs = replace(INPUTS, base_rates=(0.5, -1.5))
+    factory = {"din": DIN, "transformer": Transformer}[name]
+    model = build_model(factory, inputs, {"hidden": [5]}, name=name, seed=0).double()
+    assert model(*example(1, LENGTHS)).shape == (len(LENGTHS), 2)
+    assert model.output.bias.tolist() == [0.5, -1.5]
