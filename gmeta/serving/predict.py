@@ -7,6 +7,7 @@ scores are then joined to the query file's rows in its order.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,8 +71,10 @@ def _check_files(config: PredictConfig) -> None:
         for file in find_files([given]):
             if out.exists() and out.samefile(file):
                 raise ValueError(f"out {out} would overwrite {key} {file}: name another file")
-    with duckdb.connect() as con:
+    taken = SCORES
+    with suppress(ValueError):  # a run that cannot be read is told of when it is opened
         taken = score_columns(read_schema(Path(config.run_dir))[0])
+    with duckdb.connect() as con:
         for file in find_files([config.query]):
             require_free(open_file(con, file).columns, taken, file)
 

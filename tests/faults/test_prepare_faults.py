@@ -344,7 +344,6 @@ def test_schema_that_is_no_yaml(tmp_path: Path):
         ({}, {"max_task_rows": 9, "max_train_task_rows": 10}, "max_train_task_rows is 10: must be at most"),
         ({}, {"min_task_rows": 9, "max_train_task_rows": 8}, "max_train_task_rows is 8: must be at least 9"),
         ({}, {"max_task_rows_keep": "last"}, "set max_task_rows too"),
-        ({}, {"min_task_rows": 0}, "min_task_rows is 0: must be at least 1"),
         ({"time": None}, {"max_task_rows": 9, "max_task_rows_keep": "last"}, "add the key time"),
         ({}, {"label_threshold": 1e39}, "label_threshold is 1e+39: must be a finite number"),
     ],
@@ -353,6 +352,11 @@ def test_settings_that_do_not_go_together(
     tmp_path: Path, schema: dict[str, object], settings: dict[str, object], says: str
 ):
     refuse(make(tmp_path, lines(), {**SCHEMA, **schema}, **settings), says)
+
+
+def test_a_task_has_a_row():
+    with pytest.raises(ValueError, match="min_task_rows is 0: must be at least 1"):
+        PrepareConfig(out="pack", min_task_rows=0)
 
 
 @pytest.mark.parametrize("name", ["ml-100k", "ml-1m", "ml-1m-melu"])
