@@ -71,7 +71,7 @@ def _check_files(config: PredictConfig) -> None:
         for file in find_files([given]):
             if out.exists() and out.samefile(file):
                 raise ValueError(f"out {out} would overwrite {key} {file}: name another file")
-    taken = SCORES
+    taken: tuple[str, ...] = SCORES
     with suppress(ValueError):  # a run that cannot be read is told of when it is opened
         taken = score_columns(read_schema(Path(config.run_dir))[0])
     with duckdb.connect() as con:
