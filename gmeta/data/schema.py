@@ -500,21 +500,20 @@ def _data_schema(
             raise ValueError(f"schema: key {key!r} is missing: name the column")
     for key in ("task", "label", "time", "item", "partition", "role", "weight", "scenario"):
         require_type(entry, key, (str, type(None)), "schema", "a column name")
-    read = [*(f.name for f in features), *(c.name for c in numeric), *(s.name for s in sequences)]
+    vectors = _vectors(entry)
+    entry.pop("vector", None)
+    names = [*(f.name for f in features), *(c.name for c in numeric), *(s.name for s in sequences)]
+    read = dict.fromkeys(names, "feature")
+    read |= dict.fromkeys((vector.name for vector in vectors), "vector")
     for name in [label.name for label in entry.get("labels", ())] or [entry["label"]]:
         if name == entry.get("weight"):
             raise ValueError(f"schema: {name!r} is the label and the weight: name the column of the weights")
         if name in read:
-            raise ValueError(f"schema: {name!r} is the label and a feature, so models would read it: take it out")
+            raise ValueError(f"schema: {name!r} is the label and a {read[name]}, so models would read it: take it out")
     if entry.get("label_threshold") is not None:
         require_number(entry, "label_threshold", "schema")
     require_type(entry, ITEM_STATISTICS, (bool,), "schema", "true or false")
     require_type(entry, "hash_seed", (int,), "schema", "a whole number")
-    vectors = _vectors(entry)
-    entry.pop("vector", None)
-    for name in [label.name for label in entry.get("labels", ())] or [entry["label"]]:
-        if name in [vector.name for vector in vectors]:
-            raise ValueError(f"schema: {name!r} is the label and a vector, so models would read it: take it out")
     lengths = {f.name: f.max_length for f in features}
     features = [
         replace(f, max_length=lengths.get(f.aligned)) if f.aligned is not None and f.max_length is None else f
