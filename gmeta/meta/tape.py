@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,14 +34,14 @@ class NotRecordable(Exception):
     """Says why a run is no list of operations on its inputs."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Recording:
     """One run: `program(*inputs, *constants)` in TorchScript, and the constants, what it read beside its inputs."""
 
     source: str
     constants: tuple[Tensor, ...]
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
         """Return a checksum of all but the constants' values: recordings with equal ones have one program."""
         shapes = [(tuple(constant.shape), constant.dtype) for constant in self.constants]
