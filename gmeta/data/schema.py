@@ -59,6 +59,7 @@ class Feature:
     table: str  # features of one table share vocabulary and embedding rows
     pooling: Pooling = "mean"  # of many-valued features; none: a model reads every value of a sequence
     aligned: str | None = None  # the sequence that it has as many values as, in every row
+    num_texts: int | None = None  # of values that are texts: ids from num_ids on are texts without embedding rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,7 +97,7 @@ def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) ->
     meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
     own = plain.learner
     learner = build_learner(
-        own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors, own.labels
+        own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors, own.labels, own.texts
     )
     return learner.to(plain.mesh.device, plain.dtype)
 

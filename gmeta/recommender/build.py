@@ -128,6 +128,7 @@ def new_learner(
     inputs, generated = inputs_of(config.model, schema), tuple(config.embedding.generator)
     model = make_model(config.model, schema, seed=config.seed, factory=factory)
     read = inputs.reading(features_of(model, inputs))
+    texts = inputs.texts_of(model)
     if generated:
         _require_one_valued(generated, schema)
         add_generators(model, read, config.embedding.generator, seed=config.seed)
@@ -136,7 +137,9 @@ def new_learner(
     fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
     features = {name: width for name, width in read.widths.items() if name in inputs.tables}
     labels = schema.labels
-    learner = build_learner(model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels)
+    learner = build_learner(
+        model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels, texts
+    )
     return learner.to(mesh.device, dtype)
 
 
@@ -173,11 +176,12 @@ def build_learner(
     sequences: Mapping[str, int],
     vectors: Mapping[str, int],
     labels: Sequence[LabelColumn] = (),
+    texts: Mapping[str, int] | None = None,
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features`, `num_numeric`, `sequences` and `vectors` say what the model reads, as in `MetaLearner`; `labels` are
-    several.
+    `features`, `num_numeric`, `sequences`, `vectors` and `texts` say what the model reads, as in `MetaLearner`;
+    `labels` are several.
     """
     modulator = None
     if meta.modulation != "none":
@@ -206,6 +210,7 @@ def build_learner(
         ),
         sequences=sequences,
         vectors=vectors,
+        texts=texts,
         loss=config.loss,
         labels=labels,
         modulator=modulator,
