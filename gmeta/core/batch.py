@@ -25,7 +25,7 @@ def mask_of(sequence: str) -> str:
     return f"{sequence}.mask"
 
 
-def text_of(name: str) -> str:
+def text_ids_of(name: str) -> str:
     """Return under which name a model finds which texts a feature or a sequence of texts has."""
     return f"{name}.text"
 
