@@ -152,6 +152,8 @@ def input_spec(
     item, scenario = (name if name in chosen else None for name in (schema.item, schema.scenario))
     rates = tuple(base_rate_of(label.mean, binary=label.loss == "bce") for label in schema.labels)
     tables = {name: schema.feature(name).table for name in chosen if name not in numbers and name not in vectors}
+    texts = {} if text_tables is None else text_tables
+    num_texts = {name: num for name in tables if (num := schema.feature(name).num_texts) is not None}
     whole = {name for name in tables if schema.feature(name).pooling == "none"}
     return InputSpec(
         {name: embedding_dim for name in tables if name not in whole},
@@ -163,8 +165,8 @@ def input_spec(
         tables,
         rates,
         {name: vectors[name] for name in chosen if name in vectors},
-        {name: num for name in tables if (num := schema.feature(name).num_texts) is not None},
-        text_tables or {},
+        {name: len(texts.get(schema.feature(name).table, range(num))) for name, num in num_texts.items()},
+        texts,
     )
 
 

@@ -346,7 +346,7 @@ class DirectEncoder:
         if feature.max_length is not None:
             lists = [values[-feature.max_length :] for values in lists]
         lists = [lists[row] for row in order.tolist()]
-        found = self._found(feature, [value for values in lists for value in values], oov=False)
+        found = self._found(feature, [value for values in lists for value in values], oov=feature.may_lack_elements)
         offsets = np.cumsum([0, *map(len, lists)])
         return None if found is None else (found, offsets)
 

@@ -28,6 +28,11 @@ _CELLS_IN_MEMORY = 1 << 20
 of values the joins themselves take longer, and they need less memory."""
 
 
+def looked_up_in(tables: Sequence[str], feature: RawFeature) -> str:
+    """Return the relation of values and ids: `vocab_<index>` of a table, or `texts_<index>` of one of texts."""
+    return f"{'texts' if feature.text else 'vocab'}_{tables.index(feature.table)}"
+
+
 def _id(
     schema: DataSchema,
     feature: RawFeature,
@@ -62,7 +67,7 @@ def encode(
 ) -> dict[str, Array]:
     """Encode the checked rows of `relation` in the total order `order`, SQL expressions over `relation` as b.
 
-    Values are looked up in the tables `vocab_<index>` of the connection or, where it is given, in `hashed` by table.
+    Values are looked up in the relations that `looked_up_in` names or, where it is given, in `hashed` by table.
 
     `relation` has the columns of `checked`, and `fold` (NULL outside training tasks) where the schema asks for item
     statistics. Numbers become those that `stored` says. Returns `ids` int32 [rows, one-valued features], `dense`
@@ -84,7 +89,7 @@ def encode(
         if feature.kind != "categorical":
             columns_sql.append((f"f{i}", f"len(b.f{i})", ""))
         elif f"f{i}" not in found:
-            vocab = (f"vocab_{tables.index(feature.table)}", f"v{i}")
+            vocab = (looked_up_in(tables, feature), f"v{i}")
             columns_sql.append((f"f{i}", *_id(schema, feature, f"b.f{i}", vocab, hashed)))
     columns_sql += [(f"s{i}", f"len(b.s{i})", "") for i in range(len(schema.numeric_sequence))]
     values = numeric_values(con, schema)
@@ -105,7 +110,7 @@ def encode(
         if feature.kind != "categorical":
             arrays[f"{feature.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"f{i}"])]).astype(np.int64)
             arrays[f"{feature.name}.values"] = _list_ids(
-                con, relation, schema, i, f"vocab_{tables.index(feature.table)}", order, hashed
+                con, relation, schema, i, looked_up_in(tables, feature), order, hashed
             )
     for i, sequence in enumerate(stored.numeric_sequence):
         arrays[f"{sequence.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"s{i}"])]).astype(np.int64)
@@ -180,7 +185,7 @@ def _look_up(
     raw = con.sql(f"SELECT {', '.join(f'f{i}' for i in features)} FROM {relation} b ORDER BY {order}").to_arrow_table()
     found = {}
     for i in features:
-        vocab = con.sql(f"SELECT value, id FROM vocab_{tables.index(schema.features[i].table)}").to_arrow_table()
+        vocab = con.sql(f"SELECT value, id FROM {looked_up_in(tables, schema.features[i])}").to_arrow_table()
         place = pc.index_in(raw[f"f{i}"], value_set=vocab["value"].combine_chunks(), skip_nulls=True)
         ids = np.append(vocab["id"].to_numpy(), OOV).astype(np.int32)
         found[f"f{i}"] = ids[pc.fill_null(place, len(vocab)).to_numpy()]

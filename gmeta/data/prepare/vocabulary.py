@@ -98,14 +98,14 @@ def make_vocabularies(
         for index, (table, features) in some:
             tell("building vocabularies", index, len(tables))
             first = features[0]
-            raw = RawTable(index, table, first.min_count, _values(schema, features, source))
+            raw = RawTable(index, table, first.min_count, counted_values(schema, features, source))
             num_ids[table] = 1 + (first.hash_buckets or make(con, raw))
     con.execute("DROP TABLE IF EXISTS some_columns; COMMIT")
     tell("building vocabularies", len(tables), len(tables))
     return num_ids
 
 
-def _values(schema: DataSchema, features: Sequence[RawFeature], source: str) -> str:
+def counted_values(schema: DataSchema, features: Sequence[RawFeature], source: str) -> str:
     """Return SQL of value and count: how often `source` holds each value that `features` have."""
     members = [(schema.features.index(f), f.kind) for f in features]
     values = " UNION ALL ".join(
