@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ class Titles(nn.Module):
         self.table = inputs.tables["item"]
         numbers = torch.tensor([number_of(text) for text in inputs.text_tables[self.table]])
         self.register_buffer("numbers", numbers, persistent=False)
+        self.num_given = len(numbers)
+
+    def add_texts(self, table: str, texts: Sequence[str]) -> None:
+        assert table == self.table
+        more = self.numbers.new_tensor([number_of(text) for text in texts])
+        self.numbers = torch.cat([self.numbers, more])
+
+    def forget_texts(self, table: str) -> None:
+        assert table == self.table
+        self.numbers = self.numbers[: self.num_given]
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
         own = self.numbers[embedded[text_ids_of("item")][..., :1]].to(dense.dtype)

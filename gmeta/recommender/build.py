@@ -208,6 +208,11 @@ def build_learner(
     `labels` are several.
     """
     modulator = None
+    if meta.modulation != "none" and texts:
+        raise ValueError(
+            f"meta.modulation is {meta.modulation!r}, and the model reads the texts of {min(texts)!r}: a modulator "
+            "sees embedding rows and numbers alone, not the texts of a support; leave it out"
+        )
     if meta.modulation != "none":
         modulator = build_modulator(
             meta.modulation,

@@ -48,7 +48,7 @@ def _id(
         seed = literal(f"{schema.hash_seed}|{feature.table}")
         bucket = f"1 + {md5_64(seed, value)} % {feature.hash_buckets}"
         return f"CAST(CASE WHEN {value} IS NULL THEN {OOV} ELSE {bucket} END AS INTEGER)", ""
-    if hashed is not None:
+    if hashed is not None and not feature.text:
         return hashed[feature.table].hash_of(value), ""
     table, alias = vocab
     join = f"LEFT JOIN {table} {alias} ON {alias}.value = {value}"
@@ -67,7 +67,7 @@ def encode(
 ) -> dict[str, Array]:
     """Encode the checked rows of `relation` in the total order `order`, SQL expressions over `relation` as b.
 
-    Values are looked up in the relations that `looked_up_in` names or, where it is given, in `hashed` by table.
+    Values are looked up in the relations of `looked_up_in` or, but for texts, in `hashed` by table where it is given.
 
     `relation` has the columns of `checked`, and `fold` (NULL outside training tasks) where the schema asks for item
     statistics. Numbers become those that `stored` says. Returns `ids` int32 [rows, one-valued features], `dense`
@@ -100,7 +100,8 @@ def encode(
         joins = " ".join(dict.fromkeys(join for _, _, join in part))
         found |= con.execute(f"SELECT {select} FROM {relation} b {joins} ORDER BY {order}").fetchnumpy()
     if hashed is not None:
-        found |= {f"f{i}": hashed[schema.features[i].table].ids_of(found[f"f{i}"]) for i in looked_up}
+        of_hashes = [i for i in looked_up if not schema.features[i].text]
+        found |= {f"f{i}": hashed[schema.features[i].table].ids_of(found[f"f{i}"]) for i in of_hashes}
     rows = len(next(iter(found.values())))
     arrays: dict[str, Array] = {"ids": np.empty((rows, 0), np.int32), "dense": np.empty((rows, 0), np.float32)}
     ids = [found[f"f{i}"] for i, f in enumerate(schema.features) if f.kind == "categorical"]
@@ -152,7 +153,9 @@ def with_item_vectors(
     out[there] = given.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, vector.dim)
     if not there.all():
         column = [f.name for f in stored.features if f.kind == "categorical"].index(str(stored.item))
-        out[~there] = item_vectors[vector.name].rows(ids[~there, column])
+        items = ids[~there, column]
+        known = np.where(items < stored.feature(str(stored.item)).num_ids, items, OOV)  # beyond are texts
+        out[~there] = item_vectors[vector.name].rows(known)
     return out
 
 
@@ -206,6 +209,6 @@ def _list_ids(
     elements = f"SELECT *, unnest(f{index}) AS value, generate_subscripts(f{index}, 1) AS place FROM {relation}"
     query = f"SELECT {found} AS id FROM ({elements}) b {join} ORDER BY {order}, b.place"
     ids: Array = con.execute(query).fetchnumpy()["id"]
-    if hashed is not None and feature.hash_buckets is None:
+    if hashed is not None and feature.hash_buckets is None and not feature.text:
         return hashed[feature.table].ids_of(ids)
     return ids.astype(np.int32)

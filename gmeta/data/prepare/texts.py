@@ -5,16 +5,18 @@ An embedding row needs training rows, and a text can be read without: so that it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gmeta.data.prepare.deal import dealt
 from gmeta.data.prepare.tasks import ShardJob
-from gmeta.data.prepare.vocabulary import counted_values
-from gmeta.data.schema import DataSchema, PackSchema
+from gmeta.data.prepare.vocabulary import HashedVocabulary, counted_values
+from gmeta.data.schema import OOV, DataSchema, PackSchema
 from gmeta.data.sources import Connection, scalar
 from gmeta.data.text_tables import further_texts_file
 
@@ -40,6 +42,31 @@ def learn_texts(
         num_texts[table] = num_ids + int(scalar(con, f"SELECT count(*) FROM further_texts_{index}"))
     found = (replace(feature, num_texts=num_texts.get(feature.table)) for feature in pack_schema.features)
     return replace(pack_schema, features=tuple(found))
+
+
+def place_texts(
+    con: Connection, schema: DataSchema, stored: PackSchema, relation: str, known: Mapping[str, HashedVocabulary]
+) -> dict[str, list[str]]:
+    """Make `texts_<index>` (value, id) of each table of texts, of what a relation of raw rows holds. Return table ->
+    the texts that are not `known`, whose ids go on from the number of texts.
+    """
+    new: dict[str, list[str]] = {}
+    for index, (table, features) in enumerate(schema.tables().items()):
+        if not features[0].text:
+            continue
+        values = f"({counted_values(schema, features, relation)})"
+        query = f"SELECT value, {known[table].hash_of('value')} AS hash FROM {values} ORDER BY value"
+        found = con.sql(query).to_arrow_table()
+        ids = known[table].ids_of(found["hash"].to_numpy())
+        unknown = ids == OOV
+        num_texts = stored.feature(features[0].name).num_texts
+        assert num_texts is not None, "the schemas of a run are of one pack"
+        ids[unknown] = num_texts + np.arange(int(unknown.sum()))
+        con.register("placed_texts", pa.table({"value": found["value"], "id": ids}))
+        con.execute(f"CREATE TEMP TABLE texts_{index} AS SELECT value, id FROM placed_texts")
+        con.unregister("placed_texts")
+        new[table] = found["value"].filter(pa.array(unknown)).to_pylist()
+    return new
 
 
 def write_further_texts(con: Connection, schema: DataSchema, directory: Path) -> None:
