@@ -42,11 +42,11 @@ _TEXTS_PER_SHARD = 4096
 
 
 class BAHE(nn.Module):
-    """[u_1, …, u_N, item, u_1 * item, …, all other inputs, numeric columns] -> ReLU layers -> a logit.
+    """[u_1, …, u_N, item, u_1 * item, …, text, all other inputs, numeric columns] -> ReLU layers -> a logit.
 
-    u_n is what the upper layers make of history n, and item what they make of the target's text alone. The target does
-    not stand in the history (Figure 1), so a user's states are the same for all candidates: they are computed once for
-    equal histories of a batch. Products with the item are ours.
+    u_n is what the upper layers make of history n, item what they make of the target's text alone, and text what they
+    read of it. The target does not stand in the history (Figure 1), so a user's states are the same for all candidates:
+    they are computed once for equal histories of a batch. The products and the text itself are ours.
 
     `encoder` is a folder as `open_encoder` takes it, of which `layers` are below the split. `target` names the feature
     with the item's text, `histories` the unpooled sequences of texts of the same vocabulary; without them, all that
@@ -116,7 +116,7 @@ class BAHE(nn.Module):
         self.high = _trained(opened.high, tune, rank)
         if direction != "own":
             self.high.span = replace(self.high.span, causal=direction == "causal")
-        dim = opened.dim
+        self.dim = dim = opened.dim
         self.recency = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
         self.user = user
         self.ask = nn.Linear(dim, dim, bias=False) if user == "target" else None
@@ -125,7 +125,7 @@ class BAHE(nn.Module):
         self.rows = nn.Linear(inputs.widths[self.target], dim, bias=False) if ids else None
         self.gate = nn.Linear(dim, 1) if ids else None
         self.num_numeric = inputs.num_numeric
-        width = (1 + 2 * len(self.histories)) * dim
+        width = (2 + 2 * len(self.histories)) * dim
         width += sum(inputs.widths[name] for name in self.others) + inputs.num_numeric
         widths = [width, *hidden]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
@@ -145,9 +145,9 @@ class BAHE(nn.Module):
         """Return logits [...], of several labels [..., K], from dense [..., F], the ids of texts [..., L], and [..., d]
         for each other feature.
         """
-        item = self._item(embedded)
+        item, text = self._item(embedded)
         users = self._users(embedded, item)
-        parts = [*users, item, *(user * item for user in users), *as_vectors(embedded, self.others)]
+        parts = [*users, item, *(user * item for user in users), text, *as_vectors(embedded, self.others)]
         if self.num_numeric:
             parts.append(dense)
         x = torch.cat(parts, -1)
@@ -156,12 +156,13 @@ class BAHE(nn.Module):
         logits = logits_of(self.output(x), self.num_labels)
         return logits if self.last is None else self.last(self.bases(item), logits)
 
-    def _item(self, embedded: dict[str, Tensor]) -> Tensor:
-        """Return the vector of the target's text [..., d]."""
+    def _item(self, embedded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the upper layers make of the target's text, and what they read of it, each [..., d]."""
         ids = embedded[text_ids_of(self.target)]
         rows = embedded[self.target].unsqueeze(-2).flatten(0, -3) if self.rows is not None else None
         read = self._read(ids.flatten(0, -2), rows, recent=False)
-        return read.spread(_mean(read.states, read.mask)).view(*ids.shape[:-1], -1)
+        item, text = (read.spread(_mean(part, read.mask)) for part in (read.states, read.kept))
+        return item.view(*ids.shape[:-1], self.dim), text.view(*ids.shape[:-1], self.dim)
 
     def _users(self, embedded: dict[str, Tensor], item: Tensor) -> list[Tensor]:
         """Return a vector [..., d] of each history; all of them go through the upper layers as one batch."""
@@ -181,7 +182,7 @@ class BAHE(nn.Module):
             users = read.spread(_last(read.states, read.mask))
         else:
             users = read.spread(_mean(read.states, read.mask))
-        return [part.view(*leading, -1) for part in users.chunk(len(self.histories))]
+        return [part.view(*leading, self.dim) for part in users.chunk(len(self.histories))]
 
     def _read(self, ids: Tensor, rows: Tensor | None, *, recent: bool) -> _Read:
         """Return the states of histories of texts, int64 [n, L], by the upper layers.
@@ -201,7 +202,7 @@ class BAHE(nn.Module):
             later = (ids > 0).flip(-1).cumsum(-1).flip(-1) - 1  # texts behind each one
             place_of = later.clamp(0, len(self.recency) - 1).gather(1, found.text)
             x = x + self.recency[place_of]
-        return _Read(self.high(x, found.mask), found.mask, place)
+        return _Read(self.high(x, found.mask), found.values * found.mask.unsqueeze(-1), found.mask, place)
 
     def add_texts(self, table: str, texts: Sequence[str]) -> None:
         """Encode texts that the model was made without; their ids go on from the last one."""
@@ -244,7 +245,8 @@ class BAHE(nn.Module):
 class _Read(NamedTuple):
     """What the upper layers make of distinct histories, and where each history is among them."""
 
-    states: Tensor  # [u, P, d]
+    states: Tensor  # [u, P, d], zeros where the mask is False
+    kept: Tensor  # [u, P, d], what was read, likewise
     mask: Tensor  # bool [u, P]
     place: Tensor | None  # int64 [n]; None: each is its own
 
