@@ -128,7 +128,7 @@ class RowExchange:
         mesh, traffic = self._mesh, CommStats(self._mesh.rank)
         rows: dict[str, Ints] = {name: request.rows[name].numpy() for name in self._tables}
         hops: dict[str, list[Hop]] = {name: [] for name in rows}
-        for stage in mesh.stages:
+        for stage in mesh.stages if rows else ():  # a model without tables asks for nothing
             size = len(stage.ranks)
             send = [
                 np.bincount(peer_of(rows[name], table, stage), minlength=size).tolist()
@@ -224,7 +224,7 @@ class RowExchange:
         U is counted by the peer asked. With two stages the second's U is what this rank asks for its whole node.
         """
         expected = CommStats(self._mesh.rank)
-        for depth, stage in enumerate(self._mesh.stages):
+        for depth, stage in enumerate(self._mesh.stages if routed.routes else ()):
             expected.counts.add(dict.fromkeys(stage.ranks, ID_BYTES * len(routed.routes)))
             for name, route in routed.routes.items():
                 table, asked = self._tables[name], dict(zip(stage.ranks, route.hops[depth].send, strict=True))

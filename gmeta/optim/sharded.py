@@ -68,6 +68,8 @@ class ReplicatedDense:
         """
         found = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self._module.named_parameters()}
         for name, parameter in self._module.named_parameters():
+            if not parameter.requires_grad:
+                continue
             state = self.optimizer.state.get(parameter) or first_state(self.optimizer, parameter)
             found |= {f"optimizer.{name}.{key}": v if v.dim() else v.view(1) for key, v in state.items()}
         return found
@@ -195,7 +197,8 @@ def open_dense(
         auto = AutoSharding(memory_bytes=memory_bytes, replicate=True, alltoall_bytes=alltoall_bytes)
         sharding = str(choose_strategies(module, optimizer, nodes, AUTO, auto, timeout_s=mesh.timeout_s)[""])
     if sharding == "NNN":
-        return ReplicatedDense(module, optimizer, mesh, (outer_reduce or GradientBuckets)(module.parameters(), mesh))
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        return ReplicatedDense(module, optimizer, mesh, (outer_reduce or GradientBuckets)(trained, mesh))
     if outer_reduce is not None:
         raise ValueError(
             f"an outer_reduce is given, and dense layers are sharded as {sharding}: it sums replicated gradients; use "

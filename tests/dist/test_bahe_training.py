@@ -1,0 +1,96 @@
+"""BAHE is a model like any other: it learns the same on any ranks and sharded, it resumes, is evaluated and predicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from commands import gmeta
+from encoders import WHY, tiny
+from harness import run_ranks
+from test_division import changing, run_divided
+from test_sharded_dense import placed
+from test_train import assert_same, config, run_steps
+from text_models import text_pack, text_rows
+
+from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.parallel.mesh import Mesh
+
+pytest.importorskip("transformers", reason=WHY)
+pytestmark = pytest.mark.dist
+
+
+def words(text: str) -> str:
+    """The text in words that the tiny tokenizer knows."""
+    number = sum(map(ord, text))
+    return f"w{4 + number % 50} w{4 + number // 50 % 50}" if number % 3 else f"w{4 + number % 50}"
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = text_rows()
+    last = [[words(text) for text in of] for of in rows["last"]]
+    return text_pack(tmp_path_factory.mktemp("texts"), item=[words(text) for text in rows["item"]], last=last)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("encoder") / "bert", "bert")
+
+
+def settings_of(pack: Path, encoder: Path, args: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    given = {"encoder": str(encoder), "layers": 2, "hidden": [6], "max_tokens": 8, "positions": 4, **(args or {})}
+    changes = {"meta": MetaConfig(adapt=["decision"], inner_lr=0.1), **changes}
+    return config(pack, model=ModelConfig(name="bahe", embedding_dim=4, args=given), **changes)
+
+
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"tune": "lora", "rank": 2, "vectors": 2},
+        pytest.param({"ids": True, "user": "target"}, marks=pytest.mark.slow),
+        pytest.param({"encode": "tokens"}, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_and_micro_batches_learn_the_same(pack: Path, encoder: Path, args: dict[str, Any], nproc: int) -> None:
+    settings = settings_of(pack, encoder, args)
+    expected = run_steps(Mesh(), settings, 2)
+    assert_same(run_ranks(nproc, run_steps, settings, 2)[0], expected, 1e-8)
+    if nproc == 2:
+        assert_same(run_ranks(2, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("nproc", "strategy"),
+    [(2, "GGG"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, "IIG"), (4, "NIG"), (1, "GGG")))],
+)
+def test_upper_layers_train_sharded(pack: Path, encoder: Path, nproc: int, strategy: str) -> None:
+    settings = settings_of(pack, encoder)
+    expected = run_steps(Mesh(), settings, 2)
+    found = run_ranks(nproc, run_steps, settings_of(pack, encoder, dense=placed(strategy)), 2)[0]
+    assert_same(found, expected, 1e-8)
+
+
+def test_without_embedding_rows_too(pack: Path, encoder: Path) -> None:
+    """A model of texts alone has no tables, and nothing to exchange."""
+    given = {"encoder": str(encoder), "layers": 2, "hidden": [6], "max_tokens": 8}
+    model = ModelConfig(name="bahe", embedding_dim=4, args=given, features=["item", "last"], numeric=False)
+    for adapt in ([], ["decision"]):
+        settings = config(pack, model=model, meta=MetaConfig(adapt=adapt))
+        assert_same(run_ranks(2, run_steps, settings, 2)[0], run_steps(Mesh(), settings, 2), 1e-8)
+
+
+def test_what_is_trained_is_evaluated_and_predicts(pack: Path, encoder: Path, tmp_path: Path) -> None:
+    """Predictions of raw rows, new texts among them, are those of the evaluation."""
+    run = tmp_path / "run"
+    args = f"{{encoder: {encoder}, layers: 2, hidden: [6], max_tokens: 8}}"
+    words = ["train", "--pack", pack, "--run_dir", run, "--model.name", "bahe", "--model.args", args]
+    gmeta(*words, "--meta.adapt", "[head]", "--schedule.epochs", 1, "--loader.tasks_per_batch", 20)
+    gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", "10")
+    found = pq.read_table(run / "predictions.parquet")
+    assert np.isfinite(found["after"].to_numpy()).all()
+    assert found["after"].to_numpy().std() > 0
