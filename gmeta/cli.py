@@ -228,6 +228,7 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
     - gender
     - {name: item_id, min_count: 2}                       # rarer values count as unknown
     - {name: device, hash_buckets: 10000, nulls: oov}     # hashed, no vocabulary; missing values are unknown
+    - {name: title, text: true}                           # texts, which a model that reads texts gets, new ones too
   multi: [{name: genres, separator: "|", pooling: mean}]  # several values a row
   sequence:                   # in order; the features of one table share its vocabulary and min_count
     - {name: last_items, separator: " ", max_length: 20, table: item_id, min_count: 2}

@@ -25,6 +25,11 @@ def mask_of(sequence: str) -> str:
     return f"{sequence}.mask"
 
 
+def text_ids_of(name: str) -> str:
+    """Return under which name a model finds which texts a feature or a sequence of texts has."""
+    return f"{name}.text"
+
+
 @dataclass(frozen=True, slots=True)
 class Bag:
     """The values of a many-valued feature. An empty bag pools to the zero vector. Sequences keep their order, and those

@@ -27,7 +27,7 @@ import xxhash
 from gmeta.core.files import sync, sync_folders
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
 from gmeta.data.item_vectors import array_name, open_item_vectors
-from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
+from gmeta.data.schema import Feature, PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.data.shards import (
     CHUNK_BYTES,
     CURE,
@@ -44,6 +44,7 @@ from gmeta.data.shards import (
     shard_layout,
     verified_file,
 )
+from gmeta.data.text_tables import TextTable, open_text_tables
 
 __all__ = ["PackSplit", "PackWriter", "TaskPack", "open_pack", "verify_pack"]
 
@@ -301,13 +302,13 @@ def _check_arrays(schema: PackSchema, arrays: Mapping[str, Array]) -> None:
             raise ValueError(f"array {name!r} is {array.dtype} {array.shape}, expected {dtype} {shape}")
     _check_tasks(arrays)
     for column, name in enumerate(one_valued(schema)):
-        _check_range(name, arrays["ids"][:, column], schema.feature(name).num_ids)
+        _check_range(name, arrays["ids"][:, column], _limit(schema.feature(name)))
     for name in ragged(schema):
         values, offsets = arrays[f"{name}.values"], arrays[f"{name}.offsets"]
         if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
             raise ValueError(f"{name}.offsets must rise from 0 to the number of values, {len(values)}")
     for name in many_valued(schema):
-        _check_range(name, arrays[f"{name}.values"], schema.feature(name).num_ids)
+        _check_range(name, arrays[f"{name}.values"], _limit(schema.feature(name)))
     aligned = [(f.name, f.aligned) for f in schema.features if f.aligned is not None]
     for name, other in (*aligned, *((c.name, c.aligned) for c in schema.numeric_sequence)):
         if not np.array_equal(arrays[f"{name}.offsets"], arrays[f"{other}.offsets"]):
@@ -344,6 +345,10 @@ def _check_tasks(arrays: Mapping[str, Array]) -> None:
     if bad.any():
         task = int(np.argmax(bad))
         raise ValueError(f"num_support of task {task} is {support[task]}: the task has {sizes[task]} rows")
+
+
+def _limit(feature: Feature) -> int:
+    return feature.num_ids if feature.num_texts is None else feature.num_texts
 
 
 def _check_range(name: str, values: Array, limit: int) -> None:
@@ -423,6 +428,12 @@ class TaskPack:
         """Return all files that raw rows are encoded with, after their checksums were verified."""
         entries = [*self.manifest["vocab"].values(), *self.manifest["others"]]
         return [verified_file(self.path, entry) for entry in entries if entry["file"].startswith("vocab/")]
+
+    def text_tables(self) -> dict[str, TextTable]:
+        """Return the texts of each table of texts, by id. A file is verified when its texts are first read."""
+        entries = [*self.manifest["vocab"].values(), *self.manifest["others"]]
+        verify = {Path(entry["file"]).name: partial(verified_file, self.path, entry) for entry in entries}
+        return open_text_tables(self.path / "vocab", self.schema, verify)
 
     def tasks_file(self) -> Path:
         """Return the Parquet file (task_id, key, split), after its checksum was verified."""

@@ -12,9 +12,9 @@ Pooling = Literal["sum", "mean", "none"]
 
 _MANY = ("name", "table", "min_count", "hash_buckets", "nulls", "separator")
 FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
-    "categorical": ("name", "table", "min_count", "hash_buckets", "nulls"),
+    "categorical": ("name", "table", "min_count", "hash_buckets", "nulls", "text"),
     "multi": (*_MANY, "pooling"),
-    "sequence": (*_MANY, "pooling", "max_length", "aligned"),
+    "sequence": (*_MANY, "pooling", "max_length", "aligned", "text"),
 }
 _NUMERIC_KEYS = ("name", "log", "nulls")
 _NUMERIC_SEQUENCE_KEYS = ("name", "aligned", "log", "nulls", "separator")
@@ -34,6 +34,12 @@ class RawFeature:
     pooling: Pooling = "mean"
     max_length: int | None = None  # keeps the last values of a sequence
     aligned: str | None = None  # another sequence, which has as many values in every row
+    text: bool = False  # its values are texts, which a model may read
+
+    @property
+    def may_lack_elements(self) -> bool:
+        """Say whether an element of a list may be missing: an item without a text is a part of a history too."""
+        return self.text and self.nulls == "oov"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,11 @@ def read_feature(value: Any, kind: Kind, where: str) -> RawFeature:
     if "aligned" in entry:
         entry.setdefault("pooling", "none")
     require_choice(entry, "pooling", poolings_of(kind), where)
+    require_type(entry, "text", (bool,), where, "true or false")
+    if entry.get("text") and "hash_buckets" in entry:
+        raise ValueError(f"{where}: text needs a vocabulary, which holds the texts: leave hash_buckets out")
+    if entry.get("text") and kind == "sequence" and entry.get("pooling") != "none":
+        raise ValueError(f"{where}: text needs `pooling: none`: a model reads the texts of a sequence one by one")
     return RawFeature(**{"kind": kind, "table": entry["name"], **entry})
 
 

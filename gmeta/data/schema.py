@@ -59,6 +59,7 @@ class Feature:
     table: str  # features of one table share vocabulary and embedding rows
     pooling: Pooling = "mean"  # of many-valued features; none: a model reads every value of a sequence
     aligned: str | None = None  # the sequence that it has as many values as, in every row
+    num_texts: int | None = None  # of values that are texts: ids from num_ids on are texts without embedding rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +217,8 @@ def _require_labels(labels: Sequence[LabelColumn], first: str) -> None:
 
 def _told(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
-    features = [{k: v for k, v in f.items() if k != "aligned" or v is not None} for f in entry["features"]]
+    usual = {"aligned": None, "num_texts": None, "text": False}
+    features = [{k: v for k, v in f.items() if k not in usual or v != usual[k]} for f in entry["features"]]
     new = ("role", "weight", "scenario", "labels", "numeric_sequence", "vector")
     return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
 
@@ -237,6 +239,8 @@ def _encoded(value: Any, where: str) -> Feature:
     require_choice(entry, "pooling", poolings_of(entry["kind"]), where)
     require_count(entry, "num_ids", where)
     require_type(entry, "aligned", (str, type(None)), where, "the name of a sequence")
+    if (texts := entry.get("num_texts")) is not None and not (is_whole_number(texts) and texts >= entry["num_ids"]):
+        raise ValueError(f"{where}.num_texts is {texts!r}: must be a whole number of at least num_ids")
     return Feature(**entry)
 
 
@@ -336,6 +340,12 @@ class DataSchema:
                     raise ValueError(
                         f"schema: {first.name!r} and {other.name!r} share table {first.table!r} but differ in "
                         "min_count or hash_buckets: give both the same values"
+                    )
+                if first.text != other.text:
+                    of_text, plain = (first, other) if first.text else (other, first)
+                    raise ValueError(
+                        f"schema: {of_text.name!r} and {plain.name!r} share table {first.table!r}, and only the first "
+                        "has text: true: say it of both, or give them tables of their own"
                     )
 
     def _check_aligned(self, column: RawFeature | RawNumericSequence, to: str) -> None:

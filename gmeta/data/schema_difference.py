@@ -11,7 +11,8 @@ from gmeta.data.schema import PackSchema
 
 def without_sizes(schema: PackSchema) -> PackSchema:
     """Return a schema without what grows from day to day: numbers of ids, and the vocabularies that they are of."""
-    return replace(schema, features=tuple(replace(feature, num_ids=1) for feature in schema.features), identity=None)
+    features = (replace(f, num_ids=1, num_texts=None if f.num_texts is None else 1) for f in schema.features)
+    return replace(schema, features=tuple(features), identity=None)
 
 
 def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
@@ -32,6 +33,11 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
         if n in other
         for field in ("kind", "num_ids", "table", "pooling", "aligned")
         if getattr(mine[n], field) != getattr(other[n], field)
+    ]
+    lines += [
+        f"feature {n!r} {'has no texts' if other[n].num_texts is None else 'has texts'}, expected the contrary"
+        for n in mine
+        if n in other and (mine[n].num_texts is None) != (other[n].num_texts is None)
     ]
     lines += _columns_difference(ours.numeric, theirs.numeric, "numeric column")
     lines += _columns_difference(ours.numeric_sequence, theirs.numeric_sequence, "numeric sequence")

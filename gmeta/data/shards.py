@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples, mask_of
+from gmeta.core.batch import Bag, Examples, mask_of, text_ids_of
 from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
-from gmeta.data.order import keyed_hash
-from gmeta.data.schema import PackSchema
+from gmeta.data.row_matrix import redrawn_rows, row_matrix
+from gmeta.data.schema import OOV, PackSchema
 
 CURE = "run `gmeta prepare` again, or restore the file"
 
@@ -222,6 +222,7 @@ class PackSplit:
         self._schema = schema
         self._one_valued = one_valued(schema)
         self._many_valued = many_valued(schema)
+        self._texts = {f.name: f.num_ids for f in schema.features if f.num_texts is not None}
         self._sequences = tuple(f.name for f in schema.features if f.pooling == "none")
         self._task_bounds = np.cumsum([0, *(shard.num_tasks for shard in shards)])
         self._row_bounds = np.cumsum([0, *(shard.num_rows for shard in shards)])
@@ -291,9 +292,13 @@ class PackSplit:
     def feature_ids(self, name: str) -> Array:
         """Return all ids of one feature: int32 [rows], or [values] of a many-valued one."""
         if name in self._many_valued:
-            return self._column(f"{name}.values")
+            return self._known(name, self._column(f"{name}.values"))
         column = self._one_valued.index(name)
-        return _joined([shard.read("ids")[:, column] for shard in self._shards])
+        return self._known(name, _joined([shard.read("ids")[:, column] for shard in self._shards]))
+
+    def _known(self, name: str, ids: Array) -> Array:
+        """Return a feature's ids as an embedding table has them: a text that has no row there is unknown."""
+        return np.where(ids < self._texts[name], ids, OOV).astype(ids.dtype) if name in self._texts else ids
 
     def numeric_column(self, number: int) -> Array:
         """Return one standardised numeric column, float32 [rows], in the order of the schema's columns."""
@@ -402,13 +407,14 @@ class PackSplit:
         (seed, epoch, row) alone; rows keep their stored order within either side.
         """
         if redraw is None:
-            support_row = _row_matrix(at.start, at.num_support)
-            query_row = _row_matrix(at.start + at.num_support, at.num_query)
+            support_row = row_matrix(at.start, at.num_support)
+            query_row = row_matrix(at.start + at.num_support, at.num_query)
         else:
-            support_row, query_row = _redraw(at.start, at.num_support, at.num_rows, *redraw)
+            support_row, query_row = redrawn_rows(at.start, at.num_support, at.num_rows, *redraw)
         cells = self._cells(at.shard, np.concatenate([support_row, query_row], axis=1))
         ids, dense, label, item_cold = (cells.column(name) for name in ("ids", "dense", "label", "item_cold"))
         bags = {name: cells.bag(name) for name in self._many_valued}
+        texts = self._take_texts(ids, bags)
         weight = None if self._schema.weight is None else cells.column("weight")
         numbers = {column.name: cells.bag(column.name) for column in self._schema.numeric_sequence}
         vectors = {
@@ -428,18 +434,32 @@ class PackSplit:
                 item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
                 weight=None if weight is None else torch.from_numpy(weight[:, columns].copy()),
                 given=_padded({name: bag.cut(columns) for name, bag in numbers.items()})
-                | {name: torch.from_numpy(vector[:, columns].copy()) for name, vector in vectors.items()},
+                | {name: torch.from_numpy(vector[:, columns].copy()) for name, vector in vectors.items()}
+                | {text_ids_of(name): _padded_ids(found, columns) for name, found in texts.items()},
             )
 
         S = support_row.shape[1]
         return side(support_row, slice(0, S)), side(query_row, slice(S, None)), torch.from_numpy(at.task_id.copy())
+
+    def _take_texts(self, ids: Array, bags: dict[str, _Bags]) -> dict[str, Array | _Bags]:
+        """Return the texts of ids [T, W, features] and of bags, where both then hold what an embedding table has."""
+        texts: dict[str, Array | _Bags] = {}
+        for name in self._texts:
+            if name in bags:
+                texts[name] = bags[name]
+                bags[name] = replace(bags[name], values=self._known(name, bags[name].values))
+            else:
+                column = self._one_valued.index(name)
+                texts[name] = ids[..., column].copy()
+                ids[..., column] = self._known(name, ids[..., column])
+        return texts
 
     def _vectors_of(self, shard: Shard, name: str, rows: Array) -> Array:
         """Return a vector of rows of a shard, [n, dim]: its own, or that of its item."""
         if array_name(name) in shard.arrays:
             return shard.read(array_name(name))[rows]
         item = self._one_valued.index(str(self._schema.item))
-        return shard.vectors[name].rows(shard.read("ids")[rows, item])
+        return shard.vectors[name].rows(self._known(self._one_valued[item], shard.read("ids")[rows, item]))
 
     def _column(self, name: str) -> Array:
         return _joined([shard.read(name) for shard in self._shards])
@@ -541,6 +561,13 @@ def _padded(bags: Mapping[str, Bag]) -> dict[str, Tensor]:
     return given
 
 
+def _padded_ids(found: Array | _Bags, columns: slice) -> Tensor:
+    """Return the texts of one side, int64 [T, S, L], 0 where there is none; L is 1 of a feature of one value."""
+    if isinstance(found, _Bags):
+        return _padded({"": found.cut(columns)})[""].squeeze(-1)
+    return torch.from_numpy(found[:, columns].astype(np.int64)).unsqueeze(-1)
+
+
 def _ranges(first: Array, length: Array) -> Array:
     """Return first[0], first[0] + 1, … (length[0] numbers), then those from first[1], and so on."""
     end = np.cumsum(length)
@@ -550,31 +577,6 @@ def _ranges(first: Array, length: Array) -> Array:
 
 def _joined(arrays: Sequence[Array]) -> Array:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
-def _row_matrix(start: Array, count: Array) -> Array:
-    """Return int64 [T, max(count)]: task t's row holds start[t], start[t] + 1, … and -1 beyond count[t]."""
-    column = np.arange(count.max(initial=0))
-    return np.where(column < count[:, None], start[:, None] + column, -1)
-
-
-def _redraw(start: Array, support: Array, rows: Array, seed: int, epoch: int) -> tuple[Array, Array]:
-    """Return support and query row matrices after a new draw of each task's support."""
-    first = np.cumsum(rows) - rows
-    task = np.repeat(np.arange(len(rows)), rows)
-    flat = np.arange(int(rows.sum())) - first[task] + start[task]
-    by_key = np.lexsort((keyed_hash(flat, seed, epoch), task))
-    rank = np.empty_like(flat)
-    rank[by_key] = np.arange(len(flat)) - first[task]
-    is_support = rank < support[task]
-    return _scatter_rows(flat[is_support], support), _scatter_rows(flat[~is_support], rows - support)
-
-
-def _scatter_rows(flat: Array, count: Array) -> Array:
-    """Return int64 [T, max(count)]: the first count[0] of `flat` in task 0's row, and so on; -1 beyond."""
-    out = np.full((len(count), count.max(initial=0)), -1, np.int64)
-    out[np.arange(out.shape[1]) < count[:, None]] = flat
-    return out
 
 
 def split_in_memory(arrays: Mapping[str, Array], schema: PackSchema) -> PackSplit:

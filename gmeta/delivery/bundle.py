@@ -19,6 +19,7 @@ from gmeta.data.prepare.base import IN_BUNDLE
 from gmeta.data.prepare.history import INCREMENT, LEFT_OUT_PARTS, TASKS, history_of_pack
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import verified_file
+from gmeta.data.text_tables import TextTable, open_text_tables
 from gmeta.delivery.smoke import add_smoke
 from gmeta.embedding.table import FusedTable, ShardedTables
 from gmeta.models.registry import is_foreign, source_hash
@@ -52,7 +53,8 @@ def make_bundle(config: BundleConfig) -> Bundle:
         for file in sorted((run_dir / "vocab").iterdir()):
             writer.add_file(file, f"vocab/{file.name}")
         _add_dense(writer, path, training=config.training, mesh=mesh)
-        for fused in _tables(trained, schema, mesh, training=config.training).values():
+        texts = open_text_tables(run_dir / "vocab", schema)
+        for fused in _tables(trained, schema, mesh, texts, training=config.training).values():
             _add_rows(writer, path, fused, mesh)
         pack, reason = _own_pack(run_dir, trained)
         if config.training and pack is not None:
@@ -129,8 +131,10 @@ def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) 
         writer.add_tensors(f"{TRAINING}dense.safetensors", moments)
 
 
-def _tables(config: TrainConfig, schema: PackSchema, mesh: Mesh, *, training: bool) -> dict[str, FusedTable]:
-    learner = new_learner(config, schema, mesh)
+def _tables(
+    config: TrainConfig, schema: PackSchema, mesh: Mesh, texts: Mapping[str, TextTable], *, training: bool
+) -> dict[str, FusedTable]:
+    learner = new_learner(config, schema, mesh, text_tables=texts)
     tables = ShardedTables(
         table_specs(schema, learner.features),
         mesh=mesh,

@@ -193,10 +193,12 @@ def _day(source: Path, pack: TaskPack) -> _Day:
 
 def _score(mesh: Mesh, config: GateConfig, source: Path, days: Sequence[_Day]) -> list[_Scored]:
     """Score the held-out tasks of some days by one version; collective. Nothing is returned on other ranks than 0."""
-    system, trained, step = load_system(source, "best", mesh, trust_model=config.trust_model)
-    name = version_of(source, step)
-    found = []
-    for day in days:
+    found: list[_Scored] = []
+    for number, day in enumerate(days):
+        if not number or day.pack.text_tables():  # a pack has texts of its own
+            texts = day.pack.text_tables()
+            system, trained, step = load_system(source, "best", mesh, trust_model=config.trust_model, text_tables=texts)
+            name = version_of(source, step)
         scores = score_split(
             system,
             day.split,

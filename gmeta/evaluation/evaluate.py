@@ -70,7 +70,9 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
         tuned = read_baseline_settings(Path(config.baseline_settings), run_dir, config.plain_run)
     if mesh.rank == 0:
         _warn_of_unknown_columns(pack, split)
-    system, trained, step = load_system(run_dir, config.checkpoint, mesh, trust_model=config.trust_model)
+    system, trained, step = load_system(
+        run_dir, config.checkpoint, mesh, trust_model=config.trust_model, text_tables=pack.text_tables()
+    )
     if pack.schema.labels and config.truth is not None:
         raise ValueError(f"truth is {config.truth}: it is of one label, and {pack.path} has several; leave it out")
     if config.relevant_label is not None and set(pack.schema.losses(trained.loss)) == {"bce"}:

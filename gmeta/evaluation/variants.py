@@ -72,7 +72,11 @@ def plain_network(
     """
     assert config.plain_run is not None
     plain, plain_config, step = load_system(
-        Path(config.plain_run), config.checkpoint, mesh, trust_model=config.trust_model
+        Path(config.plain_run),
+        config.checkpoint,
+        mesh,
+        trust_model=config.trust_model,
+        text_tables=pack.text_tables(),
     )
     if plain_config.meta.adapt:
         raise ValueError(f"plain_run {config.plain_run} was trained with meta.adapt {plain_config.meta.adapt}: need []")
@@ -97,7 +101,7 @@ def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) ->
     meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
     own = plain.learner
     learner = build_learner(
-        own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors, own.labels
+        own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors, own.labels, own.texts
     )
     return learner.to(plain.mesh.device, plain.dtype)
 

@@ -42,7 +42,8 @@ class MetaLearner(nn.Module):
 
     `features` has the embedding dimension of each feature that the model reads, `num_numeric` is the number of numeric
     columns that it is given. Of the features in `sequences` it reads all values, [..., L, d]; those that are not among
-    `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width. `loss` is the query's
+    `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width, and so are `texts`, by
+    their number. `loss` is the query's
     and, unless the inner loop has its own, the support's. With several `labels` the model returns a logit for each,
     [..., K], a task's loss is the sum of its mean losses of each label, in both loops, and `loss` is the first one's.
     A `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
@@ -65,6 +66,7 @@ class MetaLearner(nn.Module):
         *,
         sequences: Mapping[str, int] | None = None,
         vectors: Mapping[str, int] | None = None,
+        texts: Mapping[str, int] | None = None,
         loss: str = "bce",
         labels: Sequence[LabelColumn] = (),
         modulator: Modulator | None = None,
@@ -74,7 +76,7 @@ class MetaLearner(nn.Module):
         super().__init__()
         self.model = model
         self.features = dict(features)
-        self.sequences, self.vectors = dict(sequences or {}), dict(vectors or {})
+        self.sequences, self.vectors, self.texts = dict(sequences or {}), dict(vectors or {}), dict(texts or {})
         self.inner_loop = inner_loop
         self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
         self.loss_name = loss
@@ -94,7 +96,7 @@ class MetaLearner(nn.Module):
         self.modulator = modulator
         self.seed = seed
         stepping = replace(self.adapted, last_layer="")
-        examples = try_examples(model, self.features, num_numeric, self.sequences, self.vectors)
+        examples = try_examples(model, self.features, num_numeric, self.sequences, self.vectors, self.texts)
         examples = replace(examples, labels=tuple(label.name for label in labels))
         sizes = {} if modulator is None else modulator.sizes
         self.engine, self.engine_reason = choose_engine(model, stepping, examples, sizes, engine)
@@ -291,7 +293,7 @@ class MetaLearner(nn.Module):
         loop, rate = self.inner_loop, None
         steps = loop.steps if steps is None else steps
         if self.inner_lr is None or inner_lr is not None:
-            like = next(iter(rows.weights.values()))
+            like = next(iter((*rows.weights.values(), *self.model.parameters())))
             rate = loop.lr if inner_lr is None else inner_lr
             rates = like.new_full((steps, len(self.adapted.rates)), rate)
         elif steps <= loop.steps:
@@ -403,8 +405,7 @@ class MetaLearner(nn.Module):
         is their `index_query`.
         """
         given = _given_together((examples,))
-        shared = shared_rows(rows, index)
-        return Embedded(shared, index, next(iter(shared.values())).shape[:1], given).features
+        return Embedded(shared_rows(rows, index), index, (examples.mask.numel(),), given).features
 
     def _plain(
         self, rows: EmbeddedRows, batch: TaskBatch, plan: GatherPlan, key: BatchKey | None

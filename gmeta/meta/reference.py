@@ -7,12 +7,13 @@ left out, bags are pooled in a loop, and an adapted feature reads the task's own
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, mask_of
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout
@@ -102,7 +103,9 @@ def adapt(inner: InnerPass, rows: EmbeddedRows, support: Examples, plan: GatherP
 
 def score(inner: InnerPass, fast: FastWeights, rows: EmbeddedRows, query: Examples, plan: GatherPlan) -> Tensor:
     """Return the logits [T, Q] of examples of tasks that either engine adapted; they are 0 on padding."""
-    anchor = torch.stack([weight.sum() * 0 for weight in rows.weights.values()]).sum()  # keeps the graph when T = 0
+    anchor = query.label.new_zeros(())
+    for weight in rows.weights.values():  # keeps the graph when T = 0
+        anchor = anchor + weight.sum() * 0
     logits = []
     for task in range(fast.num_tasks):
         side = _Side(query, rows.query, task)
@@ -188,7 +191,9 @@ def _adapt_task(
     for step, rates in enumerate(inner.rates if len(side.positions) else ()):
         parameters = {name: value for (kind, name), value in state.items() if kind == "parameter"}
         tables = {name: value for (kind, name), value in state.items() if kind == "table"}
-        logits = _score_task(inner, rows, side, {**fixed, **parameters}, tables, step + 1)
+        # fused attention has no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if inner.second_order else nullcontext():
+            logits = _score_task(inner, rows, side, {**fixed, **parameters}, tables, step + 1)
         with torch.autocast(logits.device.type, enabled=False):
             losses = side.weight * inner.loss(logits, side.label)
             total = side.weight.sum(0)

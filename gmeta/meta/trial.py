@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmeta.core.batch import mask_of
+from gmeta.core.batch import mask_of, text_ids_of
 from gmeta.core.errors import UserCodeError
 from gmeta.meta.closed_form import finished, recording
 from gmeta.meta.dropout import SeededDropout, example_keys
@@ -89,7 +89,8 @@ class _Examples:
             more = [part if n not in self.plan.masks else _wider(part) for n, part in zip(names, parts, strict=True)]
             values[table] = torch.cat(more, 1)
         plan = replace(self.plan, masks={name: _wider(mask) for name, mask in self.plan.masks.items()})
-        sequences = {name for name in self.given if mask_of(name) in self.given or name.endswith(mask_of(""))}
+        ends = (mask_of(""), text_ids_of(""))
+        sequences = {name for name in self.given if mask_of(name) in self.given or name.endswith(ends)}
         given = {name: _wider(value) if name in sequences else value for name, value in self.given.items()}
         return replace(self, values=values, plan=plan, given=given)
 
@@ -246,7 +247,7 @@ def try_examples(
     num_numeric: int,
     sequences: Mapping[str, int] | None = None,
     vectors: Mapping[str, int] | None = None,
-    labels: tuple[str, ...] = (),
+    texts: Mapping[str, int] | None = None,
 ) -> _Examples:
     """Make six examples [6, ...] of random numbers, with features of one width side by side, as tables hold them.
 
@@ -267,8 +268,10 @@ def try_examples(
     for name in sequences.keys() - features.keys():
         given[name] = _noise(like.new_empty(number, 3, sequences[name]), 8) * mask.unsqueeze(-1).to(like.dtype)
         given[mask_of(name)] = mask
+    for name, count in (texts or {}).items():
+        given[text_ids_of(name)] = (torch.arange(number * 3, device=like.device).view(number, 3) * 5 % count) * mask
     keys = example_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
-    made = _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, given, (number,), labels)
+    made = _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, given, (number,))
     return replace(made, values={table: value * made.present(table) for table, value in values.items()})
 
 

@@ -21,6 +21,10 @@ class InputSpec:
     `embedded[name]` is [..., d] for each feature and each vector, and `dense` is [..., F]. For each sequence
     `embedded[name]` is [..., L, d] with zeros behind its values, and `embedded[name + ".mask"]` bool [..., L] is true
     for a value; L is the longest of the batch, at least 1, and a logit must not depend on it.
+
+    A model that reads texts names the features and sequences in its attribute `texts`. For each it gets
+    `embedded[name + ".text"]` int64 [..., L], with L = 1 of a feature: positions in `text_tables[tables[name]]`, and 0
+    where there is no text.
     """
 
     features: Mapping[str, int]  # name -> d, in the order of the pack
@@ -32,6 +36,8 @@ class InputSpec:
     tables: Mapping[str, str] = field(default_factory=dict)  # feature or sequence -> vocabulary, whose rows they share
     base_rates: tuple[float, ...] = ()  # of each of several labels, of which the model gives a logit each: [..., K]
     vectors: Mapping[str, int] = field(default_factory=dict)  # name -> width, of vectors that the data have
+    texts: Mapping[str, int] = field(default_factory=dict)  # feature or sequence of texts -> number of its texts
+    text_tables: Mapping[str, Sequence[str]] = field(default_factory=dict)  # vocabulary -> its texts, by id; 0 is none
 
     @property
     def num_labels(self) -> int:
@@ -64,6 +70,15 @@ class InputSpec:
             sequences={name: self.sequences[name] for name in names if name in self.sequences},
             vectors={name: self.vectors[name] for name in names if name in self.vectors},
         )
+
+    def texts_of(self, model: object) -> dict[str, int]:
+        """Return the number of texts of each name in the model's attribute `texts`. ValueError for an unknown one."""
+        names = tuple(getattr(model, "texts", ()))
+        for name in names:
+            if name not in self.texts:
+                known = nearest(str(name), self.texts) if self.texts else "the model's inputs have none"
+                raise ValueError(f"{type(model).__name__}.texts names {name!r}, no feature of texts: {known}")
+        return {name: self.texts[name] for name in names}
 
     @property
     def width(self) -> int:
@@ -110,8 +125,15 @@ def history_of(inputs: InputSpec, target: str = "", history: str = "") -> tuple[
     return target, history or of_table[0]
 
 
-def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, embedding_dim: int) -> InputSpec:
-    """Return the inputs that a pack offers; empty `features` means all.
+def input_spec(
+    schema: PackSchema,
+    *,
+    features: Sequence[str],
+    numeric: bool,
+    embedding_dim: int,
+    text_tables: Mapping[str, Sequence[str]] | None = None,
+) -> InputSpec:
+    """Return the inputs that a pack offers; empty `features` means all. `text_tables` are the texts of vocabularies.
 
     Raises ValueError for a feature that the pack lacks (with the nearest) or that is named twice, or without any.
     """
@@ -130,6 +152,8 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
     item, scenario = (name if name in chosen else None for name in (schema.item, schema.scenario))
     rates = tuple(base_rate_of(label.mean, binary=label.loss == "bce") for label in schema.labels)
     tables = {name: schema.feature(name).table for name in chosen if name not in numbers and name not in vectors}
+    texts = {} if text_tables is None else text_tables
+    num_texts = {name: num for name in tables if (num := schema.feature(name).num_texts) is not None}
     whole = {name for name in tables if schema.feature(name).pooling == "none"}
     return InputSpec(
         {name: embedding_dim for name in tables if name not in whole},
@@ -141,6 +165,8 @@ def input_spec(schema: PackSchema, *, features: Sequence[str], numeric: bool, em
         tables,
         rates,
         {name: vectors[name] for name in chosen if name in vectors},
+        {name: len(texts.get(schema.feature(name).table, range(num))) for name, num in num_texts.items()},
+        texts,
     )
 
 

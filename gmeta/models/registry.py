@@ -30,15 +30,16 @@ from gmeta.models.transformer import Transformer
 ModelFactory = Callable[..., nn.Module]
 """`(inputs: InputSpec, **args) -> nn.Module`."""
 
-MODELS: dict[str, ModelFactory] = {
+MODELS: dict[str, ModelFactory | str] = {
     "melu": MeLU,
     "dlrm": DLRM,
     "taste": Taste,
     "neural_linear": NeuralLinear,
     "din": DIN,
     "transformer": Transformer,
+    "bahe": "gmeta.text.bahe:BAHE",
 }
-"""Add a model: one file beside this one, and its line here."""
+"""Add a model: one file beside this one, and its line here. One of a floor above is named, and found when asked for."""
 
 
 def find_model(name: str) -> ModelFactory:
@@ -46,9 +47,10 @@ def find_model(name: str) -> ModelFactory:
 
     A module is looked for as Python does it, and in the current directory.
     """
-    if name in MODELS:
-        return MODELS[name]
-    module_name, colon, attribute = name.partition(":")
+    known = MODELS.get(name, name)
+    if not isinstance(known, str):
+        return known
+    module_name, colon, attribute = known.partition(":")
     if not colon:
         raise ValueError(
             f"model.name is {name!r}: {nearest(name, MODELS)} (your own model is named package.module:Class)"
@@ -98,7 +100,8 @@ def name_of(model: str | ModelFactory) -> str:
         main = sys.modules["__main__"]
         spec, script = getattr(main, "__spec__", None), getattr(main, "__file__", None)
         module = spec.name if spec is not None else Path(script).stem if script is not None else module
-    return f"{module}:{qualified}"
+    found = f"{module}:{qualified}"
+    return next((name for name, known in MODELS.items() if known == found), found)
 
 
 def can_be_found(name: str) -> bool:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.schema import LabelColumn, PackSchema
+from gmeta.data.text_tables import open_text_tables
 from gmeta.embedding.exchange import Exchange, RowExchange
 from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
 from gmeta.meta.inner_loop import InnerLoop
@@ -43,19 +45,34 @@ WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, 
 MakeExchange = Callable[[Mapping[str, FusedTable], Mesh, torch.dtype | None], Exchange]
 
 
-def inputs_of(config: ModelConfig, schema: PackSchema) -> InputSpec:
+TextTables: TypeAlias = Mapping[str, Sequence[str]]
+"""The texts of each table of texts, by id."""
+
+
+def inputs_of(config: ModelConfig, schema: PackSchema, text_tables: TextTables | None = None) -> InputSpec:
     """Return what the configured model reads of a pack."""
-    return input_spec(schema, features=config.features, numeric=config.numeric, embedding_dim=config.embedding_dim)
+    return input_spec(
+        schema,
+        features=config.features,
+        numeric=config.numeric,
+        embedding_dim=config.embedding_dim,
+        text_tables=text_tables,
+    )
 
 
 def make_model(
-    config: ModelConfig, schema: PackSchema, *, seed: int = 0, factory: ModelFactory | None = None
+    config: ModelConfig,
+    schema: PackSchema,
+    *,
+    seed: int = 0,
+    factory: ModelFactory | None = None,
+    text_tables: TextTables | None = None,
 ) -> nn.Module:
     """Return the configured model for a pack; errors as `find_model`, `resolved_args` and `build_model`."""
     name = config.name if factory is None else name_of(factory)
     factory = factory or find_model(name)
     args = resolved_args(factory, config.args, name)
-    return build_model(factory, inputs_of(config, schema), args, name=name, seed=seed)
+    return build_model(factory, inputs_of(config, schema, text_tables), args, name=name, seed=seed)
 
 
 def resolve_model(config: TrainConfig, factory: ModelFactory | None = None) -> TrainConfig:
@@ -76,16 +93,18 @@ def build_system(
     factory: ModelFactory | None = None,
     exchange: MakeExchange = RowExchange,
     training: bool = True,
+    text_tables: TextTables | None = None,
 ) -> System:
     """Build model, learner and tables with the config's seed.
 
     Without `training`, tables have no optimizer state, and their rows hold no numbers until a checkpoint is loaded.
     `factory` makes the model, where it is not the one that `model.name` names, and `exchange` the way that rows travel.
+    `text_tables` are the texts that a pack's ids stand for, for a model that reads texts.
     Collective: ranks get rank 0's buffers of the model.
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
-    learner = new_learner(config, schema, mesh, factory=factory)
+    learner = new_learner(config, schema, mesh, factory=factory, text_tables=text_tables)
     dtype, generated = row_dtype(config), tuple(config.embedding.generator)
     tables = ShardedTables(
         table_specs(schema, learner.features),
@@ -108,7 +127,12 @@ def build_system(
 
 
 def new_learner(
-    config: TrainConfig, schema: PackSchema, mesh: Mesh, *, factory: ModelFactory | None = None
+    config: TrainConfig,
+    schema: PackSchema,
+    mesh: Mesh,
+    *,
+    factory: ModelFactory | None = None,
+    text_tables: TextTables | None = None,
 ) -> MetaLearner:
     """Build model and learner without tables. Arguments and errors are those of `build_system`; collective."""
     if schema.labels and config.loss != schema.labels[0].loss:
@@ -125,9 +149,10 @@ def new_learner(
     dtype = row_dtype(config)
     if mesh.device.type == "cuda":
         torch.backends.cuda.matmul.fp32_precision = "tf32" if config.precision == "tf32" else "ieee"
-    inputs, generated = inputs_of(config.model, schema), tuple(config.embedding.generator)
-    model = make_model(config.model, schema, seed=config.seed, factory=factory)
+    inputs, generated = inputs_of(config.model, schema, text_tables), tuple(config.embedding.generator)
+    model = make_model(config.model, schema, seed=config.seed, factory=factory, text_tables=text_tables)
     read = inputs.reading(features_of(model, inputs))
+    texts = inputs.texts_of(model)
     if generated:
         _require_one_valued(generated, schema)
         add_generators(model, read, config.embedding.generator, seed=config.seed)
@@ -136,7 +161,9 @@ def new_learner(
     fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
     features = {name: width for name, width in read.widths.items() if name in inputs.tables}
     labels = schema.labels
-    learner = build_learner(model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels)
+    learner = build_learner(
+        model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels, texts
+    )
     return learner.to(mesh.device, dtype)
 
 
@@ -173,13 +200,19 @@ def build_learner(
     sequences: Mapping[str, int],
     vectors: Mapping[str, int],
     labels: Sequence[LabelColumn] = (),
+    texts: Mapping[str, int] | None = None,
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features`, `num_numeric`, `sequences` and `vectors` say what the model reads, as in `MetaLearner`; `labels` are
-    several.
+    `features`, `num_numeric`, `sequences`, `vectors` and `texts` say what the model reads, as in `MetaLearner`;
+    `labels` are several.
     """
     modulator = None
+    if meta.modulation != "none" and texts:
+        raise ValueError(
+            f"meta.modulation is {meta.modulation!r}, and the model reads the texts of {min(texts)!r}: a modulator "
+            "sees embedding rows and numbers alone, not the texts of a support; leave it out"
+        )
     if meta.modulation != "none":
         modulator = build_modulator(
             meta.modulation,
@@ -206,6 +239,7 @@ def build_learner(
         ),
         sequences=sequences,
         vectors=vectors,
+        texts=texts,
         loss=config.loss,
         labels=labels,
         modulator=modulator,
@@ -222,16 +256,20 @@ def load_system(
     factory: ModelFactory | None = None,
     trust_model: bool = False,
     mapped: bool = False,
+    text_tables: TextTables | None = None,
 ) -> tuple[System, TrainConfig, int]:
     """Build the system of a run's checkpoint `which`, or of a bundle, and load it without optimizer state; collective.
     Return them with the step.
 
     Which packs it can read, `runs.data` says. A run that names a model of somebody's own is opened with `factory`, or
-    with `trust_model`, which imports what the run names. With `mapped` a bundle's rows stay in its files. Raises
+    with `trust_model`, which imports what the run names. With `mapped` a bundle's rows stay in its files.
+    `text_tables` are those of a pack that is to be read; without them, texts are those that the source knows. Raises
     ValueError otherwise.
     """
     config = read_config(source)
     schema, _ = read_schema(source)
+    if text_tables is None:
+        text_tables = open_text_tables(source / "vocab", schema)
     if factory is None:
         require_trusted(config.model.name, f"{source} has", trust_model=trust_model)
     else:
@@ -239,14 +277,16 @@ def load_system(
     if is_bundle(source):
         bundle = open_bundle(source)
         exchange: MakeExchange = partial(MappedRows, bundle) if mapped else RowExchange
-        system = build_system(config, schema, mesh, factory=factory, exchange=exchange, training=False)
+        system = build_system(
+            config, schema, mesh, factory=factory, exchange=exchange, training=False, text_tables=text_tables
+        )
         if not mapped:
             bundle.fill_tables(system.tables)
         dense = system.dense_tensors()
         checkpoint.load_tensors(source, dense, mesh)
         return system, config, bundle.step
     path = open_checkpoint(source, which, mesh)
-    system = build_system(config, schema, mesh, factory=factory, training=False)
+    system = build_system(config, schema, mesh, factory=factory, training=False, text_tables=text_tables)
     checkpoint.load_tensors(path, system.tensors(), mesh)
     return system, config, checkpoint.step_of(path)
 

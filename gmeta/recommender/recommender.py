@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples, mask_of, to_device
+from gmeta.core.batch import Bag, Examples, mask_of, text_ids_of, to_device
 from gmeta.core.errors import require
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import cheapest_ends
@@ -31,6 +32,7 @@ from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import load_system, version_of
 from gmeta.recommender.mapped import MappedRows
+from gmeta.recommender.model_texts import ModelTexts
 from gmeta.runs import checkpoint as checkpoints
 from gmeta.runs.bundle import is_bundle
 from gmeta.runs.data import require_clicks, require_own_vocabularies
@@ -103,6 +105,7 @@ class Recommender:
         self.schema: PackSchema = schema
         self._data_schema = data_schema_from_json(data_schema)
         self._encoder = Encoder(data_schema, source / "vocab", schema)
+        self._texts = ModelTexts(self.system.learner, schema)
         self.version = version_of(source, step)
         if mapped:
             self.version += " mapped"
@@ -121,16 +124,20 @@ class Recommender:
         if encoded is None:
             return AdaptedTasks(self, (), np.zeros(0, np.int64), ())
         require_clicks(encoded.arrays["label"], self.config.loss, "support")
-        (at, split), parts = self._rows(encoded), []
-        for tasks in _chunks(at.num_support, at.num_query, split.cells_per_row(at)):
-            examples, _, _ = split.gather(at[tasks])
-            parts.append(self._adapt(examples))
-            require_finite(parts[-1], encoded.keys[tasks])
+        parts = []
+        with self._rows(encoded) as (at, split):
+            for tasks in _chunks(at.num_support, at.num_query, split.cells_per_row(at)):
+                examples, _, _ = split.gather(at[tasks])
+                parts.append(self._adapt(examples))
+                require_finite(parts[-1], encoded.keys[tasks])
         return AdaptedTasks(self, tuple(encoded.keys), at.num_support, tuple(parts))
 
     def record(self, programs: Programs, note: Callable[[str], None]) -> None:
         """Adapt and score by recorded programs from now on (see `gmeta.meta.recorded`); `note` is told where not."""
         system = self.system
+        if system.learner.texts:
+            note(f"passes are not recorded of a model that reads texts ({', '.join(system.learner.texts)})")
+            return
         if not isinstance(system.exchange, MappedRows) or system.mesh.device.type != "cpu" or system.autocast:
             note("passes are recorded of mapped bundles only, on a CPU, in one precision")
             return
@@ -184,11 +191,15 @@ class Recommender:
         of_support = [c for c in (schema.time, schema.weight) if support and c is not None]
         return as_arrow(table, role, needed, [*of_support, *schema.item_vectors()])
 
-    def _rows(self, encoded: EncodedTables) -> tuple[TaskRows, PackSplit]:
-        """Return where each task's rows lie, with as many support rows as the run keeps, in a split of them."""
-        split = split_in_memory(encoded.arrays, self.schema)
-        at = split.locate(np.arange(len(encoded.keys)))
-        return at.last_support(self.config.loader.max_support_rows), split
+    @contextmanager
+    def _rows(self, encoded: EncodedTables) -> Iterator[tuple[TaskRows, PackSplit]]:
+        """Give where each task's rows lie, with as many support rows as the run keeps, in a split of them. The model
+        knows their texts within the block.
+        """
+        with self._texts.known(encoded) as arrays:
+            split = split_in_memory(arrays, self.schema)
+            at = split.locate(np.arange(len(encoded.keys)))
+            yield at.last_support(self.config.loader.max_support_rows), split
 
     def _adapt(self, support: Examples) -> FastWeights:
         """Return the fast weights of padded examples, whose pairs name rows by their position in the table."""
@@ -282,15 +293,15 @@ class AdaptedTasks:
         parts, num_support = self.parts, self.num_support
         if (position == len(known)).any():
             parts, num_support = (*parts, rec._without_support(1)), np.append(num_support, 0)
-        at, split = rec._rows(encoded)
         logits = np.zeros((len(encoded.query_row), *rec._outputs))
-        for tasks in _chunks(num_support[position], at.num_query, split.cells_per_row(at)):
-            _, query, _ = split.gather(at[tasks])
-            fast = _chosen(parts, position[tasks])
-            if self.seed is not None:
-                fast = sampled_weights(fast, _noise(self.seed, encoded.keys[tasks], require_posterior(fast).mean))
-            found = rec._score(fast, query, deviation).cpu()
-            logits[encoded.query_row[query.row[query.mask].numpy()]] = found[query.mask].double().numpy()
+        with rec._rows(encoded) as (at, split):
+            for tasks in _chunks(num_support[position], at.num_query, split.cells_per_row(at)):
+                _, query, _ = split.gather(at[tasks])
+                fast = _chosen(parts, position[tasks])
+                if self.seed is not None:
+                    fast = sampled_weights(fast, _noise(self.seed, encoded.keys[tasks], require_posterior(fast).mean))
+                found = rec._score(fast, query, deviation).cpu()
+                logits[encoded.query_row[query.row[query.mask].numpy()]] = found[query.mask].double().numpy()
         return logits
 
     def state(self) -> dict[str, Any]:
@@ -368,6 +379,7 @@ def _no_examples(schema: PackSchema, num_tasks: int) -> Examples:
         item_cold=flags,
         weight=None if schema.weight is None else numbers,
         given={vector.name: numbers.new_zeros(num_tasks, 0, vector.dim) for vector in schema.vector}
+        | {text_ids_of(f.name): none.unsqueeze(-1) for f in schema.features if f.num_texts is not None}
         | {
             name: value
             for column in schema.numeric_sequence

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, lookups_of_parts, mask_of, to_device
+from gmeta.core.batch import (
+    EmbeddedRows,
+    Examples,
+    Lookup,
+    TaskBatch,
+    lookups_of_parts,
+    mask_of,
+    text_ids_of,
+    to_device,
+)
 from gmeta.core.modules import persistent_buffers
 from gmeta.data.schema import OOV
 from gmeta.embedding.exchange import Exchange, RoutedRequest
@@ -88,7 +97,7 @@ class System:
     def _given(self) -> set[str]:
         learner = self.learner
         sequences = learner.sequences.keys() - learner.features.keys()
-        return {*learner.vectors, *sequences, *map(mask_of, sequences)}
+        return {*learner.vectors, *sequences, *map(mask_of, sequences), *map(text_ids_of, learner.texts)}
 
     def _micro_batches(self, batch: TaskBatch, request: RowRequest, learner: MetaLearner) -> tuple[MicroBatch, ...]:
         device, work = self.mesh.device, _work(batch)

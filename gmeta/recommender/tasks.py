@@ -9,10 +9,10 @@ The scores are those of `rec.adapt(support).predict(candidates)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,8 @@ from torch import Tensor
 from gmeta.data.loader import MAX_CELLS
 from gmeta.data.order import bucket_by_size, ends_within
 from gmeta.data.prepare.encoder import EncodedTables
+from gmeta.data.prepare.new_texts import NewTexts, renumbered
+from gmeta.data.schema import PackSchema
 from gmeta.data.tables import TableLike
 from gmeta.meta.fast_weights import FastWeights, LinearSite, LowRankUpdate
 from gmeta.recommender.recommender import Recommender, require_finite
@@ -105,22 +107,22 @@ def adapt_tasks(
     """
     if not supports or (wanted is not None and not len(wanted)):
         return []
-    joined = join_tables(supports)
+    joined = join_tables(supports, rec.schema)
     chosen = np.arange(len(joined.keys)) if wanted is None else np.asarray(wanted, np.int64)
-    at, split = rec._rows(joined)
-    at = at[chosen]
     states: dict[int, TaskState] = {}
-    for tasks in _groups(at.num_support, at.num_query, split.cells_per_row(at)):
-        where = at[tasks]
-        fast = rec._adapt(split.gather(where)[0])
-        require_finite(fast, [joined.keys[task] for task in chosen[tasks].tolist()])
-        states |= zip(tasks.tolist(), split_states(fast, where.num_support), strict=True)
+    with rec._rows(joined) as (of_all, split):
+        at = of_all[chosen]
+        for tasks in _groups(at.num_support, at.num_query, split.cells_per_row(at)):
+            where = at[tasks]
+            fast = rec._adapt(split.gather(where)[0])
+            require_finite(fast, [joined.keys[task] for task in chosen[tasks].tolist()])
+            states |= zip(tasks.tolist(), split_states(fast, where.num_support), strict=True)
     return [states[task] for task in range(len(chosen))]
 
 
-def task_digests(support: EncodedTables) -> list[bytes]:
+def task_digests(support: EncodedTables, schema: PackSchema) -> list[bytes]:
     """Return a checksum of the rows of each task: equal rows in one model's encoding give equal states."""
-    arrays = support.arrays
+    arrays = _by_content(support, schema)
     starts = arrays["row_start"].tolist()
     digests = []
     for start, end in zip(starts, [*starts[1:], len(arrays["label"])], strict=True):
@@ -133,6 +135,15 @@ def task_digests(support: EncodedTables) -> list[bytes]:
                 digest.update(arrays[f"{name.removesuffix('.offsets')}.values"][array[start] : array[end]].tobytes())
         digests.append(digest.digest())
     return digests
+
+
+def _by_content(encoded: EncodedTables, schema: PackSchema) -> Mapping[str, NDArray[Any]]:
+    """Return arrays in which new texts have hashes for ids, which mean the same in all requests."""
+    tables = {feature.table for feature in schema.features if feature.num_texts is not None}
+    texts = {table: encoded.texts.get(table, []) for table in tables}
+    hashes = {table: [xxhash.xxh3_64_intdigest(text.encode()) for text in some] for table, some in texts.items()}
+    ids = {table: -1 - (np.array(some, np.uint64) >> np.uint64(1)).astype(np.int64) for table, some in hashes.items()}
+    return renumbered(encoded.arrays, schema, ids)
 
 
 def state_without_support(rec: Recommender) -> TaskState:
@@ -149,15 +160,15 @@ def score_tasks(
     """
     if not candidates:
         return []
-    joined = join_tables(candidates)
+    joined = join_tables(candidates, rec.schema)
     flat = [state for of_table in states for state in of_table]
-    at, split = rec._rows(joined)
     logits = np.zeros((len(joined.query_row), *rec._outputs))
     num_support = np.array([state.num_support for state in flat], np.int64)
-    for tasks in _groups(num_support, at.num_query, split.cells_per_row(at)):
-        _, query, _ = split.gather(at[tasks])
-        found = rec._score(join_states([flat[task] for task in tasks.tolist()]), query).cpu()
-        logits[query.row[query.mask].numpy()] = found[query.mask].double().numpy()
+    with rec._rows(joined) as (at, split):
+        for tasks in _groups(num_support, at.num_query, split.cells_per_row(at)):
+            _, query, _ = split.gather(at[tasks])
+            found = rec._score(join_states([flat[task] for task in tasks.tolist()]), query).cpu()
+            logits[query.row[query.mask].numpy()] = found[query.mask].double().numpy()
     scores = rec._predictions(torch.from_numpy(logits))
     out, start = [], 0
     for table in candidates:
@@ -266,15 +277,19 @@ def _groups(
             start = end
 
 
-def join_tables(tables: Sequence[EncodedTables]) -> EncodedTables:
-    """Return the tasks of all tables as those of one; there is at least one table."""
+def join_tables(tables: Sequence[EncodedTables], schema: PackSchema) -> EncodedTables:
+    """Return the tasks of all tables as those of one; there is at least one table. `schema` is that of their rows."""
     if len(tables) == 1:
         return tables[0]
     arrays: dict[str, NDArray[np.generic]] = {}
     sizes = [len(table.arrays["label"]) for table in tables]
     first_row = np.cumsum([0, *sizes[:-1]])
+    new, of_tables = NewTexts(schema), []
+    for table in tables:
+        ids = {name: np.array([new.id_of(name, text) for text in texts]) for name, texts in table.texts.items()}
+        of_tables.append(renumbered(table.arrays, schema, ids))
     for name in tables[0].arrays:
-        parts = [table.arrays[name] for table in tables]
+        parts = [found[name] for found in of_tables]
         if name == "row_start":
             parts = [part + start for part, start in zip(parts, first_row, strict=True)]
         elif name.endswith(".offsets"):
@@ -282,7 +297,7 @@ def join_tables(tables: Sequence[EncodedTables]) -> EncodedTables:
         arrays[name] = np.concatenate(parts)
     keys = [key for table in tables for key in table.keys]
     arrays["task_id"] = np.arange(len(keys))
-    return EncodedTables(keys, arrays, np.concatenate([table.query_row for table in tables]))
+    return EncodedTables(keys, arrays, np.concatenate([table.query_row for table in tables]), new.lists())
 
 
 def _shifted(offsets: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:

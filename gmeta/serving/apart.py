@@ -50,7 +50,7 @@ def encode_request(rec: Recommender, query: Query, table: TableLike, part: Part)
             f"the tasks' {part} differ in the types of values in {len(alike)} ways: send one type a column"
         )
     found = [one for group in alike.values() for one in _halved(rec, query, table, group, part)]
-    joined = join_tables([encoded for encoded, _ in found])
+    joined = join_tables([encoded for encoded, _ in found], rec.schema)
     if part == "support":
         return joined
     return replace(joined, query_row=np.concatenate([of_part[encoded.query_row] for encoded, of_part in found]))

@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gmeta.data.prepare.encoder import EncodedTables
-from gmeta.data.schema import OOV
+from gmeta.data.schema import OOV, PackSchema
+from gmeta.data.shards import one_valued
 from gmeta.data.tables import TableLike
 from gmeta.recommender.tasks import TaskState, adapt_tasks, encode_rows, encode_together, score_tasks, task_digests
 from gmeta.serving.apart import encode_request, split_tasks
@@ -137,7 +138,7 @@ class Engine:
         wanted: list[tuple[int, ScoringJob, str, bytes]] = []
         tables, start = [], 0
         for part in [*parts, *self._kept(version, jobs, states)]:
-            digests = task_digests(part.table)
+            digests = task_digests(part.table, version.rec.schema)
             for job, tasks in zip(part.jobs, part.tasks, strict=True):
                 for place in range(tasks.start, tasks.stop):
                     key, digest = part.table.keys[place], digests[place]
@@ -195,7 +196,7 @@ class Engine:
         for part, scores in zip(parts, score_tasks(version.rec, tables, of_tables), strict=True):
             for job, rows in zip(part.jobs, part.rows, strict=True):
                 job.scores = scores[rows]
-        self._metrics.count_ids(*_unknown(tables))
+        self._metrics.count_ids(*_unknown(tables, version.rec.schema))
 
     def _keep(
         self, version: Version, job: ScoringJob, keys: Sequence[str], states: Mapping[tuple[ScoringJob, str], TaskState]
@@ -228,10 +229,11 @@ class Engine:
         self._metrics.observe(stage, time.perf_counter() - start)
 
 
-def _unknown(tables: Sequence[EncodedTables]) -> tuple[int, int]:
-    """Return how many ids the candidates have, and how many of them are unknown."""
+def _unknown(tables: Sequence[EncodedTables], schema: PackSchema) -> tuple[int, int]:
+    """Return how many ids the candidates have, and how many of them are unknown: texts without a row among them."""
     ids = [table.arrays["ids"] for table in tables]
-    return sum(part.size for part in ids), sum(int((part == OOV).sum()) for part in ids)
+    limits = np.array([schema.feature(name).num_ids for name in one_valued(schema)])
+    return sum(part.size for part in ids), sum(int(((part == OOV) | (part >= limits)).sum()) for part in ids)
 
 
 def _runs(sizes: Sequence[int]) -> list[slice]:

@@ -247,6 +247,11 @@ def require_exportable_model(rec: Recommender) -> None:
             f"the model reads {min(carried)!r}, vectors or numbers that exported graphs have no input for yet; serve "
             "the run with gmeta.load, or train without it (model.features)"
         )
+    if learner.texts:
+        raise ValueError(
+            f"the model reads the texts of {min(learner.texts)!r}, which exported graphs have no input for yet; serve "
+            "the run with gmeta.load or gmeta serve"
+        )
     if rec.system.learner.modulator is not None:
         kind = rec.config.meta.modulation
         raise ValueError(

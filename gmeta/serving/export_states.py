@@ -152,12 +152,12 @@ def _write_part(rec: Recommender, encoded: EncodedTables, kind: str, file: Path)
 
 
 def _adapted(rec: Recommender, encoded: EncodedTables) -> Iterator[tuple[list[str], NDArray[np.int64], FastWeights]]:
-    at, split = rec._rows(encoded)
-    for tasks in _chunks(at.num_support, at.num_query, split.cells_per_row(at)):
-        support, _, _ = split.gather(at[tasks])
-        fast, keys = rec._adapt(support), encoded.keys[tasks]
-        require_finite(fast, keys)
-        yield keys, at.num_support[tasks], fast
+    with rec._rows(encoded) as (at, split):
+        for tasks in _chunks(at.num_support, at.num_query, split.cells_per_row(at)):
+            support, _, _ = split.gather(at[tasks])
+            fast, keys = rec._adapt(support), encoded.keys[tasks]
+            require_finite(fast, keys)
+            yield keys, at.num_support[tasks], fast
 
 
 def _vectors(fast: FastWeights) -> tuple[dict[str, pa.Array], dict[str, Any]]:

@@ -31,6 +31,7 @@ from gmeta.evaluation.score import score_split, to_predictions
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import load_system
+from gmeta.recommender.model_texts import ModelTexts
 from gmeta.recommender.system import System
 from gmeta.runs.data import require_clicks, require_own_vocabularies
 from gmeta.runs.directory import read_config, read_schema
@@ -88,6 +89,7 @@ class _Scorer:
     schema: PackSchema
     system: System
     encoder: Encoder
+    texts: ModelTexts
     parts: DealtParts
 
     @property
@@ -101,14 +103,15 @@ class _Scorer:
         """
         found = self.encoder.dealt(self.parts.files(number), query=True)
         require_clicks(found.arrays["label"], self.trained.loss, self.config.support)
-        split = split_in_memory(found.arrays, self.schema)
-        scores = score_split(
-            self.system,
-            split,
-            tasks_per_batch=self.config.tasks_per_batch,
-            max_support_rows=self.trained.loader.max_support_rows,
-            before=self.config.before,
-        )
+        with self.texts.known(found) as arrays:
+            split = split_in_memory(arrays, self.schema)
+            scores = score_split(
+                self.system,
+                split,
+                tasks_per_batch=self.config.tasks_per_batch,
+                max_support_rows=self.trained.loader.max_support_rows,
+                before=self.config.before,
+            )
         assert scores is not None  # the system knows no other rank
         row = found.query_row[scores.row]
         order = np.argsort(row)
@@ -140,7 +143,8 @@ def predict_on(config: PredictConfig, mesh: Mesh) -> None:
         on_rank_0((folder / _RESULTS).mkdir, mesh)
         parts = open_parts(folder)
         encoder = Encoder(data_schema, run_dir / "vocab", schema, parts.all_files())
-        scorer = _Scorer(config, trained, schema, system, encoder, parts)
+        texts = ModelTexts(system.learner, schema)
+        scorer = _Scorer(config, trained, schema, system, encoder, texts, parts)
         counts = sum_over_parts(parts, mesh, scorer.num_counts, scorer.score)
         on_rank_0(partial(_finish, config, schema, folder, counts, step), mesh)
 

@@ -5,6 +5,7 @@ Nothing in such a folder is run: weights are read as safetensors alone, the toke
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,13 @@ def require_encoder(folder: Path) -> dict[str, Any]:
             f"AutoTokenizer.from_pretrained(…).save_pretrained({str(folder)!r})"
         )
     return read_mapping(folder / "config.json", "restore the file")
+
+
+def copy_encoder(folder: Path, to: Path) -> None:
+    """Copy what an encoder is made of: its config, weights and tokenizer, no other file."""
+    to.mkdir(parents=True, exist_ok=True)
+    for path in (folder / "config.json", folder / "tokenizer.json", *_weight_files(folder)):
+        shutil.copyfile(path, to / path.name)
 
 
 def digest_of(folder: Path) -> str:

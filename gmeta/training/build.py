@@ -115,7 +115,9 @@ def build_run(
     pack, older = open_pack(config.pack), open_pack(config.replay.pack) if config.replay.pack else None
     if older is not None:
         require_older(pack, older)
-    system = build_system(config, pack.schema, mesh, factory=factory, exchange=parts.exchange)
+    system = build_system(
+        config, pack.schema, mesh, factory=factory, exchange=parts.exchange, text_tables=pack.text_tables()
+    )
     loader = _open_loader(config, pack, older, system, parts.loader_arguments)
     total = config.schedule.epochs * loader.batches_per_epoch
     total = min(total, config.schedule.max_steps or total)

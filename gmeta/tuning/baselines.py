@@ -177,7 +177,8 @@ def _tune_finetuning(
     run_dir, meta, metric = Path(config.plain_run), config.train.meta, config.train.schedule.metric
     # The command named this model, so that its code may run.
     trusted = read_config(run_dir).model.name == config.train.model.name
-    system, plain, _ = load_system(run_dir, "best", mesh, trust_model=trusted)
+    texts = pack.text_tables()
+    system, plain, _ = load_system(run_dir, "best", mesh, trust_model=trusted, text_tables=texts)
     learners: dict[str, MetaLearner] = {}
 
     def learner(adapt: list[str], prior: float) -> MetaLearner:

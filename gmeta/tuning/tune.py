@@ -157,7 +157,7 @@ def _checked(config: TrainConfig, pack: TaskPack, source: str, tried: set[str]) 
         config = resolve_model(config)
         model = repr((config.loss, config.precision, config.model, replace(config.meta, inner_lr=0.0, inner_prior=0.0)))
         if model not in tried:
-            new_learner(config, pack.schema, local_mesh("cpu"))
+            new_learner(config, pack.schema, local_mesh("cpu"), text_tables=pack.text_tables())
             tried.add(model)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error.__cause__

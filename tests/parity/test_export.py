@@ -127,8 +127,8 @@ def gathered(rec: api.Recommender, candidates: pa.Table) -> tuple[list[str], Exa
     """Candidates [T, Q] in the run's encoding, and the row of each among `candidates`."""
     encoded = rec._encode(candidates, "candidates")
     assert encoded is not None
-    at, split = rec._rows(encoded)
-    _, query, _ = split.gather(at)
+    with rec._rows(encoded) as (at, split):
+        _, query, _ = split.gather(at)
     return encoded.keys, query, encoded.query_row[query.row.numpy()]
 
 

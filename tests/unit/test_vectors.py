@@ -181,7 +181,11 @@ def test_supports_that_differ_in_a_vector_are_two(folder: Path) -> None:
     rec, (support, _) = package.load(folder / "bundle"), support_and_query(1)
     pictures = support["picture"].to_pylist()
     other = support.set_column(support.column_names.index("picture"), "picture", [[[9.0, 9.0], *pictures[1:]]])
-    found = [task_digests(encode_rows(rec, table, "support")) for table in (support, support, other)]  # type: ignore[arg-type]
+    found = []
+    for table in (support, support, other):
+        encoded = encode_rows(rec, table, "support")
+        assert encoded is not None
+        found.append(task_digests(encoded, rec.schema))
     assert found[0] == found[1]
     assert found[0] != found[2]
 

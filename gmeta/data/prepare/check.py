@@ -305,7 +305,9 @@ class _Columns:
         if found is None:
             raise unfit(self.part, feature.name, feature.kind, "its elements must be texts or whole numbers")
         text, element_checks = found
-        bad = [*element_checks, (f"({text}) IS NULL", "has a missing element")]
+        bad = element_checks
+        if not feature.may_lack_elements:
+            bad = [*element_checks, (f"({text}) IS NULL", "has a missing element")]
         checks += [(f"len(list_filter({elements}, lambda x: {condition})) > 0", reason) for condition, reason in bad]
         return self._kept(feature, f"list_transform({elements}, lambda x: {text})"), checks
 

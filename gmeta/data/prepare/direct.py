@@ -27,7 +27,8 @@ from gmeta.data.identity import vocabulary_file
 from gmeta.data.item_vectors import ItemVectors, array_name
 from gmeta.data.prepare.check import LARGEST_FP16
 from gmeta.data.prepare.encode import LARGEST, Array, with_item_vectors
-from gmeta.data.prepare.vocabulary import PRIOR_ROWS, SALTS
+from gmeta.data.prepare.new_texts import NewTexts
+from gmeta.data.prepare.vocabulary import PRIOR_ROWS, SALTS, files_of_values
 from gmeta.data.raw_columns import RawFeature, RawNumeric, RawNumericSequence
 from gmeta.data.schema import FLOAT32_MAX, ITEM_STATISTICS, OOV, DataSchema, PackSchema, Role, Vector
 from gmeta.data.sources import Connection, scalar
@@ -155,6 +156,7 @@ class DirectRows:
     arrays: dict[str, Array]
     row: Array  # int64 [rows]: the row of the table, from 0
     group: list[int]  # of each task
+    texts: dict[str, list[str]]  # table -> texts that the run does not know
 
 
 class DirectEncoder:
@@ -179,7 +181,7 @@ class DirectEncoder:
             if first.hash_buckets is not None:
                 self._ids[table] = Ids(_bucket(schema.hash_seed, table, first.hash_buckets))
             else:
-                self._ids[table] = Ids(_read_hashes(vocabulary_file(vocab_dir, table)).find)
+                self._ids[table] = Ids(_read_hashes(files_of_values(vocab_dir, table)).find)
         self._numeric = [_Numeric(*_as_sql(con, [c.mean, c.std])) for c in pack_schema.numeric]
         self._sequences = [_Numeric(*_as_sql(con, [c.mean, c.std])) for c in pack_schema.numeric_sequence]
         self._threshold = None if schema.label_threshold is None else _as_sql(con, [schema.label_threshold])[0]
@@ -211,7 +213,8 @@ class DirectEncoder:
         if len(names) != len(of_task):
             code = np.array(first)[code]
         order = self._order(table, code, support=support)
-        arrays = None if order is None else self._arrays(table, order, support=support)
+        new = NewTexts(self._stored)
+        arrays = None if order is None else self._arrays(table, order, new, support=support)
         if order is None or arrays is None:
             return None
         size = np.bincount(code, minlength=len(names))
@@ -221,7 +224,8 @@ class DirectEncoder:
             "row_start": np.cumsum(size) - size,
             "num_support": (size if support else np.zeros_like(size)).astype(np.int32),
         }
-        return DirectRows([str(text) for _, text in names], arrays, order, [number for number, _ in names])
+        keys, groups = [str(text) for _, text in names], [number for number, _ in names]
+        return DirectRows(keys, arrays, order, groups, new.lists())
 
     def _order(self, table: pa.Table, code: Array, *, support: bool) -> Array | None:
         """Return the rows by task, then by time where a support has it, then as they come."""
@@ -230,7 +234,7 @@ class DirectEncoder:
         time = _times(table[self._schema.time])
         return None if time is None else np.lexsort((time, code))
 
-    def _arrays(self, table: pa.Table, order: Array, *, support: bool) -> dict[str, Array] | None:
+    def _arrays(self, table: pa.Table, order: Array, new: NewTexts, *, support: bool) -> dict[str, Array] | None:
         several = (len(order), len(self._schema.labels)) if self._schema.labels else len(order)
         label = self._labels(table) if support else np.zeros(several, np.float32)
         weight, dense = self._weight(table, support=support), self._dense(table)
@@ -243,11 +247,11 @@ class DirectEncoder:
         for feature in self._schema.features:
             column = table[feature.name]
             if feature.kind == "categorical":
-                if (ids := self._one(feature, column)) is None:
+                if (ids := self._one(feature, column, new)) is None:
                     return None
                 one_valued.append(ids)
             else:
-                if (bag := self._many(feature, column, order)) is None:
+                if (bag := self._many(feature, column, order, new)) is None:
                     return None
                 arrays[f"{feature.name}.values"], arrays[f"{feature.name}.offsets"] = bag
         for sequence, stored in zip(self._schema.numeric_sequence, self._sequences, strict=True):
@@ -325,20 +329,25 @@ class DirectEncoder:
             return values
         return None if (values < 0).any() else _log1p(values)
 
-    def _one(self, feature: RawFeature, column: pa.ChunkedArray) -> Array | None:
+    def _one(self, feature: RawFeature, column: pa.ChunkedArray, new: NewTexts) -> Array | None:
         values = _values(column)
-        return None if values is None else self._found(feature, values, oov=feature.nulls == "oov")
+        return None if values is None else self._found(feature, values, new, oov=feature.nulls == "oov")
 
-    def _found(self, feature: RawFeature, values: Sequence[Any], *, oov: bool) -> Array | None:
-        """Return the ids of raw values; where `oov`, a missing one is out of vocabulary."""
+    def _found(self, feature: RawFeature, values: Sequence[Any], new: NewTexts, *, oov: bool) -> Array | None:
+        """Return the ids of raw values; where `oov`, a missing one is out of vocabulary. `new` gives texts ids."""
         found = np.fromiter(map(self._ids[feature.table].__getitem__, values), np.int32, len(values))
+        if feature.text:
+            for place in np.flatnonzero(found == OOV).tolist():
+                found[place] = new.id_of(feature.table, str(text_of(values[place])))
         if len(found) and (lowest := found.min()) < 0:
             if not oov or lowest != MISSING:
                 return None
             found[found == MISSING] = OOV
         return found
 
-    def _many(self, feature: RawFeature, column: pa.ChunkedArray, order: Array) -> tuple[Array, Array] | None:
+    def _many(
+        self, feature: RawFeature, column: pa.ChunkedArray, order: Array, new: NewTexts
+    ) -> tuple[Array, Array] | None:
         """Return values and offsets of a many-valued feature, rows in `order`."""
         lists = _lists(feature, column)
         if lists is None:
@@ -346,7 +355,8 @@ class DirectEncoder:
         if feature.max_length is not None:
             lists = [values[-feature.max_length :] for values in lists]
         lists = [lists[row] for row in order.tolist()]
-        found = self._found(feature, [value for values in lists for value in values], oov=False)
+        values = [value for of_row in lists for value in of_row]
+        found = self._found(feature, values, new, oov=feature.may_lack_elements)
         offsets = np.cumsum([0, *map(len, lists)])
         return None if found is None else (found, offsets)
 
@@ -506,14 +516,15 @@ def _bucket(seed: int, table: str, buckets: int) -> Callable[[str], int]:
     return find
 
 
-def _read_hashes(file: Path) -> Hashes:
-    with _opened(file) as parquet:
-        return hash_texts(lambda: _parts(parquet), str(file))
+def _read_hashes(files: Sequence[Path]) -> Hashes:
+    return hash_texts(lambda: _parts(files), str(files[0]))
 
 
-def _parts(parquet: pq.ParquetFile) -> Iterator[tuple[list[str | None], NDArray[np.int32]]]:
-    for part in parquet.iter_batches(columns=["value", "id"]):
-        yield part["value"].to_pylist(), part["id"].to_numpy().astype(np.int32)
+def _parts(files: Sequence[Path]) -> Iterator[tuple[list[str | None], NDArray[np.int32]]]:
+    for file in files:
+        with _opened(file) as parquet:
+            for part in parquet.iter_batches(columns=["value", "id"]):
+                yield part["value"].to_pylist(), part["id"].to_numpy().astype(np.int32)
 
 
 def _read_items(con: Connection, file: Path) -> _Items:

@@ -28,6 +28,11 @@ _CELLS_IN_MEMORY = 1 << 20
 of values the joins themselves take longer, and they need less memory."""
 
 
+def looked_up_in(tables: Sequence[str], feature: RawFeature) -> str:
+    """Return the relation of values and ids: `vocab_<index>` of a table, or `texts_<index>` of one of texts."""
+    return f"{'texts' if feature.text else 'vocab'}_{tables.index(feature.table)}"
+
+
 def _id(
     schema: DataSchema,
     feature: RawFeature,
@@ -43,7 +48,7 @@ def _id(
         seed = literal(f"{schema.hash_seed}|{feature.table}")
         bucket = f"1 + {md5_64(seed, value)} % {feature.hash_buckets}"
         return f"CAST(CASE WHEN {value} IS NULL THEN {OOV} ELSE {bucket} END AS INTEGER)", ""
-    if hashed is not None:
+    if hashed is not None and not feature.text:
         return hashed[feature.table].hash_of(value), ""
     table, alias = vocab
     join = f"LEFT JOIN {table} {alias} ON {alias}.value = {value}"
@@ -62,7 +67,7 @@ def encode(
 ) -> dict[str, Array]:
     """Encode the checked rows of `relation` in the total order `order`, SQL expressions over `relation` as b.
 
-    Values are looked up in the tables `vocab_<index>` of the connection or, where it is given, in `hashed` by table.
+    Values are looked up in the relations of `looked_up_in` or, but for texts, in `hashed` by table where it is given.
 
     `relation` has the columns of `checked`, and `fold` (NULL outside training tasks) where the schema asks for item
     statistics. Numbers become those that `stored` says. Returns `ids` int32 [rows, one-valued features], `dense`
@@ -84,7 +89,7 @@ def encode(
         if feature.kind != "categorical":
             columns_sql.append((f"f{i}", f"len(b.f{i})", ""))
         elif f"f{i}" not in found:
-            vocab = (f"vocab_{tables.index(feature.table)}", f"v{i}")
+            vocab = (looked_up_in(tables, feature), f"v{i}")
             columns_sql.append((f"f{i}", *_id(schema, feature, f"b.f{i}", vocab, hashed)))
     columns_sql += [(f"s{i}", f"len(b.s{i})", "") for i in range(len(schema.numeric_sequence))]
     values = numeric_values(con, schema)
@@ -95,7 +100,8 @@ def encode(
         joins = " ".join(dict.fromkeys(join for _, _, join in part))
         found |= con.execute(f"SELECT {select} FROM {relation} b {joins} ORDER BY {order}").fetchnumpy()
     if hashed is not None:
-        found |= {f"f{i}": hashed[schema.features[i].table].ids_of(found[f"f{i}"]) for i in looked_up}
+        of_hashes = [i for i in looked_up if not schema.features[i].text]
+        found |= {f"f{i}": hashed[schema.features[i].table].ids_of(found[f"f{i}"]) for i in of_hashes}
     rows = len(next(iter(found.values())))
     arrays: dict[str, Array] = {"ids": np.empty((rows, 0), np.int32), "dense": np.empty((rows, 0), np.float32)}
     ids = [found[f"f{i}"] for i, f in enumerate(schema.features) if f.kind == "categorical"]
@@ -105,7 +111,7 @@ def encode(
         if feature.kind != "categorical":
             arrays[f"{feature.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"f{i}"])]).astype(np.int64)
             arrays[f"{feature.name}.values"] = _list_ids(
-                con, relation, schema, i, f"vocab_{tables.index(feature.table)}", order, hashed
+                con, relation, schema, i, looked_up_in(tables, feature), order, hashed
             )
     for i, sequence in enumerate(stored.numeric_sequence):
         arrays[f"{sequence.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"s{i}"])]).astype(np.int64)
@@ -147,7 +153,9 @@ def with_item_vectors(
     out[there] = given.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, vector.dim)
     if not there.all():
         column = [f.name for f in stored.features if f.kind == "categorical"].index(str(stored.item))
-        out[~there] = item_vectors[vector.name].rows(ids[~there, column])
+        items = ids[~there, column]
+        known = np.where(items < stored.feature(str(stored.item)).num_ids, items, OOV)  # beyond are texts
+        out[~there] = item_vectors[vector.name].rows(known)
     return out
 
 
@@ -180,7 +188,7 @@ def _look_up(
     raw = con.sql(f"SELECT {', '.join(f'f{i}' for i in features)} FROM {relation} b ORDER BY {order}").to_arrow_table()
     found = {}
     for i in features:
-        vocab = con.sql(f"SELECT value, id FROM vocab_{tables.index(schema.features[i].table)}").to_arrow_table()
+        vocab = con.sql(f"SELECT value, id FROM {looked_up_in(tables, schema.features[i])}").to_arrow_table()
         place = pc.index_in(raw[f"f{i}"], value_set=vocab["value"].combine_chunks(), skip_nulls=True)
         ids = np.append(vocab["id"].to_numpy(), OOV).astype(np.int32)
         found[f"f{i}"] = ids[pc.fill_null(place, len(vocab)).to_numpy()]
@@ -201,6 +209,6 @@ def _list_ids(
     elements = f"SELECT *, unnest(f{index}) AS value, generate_subscripts(f{index}, 1) AS place FROM {relation}"
     query = f"SELECT {found} AS id FROM ({elements}) b {join} ORDER BY {order}, b.place"
     ids: Array = con.execute(query).fetchnumpy()["id"]
-    if hashed is not None and feature.hash_buckets is None:
+    if hashed is not None and feature.hash_buckets is None and not feature.text:
         return hashed[feature.table].ids_of(ids)
     return ids.astype(np.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -18,6 +18,7 @@ from gmeta.data.prepare.check import check, create_checked, describe_rejects, re
 from gmeta.data.prepare.columns import label_columns
 from gmeta.data.prepare.direct import DirectEncoder
 from gmeta.data.prepare.encode import Array, encode, take_labels
+from gmeta.data.prepare.texts import place_texts
 from gmeta.data.prepare.vocabulary import HashedVocabulary, load_vocabularies, vocabulary_files
 from gmeta.data.schema import ENCODING, DataSchema, PackSchema, Role, data_schema_from_json
 from gmeta.data.sources import Connection, RawPart, confine, described, find_files, only_file, open_file, reading
@@ -30,6 +31,7 @@ class EncodedTables:
     keys: list[str]  # raw key of each task
     arrays: dict[str, Array]  # as a shard's, without time; label is 0 in query rows, weight 1, item_cold is 0
     query_row: Array  # int64 [rows], row of the query (from 0), -1 for support rows
+    texts: dict[str, list[str]] = field(default_factory=dict)  # table -> texts that the run lacks; ids from num_texts
 
 
 class Encoder:
@@ -69,9 +71,8 @@ class Encoder:
         """
         found = None if self._direct is None else self._direct.rows(table, support=role == "support")
         if found is not None:
-            return EncodedTables(
-                found.keys, found.arrays, np.full(table.num_rows, -1) if role == "support" else found.row
-            )
+            query_row = np.full(table.num_rows, -1) if role == "support" else found.row
+            return EncodedTables(found.keys, found.arrays, query_row, found.texts)
         numbered = table.append_column("__row", pa.array(np.arange(1, table.num_rows + 1)))
         with self._con.cursor() as con:
             try:
@@ -94,7 +95,7 @@ class Encoder:
         if found is None:
             return None
         query_row = np.full(table.num_rows, -1) if role == "support" else found.row
-        return EncodedTables(found.keys, found.arrays, query_row), found.group
+        return EncodedTables(found.keys, found.arrays, query_row, found.texts), found.group
 
     def parts(self, support: RawPart, query: RawPart) -> EncodedTables:
         """Encode raw rows as `encode_tables` does, of files that the encoder was made for."""
@@ -138,6 +139,7 @@ class Encoder:
         rows = con.execute(f"SELECT {', '.join(of_rows)} FROM placed b ORDER BY b.pos").fetchnumpy()
         with self._lock:
             vocabularies = self._vocabularies
+        texts = place_texts(con, self._schema, self._pack_schema, "placed", vocabularies)
         arrays = encode(
             con,
             "placed",
@@ -156,7 +158,7 @@ class Encoder:
         }
         if "weight" in rows:
             arrays["weight"] = rows["weight"].astype(np.float32)
-        return EncodedTables([str(k) for k in tasks["task"]], arrays, rows["query_row"].astype(np.int64))
+        return EncodedTables([str(k) for k in tasks["task"]], arrays, rows["query_row"].astype(np.int64), texts)
 
 
 def check_rows(

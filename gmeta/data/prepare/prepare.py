@@ -31,6 +31,7 @@ from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scra
 from gmeta.data.prepare.settings import resolve_settings
 from gmeta.data.prepare.summary import Report, console_report, print_summary
 from gmeta.data.prepare.tasks import make_tasks, place_left_out, row_bytes
+from gmeta.data.prepare.texts import learn_texts, write_further_texts
 from gmeta.data.prepare.vectors import find_item_vectors, write_item_vectors
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
@@ -64,7 +65,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         find_item_vectors(con, schema, counts.pop("files"))
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
-        pack_schema = learn(con, schema, scratch, shards, tell)
+        every = [*shards, *waiting]
+        pack_schema = learn_texts(con, schema, learn(con, schema, scratch, shards, tell), scratch, every)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
         if pack_schema.binary_label and pack_schema.label_mean in (0, 1):
             counts["only_label"] = pack_schema.label_mean
@@ -72,10 +74,10 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         made_with |= {} if inputs is None else {FIRST_INPUTS: inputs}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
+            write_further_texts(con, schema, writer.directory / "vocab")
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
             write_pending(con, schema, writer.directory / INCREMENT)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
-            every = [*shards, *waiting]
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)
             if counts["bad_rows"]:
                 shutil.copyfile(scratch / "rejects.parquet", writer.directory / "rejects.parquet")

@@ -25,6 +25,7 @@ from gmeta.data.prepare.tasks import FOLDS, ShardJob
 from gmeta.data.raw_columns import RawFeature
 from gmeta.data.schema import ITEM_STATISTICS, OOV, DataSchema, Feature, NumericColumn, NumericSequence, PackSchema
 from gmeta.data.sources import Connection, only_file, scalar
+from gmeta.data.text_tables import further_texts_file
 
 PRIOR_ROWS = 10.0
 """An item's mean label is smoothed with so many rows of the global mean."""
@@ -98,14 +99,14 @@ def make_vocabularies(
         for index, (table, features) in some:
             tell("building vocabularies", index, len(tables))
             first = features[0]
-            raw = RawTable(index, table, first.min_count, _values(schema, features, source))
+            raw = RawTable(index, table, first.min_count, counted_values(schema, features, source))
             num_ids[table] = 1 + (first.hash_buckets or make(con, raw))
     con.execute("DROP TABLE IF EXISTS some_columns; COMMIT")
     tell("building vocabularies", len(tables), len(tables))
     return num_ids
 
 
-def _values(schema: DataSchema, features: Sequence[RawFeature], source: str) -> str:
+def counted_values(schema: DataSchema, features: Sequence[RawFeature], source: str) -> str:
     """Return SQL of value and count: how often `source` holds each value that `features` have."""
     members = [(schema.features.index(f), f.kind) for f in features]
     values = " UNION ALL ".join(
@@ -236,7 +237,8 @@ def statistics_join(schema: DataSchema, column: int) -> str:
 def vocabulary_files(schema: DataSchema, vocab_dir: Path) -> list[Path]:
     """Return the files that `load_vocabularies` reads."""
     tables = [table for table, features in schema.tables().items() if features[0].hash_buckets is None]
-    return [vocabulary_file(vocab_dir, name) for name in [*tables, *[ITEM_STATISTICS] * schema.item_statistics]]
+    files = [vocabulary_file(vocab_dir, name) for name in [*tables, *[ITEM_STATISTICS] * schema.item_statistics]]
+    return files + [file for table in tables if (file := further_texts_file(vocab_dir, table)).exists()]
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def load_vocabularies(con: Connection, schema: DataSchema, vocab_dir: Path) -> d
     found = {}
     for table, features in schema.tables().items():
         if features[0].hash_buckets is None:
-            with _loading(vocabulary_file(vocab_dir, table)) as source:
+            with _loading(*files_of_values(vocab_dir, table)) as source:
                 found[table] = hashed_vocabulary(con, source)
     if schema.item_statistics:
         with _loading(vocabulary_file(vocab_dir, ITEM_STATISTICS)) as source:
@@ -295,11 +297,17 @@ def hashed_vocabulary(con: Connection, source: str) -> HashedVocabulary:
     raise ValueError(f"{source} holds a value twice: copy it again from the pack, or train again")
 
 
+def files_of_values(vocab_dir: Path, table: str) -> list[Path]:
+    """Return the files that say which value of a table has which id: its vocabulary, and its further texts."""
+    further = further_texts_file(vocab_dir, table)
+    return [vocabulary_file(vocab_dir, table), *[further] * further.exists()]
+
+
 @contextmanager
-def _loading(file: Path) -> Iterator[str]:
-    """Give SQL that reads a file, and turn what DuckDB cannot read of it into a ValueError."""
+def _loading(*files: Path) -> Iterator[str]:
+    """Give SQL that reads files of one kind, and turn what DuckDB cannot read of them into a ValueError."""
     try:
-        yield f"read_parquet({only_file(file)})"
+        yield f"read_parquet([{', '.join(map(only_file, files))}], union_by_name=true)"
     except duckdb.Error as error:
         cure = "copy it again from the pack, or train again"
-        raise ValueError(f"{file} is missing or damaged ({error}): {cure}") from None
+        raise ValueError(f"{' or '.join(map(str, files))} is missing or damaged ({error}): {cure}") from None

@@ -120,7 +120,8 @@ def _shard_arrays(
     arrays["label"] = take_labels(schema, arrays)
     if known:
         one_valued = [f.name for f in schema.features if f.kind == "categorical"]
-        arrays["item_cold"] = (arrays["ids"][:, one_valued.index(str(schema.item))] == OOV).astype(np.uint8)
+        ids = arrays["ids"][:, one_valued.index(str(schema.item))]
+        arrays["item_cold"] = ((ids == OOV) | (ids >= pack_schema.feature(str(schema.item)).num_ids)).astype(np.uint8)
     arrays.setdefault("item_cold", np.zeros(len(arrays["label"]), np.uint8))
     tasks = con.execute(f"""
         SELECT task_id, CAST(sum(num_rows) OVER (ORDER BY task_id) AS BIGINT) - num_rows AS row_start,

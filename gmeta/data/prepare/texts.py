@@ -1,0 +1,77 @@
+"""A part of stage 4 of `prepare`: texts that are in no vocabulary get ids too, behind those of the vocabulary.
+
+An embedding row needs training rows, and a text can be read without: so that items without a training row have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gmeta.data.prepare.deal import dealt
+from gmeta.data.prepare.tasks import ShardJob
+from gmeta.data.prepare.vocabulary import HashedVocabulary, counted_values
+from gmeta.data.schema import OOV, DataSchema, PackSchema
+from gmeta.data.sources import Connection, scalar
+from gmeta.data.text_tables import further_texts_file
+
+
+def learn_texts(
+    con: Connection, schema: DataSchema, pack_schema: PackSchema, scratch: Path, shards: Sequence[ShardJob]
+) -> PackSchema:
+    """Make `further_texts_<index>` (value, id) of each table of texts, sorted, of what these shards hold and its
+    vocabulary does not, and view `texts_<index>` of both. Return the pack schema with the numbers of texts.
+    """
+    num_texts: dict[str, int] = {}
+    for index, (table, features) in enumerate(schema.tables().items()):
+        if not features[0].text:
+            continue
+        num_ids = pack_schema.feature(features[0].name).num_ids
+        vocabulary = f"(SELECT value, id FROM vocab_{index} WHERE value IS NOT NULL)"
+        con.execute(f"""
+            CREATE TABLE further_texts_{index} AS
+            SELECT value, {num_ids} - 1 + row_number() OVER (ORDER BY CAST(value AS VARCHAR)) AS id
+            FROM ({counted_values(schema, features, dealt(schema, scratch, shards))})
+            ANTI JOIN {vocabulary} USING (value);
+            CREATE VIEW texts_{index} AS FROM {vocabulary} UNION ALL FROM further_texts_{index}""")
+        num_texts[table] = num_ids + int(scalar(con, f"SELECT count(*) FROM further_texts_{index}"))
+    found = (replace(feature, num_texts=num_texts.get(feature.table)) for feature in pack_schema.features)
+    return replace(pack_schema, features=tuple(found))
+
+
+def place_texts(
+    con: Connection, schema: DataSchema, stored: PackSchema, relation: str, known: Mapping[str, HashedVocabulary]
+) -> dict[str, list[str]]:
+    """Make `texts_<index>` (value, id) of each table of texts, of what a relation of raw rows holds. Return table ->
+    the texts that are not `known`, whose ids go on from the number of texts.
+    """
+    new: dict[str, list[str]] = {}
+    for index, (table, features) in enumerate(schema.tables().items()):
+        if not features[0].text:
+            continue
+        values = f"({counted_values(schema, features, relation)})"
+        query = f"SELECT value, {known[table].hash_of('value')} AS hash FROM {values} ORDER BY value"
+        found = con.sql(query).to_arrow_table()
+        ids = known[table].ids_of(found["hash"].to_numpy())
+        unknown = ids == OOV
+        num_texts = stored.feature(features[0].name).num_texts
+        assert num_texts is not None, "the schemas of a run are of one pack"
+        ids[unknown] = num_texts + np.arange(int(unknown.sum()))
+        con.register("placed_texts", pa.table({"value": found["value"], "id": ids}))
+        con.execute(f"CREATE TEMP TABLE texts_{index} AS SELECT value, id FROM placed_texts")
+        con.unregister("placed_texts")
+        new[table] = found["value"].filter(pa.array(unknown)).to_pylist()
+    return new
+
+
+def write_further_texts(con: Connection, schema: DataSchema, directory: Path) -> None:
+    """Write the texts that are in no vocabulary to a directory of vocabularies, where a table has some."""
+    for index, (table, features) in enumerate(schema.tables().items()):
+        if features[0].text and scalar(con, f"SELECT count(*) FROM further_texts_{index}"):
+            query = f"SELECT CAST(value AS VARCHAR) AS value, id FROM further_texts_{index} ORDER BY id"
+            pq.write_table(con.sql(query).to_arrow_table(), further_texts_file(directory, table))

@@ -1,0 +1,303 @@
+"""BAHE: what a user did, as texts whose vectors are kept, read by the upper layers of a text encoder alone.
+
+Binzong Geng et al., "Breaking the Length Barrier: LLM-Enhanced CTR Prediction in Long Textual User Behaviors", SIGIR
+2024, arXiv 2403.19347. The lower layers encode each distinct text once (atomic encoding); the upper ones are trained
+and read a sequence of these vectors (aggregation), several sequences apart from each other (feature parallel).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmeta.core.batch import text_ids_of
+from gmeta.core.errors import nearest, require
+from gmeta.models.inputs import (
+    InputSpec,
+    as_vectors,
+    check_dropout,
+    check_widths,
+    logits_of,
+    output_layer,
+    require_one_label,
+)
+from gmeta.models.last_layer import BayesianLinear
+from gmeta.models.transformer import attend
+from gmeta.text.encoder import POOLINGS, LayerStack, TextPooling, open_encoder
+from gmeta.text.folder import copy_encoder
+from gmeta.text.lora import add_lora
+from gmeta.text.sources import Encode, TextSource, TextStates, require_encode
+from gmeta.text.store import PLACEHOLDER, spec_of, writing_store
+
+Tune = Literal["full", "lora", "norms", "none"]
+UserVector = Literal["mean", "last", "target"]
+_TEXTS_PER_SHARD = 4096
+
+
+class BAHE(nn.Module):
+    """[u_1, …, u_N, item, u_1 * item, …, text, all other inputs, numeric columns] -> ReLU layers -> a logit.
+
+    u_n is what the upper layers make of history n, item what they make of the target's text alone, and text what they
+    read of it. The target does not stand in the history (Figure 1), so a user's states are the same for all candidates:
+    they are computed once for equal histories of a batch. The products and the text itself are ours.
+
+    `encoder` is a folder as `open_encoder` takes it, of which `layers` are below the split. `target` names the feature
+    with the item's text, `histories` the unpooled sequences of texts of the same vocabulary; without them, all that
+    there are. Vectors come from the behaviour store `store`, or are made here where it is empty; `pooling`, `vectors`,
+    `template` and `max_tokens` are those of `gmeta embed`. `encode` says what the upper layers read
+    (`gmeta.text.sources`): everything that is trained is the same.
+
+    `tune` says what of the upper layers is trained: full, lora (adapters of `rank`), norms, or none. `user` makes a
+    vector of a history's states: their mean, the last, or the target's attention. Texts count from the last one
+    backwards, by learned vectors; those from `positions` on share one. `direction` is the encoder's own, or causal, or
+    both. With `ids` the embedding rows of histories and target are added to their vectors through a gate. With `taste`
+    a task's own weights over so many bases of the item are solved for by `meta.adapt: [last_layer]`. A history without
+    texts is the zero vector.
+    """
+
+    head = "output"
+    decision_layers = ("layers", "output")
+
+    def __init__(
+        self,
+        inputs: InputSpec,
+        *,
+        encoder: str,
+        layers: int,
+        store: str = "",
+        encode: Encode = "behaviours",
+        target: str = "",
+        histories: Sequence[str] = (),
+        pooling: TextPooling = "mean",
+        vectors: int = 1,
+        template: str = PLACEHOLDER,
+        max_tokens: int = 128,
+        tune: Tune = "full",
+        rank: int = 8,
+        user: UserVector = "mean",
+        positions: int = 64,
+        direction: Literal["own", "causal", "both"] = "own",
+        ids: bool = False,
+        taste: int = 0,
+        hidden: Sequence[int] = (64,),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        require_encode(encode)
+        require(pooling in POOLINGS, "model.args.pooling", pooling, f"must be one of {', '.join(POOLINGS)}")
+        require(tune in ("full", "lora", "norms", "none"), "model.args.tune", tune, "must be full, lora, norms or none")
+        require(user in ("mean", "last", "target"), "model.args.user", user, "must be mean, last or target")
+        require(
+            direction in ("own", "causal", "both"), "model.args.direction", direction, "must be own, causal or both"
+        )
+        require(positions >= 1, "model.args.positions", positions, "must be at least 1")
+        require(taste >= 0, "model.args.taste", taste, "must be 0 (off) or more")
+        check_widths("hidden", hidden)
+        check_dropout(dropout)
+        if taste:
+            require_one_label(inputs, "bahe with taste")
+        self.target, self.histories = texts_to_read(inputs, target, histories)
+        self.texts = (self.target, *self.histories)
+        self.features = tuple(name for name in inputs.widths if ids or name not in self.texts)
+        self.others = tuple(name for name in self.features if name not in self.histories)
+        self.table = inputs.tables[self.target]
+        opened = open_encoder(encoder, layers)
+        spec = spec_of(opened, pooling=pooling, vectors=vectors, template=template, max_tokens=max_tokens)
+        self._folder = Path(encoder)
+        self._texts = inputs.text_tables[self.table]
+        self._source = [TextSource(opened, spec, encode, self._texts, store)]  # a list hides it from the model's state
+        self.high = _trained(opened.high, tune, rank)
+        if direction != "own":
+            self.high.span = replace(self.high.span, causal=direction == "causal")
+        self.dim = dim = opened.dim
+        self.recency = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
+        self.user = user
+        self.ask = nn.Linear(dim, dim, bias=False) if user == "target" else None
+        if self.ask is not None:
+            nn.init.eye_(self.ask.weight)
+        self.rows = nn.Linear(inputs.widths[self.target], dim, bias=False) if ids else None
+        self.gate = nn.Linear(dim, 1) if ids else None
+        self.num_numeric = inputs.num_numeric
+        width = (2 + 2 * len(self.histories)) * dim
+        width += sum(inputs.widths[name] for name in self.others) + inputs.num_numeric
+        widths = [width, *hidden]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.dropout = nn.Dropout(dropout)
+        self.output = output_layer(widths[-1], inputs)
+        self.num_labels = inputs.num_labels
+        self.bases = nn.Linear(dim, taste) if taste else nn.Identity()
+        self.last = BayesianLinear(taste) if taste else None
+        self.last_layer = "last" if taste else ""
+
+    @property
+    def source(self) -> TextSource:
+        """Return the texts that the model knows."""
+        return self._source[0]
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        """Return logits [...], of several labels [..., K], from dense [..., F], the ids of texts [..., L], and [..., d]
+        for each other feature.
+        """
+        item, text = self._item(embedded)
+        users = self._users(embedded, item)
+        parts = [*users, item, *(user * item for user in users), text, *as_vectors(embedded, self.others)]
+        if self.num_numeric:
+            parts.append(dense)
+        x = torch.cat(parts, -1)
+        for layer in self.layers:
+            x = self.dropout(torch.relu(layer(x)))
+        logits = logits_of(self.output(x), self.num_labels)
+        return logits if self.last is None else self.last(self.bases(item), logits)
+
+    def _item(self, embedded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what the upper layers make of the target's text, and what they read of it, each [..., d]."""
+        ids = embedded[text_ids_of(self.target)]
+        rows = embedded[self.target].unsqueeze(-2).flatten(0, -3) if self.rows is not None else None
+        read = self._read(ids.flatten(0, -2), rows, recent=False)
+        item, text = (read.spread(_mean(part, read.mask)) for part in (read.states, read.kept))
+        return item.view(*ids.shape[:-1], self.dim), text.view(*ids.shape[:-1], self.dim)
+
+    def _users(self, embedded: dict[str, Tensor], item: Tensor) -> list[Tensor]:
+        """Return a vector [..., d] of each history; all of them go through the upper layers as one batch."""
+        of_each = [embedded[text_ids_of(name)] for name in self.histories]
+        leading, longest = of_each[0].shape[:-1], max(ids.shape[-1] for ids in of_each)
+        ids = torch.cat([F.pad(part.flatten(0, -2), (0, longest - part.shape[-1])) for part in of_each])
+        rows = None
+        if self.rows is not None:
+            parts = [embedded[name].flatten(0, -3) for name in self.histories]
+            rows = torch.cat([F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])
+        read = self._read(ids, rows, recent=True)
+        if self.ask is not None:
+            query = self.ask(item).flatten(0, -2).repeat(len(self.histories), 1).unsqueeze(-2)
+            states = read.spread(read.states)
+            users = attend(query, states, states, read.spread(read.mask).unsqueeze(-2)).squeeze(-2)
+        elif self.user == "last":
+            users = read.spread(_last(read.states, read.mask))
+        else:
+            users = read.spread(_mean(read.states, read.mask))
+        return [part.view(*leading, self.dim) for part in users.chunk(len(self.histories))]
+
+    def _read(self, ids: Tensor, rows: Tensor | None, *, recent: bool) -> _Read:
+        """Return the states of histories of texts, int64 [n, L], by the upper layers.
+
+        `rows` [n, L, e] are the embeddings of their ids. Equal histories are read once, unless their rows may differ.
+        """
+        place = None
+        if rows is None and len(ids) > 1:
+            distinct, place = torch.unique(ids, dim=0, return_inverse=True)
+            ids, place = (distinct, place) if len(distinct) < len(ids) else (ids, None)
+        found: TextStates = self.source.states(ids, self.recency.dtype)
+        x = found.values
+        if rows is not None and self.rows is not None and self.gate is not None:
+            of_text = found.text.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+            x = x + torch.sigmoid(self.gate(x)) * self.rows(rows).gather(1, of_text)
+        if recent:
+            later = (ids > 0).flip(-1).cumsum(-1).flip(-1) - 1  # texts behind each one
+            place_of = later.clamp(0, len(self.recency) - 1).gather(1, found.text)
+            x = x + self.recency[place_of]
+        return _Read(self.high(x, found.mask), found.values * found.mask.unsqueeze(-1), found.mask, place)
+
+    def add_texts(self, table: str, texts: Sequence[str]) -> None:
+        """Encode texts that the model was made without; their ids go on from the last one."""
+        if table == self.table:
+            self.source.add(texts)
+
+    def forget_texts(self, table: str) -> None:
+        """Forget the texts that `add_texts` added."""
+        if table == self.table:
+            self.source.forget()
+
+    def save_assets(self, folder: Path) -> dict[str, str]:
+        """Write what the model needs besides its weights, and return the arguments that name it, relative to `folder`:
+        the encoder and, where vectors are kept, a behaviour store of its texts.
+
+        Texts lie in shards by id, so that more texts leave the earlier files as they are.
+        """
+        copy_encoder(self._folder, folder / "encoder")
+        if self.source.encode != "behaviours":
+            return {"encoder": "encoder", "store": ""}
+        source = self.source
+        with writing_store(folder / "texts", source.spec) as writer:
+            for start in range(1, source.num_given, _TEXTS_PER_SHARD):
+                some = slice(start, min(start + _TEXTS_PER_SHARD, source.num_given))
+                writer.append(self._texts[some], source.kept[some])
+        return {"encoder": "encoder", "store": "texts"}
+
+    def train(self, mode: bool = True) -> BAHE:
+        """Turn the head's dropout on or off. The upper layers have none: it would not be seeded by example."""
+        super().train(mode)
+        self.high.eval()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BAHE:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.source.follow(self.recency)
+        return self
+
+
+class _Read(NamedTuple):
+    """What the upper layers make of distinct histories, and where each history is among them."""
+
+    states: Tensor  # [u, P, d], zeros where the mask is False
+    kept: Tensor  # [u, P, d], what was read, likewise
+    mask: Tensor  # bool [u, P]
+    place: Tensor | None  # int64 [n]; None: each is its own
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return values [u, ...] of distinct histories as those of all: [n, ...]."""
+        return values if self.place is None else values[self.place]
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean [n, d] of the states [n, P, d] that count; the others are zeros. Zeros where none counts."""
+    return states.sum(1) / mask.sum(-1, keepdim=True).clamp(min=1).to(states.dtype)
+
+
+def _last(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the last state [n, d] that counts; zeros where there is none."""
+    place = (mask.cumsum(-1) * mask).argmax(-1)
+    return states[torch.arange(len(states), device=states.device), place]
+
+
+def _trained(high: LayerStack, tune: Tune, rank: int) -> LayerStack:
+    """Freeze what `tune` does not name."""
+    if tune == "lora":
+        add_lora(high, rank)
+    elif tune != "full":
+        high.requires_grad_(False)
+        for module in high.modules():
+            if tune == "norms" and "norm" in type(module).__name__.lower():
+                module.requires_grad_(True)
+    return high.eval()
+
+
+def texts_to_read(inputs: InputSpec, target: str, histories: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Return the names of the target's text and of the histories, sequences of texts of the same vocabulary.
+
+    Without names they are the only feature of texts, and all such sequences. ValueError where there is none.
+    """
+    how = "prepare with `text: true` in the schema"
+    of_rows = [name for name in inputs.texts if name not in inputs.sequences]
+    if target and target not in of_rows:
+        known = nearest(target, of_rows) if of_rows else f"the model reads none; {how}"
+        raise ValueError(f"model.args.target names {target!r}, which is no feature of texts: {known}")
+    if not target and len(of_rows) != 1:
+        known = f"name one of {', '.join(of_rows)}" if of_rows else f"the model reads no feature of texts; {how}"
+        raise ValueError(f"model.args.target is not set: {known}")
+    target = target or of_rows[0]
+    table = inputs.tables[target]
+    read = [name for name in inputs.sequences if name in inputs.texts and inputs.tables[name] == table]
+    for name in histories:
+        if name not in read:
+            hint = nearest(name, read) if read else f"the model reads none; {how}"
+            raise ValueError(f"model.args.histories names {name!r}, no unpooled sequence of texts of {table!r}: {hint}")
+    if not read:
+        raise ValueError(f"the model reads no unpooled sequence of texts of table {table!r}: {how} and `pooling: none`")
+    return target, tuple(histories or read)

@@ -1,0 +1,151 @@
+"""What the upper layers of an encoder read of texts: kept vectors of the lower layers, or states of all tokens.
+
+A source turns text ids int64 [n, L] (0 is no text) into `TextStates`, in one of four ways, which differ in what they
+cost and in nothing that is trained:
+
+    behaviours  vectors that were made once, from a store or when the model was made (BAHE: Geng et al., 2403.19347)
+    batch       the same vectors, made in each step of the distinct texts in it: what a store saves
+    states      token states of each text, made once
+    tokens      all tokens behind each other, through the lower layers in each step: what BAHE is measured against
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gmeta.core.errors import require
+from gmeta.text.encode import encode_texts
+from gmeta.text.encoder import TextEncoder, pool_states
+from gmeta.text.store import StoreSpec, open_behaviours, render
+
+Encode = Literal["behaviours", "batch", "states", "tokens"]
+_TEXTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TextStates:
+    """A sequence of P states for each of n histories, those of one text side by side."""
+
+    values: Tensor  # [n, P, d]
+    mask: Tensor  # bool [n, P], which of them count
+    text: Tensor  # int64 [n, P], the position of each state's text in the history
+
+
+class TextSource:
+    """The texts of one table, by id, with what is kept of each.
+
+    It is no part of a model's state: it is made anew, of the same texts and encoder, and nothing in it is trained.
+    With a `store` the vectors of `behaviours` come from there; a text that it lacks raises ValueError, as does a store
+    of another spec.
+    """
+
+    def __init__(
+        self, encoder: TextEncoder, spec: StoreSpec, encode: Encode, texts: Sequence[str], store: str = ""
+    ) -> None:
+        self.spec = spec
+        self.encode = encode
+        self.encoder = encoder
+        self.num_given = len(texts)  # texts that it began with; what follows was added
+        self.kept, self.counts = self._make(texts, store)  # [texts, K, ...], and how many tokens each text has
+
+    def __len__(self) -> int:
+        """Return the number of texts, id 0 included."""
+        return len(self.kept)
+
+    def add(self, texts: Sequence[str]) -> None:
+        """Encode texts, and give them the next ids."""
+        kept, counts = (part.to(self.kept.device) for part in self._make(texts))
+        width = max(self.kept.shape[1], kept.shape[1])
+        self.kept = torch.cat([_widened(self.kept, width), _widened(kept, width)])
+        self.counts = torch.cat([self.counts, counts])
+
+    def forget(self) -> None:
+        """Forget the texts that were added."""
+        self.kept, self.counts = self.kept[: self.num_given], self.counts[: self.num_given]
+
+    def follow(self, like: Tensor) -> None:
+        """Go to a device, and have the lower layers compute in the type of `like`. What is kept stays rounded."""
+        self.encoder.low.to(like.device, like.dtype)
+        self.kept, self.counts = self.kept.to(like.device), self.counts.to(like.device)
+
+    @torch.no_grad()
+    def states(self, ids: Tensor, dtype: torch.dtype) -> TextStates:
+        """Return what the upper layers read of histories [n, L]."""
+        match self.encode:
+            case "behaviours":
+                return self._in_a_row(ids, self.kept[ids].to(dtype))
+            case "batch":
+                distinct, place = torch.unique(ids, return_inverse=True)
+                return self._in_a_row(ids, self._pooled(distinct)[place].to(dtype))
+            case "states":
+                found, mask, text = self._tokens_of(ids)
+                return TextStates(found.to(dtype), mask, text)
+            case "tokens":
+                found, mask, text = self._tokens_of(ids)
+                return TextStates(self.encoder.low(found.long(), mask), mask, text)
+
+    def _in_a_row(self, ids: Tensor, vectors: Tensor) -> TextStates:
+        """Put vectors [n, L, V, d] one behind the other. A segment of a text without tokens does not count."""
+        num = vectors.shape[2]
+        bounds = torch.arange(num + 1, device=ids.device) * self.counts[ids].unsqueeze(-1)
+        first = torch.div(bounds + num - 1, num, rounding_mode="floor")  # token of each segment
+        mask = (ids > 0).unsqueeze(-1) & (first[..., :-1] < first[..., 1:])
+        text = torch.arange(ids.shape[1], device=ids.device).repeat_interleave(num).expand(len(ids), -1)
+        return TextStates(vectors.flatten(1, 2), mask.flatten(1), text)
+
+    def _tokens_of(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what is kept of the tokens of histories, [n, P, ...], without gaps; mask and text as `TextStates`."""
+        counts = torch.where(ids > 0, self.counts[ids], 0)
+        kept = self.kept[ids].flatten(1, 2)
+        there = (torch.arange(self.kept.shape[1], device=ids.device) < counts.unsqueeze(-1)).flatten(1)
+        length = max(1, int(counts.sum(-1).max()) if len(ids) else 1)
+        order = (~there).to(torch.uint8).argsort(dim=-1, stable=True)[:, :length]
+        where = order.view(*order.shape, *[1] * (kept.dim() - 2)).expand(-1, -1, *kept.shape[2:])
+        text = torch.div(order, self.kept.shape[1], rounding_mode="floor")
+        return kept.gather(1, where), there.gather(1, order), text
+
+    def _pooled(self, texts: Tensor) -> Tensor:
+        """Return the vectors of texts [n], as a store has them before rounding: [n, V, d]."""
+        length = max(1, int(self.counts[texts].max()) if len(texts) else 1)
+        tokens = self.kept[texts, :length].long()
+        mask = torch.arange(length, device=texts.device) < self.counts[texts].unsqueeze(-1)
+        return pool_states(self.encoder.low(tokens, mask), mask, self.spec.pooling, self.spec.vectors)
+
+    @torch.no_grad()
+    def _make(self, texts: Sequence[str], store: str = "") -> tuple[Tensor, Tensor]:
+        spec = self.spec
+        tokens, _ = self.encoder.tokenizer([render(spec.template, text) for text in texts], spec.max_tokens)
+        counts = torch.tensor([len(found) for found in tokens], dtype=torch.int64)
+        if self.encode == "behaviours":
+            vectors = torch.zeros(len(texts), spec.vectors, spec.dim, dtype=torch.float16)
+            if store:
+                behaviours = open_behaviours(store)
+                behaviours.require(spec)
+                vectors[1:] = behaviours.read(behaviours.rows(texts[1:]), torch.float16)  # id 0 is no text
+            else:
+                vectors[:] = encode_texts(self.encoder, spec, texts)
+            return vectors, counts
+        ids, mask = self.encoder.batch(tokens)
+        if self.encode != "states":
+            return ids.int(), counts
+        kept = torch.zeros(*ids.shape, spec.dim, dtype=torch.float16)
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = slice(start, start + _TEXTS_AT_ONCE)
+            kept[some] = self.encoder.low(ids[some], mask[some])
+        return kept, counts
+
+
+def _widened(values: Tensor, width: int) -> Tensor:
+    more = values.new_zeros(len(values), width - values.shape[1], *values.shape[2:])
+    return torch.cat([values, more], 1)
+
+
+def require_encode(encode: str) -> None:
+    """Raise ValueError for another word than those of `Encode`."""
+    known = ("behaviours", "batch", "states", "tokens")
+    require(encode in known, "model.args.encode", encode, f"must be one of {', '.join(known)}")
