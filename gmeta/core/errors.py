@@ -49,10 +49,10 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `did you mean x?` for the nearest known name, or the list of all known names."""
+    """Return `did you mean x?` for the nearest known name, or the list of all known names, which may be empty."""
     names = list(known)
     near = closest(name, names)
-    return f"did you mean {near!r}?" if near else f"there is: {', '.join(map(repr, names))}"
+    return f"did you mean {near!r}?" if near else f"there is: {', '.join(map(repr, names)) or 'none'}"
 
 
 class UserCodeError(ValueError):

@@ -217,7 +217,22 @@ def _network_variants(measured: _Measured) -> Variants:
         found.ranking.pop("plain-finetuned")
         measured.settings["plain-finetuned"]["left_out"] = "it diverges on a task of this split"
         print("evaluate: plain-finetuned is left out: it diverges on a task of this split", file=sys.stderr)
+    _require_finite(measured, found)
     return found
+
+
+def _require_finite(measured: _Measured, found: Variants) -> None:
+    """Raise ValueError that names the first task whose scores are not all finite: nothing measures them."""
+    for variant, scores in found.ranking.items():
+        if np.isfinite(scores).all():
+            continue
+        tasks = np.unique(measured.scores[0].task[~np.isfinite(scores)])
+        (key,) = task_keys(measured.pack, measured.split.task_id[tasks[:1]]).to_pylist()
+        others = f" (one of {len(tasks):,} such tasks)" if len(tasks) > 1 else ""
+        raise ValueError(
+            f"task {key!r}{others} has scores that are not finite in variant {variant!r}: look at its numeric columns; "
+            "where steps of the inner loop diverge, lower inner_lr"
+        )
 
 
 def _write(measured: _Measured, found: list[Variants], evaluation: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """From the facts of a pack to settings of `gmeta train`, each with the reason for it.
 
-A recipe is a plain function of facts. Its numbers come from `benchmarks/quality.py`, which says on which data.
+A recipe is a plain function of facts. Its numbers come from `benchmarks/quality.py`, which says on which data; those of
+scenarios from single runs (docs/quality.md, remarks).
 """
 
 from __future__ import annotations
@@ -169,10 +170,10 @@ def _scenarios(facts: PackFacts, given: Mapping[str, Any]) -> list[Choice]:
         *_last_layer(facts, "over learned features of users and items"),
         Choice("model.embedding_dim", 17, "16 bases of a task, and a mean"),
         Choice("model.args.hidden", [64], "many rows a task: a wider tower"),
-        Choice("loader.resample", True, "a new support every epoch"),
+        *_support(facts, given),
         *_episodes(facts),
         *_task_features(facts),
-        Choice("embedding.lr", 0.005, "rows begin at random"),
+        *_rows(facts, given, lr=0.002, random_lr=0.005),
         *_outer_loop(lr=0.003),
         Choice("loader.tasks_per_batch", 16, "they are long"),
         Choice("schedule.epochs", 15, "passes over the training rows"),
@@ -188,11 +189,11 @@ def _last_layer(facts: PackFacts, over: str) -> list[Choice]:
     return choices
 
 
-def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]:
-    """Return where rows begin, and their rate: `lr` where factor analysis can be fitted."""
+def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float, random_lr: float = 0.01) -> list[Choice]:
+    """Return where rows begin, and their rate: `lr` where factor analysis can be fitted, else `random_lr`."""
     for key in ("embedding.pretrained", "init_from"):
         if given.get(key):
-            return [Choice("embedding.lr", 0.01, f"{key} sets first rows, and not factor analysis")]
+            return [Choice("embedding.lr", random_lr, f"{key} sets first rows, and not factor analysis")]
     vectors = facts.num_tasks + facts.num_items
     if given.get("embedding.start") == "random":
         reason = "you say so"
@@ -205,15 +206,12 @@ def _rows(facts: PackFacts, given: Mapping[str, Any], lr: float) -> list[Choice]
     else:
         start = Choice("embedding.start", "factors", f"rows of {facts.item} begin at Bayesian factor analysis")
         return [start, Choice("embedding.lr", lr, "they are good from the start")]
-    return [Choice("embedding.lr", 0.01, f"rows begin at random: {reason}")]
+    return [Choice("embedding.lr", random_lr, f"rows begin at random: {reason}")]
 
 
 def _episodes(facts: PackFacts) -> list[Choice]:
-    rows = Choice("loader.max_support_rows", 300, "the last rows, which bounds what an adaptation costs")
-    if facts.roles_are_given:
-        return [rows]
     why = f"{facts.num_tasks} tasks alone are few: each is many episodes an epoch"
-    return [rows, Choice("loader.episode_rows", 400, why)]
+    return [] if facts.roles_are_given else [Choice("loader.episode_rows", 400, why)]
 
 
 def _outer_loop(lr: float) -> list[Choice]:

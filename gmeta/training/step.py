@@ -181,7 +181,18 @@ def _checked_stats(state: TrainState, started: InFlightStep) -> dict[str, float]
         file.write_text(json.dumps(found, indent=1))
     raise NotFinite(
         f"step {step}: loss is {stats['loss']}, gradient norm is {stats['grad_norm']}. "
-        f"The batch's task ids are in {file}; no weights were changed. "
+        f"{_named(tasks.tolist(), losses.tolist())}"
+        f"The batch's task ids are in {file}, their keys in tasks.parquet of the pack; no weights were changed. "
         "Lower meta.inner_lr, dense.lr or embedding.lr, or set dense.clip_norm, "
         "and continue from the last checkpoint or start again"
     )
+
+
+def _named(tasks: list[int], losses: list[float]) -> str:
+    """Return a sentence that names the first task whose loss is not finite; nothing where all are, or none is."""
+    if len(tasks) != len(losses):  # some tasks came late, and have no loss
+        return ""
+    bad = [task for task, loss in zip(tasks, losses, strict=True) if not math.isfinite(loss)]
+    if not 0 < len(bad) < len(tasks):
+        return ""
+    return f"{len(bad)} of {len(tasks)} tasks have such a loss, the first is task_id {bad[0]}: look at its rows. "

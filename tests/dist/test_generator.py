@@ -145,6 +145,10 @@ def test_a_run_goes_on_is_evaluated_and_served(tmp_path: Path, capsys: pytest.Ca
         (["{item: [item]}"], ["embedding.generator.item names 'item'", "group"]),
         (["{itm: [tags]}"], ["embedding.generator names 'itm'", "did you mean 'item'?"]),
         (["{item: [tags]}", "--model.features", "[item, group]"], ["names 'tags', which the model does not read"]),
+        (
+            ["{item: [tags]}", "--model.features", "[item]", "--model.numeric", "false"],
+            ["names 'tags', which the model does not read: there is: none"],
+        ),
         (["{tags: [item]}"], ["embedding.generator names 'tags', which has many values a row"]),
         (["{item: tags}"], ["embedding.generator.item is 'tags'", "must be a list of columns"]),
         (["{item: []}"], ["embedding.generator.item is []", "must be a list of columns"]),

@@ -124,13 +124,17 @@ def test_no_step_after_a_bad_one_changes_anything(
 ) -> None:
     """Before a save, a validation and the end the host waits, so that no checkpoint ever holds a bad step."""
     settings = settings_of(tmp_path, "run", optimizer)
-    for end, changed in run_ranks(nproc, run_loop, settings, True, poison):
+    results = run_ranks(nproc, run_loop, settings, True, poison)
+    for end, changed in results:
         assert f"step {poison}: loss is nan, gradient norm is nan" in end
         assert "no weights were changed" in end
         assert changed == [True] * poison + [False] * (2 if ran_ahead else 1)
     found = json.loads((tmp_path / "run" / f"not-finite-step-{poison:08d}.json").read_text())
     assert found["step"] == poison
     assert len(found["task_id"]) == 7
+    bad = [task for task, loss in zip(found["task_id"], found["query_loss"], strict=True) if isinstance(loss, str)]
+    named = f"{len(bad)} of 7 tasks have such a loss, the first is task_id {bad[0]}" in results[0][0]
+    assert named == (nproc > 1)  # those of the last rank; alone it has them all
     assert all(step <= poison for step in checkpoint.steps_saved(tmp_path / "run" / "checkpoints"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +118,17 @@ def test_a_twin_that_diverges_on_the_measured_split_is_left_out(
     assert found["variants"] == ["before", "after", "plain"]
     assert "diverges on a task" in found["settings"]["plain-finetuned"]["left_out"]
     assert "plain-finetuned is left out" in capsys.readouterr().err
+
+
+def test_a_task_whose_scores_are_not_finite_is_named(
+    out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(out / "run", tmp_path / "run")
+    words = ["evaluate", "--run_dir", tmp_path / "run", "--baselines", "false", "--resamples", 2]
+    said = fails([*words, "--steps", 3, "--inner_lr", 1e30], capsys)
+    tasks = pq.read_table(out / "pack" / "tasks.parquet").to_pylist()
+    (named,) = re.findall(r"task '(\w+)' .*has scores that are not finite in variant 'after'.*lower inner_lr", said)
+    assert named in [task["key"] for task in tasks if task["split"] == "test"]
 
 
 def test_a_plain_twin_is_reported_by_its_own_loss(out: Path, tmp_path: Path) -> None:

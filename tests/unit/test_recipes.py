@@ -154,6 +154,35 @@ def test_a_level_drifts_over_long_ordered_supports(
     assert found.get("loader.resample", True) != drifts
 
 
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, {"embedding.start": "factors", "embedding.lr": 0.002, "loader.episode_rows": 400}),
+        ({}, {"model.args.drift_std": 0.5, "loader.resample": False, "loader.max_support_rows": None}),
+        ({"query_is_last": False}, {"model.args.drift_std": None, "loader.resample": True}),
+        ({"item": None}, {"embedding.start": None, "embedding.lr": 0.005}),
+        ({"roles_are_given": True}, {"loader.episode_rows": None, "loader.max_support_rows": None}),
+    ],
+)
+def test_few_long_tasks_are_scenarios(
+    clicks: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], chosen: dict[str, Any]
+) -> None:
+    """They too start from factor analysis, and adapt to all of their support."""
+    facts = replace(read_facts(open_pack(clicks), ["film"]), num_tasks=20, median_rows=900)
+    monkeypatch.setattr(recipes, "read_facts", lambda *_, **__: replace(facts, **changes))
+    recipe = recipe_for(open_pack(clicks), {})
+    assert recipe.name == "scenarios"
+    found = settings(recipe)
+    assert {key: found.get(key) for key in chosen} == chosen
+
+
+def test_scenarios_train(prepared: Callable[..., Path], tmp_path: Path) -> None:
+    config = trained(
+        "--pack", prepared("clicks", "--label_threshold", 4), "--run_dir", tmp_path / "run", "--recipe", "scenarios"
+    )
+    assert (config["loader"]["episode_rows"], config["embedding"]["start"]) == (400, "factors")
+
+
 def test_one_label_trains(prepared: Callable[..., Path], tmp_path: Path) -> None:
     trained("--pack", prepared("one", "--label_threshold", 0), "--run_dir", tmp_path / "run")
 
