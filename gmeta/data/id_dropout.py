@@ -98,11 +98,12 @@ def _filled(ids: Tensor, masked: NDArray[np.bool_]) -> Tensor:
 
 
 def build_id_dropout(pack: TaskPack, share: float, *, features: Iterable[str], seed: int) -> IdDropout | None:
-    """Return the masks of these features, None with a share of 0.
+    """Return the masks of these features, None with a share of 0 and for a model that reads no rows.
 
     Hashed tables have no cold ids: a new value reads the row of a bucket. ValueError where no feature has a vocabulary.
     """
-    if share == 0:
+    features = list(features)
+    if share == 0 or not features:
         return None
     tables = list(dict.fromkeys(feature.table for feature in pack.schema.features))
     known = _with_vocabulary(pack, features)

