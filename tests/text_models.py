@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,17 @@ class Titles(nn.Module):
         assert all(mask_of(name) not in embedded for name in self.texts), "it reads no row of a text"
         inputs = [own, history, *(embedded[name] for name in self.features), dense]
         return self.out(torch.relu(self.layer(torch.cat(inputs, -1)))).squeeze(-1)
+
+
+class Shelf(Titles):
+    """Needs a file besides its weights: a number, by which it multiplies those of texts."""
+
+    def __init__(self, inputs: InputSpec, *, scale: str, hidden: int = 6) -> None:
+        super().__init__(inputs, hidden=hidden)
+        self._scale = Path(scale)
+        self.numbers *= float((self._scale / "scale.txt").read_text())
+
+    def save_assets(self, folder: Path) -> dict[str, str]:
+        shutil.copytree(self._scale, folder / "shelf")
+        (folder / "texts.txt").write_text(str(self.num_given))
+        return {"scale": "shelf"}

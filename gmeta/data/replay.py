@@ -23,6 +23,7 @@ from gmeta.data.order import Tasks, keyed_hash
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import OOV
 from gmeta.data.schema_difference import schema_difference, without_sizes
+from gmeta.data.text_tables import TextTable
 
 _DRAW = 4  # keeps the draws apart from the other hashes of (seed, epoch)
 
@@ -77,6 +78,14 @@ def require_older(pack: TaskPack, older: TaskPack) -> None:
             f"{older.path} cannot be replayed beside {pack.path}: {'; '.join(lines)}. Replay a pack that {pack.path} "
             "was prepared on as its base, or leave replay.pack out"
         )
+
+
+def replayed_texts(pack: TaskPack, older: TaskPack) -> dict[str, TextTable]:
+    """Return the texts of a pack, and behind them those that only an older one's rows have, as `followed_by` of their
+    splits numbers them.
+    """
+    theirs, sizes = older.text_tables(), {feature.table: feature.num_ids for feature in older.schema.features}
+    return {table: ours.followed_by(theirs[table], sizes[table]) for table, ours in pack.text_tables().items()}
 
 
 def _ids_difference(table: str, pack: TaskPack, older: TaskPack) -> list[str]:

@@ -7,6 +7,7 @@ rows asked for. Anonymous memory does not grow with the pack: shards stay mapped
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gmeta.core.batch import Bag, Examples, mask_of, text_ids_of
+from gmeta.core.batch import Examples, text_ids_of
+from gmeta.data.cells import CellBags, joined_arrays, padded, padded_ids, ranges
 from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
 from gmeta.data.row_matrix import redrawn_rows, row_matrix
 from gmeta.data.schema import OOV, PackSchema
@@ -150,6 +152,7 @@ class Shard:
         self.num_rows = int(entry["rows"])
         self.num_tasks = int(entry["tasks"])
         self.arrays = arrays
+        self.raised: dict[str | int, tuple[int, int]] = {}
         self._entry = entry
         self._verified = False
 
@@ -163,6 +166,19 @@ class Shard:
         """Return a mapped array, after verification."""
         self.verify()
         return self.arrays[name]
+
+    def beside(self, raised: dict[str | int, tuple[int, int]]) -> Shard:
+        """Return the shard as it is read beside another pack: feature, or column of ids -> (first, by): ids from
+        `first` on, texts that no vocabulary has, grow by so many.
+        """
+        shard = copy(self)
+        shard.raised = raised
+        return shard
+
+    def numbered(self, feature: str | int, ids: Array) -> Array:
+        """Return ids that were read as `beside` says."""
+        first, by = self.raised.get(feature, (0, 0))
+        return np.where(ids >= first, ids + by, ids).astype(ids.dtype) if by else ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +310,7 @@ class PackSplit:
         if name in self._many_valued:
             return self._known(name, self._column(f"{name}.values"))
         column = self._one_valued.index(name)
-        return self._known(name, _joined([shard.read("ids")[:, column] for shard in self._shards]))
+        return self._known(name, joined_arrays([shard.read("ids")[:, column] for shard in self._shards]))
 
     def _known(self, name: str, ids: Array) -> Array:
         """Return a feature's ids as an embedding table has them: a text that has no row there is unknown."""
@@ -302,7 +318,7 @@ class PackSplit:
 
     def numeric_column(self, number: int) -> Array:
         """Return one standardised numeric column, float32 [rows], in the order of the schema's columns."""
-        return _joined([shard.read("dense")[:, number] for shard in self._shards])
+        return joined_arrays([shard.read("dense")[:, number] for shard in self._shards])
 
     def lengths(self, name: str) -> Array | None:
         """Return how many ids each row has of a many-valued feature, int64 [rows]; None of a one-valued one."""
@@ -327,8 +343,14 @@ class PackSplit:
         return PackSplit(self.name, self._shards[:1], self._schema)
 
     def followed_by(self, other: PackSplit) -> PackSplit:
-        """Return these tasks, and behind them in the numbering those of another pack of the same columns."""
-        return PackSplit(self.name, [*self._shards, *other._shards], self._schema)
+        """Return these tasks, and behind them in the numbering those of another pack of the same columns; its texts
+        without an embedding row are numbered behind all of this one's.
+        """
+        raised: dict[str | int, tuple[int, int]] = {}
+        for name, first in other._texts.items():
+            key = self._one_valued.index(name) if name in self._one_valued else name
+            raised[key] = (first, (self._schema.feature(name).num_texts or 0) - first)
+        return PackSplit(self.name, [*self._shards, *(s.beside(raised) for s in other._shards)], self._schema)
 
     def sample(self, num_tasks: int, most_rows: int) -> dict[str, Array]:
         """Return the first tasks of the first shard that have at most so many rows each, as the arrays of a shard."""
@@ -338,7 +360,7 @@ class PackSplit:
         start = shard.read("row_start")
         size = np.diff(start, append=shard.num_rows)
         tasks = np.flatnonzero(size <= most_rows)[:num_tasks]
-        rows = _ranges(start[tasks], size[tasks])
+        rows = ranges(start[tasks], size[tasks])
         vectors = {array_name(v.name): self._vectors_of(shard, v.name, rows) for v in self._schema.vector}
         stored = ("ids", "dense", "label", "weight", "item_cold")
         arrays = vectors | {name: shard.read(name)[rows] for name in stored if name in shard.arrays}
@@ -347,7 +369,7 @@ class PackSplit:
         for name in ragged(self._schema):
             offsets = shard.read(f"{name}.offsets")
             length = offsets[rows + 1] - offsets[rows]
-            arrays[f"{name}.values"] = shard.read(f"{name}.values")[_ranges(offsets[rows], length)]
+            arrays[f"{name}.values"] = shard.read(f"{name}.values")[ranges(offsets[rows], length)]
             arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
         return arrays
 
@@ -385,7 +407,7 @@ class PackSplit:
                 if not len(here):
                     continue
                 offsets = self._shards[index].read(f"{name}.offsets")
-                rows = _ranges(at.start[here] - self._row_bounds[index], at.num_rows[here])
+                rows = ranges(at.start[here] - self._row_bounds[index], at.num_rows[here])
                 first = np.cumsum(at.num_rows[here]) - at.num_rows[here]
                 cells[here] += np.maximum.reduceat(offsets[rows + 1] - offsets[rows], first)
         return cells
@@ -433,17 +455,17 @@ class PackSplit:
                 row=torch.from_numpy(rows),
                 item_cold=torch.from_numpy(item_cold[:, columns].astype(bool)),
                 weight=None if weight is None else torch.from_numpy(weight[:, columns].copy()),
-                given=_padded({name: bag.cut(columns) for name, bag in numbers.items()})
+                given=padded({name: bag.cut(columns) for name, bag in numbers.items()})
                 | {name: torch.from_numpy(vector[:, columns].copy()) for name, vector in vectors.items()}
-                | {text_ids_of(name): _padded_ids(found, columns) for name, found in texts.items()},
+                | {text_ids_of(name): padded_ids(found, columns) for name, found in texts.items()},
             )
 
         S = support_row.shape[1]
         return side(support_row, slice(0, S)), side(query_row, slice(S, None)), torch.from_numpy(at.task_id.copy())
 
-    def _take_texts(self, ids: Array, bags: dict[str, _Bags]) -> dict[str, Array | _Bags]:
+    def _take_texts(self, ids: Array, bags: dict[str, CellBags]) -> dict[str, Array | CellBags]:
         """Return the texts of ids [T, W, features] and of bags, where both then hold what an embedding table has."""
-        texts: dict[str, Array | _Bags] = {}
+        texts: dict[str, Array | CellBags] = {}
         for name in self._texts:
             if name in bags:
                 texts[name] = bags[name]
@@ -462,7 +484,7 @@ class PackSplit:
         return shard.vectors[name].rows(self._known(self._one_valued[item], shard.read("ids")[rows, item]))
 
     def _column(self, name: str) -> Array:
-        return _joined([shard.read(name) for shard in self._shards])
+        return joined_arrays([shard.read(name) for shard in self._shards])
 
     def _cells(self, shard_of: Array, row: Array) -> _Cells:
         """Return the cells of `row` [T, W]: row numbers of tasks that lie in `shard_of` [T], -1 on padding."""
@@ -502,6 +524,8 @@ class _Cells:
         if out.size:
             for shard, run, local in self.runs:
                 shard.read(name).take(local, 0, out[run], "clip")  # "raise" would go through a buffer
+                for column in (key for key in shard.raised if name == "ids" and isinstance(key, int)):
+                    out[run, column] = shard.numbered(column, out[run, column])
             if len(self.pad):
                 out[self.pad] = 0
         return out.reshape(*self.shape, *like.shape[1:])[self.back]
@@ -514,7 +538,7 @@ class _Cells:
         out[self.pad] = 0
         return out.reshape(*self.shape, dim)[self.back]
 
-    def bag(self, name: str) -> _Bags:
+    def bag(self, name: str) -> CellBags:
         """Return a many-valued feature of the cells."""
         first, length = np.zeros((2, *self.shape), np.int64)
         flat_first, flat_length = first.reshape(-1), length.reshape(-1)
@@ -524,59 +548,11 @@ class _Cells:
             flat_length[run] = offsets[local + 1] - offsets[local]
         flat_length[self.pad] = 0
         values = [
-            shard.read(f"{name}.values")[_ranges(flat_first[run], flat_length[run])] for shard, run, _ in self.runs
+            shard.numbered(name, shard.read(f"{name}.values")[ranges(flat_first[run], flat_length[run])])
+            for shard, run, _ in self.runs
         ]
         flat_first[:] = np.cumsum(flat_length) - flat_length
-        return _Bags(_joined(values or [np.empty(0, np.int32)]), first[self.back], length[self.back])
-
-
-@dataclass(frozen=True, slots=True)
-class _Bags:
-    """A many-valued feature of the cells of a batch: cell (t, w) has values[first[t, w]:][: length[t, w]]."""
-
-    values: Array
-    first: Array  # [T, W]
-    length: Array  # [T, W]
-
-    def cut(self, columns: slice) -> Bag:
-        """Return the bag of one side."""
-        length = np.ascontiguousarray(self.length[:, columns])
-        values = self.values[_ranges(self.first[:, columns].reshape(-1), length.reshape(-1))]
-        kind = np.int64 if values.dtype.kind == "i" else values.dtype
-        return Bag(torch.from_numpy(values.astype(kind)), torch.from_numpy(length))
-
-
-def _padded(bags: Mapping[str, Bag]) -> dict[str, Tensor]:
-    """Return numbers [T, S, L, 1] of each bag, zeros behind its values, and a mask bool [T, S, L], true for these.
-
-    L is the longest of the side, and at least 1, as for the sequences that they are aligned with.
-    """
-    given: dict[str, Tensor] = {}
-    for name, bag in bags.items():
-        longest = max(1, int(bag.lengths.max()) if bag.lengths.numel() else 1)
-        mask = torch.arange(longest) < bag.lengths.unsqueeze(-1)
-        numbers = bag.values.new_zeros(*mask.shape)
-        numbers[mask] = bag.values
-        given |= {name: numbers.unsqueeze(-1), mask_of(name): mask}
-    return given
-
-
-def _padded_ids(found: Array | _Bags, columns: slice) -> Tensor:
-    """Return the texts of one side, int64 [T, S, L], 0 where there is none; L is 1 of a feature of one value."""
-    if isinstance(found, _Bags):
-        return _padded({"": found.cut(columns)})[""].squeeze(-1)
-    return torch.from_numpy(found[:, columns].astype(np.int64)).unsqueeze(-1)
-
-
-def _ranges(first: Array, length: Array) -> Array:
-    """Return first[0], first[0] + 1, … (length[0] numbers), then those from first[1], and so on."""
-    end = np.cumsum(length)
-    ranges: Array = np.arange(int(length.sum())) + np.repeat(first - (end - length), length)
-    return ranges
-
-
-def _joined(arrays: Sequence[Array]) -> Array:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return CellBags(joined_arrays(values or [np.empty(0, np.int32)]), first[self.back], length[self.back])
 
 
 def split_in_memory(arrays: Mapping[str, Array], schema: PackSchema) -> PackSplit:

@@ -19,14 +19,15 @@ from gmeta.data.prepare.base import IN_BUNDLE
 from gmeta.data.prepare.history import INCREMENT, LEFT_OUT_PARTS, TASKS, history_of_pack
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import verified_file
-from gmeta.data.text_tables import TextTable, open_text_tables
+from gmeta.data.text_tables import open_text_tables
 from gmeta.delivery.smoke import add_smoke
 from gmeta.embedding.table import FusedTable, ShardedTables
+from gmeta.meta.learner import MetaLearner
 from gmeta.models.registry import is_foreign, source_hash
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.build import new_learner, require_trusted, row_dtype, table_specs
 from gmeta.runs import checkpoint
-from gmeta.runs.bundle import DENSE, ROWS, TRAINING, Bundle, BundleWriter, is_bundle, read_manifest
+from gmeta.runs.bundle import ASSETS, DENSE, ROWS, TRAINING, Bundle, BundleWriter, is_bundle, read_manifest
 from gmeta.runs.data import is_own_pack, require_own_vocabularies
 from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
 
@@ -53,8 +54,9 @@ def make_bundle(config: BundleConfig) -> Bundle:
         for file in sorted((run_dir / "vocab").iterdir()):
             writer.add_file(file, f"vocab/{file.name}")
         _add_dense(writer, path, training=config.training, mesh=mesh)
-        texts = open_text_tables(run_dir / "vocab", schema)
-        for fused in _tables(trained, schema, mesh, texts, training=config.training).values():
+        learner = new_learner(trained, schema, mesh, text_tables=open_text_tables(run_dir / "vocab", schema))
+        assets = _add_assets(writer, learner.model)
+        for fused in _tables(trained, schema, mesh, learner, training=config.training).values():
             _add_rows(writer, path, fused, mesh)
         pack, reason = _own_pack(run_dir, trained)
         if config.training and pack is not None:
@@ -71,6 +73,7 @@ def make_bundle(config: BundleConfig) -> Bundle:
             "parent": _parent(trained),
             "step": step,
             "model": {"name": model, "source": source_hash(model) if is_foreign(model) else None},
+            **({ASSETS: assets} if assets else {}),
             **_day(pack),
         }
         if pack is not None:
@@ -121,6 +124,23 @@ def _add_increment(writer: BundleWriter, pack: TaskPack) -> None:
     writer.add_file(pack.path / "manifest.json", f"{IN_BUNDLE}/manifest.json")
 
 
+def _add_assets(writer: BundleWriter, model: Any) -> dict[str, str]:
+    """Add what a model is made with besides its weights. Return its arguments that name a file or folder of it, by its
+    path in the bundle, or nothing (the empty text).
+
+    A model that needs something has `save_assets(folder)`, which writes it there and returns these paths in `folder`.
+    """
+    found: dict[str, str] = {}
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        found.update(model.save_assets(folder))
+
+    if hasattr(model, "save_assets"):
+        writer.add_made(ASSETS, save)
+    return {key: f"{ASSETS}/{file}" if file else "" for key, file in found.items()}
+
+
 def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) -> None:
     stored = checkpoint.stored_tensors(path)
     dense = {name: value for name, value in stored.items() if name.startswith(("dense.", "buffers."))}
@@ -132,9 +152,8 @@ def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) 
 
 
 def _tables(
-    config: TrainConfig, schema: PackSchema, mesh: Mesh, texts: Mapping[str, TextTable], *, training: bool
+    config: TrainConfig, schema: PackSchema, mesh: Mesh, learner: MetaLearner, *, training: bool
 ) -> dict[str, FusedTable]:
-    learner = new_learner(config, schema, mesh, text_tables=texts)
     tables = ShardedTables(
         table_specs(schema, learner.features),
         mesh=mesh,

@@ -36,7 +36,7 @@ from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.mapped import MappedRows
 from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
-from gmeta.runs.bundle import is_bundle, open_bundle, read_manifest
+from gmeta.runs.bundle import assets_of, is_bundle, open_bundle, read_manifest
 from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
 
 WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -276,6 +276,8 @@ def load_system(
         _compare_names(config.model.name, name_of(factory))
     if is_bundle(source):
         bundle = open_bundle(source)
+        args = {**config.model.args, **assets_of(source)}
+        config = replace(config, model=replace(config.model, args=args))
         exchange: MakeExchange = partial(MappedRows, bundle) if mapped else RowExchange
         system = build_system(
             config, schema, mesh, factory=factory, exchange=exchange, training=False, text_tables=text_tables

@@ -4,6 +4,7 @@
     config.yaml  schema.json  vocab/    as in the run directory
     dense.safetensors                   dense layers, learned rates, buffers
     tables/<table>-00000.safetensors …  an embedding table's rows, in the order of ids
+    assets/                             optional: what else the model is made with
     training/                           optional: moments and positions, which a warm start goes on with
 
 Rows lie in the order of ids, whatever workers a run had, so that versions can be compared, grown, and taken apart. A
@@ -39,6 +40,7 @@ FORMAT, VERSION = "gmeta-bundle", 2
 MANIFEST = "manifest.json"
 DENSE = "dense.safetensors"
 TRAINING = "training/"
+ASSETS = "assets"
 CURE = "make the bundle again, or copy it again"
 PART_BYTES = 1 << 28
 """A table's file holds at most so many bytes of rows: a part is written, sent and mapped as one."""
@@ -103,9 +105,20 @@ def check_manifest(manifest: dict[str, Any], file: str, cure: str = CURE) -> dic
         for key, kind in (("id", str), ("step", int), ("training", bool)):
             if not isinstance(manifest[key], kind):
                 raise ValueError(f"{key} is {manifest[key]!r}")
+        for file in manifest.get(ASSETS, {}).values():
+            if file:  # of nothing the empty text
+                check_entry({"file": file, "bytes": 0, "xxh3": ""})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is no manifest of a bundle ({error}): {cure}") from None
     return manifest
+
+
+def assets_of(path: Path) -> dict[str, str]:
+    """Return the arguments of a bundle's model that name what the bundle holds for it, as absolute paths; none of a run
+    directory.
+    """
+    found = read_manifest(path).get(ASSETS, {}) if is_bundle(path) else {}
+    return {key: str((path / file).absolute()) if file else "" for key, file in found.items()}
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gmeta.core.batch import TaskBatch
 from gmeta.data.id_dropout import build_id_dropout
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
-from gmeta.data.replay import evicted_ids, require_older
+from gmeta.data.replay import evicted_ids, replayed_texts, require_older
 from gmeta.embedding.exchange import RowExchange
 from gmeta.models.registry import ModelFactory
 from gmeta.optim.dense import OuterReduce
@@ -115,9 +115,8 @@ def build_run(
     pack, older = open_pack(config.pack), open_pack(config.replay.pack) if config.replay.pack else None
     if older is not None:
         require_older(pack, older)
-    system = build_system(
-        config, pack.schema, mesh, factory=factory, exchange=parts.exchange, text_tables=pack.text_tables()
-    )
+    texts = pack.text_tables() if older is None else replayed_texts(pack, older)
+    system = build_system(config, pack.schema, mesh, factory=factory, exchange=parts.exchange, text_tables=texts)
     loader = _open_loader(config, pack, older, system, parts.loader_arguments)
     total = config.schedule.epochs * loader.batches_per_epoch
     total = min(total, config.schedule.max_steps or total)

@@ -14,7 +14,7 @@ from gmeta.core.nested import flat, nested
 from gmeta.data.pack import open_pack
 from gmeta.models.registry import is_foreign
 from gmeta.recipes.recipes import recipe_for, recipe_lines
-from gmeta.runs.bundle import read_manifest
+from gmeta.runs.bundle import assets_of, read_manifest
 from gmeta.runs.directory import read_settings, recorded_settings
 
 _PLACES = (
@@ -84,6 +84,7 @@ def _of_bundle(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     come from anyone.
     """
     found = {key: value for key, value in _others_of(read_settings(path)).items() if not key.startswith(_OF_A_RUN)}
+    found |= {f"model.args.{key}": file for key, file in assets_of(path).items()}
     if given.get("embedding.pretrained"):
         found.pop("embedding.start", None)  # the bundle's rows began so; these do not
     model, named = str(found.get("model.name")), given.get("model.name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from gmeta.core.nested import flat
 from gmeta.meta.inner_loop import resolve_adapted
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
-from gmeta.runs.bundle import CURE, TRAINING, Bundle, open_bundle, read_manifest
+from gmeta.runs.bundle import CURE, TRAINING, Bundle, assets_of, open_bundle, read_manifest
 from gmeta.runs.directory import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
@@ -92,7 +92,10 @@ def _rates(run: Run, bundle: Bundle) -> Tensor | None:
 def _check(path: Path, run: Run, *, moments: bool, goes_on: bool) -> None:
     open_bundle(path, training=moments)  # verifies it
     config, pack, base = run.config, run.pack, read_config(path)
-    lines = [f"{key} is {ours!r}, the bundle has {theirs!r}" for key, ours, theirs in _others(config, base, moments)]
+    # What the bundle holds for the model lies elsewhere now.
+    ours = replace(config, model=replace(config.model, args={**config.model.args, **dict.fromkeys(assets_of(path))}))
+    base = replace(base, model=replace(base.model, args={**base.model.args, **dict.fromkeys(assets_of(path))}))
+    lines = [f"{key} is {mine!r}, the bundle has {theirs!r}" for key, mine, theirs in _others(ours, base, moments)]
     lines += meaning_difference(path, pack)
     if lines:
         raise ValueError(

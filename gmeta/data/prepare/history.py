@@ -31,7 +31,7 @@ from gmeta.data.item_vectors import DTYPE, array_name
 from gmeta.data.pack import TaskPack
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, drawn_split
-from gmeta.data.schema import OOV, PackSchema, Vector
+from gmeta.data.schema import PackSchema, Vector
 from gmeta.data.shards import one_valued, ragged, verified_file
 from gmeta.data.sources import Connection, in_order, literal, only_file, scalar
 
@@ -59,7 +59,7 @@ class TaskHistory:
     rows: int  # a task's most
     older: Path  # of `deal_history`
     out: Path  # folder of the parts
-    gone: Mapping[str, Array]  # feature -> bool [num_ids], true for tombstones
+    today: Mapping[str, Array]  # feature -> the id that each id of the base has now, of those where some differ
 
     def add(self, con: Connection, shard: ShardJob, arrays: dict[str, Array]) -> dict[str, Array]:
         """Write a shard's part; returns its arrays with the older rows of its tasks in front of their support."""
@@ -98,7 +98,7 @@ class TaskHistory:
         table = found.to_arrow_table()
         old_task = np.searchsorted(arrays["task_id"], table["task_id"].to_numpy())
         return (
-            _joined(self.schema, _arrays(self.schema, table, self.gone), arrays),
+            _joined(self.schema, _arrays(self.schema, table, self.today), arrays),
             np.concatenate([old_task, task]),
             np.concatenate([table["day"].to_numpy(), np.full(len(task), self.day)]),
             np.concatenate([np.zeros(len(old_task), bool), is_query]),
@@ -177,7 +177,7 @@ def carry_history(con: Connection, history: TaskHistory, number: int, evict_afte
     schema = history.schema
 
     def forgotten(table: pa.Table) -> pa.Table:
-        rows = _arrays(schema, table, history.gone)
+        rows = _arrays(schema, table, history.today)
         columns = {name: table[name] for name in ("key", "day", "place")}
         return pa.table({**columns, **_columns(schema, rows)})
 
@@ -305,8 +305,8 @@ def _columns(schema: PackSchema, rows: Mapping[str, Array]) -> dict[str, pa.Arra
     return columns
 
 
-def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the rows of a table of the history as a shard has them; ids of tombstones are out of vocabulary."""
+def _arrays(schema: PackSchema, table: pa.Table, today: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the rows of a table of the history as a shard has them, with the ids of `today`."""
     flat_columns = [name for name in _FLAT if name in table.column_names and not (schema.labels and name == "label")]
     rows = {name: table[name].to_numpy() for name in flat_columns}
     wide: list[tuple[str, int, Any]] = [
@@ -319,13 +319,13 @@ def _arrays(schema: PackSchema, table: pa.Table, gone: Mapping[str, Array]) -> d
         flat = table[name].combine_chunks().flatten().to_numpy() if width else np.empty(0, kind)
         rows[name] = flat.astype(kind).reshape(len(table), width)  # a copy, which may be written to
     for column, name in enumerate(one_valued(schema)):
-        if name in gone:
-            rows["ids"][gone[name][rows["ids"][:, column]], column] = OOV
+        if name in today:
+            rows["ids"][:, column] = today[name][rows["ids"][:, column]]
     for name, dtype in ragged(schema).items():
         lists = table[f"{name}.values"].combine_chunks()
         values = lists.flatten().to_numpy().astype(dtype)
-        if name in gone:
-            values[gone[name][values]] = OOV
+        if name in today:
+            values = today[name][values].astype(dtype)
         length = lists.value_lengths().to_numpy()
         rows |= {f"{name}.values": values, f"{name}.offsets": np.concatenate([[0], np.cumsum(length)]).astype(np.int64)}
     return rows

@@ -34,6 +34,7 @@ from gmeta.data.prepare.read import check_all
 from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scratch_directory
 from gmeta.data.prepare.summary import Report, console_report
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, make_tasks, place_left_out, row_bytes
+from gmeta.data.prepare.texts import find_older_texts, ids_today, learn_texts, write_further_texts
 from gmeta.data.prepare.times import time_unit, to_microseconds
 from gmeta.data.prepare.vectors import find_item_vectors, write_item_vectors
 from gmeta.data.prepare.write import write_shards, write_vocabularies
@@ -71,6 +72,8 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
         of_base = (base.pack_schema, base.vocabularies, (base.increment or scratch) / PENDING)
         evicted = Eviction(config.evict_after_days, config.evict_below)
         pack_schema = grow(con, of_base, schema, scratch, shards, base.day, evicted, tell)
+        find_older_texts(con, schema, base.pack_schema, base.vocabularies)
+        pack_schema = learn_texts(con, schema, pack_schema, scratch, every, goes_on=True)
         counts |= _grown(base.pack_schema, pack_schema)
         counts["drift"] = drift(con, schema, base.pack_schema, scratch, shards)
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": None}
@@ -79,10 +82,12 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
             folder = writer.directory / INCREMENT
             (folder / PARTS).mkdir(parents=True)
             write_vocabularies(con, writer, schema, totals="totals_after")
+            write_further_texts(con, schema, writer.directory / "vocab")
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab", base.vocabularies)
             gone = tombstones(con, schema, pack_schema)
             counts["tombstones"] = {f.table: int(gone[f.name].sum()) for f in pack_schema.features if f.name in gone}
-            history = TaskHistory(pack_schema, base.day, rows, older, folder / PARTS, gone)
+            today = ids_today(con, schema, base.pack_schema, gone)
+            history = TaskHistory(pack_schema, base.day, rows, older, folder / PARTS, today)
             of_shards = _OfShards(history, UnknownCounts(base.pack_schema))
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, of_shards)
             counts["drift"]["unknown"] = of_shards.unknown.shares()

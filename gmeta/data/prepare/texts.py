@@ -8,24 +8,80 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from gmeta.data.prepare.deal import dealt
 from gmeta.data.prepare.tasks import ShardJob
-from gmeta.data.prepare.vocabulary import HashedVocabulary, counted_values
+from gmeta.data.prepare.vocabulary import HashedVocabulary, counted_values, files_of_values
 from gmeta.data.schema import OOV, DataSchema, PackSchema
-from gmeta.data.sources import Connection, scalar
+from gmeta.data.sources import Connection, identifier, only_file, scalar
 from gmeta.data.text_tables import further_texts_file
+
+Array = NDArray[Any]
+
+
+def find_older_texts(con: Connection, schema: DataSchema, before: PackSchema, vocabularies: Path) -> None:
+    """Make `older_texts_<index>` (value, id) of each table of texts: those without a row that the history reads, with
+    the ids that it has of them. `vocabularies` are the base's, and `before` is its schema.
+    """
+    there = scalar(con, "SELECT count(*) FROM duckdb_views() WHERE view_name = 'history'")
+    one = [f.name for f in before.features if f.kind == "categorical"]
+    for index, (table, features) in enumerate(schema.tables().items()):
+        if not features[0].text:
+            continue
+        used = "SELECT 0 AS id WHERE false"
+        if there:
+            kept = """(SELECT h.* FROM history h JOIN known_tasks k USING (key)
+                       WHERE h.place >= k.num_history - k.num_known)"""
+            columns = [
+                f"ids[{one.index(f.name) + 1}]" if f.name in one else f"unnest({identifier(f'{f.name}.values')})"
+                for f in features
+            ]
+            used = " UNION ".join(f"SELECT {column} AS id FROM {kept}" for column in columns)
+        files = ", ".join(map(only_file, files_of_values(vocabularies, table)))
+        con.execute(f"""
+            CREATE TABLE older_texts_{index} AS
+            SELECT t.value, t.id FROM read_parquet([{files}], union_by_name=true) t JOIN ({used}) u USING (id)
+            WHERE t.value IS NOT NULL AND (t.id >= {before.feature(features[0].name).num_ids}
+                                           OR t.id IN (SELECT id FROM vocab_{index} WHERE value IS NULL))""")
+
+
+def ids_today(con: Connection, schema: DataSchema, before: PackSchema, gone: Mapping[str, Array]) -> dict[str, Array]:
+    """Return feature -> the id that each id of the base's rows has today, int64 [ids]; features whose ids all stay are
+    left out. `gone` says which stand for nothing: of these, texts that the history reads have ids of texts alone.
+    """
+    out = {name: np.where(flags, OOV, np.arange(len(flags))) for name, flags in gone.items()}
+    for index, features in enumerate(schema.tables().values()):
+        if not features[0].text:
+            continue
+        found = con.execute(f"""SELECT o.id AS before, t.id AS now
+                                FROM older_texts_{index} o JOIN texts_{index} t USING (value)""").fetchnumpy()
+        for feature in features if len(found["now"]) else ():
+            stored = before.feature(feature.name)
+            ids = np.zeros(max(stored.num_ids, stored.num_texts or 0), np.int64)
+            ids[: stored.num_ids] = out.get(feature.name, np.arange(stored.num_ids))[: stored.num_ids]
+            ids[found["before"]] = found["now"]
+            out[feature.name] = ids
+    return out
 
 
 def learn_texts(
-    con: Connection, schema: DataSchema, pack_schema: PackSchema, scratch: Path, shards: Sequence[ShardJob]
+    con: Connection,
+    schema: DataSchema,
+    pack_schema: PackSchema,
+    scratch: Path,
+    shards: Sequence[ShardJob],
+    *,
+    goes_on: bool = False,
 ) -> PackSchema:
     """Make `further_texts_<index>` (value, id) of each table of texts, sorted, of what these shards hold and its
-    vocabulary does not, and view `texts_<index>` of both. Return the pack schema with the numbers of texts.
+    vocabulary does not, and view `texts_<index>` of both. Return the pack schema with the numbers of texts. A day that
+    `goes_on` has those of `find_older_texts` too.
     """
     num_texts: dict[str, int] = {}
     for index, (table, features) in enumerate(schema.tables().items()):
@@ -33,10 +89,12 @@ def learn_texts(
             continue
         num_ids = pack_schema.feature(features[0].name).num_ids
         vocabulary = f"(SELECT value, id FROM vocab_{index} WHERE value IS NOT NULL)"
+        values = f"SELECT value FROM ({counted_values(schema, features, dealt(schema, scratch, shards))})"
+        values += f" UNION SELECT value FROM older_texts_{index}" if goes_on else ""
         con.execute(f"""
             CREATE TABLE further_texts_{index} AS
             SELECT value, {num_ids} - 1 + row_number() OVER (ORDER BY CAST(value AS VARCHAR)) AS id
-            FROM ({counted_values(schema, features, dealt(schema, scratch, shards))})
+            FROM ({values})
             ANTI JOIN {vocabulary} USING (value);
             CREATE VIEW texts_{index} AS FROM {vocabulary} UNION ALL FROM further_texts_{index}""")
         num_texts[table] = num_ids + int(scalar(con, f"SELECT count(*) FROM further_texts_{index}"))
