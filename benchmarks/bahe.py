@@ -82,7 +82,7 @@ def _steps(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> 
     records, lines = [], []
     for layers in SPLITS if not args.quick else (3,):
         for titles in LENGTHS if not args.quick else (10,):
-            case = StepCase(encoder, layers, titles, repetitions=3 if args.quick else 7)
+            case = StepCase(encoder, layers, titles, repetitions=1 if args.quick else 3)
             found = measure(case, _histories(rows, titles))
             records += _records(case.name, found)
             lines.append([case.name, *_line(found)])
@@ -140,12 +140,22 @@ def _day(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> No
 # ------------------------------------------------------------------------------------------------- quality
 
 
+TWINS = ("behaviours", "states", "tokens")
+TEXT = {"layers": 5, "dropout": 0.2}
+RATES = ("title", "history", "uid", "iid")
+
+
 def cells(quick: bool) -> list[Cell]:
-    """Return all trainings, the cheap ones first."""
-    best = {"layers": 5, "dropout": 0.2}
+    """Return all trainings. Twins read titles alone, and see the same 6,000 rows in the same order."""
     if quick:
-        return [Cell("behaviours k=5", 0, train_rows=2000, epochs=1, args=best)]
-    return [Cell("behaviours k=5", seed, args=best) for seed in range(3)]
+        return [Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, "encode": name}) for name in TWINS]
+    found = []
+    for seed in range(3):
+        for name in TWINS:
+            found.append(Cell(name, seed, train_rows=6000, epochs=4, lr=1e-4, args={**TEXT, "encode": name}))
+    found += [Cell("text", seed, epochs=5, args=TEXT) for seed in range(3)]
+    found += [Cell("text, rates, ids", seed, epochs=3, features=RATES, numeric=True, args=TEXT) for seed in range(3)]
+    return found
 
 
 def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from common import DATA, here
 
 FOLDER = "ml-1m-ctr"
 PRIOR_ROWS = 10.0
-NUMBERS = ("user_rate", "item_rate", "user_rows", "item_rows")
+NUMBERS = ("user_rate", "item_rate")
 MOST_TITLES = 100
 
 
@@ -33,7 +33,7 @@ class Rows:
     time: np.ndarray
     title: list[str]
     history: list[list[str]]  # the last MOST_TITLES
-    numbers: np.ndarray  # [rows, 4], as NUMBERS
+    numbers: np.ndarray  # [rows, 2], as NUMBERS
 
     def of(self, part: str) -> np.ndarray:
         """Return the positions of a part."""
@@ -59,7 +59,7 @@ def read_rows() -> Rows:
     ]
     label = columns["label"].astype(np.float64)
     rates = [_rates(columns[name], label, train) for name in ("uid", "iid")]
-    numbers = np.stack([rates[0][0], rates[1][0], rates[0][1], rates[1][1]], 1)
+    numbers = np.stack(rates, 1)
     return Rows(
         part,
         columns["uid"],
@@ -76,18 +76,18 @@ def _sorted(table: pa.Table) -> pa.Table:
     return table.sort_by([("timestamp", "ascending"), ("uid", "ascending"), ("iid", "ascending")])
 
 
-def _rates(key: np.ndarray, label: np.ndarray, train: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the smoothed logit of each row's rate, and the log of 1 + the rows that it is of."""
+def _rates(key: np.ndarray, label: np.ndarray, train: int) -> np.ndarray:
+    """Return the smoothed logit of each row's rate."""
     mean = label[:train].mean()
     likes, rows = dict.fromkeys(np.unique(key).tolist(), 0.0), dict.fromkeys(np.unique(key).tolist(), 0)
-    rate, count = np.empty(len(key)), np.empty(len(key))
+    rate = np.empty(len(key))
     for i, name in enumerate(key.tolist()):
         share = (likes[name] + PRIOR_ROWS * mean) / (rows[name] + PRIOR_ROWS)
-        rate[i], count[i] = np.log(share / (1 - share)), np.log1p(rows[name])
+        rate[i] = np.log(share / (1 - share))
         if i < train:
             likes[name] += label[i]
             rows[name] += 1
-    return rate, count
+    return rate
 
 
 SCHEMA: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""BAHE is a model like any other: it learns the same on any ranks and sharded, it resumes, is evaluated and predicts."""
+"""BAHE learns the same on any ranks and sharded, and is evaluated and predicts as any model."""
 
 from __future__ import annotations
 
