@@ -46,6 +46,29 @@ def text_pack(folder: Path, schema: dict[str, Any] | None = None, **columns: Any
     return history_pack(folder, schema or TEXTS, **{**text_rows(), **columns})
 
 
+LATER = 20_000
+
+
+def day_rows(day: int) -> dict[str, list[Any]]:
+    """Rows of a day: users of the days before and some of its own, with the texts of the log, and the day's."""
+    rows = text_rows(20, 8, seed=day, first_user=10 * day)
+    rows["time"] = [time + day * LATER for time in rows["time"]]
+    rows["item"][3::8] = [f"New on day {day}"] * len(rows["item"][3::8])
+    rows["item"][4::8] = [f"Day {day} for {user}" for user in rows["user"][4::8]]
+    return rows
+
+
+def in_words(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The rows with texts of words that `encoders.tiny` knows, to which all others are one."""
+
+    def words(text: str) -> str:
+        number = sum(place * ord(letter) for place, letter in enumerate(text, 1))
+        return f"w{4 + number % 50} w{4 + number // 50 % 50} w{4 + number // 2500 % 50}"
+
+    last = [[words(text) for text in of] for of in rows["last"]]
+    return {**rows, "item": [words(text) for text in rows["item"]], "last": last}
+
+
 def number_of(text: str) -> float:
     """What `Titles` knows of a text: all its letters count."""
     return sum(map(ord, text)) % 97 / 97 if text else 0.0

@@ -22,13 +22,15 @@ class ModelConfig:
     """The model and what it reads."""
 
     name: str = ""
-    """Model to train: neural_linear, taste, melu, dlrm, din, transformer, or your own as package.module:Class. Left
-    out: a recipe chooses it, and all else that you leave out, by what is in the pack."""
+    """Model to train: neural_linear, taste, melu, dlrm, din, transformer, bahe, or your own as package.module:Class.
+    Left out: a recipe chooses it, and all else that you leave out, by what is in the pack."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
     dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std, noise, drift_std,
     label_range and label_scale; din takes target, history, attention, hidden and dropout; transformer takes target,
-    history, blocks, heads, positions, causal, hidden and dropout. Your own class takes its own."""
+    history, blocks, heads, positions, causal, hidden and dropout; bahe takes encoder, layers, store, encode,
+    target, histories, pooling, vectors, template, max_tokens, tune, rank, user, positions, direction, ids, taste,
+    hidden and dropout. Your own class takes its own."""
     features: list[str] = field(default_factory=list)
     """Features and sequences to use. Empty means all in the pack but the task's own key (the user's id, say), which is
     unknown of new tasks; name it to use it."""

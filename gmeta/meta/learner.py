@@ -23,6 +23,7 @@ from gmeta.meta.losses import counts_of, example_loss, over_labels, several_loss
 from gmeta.meta.modulation import Modulator
 from gmeta.meta.trial import choose_engine, require_last_layer, try_examples
 from gmeta.meta.views import Embedded
+from gmeta.models.inputs import TextInput
 from gmeta.models.last_layer import BayesianLinear
 
 _SUPPORT_PASS = QUERY_PASS - 1  # inner steps are passes from QUERY_PASS + 1 on
@@ -42,8 +43,8 @@ class MetaLearner(nn.Module):
 
     `features` has the embedding dimension of each feature that the model reads, `num_numeric` is the number of numeric
     columns that it is given. Of the features in `sequences` it reads all values, [..., L, d]; those that are not among
-    `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width, and so are `texts`, by
-    their number. `loss` is the query's
+    `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width, and so are the
+    ids of `texts`. `loss` is the query's
     and, unless the inner loop has its own, the support's. With several `labels` the model returns a logit for each,
     [..., K], a task's loss is the sum of its mean losses of each label, in both loops, and `loss` is the first one's.
     A `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
@@ -66,7 +67,7 @@ class MetaLearner(nn.Module):
         *,
         sequences: Mapping[str, int] | None = None,
         vectors: Mapping[str, int] | None = None,
-        texts: Mapping[str, int] | None = None,
+        texts: Mapping[str, TextInput] | None = None,
         loss: str = "bce",
         labels: Sequence[LabelColumn] = (),
         modulator: Modulator | None = None,

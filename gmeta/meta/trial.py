@@ -33,6 +33,7 @@ from gmeta.meta.interception import Intercept
 from gmeta.meta.modulation import Modulated
 from gmeta.meta.reference import substituted
 from gmeta.meta.views import Embedded
+from gmeta.models.inputs import TextInput
 from gmeta.models.last_layer import BayesianLinear
 
 _LIBRARIES = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
@@ -89,8 +90,8 @@ class _Examples:
             more = [part if n not in self.plan.masks else _wider(part) for n, part in zip(names, parts, strict=True)]
             values[table] = torch.cat(more, 1)
         plan = replace(self.plan, masks={name: _wider(mask) for name, mask in self.plan.masks.items()})
-        ends = (mask_of(""), text_ids_of(""))
-        sequences = {name for name in self.given if mask_of(name) in self.given or name.endswith(ends)}
+        sequences = {name for name in self.given if mask_of(name) in self.given or name.endswith(mask_of(""))}
+        sequences |= {n for n, v in self.given.items() if n.endswith(text_ids_of("")) and v.shape[1] > 1}
         given = {name: _wider(value) if name in sequences else value for name, value in self.given.items()}
         return replace(self, values=values, plan=plan, given=given)
 
@@ -247,7 +248,7 @@ def try_examples(
     num_numeric: int,
     sequences: Mapping[str, int] | None = None,
     vectors: Mapping[str, int] | None = None,
-    texts: Mapping[str, int] | None = None,
+    texts: Mapping[str, TextInput] | None = None,
 ) -> _Examples:
     """Make six examples [6, ...] of random numbers, with features of one width side by side, as tables hold them.
 
@@ -268,8 +269,9 @@ def try_examples(
     for name in sequences.keys() - features.keys():
         given[name] = _noise(like.new_empty(number, 3, sequences[name]), 8) * mask.unsqueeze(-1).to(like.dtype)
         given[mask_of(name)] = mask
-    for name, count in (texts or {}).items():
-        given[text_ids_of(name)] = (torch.arange(number * 3, device=like.device).view(number, 3) * 5 % count) * mask
+    for name, text in (texts or {}).items():
+        ids = torch.arange(number * 3, device=like.device).view(number, 3) * 5 % text.num_texts * mask
+        given[text_ids_of(name)] = ids if text.is_sequence else ids[:, :1]
     keys = example_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
     made = _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, given, (number,))
     return replace(made, values={table: value * made.present(table) for table, value in values.items()})

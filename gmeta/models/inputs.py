@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,13 @@ from torch import Tensor, nn
 from gmeta.core.batch import mask_of
 from gmeta.core.errors import nearest, require
 from gmeta.data.schema import PackSchema
+
+
+class TextInput(NamedTuple):
+    """A feature or a sequence of texts that a model reads."""
+
+    num_texts: int
+    is_sequence: bool
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,14 @@ class InputSpec:
             vectors={name: self.vectors[name] for name in names if name in self.vectors},
         )
 
-    def texts_of(self, model: object) -> dict[str, int]:
-        """Return the number of texts of each name in the model's attribute `texts`. ValueError for an unknown one."""
+    def texts_of(self, model: object) -> dict[str, TextInput]:
+        """Return what the names in the model's attribute `texts` are. ValueError for an unknown one."""
         names = tuple(getattr(model, "texts", ()))
         for name in names:
             if name not in self.texts:
                 known = nearest(str(name), self.texts) if self.texts else "the model's inputs have none"
                 raise ValueError(f"{type(model).__name__}.texts names {name!r}, no feature of texts: {known}")
-        return {name: self.texts[name] for name in names}
+        return {name: TextInput(self.texts[name], name in self.sequences) for name in names}
 
     @property
     def width(self) -> int:

@@ -21,7 +21,7 @@ from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
 from gmeta.models.generator import add_generators
-from gmeta.models.inputs import InputSpec, input_spec
+from gmeta.models.inputs import InputSpec, TextInput, input_spec
 from gmeta.models.registry import (
     ModelFactory,
     build_model,
@@ -200,7 +200,7 @@ def build_learner(
     sequences: Mapping[str, int],
     vectors: Mapping[str, int],
     labels: Sequence[LabelColumn] = (),
-    texts: Mapping[str, int] | None = None,
+    texts: Mapping[str, TextInput] | None = None,
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 

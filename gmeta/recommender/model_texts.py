@@ -29,7 +29,7 @@ class ModelTexts:
     def __init__(self, learner: MetaLearner, schema: PackSchema) -> None:
         self._model: Any = learner.model
         self._schema = schema
-        self._sizes = {schema.feature(name).table: count for name, count in learner.texts.items()}
+        self._sizes = {schema.feature(name).table: text.num_texts for name, text in learner.texts.items()}
         self._added: dict[str, dict[str, int]] = {table: {} for table in self._sizes}
         self._lock = Lock()
 

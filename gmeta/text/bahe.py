@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,12 @@ from gmeta.models.transformer import attend
 from gmeta.text.encoder import POOLINGS, LayerStack, TextPooling, open_encoder
 from gmeta.text.folder import copy_encoder
 from gmeta.text.lora import add_lora
-from gmeta.text.sources import Encode, TextSource, TextStates, require_encode
+from gmeta.text.sources import Encode, TextSource, TextStates
 from gmeta.text.store import PLACEHOLDER, spec_of, writing_store
 
 Tune = Literal["full", "lora", "norms", "none"]
 UserVector = Literal["mean", "last", "target"]
+Direction = Literal["own", "causal", "both"]
 _TEXTS_PER_SHARD = 4096
 
 
@@ -83,20 +84,14 @@ class BAHE(nn.Module):
         rank: int = 8,
         user: UserVector = "mean",
         positions: int = 64,
-        direction: Literal["own", "causal", "both"] = "own",
+        direction: Direction = "own",
         ids: bool = False,
         taste: int = 0,
         hidden: Sequence[int] = (64,),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        require_encode(encode)
-        require(pooling in POOLINGS, "model.args.pooling", pooling, f"must be one of {', '.join(POOLINGS)}")
-        require(tune in ("full", "lora", "norms", "none"), "model.args.tune", tune, "must be full, lora, norms or none")
-        require(user in ("mean", "last", "target"), "model.args.user", user, "must be mean, last or target")
-        require(
-            direction in ("own", "causal", "both"), "model.args.direction", direction, "must be own, causal or both"
-        )
+        _check_words(encode=encode, pooling=pooling, tune=tune, user=user, direction=direction)
         require(positions >= 1, "model.args.positions", positions, "must be at least 1")
         require(taste >= 0, "model.args.taste", taste, "must be 0 (off) or more")
         check_widths("hidden", hidden)
@@ -113,24 +108,19 @@ class BAHE(nn.Module):
         self._folder = Path(encoder)
         self._texts = inputs.text_tables[self.table]
         self._source = [TextSource(opened, spec, encode, self._texts, store)]  # a list hides it from the model's state
-        self.high = _trained(opened.high, tune, rank)
-        if direction != "own":
-            self.high.span = replace(self.high.span, causal=direction == "causal")
+        self.high = _trained(opened.high, tune, rank, direction)
         self.dim = dim = opened.dim
         self.recency = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
         self.user = user
-        self.ask = nn.Linear(dim, dim, bias=False) if user == "target" else None
-        if self.ask is not None:
-            nn.init.eye_(self.ask.weight)
+        self.ask = _identity(dim) if user == "target" else None  # at first, what is alike attends
         self.rows = nn.Linear(inputs.widths[self.target], dim, bias=False) if ids else None
         self.gate = nn.Linear(dim, 1) if ids else None
         self.num_numeric = inputs.num_numeric
         width = (2 + 2 * len(self.histories)) * dim
         width += sum(inputs.widths[name] for name in self.others) + inputs.num_numeric
-        widths = [width, *hidden]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([width, *hidden]))
         self.dropout = nn.Dropout(dropout)
-        self.output = output_layer(widths[-1], inputs)
+        self.output = output_layer([width, *hidden][-1], inputs)
         self.num_labels = inputs.num_labels
         self.bases = nn.Linear(dim, taste) if taste else nn.Identity()
         self.last = BayesianLinear(taste) if taste else None
@@ -218,7 +208,7 @@ class BAHE(nn.Module):
         """Write what the model needs besides its weights, and return the arguments that name it, relative to `folder`:
         the encoder and, where vectors are kept, a behaviour store of its texts.
 
-        Texts lie in shards by id, so that more texts leave the earlier files as they are.
+        Texts lie in shards by id, so that more texts leave the earlier files as they are. An evicted id has none.
         """
         copy_encoder(self._folder, folder / "encoder")
         if self.source.encode != "behaviours":
@@ -226,8 +216,10 @@ class BAHE(nn.Module):
         source = self.source
         with writing_store(folder / "texts", source.spec) as writer:
             for start in range(1, source.num_given, _TEXTS_PER_SHARD):
-                some = slice(start, min(start + _TEXTS_PER_SHARD, source.num_given))
-                writer.append(self._texts[some], source.kept[some])
+                ids = range(start, min(start + _TEXTS_PER_SHARD, source.num_given))
+                texts = {text: i for i, text in zip(ids, self._texts[ids.start : ids.stop], strict=True) if text}
+                writer.append(list(texts), source.kept[list(texts.values())])
+        (folder / "texts" / "lock").unlink()  # nobody writes to what is published
         return {"encoder": "encoder", "store": "texts"}
 
     def train(self, mode: bool = True) -> BAHE:
@@ -240,6 +232,21 @@ class BAHE(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.source.follow(self.recency)
         return self
+
+
+_WORDS = {
+    "encode": get_args(Encode),
+    "pooling": POOLINGS,
+    "tune": get_args(Tune),
+    "user": get_args(UserVector),
+    "direction": get_args(Direction),
+}
+
+
+def _check_words(**given: str) -> None:
+    """Raise ValueError for an argument that is none of the words it may be."""
+    for key, word in given.items():
+        require(word in _WORDS[key], f"model.args.{key}", word, f"must be one of {', '.join(_WORDS[key])}")
 
 
 class _Read(NamedTuple):
@@ -266,8 +273,16 @@ def _last(states: Tensor, mask: Tensor) -> Tensor:
     return states[torch.arange(len(states), device=states.device), place]
 
 
-def _trained(high: LayerStack, tune: Tune, rank: int) -> LayerStack:
-    """Freeze what `tune` does not name."""
+def _identity(dim: int) -> nn.Linear:
+    layer = nn.Linear(dim, dim, bias=False)
+    nn.init.eye_(layer.weight)
+    return layer
+
+
+def _trained(high: LayerStack, tune: Tune, rank: int, direction: Direction) -> LayerStack:
+    """Freeze what `tune` does not name, and set the direction."""
+    if direction != "own":
+        high.span = replace(high.span, causal=direction == "causal")
     if tune == "lora":
         add_lora(high, rank)
     elif tune != "full":

@@ -15,15 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gmeta.core.errors import require
 from gmeta.text.encode import encode_texts
 from gmeta.text.encoder import TextEncoder, pool_states
 from gmeta.text.store import StoreSpec, open_behaviours, render
 
 Encode = Literal["behaviours", "batch", "states", "tokens"]
+MOST_MISSING = 4096
+"""So many texts that a store lacks are encoded where a model is made: seconds. More are a mistake, or work for `gmeta
+embed`."""
 _TEXTS_AT_ONCE = 256
 
 
@@ -40,8 +44,8 @@ class TextSource:
     """The texts of one table, by id, with what is kept of each.
 
     It is no part of a model's state: it is made anew, of the same texts and encoder, and nothing in it is trained.
-    With a `store` the vectors of `behaviours` come from there; a text that it lacks raises ValueError, as does a store
-    of another spec.
+    With a `store` the vectors of `behaviours` come from there. ValueError for a store of another spec, and where it
+    lacks more than MOST_MISSING of the texts; fewer are encoded here.
     """
 
     def __init__(
@@ -123,12 +127,8 @@ class TextSource:
         counts = torch.tensor([len(found) for found in tokens], dtype=torch.int64)
         if self.encode == "behaviours":
             vectors = torch.zeros(len(texts), spec.vectors, spec.dim, dtype=torch.float16)
-            if store:
-                behaviours = open_behaviours(store)
-                behaviours.require(spec)
-                vectors[1:] = behaviours.read(behaviours.rows(texts[1:]), torch.float16)  # id 0 is no text
-            else:
-                vectors[:] = encode_texts(self.encoder, spec, texts)
+            missing = _read_stored(store, spec, texts, vectors) if store else np.arange(len(texts))
+            vectors[missing] = encode_texts(self.encoder, spec, [texts[i] for i in missing]).half()
             return vectors, counts
         ids, mask = self.encoder.batch(tokens)
         if self.encode != "states":
@@ -140,12 +140,22 @@ class TextSource:
         return kept, counts
 
 
+def _read_stored(store: str, spec: StoreSpec, texts: Sequence[str], out: Tensor) -> NDArray[np.int64]:
+    """Read into `out` what a store has of texts, and return the positions of the others."""
+    behaviours = open_behaviours(store)
+    behaviours.require(spec)
+    rows = behaviours.find(texts)
+    missing = np.flatnonzero(rows[1:] < 0) + 1  # id 0 is no text
+    if len(missing) > MOST_MISSING:
+        raise ValueError(
+            f"{store} lacks {len(missing)} of {len(texts) - 1} texts, the first is {texts[missing[0]]!r}: encode them "
+            "with `gmeta embed`, with the settings of this store"
+        )
+    there = np.flatnonzero(rows >= 0)
+    out[there] = behaviours.read(rows[there], torch.float16)
+    return missing
+
+
 def _widened(values: Tensor, width: int) -> Tensor:
     more = values.new_zeros(len(values), width - values.shape[1], *values.shape[2:])
     return torch.cat([values, more], 1)
-
-
-def require_encode(encode: str) -> None:
-    """Raise ValueError for another word than those of `Encode`."""
-    known = ("behaviours", "batch", "states", "tokens")
-    require(encode in known, "model.args.encode", encode, f"must be one of {', '.join(known)}")

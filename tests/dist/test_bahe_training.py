@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
-from commands import gmeta
 from encoders import WHY, tiny
 from harness import run_ranks
 from test_division import changing, run_divided
 from test_sharded_dense import placed
 from test_train import assert_same, config, run_steps
-from text_models import text_pack, text_rows
+from text_models import in_words, text_pack, text_rows
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.parallel.mesh import Mesh
@@ -23,17 +20,9 @@ pytest.importorskip("transformers", reason=WHY)
 pytestmark = pytest.mark.dist
 
 
-def words(text: str) -> str:
-    """The text in words that the tiny tokenizer knows."""
-    number = sum(map(ord, text))
-    return f"w{4 + number % 50} w{4 + number // 50 % 50}" if number % 3 else f"w{4 + number % 50}"
-
-
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = text_rows()
-    last = [[words(text) for text in of] for of in rows["last"]]
-    return text_pack(tmp_path_factory.mktemp("texts"), item=[words(text) for text in rows["item"]], last=last)
+    return text_pack(tmp_path_factory.mktemp("texts"), **in_words(text_rows()))
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +71,3 @@ def test_without_embedding_rows_too(pack: Path, encoder: Path) -> None:
     for adapt in ([], ["decision"]):
         settings = config(pack, model=model, meta=MetaConfig(adapt=adapt))
         assert_same(run_ranks(2, run_steps, settings, 2)[0], run_steps(Mesh(), settings, 2), 1e-8)
-
-
-def test_what_is_trained_is_evaluated_and_predicts(pack: Path, encoder: Path, tmp_path: Path) -> None:
-    """Predictions of raw rows, new texts among them, are those of the evaluation."""
-    run = tmp_path / "run"
-    args = f"{{encoder: {encoder}, layers: 2, hidden: [6], max_tokens: 8}}"
-    words = ["train", "--pack", pack, "--run_dir", run, "--model.name", "bahe", "--model.args", args]
-    gmeta(*words, "--meta.adapt", "[head]", "--schedule.epochs", 1, "--loader.tasks_per_batch", 20)
-    gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", "10")
-    found = pq.read_table(run / "predictions.parquet")
-    assert np.isfinite(found["after"].to_numpy()).all()
-    assert found["after"].to_numpy().std() > 0

@@ -237,7 +237,7 @@ def problem_of() -> Problem:
 
 def learner_of(model: BAHE, engine: str, **loop: Any) -> MetaLearner:
     return MetaLearner(
-        model, {"user": 6}, NUM_NUMERIC, InnerLoop(lr=0.2, **loop), texts=INPUTS.texts, engine=engine
+        model, {"user": 6}, NUM_NUMERIC, InnerLoop(lr=0.2, **loop), texts=INPUTS.texts_of(model), engine=engine
     ).double()
 
 
@@ -318,7 +318,9 @@ def test_more_texts_leave_the_files_of_earlier_ones(tmp_path: Path, folders: dic
     assert days[0].items() <= days[1].items()
 
 
-def test_a_store_must_be_that_of_the_model(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_a_store_must_be_that_of_the_model(
+    tmp_path: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoder = open_encoder(folders["bert"], 2)
     texts = TEXTS[1:4]
     with writing_store(tmp_path / "store", spec_of(encoder, max_tokens=16)) as writer:
@@ -329,6 +331,9 @@ def test_a_store_must_be_that_of_the_model(tmp_path: Path, folders: dict[str, Pa
     embedded = {n: v.clamp(max=3) if v.dtype == torch.int64 else v for n, v in embedded.items()}
     read, made = make(folders["bert"], inputs, store=store), make(folders["bert"], inputs)
     assert torch.allclose(read(dense, embedded), made(dense, embedded), atol=1e-2)
+    more, every = make(folders["bert"], store=store), make(folders["bert"])  # what the store lacks is encoded
+    assert torch.allclose(more(*examples()), every(*examples()), atol=1e-2)
+    monkeypatch.setattr("gmeta.text.sources.MOST_MISSING", 2)
     with pytest.raises(ValueError, match=r"lacks 3 of 6 texts.*gmeta embed"):
         make(folders["bert"], store=store)
     for change, named in (

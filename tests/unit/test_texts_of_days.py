@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import gmeta
-from text_models import Shelf, text_pack, text_rows
+from text_models import LATER, Shelf, day_rows, text_pack, text_rows
 
 import gmeta as package
 from gmeta.config.delivery import BundleConfig
@@ -26,17 +26,7 @@ from gmeta.runs.bundle import assets_of, manifest_text, read_manifest, sealed
 from gmeta.runs.delta import apply_delta, make_delta
 
 Row = tuple[str, tuple[str, ...]]
-LATER = 20_000
 EVICT = ("--evict_after_days", 1)
-
-
-def day_rows(day: int) -> dict[str, list[Any]]:
-    """Rows of a day: users of the days before and some of its own, with the texts of the log, and the day's."""
-    rows = text_rows(20, 8, seed=day, first_user=10 * day)
-    rows["time"] = [time + day * LATER for time in rows["time"]]
-    rows["item"][3::8] = [f"New on day {day}"] * len(rows["item"][3::8])
-    rows["item"][4::8] = [f"Day {day} for {user}" for user in rows["user"][4::8]]
-    return rows
 
 
 def of_times(*logs: Mapping[str, list[Any]]) -> dict[int, set[Row]]:
