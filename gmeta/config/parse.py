@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from gmeta.config.argument import with_whole_texts
 from gmeta.config.deprecated import model_of, upgrade, upgrade_words
 from gmeta.config.train import USERS_KEYS, TrainConfig
 from gmeta.core.errors import closest
@@ -63,7 +64,7 @@ def parse_words(parser: ArgumentParser, config: type[_T], words: Sequence[str]) 
     """
     check_config_files(words, keys_of(parser))
     try:
-        values = parser.parse_args(list(words))
+        values = parser.parse_args(with_whole_texts(words))
         values.pop("config", None)
         fields = set(config.__dataclass_fields__)  # type: ignore[attr-defined]
         shared = set(TrainConfig.__dataclass_fields__) if _TRAIN in fields else set()
@@ -84,7 +85,7 @@ def given_values(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]
     """Return what command-line words and their config files say, without any default. `parse_words` tells what is wrong
     with them, before.
     """
-    values = parser.parse_args(list(words), defaults=False)
+    values = parser.parse_args(with_whole_texts(words), defaults=False)
     values.pop("config", None)
     found: dict[str, Any] = values.as_dict()
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from gmeta.config.argument import Argument
 from gmeta.core.errors import require, require_numbers, require_seed
 
 LossName = Literal["bce", "mse", "l1", "huber"]
@@ -24,7 +25,7 @@ class ModelConfig:
     name: str = ""
     """Model to train: neural_linear, taste, melu, dlrm, din, transformer, bahe, or your own as package.module:Class.
     Left out: a recipe chooses it, and all else that you leave out, by what is in the pack."""
-    args: dict[str, Any] = field(default_factory=dict)
+    args: dict[str, Argument] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
     dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std, noise, drift_std,
     label_range and label_scale; din takes target, history, attention, hidden and dropout; transformer takes target,

@@ -173,8 +173,11 @@ def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str
     """Return the arguments in the types that the factory's annotations name."""
     hints, found = _hints(factory), {}
     for key, value in args.items():
+        if hints.get(key, Any) is Any:  # to the parser a text of any type is YAML
+            found[key] = _plain(value)
+            continue
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_argument("--value", type=hints.get(key, Any))
+        parser.add_argument("--value", type=hints[key])
         try:
             found[key] = _plain(parser.parse_object({"value": value})["value"])
         except ArgumentError:

@@ -16,7 +16,7 @@ from commands import fails
 from gmeta.cli import command_parser, run
 from gmeta.config import cluster, data, evaluation, train
 from gmeta.config.deprecated import upgrade, upgrade_words
-from gmeta.config.parse import given_values, modern_words, require_named_code, train_config
+from gmeta.config.parse import given_values, modern_words, parse_words, parser_of, require_named_code, train_config
 from gmeta.config.train import DenseConfig, ReplayConfig, TrainConfig
 from gmeta.data.schema import load_data_schema
 
@@ -365,3 +365,30 @@ def test_times_of_an_elastic_group_are_finite(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("value", [".nan", ".inf"])
 def test_the_cool_down_is_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str):
     fails(["coordinate", "--journal", tmp_path / "j", "--cooldown_s", value], capsys, "cooldown_s is ", "finite")
+
+
+TEMPLATES = ["Title: {text}", "{text}: a title", "- {text}", "{text}"]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("how", ["a flag", "a flag of all", "with an equals sign", "a file", "a mapping"])
+def test_a_text_among_the_arguments_of_a_model_stays_one(how: str, template: str, tmp_path: Path) -> None:
+    """Also where YAML would take it for a mapping or a list; words that are numbers stay numbers."""
+    args = {"template": template, "layers": 3, "rate": 0.001}
+    values = {"pack": "p", "run_dir": "r", "model": {"name": "bahe", "args": args}}
+    words = ["--pack", "p", "--run_dir", "r", "--model.name", "bahe"]
+    if how == "a mapping":
+        found = train_config(values)
+    elif how == "a file":
+        (tmp_path / "train.yaml").write_text(yaml.safe_dump(values))
+        words = ["--config", str(tmp_path / "train.yaml")]
+    elif how == "a flag of all":
+        words += ["--model.args", yaml.safe_dump(args, default_flow_style=True)]
+    else:
+        flags = [f"--model.args.{key}" for key in args]
+        given = zip(flags, (template, "3", "1e-3"), strict=True)
+        words += [f"{a}={b}" for a, b in given] if "equals" in how else [word for pair in given for word in pair]
+    if how != "a mapping":
+        found, _ = parse_words(parser_of(TrainConfig, "gmeta train"), TrainConfig, words)
+    assert found.model.args == args
+    assert train_config(found).model.args == args
