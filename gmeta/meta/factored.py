@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples
 from gmeta.core.selection import bmm_nt, product
@@ -96,7 +97,8 @@ def _inner_step(
     """Take one SGD step of every task on its support; return the next state, and the loss [T] before the step."""
     seen = apply_deltas(shared, fast.deltas, plan)
     read = {table: _differentiable(seen[table]) for table in plan.reads}
-    logits, taped = _forward(inner, fast, support, {**seen, **read}, plan, step + 1)
+    twice = inner.second_order
+    logits, taped = _forward(inner, fast, support, {**seen, **read}, plan, step + 1, twice=twice)
     with _no_autocast(logits):
         counts = counts_of(support)
         loss = task_mean(inner.loss(logits, support.label), counts)
@@ -167,6 +169,8 @@ def _forward(
     values: Mapping[str, Tensor],
     plan: GatherPlan,
     pass_number: int,
+    *,
+    twice: bool = False,
 ) -> tuple[Tensor, AdaptedPass]:
     tasks, length = examples.mask.shape
     make_keys = None
@@ -174,10 +178,27 @@ def _forward(
         make_keys = partial(inner.keys, pass_number, torch.arange(length, device=examples.mask.device))
     taped = AdaptedPass(inner.model, inner.adapted.parameters, fast, (tasks, length))
     embedded = Embedded(values, plan, (tasks, length), examples.given)
-    with Intercept(taped, embedded, SeededDropout(make_keys)):
+    attention = (_Attention(taped, reads=bool(plan.reads)),) if twice else ()
+    with Intercept(taped, *attention, embedded, SeededDropout(make_keys)):
         logits = inner.model(examples.dense, embedded.features)
     taped.finish()
     return widen(logits), taped
+
+
+@dataclass(frozen=True)
+class _Attention:
+    """Has attention behind what adapts compute in parts: fused attention has no second derivative. Elsewhere it is
+    differentiated once, and stays fused.
+    """
+
+    taped: AdaptedPass
+    reads: bool  # whether rows adapt
+
+    def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if func is not F.scaled_dot_product_attention or not (self.reads or self.taped.sites or self.taped.values):
+            return NotImplemented
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
 
 
 _ELEMENTWISE = {

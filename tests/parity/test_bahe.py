@@ -264,6 +264,34 @@ def test_both_engines_adapt_the_head(adapt: list[str], folders: dict[str, Path])
         assert torch.allclose(found[0][name], value, rtol=0, atol=1e-9 * max(1.0, float(value.abs().max()))), name
 
 
+class Attentive(nn.Module):
+    """A layer, fused attention behind it, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(NUM_NUMERIC + 6, 6), nn.Linear(6, 1)
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        x = self.layer(torch.cat([embedded["user"], dense], -1))
+        x = torch.stack([x, embedded["user"]], -2).flatten(0, -3).unsqueeze(1)
+        read = nn.functional.scaled_dot_product_attention(x, x, x)
+        return self.out(read[:, 0, 0].view(*dense.shape[:-1], 6)).squeeze(-1)
+
+
+@pytest.mark.parametrize("adapt", [["embeddings", "out.*"], ["layer.*"], ["out.*"]], ids=lambda a: "+".join(a))
+def test_both_engines_adapt_below_attention(adapt: list[str]) -> None:
+    """Fused attention has no second derivative; they do without, where they need one."""
+    problem, found = make_problem(features=("user",)), []
+    torch.manual_seed(3)
+    model = Attentive()
+    for engine in ("factored", "reference"):
+        loop = InnerLoop(lr=0.2, adapt=adapt, order="second", steps=2)
+        learner = MetaLearner(model, {"user": 6}, NUM_NUMERIC, loop, engine=engine).double()
+        found.append(results(learner, problem))
+    for name, value in found[1].items():
+        assert torch.allclose(found[0][name], value, rtol=0, atol=1e-9 * max(1.0, float(value.abs().max()))), name
+
+
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_adapters_of_the_upper_layers_adapt_to_a_task(order: str, folders: dict[str, Path]) -> None:
     """Layers see histories, not tasks, so these adapt one task at a time, by the reference engine."""
