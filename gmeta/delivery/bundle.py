@@ -14,6 +14,7 @@ from torch import Tensor
 from gmeta.config.data import HISTORY_ROWS
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.train import TrainConfig
+from gmeta.core.modules import persistent_buffers
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.prepare.base import IN_BUNDLE
 from gmeta.data.prepare.history import INCREMENT, LEFT_OUT_PARTS, TASKS, history_of_pack
@@ -53,8 +54,9 @@ def make_bundle(config: BundleConfig) -> Bundle:
             writer.add_file(run_dir / name, name)
         for file in sorted((run_dir / "vocab").iterdir()):
             writer.add_file(file, f"vocab/{file.name}")
-        _add_dense(writer, path, training=config.training, mesh=mesh)
+        dense = _add_dense(writer, path, training=config.training, mesh=mesh)
         learner = new_learner(trained, schema, mesh, text_tables=open_text_tables(run_dir / "vocab", schema))
+        _check_files(learner, dense)
         assets = _add_assets(writer, learner.model)
         for fused in _tables(trained, schema, mesh, learner, training=config.training).values():
             _add_rows(writer, path, fused, mesh)
@@ -141,7 +143,17 @@ def _add_assets(writer: BundleWriter, model: Any) -> dict[str, str]:
     return {key: f"{ASSETS}/{file}" if file else "" for key, file in found.items()}
 
 
-def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) -> None:
+def _check_files(learner: MetaLearner, dense: Mapping[str, Tensor]) -> None:
+    """Let a model that was made with files say, by ValueError, that these are not those of its checkpoint."""
+    model: Any = learner.model
+    if hasattr(model, "check_loaded"):
+        for name, buffer in persistent_buffers(learner):
+            buffer.copy_(dense[f"buffers.{name}"].view_as(buffer))
+        model.check_loaded()
+
+
+def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) -> Mapping[str, Tensor]:
+    """Add layers and buffers, and return them by name."""
     stored = checkpoint.stored_tensors(path)
     dense = {name: value for name, value in stored.items() if name.startswith(("dense.", "buffers."))}
     moments = {name: value for name, value in stored.items() if name.startswith("optimizer.")} if training else {}
@@ -149,6 +161,7 @@ def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) 
     writer.add_tensors(DENSE, dense)
     if training:
         writer.add_tensors(f"{TRAINING}dense.safetensors", moments)
+    return dense
 
 
 def _tables(

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 import xxhash
@@ -181,6 +181,10 @@ def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str
         try:
             found[key] = _plain(parser.parse_object({"value": value})["value"])
         except ArgumentError:
+            if get_origin(hints[key]) is Literal:
+                raise ValueError(
+                    f"model.args.{key} is {value!r}: must be one of {', '.join(map(str, get_args(hints[key])))}"
+                ) from None
             kind = getattr(hints[key], "__name__", str(hints[key])).replace("typing.", "")
             raise ValueError(f"model.args.{key} is {value!r}: {name} takes a {kind}") from None
     return found

@@ -76,12 +76,14 @@ def make_model(
 
 
 def resolve_model(config: TrainConfig, factory: ModelFactory | None = None) -> TrainConfig:
-    """Return the config with the model's own defaults among `model.args`, so that a saved run tells all of them.
+    """Return the config with the model's own defaults among `model.args`, so that a saved run tells all of them, and
+    with absolute paths where the model's `paths` say which arguments are some.
 
     Raises ValueError where the model does not exist or does not take the arguments.
     """
     factory = factory or find_model(config.model.name)
     args = resolved_args(factory, config.model.args, config.model.name)
+    args |= {key: str(Path(args[key]).absolute()) for key in getattr(factory, "paths", ()) if args.get(key)}
     return replace(config, model=replace(config.model, args=args))
 
 
@@ -286,10 +288,12 @@ def load_system(
             bundle.fill_tables(system.tables)
         dense = system.dense_tensors()
         checkpoint.load_tensors(source, dense, mesh)
+        system.check_loaded()
         return system, config, bundle.step
     path = open_checkpoint(source, which, mesh)
     system = build_system(config, schema, mesh, factory=factory, training=False, text_tables=text_tables)
     checkpoint.load_tensors(path, system.tensors(), mesh)
+    system.check_loaded()
     return system, config, checkpoint.step_of(path)
 
 

@@ -128,6 +128,12 @@ class System:
         dense = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self.learner.named_parameters()}
         return {**dense, **self.buffer_tensors()}
 
+    def check_loaded(self) -> None:
+        """Let a model that was made with files say, by ValueError, that these are not those of the loaded weights."""
+        check = getattr(self.learner.model, "check_loaded", None)
+        if check is not None:
+            check()
+
     def buffer_tensors(self) -> dict[str, Tensor]:
         """Return the model's persistent buffers, by name. No forward pass changes them (`gmeta.meta.trial`), but a
         model may have drawn or read them when it was made, and another time gets others.

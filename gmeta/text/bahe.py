@@ -63,6 +63,7 @@ class BAHE(nn.Module):
     texts is the zero vector.
     """
 
+    paths = ("encoder", "store")
     head = "output"
     decision_layers = ("layers", "output")
 
@@ -106,6 +107,7 @@ class BAHE(nn.Module):
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=vectors, template=template, max_tokens=max_tokens)
         self._folder = Path(encoder)
+        self.register_buffer("encoder_digest", torch.frombuffer(bytearray.fromhex(opened.digest), dtype=torch.uint8))
         self._texts = inputs.text_tables[self.table]
         self._source = [TextSource(opened, spec, encode, self._texts, store)]  # a list hides it from the model's state
         self.high = _trained(opened.high, tune, rank, direction)
@@ -193,6 +195,15 @@ class BAHE(nn.Module):
             place_of = later.clamp(0, len(self.recency) - 1).gather(1, found.text)
             x = x + self.recency[place_of]
         return _Read(self.high(x, found.mask), found.values * found.mask.unsqueeze(-1), found.mask, place)
+
+    def check_loaded(self) -> None:
+        """Raise ValueError where the loaded weights were trained above the lower layers of another encoder."""
+        trained, found = bytes(self.get_buffer("encoder_digest").tolist()).hex(), self.source.spec.encoder
+        if trained != found:
+            raise ValueError(
+                f"{self._folder} holds another encoder ({found}) than these weights were trained with ({trained}): "
+                "restore its files, or train anew"
+            )
 
     def add_texts(self, table: str, texts: Sequence[str]) -> None:
         """Encode texts that the model was made without; their ids go on from the last one."""

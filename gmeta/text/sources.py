@@ -12,7 +12,7 @@ cost and in nothing that is trained:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -91,7 +91,16 @@ class TextSource:
                 return TextStates(found.to(dtype), mask, text)
             case "tokens":
                 found, mask, text = self._tokens_of(ids)
+                self._require_positions(found.shape[1])
                 return TextStates(self.encoder.low(found.long(), mask), mask, text)
+
+    def _require_positions(self, length: int) -> None:
+        most = self.encoder.low.positions
+        if most is not None and length > most:
+            raise ValueError(
+                f"model.args.encode is 'tokens': a history has {length} tokens, and this encoder has {most} positions; "
+                "lower model.args.max_tokens, or the max_length of the sequence in the schema, or take another encode"
+            )
 
     def _in_a_row(self, ids: Tensor, vectors: Tensor) -> TextStates:
         """Put vectors [n, L, V, d] one behind the other. A segment of a text without tokens does not count."""
@@ -128,7 +137,7 @@ class TextSource:
         if self.encode == "behaviours":
             vectors = torch.zeros(len(texts), spec.vectors, spec.dim, dtype=torch.float16)
             missing = _read_stored(store, spec, texts, vectors) if store else np.arange(len(texts))
-            vectors[missing] = encode_texts(self.encoder, spec, [texts[i] for i in missing]).half()
+            vectors[missing] = _halved(encode_texts(self.encoder, spec, [texts[i] for i in missing]))
             return vectors, counts
         ids, mask = self.encoder.batch(tokens)
         if self.encode != "states":
@@ -136,24 +145,35 @@ class TextSource:
         kept = torch.zeros(*ids.shape, spec.dim, dtype=torch.float16)
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             some = slice(start, start + _TEXTS_AT_ONCE)
-            kept[some] = self.encoder.low(ids[some], mask[some])
+            kept[some] = _halved(self.encoder.low(ids[some], mask[some]))
         return kept, counts
 
 
 def _read_stored(store: str, spec: StoreSpec, texts: Sequence[str], out: Tensor) -> NDArray[np.int64]:
     """Read into `out` what a store has of texts, and return the positions of the others."""
     behaviours = open_behaviours(store)
-    behaviours.require(spec)
+    behaviours.require(replace(spec, dtype=behaviours.spec.dtype))  # however it keeps them
     rows = behaviours.find(texts)
     missing = np.flatnonzero(rows[1:] < 0) + 1  # id 0 is no text
     if len(missing) > MOST_MISSING:
         raise ValueError(
             f"{store} lacks {len(missing)} of {len(texts) - 1} texts, the first is {texts[missing[0]]!r}: encode them "
-            "with `gmeta embed`, with the settings of this store"
+            "with `gmeta embed`, with the settings of this store, or name a store that has them as model.args.store"
         )
     there = np.flatnonzero(rows >= 0)
     out[there] = behaviours.read(rows[there], torch.float16)
     return missing
+
+
+def _halved(values: Tensor) -> Tensor:
+    """Return fp16 numbers. ValueError for those that it cannot hold."""
+    half = values.half()
+    if not bool(torch.isfinite(half).all()):
+        raise ValueError(
+            f"the encoder gives {float(values.abs().max()):.3g}, more than the fp16 of kept vectors can hold: take "
+            "model.args.encode batch, or another encoder"
+        )
+    return half
 
 
 def _widened(values: Tensor, width: int) -> Tensor:

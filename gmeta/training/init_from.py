@@ -53,6 +53,7 @@ def start_from_parts(run: Run, path: Path) -> dict[str, Tensor]:
     for mine, other in layers.items():
         fill(targets[_key(mine, targets)], bundle.dense[_key(other, bundle.dense)])
     run.state.dense.loaded()
+    run.state.system.check_loaded()
     tables = {
         mine.removeprefix(_TABLES): other.removeprefix(_TABLES) for mine, other in pairs.items() if mine not in layers
     }

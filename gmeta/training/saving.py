@@ -51,6 +51,7 @@ def load_checkpoint(run: Run, path: Path) -> dict[str, Any] | None:
     values = checkpoint.read_state(path)
     checkpoint.load_tensors(path, checkpoint_tensors(state), state.mesh)
     state.dense.loaded()
+    state.system.check_loaded()
     state.progress = Progress(**values["progress"])
     run.loader.load_state_dict(values["loader"])
     if values["format_version"] < 3 and not run.loader.between_epochs and run.loader.has_short_batch:

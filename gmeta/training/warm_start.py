@@ -54,6 +54,7 @@ def start_from_bundle(run: Run, path: Path) -> dict[str, Tensor]:
     if moments:
         checkpoint.load_tensors(path / TRAINING, of_optimizer, state.mesh)
     state.dense.loaded()
+    state.system.check_loaded()
     tables = {spec.name: spec.name for fused in state.system.tables.fused.values() for spec in fused.specs}
     new = align_rows(run, bundle, tables, moments=moments)
     if goes_on:

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason=WHY)
 
+from gmeta.config.train import ModelConfig, TrainConfig
 from gmeta.core.batch import text_ids_of
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.models.inputs import InputSpec
 from gmeta.models.registry import build_model, find_model, is_foreign, name_of
+from gmeta.recommender.build import resolve_model
 from gmeta.text.bahe import BAHE
 from gmeta.text.encode import encode_texts
 from gmeta.text.encoder import open_encoder
@@ -292,6 +294,41 @@ def test_both_engines_adapt_below_attention(adapt: list[str]) -> None:
         assert torch.allclose(found[0][name], value, rtol=0, atol=1e-9 * max(1.0, float(value.abs().max()))), name
 
 
+def test_weights_know_the_encoder_that_they_were_trained_above(folders: dict[str, Path], tmp_path: Path) -> None:
+    """In a run and in a bundle alike: other lower layers would give other scores, and no error."""
+    model, other = make(folders["bert"]), make(tiny(tmp_path / "other", "bert", type_vocab_size=3))
+    model.check_loaded()
+    weights = {name: value for name, value in other.state_dict().items() if name != "encoder_digest"}
+    model.load_state_dict({**model.state_dict(), **weights})
+    model.check_loaded()
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=rf"{folders['bert']} holds another encoder .*restore its files"):
+        model.check_loaded()
+
+
+def test_a_run_keeps_absolute_paths(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folders["bert"].parent)
+    model = ModelConfig(name="bahe", args={"encoder": "bert", "layers": 2})
+    found = resolve_model(TrainConfig(pack="pack", run_dir="run", model=model)).model.args
+    assert (found["encoder"], found["store"]) == (str(folders["bert"]), "")
+    assert (
+        resolve_model(TrainConfig(pack="pack", run_dir="run", model=ModelConfig(name="bahe", args=found))).model.args
+        == found
+    )
+
+
+def test_a_history_of_too_many_tokens_says_what_to_do(folders: dict[str, Path]) -> None:
+    model = make(folders["bert"], encode="tokens")
+    with pytest.raises(ValueError, match=r"a history has 84 tokens.*64 positions; lower model.args.max_tokens"):
+        model.source.states(torch.full((1, 12), 3), torch.float64)
+
+
+def test_vectors_beyond_fp16_are_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gmeta.text.sources.encode_texts", lambda *_: torch.full((7, 1, 32), 7e4))
+    with pytest.raises(ValueError, match=r"7e\+04, more than the fp16 .*encode batch"):
+        make(folders["bert"])
+
+
 @pytest.mark.parametrize("order", ["first", "second"])
 def test_adapters_of_the_upper_layers_adapt_to_a_task(order: str, folders: dict[str, Path]) -> None:
     """Layers see histories, not tasks, so these adapt one task at a time, by the reference engine."""
@@ -361,6 +398,10 @@ def test_a_store_must_be_that_of_the_model(
     assert torch.allclose(read(dense, embedded), made(dense, embedded), atol=1e-2)
     more, every = make(folders["bert"], store=store), make(folders["bert"])  # what the store lacks is encoded
     assert torch.allclose(more(*examples()), every(*examples()), atol=1e-2)
+    with writing_store(tmp_path / "int8", spec_of(encoder, max_tokens=16, dtype="int8")) as writer:
+        writer.append(texts, encode_texts(encoder, writer.spec, texts))
+    small = make(folders["bert"], inputs, store=str(tmp_path / "int8"))  # vectors may be kept in fewer bytes
+    assert torch.allclose(small(dense, embedded), made(dense, embedded), atol=5e-2)
     monkeypatch.setattr("gmeta.text.sources.MOST_MISSING", 2)
     with pytest.raises(ValueError, match=r"lacks 3 of 6 texts.*gmeta embed"):
         make(folders["bert"], store=store)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from gmeta.config.train import ModelConfig
 from gmeta.data.schema import Feature, NumericColumn, PackSchema
 from gmeta.models.dlrm import DLRM
 from gmeta.models.inputs import InputSpec, usual_features
+from gmeta.models.registry import resolved_args
 from gmeta.recommender.build import make_model
 
 FEATURES = tuple(Feature(name=n, kind="categorical", num_ids=9, table=n) for n in ("user_id", "item_id", "genre"))
@@ -91,3 +94,10 @@ def test_errors() -> None:
         make_model(ModelConfig(name="melu"), schema(features=()))
     with pytest.raises(ValueError, match="has 1 vectors to multiply"):
         make_model(ModelConfig(name="dlrm", features=["genre"], numeric=False), schema())
+
+
+def test_words_that_an_argument_may_be_are_listed() -> None:
+    def model(inputs: InputSpec, how: Literal["mean", "last"] = "mean") -> None: ...
+
+    with pytest.raises(ValueError, match=r"model.args.how is 'max': must be one of mean, last"):
+        resolved_args(model, {"how": "max"}, "one")
