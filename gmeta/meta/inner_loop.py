@@ -189,7 +189,8 @@ def _last_layer(model: nn.Module) -> str:
 def _declared(model: nn.Module, attribute: str, word: str) -> Any:
     value = getattr(model, attribute, None)
     if not value:
-        raise ValueError(f"meta.adapt names {word!r}, but {type(model).__name__} declares no `{attribute}`")
+        cure = ": take neural_linear, or bahe with model.args.taste" if word == "last_layer" else ""
+        raise ValueError(f"meta.adapt names {word!r}, but {type(model).__name__} declares no `{attribute}`{cure}")
     return value
 
 

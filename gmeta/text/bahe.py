@@ -309,7 +309,7 @@ def texts_to_read(inputs: InputSpec, target: str, histories: Sequence[str]) -> t
 
     Without names they are the only feature of texts, and all such sequences. ValueError where there is none.
     """
-    how = "prepare with `text: true` in the schema"
+    how = "prepare with `text: true` in the schema, and name it in model.features where these are named"
     of_rows = [name for name in inputs.texts if name not in inputs.sequences]
     if target and target not in of_rows:
         known = nearest(target, of_rows) if of_rows else f"the model reads none; {how}"
@@ -320,6 +320,7 @@ def texts_to_read(inputs: InputSpec, target: str, histories: Sequence[str]) -> t
     target = target or of_rows[0]
     table = inputs.tables[target]
     read = [name for name in inputs.sequences if name in inputs.texts and inputs.tables[name] == table]
+    require(len({*histories}) == len(histories), "model.args.histories", list(histories), "must differ from each other")
     for name in histories:
         if name not in read:
             hint = nearest(name, read) if read else f"the model reads none; {how}"

@@ -431,6 +431,7 @@ def test_a_store_must_be_that_of_the_model(
         ({"taste": -1}, "model.args.taste"),
         ({"layers": 4}, r"layers is 4.*in \[1, 3\]"),
         ({"target": "seen"}, "model.args.target names 'seen'.*title"),
+        ({"histories": ["seen", "seen"]}, "must differ from each other"),
         ({"histories": ["title"]}, "model.args.histories names 'title'.*seen|bought"),
         ({"vectors": 5}, "vectors"),
         ({"encoder": "nowhere"}, "nowhere is no folder"),
@@ -442,7 +443,7 @@ def test_wrong_arguments_are_named(args: dict[str, Any], message: str, folders: 
 
 
 def test_what_holds_no_texts_is_named(folders: dict[str, Path]) -> None:
-    with pytest.raises(ValueError, match=r"reads no feature of texts.*`text: true`"):
+    with pytest.raises(ValueError, match=r"reads no feature of texts.*`text: true`.*model.features"):
         make(folders["bert"], replace(INPUTS, texts={}))
     with pytest.raises(ValueError, match=r"no unpooled sequence of texts of table 'text'"):
         make(folders["bert"], replace(INPUTS, texts={"title": 7}))

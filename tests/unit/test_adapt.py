@@ -61,6 +61,10 @@ def test_a_name_that_matches_nothing_suggests_the_nearest(pattern: str, nearest:
 def test_a_model_that_declares_no_head() -> None:
     with pytest.raises(ValueError, match="names 'head', but Linear declares no `head`"):
         resolve_adapted(["head"], nn.Linear(2, 1), FEATURES)
+    with pytest.raises(
+        ValueError, match=r"declares no `last_layer`: take neural_linear, or bahe with model\.args\.taste"
+    ):
+        resolve_adapted(["last_layer"], nn.Linear(2, 1), FEATURES)
 
 
 def test_learned_rates_are_a_parameter_by_step_and_layer() -> None:
