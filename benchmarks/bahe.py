@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import DATA, Record, add_json, parse, publish, table
-from text.quality import Cell, measures, run_cell
+from text.quality import TEXTS, Cell, measures, run_cell
 from text.rows import FOLDER, Rows, read_rows
 from text.steps import BATCH, StepCase, measure
 
@@ -142,6 +142,16 @@ def _day(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> No
 
 TWINS = ("behaviours", "states", "tokens")
 TEXT = {"layers": 5, "dropout": 0.2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "k=4": {"layers": 4},
+    "k=3": {"layers": 3},
+    "2 vectors": {"vectors": 2},
+    "4 vectors": {"vectors": 4},
+    "LoRA": {"tune": "lora"},
+    "target attention": {"user": "target"},
+    "gated ids": {"ids": True},
+}
+"""What the twin of kept vectors is changed in."""
 ADAPTED = ("--meta.adapt", "[last_layer]", "--loader.max_support_rows", "100")
 RATES = ("title", "history", "uid", "iid")
 
@@ -151,10 +161,15 @@ def cells(quick: bool) -> list[Cell]:
     if quick:
         return [Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, "encode": name}) for name in TWINS]
     found = []
+    once = ("--schedule.eval_every", "10000")  # that is, at the end
     for seed in range(3):
         for name in TWINS:
-            args, once = {**TEXT, "encode": name}, ("--schedule.eval_every", "10000")  # that is, at the end
+            args = {**TEXT, "encode": name}
             found.append(Cell(name, seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
+    for name, more in OPTIONS.items():
+        features = RATES if "ids" in more else TEXTS
+        args = {**TEXT, **more}
+        found.append(Cell(name, 0, train_rows=6000, epochs=3, lr=1e-4, args=args, features=features, words=once))
     found += [Cell("text", seed, epochs=5, args=TEXT) for seed in range(3)]
     found += [Cell("text, rates, ids", seed, epochs=3, features=RATES, numeric=True, args=TEXT) for seed in range(3)]
     adapted = {"by_user": True, "epochs": 4, "words": ADAPTED}
