@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import DATA, Record, add_json, parse, publish, table
-from text.quality import TEXTS, Cell, measures, run_cell
+from text.quality import TEXTS, Cell, kept_cell, measures, run_cell
 from text.rows import FOLDER, Rows, read_rows
 from text.steps import BATCH, StepCase, measure
 
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where packs and cells are kept; a temporary one when unset")
     parser.add_argument("--part", choices=("steps", "day", "quality"), help="one part alone")
     parser.add_argument("--cells", default="", help="only cells whose names begin so")
+    parser.add_argument("--kept", action="store_true", help="tell what is kept of cells, and run none")
     parser.add_argument("--quick", action="store_true", help="one small case of each part; writes no result files")
     add_json(parser)
     args = parse(parser)
@@ -159,7 +160,7 @@ RATES = ("title", "history", "uid", "iid")
 def cells(quick: bool) -> list[Cell]:
     """Return all trainings. Twins read titles alone, see the same 6,000 rows in the same order, and choose nothing."""
     if quick:
-        return [Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, "encode": name}) for name in TWINS]
+        return [Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, "encode": name}) for name in TWINS[:2]]
     found = []
     once = ("--schedule.eval_every", "10000")  # that is, at the end
     for seed in range(3):
@@ -188,8 +189,11 @@ def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -
     for cell in cells(args.quick):
         if not cell.name.startswith(args.cells):
             continue
+        kept = kept_cell(cell, folder)
+        if kept is None and args.kept:
+            continue
         print(f"{cell.name} …", file=sys.stderr, flush=True)
-        found = run_cell(cell, rows, folder, encoder)
+        found = kept or run_cell(cell, rows, folder, encoder)
         for name, of in found["judged"].items():
             key = (cell.variant if name == "after" else f"{cell.variant}, before", cell.titles, cell.train_rows)
             judged.setdefault(key, []).append(of)
