@@ -218,7 +218,8 @@ def _row(name: str, titles: str, train_rows: str, every: list[dict[str, float]],
         return f"{np.mean(values):.4f}{spread}" if values else "-"
 
     keys = ("auc", "uauc", "auc warm item", "auc cold item", "auc cold user")
-    return [name, titles, train_rows, str(len(every)), *map(told, keys), f"{np.mean(spent):.0f}"]
+    known = [seconds for seconds in spent if seconds]
+    return [name, titles, train_rows, str(len(every)), *map(told, keys), f"{np.mean(known):.0f}" if known else "-"]
 
 
 def _facts(encoder: str, **more: Any) -> dict[str, Any]:
