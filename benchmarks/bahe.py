@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import DATA, Record, add_json, parse, publish, table
-from text.quality import Cell, measures, run_cell
+from text.quality import TEXTS, Cell, kept_cell, measures, run_cell
 from text.rows import FOLDER, Rows, read_rows
 from text.steps import BATCH, StepCase, measure
 
@@ -29,7 +29,6 @@ SPLITS = (2, 3, 4)
 LENGTHS = (10, 50, 100)
 DAY_LENGTHS = (10, 50, 100, 400)
 DAY_HISTORIES = 6
-ENCODE_TEXTS = 3088
 
 
 def main() -> int:
@@ -38,6 +37,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where packs and cells are kept; a temporary one when unset")
     parser.add_argument("--part", choices=("steps", "day", "quality"), help="one part alone")
     parser.add_argument("--cells", default="", help="only cells whose names begin so")
+    parser.add_argument("--kept", action="store_true", help="tell what is kept of cells, and run none")
     parser.add_argument("--quick", action="store_true", help="one small case of each part; writes no result files")
     add_json(parser)
     args = parse(parser)
@@ -116,17 +116,18 @@ def _records(case: str, found: dict[str, dict[str, float]]) -> list[Record]:
         if name != "behaviours":
             records.append(Record(case, name, "time_ratio", found[name]["cpu_s"] / ours["cpu_s"], "x"))
             records.append(Record(case, name, "wall_ratio", found[name]["wall_s"] / ours["wall_s"], "x"))
-            records.append(Record(case, name, "memory_ratio", found[name]["peak_mb"] / ours["peak_mb"], "x"))
+            if "peak_mb" in ours:
+                records.append(Record(case, name, "memory_ratio", found[name]["peak_mb"] / ours["peak_mb"], "x"))
     return records
 
 
 def _day(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:
-    """Measure rows a second as histories grow, six of them a row; all tokens as far as a step ends within a minute."""
+    """Measure rows a second as histories grow, six of them a row; all tokens as far as a step ends within seconds."""
     records, lines = [], []
     for titles in DAY_LENGTHS if not args.quick else (10,):
-        variants = ("behaviours", "tokens") if titles <= 50 else ("behaviours",)
+        variants = ("behaviours", "tokens") if titles <= 10 else ("behaviours",)
         case = StepCase(encoder, 3, titles, DAY_HISTORIES, repetitions=1 if args.quick else 3)
-        found = measure(case, _histories(rows, titles, DAY_HISTORIES), variants)
+        found = measure(case, _histories(rows, titles, DAY_HISTORIES), variants, memory=False)
         rates = {name: BATCH / of["cpu_s"] for name, of in found.items()}
         records += [Record(case.name, name, "rows_per_cpu_s", rate, "1/s") for name, rate in rates.items()]
         records += _records(case.name, found)
@@ -142,19 +143,40 @@ def _day(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> No
 
 TWINS = ("behaviours", "states", "tokens")
 TEXT = {"layers": 5, "dropout": 0.2}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "k=4": {"layers": 4},
+    "k=3": {"layers": 3},
+    "2 vectors": {"vectors": 2},
+    "4 vectors": {"vectors": 4},
+    "LoRA": {"tune": "lora"},
+    "target attention": {"user": "target"},
+    "gated ids": {"ids": True},
+}
+"""What the twin of kept vectors is changed in."""
+ADAPTED = ("--meta.adapt", "[last_layer]", "--loader.max_support_rows", "100")
 RATES = ("title", "history", "uid", "iid")
 
 
 def cells(quick: bool) -> list[Cell]:
-    """Return all trainings. Twins read titles alone, and see the same 6,000 rows in the same order."""
+    """Return all trainings. Twins read titles alone, see the same 6,000 rows in the same order, and choose nothing."""
     if quick:
-        return [Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, "encode": name}) for name in TWINS]
+        return [Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, "encode": name}) for name in TWINS[:2]]
     found = []
+    once = ("--schedule.eval_every", "10000")  # that is, at the end
     for seed in range(3):
         for name in TWINS:
-            found.append(Cell(name, seed, train_rows=6000, epochs=4, lr=1e-4, args={**TEXT, "encode": name}))
+            args = {**TEXT, "encode": name}
+            found.append(Cell(name, seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
+    for name, more in OPTIONS.items():
+        features = RATES if "ids" in more else TEXTS
+        args = {**TEXT, **more}
+        found.append(Cell(name, 0, train_rows=6000, epochs=3, lr=1e-4, args=args, features=features, words=once))
     found += [Cell("text", seed, epochs=5, args=TEXT) for seed in range(3)]
     found += [Cell("text, rates, ids", seed, epochs=3, features=RATES, numeric=True, args=TEXT) for seed in range(3)]
+    adapted = {"by_user": True, "epochs": 4, "words": ADAPTED}
+    for seed in range(3):
+        found.append(Cell("ids, adapted", seed, model="neural_linear", features=("iid",), lr=1e-3, **adapted))
+        found.append(Cell("text, adapted", seed, args={**TEXT, "taste": 16}, **adapted))
     return found
 
 
@@ -162,19 +184,25 @@ def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -
     judged: dict[tuple[str, int, int], list[dict[str, float]]] = {}
     judge = rows.of("judge")
     floor = measures(rows.floor[judge], rows.label[judge], rows.uid[judge], rows, judge)
+    later = measures(rows.floor_of_all[judge], rows.label[judge], rows.uid[judge], rows, judge)
     spent: dict[tuple[str, int, int], list[float]] = {}
     for cell in cells(args.quick):
         if not cell.name.startswith(args.cells):
             continue
+        kept = kept_cell(cell, folder)
+        if kept is None and args.kept:
+            continue
         print(f"{cell.name} …", file=sys.stderr, flush=True)
-        found = run_cell(cell, rows, folder, encoder)
+        found = kept or run_cell(cell, rows, folder, encoder)
         for name, of in found["judged"].items():
             key = (cell.variant if name == "after" else f"{cell.variant}, before", cell.titles, cell.train_rows)
             judged.setdefault(key, []).append(of)
             spent.setdefault(key, []).append(found["cpu_s"])
     lines = [_row("floor", "-", "-", [floor], [0.0])]
+    lines.append(_row("floor, with the choosing rows too", "-", "-", [later], [0.0]))
     lines += [_row(n, str(t), str(r or "all"), of, spent[n, t, r]) for (n, t, r), of in judged.items()]
-    records = [Record("ml-1m-ctr", "floor", key, value, "") for key, value in floor.items()]
+    floors = {"floor": floor, "floor, adapted": later}
+    records = [Record("ml-1m-ctr", name, key, value, "") for name, of in floors.items() for key, value in of.items()]
     for (name, titles, train_rows), every in judged.items():
         case = f"{train_rows or 'all'} rows, {titles} titles"
         for key in every[0]:
@@ -190,7 +218,8 @@ def _row(name: str, titles: str, train_rows: str, every: list[dict[str, float]],
         return f"{np.mean(values):.4f}{spread}" if values else "-"
 
     keys = ("auc", "uauc", "auc warm item", "auc cold item", "auc cold user")
-    return [name, titles, train_rows, str(len(every)), *map(told, keys), f"{np.mean(spent):.0f}"]
+    known = [seconds for seconds in spent if seconds]
+    return [name, titles, train_rows, str(len(every)), *map(told, keys), f"{np.mean(known):.0f}" if known else "-"]
 
 
 def _facts(encoder: str, **more: Any) -> dict[str, Any]:

@@ -48,46 +48,50 @@ class Cell:
         return f"{self.variant}-{self.titles}-{self.train_rows or 'all'}-{self.seed}"
 
 
-def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, Any]:
-    """Return what a cell measured: metrics of variants on the judging rows, CPU seconds, steps."""
-    asked = json.loads(json.dumps(asdict(cell)))
+def kept_cell(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """Return what was measured before; None where nothing was, or where the cell now asks for something else."""
     kept = folder / "cells" / cell.name / "cell.json"
-    if kept.exists():
-        found: dict[str, Any] = json.loads(kept.read_text())
-        if found["asked"] == asked:
-            return found
+    if not kept.exists():
+        return None
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found if found["asked"] == _asked(cell) else None
+
+
+def _asked(cell: Cell) -> Any:
+    return json.loads(json.dumps(asdict(cell)))
+
+
+def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, Any]:
+    """Return what a cell measures, and keep it: metrics on the judging rows, the valid curve, CPU seconds."""
+    if (done := kept_cell(cell, folder)) is not None:
+        return done
+    kept = folder / "cells" / cell.name / "cell.json"
     shutil.rmtree(kept.parent, ignore_errors=True)
     pack = make_pack(folder / "packs", rows, titles=cell.titles, train_rows=cell.train_rows, by_user=cell.by_user)
     run = kept.parent / "run"
-    args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
-    words: list[object] = [
-        "--pack",
-        pack,
-        "--run_dir",
-        run,
-        "--model.name",
-        cell.model,
-        "--model.args",
-        json.dumps(args),
-    ]
-    words += ["--model.features", json.dumps(list(cell.features)), "--model.numeric", str(cell.numeric).lower()]
-    if not cell.by_user:
-        words += ["--meta.adapt", "[]"]
-    words += ["--dense.lr", cell.lr, "--dense.weight_decay", 0.05, "--seed", cell.seed]
-    words += ["--loader.tasks_per_batch", 8 if cell.by_user else BATCH_ROWS // 2]
-    words += ["--schedule.epochs", cell.epochs, "--schedule.max_steps", cell.max_steps]
-    words += ["--schedule.metric", "auc", "--schedule.patience", 2, *cell.words]
+    words = _train_words(cell, pack, run, encoder)
     before = _cpu()
     gmeta("train", *words)
     cpu = _cpu() - before
     gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", 10)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [(line["step"], line["auc_after"]) for line in metrics if line["kind"] == "valid"]
-    found = {"asked": asked, "cpu_s": cpu, "curve": curve, "judged": judged(run, rows, by_user=cell.by_user)}
+    found = {"asked": _asked(cell), "cpu_s": cpu, "curve": curve, "judged": judged(run, rows, by_user=cell.by_user)}
     kept.write_text(json.dumps(found, indent=1) + "\n")
-    for name in ("checkpoints",):
-        shutil.rmtree(run / name, ignore_errors=True)  # 90 MB each
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)  # 90 MB each
     return found
+
+
+def _train_words(cell: Cell, pack: Path, run: Path, encoder: str) -> list[object]:
+    args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
+    words: list[object] = ["--pack", pack, "--run_dir", run]
+    words += ["--model.name", cell.model, "--model.args", json.dumps(args)]
+    words += ["--model.features", json.dumps(list(cell.features)), "--model.numeric", str(cell.numeric).lower()]
+    words += [] if cell.by_user else ["--meta.adapt", "[]"]
+    words += ["--dense.lr", cell.lr, "--dense.weight_decay", 0.05, "--seed", cell.seed]
+    words += ["--loader.tasks_per_batch", 8 if cell.by_user else BATCH_ROWS // 2]
+    words += ["--schedule.epochs", cell.epochs, "--schedule.max_steps", cell.max_steps]
+    return [*words, "--schedule.metric", "auc", "--schedule.patience", 2, *cell.words]
 
 
 def _cpu() -> float:

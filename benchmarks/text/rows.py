@@ -34,6 +34,7 @@ class Rows:
     title: list[str]
     history: list[list[str]]  # the last MOST_TITLES
     numbers: np.ndarray  # [rows, 2], as NUMBERS
+    floor_of_all: np.ndarray  # the floor, from all rows before the judging ones
 
     def of(self, part: str) -> np.ndarray:
         """Return the positions of a part."""
@@ -58,8 +59,10 @@ def read_rows() -> Rows:
         for films, titles in zip(table["his"].to_pylist(), table["his_title"].to_pylist(), strict=True)
     ]
     label = columns["label"].astype(np.float64)
-    rates = [_rates(columns[name], label, train) for name in ("uid", "iid")]
-    numbers = np.stack(rates, 1)
+    numbers, later = (
+        np.stack([_rates(columns[name], label, known) for name in ("uid", "iid")], 1)
+        for known in (train, train + rest // 2)
+    )
     return Rows(
         part,
         columns["uid"],
@@ -69,6 +72,7 @@ def read_rows() -> Rows:
         table["title"].to_pylist(),
         history,
         numbers,
+        later.sum(1),
     )
 
 

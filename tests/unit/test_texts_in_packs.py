@@ -211,7 +211,7 @@ def test_a_run_knows_its_texts(run_dir: Path, pack: Path) -> None:
     tables = open_pack(pack).text_tables()
     theirs, _, _ = load_system(run_dir, "best", Mesh(), trust_model=True, text_tables={"item": tables["item"][:5]})
     ours = own.learner.model.numbers
-    assert len(ours) == len(tables["item"]) == own.learner.texts["item"]
+    assert len(ours) == len(tables["item"]) == own.learner.texts["item"].num_texts
     assert theirs.learner.model.numbers.tolist() == ours[:5].tolist()
 
 
