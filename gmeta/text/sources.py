@@ -11,6 +11,7 @@ cost and in nothing that is trained:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -25,9 +26,8 @@ from gmeta.text.encoder import TextEncoder, pool_states
 from gmeta.text.store import StoreSpec, open_behaviours, render
 
 Encode = Literal["behaviours", "batch", "states", "tokens"]
-MOST_MISSING = 4096
-"""So many texts that a store lacks are encoded where a model is made: seconds. More are a mistake, or work for `gmeta
-embed`."""
+QUIETLY = 4096
+"""So many texts that a store lacks are encoded without a word: it takes seconds, and a new day always has some."""
 _TEXTS_AT_ONCE = 256
 
 
@@ -44,8 +44,8 @@ class TextSource:
     """The texts of one table, by id, with what is kept of each.
 
     It is no part of a model's state: it is made anew, of the same texts and encoder, and nothing in it is trained.
-    With a `store` the vectors of `behaviours` come from there. ValueError for a store of another spec, and where it
-    lacks more than MOST_MISSING of the texts; fewer are encoded here.
+    With a `store` the vectors of `behaviours` come from there, and texts that it lacks are encoded here, with a warning
+    where they are many. ValueError for a store of another spec.
     """
 
     def __init__(
@@ -155,10 +155,12 @@ def _read_stored(store: str, spec: StoreSpec, texts: Sequence[str], out: Tensor)
     behaviours.require(replace(spec, dtype=behaviours.spec.dtype))  # however it keeps them
     rows = behaviours.find(texts)
     missing = np.flatnonzero(rows[1:] < 0) + 1  # id 0 is no text
-    if len(missing) > MOST_MISSING:
-        raise ValueError(
-            f"{store} lacks {len(missing)} of {len(texts) - 1} texts, the first is {texts[missing[0]]!r}: encode them "
-            "with `gmeta embed`, with the settings of this store, or name a store that has them as model.args.store"
+    if len(missing) > QUIETLY:
+        warnings.warn(
+            f"{store} lacks {len(missing):,} of {len(texts) - 1:,} texts, the first is {texts[missing[0]]!r}: they are "
+            "encoded now, and again when the model is made anew; `gmeta embed`, with the settings of this store, keeps "
+            "them",
+            stacklevel=2,
         )
     there = np.flatnonzero(rows >= 0)
     out[there] = behaviours.read(rows[there], torch.float16)
