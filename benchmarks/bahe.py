@@ -16,11 +16,14 @@ import argparse
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from common import DATA, Record, add_json, parse, publish, table
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
 from text.quality import TEXTS, Cell, kept_cell, measures, run_cell
 from text.rows import FOLDER, Rows, read_rows
 from text.steps import BATCH, StepCase, measure
@@ -185,6 +188,7 @@ def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -
     judge = rows.of("judge")
     floor = measures(rows.floor[judge], rows.label[judge], rows.uid[judge], rows, judge)
     later = measures(rows.floor_of_all[judge], rows.label[judge], rows.uid[judge], rows, judge)
+    of_rates = {name: measures(score, rows.label[judge], rows.uid[judge], rows, judge) for name, score in _fits(rows)}
     spent: dict[tuple[str, int, int], list[float]] = {}
     for cell in cells(args.quick):
         if not cell.name.startswith(args.cells):
@@ -200,8 +204,9 @@ def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -
             spent.setdefault(key, []).append(found["cpu_s"])
     lines = [_row("floor", "-", "-", [floor], [0.0])]
     lines.append(_row("floor, with the choosing rows too", "-", "-", [later], [0.0]))
+    lines += [_row(name, "-", "all", [of], [0.0]) for name, of in of_rates.items()]
     lines += [_row(n, str(t), str(r or "all"), of, spent[n, t, r]) for (n, t, r), of in judged.items()]
-    floors = {"floor": floor, "floor, adapted": later}
+    floors = {"floor": floor, "floor, adapted": later, **of_rates}
     records = [Record("ml-1m-ctr", name, key, value, "") for name, of in floors.items() for key, value in of.items()]
     for (name, titles, train_rows), every in judged.items():
         case = f"{train_rows or 'all'} rows, {titles} titles"
@@ -209,6 +214,18 @@ def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -
             records.append(Record(case, name, key, float(np.mean([of[key] for of in every if key in of])), ""))
     head = ["variant", "titles", "training rows", "seeds", "AUC", "within users", "film known", "film new", "user new"]
     publish("bahe_quality", table([*head, "CPU s"], lines), records, _facts(encoder), args)
+
+
+def _fits(rows: Rows) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield baselines and their scores of the judging rows: fits of both rates on the training rows."""
+    train, judge = rows.of("train"), rows.of("judge")
+    fits = {
+        "rates, logistic regression": LogisticRegression(),
+        "rates, boosted trees": HistGradientBoostingClassifier(learning_rate=0.05, max_leaf_nodes=15, random_state=0),
+    }
+    for name, fit in fits.items():
+        fit.fit(rows.numbers[train], rows.label[train])
+        yield name, fit.predict_proba(rows.numbers[judge])[:, 1]
 
 
 def _row(name: str, titles: str, train_rows: str, every: list[dict[str, float]], spent: list[float]) -> list[str]:
