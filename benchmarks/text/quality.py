@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from common import gmeta
-from sklearn.metrics import roc_auc_score
 
+from gmeta.evaluation.metrics import auc, gauc
 from text.rows import Rows, make_pack
 
 TEXTS = ("title", "history")
@@ -40,7 +40,6 @@ class Cell:
     words: tuple[str, ...] = ()
     lr: float = 2e-4
     epochs: int = 6
-    max_steps: int = 0
 
     @property
     def name(self) -> str:
@@ -90,7 +89,7 @@ def _train_words(cell: Cell, pack: Path, run: Path, encoder: str) -> list[object
     words += [] if cell.by_user else ["--meta.adapt", "[]"]
     words += ["--dense.lr", cell.lr, "--dense.weight_decay", 0.05, "--seed", cell.seed]
     words += ["--loader.tasks_per_batch", 8 if cell.by_user else BATCH_ROWS // 2]
-    words += ["--schedule.epochs", cell.epochs, "--schedule.max_steps", cell.max_steps]
+    words += ["--schedule.epochs", cell.epochs]
     return [*words, "--schedule.metric", "auc", "--schedule.patience", 2, *cell.words]
 
 
@@ -102,20 +101,12 @@ def _cpu() -> float:
 def judged(run: Path, rows: Rows, *, by_user: bool) -> dict[str, dict[str, float]]:
     """Return variant -> metrics of a run's predictions on the judging rows."""
     table = pq.read_table(run / "predictions.parquet").to_pydict()
-    if by_user:
-        users = np.array([int(str(key).partition("|")[0]) for key in table["task"]])
-        label = np.array(table["label"], float)
-        known = set(rows.uid[rows.of("train")].tolist())
-        warm = np.array([user in known for user in users])
-        place = None
-    else:
-        place = np.array([int(str(key).partition(" ")[2]) for key in table["task"]])
-        users, label = rows.uid[place], rows.label[place]
-        warm = None
+    keys = [str(key) for key in table["task"]]
+    place = None if by_user else np.array([int(key.partition(" ")[2]) for key in keys])
+    users = rows.uid[place] if place is not None else np.array([int(key.partition("|")[0]) for key in keys])
+    label = np.array(table["label"], float)
     names = {"before": "before", "after": "after"} if by_user else {"before": "after"}  # plain training adapts nothing
-    return {
-        told: measures(np.array(table[name], float), label, users, rows, place, warm) for name, told in names.items()
-    }
+    return {told: measures(np.array(table[name], float), label, users, rows, place) for name, told in names.items()}
 
 
 def measures(
@@ -124,30 +115,14 @@ def measures(
     users: np.ndarray,
     rows: Rows,
     place: np.ndarray | None = None,
-    warm: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Return AUC, AUC within users, and those of rows whose film or user training rows know, or do not."""
-    found = {"auc": float(roc_auc_score(label, score)), "uauc": within(score, label, users), "rows": float(len(label))}
+    found = {"auc": auc(score, label), "uauc": gauc(score, label, users), "rows": float(len(label))}
     train = rows.of("train")
-    flags: dict[str, np.ndarray] = {}
-    if place is not None:
-        flags["item"] = np.isin(rows.iid[place], rows.iid[train])
-        flags["user"] = np.isin(users, rows.uid[train])
-    elif warm is not None:
-        flags["user"] = warm
+    flags = {} if place is None else {"item": np.isin(rows.iid[place], rows.iid[train])}
+    flags["user"] = np.isin(users, rows.uid[train])
     for name, known in flags.items():
         for word, mask in (("warm", known), ("cold", ~known)):
             if 0 < label[mask].sum() < mask.sum():
-                found[f"auc {word} {name}"] = float(roc_auc_score(label[mask], score[mask]))
+                found[f"auc {word} {name}"] = auc(score[mask], label[mask])
     return found
-
-
-def within(score: np.ndarray, label: np.ndarray, users: np.ndarray) -> float:
-    """Return the mean AUC within users, by their rows; users of one label alone have none."""
-    total = weight = 0.0
-    order = np.argsort(users, kind="stable")
-    for part in np.split(order, np.flatnonzero(np.diff(users[order])) + 1):
-        if 0 < label[part].sum() < len(part):
-            total += len(part) * float(roc_auc_score(label[part], score[part]))
-            weight += len(part)
-    return total / weight

@@ -7,6 +7,7 @@ user and film: of training rows from earlier training rows alone, of the others 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def make_pack(folder: Path, rows: Rows, *, titles: int, train_rows: int = 0, by_
     folder.mkdir(parents=True, exist_ok=True)
     raw, described = folder / f"{out.name}.parquet", folder / f"{out.name}.json"
     pq.write_table(pa.table(columns), raw)
-    described.write_text(_json(schema))
+    described.write_text(json.dumps(schema, indent=1))
     here("prepare", "--input", raw, "--schema", described, "--out", out, "--task_split", "column")
     return out
 
@@ -197,9 +198,3 @@ def _tasks_of_users(rows: Rows, columns: dict[str, Any], chosen: np.ndarray, tra
         if name != "part"
     }
     return taken | {"task": names, "role": roles, "part": parts}
-
-
-def _json(schema: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(schema, indent=1)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import status
 
 BATCH = 16
 VARIANTS = ("behaviours", "batch", "tokens")
@@ -70,11 +71,11 @@ def _answer(ask: dict[str, Any]) -> dict[str, dict[str, float]]:
     steps = {name: _step(case, name, ask["texts"]) for name in ask["variants"]}
     if ask["memory"]:
         ((name, step),) = steps.items()
-        before = _resident("VmRSS")
+        before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         step()
         step()
-        return {name: {"peak_mb": (_resident("VmHWM") - before) / 1024}}
+        return {name: {"peak_mb": (status("VmHWM") - before) / 2**20}}
     for step in steps.values():
         step()
     cpu: dict[str, list[float]] = {name: [] for name in steps}
@@ -88,12 +89,6 @@ def _answer(ask: dict[str, Any]) -> dict[str, dict[str, float]]:
                 cpu[name].append(time.process_time() - begun[0])
                 wall[name].append(time.perf_counter() - begun[1])
     return {name: {"cpu_s": float(np.median(cpu[name])), "wall_s": float(np.median(wall[name]))} for name in steps}
-
-
-def _resident(key: str) -> int:
-    """Return a line of this process's status in kB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1])
 
 
 def _step(case: StepCase, encode: str, texts: list[list[str]]) -> Callable[[], None]:
