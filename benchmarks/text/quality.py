@@ -9,7 +9,7 @@ import json
 import resource
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Cell:
     words: tuple[str, ...] = ()
     lr: float = 2e-4
     epochs: int = 6
+    bundled: bool = False  # its model is kept too, for cells that begin with it
+    start: str = ""  # the variant, of this seed, whose model it begins with
 
     @property
     def name(self) -> str:
@@ -69,9 +71,13 @@ def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, An
     pack = make_pack(folder / "packs", rows, titles=cell.titles, train_rows=cell.train_rows, by_user=cell.by_user)
     run = kept.parent / "run"
     words = _train_words(cell, pack, run, encoder)
+    if cell.start:
+        words += ["--init_from", folder / "cells" / replace(cell, variant=cell.start).name / "bundle"]
     before = _cpu()
     gmeta("train", *words)
     cpu = _cpu() - before
+    if cell.bundled:
+        gmeta("bundle", "--run_dir", run, "--out", kept.parent / "bundle", "--training", "false")
     gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", 10)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [(line["step"], line["auc_after"]) for line in metrics if line["kind"] == "valid"]

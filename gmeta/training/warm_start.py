@@ -67,11 +67,13 @@ def _rates(run: Run, bundle: Bundle) -> Tensor | None:
 
     A group that the bundle learned no rates of begins with `meta.inner_lr`. Steps beyond the bundle's repeat its last.
     """
-    learner, theirs = run.state.system.learner, bundle.dense.get(f"dense.{_RATES}")
-    if learner.inner_lr is None:
+    objective, theirs = run.state.system.objective, bundle.dense.get(f"dense.{_RATES}")
+    if objective.inner_lr is None:
         if theirs is not None:
             run.log.say(f"  the inner rates that {bundle.id} learned are left out: meta.learn_inner_lr is false")
         return None
+    learner = run.state.system.learner
+    assert learner.inner_lr is not None
     names: tuple[str, ...] = ()
     if theirs is not None:
         adapted = read_config(bundle.path).meta.adapt
