@@ -33,7 +33,7 @@ class Cell:
     titles: int = 10
     train_rows: int = 0  # 0: all
     by_user: bool = False
-    model: str = "bahe"
+    model: str = "bahe"  # empty: what the recipe for the pack chooses
     features: tuple[str, ...] = TEXTS
     numeric: bool = False
     args: Mapping[str, Any] = field(default_factory=dict)
@@ -88,13 +88,15 @@ def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, An
 
 
 def _train_words(cell: Cell, pack: Path, run: Path, encoder: str) -> list[object]:
-    args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
     words: list[object] = ["--pack", pack, "--run_dir", run]
+    if not cell.model:
+        return [*words, "--model.features", json.dumps(list(cell.features)), "--seed", cell.seed, *cell.words]
+    args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
     words += ["--model.name", cell.model, "--model.args", json.dumps(args)]
     words += ["--model.features", json.dumps(list(cell.features)), "--model.numeric", str(cell.numeric).lower()]
     words += [] if cell.by_user else ["--meta.adapt", "[]"]
     words += ["--dense.lr", cell.lr, "--dense.weight_decay", 0.05, "--seed", cell.seed]
-    words += ["--loader.tasks_per_batch", 8 if cell.by_user else BATCH_ROWS // 2]
+    words += ["--loader.tasks_per_batch", 16 if cell.by_user else BATCH_ROWS // 2]
     words += ["--schedule.epochs", cell.epochs]
     return [*words, "--schedule.metric", "auc", "--schedule.patience", 2, *cell.words]
 
