@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gmeta.config.train import NEXT_ITEM_METRICS
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
-from gmeta.evaluation.rank_split import candidates_of, rank_split
+from gmeta.evaluation.rank_split import candidates_of, next_item_learner, rank_split
 from gmeta.evaluation.score import score_split, validation_metrics, watched_metric
 from gmeta.parallel.collectives import broadcast_from_rank_0
-from gmeta.recommender.build import domain_of
+from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.training.run import Run
 
 
@@ -51,20 +52,34 @@ def _metrics(run: Run) -> dict[str, float]:
 
 
 def _next_item_metrics(run: Run) -> dict[str, float]:
-    """Return the metrics of next items on rank 0, nothing on others; collective."""
-    ranks = rank_split(
-        run.state.system,
-        run.pack.split("valid"),
-        run.pack.catalogue(),
-        candidates_of(run.pack.catalogue(), domain_of(run.pack.schema)),
-        max_support_rows=run.config.loader.max_support_rows,
-    )
-    if ranks is None:
-        return {}
-    place, found = ranks.rank.astype(float), {}
+    """Return the metrics of next items on rank 0, nothing on others; where tasks adapt, those before it too.
+    Collective.
+    """
+    system, pack = run.state.system, run.pack
+    draw = candidate_draw(run.config, pack)
+    found: dict[str, float] = {}
+    for when, steps in (("before", 0), ("after", None)):
+        if when == "before" and next_item_learner(system).inner_loop is None:
+            continue
+        ranks = rank_split(
+            system,
+            pack.split("valid"),
+            draw.catalogue,
+            candidates_of(draw.catalogue, domain_of(pack.schema)),
+            max_support_rows=run.config.loader.max_support_rows,
+            draw=draw,
+            steps=steps,
+        )
+        if ranks is not None:
+            found |= {f"{name}_{when}": value for name, value in _metrics_of(ranks.rank).items()}
+    return found
+
+
+def _metrics_of(rank: NDArray[np.int64]) -> dict[str, float]:
+    found = {}
     for k in (10, 50):
-        hit = place <= k
-        found[f"recall@{k}_after"] = float(hit.mean())
-        found[f"ndcg@{k}_after"] = float((hit / np.log2(place + 1)).mean())
-        found[f"mrr@{k}_after"] = float((hit / place).mean())
+        hit = rank <= k
+        found[f"recall@{k}"] = float(hit.mean())
+        found[f"ndcg@{k}"] = float((hit / np.log2(rank + 1.0)).mean())
+        found[f"mrr@{k}"] = float((hit / rank).mean())
     return found
