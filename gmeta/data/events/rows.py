@@ -75,6 +75,7 @@ def make_event_rows(
         make_catalogue(con, whole=source.whole_catalogue)
         tell("auditing events", 0, 1)
         found = audit_events(con, has_time=columns.time is not None, has_text=columns.text is not None)
+        counts |= {"note": source.note} if source.note else {}
         counts["audit"] = {**found, "core": {"core": config.core or 0, "left_out": left_out}}
         made = EventRows(scratch / "events.parquet", scratch / "catalogue.parquet", owned_features(columns), counts)
         _write(con, made)

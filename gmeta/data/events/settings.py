@@ -52,6 +52,8 @@ def event_columns(config: PrepareConfig) -> EventColumns | None:
         raise ValueError(f"dataset {config.dataset} comes with its files and schema: leave events out")
     if not config.input:
         raise ValueError("name the files of events with --input")
+    if config.root is not None:
+        raise ValueError("root has no effect without dataset: leave it out")
     columns = load_event_columns(Path(str(config.events)))
     if columns.domain is None and config.domains:
         raise ValueError(f"domains has no effect: {config.events} names no domain column")
