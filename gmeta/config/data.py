@@ -34,7 +34,7 @@ class PrepareConfig:
     core: int | None = None
     """For events: users and items with fewer events are left out, over all domains together, until none is. 0 when
     unset: all stay."""
-    holdout: str | None = None
+    holdout: str | int | None = None
     """Which events are targets. leave_one_out, when unset: of each user and domain the last one is of split test, the
     one before of valid. A time, as a number in the unit of the time column, or a date such as 2024-11-03: events from
     it on, the first half of them of valid."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from commands import gmeta, train_words
 from event_packs import event_config, event_pack, quiet, sequence, told_tasks
 from packs import make_pack
@@ -159,6 +161,19 @@ def test_a_core_and_a_time(tmp_path: Path) -> None:
     assert told_tasks(pack, "train") == {f"u{u}": "i0 -> i1" for u in range(3)}
     assert told_tasks(pack, "valid") == {f"u{u}#1": "i0 i1 -> i2" for u in range(3)}
     assert told_tasks(pack, "test") == {f"u{u}#1": "i0 i1 i2 -> i3" for u in range(3)}
+
+
+def test_dates_of_a_config_file(tmp_path: Path) -> None:
+    events = [{"user": f"u{u}", "item": f"i{k}", "time": datetime(2024, 1, 1 + k, u)} for u in (1, 2) for k in range(4)]
+    config = event_config(tmp_path, events)
+    (tmp_path / "prepare.yaml").write_text(yaml.safe_dump({"holdout": "2024-01-03", "threads": 1}))
+    words = ["--input", config.input[0], "--events", config.events, "--out", config.out]
+    gmeta("prepare", "--config", tmp_path / "prepare.yaml", *words)
+    pack = open_pack(config.out)
+    assert told_tasks(pack, "valid") == {"u1#1": "i0 i1 -> i2", "u2#1": "i0 i1 -> i2"}
+    times = pack.split("train").times()
+    assert times is not None
+    assert times.max() == int(datetime(2024, 1, 2, 2, tzinfo=timezone.utc).timestamp() * 1e6)
 
 
 def test_long_histories_keep_their_last_events(tmp_path: Path) -> None:

@@ -75,5 +75,6 @@ def _of_data_set(config: PrepareConfig, name: str, given: list[str]) -> EventCol
 
 def settings_of_events(config: PrepareConfig) -> dict[str, Any]:
     """Return what the manifest of a pack of events records of its settings."""
-    found = {key: getattr(config, key) for key in OF_EVENTS}
+    found = {key: getattr(config, key) for key in OF_EVENTS} | {"domains": config.kept_domains}
+    found["holdout"] = None if config.holdout is None else str(config.holdout)
     return {key: value for key, value in found.items() if value not in (None, [])}
