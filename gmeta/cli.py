@@ -211,7 +211,9 @@ def _lab(config: LabConfig) -> int:
     return 0
 
 
-_SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
+_SCHEMA_HELP = """Events need no schema. Their YAML file maps what they have to columns; user and item are required:
+  {user: user_id, item: item_id, domain: shop, time: timestamp, text: title}
+For all other rows the schema is a YAML file that says what the columns mean:
 
   task: user_id               # required: whose rows form a task
   label: click                # required: 0 or 1, or a rating; in its place, for several labels with a loss each:
@@ -229,6 +231,7 @@ _SCHEMA_HELP = """The schema is a YAML file that says what the columns mean:
     - {name: item_id, min_count: 2}                       # rarer values count as unknown
     - {name: device, hash_buckets: 10000, nulls: oov}     # hashed, no vocabulary; missing values are unknown
     - {name: title, text: true}                           # texts, which a model that reads texts gets, new ones too
+    - {name: shop, vocabulary: all}                       # values of valid and test rows get ids too
   multi: [{name: genres, separator: "|", pooling: mean}]  # several values a row
   sequence:                   # in order; the features of one table share its vocabulary and min_count
     - {name: last_items, separator: " ", max_length: 20, table: item_id, min_count: 2}

@@ -25,8 +25,24 @@ class PrepareConfig:
     """Parquet or CSV file, glob or directory, or a list of them: [a.csv, logs/]."""
     schema: str | None = None
     """YAML file that says what the columns of `input` mean; the end of this help has one with all keys."""
+    events: str | None = None
+    """YAML file that makes `input` events of a next-item pack, instead of `schema`: it maps user and item, and where
+    there are some domain, time and text, to columns."""
+    items: str | None = None
+    """Parquet or CSV file of items, for `events`: its columns item, domain and text have the names that they have
+    there. Items that no event has are in the catalogue too. Unset: the items of the events."""
+    core: int | None = None
+    """For events: users and items with fewer events are left out, over all domains together, until none is. 0 when
+    unset: all stay."""
+    holdout: str | None = None
+    """Which events are targets. leave_one_out, when unset: of each user and domain the last one is of split test, the
+    one before of valid. A time, as a number in the unit of the time column, or a date such as 2024-11-03: events from
+    it on, the first half of them of valid."""
+    domains: list[str] = field(default_factory=list)
+    """For events: the domains that are kept, such as '[Beauty, Toys]'. Unset: all."""
     dataset: str | None = None
-    """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu."""
+    """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu; of events amazon-3domain or
+    amazon-office."""
     root: str | None = None
     """Directory that holds the named data set's files."""
     label_threshold: float | None = None
@@ -111,6 +127,8 @@ class PrepareConfig:
             require(known, f"partitions[{name!r}]", split, "splits are train, valid and test")
         for name, side in self.roles.items():
             require(side in ("support", "query"), f"roles[{name!r}]", side, "roles are support and query")
+        core = self.core
+        require(core is None or core >= 0, "core", core, "must be 0, which leaves nothing out, or more")
         history, days, below = self.history_rows, self.evict_after_days, self.evict_below
         require(history >= 0, "history_rows", history, "must be 0 or more")
         require(history == HISTORY_ROWS or self.base is not None, "history_rows", history, "has no effect without base")

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from gmeta.core.files import sync, sync_folders
+from gmeta.data.catalogue import Catalogue, catalogue_file, read_catalogue
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
 from gmeta.data.item_vectors import array_name, open_item_vectors
 from gmeta.data.schema import Feature, PackSchema, data_schema_from_json, pack_schema_from_json
@@ -434,6 +435,14 @@ class TaskPack:
         entries = [*self.manifest["vocab"].values(), *self.manifest["others"]]
         verify = {Path(entry["file"]).name: partial(verified_file, self.path, entry) for entry in entries}
         return open_text_tables(self.path / "vocab", self.schema, verify)
+
+    def catalogue(self) -> Catalogue:
+        """Return the catalogue of a next-item pack, after its checksum was verified. ValueError for another pack."""
+        name = catalogue_file(Path("vocab")).as_posix()
+        for entry in self.manifest["others"]:
+            if entry["file"] == name:
+                verified_file(self.path, entry)
+        return read_catalogue(self.path / "vocab", self.schema)
 
     def tasks_file(self) -> Path:
         """Return the Parquet file (task_id, key, split), after its checksum was verified."""

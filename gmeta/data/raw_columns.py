@@ -10,9 +10,9 @@ from gmeta.data.entries import as_list, require_choice, require_column, require_
 Kind = Literal["categorical", "multi", "sequence"]
 Pooling = Literal["sum", "mean", "none"]
 
-_MANY = ("name", "table", "min_count", "hash_buckets", "nulls", "separator")
+_MANY = ("name", "table", "min_count", "hash_buckets", "nulls", "separator", "vocabulary")
 FEATURE_KEYS: dict[Kind, tuple[str, ...]] = {
-    "categorical": ("name", "table", "min_count", "hash_buckets", "nulls", "text"),
+    "categorical": ("name", "table", "min_count", "hash_buckets", "nulls", "text", "vocabulary"),
     "multi": (*_MANY, "pooling"),
     "sequence": (*_MANY, "pooling", "max_length", "aligned", "text"),
 }
@@ -35,6 +35,9 @@ class RawFeature:
     max_length: int | None = None  # keeps the last values of a sequence
     aligned: str | None = None  # another sequence, which has as many values in every row
     text: bool = False  # its values are texts, which a model may read
+    vocabulary: Literal["train", "all"] = (
+        "train"  # the rows whose values get ids: training rows, or those of all splits
+    )
 
     @property
     def may_lack_elements(self) -> bool:
@@ -78,6 +81,10 @@ def read_feature(value: Any, kind: Kind, where: str) -> RawFeature:
         entry.setdefault("pooling", "none")
     require_choice(entry, "pooling", poolings_of(kind), where)
     require_type(entry, "text", (bool,), where, "true or false")
+    require_choice(entry, "vocabulary", ("train", "all"), where)
+    for key in ("min_count", "hash_buckets"):
+        if entry.get("vocabulary") == "all" and key in entry:
+            raise ValueError(f"{where}: {key} has no effect with `vocabulary: all`, which gives every value an id")
     if entry.get("text") and "hash_buckets" in entry:
         raise ValueError(f"{where}: text needs a vocabulary, which holds the texts: leave hash_buckets out")
     if entry.get("text") and kind == "sequence" and entry.get("pooling") != "none":

@@ -124,6 +124,8 @@ class PackSchema:
     encoding: int = ENCODING  # packs and runs that record none have 1
     numeric_sequence: tuple[NumericSequence, ...] = ()
     vector: tuple[Vector, ...] = ()
+    next_item: bool = False  # rows are events, a query row is the item that follows its task's history
+    catalogue: tuple[str, ...] = ()  # of a next-item pack: the features that items own (see `data.catalogue`)
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -180,6 +182,7 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
     return PackSchema(
         **{
             **entry,
+            "catalogue": _catalogue(entry, features),
             "features": features,
             "numeric": numeric,
             "encoding": encoding,
@@ -188,6 +191,21 @@ def pack_schema_from_json(data: dict[str, Any]) -> PackSchema:
             "vector": _vectors(entry),
         }
     )
+
+
+def _catalogue(entry: dict[str, Any], features: Sequence[Feature]) -> tuple[str, ...]:
+    """Return the features that items own. ValueError unless the schema of a next-item pack has them, and an item."""
+    require_type(entry, "next_item", (bool,), "schema", "true or false")
+    owned = as_list(entry.get("catalogue"), "schema.catalogue")
+    known = [feature.name for feature in features if feature.kind == "categorical"]
+    if entry.get("next_item") and entry.get("item") not in known:
+        raise ValueError(f"schema.item is {entry.get('item')!r}, which is no feature: a next-item pack has one")
+    if owned and not entry.get("next_item"):
+        raise ValueError(f"schema.catalogue is {owned!r}: only a next-item pack has a catalogue")
+    for name in owned:
+        if name not in known or name == entry.get("item"):
+            raise ValueError(f"schema.catalogue names {name!r}, which is no feature under categorical")
+    return tuple(owned)
 
 
 def _labels(value: Any, first: str) -> tuple[LabelColumn, ...]:
@@ -217,9 +235,9 @@ def _require_labels(labels: Sequence[LabelColumn], first: str) -> None:
 
 def _told(entry: dict[str, Any]) -> dict[str, Any]:
     """Return a schema's JSON without keys that earlier releases did not know, where they say nothing."""
-    usual = {"aligned": None, "num_texts": None, "text": False}
+    usual = {"aligned": None, "num_texts": None, "text": False, "vocabulary": "train"}
     features = [{k: v for k, v in f.items() if k not in usual or v != usual[k]} for f in entry["features"]]
-    new = ("role", "weight", "scenario", "labels", "numeric_sequence", "vector")
+    new = ("role", "weight", "scenario", "labels", "numeric_sequence", "vector", "next_item", "catalogue")
     return {key: value for key, value in {**entry, "features": features}.items() if key not in new or value}
 
 
@@ -340,6 +358,11 @@ class DataSchema:
                     raise ValueError(
                         f"schema: {first.name!r} and {other.name!r} share table {first.table!r} but differ in "
                         "min_count or hash_buckets: give both the same values"
+                    )
+                if first.vocabulary != other.vocabulary:
+                    raise ValueError(
+                        f"schema: {first.name!r} and {other.name!r} share table {first.table!r} but differ in "
+                        "vocabulary: give both the same value"
                     )
                 if first.text != other.text:
                     of_text, plain = (first, other) if first.text else (other, first)

@@ -57,11 +57,11 @@ MEASURED_USERS = 200
 """Users of a day on which `synthesize_days` measures its reference AUCs."""
 
 RowColumns = dict[str, np.ndarray[Any, Any]]
-Drawn = TypeVar("Drawn", "Catalogue", "Users")
+Drawn = TypeVar("Drawn", "StreamItems", "Users")
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
+class StreamItems:
     """The items on offer on a day, without what category and brand tell of them. A new one takes the place of one that
     left.
     """
@@ -79,7 +79,7 @@ class Catalogue:
 class World:
     """What all users of a day share."""
 
-    items: Catalogue
+    items: StreamItems
     category: Floats  # [categories, K]: what a category tells of v_i
     brand: Floats  # [brands, K]
     tables: UserTables
@@ -127,7 +127,7 @@ def _draw_world(config: SynthConfig, day: int) -> World:
     """Draw a world anew: all of it on day 0, what a day adds to it later."""
     rng = _rng(config, 3, day)
     num, dim, side = config.items, config.latent_dim, config.item_side_share
-    items = Catalogue(
+    items = StreamItems(
         item_id=np.arange(num),
         category=rng.integers(NUM_CATEGORIES, size=num),
         brand=rng.integers(NUM_BRANDS, size=num),
@@ -150,7 +150,7 @@ def next_world(config: SynthConfig, before: World, day: int) -> World:
 
     old, new = before.items, fresh.items
     leaving = _rng(config, 4, day).random(config.items) < config.rate("item_turnover")
-    arrived = Catalogue(**{column.name: getattr(new, column.name)[leaving] for column in fields(new)})
+    arrived = StreamItems(**{column.name: getattr(new, column.name)[leaving] for column in fields(new)})
     arrived = replace(arrived, item_id=before.num_items + np.arange(leaving.sum()))
     stayed = replace(
         old,

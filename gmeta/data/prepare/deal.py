@@ -67,6 +67,6 @@ def item_vocabulary(schema: DataSchema) -> int | None:
     feature = item_feature(schema)
     for index, members in enumerate(schema.tables().values()):
         alone = feature is not None and members == [schema.features[feature]]
-        if alone and members[0].min_count == 1 and members[0].hash_buckets is None:
+        if alone and members[0].min_count == 1 and members[0].hash_buckets is None and members[0].vocabulary == "train":
             return index
     return None

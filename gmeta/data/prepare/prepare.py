@@ -15,10 +15,16 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gmeta.config.data import HISTORY_ROWS, PrepareConfig
+from gmeta.data.events.audit import mend_cold_tasks
+from gmeta.data.events.catalogue import write_items
+from gmeta.data.events.columns import schema_of_rows
+from gmeta.data.events.rows import make_event_rows
+from gmeta.data.events.settings import event_columns, settings_of_events
 from gmeta.data.pack import PackWriter
 from gmeta.data.prepare.base import FIRST_INPUTS, input_checksums, open_base
 from gmeta.data.prepare.cut import rows_on_both_sides
@@ -49,11 +55,15 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
     if config.base is not None:
         return prepare_day(config, open_base(config), report)
     out = Path(config.out)
-    schema, settings = resolve_settings(config)
+    columns = event_columns(config)
+    schema, settings = resolve_settings(config, None if columns is None else schema_of_rows(columns))
     inputs = None if config.dataset is not None else sorted(input_checksums(find_files(config.inputs)))
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
-        counts = check_all(con, config, schema, settings, scratch, tell)
+        events = None if columns is None else make_event_rows(config, settings, columns, scratch, tell)
+        made = None if events is None else [events.part(con)]
+        known = {} if events is None else events.values()
+        counts = check_all(con, config, schema, settings, scratch, tell, made)
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts)
         if settings.split_query == "column" and (both := rows_on_both_sides(con, schema, settings)):
@@ -66,19 +76,28 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
         every = [*shards, *waiting]
-        pack_schema = learn_texts(con, schema, learn(con, schema, scratch, shards, tell), scratch, every)
+        pack_schema = learn(con, schema, scratch, shards, tell, known)
+        pack_schema = learn_texts(con, schema, pack_schema, scratch, every, known=known)
+        if events is not None:
+            counts |= events.counts
+            pack_schema = replace(pack_schema, next_item=True, catalogue=events.owned)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
-        if pack_schema.binary_label and pack_schema.label_mean in (0, 1):
+        if pack_schema.binary_label and pack_schema.label_mean in (0, 1) and events is None:
             counts["only_label"] = pack_schema.label_mean
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
         made_with |= {} if inputs is None else {FIRST_INPUTS: inputs}
+        made_with |= {} if events is None else settings_of_events(config)
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
             write_further_texts(con, schema, writer.directory / "vocab")
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
+            if events is not None:
+                write_items(con, schema, pack_schema, events.catalogue, writer.directory / "vocab")
             write_pending(con, schema, writer.directory / INCREMENT)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)
+            if events is not None:
+                mend_cold_tasks(counts)
             if counts["bad_rows"]:
                 shutil.copyfile(scratch / "rejects.parquet", writer.directory / "rejects.parquet")
             writer.finish(counts=counts)

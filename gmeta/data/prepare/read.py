@@ -18,15 +18,23 @@ from gmeta.data.sources import Connection, RawPart, find_files, in_order, litera
 
 
 def check_all(
-    con: Connection, config: PrepareConfig, schema: DataSchema, settings: Settings, scratch: Path, tell: Report
+    con: Connection,
+    config: PrepareConfig,
+    schema: DataSchema,
+    settings: Settings,
+    scratch: Path,
+    tell: Report,
+    made: list[RawPart] | None = None,
 ) -> dict[str, Any]:
-    """Check all files and make view `raw_rows` of the rows that can be used; returns the counts so far."""
+    """Check all files, or rows that were `made` of them, and make view `raw_rows` of the rows that can be used; returns
+    the counts so far.
+    """
     roles: list[Role] = ["task", "label", "weight", "time", "item"]
     if settings.task_split == "column":
         roles.append("partition")
     if settings.split_query == "column":
         roles.append("role")
-    parts, empty = _parts(con, config)
+    parts, empty = _parts(con, config) if made is None else (made, [])
     types = id_types(schema, parts) if config.base is None else {}  # what a base knows is text
     create_checked(con, schema, types)
     relations = []

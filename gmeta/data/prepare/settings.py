@@ -9,6 +9,7 @@ from typing import Any
 from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import nearest, require
 from gmeta.data.datasets import DATA_SETS
+from gmeta.data.events.data_sets import EVENT_SETS
 from gmeta.data.pack import SPLITS
 from gmeta.data.schema import DataSchema, load_data_schema
 
@@ -73,17 +74,24 @@ def settings_from_json(stored: Mapping[str, Any]) -> Settings:
     return Settings(**found)
 
 
-def resolve_settings(config: PrepareConfig) -> tuple[DataSchema, Settings]:
-    """Return the data schema and the settings; what is unset is taken from the named data set or the defaults."""
+def resolve_settings(config: PrepareConfig, of_events: DataSchema | None = None) -> tuple[DataSchema, Settings]:
+    """Return the data schema and the settings; what is unset is taken from the named data set or the defaults. Rows
+    that are made `of_events` have their own schema.
+    """
     usual: dict[str, Any] = {}
-    if config.dataset is not None:
+    if of_events is not None:
+        schema = of_events
+    elif config.dataset is not None:
         if config.dataset not in DATA_SETS:
-            raise ValueError(f"dataset is {config.dataset!r}: {nearest(config.dataset, DATA_SETS)}")
+            raise ValueError(f"dataset is {config.dataset!r}: {nearest(config.dataset, [*DATA_SETS, *EVENT_SETS])}")
         if config.input or config.schema is not None:
             raise ValueError(f"dataset {config.dataset} comes with its files and schema: leave input and schema out")
         schema, usual = DATA_SETS[config.dataset].schema, dict(DATA_SETS[config.dataset].settings)
     elif not config.input or config.schema is None:
-        raise ValueError("name --input and --schema, or --dataset and --root; `gmeta prepare --help` explains them")
+        raise ValueError(
+            "name --input and --schema (of events --input and --events), or --dataset and --root; "
+            "`gmeta prepare --help` explains them"
+        )
     else:
         schema = load_data_schema(config.schema)
     if config.label_threshold is not None:

@@ -78,10 +78,11 @@ def learn_texts(
     shards: Sequence[ShardJob],
     *,
     goes_on: bool = False,
+    known: Mapping[str, str] | None = None,
 ) -> PackSchema:
     """Make `further_texts_<index>` (value, id) of each table of texts, sorted, of what these shards hold and its
     vocabulary does not, and view `texts_<index>` of both. Return the pack schema with the numbers of texts. A day that
-    `goes_on` has those of `find_older_texts` too.
+    `goes_on` has those of `find_older_texts` too, and `known` has SQL of further texts by feature.
     """
     num_texts: dict[str, int] = {}
     for index, (table, features) in enumerate(schema.tables().items()):
@@ -91,6 +92,7 @@ def learn_texts(
         vocabulary = f"(SELECT value, id FROM vocab_{index} WHERE value IS NOT NULL)"
         values = f"SELECT value FROM ({counted_values(schema, features, dealt(schema, scratch, shards))})"
         values += f" UNION SELECT value FROM older_texts_{index}" if goes_on else ""
+        values += "".join(f" UNION {query}" for f in features if (query := (known or {}).get(f.name)))
         con.execute(f"""
             CREATE TABLE further_texts_{index} AS
             SELECT value, {num_ids} - 1 + row_number() OVER (ORDER BY CAST(value AS VARCHAR)) AS id

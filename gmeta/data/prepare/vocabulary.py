@@ -7,9 +7,10 @@ looks values up in. `encoder` loads those of a trained run, the vocabularies as 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,22 @@ class RawTable:
     counted: str  # SQL of value and count
 
 
-def learn(con: Connection, schema: DataSchema, scratch: Path, shards: Sequence[ShardJob], tell: Report) -> PackSchema:
-    """Make vocabularies and statistics from training rows, and the pack schema."""
+def learn(
+    con: Connection,
+    schema: DataSchema,
+    scratch: Path,
+    shards: Sequence[ShardJob],
+    tell: Report,
+    known: Mapping[str, str] | None = None,
+) -> PackSchema:
+    """Make vocabularies and statistics from training rows, and the pack schema. `known` has SQL of further values by
+    feature, which get ids where its vocabulary is of all values.
+    """
     train_shards = [s for s in shards if s.split == "train"]
     train = dealt(schema, scratch, train_shards)
-    num_ids = make_vocabularies(con, schema, train, tell, _make_vocabulary)
+    rest = [s for s in shards if s.split != "train"]
+    further = further_values(schema, dealt(schema, scratch, rest) if rest else None, known or {})
+    num_ids = make_vocabularies(con, schema, train, tell, partial(_make_vocabulary, further=further))
     with_item = dealt(schema, scratch, train_shards, item=True)
     if (vocabulary := item_vocabulary(schema)) is not None:
         con.execute(f"CREATE VIEW seen_items AS SELECT value FROM vocab_{vocabulary}")
@@ -115,9 +127,27 @@ def counted_values(schema: DataSchema, features: Sequence[RawFeature], source: s
     return f"SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value"
 
 
-def _make_vocabulary(con: Connection, raw: RawTable) -> int:
-    """Make `vocab_<index>` of an embedding table, and `pending_<index>` of the values that are too rare for it."""
+def further_values(schema: DataSchema, rest: str | None, known: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return table -> SQL of the values that get ids besides those of training rows: what `rest`, a relation of other
+    rows, holds of a table whose vocabulary is of all values, and what is `known` of its features.
+    """
+    out: dict[str, list[str]] = {}
+    for table, features in schema.tables().items():
+        if features[0].vocabulary == "all":
+            rows = [] if rest is None else [f"SELECT value FROM ({counted_values(schema, features, rest)})"]
+            out[table] = rows + [known[f.name] for f in features if f.name in known]
+    return out
+
+
+def _make_vocabulary(con: Connection, raw: RawTable, further: Mapping[str, list[str]]) -> int:
+    """Make `vocab_<index>` of an embedding table, and `pending_<index>` of the values that are too rare for it.
+    `further` has by table the values that get ids too, with a count of 0.
+    """
     counted = f"({raw.counted})"
+    if raw.name in further:
+        more = "".join(f" UNION ALL SELECT value, 0 FROM ({values})" for values in further[raw.name])
+        counted = f"""(SELECT value, CAST(sum(count) AS BIGINT) AS count FROM (SELECT * FROM {counted}{more})
+                       GROUP BY value)"""
     if raw.min_count > 1:
         con.execute(f"CREATE OR REPLACE TEMP TABLE counted AS {raw.counted}")
         con.execute(f"""CREATE TABLE pending_{raw.index} AS SELECT value, count, 0 AS last_day FROM counted
@@ -126,7 +156,7 @@ def _make_vocabulary(con: Connection, raw: RawTable) -> int:
     ((size,),) = con.execute(f"""
         CREATE TABLE vocab_{raw.index} AS SELECT value, count,
             row_number() OVER (ORDER BY count DESC, CAST(value AS VARCHAR)) AS id
-        FROM {counted} WHERE count >= {raw.min_count}""").fetchall()
+        FROM {counted}{"" if raw.name in further else f" WHERE count >= {raw.min_count}"}""").fetchall()
     return int(size)
 
 

@@ -1,0 +1,86 @@
+"""The catalogue of a next-item pack: all items that have an id, what they own, and how often training rows have them.
+
+`vocab/catalogue.parquet` has a row for each item id, ascending from 1: `id` int32, `item` (the raw value), an int32
+column of encoded ids for each feature that items own (`PackSchema.catalogue`), and `count` int64, the rows of split
+train with that item. It lies beside the vocabularies because it means something only with them: what copies, verifies
+and bundles these takes it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from gmeta.data.schema import PackSchema
+
+_CURE = "copy it again from the pack, or prepare the pack again"
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All items by id. Position 0, the unknown item, has zeros."""
+
+    item: str  # the item feature
+    owned: dict[str, NDArray[np.int64]]  # feature -> [num_ids], its id in rows of the item
+    count: NDArray[np.int64]  # [num_ids], rows of split train
+
+    @property
+    def num_ids(self) -> int:
+        """Return the number of item ids, that of unknown items included."""
+        return len(self.count)
+
+
+def catalogue_file(directory: Path) -> Path:
+    """Return where a directory of vocabularies holds the catalogue."""
+    return directory / "catalogue.parquet"
+
+
+def write_catalogue(
+    directory: Path,
+    values: pa.Array | pa.ChunkedArray,
+    owned: Mapping[str, NDArray[np.int64]],
+    count: NDArray[np.int64],
+) -> None:
+    """Write the catalogue to a directory of vocabularies: item `values[i]` has id i + 1, owns `owned[feature][i]`, and
+    was in `count[i]` training rows.
+    """
+    columns = {"id": pa.array(np.arange(1, len(values) + 1, dtype=np.int32)), "item": values}
+    columns |= {name: pa.array(np.asarray(ids, np.int32)) for name, ids in owned.items()}
+    columns["count"] = pa.array(np.asarray(count, np.int64))
+    pq.write_table(pa.table(columns), catalogue_file(directory))
+
+
+def read_catalogue(vocab_folder: Path, schema: PackSchema) -> Catalogue:
+    """Read the catalogue from a directory of vocabularies.
+
+    Raises ValueError where the schema is of no next-item pack, and for a file that is missing, damaged, or not what the
+    schema says.
+    """
+    if not schema.next_item or schema.item is None:
+        raise ValueError(
+            "the pack has no catalogue: only a next-item pack has one, which `gmeta prepare --events` makes of events"
+        )
+    file, size = catalogue_file(vocab_folder), schema.feature(schema.item).num_ids
+    names = ["id", *schema.catalogue, "count"]
+    try:
+        table = pq.read_table(file, columns=names)
+        found = {name: table[name].to_numpy().astype(np.int64) for name in names}
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None
+    ids = found.pop("id")
+    if not np.array_equal(ids, np.arange(1, size)):
+        raise ValueError(f"{file} has not one row for each of the {size - 1:,} items of {schema.item!r}: {_CURE}")
+    for name in schema.catalogue:
+        feature = schema.feature(name)
+        limit = feature.num_texts or feature.num_ids
+        if len(ids) and not 0 <= found[name].min() <= found[name].max() < limit:
+            raise ValueError(f"{file} has ids of {name!r} that are not in [0, {limit:,}): {_CURE}")
+    whole = {name: np.concatenate([[0], values]) for name, values in found.items()}
+    count = whole.pop("count")
+    return Catalogue(schema.item, whole, count)

@@ -1,0 +1,110 @@
+"""Stages 3 and 4 of events: which are held out as targets, and the order of each user's events over all domains.
+
+They leave tables `placed` (the columns of `events`, partition and position) and `task_rows` (user, key, partition,
+item, position, time, is_query): the rows of every task. A user's training events are a task of split train. Each target
+is one of split valid or test, whose support are the events that may be known before it: training events of the user,
+and later ones of the target's own domain; where a time parts the splits, all events. With times only those before the
+target are known. Positions are places in the user's interleaved sequence, from 0.
+"""
+
+from __future__ import annotations
+
+from gmeta.data.sources import Connection, literal, scalar
+
+LEAVE_ONE_OUT = "leave_one_out"
+
+
+def hold_out(con: Connection, holdout: str, *, has_time: bool) -> None:
+    """Make tables `placed` and `task_rows` of table `events`. ValueError for a `holdout` that is none."""
+    if holdout == LEAVE_ONE_OUT:
+        _leave_one_out(con, has_time=has_time)
+        known, number = "(e.partition = 'train' OR e.domain = t.domain)", "''"
+    else:
+        _part_by_time(con, holdout, has_time=has_time)
+        in_order = 'PARTITION BY "user", domain, partition ORDER BY position'
+        known, number = "true", f"concat('#', row_number() OVER ({in_order}))"
+    several = scalar(con, "SELECT count(DISTINCT domain) > 1 FROM placed")
+    key = """concat("user", '|', domain)""" if several else '"user"'
+    con.execute(f"""
+        CREATE TABLE targets AS SELECT *, concat({key}, {number}) AS key FROM placed WHERE partition <> 'train'""")
+    _require_own_keys(con)
+    columns = '"user", key, partition, item, position, time, is_query'
+    con.execute(f"""
+        CREATE TABLE task_rows AS
+        SELECT {columns} FROM (SELECT *, "user" AS key, position = max(position) OVER (PARTITION BY "user") AS is_query
+                               FROM placed WHERE partition = 'train')
+        UNION ALL SELECT {columns} FROM (SELECT *, true AS is_query FROM targets)
+        UNION ALL SELECT t."user", t.key, t.partition, e.item, e.position, e.time, false
+                  FROM targets t JOIN placed e ON e."user" = t."user" AND e.position < t.position AND {known}""")
+
+
+def _leave_one_out(con: Connection, *, has_time: bool) -> None:
+    """Hold out the last event of each user and domain as test, and the one before as valid."""
+    own = "time, file, row" if has_time else "file, row"
+    ranked = f"""
+        SELECT *, row_number() OVER (PARTITION BY "user", domain ORDER BY {own}) - 1 AS place,
+               count(*) OVER (PARTITION BY "user", domain) AS num_events FROM events"""
+    parted = f"""
+        SELECT *, CASE WHEN num_events < 3 OR place < num_events - 2 THEN 'train'
+                       WHEN place = num_events - 2 THEN 'valid' ELSE 'test' END AS partition,
+               CASE WHEN num_events < 3 THEN num_events ELSE num_events - 2 END AS num_train FROM ({ranked})"""
+    if has_time:
+        position = 'row_number() OVER (PARTITION BY "user" ORDER BY time, domain, file, row) - 1'
+    else:
+        # The middle of the event's share of its domain. Targets follow all training events.
+        share = "(place + 0.5::DOUBLE) / num_train"
+        train = f"""row_number() OVER (PARTITION BY "user", partition ORDER BY {share}, domain, place) - 1"""
+        size = """count(*) FILTER (partition = 'train') OVER (PARTITION BY "user")"""
+        position = f"CASE partition WHEN 'train' THEN {train} WHEN 'valid' THEN {size} ELSE {size} + 1 END"
+    con.execute(f"""
+        CREATE TABLE placed AS
+        SELECT * EXCLUDE (place, num_events, num_train, time), position,
+               {"time" if has_time else "position"} AS time
+        FROM (SELECT *, {position} AS position FROM ({parted}))""")
+
+
+def _part_by_time(con: Connection, holdout: str, *, has_time: bool) -> None:
+    """Hold out the events from a time on: the first half of them as valid, the others as test."""
+    if not has_time:
+        raise ValueError(f"holdout is {holdout!r}, but the events have no time: name its column in events.yaml")
+    first = _as_time(con, holdout)
+    later = scalar(con, f"SELECT count(*) FROM events WHERE time >= {first}")
+    if later < 2 or later == scalar(con, "SELECT count(*) FROM events"):
+        ((low, high),) = con.execute("SELECT min(time), max(time) FROM events").fetchall()
+        raise ValueError(
+            f"holdout is {holdout!r} ({first} in the unit of the time column), from which on there are {later:,} "
+            f"events: name a time between the first, {low}, and the last, {high}"
+        )
+    rank = f"row_number() OVER (PARTITION BY time >= {first} ORDER BY time, file, row)"
+    con.execute(f"""
+        CREATE TABLE placed AS
+        SELECT * EXCLUDE (rank), CASE WHEN time < {first} THEN 'train' WHEN rank * 2 <= {later} THEN 'valid'
+                                      ELSE 'test' END AS partition,
+               row_number() OVER (PARTITION BY "user" ORDER BY time, domain, file, row) - 1 AS position
+        FROM (SELECT *, {rank} AS rank FROM events)""")
+
+
+def _as_time(con: Connection, text: str) -> int:
+    """Return a time, a whole number or a date, in the unit of column `time`."""
+    found = scalar(
+        con,
+        f"SELECT coalesce(TRY_CAST({literal(text)} AS BIGINT), epoch_us(TRY_CAST({literal(text)} AS TIMESTAMP)))",
+    )
+    if found is None:
+        raise ValueError(
+            f"holdout is {text!r}: must be {LEAVE_ONE_OUT}, or the time from which on events are targets: a whole "
+            "number in the unit of the time column, or a date such as 2024-11-03 where that holds dates"
+        )
+    return int(found)
+
+
+def _require_own_keys(con: Connection) -> None:
+    """Raise ValueError where two targets would be one task."""
+    found = con.execute("""
+        SELECT key, min("user"), max("user") FROM targets GROUP BY key, partition HAVING count(*) > 1
+        ORDER BY key LIMIT 1""").fetchone()
+    if found is not None:
+        raise ValueError(
+            f"users {found[1]!r} and {found[2]!r} would share the task {found[0]!r}: rename them, so that no user's id "
+            "holds | or #"
+        )

@@ -1,0 +1,106 @@
+"""Events to the rows of a next-item pack, and its catalogue: stages of a module each, run in a database of their own.
+
+    read      events and items, every value in its one form
+    core      users and items with few events are left out, where that is asked for
+    hold_out  which events are targets, and the order of a user's events over all domains
+    catalogue what items are there, of which domain, and their titles
+    audit     counts of what may be wrong with the events
+    rows      (here) a Parquet file of the rows of every task, in order
+
+All of it is SQL that spills to disk, and every order is total: the rows depend neither on threads nor on memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gmeta.config.data import PrepareConfig
+from gmeta.data.events.audit import audit_events
+from gmeta.data.events.catalogue import make_catalogue
+from gmeta.data.events.columns import EventColumns, owned_features
+from gmeta.data.events.core import keep_core
+from gmeta.data.events.hold_out import LEAVE_ONE_OUT, hold_out
+from gmeta.data.events.read import EventSource, open_events, read_events, read_items
+from gmeta.data.prepare.scratch import connect
+from gmeta.data.prepare.settings import Settings
+from gmeta.data.prepare.summary import Report
+from gmeta.data.sources import Connection, RawPart, in_order, literal, only_file, open_file
+
+
+@dataclass(frozen=True)
+class EventRows:
+    """The rows that events became, and the items they are of; both are Parquet files."""
+
+    rows: Path
+    catalogue: Path  # item, domain, title
+    owned: tuple[str, ...]  # features that items own
+    counts: dict[str, Any]  # of reading, and `audit`
+
+    def part(self, con: Connection) -> RawPart:
+        """Open the rows."""
+        return open_file(con, self.rows)
+
+    def values(self) -> dict[str, str]:
+        """Return SQL of the values that the catalogue has of each feature."""
+        source = f"read_parquet({only_file(self.catalogue)})"
+        return {
+            name: f"SELECT DISTINCT {name} AS value FROM {source} WHERE {name} IS NOT NULL"
+            for name in ("item", *self.owned)
+        }
+
+
+def make_event_rows(
+    config: PrepareConfig, settings: Settings, columns: EventColumns, scratch: Path, tell: Report
+) -> EventRows:
+    """Make the rows and the catalogue of the events that a config names, in `scratch`.
+
+    Raises ValueError for all that is the user's to mend.
+    """
+    folder = scratch / "events"
+    folder.mkdir()
+    with connect(folder, config) as con:
+        tell("reading events", 0, 1)
+        source = open_events(con, config, columns)
+        read_items(con, source)
+        if source.has_targets:
+            counts, left_out = _take_rows(con, source), {}
+        else:
+            counts = read_events(con, config, settings, source, scratch, tell)
+            del counts["files"]
+            left_out = keep_core(con, config.core or 0)
+            tell("holding out", 0, 1)
+            hold_out(con, config.holdout or LEAVE_ONE_OUT, has_time=columns.time is not None)
+        make_catalogue(con, whole=source.whole_catalogue)
+        tell("auditing events", 0, 1)
+        found = audit_events(con, has_time=columns.time is not None, has_text=columns.text is not None)
+        counts["audit"] = {**found, "core": {"core": config.core or 0, "left_out": left_out}}
+        made = EventRows(scratch / "events.parquet", scratch / "catalogue.parquet", owned_features(columns), counts)
+        _write(con, made)
+    (folder / "rows.duckdb").unlink()
+    return made
+
+
+def _take_rows(con: Connection, source: EventSource) -> dict[str, Any]:
+    """Make the tables of `hold_out` and `texts` of a named data set whose targets are given."""
+    (part,) = source.parts
+    con.execute(f"""
+        CREATE TABLE task_rows AS SELECT *, position AS time FROM ({part.query});
+        CREATE TABLE placed AS SELECT "user", item, '' AS domain, partition, position, time FROM task_rows
+                               WHERE partition = 'train' OR is_query;
+        CREATE TABLE texts AS SELECT item, text, 0 AS place, count(*) AS count FROM items WHERE text IS NOT NULL
+                              GROUP BY item, text""")
+    return {"rows_read": None, "bad_rows": {}}
+
+
+def _write(con: Connection, made: EventRows) -> None:
+    """Write the files: rows by task, each task in the order of its sequence."""
+    owned = "".join(f", c.{name}" for name in made.owned)
+    with in_order(con):
+        con.execute(f"""
+            COPY (SELECT r.key AS "user", r.item{owned}, 1 AS label, r.time, r.partition,
+                         CASE WHEN r.is_query THEN 'query' ELSE 'support' END AS role
+                  FROM task_rows r JOIN catalogue c USING (item) ORDER BY r.key, r.partition, r.position)
+            TO {literal(str(made.rows))} (FORMAT parquet);
+            COPY (SELECT * FROM catalogue ORDER BY item) TO {literal(str(made.catalogue))} (FORMAT parquet)""")
