@@ -17,6 +17,10 @@ from gmeta.evaluation.ranking import PLACE_METRICS, SAMPLED
 from gmeta.evaluation.score import Floats, Ints
 from gmeta.evaluation.slices import SCENARIO, Scenarios, estimate_fields, print_table, verdict_of
 
+NEXT_ITEM = "next_item"
+"""The objective of a next-item run, in its config and in what is written of it."""
+RANKED_AMONG = ("candidates", "exclude_history", "sample_seed")
+"""What is written of the candidates: only ranks among equal ones can be compared."""
 MODEL = "model"
 """Name of the variant that is the run's own model."""
 NEXT_ITEM_HEADLINE = "ndcg@10"
@@ -176,11 +180,11 @@ def print_next_item(evaluation: dict[str, Any], file: TextIO | None = None) -> N
             title = f"{case['case'].removeprefix(SCENARIO)}\n{case['rows']:,}" if variant == reference else ""
             cells = [_cell(found[case["case"], variant, name]) for name in _TABLE_METRICS]
             gain = gains.get((case["case"], variant))
-            verdict = "" if gain is None else f"{_cell(gain, '+')}\n{verdict_of(gain, higher_is_better=True)}"
-            table.add_row(title, variant, *cells, verdict, style="bold" if variant == reference else "")
+            told = "" if gain is None else _cell(gain, "+", verdict_of(gain, higher_is_better=True))
+            table.add_row(title, variant, *cells, told, style="bold" if variant == reference else "")
     print_table(table, file, (*evaluation.get("left_out", ()), *evaluation["notes"]))
 
 
-def _cell(record: dict[str, Any], sign: str = "") -> str:
+def _cell(record: dict[str, Any], sign: str = "", word: str = "") -> str:
     interval = "" if record["low"] is None else f"\n{shown(record['low'], sign)}…{shown(record['high'], sign)}"
-    return f"{shown(record['value'], sign)}{interval}"
+    return f"{shown(record['value'], sign)} {word}".rstrip() + interval
