@@ -75,7 +75,7 @@ def take_step(case: Case, model: str, steps: int, recompute: bool) -> dict[str, 
     specs = [TableSpec(name, 20_000, case.dim, {name: None}) for name in case.names]
     tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
     system = System(
-        learner=learner,
+        objective=learner,
         tables=tables,
         mesh=mesh,
         dtype=torch.float32,

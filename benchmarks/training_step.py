@@ -136,7 +136,7 @@ class Gmeta:
         specs = [TableSpec(name, VOCABULARY, self.case.dim, {name: None}) for name in self.case.names]
         tables = ShardedTables(specs, mesh=mesh, seed=0, init_std=0.1, dtype=torch.float32, optimizer="rowwise_adagrad")
         self.system = System(
-            learner=learner,
+            objective=learner,
             tables=tables,
             mesh=mesh,
             dtype=torch.float32,

@@ -9,7 +9,7 @@ import json
 import resource
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ class Cell:
     titles: int = 10
     train_rows: int = 0  # 0: all
     by_user: bool = False
-    model: str = "bahe"
+    model: str = "bahe"  # empty: what the recipe for the pack chooses
     features: tuple[str, ...] = TEXTS
     numeric: bool = False
     args: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     lr: float = 2e-4
     epochs: int = 6
+    bundled: bool = False  # its model is kept too, for cells that begin with it
+    start: str = ""  # the variant, of this seed, whose model it begins with
 
     @property
     def name(self) -> str:
@@ -69,9 +71,13 @@ def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, An
     pack = make_pack(folder / "packs", rows, titles=cell.titles, train_rows=cell.train_rows, by_user=cell.by_user)
     run = kept.parent / "run"
     words = _train_words(cell, pack, run, encoder)
+    if cell.start:
+        words += ["--init_from", folder / "cells" / replace(cell, variant=cell.start).name / "bundle"]
     before = _cpu()
     gmeta("train", *words)
     cpu = _cpu() - before
+    if cell.bundled:
+        gmeta("bundle", "--run_dir", run, "--out", kept.parent / "bundle", "--training", "false")
     gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", 10)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [(line["step"], line["auc_after"]) for line in metrics if line["kind"] == "valid"]
@@ -82,13 +88,15 @@ def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, An
 
 
 def _train_words(cell: Cell, pack: Path, run: Path, encoder: str) -> list[object]:
-    args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
     words: list[object] = ["--pack", pack, "--run_dir", run]
+    if not cell.model:
+        return [*words, "--model.features", json.dumps(list(cell.features)), "--seed", cell.seed, *cell.words]
+    args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
     words += ["--model.name", cell.model, "--model.args", json.dumps(args)]
     words += ["--model.features", json.dumps(list(cell.features)), "--model.numeric", str(cell.numeric).lower()]
     words += [] if cell.by_user else ["--meta.adapt", "[]"]
     words += ["--dense.lr", cell.lr, "--dense.weight_decay", 0.05, "--seed", cell.seed]
-    words += ["--loader.tasks_per_batch", 8 if cell.by_user else BATCH_ROWS // 2]
+    words += ["--loader.tasks_per_batch", 16 if cell.by_user else BATCH_ROWS // 2]
     words += ["--schedule.epochs", cell.epochs]
     return [*words, "--schedule.metric", "auc", "--schedule.patience", 2, *cell.words]
 

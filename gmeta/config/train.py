@@ -9,8 +9,10 @@ from gmeta.config.argument import Argument
 from gmeta.core.errors import require, require_numbers, require_seed
 
 LossName = Literal["bce", "mse", "l1", "huber"]
-RecipeName = Literal["", "auto", "cold_users", "cold_items", "scenarios"]
-METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss")
+RecipeName = Literal["", "auto", "cold_users", "cold_items", "scenarios", "next_item"]
+NEXT_ITEM_METRICS = ("recall@10", "ndcg@10", "mrr@10")
+"""Those of packs of next items."""
+METRICS = ("auc", "gauc", "logloss", "mae", "rmse", "loss", *NEXT_ITEM_METRICS)
 """Metrics that early stopping may watch, all measured after adaptation."""
 CLICK_METRICS = ("auc", "gauc", "logloss")
 """Those that need 0/1 labels and probabilities."""
@@ -23,15 +25,18 @@ class ModelConfig:
     """The model and what it reads."""
 
     name: str = ""
-    """Model to train: neural_linear, taste, melu, dlrm, din, transformer, bahe, or your own as package.module:Class.
-    Left out: a recipe chooses it, and all else that you leave out, by what is in the pack."""
+    """Model to train: neural_linear, taste, melu, dlrm, din, transformer, bahe; of next items sasrec or llmrec; or your
+    own as package.module:Class. Left out: a recipe chooses it, and all else that you leave out, by what is in the
+    pack."""
     args: dict[str, Argument] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
     dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std, noise, drift_std,
     label_range and label_scale; din takes target, history, attention, hidden and dropout; transformer takes target,
     history, blocks, heads, positions, causal, hidden and dropout; bahe takes encoder, layers, store, encode,
     target, histories, pooling, vectors, template, max_tokens, tune, rank, user, positions, direction, ids, taste,
-    hidden and dropout. Your own class takes its own."""
+    hidden, dropout and history_dropout; sasrec takes blocks, heads, positions, dropout, similarity and temperature;
+    llmrec takes those and encoder, layers, store, text, pooling, template, max_tokens, hidden and ids. Your own
+    class takes its own."""
     features: list[str] = field(default_factory=list)
     """Features and sequences to use. Empty means all in the pack but the task's own key (the user's id, say), which is
     unknown of new tasks; name it to use it."""
@@ -244,6 +249,22 @@ class ReplayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NextItemConfig:
+    """Training on packs of next items, which `gmeta prepare` makes of events."""
+
+    candidates: int = 512
+    """Items of each domain that a batch's targets are compared with, drawn anew for every batch; 0: all items."""
+    draw: Literal["uniform", "popularity"] = "uniform"
+    """How candidates are drawn; what popularity draws more often counts so much less."""
+    targets: Literal["every", "last"] = "every"
+    """every: each event of a training task but its first is a target; last: the query alone."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, "next_item.")
+        require(self.candidates >= 0, "next_item.candidates", self.candidates, "must be 0 (all) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CommConfig:
     """How rows and gradients travel between workers."""
 
@@ -313,7 +334,8 @@ class ScheduleConfig:
     eval_every: int = 0
     """Validate every n steps; 0 means once an epoch."""
     metric: str = "loss"
-    """Validation metric of early stopping and of the best checkpoint: auc, gauc, logloss, mae, rmse, loss."""
+    """Validation metric of early stopping and of the best checkpoint: auc, gauc, logloss, mae, rmse, loss; of next
+    items recall@10, ndcg@10, mrr@10."""
     patience: int = 0
     """Stop after this many validations without a better metric; 0 is off."""
     checkpoint_every: int = 0
@@ -343,7 +365,7 @@ class TrainConfig:
     """Run directory to create (or to resume)."""
     recipe: RecipeName = ""
     """Settings for what you leave out, by what is in the pack, printed with the reasons: cold_users, cold_items,
-    scenarios, or auto, which is usual where no model is named."""
+    scenarios, next_item, or auto, which is usual where no model is named."""
     warm_start: str = ""
     """Bundle to go on from: a new run begins with its weights, rows and moments, aligned by the raw values of ids. What
     you leave out is as it was set there."""
@@ -367,6 +389,8 @@ class TrainConfig:
     """Batches."""
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     """Older tasks among the new ones."""
+    next_item: NextItemConfig = field(default_factory=NextItemConfig)
+    """Next items, where the pack is one of them."""
     comm: CommConfig = field(default_factory=CommConfig)
     """Communication between workers."""
     elastic: ElasticConfig = field(default_factory=ElasticConfig)

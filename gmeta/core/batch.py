@@ -100,6 +100,8 @@ class TaskBatch:
     index: int  # batch number inside the epoch
     batch_split: BatchSplit | None = None  # None: about equal over the ranks, in one micro-batch each
     parts: tuple[TaskBatch, ...] = ()  # micro-batches, where there are several
+    num_rows_global: int = 0  # support and query rows of the whole batch, over all ranks
+    shared: Examples | None = None  # what all tasks are compared with, the same on every rank: [1, C]
 
     @property
     def num_tasks(self) -> int:
@@ -129,7 +131,7 @@ class Lookup:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedRows:
-    """The deduplicated rows that support and query need, and how each feature looks them up.
+    """The deduplicated rows that a batch needs, and how each feature of each side looks them up.
 
     `weights[table]` [U, d] is a leaf that requires grad. After the backward pass its `.grad` goes to the owners of the
     rows.
@@ -138,6 +140,7 @@ class EmbeddedRows:
     weights: dict[str, Tensor]
     support: dict[str, Lookup]
     query: dict[str, Lookup]
+    shared: dict[str, Lookup] = field(default_factory=dict)  # of `TaskBatch.shared`
 
 
 @dataclass(frozen=True, slots=True)

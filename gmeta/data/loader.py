@@ -293,7 +293,8 @@ class TaskLoader(Generic[_T]):
 
         def gathered(some: TaskRows) -> TaskBatch:
             support, query, task_id = self._split.gather(some, redraw)
-            return TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split)
+            rows = int(at.num_rows.sum())
+            return TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split, num_rows_global=rows)
 
         parts = [gathered(mine[a:b]) for a, b in pairwise((0, *ends[self._rank]))]
         batch = parts[0] if len(parts) == 1 else joined(parts)

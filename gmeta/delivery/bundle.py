@@ -23,10 +23,10 @@ from gmeta.data.shards import verified_file
 from gmeta.data.text_tables import open_text_tables
 from gmeta.delivery.smoke import add_smoke
 from gmeta.embedding.table import FusedTable, ShardedTables
-from gmeta.meta.learner import MetaLearner
+from gmeta.meta.next_item import Objective
 from gmeta.models.registry import is_foreign, source_hash
 from gmeta.parallel.mesh import Mesh, local_mesh
-from gmeta.recommender.build import new_learner, require_trusted, row_dtype, table_specs
+from gmeta.recommender.build import new_objective, require_trusted, row_dtype, table_specs
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import ASSETS, DENSE, ROWS, TRAINING, Bundle, BundleWriter, is_bundle, read_manifest
 from gmeta.runs.data import is_own_pack, require_own_vocabularies
@@ -55,10 +55,10 @@ def make_bundle(config: BundleConfig) -> Bundle:
         for file in sorted((run_dir / "vocab").iterdir()):
             writer.add_file(file, f"vocab/{file.name}")
         dense = _add_dense(writer, path, training=config.training, mesh=mesh)
-        learner = new_learner(trained, schema, mesh, text_tables=open_text_tables(run_dir / "vocab", schema))
-        _check_files(learner, dense)
-        assets = _add_assets(writer, learner.model)
-        for fused in _tables(trained, schema, mesh, learner, training=config.training).values():
+        objective = new_objective(trained, schema, mesh, text_tables=open_text_tables(run_dir / "vocab", schema))
+        _check_files(objective, dense)
+        assets = _add_assets(writer, objective.model)
+        for fused in _tables(trained, schema, mesh, objective, training=config.training).values():
             _add_rows(writer, path, fused, mesh)
         pack, reason = _own_pack(run_dir, trained)
         if config.training and pack is not None:
@@ -143,11 +143,11 @@ def _add_assets(writer: BundleWriter, model: Any) -> dict[str, str]:
     return {key: f"{ASSETS}/{file}" if file else "" for key, file in found.items()}
 
 
-def _check_files(learner: MetaLearner, dense: Mapping[str, Tensor]) -> None:
+def _check_files(objective: Objective, dense: Mapping[str, Tensor]) -> None:
     """Let a model that was made with files say, by ValueError, that these are not those of its checkpoint."""
-    model: Any = learner.model
+    model: Any = objective.model
     if hasattr(model, "check_loaded"):
-        for name, buffer in persistent_buffers(learner):
+        for name, buffer in persistent_buffers(objective):
             buffer.copy_(dense[f"buffers.{name}"].view_as(buffer))
         model.check_loaded()
 
@@ -165,10 +165,10 @@ def _add_dense(writer: BundleWriter, path: Path, *, training: bool, mesh: Mesh) 
 
 
 def _tables(
-    config: TrainConfig, schema: PackSchema, mesh: Mesh, learner: MetaLearner, *, training: bool
+    config: TrainConfig, schema: PackSchema, mesh: Mesh, objective: Objective, *, training: bool
 ) -> dict[str, FusedTable]:
     tables = ShardedTables(
-        table_specs(schema, learner.features),
+        table_specs(schema, objective.features),
         mesh=mesh,
         seed=config.seed,
         init_std=None,

@@ -15,7 +15,7 @@ the hops in reverse. Gradients follow the ids and are added up at every hop.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -66,6 +66,7 @@ class RoutedRequest:
     support: dict[str, Lookup]
     query: dict[str, Lookup]
     traffic: CommStats  # what was sent for this batch until now
+    shared: dict[str, Lookup] = field(default_factory=dict)
 
 
 class Exchange(Protocol):
@@ -75,7 +76,9 @@ class Exchange(Protocol):
     and all gradients of a row reach its owner.
     """
 
-    def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
+    def request(
+        self, support: Examples | None = None, query: Examples | None = None, shared: Examples | None = None
+    ) -> RowRequest:
         """Return the rows that a batch needs. Local; the loader's thread calls it."""
 
     def exchange_ids(self, request: RowRequest) -> RoutedRequest:
@@ -115,9 +118,11 @@ class RowExchange:
         self._mesh = mesh
         self._wire = wire
 
-    def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
-        """Return the rows that support and query, or one of them, need; see `request_rows`."""
-        return request_rows(self._tables, support, query)
+    def request(
+        self, support: Examples | None = None, query: Examples | None = None, shared: Examples | None = None
+    ) -> RowRequest:
+        """Return the rows that these sides of a batch need; see `request_rows`."""
+        return request_rows(self._tables, support, query, shared)
 
     def exchange_ids(self, request: RowRequest) -> RoutedRequest:
         """Tell the owners, through every stage, which rows this worker needs, and prepare what will come back.
@@ -143,8 +148,10 @@ class RowExchange:
                     rows[name], _, merge = distinct(asked, self._tables[name].num_rows)
                 hops[name].append(Hop(out, into, merge))
         routes = {name: self._route(table, rows[name], hops[name]) for name, table in self._tables.items()}
-        moved = to_device((routes, request.support, request.query), mesh.device)
-        return RoutedRequest(*moved, traffic)
+        routes, support, query, shared = to_device(
+            (routes, request.support, request.query, request.shared), mesh.device
+        )
+        return RoutedRequest(routes, support, query, traffic, shared)
 
     def _route(self, table: FusedTable, asked: Ints, hops: list[Hop]) -> RowRoute:
         """Return the route of a request. `asked` are the physical rows that peers ask of this worker in the last
@@ -176,7 +183,7 @@ class RowExchange:
                 _count(routed.traffic.rows, coming[-1].result, hop.send, stage)
             values = [pending.wait() for pending in coming]
         leaves = {name: as_leaf(value.to(self._tables[name].dtype)) for name, value in zip(routes, values, strict=True)}
-        return EmbeddedRows(leaves, routed.support, routed.query)
+        return EmbeddedRows(leaves, routed.support, routed.query, routed.shared)
 
     def return_gradients(
         self, routed: RoutedRequest, rows: EmbeddedRows, used: Mapping[str, Tensor] | None = None

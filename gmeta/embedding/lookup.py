@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ class RowRequest:
     rows: dict[str, Tensor]  # fused table -> int64 [U] physical rows, each once, by the peer to ask, then ascending
     support: dict[str, Lookup]  # feature -> positions in `rows`; empty where no support was asked for
     query: dict[str, Lookup]
+    shared: dict[str, Lookup] = field(default_factory=dict)  # of `TaskBatch.shared`
 
     @property
     def num_rows(self) -> dict[str, int]:
@@ -30,21 +31,23 @@ class RowRequest:
 
 
 def request_rows(
-    tables: Mapping[str, FusedTable], support: Examples | None = None, query: Examples | None = None
+    tables: Mapping[str, FusedTable],
+    support: Examples | None = None,
+    query: Examples | None = None,
+    shared: Examples | None = None,
 ) -> RowRequest:
-    """Return the rows that support and query, or one of them, need, each row once. Local: a background thread may do
-    it.
+    """Return the rows that these sides of a batch need, each row once. Local: a background thread may do it.
 
     `tables` are a model's fused tables by name (`ShardedTables.fused`). Padded positions ask for nothing: their index
     is 0, and the mask keeps their gradient zero. ValueError names a feature that the examples lack, or an id outside
     its table.
     """
-    lookups: tuple[dict[str, Lookup], dict[str, Lookup]] = ({}, {})
+    lookups: tuple[dict[str, Lookup], ...] = ({}, {}, {})
     rows = {}
     for name, table in tables.items():
         sides = [
             (_Keys(side, table), found)
-            for side, found in zip((support, query), lookups, strict=True)
+            for side, found in zip((support, query, shared), lookups, strict=True)
             if side is not None
         ]
         unique, index = _unique_rows(torch.cat([key for keys, _ in sides for key in keys.keys]), table)

@@ -46,6 +46,7 @@ class InputSpec:
     vectors: Mapping[str, int] = field(default_factory=dict)  # name -> width, of vectors that the data have
     texts: Mapping[str, int] = field(default_factory=dict)  # feature or sequence of texts -> number of its texts
     text_tables: Mapping[str, Sequence[str]] = field(default_factory=dict)  # vocabulary -> its texts, by id; 0 is none
+    owned: tuple[str, ...] = ()  # in a pack of next items: the item's id, and what an item always has, such as a domain
 
     @property
     def num_labels(self) -> int:
@@ -87,6 +88,10 @@ class InputSpec:
                 known = nearest(str(name), self.texts) if self.texts else "the model's inputs have none"
                 raise ValueError(f"{type(model).__name__}.texts names {name!r}, no feature of texts: {known}")
         return {name: TextInput(self.texts[name], name in self.sequences) for name in names}
+
+    def texts_by_id(self, name: str) -> Sequence[str]:
+        """Return the texts of the vocabulary of a feature or a sequence, by id."""
+        return self.text_tables[self.tables[name]]
 
     @property
     def width(self) -> int:
@@ -175,6 +180,7 @@ def input_spec(
         {name: vectors[name] for name in chosen if name in vectors},
         {name: len(texts.get(schema.feature(name).table, range(num))) for name, num in num_texts.items()},
         texts,
+        tuple(name for name in tables if name == schema.item or name in schema.catalogue) if schema.next_item else (),
     )
 
 
@@ -230,6 +236,6 @@ def check_widths(key: str, widths: Sequence[int]) -> None:
     require(all(width > 0 for width in widths), f"model.args.{key}", list(widths), "widths must be at least 1")
 
 
-def check_dropout(rate: float) -> None:
-    """Raise ValueError unless a dropout rate is in [0, 1)."""
-    require(0 <= rate < 1, "model.args.dropout", rate, "must be in [0, 1)")
+def check_dropout(rate: float, name: str = "dropout") -> None:
+    """Raise ValueError unless a dropout rate, the model's argument `name`, is in [0, 1)."""
+    require(0 <= rate < 1, f"model.args.{name}", rate, "must be in [0, 1)")

@@ -24,6 +24,7 @@ from gmeta.models.dlrm import DLRM
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
 from gmeta.models.neural_linear import NeuralLinear
+from gmeta.models.sasrec import SASRec
 from gmeta.models.taste import Taste
 from gmeta.models.transformer import Transformer
 
@@ -37,7 +38,9 @@ MODELS: dict[str, ModelFactory | str] = {
     "neural_linear": NeuralLinear,
     "din": DIN,
     "transformer": Transformer,
+    "sasrec": SASRec,
     "bahe": "gmeta.text.bahe:BAHE",
+    "llmrec": "gmeta.text.llmrec:LLMRec",
 }
 """Add a model: one file beside this one, and its line here. One of a floor above is named, and found when asked for."""
 

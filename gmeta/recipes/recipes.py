@@ -17,6 +17,7 @@ from gmeta.models.inputs import input_spec, usual_features
 from gmeta.recipes.facts import PackFacts, read_facts
 
 AUTO = "auto"
+NEXT_ITEM = "next_item"
 
 FEW_TASKS, LONG_TASKS = 200, 500
 """Fewer tasks of so many rows each are scenarios, not users or items."""
@@ -51,6 +52,8 @@ def recipe_for(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
     What the user gives is reckoned with, and not chosen again. ValueError for a recipe that does not exist, or is for
     another model, or a feature that the pack lacks.
     """
+    if pack.schema.next_item:
+        return _next_item(pack, given)
     if pack.schema.labels:
         raise ValueError(
             f"{pack.path} has {len(pack.schema.labels)} labels, and recipes are for one: name a model that gives a "
@@ -75,6 +78,30 @@ def recipe_for(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
             )
     why = why if name == fitting else f"named, where {fitting} would fit: {why}"
     return Recipe(name, why, tuple(choice for choice in choices if choice.key not in given))
+
+
+def _next_item(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
+    """Return the settings of a pack of next items, whatever model is named."""
+    name = str(given.get("recipe") or AUTO)
+    if name not in (AUTO, NEXT_ITEM):
+        raise ValueError(f"recipe is {name!r}, and {pack.path} is a pack of next items: leave it out")
+    choices = [
+        Choice("model.name", "sasrec", "a causal Transformer over the ids of items"),
+        Choice("model.embedding_dim", 128, "no wider one was better"),
+        Choice("meta.adapt", [], "a history is read as it is"),
+        Choice("loader.max_support_rows", 50, "the last events of a history"),
+        Choice("loader.tasks_per_batch", 128, "users"),
+        Choice("embedding.optimizer", "adam", "rows of rare ids move as far as those of frequent ones"),
+        Choice("embedding.lr", 0.001, "the rate of the layers"),
+        Choice("embedding.init_std", 0.02, "as the layers"),
+        Choice("dense.lr", 0.001, "with Adam"),
+        Choice("schedule.epochs", 100, "passes, fewer where valid users say so"),
+    ]
+    if "valid" in pack.splits:
+        choices.append(Choice("schedule.metric", "ndcg@10", "of valid targets, among all items"))
+        choices.append(Choice("schedule.patience", 10, "validations without a better one"))
+    why = f"{pack.split('train').num_tasks:,} histories of {pack.catalogue().num_ids - 1:,} items"
+    return Recipe(NEXT_ITEM, why, tuple(choice for choice in choices if choice.key not in given))
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.data.candidates import CandidateDraw
+from gmeta.data.pack import TaskPack
 from gmeta.data.schema import LabelColumn, PackSchema
 from gmeta.data.text_tables import open_text_tables
 from gmeta.embedding.exchange import Exchange, RowExchange
@@ -20,6 +22,7 @@ from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.modulation import build_modulator
+from gmeta.meta.next_item import NextItemLearner, Objective
 from gmeta.models.generator import add_generators
 from gmeta.models.inputs import InputSpec, TextInput, input_spec
 from gmeta.models.registry import (
@@ -31,6 +34,7 @@ from gmeta.models.registry import (
     name_of,
     resolved_args,
 )
+from gmeta.models.sasrec import PROMPT
 from gmeta.parallel.collectives import fill_from_rank_0
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.mapped import MappedRows
@@ -106,10 +110,10 @@ def build_system(
 
     Raises ValueError when the loss does not fit the labels, or the model names what the pack does not have.
     """
-    learner = new_learner(config, schema, mesh, factory=factory, text_tables=text_tables)
+    objective = new_objective(config, schema, mesh, factory=factory, text_tables=text_tables)
     dtype, generated = row_dtype(config), tuple(config.embedding.generator)
     tables = ShardedTables(
-        table_specs(schema, learner.features),
+        table_specs(schema, objective.features),
         mesh=mesh,
         seed=config.seed,
         init_std=config.embedding.init_std if training else None,
@@ -117,7 +121,7 @@ def build_system(
         optimizer=config.embedding.optimizer if training else None,
     )
     return System(
-        learner=learner,
+        objective=objective,
         tables=tables,
         exchange=exchange(tables.fused, mesh, WIRE[config.comm.wire]),
         mesh=mesh,
@@ -128,15 +132,15 @@ def build_system(
     )
 
 
-def new_learner(
+def new_objective(
     config: TrainConfig,
     schema: PackSchema,
     mesh: Mesh,
     *,
     factory: ModelFactory | None = None,
     text_tables: TextTables | None = None,
-) -> MetaLearner:
-    """Build model and learner without tables. Arguments and errors are those of `build_system`; collective."""
+) -> Objective:
+    """Build the model and what it is trained for, without tables; arguments, errors as `build_system`; collective."""
     if schema.labels and config.loss != schema.labels[0].loss:
         first = schema.labels[0]
         raise ValueError(
@@ -162,11 +166,68 @@ def new_learner(
     model = model.to(mesh.device, dtype)
     fill_from_rank_0(model.buffers(), mesh)  # a model may draw them without the seed, and ranks must compute the same
     features = {name: width for name, width in read.widths.items() if name in inputs.tables}
-    labels = schema.labels
-    learner = build_learner(
-        model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels, texts
+    objective: Objective
+    if schema.next_item:
+        objective = _next_item(model, config, schema, features, texts)
+    else:
+        labels = schema.labels
+        objective = build_learner(
+            model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels, texts
+        )
+    return objective.to(mesh.device, dtype)
+
+
+def _next_item(
+    model: nn.Module,
+    config: TrainConfig,
+    schema: PackSchema,
+    features: Mapping[str, int],
+    texts: Mapping[str, TextInput],
+) -> NextItemLearner:
+    """Return the learner of next items. ValueError for settings that such a run has no use for."""
+    meta = config.meta
+    if meta.adapt not in ([], [PROMPT]):
+        raise ValueError(
+            f"meta.adapt is {meta.adapt}, and the pack is one of next items, where a task adapts a prompt or nothing: "
+            f"set meta.adapt to [] or [{PROMPT}]"
+        )
+    loop = InnerLoop(
+        adapt=meta.adapt,
+        order=meta.order,
+        steps=meta.inner_steps,
+        lr=meta.inner_lr,
+        learn_lr=meta.learn_inner_lr,
+        prior=meta.inner_prior,
     )
-    return learner.to(mesh.device, dtype)
+    assert schema.item is not None
+    return NextItemLearner(
+        model,
+        features,
+        item=schema.item,
+        domain=domain_of(schema),
+        texts=texts,
+        every_event=config.next_item.targets == "every",
+        inner_loop=loop if meta.adapt else None,
+        seed=config.seed,
+    )
+
+
+def candidate_draw(config: TrainConfig, pack: TaskPack) -> CandidateDraw:
+    """Return what draws the items that targets of next items are compared with."""
+    settings = config.next_item
+    return CandidateDraw(
+        pack.catalogue(),
+        pack.schema,
+        domain=domain_of(pack.schema),
+        count=settings.candidates,
+        draw=settings.draw,
+        seed=config.seed,
+    )
+
+
+def domain_of(schema: PackSchema) -> str | None:
+    """Return the feature that parts the catalogue: the scenario, where items own it."""
+    return schema.scenario if schema.scenario in schema.catalogue else None
 
 
 def row_dtype(config: TrainConfig) -> torch.dtype:

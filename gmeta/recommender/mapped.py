@@ -38,17 +38,17 @@ class MappedRows:
             bundle.require_tables(fused)
         self._tables = {name: replace(fused, in_order=True) for name, fused in tables.items()}
 
-    def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
-        """Return the rows that support and query, or one of them, need; their numbers are keys."""
-        return request_rows(self._tables, support, query)
+    def request(
+        self, support: Examples | None = None, query: Examples | None = None, shared: Examples | None = None
+    ) -> RowRequest:
+        """Return the rows that these sides of a batch need; their numbers are keys."""
+        return request_rows(self._tables, support, query, shared)
 
     def exchange_ids(self, request: RowRequest) -> RoutedRequest:
         """Return the request: there is nobody to exchange with."""
         routes = {name: RowRoute((), rows, rows, None) for name, rows in request.rows.items()}
-        device = self._mesh.device
-        return RoutedRequest(
-            routes, to_device(request.support, device), to_device(request.query, device), CommStats(self._mesh.rank)
-        )
+        support, query, shared = to_device((request.support, request.query, request.shared), self._mesh.device)
+        return RoutedRequest(routes, support, query, CommStats(self._mesh.rank), shared)
 
     def fetch(self, routed: RoutedRequest) -> EmbeddedRows:
         """Read the rows; a table of which nothing is asked gets a leaf of one zero row."""
@@ -57,7 +57,7 @@ class MappedRows:
             table = self._tables[name]
             rows = _rows(self._bundle, table, route.take)
             leaves[name] = as_leaf(rows.to(self._mesh.device, self._wire or rows.dtype).to(table.dtype))
-        return EmbeddedRows(leaves, routed.support, routed.query)
+        return EmbeddedRows(leaves, routed.support, routed.query, routed.shared)
 
     def features(self, order: Iterable[str]) -> dict[str, tuple[str, ...]]:
         """Return the features that read each table, in this order."""

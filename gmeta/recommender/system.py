@@ -19,12 +19,14 @@ from gmeta.core.batch import (
     to_device,
 )
 from gmeta.core.modules import persistent_buffers
+from gmeta.data.candidates import LOG_CHANCE
 from gmeta.data.schema import OOV
 from gmeta.embedding.exchange import Exchange, RoutedRequest
 from gmeta.embedding.lookup import RowRequest
 from gmeta.embedding.table import ShardedTables
 from gmeta.meta.gather_plan import GatherPlan
 from gmeta.meta.learner import MetaLearner
+from gmeta.meta.next_item import NextItemLearner, Objective
 from gmeta.parallel.mesh import Mesh
 
 
@@ -40,7 +42,7 @@ class MicroBatch:
 
     def rows(self, fetched: EmbeddedRows) -> EmbeddedRows:
         """Return the batch's fetched rows, as these tasks look them up."""
-        return fetched if self.lookups is None else EmbeddedRows(fetched.weights, *self.lookups)
+        return fetched if self.lookups is None else EmbeddedRows(fetched.weights, *self.lookups, fetched.shared)
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class PreparedBatch:
 
 @dataclass(frozen=True)
 class System:
-    """A model, its learner and its tables on this rank."""
+    """A model, what it is trained for, and its tables on this rank."""
 
-    learner: MetaLearner
+    objective: Objective
     tables: ShardedTables
     exchange: Exchange
     mesh: Mesh
@@ -65,6 +67,16 @@ class System:
     num_numeric: int  # numeric columns that the model reads: the first ones, all or none, and those of `generated`
     generated: tuple[str, ...] = ()  # features with a vector for unknown ids; each adds a column that says where
 
+    @property
+    def learner(self) -> MetaLearner:
+        """Return the learner of a system that scores examples. ValueError for one of next items."""
+        if isinstance(self.objective, NextItemLearner):
+            raise ValueError(
+                "the run finds next items (its pack was made of events): this is for runs that score examples; see "
+                "gmeta evaluate"
+            )
+        return self.objective
+
     def prepare(self, batch: TaskBatch, learner: MetaLearner | None = None) -> PreparedBatch:
         """Do everything that can be done before the step, for this learner or another on the same tables.
 
@@ -72,8 +84,8 @@ class System:
         the same order, in the loader's thread, and one loader at a time.
         """
         batch = self._readable(batch)
-        request = self.exchange.request(batch.support, batch.query)
-        parts = self._micro_batches(batch, request, learner or self.learner)
+        request = self.exchange.request(batch.support, batch.query, batch.shared)
+        parts = self._micro_batches(batch, request, learner or self.objective)
         return PreparedBatch(
             parts[0].tasks if len(parts) == 1 else to_device(replace(batch, parts=()), self.mesh.device, self.dtype),
             self.exchange.exchange_ids(request),
@@ -81,8 +93,10 @@ class System:
         )
 
     def _readable(self, batch: TaskBatch) -> TaskBatch:
-        parts = tuple(self._readable(part) for part in batch.parts)
-        return replace(batch, support=self.examples(batch.support), query=self.examples(batch.query), parts=parts)
+        shared = None if batch.shared is None else self.examples(batch.shared)
+        parts = tuple(replace(self._readable(part), shared=shared) for part in batch.parts)
+        support, query = self.examples(batch.support), self.examples(batch.query)
+        return replace(batch, support=support, query=query, shared=shared, parts=parts)
 
     def examples(self, side: Examples) -> Examples:
         """Return examples with what the model reads of their numeric columns, and of what they carry for it."""
@@ -95,11 +109,11 @@ class System:
 
     @property
     def _given(self) -> set[str]:
-        learner = self.learner
+        learner = self.objective
         sequences = learner.sequences.keys() - learner.features.keys()
-        return {*learner.vectors, *sequences, *map(mask_of, sequences), *map(text_ids_of, learner.texts)}
+        return {*learner.vectors, *sequences, *map(mask_of, sequences), *map(text_ids_of, learner.texts), LOG_CHANCE}
 
-    def _micro_batches(self, batch: TaskBatch, request: RowRequest, learner: MetaLearner) -> tuple[MicroBatch, ...]:
+    def _micro_batches(self, batch: TaskBatch, request: RowRequest, learner: Objective) -> tuple[MicroBatch, ...]:
         device, work = self.mesh.device, _work(batch)
         if not batch.parts:
             index = learner.index(request.support, request.query, request.num_rows)
@@ -125,12 +139,12 @@ class System:
 
     def dense_tensors(self) -> dict[str, Tensor]:
         """Return every tensor of model and learned rates, by name."""
-        dense = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self.learner.named_parameters()}
+        dense = {f"dense.{name}": p.detach().view(p.shape or (1,)) for name, p in self.objective.named_parameters()}
         return {**dense, **self.buffer_tensors()}
 
     def check_loaded(self) -> None:
         """Let a model that was made with files say, by ValueError, that these are not those of the loaded weights."""
-        check = getattr(self.learner.model, "check_loaded", None)
+        check = getattr(self.objective.model, "check_loaded", None)
         if check is not None:
             check()
 
@@ -138,7 +152,7 @@ class System:
         """Return the model's persistent buffers, by name. No forward pass changes them (`gmeta.meta.trial`), but a
         model may have drawn or read them when it was made, and another time gets others.
         """
-        return {f"buffers.{name}": b.view(b.shape or (1,)) for name, b in persistent_buffers(self.learner)}
+        return {f"buffers.{name}": b.view(b.shape or (1,)) for name, b in persistent_buffers(self.objective)}
 
     def table_tensors(self) -> dict[str, Tensor]:
         """Return this rank's rows of tables and of their optimizer's state, by name."""

@@ -280,12 +280,13 @@ def _describe_step(record: dict[str, Any]) -> str:
 
 
 def _describe_metrics(record: dict[str, Any]) -> str:
-    """Show each metric before -> after adaptation; one number where they are the same (plain training)."""
+    """Show each metric before -> after adaptation; one number where they are the same, or nothing adapts."""
     parts = []
-    for key, after in record.items():
+    for key in record:
         if key.endswith("_after"):
             name = key.removesuffix("_after")
-            both = [shown(v) if isinstance(v, float) else "n/a" for v in (record.get(f"{name}_before"), after)]
+            values = [record[key] for key in (f"{name}_before", f"{name}_after") if key in record]
+            both = [shown(v) if isinstance(v, float) else "n/a" for v in values]
             parts.append(f"{name} {' -> '.join(dict.fromkeys(both))}")
     return "  ".join(parts)
 

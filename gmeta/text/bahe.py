@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +30,17 @@ from gmeta.models.inputs import (
 from gmeta.models.last_layer import BayesianLinear
 from gmeta.models.transformer import attend
 from gmeta.text.encoder import POOLINGS, LayerStack, TextPooling, open_encoder
-from gmeta.text.folder import copy_encoder
 from gmeta.text.lora import add_lora
+from gmeta.text.model import TextModel
 from gmeta.text.sources import Encode, TextSource, TextStates
-from gmeta.text.store import PLACEHOLDER, spec_of, writing_store
+from gmeta.text.store import PLACEHOLDER, spec_of
 
 Tune = Literal["full", "lora", "norms", "none"]
 UserVector = Literal["mean", "last", "target"]
 Direction = Literal["own", "causal", "both"]
-_TEXTS_PER_SHARD = 4096
 
 
-class BAHE(nn.Module):
+class BAHE(TextModel):
     """[u_1, …, u_N, item, u_1 * item, …, text, all other inputs, numeric columns] -> ReLU layers -> a logit.
 
     u_n is what the upper layers make of history n, item what they make of the target's text alone, and text what they
@@ -60,10 +58,10 @@ class BAHE(nn.Module):
     backwards, by learned vectors; those from `positions` on share one. `direction` is the encoder's own, or causal, or
     both. With `ids` the embedding rows of histories and target are added to their vectors through a gate. With `taste`
     a task's own weights over so many bases of the item are solved for by `meta.adapt: [last_layer]`. A history without
-    texts is the zero vector.
+    texts is the zero vector. In training a history is taken for such a one with probability `history_dropout`: where
+    users are few, the head learns them by heart, and new ones suffer.
     """
 
-    paths = ("encoder", "store")
     head = "output"
     decision_layers = ("layers", "output")
 
@@ -90,6 +88,7 @@ class BAHE(nn.Module):
         taste: int = 0,
         hidden: Sequence[int] = (64,),
         dropout: float = 0.0,
+        history_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         _check_words(encode=encode, pooling=pooling, tune=tune, user=user, direction=direction)
@@ -97,19 +96,17 @@ class BAHE(nn.Module):
         require(taste >= 0, "model.args.taste", taste, "must be 0 (off) or more")
         check_widths("hidden", hidden)
         check_dropout(dropout)
+        check_dropout(history_dropout, "history_dropout")
         if taste:
             require_one_label(inputs, "bahe with taste")
         self.target, self.histories = texts_to_read(inputs, target, histories)
         self.texts = (self.target, *self.histories)
         self.features = tuple(name for name in inputs.widths if ids or name not in self.texts)
         self.others = tuple(name for name in self.features if name not in self.histories)
-        self.table = inputs.tables[self.target]
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=vectors, template=template, max_tokens=max_tokens)
-        self._folder = Path(encoder)
-        self.register_buffer("encoder_digest", torch.frombuffer(bytearray.fromhex(opened.digest), dtype=torch.uint8))
-        self._texts = inputs.text_tables[self.table]
-        self._source = [TextSource(opened, spec, encode, self._texts, store)]  # a list hides it from the model's state
+        source = TextSource(opened, spec, encode, inputs.texts_by_id(self.target), store)
+        self.keep_texts(inputs, self.target, source, encoder)
         self.high = _trained(opened.high, tune, rank, direction)
         self.dim = dim = opened.dim
         self.recency = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
@@ -122,23 +119,19 @@ class BAHE(nn.Module):
         width += sum(inputs.widths[name] for name in self.others) + inputs.num_numeric
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([width, *hidden]))
         self.dropout = nn.Dropout(dropout)
+        self.history_dropout = nn.Dropout(history_dropout)
         self.output = output_layer([width, *hidden][-1], inputs)
         self.num_labels = inputs.num_labels
         self.bases = nn.Linear(dim, taste) if taste else nn.Identity()
         self.last = BayesianLinear(taste) if taste else None
         self.last_layer = "last" if taste else ""
 
-    @property
-    def source(self) -> TextSource:
-        """Return the texts that the model knows."""
-        return self._source[0]
-
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
         """Return logits [...], of several labels [..., K], from dense [..., F], the ids of texts [..., L], and [..., d]
         for each other feature.
         """
         item, text = self._item(embedded)
-        users = self._users(embedded, item)
+        users = [user * self.history_dropout(torch.ones_like(user[..., :1])) for user in self._users(embedded, item)]
         parts = [*users, item, *(user * item for user in users), text, *as_vectors(embedded, self.others)]
         if self.num_numeric:
             parts.append(dense)
@@ -196,52 +189,10 @@ class BAHE(nn.Module):
             x = x + self.recency[place_of]
         return _Read(self.high(x, found.mask), found.values * found.mask.unsqueeze(-1), found.mask, place)
 
-    def check_loaded(self) -> None:
-        """Raise ValueError where the loaded weights were trained above the lower layers of another encoder."""
-        trained, found = bytes(self.get_buffer("encoder_digest").tolist()).hex(), self.source.spec.encoder
-        if trained != found:
-            raise ValueError(
-                f"{self._folder} holds another encoder ({found}) than these weights were trained with ({trained}): "
-                "restore its files, or train anew"
-            )
-
-    def add_texts(self, table: str, texts: Sequence[str]) -> None:
-        """Encode texts that the model was made without; their ids go on from the last one."""
-        if table == self.table:
-            self.source.add(texts)
-
-    def forget_texts(self, table: str) -> None:
-        """Forget the texts that `add_texts` added."""
-        if table == self.table:
-            self.source.forget()
-
-    def save_assets(self, folder: Path) -> dict[str, str]:
-        """Write what the model needs besides its weights, and return the arguments that name it, relative to `folder`:
-        the encoder and, where vectors are kept, a behaviour store of its texts.
-
-        Texts lie in shards by id, so that more texts leave the earlier files as they are. An evicted id has none.
-        """
-        copy_encoder(self._folder, folder / "encoder")
-        if self.source.encode != "behaviours":
-            return {"encoder": "encoder", "store": ""}
-        source = self.source
-        with writing_store(folder / "texts", source.spec) as writer:
-            for start in range(1, source.num_given, _TEXTS_PER_SHARD):
-                ids = range(start, min(start + _TEXTS_PER_SHARD, source.num_given))
-                texts = {text: i for i, text in zip(ids, self._texts[ids.start : ids.stop], strict=True) if text}
-                writer.append(list(texts), source.kept[list(texts.values())])
-        (folder / "texts" / "lock").unlink()  # nobody writes to what is published
-        return {"encoder": "encoder", "store": "texts"}
-
     def train(self, mode: bool = True) -> BAHE:
         """Turn the head's dropout on or off. The upper layers have none: it would not be seeded by example."""
         super().train(mode)
         self.high.eval()
-        return self
-
-    def _apply(self, fn: Any, recurse: bool = True) -> BAHE:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.source.follow(self.recency)
         return self
 
 

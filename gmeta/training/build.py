@@ -25,7 +25,7 @@ from gmeta.optim.dense import OuterReduce
 from gmeta.optim.sharded import open_dense
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.build import WIRE, MakeExchange, build_system
+from gmeta.recommender.build import WIRE, MakeExchange, build_system, candidate_draw
 from gmeta.recommender.system import PreparedBatch, System
 from gmeta.runs.log import RunLog
 from gmeta.sharding.auto import AUTO
@@ -59,16 +59,21 @@ def bytes_of_rows(loader: TaskLoader[PreparedBatch], system: System, wire: torch
 def _preparing(
     config: TrainConfig, pack: TaskPack, system: System, *, replays: bool
 ) -> Callable[[TaskBatch], PreparedBatch]:
-    """Return what the loader's thread does with a batch: mask ids, where the run does, and prepare it."""
+    """Return what the loader's thread does with a batch: mask ids, where the run does, draw what next items are
+    compared with, and prepare it.
+    """
     share = config.embedding.id_dropout or 0.0  # unset only where no run directory was opened
-    masks = build_id_dropout(pack, share, features=system.learner.features, seed=config.seed)
+    masks = build_id_dropout(pack, share, features=system.objective.features, seed=config.seed)
     for name in system.generated:
         if masks is not None and name not in masks.tables:
             raise ValueError(
                 f"embedding.generator names {name!r}, which is hashed and has no unknown ids: leave it out"
             )
-    hides = [mask for mask in (evicted_ids(pack) if replays else None, masks) if mask is not None]
-    return lambda batch: system.prepare(reduce(lambda given, hide: hide(given), hides, batch))
+    changes: list[Callable[[TaskBatch], TaskBatch] | None] = [evicted_ids(pack) if replays else None, masks]
+    if pack.schema.next_item:
+        changes.append(candidate_draw(config, pack))
+    made = [change for change in changes if change is not None]
+    return lambda batch: system.prepare(reduce(lambda given, change: change(given), made, batch))
 
 
 def _loss_scale(config: TrainConfig) -> float:
@@ -123,7 +128,7 @@ def build_run(
     planned = config.dense.sharding == AUTO and mesh.world_size > 1
     row_bytes = bytes_of_rows(loader, system, WIRE[config.comm.wire] or system.dtype) if planned else 0.0
     dense = open_dense(
-        system.learner,
+        system.objective,
         mesh,
         lr=config.dense.lr,
         inner_lr_lr=config.dense.inner_lr_lr,

@@ -36,8 +36,9 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a user's nested settings of `gmeta train` with what they leave out.
 
     A run that goes on takes it from its last checkpoint, where a recipe chose it or no model is named, and a warm start
-    from its bundle. A new run without a model's name takes it from the recipe for its pack. ValueError for a recipe
-    that does not exist or does not fit the model, a bundle of another model or that is none, or where there is no pack.
+    from its bundle. A new run without a model's name takes it from the recipe for its pack, and one on next items what
+    else it leaves out. ValueError for a recipe that does not exist or does not fit the model, a bundle of another model
+    or that is none, or where there is no pack.
     """
     given = {
         key: value
@@ -62,7 +63,7 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
             )
         if model and (model != found.get("model.name") or not found.get("recipe")):
             return dict(values)  # another model is refused: the settings of the run's own would hide why
-    elif model and not given.get("recipe"):
+    elif model and not given.get("recipe") and not open_pack(str(given["pack"])).schema.next_item:
         return dict(values)
     else:
         found = _chosen(given)

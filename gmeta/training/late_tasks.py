@@ -57,6 +57,8 @@ def used_rows(prepared: PreparedBatch, rows: EmbeddedRows, finished: int) -> dic
             for found in lookups.values():
                 index = found.index if found.lengths is not None else found.index[side.mask]
                 used[found.table][index] = True
+    for found in rows.shared.values() if finished else ():
+        used[found.table][found.index] = True
     return used
 
 

@@ -130,7 +130,7 @@ def _banner(run: Run) -> str:
     replay, new = run.loader.replay, run.loader.num_tasks
     new = new if replay is None else replay.num_new
     episodes = f" in {new:,} episodes an epoch" if new > split.num_tasks else ""
-    engine = state.system.learner.engine_reason
+    engine = state.system.objective.engine_reason
     lines = [
         f"{split.num_tasks:,} tasks{episodes}, {split.num_rows:,} rows; {state.rates.total_steps:,} steps of "
         f"{run.config.loader.tasks_per_batch} tasks on {state.mesh.world_size} process(es), {state.mesh.device}",
@@ -143,10 +143,10 @@ def _banner(run: Run) -> str:
             f"replay: an epoch has {replay.num_drawn:,} of the {replay.num_old:,} {what} of {run.config.replay.pack}"
         )
     only = run.pack.manifest["counts"].get("only_label")
-    if only is not None:
+    if only is not None and not run.pack.schema.next_item:
         lines.append(f"every training label is {only:g}: there is nothing to rank by; the log needs rows of both kinds")
     key = run.pack.schema.task
-    if key in (f.name for f in run.pack.schema.features) and key not in state.system.learner.features:
+    if key in (f.name for f in run.pack.schema.features) and key not in state.system.objective.features:
         lines.append(f"the model does not read {key!r}, the task's own key: name it in model.features if it should")
     if run.config.embedding.id_dropout:
         lines.append(f"embedding.id_dropout {run.config.embedding.id_dropout:g}: so many ids are masked, for cold ids")

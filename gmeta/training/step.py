@@ -85,7 +85,7 @@ def forward(state: TrainState, step: OpenStep, part: MicroBatch) -> tuple[Tensor
     ranks.
     """
     with state.system.precision():
-        loss, output = state.system.learner(part.rows(step.rows), part.tasks, part.index)
+        loss, output = state.system.objective(part.rows(step.rows), part.tasks, part.index)
     return loss, output
 
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
+from gmeta.config.train import NEXT_ITEM_METRICS
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
+from gmeta.evaluation.rank_split import candidates_of, next_item_learner, rank_split
 from gmeta.evaluation.score import score_split, validation_metrics, watched_metric
 from gmeta.parallel.collectives import broadcast_from_rank_0
+from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.training.run import Run
 
 
@@ -19,22 +25,61 @@ def validate(run: Run) -> bool:
         return False
     run.loader.settle()  # the ids of two loaders must not cross
     with state.dense.unsharded():
-        tasks = max(256, run.config.loader.tasks_per_batch)
-        most = run.config.loader.max_support_rows
-        scores = score_split(state.system, run.pack.split("valid"), tasks_per_batch=tasks, max_support_rows=most)
+        metrics = (_next_item_metrics if run.pack.schema.next_item else _metrics)(run)
     labels = run.pack.schema.labels
-    metrics = validation_metrics(scores, run.config.loss, labels) if scores is not None else {}
     value = broadcast_from_rank_0(watched_metric(metrics, schedule.metric, labels), state.mesh)
     if state.mesh.rank == 0:
         run.log.valid({"step": progress.step, **metrics})
     if math.isinf(value):
         run.log.say("the scores of the valid split are not finite: this validation counts as one that is not better")
     if math.isnan(value):
-        run.log.say(f"{schedule.metric} is not defined on the valid split (one class?): set schedule.metric to loss")
+        cure = "take one of next items" if run.pack.schema.next_item else "(one class?): set schedule.metric to loss"
+        run.log.say(f"{schedule.metric} is not defined on the valid split {cure}")
         return False
-    sign = -1 if schedule.metric in HIGHER_IS_BETTER else 1
+    sign = -1 if schedule.metric in (*HIGHER_IS_BETTER, *NEXT_ITEM_METRICS) else 1
     if math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best):
         progress.best, progress.best_step, progress.bad_validations = value, progress.step, 0
         return False
     progress.bad_validations += 1
     return run.out_of_patience
+
+
+def _metrics(run: Run) -> dict[str, float]:
+    """Return the metrics of scores on rank 0, nothing on others; collective."""
+    tasks, most = max(256, run.config.loader.tasks_per_batch), run.config.loader.max_support_rows
+    scores = score_split(run.state.system, run.pack.split("valid"), tasks_per_batch=tasks, max_support_rows=most)
+    return {} if scores is None else validation_metrics(scores, run.config.loss, run.pack.schema.labels)
+
+
+def _next_item_metrics(run: Run) -> dict[str, float]:
+    """Return the metrics of next items on rank 0, nothing on others; where tasks adapt, those before it too.
+    Collective.
+    """
+    system, pack = run.state.system, run.pack
+    draw = candidate_draw(run.config, pack)
+    found: dict[str, float] = {}
+    for when, steps in (("before", 0), ("after", None)):
+        if when == "before" and next_item_learner(system).inner_loop is None:
+            continue
+        ranks = rank_split(
+            system,
+            pack.split("valid"),
+            draw.catalogue,
+            candidates_of(draw.catalogue, domain_of(pack.schema)),
+            max_support_rows=run.config.loader.max_support_rows,
+            draw=draw,
+            steps=steps,
+        )
+        if ranks is not None:
+            found |= {f"{name}_{when}": value for name, value in _metrics_of(ranks.rank).items()}
+    return found
+
+
+def _metrics_of(rank: NDArray[np.int64]) -> dict[str, float]:
+    found = {}
+    for k in (10, 50):
+        hit = rank <= k
+        found[f"recall@{k}"] = float(hit.mean())
+        found[f"ndcg@{k}"] = float((hit / np.log2(rank + 1.0)).mean())
+        found[f"mrr@{k}"] = float((hit / rank).mean())
+    return found

@@ -32,7 +32,7 @@ from gmeta.models.registry import is_foreign
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_STOPPED
 from gmeta.parallel.mesh import Mesh, PeerLost, barrier, close_mesh, local_mesh, open_mesh
-from gmeta.recommender.build import new_learner, resolve_model
+from gmeta.recommender.build import new_objective, resolve_model
 from gmeta.runs import checkpoint
 from gmeta.runs.directory import run_lock
 from gmeta.training.build import Parts
@@ -157,7 +157,7 @@ def _checked(config: TrainConfig, pack: TaskPack, source: str, tried: set[str]) 
         config = resolve_model(config)
         model = repr((config.loss, config.precision, config.model, replace(config.meta, inner_lr=0.0, inner_prior=0.0)))
         if model not in tried:
-            new_learner(config, pack.schema, local_mesh("cpu"), text_tables=pack.text_tables())
+            new_objective(config, pack.schema, local_mesh("cpu"), text_tables=pack.text_tables())
             tried.add(model)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error.__cause__

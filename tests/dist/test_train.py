@@ -71,7 +71,7 @@ def run_steps(mesh: Mesh, settings: TrainConfig, steps: int, switches: tuple[str
 def learned(run: Run, trace: list[list[float]]) -> dict[str, Any]:
     """`trace`, and every weight, on rank 0; the run is over."""
     run.state.dense.close()
-    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.state.system.learner.named_parameters()}
+    dense = {name: p.detach().cpu().numpy().copy() for name, p in run.state.system.objective.named_parameters()}
     rows = {
         f"{name}.{key}": gather_to_rank_0(value.cpu().numpy(), run.state.mesh)
         for name, table in run.state.system.tables.fused.items()
@@ -191,7 +191,7 @@ def losses_and_dense_bits(mesh: Mesh, settings: TrainConfig) -> tuple[list[float
     with run.loader:
         losses = [one_step(run)["loss"] for _ in range(4)]
     run.state.dense.close()
-    return losses, [p.detach().numpy().tobytes() for p in run.state.system.learner.parameters()]
+    return losses, [p.detach().numpy().tobytes() for p in run.state.system.objective.parameters()]
 
 
 @pytest.mark.parametrize(("wire", "tolerance"), [("bf16", 2**-7), ("fp16", 2**-10)])

@@ -372,7 +372,7 @@ def test_a_model_is_made_again_of_its_assets(tmp_path: Path, folders: dict[str, 
 
 
 def test_more_texts_leave_the_files_of_earlier_ones(tmp_path: Path, folders: dict[str, Path], monkeypatch) -> None:
-    monkeypatch.setattr("gmeta.text.bahe._TEXTS_PER_SHARD", 3)
+    monkeypatch.setattr("gmeta.text.model._TEXTS_PER_SHARD", 3)
     days = []
     for day, number in enumerate((4, 6)):
         texts = tuple(f"w{i + 4} w5" if i else "" for i in range(number))

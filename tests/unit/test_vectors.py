@@ -24,7 +24,7 @@ from gmeta.data.schema import data_schema_from_json, pack_schema_from_json, pars
 from gmeta.delivery.bundle import make_bundle
 from gmeta.models.inputs import input_spec
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.build import new_learner
+from gmeta.recommender.build import new_objective
 from gmeta.recommender.tasks import encode_rows, task_digests
 
 TEXT, PICTURE = 3, 2
@@ -124,7 +124,7 @@ def test_every_model_reads_them(folder: Path, name: str) -> None:
         meta=type(config.meta)(adapt=adapt),
         embedding=EmbeddingConfig(generator={"item": ["text", "last"]}),
     )
-    learner = new_learner(config, open_pack(folder / "pack").schema, Mesh())
+    learner = new_objective(config, open_pack(folder / "pack").schema, Mesh())
     assert learner.vectors == {"text": TEXT, "picture": PICTURE}
     assert learner.engine_reason in ("factored", "closed form")
 

@@ -1,0 +1,98 @@
+"""Where a split's next items stand among all items: each rank takes a part of the users, rank 0 gathers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gmeta.core.batch import to_device
+from gmeta.data.candidates import CandidateDraw, catalogue_examples
+from gmeta.data.catalogue import Catalogue
+from gmeta.data.loader import MAX_CELLS, TaskLoader
+from gmeta.data.schema import PackSchema
+from gmeta.data.shards import PackSplit
+from gmeta.evaluation.target_ranks import Candidates, TargetRanks, Targets, gather_ranks, ranks_of
+from gmeta.meta.next_item import NextItemLearner
+from gmeta.recommender.system import PreparedBatch, System
+
+_ITEMS_AT_ONCE = 8192
+
+
+def next_item_learner(system: System) -> NextItemLearner:
+    """Return the learner of a system that finds next items. ValueError for one that scores examples."""
+    if not isinstance(system.objective, NextItemLearner):
+        raise ValueError(
+            "the run scores examples, and this is for runs on next items: prepare events with gmeta prepare --events"
+        )
+    return system.objective
+
+
+def candidates_of(catalogue: Catalogue, domain: str | None, **settings: bool) -> Candidates:
+    """Return who is ranked: the items of the target's domain, unless `settings` say otherwise."""
+    numbers = np.zeros(catalogue.num_ids, np.int64) if domain is None else catalogue.owned[domain]
+    return Candidates(numbers, **settings)
+
+
+@torch.no_grad()
+def item_vectors(system: System, catalogue: Catalogue, schema: PackSchema) -> Tensor:
+    """Return the vectors of all items, [num_ids, d], zeros for id 0; collective."""
+    learner = next_item_learner(system)
+    parts = []
+    for start in range(1, catalogue.num_ids, _ITEMS_AT_ONCE):
+        items = np.arange(start, min(start + _ITEMS_AT_ONCE, catalogue.num_ids))
+        examples = system.examples(catalogue_examples(catalogue, items, schema))
+        request = system.exchange.request(shared=examples)
+        rows = system.exchange.fetch(system.exchange.exchange_ids(request))
+        with system.precision():
+            parts.append(learner.items(rows, to_device(examples, system.mesh.device, system.dtype)).float())
+    return torch.cat([torch.zeros_like(parts[0][:1]), *parts])
+
+
+def rank_split(
+    system: System,
+    split: PackSplit,
+    catalogue: Catalogue,
+    candidates: Candidates,
+    *,
+    tasks_per_batch: int = 256,
+    max_support_rows: int = 0,
+    draw: CandidateDraw | None = None,
+    steps: int | None = None,
+) -> TargetRanks | None:
+    """Rank every query row's item by the state after its task's support; None on other ranks than 0.
+
+    Users read their last `max_support_rows` events, 0: all. Where they adapt, it is beside the items that
+    `draw` draws after training, in `steps` steps instead of those of the run. The call is collective, and no other
+    loader may exchange ids meanwhile.
+    """
+    learner, mesh = next_item_learner(system), system.mesh
+    loader: TaskLoader[PreparedBatch] = TaskLoader(
+        split,
+        tasks_per_batch=max(tasks_per_batch, mesh.world_size),
+        seed=0,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        shuffle=False,
+        max_support_rows=max_support_rows,
+        max_cells=MAX_CELLS,
+        transform=lambda batch: system.prepare(batch if draw is None else draw.after_training(batch)),
+    )
+    training = learner.training
+    learner.eval()
+    items = item_vectors(system, catalogue, split.schema)
+    rows_of, users_of = [torch.zeros(0, dtype=torch.int64)], [items[:0]]
+    with loader, torch.no_grad():
+        for prepared in loader:
+            rows = system.exchange.fetch(prepared.routed)
+            for part in prepared.parts:
+                with system.precision():
+                    users = learner.users(part.rows(rows), part.tasks, steps=steps).float()
+                query = part.tasks.query
+                rows_of.append(query.row[query.mask].cpu())
+                users_of.append(users[query.mask.nonzero()[:, 0]])
+    learner.train(training)
+    row, order = torch.cat(rows_of).sort()
+    users = torch.cat(users_of)[order.to(items.device)]
+    targets = Targets.of_split(split, learner.item).at_rows(row.numpy())
+    return gather_ranks(ranks_of(lambda some: users[some] @ items.mT, targets, candidates), mesh)

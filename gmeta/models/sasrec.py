@@ -1,0 +1,140 @@
+"""A causal Transformer over a user's items, by their ids: what comes next is the item whose vector is nearest."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gmeta.core.errors import require
+from gmeta.core.sequences import Sequences
+from gmeta.models.inputs import InputSpec, check_dropout
+
+Similarity = Literal["dot", "cosine"]
+PROMPT = "prompt"
+"""Under which name a model finds a vector [N, d] that its task has adapted, to be added to its events."""
+
+
+class HistoryReader(nn.Module):
+    """What models of next items have in common: blocks over the vectors of events, and a comparison.
+
+    `dim` is the width d of an event, of a state and of an item.
+    """
+
+    def __init__(
+        self, dim: int, *, blocks: int, heads: int, positions: int, dropout: float, similarity: str, temperature: float
+    ) -> None:
+        super().__init__()
+        for key, value in (("blocks", blocks), ("heads", heads), ("positions", positions)):
+            require(value >= 1, f"model.args.{key}", value, "must be at least 1")
+        words = get_args(Similarity)
+        require(similarity in words, "model.args.similarity", similarity, f"must be one of {', '.join(words)}")
+        require(temperature > 0, "model.args.temperature", temperature, "must be more than 0")
+        check_dropout(dropout)
+        require(dim % heads == 0, "model.args.heads", heads, f"must divide the width {dim}")
+        self.position = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(CausalBlock(dim, heads, dropout) for _ in range(blocks))
+        self.norm = nn.LayerNorm(dim)
+        self.log_scale = nn.Parameter(torch.tensor([1 / temperature]).log()) if similarity == "cosine" else None
+
+    def forward(self, events: Tensor, sequences: Sequences) -> Tensor:
+        """Return the states of events, [N, d] each, as they are multiplied with items."""
+        x = self.dropout(events + self.position[sequences.place.clamp(max=len(self.position) - 1)])
+        for block in self.blocks:
+            x = block(x, sequences)
+        x = self.compared(self.norm(x))
+        return x if self.log_scale is None else x * self.log_scale.exp()
+
+    def compared(self, x: Tensor) -> Tensor:
+        """Return the vectors of items, [n, d], as they are multiplied with states: with cosine of length 1."""
+        return x if self.log_scale is None else F.normalize(x, dim=-1)
+
+
+class SASRec(nn.Module):
+    """Event t's state, which saw events 0 to t, scores each item by a product with the item's vector.
+
+        x_t = dropout(event_t + position_t),   x = blocks(x),   state = norm(x),   score = state . item
+
+    (Kang and McAuley, "Self-attentive sequential recommendation", ICDM 2018, arXiv 1808.09781, with norms before the
+    parts of a block, and GELU.) An event's vector is the sum of the embeddings of its features, an item's that of the
+    features that items own; texts are no such features. Events count from the oldest one that is read; those from
+    `positions` on share a vector. With `similarity` cosine both vectors have length 1, and their product is divided by
+    a learned temperature, which starts at `temperature`.
+    """
+
+    def __init__(
+        self,
+        inputs: InputSpec,
+        *,
+        blocks: int = 2,
+        heads: int = 2,
+        positions: int = 50,
+        dropout: float = 0.2,
+        similarity: Similarity = "dot",
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        self.width = inputs.embedding_dim
+        self.features = tuple(name for name in inputs.features if name not in inputs.texts)
+        self.owned = tuple(name for name in self.features if name in inputs.owned)
+        if inputs.item is None:
+            raise ValueError("sasrec finds items by their ids, and model.features leaves them out: name the item")
+        self.reader = HistoryReader(
+            inputs.embedding_dim,
+            blocks=blocks,
+            heads=heads,
+            positions=positions,
+            dropout=dropout,
+            similarity=similarity,
+            temperature=temperature,
+        )
+
+    def states(self, events: dict[str, Tensor], sequences: Sequences) -> Tensor:
+        """Return the state of each event, [N, d], from the embeddings of its features, [N, d] each."""
+        found: Tensor = self.reader(with_prompt(sum_of(events, self.features), events), sequences)
+        return found
+
+    def items(self, items: dict[str, Tensor]) -> Tensor:
+        """Return the vectors of items, [n, d], from the embeddings of what they own, [n, d] each."""
+        found: Tensor = self.reader.compared(sum_of(items, self.owned))
+        return found
+
+
+def sum_of(embedded: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    """Return the sum [n, d] of the embeddings of some features."""
+    return torch.stack([embedded[name] for name in names]).sum(0) if len(names) > 1 else embedded[names[0]]
+
+
+def with_prompt(x: Tensor, events: dict[str, Tensor]) -> Tensor:
+    """Return vectors of events [N, d] with what their tasks have adapted added to them."""
+    return x + events[PROMPT] if PROMPT in events else x
+
+
+class CausalBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), where an event sees itself and what came before."""
+
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.first_norm, self.second_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.wide, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """Return the block's output, [N, d]. Linear layers see events alone; attention pads."""
+        x = x + self.dropout(self.out(self._attention(self.first_norm(x), sequences)))
+        out: Tensor = x + self.dropout(self.narrow(F.gelu(self.wide(self.second_norm(x)))))
+        return out
+
+    def _attention(self, x: Tensor, sequences: Sequences) -> Tensor:
+        x = sequences.padded(self.qkv(x))  # [T, L, 3 d]
+        heads = (*x.shape[:2], 3, self.heads, x.shape[2] // (3 * self.heads))
+        q, k, v = x.view(heads).transpose(1, 3).unbind(2)
+        # padding is behind all events, so that none of them sees it
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out: Tensor = sequences.flat(found.transpose(1, 2).flatten(2))
+        return out

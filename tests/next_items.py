@@ -1,0 +1,45 @@
+"""Small packs of next items: users of two domains whose next item follows from the last one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gmeta.config.data import PrepareConfig
+from gmeta.data.prepare.prepare import prepare
+
+ITEMS = 12
+"""Of each domain; item i is mostly followed by item i + 1."""
+
+
+def event_rows(users: int = 40, events: int = 9, seed: int = 0) -> dict[str, list[Any]]:
+    """Events of two domains, a few users of one alone."""
+    generator = np.random.default_rng(seed)
+    rows: dict[str, list[Any]] = {"user": [], "item": [], "domain": [], "title": []}
+    for user in range(users):
+        for domain in ("books", "toys")[: 1 if user % 4 == 0 else 2]:
+            item = int(generator.integers(ITEMS))
+            for _ in range(int(generator.integers(3, events))):
+                rows["user"].append(f"u{user}")
+                rows["item"].append(f"{domain[0]}{item}")
+                rows["domain"].append(domain)
+                rows["title"].append(f"{domain} of part {item} and {item * item}")
+                item = (item + (1 if generator.random() < 0.9 else 5)) % ITEMS
+    return rows
+
+
+def next_item_pack(folder: Path, rows: dict[str, list[Any]] | None = None, **settings: Any) -> Path:
+    """The pack of such events."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(rows or event_rows()), folder / "events.parquet")
+    (folder / "events.yaml").write_text("user: user\nitem: item\ndomain: domain\ntext: title\n")
+    out = folder / "pack"
+    config = PrepareConfig(
+        input=[str(folder / "events.parquet")], events=str(folder / "events.yaml"), out=str(out), **settings
+    )
+    prepare(config, report=lambda *_: None)
+    return out

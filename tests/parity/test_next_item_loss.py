@@ -1,0 +1,210 @@
+"""The loss of next items is that of a slow reference: one task, one prefix and one candidate after the other."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
+from gmeta.core.sequences import sequences_of
+from gmeta.data.candidates import LOG_CHANCE
+from gmeta.meta.inner_loop import InnerLoop
+from gmeta.meta.next_item import NextItemLearner
+from gmeta.models.inputs import InputSpec
+from gmeta.models.sasrec import PROMPT, SASRec
+
+ITEMS, DOMAINS, DIM = 20, 3, 8
+HISTORIES = [[3, 5, 7, 2], [4], [9, 1], [6, 6, 11, 12, 8]]
+DOMAIN = [0, *(1 + i % 2 for i in range(1, ITEMS))]
+
+
+def side(tasks: list[list[int]]) -> tuple[Examples, dict[str, Lookup]]:
+    width = max(1, *map(len, tasks))
+    ids = torch.tensor([[*task, *[0] * (width - len(task))] for task in tasks])
+    mask = torch.tensor([[i < len(task) for i in range(width)] for task in tasks])
+    domain = torch.tensor(DOMAIN)[ids]
+    examples = Examples(
+        ids={"item": ids, "domain": domain},
+        bags={},
+        dense=torch.zeros(*ids.shape, 0),
+        label=torch.ones(ids.shape),
+        mask=mask,
+        row=ids,
+        item_cold=torch.zeros_like(mask),
+    )
+    return examples, {"item": Lookup("rows", ids), "domain": Lookup("rows", ITEMS + domain)}
+
+
+def make(
+    histories: list[list[int]], candidates: list[int], inner_loop: InnerLoop | None = None, **settings: object
+) -> tuple[NextItemLearner, TaskBatch, EmbeddedRows]:
+    torch.manual_seed(0)
+    features = {"item": DIM, "domain": DIM}
+    inputs = InputSpec(features, (), 0.0, item="item", owned=("item", "domain"))
+    model = SASRec(inputs, blocks=2, heads=2, positions=4, **settings).double()
+    learner = NextItemLearner(model, features, item="item", domain="domain", inner_loop=inner_loop, seed=3)
+    learner = learner.double()
+    weights = torch.randn(ITEMS + DOMAINS, DIM, dtype=torch.float64, requires_grad=True)
+    (support, of_support), (query, of_query) = side([h[:-1] for h in histories]), side([h[-1:] for h in histories])
+    shared, of_shared = side([candidates])
+    task_id = torch.arange(len(histories)) + 10
+    rows = sum(map(len, histories))
+    batch = TaskBatch(support, query, task_id, len(histories), 1, 2, num_rows_global=rows, shared=shared)
+    return learner, batch, EmbeddedRows({"rows": weights}, of_support, of_query, of_shared)
+
+
+def slow_losses(
+    learner: NextItemLearner,
+    weights: Tensor,
+    history: list[int],
+    candidates: list[int],
+    chance: list[float],
+    prompt: Tensor | None = None,
+) -> list[Tensor]:
+    """Return the loss of each event but the first, from a model that reads the events before it alone."""
+    domain = torch.tensor(DOMAIN)
+
+    def vectors(items: list[int]) -> dict[str, Tensor]:
+        ids = torch.tensor(items)
+        return {"item": weights[ids], "domain": weights[ITEMS + domain[ids]]}
+
+    losses = []
+    for t in range(1, len(history)):
+        sequences, _ = sequences_of(torch.ones(1, t, dtype=torch.bool))
+        events = vectors(history[:t])
+        if prompt is not None:
+            events[PROMPT] = prompt.expand(t, -1)
+        state = learner.model.states(events, sequences)[-1]
+        target = history[t]
+        own = learner.model.items(vectors([target]))[0] @ state - chance[target]
+        others = [
+            learner.model.items(vectors([c]))[0] @ state - chance[c]
+            for c in candidates
+            if c != target and DOMAIN[c] == DOMAIN[target]
+        ]
+        total = own.exp() + sum((score.exp() for score in others), torch.zeros((), dtype=torch.float64))
+        losses.append(total.log() - own)
+    return losses
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+@pytest.mark.parametrize("every_event", [True, False])
+@pytest.mark.parametrize("chances", [False, True])
+def test_loss_and_gradients_are_those_of_the_slow_reference(similarity: str, every_event: bool, chances: bool) -> None:
+    candidates = [1, 2, 3, 8, 8, 12, 13, 14]
+    learner, batch, rows = make(HISTORIES, candidates, dropout=0.0, similarity=similarity, temperature=0.5)
+    learner.every_event = every_event
+    chance = [math.log(1 + i) / 10 for i in range(ITEMS)] if chances else [0.0] * ITEMS
+    if chances:
+        told = torch.tensor(chance, dtype=torch.float64)
+        sides = {
+            name: replace(part, given={LOG_CHANCE: told[part.ids["item"]].unsqueeze(-1)})
+            for name, part in (("support", batch.support), ("query", batch.query), ("shared", batch.shared))
+        }
+        batch = replace(batch, **sides)
+
+    loss, output = learner(rows, batch)
+    weights = rows.weights["rows"]
+    grads = torch.autograd.grad(loss, [weights, *learner.parameters()])
+
+    slow = [slow_losses(learner, weights, history, candidates, chance) for history in HISTORIES]
+    if every_event:
+        expected = sum(sum(of) for of in slow) / sum(map(len, slow))
+    else:
+        expected = sum(of[-1] for of in slow if of) / len(HISTORIES)
+    slow_grads = torch.autograd.grad(expected, [weights, *learner.parameters()])
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    assert output.query_loss.shape == (4,)
+    assert output.query_loss[1] == 0
+    for grad, slow_grad in zip(grads, slow_grads, strict=True):
+        torch.testing.assert_close(grad, slow_grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("learn_lr", [True, False])
+def test_adaptation_is_that_of_the_slow_reference(order: str, learn_lr: bool) -> None:
+    """Each task takes its own steps, one after the other, and the outer gradient goes through them."""
+    candidates = [1, 2, 3, 8, 12, 13]
+    loop = InnerLoop(adapt=[PROMPT], order=order, steps=2, lr=0.7, learn_lr=learn_lr)
+    learner, batch, rows = make(HISTORIES, candidates, loop, dropout=0.0)
+    weights, rates = rows.weights["rows"], learner.inner_lr
+    with torch.no_grad():
+        learner.prompt.normal_()
+        if rates is not None:
+            rates.copy_(torch.tensor([[0.5], [0.9]]))
+    leaves = [weights, *learner.parameters()]
+    loss, output = learner(rows, batch)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    expected, before, nothing = torch.zeros((), dtype=torch.float64), [], [0.0] * ITEMS
+    with sdpa_kernel(SDPBackend.MATH):
+        for history in HISTORIES:
+            prompt, first = learner.prompt, 0.0
+            for step in range(2):
+                losses = slow_losses(learner, weights, history[:-1], candidates, nothing, prompt)
+                if not losses:
+                    break
+                support = sum(losses) / len(losses)
+                first = support.item() if step == 0 else first
+                (grad,) = torch.autograd.grad(support, [prompt], create_graph=order == "second", retain_graph=True)
+                prompt = prompt - (0.7 if rates is None else rates[step, 0]) * grad
+            before.append(first)
+            asked = slow_losses(learner, weights, history, candidates, nothing, prompt)
+            expected = expected + (asked[-1] if asked else 0)
+    slow_grads = torch.autograd.grad(expected / len(HISTORIES), leaves, allow_unused=True)
+
+    torch.testing.assert_close(loss, expected / len(HISTORIES), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(output.support_loss, torch.tensor(before, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    for grad, slow_grad in zip(grads, slow_grads, strict=True):
+        torch.testing.assert_close(grad, slow_grad, rtol=1e-8, atol=1e-9)
+    users = learner.users(rows, batch)
+    assert not torch.allclose(users[0], learner.users(rows, batch, steps=0)[0])
+
+
+def test_tasks_together_are_tasks_alone_to_the_last_digits() -> None:
+    learner, batch, rows = make(HISTORIES, [1, 2, 3], dropout=0.0)
+    users = learner.users(rows, batch)
+
+    for t, history in enumerate(HISTORIES):
+        alone, one, own = make([history], [1, 2, 3], dropout=0.0)
+        torch.testing.assert_close(alone.users(own, one)[0], users[t], rtol=1e-10, atol=1e-10)
+    assert users[1].eq(0).all()  # nothing came before its only event
+
+
+def test_dropout_depends_on_the_task_and_not_on_its_batch() -> None:
+    learner, batch, rows = make(HISTORIES, [1, 2, 3], dropout=0.5)
+    learner.train()
+    together = learner(rows, batch)[1].query_loss
+
+    for t, history in enumerate(HISTORIES):
+        alone, one, own = make([history], [1, 2, 3], dropout=0.5)
+        one = replace(one, task_id=batch.task_id[t : t + 1])
+        torch.testing.assert_close(alone.train()(own, one)[1].query_loss[0], together[t], rtol=1e-6, atol=1e-6)
+    learner.eval()
+    assert not torch.equal(learner(rows, batch)[1].query_loss, together)
+
+
+def test_a_rank_without_tasks_has_no_loss() -> None:
+    learner, batch, rows = make(HISTORIES, [1, 2], dropout=0.0)
+    none = torch.zeros(0, dtype=torch.int64)
+
+    def empty(part: Examples) -> Examples:
+        return replace(
+            part,
+            ids={name: ids[:0] for name, ids in part.ids.items()},
+            mask=part.mask[:0],
+            label=part.label[:0],
+            dense=part.dense[:0],
+        )
+
+    lookups = [{n: replace(f, index=f.index[:0]) for n, f in of.items()} for of in (rows.support, rows.query)]
+    batch = replace(batch, support=empty(batch.support), query=empty(batch.query), task_id=none)
+
+    loss, output = learner(EmbeddedRows(rows.weights, *lookups, rows.shared), batch)
+
+    assert loss.item() == 0
+    loss.backward()
+    assert output.query_loss.shape == (0,)
