@@ -20,7 +20,7 @@ from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.baseline_settings import BaselineSettings, read_baseline_settings
-from gmeta.evaluation.evaluate_next_item import RankedSplit, RankSplit, is_next_item, rank_next_items, require_options
+from gmeta.evaluation.evaluate_next_item import RankedSplit, rank_next_items, require_options
 from gmeta.evaluation.next_item import print_next_item
 from gmeta.evaluation.predictions import Variants, scenarios_of, task_keys, write_predictions
 from gmeta.evaluation.report import build_report
@@ -60,16 +60,12 @@ def _pack_of(config: EvaluateConfig, run_dir: Path) -> TaskPack:
     return open_pack(config.pack or own)
 
 
-def evaluate_on(mesh: Mesh, config: EvaluateConfig, rank_split: RankSplit | None = None) -> None:
-    """Run `gmeta evaluate` on a mesh that is open; collective. Errors as `evaluate`.
-
-    `rank_split` ranks the targets of a next-item run.
-    """
+def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
+    """Run `gmeta evaluate` on a mesh that is open; collective. Errors as `evaluate`."""
     run_dir = Path(config.run_dir)
-    next_item = is_next_item(read_config(run_dir))
-    require_options(config, next_item=next_item)
     pack = _pack_of(config, run_dir)
     require_fitting_pack(run_dir, pack)
+    require_options(config, next_item=pack.schema.next_item)
     split = pack.split(config.split)
     if config.plain_run is not None:
         require_same_training_data(run_dir, Path(config.plain_run))
@@ -88,9 +84,8 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig, rank_split: RankSplit | None
         "split": config.split,
         "pack": str(pack.path),
     }
-    if next_item:
-        assert rank_split is not None
-        _write_ranks(config, rank_next_items(mesh, config, system, trained, pack, split, rank_split), settings)
+    if pack.schema.next_item:
+        _write_ranks(config, rank_next_items(mesh, config, system, trained, pack, split), settings)
         return
     if pack.schema.labels and config.truth is not None:
         raise ValueError(f"truth is {config.truth}: it is of one label, and {pack.path} has several; leave it out")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,6 @@ from torch import Tensor
 from gmeta.config.evaluation import EvaluateConfig
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import replacing
-from gmeta.data.catalogue import Catalogue
 from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.next_item import (
@@ -31,29 +30,16 @@ from gmeta.evaluation.next_item import (
 )
 from gmeta.evaluation.next_item_baselines import NEXT_ITEM_BASELINES, ScoreTargets, fit_next_item_baselines
 from gmeta.evaluation.predictions import scenarios_of, task_keys, values_of_ids
+from gmeta.evaluation.rank_split import candidates_of, next_item_learner, rank_split
 from gmeta.evaluation.score import Ints
+from gmeta.evaluation.slices import BEFORE
 from gmeta.evaluation.target_ranks import Candidates, TargetRanks, Targets, ranks_of
 from gmeta.parallel.mesh import Mesh
+from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.recommender.system import System
 
-_SCORING_ONLY = ("steps", "inner_lr", "support_sizes", "plain_run", "truth", "relevant_label", "baseline_settings")
+_SCORING_ONLY = ("inner_lr", "support_sizes", "plain_run", "truth", "relevant_label", "baseline_settings")
 _NEXT_ITEM_ONLY = ("candidates", "exclude_history")
-
-
-class RankSplit(Protocol):
-    """Ranks every target of a split by a model; collective, None on other ranks than 0."""
-
-    def __call__(
-        self,
-        system: System,
-        split: PackSplit,
-        catalogue: Catalogue,
-        *,
-        candidates: Candidates,
-        tasks_per_batch: int,
-        max_support_rows: int,
-    ) -> TargetRanks | None:
-        """Read at most the last `max_support_rows` events of a history (0: all), which is left out whole."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +89,6 @@ class RankedSplit:
             pq.write_table(pa.table(columns).replace_schema_metadata(metadata), file)
 
 
-def is_next_item(trained: TrainConfig) -> bool:
-    """Say whether a run was trained to retrieve the next item."""
-    return getattr(trained, "objective", None) == NEXT_ITEM
-
-
 def require_options(config: EvaluateConfig, *, next_item: bool) -> None:
     """Raise ValueError that names an option of the other objective than the run's."""
     for name in _SCORING_ONLY if next_item else _NEXT_ITEM_ONLY:
@@ -116,43 +97,41 @@ def require_options(config: EvaluateConfig, *, next_item: bool) -> None:
             raise ValueError(f"{name} is {value!r}: it is for runs that {other}, and this one {kind}; leave it out")
 
 
-def candidates_of(config: EvaluateConfig, pack: TaskPack, catalogue: Catalogue) -> Candidates:
-    """Return who is ranked against each target; an item without a domain shares one with all such."""
-    known = np.arange(catalogue.num_ids) > 0
-    domain = catalogue.owned.get(pack.schema.scenario or "", known.astype(np.int64))
-    return Candidates(
-        domain,
+def rank_next_items(
+    mesh: Mesh, config: EvaluateConfig, system: System, trained: TrainConfig, pack: TaskPack, split: PackSplit
+) -> RankedSplit | None:
+    """Rank the targets of a split by the model, where it adapts also before it does, and by the baselines, unless they
+    are turned off; collective, None on other ranks than 0.
+    """
+    draw = candidate_draw(trained, pack)
+    catalogue = draw.catalogue
+    candidates = candidates_of(
+        catalogue,
+        domain_of(pack.schema),
         all_domains=config.candidates == "all",
         exclude_history=config.exclude_history is not False,
-        seed=config.seed,
     )
-
-
-def rank_next_items(
-    mesh: Mesh,
-    config: EvaluateConfig,
-    system: System,
-    trained: TrainConfig,
-    pack: TaskPack,
-    split: PackSplit,
-    rank_split: RankSplit,
-) -> RankedSplit | None:
-    """Rank the targets of a split by the model and, unless they are turned off, by the baselines; collective, None on
-    other ranks than 0.
-    """
-    catalogue = pack.catalogue()
-    candidates = candidates_of(config, pack, catalogue)
-    found = rank_split(
-        system,
-        split,
-        catalogue,
-        candidates=candidates,
-        tasks_per_batch=config.tasks_per_batch,
-        max_support_rows=trained.loader.max_support_rows,
-    )
-    if found is None:
+    candidates = replace(candidates, seed=config.seed)
+    variants = {MODEL: config.steps}
+    if next_item_learner(system).inner_loop is not None:
+        variants[BEFORE] = 0
+    ranks = {}
+    for name, steps in variants.items():
+        found = rank_split(
+            system,
+            split,
+            catalogue,
+            candidates,
+            tasks_per_batch=config.tasks_per_batch,
+            max_support_rows=trained.loader.max_support_rows,
+            draw=draw,
+            steps=steps,
+        )
+        if found is not None:
+            ranks[name] = found
+    if mesh.rank != 0:
         return None
-    ranks = {MODEL: found}
+    found = ranks[MODEL]
     if config.baselines:
         targets = Targets.of_split(split, catalogue.item).at_rows(found.row)
         train = pack.split("train").columns((catalogue.item,))
