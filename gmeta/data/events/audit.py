@@ -103,9 +103,12 @@ def mend_cold_tasks(counts: dict[str, Any]) -> None:
         sizes["cold_tasks"] = round(counts["audit"]["targets_of_new_users"].get(split, 0) / sizes["tasks"], 4)
 
 
-def audit_lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """Say what an audit found, warnings first."""
+def audit_lines(counts: Mapping[str, Any]) -> Iterator[str]:
+    """Say what an audit found, warnings first. `counts` are those of a pack's manifest."""
+    found = counts["audit"]
     yield from _warnings(found)
+    if "note" in counts:
+        yield counts["note"]
     several = sum(count for domains, count in found["users_by_domains"].items() if int(domains) > 1)
     yield (
         f"events: {found['events']:,} of {found['users']:,} users ({several:,} of several domains, "
@@ -117,12 +120,16 @@ def audit_lines(found: Mapping[str, Any]) -> Iterator[str]:
             f"left out by core {found['core']['core']}: {left['events']:,} events, {left['users']:,} users, "
             f"{left['items']:,} items"
         )
+    if counts.get("items_of_several_domains"):
+        yield (
+            f"ids that are in several domains, and mean another item in each: {counts['items_of_several_domains']:,}"
+        )
     for split, domains in found["targets"].items():
         told = [
             f"{domain or 'all'} {count:,} (cold {found['cold_targets'][split][domain]:,})"
             for domain, count in domains.items()
         ]
-        yield f"targets of {split}, cold: of an item that no training event has: {', '.join(told)}"
+        yield f"targets of {split} (cold: no training event has their item): {', '.join(told)}"
     if found["repeated_events"]:
         yield f"events whose user had their item before: {found['repeated_events']:,}"
     for split, count in found["targets_in_history"].items():
