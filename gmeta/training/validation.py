@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 from gmeta.config.train import NEXT_ITEM_METRICS
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
+from gmeta.evaluation.next_item import Places
 from gmeta.evaluation.rank_split import candidates_of, next_item_learner, rank_split
 from gmeta.evaluation.score import score_split, validation_metrics, watched_metric
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.training.run import Run
+
+_LOGGED = (*NEXT_ITEM_METRICS, "recall@50", "ndcg@50", "mrr@50")
 
 
 def validate(run: Run) -> bool:
@@ -36,7 +36,7 @@ def validate(run: Run) -> bool:
         cure = "take one of next items" if run.pack.schema.next_item else "(one class?): set schedule.metric to loss"
         run.log.say(f"{schedule.metric} is not defined on the valid split {cure}")
         return False
-    sign = -1 if schedule.metric in (*HIGHER_IS_BETTER, *NEXT_ITEM_METRICS) else 1
+    sign = -1 if schedule.metric in HIGHER_IS_BETTER else 1
     if math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best):
         progress.best, progress.best_step, progress.bad_validations = value, progress.step, 0
         return False
@@ -71,15 +71,6 @@ def _next_item_metrics(run: Run) -> dict[str, float]:
             steps=steps,
         )
         if ranks is not None:
-            found |= {f"{name}_{when}": value for name, value in _metrics_of(ranks.rank).items()}
-    return found
-
-
-def _metrics_of(rank: NDArray[np.int64]) -> dict[str, float]:
-    found = {}
-    for k in (10, 50):
-        hit = rank <= k
-        found[f"recall@{k}"] = float(hit.mean())
-        found[f"ndcg@{k}"] = float((hit / np.log2(rank + 1.0)).mean())
-        found[f"mrr@{k}"] = float((hit / rank).mean())
+            places = Places(ranks.rank, ranks.sampled_rank)
+            found |= {f"{name}_{when}": float(places.values(name).mean()) for name in _LOGGED}
     return found
