@@ -65,12 +65,12 @@ def _next_item_metrics(run: Run) -> dict[str, float]:
             system,
             pack.split("valid"),
             draw.catalogue,
-            candidates_of(draw.catalogue, domain_of(pack.schema)),
+            candidates_of(draw.catalogue, domain_of(pack.schema), sampled=False),
             max_support_rows=run.config.loader.max_support_rows,
             draw=draw,
             steps=steps,
         )
         if ranks is not None:
-            places = Places(ranks.rank, ranks.sampled_rank)
+            places = Places(ranks.rank, ranks.rank)
             found |= {f"{name}_{when}": float(places.values(name).mean()) for name in _LOGGED}
     return found
