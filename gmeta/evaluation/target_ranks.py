@@ -40,7 +40,7 @@ class TargetRanks:
     target: Ints  # [N], item id
     rank: Ints  # [N], from 1, among all candidates; ties count against the target
     candidates: Ints  # [N], how many were ranked, the target included
-    sampled_rank: Ints  # [N], among the target and `NUM_SAMPLED` others of its domain, or all where there are fewer; 0: not ranked so
+    sampled_rank: Ints  # [N], among the target and `NUM_SAMPLED` others of its domain, or all others; 0: not ranked so
     history: Ints  # [N], events in the history
     domains: Ints  # [N], distinct domains in the history
 
