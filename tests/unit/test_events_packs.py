@@ -109,6 +109,12 @@ def test_the_summary_says_what_the_audit_found(pack: TaskPack, capsys: pytest.Ca
     assert "nothing to rank by" not in told
 
 
+def test_a_pack_of_a_file_sorted_by_item_says_so_for_good(tmp_path: Path) -> None:
+    events = [event for u in range(12) for event in sequence(f"u{u}", " ".join(f"i{u + k:02d}" for k in range(5)))]
+    (warning,) = event_pack(tmp_path, events).warnings()
+    assert warning.startswith("the events are sorted by item id, not by time: 12 of 12 sequences of 4 events or more")
+
+
 def test_events_alone_need_a_user_and_an_item(tmp_path: Path) -> None:
     events = [*sequence("7", "a b c"), *sequence("8", "c b")]
     pack = event_pack(tmp_path, events)
