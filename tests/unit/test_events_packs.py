@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from commands import gmeta, train_words
+from commands import gmeta
 from event_packs import event_config, event_pack, quiet, sequence, told_tasks
 from packs import make_pack
 
@@ -218,15 +218,11 @@ def test_the_same_bytes_whatever_threads_files_and_formats(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_and_a_bundle_carry_the_catalogue(pack: TaskPack, tmp_path: Path) -> None:
-    words = train_words(pack.path, tmp_path / "run", "--loss", "bce", epochs=1)
-    gmeta(*words)
-    gmeta("bundle", "--run_dir", tmp_path / "run", "--out", tmp_path / "version")
-    expected = pack.catalogue()
-    for folder in (tmp_path / "run", tmp_path / "version"):
-        found = read_catalogue(folder / "vocab", pack.schema)
-        np.testing.assert_array_equal(found.count, expected.count)
-        np.testing.assert_array_equal(found.owned["title"], expected.owned["title"])
+def test_a_run_carries_the_catalogue(pack: TaskPack, tmp_path: Path) -> None:
+    gmeta("train", "--pack", pack.path, "--run_dir", tmp_path / "run", "--schedule.epochs", 1)
+    found, expected = read_catalogue(tmp_path / "run/vocab", pack.schema), pack.catalogue()
+    np.testing.assert_array_equal(found.count, expected.count)
+    np.testing.assert_array_equal(found.owned["title"], expected.owned["title"])
 
 
 def test_a_missing_or_damaged_catalogue_is_told(pack: TaskPack, tmp_path: Path) -> None:
