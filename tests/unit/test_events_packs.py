@@ -12,7 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from commands import gmeta, train_words
+from commands import gmeta
 from event_packs import event_config, event_pack, quiet, sequence, told_tasks
 from packs import make_pack
 
@@ -107,6 +107,12 @@ def test_the_summary_says_what_the_audit_found(pack: TaskPack, capsys: pytest.Ca
     assert "targets of test (cold: no training event has their item): Books 1 (cold 1), Films 2 (cold 2)" in told
     assert "12 of 3 users (1 of several domains, 0 of one event) and 7 items; the catalogue has 8 items" in told
     assert "nothing to rank by" not in told
+
+
+def test_a_pack_of_a_file_sorted_by_item_says_so_for_good(tmp_path: Path) -> None:
+    events = [event for u in range(12) for event in sequence(f"u{u}", " ".join(f"i{u + k:02d}" for k in range(5)))]
+    (warning,) = event_pack(tmp_path, events).warnings()
+    assert warning.startswith("the events are sorted by item id, not by time: 12 of 12 sequences of 4 events or more")
 
 
 def test_events_alone_need_a_user_and_an_item(tmp_path: Path) -> None:
@@ -212,15 +218,11 @@ def test_the_same_bytes_whatever_threads_files_and_formats(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_a_run_and_a_bundle_carry_the_catalogue(pack: TaskPack, tmp_path: Path) -> None:
-    words = train_words(pack.path, tmp_path / "run", "--loss", "bce", epochs=1)
-    gmeta(*words)
-    gmeta("bundle", "--run_dir", tmp_path / "run", "--out", tmp_path / "version")
-    expected = pack.catalogue()
-    for folder in (tmp_path / "run", tmp_path / "version"):
-        found = read_catalogue(folder / "vocab", pack.schema)
-        np.testing.assert_array_equal(found.count, expected.count)
-        np.testing.assert_array_equal(found.owned["title"], expected.owned["title"])
+def test_a_run_carries_the_catalogue(pack: TaskPack, tmp_path: Path) -> None:
+    gmeta("train", "--pack", pack.path, "--run_dir", tmp_path / "run", "--schedule.epochs", 1)
+    found, expected = read_catalogue(tmp_path / "run/vocab", pack.schema), pack.catalogue()
+    np.testing.assert_array_equal(found.count, expected.count)
+    np.testing.assert_array_equal(found.owned["title"], expected.owned["title"])
 
 
 def test_a_missing_or_damaged_catalogue_is_told(pack: TaskPack, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from gmeta.data.events.audit import audit_events, audit_lines
+from gmeta.data.events.audit import audit_events
 from gmeta.data.events.catalogue import make_catalogue
 from gmeta.data.events.core import keep_core
+from gmeta.data.events.findings import audit_lines
 from gmeta.data.events.hold_out import hold_out
 from gmeta.data.sources import Connection
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gmeta.data.events.audit import audit_lines
+from gmeta.data.events.findings import audit_lines
 from gmeta.data.order import bucket_by_size
 from gmeta.data.pack import SPLITS
 from gmeta.data.sources import Connection, literal, scalar
