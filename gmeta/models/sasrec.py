@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -59,10 +60,11 @@ class SASRec(nn.Module):
         x_t = dropout(event_t + position_t),   x = blocks(x),   state = norm(x),   score = state . item
 
     (Kang and McAuley, "Self-attentive sequential recommendation", ICDM 2018, arXiv 1808.09781, with norms before the
-    parts of a block, and GELU.) An event's vector is the sum of the embeddings of its features, an item's that of the
-    features that items own; texts are no such features. Events count from the oldest one that is read; those from
-    `positions` on share a vector. With `similarity` cosine both vectors have length 1, and their product is divided by
-    a learned temperature, which starts at `temperature`.
+    parts of a block, and GELU.) An item's vector is the sum of the embeddings of the features that items own, an
+    event's sqrt(d) times that of all its features: else the blocks' outputs would drown the last item from the start.
+    Texts are no such features. Events count from the oldest one that is read; those from `positions` on share a vector.
+    With `similarity` cosine both vectors have length 1, and their product is divided by a learned temperature, which
+    starts at `temperature`.
     """
 
     def __init__(
@@ -94,7 +96,8 @@ class SASRec(nn.Module):
 
     def states(self, events: dict[str, Tensor], sequences: Sequences) -> Tensor:
         """Return the state of each event, [N, d], from the embeddings of its features, [N, d] each."""
-        found: Tensor = self.reader(with_prompt(sum_of(events, self.features), events), sequences)
+        x = sum_of(events, self.features) * math.sqrt(self.width)
+        found: Tensor = self.reader(with_prompt(x, events), sequences)
         return found
 
     def items(self, items: dict[str, Tensor]) -> Tensor:
