@@ -74,8 +74,8 @@ class SASRec(nn.Module):
         blocks: int = 2,
         heads: int = 2,
         positions: int = 50,
-        dropout: float = 0.2,
-        similarity: Similarity = "dot",
+        dropout: float = 0.3,
+        similarity: Similarity = "cosine",
         temperature: float = 0.07,
     ) -> None:
         super().__init__()
