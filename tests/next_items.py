@@ -32,11 +32,19 @@ def event_rows(users: int = 40, events: int = 9, seed: int = 0) -> dict[str, lis
     return rows
 
 
+def timed(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Events with times of their own, in which the domains of a user mix."""
+    order = np.random.default_rng(5).permutation(len(rows["user"]))
+    return {**rows, "time": (1000 + order).tolist()}
+
+
 def next_item_pack(folder: Path, rows: dict[str, list[Any]] | None = None, **settings: Any) -> Path:
     """The pack of such events."""
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(rows or event_rows()), folder / "events.parquet")
-    (folder / "events.yaml").write_text("user: user\nitem: item\ndomain: domain\ntext: title\n")
+    rows = rows or event_rows()
+    pq.write_table(pa.table(rows), folder / "events.parquet")
+    names = {"user": "user", "item": "item", "domain": "domain", "text": "title", "time": "time"}
+    (folder / "events.yaml").write_text("".join(f"{key}: {name}\n" for key, name in names.items() if name in rows))
     out = folder / "pack"
     config = PrepareConfig(
         input=[str(folder / "events.parquet")], events=str(folder / "events.yaml"), out=str(out), **settings
