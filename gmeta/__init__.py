@@ -4,7 +4,6 @@
     with gmeta.Trainer("train.yaml") as trainer: ...       # a loop of your own
     rec = gmeta.load(run)                                  # adapt to examples, score candidates
     scores = rec.adapt(support).predict(candidates)
-    found = gmeta.NextItems.open(run).recommend(events)    # of a run on next items
 
 Names are imported when they are first used, so that `import gmeta` costs nothing.
 """
@@ -29,14 +28,12 @@ if TYPE_CHECKING:
     from gmeta.models.inputs import InputSpec
     from gmeta.optim.sparse import SparseOptimizer
     from gmeta.parallel.mesh import close_mesh, open_mesh
-    from gmeta.recommender.next_items import NextItems
     from gmeta.recommender.recommender import AdaptedTasks, Recommender, load
     from gmeta.training.trainer import Trainer, train
 
 _HOMES = {
     "gmeta.training.trainer": ("Trainer", "train"),
     "gmeta.recommender.recommender": ("AdaptedTasks", "Recommender", "load"),
-    "gmeta.recommender.next_items": ("NextItems",),
     "gmeta.models.inputs": ("InputSpec",),
     "gmeta.config.train": ("TrainConfig",),
     "gmeta.data.pack": ("PackWriter", "open_pack", "verify_pack"),
@@ -60,7 +57,6 @@ __all__ = [
     "InnerLoop",
     "InputSpec",
     "MetaLearner",
-    "NextItems",
     "NumericColumn",
     "PackSchema",
     "PackWriter",

@@ -1,4 +1,4 @@
-"""`gmeta.NextItems`: a trained run that finds next items, as an object that recommends items to users by their events.
+"""`NextItems`: a trained run that finds next items, as an object that recommends items to users by their events.
 
 Every use of such a run goes through it: `gmeta recommend`, `POST /v1/recommend`, the smoke sample of a bundle.
 """
@@ -6,7 +6,7 @@ Every use of such a run goes through it: `gmeta recommend`, `POST /v1/recommend`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +30,20 @@ from gmeta.data.sources import Connection, RawPart, described
 from gmeta.data.tables import TableLike, as_arrow
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
+from gmeta.recommender.approximate import FaissShelf
 from gmeta.recommender.build import domain_of, load_system, version_of
 from gmeta.recommender.catalogue_vectors import next_item_learner, user_vectors, vectors_of_items
 from gmeta.recommender.item_names import ItemNames
 from gmeta.recommender.recommender import open_trained
-from gmeta.recommender.top_items import SHELVES, IndexKind, Shelf, TopItems, shelves_of
+from gmeta.recommender.top_items import ExactShelf, Shelf, TopItems, shelves_of
 from gmeta.runs.data import require_own_vocabularies
 from gmeta.runs.directory import read_schema
 from gmeta.runs.registry import CACHE
 
 Ints = NDArray[np.int64]
 CandidateSet = Literal["domain", "all"]
+IndexKind = Literal["exact", "faiss"]
+_SHELVES: Mapping[IndexKind, Callable[[Ints, Tensor], Shelf]] = {"exact": ExactShelf, "faiss": FaissShelf}
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,11 @@ class NextItems:
         return int(self._listed.sum())
 
     @property
+    def domains(self) -> list[str]:
+        """Return the domains that the run knows."""
+        return self._names.domains[1:]
+
+    @property
     def reads_texts(self) -> bool:
         """Say whether the model can tell an item that it never saw by its text."""
         return self._text is not None and hasattr(self.system.objective.model, "add_texts")
@@ -227,11 +235,11 @@ class NextItems:
         domain.
         """
         by_domain = self._names.has_domains and (domain is not None or candidates == "domain")
-        if domain is not None and domain not in self._names.domains[1:]:
+        if domain is not None and domain not in self.domains:
             raise ValueError(f"domain is {domain!r}, which the run does not know: {self._domain_hint(domain)}")
         key = index, by_domain
         if key not in self._shelves:
-            make = SHELVES[index]
+            make = _SHELVES[index]
             found = shelves_of(self._names.domain, self._listed, by_domain=by_domain)
             self._shelves[key] = {number: make(ids, self._all_vectors()) for number, ids in found}
         shelves = self._shelves[key]
@@ -331,7 +339,7 @@ class NextItems:
         return np.array([known.get(name or "", -1) for name in names], np.int64)
 
     def _domain_hint(self, name: str | None) -> str:
-        return nearest(name or "", self._names.domains[1:])
+        return nearest(name or "", self.domains)
 
     def _learn_unknown(self, raw: RawEvents, places: Ints) -> None:
         """Add the items of unknown events that have a text, for histories alone."""

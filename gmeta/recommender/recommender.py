@@ -114,8 +114,8 @@ class Recommender:
     ) -> None:
         if read_schema(source)[0].next_item:
             raise ValueError(
-                f"{source} finds next items and scores no examples: open it with gmeta.NextItems.open, or use "
-                "gmeta recommend"
+                f"{source} finds next items and scores no examples: use gmeta recommend, or from Python "
+                "NextItems.open of gmeta.recommender.next_items"
             )
         require_own_vocabularies(source)
         self.source = source

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -95,7 +95,3 @@ def shelves_of(domain: Ints, listed: NDArray[np.bool_], *, by_domain: bool) -> I
         return
     for number in np.unique(domain[items]).tolist():
         yield number, items[domain[items] == number]
-
-
-IndexKind = Literal["exact"]
-SHELVES: Mapping[IndexKind, Callable[[Ints, Tensor], Shelf]] = {"exact": ExactShelf}

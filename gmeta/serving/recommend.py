@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,10 +27,13 @@ from gmeta.data.prepare.direct import text_of
 from gmeta.data.prepare.parts import limit_errors
 from gmeta.data.prepare.summary import Report, console_report
 from gmeta.data.sources import CSV, PARQUET, Connection, confine, find_files, open_file, open_files
+from gmeta.recommender.approximate import recall
 from gmeta.recommender.next_items import Histories, NextItems
-from gmeta.recommender.top_items import Shelf
+from gmeta.recommender.top_items import Shelf, TopItems
 
 _SHOWN = 5
+_COMPARED = 1000
+"""Of so many users the lists of an approximate index are compared with the exact ones."""
 
 
 def recommend(config: RecommendConfig) -> int:
@@ -72,11 +76,15 @@ class _Recommending:
         self._num_users = self._num_events = self._unknown = self._rows = 0
         self._without: list[str] = []
         self._num_without = 0
+        self._exact: dict[int, Shelf] = {}
+        self._compared = self._found = self._wanted = 0  # users, and items of their exact lists
 
     def all(self, reader: EventReader) -> list[str]:
         """Write the files; return what is to be said."""
         config, run = self._config, self._run
         shelves = run.shelves(config.domain, config.candidates, config.index) if config.out is not None else {}
+        if config.out is not None and config.index != "exact":
+            self._exact = run.shelves(config.domain, config.candidates)
         with ExitStack() as stack:
             out = stack.enter_context(_table_file(config.out))
             vectors = stack.enter_context(_table_file(config.user_vectors))
@@ -100,10 +108,23 @@ class _Recommending:
 
     def _lists(self, histories: Histories, known: Histories, shelves: dict[int, Shelf]) -> Iterator[pa.Table]:
         config, run = self._config, self._run
-        yield run.table_of(run.best(known, config.k, shelves, config.exclude_history), known.users)
+        best = run.best(known, config.k, shelves, config.exclude_history)
+        if self._exact and (first := min(_COMPARED - self._compared, len(known.users))):
+            self._compare(known.where(np.arange(len(known.users)) < first), best)
+        yield run.table_of(best, known.users)
         if config.popular_for_unknown:
             unknown = histories.where(histories.length == 0)
             yield run.popular(unknown.users, config.k, shelves)
+
+    def _compare(self, some: Histories, best: Sequence[TopItems]) -> None:
+        """Count what of the exact lists of the first users was found."""
+        exact = self._run.best(some, self._config.k, self._exact, self._config.exclude_history)
+        for mine, theirs in zip(best, exact, strict=True):
+            first = TopItems(mine.item[: len(some.users)], mine.score[: len(some.users)])
+            found, wanted = recall(first, theirs)
+            self._found += found
+            self._wanted += wanted
+        self._compared += len(some.users)
 
     def _count(self, histories: Histories) -> None:
         self._num_users += len(histories.users)
@@ -126,6 +147,9 @@ class _Recommending:
         most = max((len(shelf.ids) for shelf in shelves.values()), default=0)
         if shelves and config.k > most:
             yield f"k is {config.k:,}, more than the {most:,} items that there are: users get all of them"
+        if self._wanted:
+            share = self._found / self._wanted
+            yield f"index {config.index} found {share:.4f} of the exact lists of {self._compared:,} users"
         if config.out is not None:
             yield f"{self._rows:,} recommendations by {run.version}: {config.out}"
         if config.item_vectors is not None:
