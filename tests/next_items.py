@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import gmeta
 from gmeta.config.data import PrepareConfig
 from gmeta.data.prepare.prepare import prepare
 
@@ -51,3 +52,12 @@ def next_item_pack(folder: Path, rows: dict[str, list[Any]] | None = None, **set
     )
     prepare(config, report=lambda *_: None)
     return out
+
+
+def next_item_run(pack: Path, run_dir: Path, *, most: int = 6, **model: Any) -> Path:
+    """A run on a pack, of two epochs, whose users read their last `most` events."""
+    values = {"name": "sasrec", "embedding_dim": 8, "args": {"heads": 2, "blocks": 1, "positions": 8}}
+    config = {"pack": str(pack), "run_dir": str(run_dir), "model": {**values, **model}, "meta": {"adapt": []}}
+    config |= {"schedule": {"epochs": 2}, "loader": {"tasks_per_batch": 20, "max_support_rows": most}}
+    config |= {"embedding": {"init_std": 0.5}}
+    return gmeta.train(config).path

@@ -35,6 +35,8 @@ class FaissShelf:
 
     def top(self, users: Tensor, k: int, out: tuple[Tensor, Tensor]) -> TopItems:
         """Return about the k best items: so many more are asked for as the user with the most leaves out."""
+        if not len(users):
+            return TopItems(torch.zeros(0, 0, dtype=torch.int64), users[:, :0])
         user, item = (part.cpu().numpy() for part in out)
         place = np.minimum(np.searchsorted(self.ids, item), len(self.ids) - 1)
         here = self.ids[place] == item

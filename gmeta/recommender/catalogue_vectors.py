@@ -55,7 +55,7 @@ def vectors_of_items(system: System, catalogue: Catalogue, schema: PackSchema, i
 def user_vectors(
     system: System, catalogue: Catalogue, schema: PackSchema, items: NDArray[np.int64], length: NDArray[np.int64]
 ) -> Tensor:
-    """Return the state [U, d] after the last event of each history, zeros of an empty one.
+    """Return the state [U, d] after the last event of each history, zeros of an empty one; there is one at least.
 
     Histories lie behind each other: `items` [N] has their item ids, the oldest event first, and `length` [U] says how
     many each has.

@@ -182,7 +182,7 @@ class NextItems:
         scores.
         """
         ids = np.flatnonzero(self._listed)
-        return self._named(ids).append_column("vector", _lists(self._all_vectors()[ids]))
+        return self._named(ids).append_column("vector", _lists(self._all_vectors()[torch.from_numpy(ids)]))
 
     # ------------------------------------------------------------------------------------------ what others build on
 
@@ -259,6 +259,8 @@ class NextItems:
 
     def vectors(self, histories: Histories) -> Tensor:
         """Return the vector of each user, [U, d]. ValueError for one that is not finite."""
+        if not histories.users:
+            return vectors_of_items(self.system, self._catalogue, self.schema, np.array([1]))[:0]
         most, ends = self.config.loader.max_support_rows, np.cumsum(histories.length)
         length = np.minimum(histories.length, most) if most else histories.length
         items = histories.items[ranges(ends - length, length)]

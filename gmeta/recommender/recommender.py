@@ -35,7 +35,7 @@ from gmeta.recommender.mapped import MappedRows
 from gmeta.recommender.model_texts import ModelTexts
 from gmeta.runs import checkpoint as checkpoints
 from gmeta.runs.bundle import is_bundle
-from gmeta.runs.data import require_clicks, require_own_vocabularies
+from gmeta.runs.data import require_clicks, require_own_vocabularies, require_scores
 from gmeta.runs.directory import read_schema, read_settings
 from gmeta.runs.registry import CACHE, fetch_named
 
@@ -112,11 +112,7 @@ class Recommender:
         mesh: Mesh,
         mapped: bool = False,
     ) -> None:
-        if read_schema(source)[0].next_item:
-            raise ValueError(
-                f"{source} finds next items and scores no examples: use gmeta recommend, or from Python "
-                "NextItems.open of gmeta.recommender.next_items"
-            )
+        require_scores(source)
         require_own_vocabularies(source)
         self.source = source
         self.system, self.config, step = load_system(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 import torch
 from commands import fails
 from commands import gmeta as command
-from next_items import ITEMS, event_rows, next_item_pack, timed
+from next_items import ITEMS, event_rows, next_item_pack, next_item_run, timed
+from packs import make_pack
 
 import gmeta
 from gmeta.config.delivery import BundleConfig
@@ -30,14 +32,6 @@ MOST = 6
 """Events that the run reads of a history."""
 
 
-def train(pack: Path, run_dir: Path, **model: Any) -> Path:
-    values = {"name": "sasrec", "embedding_dim": 8, "args": {"heads": 2, "blocks": 1, "positions": 8}}
-    config = {"pack": str(pack), "run_dir": str(run_dir), "model": {**values, **model}, "meta": {"adapt": []}}
-    config |= {"schedule": {"epochs": 2}, "loader": {"tasks_per_batch": 20, "max_support_rows": MOST}}
-    config |= {"embedding": {"init_std": 0.5}}
-    return gmeta.train(config).path
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recommend")
@@ -45,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    return train(next_item_pack(folder, timed(event_rows())), folder / "run")
+    return next_item_run(next_item_pack(folder, timed(event_rows())), folder / "run", most=MOST)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +183,27 @@ def test_users_domain_history_and_k(rec: NextItems, run: Path, events: Path, tmp
     assert popular["score"].null_count == 4
 
 
+@pytest.mark.parametrize("index", ["exact", "faiss"])
+def test_users_of_whom_nothing_is_known_alone(run: Path, tmp_path: Path, index: str, capsys: Any) -> None:
+    if index == "faiss":
+        pytest.importorskip("faiss", reason="needs faiss: pip install 'gmeta[faiss]'")
+    strange = {"user": ["x", "y"], "item": ["b77", "b78"], "domain": ["books"] * 2, "time": [1, 2]}
+    pq.write_table(pa.table(strange), tmp_path / "events.parquet")
+    out = [tmp_path / "recs.parquet", tmp_path / "users.parquet"]
+    words = ["--out", out[0], "--user_vectors", out[1], "--index", index, "--device", "cpu"]
+    command("recommend", "--run_dir", run, "--events", tmp_path / "events.parquet", *words)
+    assert "2 users without a known event are left out: 'x', 'y'" in capsys.readouterr().out
+    assert pq.read_table(out[0]).num_rows == pq.read_table(out[1]).num_rows == 0
+
+
+def test_a_lost_catalogue_is_told_of(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "vocab/catalogue.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"catalogue.parquet is missing or damaged .* copy it again from the pack"):
+        NextItems.open(copy)
+
+
 def test_unknown_items_are_left_out_and_counted(rec: NextItems) -> None:
     known = {"user": ["a"] * 3, "item": ["b1", "t2", "b3"], "domain": ["books", "toys", "books"], "time": [3, 1, 2]}
     more = {
@@ -304,8 +319,9 @@ def test_what_cannot_be_used_is_refused(run: Path, rec: NextItems, events: Path,
 def test_a_run_of_the_other_kind_names_what_to_use(run: Path, tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(ValueError, match=r"finds next items and scores no examples: use gmeta recommend"):
         gmeta.load(run)
-    fails(["predict", "--run_dir", run, "--support", "a.csv", "--query", "b.csv", "--out", "c.csv"], capsys)
-    from packs import make_pack
+    words = ["--support", run.parent / "events.parquet", "--query", run.parent / "events.parquet"]
+    fails(["predict", "--run_dir", run, *words, "--out", tmp_path / "c.csv"], capsys, "use gmeta recommend")
+    fails(["export", "--run_dir", run, "--out", tmp_path / "exported"], capsys, "use gmeta recommend")
 
     make_pack(tmp_path / "pack")
     config = {"pack": str(tmp_path / "pack"), "run_dir": str(tmp_path / "run"), "schedule": {"epochs": 1}}
