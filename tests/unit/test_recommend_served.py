@@ -82,7 +82,7 @@ def test_each_user_has_its_own_k_and_domain(bundle: Path) -> None:
     domains = [[item["domain"] for item in user["items"]] for user in found["users"]]
     assert domains == [["books"] * 2 + ["toys"] * 2, ["toys"] * 4, [], ["toys"]]
     both, toys = found["users"][0]["items"], found["users"][1]["items"]
-    assert both[2:] == toys[:2]
+    assert [item["item"] for item in both[2:]] == [item["item"] for item in toys[:2]]
     assert not {"b1", "t2"} & {item["item"] for item in both + toys}
 
 
@@ -144,6 +144,36 @@ def test_routes_of_the_other_kind_say_what_to_ask(bundle: Path, tmp_path: Path) 
 
     with_client(bundle, of_next_items)
     with_client(make_version(tmp_path, "one"), of_scores)
+
+
+def test_events_without_domains_and_times_count_in_their_order(tmp_path: Path) -> None:
+    rows = {name: values for name, values in event_rows().items() if name in ("user", "item")}
+    run = next_item_run(next_item_pack(tmp_path, rows), tmp_path / "run")
+    bundle = make_bundle(BundleConfig(run_dir=str(run), out=str(tmp_path / "bundle"))).path
+    rec = NextItems.open(bundle, device="cpu")
+
+    found = rec.recommend(rows, k=3)
+
+    assert found.column_names == ["user", "rank", "item", "score"]
+    assert rec.item_vectors().column_names == ["item", "vector"]
+    last = dict(zip(rows["user"], rows["item"], strict=True))
+    histories = rec.histories(rows)
+    ends = rec._names.names(histories.items[np.cumsum(histories.length) - 1]).to_pylist()
+    assert dict(zip(histories.users, ends, strict=True)) == last
+
+    body = {
+        "users": [
+            {"user": "u1", "k": 3, "events": [{"item": i} for u, i in zip(*rows.values(), strict=True) if u == "u1"]}
+        ]
+    }
+    timed_body = {"users": [{"user": "u1", "events": [{"item": "b1", "time": 1}]}]}
+    answer, refused = asked(bundle, body, timed_body)
+    mine = found.filter(pa.compute.equal(found["user"], "u1"))["item"].to_pylist()
+    assert [item["item"] for item in answer.json()["users"][0]["items"]] == mine
+    assert refused.json()["error"]["code"] == "invalid_time"
+    assert "the run's events had none" in refused.json()["error"]["message"]
+    with pytest.raises(ValueError, match="domain is 'books', which the run does not know: there is: none"):
+        rec.recommend(rows, domain="books")
 
 
 def test_tokens_guard_it(bundle: Path) -> None:
