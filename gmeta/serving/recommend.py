@@ -33,7 +33,7 @@ from gmeta.recommender.top_items import Shelf, TopItems
 
 _SHOWN = 5
 _COMPARED = 1000
-"""Of so many users the lists of an approximate index are compared with the exact ones."""
+"""The lists of so many users by an approximate index are compared with the exact ones."""
 
 
 def recommend(config: RecommendConfig) -> int:
@@ -59,7 +59,7 @@ def recommend(config: RecommendConfig) -> int:
         if items is not None:
             raw = read_raw_items(con, items, run.columns)
             added = run.add(raw)
-            print(f"items: {added:,} new ones, {len(raw.item) - added:,} rows of known ones")
+            print(f"new items: {added:,}; rows of known ones: {len(raw.item) - added:,}")
         tell("reading events", 0, 1)
         reader = EventReader(con, opened, run.columns, _users(config, con, of_users, run))
         found = _Recommending(config, run, tell).all(reader)
@@ -137,13 +137,13 @@ class _Recommending:
     def _told(self, shelves: dict[int, Shelf]) -> Iterator[str]:
         config, run = self._config, self._run
         yield (
-            f"{self._num_users:,} users with {self._num_events:,} known events; "
-            f"{self._unknown:,} events of unknown items left out"
+            f"users: {self._num_users:,}, with {self._num_events:,} known events; events of unknown items, left out: "
+            f"{self._unknown:,}"
         )
         if self._num_without:
             named = ", ".join(map(repr, self._without)) + (" …" if self._num_without > len(self._without) else "")
-            what = "got the most popular items" if config.popular_for_unknown else "are left out"
-            yield f"{self._num_without:,} users without a known event {what}: {named}"
+            what = "given the most popular items" if config.popular_for_unknown else "left out"
+            yield f"users without a known event, {what}: {self._num_without:,} ({named})"
         most = max((len(shelf.ids) for shelf in shelves.values()), default=0)
         if shelves and config.k > most:
             yield f"k is {config.k:,}, more than the {most:,} items that there are: users get all of them"
@@ -151,11 +151,11 @@ class _Recommending:
             share = self._found / self._wanted
             yield f"index {config.index} found {share:.4f} of the exact lists of {self._compared:,} users"
         if config.out is not None:
-            yield f"{self._rows:,} recommendations by {run.version}: {config.out}"
+            yield f"recommendations by {run.version}: {self._rows:,}, in {config.out}"
         if config.item_vectors is not None:
-            yield f"{run.num_items:,} vectors of items: {config.item_vectors}"
+            yield f"vectors of items: {run.num_items:,}, in {config.item_vectors}"
         if config.user_vectors is not None:
-            yield f"{self._num_users - self._num_without:,} vectors of users: {config.user_vectors}"
+            yield f"vectors of users: {self._num_users - self._num_without:,}, in {config.user_vectors}"
 
 
 class _TableFile:

@@ -162,7 +162,7 @@ def test_users_domain_history_and_k(rec: NextItems, run: Path, events: Path, tmp
     command(*words, "--users", "u3,u1,nobody", "--domain", "toys", "--exclude_history", "false", "--k", 99)
 
     told = capsys.readouterr().out
-    assert "1 users without a known event are left out: 'nobody'" in told
+    assert "users without a known event, left out: 1 ('nobody')" in told
     assert "k is 99, more than the 12 items" in told
     found = pq.read_table(out)
     assert found["user"].to_pylist() == ["u1"] * ITEMS + ["u3"] * ITEMS
@@ -192,7 +192,7 @@ def test_users_of_whom_nothing_is_known_alone(run: Path, tmp_path: Path, index: 
     out = [tmp_path / "recs.parquet", tmp_path / "users.parquet"]
     words = ["--out", out[0], "--user_vectors", out[1], "--index", index, "--device", "cpu"]
     command("recommend", "--run_dir", run, "--events", tmp_path / "events.parquet", *words)
-    assert "2 users without a known event are left out: 'x', 'y'" in capsys.readouterr().out
+    assert "users without a known event, left out: 2 ('x', 'y')" in capsys.readouterr().out
     assert pq.read_table(out[0]).num_rows == pq.read_table(out[1]).num_rows == 0
 
 
