@@ -34,12 +34,12 @@ class PrepareConfig:
     core: int | None = None
     """For events: users and items with fewer events are left out, over all domains together, until none is. 0 when
     unset: all stay."""
-    holdout: str | None = None
+    holdout: str | int | None = None
     """Which events are targets. leave_one_out, when unset: of each user and domain the last one is of split test, the
     one before of valid. A time, as a number in the unit of the time column, or a date such as 2024-11-03: events from
     it on, the first half of them of valid."""
-    domains: list[str] = field(default_factory=list)
-    """For events: the domains that are kept, such as '[Beauty, Toys]'. Unset: all."""
+    domains: list[str] | str = field(default_factory=list)
+    """For events: the domain that is kept, or a list of them: [Beauty, Toys]. Unset: all."""
     dataset: str | None = None
     """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu; of events amazon-3domain or
     amazon-office."""
@@ -106,6 +106,11 @@ class PrepareConfig:
     def inputs(self) -> list[str]:
         """Return `input` as a list."""
         return [self.input] if isinstance(self.input, str) else self.input
+
+    @property
+    def kept_domains(self) -> list[str]:
+        """Return `domains` as a list."""
+        return [self.domains] if isinstance(self.domains, str) else self.domains
 
     def __post_init__(self) -> None:
         require_numbers(self)

@@ -85,6 +85,10 @@ class EvaluateConfig:
     relevant_label: float | None = None
     """Ratings of at least this are relevant, which precision, recall, hit rate, MAP and MRR at k need to know. Clicks
     need no such label."""
+    candidates: Literal["domain", "all"] | None = None
+    """The items that a target of a next-item run is ranked among: those of its domain or all; domain when unset."""
+    exclude_history: bool | None = None
+    """Leave the items of the history out of the ranking of a next-item run; true when unset."""
     baseline_settings: str | None = None
     """File baselines.json, made by `gmeta tune --baselines true` on this pack: the settings of factor-analysis, and of
     plain-finetuned where it was tuned."""
@@ -93,7 +97,7 @@ class EvaluateConfig:
     tasks_per_batch: int = 256
     """Tasks scored at a time, over all ranks."""
     seed: int = 0
-    """Seed of the bootstrap."""
+    """Seed of the bootstrap, and of a next-item run's sampled candidates."""
     trust_model: bool = False
     """Import the code of a model that is not gmeta's own, as the run names it; without it such a run is refused."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

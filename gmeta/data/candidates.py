@@ -20,6 +20,7 @@ from gmeta.data.schema import OOV, Feature, PackSchema
 LOG_CHANCE = "log_chance"
 """What examples carry where items are not drawn alike: the logarithm of an item's share of the draws, [..., 1]."""
 Draw = Literal["uniform", "popularity"]
+_AFTER_TRAINING = (1 << 31) - 1  # an epoch that no training reaches
 
 
 class CandidateDraw:
@@ -57,8 +58,14 @@ class CandidateDraw:
 
     def __call__(self, batch: TaskBatch) -> TaskBatch:
         """Return the batch with its candidates, and with what the draw's chances are where they differ."""
-        shared = catalogue_examples(self.catalogue, self.drawn(batch.epoch, batch.index), self.schema)
-        batch = replace(batch, shared=shared)
+        return self._beside(batch, self.drawn(batch.epoch, batch.index))
+
+    def after_training(self, batch: TaskBatch) -> TaskBatch:
+        """Return the batch with the candidates that users adapt to after training, whatever batch they are in."""
+        return self._beside(batch, self.drawn(_AFTER_TRAINING, 0))
+
+    def _beside(self, batch: TaskBatch, items: NDArray[np.int64]) -> TaskBatch:
+        batch = replace(batch, shared=catalogue_examples(self.catalogue, items, self.schema))
         return batch if self._log_chance is None else self._with_chances(batch)
 
     def drawn(self, epoch: int, index: int) -> NDArray[np.int64]:

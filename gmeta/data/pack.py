@@ -26,6 +26,7 @@ import xxhash
 
 from gmeta.core.files import sync, sync_folders
 from gmeta.data.catalogue import Catalogue, catalogue_file, read_catalogue
+from gmeta.data.events.findings import audit_warnings
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
 from gmeta.data.item_vectors import array_name, open_item_vectors
 from gmeta.data.schema import Feature, PackSchema, data_schema_from_json, pack_schema_from_json
@@ -490,13 +491,15 @@ class TaskPack:
         ]
 
     def warnings(self) -> list[str]:
-        """Say what makes every metric on this pack too good; nothing where `prepare` found nothing."""
+        """Say what makes every metric on this pack too good, or wrong; nothing where `prepare` found nothing."""
+        found = list(audit_warnings(self.manifest["counts"]))
         both = self.manifest["counts"].get("rows_on_both_sides")
         if both is None:
-            return []
+            return found
         return [
+            *found,
             f"{both['rows']:,} query rows of {both['tasks']:,} tasks of the pack are in the support too, "
-            "label and all, which makes metrics too good"
+            "label and all, which makes metrics too good",
         ]
 
     def tasks_checksum(self) -> str:

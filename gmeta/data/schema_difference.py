@@ -44,7 +44,7 @@ def schema_difference(ours: PackSchema, theirs: PackSchema) -> list[str]:
     lines += _columns_difference(ours.vector, theirs.vector, "vector")
     lines += [
         f"{field} is {getattr(theirs, field)!r}, expected {getattr(ours, field)!r}"
-        for field in ("task", "item", "label", "binary_label", "weight")
+        for field in ("task", "item", "label", "binary_label", "weight", "next_item", "catalogue")
         if getattr(ours, field) != getattr(theirs, field)
     ]
     if ours.encoding != theirs.encoding:

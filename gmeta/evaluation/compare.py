@@ -23,12 +23,15 @@ from gmeta.core.files import make_folder, write_text
 from gmeta.data.sources import only_file, reading
 from gmeta.evaluation import charts
 from gmeta.evaluation.charts import Points
+from gmeta.evaluation.compare_next_item import RANK_COLUMNS, compare_places, read_places, read_ranked_rows
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER, LABEL_MARK, NO_INTERVAL, Bootstrap, make_rows
+from gmeta.evaluation.next_item import MODEL, NEXT_ITEM, RANKED_AMONG
 from gmeta.evaluation.pages import badge, figure, metric_name, page, row_cells, stacked, variant_table
 from gmeta.evaluation.predictions import PREDICTIONS_FILE, RANKING_SUFFIX
 from gmeta.evaluation.score import Floats, Ints
 from gmeta.evaluation.slices import (
+    SCENARIO,
     Scenarios,
     cells_of,
     estimate_fields,
@@ -49,11 +52,12 @@ class _Run:
     name: str
     file: Path
     variant: str  # after adaptation, or before where the run adapts nothing
-    loss: str
+    loss: str  # empty of a next-item run
     step: str
     columns: tuple[str, ...]
     scenarios: tuple[str, ...]  # those that have a slice of their own
     labels: dict[str, str]  # the losses of several labels by name; empty: there is one
+    among: tuple[tuple[str, str], ...]  # who was ranked, of a next-item run; empty for one that scores rows
 
     def of_label(self, name: str) -> _Run:
         """Return the same run, whose variant is of one of several labels."""
@@ -70,13 +74,15 @@ def compare(config: CompareConfig) -> int:
     """
     runs = _open_runs(config.runs)
     binary = all(loss == "bce" for run in runs for loss in (*run.labels.values(), run.loss))
-    if binary and config.relevant_label is not None:
-        raise ValueError(
-            f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
-        )
+    ranked = bool(runs[0].among)
+    if (binary or ranked) and config.relevant_label is not None:
+        of = "next items" if ranked else "clicks"
+        which = "each target is the relevant one" if ranked else "those labelled 1 are"
+        raise ValueError(f"relevant_label is {config.relevant_label:g}: it is for ratings, of {of} {which}")
     for other in runs[1:]:
+        _require_same_ranking(runs[0], other)
         _require_same_rows(runs[0], other)
-    document = _comparison(config, runs, binary)
+    document = _of_ranks(config, runs) if ranked else _comparison(config, runs, binary)
     _print(document)
     if config.out is not None:
         folder = make_folder("out", config.out)
@@ -106,16 +112,32 @@ def _open_run(name: str, given: str) -> _Run:
         schema = pq.read_schema(file)
         told = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
         variants = json.loads(told["variants"])
-        variant = "after" if "after" in variants else "before"
+        among = tuple((key, told[key]) for key in RANKED_AMONG) if told.get("objective") == NEXT_ITEM else ()
+        variant = MODEL if among else "after" if "after" in variants else "before"
         scenarios, labels = tuple(json.loads(told.get("scenarios", "[]"))), json.loads(told.get("labels", "{}"))
-        run = _Run(name, file, variant, told["loss"], told["step"], tuple(schema.names), scenarios, labels)
+        loss = "" if among else told["loss"]
+        run = _Run(name, file, variant, loss, told["step"], tuple(schema.names), scenarios, labels, among)
         needed = {f"{column}{LABEL_MARK}{label}" for column in ("label", variant) for label in labels}
-        lacking = {"task", "row", *(needed or ("label", variant))} - set(run.columns)
+        lacking = {"task", "row", *(RANK_COLUMNS if among else needed or ("label", variant))} - set(run.columns)
     except (pa.ArrowInvalid, KeyError, ValueError) as error:
         raise ValueError(f"{file} is damaged, or of an earlier release ({error}): run `gmeta evaluate` again") from None
     if lacking:
         raise ValueError(f"{file} lacks the column {sorted(lacking)[0]!r}: run `gmeta evaluate` again")
     return run
+
+
+def _require_same_ranking(first: _Run, other: _Run) -> None:
+    """Raise ValueError unless both runs score rows, or both ranked targets among the same candidates."""
+    if bool(first.among) != bool(other.among):
+        ranking, scoring = (first, other) if first.among else (other, first)
+        raise ValueError(f"{ranking.name} ranks next items, {scoring.name} scores rows: compare runs of one kind")
+    for (name, ours), (_, theirs) in zip(first.among, other.among, strict=True):
+        if ours != theirs:
+            option = "seed" if name == "sample_seed" else name
+            raise ValueError(
+                f"{other.name} ranked with {option} {theirs}, {first.name} with {ours}: run `gmeta evaluate` on both "
+                f"with the same --{option}"
+            )
 
 
 def _require_same_rows(first: _Run, other: _Run) -> None:
@@ -150,6 +172,7 @@ def _rows_only_in(con: duckdb.DuckDBPyConnection, run: _Run, other: _Run) -> tup
         "task": "VARCHAR",
         "item": "VARCHAR",
         "row": "BIGINT",
+        "candidates": "BIGINT",
         **dict.fromkeys(labels, "DOUBLE"),
         "weight": "DOUBLE",
     }
@@ -231,6 +254,17 @@ def _comparison(config: CompareConfig, runs: Sequence[_Run], binary: bool) -> Js
     return named | {"notes": [f"{name}: {note}" for name, one in found.items() for note in one["notes"]]}
 
 
+def _of_ranks(config: CompareConfig, runs: Sequence[_Run]) -> Json:
+    """Return the content of comparison.json of next-item runs."""
+    found = {run.name: read_places(run.file) for run in runs}
+    rows = read_ranked_rows(runs[0].file, runs[0].scenarios)
+    return {"runs": _told(runs)} | compare_places(found, rows, resamples=config.resamples, seed=config.seed)
+
+
+def _told(runs: Sequence[_Run]) -> list[Json]:
+    return [{"run": r.name, "file": str(r.file), "variant": r.variant, "step": int(r.step)} for r in runs]
+
+
 def _of_label(config: CompareConfig, runs: Sequence[_Run], binary: bool, label: str) -> Json:
     """Return the comparison of one label."""
     rows = _read_rows(runs[0], label)
@@ -248,7 +282,7 @@ def _of_label(config: CompareConfig, runs: Sequence[_Run], binary: bool, label: 
     headline = "auc" if binary else "mae"
     return {
         "headline": {"metric": headline, "higher_is_better": headline in HIGHER_IS_BETTER},
-        "runs": [{"run": r.name, "file": str(r.file), "variant": r.variant, "step": int(r.step)} for r in runs],
+        "runs": _told(runs),
         "tasks": whole["tasks"],
         "rows": whole["rows"],
         "resamples": config.resamples,
@@ -327,10 +361,10 @@ def _print(document: Json) -> None:
 
 
 def _print_slices(document: Json) -> None:
-    """Print the headline metric of each run by scenario, and of all but the first the paired difference."""
+    """Print the headline metric of each run by slice, and of all but the first the paired difference."""
     first, *others = (run["run"] for run in document["runs"])
     metric = document["headline"]["metric"]
-    table = Table(title=f"{metric} by scenario")
+    table = Table(title=f"{metric} by {_slice_word(document)}")
     table.add_column("slice", overflow="fold")
     for name in ("rows", first, *(f"{other} - {first}" for other in others)):
         table.add_column(name, justify="right", overflow="fold")
@@ -378,11 +412,12 @@ def _page(document: Json) -> str:
 
 
 def _slice_tables(document: Json) -> str:
-    """Return the headline metric by scenario, and the differences to the first run; nothing without scenarios."""
+    """Return the headline metric by slice, and the differences to the first run; nothing without slices."""
     parts = [part for part in document.get("slices", []) if part["rows"]]
     if not parts:
         return ""
     names, metric = [run["run"] for run in document["runs"]], document["headline"]["metric"]
+    word = _slice_word(document)
     values, gains = [], []
     for part in parts:
         title = f"<tr><td>{escape(part['case'])}<small>{part['rows']:,} rows</small></td>"
@@ -391,9 +426,13 @@ def _slice_tables(document: Json) -> str:
         cells = "".join(_difference_cell(_of_run(part, "differences", name)[metric]) for name in names[1:])
         gains.append(f"{title}{cells}</tr>")
     return (
-        f"<h2>By scenario</h2>{variant_table(f'{metric_name(metric)}, by scenario', names, values)}"
-        f"{variant_table(f'run − {names[0]}, by scenario', names[1:], gains)}"
+        f"<h2>By {word}</h2>{variant_table(f'{metric_name(metric)}, by {word}', names, values)}"
+        f"{variant_table(f'run − {names[0]}, by {word}', names[1:], gains)}"
     )
+
+
+def _slice_word(document: Json) -> str:
+    return "scenario" if all(part["case"].startswith(SCENARIO) for part in document.get("slices", [])) else "slice"
 
 
 def _difference_cell(difference: Json) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from gmeta.data.coverage import unknown_columns, unknown_warning
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.baseline_settings import BaselineSettings, read_baseline_settings
+from gmeta.evaluation.evaluate_next_item import RankedSplit, rank_next_items, require_options
+from gmeta.evaluation.next_item import print_next_item
 from gmeta.evaluation.predictions import Variants, scenarios_of, task_keys, write_predictions
 from gmeta.evaluation.report import build_report
 from gmeta.evaluation.score import Floats, Scores
@@ -61,6 +65,7 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     run_dir = Path(config.run_dir)
     pack = _pack_of(config, run_dir)
     require_fitting_pack(run_dir, pack)
+    require_options(config, next_item=pack.schema.next_item)
     split = pack.split(config.split)
     if config.plain_run is not None:
         require_same_training_data(run_dir, Path(config.plain_run))
@@ -73,18 +78,21 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     system, trained, step = load_system(
         run_dir, config.checkpoint, mesh, trust_model=config.trust_model, text_tables=pack.text_tables()
     )
-    if pack.schema.labels and config.truth is not None:
-        raise ValueError(f"truth is {config.truth}: it is of one label, and {pack.path} has several; leave it out")
-    if config.relevant_label is not None and set(pack.schema.losses(trained.loss)) == {"bce"}:
-        raise ValueError(
-            f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
-        )
     settings: dict[str, Any] = {
         "checkpoint": config.checkpoint,
         "step": step,
         "split": config.split,
         "pack": str(pack.path),
     }
+    if pack.schema.next_item:
+        _write_ranks(config, rank_next_items(mesh, config, system, trained, pack, split), settings)
+        return
+    if pack.schema.labels and config.truth is not None:
+        raise ValueError(f"truth is {config.truth}: it is of one label, and {pack.path} has several; leave it out")
+    if config.relevant_label is not None and set(pack.schema.losses(trained.loss)) == {"bce"}:
+        raise ValueError(
+            f"relevant_label is {config.relevant_label:g}: it is for ratings, of clicks those labelled 1 are"
+        )
     if config.relevant_label is not None:
         settings["relevant_label"] = config.relevant_label
     if pack.schema.weight is not None:
@@ -105,6 +113,14 @@ def evaluate_on(mesh: Mesh, config: EvaluateConfig) -> None:
     known = [found for found in scores if found is not None]
     if known:  # on rank 0; the others are done
         _measure(_Measured(config, trained, pack, split, networks, known, settings, tuned.factors), by_size)
+
+
+def _write_ranks(config: EvaluateConfig, ranked: RankedSplit | None, settings: dict[str, Any]) -> None:
+    """Measure the ranks of a next-item run, write them and print them; nothing on other ranks than 0."""
+    if ranked is not None:
+        evaluation = ranked.document(config.resamples, config.seed)
+        write = partial(ranked.write, step=settings["step"])
+        _write(config, ranked.pack, evaluation, settings | ranked.told, write, print_next_item)
 
 
 def _score_by_size(config: EvaluateConfig, networks: list[Network], split: PackSplit) -> dict[int, list[Floats | None]]:
@@ -171,7 +187,10 @@ def _measure(measured: _Measured, by_size: dict[int, list[Floats | None]]) -> No
         by_label = relabelled({name: {kind: curve[kind] for kind in kinds} for name, curve in curves.items()})
         evaluation["support_curve"] = {**first, **by_label}
     evaluation["notes"] += measured.pack.warnings()
-    _write(measured, found, evaluation)
+    settings, scores = measured.settings, measured.scores[0]
+    told = {"step": settings["step"], "loss": measured.trained.loss}
+    write = partial(write_predictions, pack=measured.pack, split=measured.split, scores=scores, found=found, **told)
+    _write(measured.config, measured.pack, evaluation, settings, write, _print_scored)
 
 
 def _measure_label(measured: _Measured, by_size: dict[int, list[Floats | None]]) -> tuple[dict[str, Any], Variants]:
@@ -235,24 +254,33 @@ def _require_finite(measured: _Measured, found: Variants) -> None:
         )
 
 
-def _write(measured: _Measured, found: list[Variants], evaluation: dict[str, Any]) -> None:
-    run_dir, pack, settings = Path(measured.config.run_dir), measured.pack, measured.settings
-    folder, name = run_dir, ""
-    if measured.config.out is not None:
-        folder = Path(measured.config.out)
-    elif not is_own_pack(run_dir, pack):
+def _write(
+    config: EvaluateConfig,
+    pack: TaskPack,
+    evaluation: dict[str, Any],
+    settings: dict[str, Any],
+    write_predicted: Callable[[Path], None],
+    show: Callable[[dict[str, Any]], None],
+) -> None:
+    """Write the evaluation, the predictions and, into a folder of their own, a report; show what was measured."""
+    run_dir, name = Path(config.run_dir), ""
+    folder = run_dir if config.out is None else Path(config.out)
+    if config.out is None and not is_own_pack(run_dir, pack):
         # Packs of one name in two folders must not replace each other's evaluation, so the checksum is added.
         name = f"-{pack.path.resolve().name}-{pack.manifest['xxh3'][:8]}"
     write_evaluation(folder / f"evaluation{name}.json", evaluation, settings)
-    file, loss = folder / f"predictions{name}.parquet", measured.trained.loss
-    write_predictions(file, pack, measured.split, measured.scores[0], found, step=settings["step"], loss=loss)
-    print_headline(evaluation)
-    if "support_curve" in evaluation:
-        print_curve(evaluation)
-    if measured.config.out is not None:
+    write_predicted(folder / f"predictions{name}.parquet")
+    show(evaluation)
+    if config.out is not None:
         print(f"written to {folder}: evaluation.json, predictions.parquet, {build_report(run_dir, folder).name}")
     elif name:
         print(f"{pack.path} is not the run's own pack: written to {folder / f'evaluation{name}.json'}")
+
+
+def _print_scored(evaluation: dict[str, Any]) -> None:
+    print_headline(evaluation)
+    if "support_curve" in evaluation:
+        print_curve(evaluation)
 
 
 def _prepare_out(out: str | None) -> None:

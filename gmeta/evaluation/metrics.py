@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gmeta.evaluation.ranking import TOP_K, FloatArray, TaskOrder, TopPlaces, dcg, group_starts
+from gmeta.evaluation.ranking import PLACE_METRICS, TOP_K, FloatArray, TaskOrder, TopPlaces, dcg, group_starts
 
 NDCG_METRICS = ("ndcg@5", "ndcg@10")
 RELEVANCE_METRICS = tuple(f"{name}@{k}" for name in TOP_K for k in (5, 10))
@@ -36,7 +36,7 @@ BINARY_METRICS = ("auc", "gauc", "logloss", "rmse", "calibration", "ece", *NDCG_
 """Metrics of 0/1 labels, whose scores are probabilities."""
 RATING_METRICS = ("mae", "task_mae", "rmse", "calibration", *NDCG_METRICS)
 """Metrics of other labels; `RELEVANCE_METRICS` too where it is known which of them are relevant."""
-HIGHER_IS_BETTER = frozenset({"auc", "gauc", *NDCG_METRICS, *RELEVANCE_METRICS})
+HIGHER_IS_BETTER = frozenset({"auc", "gauc", *NDCG_METRICS, *RELEVANCE_METRICS, *PLACE_METRICS})
 """Lower is better for all others but `calibration`, whose best value is 1."""
 
 LABEL_MARK = "/"
@@ -219,6 +219,12 @@ def task_sums(name: str, rows: Rows) -> TaskSums:
         return _by_tasks(mean, count > 0, np.ones(rows.num_tasks))
     known = ", ".join(dict.fromkeys(BINARY_METRICS + RATING_METRICS + RELEVANCE_METRICS))
     raise ValueError(f"metric {name!r} is unknown: must be one of {known}")
+
+
+def row_mean(value: FloatArray, task: NDArray[np.int64], num_tasks: int) -> TaskSums:
+    """Return the mean over rows of `value` [N] as sums over tasks; `task` [N] is in [0, num_tasks)."""
+    total, count = (np.bincount(task, weight, minlength=num_tasks) for weight in (value, None))
+    return TaskSums(np.stack([total, count], axis=1).astype(np.float64), _ratio, count > 0)
 
 
 def auc(score: ArrayLike, label: ArrayLike) -> float:
@@ -487,6 +493,10 @@ class Bootstrap:
             self._rankings[key] = (_Ranking.build(rows.ranking, rows.label, rows.task, rows.weight), rows)
         else:
             self._sums[key] = task_sums(name, rows)
+
+    def add_sums(self, key: Any, sums: TaskSums) -> None:
+        """Register a metric that is given as sums over the tasks."""
+        self._sums[key] = sums
 
     def run(self) -> None:
         """Compute the value and the resampled values of everything registered."""

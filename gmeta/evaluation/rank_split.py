@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from gmeta.data.candidates import CandidateDraw
 from gmeta.data.catalogue import Catalogue
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
@@ -27,11 +28,14 @@ def rank_split(
     *,
     tasks_per_batch: int = 256,
     max_support_rows: int = 0,
+    draw: CandidateDraw | None = None,
+    steps: int | None = None,
 ) -> TargetRanks | None:
     """Rank every query row's item by the state after its task's support; None on other ranks than 0.
 
-    Users read their last `max_support_rows` events, 0: all. The call is collective, and no other loader may exchange
-    ids meanwhile.
+    Users read their last `max_support_rows` events, 0: all. Where they adapt, it is beside the items that
+    `draw` draws after training, in `steps` steps instead of those of the run. The call is collective, and no other
+    loader may exchange ids meanwhile.
     """
     learner, mesh = next_item_learner(system), system.mesh
     loader: TaskLoader[PreparedBatch] = TaskLoader(
@@ -43,7 +47,7 @@ def rank_split(
         shuffle=False,
         max_support_rows=max_support_rows,
         max_cells=MAX_CELLS,
-        transform=system.prepare,
+        transform=lambda batch: system.prepare(batch if draw is None else draw.after_training(batch)),
     )
     training = learner.training
     learner.eval()
@@ -54,7 +58,7 @@ def rank_split(
             rows = system.exchange.fetch(prepared.routed)
             for part in prepared.parts:
                 with system.precision():
-                    users = learner.users(part.rows(rows), part.tasks).float()
+                    users = learner.users(part.rows(rows), part.tasks, steps=steps).float()
                 query = part.tasks.query
                 rows_of.append(query.row[query.mask].cpu())
                 users_of.append(users[query.mask.nonzero()[:, 0]])

@@ -129,3 +129,12 @@ TOP_K: dict[str, Callable[[TopPlaces], FloatArray]] = {
     "mrr": _reciprocal_rank,
 }
 """Name -> value of each task [tasks]; it means nothing for a task without a relevant row."""
+
+SAMPLED = "sampled_"
+"""Begins the name of a metric of ranks among a sample of the candidates."""
+PLACE_METRICS = (
+    *(f"{name}@{k}" for k in (1, 5, 10, 50) for name in ("recall", "ndcg", "mrr")),
+    "mrr",
+    *(f"{SAMPLED}{name}@{k}" for k in (1, 10) for name in ("recall", "ndcg")),
+)
+"""Metrics of next-item runs, where each task has one relevant item, and all others are ranked with it."""

@@ -182,6 +182,8 @@ def _adaptation_section(evaluation: Json | None) -> str:
         return ""
     metric = evaluation["headline"]["metric"]
     cases = {case["case"]: case for case in evaluation["cases"]}
+    if not any(name in cases for name in COLDNESS):  # of a next-item run, which has slices of its own
+        return f"<h2>Slices</h2>{case_table(evaluation, [name for name in cases if cases[name]['rows']], metric)}"
     sizes = [name for name in cases if name.startswith("support_") and cases[name]["rows"]]
     cold = [name for name in COLDNESS if name in cases and cases[name]["rows"]]
     absent = [cases[name]["about"] for name in COLDNESS if name in cases and not cases[name]["rows"]]

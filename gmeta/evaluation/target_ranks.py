@@ -40,7 +40,7 @@ class TargetRanks:
     target: Ints  # [N], item id
     rank: Ints  # [N], from 1, among all candidates; ties count against the target
     candidates: Ints  # [N], how many were ranked, the target included
-    sampled_rank: Ints  # [N], among the target and `NUM_SAMPLED` others of its domain, or all where there are fewer
+    sampled_rank: Ints  # [N], among the target and `NUM_SAMPLED` others of its domain, or all others; 0: not ranked so
     history: Ints  # [N], events in the history
     domains: Ints  # [N], distinct domains in the history
 
@@ -104,6 +104,7 @@ class Candidates:
     all_domains: bool = False
     exclude_history: bool = True
     seed: int = 0  # of the sampled protocol
+    sampled: bool = True  # rank among a sample besides; a validation has no use for it
 
     @property
     def num_ids(self) -> int:
@@ -185,7 +186,9 @@ def _ranks_of_part(scores: Tensor, targets: Targets, candidates: Candidates, she
         pool[seen] = False
     ahead = _ahead(scores, target)
     start = splitmix64_tensor(splitmix64_tensor(torch.tensor([candidates.seed])) + torch.from_numpy(targets.row))
-    found = [1 + _count(pool & ahead), 1 + _count(pool), _sampled_ranks(ahead, target, near, shelves, start.to(device))]
+    found = [1 + _count(pool & ahead), 1 + _count(pool), torch.zeros_like(target)]
+    if candidates.sampled:
+        found[2] = _sampled_ranks(ahead, target, near, shelves, start.to(device))
     pairs = np.unique(np.stack([position, candidates.domain[item]]), axis=1)
     return np.stack([*(column.cpu().numpy() for column in found), np.bincount(pairs[0], minlength=len(targets))])
 

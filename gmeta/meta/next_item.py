@@ -8,19 +8,37 @@ score is the product of the two.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, text_ids_of
 from gmeta.core.sequences import Sequences, sequences_of
 from gmeta.data.candidates import LOG_CHANCE
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, example_keys
 from gmeta.meta.gather_plan import GatherPlan
+from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import LearnerOutput, MetaLearner
 from gmeta.models.inputs import TextInput
+from gmeta.models.sasrec import PROMPT
+
+
+class _Read(NamedTuple):
+    """What a pass over a batch needs of it, whatever its tasks adapt: N events, and C candidates."""
+
+    sequences: Sequences
+    events: dict[str, Tensor]  # what the model reads of each event, [N, ...]
+    own: Tensor  # [N, d], the vector of each event's item
+    item: Tensor  # int64 [N]
+    domain: Tensor | None  # int64 [N]
+    log_chance: Tensor | None  # [N], of the event's item among the draws
+    asked: Tensor  # bool [N], of the query
+    candidates: Tensor  # [C, d]
+    shared: Examples | None  # the candidates
 
 
 class NextItemLearner(nn.Module):
@@ -35,11 +53,13 @@ class NextItemLearner(nn.Module):
 
     With `every_event` all events but the first are targets, else those of the query alone. The loss of a batch is the
     mean over its targets.
+
+    With an inner loop a task adapts a prompt, a vector that is added to each of its events: gradient steps on the loss
+    of its support's own events, from a learned start. Targets are then those of the query, and the loss is the mean
+    over tasks. Its derivative goes through the steps, unless the loop is of first order.
     """
 
     engine_reason = "next item"
-    inner_lr: Tensor | None = None
-    rate_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -50,6 +70,7 @@ class NextItemLearner(nn.Module):
         domain: str | None = None,
         texts: Mapping[str, TextInput] | None = None,
         every_event: bool = True,
+        inner_loop: InnerLoop | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -66,7 +87,20 @@ class NextItemLearner(nn.Module):
         self.texts = dict(texts or {})
         self.item, self.domain = item, domain
         self.every_event = every_event
+        self.inner_loop = inner_loop
         self.seed = seed
+        self.prompt = None if inner_loop is None else nn.Parameter(torch.zeros(_width_of(model)))
+        learned = None
+        if inner_loop is not None and inner_loop.learn_lr:
+            learned = nn.Parameter(torch.full((inner_loop.steps, 1), inner_loop.lr))
+        self.inner_lr = learned
+        if inner_loop is not None:
+            self.engine_reason = f"next item, after {inner_loop.steps} inner steps on a prompt"
+
+    @property
+    def rate_names(self) -> tuple[str, ...]:
+        """Return the names of the columns of `inner_lr`."""
+        return () if self.inner_loop is None else (PROMPT,)
 
     def index(
         self, support: Mapping[str, Lookup], query: Mapping[str, Lookup], num_rows: Mapping[str, int]
@@ -78,73 +112,121 @@ class NextItemLearner(nn.Module):
         self, rows: EmbeddedRows, batch: TaskBatch, index: tuple[GatherPlan, ...] | None = None
     ) -> tuple[Tensor, LearnerOutput]:
         """Return (this rank's part of the batch's mean loss, output). Tasks without a target count nothing."""
-        sides = (batch.support, batch.query)
-        sequences, cells = sequences_of(*(side.mask for side in sides))
-        states = self._states(rows, batch, sequences, cells, train=self.training)
-        target = self._targets(batch, sequences, cells)
-        item_ids = _column([side.ids[self.item] for side in sides], cells)
-        losses = self._losses(rows, batch, states[target - 1], target, cells, item_ids)
-        sums = losses.new_zeros(batch.num_tasks).index_add(0, sequences.task[target], losses)
-        counts = torch.bincount(sequences.task[target], minlength=batch.num_tasks)
-        whole = batch.num_rows_global - batch.num_tasks_global if self.every_event else batch.num_tasks_global
-        means = sums.detach() / counts.clamp(min=1)
-        return sums.sum() / max(1, whole), LearnerOutput(sums.detach(), means, torch.zeros_like(means))
+        read = self._read(rows, batch, (batch.support, batch.query), [rows.support, rows.query])
+        prompts, before = None, None
+        if self.inner_loop is not None:
+            prompts, before = self._adapt(read, batch, train=self.training)
+        states = self._states(read, batch, prompts, QUERY_PASS, train=self.training)
+        over_events = self.every_event and self.inner_loop is None
+        target = read.sequences.place > 0 if over_events else (read.sequences.place > 0) & read.asked
+        sums, counts = self._task_losses(read, states, target.nonzero()[:, 0])
+        means = sums / counts.clamp(min=1)
+        if over_events:
+            loss = sums.sum() / max(1, batch.num_rows_global - batch.num_tasks_global)
+        else:
+            loss = means.sum() / batch.num_tasks_global
+        before = torch.zeros_like(means) if before is None else before
+        return loss, LearnerOutput(means.detach(), means.detach(), before.detach())
 
-    def users(self, rows: EmbeddedRows, batch: TaskBatch) -> Tensor:
-        """Return the state [T, d] after the last event of each task's support; zeros where it has none."""
-        sequences, cells = sequences_of(batch.support.mask)
-        states = self._states(rows, batch, sequences, cells, train=False)
-        there = sequences.lengths > 0
+    def users(self, rows: EmbeddedRows, batch: TaskBatch, *, steps: int | None = None) -> Tensor:
+        """Return the state [T, d] after the last event of each task's support; zeros where it has none.
+
+        A run with an inner loop adapts to the support first, in `steps` steps where given; 0 is before adaptation.
+        """
+        read = self._read(rows, batch, (batch.support,), [rows.support])
+        prompts = None
+        if self.inner_loop is not None:
+            with torch.enable_grad():
+                prompts, _ = self._adapt(read, batch, train=False, steps=steps)
+            prompts = prompts.detach()
+        states = self._states(read, batch, prompts, QUERY_PASS, train=False)
+        there = read.sequences.lengths > 0
         found = states.new_zeros(batch.num_tasks, states.shape[1])
-        return found.index_put((there.nonzero()[:, 0],), states[sequences.last[there]])
+        return found.index_put((there.nonzero()[:, 0],), states[read.sequences.last[there]])
 
     def items(self, rows: EmbeddedRows, shared: Examples) -> Tensor:
         """Return the vectors [C, d] of shared items."""
         found: Tensor = self.model.items(self._embedded(rows.weights, [rows.shared], [shared], None))
         return found
 
-    def _states(
-        self, rows: EmbeddedRows, batch: TaskBatch, sequences: Sequences, cells: Tensor, *, train: bool
-    ) -> Tensor:
-        sides, lookups = [batch.support, batch.query], [rows.support, rows.query]
-        events = self._embedded(rows.weights, lookups, sides, cells)
+    def _adapt(
+        self, read: _Read, batch: TaskBatch, *, train: bool, steps: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the prompt of each task [T, d], and the loss [T] of its support before the first step."""
+        loop, start = self.inner_loop, self.prompt
+        assert loop is not None
+        assert start is not None
+        second = loop.order == "second" and torch.is_grad_enabled() and train
+        prompts, first = start.expand(batch.num_tasks, -1), None
+        if not prompts.requires_grad:
+            prompts = prompts.detach().requires_grad_()
+        target = ((read.sequences.place > 0) & ~read.asked).nonzero()[:, 0]
+        for number in range(loop.steps if steps is None else steps):
+            rate = loop.lr if self.inner_lr is None else self.inner_lr[min(number, len(self.inner_lr) - 1), 0]
+            with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():  # fused attention has one derivative
+                states = self._states(read, batch, prompts, QUERY_PASS + 1 + number, train=train)
+                sums, counts = self._task_losses(read, states, target)
+                losses = sums / (counts + loop.prior).clamp(min=1)
+            first = losses if first is None else first
+            (grad,) = torch.autograd.grad(losses.sum(), [prompts], create_graph=second, retain_graph=True)
+            prompts = prompts - rate * grad
+        return prompts, first
+
+    def _read(
+        self, rows: EmbeddedRows, batch: TaskBatch, sides: tuple[Examples, ...], lookups: list[dict[str, Lookup]]
+    ) -> _Read:
+        sequences, cells = sequences_of(*(side.mask for side in sides))
+        events = self._embedded(rows.weights, lookups, list(sides), cells)
+        shared = batch.shared
+        drawn_unlike = shared is not None and LOG_CHANCE in shared.given
+        own: Tensor = self.model.items(events)
+        return _Read(
+            sequences,
+            events,
+            own,
+            _column([side.ids[self.item] for side in sides], cells),
+            None if self.domain is None else _column([side.ids[self.domain] for side in sides], cells),
+            _column([side.given[LOG_CHANCE] for side in sides], cells) if drawn_unlike else None,
+            cells >= sides[0].mask.numel(),
+            own[:0] if shared is None else self.items(rows, shared),
+            shared,
+        )
+
+    def _states(self, read: _Read, batch: TaskBatch, prompts: Tensor | None, number: int, *, train: bool) -> Tensor:
+        """Return the state of each event [N, d]; `number` is that of the pass, for dropout."""
+        sequences, events = read.sequences, read.events
         key = (self.seed, batch.epoch, batch.index)
-        longest = torch.arange(sequences.longest, device=cells.device)
+        longest = torch.arange(sequences.longest, device=read.item.device)
 
         def keys() -> Tensor:
-            return sequences.flat(example_keys(key, batch.task_id, QUERY_PASS, longest))
+            return sequences.flat(example_keys(key, batch.task_id, number, longest))
 
+        if prompts is not None:
+            events = {**events, PROMPT: prompts[sequences.task]}
         with Intercept(SeededDropout(keys if train else None)):
             found: Tensor = self.model.states(events, sequences)
         return found
 
-    def _targets(self, batch: TaskBatch, sequences: Sequences, cells: Tensor) -> Tensor:
-        """Return which events are targets, int64 [P]: none is the first of its task."""
-        mask = sequences.place > 0
-        if not self.every_event:
-            mask &= cells >= batch.support.mask.numel()
-        return mask.nonzero()[:, 0]
-
-    def _losses(
-        self, rows: EmbeddedRows, batch: TaskBatch, states: Tensor, target: Tensor, cells: Tensor, item_ids: Tensor
-    ) -> Tensor:
-        """Return the loss [P] of each target, whose event before has the state."""
-        sides, lookups, shared = [batch.support, batch.query], [rows.support, rows.query], batch.shared
-        assert shared is not None, "a training batch of next items has candidates"
-        of_target = self._embedded(rows.weights, lookups, sides, cells[target])
-        found = _exactly((states * self.model.items(of_target)).sum(-1, keepdim=True))
-        scores = _exactly(states @ self.items(rows, shared).mT)
-        if LOG_CHANCE in shared.given:
+    def _task_losses(self, read: _Read, states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses of each task's targets, and their number, [T] each. `target` int64 [P] says
+        which events are targets; the state of the event before has to find them.
+        """
+        shared = read.shared
+        assert shared is not None, "a batch of next items to be learned has candidates"
+        before, own = states[target - 1], read.own[target]
+        found = _exactly((before * own).sum(-1, keepdim=True))
+        scores = _exactly(before @ read.candidates.mT)
+        if read.log_chance is not None:
+            found = found - read.log_chance[target].unsqueeze(-1)
             scores = scores - shared.given[LOG_CHANCE].view(1, -1)
-            found = found - _column([side.given[LOG_CHANCE] for side in sides], cells[target]).unsqueeze(-1)
-        mine = item_ids[target].unsqueeze(-1)
-        out = mine == shared.ids[self.item].view(1, -1)
-        if self.domain is not None:
-            domain = _column([side.ids[self.domain] for side in sides], cells[target])
-            out |= domain.unsqueeze(-1) != shared.ids[self.domain].view(1, -1)
+        out = read.item[target].unsqueeze(-1) == shared.ids[self.item].view(1, -1)
+        if self.domain is not None and read.domain is not None:
+            out |= read.domain[target].unsqueeze(-1) != shared.ids[self.domain].view(1, -1)
         scores = scores.masked_fill(out, -torch.inf)
-        losses: Tensor = torch.logsumexp(torch.cat([found, scores], 1), 1) - found.squeeze(1)
-        return losses
+        losses = torch.logsumexp(torch.cat([found, scores], 1), 1) - found.squeeze(1)
+        task, num_tasks = read.sequences.task[target], len(read.sequences.lengths)
+        sums = losses.new_zeros(num_tasks).index_add(0, task, losses)
+        return sums, torch.bincount(task, minlength=num_tasks)
 
     def _embedded(
         self,
@@ -164,6 +246,16 @@ class NextItemLearner(nn.Module):
             if all(key in side.given for side in sides):
                 found[key] = _column([side.given[key] for side in sides], cells)
         return found
+
+
+def _width_of(model: nn.Module) -> int:
+    width = getattr(model, "width", None)
+    if not isinstance(width, int):
+        raise ValueError(
+            f"meta.adapt names {PROMPT!r}, a vector beside each event, and {type(model).__name__} has no attribute "
+            "`width` that says how wide: give it one, and add events['prompt'] where it is there"
+        )
+    return width
 
 
 Objective: TypeAlias = MetaLearner | NextItemLearner

@@ -13,6 +13,8 @@ from gmeta.core.sequences import Sequences
 from gmeta.models.inputs import InputSpec, check_dropout
 
 Similarity = Literal["dot", "cosine"]
+PROMPT = "prompt"
+"""Under which name a model finds a vector [N, d] that its task has adapted, to be added to its events."""
 
 
 class HistoryReader(nn.Module):
@@ -75,6 +77,7 @@ class SASRec(nn.Module):
         temperature: float = 0.07,
     ) -> None:
         super().__init__()
+        self.width = inputs.embedding_dim
         self.features = tuple(name for name in inputs.features if name not in inputs.texts)
         self.owned = tuple(name for name in self.features if name in inputs.owned)
         if inputs.item is None:
@@ -91,7 +94,7 @@ class SASRec(nn.Module):
 
     def states(self, events: dict[str, Tensor], sequences: Sequences) -> Tensor:
         """Return the state of each event, [N, d], from the embeddings of its features, [N, d] each."""
-        found: Tensor = self.reader(sum_of(events, self.features), sequences)
+        found: Tensor = self.reader(with_prompt(sum_of(events, self.features), events), sequences)
         return found
 
     def items(self, items: dict[str, Tensor]) -> Tensor:
@@ -103,6 +106,11 @@ class SASRec(nn.Module):
 def sum_of(embedded: dict[str, Tensor], names: tuple[str, ...]) -> Tensor:
     """Return the sum [n, d] of the embeddings of some features."""
     return torch.stack([embedded[name] for name in names]).sum(0) if len(names) > 1 else embedded[names[0]]
+
+
+def with_prompt(x: Tensor, events: dict[str, Tensor]) -> Tensor:
+    """Return vectors of events [N, d] with what their tasks have adapted added to them."""
+    return x + events[PROMPT] if PROMPT in events else x
 
 
 class CausalBlock(nn.Module):

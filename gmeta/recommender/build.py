@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.data.candidates import CandidateDraw
+from gmeta.data.pack import TaskPack
 from gmeta.data.schema import LabelColumn, PackSchema
 from gmeta.data.text_tables import open_text_tables
 from gmeta.embedding.exchange import Exchange, RowExchange
@@ -32,6 +34,7 @@ from gmeta.models.registry import (
     name_of,
     resolved_args,
 )
+from gmeta.models.sasrec import PROMPT
 from gmeta.parallel.collectives import fill_from_rank_0
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.mapped import MappedRows
@@ -182,11 +185,20 @@ def _next_item(
     texts: Mapping[str, TextInput],
 ) -> NextItemLearner:
     """Return the learner of next items. ValueError for settings that such a run has no use for."""
-    if config.meta.adapt:
+    meta = config.meta
+    if meta.adapt not in ([], [PROMPT]):
         raise ValueError(
-            f"meta.adapt is {config.meta.adapt}, and the pack is one of next items, whose histories a model reads as "
-            "they are: set meta.adapt to []"
+            f"meta.adapt is {meta.adapt}, and the pack is one of next items, where a task adapts a prompt or nothing: "
+            f"set meta.adapt to [] or [{PROMPT}]"
         )
+    loop = InnerLoop(
+        adapt=meta.adapt,
+        order=meta.order,
+        steps=meta.inner_steps,
+        lr=meta.inner_lr,
+        learn_lr=meta.learn_inner_lr,
+        prior=meta.inner_prior,
+    )
     assert schema.item is not None
     return NextItemLearner(
         model,
@@ -195,6 +207,20 @@ def _next_item(
         domain=domain_of(schema),
         texts=texts,
         every_event=config.next_item.targets == "every",
+        inner_loop=loop if meta.adapt else None,
+        seed=config.seed,
+    )
+
+
+def candidate_draw(config: TrainConfig, pack: TaskPack) -> CandidateDraw:
+    """Return what draws the items that targets of next items are compared with."""
+    settings = config.next_item
+    return CandidateDraw(
+        pack.catalogue(),
+        pack.schema,
+        domain=domain_of(pack.schema),
+        count=settings.candidates,
+        draw=settings.draw,
         seed=config.seed,
     )
 

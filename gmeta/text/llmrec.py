@@ -18,7 +18,7 @@ from gmeta.core.batch import text_ids_of
 from gmeta.core.errors import nearest
 from gmeta.core.sequences import Sequences
 from gmeta.models.inputs import InputSpec, check_widths
-from gmeta.models.sasrec import HistoryReader, Similarity, sum_of
+from gmeta.models.sasrec import HistoryReader, Similarity, sum_of, with_prompt
 from gmeta.text.encoder import TextPooling, open_encoder
 from gmeta.text.model import TextModel
 from gmeta.text.sources import TextSource
@@ -64,7 +64,7 @@ class LLMRec(TextModel):
         self.item = inputs.item if ids else None
         self.features = tuple(n for n in inputs.features if n != self.text and (ids or n != inputs.item))
         self.beside = tuple(n for n in self.features if n != self.item)
-        dim = inputs.embedding_dim
+        self.width = dim = inputs.embedding_dim
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
         source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.text), store)
@@ -88,7 +88,7 @@ class LLMRec(TextModel):
         x = self._items(events)
         if self.beside:
             x = x + sum_of(events, self.beside)
-        found: Tensor = self.reader(x, sequences)
+        found: Tensor = self.reader(with_prompt(x, events), sequences)
         return found
 
     def items(self, items: dict[str, Tensor]) -> Tensor:

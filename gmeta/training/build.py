@@ -15,7 +15,6 @@ from torch import nn
 
 from gmeta.config.train import TrainConfig
 from gmeta.core.batch import TaskBatch
-from gmeta.data.candidates import CandidateDraw
 from gmeta.data.id_dropout import build_id_dropout
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
@@ -26,7 +25,7 @@ from gmeta.optim.dense import OuterReduce
 from gmeta.optim.sharded import open_dense
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
-from gmeta.recommender.build import WIRE, MakeExchange, build_system, domain_of
+from gmeta.recommender.build import WIRE, MakeExchange, build_system, candidate_draw
 from gmeta.recommender.system import PreparedBatch, System
 from gmeta.runs.log import RunLog
 from gmeta.sharding.auto import AUTO
@@ -72,22 +71,9 @@ def _preparing(
             )
     changes: list[Callable[[TaskBatch], TaskBatch] | None] = [evicted_ids(pack) if replays else None, masks]
     if pack.schema.next_item:
-        changes.append(_candidates(config, pack, system))
+        changes.append(candidate_draw(config, pack))
     made = [change for change in changes if change is not None]
     return lambda batch: system.prepare(reduce(lambda given, change: change(given), made, batch))
-
-
-def _candidates(config: TrainConfig, pack: TaskPack, system: System) -> CandidateDraw:
-    """Return what draws the items that a batch's targets are compared with."""
-    settings = config.next_item
-    return CandidateDraw(
-        pack.catalogue(),
-        pack.schema,
-        domain=domain_of(pack.schema),
-        count=settings.candidates,
-        draw=settings.draw,
-        seed=config.seed,
-    )
 
 
 def _loss_scale(config: TrainConfig) -> float:

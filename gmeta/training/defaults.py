@@ -63,11 +63,19 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
             )
         if model and (model != found.get("model.name") or not found.get("recipe")):
             return dict(values)  # another model is refused: the settings of the run's own would hide why
-    elif model and not given.get("recipe") and not open_pack(str(given["pack"])).schema.next_item:
+    elif model and not given.get("recipe") and not _of_next_items(str(given["pack"])):
         return dict(values)
     else:
         found = _chosen(given)
     return _filled(found, given)
+
+
+def _of_next_items(pack: str) -> bool:
+    """Say whether a pack is one of next items. A pack that is none is refused where it is read."""
+    try:
+        return open_pack(pack).schema.next_item
+    except ValueError:
+        return False
 
 
 def _filled(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

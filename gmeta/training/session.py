@@ -115,6 +115,8 @@ def _settled(config: TrainConfig, mesh: Mesh) -> TrainConfig:
                 return float(recorded.get("embedding", {}).get("id_dropout") or 0.0)
             if config.embedding.generator:
                 return DEFAULT_SHARE
+            if schema.next_item:
+                return 0.0  # each item of the catalogue has a row of its own
             return default_share(open_pack(config.pack), inputs_of(config.model, schema).tables)
 
         found = broadcast_from_rank_0(on_rank_0(share, mesh) or 0.0, mesh)

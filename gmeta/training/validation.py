@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from gmeta.config.train import NEXT_ITEM_METRICS
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
+from gmeta.evaluation.next_item import Places
 from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.evaluation.score import score_split, validation_metrics, watched_metric
 from gmeta.parallel.collectives import broadcast_from_rank_0
-from gmeta.recommender.build import domain_of
+from gmeta.recommender.build import candidate_draw, domain_of
+from gmeta.recommender.catalogue_vectors import next_item_learner
 from gmeta.training.run import Run
+
+_LOGGED = (*NEXT_ITEM_METRICS, "recall@50", "ndcg@50", "mrr@50")
 
 
 def validate(run: Run) -> bool:
@@ -35,7 +37,7 @@ def validate(run: Run) -> bool:
         cure = "take one of next items" if run.pack.schema.next_item else "(one class?): set schedule.metric to loss"
         run.log.say(f"{schedule.metric} is not defined on the valid split {cure}")
         return False
-    sign = -1 if schedule.metric in (*HIGHER_IS_BETTER, *NEXT_ITEM_METRICS) else 1
+    sign = -1 if schedule.metric in HIGHER_IS_BETTER else 1
     if math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best):
         progress.best, progress.best_step, progress.bad_validations = value, progress.step, 0
         return False
@@ -51,20 +53,25 @@ def _metrics(run: Run) -> dict[str, float]:
 
 
 def _next_item_metrics(run: Run) -> dict[str, float]:
-    """Return the metrics of next items on rank 0, nothing on others; collective."""
-    ranks = rank_split(
-        run.state.system,
-        run.pack.split("valid"),
-        run.pack.catalogue(),
-        candidates_of(run.pack.catalogue(), domain_of(run.pack.schema)),
-        max_support_rows=run.config.loader.max_support_rows,
-    )
-    if ranks is None:
-        return {}
-    place, found = ranks.rank.astype(float), {}
-    for k in (10, 50):
-        hit = place <= k
-        found[f"recall@{k}_after"] = float(hit.mean())
-        found[f"ndcg@{k}_after"] = float((hit / np.log2(place + 1)).mean())
-        found[f"mrr@{k}_after"] = float((hit / place).mean())
+    """Return the metrics of next items on rank 0, nothing on others; where tasks adapt, those before it too.
+    Collective.
+    """
+    system, pack = run.state.system, run.pack
+    draw = candidate_draw(run.config, pack)
+    found: dict[str, float] = {}
+    for when, steps in (("before", 0), ("after", None)):
+        if when == "before" and next_item_learner(system).inner_loop is None:
+            continue
+        ranks = rank_split(
+            system,
+            pack.split("valid"),
+            draw.catalogue,
+            candidates_of(draw.catalogue, domain_of(pack.schema), sampled=False),
+            max_support_rows=run.config.loader.max_support_rows,
+            draw=draw,
+            steps=steps,
+        )
+        if ranks is not None:
+            places = Places(ranks.rank, ranks.rank)
+            found |= {f"{name}_{when}": float(places.values(name).mean()) for name in _LOGGED}
     return found

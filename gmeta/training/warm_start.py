@@ -14,6 +14,7 @@ from gmeta.config.train import USERS_KEYS, TrainConfig
 from gmeta.core.files import read_mapping
 from gmeta.core.nested import flat
 from gmeta.meta.inner_loop import resolve_adapted
+from gmeta.meta.next_item import NextItemLearner
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import CURE, TRAINING, Bundle, assets_of, open_bundle, read_manifest
@@ -72,6 +73,10 @@ def _rates(run: Run, bundle: Bundle) -> Tensor | None:
         if theirs is not None:
             run.log.say(f"  the inner rates that {bundle.id} learned are left out: meta.learn_inner_lr is false")
         return None
+    if isinstance(objective, NextItemLearner):
+        loop = objective.inner_loop
+        same = theirs is not None and theirs.shape == objective.inner_lr.shape
+        return None if same or loop is None else torch.full_like(objective.inner_lr, loop.lr)
     learner = run.state.system.learner
     assert learner.inner_lr is not None
     names: tuple[str, ...] = ()

@@ -65,6 +65,14 @@ def test_texts_are_learned_the_same_by_two_ranks(pack: Path, encoder: Path, ids:
     assert_same(run_ranks(2, run_steps, settings, 2)[0], run_steps(Mesh(), settings, 2), 1e-8)
 
 
+def test_prompts_adapt_the_same_on_two_ranks(pack: Path) -> None:
+    meta = MetaConfig(adapt=["prompt"], inner_steps=2, inner_lr=0.5, learn_inner_lr=True)
+    settings = settings_of(pack, meta=meta)
+    expected = run_steps(Mesh(), settings, 2)
+    assert_same(run_ranks(2, run_steps, settings, 2)[0], expected, 1e-8)
+    assert_same(run_ranks(2, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
+
+
 def test_layers_train_sharded(pack: Path) -> None:
     expected = run_steps(Mesh(), settings_of(pack), 2)
     assert_same(run_ranks(2, run_steps, settings_of(pack, dense=placed("GGG")), 2)[0], expected, 1e-8)

@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.core.sequences import sequences_of
 from gmeta.data.candidates import LOG_CHANCE
+from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.next_item import NextItemLearner
 from gmeta.models.inputs import InputSpec
-from gmeta.models.sasrec import SASRec
+from gmeta.models.sasrec import PROMPT, SASRec
 
 ITEMS, DOMAINS, DIM = 20, 3, 8
 HISTORIES = [[3, 5, 7, 2], [4], [9, 1], [6, 6, 11, 12, 8]]
@@ -37,13 +39,14 @@ def side(tasks: list[list[int]]) -> tuple[Examples, dict[str, Lookup]]:
 
 
 def make(
-    histories: list[list[int]], candidates: list[int], **settings: object
+    histories: list[list[int]], candidates: list[int], inner_loop: InnerLoop | None = None, **settings: object
 ) -> tuple[NextItemLearner, TaskBatch, EmbeddedRows]:
     torch.manual_seed(0)
     features = {"item": DIM, "domain": DIM}
     inputs = InputSpec(features, (), 0.0, item="item", owned=("item", "domain"))
     model = SASRec(inputs, blocks=2, heads=2, positions=4, **settings).double()
-    learner = NextItemLearner(model, features, item="item", domain="domain", seed=3)
+    learner = NextItemLearner(model, features, item="item", domain="domain", inner_loop=inner_loop, seed=3)
+    learner = learner.double()
     weights = torch.randn(ITEMS + DOMAINS, DIM, dtype=torch.float64, requires_grad=True)
     (support, of_support), (query, of_query) = side([h[:-1] for h in histories]), side([h[-1:] for h in histories])
     shared, of_shared = side([candidates])
@@ -54,7 +57,12 @@ def make(
 
 
 def slow_losses(
-    learner: NextItemLearner, weights: Tensor, history: list[int], candidates: list[int], chance: list[float]
+    learner: NextItemLearner,
+    weights: Tensor,
+    history: list[int],
+    candidates: list[int],
+    chance: list[float],
+    prompt: Tensor | None = None,
 ) -> list[Tensor]:
     """Return the loss of each event but the first, from a model that reads the events before it alone."""
     domain = torch.tensor(DOMAIN)
@@ -66,7 +74,10 @@ def slow_losses(
     losses = []
     for t in range(1, len(history)):
         sequences, _ = sequences_of(torch.ones(1, t, dtype=torch.bool))
-        state = learner.model.states(vectors(history[:t]), sequences)[-1]
+        events = vectors(history[:t])
+        if prompt is not None:
+            events[PROMPT] = prompt.expand(t, -1)
+        state = learner.model.states(events, sequences)[-1]
         target = history[t]
         own = learner.model.items(vectors([target]))[0] @ state - chance[target]
         others = [
@@ -110,6 +121,47 @@ def test_loss_and_gradients_are_those_of_the_slow_reference(similarity: str, eve
     assert output.query_loss[1] == 0
     for grad, slow_grad in zip(grads, slow_grads, strict=True):
         torch.testing.assert_close(grad, slow_grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+@pytest.mark.parametrize("learn_lr", [True, False])
+def test_adaptation_is_that_of_the_slow_reference(order: str, learn_lr: bool) -> None:
+    """Each task takes its own steps, one after the other, and the outer gradient goes through them."""
+    candidates = [1, 2, 3, 8, 12, 13]
+    loop = InnerLoop(adapt=[PROMPT], order=order, steps=2, lr=0.7, learn_lr=learn_lr)
+    learner, batch, rows = make(HISTORIES, candidates, loop, dropout=0.0)
+    weights, rates = rows.weights["rows"], learner.inner_lr
+    with torch.no_grad():
+        learner.prompt.normal_()
+        if rates is not None:
+            rates.copy_(torch.tensor([[0.5], [0.9]]))
+    leaves = [weights, *learner.parameters()]
+    loss, output = learner(rows, batch)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    expected, before, nothing = torch.zeros((), dtype=torch.float64), [], [0.0] * ITEMS
+    with sdpa_kernel(SDPBackend.MATH):
+        for history in HISTORIES:
+            prompt, first = learner.prompt, 0.0
+            for step in range(2):
+                losses = slow_losses(learner, weights, history[:-1], candidates, nothing, prompt)
+                if not losses:
+                    break
+                support = sum(losses) / len(losses)
+                first = support.item() if step == 0 else first
+                (grad,) = torch.autograd.grad(support, [prompt], create_graph=order == "second", retain_graph=True)
+                prompt = prompt - (0.7 if rates is None else rates[step, 0]) * grad
+            before.append(first)
+            asked = slow_losses(learner, weights, history, candidates, nothing, prompt)
+            expected = expected + (asked[-1] if asked else 0)
+    slow_grads = torch.autograd.grad(expected / len(HISTORIES), leaves, allow_unused=True)
+
+    torch.testing.assert_close(loss, expected / len(HISTORIES), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(output.support_loss, torch.tensor(before, dtype=torch.float64), rtol=1e-10, atol=1e-10)
+    for grad, slow_grad in zip(grads, slow_grads, strict=True):
+        torch.testing.assert_close(grad, slow_grad, rtol=1e-8, atol=1e-9)
+    users = learner.users(rows, batch)
+    assert not torch.allclose(users[0], learner.users(rows, batch, steps=0)[0])
 
 
 def test_tasks_together_are_tasks_alone_to_the_last_digits() -> None:

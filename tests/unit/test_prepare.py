@@ -661,5 +661,5 @@ def test_example_schemas_are_valid_and_survive_json(name: str):
 def test_documented_schema_is_valid():
     text = (EXAMPLES.parent / "docs" / "data.md").read_text()
     schema = parse_data_schema(yaml.safe_load(text.split("```yaml")[1].split("```")[0]))
-    names = ["gender", "item_id", "device", "title", "genres", "last_items", "last_shops"]
+    names = ["gender", "item_id", "device", "shop", "title", "genres", "last_items", "last_shops"]
     assert [f.name for f in schema.features] == names

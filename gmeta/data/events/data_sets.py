@@ -29,6 +29,8 @@ class EventSet:
     """Where to get the files, in a sentence that an error message ends with."""
     open: Callable[[Connection, Path, Sequence[str]], tuple[list[RawPart], RawPart]]
     """Makes the events and the items of some domains of the files in a directory, all of which are there."""
+    note: str = ""
+    """What the summary says of it."""
     has_targets: bool = False
     """Whether its events are already the rows of tasks: its one part has the columns of table `task_rows`."""
 
@@ -109,6 +111,8 @@ AMAZON_OFFICE = EventSet(
     origin="These are validation and test examples of MiniOneRec's split of Amazon reviews (2018, Office Products), "
     "github.com/AkaliKong/MiniOneRec, with columns user_id, history_item_id, item_id and split, and its items",
     open=_amazon_office,
+    note="trained on the histories before a user's first target of split valid alone, since the data set's training "
+    "rows are not among its files",
     has_targets=True,
 )
 

@@ -9,6 +9,7 @@ target are known. Positions are places in the user's interleaved sequence, from 
 
 from __future__ import annotations
 
+from gmeta.data.prepare.times import from_microseconds, time_unit
 from gmeta.data.sources import Connection, literal, scalar
 
 LEAVE_ONE_OUT = "leave_one_out"
@@ -16,6 +17,8 @@ LEAVE_ONE_OUT = "leave_one_out"
 
 def hold_out(con: Connection, holdout: str, *, has_time: bool) -> None:
     """Make tables `placed` and `task_rows` of table `events`. ValueError for a `holdout` that is none."""
+    if not scalar(con, 'SELECT count(*) > count(DISTINCT "user") FROM events'):
+        raise ValueError("every user has one event, which nothing follows: is the column user in events.yaml the user?")
     if holdout == LEAVE_ONE_OUT:
         _leave_one_out(con, has_time=has_time)
         known, number = "(e.partition = 'train' OR e.domain = t.domain)", "''"
@@ -85,17 +88,18 @@ def _part_by_time(con: Connection, holdout: str, *, has_time: bool) -> None:
 
 
 def _as_time(con: Connection, text: str) -> int:
-    """Return a time, a whole number or a date, in the unit of column `time`."""
-    found = scalar(
-        con,
-        f"SELECT coalesce(TRY_CAST({literal(text)} AS BIGINT), epoch_us(TRY_CAST({literal(text)} AS TIMESTAMP)))",
-    )
-    if found is None:
+    """Return a time, a whole number or a date, in the unit of column `time`. ValueError for a text that is none."""
+    query = f"SELECT TRY_CAST({literal(text)} AS BIGINT), epoch_us(TRY_CAST({literal(text)} AS TIMESTAMP)), max(time)"
+    ((number, date, last),) = con.execute(f"{query} FROM events").fetchall()
+    unit = time_unit(last)
+    if number is None and date is not None and unit is not None:
+        return from_microseconds(date, unit)
+    if number is None:
         raise ValueError(
             f"holdout is {text!r}: must be {LEAVE_ONE_OUT}, or the time from which on events are targets: a whole "
             "number in the unit of the time column, or a date such as 2024-11-03 where that holds dates"
         )
-    return int(found)
+    return int(number)
 
 
 def _require_own_keys(con: Connection) -> None:

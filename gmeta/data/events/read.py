@@ -22,7 +22,17 @@ from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report
 from gmeta.data.prepare.values import id_value
 from gmeta.data.schema import DataSchema, parse_data_schema
-from gmeta.data.sources import Connection, RawPart, find_files, identifier, literal, open_file, open_files, scalar
+from gmeta.data.sources import (
+    Connection,
+    RawPart,
+    find_files,
+    identifier,
+    literal,
+    open_file,
+    open_files,
+    reading,
+    scalar,
+)
 
 _OWN_ITEM = "CASE WHEN item IN (FROM ambiguous) THEN concat(domain, '|', item) ELSE item END"
 _ONE = "__one"
@@ -38,6 +48,7 @@ class EventSource:
     items: RawPart | None
     whole_catalogue: bool  # the items are the catalogue, not only those among them that events have
     has_targets: bool = False
+    note: str = ""  # what the summary says of them
     num_empty: int = 0  # files without a byte
 
 
@@ -46,8 +57,9 @@ def open_events(con: Connection, config: PrepareConfig, columns: EventColumns) -
     if config.dataset is not None:
         data = EVENT_SETS[config.dataset]
         root = require_files(data, config.dataset, config.root)
-        parts, items = data.open(con, root, chosen_domains(config.domains, data.domains))
-        return EventSource(columns, parts, items, whole_catalogue=data.has_targets, has_targets=data.has_targets)
+        parts, items = data.open(con, root, chosen_domains(config.kept_domains, data.domains))
+        given = data.has_targets
+        return EventSource(columns, parts, items, whole_catalogue=given, has_targets=given, note=data.note)
     opened, empty = open_files(con, find_files(config.inputs))
     item_part = None if config.items is None else open_file(con, only_items_file(config.items))
     return EventSource(columns, opened, item_part, whole_catalogue=True, num_empty=len(empty))
@@ -79,7 +91,19 @@ def read_items(con: Connection, source: EventSource) -> None:
             raise ValueError(f"{part.file} has no column {column!r}: {nearest(column, part.columns)}")
         found[key] = _checked_value(con, part, column, missing=key == "text") if here else "NULL"
     selected = ", ".join(f"CAST({value} AS VARCHAR) AS {key}" for key, value in found.items())
-    con.execute(f"CREATE TABLE items AS SELECT {selected} FROM ({part.query})")
+    with reading(part.file):
+        con.execute(f"CREATE TABLE items AS SELECT {selected} FROM ({part.query})")
+    _refuse_broken_lines(con, part.file)
+
+
+def _refuse_broken_lines(con: Connection, file: str) -> None:
+    """Raise ValueError for a line of a CSV file of items that DuckDB could not read."""
+    if not scalar(con, "SELECT count(*) FROM duckdb_tables() WHERE table_name = 'reject_errors'"):
+        return
+    found = con.execute("SELECT line, error_message FROM reject_errors ORDER BY line LIMIT 1").fetchone()
+    con.execute("DROP TABLE reject_errors; DROP TABLE reject_scans")
+    if found is not None:
+        raise ValueError(f"{file}, line {found[0]} is no valid CSV line ({found[1]}): mend it")
 
 
 def _checked_value(con: Connection, part: RawPart, column: str, *, missing: bool) -> str:
@@ -108,7 +132,8 @@ def read_events(
     counts |= {"empty_files": source.num_empty} if source.num_empty else {}
     index = {feature.name: f"CAST(f{i} AS VARCHAR)" for i, feature in enumerate(schema.features)}
     domain = "''" if columns.domain is None else index.get(columns.domain, "i.domain")
-    join = "LEFT JOIN items i ON i.item = CAST(f0 AS VARCHAR)" if of_items else ""
+    of_item = "(SELECT item, min(domain) AS domain FROM items GROUP BY item)"
+    join = f"LEFT JOIN {of_item} i ON i.item = CAST(f0 AS VARCHAR)" if of_items else ""
     con.execute(f"""
         CREATE VIEW named AS
         SELECT CAST(task AS VARCHAR) AS "user", CAST(f0 AS VARCHAR) AS item, {domain} AS domain,
@@ -154,13 +179,13 @@ def _part_items(con: Connection, columns: EventColumns, *, of_items: bool) -> No
     ValueError where the domain of an event is that of its item, and is missing or is several, and where a new id is
     taken already.
     """
-    if of_items and (
-        found := con.execute("""
-            SELECT item, count(DISTINCT domain) FROM named GROUP BY item HAVING count(DISTINCT domain) <> 1
-            ORDER BY item LIMIT 1""").fetchone()
-    ):
-        told = "no domain" if found[1] == 0 else f"{found[1]} domains"
-        raise ValueError(f"item {found[0]!r} has {told} in column {columns.domain!r} of the items: give it one")
+    if of_items:
+        found = con.execute("""
+            SELECT item, 'no domain' FROM named WHERE domain IS NULL
+            UNION ALL SELECT item, 'several domains' FROM items GROUP BY item HAVING count(DISTINCT domain) > 1
+            ORDER BY ALL LIMIT 1""").fetchone()
+        if found is not None:
+            raise ValueError(f"item {found[0]!r} has {found[1]} in column {columns.domain!r} of the items: give it one")
     con.execute("""
         CREATE TABLE ambiguous AS SELECT item FROM (SELECT DISTINCT item, domain FROM named
                                                     UNION SELECT item, coalesce(domain, '') FROM items)
@@ -177,5 +202,5 @@ def _keep_domains(con: Connection, config: PrepareConfig) -> None:
     if config.dataset is not None or not config.domains:
         return
     known = [domain for (domain,) in con.execute("SELECT DISTINCT domain FROM events ORDER BY domain").fetchall()]
-    kept = ", ".join(literal(domain) for domain in chosen_domains(config.domains, known))
+    kept = ", ".join(literal(domain) for domain in chosen_domains(config.kept_domains, known))
     con.execute(f"DELETE FROM events WHERE domain NOT IN ({kept}); DELETE FROM items WHERE domain NOT IN ({kept})")

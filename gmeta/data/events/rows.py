@@ -58,7 +58,7 @@ def make_event_rows(
 
     Raises ValueError for all that is the user's to mend.
     """
-    folder = scratch / "events"
+    folder, has_time = scratch / "events", columns.time is not None
     folder.mkdir()
     with connect(folder, config) as con:
         tell("reading events", 0, 1)
@@ -71,10 +71,11 @@ def make_event_rows(
             del counts["files"]
             left_out = keep_core(con, config.core or 0)
             tell("holding out", 0, 1)
-            hold_out(con, config.holdout or LEAVE_ONE_OUT, has_time=columns.time is not None)
+            hold_out(con, LEAVE_ONE_OUT if config.holdout is None else str(config.holdout), has_time=has_time)
         make_catalogue(con, whole=source.whole_catalogue)
         tell("auditing events", 0, 1)
-        found = audit_events(con, has_time=columns.time is not None, has_text=columns.text is not None)
+        found = audit_events(con, has_time=has_time, has_text=columns.text is not None)
+        counts |= {"note": source.note} if source.note else {}
         counts["audit"] = {**found, "core": {"core": config.core or 0, "left_out": left_out}}
         made = EventRows(scratch / "events.parquet", scratch / "catalogue.parquet", owned_features(columns), counts)
         _write(con, made)
@@ -91,7 +92,7 @@ def _take_rows(con: Connection, source: EventSource) -> dict[str, Any]:
                                WHERE partition = 'train' OR is_query;
         CREATE TABLE texts AS SELECT item, text, 0 AS place, count(*) AS count FROM items WHERE text IS NOT NULL
                               GROUP BY item, text""")
-    return {"rows_read": None, "bad_rows": {}}
+    return {"bad_rows": {}}
 
 
 def _write(con: Connection, made: EventRows) -> None:

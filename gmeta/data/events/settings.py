@@ -52,6 +52,8 @@ def event_columns(config: PrepareConfig) -> EventColumns | None:
         raise ValueError(f"dataset {config.dataset} comes with its files and schema: leave events out")
     if not config.input:
         raise ValueError("name the files of events with --input")
+    if config.root is not None:
+        raise ValueError("root has no effect without dataset: leave it out")
     columns = load_event_columns(Path(str(config.events)))
     if columns.domain is None and config.domains:
         raise ValueError(f"domains has no effect: {config.events} names no domain column")
@@ -73,5 +75,6 @@ def _of_data_set(config: PrepareConfig, name: str, given: list[str]) -> EventCol
 
 def settings_of_events(config: PrepareConfig) -> dict[str, Any]:
     """Return what the manifest of a pack of events records of its settings."""
-    found = {key: getattr(config, key) for key in OF_EVENTS}
+    found = {key: getattr(config, key) for key in OF_EVENTS} | {"domains": config.kept_domains}
+    found["holdout"] = None if config.holdout is None else str(config.holdout)
     return {key: value for key, value in found.items() if value not in (None, [])}

@@ -14,6 +14,7 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.core.files import read_mapping
+from gmeta.data.events.settings import OF_EVENTS
 from gmeta.data.pack import TaskPack, manifest_checksum, open_pack
 from gmeta.data.prepare.history import INCREMENT, TASKS, history_of_pack
 from gmeta.data.prepare.settings import Settings, as_ids, settings_from_json
@@ -88,6 +89,10 @@ def open_base(config: PrepareConfig) -> Base:
     file = path / "manifest.json"
     found = read_mapping(file, CURE) if file.is_file() else {}
     base = _bundle(path, found) if found.get("format") == "gmeta-bundle" else _pack(path)
+    if base.pack_schema.next_item:
+        raise ValueError(
+            f"base {path} was made of events, which no pack continues yet: prepare the events of all days anew"
+        )
     if base.pack_schema.encoding != ENCODING:
         raise ValueError(
             f"base {path} has ids of encoding {base.pack_schema.encoding}, this gmeta makes {ENCODING}: prepare all "
@@ -176,6 +181,9 @@ def _refuse_other_settings(config: PrepareConfig, base: Base) -> None:
     for key in ("dataset", "root"):
         if getattr(config, key) is not None:
             raise ValueError(f"{key} has no effect with base: name the day's files with --input")
+    for key in OF_EVENTS:
+        if getattr(config, key) not in (None, []):
+            raise ValueError(f"{key} has no effect with base: only a pack of its own is made of events")
     if not config.input:
         raise ValueError("name the day's files with --input: a pack that continues a base is made of new rows")
     if config.schema is not None:
@@ -190,7 +198,8 @@ def _refuse_other_settings(config: PrepareConfig, base: Base) -> None:
                 "to continue the base with its own, or prepare all days anew"
             )
     theirs = {"label_threshold": base.schema.label_threshold, **asdict(base.settings)}
-    for key in (f.name for f in fields(PrepareConfig) if f.name not in _FREE | {"schema", "dataset", "root"}):
+    elsewhere = _FREE | {"schema", "dataset", "root", *OF_EVENTS}
+    for key in (f.name for f in fields(PrepareConfig) if f.name not in elsewhere):
         given = getattr(config, key)
         if key in ("partitions", "roles"):
             given = as_ids(given) or None

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from gmeta.config.data import HISTORY_ROWS, PrepareConfig
-from gmeta.data.events.audit import mend_cold_tasks
 from gmeta.data.events.catalogue import write_items
 from gmeta.data.events.columns import schema_of_rows
+from gmeta.data.events.findings import mend_cold_tasks
 from gmeta.data.events.rows import make_event_rows
 from gmeta.data.events.settings import event_columns, settings_of_events
 from gmeta.data.pack import PackWriter

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from gmeta.data.events.audit import audit_lines
+from gmeta.data.events.findings import audit_lines
 from gmeta.data.order import bucket_by_size
 from gmeta.data.pack import SPLITS
 from gmeta.data.sources import Connection, literal, scalar
@@ -111,7 +111,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"support and query: min / median / max rows of a task; padding at {BATCH_TASKS} tasks a batch")
     console.print(f"items in no training row: {summary['cold_items']:,}")
     console.print("ids: " + ", ".join(f"{name} {size:,}" for name, size in summary["vocab"].items()))
-    for line in audit_lines(summary["audit"]) if "audit" in summary else ():
+    for line in audit_lines(summary) if "audit" in summary else ():
         console.print(line)
     for line in _day_lines(summary):
         console.print(line)

