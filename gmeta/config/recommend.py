@@ -42,8 +42,8 @@ class RecommendConfig:
     user_vectors: str | None = None
     """Parquet file to write: user and vector of all users with a known event. A score is the product of two vectors."""
     index: Literal["exact", "faiss"] = "exact"
-    """exact: compare with every item. faiss: by an approximate index (HNSW), which needs `pip install 'gmeta[faiss]'`;
-    how much of the exact lists it finds is told."""
+    """exact: compare with every item. faiss: with about a quarter of them, the nearest cells of an approximate index,
+    which needs `pip install 'gmeta[faiss]'`; how much of the exact lists it finds is told."""
     checkpoint: str = "best"
     """Checkpoint to load: best, last, or a step number."""
     memory_limit: str = "2GB"

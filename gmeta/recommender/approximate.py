@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from gmeta.recommender.top_items import TopItems
 
-_NEIGHBOURS, _BUILT, _LOOKED = 32, 200, 128
-"""Edges of an item, and the items that are kept in view when the graph is made and when it is asked."""
+_PART = 4
+"""A user is compared with the items of one cell in so many."""
+_CELL = 39
+"""Fewer items make no cell of their own: faiss asks for as many."""
 
 
 class FaissShelf:
-    """A graph of neighbours (HNSW) by products. Arguments and results are those of `ExactShelf`.
-
-    ValueError where faiss is not here.
+    """Cells of items whose vectors are near (k-means): a user is compared with the nearest ones. Arguments and results
+    are those of `ExactShelf`. ValueError where faiss is not here.
     """
 
     def __init__(self, ids: NDArray[np.int64], vectors: Tensor) -> None:
@@ -29,9 +31,13 @@ class FaissShelf:
             raise ValueError(f"index is 'faiss', which needs faiss ({error}): pip install 'gmeta[faiss]'") from None
         self.ids = ids
         self._device = vectors.device
-        self._index = faiss.IndexHNSWFlat(vectors.shape[1], _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        self._index.hnsw.efConstruction = _BUILT
-        self._index.add(vectors[torch.from_numpy(ids).to(vectors.device)].cpu().numpy())
+        rows = vectors[torch.from_numpy(ids).to(vectors.device)].cpu().numpy()
+        cells = max(1, min(math.isqrt(len(ids)), len(ids) // _CELL))
+        width, product = rows.shape[1], faiss.METRIC_INNER_PRODUCT
+        self._index = faiss.IndexIVFFlat(faiss.IndexFlatIP(width), width, cells, product)
+        self._index.nprobe = -(-cells // _PART)
+        self._index.train(rows)
+        self._index.add(rows)
 
     def top(self, users: Tensor, k: int, out: tuple[Tensor, Tensor]) -> TopItems:
         """Return about the k best items: so many more are asked for as the user with the most leaves out."""
@@ -42,7 +48,6 @@ class FaissShelf:
         here = self.ids[place] == item
         longest = int(np.bincount(user[here]).max(initial=0)) if here.any() else 0
         asked = min(k + longest, len(self.ids))
-        self._index.hnsw.efSearch = max(_LOOKED, 2 * asked)
         scores, found = self._index.search(users.cpu().numpy(), asked)
         left_out = user[here] * len(self.ids) + place[here]
         rows = np.arange(len(found))[:, None]
