@@ -29,6 +29,7 @@ from gmeta.config.deprecated import RENAMED_BY_COMMAND
 from gmeta.config.evaluation import CompareConfig, EvaluateConfig, PredictConfig, ReportConfig
 from gmeta.config.export import ExportConfig, ExportStatesConfig
 from gmeta.config.parse import given_values, modern_words, name_bare_words, parse_words, parser_of, require_named_code
+from gmeta.config.recommend import RecommendConfig
 from gmeta.config.registry import DeltaConfig, PublishConfig, RegistryConfig
 from gmeta.config.serving import ServeConfig
 from gmeta.config.text import EmbedConfig
@@ -102,6 +103,12 @@ def _predict(config: PredictConfig) -> int:
     from gmeta.serving.predict import predict
 
     return predict(config)
+
+
+def _recommend(config: RecommendConfig) -> int:
+    from gmeta.serving.recommend import recommend
+
+    return recommend(config)
 
 
 def _serve(config: ServeConfig) -> int:
@@ -251,6 +258,12 @@ rows count in its order, else in that of the file; of a run with loader.max_supp
 output has all columns of the query file.
 """
 
+_RECOMMEND_HELP = """The events have the columns that the events had which the run's pack was made of. A user's events
+count in the order of their time; without times those of each domain keep the order of the file, and domains are
+interleaved evenly, as at prepare. Of a run with loader.max_support_rows the last ones are read. Recommendations are
+ranked as gmeta evaluate ranks; of equal scores the item with the lower id comes first.
+"""
+
 _TUNE_HELP = """The space is a YAML file, dotted keys of `gmeta train` with what they vary over:
 
   dense.lr: {low: 0.0003, high: 0.01, log: true}   # numbers between, drawn evenly in the logarithm
@@ -280,6 +293,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(EvaluateConfig, _evaluate, distributed=True),
     "compare": Command(CompareConfig, _compare, bare="runs", bare_usage="RUN RUN ..."),
     "predict": Command(PredictConfig, _predict, distributed=True, epilog=_PREDICT_HELP),
+    "recommend": Command(RecommendConfig, _recommend, epilog=_RECOMMEND_HELP),
     "report": Command(ReportConfig, _report),
     "bundle": Command(BundleConfig, _bundle),
     "gate": Command(GateConfig, _gate, distributed=True, epilog=_GATE_HELP),

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+import gmeta
 from gmeta.config.data import PrepareConfig
 from gmeta.data.prepare.prepare import prepare
 
@@ -32,14 +33,31 @@ def event_rows(users: int = 40, events: int = 9, seed: int = 0) -> dict[str, lis
     return rows
 
 
+def timed(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Events with times of their own, in which the domains of a user mix."""
+    order = np.random.default_rng(5).permutation(len(rows["user"]))
+    return {**rows, "time": (1000 + order).tolist()}
+
+
 def next_item_pack(folder: Path, rows: dict[str, list[Any]] | None = None, **settings: Any) -> Path:
     """The pack of such events."""
     folder.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table(rows or event_rows()), folder / "events.parquet")
-    (folder / "events.yaml").write_text("user: user\nitem: item\ndomain: domain\ntext: title\n")
+    rows = rows or event_rows()
+    pq.write_table(pa.table(rows), folder / "events.parquet")
+    names = {"user": "user", "item": "item", "domain": "domain", "text": "title", "time": "time"}
+    (folder / "events.yaml").write_text("".join(f"{key}: {name}\n" for key, name in names.items() if name in rows))
     out = folder / "pack"
     config = PrepareConfig(
         input=[str(folder / "events.parquet")], events=str(folder / "events.yaml"), out=str(out), **settings
     )
     prepare(config, report=lambda *_: None)
     return out
+
+
+def next_item_run(pack: Path, run_dir: Path, *, most: int = 6, **model: Any) -> Path:
+    """A run on a pack, of two epochs, whose users read their last `most` events."""
+    values = {"name": "sasrec", "embedding_dim": 8, "args": {"heads": 2, "blocks": 1, "positions": 8}}
+    config = {"pack": str(pack), "run_dir": str(run_dir), "model": {**values, **model}, "meta": {"adapt": []}}
+    config |= {"schedule": {"epochs": 2}, "loader": {"tasks_per_batch": 20, "max_support_rows": most}}
+    config |= {"embedding": {"init_std": 0.5}}
+    return gmeta.train(config).path

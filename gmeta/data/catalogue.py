@@ -2,12 +2,13 @@
 
 `vocab/catalogue.parquet` has a row for each item id, ascending from 1: `id` int32, `item` (the raw value), an int32
 column of encoded ids for each feature that items own (`PackSchema.catalogue`), and `count` int64, the rows of split
-train with that item. It lies beside the vocabularies because it means something only with them: what copies, verifies
-and bundles these takes it along.
+train with that item. The file's metadata say which columns events had, by what they meant. It lies beside the
+vocabularies because it means something only with them: what copies, verifies and bundles these takes it along.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from gmeta.data.schema import PackSchema
 
 _CURE = "copy it again from the pack, or prepare the pack again"
+_COLUMNS = b"event_columns"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Catalogue:
         """Return the number of item ids, that of unknown items included."""
         return len(self.count)
 
+    def followed_by(self, owned: Mapping[str, NDArray[np.int64]]) -> Catalogue:
+        """Return these items, and behind them others [n] that own this, which no training row has."""
+        num = len(next(iter(owned.values())))
+        whole = {name: np.concatenate([ids, owned[name]]) for name, ids in self.owned.items()}
+        return Catalogue(self.item, whole, np.append(self.count, np.zeros(num, np.int64)))
+
 
 def catalogue_file(directory: Path) -> Path:
     """Return where a directory of vocabularies holds the catalogue."""
@@ -46,14 +54,40 @@ def write_catalogue(
     values: pa.Array | pa.ChunkedArray,
     owned: Mapping[str, NDArray[np.int64]],
     count: NDArray[np.int64],
+    event_columns: Mapping[str, str] | None = None,
 ) -> None:
     """Write the catalogue to a directory of vocabularies: item `values[i]` has id i + 1, owns `owned[feature][i]`, and
-    was in `count[i]` training rows.
+    was in `count[i]` training rows. `event_columns` are the columns that events had, by what they meant.
     """
     columns = {"id": pa.array(np.arange(1, len(values) + 1, dtype=np.int32)), "item": values}
     columns |= {name: pa.array(np.asarray(ids, np.int32)) for name, ids in owned.items()}
     columns["count"] = pa.array(np.asarray(count, np.int64))
-    pq.write_table(pa.table(columns), catalogue_file(directory))
+    table = pa.table(columns)
+    if event_columns is not None:
+        table = table.replace_schema_metadata({_COLUMNS: json.dumps(dict(event_columns))})
+    pq.write_table(table, catalogue_file(directory))
+
+
+def read_event_columns(vocab_folder: Path) -> dict[str, str]:
+    """Return the columns that a pack's events had, by what they meant (`user`, `item`, …); empty where the catalogue
+    does not tell. ValueError for a file that is missing or damaged.
+    """
+    file = catalogue_file(vocab_folder)
+    try:
+        found = (pq.read_schema(file).metadata or {}).get(_COLUMNS)
+        columns = {} if found is None else json.loads(found)
+        return {str(key): str(column) for key, column in columns.items()}
+    except (OSError, pa.ArrowException, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None
+
+
+def read_item_values(vocab_folder: Path) -> pa.ChunkedArray:
+    """Return the raw value of each item, that of id 1 first. ValueError for a file that is missing or damaged."""
+    file = catalogue_file(vocab_folder)
+    try:
+        return pq.read_table(file, columns=["item"])["item"].cast(pa.large_string())
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None
 
 
 def read_catalogue(vocab_folder: Path, schema: PackSchema) -> Catalogue:

@@ -199,7 +199,9 @@ def bundle(config: BundleConfig) -> int:
     found = make_bundle(config)
     size = sum(entry["bytes"] for entry in found.manifest["files"])
     print(f"bundle {found.path}: version {found.id}, {size:,} bytes")
-    print(
-        f"next: gmeta predict --run_dir {found.path} --support … --query … --out …, or gmeta.load({str(found.path)!r})"
-    )
+    if read_schema(found.path)[0].next_item:
+        uses = f"gmeta recommend --run_dir {found.path} --events … --out …, or NextItems.open({str(found.path)!r})"
+    else:
+        uses = f"gmeta predict --run_dir {found.path} --support … --query … --out …, or gmeta.load({str(found.path)!r})"
+    print(f"next: {uses}")
     return 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from gmeta.data.pack import TaskPack
+from gmeta.recommender.next_items import NextItems
 from gmeta.recommender.recommender import load
 from gmeta.recommender.smoke import SMOKE, smoke_scores
 from gmeta.runs.bundle import BundleWriter
@@ -25,7 +26,8 @@ def add_smoke(writer: BundleWriter, pack: TaskPack, manifest: Mapping[str, Any])
     if not arrays or not len(arrays["task_id"]):
         return
     # make_bundle has asked for trust
-    rec = load(writer.preview(manifest), trust_model=True, device="cpu", mapped=True)
+    open_run = NextItems.open if pack.schema.next_item else load
+    rec = open_run(writer.preview(manifest), trust_model=True, device="cpu", mapped=True)
     scores = smoke_scores(rec, arrays)
     tensors = {name: torch.from_numpy(array.copy()) for name, array in {**arrays, "score": scores}.items()}
     writer.add_tensors(SMOKE, tensors)

@@ -30,12 +30,13 @@ from gmeta.evaluation.next_item import (
 )
 from gmeta.evaluation.next_item_baselines import NEXT_ITEM_BASELINES, ScoreTargets, fit_next_item_baselines
 from gmeta.evaluation.predictions import scenarios_of, task_keys, values_of_ids
-from gmeta.evaluation.rank_split import candidates_of, next_item_learner, rank_split
+from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.evaluation.score import Ints
 from gmeta.evaluation.slices import BEFORE
 from gmeta.evaluation.target_ranks import Candidates, TargetRanks, Targets, ranks_of
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import candidate_draw, domain_of
+from gmeta.recommender.catalogue_vectors import next_item_learner
 from gmeta.recommender.system import System
 
 _SCORING_ONLY = ("inner_lr", "support_sizes", "plain_run", "truth", "relevant_label", "baseline_settings")

@@ -4,49 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from gmeta.core.batch import to_device
-from gmeta.data.candidates import CandidateDraw, catalogue_examples
+from gmeta.data.candidates import CandidateDraw
 from gmeta.data.catalogue import Catalogue
 from gmeta.data.loader import MAX_CELLS, TaskLoader
-from gmeta.data.schema import PackSchema
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.target_ranks import Candidates, TargetRanks, Targets, gather_ranks, ranks_of
-from gmeta.meta.next_item import NextItemLearner
+from gmeta.recommender.catalogue_vectors import item_vectors, next_item_learner
 from gmeta.recommender.system import PreparedBatch, System
-
-_ITEMS_AT_ONCE = 8192
-
-
-def next_item_learner(system: System) -> NextItemLearner:
-    """Return the learner of a system that finds next items. ValueError for one that scores examples."""
-    if not isinstance(system.objective, NextItemLearner):
-        raise ValueError(
-            "the run scores examples, and this is for runs on next items: prepare events with gmeta prepare --events"
-        )
-    return system.objective
 
 
 def candidates_of(catalogue: Catalogue, domain: str | None, **settings: bool) -> Candidates:
     """Return who is ranked: the items of the target's domain, unless `settings` say otherwise."""
     numbers = np.zeros(catalogue.num_ids, np.int64) if domain is None else catalogue.owned[domain]
     return Candidates(numbers, **settings)
-
-
-@torch.no_grad()
-def item_vectors(system: System, catalogue: Catalogue, schema: PackSchema) -> Tensor:
-    """Return the vectors of all items, [num_ids, d], zeros for id 0; collective."""
-    learner = next_item_learner(system)
-    parts = []
-    for start in range(1, catalogue.num_ids, _ITEMS_AT_ONCE):
-        items = np.arange(start, min(start + _ITEMS_AT_ONCE, catalogue.num_ids))
-        examples = system.examples(catalogue_examples(catalogue, items, schema))
-        request = system.exchange.request(shared=examples)
-        rows = system.exchange.fetch(system.exchange.exchange_ids(request))
-        with system.precision():
-            parts.append(learner.items(rows, to_device(examples, system.mesh.device, system.dtype)).float())
-    return torch.cat([torch.zeros_like(parts[0][:1]), *parts])
 
 
 def rank_split(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +35,12 @@ from gmeta.recommender.mapped import MappedRows
 from gmeta.recommender.model_texts import ModelTexts
 from gmeta.runs import checkpoint as checkpoints
 from gmeta.runs.bundle import is_bundle
-from gmeta.runs.data import require_clicks, require_own_vocabularies
+from gmeta.runs.data import require_clicks, require_own_vocabularies, require_scores
 from gmeta.runs.directory import read_schema, read_settings
 from gmeta.runs.registry import CACHE, fetch_named
 
 _TASKS_AT_A_TIME = 256
+_Opened = TypeVar("_Opened")
 
 
 def load(
@@ -63,18 +64,35 @@ def load(
     Raises ValueError for what is missing, damaged, or not trusted.
     """
     mesh = local_mesh(device)
+
+    def make(source: Path, which: str) -> Recommender:
+        return Recommender(source, which, factory=model, trust_model=trust_model, mesh=mesh, mapped=mapped)
+
+    return open_trained(make, run, str(checkpoint), cache=cache, mapped=mapped)
+
+
+def open_trained(
+    make: Callable[[Path, str], _Opened],
+    run: str | os.PathLike[str],
+    checkpoint: str,
+    *,
+    cache: str | os.PathLike[str] = CACHE,
+    mapped: bool = False,
+) -> _Opened:
+    """Return what `make(source, checkpoint)` gives of a run, a bundle or a version of a registry; the checkpoint of a
+    bundle is empty. Errors as `load`.
+    """
     run = fetch_named(os.fspath(run), Path(cache).expanduser()) or run
     if is_bundle(Path(run)):
         require(checkpoint == "best", "checkpoint", checkpoint, "a bundle is one version: leave it out")
-        return Recommender(Path(run), "", factory=model, trust_model=trust_model, mesh=mesh, mapped=mapped)
+        return make(Path(run), "")
     require(not mapped, "mapped", mapped, "only a bundle can be: make one with `gmeta bundle`")
     read_settings(Path(run))  # a path that is no run is told of first
     attempts = 3
     while True:
-        path = checkpoints.find_checkpoint(Path(run) / "checkpoints", str(checkpoint))
+        path = checkpoints.find_checkpoint(Path(run) / "checkpoints", checkpoint)
         try:
-            step = str(checkpoints.step_of(path))
-            return Recommender(Path(run), step, factory=model, trust_model=trust_model, mesh=mesh)
+            return make(Path(run), str(checkpoints.step_of(path)))
         except (ValueError, OSError):
             attempts -= 1
             if path.exists() or not attempts:
@@ -94,6 +112,7 @@ class Recommender:
         mesh: Mesh,
         mapped: bool = False,
     ) -> None:
+        require_scores(source)
         require_own_vocabularies(source)
         self.source = source
         self.system, self.config, step = load_system(

@@ -1,6 +1,7 @@
 """A few tasks that a bundle carries with their scores: whoever loads it can tell whether it computes what it should.
 
-`smoke.safetensors` holds encoded rows of valid tasks, laid out as a pack's shard is, and `score` of each query row.
+`smoke.safetensors` holds encoded rows of valid tasks, laid out as a pack's shard is, and `score` of each query row: of
+a model of next items that of the query's item after the support.
 """
 
 from __future__ import annotations
@@ -13,23 +14,38 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from gmeta.data.shards import split_in_memory
+from gmeta.data.cells import ranges
+from gmeta.data.shards import PackSplit, split_in_memory
+from gmeta.recommender.next_items import Histories, NextItems
 from gmeta.recommender.recommender import Recommender
 
 SMOKE = "smoke.safetensors"
 TOLERANCE = 1e-5
 
 
-def smoke_scores(rec: Recommender, arrays: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+def smoke_scores(rec: Recommender | NextItems, arrays: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
     """Return the score of each query row of encoded tasks, in stored order."""
     split = split_in_memory(arrays, rec.schema)
+    if isinstance(rec, NextItems):
+        return _scores_of_next_items(rec, split)
     at = split.locate(np.arange(split.num_tasks)).last_support(rec.config.loader.max_support_rows)
     support, query, _ = split.gather(at)
     logits = rec._score(rec._adapt(support), query)[query.mask].cpu().double()
     return rec._predictions(logits)
 
 
-def check_smoke(rec: Recommender) -> bool:
+def _scores_of_next_items(rec: NextItems, split: PackSplit) -> NDArray[np.float64]:
+    """Return the score of each query row's item after its task's support."""
+    item = rec.schema.item
+    assert item is not None  # a next-item pack has one
+    columns, sizes = split.columns((item,)), split.num_task_rows
+    items, query = columns.ids[item].astype(np.int64), np.flatnonzero(columns.is_query)
+    first, length = (values[columns.task[query]] for values in (np.cumsum(sizes) - sizes, split.num_support))
+    histories = Histories([str(row) for row in query.tolist()], items[ranges(first, length)], length)
+    return rec.scores_of(histories, items[query]).double().cpu().numpy()
+
+
+def check_smoke(rec: Recommender | NextItems) -> bool:
     """Score the sample of the bundle that `rec` was loaded from; return whether there is one.
 
     ValueError where a score differs by more than 1e-5 from what was computed when the bundle was made.

@@ -72,8 +72,8 @@ class System:
         """Return the learner of a system that scores examples. ValueError for one of next items."""
         if isinstance(self.objective, NextItemLearner):
             raise ValueError(
-                "the run finds next items (its pack was made of events): this is for runs that score examples; see "
-                "gmeta evaluate"
+                "the run finds next items (its pack was made of events), and this is for runs that score examples: use "
+                "gmeta recommend, or gmeta evaluate to measure it"
             )
         return self.objective
 

@@ -46,6 +46,15 @@ def require_clicks(label: NDArray[Any], loss: LossName, source: str) -> None:
         raise ValueError(f"{source} has label {wrong:g}: the run was trained on clicks, which are 0 or 1")
 
 
+def require_scores(run_dir: Path) -> None:
+    """Raise ValueError for a run that finds next items, and scores no examples."""
+    if read_schema(run_dir)[0].next_item:
+        raise ValueError(
+            f"{run_dir} finds next items and scores no examples: use gmeta recommend, or from Python NextItems.open of "
+            "gmeta.recommender.next_items"
+        )
+
+
 def require_own_vocabularies(run_dir: Path) -> None:
     """Raise ValueError where the run's vocabulary files are not those that it was trained with."""
     schema, data_schema = read_schema(run_dir)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
@@ -88,12 +86,12 @@ class Engine:
                 jobs[0].error = Declined(500, "internal", "the server failed at this request: see its log")
 
     def _pass(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
-        with self._timed("encode"):
+        with self._metrics.timed("encode"):
             supports = self._encoded(version, jobs, "support")
             candidates = self._encoded(version, [job for job in jobs if job.error is None], "candidates")
-        with self._timed("adapt"):
+        with self._metrics.timed("adapt"):
             states = self._adapt(version, supports, [job for job in jobs if job.error is None])
-        with self._timed("score"):
+        with self._metrics.timed("score"):
             self._score(version, candidates, states)
         for part in supports:
             for job, tasks in zip(part.jobs, part.tasks, strict=True):
@@ -221,12 +219,6 @@ class Engine:
         for job, other in zip(answered, again, strict=True):
             if other.scores is not None and job.scores is not None:
                 self._metrics.count_drift(np.abs(other.scores - job.scores))
-
-    @contextmanager
-    def _timed(self, stage: Literal["encode", "adapt", "score"]) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._metrics.observe(stage, time.perf_counter() - start)
 
 
 def _unknown(tables: Sequence[EncodedTables], schema: PackSchema) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -48,6 +49,8 @@ class Metrics:
         )
         self._ids = Counter("gmeta_candidate_ids", "Ids of candidates.", registry=own)
         self._unknown = Counter("gmeta_unknown_candidate_ids", "Ids of candidates in no vocabulary.", registry=own)
+        self._events = Counter("gmeta_events", "Events of histories.", registry=own)
+        self._unknown_events = Counter("gmeta_unknown_events", "Events of items in no vocabulary.", registry=own)
         self._drift = Histogram(
             "gmeta_shadow_difference", "How far the shadow's scores are off.", buckets=_DRIFT, registry=own
         )
@@ -67,6 +70,13 @@ class Metrics:
         """Count the seconds of a stage."""
         self._stage[stage].observe(seconds)
 
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Count the seconds of what runs meanwhile as those of a stage."""
+        start = time.perf_counter()
+        yield
+        self.observe(stage, time.perf_counter() - start)
+
     def count_states(self, found: int, adapted: int) -> None:
         """Count states that were remembered, and those that were not."""
         self._states.labels("yes").inc(found)
@@ -76,6 +86,11 @@ class Metrics:
         """Count ids, and those of them that are unknown."""
         self._ids.inc(ids)
         self._unknown.inc(unknown)
+
+    def count_events(self, events: int, unknown: int) -> None:
+        """Count events of histories, and those of them whose item is unknown."""
+        self._events.inc(events)
+        self._unknown_events.inc(unknown)
 
     def count_drift(self, differences: NDArray[np.float64]) -> None:
         """Count how far the shadow's scores are off."""

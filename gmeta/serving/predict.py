@@ -33,7 +33,7 @@ from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import load_system
 from gmeta.recommender.model_texts import ModelTexts
 from gmeta.recommender.system import System
-from gmeta.runs.data import require_clicks, require_own_vocabularies
+from gmeta.runs.data import require_clicks, require_own_vocabularies, require_scores
 from gmeta.runs.directory import read_config, read_schema
 from gmeta.serving.files import PATIENCE_S, same_checkpoint, scratch_folder, sum_over_parts
 
@@ -133,6 +133,7 @@ def predict_on(config: PredictConfig, mesh: Mesh) -> None:
     run_dir = Path(config.run_dir)
     trained = read_config(run_dir)
     schema, data_schema = read_schema(run_dir)
+    require_scores(run_dir)
     require_own_vocabularies(run_dir)
     # first, because it finds out whether the schemas, by which rows are read, are what the checkpoint was saved with
     which = same_checkpoint(run_dir, config.checkpoint, mesh)

@@ -13,9 +13,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from gmeta.recommender.next_items import NextItems
 from gmeta.serving.engine import ScoringJob
 from gmeta.serving.infer import answer, metadata, named_scores, query_of_infer
 from gmeta.serving.metrics import Counted, metrics_page
+from gmeta.serving.recommend_requests import job_of_json
 from gmeta.serving.refusal import Declined
 from gmeta.serving.service import Service
 from gmeta.serving.wire import Query, parse_json, query_of_arrow, query_of_json
@@ -38,6 +40,7 @@ def build_app(service: Service) -> FastAPI:
     for method, path, handler, says in (
         ("POST", "/v1/score", routes.score, "Score candidates, adapted to support rows or by the ids of states."),
         ("POST", "/v1/adapt", routes.adapt, "Adapt to support rows and keep them; returns ids of states."),
+        ("POST", "/v1/recommend", routes.recommend, "Find the items that come next in users' histories."),
         ("DELETE", "/v1/states/{state_id}", routes.delete, "Erase a state and its support rows."),
         ("GET", "/v1/model", routes.model, "The version that serves, and the columns that it needs."),
         ("POST", "/v2/models/{model}/infer", routes.infer, "Score, by the Open Inference Protocol."),
@@ -122,6 +125,14 @@ class Routes:
         found = zip(given, states, num_support, strict=True)
         tasks = [{"key": key, "state": state, "num_support": count} for key, state, count in found]
         return _json({"version": job.version, "tasks": tasks})
+
+    async def recommend(self, request: Request, _: str, counted: Counted) -> Response:
+        """Recommend items to users by their events."""
+        service = self._service
+        model = service.versions.current.next_items
+        document = parse_json(await self._body(request, counted, (JSON,)))
+        job = await service.recommend(job_of_json(document, model, service.limits), counted)
+        return _json({"version": job.version, "users": job.found})
 
     async def delete(self, request: Request, owner: str, _: Counted) -> Response:
         """Erase a state."""
@@ -222,8 +233,8 @@ def _arrow(columns: Mapping[str, Any], version: str) -> Response:
 
 def _described(service: Service) -> dict[str, Any]:
     version, limits = service.versions.current, service.limits
-    manifest, columns = version.manifest, version.columns
-    return {
+    manifest = version.manifest
+    found = {
         "version": version.id,
         "versions": service.versions.names,
         "parent": manifest.get("parent"),
@@ -231,6 +242,19 @@ def _described(service: Service) -> dict[str, Any]:
         "day": manifest.get("day"),
         "interval": manifest.get("interval"),
         "model": manifest["model"]["name"],
+    }
+    if isinstance(version.model, NextItems):
+        sizes = {"body_bytes": limits.body_bytes, "users": limits.tasks, "events": limits.rows, "k": limits.values}
+        return {
+            **found,
+            "items": version.model.num_items,
+            "domains": version.model.domains,
+            "event": ["item", "domain", *(["time"] if version.model.columns.time is not None else [])],
+            "limits": sizes,
+        }
+    columns = version.columns
+    return {
+        **found,
         "task": columns.task,
         "support": list(columns.support),
         "candidates": list(columns.candidates),

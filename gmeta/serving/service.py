@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -15,6 +15,7 @@ from gmeta.serving.batcher import Batcher
 from gmeta.serving.engine import Engine, ScoringJob
 from gmeta.serving.metrics import Counted, Metrics
 from gmeta.serving.peers import Peers
+from gmeta.serving.recommend_requests import Recommending, RecommendJob
 from gmeta.serving.refusal import Declined
 from gmeta.serving.states import Kept, States
 from gmeta.serving.versions import Source, Versions
@@ -51,7 +52,8 @@ class Service:
         self.states = States(worker=worker, secret=secret, most_bytes=config.state_mb * 2**20, ttl_s=config.state_ttl_s)
         self.engine = Engine(self.versions, self.states, self.metrics)
         self.peers = Peers(worker, config.workers, Path(sockets), self.states, self.metrics)
-        self.batcher: Batcher[ScoringJob] | None = None
+        self.recommending = Recommending(self.versions, self.metrics)
+        self.batcher: Batcher[ScoringJob | RecommendJob] | None = None
         self.stopping = False
         self.metrics.watch("gmeta_waiting_requests", "Requests in the queue.", lambda: len(self.batcher or ()))
         self.metrics.watch("gmeta_state_bytes", "Bytes of states and kept rows.", lambda: self.states.nbytes)
@@ -61,8 +63,8 @@ class Service:
         """Compute, and follow new versions, while the app runs."""
         config = self.config
         self.batcher = Batcher(
-            self.engine.run,
-            self.engine.shadow if self.versions.shadow is not None else None,
+            self._run,
+            self._shadow if self.versions.shadow is not None else None,
             most_tasks=config.batch_tasks,
             most_waiting=config.max_queue,
             wait_s=config.batch_wait_ms / 1e3,
@@ -75,6 +77,16 @@ class Service:
         self.stopping = True
         following.cancel()
         await self.batcher.close()
+
+    def _run(self, jobs: Sequence[ScoringJob | RecommendJob]) -> None:
+        """Compute jobs; those that score are one pass, those that recommend another."""
+        if scoring := [job for job in jobs if isinstance(job, ScoringJob)]:
+            self.engine.run(scoring)
+        if recommending := [job for job in jobs if isinstance(job, RecommendJob)]:
+            self.recommending.run(recommending)
+
+    def _shadow(self, jobs: Sequence[ScoringJob | RecommendJob]) -> None:
+        self.engine.shadow([job for job in jobs if isinstance(job, ScoringJob)])
 
     async def _follow(self) -> None:
         while True:
@@ -91,6 +103,16 @@ class Service:
         job.kept = {key: await self.find(job.owner, key, state_id) for key, state_id in job.query.states.items()}
         size = max(job.query.num_tasks, job.query.num_rows // _ROWS_OF_TASK)
         await self.batcher.submit(job, size, self.config.timeout_s)
+        if job.error is not None:
+            raise job.error
+        counted.version = job.version
+        return job
+
+    async def recommend(self, job: RecommendJob, counted: Counted) -> RecommendJob:
+        """Have a job of next items computed. Raises its `Declined`."""
+        assert self.batcher is not None
+        counted.tasks, counted.rows = len(job.users), len(job.events.item)
+        await self.batcher.submit(job, max(counted.tasks, counted.rows // _ROWS_OF_TASK), self.config.timeout_s)
         if job.error is not None:
             raise job.error
         counted.version = job.version

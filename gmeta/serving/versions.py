@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 from gmeta.data.schema import data_schema_from_json
 from gmeta.meta.recorded import Programs
 from gmeta.models.registry import is_foreign, source_hash
+from gmeta.recommender.next_items import NextItems
 from gmeta.recommender.recommender import Recommender, load
 from gmeta.recommender.smoke import check_smoke
 from gmeta.recommender.tasks import TaskState, state_without_support
@@ -19,6 +20,7 @@ from gmeta.runs.bundle import MANIFEST, read_manifest
 from gmeta.runs.directory import read_schema
 from gmeta.runs.registry import Registry
 from gmeta.serving.metrics import Metrics
+from gmeta.serving.refusal import Declined
 from gmeta.serving.wire import Columns
 
 _AGAIN_S = 60.0
@@ -69,15 +71,53 @@ class RegistrySource:
 
 
 @dataclass(frozen=True)
-class Version:
-    """A version that is ready to answer."""
+class Scorer:
+    """What scores examples."""
 
-    id: str
     rec: Recommender
     nothing: TaskState  # of a task of which nothing is known
     columns: Columns
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version that is ready to answer: it scores examples, or finds next items."""
+
+    id: str
+    model: Scorer | NextItems
     manifest: dict[str, Any]
     since: float
+
+    @property
+    def scorer(self) -> Scorer:
+        """Return what scores. Raises `Declined` where the version finds next items."""
+        if isinstance(self.model, NextItems):
+            reason = "the version that serves finds next items and scores no examples: ask POST /v1/recommend"
+            raise Declined(404, "scores_nothing", reason)
+        return self.model
+
+    @property
+    def next_items(self) -> NextItems:
+        """Return what finds next items. Raises `Declined` where the version scores examples."""
+        if isinstance(self.model, Scorer):
+            reason = "the version that serves scores examples and finds no next items: ask POST /v1/score"
+            raise Declined(404, "finds_nothing", reason)
+        return self.model
+
+    @property
+    def rec(self) -> Recommender:
+        """Return the model that scores."""
+        return self.scorer.rec
+
+    @property
+    def nothing(self) -> TaskState:
+        """Return the state of a task of which nothing is known."""
+        return self.scorer.nothing
+
+    @property
+    def columns(self) -> Columns:
+        """Return the columns that requests have."""
+        return self.scorer.columns
 
 
 def open_version(
@@ -102,17 +142,22 @@ def open_version(
             f"{path} has the model {model.get('name')} of source {model.get('source')}, this server trusts "
             f"{trusted.get('name')} of source {trusted.get('source')}: start it anew with that version"
         )
-    rec = load(path, trust_model=trust_model, device=device, mapped=True)
+    schema, data_schema = read_schema(path)
+    open_model = NextItems.open if schema.next_item else load
+    rec = open_model(path, trust_model=trust_model, device=device, mapped=True)
     if is_foreign(model["name"]) and source_hash(model["name"]) != model["source"]:
         raise ValueError(
             f"the code of {model['name']} that is installed here is not what {path} was made with: install that, or "
             "make the bundle again"
         )
-    nothing = state_without_support(rec)
     check_smoke(rec)
+    if isinstance(rec, NextItems):
+        rec.shelves(None, "domain")  # which computes the vectors of all items
+        return Version(str(manifest["id"]), rec, manifest, time.time())
+    nothing = state_without_support(rec)
     rec.record(programs, note)
-    columns = Columns.of(data_schema_from_json(read_schema(path)[1]))
-    return Version(str(manifest["id"]), rec, nothing, columns, manifest, time.time())
+    scorer = Scorer(rec, nothing, Columns.of(data_schema_from_json(data_schema)))
+    return Version(str(manifest["id"]), scorer, manifest, time.time())
 
 
 class Versions:

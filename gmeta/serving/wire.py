@@ -106,7 +106,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise Declined(400, "invalid_json", _why_no_json(body, str(error))) from None
     if not isinstance(document, dict):
-        found = "null" if document is None else _kind(document)
+        found = "null" if document is None else kind_of(document)
         raise Declined(400, "invalid_json", f"the body is {found}: it must be an object")
     return document
 
@@ -122,15 +122,15 @@ def _why_no_json(body: bytes, error: str) -> str:
 
 def query_of_json(document: Mapping[str, Any], columns: Columns, limits: RequestLimits, *, scoring: bool) -> Query:
     """Read the body of `/v1/score` (`scoring`) or `/v1/adapt`."""
-    _refuse_unknown(document, ("tasks", "version"), "the body")
+    refuse_unknown(document, ("tasks", "version"), "the body")
     tasks, version = document.get("tasks"), document.get("version")
     if not isinstance(tasks, list) or not tasks:
-        raise Declined(422, "invalid_tasks", f"tasks is {_kind(tasks)}: give a list of one task or more")
+        raise Declined(422, "invalid_tasks", f"tasks is {kind_of(tasks)}: give a list of one task or more")
     if len(tasks) > limits.tasks:
         raise Declined(413, "too_many_tasks", f"{len(tasks)} tasks are more than {limits.tasks}: send them in parts")
     if version is not None and not isinstance(version, str):
         raise Declined(
-            422, "invalid_version", f"version is {_kind(version)}: give the name of a version, or leave it out"
+            422, "invalid_version", f"version is {kind_of(version)}: give the name of a version, or leave it out"
         )
     known = ("key", "support", "state", "candidates") if scoring else ("key", "support")
     states: dict[str, str] = {}
@@ -138,8 +138,8 @@ def query_of_json(document: Mapping[str, Any], columns: Columns, limits: Request
     for place, task in enumerate(tasks):
         where = f"tasks[{place}]"
         if not isinstance(task, dict):
-            raise Declined(422, "invalid_tasks", f"{where} is {_kind(task)}: it must be an object")
-        _refuse_unknown(task, known, where)
+            raise Declined(422, "invalid_tasks", f"{where} is {kind_of(task)}: it must be an object")
+        refuse_unknown(task, known, where)
         key = _key(task.get("key"), where)
         if key in seen:
             raise Declined(422, "duplicate_task", f"{where} has the key of an earlier task: send each task once")
@@ -185,7 +185,7 @@ def _merged(
     for place, given in having:
         where = f"tasks[{place}].{part}"
         if not isinstance(given, dict):
-            raise Declined(422, f"invalid_{part}", f"{where} is {_kind(given)}: it must be an object of columns")
+            raise Declined(422, f"invalid_{part}", f"{where} is {kind_of(given)}: it must be an object of columns")
         counts[place] = rows = _num_rows(given, where, columns)
         if sum(counts) > limits.rows:
             raise Declined(413, "too_many_rows", f"{where}: more than {limits.rows:,} rows; send them in parts")
@@ -237,7 +237,7 @@ def _check_lists(values: Sequence[Any], where: str, limits: RequestLimits) -> No
 def _key(value: Any, where: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         raise Declined(
-            422, "invalid_key", f"{where}.key is {_kind(value)}: give the task's key, a text or a whole number"
+            422, "invalid_key", f"{where}.key is {kind_of(value)}: give the task's key, a text or a whole number"
         )
     return canonical(str(value), where)
 
@@ -250,13 +250,15 @@ def canonical(key: str, where: str) -> str:
     return text
 
 
-def _refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+def refuse_unknown(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise `Declined` for a key that is not known, with the nearest one that is."""
     for name in given:
         if name not in known:
             raise Declined(422, "unknown_key", f"{where} has the key {name!r}: {nearest(name, known)}")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Return in words what a JSON value is."""
     names = {
         type(None): "missing",
         str: "a text",

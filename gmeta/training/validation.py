@@ -7,10 +7,11 @@ import math
 from gmeta.config.train import NEXT_ITEM_METRICS
 from gmeta.evaluation.metrics import HIGHER_IS_BETTER
 from gmeta.evaluation.next_item import Places
-from gmeta.evaluation.rank_split import candidates_of, next_item_learner, rank_split
+from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.evaluation.score import score_split, validation_metrics, watched_metric
 from gmeta.parallel.collectives import broadcast_from_rank_0
 from gmeta.recommender.build import candidate_draw, domain_of
+from gmeta.recommender.catalogue_vectors import next_item_learner
 from gmeta.training.run import Run
 
 _LOGGED = (*NEXT_ITEM_METRICS, "recall@50", "ndcg@50", "mrr@50")

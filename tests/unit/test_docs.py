@@ -216,7 +216,9 @@ def test_every_model_is_in_the_table_and_every_argument_in_the_help(capsys: pyte
 def bounds() -> dict[str, str]:
     """Package -> the version below which pyproject.toml keeps it, of those that some command needs."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    blocks = re.findall(r"^(?:dependencies|serve|registry|export|text) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+    blocks = re.findall(
+        r"^(?:dependencies|serve|registry|export|faiss|text) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE
+    )
     return dict(re.findall(r'"([\w-]+)(?:>=[\d.]+,)?<([\d.]+)(?:; [^"]*)?"', "".join(blocks)))
 
 
@@ -226,7 +228,9 @@ def test_every_dependency_is_bounded_just_above_its_pin() -> None:
     needed = re.findall(
         r'"',
         "".join(
-            re.findall(r"^(?:dependencies|serve|registry|export|text) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE)
+            re.findall(
+                r"^(?:dependencies|serve|registry|export|faiss|text) = \[(.*?)\]", text, re.DOTALL | re.MULTILINE
+            )
         ),
     )
     upper = bounds()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gmeta.data.catalogue import write_catalogue
+from gmeta.data.events.columns import EventColumns
 from gmeta.data.prepare.encode import looked_up_in
 from gmeta.data.schema import DataSchema, PackSchema
 from gmeta.data.sources import Connection, only_file
@@ -26,8 +27,12 @@ def make_catalogue(con: Connection, *, whole: bool) -> None:
         USING (item)""")
 
 
-def write_items(con: Connection, schema: DataSchema, pack_schema: PackSchema, items: Path, vocab: Path) -> None:
-    """Write the catalogue of a pack: the `items`, which `rows` wrote, by the ids that `learn` gave."""
+def write_items(
+    con: Connection, schema: DataSchema, pack_schema: PackSchema, columns: EventColumns, items: Path, vocab: Path
+) -> None:
+    """Write the catalogue of a pack of events with these columns: the `items`, which `rows` wrote, by the ids that
+    `learn` gave.
+    """
     tables = list(schema.tables())
     features = {feature.name: feature for feature in schema.features}
     joins = "".join(
@@ -40,4 +45,4 @@ def write_items(con: Connection, schema: DataSchema, pack_schema: PackSchema, it
         FROM vocab_{tables.index("item")} v JOIN read_parquet({only_file(items)}) c ON c.item = v.value{joins}
         ORDER BY v.id""").to_arrow_table()
     owned = {name: found[name].to_numpy().astype(np.int64) for name in pack_schema.catalogue}
-    write_catalogue(vocab, found["item"], owned, found["count"].to_numpy())
+    write_catalogue(vocab, found["item"], owned, found["count"].to_numpy(), columns.by_meaning())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from gmeta.core.files import read_mapping
+from gmeta.data.catalogue import catalogue_file, read_event_columns
 from gmeta.data.entries import require_keys, require_type
 from gmeta.data.schema import DataSchema, parse_data_schema
 
@@ -23,6 +24,10 @@ class EventColumns:
     time: str | None = None
     text: str | None = None
 
+    def by_meaning(self) -> dict[str, str]:
+        """Return the columns that there are, by what they mean."""
+        return {key: column for key, column in asdict(self).items() if column is not None}
+
 
 def load_event_columns(path: Path) -> EventColumns:
     """Read `events.yaml`. ValueError names the file, the key and the cure."""
@@ -34,6 +39,20 @@ def load_event_columns(path: Path) -> EventColumns:
         return _parse(read_mapping(path, _CURE))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def event_columns_of(vocab_folder: Path) -> EventColumns:
+    """Return the columns that the events of a run had. ValueError where its pack was not made of events."""
+    found = read_event_columns(vocab_folder)
+    if not found:
+        raise ValueError(
+            f"{catalogue_file(vocab_folder)} does not say which columns events have: prepare the pack again, with "
+            "gmeta prepare --events, and train on that"
+        )
+    try:
+        return _parse(found)
+    except ValueError as error:
+        raise ValueError(f"{catalogue_file(vocab_folder)}: {error}") from None
 
 
 def _parse(values: Any) -> EventColumns:

@@ -7,6 +7,7 @@ that is in several domains means another item in each, and gets its domain in fr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def read_events(
 ) -> dict[str, Any]:
     """Make tables `events` and `texts`, after `items`; returns the counts of the rows that were read."""
     columns = source.columns
-    _refuse_text_times(source)
+    refuse_text_times(source.parts, columns.time)
     schema, of_items = _reading(source)
     parts = [replace(p, query=f"SELECT *, 1 AS {identifier(_ONE)} FROM ({p.query})") for p in source.parts]
     parts = [replace(part, columns={**part.columns, _ONE: "INTEGER"}) for part in parts]
@@ -162,12 +163,12 @@ def _reading(source: EventSource) -> tuple[DataSchema, bool]:
     return parse_data_schema(entry), columns.domain in elsewhere
 
 
-def _refuse_text_times(source: EventSource) -> None:
+def refuse_text_times(parts: Sequence[RawPart], time: str | None) -> None:
     """Raise ValueError for a Parquet file whose times are texts: sorted as texts, 1000 comes before 999."""
-    for part in source.parts:
-        if source.columns.time is not None and not part.ordered and part.columns.get(source.columns.time) == "VARCHAR":
+    for part in parts:
+        if time is not None and not part.ordered and part.columns.get(time) == "VARCHAR":
             raise ValueError(
-                f"{part.file}: the time column {source.columns.time!r} holds texts: write it as whole numbers or as "
+                f"{part.file}: the time column {time!r} holds texts: write it as whole numbers or as "
                 "timestamps, since texts have another order than the times that they name"
             )
 

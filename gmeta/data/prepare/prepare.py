@@ -91,8 +91,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
             write_vocabularies(con, writer, schema)
             write_further_texts(con, schema, writer.directory / "vocab")
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
-            if events is not None:
-                write_items(con, schema, pack_schema, events.catalogue, writer.directory / "vocab")
+            if events is not None and columns is not None:
+                write_items(con, schema, pack_schema, columns, events.catalogue, writer.directory / "vocab")
             write_pending(con, schema, writer.directory / INCREMENT)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)

@@ -28,19 +28,19 @@ BATCH_TASKS = 64
 
 
 @contextmanager
-def console_report() -> Iterator[Report]:
+def console_report(command: str = "prepare") -> Iterator[Report]:
     """Report progress on stderr: a bar on a terminal, a line a stage elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("prepare", total=None)
+        task = progress.add_task(command, total=None)
         last = ""
 
         def report(name: str, done: int, total: int) -> None:
             nonlocal last
             progress.update(task, description=name, completed=done, total=total)
             if name != last and not console.is_terminal:
-                print(f"prepare: {name} ({total})", file=sys.stderr)
+                print(f"{command}: {name} ({total})", file=sys.stderr)
             last = name
 
         yield report

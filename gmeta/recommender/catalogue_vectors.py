@@ -1,0 +1,92 @@
+"""The vectors of a catalogue's items and of users' histories, whose products are the scores of next items."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gmeta.core.batch import TaskBatch, map_tensors, to_device
+from gmeta.data.candidates import catalogue_examples
+from gmeta.data.catalogue import Catalogue
+from gmeta.data.schema import PackSchema
+from gmeta.meta.next_item import NextItemLearner
+from gmeta.recommender.system import System
+
+_ITEMS_AT_ONCE = 8192
+_USERS_AT_ONCE, _EVENTS_AT_ONCE = 256, 1 << 15
+"""So many users are computed together, with so many events, padding included."""
+
+
+def next_item_learner(system: System) -> NextItemLearner:
+    """Return the learner of a system that finds next items. ValueError for one that scores examples."""
+    if not isinstance(system.objective, NextItemLearner):
+        raise ValueError(
+            "the run scores examples, and this is for runs on next items: prepare events with gmeta prepare --events"
+        )
+    return system.objective
+
+
+def item_vectors(system: System, catalogue: Catalogue, schema: PackSchema) -> Tensor:
+    """Return the vectors of all items, [num_ids, d], zeros for id 0; collective."""
+    found = vectors_of_items(system, catalogue, schema, np.arange(1, catalogue.num_ids))
+    return torch.cat([torch.zeros_like(found[:1]), found])
+
+
+@torch.no_grad()
+def vectors_of_items(system: System, catalogue: Catalogue, schema: PackSchema, items: NDArray[np.int64]) -> Tensor:
+    """Return the vectors of some items, [n, d]; collective."""
+    learner = next_item_learner(system)
+    parts = []
+    for start in range(0, len(items), _ITEMS_AT_ONCE):
+        some = catalogue_examples(catalogue, items[start : start + _ITEMS_AT_ONCE], schema)
+        examples = system.examples(some)
+        request = system.exchange.request(shared=examples)
+        rows = system.exchange.fetch(system.exchange.exchange_ids(request))
+        with system.precision():
+            parts.append(learner.items(rows, to_device(examples, system.mesh.device, system.dtype)).float())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def user_vectors(
+    system: System, catalogue: Catalogue, schema: PackSchema, items: NDArray[np.int64], length: NDArray[np.int64]
+) -> Tensor:
+    """Return the state [U, d] after the last event of each history, zeros of an empty one; there is one at least.
+
+    Histories lie behind each other: `items` [N] has their item ids, the oldest event first, and `length` [U] says how
+    many each has.
+    """
+    learner = next_item_learner(system)
+    start, order = np.cumsum(length) - length, np.argsort(length, kind="stable")
+    parts: list[Tensor] = []
+    begin = 0
+    while begin < len(order):
+        cells = length[order[begin : begin + _USERS_AT_ONCE]] * np.arange(1, 1 + len(order[begin:][:_USERS_AT_ONCE]))
+        end = begin + max(1, int(np.searchsorted(cells, _EVENTS_AT_ONCE, side="right")))
+        some = order[begin:end]
+        place = np.arange(max(1, length[some].max()))
+        mask = place < length[some, None]
+        ids = np.zeros(mask.shape, np.int64)
+        ids[mask] = items[(start[some, None] + place)[mask]]
+        prepared = system.prepare(_histories(catalogue, schema, ids, mask))
+        rows = system.exchange.fetch(prepared.routed)
+        part = prepared.parts[0]
+        with system.precision():
+            parts.append(learner.users(part.rows(rows), part.tasks).float())
+        begin = end
+    found = torch.cat(parts)
+    return found[torch.from_numpy(np.argsort(order)).to(found.device)]
+
+
+def _histories(catalogue: Catalogue, schema: PackSchema, ids: NDArray[np.int64], mask: NDArray[np.bool_]) -> TaskBatch:
+    """Return tasks whose support are items [T, S], and whose query is empty."""
+    flat = catalogue_examples(catalogue, ids.reshape(-1), schema)
+    support = map_tensors(flat, lambda t: t.view(*ids.shape, *t.shape[2:]))
+    support = replace(support, mask=torch.from_numpy(mask))
+    query = map_tensors(support, lambda t: t[:, :0])
+    task = torch.arange(len(ids))
+    return TaskBatch(support, query, task, num_tasks_global=len(ids), epoch=0, index=0, num_rows_global=int(mask.sum()))
