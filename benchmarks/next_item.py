@@ -52,23 +52,26 @@ class Cell:
 
 
 IDS = {"dropout": 0.3, "blocks": 2, "heads": 2, "similarity": "cosine"}
-TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2}
+TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2, "ids": False}
+BOTH = {**TEXT, "dropout": 0.3, "ids": True}
+SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "ids": ("sasrec", IDS, ("--schedule.epochs", "30")),
+    "text": ("llmrec", TEXT, ("--schedule.epochs", "20", "--embedding.lr", "0.001")),
+    "ids+text": ("llmrec", BOTH, ("--schedule.epochs", "20")),
+}
+"""Variant -> model, its arguments, and words of `gmeta train`."""
 
 
 def cells(quick: bool) -> list[Cell]:
     """Return all trainings."""
     if quick:
-        words = ("--schedule.max_steps", "20")
-        return [
-            Cell("Beauty", "ids", args=IDS, words=words),
-            Cell("Beauty", "text", model="llmrec", args={**TEXT, "ids": False}, words=words),
-        ]
+        short = ("--schedule.max_steps", "20")
+        return [Cell("Beauty", name, 0, *SETTINGS[name][:2], short) for name in ("ids", "text")]
     found = []
     for seed in range(3):
         for case in (*DOMAINS, MIXED):
-            found.append(Cell(case, "ids", seed, args=IDS))
-            found.append(Cell(case, "text", seed, "llmrec", {**TEXT, "ids": False}))
-            found.append(Cell(case, "ids+text", seed, "llmrec", {**TEXT, "ids": True}))
+            for name, (model, args, words) in SETTINGS.items():
+                found.append(Cell(case, name, seed, model, args, (*words, "--schedule.eval_every", "875")))
     return found
 
 

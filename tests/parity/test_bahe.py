@@ -165,6 +165,16 @@ def test_equal_histories_are_read_once(folders: dict[str, Path]) -> None:
     assert torch.allclose(torch.cat(apart), logits, atol=1e-10)
 
 
+def test_a_history_that_is_left_out_in_training_is_an_empty_one(folders: dict[str, Path]) -> None:
+    dense, embedded = examples()
+    usual, model = make(folders["bert"]), make(folders["bert"], history_dropout=0.999)
+    assert torch.equal(model(dense, embedded), usual(dense, embedded))  # after training nothing is left out
+    empty = {n: torch.zeros_like(ids) if n in ("seen.text", "bought.text") else ids for n, ids in embedded.items()}
+    torch.manual_seed(0)
+    assert torch.allclose(model.train()(dense, embedded), usual(dense, empty), atol=1e-12)
+    assert not torch.allclose(usual(dense, embedded), usual(dense, empty), atol=1e-3)
+
+
 def test_texts_count_from_the_last_one(folders: dict[str, Path]) -> None:
     """BERT's layers know no order, so what depends on it comes from the learned vectors of recency."""
     dense, embedded = examples()
