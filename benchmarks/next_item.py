@@ -51,7 +51,7 @@ class Cell:
         return f"{self.case.lower()}-{self.variant}-{self.seed}"
 
 
-IDS = {"dropout": 0.3, "blocks": 2, "heads": 2, "similarity": "cosine"}
+IDS = {"dropout": 0.5, "blocks": 2, "heads": 2, "similarity": "cosine"}
 TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2, "ids": False}
 BOTH = {**TEXT, "dropout": 0.3, "ids": True}
 SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {

@@ -48,8 +48,11 @@ class NaiveExchange:
         carried = {fetch: tables[name] for name, found in self._fetches.items() for fetch in found}
         self._exchange = RowExchange(carried, mesh, wire)
 
-    def request(self, support: Examples | None = None, query: Examples | None = None) -> RowRequest:
+    def request(
+        self, support: Examples | None = None, query: Examples | None = None, shared: Examples | None = None
+    ) -> RowRequest:
         """Return the rows of the product's request, and beside them, by fetch, the rows to ask for."""
+        assert shared is None, "the study is of runs that score examples"
         request = request_rows(self._tables, support, query)
         rows = dict(request.rows)
         for name, fetches in self._fetches.items():

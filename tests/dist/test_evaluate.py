@@ -141,7 +141,9 @@ def test_a_validation_that_is_not_finite_is_not_better(monkeypatch: pytest.Monke
     run = SimpleNamespace(
         config=TrainConfig(pack="unused", run_dir="unused", schedule=ScheduleConfig(metric=name, patience=3)),
         state=SimpleNamespace(progress=progress, dense=dense, mesh=Mesh(), system=None),
-        pack=SimpleNamespace(splits=("valid",), split=lambda name: None, schema=SimpleNamespace(labels=())),
+        pack=SimpleNamespace(
+            splits=("valid",), split=lambda name: None, schema=SimpleNamespace(labels=(), next_item=False)
+        ),
         loader=SimpleNamespace(settle=lambda: None),
         log=SimpleNamespace(say=said.append, valid=lambda record: None),
         out_of_patience=False,
