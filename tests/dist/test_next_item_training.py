@@ -50,7 +50,7 @@ def text_model(encoder: Path, *, ids: bool) -> ModelConfig:
     return ModelConfig(name="llmrec", embedding_dim=8, args=args, features=[] if ids else ["title"])
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_and_micro_batches_learn_the_same(pack: Path, nproc: int) -> None:
     settings = settings_of(pack)
     expected = run_steps(Mesh(), settings, 3)
@@ -59,7 +59,7 @@ def test_ranks_and_micro_batches_learn_the_same(pack: Path, nproc: int) -> None:
         assert_same(run_ranks(2, run_divided, settings, 3, changing)[0]["learned"], expected, 1e-8)
 
 
-@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("ids", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_texts_are_learned_the_same_by_two_ranks(pack: Path, encoder: Path, ids: bool) -> None:
     settings = settings_of(pack, text_model(encoder, ids=ids))
     assert_same(run_ranks(2, run_steps, settings, 2)[0], run_ranks(1, run_steps, settings, 2)[0], 1e-8)
@@ -86,7 +86,7 @@ def ranks(mesh: Mesh, settings: TrainConfig) -> dict[str, Any] | None:
     return None if found is None else found.columns()
 
 
-@pytest.mark.parametrize("nproc", [2, 4])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_targets_rank_the_same_on_any_ranks(pack: Path, nproc: int) -> None:
     expected = ranks(Mesh(), settings_of(pack))
     found = run_ranks(nproc, ranks, settings_of(pack))[0]
