@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples
 from gmeta.core.selection import bmm_nt, product
@@ -33,6 +32,7 @@ from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import counts_of, over_labels, task_mean, widen
 from gmeta.meta.modulation import Modulated
 from gmeta.meta.recompute import recomputed
+from gmeta.meta.unfused import unfused_attention
 from gmeta.meta.views import Embedded
 
 
@@ -197,7 +197,7 @@ class _Attention:
     def handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func is not F.scaled_dot_product_attention or not (self.reads or self.taped.sites or self.taped.values):
             return NotImplemented
-        with sdpa_kernel(SDPBackend.MATH):
+        with unfused_attention():
             return func(*args, **kwargs)
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, text_ids_of
 from gmeta.core.sequences import Sequences, sequences_of
@@ -23,6 +22,7 @@ from gmeta.meta.gather_plan import GatherPlan
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.interception import Intercept
 from gmeta.meta.learner import LearnerOutput, MetaLearner
+from gmeta.meta.unfused import unfused_attention
 from gmeta.models.inputs import TextInput
 from gmeta.models.sasrec import PROMPT
 
@@ -163,7 +163,7 @@ class NextItemLearner(nn.Module):
         target = ((read.sequences.place > 0) & ~read.asked).nonzero()[:, 0]
         for number in range(loop.steps if steps is None else steps):
             rate = loop.lr if self.inner_lr is None else self.inner_lr[min(number, len(self.inner_lr) - 1), 0]
-            with sdpa_kernel(SDPBackend.MATH) if second else nullcontext():  # fused attention has one derivative
+            with unfused_attention() if second else nullcontext():
                 states = self._states(read, batch, prompts, QUERY_PASS + 1 + number, train=train)
                 sums, counts = self._task_losses(read, states, target)
                 losses = sums / (counts + loop.prior).clamp(min=1)

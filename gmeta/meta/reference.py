@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, mask_of
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout
@@ -23,6 +22,7 @@ from gmeta.meta.inner_loop import InnerPass
 from gmeta.meta.interception import Intercept
 from gmeta.meta.losses import widen
 from gmeta.meta.modulation import modulated_parameters
+from gmeta.meta.unfused import unfused_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +191,7 @@ def _adapt_task(
     for step, rates in enumerate(inner.rates if len(side.positions) else ()):
         parameters = {name: value for (kind, name), value in state.items() if kind == "parameter"}
         tables = {name: value for (kind, name), value in state.items() if kind == "table"}
-        # fused attention has no second derivative
-        with sdpa_kernel(SDPBackend.MATH) if inner.second_order else nullcontext():
+        with unfused_attention() if inner.second_order else nullcontext():
             logits = _score_task(inner, rows, side, {**fixed, **parameters}, tables, step + 1)
         with torch.autocast(logits.device.type, enabled=False):
             losses = side.weight * inner.loss(logits, side.label)

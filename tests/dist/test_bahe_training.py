@@ -14,6 +14,7 @@ from test_train import assert_same, config, run_steps
 from text_models import in_words, text_pack, text_rows
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.parallel.mesh import Mesh
 
 pytest.importorskip("transformers", reason=WHY)
 pytestmark = pytest.mark.dist
@@ -46,7 +47,7 @@ def settings_of(pack: Path, encoder: Path, args: dict[str, Any] | None = None, *
 )
 def test_ranks_and_micro_batches_learn_the_same(pack: Path, encoder: Path, args: dict[str, Any], nproc: int) -> None:
     settings = settings_of(pack, encoder, args)
-    expected = run_ranks(1, run_steps, settings, 2)[0]
+    expected = run_steps(Mesh(), settings, 2)
     assert_same(run_ranks(nproc, run_steps, settings, 2)[0], expected, 1e-8)
     if nproc == 2:
         assert_same(run_ranks(2, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
@@ -58,7 +59,7 @@ def test_ranks_and_micro_batches_learn_the_same(pack: Path, encoder: Path, args:
 )
 def test_upper_layers_train_sharded(pack: Path, encoder: Path, nproc: int, strategy: str) -> None:
     settings = settings_of(pack, encoder)
-    expected = run_ranks(1, run_steps, settings, 2)[0]
+    expected = run_steps(Mesh(), settings, 2)
     found = run_ranks(nproc, run_steps, settings_of(pack, encoder, dense=placed(strategy)), 2)[0]
     assert_same(found, expected, 1e-8)
 
@@ -69,4 +70,4 @@ def test_without_embedding_rows_too(pack: Path, encoder: Path) -> None:
     model = ModelConfig(name="bahe", embedding_dim=4, args=given, features=["item", "last"], numeric=False)
     for adapt in ([], ["decision"]):
         settings = config(pack, model=model, meta=MetaConfig(adapt=adapt))
-        assert_same(run_ranks(2, run_steps, settings, 2)[0], run_ranks(1, run_steps, settings, 2)[0], 1e-8)
+        assert_same(run_ranks(2, run_steps, settings, 2)[0], run_steps(Mesh(), settings, 2), 1e-8)
