@@ -104,7 +104,7 @@ def rank_next_items(
     """Rank the targets of a split by the model, where it adapts also before it does, and by the baselines, unless they
     are turned off; collective, None on other ranks than 0.
     """
-    draw = candidate_draw(trained, pack)
+    draw = candidate_draw(trained, pack.catalogue(), pack.schema)
     catalogue = draw.catalogue
     candidates = candidates_of(
         catalogue,

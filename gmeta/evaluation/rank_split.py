@@ -10,7 +10,7 @@ from gmeta.data.catalogue import Catalogue
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.target_ranks import Candidates, TargetRanks, Targets, gather_ranks, ranks_of
-from gmeta.recommender.catalogue_vectors import item_vectors, next_item_learner
+from gmeta.recommender.catalogue_vectors import item_vectors, next_item_learner, to_adapt
 from gmeta.recommender.system import PreparedBatch, System
 
 
@@ -47,7 +47,7 @@ def rank_split(
         shuffle=False,
         max_support_rows=max_support_rows,
         max_cells=MAX_CELLS,
-        transform=lambda batch: system.prepare(batch if draw is None else draw.after_training(batch)),
+        transform=lambda batch: system.prepare(to_adapt(learner, batch, draw)),
     )
     training = learner.training
     learner.eval()

@@ -32,12 +32,12 @@ class _Read(NamedTuple):
 
     sequences: Sequences
     events: dict[str, Tensor]  # what the model reads of each event, [N, ...]
-    own: Tensor  # [N, d], the vector of each event's item
+    own: Tensor | None  # [N, d], the vector of each event's item; None where nothing is learned
     item: Tensor  # int64 [N]
     domain: Tensor | None  # int64 [N]
     log_chance: Tensor | None  # [N], of the event's item among the draws
     asked: Tensor  # bool [N], of the query
-    candidates: Tensor  # [C, d]
+    candidates: Tensor | None  # [C, d]
     shared: Examples | None  # the candidates
 
 
@@ -179,16 +179,15 @@ class NextItemLearner(nn.Module):
         events = self._embedded(rows.weights, lookups, list(sides), cells)
         shared = batch.shared
         drawn_unlike = shared is not None and LOG_CHANCE in shared.given
-        own: Tensor = self.model.items(events)
         return _Read(
             sequences,
             events,
-            own,
+            None if shared is None else self.model.items(events),
             _column([side.ids[self.item] for side in sides], cells),
             None if self.domain is None else _column([side.ids[self.domain] for side in sides], cells),
             _column([side.given[LOG_CHANCE] for side in sides], cells) if drawn_unlike else None,
             cells >= sides[0].mask.numel(),
-            own[:0] if shared is None else self.items(rows, shared),
+            None if shared is None else self.items(rows, shared),
             shared,
         )
 
@@ -213,6 +212,8 @@ class NextItemLearner(nn.Module):
         """
         shared = read.shared
         assert shared is not None, "a batch of next items to be learned has candidates"
+        assert read.own is not None
+        assert read.candidates is not None
         before, own = states[target - 1], read.own[target]
         found = _exactly((before * own).sum(-1, keepdim=True))
         scores = _exactly(before @ read.candidates.mT)

@@ -14,7 +14,7 @@ from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.candidates import CandidateDraw
-from gmeta.data.pack import TaskPack
+from gmeta.data.catalogue import Catalogue
 from gmeta.data.schema import LabelColumn, PackSchema
 from gmeta.data.text_tables import open_text_tables
 from gmeta.embedding.exchange import Exchange, RowExchange
@@ -212,13 +212,13 @@ def _next_item(
     )
 
 
-def candidate_draw(config: TrainConfig, pack: TaskPack) -> CandidateDraw:
+def candidate_draw(config: TrainConfig, catalogue: Catalogue, schema: PackSchema) -> CandidateDraw:
     """Return what draws the items that targets of next items are compared with."""
     settings = config.next_item
     return CandidateDraw(
-        pack.catalogue(),
-        pack.schema,
-        domain=domain_of(pack.schema),
+        catalogue,
+        schema,
+        domain=domain_of(schema),
         count=settings.candidates,
         draw=settings.draw,
         seed=config.seed,

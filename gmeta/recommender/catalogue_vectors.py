@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.batch import TaskBatch, map_tensors, to_device
-from gmeta.data.candidates import catalogue_examples
+from gmeta.data.candidates import CandidateDraw, catalogue_examples
 from gmeta.data.catalogue import Catalogue
 from gmeta.data.schema import PackSchema
 from gmeta.meta.next_item import NextItemLearner
@@ -53,9 +53,15 @@ def vectors_of_items(system: System, catalogue: Catalogue, schema: PackSchema, i
 
 @torch.no_grad()
 def user_vectors(
-    system: System, catalogue: Catalogue, schema: PackSchema, items: NDArray[np.int64], length: NDArray[np.int64]
+    system: System,
+    catalogue: Catalogue,
+    schema: PackSchema,
+    items: NDArray[np.int64],
+    length: NDArray[np.int64],
+    draw: CandidateDraw,
 ) -> Tensor:
     """Return the state [U, d] after the last event of each history, zeros of an empty one; there is one at least.
+    Where users adapt, it is beside what `draw` draws after training.
 
     Histories lie behind each other: `items` [N] has their item ids, the oldest event first, and `length` [U] says how
     many each has.
@@ -72,7 +78,7 @@ def user_vectors(
         mask = place < length[some, None]
         ids = np.zeros(mask.shape, np.int64)
         ids[mask] = items[(start[some, None] + place)[mask]]
-        prepared = system.prepare(_histories(catalogue, schema, ids, mask))
+        prepared = system.prepare(to_adapt(learner, _histories(catalogue, schema, ids, mask), draw))
         rows = system.exchange.fetch(prepared.routed)
         part = prepared.parts[0]
         with system.precision():
@@ -80,6 +86,11 @@ def user_vectors(
         begin = end
     found = torch.cat(parts)
     return found[torch.from_numpy(np.argsort(order)).to(found.device)]
+
+
+def to_adapt(learner: NextItemLearner, batch: TaskBatch, draw: CandidateDraw | None) -> TaskBatch:
+    """Return a batch with what its users adapt beside, where they do."""
+    return batch if draw is None or learner.inner_loop is None else draw.after_training(batch)
 
 
 def _histories(catalogue: Catalogue, schema: PackSchema, ids: NDArray[np.int64], mask: NDArray[np.bool_]) -> TaskBatch:

@@ -31,7 +31,7 @@ from gmeta.data.tables import TableLike, as_arrow
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
 from gmeta.recommender.approximate import FaissShelf
-from gmeta.recommender.build import domain_of, load_system, version_of
+from gmeta.recommender.build import candidate_draw, domain_of, load_system, version_of
 from gmeta.recommender.catalogue_vectors import next_item_learner, user_vectors, vectors_of_items
 from gmeta.recommender.item_names import ItemNames
 from gmeta.recommender.recommender import open_trained
@@ -95,6 +95,7 @@ class NextItems:
             source, which, mesh, factory=factory, trust_model=trust_model, mapped=mapped
         )
         next_item_learner(self.system).eval()
+        self._draw = candidate_draw(self.config, self._catalogue, self.schema)
         self.version = version_of(source, step)
         self._names = ItemNames(vocab, self.schema, self._catalogue, domain_of(self.schema))
         self._listed = np.arange(self._catalogue.num_ids) > 0  # items that may be recommended
@@ -264,7 +265,7 @@ class NextItems:
         most, ends = self.config.loader.max_support_rows, np.cumsum(histories.length)
         length = np.minimum(histories.length, most) if most else histories.length
         items = histories.items[ranges(ends - length, length)]
-        found = user_vectors(self.system, self._catalogue, self.schema, items, length)
+        found = user_vectors(self.system, self._catalogue, self.schema, items, length, self._draw)
         if not (finite := found.isfinite().all(1)).all():
             user = histories.users[int((~finite).nonzero()[0])]
             raise ValueError(f"the vector of user {user!r} has numbers that are not finite: the run is of no use")

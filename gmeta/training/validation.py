@@ -57,7 +57,7 @@ def _next_item_metrics(run: Run) -> dict[str, float]:
     Collective.
     """
     system, pack = run.state.system, run.pack
-    draw = candidate_draw(run.config, pack)
+    draw = candidate_draw(run.config, pack.catalogue(), pack.schema)
     found: dict[str, float] = {}
     for when, steps in (("before", 0), ("after", None)):
         if when == "before" and next_item_learner(system).inner_loop is None:

@@ -23,7 +23,7 @@ from gmeta.data.pack import open_pack
 from gmeta.delivery.bundle import make_bundle
 from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.recommender.approximate import recall
-from gmeta.recommender.build import domain_of
+from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.recommender.next_items import NextItems
 from gmeta.recommender.smoke import SMOKE, check_smoke
 from gmeta.recommender.top_items import ExactShelf, TopItems, highest
@@ -79,6 +79,21 @@ def histories_of_split(run: Path, name: str) -> tuple[pa.Table, list[tuple[str, 
 
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_target_is_recommended_where_evaluation_ranks_it(run: Path, rec: NextItems, split: str) -> None:
+    require_equal_places(run, rec, split)
+
+
+@pytest.mark.parametrize("draw", ["uniform", "popularity"])
+def test_users_that_adapt_are_recommended_what_evaluation_ranks(folder: Path, run: Path, draw: str) -> None:
+    adapts = next_item_run(folder / "pack", folder / draw, most=MOST, adapt=["prompt"], draw=draw)
+    rec = NextItems.open(adapts, device="cpu")
+    require_equal_places(adapts, rec, "test")
+    events, _ = histories_of_split(adapts, "test")
+    plain = NextItems.open(run, device="cpu").user_vectors(events)
+    assert rec.user_vectors(events)["vector"] != plain["vector"]
+
+
+def require_equal_places(run: Path, rec: NextItems, split: str) -> None:
+    """Compare the place of every target that is new to its user in the list with its rank."""
     events, targets = histories_of_split(run, split)
     pack = open_pack(run.parent / "pack")
     catalogue = pack.catalogue()
@@ -88,6 +103,7 @@ def test_a_target_is_recommended_where_evaluation_ranks_it(run: Path, rec: NextI
         catalogue,
         candidates_of(catalogue, domain_of(pack.schema)),
         max_support_rows=MOST,
+        draw=candidate_draw(rec.config, catalogue, pack.schema),
     )
     assert ranked is not None
 
