@@ -289,12 +289,11 @@ class TaskLoader(Generic[_T]):
         if self._split_by is not None or any(len(of_rank) > 1 for of_rank in ends):
             work = len(tasks) * float(mine.num_rows.sum()) / float(at.num_rows.sum())
             batch_split = BatchSplit(tasks, ends, spec.drop_after_s, work)
-        redraw = (self._seed, epoch) if self._resample else None
+        redraw, num_rows = (self._seed, epoch) if self._resample else None, int(at.num_rows.sum())
 
         def gathered(some: TaskRows) -> TaskBatch:
             support, query, task_id = self._split.gather(some, redraw)
-            rows = int(at.num_rows.sum())
-            return TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split, num_rows_global=rows)
+            return TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split, num_rows_global=num_rows)
 
         parts = [gathered(mine[a:b]) for a, b in pairwise((0, *ends[self._rank]))]
         batch = parts[0] if len(parts) == 1 else joined(parts)

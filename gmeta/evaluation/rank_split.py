@@ -7,11 +7,11 @@ import torch
 
 from gmeta.data.candidates import CandidateDraw
 from gmeta.data.catalogue import Catalogue
-from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.shards import PackSplit
+from gmeta.evaluation.score import loader_of_pass
 from gmeta.evaluation.target_ranks import Candidates, TargetRanks, Targets, gather_ranks, ranks_of
 from gmeta.recommender.catalogue_vectors import item_vectors, next_item_learner, to_adapt
-from gmeta.recommender.system import PreparedBatch, System
+from gmeta.recommender.system import System
 
 
 def candidates_of(catalogue: Catalogue, domain: str | None, **settings: bool) -> Candidates:
@@ -38,16 +38,12 @@ def rank_split(
     loader may exchange ids meanwhile.
     """
     learner, mesh = next_item_learner(system), system.mesh
-    loader: TaskLoader[PreparedBatch] = TaskLoader(
+    loader = loader_of_pass(
         split,
-        tasks_per_batch=max(tasks_per_batch, mesh.world_size),
-        seed=0,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        shuffle=False,
+        mesh,
+        lambda batch: system.prepare(to_adapt(learner, batch, draw)),
+        tasks_per_batch=tasks_per_batch,
         max_support_rows=max_support_rows,
-        max_cells=MAX_CELLS,
-        transform=lambda batch: system.prepare(to_adapt(learner, batch, draw)),
     )
     training = learner.training
     learner.eval()

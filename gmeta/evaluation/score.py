@@ -19,6 +19,7 @@ from gmeta.evaluation.metrics import HIGHER_IS_BETTER, make_rows, metric_of
 from gmeta.meta.learner import MetaLearner
 from gmeta.meta.losses import example_loss, prediction
 from gmeta.parallel.collectives import gather_to_rank_0
+from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.system import PreparedBatch, System
 
 RANKING_DECIMALS = 4
@@ -79,16 +80,13 @@ def score_split(
     """
     mesh = system.mesh
     learner = learner or system.learner
-    loader: TaskLoader[PreparedBatch] = TaskLoader(
+    loader = loader_of_pass(
         split,
-        tasks_per_batch=max(tasks_per_batch, mesh.world_size),
-        seed=0,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
-        shuffle=False,
+        mesh,
+        lambda batch: system.prepare(translate(batch), learner=learner),
+        tasks_per_batch=tasks_per_batch,
         max_support_rows=max_support_rows,
         max_cells=max_cells,
-        transform=lambda batch: system.prepare(translate(batch), learner=learner),
     )
     parts: list[tuple[torch.Tensor, ...]] = []
     learner.eval()
@@ -117,6 +115,29 @@ def score_split(
     row = row[order]
     task = np.searchsorted(starts, row, side="right") - 1
     return Scores(row, task, *(v[order].astype(np.float64) for v in values_of_rows))
+
+
+def loader_of_pass(
+    split: PackSplit,
+    mesh: Mesh,
+    transform: Callable[[TaskBatch], PreparedBatch],
+    *,
+    tasks_per_batch: int,
+    max_support_rows: int = 0,
+    max_cells: int = MAX_CELLS,
+) -> TaskLoader[PreparedBatch]:
+    """Return the loader of one pass over a split, in stored order, of which each rank gets a part."""
+    return TaskLoader(
+        split,
+        tasks_per_batch=max(tasks_per_batch, mesh.world_size),
+        seed=0,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        shuffle=False,
+        max_support_rows=max_support_rows,
+        max_cells=max_cells,
+        transform=transform,
+    )
 
 
 def to_predictions(logits: Floats, loss: str) -> Floats:

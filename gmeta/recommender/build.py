@@ -191,14 +191,6 @@ def _next_item(
             f"meta.adapt is {meta.adapt}, and the pack is one of next items, where a task adapts a prompt or nothing: "
             f"set meta.adapt to [] or [{PROMPT}]"
         )
-    loop = InnerLoop(
-        adapt=meta.adapt,
-        order=meta.order,
-        steps=meta.inner_steps,
-        lr=meta.inner_lr,
-        learn_lr=meta.learn_inner_lr,
-        prior=meta.inner_prior,
-    )
     assert schema.item is not None
     return NextItemLearner(
         model,
@@ -207,8 +199,21 @@ def _next_item(
         domain=domain_of(schema),
         texts=texts,
         every_event=config.next_item.targets == "every",
-        inner_loop=loop if meta.adapt else None,
+        inner_loop=_inner_loop(meta) if meta.adapt else None,
         seed=config.seed,
+    )
+
+
+def _inner_loop(meta: MetaConfig) -> InnerLoop:
+    return InnerLoop(
+        adapt=meta.adapt,
+        order=meta.order,
+        steps=meta.inner_steps,
+        lr=meta.inner_lr,
+        learn_lr=meta.learn_inner_lr,
+        loss=meta.inner_loss,
+        prior=meta.inner_prior,
+        recompute=meta.recompute,
     )
 
 
@@ -290,16 +295,7 @@ def build_learner(
         model,
         features,
         num_numeric,
-        InnerLoop(
-            adapt=meta.adapt,
-            order=meta.order,
-            steps=meta.inner_steps,
-            lr=meta.inner_lr,
-            learn_lr=meta.learn_inner_lr,
-            loss=meta.inner_loss,
-            prior=meta.inner_prior,
-            recompute=meta.recompute,
-        ),
+        _inner_loop(meta),
         sequences=sequences,
         vectors=vectors,
         texts=texts,
