@@ -23,7 +23,7 @@ import numpy as np
 from common import Record, parse, publish, table
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from text.kept_cells import cell_parser, encoder_beside, kept_cell, over_seeds
+from text.kept_cells import asked_for, cell_parser, encoder_beside, over_seeds
 from text.quality import TEXTS, Cell, measures, run_cell
 from text.rows import FOLDER, Rows, read_rows
 from text.steps import BATCH, StepCase, measure
@@ -186,13 +186,7 @@ def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -
     floor, later = measured(rows.floor[judge]), measured(rows.floor_of_all[judge])
     of_rates = {name: measured(score) for name, score in _fits(rows)}
     spent: dict[tuple[str, int, int], list[float]] = {}
-    for cell in cells(args.quick):
-        if not cell.name.startswith(args.cells):
-            continue
-        kept = kept_cell(cell, folder)
-        if kept is None and args.kept:
-            continue
-        print(f"{cell.name} …", file=sys.stderr, flush=True)
+    for cell, kept in asked_for(cells(args.quick), folder, args):
         found = kept or run_cell(cell, rows, folder, encoder)
         for name, of in found["judged"].items():
             key = (cell.variant if name == "after" else f"{cell.variant}, before", cell.titles, cell.train_rows)

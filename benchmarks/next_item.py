@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import DATA, Record, gmeta, here, parse, publish, table
-from text.kept_cells import cell_parser, cpu_of_children, encoder_beside, keep_cell, kept_cell, over_seeds, place_of
+from text.kept_cells import asked_for, cell_parser, cpu_of_children, encoder_beside, keep_cell, over_seeds, place_of
 
 FOLDER = "amazon-3domain"
 DOMAINS = ("Beauty", "Sports", "Toys")
@@ -88,13 +88,7 @@ def main() -> int:
 
 def _run(folder: Path, encoder: str, args: argparse.Namespace) -> None:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for cell in cells(args.quick):
-        if not cell.name.startswith(args.cells):
-            continue
-        kept = kept_cell(cell, folder)
-        if kept is None and args.kept:
-            continue
-        print(f"{cell.name} …", file=sys.stderr, flush=True)
+    for cell, kept in asked_for(cells(args.quick), folder, args):
         found.setdefault((cell.case, cell.variant), []).append(kept or _train(cell, folder, encoder))
     records, lines = [], []
     for (case, variant), every in found.items():

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,15 @@ def kept_cell(cell: Any, folder: Path) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(kept.read_text())
     return found if found["asked"] == _asked(cell) else None
+
+
+def asked_for(cells: Iterable[Any], folder: Path, args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    """Yield each cell that the arguments ask for with what is kept of it; None where it is to be run."""
+    for cell in cells:
+        kept = kept_cell(cell, folder)
+        if cell.name.startswith(args.cells) and (kept is not None or not args.kept):
+            print(f"{cell.name} …", file=sys.stderr, flush=True)
+            yield cell, kept
 
 
 def keep_cell(cell: Any, folder: Path, measured: dict[str, Any]) -> dict[str, Any]:

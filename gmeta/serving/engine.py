@@ -18,6 +18,7 @@ from gmeta.data.tables import TableLike
 from gmeta.recommender.tasks import TaskState, adapt_tasks, encode_rows, encode_together, score_tasks, task_digests
 from gmeta.serving.apart import encode_request, split_tasks
 from gmeta.serving.metrics import Metrics
+from gmeta.serving.passes import compute_or_refuse, run_by_version
 from gmeta.serving.refusal import Declined
 from gmeta.serving.states import Kept, States
 from gmeta.serving.versions import Version, Versions
@@ -58,32 +59,10 @@ class Engine:
 
     def run(self, jobs: Sequence[ScoringJob]) -> None:
         """Compute jobs; each has its answer or its error then."""
-        current = self._versions.current
-        by_version: dict[str, list[ScoringJob]] = {}
-        for job in jobs:
-            by_version.setdefault(job.query.version or current.id, []).append(job)
-        for name, of_version in by_version.items():
-            version = current if name == current.id else self._versions.find(name)
-            if version is None:
-                for job in of_version:
-                    job.error = _unknown_version(name, self._versions.names)
-            else:
-                self._guarded(version, of_version)
+        run_by_version(jobs, self._versions, lambda job: job.query.version, self._compute)
 
-    def _guarded(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
-        """Compute jobs together; where one fails, each alone, so that only that one does."""
-        try:
-            self._pass(version, jobs)
-        except Exception as error:
-            if len(jobs) > 1:
-                for job in jobs:
-                    if job.error is None:
-                        self._guarded(version, [job])
-            elif isinstance(error, ValueError):
-                jobs[0].error = Declined(422, "bad_value", str(error))
-            else:
-                self._metrics.note(f"a request failed: {error!r}")
-                jobs[0].error = Declined(500, "internal", "the server failed at this request: see its log")
+    def _compute(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
+        compute_or_refuse(jobs, lambda some: self._pass(version, some), self._metrics)
 
     def _pass(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
         with self._metrics.timed("encode"):
@@ -215,7 +194,7 @@ class Engine:
         if version is None or not answered:
             return
         again = [ScoringJob(job.owner, job.query, job.kept) for job in answered]
-        self._guarded(version, again)  # which raises nothing
+        self._compute(version, again)
         for job, other in zip(answered, again, strict=True):
             if other.scores is not None and job.scores is not None:
                 self._metrics.count_drift(np.abs(other.scores - job.scores))
@@ -239,7 +218,3 @@ def _looks(table: TableLike) -> object:
     if isinstance(table, pa.Table):
         return tuple(zip(table.column_names, map(str, table.schema.types), strict=True))
     return tuple((name, type(values[0])) for name, values in table.items())
-
-
-def _unknown_version(name: str, names: Sequence[str]) -> Declined:
-    return Declined(404, "unknown_version", f"version {name!r} is not served; there is: {', '.join(names)}")

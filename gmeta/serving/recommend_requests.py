@@ -14,6 +14,7 @@ from gmeta.data.events.raw_events import RawEvents
 from gmeta.data.prepare.direct import text_of
 from gmeta.recommender.next_items import NextItems
 from gmeta.serving.metrics import Metrics
+from gmeta.serving.passes import compute_or_refuse, run_by_version
 from gmeta.serving.refusal import Declined
 from gmeta.serving.versions import Version, Versions
 from gmeta.serving.wire import RequestLimits, kind_of, refuse_unknown
@@ -135,40 +136,18 @@ class Recommending:
 
     def run(self, jobs: Sequence[RecommendJob]) -> None:
         """Compute jobs; each has its answer or its error then."""
-        current = self._versions.current
-        by_version: dict[str, list[RecommendJob]] = {}
-        for job in jobs:
-            by_version.setdefault(job.wanted_version or current.id, []).append(job)
-        for name, of_version in by_version.items():
-            version = current if name == current.id else self._versions.find(name)
-            if version is None:
-                there = ", ".join(self._versions.names)
-                for job in of_version:
-                    job.error = Declined(404, "unknown_version", f"version {name!r} is not served; there is: {there}")
-            else:
-                self._guarded(version, of_version)
+        run_by_version(jobs, self._versions, lambda job: job.wanted_version, self._compute)
 
-    def _guarded(self, version: Version, jobs: Sequence[RecommendJob]) -> None:
-        """Compute jobs together; where one fails, each alone, so that only that one does."""
-        try:
+    def _compute(self, version: Version, jobs: Sequence[RecommendJob]) -> None:
+        def timed(some: Sequence[RecommendJob]) -> None:
             with self._metrics.timed("score"):
-                _pass(version, jobs)
-        except Declined as refusal:
-            for job in jobs:
-                job.error = refusal
-        except Exception as error:
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._guarded(version, [job])
-            elif isinstance(error, ValueError):
-                jobs[0].error = Declined(422, "bad_value", str(error))
-            else:
-                self._metrics.note(f"a request failed: {error!r}")
-                jobs[0].error = Declined(500, "internal", "the server failed at this request: see its log")
-            return
+                _pass(version, some)
+
+        compute_or_refuse(jobs, timed, self._metrics)
+        answered = [job for job in jobs if job.error is None]
         self._metrics.count_events(
-            sum(len(job.events.item) for job in jobs),
-            sum(user["unknown_events"] for job in jobs for user in job.found),
+            sum(len(job.events.item) for job in answered),
+            sum(user["unknown_events"] for job in answered for user in job.found),
         )
 
 
