@@ -191,6 +191,11 @@ def _next_item(
             f"meta.adapt is {meta.adapt}, and the pack is one of next items, where a task adapts a prompt or nothing: "
             f"set meta.adapt to [] or [{PROMPT}]"
         )
+    if config.loader.resample:
+        raise ValueError(
+            "loader.resample is true, and the pack is one of next items, whose histories are in the order of what came "
+            "next: leave it out"
+        )
     assert schema.item is not None
     return NextItemLearner(
         model,

@@ -1,0 +1,33 @@
+"""What does not fit a pack of next items is told in one sentence, before anything is trained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import fails
+from next_items import next_item_pack
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return next_item_pack(tmp_path_factory.mktemp("events"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model.name", "melu"), "MeLU has no function 'states': the pack is one of next items"),
+        (("--meta.adapt", "[head]"), "where a task adapts a prompt or nothing"),
+        (("--loader.resample", "true"), "histories are in the order of what came next: leave it out"),
+        (("--loader.episode_rows", "10"), "an episode would make support and query of rows of either"),
+        (("--model.features", "[domain]"), "model.features leaves them out: name the item"),
+        (("--model.args", "{heads: 5}"), "model.args.heads is 5: must divide the width 128"),
+        (("--model.args", "{similarity: far}"), "model.args.similarity is 'far': must be one of dot, cosine"),
+        (("--next_item.candidates", "-1"), "next_item.candidates is -1: must be 0 (all) or more"),
+        (("--recipe", "cold_users"), "is a pack of next items: leave it out"),
+    ],
+)
+def test_training_refuses(
+    pack: Path, tmp_path: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[Any]
+) -> None:
+    fails(["train", "--pack", pack, "--run_dir", tmp_path / "run", *words], capsys, message)
