@@ -15,7 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,31 +91,45 @@ def _run(folder: Path, encoder: str, args: argparse.Namespace) -> None:
     for cell, kept in asked_for(cells(args.quick), folder, args):
         found.setdefault((cell.case, cell.variant), []).append(kept or _train(cell, folder, encoder))
     records, lines = [], []
-    for (case, variant), every in found.items():
-        for slice_ in every[0]["measured"]:
-            measured = [one["measured"][slice_]["model"] for one in every]
-            records += _records(slice_, f"{variant}, {case.lower()}", measured)
-            cpu = f"{np.mean([one['cpu_s'] for one in every]):.0f}"
-            lines.append([slice_, f"{variant}, {case.lower()}", str(len(every)), *_told(measured), cpu])
-    for (case, _), every in found.items():
-        for slice_, of in every[0]["measured"].items():
-            for name in BASELINES:
-                line = [slice_, f"{name}, {case.lower()}", "-", *_told([of[name]]), "-"]
-                if line not in lines:
-                    lines.append(line)
-                    records += _records(slice_, f"{name}, {case.lower()}", [of[name]])
-    head = ["targets", "variant, trained on", "seeds", *METRICS, "CPU s"]
+    for case, variant, measured, cpu in _measured(found):
+        records += [Record(case, variant, m, float(np.mean([of[m] for of in measured])), "") for m in METRICS]
+        told = [over_seeds([of[metric] for of in measured]) for metric in METRICS]
+        lines.append([case, variant, str(len(measured)), *told, cpu])
+    head = ["targets", "variant", "seeds", *METRICS, "CPU s"]
     facts = {"data": FOLDER, "encoder": Path(encoder).parent.name, "threads": 1}
-    differences = table(["targets", "variant", "against", *PAIRED], _differences(found, folder))
+    differences = table(["targets", "how many", "variant", "against", *PAIRED], _differences(found, folder))
     publish("next_item", f"{table(head, sorted(lines))}\n\n{differences}", records, facts, args)
 
 
-def _records(slice_: str, variant: str, measured: list[dict[str, float]]) -> list[Record]:
-    return [Record(slice_, variant, m, float(np.mean([of[m] for of in measured])), "") for m in METRICS]
+def _measured(
+    found: Mapping[tuple[str, str], list[dict[str, Any]]],
+) -> Iterator[tuple[str, str, list[dict[str, float]], str]]:
+    """Yield targets, variant, what each seed measures of them, and CPU seconds. Baselines need no training."""
+    told = set()
+    for (case, variant), every in found.items():
+        cpu = f"{np.mean([one['cpu_s'] for one in every]):.0f}"
+        for slice_ in every[0]["measured"]:
+            targets = _targets(case, slice_)
+            if targets is None:
+                continue
+            yield targets, _told(variant, case), [one["measured"][slice_]["model"] for one in every], cpu
+            for name in BASELINES:
+                if (targets, case, name) not in told:
+                    told.add((targets, case, name))
+                    yield targets, _told(name, case), [every[0]["measured"][slice_][name]], "-"
 
 
-def _told(measured: list[dict[str, float]]) -> list[str]:
-    return [over_seeds([of[metric] for of in measured]) for metric in METRICS]
+def _told(variant: str, case: str) -> str:
+    return f"{variant}, mixed" if case == MIXED else variant
+
+
+def _targets(case: str, slice_: str) -> str | None:
+    """Return the name of a run's slice among those of all runs; None where another slice has the same targets."""
+    if case != MIXED and (slice_.startswith("scenario=") or slice_ == "one_domain"):
+        return None
+    if slice_.startswith("scenario="):
+        return slice_.removeprefix("scenario=").lower()
+    return case.lower() if slice_ == "all" else f"{case.lower()}, {slice_}"
 
 
 def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
@@ -148,42 +162,61 @@ def _pack(folder: Path, case: str) -> Path:
 
 
 def _differences(found: Mapping[tuple[str, str], list[dict[str, Any]]], folder: Path) -> list[list[str]]:
-    """Return lines of paired differences to ids of one domain: means over seeds, 95 % of resampled users."""
+    """Return lines of paired differences to ids of one domain: means over seeds, 95 % of resampled users.
+
+    Of each domain, and of all three the targets that no training row has and those of users of several domains.
+    """
     lines = []
-    for domain in DOMAINS:
-        if (domain, "ids") not in found:
+    ids = {case: len(every) for (case, variant), every in found.items() if variant == "ids"}
+    for domain in (*DOMAINS, MIXED):
+        cases = DOMAINS if domain == MIXED else (domain,)
+        if not all(case in ids for case in cases):
             continue
-        base = _values(folder, domain, "ids", domain, len(found[domain, "ids"]))
+        base = pd.concat([_values(folder, case, "ids", ids[case]) for case in cases])
         for (case, variant), every in found.items():
             if case in (domain, MIXED) and (case, variant) != (domain, "ids"):
-                other = _values(folder, case, variant, domain, len(every)).set_index(["user", "item"])
-                lines.append([domain, f"{variant}, {case.lower()}", "ids", *_paired(base, other)])
+                other = _values(folder, case, variant, len(every))
+                both = base.merge(other, on=["scenario", "user", "item"], suffixes=("", ".other"))
+                if len(both) != len(base):
+                    raise ValueError(
+                        f"{case} {variant} and ids have other targets: remove their folders, and run again"
+                    )
+                for name, mask in _slices(both, domain):
+                    some = both[mask]
+                    lines.append([name, str(len(some)), _told(variant, case), "ids", *_paired(some)])
     return lines
 
 
-def _values(folder: Path, case: str, variant: str, domain: str, seeds: int) -> pd.DataFrame:
-    """Return user, item, and the metrics of the run's own ranks, means over seeds, of a domain's targets."""
+def _slices(both: pd.DataFrame, domain: str) -> Iterator[tuple[str, pd.Series]]:
+    if domain != MIXED:
+        yield domain.lower(), both["item"].notna()
+        return
+    yield f"{MIXED}, target_unseen", both["popularity"] == "unseen"
+    yield f"{MIXED}, several_domains", both["domains.other"] > 1
+
+
+def _values(folder: Path, case: str, variant: str, seeds: int) -> pd.DataFrame:
+    """Return the targets of a run with the metrics of its own ranks, means over seeds."""
+    what = ["scenario", "user", "item", "popularity", "domains"]
     tables = []
     for seed in range(seeds):
         file = place_of(Cell(case, variant, seed), folder) / "run" / "predictions.parquet"
-        read = pd.read_parquet(file, columns=["user", "item", "scenario", "model.rank"])
-        read = read[read["scenario"] == domain]
+        read = pd.read_parquet(file, columns=[*what, "model.rank"])
         rank = read["model.rank"].to_numpy()
-        read = read.assign(**{"recall@10": rank <= 10, "ndcg@10": (rank <= 10) / np.log2(rank + 1)})
-        tables.append(read[["user", "item", *PAIRED]].astype(dict.fromkeys(PAIRED, float)))
-    return pd.concat(tables).groupby(["user", "item"], as_index=False).mean()
+        tables.append(read[what].assign(**{"recall@10": rank <= 10, "ndcg@10": (rank <= 10) / np.log2(rank + 1)}))
+    return pd.concat(tables).groupby(what, as_index=False)[list(PAIRED)].mean()
 
 
-def _paired(base: pd.DataFrame, other: pd.DataFrame) -> list[str]:
-    """Return each metric's mean difference with its interval; every user has one target of a domain."""
-    both = base.join(other, on=["user", "item"], rsuffix=".other", how="inner")
-    assert len(both) == len(base), "two cells have other targets"
-    draws = np.random.default_rng(0).integers(0, len(both), (RESAMPLES, len(both)))
+def _paired(both: pd.DataFrame) -> list[str]:
+    """Return each metric's mean difference with its interval."""
+    gains = pd.DataFrame({metric: both[f"{metric}.other"] - both[metric] for metric in PAIRED})
+    of_user = gains.assign(targets=1.0).groupby(both["user"]).sum()
+    draws = np.random.default_rng(0).integers(0, len(of_user), (RESAMPLES, len(of_user)))
+    targets = of_user["targets"].to_numpy()[draws].sum(1)
     found = []
     for metric in PAIRED:
-        gain = (both[f"{metric}.other"] - both[metric]).to_numpy()
-        low, high = np.quantile(gain[draws].mean(1), [0.025, 0.975])
-        found.append(f"{gain.mean():+.4f} ({low:+.4f} - {high:+.4f})")
+        low, high = np.quantile(of_user[metric].to_numpy()[draws].sum(1) / targets, [0.025, 0.975])
+        found.append(f"{gains[metric].mean():+.4f} ({low:+.4f} - {high:+.4f})")
     return found
 
 
