@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from encoders import WHY, tiny
 from harness import run_ranks
-from next_items import next_item_pack
+from next_items import event_rows, in_words, next_item_pack
 from test_division import changing, run_divided
 from test_sharded_dense import placed
 from test_train import assert_same, config, run_steps
@@ -29,6 +29,12 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack whose titles the tiny tokenizer can tell apart."""
+    return next_item_pack(tmp_path_factory.mktemp("worded"), in_words(event_rows()))
+
+
+@pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers", reason=WHY)
     return tiny(tmp_path_factory.mktemp("encoder") / "bert", "bert")
@@ -45,9 +51,9 @@ def settings_of(pack: Path, model: ModelConfig | None = None, **changes: Any) ->
     return config(pack, **{**values, **changes})
 
 
-def text_model(encoder: Path, *, ids: bool) -> ModelConfig:
-    args = {"encoder": str(encoder), "layers": 2, "hidden": [6], "heads": 2, "max_tokens": 8, "ids": ids}
-    return ModelConfig(name="llmrec", embedding_dim=8, args=args, features=[] if ids else ["title"])
+def text_model(encoder: Path, **more: Any) -> ModelConfig:
+    args = {"encoder": str(encoder), "layers": 2, "hidden": [6], "heads": 2, "max_tokens": 8, **more}
+    return ModelConfig(name="llmrec", embedding_dim=8, args=args, features=[] if more["ids"] else ["title"])
 
 
 @pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -59,10 +65,21 @@ def test_ranks_and_micro_batches_learn_the_same(pack: Path, nproc: int) -> None:
         assert_same(run_ranks(2, run_divided, settings, 3, changing)[0]["learned"], expected, 1e-8)
 
 
-@pytest.mark.parametrize("ids", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_texts_are_learned_the_same_by_two_ranks(pack: Path, encoder: Path, ids: bool) -> None:
-    settings = settings_of(pack, text_model(encoder, ids=ids))
-    assert_same(run_ranks(2, run_steps, settings, 2)[0], run_steps(Mesh(), settings, 2), 1e-8)
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param({"ids": True}, id="blocks"),
+        pytest.param({"ids": False}, id="texts", marks=pytest.mark.slow),
+        pytest.param({"ids": True, "reader": "high", "tune": "lora", "rank": 2}, id="high"),
+        pytest.param({"ids": False, "reader": "tokens", "layers": 1, "window": 3, "similarity": "dot"}, id="tokens"),
+    ],
+)
+def test_texts_are_learned_the_same_by_two_ranks(worded: Path, encoder: Path, args: dict[str, Any]) -> None:
+    settings = settings_of(worded, text_model(encoder, **args))
+    expected = run_steps(Mesh(), settings, 2)
+    assert_same(run_ranks(2, run_steps, settings, 2)[0], expected, 1e-8)
+    if args.get("reader") == "tokens":
+        assert_same(run_ranks(2, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
 
 
 def test_prompts_adapt_the_same_on_two_ranks(pack: Path) -> None:
