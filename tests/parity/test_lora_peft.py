@@ -9,8 +9,9 @@ import torch
 from encoders import WHY, tiny
 
 pytest.importorskip("transformers", reason=WHY)
-peft = pytest.importorskip("peft", reason="needs peft: make dev")
+pytest.importorskip("peft", reason="needs peft: make dev")
 
+import peft
 from transformers import AutoModel
 
 from gmeta.text.encoder import open_encoder
