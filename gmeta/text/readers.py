@@ -10,11 +10,13 @@ from gmeta.core.errors import require
 from gmeta.core.sequences import Sequences
 from gmeta.models.inputs import check_dropout
 from gmeta.models.sasrec import answering, asking, log_scale_of
-from gmeta.text.encode import TOKENS_PER_BATCH, pack_by_length
+from gmeta.text.encode import pack_by_length
 from gmeta.text.encoder import LayerStack, TextPooling, pool_states
 from gmeta.text.sources import TextSource
 
-TOKENS_HELD = 4 * TOKENS_PER_BATCH
+TOKENS_AT_ONCE = 1024
+"""So many tokens are computed together, padding included: of steps on Beauty 6 % are padding then, with 4,096 19 %."""
+TOKENS_HELD = 16 * TOKENS_AT_ONCE
 """So many tokens of a call, padding included, keep what the backward pass needs; it computes the others again."""
 
 
@@ -125,7 +127,7 @@ class TokenReader(nn.Module):
         distinct, place = torch.unique(texts, dim=0, return_inverse=True)
         lengths = self._inside(distinct).sum((1, 2)) + len(self.before) + len(self.behind)
         found, order, held = [], [], 0
-        for some in pack_by_length(lengths.tolist(), TOKENS_PER_BATCH):
+        for some in pack_by_length(lengths.tolist(), TOKENS_AT_ONCE):
             order += some
             ids, mask = self._in_a_row(distinct[some])
             held += ids.numel()

@@ -193,7 +193,7 @@ def test_tokens_are_read_as_plain_transformers_reads_them(
     kind: str, pooling: str | None, means: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """States, vectors of items, and gradients; some of it computed again in the backward pass."""
-    monkeypatch.setattr(gmeta.text.readers, "TOKENS_PER_BATCH", 24)
+    monkeypatch.setattr(gmeta.text.readers, "TOKENS_AT_ONCE", 24)
     monkeypatch.setattr(gmeta.text.readers, "TOKENS_HELD", 30)
     model = tokens_of(folders[kind], pooling=pooling)
     events, sequences = events_of(HISTORIES)
