@@ -34,8 +34,8 @@ from gmeta.text.folder import TextTokenizer
 
 FOLDER = DATA / "amazon-3domain"
 WINDOW, MAX_TOKENS, NEGATIVES = 10, 40, 10
-USERS = 6
-"""Of a step: the plain loop keeps what the backward pass needs of all its tokens, 2 GB with so many."""
+USERS = 4
+"""Of a step: the plain loop keeps what the backward pass needs of all its tokens."""
 LR, EPS, DECAY = 5e-5, 1e-4, 1e-3
 
 
@@ -193,7 +193,7 @@ def main() -> int:
         return 0
     torch.set_num_threads(1)
     histories, texts = beauty()
-    count, users = (2, 2) if args.quick else (6, USERS)
+    count, users = (2, 2) if args.quick else (4, USERS)
     steps = steps_of(histories, len(texts), count, users)
     found = run(loops(folder, texts, max_tokens=MAX_TOKENS, window=WINDOW), steps)
     targets = [len(step.targets) for step in steps]
