@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gmeta.data.pack import open_pack
 from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import build_system, domain_of
+from gmeta.text.readers import TokenReader
 
 pytestmark = pytest.mark.dist
 
@@ -80,6 +82,19 @@ def test_texts_are_learned_the_same_by_two_ranks(worded: Path, encoder: Path, ar
     assert_same(run_ranks(2, run_steps, settings, 2)[0], expected, 1e-8)
     if args.get("reader") == "tokens":
         assert_same(run_ranks(2, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
+
+
+@pytest.mark.parametrize("targets", ["every", "last"])
+def test_all_states_that_count_are_made(
+    worded: Path, encoder: Path, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that makes the states alone that the loss asks for learns what one does that makes all."""
+    model = text_model(encoder, ids=False, reader="tokens", window=3, similarity="dot")
+    settings = settings_of(worded, model, next_item=NextItemConfig(candidates=6, targets=targets))
+    expected = run_steps(Mesh(), settings, 2)
+    some = TokenReader.forward
+    monkeypatch.setattr(TokenReader, "forward", lambda self, x, of: some(self, x, replace(of, wanted=None)))
+    assert_same(run_steps(Mesh(), settings, 2), expected, 1e-8)
 
 
 def test_prompts_adapt_the_same_on_two_ranks(pack: Path) -> None:

@@ -234,6 +234,33 @@ def test_states_that_nobody_looks_at_cost_nothing(folders: dict[str, Path], monk
     assert not some[~wanted].any()
 
 
+def test_memory_does_not_grow_with_the_tokens_of_a_step(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the backward pass is left, of titles four times as many."""
+    monkeypatch.setattr(gmeta.text.readers, "TOKENS_AT_ONCE", 100)
+    monkeypatch.setattr(gmeta.text.readers, "TOKENS_HELD", 200)
+    texts = ("", *(f"w{4 + i % 50} w{4 + i // 50} w9" for i in range(160)))
+    model = tokens_of(folders["bert"], texts=texts)
+
+    def left(num: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # so that no other takes its place
+            return tensor
+
+        held: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.items({text_ids_of("title"): torch.arange(1, num + 1).unsqueeze(-1)})
+        return sum(sizes.values())
+
+    few, many = left(40), left(160)  # of 200 tokens, and of 800
+    assert few < many < 1.5 * few
+
+
 def test_a_decoder_whose_tokenizer_ends_no_text_gets_its_own_end(folders: dict[str, Path], tmp_path: Path) -> None:
     from tokenizers import Tokenizer, processors
 
