@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import gmeta
 from gmeta.config.data import PrepareConfig
 from gmeta.data.prepare.prepare import prepare
+from gmeta.data.schema import PackSchema
+from gmeta.data.shards import PackSplit, one_valued, split_in_memory
 
 ITEMS = 12
 """Of each domain; item i is mostly followed by item i + 1."""
@@ -64,3 +66,21 @@ def next_item_run(
     config |= {"schedule": {"epochs": 2}, "loader": {"tasks_per_batch": 20, "max_support_rows": most}}
     config |= {"embedding": {"init_std": 0.5}, "next_item": {"draw": draw}}
     return gmeta.train(config).path
+
+
+def split_of_events(histories: Sequence[Sequence[int]], schema: PackSchema, owned: Mapping[str, Any]) -> PackSplit:
+    """A split in memory whose tasks are histories of item ids, the last of which is the query."""
+    items, length = np.concatenate(histories), np.array([len(history) for history in histories])
+    columns = [
+        items if name == schema.item else owned.get(name, 0 * owned["domain"])[items] for name in one_valued(schema)
+    ]
+    arrays = {
+        "ids": np.stack(columns, 1).astype(np.int32),
+        "dense": np.zeros((len(items), 0), np.float32),
+        "label": np.ones(len(items), np.float32),
+        "item_cold": np.zeros(len(items), np.uint8),
+        "task_id": np.arange(len(length)),
+        "row_start": np.cumsum(length) - length,
+        "num_support": (length - 1).astype(np.int32),
+    }
+    return split_in_memory(arrays, schema)

@@ -2,15 +2,20 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from next_items import split_of_events
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.core.sequences import sequences_of
-from gmeta.data.candidates import LOG_CHANCE
+from gmeta.data.candidates import LOG_CHANCE, CandidateDraw, Draw
+from gmeta.data.catalogue import Catalogue
+from gmeta.data.schema import Feature, PackSchema
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.next_item import NextItemLearner
 from gmeta.models.inputs import InputSpec
@@ -121,6 +126,53 @@ def test_loss_and_gradients_are_those_of_the_slow_reference(similarity: str, eve
     assert output.query_loss[1] == 0
     for grad, slow_grad in zip(grads, slow_grads, strict=True):
         torch.testing.assert_close(grad, slow_grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("how", ["uniform", "popularity"])
+@pytest.mark.parametrize("history", [[3, 5, 7, 2], [9, 1]])
+def test_corrected_candidates_have_the_gradient_of_all_items_in_expectation(history: list[int], how: Draw) -> None:
+    """exp(loss) - 1 is Q(target) times the sum over candidates c of exp(s_c - s_target) / Q(c). The mean over draws of
+    that sum is the sum over all items of the domain, and so is its derivative.
+    """
+    settings = {"dropout": 0.0, "temperature": 1.0}
+    learner, batch, rows = make([history], [*range(1, ITEMS)], **settings)
+    leaves = [rows.weights["rows"], *learner.parameters()]
+    learner.every_event = False
+    full = learner(rows, batch)[0].exp() - 1
+    expected = torch.autograd.grad(full, leaves)
+
+    draw = draw_beside(HISTORIES, how)
+    length = np.array([len(events) for events in HISTORIES])
+    batch = replace(batch, stretches=np.stack([np.cumsum(length) - length, length]))
+    drawn = [draw(replace(batch, index=index)) for index in range(400)]
+    shared = [one.shared for one in drawn if one.shared is not None]
+    _, batch, rows = make([history], torch.cat([one.ids["item"][0] for one in shared]).tolist(), **settings)
+    chance = torch.cat([one.given[LOG_CHANCE] for one in shared], 1)
+    assert batch.shared is not None
+    batch = replace(batch, support=drawn[0].support, query=drawn[0].query)
+    batch = replace(batch, shared=replace(batch.shared, given={LOG_CHANCE: chance}))
+    times = DRAWN * drawn[0].query.given[LOG_CHANCE].double().exp().item()
+    sampled = (learner(rows, batch)[0].exp() - 1) / (times * len(drawn))
+    found = torch.autograd.grad(sampled, [rows.weights["rows"], *learner.parameters()])
+
+    torch.testing.assert_close(sampled, full, rtol=0.04, atol=0)
+    of_all = torch.cat([grad.flatten() for grad in expected])
+    assert (torch.cat([grad.flatten() for grad in found]) - of_all).norm() <= 0.05 * of_all.norm()
+
+
+DRAWN, IN_BATCH = 4, 6
+
+
+def draw_beside(histories: list[list[int]], how: Draw) -> CandidateDraw:
+    """A draw whose training events are those of these histories."""
+    names = {"item": ITEMS, "domain": DOMAINS}
+    features = tuple(Feature(name=n, kind="categorical", num_ids=num, table=n) for n, num in names.items())
+    settings: dict[str, Any] = {"item": "item", "scenario": "domain", "next_item": True, "catalogue": ("domain",)}
+    schema = PackSchema(features=features, numeric=(), label="label", binary_label=True, task="user", **settings)
+    owned = {"domain": np.array(DOMAIN)}
+    catalogue = Catalogue("item", owned, np.bincount(np.concatenate(histories), minlength=ITEMS))
+    split = split_of_events(histories, schema, owned)
+    return CandidateDraw(catalogue, schema, domain="domain", count=DRAWN, draw=how, in_batch=IN_BATCH, split=split)
 
 
 @pytest.mark.parametrize("order", ["first", "second"])
