@@ -58,13 +58,19 @@ def next_item_pack(folder: Path, rows: dict[str, list[Any]] | None = None, **set
 
 
 def next_item_run(
-    pack: Path, run_dir: Path, *, most: int = 6, adapt: Sequence[str] = (), draw: str = "uniform", **model: Any
+    pack: Path,
+    run_dir: Path,
+    *,
+    most: int = 6,
+    adapt: Sequence[str] = (),
+    next_item: Mapping[str, Any] | None = None,
+    **model: Any,
 ) -> Path:
     """A run on a pack, of two epochs, whose users read their last `most` events."""
     values = {"name": "sasrec", "embedding_dim": 8, "args": {"heads": 2, "blocks": 1, "positions": 8}}
     config = {"pack": str(pack), "run_dir": str(run_dir), "model": {**values, **model}, "meta": {"adapt": [*adapt]}}
     config |= {"schedule": {"epochs": 2}, "loader": {"tasks_per_batch": 20, "max_support_rows": most}}
-    config |= {"embedding": {"init_std": 0.5}, "next_item": {"draw": draw}}
+    config |= {"embedding": {"init_std": 0.5}, "next_item": next_item or {}}
     return gmeta.train(config).path
 
 

@@ -259,6 +259,10 @@ class NextItemConfig:
     in_batch: int = 0
     """Events of the batch, over all processes, whose items are candidates too; popular items come more often this way,
     and count so much less."""
+    each: int = 0
+    """Candidates of its own domain that a target is compared with, other ones for every target; 0: all candidates."""
+    own_items: Literal["compared", "left_out"] = "compared"
+    """Whether a target is compared with candidates that its user has among its own events, before or after it."""
     targets: Literal["every", "last"] = "every"
     """every: each event of a training task but its first is a target; last: the query alone."""
 
@@ -268,6 +272,9 @@ class NextItemConfig:
         require(self.in_batch >= 0, "next_item.in_batch", self.in_batch, "must be 0 (none) or a number of events")
         rule = "next_item.candidates is 0, so that all items are candidates already; leave in_batch out"
         require(not self.in_batch or self.candidates > 0, "next_item.in_batch", self.in_batch, rule)
+        require(self.each >= 0, "next_item.each", self.each, "must be 0 (all candidates) or a number of them")
+        rule = f"next_item.candidates draws {self.candidates} items of a domain; raise that, or lower this"
+        require(self.each <= self.candidates or not self.candidates, "next_item.each", self.each, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ LOG_CHANCE = "log_chance"
 candidates, for each draw of its domain, [..., 1].
 """
 Draw = Literal["uniform", "popularity"]
-_AFTER_TRAINING = (1 << 31) - 1  # an epoch that no training reaches
+AFTER_TRAINING = (1 << 31) - 1
+"""An epoch that no training reaches."""
 _IN_BATCH = 5  # keeps the choice of events apart from the other hashes of (seed, epoch, batch)
 
 
@@ -81,8 +82,8 @@ class CandidateDraw:
         of training, drawn alike, then stand for those of a batch.
         """
         ends = np.cumsum(self.catalogue.count)
-        events = self._generator(_AFTER_TRAINING, 1).integers(0, max(1, ends[-1]), self.in_batch)
-        return self._beside(batch, self.drawn(_AFTER_TRAINING, 0), np.searchsorted(ends, events, side="right"))
+        events = self._generator(AFTER_TRAINING, 1).integers(0, max(1, ends[-1]), self.in_batch)
+        return self._beside(batch, self.drawn(AFTER_TRAINING, 0), np.searchsorted(ends, events, side="right"))
 
     def drawn(self, epoch: int, index: int) -> NDArray[np.int64]:
         """Return the items that batch `index` of `epoch` is compared with; one may come twice."""

@@ -205,6 +205,8 @@ def _next_item(
         domain=domain_of(schema),
         texts=texts,
         every_event=config.next_item.targets == "every",
+        own_items=config.next_item.own_items == "compared",
+        each=config.next_item.each,
         inner_loop=_inner_loop(meta) if meta.adapt else None,
         seed=config.seed,
     )

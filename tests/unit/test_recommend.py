@@ -84,7 +84,8 @@ def test_a_target_is_recommended_where_evaluation_ranks_it(run: Path, rec: NextI
 
 @pytest.mark.parametrize("draw", ["uniform", "popularity"])
 def test_users_that_adapt_are_recommended_what_evaluation_ranks(folder: Path, run: Path, draw: str) -> None:
-    adapts = next_item_run(folder / "pack", folder / draw, most=MOST, adapt=["prompt"], draw=draw)
+    few = {"in_batch": 20, "each": 4, "own_items": "left_out"} if draw == "uniform" else {}
+    adapts = next_item_run(folder / "pack", folder / draw, most=MOST, adapt=["prompt"], next_item={"draw": draw, **few})
     rec = NextItems.open(adapts, device="cpu")
     require_equal_places(adapts, rec, "test")
     events, _ = histories_of_split(adapts, "test")
