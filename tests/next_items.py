@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import gmeta
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare
+from gmeta.data.schema import PackSchema
+from gmeta.data.shards import PackSplit, one_valued, split_in_memory
 from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.recommender.next_items import NextItems
@@ -71,13 +73,19 @@ def next_item_pack(folder: Path, rows: dict[str, list[Any]] | None = None, **set
 
 
 def next_item_run(
-    pack: Path, run_dir: Path, *, most: int = 6, adapt: Sequence[str] = (), draw: str = "uniform", **model: Any
+    pack: Path,
+    run_dir: Path,
+    *,
+    most: int = 6,
+    adapt: Sequence[str] = (),
+    next_item: Mapping[str, Any] | None = None,
+    **model: Any,
 ) -> Path:
     """A run on a pack, of two epochs, whose users read their last `most` events."""
     values = {"name": "sasrec", "embedding_dim": 8, "args": {"heads": 2, "blocks": 1, "positions": 8}}
     config = {"pack": str(pack), "run_dir": str(run_dir), "model": {**values, **model}, "meta": {"adapt": [*adapt]}}
     config |= {"schedule": {"epochs": 2}, "loader": {"tasks_per_batch": 20, "max_support_rows": most}}
-    config |= {"embedding": {"init_std": 0.5}, "next_item": {"draw": draw}}
+    config |= {"embedding": {"init_std": 0.5}, "next_item": next_item or {}}
     return gmeta.train(config).path
 
 
@@ -130,3 +138,21 @@ def require_equal_places(run: Path, rec: NextItems, split: str, most: int) -> No
         assert len(ours) == ranked.candidates[task]
         compared += 1
     assert compared > 20
+
+
+def split_of_events(histories: Sequence[Sequence[int]], schema: PackSchema, owned: Mapping[str, Any]) -> PackSplit:
+    """A split in memory whose tasks are histories of item ids, the last of which is the query."""
+    items, length = np.concatenate(histories), np.array([len(history) for history in histories])
+    columns = [
+        items if name == schema.item else owned.get(name, 0 * owned["domain"])[items] for name in one_valued(schema)
+    ]
+    arrays = {
+        "ids": np.stack(columns, 1).astype(np.int32),
+        "dense": np.zeros((len(items), 0), np.float32),
+        "label": np.ones(len(items), np.float32),
+        "item_cold": np.zeros(len(items), np.uint8),
+        "task_id": np.arange(len(length)),
+        "row_start": np.cumsum(length) - length,
+        "num_support": (length - 1).astype(np.int32),
+    }
+    return split_in_memory(arrays, schema)

@@ -16,6 +16,7 @@ from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.candidates import CandidateDraw
 from gmeta.data.catalogue import Catalogue
 from gmeta.data.schema import LabelColumn, PackSchema
+from gmeta.data.shards import PackSplit
 from gmeta.data.text_tables import open_text_tables
 from gmeta.embedding.exchange import Exchange, RowExchange
 from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
@@ -204,6 +205,8 @@ def _next_item(
         domain=domain_of(schema),
         texts=texts,
         every_event=config.next_item.targets == "every",
+        own_items=config.next_item.own_items == "compared",
+        each=config.next_item.each,
         inner_loop=_inner_loop(meta) if meta.adapt else None,
         seed=config.seed,
     )
@@ -222,8 +225,10 @@ def _inner_loop(meta: MetaConfig) -> InnerLoop:
     )
 
 
-def candidate_draw(config: TrainConfig, catalogue: Catalogue, schema: PackSchema) -> CandidateDraw:
-    """Return what draws the items that targets of next items are compared with."""
+def candidate_draw(
+    config: TrainConfig, catalogue: Catalogue, schema: PackSchema, split: PackSplit | None = None
+) -> CandidateDraw:
+    """Return what draws the items that targets of next items are compared with; in training `split` has their rows."""
     settings = config.next_item
     return CandidateDraw(
         catalogue,
@@ -232,6 +237,8 @@ def candidate_draw(config: TrainConfig, catalogue: Catalogue, schema: PackSchema
         count=settings.candidates,
         draw=settings.draw,
         seed=config.seed,
+        in_batch=settings.in_batch,
+        split=split,
     )
 
 

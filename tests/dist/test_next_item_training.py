@@ -67,6 +67,16 @@ def test_ranks_and_micro_batches_learn_the_same(pack: Path, nproc: int) -> None:
         assert_same(run_ranks(2, run_divided, settings, 3, changing)[0]["learned"], expected, 1e-8)
 
 
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_events_of_the_batch_are_the_same_candidates_on_any_ranks(pack: Path, nproc: int) -> None:
+    settings = settings_of(pack, next_item=NextItemConfig(candidates=6, in_batch=10, each=3, own_items="left_out"))
+    expected = run_steps(Mesh(), settings, 3)
+    assert_same(run_ranks(nproc, run_divided, settings, 3, changing)[0]["learned"], expected, 1e-8)
+    without = NextItemConfig(candidates=6, each=3, own_items="left_out")
+    other = run_steps(Mesh(), settings_of(pack, next_item=without), 3)
+    assert not np.array_equal(other["trace"], expected["trace"])
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -62,12 +62,33 @@ def test_a_target_is_recommended_where_evaluation_ranks_it(run: Path, rec: NextI
 
 @pytest.mark.parametrize("draw", ["uniform", "popularity"])
 def test_users_that_adapt_are_recommended_what_evaluation_ranks(folder: Path, run: Path, draw: str) -> None:
-    adapts = next_item_run(folder / "pack", folder / draw, most=MOST, adapt=["prompt"], draw=draw)
+    few = {"in_batch": 20, "each": 4, "own_items": "left_out"} if draw == "uniform" else {}
+    adapts = next_item_run(folder / "pack", folder / draw, most=MOST, adapt=["prompt"], next_item={"draw": draw, **few})
     rec = NextItems.open(adapts, device="cpu")
     require_equal_places(adapts, rec, "test", MOST)
     events, _ = histories_of_split(adapts, "test")
     plain = NextItems.open(run, device="cpu").user_vectors(events)
     assert rec.user_vectors(events)["vector"] != plain["vector"]
+
+
+def test_a_run_that_reads_gaps_recommends_what_evaluation_ranks(folder: Path) -> None:
+    start = 1_700_000_000
+    rows = timed(event_rows(users=24))
+    rows["time"] = [start + 40 * time * time for time in rows["time"]]
+    run = next_item_run(next_item_pack(folder / "gaps", rows, gaps=True), folder / "gaps" / "run", most=MOST)
+    rec = NextItems.open(run, device="cpu")
+    require_equal_places(run, rec, "test", MOST)
+
+    events, _ = histories_of_split(run, "test")
+    later = events.set_column(3, "time", pa.array(start + np.arange(len(events)) * 7919))
+    assert rec.user_vectors(later)["vector"] != rec.user_vectors(events)["vector"]
+    in_ms = events.set_column(3, "time", pa.array(1000 * events["time"].to_numpy()))
+    with pytest.raises(ValueError, match="in milliseconds, and the run reads gaps between times in seconds"):
+        rec.recommend(in_ms)
+    bundle = make_bundle(BundleConfig(run_dir=str(run), out=str(folder / "gaps" / "bundle"))).path
+    from_bundle = NextItems.open(bundle, device="cpu")
+    assert check_smoke(from_bundle)
+    assert from_bundle.recommend(events, k=5).equals(rec.recommend(events, k=5))
 
 
 def test_a_bundle_recommends_what_its_run_does(rec: NextItems, bundle: Path, events: Path) -> None:
