@@ -9,7 +9,7 @@ sequence of items (HLLM: Chen et al., arXiv 2409.12740), not of tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,12 @@ from gmeta.models.inputs import InputSpec, check_widths
 from gmeta.models.sasrec import HistoryReader, Similarity, sum_of, with_prompt
 from gmeta.text.encoder import TextPooling, open_encoder
 from gmeta.text.model import TextModel
-from gmeta.text.sources import TextSource
+from gmeta.text.refreshed import open_source
+from gmeta.text.sources import TextStates
 from gmeta.text.store import PLACEHOLDER, spec_of
+
+_OF_EVENTS = "vectors of events"
+"""Under which name a pass keeps what it made of its events' items: they are compared, and read."""
 
 
 class LLMRec(TextModel):
@@ -34,7 +38,9 @@ class LLMRec(TextModel):
     comes from the behaviour store `store`. `text` names the feature with the item's text; without it, the only one.
     `tower` has a layer of each width of `hidden`, and one of the width of embeddings. The events' other features (a
     domain, say) are added to what the reader reads. An item without a text has the text vector 0: it is told by its id
-    alone. `blocks`, `heads`, `positions`, `dropout`, `similarity` and `temperature` are those of `sasrec`.
+    alone. With `refresh` the lower layers are trained too, through the items of events; candidates read vectors that
+    are made anew every so many steps (`gmeta.text.refreshed`). `blocks`, `heads`, `positions`, `dropout`, `similarity`
+    and `temperature` are those of `sasrec`.
     """
 
     def __init__(
@@ -44,6 +50,7 @@ class LLMRec(TextModel):
         encoder: str,
         layers: int,
         store: str = "",
+        refresh: int = 0,
         text: str = "",
         pooling: TextPooling = "mean",
         template: str = PLACEHOLDER,
@@ -67,7 +74,9 @@ class LLMRec(TextModel):
         self.width = dim = inputs.embedding_dim
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
-        source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.text), store)
+        if refresh:
+            opened.low.stack.requires_grad_(True)
+        source = open_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh)
         self.keep_texts(inputs, self.text, source, encoder)
         widths = [opened.dim, *hidden, dim]
         self.text_norm = nn.LayerNorm(opened.dim)
@@ -85,21 +94,35 @@ class LLMRec(TextModel):
 
     def states(self, events: dict[str, Tensor], sequences: Sequences) -> Tensor:
         """Return the state of each event, [N, d], from the ids of its item's text and the rows of its features."""
-        x = self._items(events)
+        x = self._items(events, fresh=True)
         if self.beside:
             x = x + sum_of(events, self.beside)
         found: Tensor = self.reader(with_prompt(x, events), sequences)
         return found
 
     def items(self, items: dict[str, Tensor]) -> Tensor:
-        """Return the vectors of items, [n, d]."""
-        found: Tensor = self.reader.compared(self._items(items))
+        """Return the vectors of items of events, [n, d]."""
+        found: Tensor = self.reader.compared(self._items(items, fresh=True))
         return found
 
-    def _items(self, embedded: dict[str, Tensor]) -> Tensor:
+    def shared_items(self, items: dict[str, Tensor]) -> Tensor:
+        """Return the vectors of candidates or of a catalogue, [n, d]: of kept vectors, whatever is trained."""
+        found: Tensor = self.reader.compared(self._items(items, fresh=False))
+        return found
+
+    def _items(self, embedded: dict[str, Tensor], *, fresh: bool) -> Tensor:
+        """Return the vectors of items before they are compared. A pass makes those of its events once."""
+        if _OF_EVENTS in embedded:
+            return embedded[_OF_EVENTS]
+        x = self._made_of(embedded, self.source.fresh if fresh else self.source.states)
+        if fresh:
+            embedded[_OF_EVENTS] = x
+        return x
+
+    def _made_of(self, embedded: dict[str, Tensor], read: Callable[[Tensor, torch.dtype], TextStates]) -> Tensor:
         ids = embedded[text_ids_of(self.text)]
         distinct, place = torch.unique(ids, return_inverse=True)
-        found = self.source.states(distinct.unsqueeze(-1), self.text_norm.weight.dtype)
+        found = read(distinct.unsqueeze(-1), self.text_norm.weight.dtype)
         x: Tensor = self.text_norm(found.values[:, 0])
         for layer in self.tower[:-1]:
             x = torch.relu(layer(x))
