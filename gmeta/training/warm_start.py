@@ -111,7 +111,7 @@ def _check(path: Path, run: Run, *, moments: bool, goes_on: bool) -> None:
             "the model out; where the data differ, train anew on this pack"
         )
     if goes_on:
-        _check_position(path, run, base, moments)
+        _check_position(path, run, ours, base, moments)
 
 
 def _others(config: TrainConfig, base: TrainConfig, moments: bool) -> Iterator[tuple[str, Any, Any]]:
@@ -135,8 +135,8 @@ def _others(config: TrainConfig, base: TrainConfig, moments: bool) -> Iterator[t
             yield key, ours[key], theirs[key]
 
 
-def _check_position(path: Path, run: Run, base: TrainConfig, moments: bool) -> None:
-    """Raise ValueError where a position of the bundle's training means nothing in this one."""
+def _check_position(path: Path, run: Run, config: TrainConfig, base: TrainConfig, moments: bool) -> None:
+    """Raise ValueError where a position of the bundle's training means nothing in this one, of `config`."""
     said = "schedule.position is 'continue', and"
     if not moments:
         raise ValueError(f"{said} {path} has no {TRAINING} part: bundle with --training true")
@@ -147,7 +147,7 @@ def _check_position(path: Path, run: Run, base: TrainConfig, moments: bool) -> N
         )
     if read_replay_checksum(path) != (None if run.older is None else run.older.manifest["xxh3"]):
         raise ValueError(f"{said} {path} was trained with another replay.pack, or with none: leave the position out")
-    ours, theirs = (flat(asdict(c), whole=USERS_KEYS) for c in (run.config, base))
+    ours, theirs = (flat(asdict(c), whole=USERS_KEYS) for c in (config, base))
     for key in ours:
         fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
         if fixed and ours[key] != theirs.get(key):

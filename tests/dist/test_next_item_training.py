@@ -45,8 +45,9 @@ def settings_of(pack: Path, model: ModelConfig | None = None, **changes: Any) ->
     return config(pack, **{**values, **changes})
 
 
-def text_model(encoder: Path, *, ids: bool) -> ModelConfig:
+def text_model(encoder: Path, *, ids: bool, refresh: int = 0) -> ModelConfig:
     args = {"encoder": str(encoder), "layers": 2, "hidden": [6], "heads": 2, "max_tokens": 8, "ids": ids}
+    args["refresh"] = refresh
     return ModelConfig(name="llmrec", embedding_dim=8, args=args, features=[] if ids else ["title"])
 
 
@@ -59,9 +60,9 @@ def test_ranks_and_micro_batches_learn_the_same(pack: Path, nproc: int) -> None:
         assert_same(run_ranks(2, run_divided, settings, 3, changing)[0]["learned"], expected, 1e-8)
 
 
-@pytest.mark.parametrize("ids", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_texts_are_learned_the_same_by_two_ranks(pack: Path, encoder: Path, ids: bool) -> None:
-    settings = settings_of(pack, text_model(encoder, ids=ids))
+@pytest.mark.parametrize(("ids", "refresh"), [(True, 0), (False, 2), pytest.param(False, 0, marks=pytest.mark.slow)])
+def test_texts_are_learned_the_same_by_two_ranks(pack: Path, encoder: Path, ids: bool, refresh: int) -> None:
+    settings = settings_of(pack, text_model(encoder, ids=ids, refresh=refresh))
     assert_same(run_ranks(2, run_steps, settings, 2)[0], run_steps(Mesh(), settings, 2), 1e-8)
 
 
