@@ -32,7 +32,7 @@ from gmeta.models.transformer import attend
 from gmeta.text.encoder import POOLINGS, LayerStack, TextPooling, open_encoder
 from gmeta.text.lora import add_lora
 from gmeta.text.model import TextModel
-from gmeta.text.refreshed import open_source
+from gmeta.text.refreshed import text_source
 from gmeta.text.sources import Encode, TextStates
 from gmeta.text.store import PLACEHOLDER, spec_of
 
@@ -112,7 +112,7 @@ class BAHE(TextModel):
         spec = spec_of(opened, pooling=pooling, vectors=vectors, template=template, max_tokens=max_tokens)
         if refresh:
             _trained(opened.low.stack.requires_grad_(True), tune, rank, "own")
-        source = open_source(opened, spec, encode, inputs.texts_by_id(self.target), store, refresh)
+        source = text_source(opened, spec, encode, inputs.texts_by_id(self.target), store, refresh)
         self.keep_texts(inputs, self.target, source, encoder)
         self.high = _trained(opened.high, tune, rank, direction)
         self.dim = dim = opened.dim

@@ -21,7 +21,7 @@ from gmeta.models.inputs import InputSpec, check_widths
 from gmeta.models.sasrec import HistoryReader, Similarity, sum_of, with_prompt
 from gmeta.text.encoder import TextPooling, open_encoder
 from gmeta.text.model import TextModel
-from gmeta.text.refreshed import open_source
+from gmeta.text.refreshed import text_source
 from gmeta.text.sources import TextStates
 from gmeta.text.store import PLACEHOLDER, spec_of
 
@@ -76,7 +76,7 @@ class LLMRec(TextModel):
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
         if refresh:
             opened.low.stack.requires_grad_(True)
-        source = open_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh)
+        source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh)
         self.keep_texts(inputs, self.text, source, encoder)
         widths = [opened.dim, *hidden, dim]
         self.text_norm = nn.LayerNorm(opened.dim)

@@ -170,7 +170,7 @@ class RefreshedTexts(TextSource):
         return torch.cat([self._pooled(texts[part], low) for part in parts])[order.argsort()]
 
 
-def open_source(
+def text_source(
     encoder: TextEncoder, spec: StoreSpec, encode: Encode, texts: Sequence[str], store: str, refresh: int
 ) -> TextSource:
     """Return the source of a model's arguments. ValueError for those that do not go together."""
