@@ -12,7 +12,7 @@ from torch import nn
 from gmeta.models.inputs import InputSpec
 from gmeta.text.folder import copy_encoder
 from gmeta.text.sources import TextSource
-from gmeta.text.store import writing_store
+from gmeta.text.store import open_behaviours, writing_store
 
 _TEXTS_PER_SHARD = 4096
 
@@ -24,9 +24,15 @@ class TextModel(nn.Module):
     """
 
     paths = ("encoder", "store")
-    """Arguments that are folders."""
+    """Arguments that are folders, or URLs of folders in an object store."""
     unadapted = ("low",)
     """Lower layers that are trained are the same for all tasks: kept vectors are not a task's."""
+
+    @staticmethod
+    def check_folder(folder: Path) -> None:
+        """Raise ValueError for a copied behaviour store that is damaged; an encoder is checked where it is opened."""
+        if not (folder / "config.json").exists():
+            open_behaviours(folder).verify()
 
     def keep_texts(self, inputs: InputSpec, name: str, source: TextSource, encoder: str) -> None:
         """Take the texts of the vocabulary of a feature; `encoder` is the folder that they were encoded with."""
