@@ -43,7 +43,8 @@ class TextStates:
 class TextSource:
     """The texts of one table, by id, with what is kept of each.
 
-    It is no part of a model's state: it is made anew, of the same texts and encoder, and nothing in it is trained.
+    It is no part of a model's state: it is made anew, of the same texts and encoder. Nothing in it is trained
+    (`gmeta.text.refreshed` has the one where the lower layers are).
     With a `store` the vectors of `behaviours` come from there, and texts that it lacks are encoded here, with a warning
     where they are many. ValueError for a store of another spec.
     """
