@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -116,10 +117,12 @@ class NextItemLearner(nn.Module):
         prompts, before = None, None
         if self.inner_loop is not None:
             prompts, before = self._adapt(read, batch, train=self.training)
-        states = self._states(read, batch, prompts, QUERY_PASS, train=self.training)
         over_events = self.every_event and self.inner_loop is None
-        target = read.sequences.place > 0 if over_events else (read.sequences.place > 0) & read.asked
-        sums, counts = self._task_losses(read, states, target.nonzero()[:, 0])
+        later = read.sequences.place > 0
+        target = (later if over_events else later & read.asked).nonzero()[:, 0]
+        read = _looking_at(read, target - 1)
+        states = self._states(read, batch, prompts, QUERY_PASS, train=self.training)
+        sums, counts = self._task_losses(read, states, target)
         means = sums / counts.clamp(min=1)
         if over_events:
             loss = sums.sum() / max(1, batch.num_rows_global - batch.num_tasks_global)
@@ -139,10 +142,11 @@ class NextItemLearner(nn.Module):
             with torch.enable_grad():
                 prompts, _ = self._adapt(read, batch, train=False, steps=steps)
             prompts = prompts.detach()
-        states = self._states(read, batch, prompts, QUERY_PASS, train=False)
         there = read.sequences.lengths > 0
+        last = read.sequences.last[there]
+        states = self._states(_looking_at(read, last), batch, prompts, QUERY_PASS, train=False)
         found = states.new_zeros(batch.num_tasks, states.shape[1])
-        return found.index_put((there.nonzero()[:, 0],), states[read.sequences.last[there]])
+        return found.index_put((there.nonzero()[:, 0],), states[last])
 
     def items(self, rows: EmbeddedRows, shared: Examples) -> Tensor:
         """Return the vectors [C, d] of shared items: candidates, or the catalogue's.
@@ -253,12 +257,19 @@ class NextItemLearner(nn.Module):
         return found
 
 
+def _looking_at(read: _Read, events: Tensor) -> _Read:
+    """Return the pass with states at some events alone, int64 [P]."""
+    wanted = torch.zeros_like(read.sequences.place, dtype=torch.bool).index_fill(0, events, True)
+    return read._replace(sequences=replace(read.sequences, wanted=wanted))
+
+
 def _width_of(model: nn.Module) -> int:
     width = getattr(model, "width", None)
     if not isinstance(width, int):
         raise ValueError(
             f"meta.adapt names {PROMPT!r}, a vector beside each event, and {type(model).__name__} has no attribute "
-            "`width` that says how wide: give it one, and add events['prompt'] where it is there"
+            "`width` that says how wide: it reads no vectors of events, as llmrec with reader tokens; or give it one, "
+            "and add events['prompt'] where it is there"
         )
     return width
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -29,16 +28,14 @@ from gmeta.models.inputs import (
 )
 from gmeta.models.last_layer import BayesianLinear
 from gmeta.models.transformer import attend
-from gmeta.text.encoder import POOLINGS, LayerStack, TextPooling, open_encoder
-from gmeta.text.lora import add_lora
+from gmeta.text.encoder import POOLINGS, TextPooling, open_encoder
 from gmeta.text.model import TextModel
 from gmeta.text.refreshed import text_source
 from gmeta.text.sources import Encode, TextStates
 from gmeta.text.store import PLACEHOLDER, spec_of
+from gmeta.text.tuning import Direction, Tune, tuned
 
-Tune = Literal["full", "lora", "norms", "none"]
 UserVector = Literal["mean", "last", "target"]
-Direction = Literal["own", "causal", "both"]
 
 
 class BAHE(TextModel):
@@ -111,10 +108,10 @@ class BAHE(TextModel):
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=vectors, template=template, max_tokens=max_tokens)
         if refresh:
-            _trained(opened.low.stack.requires_grad_(True), tune, rank, "own")
+            tuned(opened.low.stack.requires_grad_(True), tune, rank)
         source = text_source(opened, spec, encode, inputs.texts_by_id(self.target), store, refresh)
         self.keep_texts(inputs, self.target, source, encoder)
-        self.high = _trained(opened.high, tune, rank, direction)
+        self.high = tuned(opened.high, tune, rank, direction)
         self.dim = dim = opened.dim
         self.recency = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
         self.user = user
@@ -246,20 +243,6 @@ def _identity(dim: int) -> nn.Linear:
     layer = nn.Linear(dim, dim, bias=False)
     nn.init.eye_(layer.weight)
     return layer
-
-
-def _trained(high: LayerStack, tune: Tune, rank: int, direction: Direction) -> LayerStack:
-    """Freeze what `tune` does not name, and set the direction."""
-    if direction != "own":
-        high.span = replace(high.span, causal=direction == "causal")
-    if tune == "lora":
-        add_lora(high, rank)
-    elif tune != "full":
-        high.requires_grad_(False)
-        for module in high.modules():
-            if tune == "norms" and "norm" in type(module).__name__.lower():
-                module.requires_grad_(True)
-    return high.eval()
 
 
 def texts_to_read(inputs: InputSpec, target: str, histories: Sequence[str]) -> tuple[str, tuple[str, ...]]:

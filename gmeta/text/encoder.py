@@ -206,7 +206,8 @@ def open_encoder(
     device: str | torch.device = "cpu",
     max_tokens: int | None = None,
 ) -> TextEncoder:
-    """Open an encoder of `transformers` in a local folder, and split it after its first `layers` layers.
+    """Open an encoder of `transformers` in a local folder, and split it after its first `layers` layers; 0 leaves the
+    embeddings of tokens alone below the split.
 
     It is in evaluation mode; `high.train()` turns dropout on. `max_tokens` bounds the tokens of a text; None takes all
     positions that the encoder has. Raises ValueError where the folder holds no encoder that can be split, where it
@@ -220,8 +221,8 @@ def open_encoder(
     config = model.config
     parts = _Parts(model, path)
     total = len(parts.layers)
-    require(1 <= layers < total, "layers", layers, f"{path} has {total}: must be in [1, {total - 1}]")
-    tokenizer = TextTokenizer(path, getattr(config, "pad_token_id", None))
+    require(0 <= layers < total, "layers", layers, f"{path} has {total}: must be in [0, {total - 1}]")
+    tokenizer = TextTokenizer(path, getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
     if tokenizer.vocabulary > parts.vocabulary:
         raise ValueError(
             f"encoder {path} has {parts.vocabulary} token embeddings, its tokenizer.json {tokenizer.vocabulary} "

@@ -43,7 +43,10 @@ class TrainedLayers(nn.Module):
         super().__init__()
         self.stack = low.stack
         if not self._trained():
-            raise ValueError("model.args.refresh asks for trained lower layers, and model.args.tune trains none: set 0")
+            raise ValueError(
+                "model.args.refresh asks for trained lower layers, and there are none: set it to 0, or take more "
+                "model.args.layers and another model.args.tune than none"
+            )
         self.register_buffer("refreshed", self._now())
 
     def refresh(self) -> bool:

@@ -121,6 +121,7 @@ def gap(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         ("bahe", "llama", {"tune": "lora", "rank": 2, "pooling": "last"}),
         pytest.param("bahe", "bert", {"tune": "norms"}, marks=pytest.mark.slow),
         ("llmrec", "bert", {}),
+        ("llmrec", "bert", {"reader": "high", "tune": "lora", "rank": 2, "positions": 4}),
     ],
 )
 def test_it_learns_what_a_plain_loop_learns(
@@ -192,7 +193,7 @@ def test_a_task_does_not_adapt_lower_layers(folders: dict[str, Path]) -> None:
     ("args", "message"),
     [
         ({"refresh": -1}, r"model.args.refresh is -1: must be 0"),
-        ({"refresh": 2, "tune": "none"}, "model.args.tune trains none"),
+        ({"refresh": 2, "tune": "none"}, "asks for trained lower layers, and there are none"),
         ({"refresh": 2, "encode": "batch"}, "model.args.encode is 'batch': model.args.refresh is 2"),
         ({"refresh": 2, "store": "texts"}, "model.args.store is 'texts': model.args.refresh is 2"),
     ],
