@@ -18,10 +18,12 @@ from threading import Lock
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gmeta.core.errors import require
 from gmeta.text.encode import TOKENS_PER_BATCH, pack_by_length
 from gmeta.text.encoder import LowLayers, TextEncoder
+from gmeta.text.readers import TOKENS_HELD
 from gmeta.text.sources import Encode, TextSource, TextStates, halved
 from gmeta.text.store import StoreSpec
 
@@ -166,11 +168,21 @@ class RefreshedTexts(TextSource):
         yield lambda tokens, mask: torch.func.functional_call(low, values, (tokens, mask))
 
     def _vectors(self, texts: Tensor, low: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """Return unrounded vectors of texts [n], those of like length computed together: [n, V, d]."""
-        batches = list(pack_by_length(self.counts[texts].tolist(), TOKENS_PER_BATCH)) or [[]]
-        order = torch.tensor([at for batch in batches for at in batch], dtype=torch.int64, device=texts.device)
-        parts = torch.split(order, [len(batch) for batch in batches])
-        return torch.cat([self._pooled(texts[part], low) for part in parts])[order.argsort()]
+        """Return unrounded vectors of texts [n], those of like length computed together: [n, V, d].
+
+        Of many tokens what the backward pass needs is computed again there, so that memory does not grow with them.
+        """
+        counts = self.counts[texts].tolist()
+        found, order, held = [], list[int](), 0
+        for batch in pack_by_length(counts, TOKENS_PER_BATCH) if counts else [[]]:
+            order += batch
+            held += sum(counts[at] for at in batch)
+            some = texts[torch.tensor(batch, dtype=torch.int64, device=texts.device)]
+            if held > TOKENS_HELD and torch.is_grad_enabled():
+                found.append(checkpoint(self._pooled, some, low, use_reentrant=False, preserve_rng_state=False))
+            else:
+                found.append(self._pooled(some, low))
+        return torch.cat(found)[torch.tensor(order, dtype=torch.int64, device=texts.device).argsort()]
 
 
 def text_source(

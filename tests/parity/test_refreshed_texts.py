@@ -142,6 +142,20 @@ def test_it_learns_what_a_plain_loop_learns(
     assert gap(learned[1], learned[3]) > 1e-6
 
 
+def test_what_is_computed_again_has_the_same_gradient(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train(made("llmrec", folders["bert"], refresh=2), of_next_items, range(2))
+    calls: list[int] = []
+    monkeypatch.setattr("gmeta.text.refreshed.TOKENS_HELD", 8)
+    monkeypatch.setattr("gmeta.text.refreshed.TOKENS_PER_BATCH", 6)
+    model = made("llmrec", folders["bert"], refresh=2)
+    model.low.stack.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    found = train(model, of_next_items, range(2))
+    assert gap(found, expected) < 1e-12
+    assert sum(calls) == 2 * (4 + 2)  # in each step four batches of one text, and two of them again
+
+
 @pytest.mark.parametrize("name", ["bahe", "llmrec"])
 def test_a_run_that_is_loaded_goes_on_with_the_same_bits(name: str, folders: dict[str, Path]) -> None:
     """Between two refreshes: the kept vectors are made anew of the layers as they were."""
