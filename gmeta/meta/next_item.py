@@ -160,8 +160,12 @@ class NextItemLearner(nn.Module):
         return found.index_put((there.nonzero()[:, 0],), states[last])
 
     def items(self, rows: EmbeddedRows, shared: Examples) -> Tensor:
-        """Return the vectors [C, d] of shared items."""
-        found: Tensor = self.model.items(self._embedded(rows.weights, [rows.shared], [shared], None))
+        """Return the vectors [C, d] of shared items: candidates, or the catalogue's.
+
+        A model that makes these in another way than those of events has `shared_items(owned)` besides.
+        """
+        vectors = getattr(self.model, "shared_items", self.model.items)
+        found: Tensor = vectors(self._embedded(rows.weights, [rows.shared], [shared], None))
         return found
 
     def _adapt(

@@ -23,11 +23,15 @@ from gmeta.models.sasrec import HistoryReader, Similarity, sum_of, with_prompt
 from gmeta.text.encoder import TextEncoder, TextPooling, open_encoder
 from gmeta.text.model import TextModel
 from gmeta.text.readers import TokenReader, VectorReader
+from gmeta.text.refreshed import text_source
 from gmeta.text.sources import TextSource
 from gmeta.text.store import PLACEHOLDER, spec_of
 from gmeta.text.tuning import Tune, tuned
 
 Reader = Literal["blocks", "high", "tokens"]
+
+_OF_EVENTS = "vectors of events"
+"""Under which name a pass keeps the vectors of its events' texts: they are compared, and read."""
 
 
 class LLMRec(TextModel):
@@ -50,6 +54,9 @@ class LLMRec(TextModel):
 
     `tune` and `rank` say what of those layers is trained, as in `bahe`; `pooling` None is the mean for kept vectors,
     and the encoder's own way for tokens. `similarity` and `temperature` are those of `sasrec`.
+
+    With `refresh` the lower layers are trained too, what `tune` says of them, through the items of events; candidates
+    read vectors that are made anew every so many steps (`gmeta.text.refreshed`).
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class LLMRec(TextModel):
         tune: Tune = "full",
         rank: int = 8,
         store: str = "",
+        refresh: int = 0,
         text: str = "",
         pooling: TextPooling | None = None,
         template: str = PLACEHOLDER,
@@ -88,7 +96,7 @@ class LLMRec(TextModel):
         opened = open_encoder(encoder, layers)
         compare: dict[str, Any] = {"similarity": similarity, "temperature": temperature}
         if reader == "tokens":
-            _check_tokens(tune, ids=ids, store=store)
+            _check_tokens(tune, ids=ids, store=store, refresh=refresh)
             source = _titles(opened, inputs.texts_by_id(self.text), template, max_tokens)
             self.keep_texts(inputs, self.text, source, encoder)
             high = tuned(opened.high, tune, rank)
@@ -99,7 +107,9 @@ class LLMRec(TextModel):
         self.beside = tuple(n for n in self.features if n != self.item)
         self.width = dim = inputs.embedding_dim
         spec = spec_of(opened, pooling=pooling or "mean", vectors=1, template=template, max_tokens=max_tokens)
-        source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.text), store)
+        if refresh:
+            tuned(opened.low.stack.requires_grad_(True), tune, rank)
+        source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh)
         self.keep_texts(inputs, self.text, source, encoder)
         widths = [opened.dim, *hidden, dim]
         self.text_norm = nn.LayerNorm(opened.dim)
@@ -116,7 +126,7 @@ class LLMRec(TextModel):
         if isinstance(self.reader, TokenReader):
             of_titles: Tensor = self.reader(self._ids(events), sequences)
             return of_titles
-        kept, place = self._kept(events)
+        kept, place = self._kept(events, fresh=True)
         x = self._items(events, kept, place)
         if self.beside:
             x = x + sum_of(events, self.beside)
@@ -126,10 +136,17 @@ class LLMRec(TextModel):
         return found
 
     def items(self, items: dict[str, Tensor]) -> Tensor:
-        """Return the vectors of items, [n, d]."""
+        """Return the vectors of items of events, [n, d]."""
+        return self._compared(items, fresh=True)
+
+    def shared_items(self, items: dict[str, Tensor]) -> Tensor:
+        """Return the vectors of candidates or of a catalogue, [n, d]: of kept vectors, whatever is trained."""
+        return self._compared(items, fresh=False)
+
+    def _compared(self, items: dict[str, Tensor], *, fresh: bool) -> Tensor:
         if isinstance(self.reader, TokenReader):
             return self.reader.compared(self._ids(items))
-        return self.reader.compared(self._items(items, *self._kept(items)))
+        return self.reader.compared(self._items(items, *self._kept(items, fresh=fresh)))
 
     def train(self, mode: bool = True) -> LLMRec:
         """Turn dropout on or off. The encoder's layers have none: it would not be seeded by example."""
@@ -139,13 +156,22 @@ class LLMRec(TextModel):
         return self
 
     def _ids(self, embedded: dict[str, Tensor]) -> Tensor:
-        return embedded[text_ids_of(self.text)].squeeze(-1)
+        return embedded[text_ids_of(self.text)].flatten()
 
-    def _kept(self, embedded: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the kept vectors of distinct texts, [u, w], zeros for none, and where each event's is, int64 [n]."""
+    def _kept(self, embedded: dict[str, Tensor], *, fresh: bool) -> tuple[Tensor, Tensor]:
+        """Return the vectors of distinct texts, [u, w], zeros for none, and where each event's is, int64 [n].
+
+        A pass makes the fresh ones of its events once.
+        """
         distinct, place = torch.unique(self._ids(embedded), return_inverse=True)
-        found = self.source.states(distinct.unsqueeze(-1), self.text_norm.weight.dtype)
-        return found.values[:, 0] * found.mask[:, :1], place
+        if fresh and _OF_EVENTS in embedded:
+            return embedded[_OF_EVENTS], place
+        read = self.source.fresh if fresh else self.source.states
+        found = read(distinct.unsqueeze(-1), self.text_norm.weight.dtype)
+        vectors = found.values[:, 0] * found.mask[:, :1]
+        if fresh:
+            embedded[_OF_EVENTS] = vectors
+        return vectors, place
 
     def _items(self, embedded: dict[str, Tensor], kept: Tensor, place: Tensor) -> Tensor:
         x: Tensor = self.text_norm(kept)
@@ -164,11 +190,14 @@ def _titles(encoder: TextEncoder, texts: Sequence[str], template: str, max_token
     return TextSource(encoder, spec, "tokens", texts)
 
 
-def _check_tokens(tune: Tune, *, ids: bool, store: str) -> None:
+def _check_tokens(tune: Tune, *, ids: bool, store: str, refresh: int) -> None:
     """Raise ValueError for arguments that reader tokens has no use for, and that change what other readers are."""
     of = "reader tokens"
     require(not ids, "model.args.ids", ids, f"{of} knows items by their texts alone; set it to false")
     require(not store, "model.args.store", store, f"{of} reads tokens, and no kept vectors; leave it out")
+    require(
+        not refresh, "model.args.refresh", refresh, f"{of} keeps no vectors; to train more, lower model.args.layers"
+    )
     require(tune != "none", "model.args.tune", tune, f"{of} would train nothing; take full, lora or norms")
 
 

@@ -1,4 +1,4 @@
-"""Runs whose users are read by an encoder's layers resume bit by bit, and recommend what evaluation ranks."""
+"""Runs that train layers of an encoder resume bit by bit, and recommend what evaluation ranks."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gmeta.recommender.next_items import NextItems
 
 MOST = 6
 HIGH = {"reader": "high", "layers": 3, "ids": True}
+REFRESHED = {"reader": "blocks", "layers": 2, "ids": False, "refresh": 2}
 TOKENS = {"reader": "tokens", "layers": 2, "window": 4, "ids": False, "similarity": "dot", "tune": "lora", "rank": 2}
 
 
@@ -40,7 +41,11 @@ def model(folder: Path, args: dict[str, Any]) -> dict[str, Any]:
     return {"name": "llmrec", "features": [] if args["ids"] else ["title"], "args": {**usual, **args}}
 
 
-@pytest.mark.parametrize(("args", "adapt"), [(HIGH, ["prompt"]), (TOKENS, [])], ids=["high", "tokens"])
+@pytest.mark.parametrize(
+    ("args", "adapt"),
+    [(HIGH, ["prompt"]), (REFRESHED, ["prompt"]), (TOKENS, [])],
+    ids=["high", "refreshed", "tokens"],
+)
 def test_targets_are_recommended_where_evaluation_ranks_them(
     pack: Path, folder: Path, args: dict[str, Any], adapt: list[str]
 ) -> None:
@@ -54,7 +59,12 @@ def test_targets_are_recommended_where_evaluation_ranks_them(
 
 
 @pytest.mark.parametrize(
-    "args", [pytest.param(HIGH, id="high", marks=pytest.mark.slow), pytest.param(TOKENS, id="tokens")]
+    "args",
+    [
+        pytest.param(HIGH, id="high", marks=pytest.mark.slow),
+        pytest.param(REFRESHED, id="refreshed"),
+        pytest.param(TOKENS, id="tokens"),
+    ],
 )
 def test_a_run_goes_on_bit_by_bit(pack: Path, folder: Path, tmp_path: Path, args: dict[str, Any]) -> None:
     def train(name: str, steps: int, *, resume: bool = False) -> dict[str, torch.Tensor]:
