@@ -142,6 +142,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRA": {"tune": "lora"},
     "target attention": {"user": "target"},
     "gated ids": {"ids": True},
+    "refresh": {"refresh": 50},
 }
 """What the twin of kept vectors is changed in."""
 LONG = {**TEXT, "history_dropout": 0.5, "hidden": [256, 64]}

@@ -40,6 +40,9 @@ class PrepareConfig:
     it on, the first half of them of valid."""
     domains: list[str] | str = field(default_factory=list)
     """For events: the domain that is kept, or a list of them: [Beauty, Toys]. Unset: all."""
+    gaps: bool | None = None
+    """For events with times: true adds a feature of each event, the time since the user's previous one in powers of two
+    of seconds. Times that are no dates of our days are a counter, whose steps are taken for seconds."""
     dataset: str | None = None
     """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu; of events amazon-3domain or
     amazon-office."""

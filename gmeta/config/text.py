@@ -52,6 +52,13 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         require_numbers(self)
+        require(
+            "://" not in self.store,
+            "store",
+            self.store,
+            "a store is written in a local folder: embed there, and copy the folder; runs read the copy by "
+            "model.args.store",
+        )
         require(len(self.do) <= 1, "do", " ".join(self.do), "say one thing")
         if self.do:
             require(self.do[0] in EMBED_VERBS, "do", self.do[0], nearest(self.do[0], EMBED_VERBS))

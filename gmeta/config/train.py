@@ -32,11 +32,11 @@ class ModelConfig:
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; taste takes hidden, bottom,
     dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std, noise, drift_std,
     label_range and label_scale; din takes target, history, attention, hidden and dropout; transformer takes target,
-    history, blocks, heads, positions, causal, hidden and dropout; bahe takes encoder, layers, store, encode,
-    target, histories, pooling, vectors, template, max_tokens, tune, rank, user, positions, direction, ids, taste,
-    hidden, dropout and history_dropout; sasrec takes blocks, heads, positions, dropout, similarity and temperature;
-    llmrec takes those and encoder, layers, store, text, pooling, template, max_tokens, hidden and ids. Your own
-    class takes its own."""
+    history, blocks, heads, positions, causal, hidden and dropout; bahe takes encoder, layers, store, refresh,
+    encode, target, histories, pooling, vectors, template, max_tokens, tune, rank, user, positions, direction, ids,
+    taste, hidden, dropout and history_dropout; sasrec takes blocks, heads, positions, dropout, similarity and
+    temperature; llmrec takes those and encoder, layers, reader, window, tune, rank, store, refresh, text, pooling,
+    template, max_tokens, hidden and ids. Your own class takes its own."""
     features: list[str] = field(default_factory=list)
     """Features and sequences to use. Empty means all in the pack but the task's own key (the user's id, say), which is
     unknown of new tasks; name it to use it."""
@@ -256,12 +256,25 @@ class NextItemConfig:
     """Items of each domain that a batch's targets are compared with, drawn anew for every batch; 0: all items."""
     draw: Literal["uniform", "popularity"] = "uniform"
     """How candidates are drawn; what popularity draws more often counts so much less."""
+    in_batch: int = 0
+    """Events of the batch, over all processes, whose items are candidates too; popular items come more often this way,
+    and count so much less."""
+    each: int = 0
+    """Candidates of its own domain that a target is compared with, other ones for every target; 0: all candidates."""
+    own_items: Literal["compared", "left_out"] = "compared"
+    """Whether a target is compared with candidates that its user has among its own events, before or after it."""
     targets: Literal["every", "last"] = "every"
     """every: each event of a training task but its first is a target; last: the query alone."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "next_item.")
         require(self.candidates >= 0, "next_item.candidates", self.candidates, "must be 0 (all) or more")
+        require(self.in_batch >= 0, "next_item.in_batch", self.in_batch, "must be 0 (none) or a number of events")
+        rule = "next_item.candidates is 0, so that all items are candidates already; leave in_batch out"
+        require(not self.in_batch or self.candidates > 0, "next_item.in_batch", self.in_batch, rule)
+        require(self.each >= 0, "next_item.each", self.each, "must be 0 (all candidates) or a number of them")
+        rule = f"next_item.candidates draws {self.candidates} items of a domain; raise that, or lower this"
+        require(self.each <= self.candidates or not self.candidates, "next_item.each", self.each, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,5 +440,8 @@ class TrainConfig:
         require(not unused, "init_map", self.init_map, "says what to take of init_from; name that bundle too")
         factors = bool(self.init_from) and self.embedding.start == "factors"
         require(not factors, "embedding.start", "factors", "init_from sets first rows too; leave one of the two out")
+        alone = self.next_item.in_batch > 0 and self.loader.tasks_per_batch == 1
+        rule = "loader.tasks_per_batch is 1: a batch of one user has no event of another; leave one of the two out"
+        require(not alone, "next_item.in_batch", self.next_item.in_batch, rule)
         metric = self.schedule.metric
         require(self.loss == "bce" or metric not in CLICK_METRICS, "schedule.metric", metric, "needs loss bce (clicks)")

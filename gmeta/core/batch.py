@@ -102,6 +102,7 @@ class TaskBatch:
     parts: tuple[TaskBatch, ...] = ()  # micro-batches, where there are several
     num_rows_global: int = 0  # support and query rows of the whole batch, over all ranks
     shared: Examples | None = None  # what all tasks are compared with, the same on every rank: [1, C]
+    stretches: NDArray[np.int64] | None = None  # [2, G] first row in the split and rows of each task, over all ranks
 
     @property
     def num_tasks(self) -> int:

@@ -15,6 +15,7 @@ class Sequences:
     lengths: Tensor  # int64 [T], 0 of a task without events
     task: Tensor  # int64 [N], position of the task
     place: Tensor  # int64 [N], from 0 for the first event of a task
+    wanted: Tensor | None = None  # bool [N], events whose states are looked at, others may be anything; None: all
 
     @property
     def longest(self) -> int:

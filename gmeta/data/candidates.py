@@ -1,7 +1,8 @@
-"""What a batch of next items is compared with: items drawn from the catalogue, the same ones on every rank.
+"""What a batch of next items is compared with: items drawn from the catalogue and, where wanted, items of the batch's
+own events; the same ones on every rank.
 
 The draw is a function of (seed, epoch, batch), so that neither the number of ranks nor the order of their threads
-changes what is learned.
+changes what is learned. Events of the batch that other ranks compute are read from the pack, and not sent.
 """
 
 from __future__ import annotations
@@ -15,18 +16,32 @@ from numpy.typing import NDArray
 
 from gmeta.core.batch import Examples, TaskBatch, text_ids_of
 from gmeta.data.catalogue import Catalogue
+from gmeta.data.cells import ranges
+from gmeta.data.order import permutation
 from gmeta.data.schema import OOV, Feature, PackSchema
+from gmeta.data.shards import PackSplit
 
 LOG_CHANCE = "log_chance"
-"""What examples carry where items are not drawn alike: the logarithm of an item's share of the draws, [..., 1]."""
+"""What examples carry where items are not drawn alike: the logarithm of how often an item is expected among the
+candidates, for each draw of its domain, [..., 1].
+"""
 Draw = Literal["uniform", "popularity"]
-_AFTER_TRAINING = (1 << 31) - 1  # an epoch that no training reaches
+AFTER_TRAINING = (1 << 31) - 1
+"""An epoch that no training reaches."""
+_IN_BATCH = 5  # keeps the choice of events apart from the other hashes of (seed, epoch, batch)
 
 
 class CandidateDraw:
     """Draws `count` items of each domain for every batch; with 0 all items are candidates of every batch.
 
-    By popularity an item is drawn as often as training has it, and once more.
+    By popularity an item is drawn as often as training has it, and once more. Candidates are also the items of
+    `in_batch` events of the whole batch, all of them where it has no more; `split` has their rows. An item is then
+    expected
+
+        count * share of its domain's draws + in_batch * share of all training events
+
+    times among the candidates (the correction of in-batch negatives: Yi et al., "Sampling-bias-corrected neural
+    modeling for large corpus item recommendations", RecSys 2019).
     """
 
     def __init__(
@@ -38,59 +53,82 @@ class CandidateDraw:
         count: int,
         draw: Draw = "uniform",
         seed: int = 0,
+        in_batch: int = 0,
+        split: PackSplit | None = None,
     ) -> None:
         self.catalogue = catalogue
         self.schema = schema
-        self.count, self.seed = count, seed
+        self.count, self.seed, self.in_batch = count, seed, in_batch
+        self._split = split
         items = np.arange(1, catalogue.num_ids)
         of_domain = catalogue.owned[domain][1:] if domain is not None else np.zeros(len(items), np.int64)
         self._domains = [items[of_domain == value] for value in np.unique(of_domain)]
-        self._shares: list[NDArray[np.float64]] | None = None
-        self._log_chance: NDArray[np.float32] | None = None
-        if draw == "popularity" and count:
-            self._shares = []
-            self._log_chance = np.zeros(catalogue.num_ids, np.float32)
-            for some in self._domains:
-                share = catalogue.count[some] + 1.0
-                share /= share.sum()
-                self._shares.append(np.cumsum(share))
-                self._log_chance[some] = np.log(share)
+        self._ends: list[NDArray[np.float64]] | None = [] if draw == "popularity" and count else None
+        self._alike = self._ends is None and not in_batch
+        self._share = np.ones(catalogue.num_ids)  # of the draws of its domain; unknown items have none
+        for some in self._domains:
+            share = np.ones(len(some)) if self._ends is None else catalogue.count[some] + 1.0
+            share /= share.sum()
+            self._share[some] = share
+            if self._ends is not None:
+                self._ends.append(np.cumsum(share))
 
     def __call__(self, batch: TaskBatch) -> TaskBatch:
         """Return the batch with its candidates, and with what the draw's chances are where they differ."""
-        return self._beside(batch, self.drawn(batch.epoch, batch.index))
+        return self._beside(batch, self.drawn(batch.epoch, batch.index), self._of_batch(batch))
 
     def after_training(self, batch: TaskBatch) -> TaskBatch:
-        """Return the batch with the candidates that users adapt to after training, whatever batch they are in."""
-        return self._beside(batch, self.drawn(_AFTER_TRAINING, 0))
-
-    def _beside(self, batch: TaskBatch, items: NDArray[np.int64]) -> TaskBatch:
-        batch = replace(batch, shared=catalogue_examples(self.catalogue, items, self.schema))
-        return batch if self._log_chance is None else self._with_chances(batch)
+        """Return the batch with the candidates that users adapt to after training, whatever batch they are in. Events
+        of training, drawn alike, then stand for those of a batch.
+        """
+        ends = np.cumsum(self.catalogue.count)
+        events = self._generator(AFTER_TRAINING, 1).integers(0, max(1, ends[-1]), self.in_batch)
+        return self._beside(batch, self.drawn(AFTER_TRAINING, 0), np.searchsorted(ends, events, side="right"))
 
     def drawn(self, epoch: int, index: int) -> NDArray[np.int64]:
         """Return the items that batch `index` of `epoch` is compared with; one may come twice."""
         if not self.count:
             return np.arange(1, self.catalogue.num_ids)
-        generator = np.random.Generator(np.random.Philox(key=np.array([self.seed, (epoch << 32) + index], np.uint64)))
+        generator = self._generator(epoch, index)
         found = []
         for number, some in enumerate(self._domains):
-            if self._shares is None:
+            if self._ends is None:
                 place = generator.integers(0, len(some), self.count)
             else:
-                place = np.searchsorted(self._shares[number], generator.random(self.count) * self._shares[number][-1])
+                place = np.searchsorted(self._ends[number], generator.random(self.count) * self._ends[number][-1])
             found.append(some[np.minimum(place, len(some) - 1)])
         return np.concatenate(found)
 
-    def _with_chances(self, batch: TaskBatch) -> TaskBatch:
-        assert self._log_chance is not None
-        chances, item = torch.from_numpy(self._log_chance), self.catalogue.item
+    def _generator(self, epoch: int, index: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=np.array([self.seed, (epoch << 32) + index], np.uint64)))
+
+    def _of_batch(self, batch: TaskBatch) -> NDArray[np.int64]:
+        """Return the items of `in_batch` events of the whole batch, each event at most once."""
+        if not self.in_batch:
+            return np.zeros(0, np.int64)
+        assert self._split is not None, "in-batch candidates are read from a split"
+        assert batch.stretches is not None, "a batch with in-batch candidates says where its rows are"
+        rows = ranges(*batch.stretches)
+        chosen = permutation(len(rows), self.seed, batch.epoch, batch.index, _IN_BATCH)[: self.in_batch]
+        _, query, _ = self._split.gather(self._split.rows_apart(rows[chosen]))
+        return query.ids[self.catalogue.item][:, 0].numpy()
+
+    def _beside(self, batch: TaskBatch, drawn: NDArray[np.int64], others: NDArray[np.int64]) -> TaskBatch:
+        items = np.concatenate([drawn, others])
+        batch = replace(batch, shared=catalogue_examples(self.catalogue, items, self.schema))
+        return batch if self._alike else self._with_chances(batch, len(others))
+
+    def _with_chances(self, batch: TaskBatch, in_batch: int) -> TaskBatch:
+        """Return the batch with the chances of its items, where so many of the candidates are those of its events."""
+        per_event = in_batch / max(1, int(self.catalogue.count.sum())) / self.count
 
         def told(side: Examples) -> Examples:
-            return replace(side, given={**side.given, LOG_CHANCE: chances[side.ids[item]].unsqueeze(-1)})
+            ids = side.ids[self.catalogue.item].numpy()
+            chance = np.log(self._share[ids] + per_event * self.catalogue.count[ids]).astype(np.float32)
+            return replace(side, given={**side.given, LOG_CHANCE: torch.from_numpy(chance).unsqueeze(-1)})
 
         assert batch.shared is not None
-        parts = tuple(self._with_chances(replace(part, shared=batch.shared)) for part in batch.parts)
+        parts = tuple(self._with_chances(replace(part, shared=batch.shared), in_batch) for part in batch.parts)
         return replace(
             batch, support=told(batch.support), query=told(batch.query), shared=told(batch.shared), parts=parts
         )

@@ -2,7 +2,8 @@
 
 `vocab/catalogue.parquet` has a row for each item id, ascending from 1: `id` int32, `item` (the raw value), an int32
 column of encoded ids for each feature that items own (`PackSchema.catalogue`), and `count` int64, the rows of split
-train with that item. The file's metadata say which columns events had, by what they meant. It lies beside the
+train with that item. The file's metadata say which columns events had, by what they meant, and where rows have gaps of
+time the unit of times. It lies beside the
 vocabularies because it means something only with them: what copies, verifies and bundles these takes it along.
 """
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from gmeta.data.schema import PackSchema
 
 _CURE = "copy it again from the pack, or prepare the pack again"
-_COLUMNS = b"event_columns"
+_COLUMNS, _UNIT = b"event_columns", b"gap_unit"
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,19 @@ def write_catalogue(
     owned: Mapping[str, NDArray[np.int64]],
     count: NDArray[np.int64],
     event_columns: Mapping[str, str] | None = None,
+    gap_unit: str | None = None,
 ) -> None:
     """Write the catalogue to a directory of vocabularies: item `values[i]` has id i + 1, owns `owned[feature][i]`, and
-    was in `count[i]` training rows. `event_columns` are the columns that events had, by what they meant.
+    was in `count[i]` training rows. `event_columns` are the columns that events had, by what they meant, and `gap_unit`
+    is the unit of the times whose gaps rows have.
     """
     columns = {"id": pa.array(np.arange(1, len(values) + 1, dtype=np.int32)), "item": values}
     columns |= {name: pa.array(np.asarray(ids, np.int32)) for name, ids in owned.items()}
     columns["count"] = pa.array(np.asarray(count, np.int64))
     table = pa.table(columns)
     if event_columns is not None:
-        table = table.replace_schema_metadata({_COLUMNS: json.dumps(dict(event_columns))})
+        told = {_COLUMNS: json.dumps(dict(event_columns)), **({} if gap_unit is None else {_UNIT: gap_unit})}
+        table = table.replace_schema_metadata(told)
     pq.write_table(table, catalogue_file(directory))
 
 
@@ -78,6 +82,16 @@ def read_event_columns(vocab_folder: Path) -> dict[str, str]:
         columns = {} if found is None else json.loads(found)
         return {str(key): str(column) for key, column in columns.items()}
     except (OSError, pa.ArrowException, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None
+
+
+def read_gap_unit(vocab_folder: Path) -> str | None:
+    """Return the unit of the times whose gaps a pack's rows have; None where it is not told. ValueError as above."""
+    file = catalogue_file(vocab_folder)
+    try:
+        found = (pq.read_schema(file).metadata or {}).get(_UNIT)
+        return None if found is None else str(found, "utf-8")
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None
 
 

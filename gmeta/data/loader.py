@@ -290,10 +290,13 @@ class TaskLoader(Generic[_T]):
             work = len(tasks) * float(mine.num_rows.sum()) / float(at.num_rows.sum())
             batch_split = BatchSplit(tasks, ends, spec.drop_after_s, work)
         redraw, num_rows = (self._seed, epoch) if self._resample else None, int(at.num_rows.sum())
+        stretches = np.stack([at.start, at.num_rows])
 
         def gathered(some: TaskRows) -> TaskBatch:
-            support, query, task_id = self._split.gather(some, redraw)
-            return TaskBatch(support, query, task_id, len(tasks), epoch, index, batch_split, num_rows_global=num_rows)
+            sides = self._split.gather(some, redraw)
+            return TaskBatch(
+                *sides, len(tasks), epoch, index, batch_split, num_rows_global=num_rows, stretches=stretches
+            )
 
         parts = [gathered(mine[a:b]) for a, b in pairwise((0, *ends[self._rank]))]
         batch = parts[0] if len(parts) == 1 else joined(parts)

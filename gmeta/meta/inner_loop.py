@@ -118,7 +118,8 @@ def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[s
     of `model.head`), `decision` (of `model.decision_layers`), `last_layer` (the model's `BayesianLinear`, in closed
     form, after the steps of all else, which leave it alone); anything else is a glob over parameter names. A
     parameter that has several names, because weights are tied or a module is used twice, answers to each of them and
-    adapts as one, under the first. Frozen parameters (`requires_grad` False) do not adapt.
+    adapts as one, under the first. Frozen parameters (`requires_grad` False) do not adapt, nor do those of modules that
+    `model.unadapted` names.
     ValueError for a pattern that matches nothing, with the nearest name, or frozen parameters only.
     """
     first: dict[int, str] = {}
@@ -126,7 +127,8 @@ def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[s
         name: first.setdefault(id(parameter), name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unadapted = tuple(f"{name}." for name in getattr(model, "unadapted", ()))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(unadapted)}
     private: set[str] = set()
     parameters: set[str] = set()
     solved = ""
@@ -142,8 +144,8 @@ def resolve_adapted(adapt: Sequence[str], model: nn.Module, features: Sequence[s
             found = [names[name] for name in _matching(pattern, model, list(names))]
             if found and trained.isdisjoint(found):
                 raise ValueError(
-                    f"meta.adapt names {pattern!r}, but {found[0]!r} is frozen (requires_grad is False), and so is all "
-                    "else that the name matches: leave it out, or let it train"
+                    f"meta.adapt names {pattern!r}, but {found[0]!r} is frozen (requires_grad is False) or shared by "
+                    "all tasks, and so is all else that the name matches: leave it out, or let it train"
                 )
             parameters.update(trained.intersection(found))
         if not found:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch, text_ids_of
 from gmeta.core.sequences import Sequences, sequences_of
-from gmeta.data.candidates import LOG_CHANCE
+from gmeta.data.candidates import AFTER_TRAINING, LOG_CHANCE
+from gmeta.meta.comparison import all_but, had_by_tasks
 from gmeta.meta.dropout import QUERY_PASS, SeededDropout, example_keys
 from gmeta.meta.gather_plan import GatherPlan
 from gmeta.meta.inner_loop import InnerLoop
@@ -25,6 +27,9 @@ from gmeta.meta.learner import LearnerOutput, MetaLearner
 from gmeta.meta.unfused import unfused_attention
 from gmeta.models.inputs import TextInput
 from gmeta.models.sasrec import PROMPT
+
+_CHOICE = -1
+"""Number of the choice of candidates among the passes that dropout knows."""
 
 
 class _Read(NamedTuple):
@@ -37,6 +42,7 @@ class _Read(NamedTuple):
     domain: Tensor | None  # int64 [N]
     log_chance: Tensor | None  # [N], of the event's item among the draws
     asked: Tensor  # bool [N], of the query
+    keys: Tensor | None  # int64 [N], by which targets choose candidates; None where they are compared with all
     candidates: Tensor | None  # [C, d]
     shared: Examples | None  # the candidates
 
@@ -49,7 +55,9 @@ class NextItemLearner(nn.Module):
     The candidates (`TaskBatch.shared`) are the same for all tasks and on every rank. Where they are not drawn alike,
     the logarithm of an item's chance is subtracted from its score, the target's too (sampled softmax; Jean et al.,
     arXiv 1412.2007). Of a `domain`, the sum is over the candidates in that of the target: else the task is to tell
-    domains apart.
+    domains apart. With `own_items` false it is over candidates that the task has not among its events, and with `each`
+    over so many of these alone, other ones for every target: those that a hash of (seed, epoch, batch, task, place)
+    says. Expected numbers then shrink alike for all candidates, so that chances need no change.
 
     With `every_event` all events but the first are targets, else those of the query alone. The loss of a batch is the
     mean over its targets.
@@ -70,6 +78,8 @@ class NextItemLearner(nn.Module):
         domain: str | None = None,
         texts: Mapping[str, TextInput] | None = None,
         every_event: bool = True,
+        own_items: bool = True,
+        each: int = 0,
         inner_loop: InnerLoop | None = None,
         seed: int = 0,
     ) -> None:
@@ -86,7 +96,7 @@ class NextItemLearner(nn.Module):
         self.vectors: dict[str, int] = {}
         self.texts = dict(texts or {})
         self.item, self.domain = item, domain
-        self.every_event = every_event
+        self.every_event, self.own_items, self.each = every_event, own_items, each
         self.inner_loop = inner_loop
         self.seed = seed
         self.prompt = None if inner_loop is None else nn.Parameter(torch.zeros(_width_of(model)))
@@ -112,14 +122,18 @@ class NextItemLearner(nn.Module):
         self, rows: EmbeddedRows, batch: TaskBatch, index: tuple[GatherPlan, ...] | None = None
     ) -> tuple[Tensor, LearnerOutput]:
         """Return (this rank's part of the batch's mean loss, output). Tasks without a target count nothing."""
-        read = self._read(rows, batch, (batch.support, batch.query), [rows.support, rows.query])
+        sides = (batch.support, batch.query)
+        read = self._read(rows, batch, sides, [rows.support, rows.query], train=self.training)
         prompts, before = None, None
         if self.inner_loop is not None:
             prompts, before = self._adapt(read, batch, train=self.training)
-        states = self._states(read, batch, prompts, QUERY_PASS, train=self.training)
         over_events = self.every_event and self.inner_loop is None
-        target = read.sequences.place > 0 if over_events else (read.sequences.place > 0) & read.asked
-        sums, counts = self._task_losses(read, states, target.nonzero()[:, 0])
+        later = read.sequences.place > 0
+        targets = (later if over_events else later & read.asked).nonzero()[:, 0]
+        read = _looking_at(read, targets - 1)
+        states = self._states(read, batch, prompts, QUERY_PASS, train=self.training)
+        left_out = self._left_out(read, targets, torch.ones_like(read.asked))
+        sums, counts = self._task_losses(read, states, targets, left_out)
         means = sums / counts.clamp(min=1)
         if over_events:
             loss = sums.sum() / max(1, batch.num_rows_global - batch.num_tasks_global)
@@ -133,20 +147,25 @@ class NextItemLearner(nn.Module):
 
         A run with an inner loop adapts to the support first, in `steps` steps where given; 0 is before adaptation.
         """
-        read = self._read(rows, batch, (batch.support,), [rows.support])
+        read = self._read(rows, batch, (batch.support,), [rows.support], train=False)
         prompts = None
         if self.inner_loop is not None:
             with torch.enable_grad():
                 prompts, _ = self._adapt(read, batch, train=False, steps=steps)
             prompts = prompts.detach()
-        states = self._states(read, batch, prompts, QUERY_PASS, train=False)
         there = read.sequences.lengths > 0
+        last = read.sequences.last[there]
+        states = self._states(_looking_at(read, last), batch, prompts, QUERY_PASS, train=False)
         found = states.new_zeros(batch.num_tasks, states.shape[1])
-        return found.index_put((there.nonzero()[:, 0],), states[read.sequences.last[there]])
+        return found.index_put((there.nonzero()[:, 0],), states[last])
 
     def items(self, rows: EmbeddedRows, shared: Examples) -> Tensor:
-        """Return the vectors [C, d] of shared items."""
-        found: Tensor = self.model.items(self._embedded(rows.weights, [rows.shared], [shared], None))
+        """Return the vectors [C, d] of shared items: candidates, or the catalogue's.
+
+        A model that makes these in another way than those of events has `shared_items(owned)` besides.
+        """
+        vectors = getattr(self.model, "shared_items", self.model.items)
+        found: Tensor = vectors(self._embedded(rows.weights, [rows.shared], [shared], None))
         return found
 
     def _adapt(
@@ -161,11 +180,12 @@ class NextItemLearner(nn.Module):
         if not prompts.requires_grad:
             prompts = prompts.detach().requires_grad_()
         target = ((read.sequences.place > 0) & ~read.asked).nonzero()[:, 0]
+        left_out = self._left_out(read, target, ~read.asked)
         for number in range(loop.steps if steps is None else steps):
             rate = loop.lr if self.inner_lr is None else self.inner_lr[min(number, len(self.inner_lr) - 1), 0]
             with unfused_attention() if second else nullcontext():
                 states = self._states(read, batch, prompts, QUERY_PASS + 1 + number, train=train)
-                sums, counts = self._task_losses(read, states, target)
+                sums, counts = self._task_losses(read, states, target, left_out)
                 losses = sums / (counts + loop.prior).clamp(min=1)
             first = losses if first is None else first
             (grad,) = torch.autograd.grad(losses.sum(), [prompts], create_graph=second, retain_graph=True)
@@ -173,7 +193,13 @@ class NextItemLearner(nn.Module):
         return prompts, first
 
     def _read(
-        self, rows: EmbeddedRows, batch: TaskBatch, sides: tuple[Examples, ...], lookups: list[dict[str, Lookup]]
+        self,
+        rows: EmbeddedRows,
+        batch: TaskBatch,
+        sides: tuple[Examples, ...],
+        lookups: list[dict[str, Lookup]],
+        *,
+        train: bool,
     ) -> _Read:
         sequences, cells = sequences_of(*(side.mask for side in sides))
         events = self._embedded(rows.weights, lookups, list(sides), cells)
@@ -187,9 +213,19 @@ class NextItemLearner(nn.Module):
             None if self.domain is None else _column([side.ids[self.domain] for side in sides], cells),
             _column([side.given[LOG_CHANCE] for side in sides], cells) if drawn_unlike else None,
             cells >= sides[0].mask.numel(),
+            self._keys(batch, sequences, train=train) if shared is not None and self.each else None,
             None if shared is None else self.items(rows, shared),
             shared,
         )
+
+    def _keys(self, batch: TaskBatch, sequences: Sequences, *, train: bool) -> Tensor:
+        """Return by which keys events choose candidates, int64 [N]; after training by their place alone, so that a user
+        adapts alike whatever it is called and whoever is beside it.
+        """
+        epoch, index = (batch.epoch, batch.index) if train else (AFTER_TRAINING, 0)
+        task = batch.task_id if train else torch.zeros_like(batch.task_id)
+        places = torch.arange(sequences.longest, device=task.device)
+        return sequences.flat(example_keys((self.seed, epoch, index), task, _CHOICE, places))
 
     def _states(self, read: _Read, batch: TaskBatch, prompts: Tensor | None, number: int, *, train: bool) -> Tensor:
         """Return the state of each event [N, d]; `number` is that of the pass, for dropout."""
@@ -206,12 +242,27 @@ class NextItemLearner(nn.Module):
             found: Tensor = self.model.states(events, sequences)
         return found
 
-    def _task_losses(self, read: _Read, states: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _left_out(self, read: _Read, target: Tensor, known: Tensor) -> Tensor:
+        """Return which candidates each target is not compared with, bool [P, C]. `target` int64 [P] says which events
+        are targets, and `known` bool [N] which a task may be known to have.
+        """
+        shared, task = read.shared, read.sequences.task
+        assert shared is not None, "a batch of next items to be learned has candidates"
+        items = shared.ids[self.item].view(-1)
+        out = read.item[target].unsqueeze(-1) == items
+        if self.domain is not None and read.domain is not None:
+            out |= read.domain[target].unsqueeze(-1) != shared.ids[self.domain].view(1, -1)
+        if not self.own_items:
+            had = had_by_tasks(task[known], read.item[known], items, len(read.sequences.lengths))
+            out |= had[task[target]]
+        return out if read.keys is None else all_but(self.each, out, read.keys[target])
+
+    def _task_losses(self, read: _Read, states: Tensor, target: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of each task's targets, and their number, [T] each. `target` int64 [P] says
-        which events are targets; the state of the event before has to find them.
+        which events are targets; the state of the event before has to find them. `left_out` is bool [P, C].
         """
         shared = read.shared
-        assert shared is not None, "a batch of next items to be learned has candidates"
+        assert shared is not None
         assert read.own is not None
         assert read.candidates is not None
         before, own = states[target - 1], read.own[target]
@@ -220,10 +271,7 @@ class NextItemLearner(nn.Module):
         if read.log_chance is not None:
             found = found - read.log_chance[target].unsqueeze(-1)
             scores = scores - shared.given[LOG_CHANCE].view(1, -1)
-        out = read.item[target].unsqueeze(-1) == shared.ids[self.item].view(1, -1)
-        if self.domain is not None and read.domain is not None:
-            out |= read.domain[target].unsqueeze(-1) != shared.ids[self.domain].view(1, -1)
-        scores = scores.masked_fill(out, -torch.inf)
+        scores = scores.masked_fill(left_out, -torch.inf)
         losses = torch.logsumexp(torch.cat([found, scores], 1), 1) - found.squeeze(1)
         task, num_tasks = read.sequences.task[target], len(read.sequences.lengths)
         sums = losses.new_zeros(num_tasks).index_add(0, task, losses)
@@ -249,12 +297,19 @@ class NextItemLearner(nn.Module):
         return found
 
 
+def _looking_at(read: _Read, events: Tensor) -> _Read:
+    """Return the pass with states at some events alone, int64 [P]."""
+    wanted = torch.zeros_like(read.sequences.place, dtype=torch.bool).index_fill(0, events, True)
+    return read._replace(sequences=replace(read.sequences, wanted=wanted))
+
+
 def _width_of(model: nn.Module) -> int:
     width = getattr(model, "width", None)
     if not isinstance(width, int):
         raise ValueError(
             f"meta.adapt names {PROMPT!r}, a vector beside each event, and {type(model).__name__} has no attribute "
-            "`width` that says how wide: give it one, and add events['prompt'] where it is there"
+            "`width` that says how wide: it reads no vectors of events, as llmrec with reader tokens; or give it one, "
+            "and add events['prompt'] where it is there"
         )
     return width
 

@@ -164,6 +164,13 @@ def resolved_args(factory: ModelFactory, args: Mapping[str, Any], name: str) -> 
     return found
 
 
+def with_younger_args(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved arguments of a model with the defaults of those that it did not have then; of a model of
+    somebody's own, whose code is not run for this, the saved ones.
+    """
+    return resolved_args(find_model(name), args, name) if name in MODELS else dict(args)
+
+
 def _can_be_saved(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _can_be_saved(item) for key, item in value.items())

@@ -30,28 +30,42 @@ class HistoryReader(nn.Module):
         super().__init__()
         for key, value in (("blocks", blocks), ("heads", heads), ("positions", positions)):
             require(value >= 1, f"model.args.{key}", value, "must be at least 1")
-        words = get_args(Similarity)
-        require(similarity in words, "model.args.similarity", similarity, f"must be one of {', '.join(words)}")
-        require(temperature > 0, "model.args.temperature", temperature, "must be more than 0")
         check_dropout(dropout)
         require(dim % heads == 0, "model.args.heads", heads, f"must divide the width {dim}")
         self.position = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(CausalBlock(dim, heads, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(dim)
-        self.log_scale = nn.Parameter(torch.tensor([1 / temperature]).log()) if similarity == "cosine" else None
+        self.log_scale = log_scale_of(similarity, temperature)
 
     def forward(self, events: Tensor, sequences: Sequences) -> Tensor:
         """Return the states of events, [N, d] each, as they are multiplied with items."""
         x = self.dropout(events + self.position[sequences.place.clamp(max=len(self.position) - 1)])
         for block in self.blocks:
             x = block(x, sequences)
-        x = self.compared(self.norm(x))
-        return x if self.log_scale is None else x * self.log_scale.exp()
+        return asking(self.norm(x), self.log_scale)
 
     def compared(self, x: Tensor) -> Tensor:
         """Return the vectors of items, [n, d], as they are multiplied with states: with cosine of length 1."""
-        return x if self.log_scale is None else F.normalize(x, dim=-1)
+        return answering(x, self.log_scale)
+
+
+def log_scale_of(similarity: str, temperature: float) -> nn.Parameter | None:
+    """Return the logarithm of what cosines are multiplied with, [1], to be learned; None for a plain product."""
+    words = get_args(Similarity)
+    require(similarity in words, "model.args.similarity", similarity, f"must be one of {', '.join(words)}")
+    require(temperature > 0, "model.args.temperature", temperature, "must be more than 0")
+    return nn.Parameter(torch.tensor([1 / temperature]).log()) if similarity == "cosine" else None
+
+
+def answering(x: Tensor, log_scale: Tensor | None) -> Tensor:
+    """Return vectors of items [n, d] as they are multiplied with states: with a scale of length 1."""
+    return x if log_scale is None else F.normalize(x, dim=-1)
+
+
+def asking(x: Tensor, log_scale: Tensor | None) -> Tensor:
+    """Return states [n, d] as they are multiplied with vectors of items: with a scale as long as that says."""
+    return x if log_scale is None else F.normalize(x, dim=-1) * log_scale.exp()
 
 
 class SASRec(nn.Module):

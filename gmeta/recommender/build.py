@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.data.candidates import CandidateDraw
 from gmeta.data.catalogue import Catalogue
 from gmeta.data.schema import LabelColumn, PackSchema
+from gmeta.data.shards import PackSplit
 from gmeta.data.text_tables import open_text_tables
 from gmeta.embedding.exchange import Exchange, RowExchange
 from gmeta.embedding.table import FusedTable, ShardedTables, TableSpec
@@ -42,6 +43,8 @@ from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import assets_of, is_bundle, open_bundle, read_manifest
 from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
+from gmeta.runs.fetched import fetch_folder, is_url
+from gmeta.runs.registry import CACHE
 
 WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Types of rows and row gradients on the way; None: as the tables hold them."""
@@ -75,19 +78,30 @@ def make_model(
     """Return the configured model for a pack; errors as `find_model`, `resolved_args` and `build_model`."""
     name = config.name if factory is None else name_of(factory)
     factory = factory or find_model(name)
-    args = resolved_args(factory, config.args, name)
+    args = _fetched(factory, resolved_args(factory, config.args, name))
     return build_model(factory, inputs_of(config, schema, text_tables), args, name=name, seed=seed)
+
+
+def _fetched(factory: ModelFactory, args: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments with a copy in the cache for each folder that lies in an object store."""
+    check = getattr(factory, "check_folder", lambda _: None)
+    found = {}
+    for key in getattr(factory, "paths", ()):
+        if is_url(args.get(key) or ""):
+            found[key] = str(fetch_folder(args[key], Path(CACHE).expanduser(), check))
+    return {**args, **found}
 
 
 def resolve_model(config: TrainConfig, factory: ModelFactory | None = None) -> TrainConfig:
     """Return the config with the model's own defaults among `model.args`, so that a saved run tells all of them, and
-    with absolute paths where the model's `paths` say which arguments are some.
+    with absolute paths where the model's `paths` say which arguments are some. URLs of object stores stay.
 
     Raises ValueError where the model does not exist or does not take the arguments.
     """
     factory = factory or find_model(config.model.name)
     args = resolved_args(factory, config.model.args, config.model.name)
-    args |= {key: str(Path(args[key]).absolute()) for key in getattr(factory, "paths", ()) if args.get(key)}
+    given = [key for key in getattr(factory, "paths", ()) if args.get(key) and not is_url(args[key])]
+    args |= {key: str(Path(args[key]).absolute()) for key in given}
     return replace(config, model=replace(config.model, args=args))
 
 
@@ -204,6 +218,8 @@ def _next_item(
         domain=domain_of(schema),
         texts=texts,
         every_event=config.next_item.targets == "every",
+        own_items=config.next_item.own_items == "compared",
+        each=config.next_item.each,
         inner_loop=_inner_loop(meta) if meta.adapt else None,
         seed=config.seed,
     )
@@ -222,8 +238,10 @@ def _inner_loop(meta: MetaConfig) -> InnerLoop:
     )
 
 
-def candidate_draw(config: TrainConfig, catalogue: Catalogue, schema: PackSchema) -> CandidateDraw:
-    """Return what draws the items that targets of next items are compared with."""
+def candidate_draw(
+    config: TrainConfig, catalogue: Catalogue, schema: PackSchema, split: PackSplit | None = None
+) -> CandidateDraw:
+    """Return what draws the items that targets of next items are compared with; in training `split` has their rows."""
     settings = config.next_item
     return CandidateDraw(
         catalogue,
@@ -232,6 +250,8 @@ def candidate_draw(config: TrainConfig, catalogue: Catalogue, schema: PackSchema
         count=settings.candidates,
         draw=settings.draw,
         seed=config.seed,
+        in_batch=settings.in_batch,
+        split=split,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -59,12 +60,13 @@ def user_vectors(
     items: NDArray[np.int64],
     length: NDArray[np.int64],
     draw: CandidateDraw,
+    beside: Mapping[str, NDArray[np.int64]],
 ) -> Tensor:
     """Return the state [U, d] after the last event of each history, zeros of an empty one; there is one at least.
     Where users adapt, it is beside what `draw` draws after training.
 
     Histories lie behind each other: `items` [N] has their item ids, the oldest event first, and `length` [U] says how
-    many each has.
+    many each has. `beside` has the ids [N] of features that the item does not own, such as a gap of time.
     """
     learner = next_item_learner(system)
     start, order = np.cumsum(length) - length, np.argsort(length, kind="stable")
@@ -76,9 +78,9 @@ def user_vectors(
         some = order[begin:end]
         place = np.arange(max(1, length[some].max()))
         mask = place < length[some, None]
-        ids = np.zeros(mask.shape, np.int64)
-        ids[mask] = items[(start[some, None] + place)[mask]]
-        prepared = system.prepare(to_adapt(learner, _histories(catalogue, schema, ids, mask), draw))
+        events = (start[some, None] + place)[mask]
+        others = {name: ids[events] for name, ids in beside.items()}
+        prepared = system.prepare(to_adapt(learner, _histories(catalogue, schema, items[events], others, mask), draw))
         rows = system.exchange.fetch(prepared.routed)
         part = prepared.parts[0]
         with system.precision():
@@ -93,11 +95,26 @@ def to_adapt(learner: NextItemLearner, batch: TaskBatch, draw: CandidateDraw | N
     return batch if draw is None or learner.inner_loop is None else draw.after_training(batch)
 
 
-def _histories(catalogue: Catalogue, schema: PackSchema, ids: NDArray[np.int64], mask: NDArray[np.bool_]) -> TaskBatch:
-    """Return tasks whose support are items [T, S], and whose query is empty."""
-    flat = catalogue_examples(catalogue, ids.reshape(-1), schema)
-    support = map_tensors(flat, lambda t: t.view(*ids.shape, *t.shape[2:]))
-    support = replace(support, mask=torch.from_numpy(mask))
+def _histories(
+    catalogue: Catalogue,
+    schema: PackSchema,
+    items: NDArray[np.int64],
+    beside: Mapping[str, NDArray[np.int64]],
+    mask: NDArray[np.bool_],
+) -> TaskBatch:
+    """Return tasks whose support are events of items [n], where `mask` [T, S] is true, and whose query is empty."""
+
+    def padded(values: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = np.zeros(mask.shape, np.int64)
+        found[mask] = values
+        return found
+
+    flat = catalogue_examples(catalogue, padded(items).reshape(-1), schema)
+    support = map_tensors(flat, lambda t: t.view(*mask.shape, *t.shape[2:]))
+    ids = {**support.ids, **{name: torch.from_numpy(padded(values)) for name, values in beside.items()}}
+    support = replace(support, ids=ids, mask=torch.from_numpy(mask))
     query = map_tensors(support, lambda t: t[:, :0])
-    task = torch.arange(len(ids))
-    return TaskBatch(support, query, task, num_tasks_global=len(ids), epoch=0, index=0, num_rows_global=int(mask.sum()))
+    task = torch.arange(len(mask))
+    return TaskBatch(
+        support, query, task, num_tasks_global=len(mask), epoch=0, index=0, num_rows_global=int(mask.sum())
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from gmeta.core.errors import nearest, require
 from gmeta.data.catalogue import read_catalogue
 from gmeta.data.cells import ranges
-from gmeta.data.events.columns import event_columns_of
+from gmeta.data.events.columns import GAP, event_columns_of
+from gmeta.data.events.gaps import Gaps
 from gmeta.data.events.interleave import interleaved
 from gmeta.data.events.raw_events import EventReader, RawEvents, RawItems, read_raw_items
 from gmeta.data.schema import OOV
@@ -54,11 +55,18 @@ class Histories:
     items: Ints  # [N], item ids
     length: Ints  # [U], events of each user
     unknown: int = 0  # events that were left out: nothing is known of their items
+    beside: Mapping[str, Ints] = field(default_factory=dict)  # ids [N] of what an event has that its item does not own
 
     def where(self, keep: NDArray[np.bool_]) -> Histories:
         """Return those of some users, bool [U]."""
         users = [user for user, kept in zip(self.users, keep.tolist(), strict=True) if kept]
-        return Histories(users, self.items[np.repeat(keep, self.length)], self.length[keep], self.unknown)
+        events = np.flatnonzero(np.repeat(keep, self.length))
+        return replace(self.at(events), users=users, length=self.length[keep])
+
+    def at(self, events: Ints) -> Histories:
+        """Return the same with these events alone, for users who are said to have so many."""
+        beside = {name: ids[events] for name, ids in self.beside.items()}
+        return replace(self, items=self.items[events], beside=beside)
 
     def seen(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return pairs of a user's position and an item that it had, int64 [N] each."""
@@ -97,6 +105,7 @@ class NextItems:
         next_item_learner(self.system).eval()
         self._draw = candidate_draw(self.config, self._catalogue, self.schema)
         self.version = version_of(source, step)
+        self._gaps = Gaps.of_run(vocab, self.schema)
         self._names = ItemNames(vocab, self.schema, self._catalogue, domain_of(self.schema))
         self._listed = np.arange(self._catalogue.num_ids) > 0  # items that may be recommended
         self._text_ids: dict[str, int] = {}  # of texts that were added
@@ -160,6 +169,7 @@ class NextItems:
             np.concatenate([found.items for found in parts]),
             np.concatenate([found.length for found in parts]),
             sum(found.unknown for found in parts),
+            {name: np.concatenate([found.beside[name] for found in parts]) for name in parts[0].beside},
         )
 
     def add_items(self, items: TableLike) -> int:
@@ -211,9 +221,11 @@ class NextItems:
         known = ids != OOV
         user, items = raw.user[known], ids[known]
         domain = self._names.order_of_domains()[self._names.domain[items]]
-        order = interleaved(user, domain, None if raw.time is None else raw.time[known])
+        time = None if raw.time is None else raw.time[known]
+        order = interleaved(user, domain, time)
         length = np.bincount(user, minlength=len(raw.users)).astype(np.int64)
-        return Histories(raw.users, items[order], length, int((~known).sum()))
+        gaps = {} if self._gaps is None or time is None else {GAP: self._gaps.of_events(user[order], time[order])}
+        return Histories(raw.users, items[order], length, int((~known).sum()), gaps)
 
     def add(self, raw: RawItems) -> int:
         """Add raw items; see `add_items`."""
@@ -264,8 +276,8 @@ class NextItems:
             return vectors_of_items(self.system, self._catalogue, self.schema, np.array([1]))[:0]
         most, ends = self.config.loader.max_support_rows, np.cumsum(histories.length)
         length = np.minimum(histories.length, most) if most else histories.length
-        items = histories.items[ranges(ends - length, length)]
-        found = user_vectors(self.system, self._catalogue, self.schema, items, length, self._draw)
+        read = histories.at(ranges(ends - length, length))
+        found = user_vectors(self.system, self._catalogue, self.schema, read.items, length, self._draw, read.beside)
         if not (finite := found.isfinite().all(1)).all():
             user = histories.users[int((~finite).nonzero()[0])]
             raise ValueError(f"the vector of user {user!r} has numbers that are not finite: the run is of no use")

@@ -38,10 +38,14 @@ def _scores_of_next_items(rec: NextItems, split: PackSplit) -> NDArray[np.float6
     """Return the score of each query row's item after its task's support."""
     item = rec.schema.item
     assert item is not None  # a next-item pack has one
-    columns, sizes = split.columns((item,)), split.num_task_rows
+    schema, sizes = rec.schema, split.num_task_rows
+    others = [feature.name for feature in schema.features if feature.name not in (item, *schema.catalogue)]
+    columns = split.columns((item, *others))
     items, query = columns.ids[item].astype(np.int64), np.flatnonzero(columns.is_query)
     first, length = (values[columns.task[query]] for values in (np.cumsum(sizes) - sizes, split.num_support))
-    histories = Histories([str(row) for row in query.tolist()], items[ranges(first, length)], length)
+    read = ranges(first, length)
+    beside = {name: columns.ids[name].astype(np.int64)[read] for name in others}
+    histories = Histories([str(row) for row in query.tolist()], items[read], length, beside=beside)
     return rec.scores_of(histories, items[query]).double().cpu().numpy()
 
 

@@ -148,6 +148,12 @@ class System:
         if check is not None:
             check()
 
+    def before_step(self, step: int) -> None:
+        """Tell a model that has a function of this name that a training step begins after `step` others."""
+        tell = getattr(self.objective.model, "before_step", None)
+        if tell is not None:
+            tell(step)
+
     def buffer_tensors(self) -> dict[str, Tensor]:
         """Return the model's persistent buffers, by name. No forward pass changes them (`gmeta.meta.trial`), but a
         model may have drawn or read them when it was made, and another time gets others.

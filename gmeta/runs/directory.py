@@ -32,6 +32,7 @@ from gmeta.data.identity import identity_difference, identity_of
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.data.schema_difference import schema_difference
+from gmeta.models.registry import with_younger_args
 from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0, raise_together
 from gmeta.parallel.mesh import Mesh
 from gmeta.runs import checkpoint
@@ -197,7 +198,7 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
     # A setting younger than the checkpoint did then what its default does now.
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     saved, _ = upgrade(state["config"], saved=True)
-    before, wanted = flat(defaults) | flat(saved), flat(asdict(now))
+    before, wanted = (flat(defaults) | flat(_with_younger_args(config)) for config in (saved, asdict(now)))
     for settings in (before, wanted):  # a run that lists no feature reads all of its pack
         settings["model.features"] = settings["model.features"] or [f["name"] for f in state["schema"]["features"]]
     if not (before.get("replay.pack") and wanted["replay.pack"]):  # the pack is compared by itself
@@ -206,6 +207,13 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
         fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
         if fixed and before.get(key) != wanted.get(key):
             yield key, before.get(key), wanted.get(key)
+
+
+def _with_younger_args(config: dict[str, Any]) -> dict[str, Any]:
+    model = config.get("model", {})
+    if not model.get("name"):
+        return config
+    return {**config, "model": {**model, "args": with_younger_args(model["name"], model.get("args", {}))}}
 
 
 def open_checkpoint(run_dir: Path, which: str, mesh: Mesh) -> Path:

@@ -80,7 +80,7 @@ def open_store(url: str) -> Store:
     if not found:
         return Folder(Path(url))
     if scheme not in _SCHEMES:
-        raise ValueError(f"registry is {url!r}: give a folder, or a URL that starts with s3://, gs:// or az://")
+        raise ValueError(f"{url!r} is of no known kind: give a folder, or a URL that starts with s3://, gs:// or az://")
     if scheme == "file":
         return Folder(Path("/" + rest.lstrip("/")))
     return Bucket(url, _object_store(url))
@@ -91,13 +91,11 @@ def _object_store(url: str) -> ObjectStore:
         from obstore.exceptions import BaseError
         from obstore.store import from_url
     except ImportError:
-        raise ValueError(
-            f"registry {url} is in an object store, which needs obstore: pip install 'gmeta[registry]'"
-        ) from None
+        raise ValueError(f"{url} is in an object store, which needs obstore: pip install 'gmeta[registry]'") from None
     try:
         return from_url(url)
     except (BaseError, ValueError) as error:
-        raise ValueError(f"registry {url} cannot be opened: {_first_line(error)}") from None
+        raise ValueError(f"{url} cannot be opened: {_first_line(error)}") from None
 
 
 def require_conditions(store: Store) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -29,15 +28,14 @@ from gmeta.models.inputs import (
 )
 from gmeta.models.last_layer import BayesianLinear
 from gmeta.models.transformer import attend
-from gmeta.text.encoder import POOLINGS, LayerStack, TextPooling, open_encoder
-from gmeta.text.lora import add_lora
+from gmeta.text.encoder import POOLINGS, TextPooling, open_encoder
 from gmeta.text.model import TextModel
-from gmeta.text.sources import Encode, TextSource, TextStates
+from gmeta.text.refreshed import text_source
+from gmeta.text.sources import Encode, TextStates
 from gmeta.text.store import PLACEHOLDER, spec_of
+from gmeta.text.tuning import Direction, Tune, tuned
 
-Tune = Literal["full", "lora", "norms", "none"]
 UserVector = Literal["mean", "last", "target"]
-Direction = Literal["own", "causal", "both"]
 
 
 class BAHE(TextModel):
@@ -60,6 +58,9 @@ class BAHE(TextModel):
     a task's own weights over so many bases of the item are solved for by `meta.adapt: [last_layer]`. A history without
     texts is the zero vector. In training a history is taken for such a one with probability `history_dropout`: where
     users are few, the head learns them by heart, and new ones suffer.
+
+    With `refresh` the layers below the split are trained too, what `tune` says of them, through the target's text;
+    histories read vectors that are made anew every so many steps (`gmeta.text.refreshed`).
     """
 
     head = "output"
@@ -72,6 +73,7 @@ class BAHE(TextModel):
         encoder: str,
         layers: int,
         store: str = "",
+        refresh: int = 0,
         encode: Encode = "behaviours",
         target: str = "",
         histories: Sequence[str] = (),
@@ -105,9 +107,11 @@ class BAHE(TextModel):
         self.others = tuple(name for name in self.features if name not in self.histories)
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=vectors, template=template, max_tokens=max_tokens)
-        source = TextSource(opened, spec, encode, inputs.texts_by_id(self.target), store)
+        if refresh:
+            tuned(opened.low.stack.requires_grad_(True), tune, rank)
+        source = text_source(opened, spec, encode, inputs.texts_by_id(self.target), store, refresh)
         self.keep_texts(inputs, self.target, source, encoder)
-        self.high = _trained(opened.high, tune, rank, direction)
+        self.high = tuned(opened.high, tune, rank, direction)
         self.dim = dim = opened.dim
         self.recency = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
         self.user = user
@@ -178,7 +182,7 @@ class BAHE(TextModel):
         if rows is None and len(ids) > 1:
             distinct, place = torch.unique(ids, dim=0, return_inverse=True)
             ids, place = (distinct, place) if len(distinct) < len(ids) else (ids, None)
-        found: TextStates = self.source.states(ids, self.recency.dtype)
+        found: TextStates = (self.source.states if recent else self.source.fresh)(ids, self.recency.dtype)
         x = found.values
         if rows is not None and self.rows is not None and self.gate is not None:
             of_text = found.text.unsqueeze(-1).expand(-1, -1, x.shape[-1])
@@ -239,20 +243,6 @@ def _identity(dim: int) -> nn.Linear:
     layer = nn.Linear(dim, dim, bias=False)
     nn.init.eye_(layer.weight)
     return layer
-
-
-def _trained(high: LayerStack, tune: Tune, rank: int, direction: Direction) -> LayerStack:
-    """Freeze what `tune` does not name, and set the direction."""
-    if direction != "own":
-        high.span = replace(high.span, causal=direction == "causal")
-    if tune == "lora":
-        add_lora(high, rank)
-    elif tune != "full":
-        high.requires_grad_(False)
-        for module in high.modules():
-            if tune == "norms" and "norm" in type(module).__name__.lower():
-                module.requires_grad_(True)
-    return high.eval()
 
 
 def texts_to_read(inputs: InputSpec, target: str, histories: Sequence[str]) -> tuple[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""A text encoder from a local folder, split at a layer: `low` is frozen, `high` is trained.
+"""A text encoder from a local folder, split at a layer: `low` is frozen, unless a model trains it; `high` is trained.
 
 `low` turns the tokens of one short text into states, `pooled` these into vectors, and `high` reads a *sequence* of such
 vectors (BAHE: Geng et al., 2403.19347). Layers are called one by one, since a whole model would add positions, types
@@ -97,7 +97,7 @@ def _attention_mask(mask: Tensor, *, causal: bool) -> Tensor:
 
 
 class LowLayers(nn.Module):
-    """The embeddings and the first layers of an encoder. They stay in evaluation mode, and need no gradients."""
+    """The embeddings and the first layers of an encoder. They stay in evaluation mode, and begin frozen."""
 
     def __init__(self, embed: nn.ModuleList, stack: LayerStack, positions: int | None) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class LowLayers(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> LowLayers:
-        """Stay in evaluation mode: a frozen part without dropout gives each text one vector."""
+        """Stay in evaluation mode: without dropout each text has one vector."""
         return super().train(False)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -206,7 +206,8 @@ def open_encoder(
     device: str | torch.device = "cpu",
     max_tokens: int | None = None,
 ) -> TextEncoder:
-    """Open an encoder of `transformers` in a local folder, and split it after its first `layers` layers.
+    """Open an encoder of `transformers` in a local folder, and split it after its first `layers` layers; 0 leaves the
+    embeddings of tokens alone below the split.
 
     It is in evaluation mode; `high.train()` turns dropout on. `max_tokens` bounds the tokens of a text; None takes all
     positions that the encoder has. Raises ValueError where the folder holds no encoder that can be split, where it
@@ -220,8 +221,8 @@ def open_encoder(
     config = model.config
     parts = _Parts(model, path)
     total = len(parts.layers)
-    require(1 <= layers < total, "layers", layers, f"{path} has {total}: must be in [1, {total - 1}]")
-    tokenizer = TextTokenizer(path, getattr(config, "pad_token_id", None))
+    require(0 <= layers < total, "layers", layers, f"{path} has {total}: must be in [0, {total - 1}]")
+    tokenizer = TextTokenizer(path, getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
     if tokenizer.vocabulary > parts.vocabulary:
         raise ValueError(
             f"encoder {path} has {parts.vocabulary} token embeddings, its tokenizer.json {tokenizer.vocabulary} "

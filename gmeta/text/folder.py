@@ -73,16 +73,20 @@ def _weight_files(folder: Path) -> list[Path]:
 class TextTokenizer:
     """Turns texts into token ids, as an encoder's tokenizer.json says, special tokens included.
 
-    `pad` is the id that fills up shorter texts, and `vocabulary` the number of ids.
+    `pad` is the id that fills up shorter texts, `stop` the one that ends a text where there is one, and `vocabulary`
+    the number of ids.
     """
 
-    def __init__(self, folder: Path, pad: int | None) -> None:
-        """Read tokenizer.json; `pad` is what the encoder's config says. Raises ValueError where it cannot be read."""
+    def __init__(self, folder: Path, pad: int | None, stop: int | list[int] | None = None) -> None:
+        """Read tokenizer.json; `pad` and `stop` are what the encoder's config says. Raises ValueError where it cannot
+        be read.
+        """
         self._tokenizer = _open(folder / "tokenizer.json")
         own = self._tokenizer.padding
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.pad = pad if pad is not None else int(own["pad_id"]) if own else 0
+        self.stop = stop[0] if isinstance(stop, list) else stop
         self.vocabulary: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self._cut: int | None = None
 
@@ -103,6 +107,13 @@ class TextTokenizer:
             require_unicode(texts)
             raise
         return [found.ids for found in encoded], [bool(found.overflowing) for found in encoded]
+
+    def around(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the tokenizer puts in front of a text and behind it."""
+        found = self._tokenizer.encode("a")
+        own = [place for place, special in enumerate(found.special_tokens_mask) if not special]
+        first, last = (own[0], own[-1] + 1) if own else (len(found.ids), len(found.ids))
+        return found.ids[:first], found.ids[last:]
 
 
 def require_unicode(texts: Sequence[str]) -> None:

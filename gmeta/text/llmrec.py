@@ -1,28 +1,37 @@
 """LLM-Rec: the next item of a user, over many domains, by the texts of items.
 
 Zuoli Tang et al., "One model for all: large language models are domain-agnostic recommendation systems", 2023, arXiv
-2310.14304: a user's events of all domains are one sequence, and a language model makes vectors of its texts. Here the
-lower layers of the model encode each text once (BAHE's split: Geng et al., arXiv 2403.19347), and what is above reads a
-sequence of items (HLLM: Chen et al., arXiv 2409.12740), not of tokens.
+2310.14304: a user's events of all domains are one sequence, and a language model makes vectors of its texts. It reads
+the tokens of the last titles (`reader` tokens); or its lower layers encode each text once (BAHE's split: Geng et al.,
+arXiv 2403.19347), and what is above reads a sequence of items (HLLM: Chen et al., arXiv 2409.12740).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gmeta.core.batch import text_ids_of
-from gmeta.core.errors import nearest
+from gmeta.core.errors import nearest, require
 from gmeta.core.sequences import Sequences
 from gmeta.models.inputs import InputSpec, check_widths
 from gmeta.models.sasrec import HistoryReader, Similarity, sum_of, with_prompt
-from gmeta.text.encoder import TextPooling, open_encoder
+from gmeta.text.encoder import TextEncoder, TextPooling, open_encoder
 from gmeta.text.model import TextModel
+from gmeta.text.readers import TokenReader, VectorReader
+from gmeta.text.refreshed import text_source
 from gmeta.text.sources import TextSource
 from gmeta.text.store import PLACEHOLDER, spec_of
+from gmeta.text.tuning import Tune, tuned
+
+Reader = Literal["blocks", "high", "tokens"]
+
+_OF_EVENTS = "vectors of events"
+"""Under which name a pass keeps the vectors of its events' texts: they are compared, and read."""
 
 
 class LLMRec(TextModel):
@@ -34,7 +43,20 @@ class LLMRec(TextModel):
     comes from the behaviour store `store`. `text` names the feature with the item's text; without it, the only one.
     `tower` has a layer of each width of `hidden`, and one of the width of embeddings. The events' other features (a
     domain, say) are added to what the reader reads. An item without a text has the text vector 0: it is told by its id
-    alone. `blocks`, `heads`, `positions`, `dropout`, `similarity` and `temperature` are those of `sasrec`.
+    alone.
+
+    `reader` says what makes states of events:
+
+        blocks  causal blocks over items' vectors: `blocks`, `heads`, `positions` and `dropout` are those of `sasrec`
+        high    the encoder's layers above `layers`, over items' kept vectors (`gmeta.text.readers.VectorReader`)
+        tokens  the same layers, over the tokens of the last `window` titles; an item's vector is what they make of
+                its title. No ids, no tower, and no other feature (`gmeta.text.readers.TokenReader`)
+
+    `tune` and `rank` say what of those layers is trained, as in `bahe`; `pooling` None is the mean for kept vectors,
+    and the encoder's own way for tokens. `similarity` and `temperature` are those of `sasrec`.
+
+    With `refresh` the lower layers are trained too, what `tune` says of them, through the items of events; candidates
+    read vectors that are made anew every so many steps (`gmeta.text.refreshed`).
     """
 
     def __init__(
@@ -43,9 +65,14 @@ class LLMRec(TextModel):
         *,
         encoder: str,
         layers: int,
+        reader: Reader = "blocks",
+        window: int = 10,
+        tune: Tune = "full",
+        rank: int = 8,
         store: str = "",
+        refresh: int = 0,
         text: str = "",
-        pooling: TextPooling = "mean",
+        pooling: TextPooling | None = None,
         template: str = PLACEHOLDER,
         max_tokens: int = 40,
         ids: bool = True,
@@ -59,54 +86,119 @@ class LLMRec(TextModel):
     ) -> None:
         super().__init__()
         check_widths("hidden", hidden)
+        for key, word, words in (("reader", reader, get_args(Reader)), ("tune", tune, get_args(Tune))):
+            require(word in words, f"model.args.{key}", word, f"must be one of {', '.join(words)}")
         self.text = text_of_items(inputs, text)
         self.texts = (self.text,)
+        self.features: tuple[str, ...] = ()
+        self.item: str | None = None
+        self.reader: HistoryReader | VectorReader | TokenReader
+        opened = open_encoder(encoder, layers)
+        compare: dict[str, Any] = {"similarity": similarity, "temperature": temperature}
+        if reader == "tokens":
+            _check_tokens(tune, ids=ids, store=store, refresh=refresh)
+            source = _titles(opened, inputs.texts_by_id(self.text), template, max_tokens)
+            self.keep_texts(inputs, self.text, source, encoder)
+            high = tuned(opened.high, tune, rank)
+            self.reader = TokenReader(high, source, window=window, max_tokens=max_tokens, pooling=pooling, **compare)
+            return
         self.item = inputs.item if ids else None
         self.features = tuple(n for n in inputs.features if n != self.text and (ids or n != inputs.item))
         self.beside = tuple(n for n in self.features if n != self.item)
         self.width = dim = inputs.embedding_dim
-        opened = open_encoder(encoder, layers)
-        spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
-        source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.text), store)
+        spec = spec_of(opened, pooling=pooling or "mean", vectors=1, template=template, max_tokens=max_tokens)
+        if refresh:
+            tuned(opened.low.stack.requires_grad_(True), tune, rank)
+        source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh)
         self.keep_texts(inputs, self.text, source, encoder)
         widths = [opened.dim, *hidden, dim]
         self.text_norm = nn.LayerNorm(opened.dim)
         self.tower = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.gate = nn.Linear(dim, 1) if ids else None
-        self.reader = HistoryReader(
-            dim,
-            blocks=blocks,
-            heads=heads,
-            positions=positions,
-            dropout=dropout,
-            similarity=similarity,
-            temperature=temperature,
-        )
+        made: dict[str, Any] = {"positions": positions, "dropout": dropout, **compare}
+        if reader == "high":
+            self.reader = VectorReader(tuned(opened.high, tune, rank, "causal"), opened.dim, dim, **made)
+        else:
+            self.reader = HistoryReader(dim, blocks=blocks, heads=heads, **made)
 
     def states(self, events: dict[str, Tensor], sequences: Sequences) -> Tensor:
         """Return the state of each event, [N, d], from the ids of its item's text and the rows of its features."""
-        x = self._items(events)
+        if isinstance(self.reader, TokenReader):
+            of_titles: Tensor = self.reader(self._ids(events), sequences)
+            return of_titles
+        kept, place = self._kept(events, fresh=True)
+        x = self._items(events, kept, place)
         if self.beside:
             x = x + sum_of(events, self.beside)
-        found: Tensor = self.reader(with_prompt(x, events), sequences)
+        x = with_prompt(x, events)
+        read = (kept[place],) if isinstance(self.reader, VectorReader) else ()
+        found: Tensor = self.reader(*read, x, sequences)
         return found
 
     def items(self, items: dict[str, Tensor]) -> Tensor:
-        """Return the vectors of items, [n, d]."""
-        found: Tensor = self.reader.compared(self._items(items))
-        return found
+        """Return the vectors of items of events, [n, d]."""
+        return self._compared(items, fresh=True)
 
-    def _items(self, embedded: dict[str, Tensor]) -> Tensor:
-        ids = embedded[text_ids_of(self.text)]
-        distinct, place = torch.unique(ids, return_inverse=True)
-        found = self.source.states(distinct.unsqueeze(-1), self.text_norm.weight.dtype)
-        x: Tensor = self.text_norm(found.values[:, 0])
+    def shared_items(self, items: dict[str, Tensor]) -> Tensor:
+        """Return the vectors of candidates or of a catalogue, [n, d]: of kept vectors, whatever is trained."""
+        return self._compared(items, fresh=False)
+
+    def _compared(self, items: dict[str, Tensor], *, fresh: bool) -> Tensor:
+        if isinstance(self.reader, TokenReader):
+            return self.reader.compared(self._ids(items))
+        return self.reader.compared(self._items(items, *self._kept(items, fresh=fresh)))
+
+    def train(self, mode: bool = True) -> LLMRec:
+        """Turn dropout on or off. The encoder's layers have none: it would not be seeded by example."""
+        super().train(mode)
+        if not isinstance(self.reader, HistoryReader):
+            self.reader.high.eval()
+        return self
+
+    def _ids(self, embedded: dict[str, Tensor]) -> Tensor:
+        return embedded[text_ids_of(self.text)].flatten()
+
+    def _kept(self, embedded: dict[str, Tensor], *, fresh: bool) -> tuple[Tensor, Tensor]:
+        """Return the vectors of distinct texts, [u, w], zeros for none, and where each event's is, int64 [n].
+
+        A pass makes the fresh ones of its events once.
+        """
+        distinct, place = torch.unique(self._ids(embedded), return_inverse=True)
+        if fresh and _OF_EVENTS in embedded:
+            return embedded[_OF_EVENTS], place
+        read = self.source.fresh if fresh else self.source.states
+        found = read(distinct.unsqueeze(-1), self.text_norm.weight.dtype)
+        vectors = found.values[:, 0] * found.mask[:, :1]
+        if fresh:
+            embedded[_OF_EVENTS] = vectors
+        return vectors, place
+
+    def _items(self, embedded: dict[str, Tensor], kept: Tensor, place: Tensor) -> Tensor:
+        x: Tensor = self.text_norm(kept)
         for layer in self.tower[:-1]:
             x = torch.relu(layer(x))
-        x = (self.tower[-1](x) * found.mask[:, :1])[place]
+        x = (self.tower[-1](x) * kept.any(-1, keepdim=True))[place]
         if self.gate is None or self.item is None:
             return x
         return x + torch.sigmoid(self.gate(x)) * embedded[self.item]
+
+
+def _titles(encoder: TextEncoder, texts: Sequence[str], template: str, max_tokens: int) -> TextSource:
+    """Return the tokens of texts, up to `max_tokens` each besides those that the tokenizer puts around a text."""
+    around = sum(map(len, encoder.tokenizer.around()))
+    spec = spec_of(encoder, template=template, max_tokens=max_tokens + around)
+    return TextSource(encoder, spec, "tokens", texts)
+
+
+def _check_tokens(tune: Tune, *, ids: bool, store: str, refresh: int) -> None:
+    """Raise ValueError for arguments that reader tokens has no use for, and that change what other readers are."""
+    of = "reader tokens"
+    require(not ids, "model.args.ids", ids, f"{of} knows items by their texts alone; set it to false")
+    require(not store, "model.args.store", store, f"{of} reads tokens, and no kept vectors; leave it out")
+    require(
+        not refresh, "model.args.refresh", refresh, f"{of} keeps no vectors; to train more, lower model.args.layers"
+    )
+    require(tune != "none", "model.args.tune", tune, f"{of} would train nothing; take full, lora or norms")
 
 
 def text_of_items(inputs: InputSpec, name: str) -> str:

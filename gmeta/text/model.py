@@ -12,7 +12,7 @@ from torch import nn
 from gmeta.models.inputs import InputSpec
 from gmeta.text.folder import copy_encoder
 from gmeta.text.sources import TextSource
-from gmeta.text.store import writing_store
+from gmeta.text.store import open_behaviours, writing_store
 
 _TEXTS_PER_SHARD = 4096
 
@@ -24,7 +24,15 @@ class TextModel(nn.Module):
     """
 
     paths = ("encoder", "store")
-    """Arguments that are folders."""
+    """Arguments that are folders, or URLs of folders in an object store."""
+    unadapted = ("low",)
+    """Lower layers that are trained are the same for all tasks: kept vectors are not a task's."""
+
+    @staticmethod
+    def check_folder(folder: Path) -> None:
+        """Raise ValueError for a copied behaviour store that is damaged; an encoder is checked where it is opened."""
+        if not (folder / "config.json").exists():
+            open_behaviours(folder).verify()
 
     def keep_texts(self, inputs: InputSpec, name: str, source: TextSource, encoder: str) -> None:
         """Take the texts of the vocabulary of a feature; `encoder` is the folder that they were encoded with."""
@@ -32,6 +40,7 @@ class TextModel(nn.Module):
         self._folder = Path(encoder)
         self._texts = inputs.texts_by_id(name)
         self._source = [source]  # a list hides it from the model's state
+        self.low = source.layers
         digest = torch.frombuffer(bytearray.fromhex(source.spec.encoder), dtype=torch.uint8)
         self.register_buffer("encoder_digest", digest)
 
@@ -41,13 +50,18 @@ class TextModel(nn.Module):
         return self._source[0]
 
     def check_loaded(self) -> None:
-        """Raise ValueError where the loaded weights were trained above the lower layers of another encoder."""
+        """Raise ValueError where the loaded weights were trained with another encoder."""
         trained, found = bytes(self.get_buffer("encoder_digest").tolist()).hex(), self.source.spec.encoder
         if trained != found:
             raise ValueError(
                 f"{self._folder} holds another encoder ({found}) than these weights were trained with ({trained}): "
                 "restore its files, or train anew"
             )
+        self.source.loaded()
+
+    def before_step(self, step: int) -> None:
+        """Learn that a training step begins after `step` others."""
+        self.source.before_step(step)
 
     def add_texts(self, table: str, texts: Sequence[str]) -> None:
         """Encode texts that the model was made without; their ids go on from the last one."""

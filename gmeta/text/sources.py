@@ -12,14 +12,14 @@ cost and in nothing that is trained:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from gmeta.text.encode import encode_texts
 from gmeta.text.encoder import TextEncoder, pool_states
@@ -43,7 +43,8 @@ class TextStates:
 class TextSource:
     """The texts of one table, by id, with what is kept of each.
 
-    It is no part of a model's state: it is made anew, of the same texts and encoder, and nothing in it is trained.
+    It is no part of a model's state: it is made anew, of the same texts and encoder. Nothing in it is trained
+    (`gmeta.text.refreshed` has the one where the lower layers are).
     With a `store` the vectors of `behaviours` come from there, and texts that it lacks are encoded here, with a warning
     where they are many. ValueError for a store of another spec.
     """
@@ -54,6 +55,7 @@ class TextSource:
         self.spec = spec
         self.encode = encode
         self.encoder = encoder
+        self.layers: nn.Module | None = None  # what of the lower layers is trained
         self.num_given = len(texts)  # texts that it began with; what follows was added
         self.kept, self.counts = self._make(texts, store)  # [texts, K, ...], and how many tokens each text has
 
@@ -94,6 +96,16 @@ class TextSource:
                 self._require_positions(found.shape[1])
                 return TextStates(self.encoder.low(found.long(), mask), mask, text)
 
+    def fresh(self, ids: Tensor, dtype: torch.dtype) -> TextStates:
+        """Return the same, of texts whose gradient the lower layers are to get, where they are trained."""
+        return self.states(ids, dtype)
+
+    def before_step(self, step: int) -> None:
+        """Learn that a training step begins after `step` others."""
+
+    def loaded(self) -> None:
+        """Learn that weights were loaded."""
+
     def _require_positions(self, length: int) -> None:
         most = self.encoder.low.positions
         if most is not None and length > most:
@@ -122,12 +134,13 @@ class TextSource:
         text = torch.div(order, self.kept.shape[1], rounding_mode="floor")
         return kept.gather(1, where), there.gather(1, order), text
 
-    def _pooled(self, texts: Tensor) -> Tensor:
+    def _pooled(self, texts: Tensor, low: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
         """Return the vectors of texts [n], as a store has them before rounding: [n, V, d]."""
+        low = low or self.encoder.low
         length = max(1, int(self.counts[texts].max()) if len(texts) else 1)
         tokens = self.kept[texts, :length].long()
         mask = torch.arange(length, device=texts.device) < self.counts[texts].unsqueeze(-1)
-        return pool_states(self.encoder.low(tokens, mask), mask, self.spec.pooling, self.spec.vectors)
+        return pool_states(low(tokens, mask), mask, self.spec.pooling, self.spec.vectors)
 
     @torch.no_grad()
     def _make(self, texts: Sequence[str], store: str = "") -> tuple[Tensor, Tensor]:
@@ -137,7 +150,7 @@ class TextSource:
         if self.encode == "behaviours":
             vectors = torch.zeros(len(texts), spec.vectors, spec.dim, dtype=torch.float16)
             missing = _read_stored(store, spec, texts, vectors) if store else np.arange(len(texts))
-            vectors[missing] = _halved(encode_texts(self.encoder, spec, [texts[i] for i in missing]))
+            vectors[missing] = halved(encode_texts(self.encoder, spec, [texts[i] for i in missing]))
             return vectors, counts
         ids, mask = self.encoder.batch(tokens)
         if self.encode != "states":
@@ -145,7 +158,7 @@ class TextSource:
         kept = torch.zeros(*ids.shape, spec.dim, dtype=torch.float16)
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             some = slice(start, start + _TEXTS_AT_ONCE)
-            kept[some] = _halved(self.encoder.low(ids[some], mask[some]))
+            kept[some] = halved(self.encoder.low(ids[some], mask[some]))
         return kept, counts
 
 
@@ -167,13 +180,12 @@ def _read_stored(store: str, spec: StoreSpec, texts: Sequence[str], out: Tensor)
     return missing
 
 
-def _halved(values: Tensor) -> Tensor:
-    """Return fp16 numbers. ValueError for those that it cannot hold."""
+def halved(values: Tensor, cure: str = "take model.args.encode batch, or another encoder") -> Tensor:
+    """Return fp16 numbers. ValueError, with the cure, for those that it cannot hold."""
     half = values.half()
     if not bool(torch.isfinite(half).all()):
         raise ValueError(
-            f"the encoder gives {float(values.abs().max()):.3g}, more than the fp16 of kept vectors can hold: take "
-            "model.args.encode batch, or another encoder"
+            f"the encoder gives {float(values.abs().max()):.3g}, more than the fp16 of kept vectors can hold: {cure}"
         )
     return half
 

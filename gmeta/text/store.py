@@ -75,9 +75,9 @@ class StoreSpec:
     dim: int
 
     def __post_init__(self) -> None:
-        for key in ("layers", "vectors", "max_tokens", "dim"):
+        for key, least in (("layers", 0), ("vectors", 1), ("max_tokens", 1), ("dim", 1)):
             value = getattr(self, key)
-            require(type(value) is int and value >= 1, key, value, "must be a whole number of at least 1")
+            require(type(value) is int and value >= least, key, value, f"must be a whole number of at least {least}")
         require(self.vectors <= MAX_VECTORS, "vectors", self.vectors, f"must be at most {MAX_VECTORS}")
         require(self.pooling in POOLINGS, "pooling", self.pooling, f"must be one of {', '.join(POOLINGS)}")
         known = ("bfloat16", "float32", "float64")

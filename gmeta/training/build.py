@@ -71,7 +71,7 @@ def _preparing(
             )
     changes: list[Callable[[TaskBatch], TaskBatch] | None] = [evicted_ids(pack) if replays else None, masks]
     if pack.schema.next_item:
-        changes.append(candidate_draw(config, pack.catalogue(), pack.schema))
+        changes.append(candidate_draw(config, pack.catalogue(), pack.schema, pack.split("train")))
     made = [change for change in changes if change is not None]
     return lambda batch: system.prepare(reduce(lambda given, change: change(given), made, batch))
 

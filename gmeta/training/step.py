@@ -64,6 +64,7 @@ def begin_step(state: TrainState, prepared: PreparedBatch, watch: Stopwatch) -> 
     watch.lap("exchange")
     split, computing = prepared.batch.batch_split, ExitStack()
     computing.enter_context(state.dense.computing(several=split is not None and split.in_parts))
+    state.system.before_step(state.progress.step)
     sums = torch.zeros(len(sum_names(prepared.batch)), dtype=torch.float64, device=state.mesh.device)
     return OpenStep(prepared, rows, sums, watch, computing, time.perf_counter())
 

@@ -15,6 +15,7 @@ from gmeta.core.files import read_mapping
 from gmeta.core.nested import flat
 from gmeta.meta.inner_loop import resolve_adapted
 from gmeta.meta.next_item import NextItemLearner
+from gmeta.models.registry import with_younger_args
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import CURE, TRAINING, Bundle, assets_of, open_bundle, read_manifest
@@ -99,10 +100,8 @@ def _rates(run: Run, bundle: Bundle) -> Tensor | None:
 
 def _check(path: Path, run: Run, *, moments: bool, goes_on: bool) -> None:
     open_bundle(path, training=moments)  # verifies it
-    config, pack, base = run.config, run.pack, read_config(path)
-    # What the bundle holds for the model lies elsewhere now.
-    ours = replace(config, model=replace(config.model, args={**config.model.args, **dict.fromkeys(assets_of(path))}))
-    base = replace(base, model=replace(base.model, args={**base.model.args, **dict.fromkeys(assets_of(path))}))
+    pack = run.pack
+    ours, base = (_without_files(config, path) for config in (run.config, read_config(path)))
     lines = [f"{key} is {mine!r}, the bundle has {theirs!r}" for key, mine, theirs in _others(ours, base, moments)]
     lines += meaning_difference(path, pack)
     if lines:
@@ -111,7 +110,15 @@ def _check(path: Path, run: Run, *, moments: bool, goes_on: bool) -> None:
             "the model out; where the data differ, train anew on this pack"
         )
     if goes_on:
-        _check_position(path, run, base, moments)
+        _check_position(path, run, ours, base, moments)
+
+
+def _without_files(config: TrainConfig, path: Path) -> TrainConfig:
+    """Return a config with all arguments of its model, but for those that name what the bundle holds for it: its files
+    lie elsewhere now.
+    """
+    args = with_younger_args(config.model.name, config.model.args)
+    return replace(config, model=replace(config.model, args={**args, **dict.fromkeys(assets_of(path))}))
 
 
 def _others(config: TrainConfig, base: TrainConfig, moments: bool) -> Iterator[tuple[str, Any, Any]]:
@@ -135,8 +142,8 @@ def _others(config: TrainConfig, base: TrainConfig, moments: bool) -> Iterator[t
             yield key, ours[key], theirs[key]
 
 
-def _check_position(path: Path, run: Run, base: TrainConfig, moments: bool) -> None:
-    """Raise ValueError where a position of the bundle's training means nothing in this one."""
+def _check_position(path: Path, run: Run, config: TrainConfig, base: TrainConfig, moments: bool) -> None:
+    """Raise ValueError where a position of the bundle's training means nothing in this one, of `config`."""
     said = "schedule.position is 'continue', and"
     if not moments:
         raise ValueError(f"{said} {path} has no {TRAINING} part: bundle with --training true")
@@ -147,7 +154,7 @@ def _check_position(path: Path, run: Run, base: TrainConfig, moments: bool) -> N
         )
     if read_replay_checksum(path) != (None if run.older is None else run.older.manifest["xxh3"]):
         raise ValueError(f"{said} {path} was trained with another replay.pack, or with none: leave the position out")
-    ours, theirs = (flat(asdict(c), whole=USERS_KEYS) for c in (run.config, base))
+    ours, theirs = (flat(asdict(c), whole=USERS_KEYS) for c in (config, base))
     for key in ours:
         fixed = key.startswith(FIXED_ON_RESUME) and key not in FREE_ON_RESUME
         if fixed and ours[key] != theirs.get(key):

@@ -41,6 +41,7 @@ def settings_of(pack: Path, encoder: Path, args: dict[str, Any] | None = None, *
     "args",
     [
         {"tune": "lora", "rank": 2, "vectors": 2},
+        pytest.param({"refresh": 2}, marks=pytest.mark.slow),
         pytest.param({"ids": True, "user": "target"}, marks=pytest.mark.slow),
         pytest.param({"encode": "tokens"}, marks=pytest.mark.slow),
     ],
@@ -54,13 +55,16 @@ def test_ranks_and_micro_batches_learn_the_same(pack: Path, encoder: Path, args:
 
 
 @pytest.mark.parametrize(
-    ("nproc", "strategy"),
-    [(2, "GGG"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4, "IIG"), (4, "NIG"), (1, "GGG")))],
+    ("nproc", "strategy", "args"),
+    [
+        (2, "GGG", {"refresh": 1}),
+        *(pytest.param(*case, {}, marks=pytest.mark.slow) for case in ((4, "IIG"), (4, "NIG"), (1, "GGG"))),
+    ],
 )
-def test_upper_layers_train_sharded(pack: Path, encoder: Path, nproc: int, strategy: str) -> None:
-    settings = settings_of(pack, encoder)
+def test_layers_train_sharded(pack: Path, encoder: Path, nproc: int, strategy: str, args: dict[str, Any]) -> None:
+    settings = settings_of(pack, encoder, args)
     expected = run_steps(Mesh(), settings, 2)
-    found = run_ranks(nproc, run_steps, settings_of(pack, encoder, dense=placed(strategy)), 2)[0]
+    found = run_ranks(nproc, run_steps, settings_of(pack, encoder, args, dense=placed(strategy)), 2)[0]
     assert_same(found, expected, 1e-8)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from encoders import WHY, tiny
 from harness import run_ranks
-from next_items import next_item_pack
+from next_items import event_rows, in_words, next_item_pack
 from test_division import changing, run_divided
 from test_sharded_dense import placed
 from test_train import assert_same, config, run_steps
@@ -19,6 +20,7 @@ from gmeta.data.pack import open_pack
 from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import build_system, domain_of
+from gmeta.text.readers import TokenReader
 
 pytestmark = pytest.mark.dist
 
@@ -26,6 +28,12 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next_item_pack(tmp_path_factory.mktemp("events"))
+
+
+@pytest.fixture(scope="module")
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack whose titles the tiny tokenizer can tell apart."""
+    return next_item_pack(tmp_path_factory.mktemp("worded"), in_words(event_rows()))
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +53,9 @@ def settings_of(pack: Path, model: ModelConfig | None = None, **changes: Any) ->
     return config(pack, **{**values, **changes})
 
 
-def text_model(encoder: Path, *, ids: bool) -> ModelConfig:
-    args = {"encoder": str(encoder), "layers": 2, "hidden": [6], "heads": 2, "max_tokens": 8, "ids": ids}
-    return ModelConfig(name="llmrec", embedding_dim=8, args=args, features=[] if ids else ["title"])
+def text_model(encoder: Path, **more: Any) -> ModelConfig:
+    args = {"encoder": str(encoder), "layers": 2, "hidden": [6], "heads": 2, "max_tokens": 8, **more}
+    return ModelConfig(name="llmrec", embedding_dim=8, args=args, features=[] if more["ids"] else ["title"])
 
 
 @pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -59,10 +67,45 @@ def test_ranks_and_micro_batches_learn_the_same(pack: Path, nproc: int) -> None:
         assert_same(run_ranks(2, run_divided, settings, 3, changing)[0]["learned"], expected, 1e-8)
 
 
-@pytest.mark.parametrize("ids", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_texts_are_learned_the_same_by_two_ranks(pack: Path, encoder: Path, ids: bool) -> None:
-    settings = settings_of(pack, text_model(encoder, ids=ids))
-    assert_same(run_ranks(2, run_steps, settings, 2)[0], run_steps(Mesh(), settings, 2), 1e-8)
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_events_of_the_batch_are_the_same_candidates_on_any_ranks(pack: Path, nproc: int) -> None:
+    settings = settings_of(pack, next_item=NextItemConfig(candidates=6, in_batch=10, each=3, own_items="left_out"))
+    expected = run_steps(Mesh(), settings, 3)
+    assert_same(run_ranks(nproc, run_divided, settings, 3, changing)[0]["learned"], expected, 1e-8)
+    without = NextItemConfig(candidates=6, each=3, own_items="left_out")
+    other = run_steps(Mesh(), settings_of(pack, next_item=without), 3)
+    assert not np.array_equal(other["trace"], expected["trace"])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        pytest.param({"ids": True}, id="blocks"),
+        pytest.param({"ids": False}, id="texts", marks=pytest.mark.slow),
+        pytest.param({"ids": False, "refresh": 2}, id="refreshed"),
+        pytest.param({"ids": True, "reader": "high", "tune": "lora", "rank": 2}, id="high"),
+        pytest.param({"ids": False, "reader": "tokens", "layers": 1, "window": 3, "similarity": "dot"}, id="tokens"),
+    ],
+)
+def test_texts_are_learned_the_same_by_two_ranks(worded: Path, encoder: Path, args: dict[str, Any]) -> None:
+    settings = settings_of(worded, text_model(encoder, **args))
+    expected = run_steps(Mesh(), settings, 2)
+    assert_same(run_ranks(2, run_steps, settings, 2)[0], expected, 1e-8)
+    if args.get("reader") == "tokens":
+        assert_same(run_ranks(2, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
+
+
+@pytest.mark.parametrize("targets", ["every", "last"])
+def test_all_states_that_count_are_made(
+    worded: Path, encoder: Path, targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that makes the states alone that the loss asks for learns what one does that makes all."""
+    model = text_model(encoder, ids=False, reader="tokens", window=3, similarity="dot")
+    settings = settings_of(worded, model, next_item=NextItemConfig(candidates=6, targets=targets))
+    expected = run_steps(Mesh(), settings, 2)
+    some = TokenReader.forward
+    monkeypatch.setattr(TokenReader, "forward", lambda self, x, of: some(self, x, replace(of, wanted=None)))
+    assert_same(run_steps(Mesh(), settings, 2), expected, 1e-8)
 
 
 def test_prompts_adapt_the_same_on_two_ranks(pack: Path) -> None:

@@ -70,6 +70,7 @@ def test_an_unknown_domain_of_a_named_data_set(tmp_path: Path) -> None:
 
 def test_domains_without_a_column(tmp_path: Path) -> None:
     refused(tmp_path, sequence("u", "a b c"), "domains has no effect", "names no domain column", domains="Films")
+    refused(tmp_path, sequence("u", "a b c"), "gaps is true, but", "names no time column: name it", gaps=True)
 
 
 @pytest.mark.parametrize("time", ["2024-11-03", "999", "yesterday"])

@@ -24,6 +24,11 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--model.args", "{heads: 5}"), "model.args.heads is 5: must divide the width 128"),
         (("--model.args", "{similarity: far}"), "model.args.similarity is 'far': must be one of dot, cosine"),
         (("--next_item.candidates", "-1"), "next_item.candidates is -1: must be 0 (all) or more"),
+        (("--next_item.in_batch", "-1"), "next_item.in_batch is -1: must be 0 (none) or a number of events"),
+        (("--next_item.in_batch", "5", "--next_item.candidates", "0"), "all items are candidates already"),
+        (("--next_item.in_batch", "5", "--loader.tasks_per_batch", "1"), "a batch of one user has no event of another"),
+        (("--next_item.each", "-1"), "next_item.each is -1: must be 0 (all candidates) or a number of them"),
+        (("--next_item.each", "600"), "next_item.candidates draws 512 items of a domain; raise that, or lower this"),
         (("--recipe", "cold_users"), "is a pack of next items: leave it out"),
     ],
 )

@@ -1,22 +1,29 @@
 """The loss of next items is that of a slow reference: one task, one prefix and one candidate after the other."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from next_items import split_of_events
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gmeta.core.batch import EmbeddedRows, Examples, Lookup, TaskBatch
 from gmeta.core.sequences import sequences_of
-from gmeta.data.candidates import LOG_CHANCE
+from gmeta.data.candidates import AFTER_TRAINING, LOG_CHANCE, CandidateDraw, Draw
+from gmeta.data.catalogue import Catalogue
+from gmeta.data.schema import Feature, PackSchema
 from gmeta.meta.inner_loop import InnerLoop
 from gmeta.meta.next_item import NextItemLearner
 from gmeta.models.inputs import InputSpec
 from gmeta.models.sasrec import PROMPT, SASRec
 
 ITEMS, DOMAINS, DIM = 20, 3, 8
+SEED = 3
 HISTORIES = [[3, 5, 7, 2], [4], [9, 1], [6, 6, 11, 12, 8]]
 DOMAIN = [0, *(1 + i % 2 for i in range(1, ITEMS))]
 
@@ -45,7 +52,7 @@ def make(
     features = {"item": DIM, "domain": DIM}
     inputs = InputSpec(features, (), 0.0, item="item", owned=("item", "domain"))
     model = SASRec(inputs, blocks=2, heads=2, positions=4, **settings).double()
-    learner = NextItemLearner(model, features, item="item", domain="domain", inner_loop=inner_loop, seed=3)
+    learner = NextItemLearner(model, features, item="item", domain="domain", inner_loop=inner_loop, seed=SEED)
     learner = learner.double()
     weights = torch.randn(ITEMS + DOMAINS, DIM, dtype=torch.float64, requires_grad=True)
     (support, of_support), (query, of_query) = side([h[:-1] for h in histories]), side([h[-1:] for h in histories])
@@ -63,8 +70,13 @@ def slow_losses(
     candidates: list[int],
     chance: list[float],
     prompt: Tensor | None = None,
+    known: Sequence[int] = (),
+    chosen: Callable[[int, list[int]], list[int]] = lambda place, positions: positions,
 ) -> list[Tensor]:
-    """Return the loss of each event but the first, from a model that reads the events before it alone."""
+    """Return the loss of each event but the first, from a model that reads the events before it alone.
+
+    Candidates that are `known` are left out, and `chosen(place, positions)` says which of the others are compared.
+    """
     domain = torch.tensor(DOMAIN)
 
     def vectors(items: list[int]) -> dict[str, Tensor]:
@@ -80,11 +92,13 @@ def slow_losses(
         state = learner.model.states(events, sequences)[-1]
         target = history[t]
         own = learner.model.items(vectors([target]))[0] @ state - chance[target]
-        others = [
-            learner.model.items(vectors([c]))[0] @ state - chance[c]
-            for c in candidates
-            if c != target and DOMAIN[c] == DOMAIN[target]
+        left = [
+            position
+            for position, c in enumerate(candidates)
+            if c != target and DOMAIN[c] == DOMAIN[target] and c not in known
         ]
+        compared = [candidates[position] for position in chosen(t, left)]
+        others = [learner.model.items(vectors([c]))[0] @ state - chance[c] for c in compared]
         total = own.exp() + sum((score.exp() for score in others), torch.zeros((), dtype=torch.float64))
         losses.append(total.log() - own)
     return losses
@@ -121,6 +135,116 @@ def test_loss_and_gradients_are_those_of_the_slow_reference(similarity: str, eve
     assert output.query_loss[1] == 0
     for grad, slow_grad in zip(grads, slow_grads, strict=True):
         torch.testing.assert_close(grad, slow_grad, rtol=1e-10, atol=1e-10)
+
+
+def slow_choice(task: int, each: int, epoch: int = 1, index: int = 2) -> Callable[[int, list[int]], list[int]]:
+    """Choose the positions of the lowest hashes, one after the other, in whole numbers."""
+
+    def chosen(place: int, positions: list[int]) -> list[int]:
+        key = task
+        for number in (SEED, epoch, index, -1):
+            key = hashed(key + number)
+        key = hashed(key + place)
+        return sorted(positions, key=lambda position: hashed(key + position) % 2**63)[:each]
+
+    return chosen
+
+
+def hashed(word: int) -> int:
+    """splitmix64 of a word."""
+    x = (word + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
+
+
+@pytest.mark.parametrize("each", [0, 1, 3, 50])
+@pytest.mark.parametrize("own_items", [True, False])
+def test_few_candidates_and_own_items_are_those_of_the_slow_reference(each: int, own_items: bool) -> None:
+    candidates = [1, 2, 3, 8, 8, 12, 13, 14, 5, 6, 7, 3, 11, 10, 9]
+    learner, batch, rows = make(HISTORIES, candidates, dropout=0.0)
+    learner.each, learner.own_items = each, own_items
+    nothing = [0.0] * ITEMS
+
+    def choice(task: int) -> Callable[[int, list[int]], list[int]]:
+        return slow_choice(task, each or ITEMS)
+
+    slow = [
+        slow_losses(learner, rows.weights["rows"], h, candidates, nothing, None, () if own_items else h, choice(10 + t))
+        for t, h in enumerate(HISTORIES)
+    ]
+    loss, _ = learner.train()(rows, batch)
+    expected = sum(sum(of) for of in slow) / sum(map(len, slow))
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-10)
+    leaves = [rows.weights["rows"], *learner.parameters()]
+    for grad, slow_grad in zip(*(torch.autograd.grad(value, leaves) for value in (loss, expected)), strict=True):
+        torch.testing.assert_close(grad, slow_grad, rtol=1e-10, atol=1e-10)
+
+
+def test_adapting_leaves_out_what_the_user_had_and_not_what_is_asked() -> None:
+    """After training candidates are chosen by the place of an event alone, so that a user's name changes nothing."""
+    candidates, loop = [1, 2, 3, 8, 12, 13, 5, 7, 2], InnerLoop(adapt=[PROMPT], order="first", steps=1, lr=0.7)
+    for train in (True, False):
+        learner, batch, rows = make(HISTORIES, candidates, loop, dropout=0.0)
+        learner.each, learner.own_items = 2, False
+        learner.train(train)
+        _, output = learner(rows, batch)
+        for t, history in enumerate(HISTORIES):
+            known = history[:-1]
+            choice = slow_choice(10 + t, 2) if train else slow_choice(0, 2, AFTER_TRAINING, 0)
+            nothing, weights = [0.0] * ITEMS, rows.weights["rows"]
+            losses = slow_losses(learner, weights, known, candidates, nothing, learner.prompt, known, choice)
+            expected = sum(losses) / len(losses) if losses else torch.zeros((), dtype=torch.float64)
+            torch.testing.assert_close(output.support_loss[t], expected.detach(), rtol=1e-10, atol=1e-10)
+    others = replace(batch, task_id=batch.task_id + 1, epoch=7, index=8)
+    torch.testing.assert_close(learner.users(rows, others), learner.users(rows, batch), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["uniform", "popularity"])
+@pytest.mark.parametrize("history", [[3, 5, 7, 2], [9, 1]])
+def test_corrected_candidates_have_the_gradient_of_all_items_in_expectation(history: list[int], how: Draw) -> None:
+    """exp(loss) - 1 is Q(target) times the sum over candidates c of exp(s_c - s_target) / Q(c). The mean over draws of
+    that sum is the sum over all items of the domain, and so is its derivative.
+    """
+    settings = {"dropout": 0.0, "temperature": 1.0}
+    learner, batch, rows = make([history], [*range(1, ITEMS)], **settings)
+    leaves = [rows.weights["rows"], *learner.parameters()]
+    learner.every_event = False
+    full = learner(rows, batch)[0].exp() - 1
+    expected = torch.autograd.grad(full, leaves)
+
+    draw = draw_beside(HISTORIES, how)
+    length = np.array([len(events) for events in HISTORIES])
+    batch = replace(batch, stretches=np.stack([np.cumsum(length) - length, length]))
+    drawn = [draw(replace(batch, index=index)) for index in range(400)]
+    shared = [one.shared for one in drawn if one.shared is not None]
+    _, batch, rows = make([history], torch.cat([one.ids["item"][0] for one in shared]).tolist(), **settings)
+    chance = torch.cat([one.given[LOG_CHANCE] for one in shared], 1)
+    assert batch.shared is not None
+    batch = replace(batch, support=drawn[0].support, query=drawn[0].query)
+    batch = replace(batch, shared=replace(batch.shared, given={LOG_CHANCE: chance}))
+    times = DRAWN * drawn[0].query.given[LOG_CHANCE].double().exp().item()
+    sampled = (learner(rows, batch)[0].exp() - 1) / (times * len(drawn))
+    found = torch.autograd.grad(sampled, [rows.weights["rows"], *learner.parameters()])
+
+    torch.testing.assert_close(sampled, full, rtol=0.04, atol=0)
+    of_all = torch.cat([grad.flatten() for grad in expected])
+    assert (torch.cat([grad.flatten() for grad in found]) - of_all).norm() <= 0.05 * of_all.norm()
+
+
+DRAWN, IN_BATCH = 4, 6
+
+
+def draw_beside(histories: list[list[int]], how: Draw) -> CandidateDraw:
+    """A draw whose training events are those of these histories."""
+    names = {"item": ITEMS, "domain": DOMAINS}
+    features = tuple(Feature(name=n, kind="categorical", num_ids=num, table=n) for n, num in names.items())
+    settings: dict[str, Any] = {"item": "item", "scenario": "domain", "next_item": True, "catalogue": ("domain",)}
+    schema = PackSchema(features=features, numeric=(), label="label", binary_label=True, task="user", **settings)
+    owned = {"domain": np.array(DOMAIN)}
+    catalogue = Catalogue("item", owned, np.bincount(np.concatenate(histories), minlength=ITEMS))
+    split = split_of_events(histories, schema, owned)
+    return CandidateDraw(catalogue, schema, domain="domain", count=DRAWN, draw=how, in_batch=IN_BATCH, split=split)
 
 
 @pytest.mark.parametrize("order", ["first", "second"])

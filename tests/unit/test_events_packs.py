@@ -7,7 +7,9 @@ import shutil
 from datetime import datetime, timezone
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +19,7 @@ from event_packs import event_config, event_pack, quiet, sequence, told_tasks
 from packs import make_pack
 
 from gmeta.data.catalogue import read_catalogue
+from gmeta.data.events.gaps import gap_buckets, gap_sql
 from gmeta.data.pack import TaskPack, open_pack, verify_pack
 from gmeta.data.prepare.prepare import prepare
 from gmeta.data.prepare.prepare import print_summary as print_pack
@@ -236,6 +239,46 @@ def test_a_missing_or_damaged_catalogue_is_told(pack: TaskPack, tmp_path: Path) 
     file.unlink()
     with pytest.raises(ValueError, match=r"catalogue\.parquet is missing or damaged"):
         read_catalogue(file.parent, copy.schema)
+
+
+def test_a_trained_run_computes_gaps_as_prepare_does() -> None:
+    edges = [n + d for n in (1, 2**31, 10**15, 2**62) for d in (-1, 0, 1)]
+    time = np.sort(np.array([-(2**63), 0, *edges, 2**63 - 1]))
+    user = np.array([0] * 9 + [1] * 6)
+    for unit in ("seconds", "microseconds"):
+        before = "lag(time) OVER (PARTITION BY u ORDER BY time)"
+        with duckdb.connect() as con:
+            con.register("events", pa.table({"u": user, "time": time}))
+            query = f"SELECT coalesce({gap_sql('time', before, unit)}, -1) FROM events ORDER BY u, time"
+            expected = [gap for (gap,) in con.execute(query).fetchall()]
+        assert gap_buckets(user, time, unit).tolist() == expected
+    assert max(expected) > 40
+    assert gap_buckets(np.zeros(3, np.int64), np.array([0.5, 1.4, 2.75]), "seconds").tolist() == [-1, 0, 1]
+
+
+@pytest.mark.parametrize("unit", ["seconds", "milliseconds", "dates", "counter"])
+def test_gaps_are_between_the_events_of_a_task(unit: str, tmp_path: Path) -> None:
+    start = 1000 if unit == "counter" else 1_700_000_000
+    passed = {"a": 0, "b": 0, "x": 1, "c": 10, "y": 13, "d": 1_000_000, "z": 1_000_007}
+    passed |= {"e": 0, "f": 9, "g": 20, "h": 20}
+
+    def time(seconds: int) -> object:
+        whole = start + seconds
+        dates = {"milliseconds": 1000 * whole + 999, "dates": datetime.fromtimestamp(whole, timezone.utc)}
+        return dates.get(unit, whole)
+
+    events = [*sequence("u1", "a b c d", "Films"), *sequence("u1", "x y z", "Books"), *sequence("u2", "b a c", "Films")]
+    events += sequence("u3", "e f g h", "Films")
+    pack = event_pack(tmp_path, [{**event, "time": time(passed[event["item"]])} for event in events], gaps=True)
+
+    gaps = ["-", *map(str, pq.read_table(pack.vocab_file("gap"))["value"].to_pylist())]
+    columns = pack.split("test").columns(("item", "gap"))
+    names = raw(pack, "item")
+    found: dict[int, list[str]] = {}
+    for task, item, gap in zip(columns.task, columns.ids["item"], columns.ids["gap"], strict=True):
+        found.setdefault(int(task), []).append(f"{names[item]}{gaps[gap]}")
+    told = sorted(" ".join(events) for events in found.values())
+    assert told == ["a- b0 x1 c3 d-", "a- b0 x1 y3 z-", "b- a0 c3", "e- f3 g3 h0"]  # no training event has that of d
 
 
 def test_a_catalogue_of_another_pack_is_refused(pack: TaskPack, tmp_path: Path) -> None:

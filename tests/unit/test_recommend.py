@@ -13,7 +13,7 @@ import pytest
 import torch
 from commands import fails
 from commands import gmeta as command
-from next_items import ITEMS, event_rows, next_item_pack, next_item_run, timed
+from next_items import ITEMS, event_rows, histories_of_split, next_item_pack, next_item_run, require_equal_places, timed
 from packs import make_pack
 
 import gmeta
@@ -21,9 +21,7 @@ from gmeta.config.delivery import BundleConfig
 from gmeta.data.events.interleave import interleaved
 from gmeta.data.pack import open_pack
 from gmeta.delivery.bundle import make_bundle
-from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.recommender.approximate import recall
-from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.recommender.next_items import NextItems
 from gmeta.recommender.smoke import SMOKE, check_smoke
 from gmeta.recommender.top_items import ExactShelf, TopItems, highest
@@ -57,70 +55,40 @@ def events(folder: Path, run: Path) -> Path:
     return folder / "events.parquet"
 
 
-def histories_of_split(run: Path, name: str) -> tuple[pa.Table, list[tuple[str, str]]]:
-    """The histories of a split as events of users called 0, 1, …, and the target of each with its domain."""
-    split = open_pack(run.parent / "pack").split(name)
-    values = pq.read_table(run / "vocab/catalogue.parquet")
-    items = ["", *values["item"].to_pylist()]
-    domains = ["", *pq.read_table(run / "vocab/domain.parquet")["value"].to_pylist()]
-    columns = split.columns(("item", "domain"))
-    rows: dict[str, list[Any]] = {"user": [], "item": [], "domain": [], "time": []}
-    targets = []
-    for task, is_query, item, domain, time in zip(
-        columns.task, columns.is_query, columns.ids["item"], columns.ids["domain"], split.times(), strict=True
-    ):
-        if is_query:
-            targets.append((items[item], domains[domain]))
-            continue
-        for key, value in (("user", str(task)), ("item", items[item]), ("domain", domains[domain]), ("time", time)):
-            rows[key].append(value)
-    return pa.table(rows), targets
-
-
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_a_target_is_recommended_where_evaluation_ranks_it(run: Path, rec: NextItems, split: str) -> None:
-    require_equal_places(run, rec, split)
+    require_equal_places(run, rec, split, MOST)
 
 
 @pytest.mark.parametrize("draw", ["uniform", "popularity"])
 def test_users_that_adapt_are_recommended_what_evaluation_ranks(folder: Path, run: Path, draw: str) -> None:
-    adapts = next_item_run(folder / "pack", folder / draw, most=MOST, adapt=["prompt"], draw=draw)
+    few = {"in_batch": 20, "each": 4, "own_items": "left_out"} if draw == "uniform" else {}
+    adapts = next_item_run(folder / "pack", folder / draw, most=MOST, adapt=["prompt"], next_item={"draw": draw, **few})
     rec = NextItems.open(adapts, device="cpu")
-    require_equal_places(adapts, rec, "test")
+    require_equal_places(adapts, rec, "test", MOST)
     events, _ = histories_of_split(adapts, "test")
     plain = NextItems.open(run, device="cpu").user_vectors(events)
     assert rec.user_vectors(events)["vector"] != plain["vector"]
 
 
-def require_equal_places(run: Path, rec: NextItems, split: str) -> None:
-    """Compare the place of every target that is new to its user in the list with its rank."""
-    events, targets = histories_of_split(run, split)
-    pack = open_pack(run.parent / "pack")
-    catalogue = pack.catalogue()
-    ranked = rank_split(
-        rec.system,
-        pack.split(split),
-        catalogue,
-        candidates_of(catalogue, domain_of(pack.schema)),
-        max_support_rows=MOST,
-        draw=candidate_draw(rec.config, catalogue, pack.schema),
-    )
-    assert ranked is not None
+def test_a_run_that_reads_gaps_recommends_what_evaluation_ranks(folder: Path) -> None:
+    start = 1_700_000_000
+    rows = timed(event_rows(users=24))
+    rows["time"] = [start + 40 * time * time for time in rows["time"]]
+    run = next_item_run(next_item_pack(folder / "gaps", rows, gaps=True), folder / "gaps" / "run", most=MOST)
+    rec = NextItems.open(run, device="cpu")
+    require_equal_places(run, rec, "test", MOST)
 
-    found = rec.recommend(events, k=ITEMS).to_pylist()
-
-    place = {(row["user"], row["item"]): row["rank"] for row in found}
-    seen = set(zip(events["user"].to_pylist(), events["item"].to_pylist(), strict=True))
-    compared = 0
-    for task, (item, domain) in enumerate(targets):
-        if (str(task), item) in seen:
-            assert (str(task), item) not in place
-            continue
-        assert place[str(task), item] == ranked.rank[task]
-        ours = [row for row in found if row["user"] == str(task) and row["domain"] == domain]
-        assert len(ours) == ranked.candidates[task]
-        compared += 1
-    assert compared > 20
+    events, _ = histories_of_split(run, "test")
+    later = events.set_column(3, "time", pa.array(start + np.arange(len(events)) * 7919))
+    assert rec.user_vectors(later)["vector"] != rec.user_vectors(events)["vector"]
+    in_ms = events.set_column(3, "time", pa.array(1000 * events["time"].to_numpy()))
+    with pytest.raises(ValueError, match="in milliseconds, and the run reads gaps between times in seconds"):
+        rec.recommend(in_ms)
+    bundle = make_bundle(BundleConfig(run_dir=str(run), out=str(folder / "gaps" / "bundle"))).path
+    from_bundle = NextItems.open(bundle, device="cpu")
+    assert check_smoke(from_bundle)
+    assert from_bundle.recommend(events, k=5).equals(rec.recommend(events, k=5))
 
 
 def test_a_bundle_recommends_what_its_run_does(rec: NextItems, bundle: Path, events: Path) -> None:

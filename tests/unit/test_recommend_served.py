@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
-    run = next_item_run(next_item_pack(folder, timed(event_rows())), folder / "run")
+    run = next_item_run(next_item_pack(folder, timed(event_rows()), gaps=True), folder / "run")
     return make_bundle(BundleConfig(run_dir=str(run), out=str(folder / "bundle"))).path
 
 

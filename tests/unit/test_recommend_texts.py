@@ -12,7 +12,7 @@ import pytest
 from commands import fails
 from commands import gmeta as command
 from encoders import WHY, tiny
-from next_items import event_rows, next_item_pack, next_item_run
+from next_items import event_rows, in_words, next_item_pack, next_item_run, words_of
 
 from gmeta.config.delivery import BundleConfig
 from gmeta.delivery.bundle import make_bundle
@@ -24,17 +24,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("texts")
 
 
-def words_of(item: str) -> str:
-    """A title in the words of the tiny tokenizer, another one for each item."""
-    number = 4 + 12 * "bt".index(item[0]) + int(item[1:])
-    return f"w{number} w{number * number % 50 + 4} w{number * 7 % 50 + 4}"
-
-
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     pytest.importorskip("transformers", reason=WHY)
-    rows = event_rows()
-    rows["title"] = [words_of(item) for item in rows["item"]]
+    rows = in_words(event_rows())
     args = {"encoder": str(tiny(folder / "bert", "bert")), "layers": 2, "hidden": [6], "heads": 2, "max_tokens": 8}
     args |= {"ids": False, "blocks": 1}
     return next_item_run(next_item_pack(folder, rows), folder / "run", name="llmrec", features=["title"], args=args)

@@ -51,7 +51,7 @@ def vectors(n: int, length: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_halves_compute_what_the_whole_does(kind: str, folders: dict[str, Path]) -> None:
-    for layers in (1, 3):
+    for layers in (0, 1, 3):
         encoder = open_encoder(folders[kind], layers, dtype=torch.float64)
         tokens, cut = encoder.tokenizer(TEXTS, 16)
         assert not any(cut)
@@ -287,8 +287,8 @@ def test_what_is_no_encoder_is_refused(folders: dict[str, Path], tmp_path: Path)
     refused(folder, "lacks weights")
     (folder := copied("cut")).joinpath("model.safetensors").write_bytes(b"x" * 100)
     refused(folder, "cannot be opened by transformers")
-    for layers in (0, 4, -1):
-        refused(folders["bert"], rf"layers is {layers}: .* has 4: must be in \[1, 3\]", layers=layers)
+    for layers in (4, -1):
+        refused(folders["bert"], rf"layers is {layers}: .* has 4: must be in \[0, 3\]", layers=layers)
     refused(folders["bert"], r"max_tokens is 65: must be in \[1, 64\]", max_tokens=65)
     refused(folders["bert"], "dtype is torch.float16", dtype=torch.float16)
 

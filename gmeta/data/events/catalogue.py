@@ -28,10 +28,16 @@ def make_catalogue(con: Connection, *, whole: bool) -> None:
 
 
 def write_items(
-    con: Connection, schema: DataSchema, pack_schema: PackSchema, columns: EventColumns, items: Path, vocab: Path
+    con: Connection,
+    schema: DataSchema,
+    pack_schema: PackSchema,
+    columns: EventColumns,
+    items: Path,
+    vocab: Path,
+    gap_unit: str | None,
 ) -> None:
     """Write the catalogue of a pack of events with these columns: the `items`, which `rows` wrote, by the ids that
-    `learn` gave.
+    `learn` gave. `gap_unit` is the unit of times, where rows have gaps.
     """
     tables = list(schema.tables())
     features = {feature.name: feature for feature in schema.features}
@@ -45,4 +51,4 @@ def write_items(
         FROM vocab_{tables.index("item")} v JOIN read_parquet({only_file(items)}) c ON c.item = v.value{joins}
         ORDER BY v.id""").to_arrow_table()
     owned = {name: found[name].to_numpy().astype(np.int64) for name in pack_schema.catalogue}
-    write_catalogue(vocab, found["item"], owned, found["count"].to_numpy(), columns.by_meaning())
+    write_catalogue(vocab, found["item"], owned, found["count"].to_numpy(), columns.by_meaning(), gap_unit)

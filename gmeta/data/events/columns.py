@@ -11,6 +11,8 @@ from gmeta.data.catalogue import catalogue_file, read_event_columns
 from gmeta.data.entries import require_keys, require_type
 from gmeta.data.schema import DataSchema, parse_data_schema
 
+GAP = "gap"
+"""The feature of rows that has the gap of time before an event."""
 _CURE = "write it as `gmeta prepare --help` shows, in UTF-8"
 
 
@@ -70,13 +72,15 @@ def _parse(values: Any) -> EventColumns:
     return EventColumns(**entry)
 
 
-def schema_of_rows(columns: EventColumns) -> DataSchema:
-    """Return the schema of the rows that are made of events with these columns."""
+def schema_of_rows(columns: EventColumns, *, gaps: bool = False) -> DataSchema:
+    """Return the schema of the rows that are made of events with these columns, with `gaps` of their gaps too."""
     features: list[Any] = [{"name": "item", "vocabulary": "all"}]
     if columns.domain is not None:
         features.append({"name": "domain", "vocabulary": "all"})
     if columns.text is not None:
         features.append({"name": "title", "text": True, "nulls": "oov"})
+    if gaps:
+        features.append({"name": GAP, "nulls": "oov"})
     return parse_data_schema(
         {
             "task": "user",

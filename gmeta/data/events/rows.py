@@ -19,8 +19,9 @@ from typing import Any
 from gmeta.config.data import PrepareConfig
 from gmeta.data.events.audit import audit_events
 from gmeta.data.events.catalogue import make_catalogue
-from gmeta.data.events.columns import EventColumns, owned_features
+from gmeta.data.events.columns import GAP, EventColumns, owned_features
 from gmeta.data.events.core import keep_core
+from gmeta.data.events.gaps import gap_sql, unit_of_events
 from gmeta.data.events.hold_out import LEAVE_ONE_OUT, hold_out
 from gmeta.data.events.read import EventSource, open_events, read_events, read_items
 from gmeta.data.prepare.scratch import connect
@@ -37,6 +38,7 @@ class EventRows:
     catalogue: Path  # item, domain, title
     owned: tuple[str, ...]  # features that items own
     counts: dict[str, Any]  # of reading, and `audit`
+    gap_unit: str | None = None  # of the times whose gaps rows have; None: they have none
 
     def part(self, con: Connection) -> RawPart:
         """Open the rows."""
@@ -77,7 +79,8 @@ def make_event_rows(
         found = audit_events(con, has_time=has_time, has_text=columns.text is not None)
         counts |= {"note": source.note} if source.note else {}
         counts["audit"] = {**found, "core": {"core": config.core or 0, "left_out": left_out}}
-        made = EventRows(scratch / "events.parquet", scratch / "catalogue.parquet", owned_features(columns), counts)
+        owned, unit = owned_features(columns), unit_of_events(con) if config.gaps else None
+        made = EventRows(scratch / "events.parquet", scratch / "catalogue.parquet", owned, counts, unit)
         _write(con, made)
     (folder / "rows.duckdb").unlink()
     return made
@@ -97,10 +100,13 @@ def _take_rows(con: Connection, source: EventSource) -> dict[str, Any]:
 
 def _write(con: Connection, made: EventRows) -> None:
     """Write the files: rows by task, each task in the order of its sequence."""
-    owned = "".join(f", c.{name}" for name in made.owned)
+    beside = "".join(f", c.{name}" for name in made.owned)
+    if made.gap_unit is not None:
+        before = "lag(r.time) OVER (PARTITION BY r.key, r.partition ORDER BY r.position)"
+        beside += f", {gap_sql('r.time', before, made.gap_unit)} AS {GAP}"
     with in_order(con):
         con.execute(f"""
-            COPY (SELECT r.key AS "user", r.item{owned}, 1 AS label, r.time, r.partition,
+            COPY (SELECT r.key AS "user", r.item{beside}, 1 AS label, r.time, r.partition,
                          CASE WHEN r.is_query THEN 'query' ELSE 'support' END AS role
                   FROM task_rows r JOIN catalogue c USING (item) ORDER BY r.key, r.partition, r.position)
             TO {literal(str(made.rows))} (FORMAT parquet);

@@ -10,7 +10,7 @@ from gmeta.config.data import PrepareConfig
 from gmeta.data.events.columns import EventColumns, load_event_columns
 from gmeta.data.events.data_sets import EVENT_SETS
 
-OF_EVENTS = ("events", "items", "core", "holdout", "domains")
+OF_EVENTS = ("events", "items", "core", "holdout", "domains", "gaps")
 """Settings that only a pack of events has."""
 _OF_ROWS = (
     "schema",
@@ -57,6 +57,8 @@ def event_columns(config: PrepareConfig) -> EventColumns | None:
     columns = load_event_columns(Path(str(config.events)))
     if columns.domain is None and config.domains:
         raise ValueError(f"domains has no effect: {config.events} names no domain column")
+    if columns.time is None and config.gaps:
+        raise ValueError(f"gaps is true, but {config.events} names no time column: name it, or leave gaps out")
     return columns
 
 
@@ -70,6 +72,8 @@ def _of_data_set(config: PrepareConfig, name: str, given: list[str]) -> EventCol
             raise ValueError(f"{key} has no effect with dataset {name}, whose targets are given: leave it out")
     if data.columns.time is None and config.holdout not in (None, "leave_one_out"):
         raise ValueError(f"holdout is {config.holdout!r}, but dataset {name} has no time: leave it out")
+    if data.columns.time is None and config.gaps:
+        raise ValueError(f"gaps is true, but dataset {name} has no time: leave it out")
     return data.columns
 
 

@@ -56,7 +56,9 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         return prepare_day(config, open_base(config), report)
     out = Path(config.out)
     columns = event_columns(config)
-    schema, settings = resolve_settings(config, None if columns is None else schema_of_rows(columns))
+    schema, settings = resolve_settings(
+        config, None if columns is None else schema_of_rows(columns, gaps=bool(config.gaps))
+    )
     inputs = None if config.dataset is not None else sorted(input_checksums(find_files(config.inputs)))
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
@@ -92,7 +94,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
             write_further_texts(con, schema, writer.directory / "vocab")
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
             if events is not None and columns is not None:
-                write_items(con, schema, pack_schema, columns, events.catalogue, writer.directory / "vocab")
+                vocab = writer.directory / "vocab"
+                write_items(con, schema, pack_schema, columns, events.catalogue, vocab, events.gap_unit)
             write_pending(con, schema, writer.directory / INCREMENT)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)

@@ -101,6 +101,11 @@ def time_unit(time: int) -> str | None:
     return next((unit for unit, scale in _UNITS.items() if _DATES[0] * scale <= time < _DATES[1] * scale), None)
 
 
+def per_second(unit: str) -> int:
+    """Return how many of a unit a second has; 1 of one that is not known, a counter."""
+    return _UNITS.get(unit, 1)
+
+
 def to_microseconds(time: int, unit: str) -> int:
     """Return a time of a unit in microseconds."""
     return time * 10**6 // _UNITS[unit]
