@@ -34,7 +34,7 @@ from gmeta.text.folder import TextTokenizer
 
 FOLDER = DATA / "amazon-3domain"
 WINDOW, MAX_TOKENS, NEGATIVES = 10, 40, 10
-USERS = 4
+USERS = 8
 """Of a step: the plain loop keeps what the backward pass needs of all its tokens."""
 LR, EPS, DECAY = 5e-5, 1e-4, 1e-3
 
