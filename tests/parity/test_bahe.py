@@ -439,7 +439,7 @@ def test_a_store_must_be_that_of_the_model(
         ({"pooling": "max"}, "model.args.pooling"),
         ({"positions": 0}, "model.args.positions"),
         ({"taste": -1}, "model.args.taste"),
-        ({"layers": 4}, r"layers is 4.*in \[1, 3\]"),
+        ({"layers": 4}, r"layers is 4.*in \[0, 3\]"),
         ({"target": "seen"}, "model.args.target names 'seen'.*title"),
         ({"histories": ["seen", "seen"]}, "must differ from each other"),
         ({"histories": ["title"]}, "model.args.histories names 'title'.*seen|bought"),
