@@ -57,8 +57,8 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
         tell("reading the base", 0, 1)
         known = base.history(scratch, rows)
         ((first, last),) = con.execute("SELECT min(time), max(time) FROM raw_rows").fetchall()
-        interval = interval_of(base, first, last, last_time(con, known))
-        day = {"number": base.day, "base": base.manifest["xxh3"], **interval}
+        before = last_time(con, known) if schema.time is not None else None
+        day = {"number": base.day, "base": base.manifest["xxh3"], **interval_of(base, first, last, before)}
         know_tasks(con, known, rows, settings)
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts, goes_on=True)
