@@ -62,9 +62,9 @@ def rank_day(
         catalogue,
         replace(candidates_of(pack_catalogue, domain_of(pack.schema)), seed=config.seed),
         tasks_per_batch=config.tasks_per_batch,
-        max_support_rows=trained.loader.max_support_rows,
+        max_support_rows=trained.loader.max_support_rows if reads_texts else 0,
         draw=candidate_draw(trained, catalogue, schema),
-        translate=translation if reads_texts else _Known(translation, item),
+        translate=translation if reads_texts else _Known(translation, item, trained.loader.max_support_rows),
         own=own,
     )
     return None if ranks is None else Ranked(version_of(source, step), pack, split, ranks)
@@ -93,10 +93,13 @@ def _with_texts_of(pack: TaskPack, catalogue: Catalogue, own: Ints) -> Catalogue
 
 @dataclass(frozen=True)
 class _Known:
-    """Turns batches into a version's ids, and leaves the events of a history out whose item it does not know."""
+    """Turns batches into a version's ids, and leaves of each history the last `most` events (0: all) whose item it
+    knows, out of the whole history, as a server does.
+    """
 
     translation: Translation
     item: str
+    most: int
 
     def __call__(self, batch: TaskBatch) -> TaskBatch:
         batch = self.translation(batch)
@@ -104,4 +107,7 @@ class _Known:
         return replace(batch, support=self._known(batch.support), parts=parts)
 
     def _known(self, support: Examples) -> Examples:
-        return replace(support, mask=support.mask & (support.ids[self.item] != OOV))
+        mask = support.mask & (support.ids[self.item] != OOV)
+        if self.most:
+            mask &= mask.flip(1).cumsum(1).flip(1) <= self.most
+        return replace(support, mask=mask)
