@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from commands import fails
+from encoders import WHY, tiny
 from event_days import NEW, USERS, day_of_events, write_days
 
 from gmeta.cli import run
@@ -113,6 +114,7 @@ def test_a_day_of_events_becomes_the_version_that_serves(folder: Path, registry:
     assert (two.manifest["parent"], two.manifest["day"]) == (one.id, 1)
     assert one.manifest["metrics"]["all"]["rows"] > 100, "both domains of nearly all users"
     assert 0 < two.manifest["metrics"]["all"]["ndcg@10"] < 1
+    assert two.manifest["metrics"]["all"]["rows"] == 6 * two.manifest["metrics"]["all"]["tasks"], "users have six each"
     assert two.manifest["gate"]["data"]["before_from"] == "as its manifest says"
     before, after = (registry / "versions" / number for number in ("1", "2"))
     trained = json.dumps((after / "config.yaml").read_text())
@@ -222,3 +224,25 @@ def test_ten_days_are_delivered(folder: Path, registry: Path, tmp_path: Path) ->
     listed = rec.recommend(pa.Table.from_pylist(day_of_events(9)), k=3)
     assert len(set(listed["user"].to_pylist())) == USERS
     assert found.versions()[-1].manifest["metrics"]["all"]["ndcg@10"] > 0.1
+
+
+@pytest.mark.slow
+def test_days_of_texts_are_delivered(folder: Path, tmp_path: Path) -> None:
+    """A model that reads texts alone: a version brings new texts, and lists new items where the gate ranked them."""
+    pytest.importorskip("transformers", reason=WHY)
+    args = {"encoder": str(tiny(tmp_path / "bert", "bert")), "layers": 2, "hidden": [6], "heads": 2, "max_tokens": 8}
+    model = {"name": "llmrec", "embedding_dim": 8, "args": {**args, "ids": False}, "features": ["title"]}
+    registry, rules = tmp_path / "registry", tmp_path / "rules.yaml"
+    rules.write_text("rules: [{rule: finite}, {rule: difference, metric: ndcg@10, margin: 1}]")
+    assert deliver(folder, registry, 0, events=folder / "events.yaml", train_with={**TRAIN, "model": model}) == 0
+    for day in (1, 2):
+        assert deliver(folder, registry, day, rules=rules, keep="true") == 0
+    after = registry / "versions" / "3"
+    packs = [path for path in Path(f"{registry}-work").glob("*/pack") if open_pack(path).manifest["day"]["number"] == 2]
+    day2, config = open_pack(packs[0]), GateConfig(candidate="", current="", pack="", out="")
+    ranked = rank_day(local_mesh("cpu"), config, after, day2, day2.split("test"), translation_of(after, day2))
+    assert ranked is not None
+    listed = places_in_lists(after, packs[0])
+    np.testing.assert_array_equal(listed == 0, had_before(day2))
+    assert (listed[listed > 0] == ranked.ranks.rank[listed > 0]).mean() > 0.9, "kept vectors may be rounded"
+    assert check_smoke(NextItems.open(after, device="cpu"))

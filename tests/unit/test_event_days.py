@@ -9,10 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from event_packs import event_pack, later_config, later_pack, quiet, told_tasks
 
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.prepare.prepare import prepare
+from gmeta.evaluation.evaluate_next_item import user_keys
+from gmeta.evaluation.rank_split import candidates_of
+from gmeta.evaluation.target_ranks import Targets, ranks_of
 
 SPLITS = ("train", "valid", "test")
 
@@ -181,3 +185,15 @@ def test_a_day_is_taken_once(days: tuple[TaskPack, TaskPack], tmp_path: Path) ->
     with pytest.raises(ValueError, match="was delivered already, with day 1 of base"):
         prepare(again, quiet)
     assert open_pack(days[1].path).manifest["day"]["base"] == days[0].manifest["xxh3"]
+
+
+@pytest.mark.parametrize("settings", [{"holdout": 3}, {}])
+def test_targets_of_one_user_belong_together(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Held-out tasks have the domain and a number behind the user's name; intervals resample users."""
+    rows = [r for user in ("a#1", "b|c", "d") for r in [*timed(user, "p@1 q@2 p@3 q@4", "A"), *timed(user, "x@5", "B")]]
+    pack = event_pack(tmp_path, rows, **settings)
+    split, catalogue = pack.split("test"), pack.catalogue()
+    targets = Targets.of_split(split, "item")
+    candidates = candidates_of(catalogue, "domain")
+    found = ranks_of(lambda some: torch.zeros(len(targets.row[some]), catalogue.num_ids), targets, candidates)
+    assert set(user_keys(pack, split, found, candidates.domain).to_pylist()) == {"a#1", "b|c", "d"}
