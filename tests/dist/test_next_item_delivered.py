@@ -21,6 +21,7 @@ from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.delivery import deliver as stages
+from gmeta.delivery.gate import judge
 from gmeta.delivery.gate_next_item import rank_day
 from gmeta.parallel.mesh import local_mesh
 from gmeta.recommender.next_items import NextItems
@@ -28,6 +29,8 @@ from gmeta.recommender.smoke import check_smoke
 from gmeta.runs.delta import apply_delta, make_delta
 from gmeta.runs.registry import open_registry
 from gmeta.runs.translation import translation_of
+from gmeta.serving.metrics import Metrics
+from gmeta.serving.versions import RegistrySource, Versions
 
 pytestmark = pytest.mark.dist
 
@@ -107,8 +110,12 @@ def had_before(pack: TaskPack) -> np.ndarray:
 
 def test_a_day_of_events_becomes_the_version_that_serves(folder: Path, registry: Path, tmp_path: Path) -> None:
     """Each version is judged as it serves: what the gate ranked is where its lists have the targets."""
-    assert deliver(folder, registry, 1, keep="true") == 0
     found = open_registry(str(registry))
+    served = Versions(RegistrySource(found, tmp_path / "served", None), Metrics(), trust_model=False, device="cpu")
+    known = served.current.next_items.num_items
+    assert deliver(folder, registry, 1, keep="true") == 0
+    assert served.refresh()
+    assert served.current.next_items.num_items == known + 2 * NEW
     one, two = found.versions()
     assert found.current().version == 2  # type: ignore[union-attr]
     assert (two.manifest["parent"], two.manifest["day"]) == (one.id, 1)
@@ -133,11 +140,15 @@ def test_a_day_of_events_becomes_the_version_that_serves(folder: Path, registry:
         unknown = (listed == 0) & ~again
         assert unknown.any() == (version == before)
         np.testing.assert_array_equal(ranks.rank[unknown], ranks.candidates[unknown])
+    both = {"candidate": str(after), "current": str(before), "pack": str(pack), "previous_pack": str(pack)}
+    data = judge(GateConfig(**both, out=str(tmp_path / "gate"), resamples=20)).document["data"]
+    assert data["before_from"] == f"on {pack}"
+    assert data["current_before"] == data["current_now"] == two.manifest["gate"]["data"]["current_now"]
     make_delta(before, after, tmp_path / "delta")
     apply_delta(before, tmp_path / "delta", tmp_path / "applied")
     rec = NextItems.open(tmp_path / "applied", device="cpu")
     assert check_smoke(rec)
-    assert rec.num_items == NextItems.open(before, device="cpu").num_items + 2 * NEW
+    assert rec.num_items == known + 2 * NEW
     events = pa.Table.from_pylist(day_of_events(0))
     assert rec.recommend(events, k=5).equals(NextItems.open(after, device="cpu").recommend(events, k=5))
 
