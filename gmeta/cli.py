@@ -36,7 +36,7 @@ from gmeta.config.text import EmbedConfig
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
-from gmeta.delivery.default_rules import CLICK_RULES, RATING_RULES
+from gmeta.delivery.default_rules import CLICK_RULES, NEXT_ITEM_RULES, RATING_RULES
 from gmeta.elastic import scenario
 from gmeta.parallel.launch import is_worker, worker_rank
 
@@ -284,7 +284,10 @@ file; without one they are, for clicks:
 {CLICK_RULES}
 and for ratings, whose margins of mae and rmse count in standard deviations of the day's labels:
 
-{RATING_RULES}"""
+{RATING_RULES}
+and for next items, of which current_drop allows a share of what the metric was:
+
+{NEXT_ITEM_RULES}"""
 
 COMMANDS: dict[str, Command] = {
     "prepare": Command(PrepareConfig, _prepare, epilog=_SCHEMA_HELP),

@@ -46,6 +46,20 @@ def event_pack(folder: Path, events: Sequence[dict[str, Any]], **settings: Any) 
     return open_pack(config.out)
 
 
+def later_config(folder: Path, base: Path, rows: Sequence[dict[str, Any]], name: str, **settings: Any) -> PrepareConfig:
+    """The config of a later day's events."""
+    pq.write_table(pa.Table.from_pylist(list(rows)), folder / f"{name}.parquet")
+    usual = {"threads": 1, "memory_limit": "400MB", "input": [str(folder / f"{name}.parquet")]}
+    return PrepareConfig(out=str(folder / name), base=str(base), **{**usual, **settings})
+
+
+def later_pack(folder: Path, base: Path, rows: Sequence[dict[str, Any]], name: str, **settings: Any) -> TaskPack:
+    """The pack of a later day's events."""
+    config = later_config(folder, base, rows, name, **settings)
+    prepare(config, quiet)
+    return open_pack(config.out)
+
+
 def sequence(user: str, items: str, domain: str | None = None) -> list[dict[str, Any]]:
     """Events of a user, an item a word."""
     told = {} if domain is None else {"domain": domain}

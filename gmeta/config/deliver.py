@@ -19,6 +19,8 @@ class DeliverConfig:
     schema: str | None = None
     """YAML file that says what the columns mean, for the registry's first version and for full ones; a day has that of
     the current version."""
+    events: str | None = None
+    """YAML file that makes the new rows events of next items, in place of `schema`."""
     prepare_with: dict[str, Any] = field(default_factory=dict)
     """Settings of `gmeta prepare`, such as {query_size: 5}."""
     train_with: dict[str, Any] = field(default_factory=dict)
@@ -49,8 +51,10 @@ class DeliverConfig:
     def __post_init__(self) -> None:
         require_numbers(self)
         require(self.nproc >= 1, "nproc", self.nproc, "must be at least 1")
+        both = self.schema is not None and self.events is not None
+        require(not both, "events", self.events, "rows have a schema, or are events: leave one of the two out")
         own = {
-            "prepare_with": ("base", "input", "out", "schema"),
+            "prepare_with": ("base", "input", "out", "schema", "events"),
             "train_with": ("warm_start", "pack", "run_dir", "resume"),
         }
         for section, keys in own.items():

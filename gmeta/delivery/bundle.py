@@ -120,7 +120,8 @@ def _add_increment(writer: BundleWriter, pack: TaskPack) -> None:
     carried = [entry for entry in others if not entry["file"].startswith(f"{INCREMENT}/{LEFT_OUT_PARTS}")]
     for entry in carried:
         writer.add_file(verified_file(pack.path, entry), f"{TRAINING}{entry['file']}")
-    if f"{INCREMENT}/{TASKS}" not in {entry["file"] for entry in carried} and pack.manifest["data_schema"]:
+    made_here = pack.manifest["data_schema"] and not pack.schema.next_item
+    if made_here and f"{INCREMENT}/{TASKS}" not in {entry["file"] for entry in carried}:
         rows = 0 if pack.manifest["settings"].get("task_split") == "column" else HISTORY_ROWS
         writer.add_made(IN_BUNDLE, partial(history_of_pack, pack, rows=rows))
     writer.add_file(pack.path / "manifest.json", f"{IN_BUNDLE}/manifest.json")

@@ -48,3 +48,16 @@ rules:
 """
 """For models of ratings and other numbers. Margins of `mae`, `task_mae` and `rmse` are in standard deviations of the
 day's labels."""
+
+NEXT_ITEM_RULES = """\
+rules:
+  - {rule: evidence, min_tasks: 50, min_rows: 200}
+  - {rule: finite}
+  - {rule: unknown_ids, max_share: 0.9}
+  - {rule: current_drop, metric: ndcg@10, max_drop: 0.7, min_rows: 200}
+  - {rule: difference, metric: ndcg@10, slices: [all], margin: 0.02}
+  - {rule: difference, metric: ndcg@10, slices: [all], margin: 0.01, min_rows: 5000}
+  - {rule: difference, metric: ndcg@10, slices: [all], margin: 0.004, min_rows: 20000}
+  - {rule: baselines, metric: ndcg@10, min_gain: 0.0}
+"""
+"""For models of next items. What `current_drop` allows is a share of what the metric was."""

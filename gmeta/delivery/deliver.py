@@ -37,7 +37,7 @@ from gmeta.data.sources import find_files
 from gmeta.delivery.bundle import make_bundle
 from gmeta.delivery.gate import HELD_OUT, judge
 from gmeta.delivery.registry import publish
-from gmeta.delivery.rules import read_rules
+from gmeta.delivery.rule_files import judged_by, read_rules
 from gmeta.delivery.sound_day import newest_sound_day
 from gmeta.evaluation.documents import read_evaluation
 from gmeta.evaluation.evaluate import evaluate
@@ -121,11 +121,13 @@ def _open(config: DeliverConfig, registry: Registry, work: Path) -> Delivery:
             return Delivery(config, registry, folder, record["base"], record)
         _set_aside(folder, record)
     begins = base is None or config.full
-    if begins and config.schema is None:
+    meaning = {"schema": config.schema, "events": config.events}
+    given = [key for key, file in meaning.items() if file is not None]
+    if begins and not given:
         why = "full is true" if config.full else f"registry {config.registry} is empty"
-        raise ValueError(f"{why}: name the schema of the rows with --schema")
-    if not begins and config.schema is not None:
-        raise ValueError(f"schema is {config.schema!r}: a day has that of the current version, leave it out")
+        raise ValueError(f"{why}: name the schema of the rows with --schema, or of events their columns with --events")
+    if not begins and given:
+        raise ValueError(f"{given[0]} is {meaning[given[0]]!r}: a day has that of the current version, leave it out")
     before = [] if base is None or config.full else registry.manifest(base).get("delivered", [])
     for known in (checksum for checksum in inputs if checksum in before):
         raise ValueError(
@@ -138,7 +140,7 @@ def _open(config: DeliverConfig, registry: Registry, work: Path) -> Delivery:
 
 def _name(config: DeliverConfig, inputs: Sequence[str]) -> str:
     """Return a name of what is delivered where: rows by their checksums, and settings, those in files by content."""
-    files = [None if file is None else _text(file) for file in (config.schema, config.rules)]
+    files = [None if file is None else _text(file) for file in (config.schema, config.events, config.rules)]
     what = [config.registry, config.full, config.checkpoint, config.prepare_with, config.train_with, files, inputs]
     return xxhash.xxh3_64(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -186,8 +188,8 @@ def _fetch(delivery: Delivery) -> None:
         delivery.record["fetched"] = str(delivery.registry.fetch(delivery.base, _cache(delivery)))
         if rules is not None:
             # a mistake comes before the work
-            labels = read_schema(delivery.base_bundle)[0].labels
-            read_rules(rules, binary=read_config(delivery.base_bundle).loss == "bce", labels=labels)
+            schema = read_schema(delivery.base_bundle)[0]
+            read_rules(rules, kind=judged_by(schema, read_config(delivery.base_bundle).loss), labels=schema.labels)
 
 
 def _cache(delivery: Delivery) -> Path:
@@ -199,7 +201,8 @@ def _prepare(delivery: Delivery) -> None:
     if not out.exists():  # a pack is whole or absent
         config = delivery.config
         begins = delivery.base is None or config.full
-        start = {"schema": config.schema} if begins else {"base": str(delivery.base_bundle)}
+        first = {"schema": config.schema} if config.events is None else {"events": config.events}
+        start = first if begins else {"base": str(delivery.base_bundle)}
         given = {"out": str(out), "input": config.inputs, **start, **config.prepare_with}
         print_summary(prepare(parse_mapping(PrepareConfig, given, "prepare_with")))
     if delivery.base is not None and not set(HELD_OUT) & set(open_pack(out).splits):

@@ -29,8 +29,10 @@ from gmeta.data.coverage import FEW_VALUES, unknown_fraction
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.schema import ITEM_STATISTICS, OOV, STATISTICS_COLUMNS
 from gmeta.data.shards import PackSplit
+from gmeta.delivery.gate_next_item import Ranked, evaluation_of, rank_day
 from gmeta.delivery.gate_page import WORDS, verdict_page, word_of
-from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules, read_rules, scenarios_named
+from gmeta.delivery.rule_files import judged_by, read_rules, scenarios_named
+from gmeta.delivery.rules import CANDIDATE, CURRENT, Measured, Rule, apply_rules
 from gmeta.evaluation.baselines import fit_baselines
 from gmeta.evaluation.documents import Json, read_evaluation
 from gmeta.evaluation.evaluate import cold_tasks, support_used
@@ -149,15 +151,28 @@ def judge_on(mesh: Mesh, config: GateConfig, before: Earlier | None = None) -> V
     trained = {source: read_config(source) for source in (candidate, current)}
     for source in trained:
         require_trusted(trained[source].model.name, f"{source} has", trust_model=config.trust_model)
-    binary = _is_binary(trained)
-    rules = read_rules(config.rules, binary=binary, labels=pack.schema.labels)
+    loss = _one_loss(trained)
+    rules = read_rules(config.rules, kind=judged_by(pack.schema, loss), labels=pack.schema.labels)
     _require_scenario(rules, pack)
     days = {source: _day(source, pack) for source in (candidate, current)}  # mistakes come before the work
     earlier = [] if config.previous_pack is None else [_day(current, open_pack(config.previous_pack))]
     on_rank_0(lambda: make_folder("out", config.out), mesh)
-    theirs = _score(mesh, config, current, [days[current], *earlier])
-    ours = _score(mesh, config, candidate, [days[candidate]])
-    document = on_rank_0(lambda: _verdict(config, rules, ours[0], theirs, binary, before), mesh) or {}
+    if pack.schema.next_item:
+        versions = [(candidate, days[candidate]), (current, days[current]), *((current, day) for day in earlier)]
+        ranked = [rank_day(mesh, config, of, day.pack, day.split, day.translation) for of, day in versions]
+
+        def measure() -> tuple[str, str, Measured]:
+            return _measure_ranked(config, list(days.values()), [one for one in ranked if one is not None], before)
+
+    else:
+        theirs = _score(mesh, config, current, [days[current], *earlier])
+        ours = _score(mesh, config, candidate, [days[candidate]])
+
+        def measure() -> tuple[str, str, Measured]:
+            found = _measure(config, ours[0], theirs, loss == "bce", before, scenarios_named(rules))
+            return ours[0].id, theirs[0].id, found
+
+    document = on_rank_0(lambda: _verdict(config, rules, days[candidate], *measure()), mesh) or {}
     # the others wait until the verdict is written: a launcher ends all when one ends with a code
     passed = broadcast_from_rank_0(float(document.get("passed", False)), mesh)
     return Verdict(bool(passed), document)
@@ -171,15 +186,15 @@ def _require_scenario(rules: Sequence[tuple[str, Rule]], pack: TaskPack) -> None
         )
 
 
-def _is_binary(trained: Mapping[Path, TrainConfig]) -> bool:
-    """Say whether the versions predict clicks. ValueError where only one of them does."""
+def _one_loss(trained: Mapping[Path, TrainConfig]) -> str:
+    """Return the loss of the versions. ValueError where only one of them predicts clicks."""
     if len({config.loss == "bce" for config in trained.values()}) > 1:
         losses = ", ".join(f"{source} with {config.loss!r}" for source, config in trained.items())
         raise ValueError(
             f"the versions were trained with losses of two kinds ({losses}): clicks and ratings cannot be compared; "
             "train the candidate with the loss of the current version"
         )
-    return all(config.loss == "bce" for config in trained.values())
+    return next(iter(trained.values())).loss
 
 
 def _day(source: Path, pack: TaskPack) -> _Day:
@@ -230,7 +245,8 @@ def _measure(
         raise ValueError(f"{config.pack} has no query rows in split {ours.day.split.name}: prepare it with some")
     not_finite = {CANDIDATE: ours.not_finite(), CURRENT: current.not_finite()}
     finite = not any(not_finite.values())
-    before, before_from = _before(config, earlier, binary, known)
+    measured = earlier and len(earlier[0].scores.row) and not earlier[0].not_finite()
+    before, before_from = _before(config, _own_metrics(config, earlier[0], binary) if measured else None, known)
     usual = (before or {}).get("all", {}).get("label_mean") or read_schema(Path(config.current))[0].label_mean or None
     return Measured(
         tasks=len(np.unique(scores.task)),
@@ -242,10 +258,45 @@ def _measure(
         label_stds={name: float(values.std()) for name, values in by_label.items()},
         usual_label_mean=usual,
         numeric=_numeric_moments(ours),
-        unknown=_unknown_shares(ours, current),
+        unknown=_unknown_shares(ours.day, {CANDIDATE: ours.day.translation, CURRENT: current.day.translation}),
         current_now=_own_metrics(config, current, binary) if finite else {},
         current_before=before,
         before_from=before_from,
+    )
+
+
+def _measure_ranked(
+    config: GateConfig, days: Sequence[_Day], found: Sequence[Ranked], known: Earlier | None
+) -> tuple[str, str, Measured]:
+    """Return the ids of candidate and current version, and what the rules look at. `found` has them both, and the
+    current version on a day before where one is named; `days` has how both read the newest day.
+    """
+    ours, theirs, *earlier = found
+    if not len(ours.ranks.row):
+        raise ValueError(f"{config.pack} has no targets in split {ours.split.name}: prepare it with some")
+    not_finite = {CANDIDATE: ours.not_finite(), CURRENT: theirs.not_finite()}
+    evaluation = None if any(not_finite.values()) else evaluation_of(config, {CANDIDATE: ours, CURRENT: theirs})
+    measured = earlier and len(earlier[0].ranks.row) and not earlier[0].not_finite()
+    older = headline_metrics(evaluation_of(config, {CURRENT: earlier[0]})) if measured else None
+    before, before_from = _before(config, older, known)
+    users = len(np.unique(ours.ranks.task)) if evaluation is None else evaluation["cases"][0]["tasks"]
+    return (
+        ours.id,
+        theirs.id,
+        Measured(
+            tasks=users,
+            rows=len(ours.ranks.row),
+            not_finite=not_finite,
+            evaluation=evaluation,
+            label_mean=1.0,  # an event has no other
+            label_std=0.0,
+            usual_label_mean=None,
+            numeric={},
+            unknown=_unknown_shares(days[0], {CANDIDATE: days[0].translation, CURRENT: days[1].translation}),
+            current_now={} if evaluation is None else headline_metrics(evaluation, CURRENT),
+            current_before=before,
+            before_from=before_from,
+        ),
     )
 
 
@@ -310,11 +361,13 @@ def _own_metrics(config: GateConfig, scored: _Scored, binary: bool) -> dict[str,
 
 
 def _before(
-    config: GateConfig, earlier: Sequence[_Scored], binary: bool, known: Earlier | None
+    config: GateConfig, measured: dict[str, dict[str, Any]] | None, known: Earlier | None
 ) -> tuple[dict[str, dict[str, Any]] | None, str]:
-    """Return what the current version scored on a day before, with where it is from; None where nobody knows."""
-    if earlier and len(earlier[0].scores.row) and not earlier[0].not_finite():
-        return _own_metrics(config, earlier[0], binary), f"on {config.previous_pack}"
+    """Return what the current version scored on a day before, with where it is from; None where nobody knows. It is
+    what was `measured` on the pack that is named, where there is one.
+    """
+    if measured is not None:
+        return measured, f"on {config.previous_pack}"
     if known is not None:
         return known
     current = Path(config.current)
@@ -355,12 +408,12 @@ def _numeric_moments(scored: _Scored) -> dict[str, dict[str, float]]:
     return found
 
 
-def _unknown_shares(ours: _Scored, theirs: _Scored) -> dict[str, dict[str, float]]:
+def _unknown_shares(day: _Day, translations: Mapping[str, Translation]) -> dict[str, dict[str, float]]:
     """Return for each feature with a vocabulary which share of its ids in query rows each version does not know.
 
     The task column is left out, since new tasks are what a version adapts to, and so are columns of few values.
     """
-    pack, split, query = ours.day.pack, ours.day.split, _query_rows(ours.day.split)
+    pack, split, query = day.pack, day.split, _query_rows(day.split)
     found = {}
     for feature in pack.schema.features:
         if feature.name == pack.schema.task or feature.table not in pack.manifest["vocab"]:
@@ -369,8 +422,8 @@ def _unknown_shares(ours: _Scored, theirs: _Scored) -> dict[str, dict[str, float
         ids = split.feature_ids(feature.name)[query if lengths is None else np.repeat(query, lengths)]
         if len(ids) >= FEW_VALUES:
             found[feature.name] = {
-                name: unknown_fraction(one.day.translation.of_feature(feature.name, ids))
-                for name, one in ((CANDIDATE, ours), (CURRENT, theirs))
+                name: unknown_fraction(translation.of_feature(feature.name, ids))
+                for name, translation in translations.items()
             }
     return found
 
@@ -378,27 +431,26 @@ def _unknown_shares(ours: _Scored, theirs: _Scored) -> dict[str, dict[str, float
 def _verdict(
     config: GateConfig,
     rules: Sequence[tuple[str, Rule]],
-    ours: _Scored,
-    theirs: Sequence[_Scored],
-    binary: bool,
-    before: Earlier | None,
+    day: _Day,
+    candidate: str,
+    current: str,
+    measured: Measured,
 ) -> Json:
     """Apply the rules, write the verdict and print it; returns the content of verdict.json."""
-    measured = _measure(config, ours, theirs, binary, before, scenarios_named(rules))
     outcomes = apply_rules(rules, measured)
-    pack, evaluation = ours.day.pack, measured.evaluation
+    pack, evaluation = day.pack, measured.evaluation
     keys = ("label_mean", "usual_label_mean", "numeric", "unknown", "current_now", "current_before", "before_from")
     document = {
         "format": FORMAT,
         "version": VERSION,
         "passed": all(outcome.passed for _, outcome in outcomes),
-        "candidate": ours.id,
-        "current": theirs[0].id,
+        "candidate": candidate,
+        "current": current,
         "pack": {
             "path": str(pack.path),
             "xxh3": pack.manifest["xxh3"],
             "day": pack.manifest.get("day", {}).get("number", 0),
-            "split": ours.day.split.name,
+            "split": day.split.name,
             "tasks": measured.tasks,
             "rows": measured.rows,
         },

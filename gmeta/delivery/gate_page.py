@@ -83,7 +83,7 @@ def _quality_section(evaluation: Json) -> str:
             [bin["observed"] for bin in evaluation["curves"][name]],
         )
         for name in compared
-        if len(evaluation["curves"][name]) > 1
+        if len(evaluation["curves"].get(name, ())) > 1
     ]
     if curves:
         chart = charts.calibration_chart("Calibration", curves)

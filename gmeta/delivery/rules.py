@@ -3,25 +3,18 @@
 A rule that has nothing to look at (too few rows in a slice, nothing recorded of the day before) is not judged: it
 passes and says so. docs/delivery.md explains every rule.
 
-To add one: a frozen dataclass with `check`, and its name in `RULES`.
+To add one: a frozen dataclass with `check`, and its name in `RULES` of `rule_files`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import yaml
-
-from gmeta.config.parse import parse_mapping
 from gmeta.core.errors import nearest, require, require_numbers
-from gmeta.core.files import read_mapping
 from gmeta.core.numbers import shown
-from gmeta.data.schema import LabelColumn
-from gmeta.delivery.default_rules import CLICK_RULES, RATING_RULES
 from gmeta.evaluation.documents import Json
 from gmeta.evaluation.metrics import (
     BINARY_METRICS,
@@ -31,11 +24,14 @@ from gmeta.evaluation.metrics import (
     RATING_METRICS,
     is_metric,
 )
-from gmeta.evaluation.slices import BEFORE, COLDNESS, HEADLINE_METRICS, OTHER, SCENARIO, SLICES, unit_of
+from gmeta.evaluation.next_item import NEXT_ITEM_HEADLINE, NEXT_ITEM_SLICES
+from gmeta.evaluation.next_item_baselines import POPULARITY
+from gmeta.evaluation.ranking import PLACE_METRICS
+from gmeta.evaluation.slices import BEFORE, COLDNESS, HEADLINE_METRICS, SCENARIO, SLICES, unit_of
 
 CANDIDATE, CURRENT = "candidate", "current"
 _NAMES = {CANDIDATE: "the candidate", CURRENT: "the current version"}
-TRIVIAL = ("global-mean", "task-mean", "item-mean", "item-mean+task-bias")
+TRIVIAL = ("global-mean", "task-mean", "item-mean", "item-mean+task-bias", POPULARITY)
 """Baselines that a version must beat. Factor analysis is a model of its own: it stands beside, and refuses nothing."""
 _CURE = "write it as `gmeta gate --help` shows"
 _SEEN_ITEMS = ("warm", "user_cold")
@@ -287,7 +283,7 @@ class CurrentDrop:
     def __post_init__(self) -> None:
         _require_metric(self.metric)
         _require_positive(self, "max_drop", "min_rows")
-        known = [name for name in HEADLINE_METRICS if name != "calibration"]
+        known = [*(name for name in HEADLINE_METRICS if name != "calibration"), NEXT_ITEM_HEADLINE]
         require(self.metric in known, "metric", self.metric, f"must be one of {', '.join(known)}")
 
     def check(self, measured: Measured) -> list[Outcome]:
@@ -312,7 +308,8 @@ class CurrentDrop:
             sum(weight * float(day[case][metric]) for weight, case in zip(weights, cases, strict=True))
             for day in (before, now)
         )
-        drop = (old - new if self.metric in HIGHER_IS_BETTER else new - old) / measured.unit(self.metric)
+        unit = old or 1.0 if self.metric in PLACE_METRICS else measured.unit(self.metric)
+        drop = (old - new if self.metric in HIGHER_IS_BETTER else new - old) / unit
         passed = drop <= self.max_drop
         what = f"{self.metric} {BEFORE} adaptation" if metric != self.metric else metric
         reason = (
@@ -483,70 +480,8 @@ class BaselineRule:
         return [Outcome(passed, reason, metric=self.metric, slice="all", value=gain, bound=self.min_gain)]
 
 
-RULES: dict[str, Callable[..., Rule]] = {
-    "evidence": Evidence,
-    "finite": Finite,
-    "label_mean": LabelMean,
-    "numeric_drift": NumericDrift,
-    "unknown_ids": UnknownIds,
-    "current_chance": CurrentChance,
-    "current_drop": CurrentDrop,
-    "current_calibration": CurrentCalibration,
-    "difference": Difference,
-    "calibration": Calibration,
-    "baselines": BaselineRule,
-}
 _WITHOUT_SCORES = ("evidence", "finite")
 """Rules that can be judged where scores are no finite numbers."""
-
-
-def read_rules(file: str | None, *, binary: bool, labels: Sequence[LabelColumn] = ()) -> list[tuple[str, Rule]]:
-    """Return the rules of a YAML file, or the default ones for clicks (`binary`) or other labels, with their names.
-
-    Of several `labels`, metrics may name one (auc/pay), and are of the first else.
-
-    Raises ValueError that names the rule and the key, with the nearest name of what is unknown.
-    """
-    if file is None:
-        values = yaml.safe_load(CLICK_RULES if binary else RATING_RULES)
-    else:
-        values = read_mapping(Path(file), _CURE)
-    for key in values:
-        require(key == "rules", f"{file}: key", key, f"the one key is 'rules', a list: {_CURE}")
-    given = values.get("rules")
-    if not isinstance(given, list) or not given:
-        raise ValueError(f"{file}: rules is {given!r}: must be a list of rules, at least one: {_CURE}")
-    where = f"{file or 'default rules'}, rule"
-    return [_rule(entry, f"{where} {i}", binary, labels) for i, entry in enumerate(given, start=1)]
-
-
-def _rule(entry: Any, where: str, binary: bool, labels: Sequence[LabelColumn]) -> tuple[str, Rule]:
-    if not isinstance(entry, dict) or not isinstance(entry.get("rule"), str):
-        raise ValueError(f"{where} is {entry!r}: must be a mapping with a key rule: {_CURE}")
-    name = entry["rule"]
-    if name not in RULES:
-        raise ValueError(f"{where}: there is no rule {name!r}: {nearest(name, RULES)}")
-    kind: Any = RULES[name]
-    rule: Rule = parse_mapping(kind, {key: value for key, value in entry.items() if key != "rule"}, f"{where} ({name})")
-    metric = getattr(rule, "metric", "auc" if name == "current_chance" else None)
-    _, mark, label = (metric or "").partition(LABEL_MARK)
-    if mark:
-        losses = {one.name: one.loss for one in labels}
-        if label not in losses:
-            hint = nearest(label, losses) if losses else "the pack has one label: leave it out"
-            raise ValueError(f"{where} ({name}): {metric} names the label {label!r}: {hint}")
-        binary = losses[label] == "bce"
-    known = BINARY_METRICS if binary else RATING_METRICS
-    if metric is not None and not is_metric(metric, known):
-        kinds = "clicks" if binary else "ratings"
-        raise ValueError(f"{where} ({name}): {metric} is no metric of {kinds}: choose one of {', '.join(known)}")
-    return name, rule
-
-
-def scenarios_named(rules: Iterable[tuple[str, Rule]]) -> list[str]:
-    """Return the scenarios whose slices some rules look at, but for those that are all others together."""
-    slices = [case for _, rule in rules for case in getattr(rule, "slices", ())]
-    return [case.removeprefix(SCENARIO) for case in slices if case.startswith(SCENARIO) and case != OTHER]
 
 
 def apply_rules(rules: Iterable[tuple[str, Rule]], measured: Measured) -> list[tuple[str, Outcome]]:
@@ -586,7 +521,7 @@ def _interval(record: Json, sign: str = "") -> str:
 
 
 def _require_metric(metric: str) -> None:
-    known = dict.fromkeys((*BINARY_METRICS, *RATING_METRICS))
+    known = dict.fromkeys((*BINARY_METRICS, *RATING_METRICS, *PLACE_METRICS))
     if not is_metric(metric, known):
         raise ValueError(f"metric is {metric!r}, which is unknown: {nearest(metric, known)}")
 
@@ -595,8 +530,8 @@ def _require_slices(slices: list[str]) -> None:
     require(bool(slices), "slices", slices, f"must name slices, such as all, {', '.join(COLDNESS)}")
     for case in slices:
         of_scenario = isinstance(case, str) and case.startswith(SCENARIO) and case != SCENARIO
-        if case not in SLICES and not of_scenario:
-            hint = nearest(str(case), (*SLICES, f"{SCENARIO}VALUE"))
+        if case not in (*SLICES, *NEXT_ITEM_SLICES) and not of_scenario:
+            hint = nearest(str(case), (*SLICES, *NEXT_ITEM_SLICES, f"{SCENARIO}VALUE"))
             raise ValueError(f"slices has {case!r}, which is unknown: {hint}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from gmeta.config.evaluation import EvaluateConfig
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import replacing
+from gmeta.data.events.hold_out import LEAVE_ONE_OUT
 from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.next_item import (
@@ -132,12 +133,19 @@ def rank_next_items(
             ranks[name] = found
     if mesh.rank != 0:
         return None
-    found = ranks[MODEL]
-    if config.baselines:
+    return ranked_split(pack, split, candidates, ranks, baselines=config.baselines)
+
+
+def ranked_split(
+    pack: TaskPack, split: PackSplit, candidates: Candidates, ranks: dict[str, TargetRanks], *, baselines: bool
+) -> RankedSplit:
+    """Return the targets of a split as variants `ranks` them, and with `baselines` as these do."""
+    found, catalogue = next(iter(ranks.values())), pack.catalogue()
+    if baselines:
         targets = Targets.of_split(split, catalogue.item).at_rows(found.row)
         train = pack.split("train").columns((catalogue.item,))
         for name, score in fit_next_item_baselines(train.task, train.ids[catalogue.item], catalogue.num_ids).items():
-            ranks[name] = ranks_of(partial(_score_part, score, targets), targets, candidates)
+            ranks = {**ranks, name: ranks_of(partial(_score_part, score, targets), targets, candidates)}
     user = user_keys(pack, split, found, candidates.domain)
     rows = RankedRows(
         user=np.unique(user, return_inverse=True)[1].astype(np.int64),
@@ -156,12 +164,21 @@ def _score_part(score: ScoreTargets, targets: Targets, part: slice) -> Tensor:
 
 def user_keys(pack: TaskPack, split: PackSplit, found: TargetRanks, domain: Ints) -> pa.Array:
     """Return the raw user of each target [N] as text. Held-out tasks are called user|domain where there are several
-    domains; `domain` [num_ids] is that of each item.
+    domains, and their targets are numbered where a user may have several; `domain` [num_ids] is that of each item.
     """
     keys = task_keys(pack, split.task_id[found.task]).cast(pa.string()).to_pylist()
+    if split.name != "train" and _are_numbered(pack):
+        keys = [key.rpartition("#")[0] for key in keys]
     values = values_of_ids(pack, pack.schema.scenario)
     if values is not None and len(values) > 2 and split.name != "train":  # the first stands for the unknown one
         names = values.cast(pa.string()).to_pylist()
         of_target = domain[found.target].tolist()
         keys = [key.removesuffix(f"|{names[number]}") for key, number in zip(keys, of_target, strict=True)]
     return pa.array(keys, pa.string())
+
+
+def _are_numbered(pack: TaskPack) -> bool:
+    """Say whether held-out tasks end with `#` and a number: where a time or a day parts events, or others drew them."""
+    settings = pack.manifest["settings"]
+    by_time = settings.get("holdout") not in (None, LEAVE_ONE_OUT)
+    return by_time or "day" in pack.manifest or settings.get("dataset") == "amazon-office"

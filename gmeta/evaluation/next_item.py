@@ -28,6 +28,19 @@ POPULARITY_CLASSES = ("unseen", "tail", "middle", "head")
 """Classes of items by their training events; docs/next-item.md says where they are cut."""
 HISTORY_LENGTHS = ((0, 0), (1, 4), (5, 9), (10, 19), (20, None))
 """Inclusive ranges of the number of events in a history, one slice each."""
+
+
+def _length_name(low: int, high: int | None) -> str:
+    return f"history_{low}+" if high is None else f"history_{low}" if low == high else f"history_{low}-{high}"
+
+
+NEXT_ITEM_SLICES = (
+    "one_domain",
+    "several_domains",
+    *(f"target_{name}" for name in POPULARITY_CLASSES),
+    *(_length_name(low, high) for low, high in HISTORY_LENGTHS),
+)
+"""Names of slices of targets, but for all of them and those by domain."""
 _TABLE_METRICS = {
     "recall@1": "R@1",
     "recall@5": "R@5",
@@ -78,9 +91,9 @@ class RankedRows:
         for number, (name, about) in enumerate(zip(POPULARITY_CLASSES, abouts, strict=True)):
             found.append((f"target_{name}", f"targets: {about}", self.popularity == number))
         for low, high in HISTORY_LENGTHS:
-            many = f"{low}+" if high is None else f"{low}" if low == high else f"{low}-{high}"
+            name = _length_name(low, high)
             mask = (self.history >= low) & (self.history <= (math.inf if high is None else high))
-            found.append((f"history_{many}", f"histories of {many} events", mask))
+            found.append((name, f"histories of {name.removeprefix('history_')} events", mask))
         return found
 
     def notes(self) -> list[str]:

@@ -288,7 +288,7 @@ def headline_metrics(evaluation: dict[str, Any], variant: str | None = None) -> 
             found[case["case"]] = {key: case.get(key) for key in ("rows", "tasks", "label_mean")}
     first = f"{LABEL_MARK}{evaluation['labels'][0]}" if "labels" in evaluation else ""
     for record in evaluation["records"]:
-        known = without_label(record["metric"]) in HEADLINE_METRICS
+        known = without_label(record["metric"]) in (*HEADLINE_METRICS, evaluation["headline"]["metric"])
         if record["variant"] in suffixes and record["case"] in found and known:
             name = record["metric"].removesuffix(first)
             found[record["case"]][name + suffixes[record["variant"]]] = record["value"]

@@ -43,6 +43,7 @@ class TargetRanks:
     sampled_rank: Ints  # [N], among the target and `NUM_SAMPLED` others of its domain, or all others; 0: not ranked so
     history: Ints  # [N], events in the history
     domains: Ints  # [N], distinct domains in the history
+    finite: Ints  # [N], 1; 0 where some score is no number, or infinite
 
     def columns(self) -> dict[str, Ints]:
         """Return the columns by name."""
@@ -132,12 +133,13 @@ def ranks_of(score: Callable[[slice], Tensor], targets: Targets, candidates: Can
     """
     shelves = _Shelves.build(candidates.domain)
     at_a_time = max(1, _BLOCK_SCORES // max(candidates.num_ids, 2 * NUM_SAMPLED))
-    parts = [np.zeros((4, 0), np.int64)]
+    parts = [np.zeros((5, 0), np.int64)]
     for begin in range(0, len(targets), at_a_time):
         part = slice(begin, min(begin + at_a_time, len(targets)))
         parts.append(_ranks_of_part(score(part), targets.where(part), candidates, shelves))
-    rank, ranked, sampled_rank, domains = np.concatenate(parts, axis=1)
-    return TargetRanks(targets.row, targets.task, targets.target, rank, ranked, sampled_rank, targets.length, domains)
+    rank, ranked, sampled_rank, domains, finite = np.concatenate(parts, axis=1)
+    which = targets.row, targets.task, targets.target
+    return TargetRanks(*which, rank, ranked, sampled_rank, targets.length, domains, finite)
 
 
 def gather_ranks(ranks: TargetRanks, mesh: Mesh) -> TargetRanks | None:
@@ -169,7 +171,7 @@ class _Shelves:
 
 
 def _ranks_of_part(scores: Tensor, targets: Targets, candidates: Candidates, shelves: _Shelves) -> Ints:
-    """Return rank, number of candidates, sampled rank and domains of the history of some targets, [4, n]."""
+    """Return rank, number of candidates, sampled rank, domains of the history, and `finite` of some targets, [5, n]."""
     device = scores.device
     shelves = shelves.to(device)
     target = torch.from_numpy(targets.target).to(device)
@@ -190,7 +192,9 @@ def _ranks_of_part(scores: Tensor, targets: Targets, candidates: Candidates, she
     if candidates.sampled:
         found[2] = _sampled_ranks(ahead, target, near, shelves, start.to(device))
     pairs = np.unique(np.stack([position, candidates.domain[item]]), axis=1)
-    return np.stack([*(column.cpu().numpy() for column in found), np.bincount(pairs[0], minlength=len(targets))])
+    domains = np.bincount(pairs[0], minlength=len(targets))
+    finite = (scores < torch.inf).all(1).long()  # an item that a version does not know scores -inf
+    return np.stack([*(column.cpu().numpy() for column in found), domains, finite.cpu().numpy()])
 
 
 def _sampled_ranks(ahead: Tensor, target: Tensor, others: Tensor, shelves: _Shelves, start: Tensor) -> Tensor:

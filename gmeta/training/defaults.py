@@ -51,7 +51,10 @@ def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     goes_on = bool(given.get("resume") or given.get("elastic.enabled"))
     recorded = recorded_settings(Path(str(given.get("run_dir", ""))), goes_on=goes_on)
     if recorded is None and given.get("warm_start"):
-        return _filled(_of_bundle(Path(str(given["warm_start"])), given), given)
+        found = _of_bundle(Path(str(given["warm_start"])), given)
+        if _is_day_of_events(str(given["pack"])):
+            found["next_item.targets"] = "last"  # the day's events; those before were learned on their days
+        return _filled(found, given)
     if recorded is None and given.get("init_from"):
         read_manifest(Path(str(given["init_from"])))  # that it is no bundle is told before what follows from it
     if recorded is not None:
@@ -74,6 +77,14 @@ def _of_next_items(pack: str) -> bool:
     """Say whether a pack is one of next items. A pack that is none is refused where it is read."""
     try:
         return open_pack(pack).schema.next_item
+    except ValueError:
+        return False
+
+
+def _is_day_of_events(pack: str) -> bool:
+    try:
+        found = open_pack(pack)
+        return found.schema.next_item and "day" in found.manifest
     except ValueError:
         return False
 

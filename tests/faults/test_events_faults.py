@@ -184,11 +184,11 @@ def test_settings_without_effect_on_given_targets(tmp_path: Path, key: str, valu
     refused_config(config, f"{key} has no effect with dataset amazon-office, whose targets are given: leave it out")
 
 
-def test_a_pack_of_events_is_no_base(tmp_path: Path) -> None:
+def test_events_without_times_are_no_base(tmp_path: Path) -> None:
     config = event_config(tmp_path, EVENTS)
     prepare(config, quiet)
     later = PrepareConfig(out=str(tmp_path / "later"), base=config.out, input=config.input)
-    refused_config(later, "was made of events, which no pack continues yet: prepare the events of all days anew")
+    refused_config(later, "was made of events without times, or by an older gmeta")
 
 
 def test_a_base_takes_no_events(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_base_takes_no_events(tmp_path: Path) -> None:
     logs: dict[str, Any] = {"input": [str(tmp_path / "log.csv")]}
     prepare(PrepareConfig(out=str(tmp_path / "pack"), schema=str(tmp_path / "schema.yaml"), **logs), quiet)
     later = PrepareConfig(out=str(tmp_path / "later"), base=str(tmp_path / "pack"), core=5, **logs)
-    refused_config(later, "core has no effect with base: only a pack of its own is made of events")
+    refused_config(later, "core has no effect with base: only a first pack of events asks for it")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from gmeta.data.events.audit import audit_events
 from gmeta.data.events.catalogue import make_catalogue
 from gmeta.data.events.core import keep_core
+from gmeta.data.events.days import know_earlier
 from gmeta.data.events.findings import audit_lines
 from gmeta.data.events.hold_out import hold_out
 from gmeta.data.sources import Connection
@@ -36,6 +37,7 @@ def put(con: Connection, lines: str) -> None:
     con.register("given", pa.Table.from_pylist(rows))
     con.execute("CREATE TABLE events AS FROM given; CREATE TABLE items (item VARCHAR, domain VARCHAR, text VARCHAR)")
     con.execute("CREATE TABLE texts (item VARCHAR, text VARCHAR, place INTEGER, count BIGINT)")
+    know_earlier(con, None)
 
 
 def tasks(con: Connection) -> dict[tuple[str, str], str]:

@@ -12,8 +12,8 @@ import pytest
 
 from gmeta.cli import command_parser, run
 from gmeta.delivery.gate_page import verdict_page
+from gmeta.delivery.rule_files import RULES, read_rules
 from gmeta.delivery.rules import (
-    RULES,
     BaselineRule,
     Calibration,
     CurrentCalibration,
@@ -28,7 +28,6 @@ from gmeta.delivery.rules import (
     Rule,
     UnknownIds,
     apply_rules,
-    read_rules,
 )
 from gmeta.evaluation.slices import evaluation_records, headline_metrics
 
@@ -126,7 +125,7 @@ def test_a_rule_refuses_and_says_why(name: str, rule: Rule, found: Measured, rea
 
 @pytest.mark.parametrize("binary", [True, False])
 def test_a_good_candidate_passes_the_default_rules(binary: bool) -> None:
-    rules = read_rules(None, binary=binary)
+    rules = read_rules(None, kind="clicks" if binary else "ratings")
     good = GOOD if binary else RATINGS
     outcomes = apply_rules(rules, good)
     assert [outcome.reason for _, outcome in outcomes if not outcome.passed] == []
@@ -137,7 +136,7 @@ def test_a_good_candidate_passes_the_default_rules(binary: bool) -> None:
 
 def test_scores_that_are_no_numbers_are_refused_by_all() -> None:
     found = replace(GOOD, not_finite={"candidate": 3, "current": 0}, evaluation=None)
-    outcomes = apply_rules(read_rules(None, binary=True), found)
+    outcomes = apply_rules(read_rules(None, kind="clicks"), found)
     assert {name for name, outcome in outcomes if outcome.passed} == {"evidence", "finite"}
 
 
@@ -219,7 +218,7 @@ def test_rules_that_are_not_understood_are_named(tmp_path: Path, text: str, mess
     file = tmp_path / "rules.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"rules\.yaml") as caught:
-        read_rules(str(file), binary=True)
+        read_rules(str(file), kind="clicks")
     assert message in str(caught.value)
 
 
@@ -229,7 +228,7 @@ def test_the_rules_that_the_help_shows_can_be_a_file(tmp_path: Path, capsys: pyt
     file = tmp_path / "rules.yaml"
     clicks = shown[shown.index("rules:\n") :].partition("\n\n")[0]
     file.write_text(clicks)
-    assert read_rules(str(file), binary=True) == read_rules(None, binary=True)
+    assert read_rules(str(file), kind="clicks") == read_rules(None, kind="clicks")
     assert "--previous_pack" in command_parser("gate").format_help()
 
 

@@ -9,7 +9,8 @@ from gmeta.data.sources import Connection, scalar
 
 
 def audit_events(con: Connection, *, has_time: bool, has_text: bool) -> dict[str, Any]:
-    """Return the counts of an audit of tables `placed`, `task_rows`, `catalogue` and `texts`.
+    """Return the counts of an audit of tables `placed`, `task_rows`, `catalogue` and `texts`; of a later day's events,
+    what earlier days know of items and users is in `known_items` and `known_users`.
 
     `targets`, `cold_targets` and others have a number for each split and domain ('' where there are no domains).
     """
@@ -31,7 +32,11 @@ def audit_events(con: Connection, *, has_time: bool, has_text: bool) -> dict[str
             con, 'SELECT coalesce(sum(n - 1), 0)::BIGINT FROM (SELECT count(*) AS n FROM placed GROUP BY "user", item)'
         ),
         "targets": _by_domain(con, "true"),
-        "cold_targets": _by_domain(con, "item NOT IN (SELECT item FROM placed WHERE partition = 'train')"),
+        "cold_targets": _by_domain(
+            con,
+            """item NOT IN (SELECT item FROM placed WHERE partition = 'train'
+                            UNION ALL SELECT item FROM known_items WHERE count > 0)""",
+        ),
         "targets_in_history": _counts(
             con,
             f"""SELECT partition, count(*) FROM (
@@ -44,7 +49,7 @@ def audit_events(con: Connection, *, has_time: bool, has_text: bool) -> dict[str
         "targets_of_new_users": _counts(
             con,
             f"""SELECT partition, count(*) FROM placed WHERE partition <> 'train' AND "user" NOT IN
-                (SELECT "user" FROM placed WHERE partition = 'train') {per_split}""",
+                (SELECT "user" FROM placed WHERE partition = 'train' UNION ALL FROM known_users) {per_split}""",
         ),
     }
     if not has_time:
@@ -56,7 +61,7 @@ def audit_events(con: Connection, *, has_time: bool, has_text: bool) -> dict[str
         found["items_of_several_texts"] = scalar(
             con,
             """SELECT count(*) FROM (SELECT item FROM texts SEMI JOIN catalogue USING (item)
-                                     GROUP BY item HAVING count(DISTINCT text) > 1)""",
+                                     WHERE place >= 0 GROUP BY item HAVING count(DISTINCT text) > 1)""",
         )
     return found
 

@@ -14,10 +14,12 @@ from gmeta.data.sources import Connection, only_file
 
 
 def make_catalogue(con: Connection, *, whole: bool) -> None:
-    """Make table `catalogue` (item, domain, title), a row an item: of the events that are left, and with `whole` of the
-    items file. The title is the text of the items file, else the most frequent one.
+    """Make table `catalogue` (item, domain, title), a row an item: of earlier days, of the events that are left, and
+    with `whole` of the items file. The title is that of earlier days, else the text of the items file, else the most
+    frequent one.
     """
-    more = "UNION ALL SELECT item, coalesce(domain, '') FROM items" if whole else ""
+    more = "UNION ALL SELECT item, domain FROM known_items"
+    more += " UNION ALL SELECT item, coalesce(domain, '') FROM items" if whole else ""
     con.execute(f"""
         CREATE TABLE catalogue AS
         SELECT i.item, i.domain, t.text AS title

@@ -21,12 +21,25 @@ def hold_out(con: Connection, holdout: str, *, has_time: bool) -> None:
         raise ValueError("every user has one event, which nothing follows: is the column user in events.yaml the user?")
     if holdout == LEAVE_ONE_OUT:
         _leave_one_out(con, has_time=has_time)
-        known, number = "(e.partition = 'train' OR e.domain = t.domain)", "''"
     else:
         _part_by_time(con, holdout, has_time=has_time)
+    train = """SELECT *, "user" AS key, position = max(position) OVER (PARTITION BY "user") AS is_query
+               FROM placed WHERE partition = 'train'"""
+    make_task_rows(con, train, "placed", numbered=holdout != LEAVE_ONE_OUT)
+
+
+def make_task_rows(con: Connection, train: str, sequence: str, *, numbered: bool) -> None:
+    """Make table `task_rows`: the rows that `train` selects, and a task for each target among the `placed` events.
+
+    Targets that are `numbered` have all earlier events of a `sequence` as their history; without, training events and
+    those of their own domain.
+    """
+    known, number = "(e.partition = 'train' OR e.domain = t.domain)", "''"
+    if numbered:
         in_order = 'PARTITION BY "user", domain, partition ORDER BY position'
         known, number = "true", f"concat('#', row_number() OVER ({in_order}))"
-    several = scalar(con, "SELECT count(DISTINCT domain) > 1 FROM placed")
+    every = "(SELECT domain FROM placed UNION ALL SELECT domain FROM known_items)"
+    several = scalar(con, f"SELECT count(DISTINCT domain) > 1 FROM {every}")
     key = """concat("user", '|', domain)""" if several else '"user"'
     con.execute(f"""
         CREATE TABLE targets AS SELECT *, concat({key}, {number}) AS key FROM placed WHERE partition <> 'train'""")
@@ -34,11 +47,10 @@ def hold_out(con: Connection, holdout: str, *, has_time: bool) -> None:
     columns = '"user", key, partition, item, position, time, is_query'
     con.execute(f"""
         CREATE TABLE task_rows AS
-        SELECT {columns} FROM (SELECT *, "user" AS key, position = max(position) OVER (PARTITION BY "user") AS is_query
-                               FROM placed WHERE partition = 'train')
+        SELECT {columns} FROM ({train})
         UNION ALL SELECT {columns} FROM (SELECT *, true AS is_query FROM targets)
         UNION ALL SELECT t."user", t.key, t.partition, e.item, e.position, e.time, false
-                  FROM targets t JOIN placed e ON e."user" = t."user" AND e.position < t.position AND {known}""")
+                  FROM targets t JOIN {sequence} e ON e."user" = t."user" AND e.position < t.position AND {known}""")
 
 
 def _leave_one_out(con: Connection, *, has_time: bool) -> None:

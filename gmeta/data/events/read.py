@@ -2,7 +2,8 @@
 
 `events` (user, item, domain, time, file, row) has a row an event; domain is '' and time 0 where there are none. An id
 that is in several domains means another item in each, and gets its domain in front. `texts`
-(item, text, place, count) has the texts of items: `place` is 0 for those of the items file, 1 for those of events.
+(item, text, place, count) has the texts of items: `place` is -1 for those that earlier days gave them, 0 for those of
+the items file, 1 for those of events. An item of earlier days has the name, the domain and the text that it had there.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from gmeta.data.sources import (
     scalar,
 )
 
-_OWN_ITEM = "CASE WHEN item IN (FROM ambiguous) THEN concat(domain, '|', item) ELSE item END"
+_OWN_ITEM = """CASE WHEN concat(domain, '|', item) IN (SELECT item FROM known_items) THEN concat(domain, '|', item)
+                    WHEN item IN (FROM ambiguous) AND (item, domain) NOT IN (SELECT (item, domain) FROM known_items)
+                    THEN concat(domain, '|', item) ELSE item END"""
 _ONE = "__one"
 """Column of the label, which is 1 for every event."""
 
@@ -50,6 +53,7 @@ class EventSource:
     has_targets: bool = False
     note: str = ""  # what the summary says of them
     num_empty: int = 0  # files without a byte
+    goes_on: bool = False  # earlier days know items, with their domains and texts
 
 
 def open_events(con: Connection, config: PrepareConfig, columns: EventColumns) -> EventSource:
@@ -62,7 +66,8 @@ def open_events(con: Connection, config: PrepareConfig, columns: EventColumns) -
         return EventSource(columns, parts, items, whole_catalogue=given, has_targets=given, note=data.note)
     opened, empty = open_files(con, find_files(config.inputs))
     item_part = None if config.items is None else open_file(con, only_items_file(config.items))
-    return EventSource(columns, opened, item_part, whole_catalogue=True, num_empty=len(empty))
+    goes_on = config.base is not None
+    return EventSource(columns, opened, item_part, whole_catalogue=True, num_empty=len(empty), goes_on=goes_on)
 
 
 def only_items_file(path: str) -> Path:
@@ -132,35 +137,38 @@ def read_events(
     counts |= {"empty_files": source.num_empty} if source.num_empty else {}
     index = {feature.name: f"CAST(f{i} AS VARCHAR)" for i, feature in enumerate(schema.features)}
     domain = "''" if columns.domain is None else index.get(columns.domain, "i.domain")
-    of_item = "(SELECT item, min(domain) AS domain FROM items GROUP BY item)"
+    every = "(SELECT item, domain FROM items UNION ALL SELECT item, domain FROM known_items)"
+    of_item = f"(SELECT item, min(domain) AS domain FROM {every} GROUP BY item)"
     join = f"LEFT JOIN {of_item} i ON i.item = CAST(f0 AS VARCHAR)" if of_items else ""
     con.execute(f"""
         CREATE VIEW named AS
         SELECT CAST(task AS VARCHAR) AS "user", CAST(f0 AS VARCHAR) AS item, {domain} AS domain,
                {index.get(columns.text, "NULL") if columns.text else "NULL"} AS text,
                {"0" if columns.time is None else "time"} AS time, r.file, r.row FROM raw_rows r {join}""")
-    _part_items(con, columns, of_items=of_items)
+    _part_items(con, columns, every, of_items=of_items)
     con.execute(f"""
         CREATE TABLE events AS SELECT "user", {_OWN_ITEM} AS item, domain, time, file, row FROM named;
         UPDATE items SET item = {_OWN_ITEM};
         CREATE TABLE texts AS
         SELECT item, text, 0 AS place, count(*) AS count FROM items WHERE text IS NOT NULL GROUP BY item, text
-        UNION ALL SELECT {_OWN_ITEM} AS item, text, 1, count(*) FROM named WHERE text IS NOT NULL GROUP BY ALL""")
-    _keep_domains(con, config)
+        UNION ALL SELECT {_OWN_ITEM} AS item, text, 1, count(*) FROM named WHERE text IS NOT NULL GROUP BY ALL
+        UNION ALL SELECT item, title, -1, 1 FROM known_items WHERE title IS NOT NULL""")
     return counts | {"items_of_several_domains": scalar(con, "SELECT count(*) FROM ambiguous")}
 
 
 def _reading(source: EventSource) -> tuple[DataSchema, bool]:
     """Return the schema that raw events are checked by, and whether their domain is that of their item."""
     columns, there = source.columns, {name for part in source.parts for name in part.columns}
-    elsewhere = set() if source.items is None else set(source.items.columns) - there
+    elsewhere: set[str | None] = set()
+    elsewhere |= set() if source.items is None else set(source.items.columns) - there
+    elsewhere |= {columns.domain, columns.text} - there if source.goes_on else set()
     features: list[Any] = [columns.item]
     features += [columns.domain] if columns.domain is not None and columns.domain not in elsewhere else []
     if columns.text is not None and columns.text not in elsewhere:
         features.append({"name": columns.text, "text": True, "nulls": "oov"})
     entry = {"task": columns.user, "label": _ONE, "categorical": features}
     entry |= {} if columns.time is None else {"time": columns.time}
-    return parse_data_schema(entry), columns.domain in elsewhere
+    return parse_data_schema(entry), columns.domain is not None and columns.domain in elsewhere
 
 
 def refuse_text_times(parts: Sequence[RawPart], time: str | None) -> None:
@@ -173,34 +181,36 @@ def refuse_text_times(parts: Sequence[RawPart], time: str | None) -> None:
             )
 
 
-def _part_items(con: Connection, columns: EventColumns, *, of_items: bool) -> None:
+def _part_items(con: Connection, columns: EventColumns, every: str, *, of_items: bool) -> None:
     """Make table `ambiguous` (item) of the items of several domains: each is an item of its own in each of them.
+    `every` is SQL of the items and domains that are told of beside events.
 
     ValueError where the domain of an event is that of its item, and is missing or is several, and where a new id is
     taken already.
     """
     if of_items:
-        found = con.execute("""
+        found = con.execute(f"""
             SELECT item, 'no domain' FROM named WHERE domain IS NULL
-            UNION ALL SELECT item, 'several domains' FROM items GROUP BY item HAVING count(DISTINCT domain) > 1
+            UNION ALL SELECT item, 'several domains' FROM {every} GROUP BY item HAVING count(DISTINCT domain) > 1
             ORDER BY ALL LIMIT 1""").fetchone()
         if found is not None:
             raise ValueError(f"item {found[0]!r} has {found[1]} in column {columns.domain!r} of the items: give it one")
-    con.execute("""
+    con.execute(f"""
         CREATE TABLE ambiguous AS SELECT item FROM (SELECT DISTINCT item, domain FROM named
-                                                    UNION SELECT item, coalesce(domain, '') FROM items)
+                                                    UNION SELECT item, coalesce(domain, '') FROM {every})
         GROUP BY item HAVING count(*) > 1""")
     taken = con.execute(f"""
-        SELECT item FROM named WHERE item IN (SELECT DISTINCT {_OWN_ITEM} FROM named WHERE item IN (FROM ambiguous))
+        SELECT item FROM (SELECT item, {_OWN_ITEM} AS own FROM named)
+        WHERE item = own AND item IN (SELECT {_OWN_ITEM} FROM named WHERE item <> {_OWN_ITEM})
         ORDER BY item LIMIT 1""").fetchone()
     if taken is not None:
         raise ValueError(f"item {taken[0]!r} is named like another one with its domain before it: rename it")
 
 
-def _keep_domains(con: Connection, config: PrepareConfig) -> None:
-    """Remove the events and items of domains that are not asked for."""
-    if config.dataset is not None or not config.domains:
-        return
+def keep_domains(con: Connection, asked: Sequence[str], *, goes_on: bool) -> None:
+    """Remove the events and items of domains that are not asked for. ValueError for one that no event has, unless
+    earlier days asked for it.
+    """
     known = [domain for (domain,) in con.execute("SELECT DISTINCT domain FROM events ORDER BY domain").fetchall()]
-    kept = ", ".join(literal(domain) for domain in chosen_domains(config.kept_domains, known))
+    kept = ", ".join(literal(domain) for domain in (asked if goes_on else chosen_domains(asked, known)))
     con.execute(f"DELETE FROM events WHERE domain NOT IN ({kept}); DELETE FROM items WHERE domain NOT IN ({kept})")

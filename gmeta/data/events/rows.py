@@ -2,7 +2,7 @@
 
     read      events and items, every value in its one form
     core      users and items with few events are left out, where that is asked for
-    hold_out  which events are targets, and the order of a user's events over all domains
+    hold_out  which events are targets, and the order of a user's events over all domains; of a later day `days`
     catalogue what items are there, of which domain, and their titles
     audit     counts of what may be wrong with the events
     rows      (here) a Parquet file of the rows of every task, in order
@@ -16,14 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gmeta.config.data import PrepareConfig
+from gmeta.config.data import HISTORY_ROWS, PrepareConfig
+from gmeta.data.catalogue import read_gap_unit
 from gmeta.data.events.audit import audit_events
 from gmeta.data.events.catalogue import make_catalogue
 from gmeta.data.events.columns import GAP, EventColumns, owned_features
 from gmeta.data.events.core import keep_core
+from gmeta.data.events.days import EarlierEvents, hold_out_of_day, know_earlier, write_last_events
 from gmeta.data.events.gaps import gap_sql, unit_of_events
 from gmeta.data.events.hold_out import LEAVE_ONE_OUT, hold_out
-from gmeta.data.events.read import EventSource, open_events, read_events, read_items
+from gmeta.data.events.read import EventSource, keep_domains, open_events, read_events, read_items
 from gmeta.data.prepare.scratch import connect
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report
@@ -38,6 +40,8 @@ class EventRows:
     catalogue: Path  # item, domain, title
     owned: tuple[str, ...]  # features that items own
     counts: dict[str, Any]  # of reading, and `audit`
+    last: Path | None  # the last events of every user, for later days; None where events have no times
+    times: tuple[int, int]  # of the first event and the last one
     gap_unit: str | None = None  # of the times whose gaps rows have; None: they have none
 
     def part(self, con: Connection) -> RawPart:
@@ -54,9 +58,15 @@ class EventRows:
 
 
 def make_event_rows(
-    config: PrepareConfig, settings: Settings, columns: EventColumns, scratch: Path, tell: Report
+    config: PrepareConfig,
+    settings: Settings,
+    columns: EventColumns,
+    scratch: Path,
+    tell: Report,
+    earlier: EarlierEvents | None = None,
 ) -> EventRows:
-    """Make the rows and the catalogue of the events that a config names, in `scratch`.
+    """Make the rows and the catalogue of the events that a config names, in `scratch`; of a later day's, with what is
+    known from `earlier` ones.
 
     Raises ValueError for all that is the user's to mend.
     """
@@ -65,25 +75,48 @@ def make_event_rows(
     with connect(folder, config) as con:
         tell("reading events", 0, 1)
         source = open_events(con, config, columns)
+        know_earlier(con, earlier)
         read_items(con, source)
         if source.has_targets:
             counts, left_out = _take_rows(con, source), {}
         else:
             counts = read_events(con, config, settings, source, scratch, tell)
             del counts["files"]
+            asked = config.kept_domains if earlier is None else earlier.domains
+            if asked and config.dataset is None:
+                keep_domains(con, asked, goes_on=earlier is not None)
             left_out = keep_core(con, config.core or 0)
             tell("holding out", 0, 1)
-            hold_out(con, LEAVE_ONE_OUT if config.holdout is None else str(config.holdout), has_time=has_time)
+            if earlier is not None:
+                hold_out_of_day(con, settings)
+            else:
+                hold_out(con, LEAVE_ONE_OUT if config.holdout is None else str(config.holdout), has_time=has_time)
         make_catalogue(con, whole=source.whole_catalogue)
         tell("auditing events", 0, 1)
         found = audit_events(con, has_time=has_time, has_text=columns.text is not None)
         counts |= {"note": source.note} if source.note else {}
         counts["audit"] = {**found, "core": {"core": config.core or 0, "left_out": left_out}}
-        owned, unit = owned_features(columns), unit_of_events(con) if config.gaps else None
-        made = EventRows(scratch / "events.parquet", scratch / "catalogue.parquet", owned, counts, unit)
+        last = scratch / "last_events.parquet" if has_time else None
+        times = con.execute("SELECT min(time), max(time) FROM placed").fetchall()[0]
+        files = scratch / "events.parquet", scratch / "catalogue.parquet"
+        unit = _gap_unit(con, config, earlier)
+        made = EventRows(*files, owned_features(columns), counts, last, times, unit)
         _write(con, made)
+        if last is not None:
+            rows = HISTORY_ROWS if earlier is None else earlier.rows
+            write_last_events(con, last, rows, later=earlier is not None)
     (folder / "rows.duckdb").unlink()
     return made
+
+
+def _gap_unit(con: Connection, config: PrepareConfig, earlier: EarlierEvents | None) -> str | None:
+    """Return the unit of the times whose gaps rows get, that of earlier events on a later day; None for no gaps."""
+    if earlier is None:
+        return unit_of_events(con) if config.gaps else None
+    unit = read_gap_unit(earlier.vocabularies)
+    if unit is not None and (found := unit_of_events(con)) != unit:
+        raise ValueError(f"times of the new events are in {found}, those of the base in {unit}: write them in {unit}")
+    return unit
 
 
 def _take_rows(con: Connection, source: EventSource) -> dict[str, Any]:

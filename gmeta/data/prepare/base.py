@@ -14,6 +14,7 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.core.files import read_mapping
+from gmeta.data.events.days import EVENTS
 from gmeta.data.events.settings import OF_EVENTS
 from gmeta.data.pack import TaskPack, manifest_checksum, open_pack
 from gmeta.data.prepare.history import INCREMENT, TASKS, history_of_pack
@@ -89,9 +90,10 @@ def open_base(config: PrepareConfig) -> Base:
     file = path / "manifest.json"
     found = read_mapping(file, CURE) if file.is_file() else {}
     base = _bundle(path, found) if found.get("format") == "gmeta-bundle" else _pack(path)
-    if base.pack_schema.next_item:
+    if base.pack_schema.next_item and (base.increment is None or not (base.increment / EVENTS).exists()):
         raise ValueError(
-            f"base {path} was made of events, which no pack continues yet: prepare the events of all days anew"
+            f"base {path} was made of events without times, or by an older gmeta: a later day's events go on from "
+            "those that have times; prepare the events of all days anew"
         )
     if base.pack_schema.encoding != ENCODING:
         raise ValueError(
@@ -181,9 +183,12 @@ def _refuse_other_settings(config: PrepareConfig, base: Base) -> None:
     for key in ("dataset", "root"):
         if getattr(config, key) is not None:
             raise ValueError(f"{key} has no effect with base: name the day's files with --input")
+    next_item = base.pack_schema.next_item
     for key in OF_EVENTS:
-        if getattr(config, key) not in (None, []):
-            raise ValueError(f"{key} has no effect with base: only a pack of its own is made of events")
+        if getattr(config, key) not in (None, []) and not (next_item and key == "items"):
+            raise ValueError(f"{key} has no effect with base: only a first pack of events asks for it")
+    if next_item and config.evict_after_days is not None:
+        raise ValueError("evict_after_days has no effect on a base of events: items of its catalogue keep their ids")
     if not config.input:
         raise ValueError("name the day's files with --input: a pack that continues a base is made of new rows")
     if config.schema is not None:
@@ -208,7 +213,7 @@ def _refuse_other_settings(config: PrepareConfig, base: Base) -> None:
                 f"{key} is {given!r}, and {theirs[key]!r} in base {base.path}: a pack that continues a base has its "
                 f"settings; leave {key} out, or prepare all days anew"
             )
-    if base.settings.task_split == "column" and config.history_rows not in (usual["history_rows"], 0):
+    if not next_item and base.settings.task_split == "column" and config.history_rows not in (usual["history_rows"], 0):
         raise ValueError(
             "history_rows has no effect with task_split column: a task's older rows may lie in another split"
         )

@@ -7,7 +7,7 @@ with its id.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from gmeta.data.prepare.tasks import ShardJob
 from gmeta.data.prepare.vocabulary import (
     RawTable,
     exact_sum,
+    further_values,
     label_scale,
     make_vocabularies,
     mean_label,
@@ -56,8 +57,12 @@ def grow(
     day: int,
     eviction: Eviction,
     tell: Report,
+    known: Mapping[str, str] | None = None,
 ) -> PackSchema:
     """Make the day's vocabularies and statistics, and its pack schema. `base`: pack schema, vocabularies, pending ones.
+
+    Of rows that are made of events, `known` has SQL of all values of the catalogue by feature, and counts are of the
+    day's events alone, which are the query of their tasks.
 
     Tables: `vocab_<index>` (value, count, id, last_day), `pending_<index>` (value, count, last_day), and, of item
     statistics, `item_totals` of all earlier days, which the day's rows see, and `totals_after` with the day.
@@ -65,8 +70,11 @@ def grow(
     before, vocabularies, pending = base
     train_shards = [s for s in shards if s.split == "train"]
     train = dealt(schema, scratch, train_shards)
-    grown = partial(_grow_vocabulary, vocabularies=vocabularies, pending=pending, day=day, eviction=eviction)
-    num_ids = make_vocabularies(con, schema, train, tell, grown)
+    further = {} if known is None else further_values(schema, None, known)
+    of_base = partial(_grow_vocabulary, vocabularies=vocabularies, pending=pending)
+    grown = partial(of_base, day=day, eviction=eviction, further=further)
+    counted = train if known is None else f"(SELECT * FROM {train} WHERE is_query)"
+    num_ids = make_vocabularies(con, schema, counted, tell, grown)
     with_item = dealt(schema, scratch, train_shards, item=True)
     if schema.item_statistics:
         kept = _kept_items(schema) if eviction.after_days is not None else "true"
@@ -87,9 +95,18 @@ def grow(
 
 
 def _grow_vocabulary(
-    con: Connection, raw: RawTable, *, vocabularies: Path, pending: Path, day: int, eviction: Eviction
+    con: Connection,
+    raw: RawTable,
+    *,
+    vocabularies: Path,
+    pending: Path,
+    day: int,
+    eviction: Eviction,
+    further: Mapping[str, Sequence[str]],
 ) -> int:
-    """Make `vocab_<index>` and `pending_<index>` of an embedding table; returns its size, tombstones included."""
+    """Make `vocab_<index>` and `pending_<index>` of an embedding table; returns its size, tombstones included.
+    `further` has by table the values that get ids too, with a count of 0.
+    """
     old = _stored(vocabulary_file(vocabularies, raw.name), "value, id, count")
     waiting = vocabulary_file(pending, raw.name)
     pending_sql = (
@@ -102,8 +119,12 @@ def _grow_vocabulary(
         gone = f"s.count IS NULL AND b.value IS NOT NULL AND {day} - b.last_day >= {eviction.after_days}"
         gone += "" if eviction.below is None else f" AND b.count < {eviction.below}"
         young = f"{day} - last_day < {eviction.after_days}"
+    new = f"WHERE value NOT IN (SELECT value FROM {old} WHERE value IS NOT NULL)"
+    more = "".join(f" UNION ALL SELECT value, 0 FROM ({values}) {new}" for values in further.get(raw.name, ()))
+    counted = f"SELECT value, CAST(sum(count) AS BIGINT) AS count FROM (FROM ({raw.counted}){more}) GROUP BY value"
+    min_count = 0 if raw.name in further else raw.min_count
     con.execute(f"""
-        CREATE OR REPLACE TEMP TABLE seen AS {raw.counted};
+        CREATE OR REPLACE TEMP TABLE seen AS {counted if more else raw.counted};
         CREATE TABLE vocab_{raw.index} AS
         SELECT CASE WHEN NOT gone THEN value END AS value, CASE WHEN gone THEN 0 ELSE count END AS count, id, last_day
         FROM (SELECT b.value, b.id, b.count + coalesce(s.count, 0) AS count, {gone} AS gone,
@@ -113,13 +134,13 @@ def _grow_vocabulary(
         SELECT coalesce(s.value, p.value) AS value, coalesce(s.count, 0) + coalesce(p.count, 0) AS count,
                CASE WHEN s.value IS NULL THEN p.last_day ELSE {day} END AS last_day
         FROM {pending_sql} p
-        FULL JOIN (SELECT * FROM seen WHERE value NOT IN (SELECT value FROM {old} WHERE value IS NOT NULL)) s
+        FULL JOIN (SELECT * FROM seen {new}) s
         ON s.value = p.value;
         INSERT INTO vocab_{raw.index} BY NAME
         SELECT value, count, last_day, (SELECT coalesce(max(id), 0) FROM vocab_{raw.index})
                + row_number() OVER (ORDER BY count DESC, value) AS id
-        FROM waiting WHERE count >= {raw.min_count};
-        CREATE TABLE pending_{raw.index} AS SELECT * FROM waiting WHERE count < {raw.min_count} AND {young}""")
+        FROM waiting WHERE count >= {min_count};
+        CREATE TABLE pending_{raw.index} AS SELECT * FROM waiting WHERE count < {min_count} AND {young}""")
     return int(scalar(con, f"SELECT count(*) FROM vocab_{raw.index}"))
 
 
@@ -163,7 +184,7 @@ def _seen_items(schema: DataSchema, train: str) -> str:
         known.append("SELECT value FROM item_totals WHERE value IS NOT NULL")
     for index, members in enumerate(schema.tables().values()):
         if members[0].hash_buckets is None and schema.item in [f.name for f in members]:
-            known += [f"SELECT value FROM {name}_{index} WHERE value IS NOT NULL" for name in ("vocab", "pending")]
+            known += [f"SELECT value FROM {name}_{index} WHERE count > 0" for name in ("vocab", "pending")]
     return " UNION ".join(known)
 
 

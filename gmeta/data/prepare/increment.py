@@ -56,7 +56,9 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
         counts = check_all(con, config, schema, settings, scratch, tell)
         tell("reading the base", 0, 1)
         known = base.history(scratch, rows)
-        day = {"number": base.day, "base": base.manifest["xxh3"], **_times(con, base, known)}
+        ((first, last),) = con.execute("SELECT min(time), max(time) FROM raw_rows").fetchall()
+        before = last_time(con, known) if schema.time is not None else None
+        day = {"number": base.day, "base": base.manifest["xxh3"], **interval_of(base, first, last, before)}
         know_tasks(con, known, rows, settings)
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts, goes_on=True)
@@ -74,7 +76,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
         pack_schema = grow(con, of_base, schema, scratch, shards, base.day, evicted, tell)
         find_older_texts(con, schema, base.pack_schema, base.vocabularies)
         pack_schema = learn_texts(con, schema, pack_schema, scratch, every, goes_on=True)
-        counts |= _grown(base.pack_schema, pack_schema)
+        counts |= grown_ids(base.pack_schema, pack_schema)
         counts["drift"] = drift(con, schema, base.pack_schema, scratch, shards)
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": None}
         made_with |= {key: getattr(config, key) for key in ("history_rows", "evict_after_days", "evict_below")}
@@ -88,7 +90,7 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
             counts["tombstones"] = {f.table: int(gone[f.name].sum()) for f in pack_schema.features if f.name in gone}
             today = ids_today(con, schema, base.pack_schema, gone)
             history = TaskHistory(pack_schema, base.day, rows, older, folder / PARTS, today)
-            of_shards = _OfShards(history, UnknownCounts(base.pack_schema))
+            of_shards = OfShards(history, UnknownCounts(base.pack_schema))
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, of_shards)
             counts["drift"]["unknown"] = of_shards.unknown.shares()
             tell("keeping the history", 0, 1)
@@ -102,16 +104,14 @@ def prepare_day(config: PrepareConfig, base: Base, report: Report | None = None)
     return {"out": str(out), "day": base.day, **counts}
 
 
-def _times(con: Connection, base: Base, known: Path) -> dict[str, int | None]:
+def interval_of(base: Base, first: int, last: int, before: int | None) -> dict[str, int | None]:
     """Return the first and last time of the day's rows in microseconds; None where they are no dates.
 
-    Raises ValueError where they count another unit than the base's.
+    Raises ValueError where they count another unit than the base's, whose last time is `before`.
     """
     none: dict[str, int | None] = {"first_time": None, "last_time": None}
     if base.schema.time is None:
         return none
-    ((first, last),) = con.execute("SELECT min(time), max(time) FROM raw_rows").fetchall()
-    before = last_time(con, known)
     unit = time_unit(last)
     if before is not None and unit != time_unit(before):
         units = [
@@ -127,7 +127,7 @@ def _times(con: Connection, base: Base, known: Path) -> dict[str, int | None]:
     )
 
 
-def _grown(before: PackSchema, after: PackSchema) -> dict[str, Any]:
+def grown_ids(before: PackSchema, after: PackSchema) -> dict[str, Any]:
     """Return table -> ids, and table -> ids that are new."""
     sizes = {f.table: f.num_ids for f in before.features}
     found = {f.table: f.num_ids for f in after.features}
@@ -135,13 +135,14 @@ def _grown(before: PackSchema, after: PackSchema) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class _OfShards:
+class OfShards:
     """What a day does with the arrays of each shard."""
 
-    history: TaskHistory
+    history: TaskHistory | None  # None: rows bring the older ones along
     unknown: UnknownCounts
 
     def add(self, con: Connection, shard: ShardJob, arrays: dict[str, Array]) -> dict[str, Array]:
+        """Return the arrays with older rows."""
         if shard.split != LEFT_OUT:
             self.unknown.add(arrays)
-        return self.history.add(con, shard, arrays) if self.history.rows else arrays
+        return self.history.add(con, shard, arrays) if self.history is not None and self.history.rows else arrays

@@ -22,6 +22,7 @@ from typing import Any
 from gmeta.config.data import HISTORY_ROWS, PrepareConfig
 from gmeta.data.events.catalogue import write_items
 from gmeta.data.events.columns import schema_of_rows
+from gmeta.data.events.days import EVENTS
 from gmeta.data.events.findings import mend_cold_tasks
 from gmeta.data.events.rows import make_event_rows
 from gmeta.data.events.settings import event_columns, settings_of_events
@@ -29,6 +30,7 @@ from gmeta.data.pack import PackWriter
 from gmeta.data.prepare.base import FIRST_INPUTS, input_checksums, open_base
 from gmeta.data.prepare.cut import rows_on_both_sides
 from gmeta.data.prepare.deal import deal
+from gmeta.data.prepare.event_day import prepare_event_day
 from gmeta.data.prepare.growth import write_pending
 from gmeta.data.prepare.history import INCREMENT, keep_left_out
 from gmeta.data.prepare.increment import prepare_day
@@ -53,7 +55,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
     that do not go together, tasks that are too few, a full disk. No pack is left behind then.
     """
     if config.base is not None:
-        return prepare_day(config, open_base(config), report)
+        base = open_base(config)
+        return (prepare_event_day if base.pack_schema.next_item else prepare_day)(config, base, report)
     out = Path(config.out)
     columns = event_columns(config)
     schema, settings = resolve_settings(
@@ -97,6 +100,9 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
                 vocab = writer.directory / "vocab"
                 write_items(con, schema, pack_schema, columns, events.catalogue, vocab, events.gap_unit)
             write_pending(con, schema, writer.directory / INCREMENT)
+            if events is not None and events.last is not None:
+                (writer.directory / INCREMENT).mkdir(exist_ok=True)
+                shutil.copyfile(events.last, writer.directory / INCREMENT / EVENTS)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)
             if events is not None:
