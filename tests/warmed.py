@@ -2,9 +2,11 @@
 
 import tensorboard.summary  # noqa: F401 - rank 0 of a training writes one
 
-from gmeta.cli import command_parser
+from gmeta.cli import COMMANDS, command_parser
 from gmeta.config.parse import known_keys
 from gmeta.config.train import TrainConfig
 
-command_parser("train")
+for name, command in COMMANDS.items():
+    if command.distributed:
+        command_parser(name)
 known_keys(TrainConfig)
