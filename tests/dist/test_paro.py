@@ -140,8 +140,8 @@ def test_all_placements_equal_ddp(ranks: int, group_size: int, accumulation: int
     run_ranks(ranks, compare, group_size, list(STRATEGIES), accumulation, torch.float64)
 
 
-def test_some_placements_equal_ddp_on_four_ranks() -> None:
-    run_ranks(4, compare, 2, ["NIG", "NII", "GGG"], 2, torch.float64)
+def test_a_placement_equals_ddp_on_four_ranks() -> None:
+    run_ranks(4, compare, 2, ["NII"], 2, torch.float64)
 
 
 _FIVE = ["NNN", "NIG", "III", "IIG", "GGG"]

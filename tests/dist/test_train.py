@@ -174,7 +174,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize("switches", CHOICES, ids="-".join)
-@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=SLOW)])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=SLOW), 2, pytest.param(4, marks=SLOW)])
 def test_no_switch_of_the_study_changes_what_is_learned(tmp_path: Path, nproc: int, switches: tuple[str, ...]) -> None:
     settings = config(make_pack(tmp_path / "pack"))
     alone = run_steps(Mesh(), settings, 4)

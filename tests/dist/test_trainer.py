@@ -180,7 +180,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("nproc", "leave", "at"),  # validation is due after step 10
     [
         *((1, leave, 9) for leave in LEAVING[2:]),
-        (2, "after step", 9),
+        pytest.param(2, "after step", 9, marks=pytest.mark.slow),
         *(pytest.param(1, leave, 9, marks=pytest.mark.slow) for leave in LEAVING[:2]),
         pytest.param(2, "before step", 9, marks=pytest.mark.slow),
         *(pytest.param(1, leave, 6, marks=pytest.mark.slow) for leave in LEAVING),
