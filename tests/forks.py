@@ -12,11 +12,15 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -28,8 +32,21 @@ CONTEXT.set_forkserver_preload(
         "gmeta.training.trainer",
         "gmeta.elastic.service",
         "gmeta.data.prepare.prepare",
+        "warmed",
     ]
 )
+_HERE = str(Path(__file__).parent)
+
+
+def begin_process(target: Callable[..., None], *arguments: Any, daemon: bool = False) -> BaseProcess:
+    """Fork the server, which it starts at the first call: it is a bare interpreter that finds modules of tests by
+    PYTHONPATH alone.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", _HERE, prepend=os.pathsep)
+        process = CONTEXT.Process(target=target, args=arguments, daemon=daemon)
+        process.start()
+    return process
 
 
 class Inherited:
@@ -83,8 +100,7 @@ class Forked:
         ends = {number: os.pipe() for number in pipes}
         given = {number: ends[number][number > 0] if number in ends else number for number in (0, 1, 2)}
         streams = {number: Inherited(ours) for number, ours in given.items()}
-        self._process = CONTEXT.Process(target=_interpreter, args=(list(words), dict(environment), streams, theirs))
-        self._process.start()
+        self._process = begin_process(_interpreter, list(words), dict(environment), streams, theirs)
         theirs.close()
         begun.recv()  # from now on signals reach its process group
         begun.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from forks import CONTEXT
+from forks import CONTEXT, begin_process
 
 from gmeta.parallel.launch import worker_environment
 from gmeta.parallel.mesh import Mesh, open_mesh
@@ -52,13 +52,9 @@ class Pool:
         for rank in range(nproc):
             ours, theirs = CONTEXT.Pipe()
             environment = worker_environment(rank, nproc, self.store.port)
-            process = CONTEXT.Process(
-                target=_worker, args=(environment, mesh_timeout_s, node_size, theirs), daemon=True
-            )
-            process.start()
+            self.processes.append(begin_process(_worker, environment, mesh_timeout_s, node_size, theirs, daemon=True))
             theirs.close()
             self.pipes.append(ours)
-            self.processes.append(process)
 
     def run(self, function: Function, args: tuple[Any, ...], timeout_s: float) -> list[Any]:
         for pipe in self.pipes:

@@ -123,7 +123,7 @@ def one_epoch(mesh: Mesh, settings: TrainConfig) -> None:
     own_loop(mesh, settings)
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_it_is_on_where_a_split_has_cold_ids(tmp_path: Path, nproc: int) -> None:
     cold, none = (
         make_pack(tmp_path / name, test=tests, counts=1000, change=cold_in_test)

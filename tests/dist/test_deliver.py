@@ -158,6 +158,7 @@ def test_a_damaged_day_is_refused_and_the_next_one_goes_on_without_it(
     assert before == "as its manifest says"  # what it scored on the damaged day is no measure
 
 
+@pytest.mark.slow
 def test_after_a_sound_day_that_was_refused_the_next_is_compared_with_it(
     stream: Path, registry: Path, tmp_path: Path
 ) -> None:

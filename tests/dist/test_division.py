@@ -83,7 +83,7 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("changes", "switches"), SETTINGS, ids=["factored", "reference", "plain", "naive"])
-@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_division_changes_what_is_learned(
     tmp_path: Path, nproc: int, changes: dict[str, Any], switches: tuple[str, ...]
 ) -> None:
@@ -92,7 +92,7 @@ def test_no_division_changes_what_is_learned(
     assert_same(run_ranks(nproc, run_divided, settings, 12, changing, switches)[0]["learned"], alone, 1e-10)
 
 
-@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nproc", [1, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4))])
 def test_tasks_that_are_late_come_again_in_their_epoch(tmp_path: Path, nproc: int) -> None:
     """Every task takes effect once an epoch, and a step's update is that of one process on the tasks it finished."""
     settings = config(make_pack(tmp_path / "pack"))
@@ -128,10 +128,12 @@ def resumed(mesh: Mesh, settings: TrainConfig, cut: int, steps: int) -> list[lis
     return batches
 
 
-@pytest.mark.parametrize("cut", [3, 6, 7, 9, 17])
-def test_a_tail_survives_a_restart(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("cuts", [(6, 17), pytest.param((3, 7, 9), marks=pytest.mark.slow)])
+def test_a_tail_survives_a_restart(tmp_path: Path, cuts: tuple[int, ...]) -> None:
     settings = config(make_pack(tmp_path / "pack"))
-    assert resumed(Mesh(), settings, cut, 20) == resumed(Mesh(), settings, 0, 20)
+    expected = resumed(Mesh(), settings, 0, 20)
+    for cut in cuts:
+        assert resumed(Mesh(), settings, cut, 20) == expected
 
 
 def run_within(mesh: Mesh, settings: TrainConfig, steps: int, max_cells: int) -> dict[str, Any]:
@@ -152,7 +154,7 @@ def run_within(mesh: Mesh, settings: TrainConfig, steps: int, max_cells: int) ->
     [{}, {"meta": MetaConfig(inner_steps=1, inner_lr=0.3, engine="reference")}, {"meta": MetaConfig(adapt=[])}],
     ids=["factored", "reference", "plain"],
 )
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_budget_of_cells_changes_only_how_much_is_computed_at_once(
     tmp_path: Path, nproc: int, changes: dict[str, Any]
 ) -> None:

@@ -60,7 +60,8 @@ def test_sharded_scores_equal_those_of_one_process(tmp_path: Path, nproc: int) -
 TEXTS, NUMBERS = ("size", "from_size", "variant", "against", "metric", "unit", "n"), ("value", "low", "high")
 
 
-@pytest.mark.parametrize("several", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [2, 4])
 def test_a_learning_curve_is_the_same_on_any_number_of_ranks(tmp_path: Path, several: int) -> None:
     """Each point is the evaluation of a run that reads so many support rows; of baselines, of a shorter log."""
     pack, run_dir = make_pack(tmp_path / "pack", test=33), tmp_path / "run"

@@ -198,7 +198,7 @@ def test_one_worker_matches_plain_autograd():
 
 
 @pytest.mark.parametrize("optimizer", list(STATE))
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers_agree_with_one(world, optimizer):
     ((expected, expected_losses, expected_norms),) = run_ranks(1, train, optimizer, 5)
     results = run_ranks(world, train, optimizer, 5)
@@ -236,7 +236,7 @@ def exchange_nothing(mesh: Mesh, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", EXCHANGES)
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_batch_without_rows_changes_nothing(world, how):
     run_ranks(world, exchange_nothing, how)
 
@@ -252,7 +252,7 @@ def test_naive_ways_refuse_to_drop_late_tasks():
         exchange.return_gradients(routed, rows, used)
 
 
-NODES = [(2, 0), (4, 0), (4, 2)]  # workers, workers of a node
+NODES = [(2, 0), (4, 2), pytest.param(4, 0, marks=pytest.mark.slow)]  # workers, workers of a node
 
 
 def train_in(mesh: Mesh, how: str) -> dict[str, torch.Tensor]:

@@ -46,7 +46,7 @@ def fresh(shop: Path) -> Path:
     return train(shop, shop.parent / "fresh", *ANOTHER, *STILL)
 
 
-@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nproc", [1, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (2, 4))])
 def test_named_parts_are_taken(shop: Path, base: Path, fresh: Path, tmp_path: Path, nproc: int) -> None:
     """Rows go by raw value, new ids begin as the row of unknown ones, and all else as in a run of its own."""
     sharded = ("--dense.sharding", "GGG") if nproc > 1 else ()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from forks import CONTEXT
+from forks import begin_process
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from gmeta.parallel.launch import launch, module_command
@@ -32,9 +32,7 @@ def _launcher(behaviour: str, folder: Path, environment: dict[str, str]) -> None
 
 
 def start(behaviour: str, folder: Path, **environment: str) -> BaseProcess:
-    process = CONTEXT.Process(target=_launcher, args=(behaviour, folder, environment))
-    process.start()
-    return process
+    return begin_process(_launcher, behaviour, folder, environment)
 
 
 def finish(process: BaseProcess, folder: Path) -> tuple[int, str]:

@@ -108,8 +108,8 @@ def same(engine: Any, expected: dict[str, Tensor], about: Any) -> None:
     [
         (2, towers),
         (2, experts),
-        (4, layer_drop),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, layer_drop), (4, towers), (4, experts))),
+        pytest.param(2, layer_drop, marks=pytest.mark.slow),
+        *(pytest.param(4, choose, marks=pytest.mark.slow) for choose in (layer_drop, towers, experts)),
     ],
 )
 def test_ranks_that_use_other_parts(ranks: int, choose: Any) -> None:
@@ -199,7 +199,7 @@ def frozen_later(mesh: Mesh, strategies: list[str]) -> None:
 
 
 def test_parameters_that_are_frozen_for_some_steps() -> None:
-    run_ranks(4, frozen_later, ["NNN", "IIG", "GGG"])
+    run_ranks(4, frozen_later, ["NNN", "GGG"])
 
 
 def test_parameters_that_are_trained_too_late() -> None:
@@ -335,7 +335,7 @@ def staged(mesh: Mesh, strategy: str) -> float:
     return most[0]
 
 
-@pytest.mark.parametrize("strategy", ["NIG", "IIG", "GGG"])
+@pytest.mark.parametrize("strategy", ["NIG", *(pytest.param(s, marks=pytest.mark.slow) for s in ("IIG", "GGG"))])
 def test_two_staging_buffers_at_once(strategy: str) -> None:
     """One is filled while another one is reduced; it was all thirteen."""
     assert max(run_ranks(4, staged, strategy)) == 2

@@ -255,6 +255,7 @@ def command_line(pack: Path, run_dir: Path, *words: str) -> list[str]:
     return ["--config", str(file), "--workers", "2", "--servers", "2", "--timeout_s", "60", *words]
 
 
+@pytest.mark.slow
 def test_gmeta_evaluates_what_the_baseline_trained(
     pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,6 +48,9 @@ class Towers(nn.Module):
         return self.last(torch.relu(self.layer(torch.cat([dense, *embedded.values()], -1)))).squeeze(-1)
 
 
+_SCHEDULE = ScheduleConfig(epochs=2, eval_every=5, checkpoint_every=4, keep_last=99)
+
+
 def settings_of(tmp_path: Path, name: str, **changes: Any) -> TrainConfig:
     pack = tmp_path / "pack"
     if not pack.exists():
@@ -54,7 +58,7 @@ def settings_of(tmp_path: Path, name: str, **changes: Any) -> TrainConfig:
     values = {
         "run_dir": str(tmp_path / name),
         "embedding": EmbeddingConfig(optimizer="adam", lr=0.05, weight_decay=0.1, init_std=0.5),
-        "schedule": ScheduleConfig(epochs=2, eval_every=5, checkpoint_every=4, keep_last=99),
+        "schedule": _SCHEDULE,
         **changes,
     }
     return config(pack, **values)
@@ -123,7 +127,7 @@ def test_the_same_bits_as_gmeta_train(tmp_path: Path, nproc: int, split: str | N
     """Also where ranks get several micro-batches, none at all, or leave some for later."""
     results = {}
     for name in ("own", "product"):
-        settings = settings_of(tmp_path, name)
+        settings = settings_of(tmp_path, name, schedule=replace(_SCHEDULE, epochs=1))
         results[name] = run_ranks(nproc, own_loop_of(name), settings, split)
     assert results["own"] == results["product"]
     assert_same_run(tmp_path / "own", tmp_path / "product")
@@ -143,15 +147,15 @@ def with_penalty(mesh: Mesh, settings: TrainConfig) -> dict[str, Any]:
 
 def test_ranks_without_tasks_need_no_special_case(tmp_path: Path) -> None:
     """A mean over nothing is no number; it must not reach the loss, the weights or the log."""
-    settings = settings_of(tmp_path, "run", schedule=ScheduleConfig(max_steps=6))
-    assert {result["step"] for result in run_ranks(4, with_penalty, settings)} == {6}
+    settings = settings_of(tmp_path, "run", schedule=ScheduleConfig(max_steps=3))
+    assert {result["step"] for result in run_ranks(4, with_penalty, settings)} == {3}
     losses = [record["loss"] for record in logged(tmp_path / "run") if record["kind"] == "train"]
     assert all(isinstance(loss, float) for loss in losses)
 
 
 def test_a_term_of_ones_own_reaches_the_weights(tmp_path: Path) -> None:
     for name, penalty in (("without", 0.0), ("with", 0.1)):
-        own_loop(Mesh(), settings_of(tmp_path, name), penalty=penalty)
+        own_loop(Mesh(), settings_of(tmp_path, name, schedule=ScheduleConfig(max_steps=3)), penalty=penalty)
     without, penalised = saved(tmp_path / "without"), saved(tmp_path / "with")
     assert not all(torch.equal(without[name], penalised[name]) for name in without)
 
@@ -161,32 +165,43 @@ def leave_early(mesh: Mesh, settings: TrainConfig, at: int, leave: str) -> dict[
 
 
 LEAVING = ("before forward", "before backward", "before step", "after step")
+_LEAVING = [*(pytest.param(leave, marks=pytest.mark.slow) for leave in LEAVING[:2]), *LEAVING[2:]]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process whose loop nobody left."""
+    folder = tmp_path_factory.mktemp("whole")
+    own_loop(Mesh(), settings_of(folder, "whole"))
+    return folder / "whole"
 
 
 @pytest.mark.parametrize(
     ("nproc", "leave", "at"),  # validation is due after step 10
     [
-        *((1, leave, 9) for leave in LEAVING),
-        (2, "after step", 9),
+        *((1, leave, 9) for leave in LEAVING[2:]),
+        pytest.param(2, "after step", 9, marks=pytest.mark.slow),
+        *(pytest.param(1, leave, 9, marks=pytest.mark.slow) for leave in LEAVING[:2]),
         pytest.param(2, "before step", 9, marks=pytest.mark.slow),
         *(pytest.param(1, leave, 6, marks=pytest.mark.slow) for leave in LEAVING),
         *(pytest.param(2, leave, 6, marks=pytest.mark.slow) for leave in ("before step", "after step")),
     ],
 )
-def test_a_loop_that_is_left_goes_on_exactly(tmp_path: Path, nproc: int, leave: str, at: int) -> None:
+def test_a_loop_that_is_left_goes_on_exactly(tmp_path: Path, whole: Path, nproc: int, leave: str, at: int) -> None:
     """A batch without a step comes again; what is due after a step is done."""
-    run_ranks(nproc, own_loop, settings_of(tmp_path, "whole"), None)
+    if nproc > 1:
+        whole = tmp_path / "whole"
+        run_ranks(nproc, own_loop, settings_of(tmp_path, "whole"), None)
     run_ranks(nproc, leave_early, settings_of(tmp_path, "parts"), at, leave)
     assert checkpoint.steps_saved(tmp_path / "parts" / "checkpoints")[-1] == at + (leave == "after step")
     run_ranks(nproc, own_loop, settings_of(tmp_path, "parts", resume=True), None)
-    whole, parts = saved(tmp_path / "whole"), saved(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert logged(tmp_path / "whole") == logged(tmp_path / "parts")
+    expected, found = saved(whole), saved(tmp_path / "parts")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert logged(whole) == logged(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("leave", LEAVING)
-def test_a_second_loop_goes_on_where_the_first_was_left(tmp_path: Path, leave: str) -> None:
-    own_loop(Mesh(), settings_of(tmp_path, "whole"))
+@pytest.mark.parametrize("leave", _LEAVING)
+def test_a_second_loop_goes_on_where_the_first_was_left(tmp_path: Path, whole: Path, leave: str) -> None:
     with Trainer(settings_of(tmp_path, "twice")) as trainer:
         _loop(trainer, leave_at=6, leave=leave)
         if leave == "before step":
@@ -194,8 +209,8 @@ def test_a_second_loop_goes_on_where_the_first_was_left(tmp_path: Path, leave: s
                 _loop(trainer)
             return
         _loop(trainer)
-    whole, twice = saved(tmp_path / "whole"), saved(tmp_path / "twice")
-    assert all(torch.equal(whole[name], twice[name]) for name in whole)
+    expected, found = saved(whole), saved(tmp_path / "twice")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_a_stop_is_saved_and_told(tmp_path: Path) -> None:

@@ -12,14 +12,18 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import psutil
 import pytest
+from forks import Forked, begin_worker
 from packs import make_pack
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from gmeta.cli import run
 from gmeta.data.pack import open_pack
@@ -182,10 +186,51 @@ def kill(process: Started, who: str, rng: random.Random) -> bool:
     return bool(victims)
 
 
-SLOW = pytest.mark.slow
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Forked]:
+    """The workers that this process has launched."""
+    found: list[Forked] = []
+
+    def begin(*arguments: Any) -> Forked:
+        found.append(begin_worker(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(SubprocessHandler, "_popen", begin)
+    return found
 
 
-@pytest.mark.parametrize("who", [pytest.param("worker", marks=SLOW), pytest.param("coordinator", marks=SLOW), "both"])
+def test_a_kill_of_both_changes_nothing(
+    pack: Path, tmp_path: Path, begun: list[Forked], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A short run of forked workers, launched from here; what follows kills whole processes."""
+    run_dir, plain, ended = tmp_path / "run", tmp_path / "plain", threading.Event()
+    assert run(command(pack, plain, "--schedule.epochs", 3, elastic=False)[3:]) == 0
+    before = len(begun)
+
+    def kill_both() -> bool:
+        while not ended.wait(0.02):
+            if steps_logged(run_dir) >= 8:
+                begun[before + 1].send_signal(signal.SIGKILL)
+                (coordinator,) = [c for c in psutil.Process().children() if "coordinate" in c.cmdline()]
+                coordinator.kill()
+                return True
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill_both)
+        code = run(command(pack, run_dir, "--schedule.epochs", 3)[3:])
+        ended.set()
+    said = capfd.readouterr().err
+    assert (code, killing.result()) == (0, True), said
+    for expected in ("restart 1, from the checkpoint of step", "was killed by SIGKILL", "the coordinator ended"):
+        assert expected in said, said
+    assert_each_task_once(run_dir)
+    assert losses(run_dir) == losses(plain)
+    assert learned(run_dir) == learned(plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["worker", "coordinator", "both"])
 def test_a_kill_changes_nothing(pack: Path, undisturbed: Path, tmp_path: Path, who: str) -> None:
     run_dir = tmp_path / "run"
     process = start(command(pack, run_dir))
@@ -318,14 +363,21 @@ def test_a_policy_that_talks_nonsense_is_logged_and_does_no_harm(pack: Path, und
     assert learned(run_dir) == learned(undisturbed)
 
 
-def test_sigterm_before_the_first_step_ends_the_run(pack: Path, tmp_path: Path) -> None:
+def test_sigterm_before_the_first_step_ends_the_run(
+    pack: Path, tmp_path: Path, begun: list[Forked], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Workers that cannot save yet die of it; that is no failure to recover from."""
-    process = start(command(pack, tmp_path / "run"))
-    while process.poll() is None and not processes(process, "train"):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    said = end(process, 60)
-    assert process.returncode in (143, 75), said
+
+    def stop() -> None:
+        while len(begun) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    teller = threading.Thread(target=stop, daemon=True)
+    teller.start()
+    code = run(command(pack, tmp_path / "run")[3:])
+    said = capfd.readouterr().err
+    assert code in (143, 75), said
     assert "restart 1" not in said
 
 

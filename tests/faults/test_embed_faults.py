@@ -177,7 +177,7 @@ def start(line: list[object], saved: float = 0.0) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on(
     tmp_path: Path, words: Words, nproc: int, capsys: pytest.CaptureFixture[str], encoder: Path
 ) -> None:

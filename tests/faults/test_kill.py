@@ -9,14 +9,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 from commands import logged
+from forks import Forked
 from packs import make_pack
 from safetensors.torch import load_file
 
@@ -25,7 +28,7 @@ from gmeta.runs import checkpoint
 
 pytestmark = pytest.mark.faults
 
-STEPS = 60
+STEPS = 40
 
 
 def command(pack: Path, run_dir: Path, resume: bool, nproc: int = 2) -> list[str]:
@@ -39,13 +42,12 @@ def command(pack: Path, run_dir: Path, resume: bool, nproc: int = 2) -> list[str
     return [str(word) for word in words]
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "gmeta", *words]
-    return subprocess.Popen(argv, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+def start(words: list[str]) -> Forked:
+    """A launcher, whose workers are interpreters of their own."""
+    return Forked(["-m", "gmeta", *words], {**os.environ, "OMP_NUM_THREADS": "1"}, pipes=(1, 2))
 
 
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(process: Forked) -> list[psutil.Process]:
     """The launcher's workers that run gmeta."""
     try:
         children = psutil.Process(process.pid).children(recursive=True)
@@ -54,7 +56,7 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return []
 
 
-def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def wait_for_step(process: Forked, run_dir: Path, step: int) -> None:
     """Until metrics.jsonl holds the step, or the run has ended."""
     metrics = run_dir / "metrics.jsonl"
     while process.poll() is None:
@@ -82,20 +84,6 @@ def undisturbed(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of two processes that nobody disturbed."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     assert run(command(pack, run_dir, resume=False)) == 0
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def stopped(pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, asked to stop by SIGTERM after step 20; to be copied before it goes on."""
-    run_dir = tmp_path_factory.mktemp("stopped") / "run"
-    process = start(command(pack, run_dir, resume=False))
-    wait_for_step(process, run_dir, 20)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 75, out + err
-    assert "Traceback" not in err
-    assert "--resume" in out + err
     return run_dir
 
 
@@ -133,22 +121,45 @@ def test_kills_change_nothing(pack: Path, undisturbed: Path, tmp_path: Path, kil
 
 
 def test_sigterm_saves_after_the_step_and_resumes_bit_equal(
-    pack: Path, undisturbed: Path, stopped: Path, tmp_path: Path
+    pack: Path, undisturbed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(stopped, run_dir)
+    """On as many processes; on one, as far as sums in another order allow. Its launcher is this process."""
+    run_dir, alone = tmp_path / "run", tmp_path / "alone"
+    words, ended = command(pack, run_dir, resume=False), threading.Event()
+    with ThreadPoolExecutor(1) as pool, ignored(signal.SIGTERM):
+        telling = pool.submit(stop_after, 20, run_dir / "metrics.jsonl", ended)
+        code = run(words)
+        ended.set()
+    said = capfd.readouterr()
+    assert (code, telling.result()) == (75, True), said
+    assert "Traceback" not in said.err
+    assert "--resume" in said.out + said.err
+    shutil.copytree(run_dir, alone)
     assert run(command(pack, run_dir, resume=True)) == 0
     assert final_state(run_dir) == final_state(undisturbed)
-
-
-def test_resume_on_another_world_size(pack: Path, stopped: Path, tmp_path: Path) -> None:
-    alone, moved = tmp_path / "alone", tmp_path / "moved"
-    assert run(command(pack, alone, resume=False, nproc=1)) == 0
-    shutil.copytree(stopped, moved)
-    assert run(command(pack, moved, resume=True, nproc=1)) == 0
-    losses = [[r["loss"] for r in final_state(d)[1] if r["kind"] == "train"] for d in (moved, alone)]
+    assert run(command(pack, alone, resume=True, nproc=1)) == 0
+    losses = [[r["loss"] for r in final_state(d)[1] if r["kind"] == "train"] for d in (alone, undisturbed)]
     assert len(losses[0]) == STEPS
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def stop_after(step: int, metrics: Path, ended: threading.Event) -> bool:
+    """Tell this process to stop once the step is logged; whether that was before the run had ended."""
+    while not ended.wait(0.02):
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            os.kill(os.getpid(), signal.SIGTERM)
+            return True
+    return False
+
+
+@contextmanager
+def ignored(number: signal.Signals) -> Iterator[None]:
+    """A signal that comes when nobody waits for it does not end the tests."""
+    before = signal.signal(number, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.mark.slow
@@ -175,7 +186,7 @@ def test_workers_do_not_outlive_their_launcher(pack: Path, tmp_path: Path) -> No
     process = start([*command(pack, run_dir, resume=False), "--schedule.max_steps", "100000"])
     wait_for_step(process, run_dir, 10)
     left = workers(process)
-    process.kill()
+    process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     _, alive = psutil.wait_procs(left, timeout=60)
     assert not alive

@@ -208,6 +208,7 @@ def test_labels_far_from_zero_keep_their_digits():
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_floors_of_ml_1m():
     path = Path(os.environ.get("GMETA_DATA", "../shared/data")) / "ml-1m-subset" / "ratings.csv"
     if not path.exists():

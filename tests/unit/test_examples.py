@@ -47,7 +47,14 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss_after"] for line in lines if line["kind"] == "valid"]
 
 
-@pytest.mark.parametrize("name", ["own_model.py", pytest.param("own_loop.py", marks=pytest.mark.slow)])
+def test_an_example_of_a_model_trains(pack: Path, tmp_path: Path) -> None:
+    assert "best loss" in example("own_model.py", pack, tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own_model.py", "own_loop.py"])
 def test_examples_that_train_learn_the_same_on_two_processes(pack: Path, tmp_path: Path, name: str) -> None:
     for processes in (1, 2):
         assert "best loss" in example(name, pack, tmp_path / str(processes), processes=processes)

@@ -88,6 +88,7 @@ def test_a_user_without_side_information_is_a_bad_row(tmp_path: Path, ml_1m: Pat
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_ml_1m_melu_of_the_subset_has_the_protocols_tasks(tmp_path: Path, real_data: Callable[[str], Path]):
     pack, counts = made(tmp_path, "ml-1m-melu", real_data("ml-1m-subset"))
     test = counts["splits"]["test"]

@@ -76,7 +76,7 @@ def write_metrics(run_dir, num_steps, binary):
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make_run(run_dir, *, binary=True, num_tasks=150, num_steps=400, resamples=100):
+def make_run(run_dir, *, binary=True, num_tasks=150, num_steps=400, resamples=20):
     """A run directory with everything a report reads."""
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True)
