@@ -94,11 +94,8 @@ class BAHE(TextModel):
     ) -> None:
         super().__init__()
         _check_words(encode=encode, pooling=pooling, tune=tune, user=user, direction=direction)
-        require(positions >= 1, "model.args.positions", positions, "must be at least 1")
-        require(taste >= 0, "model.args.taste", taste, "must be 0 (off) or more")
+        _check_numbers(positions, taste, dropout, history_dropout)
         check_widths("hidden", hidden)
-        check_dropout(dropout)
-        check_dropout(history_dropout, "history_dropout")
         if taste:
             require_one_label(inputs, "bahe with taste")
         self.target, self.histories = texts_to_read(inputs, target, histories)
@@ -213,6 +210,13 @@ def _check_words(**given: str) -> None:
     """Raise ValueError for an argument that is none of the words it may be."""
     for key, word in given.items():
         require(word in _WORDS[key], f"model.args.{key}", word, f"must be one of {', '.join(_WORDS[key])}")
+
+
+def _check_numbers(positions: int, taste: int, dropout: float, history_dropout: float) -> None:
+    require(positions >= 1, "model.args.positions", positions, "must be at least 1")
+    require(taste >= 0, "model.args.taste", taste, "must be 0 (off) or more")
+    check_dropout(dropout)
+    check_dropout(history_dropout, "history_dropout")
 
 
 class _Read(NamedTuple):

@@ -89,7 +89,7 @@ class LLMRec(TextModel):
         for key, word, words in (("reader", reader, get_args(Reader)), ("tune", tune, get_args(Tune))):
             require(word in words, f"model.args.{key}", word, f"must be one of {', '.join(words)}")
         self.text = text_of_items(inputs, text)
-        self.texts = (self.text,)
+        self.texts: tuple[str, ...] = (self.text,)
         self.features: tuple[str, ...] = ()
         self.item: str | None = None
         self.reader: HistoryReader | VectorReader | TokenReader
@@ -99,8 +99,8 @@ class LLMRec(TextModel):
             _check_tokens(tune, ids=ids, store=store, refresh=refresh)
             source = _titles(opened, inputs.texts_by_id(self.text), template, max_tokens)
             self.keep_texts(inputs, self.text, source, encoder)
-            high = tuned(opened.high, tune, rank)
-            self.reader = TokenReader(high, source, window=window, max_tokens=max_tokens, pooling=pooling, **compare)
+            read: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "pooling": pooling, **compare}
+            self.reader = TokenReader(tuned(opened.high, tune, rank), source, **read)
             return
         self.item = inputs.item if ids else None
         self.features = tuple(n for n in inputs.features if n != self.text and (ids or n != inputs.item))
@@ -111,11 +111,10 @@ class LLMRec(TextModel):
             tuned(opened.low.stack.requires_grad_(True), tune, rank)
         source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh)
         self.keep_texts(inputs, self.text, source, encoder)
-        widths = [opened.dim, *hidden, dim]
         self.text_norm = nn.LayerNorm(opened.dim)
-        self.tower = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        self.tower = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([opened.dim, *hidden, dim]))
         self.gate = nn.Linear(dim, 1) if ids else None
-        made: dict[str, Any] = {"positions": positions, "dropout": dropout, **compare}
+        made = {"positions": positions, "dropout": dropout, **compare}
         if reader == "high":
             self.reader = VectorReader(tuned(opened.high, tune, rank, "causal"), opened.dim, dim, **made)
         else:

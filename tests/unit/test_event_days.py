@@ -197,3 +197,15 @@ def test_targets_of_one_user_belong_together(tmp_path: Path, settings: dict[str,
     candidates = candidates_of(catalogue, "domain")
     found = ranks_of(lambda some: torch.zeros(len(targets.row[some]), catalogue.num_ids), targets, candidates)
     assert set(user_keys(pack, split, found, candidates.domain).to_pylist()) == {"a#1", "b|c", "d"}
+
+
+def test_gaps_of_a_day_go_on_from_earlier_events(tmp_path: Path) -> None:
+    first = event_pack(tmp_path, FIRST, gaps=True)
+    day = later_pack(tmp_path, first.path, [row for user in USERS for row in timed(user, "a@11 e@12")], "day1")
+    names = [None, *pq.read_table(day.vocab_file("gap"))["value"].to_pylist()]
+    rows = day.split("train").columns(("gap",))
+    found = [names[gap] for gap in rows.ids["gap"][rows.task == 0].tolist()]
+    assert found == [None, "1", "1", "1", "3", "1"], "floor(log2(1 + steps)) since the event before"
+    dates = [{"user": "u0", "item": "a", "time": 1_700_000_000}]
+    with pytest.raises(ValueError, match="times of the new events are in s, those of the base in counter"):
+        later_pack(tmp_path, first.path, dates, "day2")

@@ -59,9 +59,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         return (prepare_event_day if base.pack_schema.next_item else prepare_day)(config, base, report)
     out = Path(config.out)
     columns = event_columns(config)
-    schema, settings = resolve_settings(
-        config, None if columns is None else schema_of_rows(columns, gaps=bool(config.gaps))
-    )
+    of_rows = None if columns is None else schema_of_rows(columns, gaps=bool(config.gaps))
+    schema, settings = resolve_settings(config, of_rows)
     inputs = None if config.dataset is not None else sorted(input_checksums(find_files(config.inputs)))
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
