@@ -207,5 +207,5 @@ def test_gaps_of_a_day_go_on_from_earlier_events(tmp_path: Path) -> None:
     found = [names[gap] for gap in rows.ids["gap"][rows.task == 0].tolist()]
     assert found == [None, "1", "1", "1", "3", "1"], "floor(log2(1 + steps)) since the event before"
     dates = [{"user": "u0", "item": "a", "time": 1_700_000_000}]
-    with pytest.raises(ValueError, match="times of the new events are in s, those of the base in counter"):
+    with pytest.raises(ValueError, match="times of the new events are in seconds, those of the base in counter"):
         later_pack(tmp_path, first.path, dates, "day2")

@@ -9,7 +9,7 @@ import pytest
 from versions import Growing, verdict
 
 from gmeta.delivery.registry import publish
-from gmeta.delivery.rules import RULES
+from gmeta.delivery.rule_files import RULES
 from gmeta.delivery.sound_day import DATA_RULES, newest_sound_day
 from gmeta.runs.registry import Registry, open_registry
 
