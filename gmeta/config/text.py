@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gmeta.core.errors import nearest, require, require_numbers
+from gmeta.core.files import is_url
 
 EMBED_VERBS = ("verify", "stats", "compact")
 
@@ -53,7 +54,7 @@ class EmbedConfig:
     def __post_init__(self) -> None:
         require_numbers(self)
         require(
-            "://" not in self.store,
+            not is_url(self.store),
             "store",
             self.store,
             "a store is written in a local folder: embed there, and copy the folder; runs read the copy by "

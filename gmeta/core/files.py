@@ -113,6 +113,11 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def is_url(name: str) -> bool:
+    """Say whether a name is a URL of an object store, and no path."""
+    return "://" in name
+
+
 def make_folder(key: str, path: str) -> Path:
     """Return the folder at `path`, made where it is missing. ValueError names `key`, the setting that asked for it."""
     folder = Path(path)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.core.files import is_url
 from gmeta.data.candidates import CandidateDraw
 from gmeta.data.catalogue import Catalogue
 from gmeta.data.schema import LabelColumn, PackSchema
@@ -43,7 +44,7 @@ from gmeta.recommender.system import System
 from gmeta.runs import checkpoint
 from gmeta.runs.bundle import assets_of, is_bundle, open_bundle, read_manifest
 from gmeta.runs.directory import open_checkpoint, read_config, read_run_id, read_schema
-from gmeta.runs.fetched import fetch_folder, is_url
+from gmeta.runs.fetched import fetch_folder
 from gmeta.runs.registry import CACHE
 
 WIRE: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,11 +15,6 @@ _LEFT_OUT = ("lock", ".partial-")
 """Files of writers: a lock, and what was being written."""
 
 
-def is_url(name: str) -> bool:
-    """Say whether a name is a URL of an object store, and no path."""
-    return "://" in name
-
-
 def fetch_folder(url: str, cache: Path, check: Callable[[Path], None]) -> Path:
     """Return a copy, in the cache, of what a folder of an object store holds now.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from gmeta.core.files import make_folder
+from gmeta.core.files import is_url, make_folder
 from gmeta.data.shards import verified_file
 from gmeta.runs.bundle import MANIFEST, check_manifest, manifest_text, read_manifest, without_training
 from gmeta.runs.delta import DELTA, apply_delta, check_delta, checksum_of, delta_bytes, is_of_training
@@ -94,7 +94,7 @@ def fetch_named(name: str, cache: Path) -> Path | None:
     url, _, which = name.rpartition("/")
     if not url or not (which == "current" or which.isdecimal()):
         return None
-    if "://" not in url and (Path(name).exists() or not any((Path(url) / key).exists() for key in (POINTER, BEGUN))):
+    if not is_url(url) and (Path(name).exists() or not any((Path(url) / key).exists() for key in (POINTER, BEGUN))):
         return None
     registry = open_registry(url)
     if which != "current":

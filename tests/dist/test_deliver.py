@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from commands import fails, gmeta
 
+from deliveries import stopped_after
 from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
 from gmeta.delivery import deliver as stages
@@ -102,14 +103,7 @@ _OTHERS = ("fetch", "prepare", "bundle", "gate", "publish")
 def test_a_delivery_that_was_stopped_goes_on(
     stream: Path, registry: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = stages.STAGES[stage]
-
-    def killed(delivery: stages.Delivery) -> None:
-        done(delivery)
-        raise KeyboardInterrupt  # before delivery.json says that the stage ended
-
-    with monkeypatch.context() as patch:
-        patch.setitem(stages.STAGES, stage, killed)
+    with stopped_after(stage, monkeypatch):
         assert deliver(stream, registry, 2) == 130
     made: list[str] = []
     for name, stage_ in list(stages.STAGES.items()):
@@ -125,15 +119,8 @@ def test_a_delivery_that_was_stopped_goes_on(
 def test_a_first_delivery_that_was_stopped_goes_on(
     stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = stages.STAGES["publish"]
-
-    def killed(delivery: stages.Delivery) -> None:
-        done(delivery)
-        raise KeyboardInterrupt
-
     words: dict[str, Any] = {"schema": stream / "log" / "schema.yaml", "train_with": TRAIN}
-    with monkeypatch.context() as patch:
-        patch.setitem(stages.STAGES, "publish", killed)
+    with stopped_after("publish", monkeypatch):
         assert deliver(stream, tmp_path / "registry", 0, 1, **words) == 130
     assert deliver(stream, tmp_path / "registry", 0, 1, **words) == 0
     assert [one.number for one in open_registry(str(tmp_path / "registry")).versions()] == [1]

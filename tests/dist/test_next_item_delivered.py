@@ -17,6 +17,7 @@ from commands import fails
 from encoders import WHY, tiny
 from event_days import NEW, USERS, day_of_events, write_days
 
+from deliveries import stopped_after
 from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
 from gmeta.data.pack import TaskPack, open_pack
@@ -195,14 +196,7 @@ def test_events_are_named_once(folder: Path, registry: Path, capsys: pytest.Capt
 def test_a_delivery_of_events_that_was_stopped_goes_on(
     folder: Path, registry: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = stages.STAGES[stage]
-
-    def killed(delivery: stages.Delivery) -> None:
-        done(delivery)
-        raise KeyboardInterrupt  # before delivery.json says that the stage ended
-
-    with monkeypatch.context() as patch:
-        patch.setitem(stages.STAGES, stage, killed)
+    with stopped_after(stage, monkeypatch):
         assert deliver(folder, registry, 1) == 130
     assert deliver(folder, registry, 1) == 0
     assert [one.number for one in open_registry(str(registry)).versions()] == [1, 2]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from gmeta.config.text import EmbedConfig
-from gmeta.runs.fetched import fetch_folder, is_url
+from gmeta.core.files import is_url
+from gmeta.runs.fetched import fetch_folder
 
 
 @pytest.fixture
