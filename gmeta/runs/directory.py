@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -198,7 +198,8 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
     # A setting younger than the checkpoint did then what its default does now.
     defaults = asdict(TrainConfig(pack="", run_dir=""))
     saved, _ = upgrade(state["config"], saved=True)
-    before, wanted = (flat(defaults) | flat(_with_younger_args(config)) for config in (saved, asdict(now)))
+    younger = _younger_args(saved.get("model", {}))
+    before, wanted = flat(defaults) | younger | flat(saved), younger | flat(asdict(now))
     for settings in (before, wanted):  # a run that lists no feature reads all of its pack
         settings["model.features"] = settings["model.features"] or [f["name"] for f in state["schema"]["features"]]
     if not (before.get("replay.pack") and wanted["replay.pack"]):  # the pack is compared by itself
@@ -209,11 +210,15 @@ def _changed_settings(state: dict[str, Any], now: TrainConfig) -> Iterator[tuple
             yield key, before.get(key), wanted.get(key)
 
 
-def _with_younger_args(config: dict[str, Any]) -> dict[str, Any]:
-    model = config.get("model", {})
+def _younger_args(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a model got after a checkpoint was saved, with their defaults, by key. An argument that
+    the checkpoint has is none: a config without it says something else.
+    """
     if not model.get("name"):
-        return config
-    return {**config, "model": {**model, "args": with_younger_args(model["name"], model.get("args", {}))}}
+        return {}
+    had = model.get("args", {})
+    found = {key: value for key, value in with_younger_args(model["name"], had).items() if key not in had}
+    return flat({"model": {"args": found}})
 
 
 def open_checkpoint(run_dir: Path, which: str, mesh: Mesh) -> Path:
