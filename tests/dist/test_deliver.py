@@ -13,8 +13,8 @@ import duckdb
 import numpy as np
 import pytest
 from commands import fails, gmeta
+from stopped_deliveries import stopped_after
 
-from deliveries import stopped_after
 from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
 from gmeta.delivery import deliver as stages

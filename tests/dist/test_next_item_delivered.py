@@ -16,8 +16,8 @@ import pytest
 from commands import fails
 from encoders import WHY, tiny
 from event_days import NEW, USERS, day_of_events, write_days
+from stopped_deliveries import stopped_after
 
-from deliveries import stopped_after
 from gmeta.cli import run
 from gmeta.config.delivery import GateConfig
 from gmeta.data.pack import TaskPack, open_pack
