@@ -143,9 +143,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "LoRA": {"tune": "lora"},
     "target attention": {"user": "target"},
     "gated ids": {"ids": True},
-    "refresh": {"refresh": 50},
 }
 """What the twin of kept vectors is changed in."""
+LEARNING: dict[str, dict[str, Any]] = {"lr 3e-4": {"lr": 3e-4}, "9 passes": {"epochs": 9}}
+"""How the same twin learns otherwise."""
 LONG = {**TEXT, "history_dropout": 0.5, "hidden": [256, 64]}
 """On all rows. Without leaving histories out in training the head learns users by heart, and new ones suffer."""
 ADAPTED = ("--meta.adapt", "[last_layer]", "--loader.max_support_rows", "100", "--schedule.eval_every", "5")
@@ -164,6 +165,11 @@ def cells(quick: bool) -> list[Cell]:
         for name, encode in TWINS.items():
             args = {**TEXT, "encode": encode}
             found.append(Cell(name, seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
+        args = {**TEXT, "refresh": 50}
+        found.append(Cell("refresh", seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
+    for name, learning in LEARNING.items():
+        of = {"epochs": 3, "lr": 1e-4, **learning}
+        found.append(Cell(name, 0, train_rows=6000, args={**TEXT, "encode": "behaviours"}, words=once, **of))
     for name, more in OPTIONS.items():
         features = RATES if "ids" in more else TEXTS
         args = {**TEXT, **more}
