@@ -5,7 +5,8 @@
     python benchmarks/next_item.py --quick
 
 A cell is a training on one domain or on all three mixed, with ids, texts, or both; it is evaluated on test targets
-beside popularity and item-kNN, which need no training.
+beside popularity and item-kNN, which need no training. Settings and passes are chosen by the targets of valid. A last
+training has these events among its own, for as many passes as the first one took to its best.
 """
 
 from __future__ import annotations
@@ -44,11 +45,17 @@ class Cell:
     model: str = "sasrec"
     args: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[str, ...] = ()
+    last: bool = False
 
     @property
     def name(self) -> str:
         """Return the name of the cell's folder."""
-        return f"{self.case.lower()}-{self.variant}-{self.seed}"
+        return f"{self.told.lower()}-{self.variant}-{self.seed}"
+
+    @property
+    def told(self) -> str:
+        """Return the case with the training's kind, as tables name it."""
+        return f"{self.case}, last training" if self.last else self.case
 
 
 IDS = {"dropout": 0.5, "blocks": 2, "heads": 2, "similarity": "cosine"}
@@ -89,7 +96,7 @@ def main() -> int:
 def _run(folder: Path, encoder: str, args: argparse.Namespace) -> None:
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell, kept in asked_for(cells(args.quick), folder, args):
-        found.setdefault((cell.case, cell.variant), []).append(kept or _train(cell, folder, encoder))
+        found.setdefault((cell.told, cell.variant), []).append(kept or _train(cell, folder, encoder))
     records, lines = [], []
     for case, variant, measured, cpu in _measured(found):
         records += [Record(case, variant, m, float(np.mean([of[m] for of in measured])), "") for m in METRICS]
@@ -138,7 +145,7 @@ def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     shutil.rmtree(place, ignore_errors=True)
     run = place / "run"
     args = {"encoder": encoder, **cell.args} if cell.model == "llmrec" else dict(cell.args)
-    words: list[object] = ["--pack", _pack(folder, cell.case), "--run_dir", run, "--seed", cell.seed]
+    words: list[object] = ["--pack", _pack(folder, cell), "--run_dir", run, "--seed", cell.seed]
     words += ["--model.name", cell.model, "--model.args", json.dumps(args), *cell.words]
     before = cpu_of_children()
     gmeta("train", *words)
@@ -152,11 +159,12 @@ def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     return found
 
 
-def _pack(folder: Path, case: str) -> Path:
-    out = folder / "packs" / case.lower()
+def _pack(folder: Path, cell: Cell) -> Path:
+    out = folder / "packs" / cell.told.lower()
     if not (out / "manifest.json").exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        words = [] if case == MIXED else ["--domains", json.dumps([case])]
+        words = [] if cell.case == MIXED else ["--domains", json.dumps([cell.case])]
+        words += ["--holdout", "leave_last_out"] if cell.last else []
         here("prepare", "--dataset", FOLDER, "--root", DATA / FOLDER, "--out", out, *words)
     return out
 

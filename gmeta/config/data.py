@@ -36,8 +36,9 @@ class PrepareConfig:
     unset: all stay."""
     holdout: str | int | None = None
     """Which events are targets. leave_one_out, when unset: of each user and domain the last one is of split test, the
-    one before of valid. A time, as a number in the unit of the time column, or a date such as 2024-11-03: events from
-    it on, the first half of them of valid."""
+    one before of valid. leave_last_out: the last one is of test, and none of valid, for a last training with settings
+    and steps that were chosen before. A time, as a number in the unit of the time column, or a date such as 2024-11-03:
+    events from it on, the first half of them of valid."""
     domains: list[str] | str = field(default_factory=list)
     """For events: the domain that is kept, or a list of them: [Beauty, Toys]. Unset: all."""
     gaps: bool | None = None

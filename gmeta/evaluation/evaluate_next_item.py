@@ -16,7 +16,7 @@ from torch import Tensor
 from gmeta.config.evaluation import EvaluateConfig
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import replacing
-from gmeta.data.events.hold_out import LEAVE_ONE_OUT
+from gmeta.data.events.hold_out import BY_PLACE
 from gmeta.data.pack import TaskPack
 from gmeta.data.shards import PackSplit
 from gmeta.evaluation.next_item import (
@@ -180,5 +180,5 @@ def user_keys(pack: TaskPack, split: PackSplit, found: TargetRanks, domain: Ints
 def _are_numbered(pack: TaskPack) -> bool:
     """Say whether held-out tasks end with `#` and a number: where a time or a day parts events, or others drew them."""
     settings = pack.manifest["settings"]
-    by_time = settings.get("holdout") not in (None, LEAVE_ONE_OUT)
+    by_time = settings.get("holdout") not in (None, *BY_PLACE)
     return by_time or "day" in pack.manifest or settings.get("dataset") == "amazon-office"

@@ -32,15 +32,14 @@ class HistoryReader(nn.Module):
             require(value >= 1, f"model.args.{key}", value, "must be at least 1")
         check_dropout(dropout)
         require(dim % heads == 0, "model.args.heads", heads, f"must divide the width {dim}")
-        self.position = nn.Parameter(torch.empty(positions, dim).normal_(std=0.02))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(CausalBlock(dim, heads, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(CausalBlock(dim, heads, positions, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(dim)
         self.log_scale = log_scale_of(similarity, temperature)
 
     def forward(self, events: Tensor, sequences: Sequences) -> Tensor:
         """Return the states of events, [N, d] each, as they are multiplied with items."""
-        x = self.dropout(events + self.position[sequences.place.clamp(max=len(self.position) - 1)])
+        x = self.dropout(events)
         for block in self.blocks:
             x = block(x, sequences)
         return asking(self.norm(x), self.log_scale)
@@ -71,14 +70,13 @@ def asking(x: Tensor, log_scale: Tensor | None) -> Tensor:
 class SASRec(nn.Module):
     """Event t's state, which saw events 0 to t, scores each item by a product with the item's vector.
 
-        x_t = dropout(event_t + position_t),   x = blocks(x),   state = norm(x),   score = state . item
+        x_t = dropout(event_t),   x = blocks(x),   state = norm(x),   score = state . item
 
     (Kang and McAuley, "Self-attentive sequential recommendation", ICDM 2018, arXiv 1808.09781, with norms before the
-    parts of a block, and GELU.) An item's vector is the sum of the embeddings of the features that items own, an
-    event's sqrt(d) times that of all its features: else the blocks' outputs would drown the last item from the start.
-    Texts are no such features. Events count from the oldest one that is read; those from `positions` on share a vector.
-    With `similarity` cosine both vectors have length 1, and their product is divided by a learned temperature, which
-    starts at `temperature`.
+    parts of a block, GELU, and distances in place of positions: see `CausalBlock`.) An item's vector is the sum of the
+    embeddings of the features that items own, an event's sqrt(d) times that of all its features: else the blocks'
+    outputs would drown the last item from the start. Texts are no such features. With `similarity` cosine both vectors
+    have length 1, and their product is divided by a learned temperature, which starts at `temperature`.
     """
 
     def __init__(
@@ -131,11 +129,16 @@ def with_prompt(x: Tensor, events: dict[str, Tensor]) -> Tensor:
 
 
 class CausalBlock(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)), where an event sees itself and what came before."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), where an event sees itself and what came before.
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    Each head adds to q . k a learned number for how many events apart the two are (Raffel et al., JMLR 2020, section
+    2.1), the same from `positions` - 1 on. Nothing else tells it the order.
+    """
+
+    def __init__(self, dim: int, heads: int, positions: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
+        self.by_distance = nn.Parameter(torch.zeros(heads, positions))
         self.first_norm, self.second_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.wide, self.narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -152,6 +155,13 @@ class CausalBlock(nn.Module):
         heads = (*x.shape[:2], 3, self.heads, x.shape[2] // (3 * self.heads))
         q, k, v = x.view(heads).transpose(1, 3).unbind(2)
         # padding is behind all events, so that none of them sees it
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(x.shape[1]).to(q.dtype))
         out: Tensor = sequences.flat(found.transpose(1, 2).flatten(2))
         return out
+
+    def _bias(self, length: int) -> Tensor:
+        """Return what is added to the products of L events with each other, [H, L, L]."""
+        place = torch.arange(length, device=self.by_distance.device)
+        back = place.unsqueeze(-1) - place
+        bias = self.by_distance[:, back.clamp(0, self.by_distance.shape[1] - 1)]
+        return bias.masked_fill(back < 0, -math.inf)

@@ -93,6 +93,20 @@ def test_the_last_two_of_a_user_are_targets(con: Connection) -> None:
     assert con.execute("SELECT bool_and(time = position) FROM task_rows").fetchone() == (True,)
 
 
+@pytest.mark.parametrize("has_time", [False, True])
+def test_the_last_of_a_user_is_a_target_and_all_before_are_trained_on(con: Connection, has_time: bool) -> None:
+    put(con, "u A a@1 b@2 c@3 d@4\nu B x@5 y@6 z@7\nv A a@1 b@2" if has_time else "u A a b c d\nu B x y z\nv A a b")
+    hold_out(con, "leave_last_out", has_time=has_time)
+    train = "a b c x -> y" if has_time else "a x b y -> c"  # by shares: 1/6, 1/4, 1/2, 3/4, 5/6
+    history = train.replace(" ->", "")
+    assert tasks(con) == {
+        ("train", "u"): train,
+        ("test", "u|A"): ("a b c" if has_time else history) + " -> d",
+        ("test", "u|B"): history + " -> z",
+        ("train", "v"): "a -> b",
+    }
+
+
 def test_domains_are_interleaved_by_shares(con: Connection) -> None:
     # A: a at 1/2. B: w, x, y, z at 1/8, 3/8, 5/8, 7/8. Two domains, so a target each.
     put(con, "u A a a2 a3\nu B w x y z b2 b3")
@@ -166,7 +180,7 @@ def test_a_date_is_a_time_in_the_unit_of_the_column(con: Connection) -> None:
 @pytest.mark.parametrize(
     ("holdout", "message"),
     [
-        ("time", "must be leave_one_out, or the time from which on events are targets"),
+        ("time", "must be leave_one_out, leave_last_out, or the time from which on events are targets"),
         ("2023-12-01", "must be leave_one_out"),  # the column counts no unit of our days
         ("100", "name a time between the first, 1, and the last, 5"),
         ("0", "there are 3 events: name a time between"),

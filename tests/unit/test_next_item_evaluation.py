@@ -101,6 +101,26 @@ def test_a_next_item_run_is_measured(runs: Path, tmp_path: Path, capsys: Capture
 
 
 @pytest.mark.usefixtures("without_reports")
+def test_a_last_training_is_measured_on_the_same_targets(runs: Path, tmp_path: Path) -> None:
+    pack = next_item_pack(tmp_path / "events", holdout="leave_last_out")
+    train(pack, tmp_path / "last")
+    columns = ["task", "user", "scenario", "item", "history"]
+    found = []
+    for run, out in ((tmp_path / "last", "last"), (runs / "a", "usual")):
+        measure(run, tmp_path / "out" / out, "--baselines", "false")
+        table = pq.read_table(tmp_path / "out" / out / "predictions.parquet", columns=columns)
+        found.append(table.sort_by("task").to_pylist())
+    last, usual = ([{**row, "history": 0} for row in rows] for rows in found)
+    assert last == usual
+    # the events of another domain that valid would hold are known too
+    assert all(a["history"] >= b["history"] for a, b in zip(*found, strict=True))
+    splits, before = open_pack(pack).splits, open_pack(runs / "events" / "pack")
+    assert "valid" not in splits
+    trained = before.split("train").num_rows + before.split("valid").num_tasks
+    assert open_pack(pack).split("train").num_rows == trained
+
+
+@pytest.mark.usefixtures("without_reports")
 def test_who_is_ranked_is_chosen_by_options(runs: Path, tmp_path: Path) -> None:
     words = ("--baselines", "false")
     usual = measure(runs / "a", tmp_path / "usual", *words)

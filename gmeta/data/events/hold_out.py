@@ -13,19 +13,22 @@ from gmeta.data.prepare.times import from_microseconds, time_unit
 from gmeta.data.sources import Connection, literal, scalar
 
 LEAVE_ONE_OUT = "leave_one_out"
+LEAVE_LAST_OUT = "leave_last_out"
+BY_PLACE = (LEAVE_ONE_OUT, LEAVE_LAST_OUT)
+"""What is held out by an event's place among those of its user and domain, and by no time."""
 
 
 def hold_out(con: Connection, holdout: str, *, has_time: bool) -> None:
     """Make tables `placed` and `task_rows` of table `events`. ValueError for a `holdout` that is none."""
     if not scalar(con, 'SELECT count(*) > count(DISTINCT "user") FROM events'):
         raise ValueError("every user has one event, which nothing follows: is the column user in events.yaml the user?")
-    if holdout == LEAVE_ONE_OUT:
-        _leave_one_out(con, has_time=has_time)
+    if holdout in BY_PLACE:
+        _part_by_place(con, has_time=has_time, has_valid=holdout == LEAVE_ONE_OUT)
     else:
         _part_by_time(con, holdout, has_time=has_time)
     train = """SELECT *, "user" AS key, position = max(position) OVER (PARTITION BY "user") AS is_query
                FROM placed WHERE partition = 'train'"""
-    make_task_rows(con, train, "placed", numbered=holdout != LEAVE_ONE_OUT)
+    make_task_rows(con, train, "placed", numbered=holdout not in BY_PLACE)
 
 
 def make_task_rows(con: Connection, train: str, sequence: str, *, numbered: bool) -> None:
@@ -53,16 +56,18 @@ def make_task_rows(con: Connection, train: str, sequence: str, *, numbered: bool
                   FROM targets t JOIN {sequence} e ON e."user" = t."user" AND e.position < t.position AND {known}""")
 
 
-def _leave_one_out(con: Connection, *, has_time: bool) -> None:
-    """Hold out the last event of each user and domain as test, and the one before as valid."""
+def _part_by_place(con: Connection, *, has_time: bool, has_valid: bool) -> None:
+    """Hold out the last event of each user and domain as test, and the one before as valid if there is to be one."""
+    held_out = 2 if has_valid else 1
     own = "time, file, row" if has_time else "file, row"
     ranked = f"""
         SELECT *, row_number() OVER (PARTITION BY "user", domain ORDER BY {own}) - 1 AS place,
                count(*) OVER (PARTITION BY "user", domain) AS num_events FROM events"""
     parted = f"""
-        SELECT *, CASE WHEN num_events < 3 OR place < num_events - 2 THEN 'train'
+        SELECT *, CASE WHEN num_events < 3 OR place < num_events - {held_out} THEN 'train'
                        WHEN place = num_events - 2 THEN 'valid' ELSE 'test' END AS partition,
-               CASE WHEN num_events < 3 THEN num_events ELSE num_events - 2 END AS num_train FROM ({ranked})"""
+               CASE WHEN num_events < 3 THEN num_events ELSE num_events - {held_out} END AS num_train
+        FROM ({ranked})"""
     if has_time:
         position = 'row_number() OVER (PARTITION BY "user" ORDER BY time, domain, file, row) - 1'
     else:
@@ -70,7 +75,7 @@ def _leave_one_out(con: Connection, *, has_time: bool) -> None:
         share = "(place + 0.5::DOUBLE) / num_train"
         train = f"""row_number() OVER (PARTITION BY "user", partition ORDER BY {share}, domain, place) - 1"""
         size = """count(*) FILTER (partition = 'train') OVER (PARTITION BY "user")"""
-        position = f"CASE partition WHEN 'train' THEN {train} WHEN 'valid' THEN {size} ELSE {size} + 1 END"
+        position = f"CASE partition WHEN 'train' THEN {train} WHEN 'valid' THEN {size} ELSE {size} + {held_out - 1} END"
     con.execute(f"""
         CREATE TABLE placed AS
         SELECT * EXCLUDE (place, num_events, num_train, time), position,
@@ -108,8 +113,8 @@ def _as_time(con: Connection, text: str) -> int:
         return from_microseconds(date, unit)
     if number is None:
         raise ValueError(
-            f"holdout is {text!r}: must be {LEAVE_ONE_OUT}, or the time from which on events are targets: a whole "
-            "number in the unit of the time column, or a date such as 2024-11-03 where that holds dates"
+            f"holdout is {text!r}: must be {', '.join(BY_PLACE)}, or the time from which on events are targets: a "
+            "whole number in the unit of the time column, or a date such as 2024-11-03 where that holds dates"
         )
     return int(number)
 

@@ -9,6 +9,7 @@ from typing import Any
 from gmeta.config.data import PrepareConfig
 from gmeta.data.events.columns import EventColumns, load_event_columns
 from gmeta.data.events.data_sets import EVENT_SETS
+from gmeta.data.events.hold_out import BY_PLACE
 
 OF_EVENTS = ("events", "items", "core", "holdout", "domains", "gaps")
 """Settings that only a pack of events has."""
@@ -70,7 +71,7 @@ def _of_data_set(config: PrepareConfig, name: str, given: list[str]) -> EventCol
     if data.has_targets:
         for key in (key for key in OF_EVENTS if key in given):
             raise ValueError(f"{key} has no effect with dataset {name}, whose targets are given: leave it out")
-    if data.columns.time is None and config.holdout not in (None, "leave_one_out"):
+    if data.columns.time is None and config.holdout not in (None, *BY_PLACE):
         raise ValueError(f"holdout is {config.holdout!r}, but dataset {name} has no time: leave it out")
     if data.columns.time is None and config.gaps:
         raise ValueError(f"gaps is true, but dataset {name} has no time: leave it out")
