@@ -58,7 +58,7 @@ class Cell:
         return f"{self.case}, last training" if self.last else self.case
 
 
-IDS = {"dropout": 0.5, "blocks": 2, "heads": 2, "similarity": "cosine"}
+IDS = {"dropout": 0.5, "blocks": 1, "heads": 1, "similarity": "dot"}
 TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2, "ids": False}
 BOTH = {**TEXT, "dropout": 0.3, "ids": True}
 SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
@@ -67,6 +67,25 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "ids+text": ("llmrec", BOTH, ("--schedule.epochs", "20")),
 }
 """Variant -> model, its arguments, and words of `gmeta train`."""
+LAST = ("--schedule.max_steps", "3500")
+"""So many steps take the first trainings on Beauty to their best."""
+HIGH = {"layers": 4, "reader": "high", "ids": False, "dropout": 0.2, "similarity": "cosine"}
+TUNED = ("--schedule.epochs", "5", "--dense.lr", "0.0003")
+PUBLISHED = {"layers": 0, "reader": "tokens", "window": 10, "max_tokens": 40, "template": "{text}; ", "ids": False}
+READERS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "text, upper layers": ({**HIGH, "tune": "full"}, TUNED),
+    "text, upper layers by LoRA": ({**HIGH, "tune": "lora"}, TUNED),
+    "text, upper layers frozen": ({**HIGH, "tune": "none"}, TUNED),
+    "LLM-Rec as published, not converged": (
+        {**PUBLISHED, "similarity": "dot"},
+        (
+            *("--dense.lr", "5e-5", "--dense.weight_decay", "1e-3", "--dense.clip_norm", "1"),
+            *("--next_item.candidates", "960", "--next_item.each", "10", "--loader.tasks_per_batch", "16"),
+            *("--schedule.max_steps", "60", "--schedule.eval_every", "100000"),
+        ),
+    ),
+}
+"""Other readers of texts -> arguments and words; on Beauty, with one seed."""
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -79,6 +98,10 @@ def cells(quick: bool) -> list[Cell]:
         for case in (*DOMAINS, MIXED):
             for name, (model, args, words) in SETTINGS.items():
                 found.append(Cell(case, name, seed, model, args, (*words, "--schedule.eval_every", "875")))
+        for name, (model, args, words) in SETTINGS.items():
+            found.append(Cell("Beauty", name, seed, model, args, (*words, *LAST), last=True))
+    for name, (args, words) in READERS.items():
+        found.append(Cell("Beauty", name, 0, "llmrec", args, words))
     return found
 
 

@@ -110,7 +110,7 @@ class MetaConfig:
 class EmbeddingConfig:
     """Sharded embedding tables and their row-wise optimizer."""
 
-    optimizer: Literal["sgd", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
+    optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = "rowwise_adagrad"
     """Row optimizer; only rows that took part in a step change."""
     lr: float = 0.05
     """Learning rate of embedding rows."""

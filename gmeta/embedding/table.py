@@ -26,6 +26,7 @@ from gmeta.parallel.mesh import Mesh
 STATE: dict[str, dict[str, tuple[bool, torch.dtype | None]]] = {
     "sgd": {},
     "rowwise_adagrad": {"sum_squares": (False, None)},
+    "adagrad": {"sum_squares": (True, None)},
     "adam": {"exp_avg": (True, None), "exp_avg_sq": (True, None), "steps": (False, torch.int32)},
 }
 """Optimizer -> its state by name: whether a row has a value for each column or one in all, and the dtype (None: the
@@ -169,9 +170,9 @@ class FusedTable:
 class ShardedTables:
     """All embedding tables of a model, this worker's part of them.
 
-    `optimizer` is sgd, rowwise_adagrad or adam, or None where rows are only read. Rows and state are allocated when
-    they are first used, so that `memory_report()` can be printed before. `init_std` is as in `FusedTable`. ValueError
-    when they cannot fit into the free memory, when a feature looks up two tables, or when a table is given twice.
+    `optimizer` is one of `STATE`, or None where rows are only read. Rows and state are allocated when they are first
+    used, so that `memory_report()` can be printed before. `init_std` is as in `FusedTable`. ValueError when they cannot
+    fit into the free memory, when a feature looks up two tables, or when a table is given twice.
     """
 
     def __init__(

@@ -31,6 +31,12 @@ def sgd(rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> None
     rows.add_(grad, alpha=-lr)
 
 
+def adagrad(rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> None:
+    """Apply Adagrad (Duchi et al., JMLR 2011) with an accumulator for each number of a row, the sum of g^2."""
+    total = state["sum_squares"].addcmul_(grad, grad)
+    rows.addcdiv_(grad, total.sqrt().add_(EPS), value=-lr)
+
+
 def rowwise_adagrad(rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -> None:
     """Apply Adagrad (Duchi et al., 2011) with one accumulator a row, the sum of mean(g^2) (arXiv 2104.05158)."""
     total = state["sum_squares"].add_(grad.square().mean(1))
@@ -53,7 +59,7 @@ def lazy_adam(rows: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float) -
     rows.addcmul_(first / root, (-lr * unbias_root / unbias_first).to(rows.dtype)[:, None])
 
 
-UPDATES = {"sgd": sgd, "rowwise_adagrad": rowwise_adagrad, "adam": lazy_adam}
+UPDATES = {"sgd": sgd, "rowwise_adagrad": rowwise_adagrad, "adagrad": adagrad, "adam": lazy_adam}
 
 
 class SparseOptimizer:

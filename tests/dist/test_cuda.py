@@ -66,7 +66,7 @@ def test_the_whole_step_never_waits(pack: Path, model: str, adapt: list[str], pr
             assert sum(started.watch.seconds.values()) > 0
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", "rowwise_adagrad", "adagrad", "adam"])
 def test_twenty_steps_equal_the_cpu(pack: Path, optimizer: str) -> None:
     """float64: losses, norms, every weight and row, with clipping that bites, decay and learned rates."""
     settings = config(pack, embedding=EmbeddingConfig(optimizer=optimizer, lr=0.05, weight_decay=0.1, init_std=0.5))

@@ -90,7 +90,10 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) 
     ("nproc", "optimizer"),
     [
         (2, "rowwise_adagrad"),
-        *(pytest.param(*case, marks=SLOW) for case in ((2, "adam"), (4, "adam"), (4, "rowwise_adagrad"))),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in ((2, "adagrad"), (2, "adam"), (4, "adam"), (4, "rowwise_adagrad"))
+        ),
     ],
 )
 def test_twenty_steps_equal_one_process(tmp_path: Path, nproc: int, optimizer: str) -> None:

@@ -17,22 +17,22 @@ DIM, HEADS, POSITIONS = 6, 2, 3
 def plain(block: CausalBlock, x: Tensor) -> Tensor:
     """Return the block's output for the events of one task, [L, d]."""
     out = []
-    normed = [block.first_norm(event) for event in x]
     size = DIM // HEADS
-    for t, event in enumerate(x):
+    normed = [block.first_norm(event) for event in x]
+    for t in range(len(x)):
         read = []
         for head in range(HEADS):
-            q, k, v = (slice(part * DIM + head * size, part * DIM + (head + 1) * size) for part in range(3))
-            asked = block.qkv(normed[t])[q]
+            part = slice(head * size, (head + 1) * size)
+            other = slice(DIM + head * size, DIM + (head + 1) * size)
             scores = []
             for s in range(t + 1):
-                apart = min(t - s, POSITIONS - 1)
-                product = asked @ block.qkv(normed[s])[k] / math.sqrt(size)
-                scores.append(product + block.by_distance[head, apart])
+                product = block.asking(normed[t])[part] @ block.answering(x[s])[part] / math.sqrt(size)
+                scores.append(product + block.by_distance[head, min(t - s, POSITIONS - 1)])
             weights = torch.stack(scores).softmax(0)
-            read.append(sum(weights[s] * block.qkv(normed[s])[v] for s in range(t + 1)))
-        event = event + block.out(torch.cat(read))
-        out.append(event + block.narrow(F.gelu(block.wide(block.second_norm(event)))))
+            values = torch.stack([block.answering(event)[other] for event in x[: t + 1]])
+            read.append(weights @ values)
+        y = block.second_norm(normed[t] + block.out(torch.cat(read)))
+        out.append(y + block.second(F.relu(block.first(y))))
     return torch.stack(out)
 
 

@@ -216,7 +216,7 @@ def test_corrected_candidates_have_the_gradient_of_all_items_in_expectation(hist
     draw = draw_beside(HISTORIES, how)
     length = np.array([len(events) for events in HISTORIES])
     batch = replace(batch, stretches=np.stack([np.cumsum(length) - length, length]))
-    drawn = [draw(replace(batch, index=index)) for index in range(400)]
+    drawn = [draw(replace(batch, index=index)) for index in range(600)]
     shared = [one.shared for one in drawn if one.shared is not None]
     _, batch, rows = make([history], torch.cat([one.ids["item"][0] for one in shared]).tolist(), **settings)
     chance = torch.cat([one.given[LOG_CHANCE] for one in shared], 1)

@@ -82,6 +82,10 @@ def test_lr_scale_scales_steps_and_decay():
     )
 
 
+def test_adagrad_is_torch_adagrad_on_each_rows_own_steps():
+    close(train("adagrad"), reference(lambda p: torch.optim.Adagrad(p, lr=LR, eps=1e-8)))
+
+
 def test_rowwise_adagrad_of_width_one_is_torch_adagrad():
     close(train("rowwise_adagrad", dim=1), reference(lambda p: torch.optim.Adagrad(p, lr=LR, eps=1e-8), dim=1))
 
@@ -143,6 +147,11 @@ def textbook_sgd(rows, grad, state, lr):
 
 
 def textbook_adagrad(rows, grad, state, lr):
+    total = state["sum_squares"] + grad.square()
+    return rows - lr * grad / (total.sqrt() + 1e-8), {"sum_squares": total}
+
+
+def textbook_rowwise_adagrad(rows, grad, state, lr):
     total = state["sum_squares"] + grad.square().mean(1)
     return rows - lr * grad / (total.sqrt() + 1e-8)[:, None], {"sum_squares": total}
 
@@ -158,7 +167,12 @@ def textbook_adam(rows, grad, state, lr):
     return rows, {"exp_avg": first, "exp_avg_sq": second, "steps": steps}
 
 
-TEXTBOOK = {"sgd": textbook_sgd, "rowwise_adagrad": textbook_adagrad, "adam": textbook_adam}
+TEXTBOOK = {
+    "sgd": textbook_sgd,
+    "rowwise_adagrad": textbook_rowwise_adagrad,
+    "adagrad": textbook_adagrad,
+    "adam": textbook_adam,
+}
 
 
 @given(

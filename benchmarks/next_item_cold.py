@@ -1,0 +1,188 @@
+"""New users of `amazon-3domain` (Beauty): does a model of next items that adapts to their first events find more?
+
+    python benchmarks/next_item_cold.py --folder DIR          the same command goes on after a stop
+    python benchmarks/next_item_cold.py --quick
+
+A tenth of the users is held out to choose on, a tenth to measure on: nothing of them is trained on, and each of their
+events is a target, with what they did before as its history. Variants share one model, trained plainly to its best:
+
+    plain        reads the history as it is
+    fine-tuned   takes gradient steps on a prompt, a vector beside all of the user's events, that starts at zero; the
+                 number of steps and the rate are the best ones of the choosing users
+    adapted      the same steps after meta training through them (second order), which goes on from the plain model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from common import DATA, Record, gmeta, here, parse, publish, table
+from next_item import FOLDER, SETTINGS
+from text.kept_cells import asked_for, cell_parser, cpu_of_children, encoder_beside, keep_cell, place_of
+
+DOMAIN = "Beauty"
+SLICES = ("all", "history_1-4", "history_5-9", "history_10-19", "history_20+")
+METRICS = ("recall@10", "ndcg@10")
+TRIALS = tuple((steps, rate) for steps in (1, 3) for rate in (0.3, 3.0, 30.0))
+"""Inner steps and rates that are tried."""
+LATER = 1_000_000
+"""Times of held-out users begin here, twice as late for those that are measured."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of model: what it reads, with one seed."""
+
+    variant: str
+    seed: int = 0
+    steps: int = 0  # 0: to the best of the choosing users
+    trials: tuple[tuple[int, float], ...] = TRIALS
+
+    @property
+    def name(self) -> str:
+        """Return the name of the cell's folder."""
+        return f"cold-{self.variant}-{self.seed}"
+
+
+def main() -> int:
+    """Run the cells that are asked for, and write their table."""
+    args = parse(cell_parser(__doc__, "20 steps and one trial; writes no result files"))
+    encoder = encoder_beside(FOLDER)
+    if encoder is None:
+        return 0
+    quick = [Cell("ids", steps=20, trials=TRIALS[:1])]
+    cells = quick if args.quick else [Cell(variant, seed) for seed in range(3) for variant in ("ids", "text")]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        found = [(cell, kept or _run(cell, folder, encoder)) for cell, kept in asked_for(cells, folder, args)]
+    _tell(found, {"data": FOLDER, "encoder": Path(encoder).parent.name, "threads": 1}, args)
+    return 0
+
+
+def _tell(found: list[tuple[Cell, dict[str, Any]]], facts: dict[str, Any], args: argparse.Namespace) -> None:
+    records, lines = [], []
+    for cell, measured in found:
+        for case in SLICES:
+            for variant, values in measured["measured"].get(case, {}).items():
+                told = [f"{values[metric]:.4f}" for metric in METRICS]
+                gains = measured["gains"].get(case, {}).get(variant, {})
+                told += [_interval(gains[metric]) if metric in gains else "-" for metric in METRICS]
+                cpu = f"{measured['cpu_s'][variant]:.0f}"
+                lines.append([case, cell.variant, str(cell.seed), variant, measured["rule"][variant], *told, cpu])
+                records += [
+                    Record(f"{case}, seed {cell.seed}", f"{cell.variant}, {variant}", m, values[m], "") for m in METRICS
+                ]
+    head = ["targets", "reads", "seed", "variant", "steps, rate", *METRICS, *(f"{m} - plain" for m in METRICS), "CPU s"]
+    publish("next_item_cold", table(head, lines), records, facts, args)
+
+
+def _interval(gain: Mapping[str, float]) -> str:
+    return f"{gain['value']:+.4f} ({gain['low']:+.4f} - {gain['high']:+.4f})"
+
+
+def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
+    """Train and measure all variants, and keep what was measured."""
+    place = place_of(cell, folder)
+    place.mkdir(parents=True, exist_ok=True)
+    model, args, words = SETTINGS[cell.variant]
+    args = {"encoder": encoder, **args} if model == "llmrec" else args
+    common = ["--pack", _pack(folder), "--seed", cell.seed, "--model.name", model, "--model.args", json.dumps(args)]
+    short = ["--schedule.max_steps", cell.steps] if cell.steps else []
+    cpu = {"plain": _spent("train", *common, *words, *short, "--run_dir", place / "plain")}
+    bundle = place / "bundle"
+    gmeta("bundle", "--run_dir", place / "plain", "--out", bundle, "--training", "false")
+    go_on: list[object] = [*common, "--init_from", bundle, "--meta.adapt", "[prompt]"]
+    still = ["--dense.lr", 0, "--embedding.lr", 0, "--schedule.max_steps", 1]
+    trials = {}
+    for number, (steps, rate) in enumerate(cell.trials):
+        run = place / f"tuned-{number}"
+        inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate]
+        cpu[str(number)] = _spent("train", *go_on, *inner, *still, "--run_dir", run)
+        trials[_best(run)] = (number, steps, rate)
+    number, steps, rate = trials[max(trials)]
+    cpu["fine-tuned"] = sum(cpu.pop(str(n)) for n in range(len(cell.trials)))
+    inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate, "--meta.learn_inner_lr", "true"]
+    longer = ["--schedule.max_steps", cell.steps or 1400, "--schedule.eval_every", 140, "--schedule.patience", 3]
+    cpu["adapted"] = _spent("train", *go_on, *inner, *longer, "--dense.lr", 3e-4, "--run_dir", place / "adapted")
+    runs = {"plain": place / "plain", "fine-tuned": place / f"tuned-{number}", "adapted": place / "adapted"}
+    for run in runs.values():
+        gmeta("evaluate", "--run_dir", run, "--resamples", 10, "--baselines", str(run.name == "plain").lower())
+    gmeta("compare", *runs.values(), "--out", place / "compared", "--resamples", 400)
+    rule = {"plain": "-", "fine-tuned": f"{steps}, {rate:g}", "adapted": f"{steps}, {rate:g} at first"}
+    return keep_cell(cell, folder, {"cpu_s": cpu, "rule": rule, **_compared(place / "compared", list(runs))})
+
+
+def _spent(*words: object) -> float:
+    """Run a command, and return its CPU seconds."""
+    before = cpu_of_children()
+    gmeta(*words)
+    return cpu_of_children() - before
+
+
+def _best(run: Path) -> float:
+    """Return the best ndcg@10 of the choosing users."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return float(max(line["ndcg@10"] for line in lines if line["kind"] == "valid"))
+
+
+def _compared(folder: Path, names: list[str]) -> dict[str, Any]:
+    """Return slice -> variant -> metric -> value, and the gains over plain with their intervals."""
+    document = json.loads((folder / "comparison.json").read_text())
+    measured: dict[str, Any] = {}
+    gains: dict[str, Any] = {}
+    for part in ({"case": "all", **document}, *document["slices"]):
+        for record in part["records"]:
+            of = measured.setdefault(part["case"], {}).setdefault(names[_number(document, record["run"])], {})
+            of[record["metric"]] = record["value"]
+        for record in part["differences"]:
+            of = gains.setdefault(part["case"], {}).setdefault(names[_number(document, record["run"])], {})
+            of[record["metric"]] = {key: record[key] for key in ("value", "low", "high")}
+    return {"measured": measured, "gains": gains}
+
+
+def _number(document: dict[str, Any], run: str) -> int:
+    return [one["name"] for one in document["runs"]].index(run)
+
+
+def _pack(folder: Path) -> Path:
+    """Return the pack whose held-out users have times from LATER on."""
+    out = folder / "packs" / "new-users"
+    if not (out / "manifest.json").exists():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(_events(), out.parent / "events.parquet")
+        (out.parent / "events.yaml").write_text("user: user\nitem: item\ntime: time\ntext: text\n")
+        words = ["--input", out.parent / "events.parquet", "--events", out.parent / "events.yaml"]
+        here("prepare", *words, "--holdout", LATER, "--max_task_rows", 50, "--max_task_rows_keep", "last", "--out", out)
+    return out
+
+
+def _events() -> pa.Table:
+    """Return the events. Users are dealt at random; those to choose on have as many events as those to measure on."""
+    lines = [line.split() for line in (DATA / FOLDER / f"{DOMAIN}.user_sequence.txt").read_text().splitlines()]
+    texts = dict(line.split(" ", 1) for line in (DATA / FOLDER / f"{DOMAIN}.item_text.txt").read_text().splitlines())
+    lines = [lines[i] for i in np.random.default_rng(0).permutation(len(lines))]
+    held_out = sum(len(items) for _, *items in lines) // 10
+    rows: dict[str, list[Any]] = {"user": [], "item": [], "time": [], "text": []}
+    seen = 0
+    for user, *items in lines:
+        kind = 2 if seen < held_out else 1 if seen < 2 * held_out else 0
+        seen += len(items)
+        rows["user"] += [user] * len(items)
+        rows["item"] += items
+        rows["time"] += [kind * LATER + place for place in range(len(items))]
+        rows["text"] += [texts.get(item, "") for item in items]
+    return pa.table(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
