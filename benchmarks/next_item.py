@@ -62,12 +62,12 @@ IDS = {"dropout": 0.5, "blocks": 1, "heads": 1, "similarity": "dot"}
 TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2, "ids": False}
 BOTH = {**TEXT, "dropout": 0.3, "ids": True}
 SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "ids": ("sasrec", IDS, ("--schedule.epochs", "30")),
-    "text": ("llmrec", TEXT, ("--schedule.epochs", "20", "--embedding.lr", "0.001")),
-    "ids+text": ("llmrec", BOTH, ("--schedule.epochs", "20")),
+    "ids": ("sasrec", IDS, ("--schedule.epochs", "25")),
+    "text": ("llmrec", TEXT, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
+    "ids+text": ("llmrec", BOTH, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
 }
 """Variant -> model, its arguments, and words of `gmeta train`."""
-LAST = ("--schedule.max_steps", "3500")
+LAST = ("--schedule.max_steps", "4375")
 """So many steps take the first trainings on Beauty to their best."""
 HIGH = {"layers": 4, "reader": "high", "ids": False, "dropout": 0.2, "similarity": "cosine"}
 TUNED = ("--schedule.epochs", "5", "--dense.lr", "0.0003")

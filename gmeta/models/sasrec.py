@@ -82,11 +82,11 @@ class SASRec(nn.Module):
         self,
         inputs: InputSpec,
         *,
-        blocks: int = 2,
-        heads: int = 2,
+        blocks: int = 1,
+        heads: int = 1,
         positions: int = 50,
-        dropout: float = 0.3,
-        similarity: Similarity = "cosine",
+        dropout: float = 0.5,
+        similarity: Similarity = "dot",
         temperature: float = 0.07,
     ) -> None:
         super().__init__()

@@ -87,13 +87,13 @@ def _next_item(pack: TaskPack, given: Mapping[str, Any]) -> Recipe:
         raise ValueError(f"recipe is {name!r}, and {pack.path} is a pack of next items: leave it out")
     choices = [
         Choice("model.name", "sasrec", "a causal Transformer over the ids of items"),
-        Choice("model.embedding_dim", 128, "width of items and states"),
+        Choice("model.embedding_dim", 64, "width of items and states"),
         Choice("meta.adapt", [], "a history is read as it is"),
         Choice("loader.max_support_rows", 50, "the last events of a history"),
         Choice("loader.tasks_per_batch", 128, "users"),
-        Choice("embedding.optimizer", "adam", "rows of rare ids move as far as those of frequent ones"),
-        Choice("embedding.lr", 0.003, "a row is in few batches"),
-        Choice("embedding.init_std", 0.02, "as the layers"),
+        Choice("embedding.optimizer", "adagrad", "rows of rare ids take larger steps"),
+        Choice("embedding.lr", 0.05, "rates fall as a row is trained"),
+        Choice("embedding.init_std", 0.0128, "short rows say little before they are trained"),
         Choice("dense.lr", 0.001, "with Adam"),
         Choice("schedule.epochs", 100, "passes, fewer where valid users say so"),
     ]
