@@ -21,7 +21,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--loader.resample", "true"), "histories are in the order of what came next: leave it out"),
         (("--loader.episode_rows", "10"), "an episode would make support and query of rows of either"),
         (("--model.features", "[domain]"), "model.features leaves them out: name the item"),
-        (("--model.args", "{heads: 5}"), "model.args.heads is 5: must divide the width 128"),
+        (("--model.args", "{heads: 5}"), "model.args.heads is 5: must divide the width 64"),
         (("--model.args", "{similarity: far}"), "model.args.similarity is 'far': must be one of dot, cosine"),
         (("--next_item.candidates", "-1"), "next_item.candidates is -1: must be 0 (all) or more"),
         (("--next_item.in_batch", "-1"), "next_item.in_batch is -1: must be 0 (none) or a number of events"),

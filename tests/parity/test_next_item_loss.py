@@ -206,7 +206,7 @@ def test_corrected_candidates_have_the_gradient_of_all_items_in_expectation(hist
     """exp(loss) - 1 is Q(target) times the sum over candidates c of exp(s_c - s_target) / Q(c). The mean over draws of
     that sum is the sum over all items of the domain, and so is its derivative.
     """
-    settings = {"dropout": 0.0, "temperature": 1.0}
+    settings = {"dropout": 0.0, "similarity": "cosine", "temperature": 1.0}
     learner, batch, rows = make([history], [*range(1, ITEMS)], **settings)
     leaves = [rows.weights["rows"], *learner.parameters()]
     learner.every_event = False
