@@ -6,7 +6,7 @@
 
 A cell is a training on one domain or on all three mixed, with ids, texts, or both; it is evaluated on test targets
 beside popularity and item-kNN, which need no training. Settings and passes are chosen by the targets of valid. A last
-training has these events among its own, for as many passes as the first one took to its best.
+training has these events among its own, and takes all passes.
 """
 
 from __future__ import annotations
@@ -62,13 +62,11 @@ IDS = {"dropout": 0.5, "blocks": 1, "heads": 1, "similarity": "dot"}
 TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2, "ids": False}
 BOTH = {**TEXT, "dropout": 0.3, "ids": True}
 SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "ids": ("sasrec", IDS, ("--schedule.epochs", "25")),
+    "ids": ("sasrec", IDS, ("--schedule.epochs", "50")),
     "text": ("llmrec", TEXT, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
     "ids+text": ("llmrec", BOTH, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
 }
 """Variant -> model, its arguments, and words of `gmeta train`."""
-LAST = ("--schedule.max_steps", "4375")
-"""So many steps take the first trainings on Beauty to their best."""
 HIGH = {"layers": 4, "reader": "high", "ids": False, "dropout": 0.2, "similarity": "cosine"}
 TUNED = ("--schedule.epochs", "5", "--dense.lr", "0.0003")
 PUBLISHED = {"layers": 0, "reader": "tokens", "window": 10, "max_tokens": 40, "template": "{text}; ", "ids": False}
@@ -99,7 +97,7 @@ def cells(quick: bool) -> list[Cell]:
             for name, (model, args, words) in SETTINGS.items():
                 found.append(Cell(case, name, seed, model, args, (*words, "--schedule.eval_every", "875")))
         for name, (model, args, words) in SETTINGS.items():
-            found.append(Cell("Beauty", name, seed, model, args, (*words, *LAST), last=True))
+            found.append(Cell("Beauty", name, seed, model, args, words, last=True))
     for name, (args, words) in READERS.items():
         found.append(Cell("Beauty", name, 0, "llmrec", args, words))
     return found
