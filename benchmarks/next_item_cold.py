@@ -33,7 +33,7 @@ from text.kept_cells import asked_for, cell_parser, cpu_of_children, encoder_bes
 DOMAIN = "Beauty"
 SLICES = ("all", "history_1-4", "history_5-9", "history_10-19", "history_20+")
 METRICS = ("recall@10", "ndcg@10")
-TRIALS = tuple((steps, rate) for steps in (1, 3) for rate in (0.3, 3.0, 30.0))
+TRIALS = ((1, 0.3), (1, 3.0), (1, 30.0), (3, 3.0))
 """Inner steps and rates that are tried."""
 LATER = 1_000_000
 """Times of held-out users begin here, twice as late for those that are measured."""
