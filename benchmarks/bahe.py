@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import Record, parse, publish, table
+from scipy.stats import t
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
 from text.kept_cells import asked_for, cell_parser, encoder_beside, over_seeds
@@ -191,7 +192,7 @@ def cells(quick: bool) -> list[Cell]:
 
 
 def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:
-    judged: dict[tuple[str, int, int], list[dict[str, float]]] = {}
+    judged: dict[tuple[str, int, int], dict[int, dict[str, float]]] = {}
     judge = rows.of("judge")
 
     def measured(score: np.ndarray) -> dict[str, float]:
@@ -204,20 +205,39 @@ def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -
         found = kept or run_cell(cell, rows, folder, encoder)
         for name, of in found["judged"].items():
             key = (cell.variant if name == "after" else f"{cell.variant}, before", cell.titles, cell.train_rows)
-            judged.setdefault(key, []).append(of)
+            judged.setdefault(key, {})[cell.seed] = of
             spent.setdefault(key, []).append(found["cpu_s"])
     lines = [_row("floor", "-", "-", [floor], [0.0])]
     lines.append(_row("floor, with the choosing rows too", "-", "-", [later], [0.0]))
     lines += [_row(name, "-", "all", [of], [0.0]) for name, of in of_rates.items()]
-    lines += [_row(n, str(t), str(r or "all"), of, spent[n, t, r]) for (n, t, r), of in judged.items()]
+    lines += [_row(n, str(m), str(r or "all"), [*of.values()], spent[n, m, r]) for (n, m, r), of in judged.items()]
     floors = {"floor": floor, "floor, adapted": later, **of_rates}
     records = [Record("ml-1m-ctr", name, key, value, "") for name, of in floors.items() for key, value in of.items()]
-    for (name, titles, train_rows), every in judged.items():
-        case = f"{train_rows or 'all'} rows, {titles} titles"
+    for (name, titles, train_rows), of_seeds in judged.items():
+        case, every = f"{train_rows or 'all'} rows, {titles} titles", [*of_seeds.values()]
         for key in every[0]:
             records.append(Record(case, name, key, float(np.mean([of[key] for of in every if key in of])), ""))
     head = ["variant", "titles", "training rows", "seeds", "AUC", "within users", "film known", "film new", "user new"]
-    publish("bahe_quality", table([*head, "CPU s"], lines), records, _facts(encoder), args)
+    body = table([*head, "CPU s"], lines)
+    beside = table(["variant - tokens", "titles", "training rows", "seeds", "AUC", "within users"], _twins(judged))
+    publish("bahe_quality", f"{body}\n\n{beside}", records, _facts(encoder), args)
+
+
+def _twins(judged: dict[tuple[str, int, int], dict[int, dict[str, float]]]) -> list[list[str]]:
+    """Return lines of differences to the twin of all tokens by seed: mean, and the 95 % interval of Student's t."""
+    lines = []
+    for (name, titles, train_rows), of_seeds in judged.items():
+        tokens = judged.get(("tokens", titles, train_rows), {})
+        seeds = sorted(of_seeds.keys() & tokens)
+        if name != "tokens" and len(seeds) > 1:
+            told = [_interval([of_seeds[s][key] - tokens[s][key] for s in seeds]) for key in ("auc", "uauc")]
+            lines.append([name, str(titles), str(train_rows), str(len(seeds)), *told])
+    return lines
+
+
+def _interval(gains: list[float]) -> str:
+    half = t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / np.sqrt(len(gains))
+    return f"{np.mean(gains):+.4f} ({np.mean(gains) - half:+.4f} - {np.mean(gains) + half:+.4f})"
 
 
 def _fits(rows: Rows) -> Iterator[tuple[str, np.ndarray]]:
