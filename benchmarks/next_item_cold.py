@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -93,12 +94,13 @@ def _interval(gain: Mapping[str, float]) -> str:
 def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     """Train and measure all variants, and keep what was measured."""
     place = place_of(cell, folder)
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
     model, args, words = SETTINGS[cell.variant]
     args = {"encoder": encoder, **args} if model == "llmrec" else args
     common = ["--pack", _pack(folder), "--seed", cell.seed, "--model.name", model, "--model.args", json.dumps(args)]
-    short = ["--schedule.max_steps", cell.steps] if cell.steps else []
-    cpu = {"plain": _spent("train", *common, *words, *short, "--run_dir", place / "plain")}
+    plain = ["--schedule.epochs", 25, "--schedule.eval_every", 700, "--schedule.max_steps", cell.steps]
+    cpu = {"plain": _spent("train", *common, *words, *plain, "--run_dir", place / "plain")}
     bundle = place / "bundle"
     gmeta("bundle", "--run_dir", place / "plain", "--out", bundle, "--training", "false")
     go_on: list[object] = [*common, "--init_from", bundle, "--meta.adapt", "[prompt]"]
@@ -112,7 +114,7 @@ def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     number, steps, rate = trials[max(trials)]
     cpu["fine-tuned"] = sum(cpu.pop(str(n)) for n in range(len(cell.trials)))
     inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate, "--meta.learn_inner_lr", "true"]
-    longer = ["--schedule.max_steps", cell.steps or 1400, "--schedule.eval_every", 140, "--schedule.patience", 3]
+    longer = ["--schedule.max_steps", cell.steps or 1400, "--schedule.eval_every", 350]
     cpu["adapted"] = _spent("train", *go_on, *inner, *longer, "--dense.lr", 3e-4, "--run_dir", place / "adapted")
     runs = {"plain": place / "plain", "fine-tuned": place / f"tuned-{number}", "adapted": place / "adapted"}
     for run in runs.values():
@@ -132,7 +134,7 @@ def _spent(*words: object) -> float:
 def _best(run: Path) -> float:
     """Return the best ndcg@10 of the choosing users."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return float(max(line["ndcg@10"] for line in lines if line["kind"] == "valid"))
+    return float(max(line["ndcg@10_after"] for line in lines if line["kind"] == "valid"))
 
 
 def _compared(folder: Path, names: list[str]) -> dict[str, Any]:
@@ -151,7 +153,7 @@ def _compared(folder: Path, names: list[str]) -> dict[str, Any]:
 
 
 def _number(document: dict[str, Any], run: str) -> int:
-    return [one["name"] for one in document["runs"]].index(run)
+    return [one["run"] for one in document["runs"]].index(run)
 
 
 def _pack(folder: Path) -> Path:
