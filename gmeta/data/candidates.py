@@ -34,7 +34,8 @@ _IN_BATCH = 5  # keeps the choice of events apart from the other hashes of (seed
 class CandidateDraw:
     """Draws `count` items of each domain for every batch; with 0 all items are candidates of every batch.
 
-    By popularity an item is drawn as often as training has it, and once more. Candidates are also the items of
+    Items that no training row has are none: never a target, they would be pushed down alone. Of a domain that training
+    does not have all are. By popularity an item is drawn as often as training has it, and once more. Candidates are also the items of
     `in_batch` events of the whole batch, all of them where it has no more; `split` has their rows. An item is then
     expected
 
@@ -62,13 +63,15 @@ class CandidateDraw:
         self._split = split
         items = np.arange(1, catalogue.num_ids)
         of_domain = catalogue.owned[domain][1:] if domain is not None else np.zeros(len(items), np.int64)
-        self._domains = [items[of_domain == value] for value in np.unique(of_domain)]
+        every = [items[of_domain == value] for value in np.unique(of_domain)]
+        self._domains = [some[catalogue.count[some] > 0] if catalogue.count[some].any() else some for some in every]
         self._ends: list[NDArray[np.float64]] | None = [] if draw == "popularity" and count else None
         self._alike = self._ends is None and not in_batch
         self._share = np.ones(catalogue.num_ids)  # of the draws of its domain; unknown items have none
-        for some in self._domains:
+        for some, all_of_domain in zip(self._domains, every, strict=True):
             share = np.ones(len(some)) if self._ends is None else catalogue.count[some] + 1.0
             share /= share.sum()
+            self._share[all_of_domain] = share.min()  # of an item that only a user who adapts has
             self._share[some] = share
             if self._ends is not None:
                 self._ends.append(np.cumsum(share))
@@ -88,7 +91,7 @@ class CandidateDraw:
     def drawn(self, epoch: int, index: int) -> NDArray[np.int64]:
         """Return the items that batch `index` of `epoch` is compared with; one may come twice."""
         if not self.count:
-            return np.arange(1, self.catalogue.num_ids)
+            return np.sort(np.concatenate(self._domains))
         generator = self._generator(epoch, index)
         found = []
         for number, some in enumerate(self._domains):
