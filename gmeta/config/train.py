@@ -253,7 +253,8 @@ class NextItemConfig:
     """Training on packs of next items, which `gmeta prepare` makes of events."""
 
     candidates: int = 512
-    """Items of each domain that a batch's targets are compared with, drawn anew for every batch; 0: all items."""
+    """Items of each domain that a batch's targets are compared with, of those that training rows have, drawn anew for
+    every batch; 0: all of these."""
     draw: Literal["uniform", "popularity"] = "uniform"
     """How candidates are drawn; what popularity draws more often counts so much less."""
     in_batch: int = 0

@@ -35,9 +35,9 @@ class CandidateDraw:
     """Draws `count` items of each domain for every batch; with 0 all items are candidates of every batch.
 
     Items that no training row has are none: never a target, they would be pushed down alone. Of a domain that training
-    does not have all are. By popularity an item is drawn as often as training has it, and once more. Candidates are also the items of
-    `in_batch` events of the whole batch, all of them where it has no more; `split` has their rows. An item is then
-    expected
+    does not have all are. By popularity an item is drawn as often as training has it, and once more. Candidates are
+    also the items of `in_batch` events of the whole batch, all of them where it has no more; `split` has their rows. An
+    item is then expected
 
         count * share of its domain's draws + in_batch * share of all training events
 

@@ -47,23 +47,29 @@ def test_each_domain_has_its_own_draws_and_batches_differ() -> None:
     assert np.array_equal(first, draw(200).drawn(0, 0))
     for other in (draw(200, seed=1).drawn(0, 0), draw(200).drawn(1, 0), draw(200).drawn(0, 1)):
         assert not np.array_equal(first, other)
-    assert set(first[:200]) == set(range(1, 21))
+    assert set(first[:200]) == set(range(2, 21)), "no training row has item 1"
 
 
-def test_all_items_where_none_is_drawn() -> None:
-    assert draw(0).drawn(3, 4).tolist() == list(range(1, NUM_IDS))
+def test_all_items_that_training_has_where_none_is_drawn() -> None:
+    assert draw(0).drawn(3, 4).tolist() == list(range(2, NUM_IDS))
+
+
+def test_of_a_domain_that_training_lacks_all_items_are_drawn() -> None:
+    catalogue = Catalogue("item", CATALOGUE.owned, np.where(DOMAIN == 2, 0, COUNT))
+    drawn = CandidateDraw(catalogue, SCHEMA, domain="domain", count=200).drawn(0, 0)
+    assert set(drawn[200:]) == set(range(21, 31))
 
 
 def test_popularity_draws_by_count_and_tells_chances() -> None:
     drawn = draw(50_000, draw="popularity").drawn(0, 0)
     shares = np.bincount(drawn[:50_000], minlength=21)[1:21] / 50_000
 
-    np.testing.assert_allclose(shares, (COUNT[1:21] + 1) / 210, atol=0.005)
+    np.testing.assert_allclose(shares, [0, *(COUNT[2:21] + 1) / 209], atol=0.005)
     batch = batch_of([[20, 1], [25, 21]])
     found = draw(4, draw="popularity")(batch)
     assert found.shared is not None
     chance = found.query.given[LOG_CHANCE].squeeze(-1).exp()
-    np.testing.assert_allclose(chance.numpy(), [[20 / 210, 1 / 210], [0.1, 0.1]], rtol=1e-5)
+    np.testing.assert_allclose(chance.numpy(), [[20 / 209, 2 / 209], [0.1, 0.1]], rtol=1e-5)
     assert found.shared.given[LOG_CHANCE].shape == (1, 8, 1)
 
 
@@ -124,9 +130,11 @@ def test_chances_are_the_expected_numbers(how: str) -> None:
     told = draws._with_chances(TaskBatch(every, every, torch.arange(1), 1, 0, 0, shared=every), 5)
     expected = 3 * told.query.given[LOG_CHANCE].double().exp().numpy().reshape(-1)
 
-    assert expected[25 - 1] == pytest.approx(3 * (0.1 if how == "uniform" else 3 / 16) + 5 * 2 / 17)
+    assert expected[25 - 1] == pytest.approx(3 * (1 / 4 if how == "uniform" else 3 / 10) + 5 * 2 / 17)
     error = numbers.std(0) / len(numbers) ** 0.5
-    assert (np.abs(numbers.mean(0) - expected) < 4.5 * error).all()
+    trained = OF_EVENTS.count[1:] > 0
+    assert (np.abs(numbers.mean(0) - expected) < 4.5 * error)[trained].all()
+    assert not numbers[:, ~trained].any()
 
 
 def test_events_of_training_stand_for_those_of_a_batch_after_it() -> None:
