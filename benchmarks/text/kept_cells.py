@@ -22,7 +22,9 @@ def cell_parser(description: str | None, quick: str) -> argparse.ArgumentParser:
     """Return a parser with the arguments of all such benchmarks; `quick` is the help of `--quick`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where packs and cells are kept; a temporary one when unset")
-    parser.add_argument("--cells", default="", help="only cells whose names begin so")
+    parser.add_argument(
+        "--cells", default="", help="run only cells whose names begin so; what is kept of others is told too"
+    )
     parser.add_argument("--kept", action="store_true", help="tell what is kept of cells, and run none")
     parser.add_argument("--quick", action="store_true", help=quick)
     add_json(parser)
@@ -54,10 +56,12 @@ def kept_cell(cell: Any, folder: Path) -> dict[str, Any] | None:
 
 
 def asked_for(cells: Iterable[Any], folder: Path, args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
-    """Yield each cell that the arguments ask for with what is kept of it; None where it is to be run."""
+    """Yield each cell that the arguments ask for with what is kept of it; None where it is to be run. Cells that are
+    kept are always among them, so that a result file has them all.
+    """
     for cell in cells:
         kept = kept_cell(cell, folder)
-        if cell.name.startswith(args.cells) and (kept is not None or not args.kept):
+        if kept is not None or (cell.name.startswith(args.cells) and not args.kept):
             print(f"{cell.name} …", file=sys.stderr, flush=True)
             yield cell, kept
 
