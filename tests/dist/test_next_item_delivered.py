@@ -185,8 +185,11 @@ def test_rules_of_scores_are_refused(
     fails([*words, "--rules", tmp_path / "rules.yaml"], capsys, told)
 
 
-def test_events_are_named_once(folder: Path, registry: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["deliver", "--registry", registry, "--input", folder / "day=01", "--events", folder / "events.yaml"]
+def test_events_are_named_once(
+    folder: Path, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["deliver", "--registry", registry, "--work", tmp_path / "work", "--input", folder / "day=01"]
+    words += ["--events", folder / "events.yaml"]
     fails(words, capsys, "a day has that of the current version, leave it out")
     fails([*words, "--schema", folder / "events.yaml"], capsys, "rows have a schema, or are events: leave one")
 
