@@ -6,8 +6,8 @@
     python benchmarks/bahe.py --quick
 
 Twins have the same trained layers and head, in the same trainer, and differ in what the upper layers read: `behaviours`
-kept vectors; `batch` the same, encoded in each step, each distinct text of the batch once; `states` kept states of
-all tokens; `tokens` all tokens of a history behind each other, through all layers.
+(in the quality part `bahe`) kept vectors; `batch` the same, encoded in each step, each distinct text of the batch once;
+`states` kept states of all tokens; `tokens` all tokens of a history behind each other, through all layers.
 """
 
 from __future__ import annotations

@@ -65,6 +65,7 @@ class CandidateDraw:
         of_domain = catalogue.owned[domain][1:] if domain is not None else np.zeros(len(items), np.int64)
         every = [items[of_domain == value] for value in np.unique(of_domain)]
         self._domains = [some[catalogue.count[some] > 0] if catalogue.count[some].any() else some for some in every]
+        self._every = np.sort(np.concatenate(self._domains))
         self._ends: list[NDArray[np.float64]] | None = [] if draw == "popularity" and count else None
         self._alike = self._ends is None and not in_batch
         self._share = np.ones(catalogue.num_ids)  # of the draws of its domain; unknown items have none
@@ -91,7 +92,7 @@ class CandidateDraw:
     def drawn(self, epoch: int, index: int) -> NDArray[np.int64]:
         """Return the items that batch `index` of `epoch` is compared with; one may come twice."""
         if not self.count:
-            return np.sort(np.concatenate(self._domains))
+            return self._every
         generator = self._generator(epoch, index)
         found = []
         for number, some in enumerate(self._domains):

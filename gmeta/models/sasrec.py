@@ -145,10 +145,10 @@ class CausalBlock(nn.Module):
         self.heads = heads
         self.by_distance = nn.Parameter(torch.zeros(heads, positions))
         self.first_norm, self.second_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.asking, self.answering, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.first, self.second = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
-        for layer in (self.asking, self.answering, self.out, self.first, self.second):
+        for layer in (self.q, self.kv, self.out, self.first, self.second):
             # torch's own start, .6 as wide, ends lower: recall@10 of Beauty's test .071 in place of .077
             nn.init.xavier_normal_(layer.weight)
 
@@ -161,7 +161,7 @@ class CausalBlock(nn.Module):
 
     def _attention(self, normed: Tensor, x: Tensor, sequences: Sequences) -> Tensor:
         """Return what events read of others, [N, d]."""
-        parts = sequences.padded(torch.cat([self.asking(normed), self.answering(x)], -1))  # [T, L, 3 d]
+        parts = sequences.padded(torch.cat([self.q(normed), self.kv(x)], -1))  # [T, L, 3 d]
         size = x.shape[1] // self.heads
         q, k, v = parts.view(*parts.shape[:2], 3, self.heads, size).transpose(1, 3).unbind(2)  # [T, H, L, size]
         scores = q @ k.transpose(-1, -2) / math.sqrt(size) + self._bias(parts.shape[1])

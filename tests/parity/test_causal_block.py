@@ -26,10 +26,10 @@ def plain(block: CausalBlock, x: Tensor) -> Tensor:
             other = slice(DIM + head * size, DIM + (head + 1) * size)
             scores = []
             for s in range(t + 1):
-                product = block.asking(normed[t])[part] @ block.answering(x[s])[part] / math.sqrt(size)
+                product = block.q(normed[t])[part] @ block.kv(x[s])[part] / math.sqrt(size)
                 scores.append(product + block.by_distance[head, min(t - s, POSITIONS - 1)])
             weights = torch.stack(scores).softmax(0)
-            values = torch.stack([block.answering(event)[other] for event in x[: t + 1]])
+            values = torch.stack([block.kv(event)[other] for event in x[: t + 1]])
             read.append(weights @ values)
         y = block.second_norm(normed[t] + block.out(torch.cat(read)))
         out.append(y + block.second(F.relu(block.first(y))))
