@@ -263,6 +263,8 @@ def _verdict(context: SubprocessContext, result: RunProcsResult | None, advice: 
         return 0
     # a worker that we ended, or that lost a peer, is not the cause where there is another
     causes = {rank: code for rank, code in failed.items() if code not in (-signal.SIGTERM, EXIT_PEER_LOST)} or failed
+    if result is None and causes is failed:  # all were asked to stop, and some could do it only by losing the others
+        causes = {rank: code for rank, code in failed.items() if code != EXIT_PEER_LOST} or failed
     found_first = [*(result.failures if result else ()), *causes]
     first = next(rank for rank in found_first if rank in causes)
     code = causes[first]

@@ -34,12 +34,18 @@ def _collectives(folder: Path) -> int:
 
 
 def _stoppable(folder: Path, rank: str) -> int:
+    if sys.argv[1] == "late" and rank == "1":
+        (folder / "ready-1").touch()
+        time.sleep(60)  # the signal finds it before it can save
     received = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda n, _frame: received.append(n))
     (folder / f"ready-{rank}").touch()
     while not received or sys.argv[1] == "stubborn":
         time.sleep(0.02)
+    if sys.argv[1] == "late":
+        report_error("gmeta train: error: rank 0 of 2 could not join the others")
+        return EXIT_PEER_LOST
     time.sleep(0.5 * int(rank))  # ranks do not end at the same moment
     (folder / f"saved-{rank}").touch()
     return EXIT_STOPPED
@@ -66,7 +72,7 @@ def main() -> int:
     behaviour, folder, rank = sys.argv[1], Path(sys.argv[2]), os.environ["RANK"]
     if behaviour in ("collectives", "killed"):
         return _collectives(folder)
-    if behaviour in ("stoppable", "stubborn"):
+    if behaviour in ("stoppable", "stubborn", "late"):
         return _stoppable(folder, rank)
     if behaviour == "leaving":
         _leaving(folder, rank)

@@ -101,6 +101,16 @@ def test_a_stop_request_lets_workers_save(tmp_path, number):
     assert len(list(tmp_path.glob("saved-*"))) == 2
 
 
+def test_a_stop_request_before_the_workers_have_met_is_no_failure(tmp_path):
+    """One dies of it, the other waits for that one in vain."""
+    process = start("late", tmp_path)
+    wait_for(tmp_path, "ready-*", 2)
+    os.kill(process.pid, signal.SIGTERM)
+    code, err = finish(process, tmp_path)
+    assert code == 128 + signal.SIGTERM
+    assert err == "stopping: workers in training save first; once more kills them\n"
+
+
 @pytest.mark.parametrize("started", [0, 1])
 def test_a_stop_request_between_two_starts_ends_both(tmp_path, monkeypatch, started):
     """Wherever the signal finds it, also inside `start()` of torch's context."""
