@@ -24,9 +24,11 @@ from common import Record, parse, publish, table
 from scipy.stats import t
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from text.kept_cells import asked_for, cell_parser, encoder_beside, over_seeds
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from text.kept_cells import asked_for, cell_parser, encoder_beside, in_words, over_seeds
 from text.quality import TEXTS, Cell, measures, run_cell
-from text.rows import FOLDER, Rows, read_rows
+from text.rows import FOLDER, NUMBERS, RATES, Rows, read_rows
 from text.steps import BATCH, StepCase, measure
 
 SPLITS = (2, 3, 4)
@@ -151,7 +153,7 @@ LEARNING: dict[str, dict[str, Any]] = {"lr 3e-4": {"lr": 3e-4}, "9 passes": {"ep
 LONG = {**TEXT, "history_dropout": 0.5, "hidden": [256, 64]}
 """On all rows. Without leaving histories out in training the head learns users by heart, and new ones suffer."""
 ADAPTED = ("--meta.adapt", "[last_layer]", "--loader.max_support_rows", "100", "--schedule.eval_every", "5")
-RATES = ("title", "history", "iid")
+WITH_IDS = (*TEXTS, "iid")
 
 
 def cells(quick: bool) -> list[Cell]:
@@ -168,20 +170,26 @@ def cells(quick: bool) -> list[Cell]:
             found.append(Cell(name, seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
         args = {**TEXT, "refresh": 50}
         found.append(Cell("refresh", seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
+    for name in ("bahe", "tokens"):
+        args = {**TEXT, "encode": TWINS[name]}
+        found.append(Cell(name, 0, titles=20, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
+    args = {**TEXT, "refresh": 50}
+    found.append(Cell("refresh", 0, titles=20, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
     for name, learning in LEARNING.items():
         of = {"epochs": 3, "lr": 1e-4, **learning}
         found.append(Cell(name, 0, train_rows=6000, args={**TEXT, "encode": "behaviours"}, words=once, **of))
     for name, more in OPTIONS.items():
-        features = RATES if "ids" in more else TEXTS
+        features = WITH_IDS if "ids" in more else TEXTS
         args = {**TEXT, **more}
         found.append(Cell(name, 0, train_rows=6000, epochs=3, lr=1e-4, args=args, features=features, words=once))
     for seed in range(3):
         of = {"epochs": 5, "lr": 3e-4, "words": ("--dense.decay", "cosine"), "bundled": True}
         found.append(Cell("text", seed, args=LONG, **of))
-        found.append(Cell("text, rates, ids", seed, features=RATES, numeric=True, args=LONG, **of))
+        found.append(Cell("text, rates, ids", seed, features=WITH_IDS, numeric=RATES, args=LONG, **of))
+        found.append(Cell("text, rates, co-likes, ids", seed, features=WITH_IDS, numeric=NUMBERS, args=LONG, **of))
         adapted = {"by_user": True, "lr": 1e-4, "epochs": 1, "words": ADAPTED, "args": {**LONG, "taste": 8}}
         found.append(Cell("text, adapted", seed, start="text", **adapted))
-        of = {"features": RATES, "numeric": True, "start": "text, rates, ids"}
+        of = {"features": WITH_IDS, "numeric": RATES, "start": "text, rates, ids"}
         found.append(Cell("text, rates, ids, adapted", seed, **of, **adapted))
         found.append(Cell("ids, adapted", seed, by_user=True, model="", features=("iid",)))
     lower = {"epochs": 3, "lr": 1e-4, "words": ("--dense.decay", "cosine"), "bundled": True}
@@ -237,19 +245,22 @@ def _twins(judged: dict[tuple[str, int, int], dict[int, dict[str, float]]]) -> l
 
 def _interval(gains: list[float]) -> str:
     half = t.ppf(0.975, len(gains) - 1) * np.std(gains, ddof=1) / np.sqrt(len(gains))
-    return f"{np.mean(gains):+.4f} ({np.mean(gains) - half:+.4f} - {np.mean(gains) + half:+.4f})"
+    mean = float(np.mean(gains))
+    return in_words(mean, mean - half, mean + half)
 
 
 def _fits(rows: Rows) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield baselines and their scores of the judging rows: fits of both rates on the training rows."""
+    """Yield baselines and their scores of the judging rows: fits of the numbers of the training rows."""
     train, judge = rows.of("train"), rows.of("judge")
     fits = {
-        "rates, logistic regression": LogisticRegression(),
-        "rates, boosted trees": HistGradientBoostingClassifier(learning_rate=0.05, max_leaf_nodes=15, random_state=0),
+        "logistic regression": make_pipeline(StandardScaler(), LogisticRegression()),
+        "boosted trees": HistGradientBoostingClassifier(learning_rate=0.05, max_leaf_nodes=15, random_state=0),
     }
-    for name, fit in fits.items():
-        fit.fit(rows.numbers[train], rows.label[train])
-        yield name, fit.predict_proba(rows.numbers[judge])[:, 1]
+    for read, columns in (("rates", len(RATES)), ("rates, co-likes", len(NUMBERS))):
+        numbers = rows.numbers[:, :columns]
+        for name, fit in fits.items():
+            fit.fit(numbers[train], rows.label[train])
+            yield f"{read}, {name}", fit.predict_proba(numbers[judge])[:, 1]
 
 
 def _row(name: str, titles: str, train_rows: str, every: list[dict[str, float]], spent: list[float]) -> list[str]:

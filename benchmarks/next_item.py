@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from common import DATA, Record, gmeta, here, parse, publish, table
-from text.kept_cells import asked_for, cell_parser, cpu_of_children, encoder_beside, keep_cell, over_seeds, place_of
+from text.kept_cells import asked_for, cell_parser, cpu_of, encoder_beside, in_words, keep_cell, over_seeds, place_of
 
 FOLDER = "amazon-3domain"
 DOMAINS = ("Beauty", "Sports", "Toys")
@@ -172,9 +172,7 @@ def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     args = {"encoder": encoder, **cell.args} if cell.model == "llmrec" else dict(cell.args)
     words: list[object] = ["--pack", _pack(folder, cell), "--run_dir", run, "--seed", cell.seed]
     words += ["--model.name", cell.model, "--model.args", json.dumps(args), *cell.words]
-    before = cpu_of_children()
-    gmeta("train", *words)
-    cpu = cpu_of_children() - before
+    cpu = cpu_of("train", *words)
     gmeta("evaluate", "--run_dir", run, "--resamples", 10)
     measured: dict[str, dict[str, dict[str, float]]] = {}
     for record in json.loads((run / "evaluation.json").read_text())["records"]:
@@ -249,7 +247,7 @@ def _paired(both: pd.DataFrame) -> list[str]:
     found = []
     for metric in PAIRED:
         low, high = np.quantile(of_user[metric].to_numpy()[draws].sum(1) / targets, [0.025, 0.975])
-        found.append(f"{gains[metric].mean():+.4f} ({low:+.4f} - {high:+.4f})")
+        found.append(in_words(gains[metric].mean(), low, high))
     return found
 
 

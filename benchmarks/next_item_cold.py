@@ -19,7 +19,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common import DATA, Record, gmeta, here, parse, publish, table
 from next_item import FOLDER, SETTINGS
-from text.kept_cells import asked_for, cell_parser, cpu_of_children, encoder_beside, keep_cell, place_of
+from text.kept_cells import asked_for, cell_parser, cpu_of, encoder_beside, in_words, keep_cell, over_seeds, place_of
 
 DOMAIN = "Beauty"
 SLICES = ("all", "history_1-4", "history_5-9", "history_10-19", "history_20+")
 METRICS = ("recall@10", "ndcg@10")
+VARIANTS = ("plain", "fine-tuned", "adapted")
 TRIALS = ((1, 0.3), (1, 3.0), (1, 30.0), (3, 3.0))
 """Inner steps and rates that are tried."""
 LATER = 1_000_000
@@ -71,24 +71,25 @@ def main() -> int:
 
 
 def _tell(found: list[tuple[Cell, dict[str, Any]]], facts: dict[str, Any], args: argparse.Namespace) -> None:
-    records, lines = [], []
+    """Write means over seeds, and each seed's gains over plain with their intervals over users."""
+    records, lines, seeds = [], [], []
+    of_reads: dict[str, list[dict[str, Any]]] = {}
     for cell, measured in found:
+        of_reads.setdefault(cell.variant, []).append(measured)
+        for case, of in measured["gains"].items():
+            for variant, gains in of.items():
+                told = [in_words(**gains[metric]) for metric in METRICS]
+                seeds.append([case, cell.variant, variant, str(cell.seed), measured["rule"][variant], *told])
+    for reads, every in of_reads.items():
         for case in SLICES:
-            for variant, values in measured["measured"].get(case, {}).items():
-                told = [f"{values[metric]:.4f}" for metric in METRICS]
-                gains = measured["gains"].get(case, {}).get(variant, {})
-                told += [_interval(gains[metric]) if metric in gains else "-" for metric in METRICS]
-                cpu = f"{measured['cpu_s'][variant]:.0f}"
-                lines.append([case, cell.variant, str(cell.seed), variant, measured["rule"][variant], *told, cpu])
-                records += [
-                    Record(f"{case}, seed {cell.seed}", f"{cell.variant}, {variant}", m, values[m], "") for m in METRICS
-                ]
-    head = ["targets", "reads", "seed", "variant", "steps, rate", *METRICS, *(f"{m} - plain" for m in METRICS), "CPU s"]
-    publish("next_item_cold", table(head, lines), records, facts, args)
-
-
-def _interval(gain: Mapping[str, float]) -> str:
-    return f"{gain['value']:+.4f} ({gain['low']:+.4f} - {gain['high']:+.4f})"
+            for variant in VARIANTS:
+                values = {m: [of["measured"][case][variant][m] for of in every] for m in METRICS}
+                cpu = f"{np.mean([of['cpu_s'][variant] for of in every]):.0f}"
+                lines.append([case, reads, variant, str(len(every)), *map(over_seeds, values.values()), cpu])
+                records += [Record(case, f"{reads}, {variant}", m, float(np.mean(v)), "") for m, v in values.items()]
+    means = table(["targets", "reads", "variant", "seeds", *METRICS, "CPU s"], lines)
+    gains = ["targets", "reads", "variant", "seed", "steps, rate", *(f"{m} - plain" for m in METRICS)]
+    publish("next_item_cold", f"{means}\n\n{table(gains, seeds)}", records, facts, args)
 
 
 def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     args = {"encoder": encoder, **args} if model == "llmrec" else args
     common = ["--pack", _pack(folder), "--seed", cell.seed, "--model.name", model, "--model.args", json.dumps(args)]
     plain = ["--schedule.epochs", 25, "--schedule.eval_every", 700, "--schedule.max_steps", cell.steps]
-    cpu = {"plain": _spent("train", *common, *words, *plain, "--run_dir", place / "plain")}
+    cpu = {"plain": cpu_of("train", *common, *words, *plain, "--run_dir", place / "plain")}
     bundle = place / "bundle"
     gmeta("bundle", "--run_dir", place / "plain", "--out", bundle, "--training", "false")
     go_on: list[object] = [*common, "--init_from", bundle, "--meta.adapt", "[prompt]"]
@@ -109,26 +110,19 @@ def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     for number, (steps, rate) in enumerate(cell.trials):
         run = place / f"tuned-{number}"
         inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate]
-        cpu[str(number)] = _spent("train", *go_on, *inner, *still, "--run_dir", run)
+        cpu[str(number)] = cpu_of("train", *go_on, *inner, *still, "--run_dir", run)
         trials[_best(run)] = (number, steps, rate)
     number, steps, rate = trials[max(trials)]
     cpu["fine-tuned"] = sum(cpu.pop(str(n)) for n in range(len(cell.trials)))
     inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate, "--meta.learn_inner_lr", "true"]
     longer = ["--schedule.max_steps", cell.steps or 1400, "--schedule.eval_every", 350]
-    cpu["adapted"] = _spent("train", *go_on, *inner, *longer, "--dense.lr", 3e-4, "--run_dir", place / "adapted")
+    cpu["adapted"] = cpu_of("train", *go_on, *inner, *longer, "--dense.lr", 3e-4, "--run_dir", place / "adapted")
     runs = {"plain": place / "plain", "fine-tuned": place / f"tuned-{number}", "adapted": place / "adapted"}
     for run in runs.values():
         gmeta("evaluate", "--run_dir", run, "--resamples", 10, "--baselines", str(run.name == "plain").lower())
     gmeta("compare", *runs.values(), "--out", place / "compared", "--resamples", 400)
     rule = {"plain": "-", "fine-tuned": f"{steps}, {rate:g}", "adapted": f"{steps}, {rate:g} at first"}
     return keep_cell(cell, folder, {"cpu_s": cpu, "rule": rule, **_compared(place / "compared", list(runs))})
-
-
-def _spent(*words: object) -> float:
-    """Run a command, and return its CPU seconds."""
-    before = cpu_of_children()
-    gmeta(*words)
-    return cpu_of_children() - before
 
 
 def _best(run: Path) -> float:

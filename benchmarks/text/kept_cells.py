@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DATA, add_json, minilm
+from common import DATA, add_json, gmeta, minilm
 
 
 def cell_parser(description: str | None, quick: str) -> argparse.ArgumentParser:
@@ -77,10 +77,21 @@ def _asked(cell: Any) -> Any:
     return json.loads(json.dumps(asdict(cell)))
 
 
-def cpu_of_children() -> float:
-    """Return the CPU seconds of all programs that were run and have ended."""
+def cpu_of(*words: object) -> float:
+    """Run one command of `gmeta` and return its CPU seconds, those of its workers among them."""
+    before = _cpu_of_children()
+    gmeta(*words)
+    return _cpu_of_children() - before
+
+
+def _cpu_of_children() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def in_words(value: float, low: float, high: float) -> str:
+    """Return a difference with its interval."""
+    return f"{value:+.4f} ({low:+.4f} - {high:+.4f})"
 
 
 def over_seeds(values: Sequence[float]) -> str:

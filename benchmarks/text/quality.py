@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from common import gmeta
 
 from gmeta.evaluation.metrics import auc, gauc
-from text.kept_cells import cpu_of_children, keep_cell, kept_cell, place_of
+from text.kept_cells import cpu_of, keep_cell, kept_cell, place_of
 from text.rows import Rows, make_pack
 
 TEXTS = ("title", "history")
@@ -32,7 +32,7 @@ class Cell:
     by_user: bool = False
     model: str = "bahe"  # empty: what the recipe for the pack chooses
     features: tuple[str, ...] = TEXTS
-    numeric: bool = False
+    numeric: tuple[str, ...] = ()
     args: Mapping[str, Any] = field(default_factory=dict)
     words: tuple[str, ...] = ()
     lr: float = 2e-4
@@ -52,14 +52,13 @@ def run_cell(cell: Cell, rows: Rows, folder: Path, encoder: str) -> dict[str, An
         return done
     place = place_of(cell, folder)
     shutil.rmtree(place, ignore_errors=True)
-    pack = make_pack(folder / "packs", rows, titles=cell.titles, train_rows=cell.train_rows, by_user=cell.by_user)
+    of = {"titles": cell.titles, "numeric": cell.numeric, "train_rows": cell.train_rows, "by_user": cell.by_user}
+    pack = make_pack(folder / "packs", rows, **of)
     run = place / "run"
     words = _train_words(cell, pack, run, encoder)
     if cell.start:
         words += ["--init_from", place_of(replace(cell, variant=cell.start), folder) / "bundle"]
-    before = cpu_of_children()
-    gmeta("train", *words)
-    cpu = cpu_of_children() - before
+    cpu = cpu_of("train", *words)
     if cell.bundled:
         gmeta("bundle", "--run_dir", run, "--out", place / "bundle", "--training", "false")
     gmeta("evaluate", "--run_dir", run, "--baselines", "false", "--resamples", 10)
@@ -77,7 +76,7 @@ def _train_words(cell: Cell, pack: Path, run: Path, encoder: str) -> list[object
         return [*words, "--model.features", json.dumps(list(cell.features)), "--seed", cell.seed, *cell.words]
     args = {"encoder": encoder, "max_tokens": 32, **cell.args} if cell.model == "bahe" else dict(cell.args)
     words += ["--model.name", cell.model, "--model.args", json.dumps(args)]
-    words += ["--model.features", json.dumps(list(cell.features)), "--model.numeric", str(cell.numeric).lower()]
+    words += ["--model.features", json.dumps(list(cell.features)), "--model.numeric", str(bool(cell.numeric)).lower()]
     words += [] if cell.by_user else ["--meta.adapt", "[]"]
     words += ["--dense.lr", cell.lr, "--dense.weight_decay", 0.05, "--seed", cell.seed]
     words += ["--loader.tasks_per_batch", 16 if cell.by_user else BATCH_ROWS // 2]
