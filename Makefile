@@ -24,7 +24,7 @@ dev: $(VENV)/.dev ## add what tests, lint and docs need
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"gmeta needs Python 3.10 or newer, {sys.executable} is {sys.version.split()[0]}: name another with PYTHON=")'
-	@echo "making $(VENV) (about two minutes)"
+	@echo "making $(VENV) (some minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation -e .

@@ -192,10 +192,6 @@ def cells(quick: bool) -> list[Cell]:
         of = {"features": WITH_IDS, "numeric": RATES, "start": "text, rates, ids"}
         found.append(Cell("text, rates, ids, adapted", seed, **of, **adapted))
         found.append(Cell("ids, adapted", seed, by_user=True, model="", features=("iid",)))
-    lower = {"epochs": 3, "lr": 1e-4, "words": ("--dense.decay", "cosine"), "bundled": True}
-    found.append(Cell("text, lower layers trained", 0, args={**LONG, "refresh": 50}, **lower))
-    of = {**adapted, "args": {**LONG, "refresh": 50, "taste": 8}}
-    found.append(Cell("text, lower layers trained, adapted", 0, start="text, lower layers trained", **of))
     return found
 
 

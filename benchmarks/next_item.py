@@ -1,4 +1,5 @@
-"""Next items of three domains (`amazon-3domain`), leave-one-out, every target ranked among all items of its domain.
+"""Next items of three domains (`amazon-3domain`), leave-one-out, every target ranked among all items of its domain; and
+of Office (`amazon-office`), trained on the histories of validation rows alone.
 
     python benchmarks/next_item.py --folder DIR                      all cells; the same command goes on after a stop
     python benchmarks/next_item.py --folder DIR --cells beauty-ids   those whose names begin so
@@ -29,6 +30,7 @@ from text.kept_cells import asked_for, cell_parser, cpu_of, encoder_beside, in_w
 FOLDER = "amazon-3domain"
 DOMAINS = ("Beauty", "Sports", "Toys")
 MIXED = "mixed"
+OFFICE = "Office"
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "sampled_recall@10")
 PAIRED = ("recall@10", "ndcg@10")
 BASELINES = ("popularity", "item-knn")
@@ -102,6 +104,7 @@ def cells(quick: bool) -> list[Cell]:
                 found.append(Cell(case, name, seed, model, args, (*words, *more)))
         for name, (model, args, words) in SETTINGS.items():
             found.append(Cell("Beauty", name, seed, model, args, words, last=True))
+            found.append(Cell(OFFICE, name, seed, model, args, (*words, "--schedule.eval_every", "56")))
     for name, (args, words) in READERS.items():
         found.append(Cell("Beauty", name, 0, "llmrec", args, words))
     return found
@@ -186,9 +189,10 @@ def _pack(folder: Path, cell: Cell) -> Path:
     out = folder / "packs" / cell.told.lower()
     if not (out / "manifest.json").exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        words = [] if cell.case == MIXED else ["--domains", json.dumps([cell.case])]
+        data = "amazon-office" if cell.case == OFFICE else FOLDER
+        words = ["--domains", json.dumps([cell.case])] if cell.case in DOMAINS else []
         words += ["--holdout", "leave_last_out"] if cell.last else []
-        here("prepare", "--dataset", FOLDER, "--root", DATA / FOLDER, "--out", out, *words)
+        here("prepare", "--dataset", data, "--root", DATA / data, "--out", out, *words)
     return out
 
 

@@ -58,6 +58,8 @@ class ServeConfig:
     """Most tasks of a request."""
     max_list: int = 1000
     """Most values of a many-valued feature in one row."""
+    max_new_texts: int = 1024
+    """Most texts of a pass that the version was made without, and encodes then; a request with more is answered 413."""
     access_log: bool = True
     """Write one JSON line a request to standard error. It holds no task, no address and no value."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -80,6 +82,7 @@ class ServeConfig:
             "max_rows",
             "max_tasks",
             "max_list",
+            "max_new_texts",
         ):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
         require(self.workers <= 255, "workers", self.workers, "must be at most 255")

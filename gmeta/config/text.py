@@ -28,7 +28,7 @@ class EmbedConfig:
     encoder: str | None = None
     """Folder of a transformers encoder: config.json, *.safetensors, tokenizer.json. No code of it is run."""
     layers: int | None = None
-    """Layers of the encoder below the split; those above are trained later."""
+    """Layers of the encoder below the split, 0 for its token embeddings alone; those above are trained later."""
     pooling: Literal["mean", "last", "cls"] = "mean"
     """How the states of a text's tokens become a vector: their mean, the last one, or the first one."""
     vectors: int = 1
@@ -65,12 +65,17 @@ class EmbedConfig:
             require(self.do[0] in EMBED_VERBS, "do", self.do[0], nearest(self.do[0], EMBED_VERBS))
             for key in ("texts", "column", "encoder", "layers"):
                 value = getattr(self, key)
-                require(not value, key, value, f"it belongs to encoding, not to {self.do[0]}: leave it out")
+                require(
+                    value is None or value == [],
+                    key,
+                    value,
+                    f"it belongs to encoding, not to {self.do[0]}: leave it out",
+                )
             return
         require(bool(self.inputs), "texts", self.texts, "name the files whose texts are to be encoded")
         require(self.encoder is not None, "encoder", None, "name the folder of a text encoder")
         layers = self.layers
-        require(layers is not None and layers >= 1, "layers", layers, "say how many layers are below the split, from 1")
+        require(layers is not None and layers >= 0, "layers", layers, "say how many layers are below the split, from 0")
         require(1 <= self.vectors <= 4, "vectors", self.vectors, "must be in [1, 4]")
         require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "must be at least 1")
         ok = self.template.count("{text}") == 1

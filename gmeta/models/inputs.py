@@ -213,8 +213,8 @@ def require_one_label(inputs: InputSpec, model: str) -> None:
     """Raise ValueError where there are several labels, for a model that predicts one."""
     if inputs.num_labels > 1:
         raise ValueError(
-            f"{model} predicts one label, and the pack has {inputs.num_labels}: use melu, dlrm, din, transformer, or a "
-            "model of your own that returns a logit for each"
+            f"{model} predicts one label, and the pack has {inputs.num_labels}: use melu, dlrm, din, transformer, "
+            "bahe without taste, or a model of your own that returns a logit for each"
         )
 
 

@@ -188,15 +188,20 @@ def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str
             continue
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=hints[key])
+        kind = getattr(hints[key], "__name__", str(hints[key])).replace("typing.", "")
+        wrong = value is None and type(None) not in get_args(hints[key])  # the parser takes it for "not given"
+        wrong = wrong or (hints[key] is bool and not isinstance(value, bool))  # and a text "yes" for true
         try:
+            if wrong:
+                raise ArgumentError(None, "of another type")
             found[key] = _plain(parser.parse_object({"value": value})["value"])
         except ArgumentError:
             if get_origin(hints[key]) is Literal:
                 raise ValueError(
                     f"model.args.{key} is {value!r}: must be one of {', '.join(map(str, get_args(hints[key])))}"
                 ) from None
-            kind = getattr(hints[key], "__name__", str(hints[key])).replace("typing.", "")
-            raise ValueError(f"model.args.{key} is {value!r}: {name} takes a {kind}") from None
+            kind = f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+            raise ValueError(f"model.args.{key} is {value!r}: {name} takes {kind}") from None
     return found
 
 

@@ -46,6 +46,13 @@ class ModelTexts:
             ids = {table: self._ids_of(table, texts) for table, texts in new.items()}
             yield renumbered(encoded.arrays, self._schema, ids)
 
+    def num_new(self, encoded: EncodedTables) -> int:
+        """Return how many texts of encoded rows the model would have to encode."""
+        if not hasattr(self._model, "add_texts"):
+            return 0
+        added = self._added
+        return sum(text not in added[table] for table in added for text in encoded.texts.get(table, ()))
+
     def _ids_of(self, table: str, texts: Sequence[str]) -> NDArray[np.int64]:
         if not hasattr(self._model, "add_texts"):
             return np.zeros(len(texts), np.int64)

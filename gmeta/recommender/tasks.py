@@ -137,6 +137,11 @@ def task_digests(support: EncodedTables, schema: PackSchema) -> list[bytes]:
     return digests
 
 
+def num_new_texts(rec: Recommender, encoded: EncodedTables) -> int:
+    """Return how many texts the model would have to encode for these rows."""
+    return rec._texts.num_new(encoded)
+
+
 def _by_content(encoded: EncodedTables, schema: PackSchema) -> Mapping[str, NDArray[Any]]:
     """Return arrays in which new texts have hashes for ids, which mean the same in all requests."""
     tables = {feature.table for feature in schema.features if feature.num_texts is not None}

@@ -15,7 +15,15 @@ from gmeta.data.prepare.encoder import EncodedTables
 from gmeta.data.schema import OOV, PackSchema
 from gmeta.data.shards import one_valued
 from gmeta.data.tables import TableLike
-from gmeta.recommender.tasks import TaskState, adapt_tasks, encode_rows, encode_together, score_tasks, task_digests
+from gmeta.recommender.tasks import (
+    TaskState,
+    adapt_tasks,
+    encode_rows,
+    encode_together,
+    num_new_texts,
+    score_tasks,
+    task_digests,
+)
 from gmeta.serving.apart import encode_request, split_tasks
 from gmeta.serving.metrics import Metrics
 from gmeta.serving.passes import compute_or_refuse, run_by_version
@@ -51,11 +59,33 @@ class _Part:
     rows: list[slice]
 
 
-class Engine:
-    """Computes jobs, one pass at a time."""
+class _NewTexts:
+    """What is left of the new texts that a pass may bring: encoding them holds up everyone else."""
 
-    def __init__(self, versions: Versions, states: States, metrics: Metrics) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = self._left = most
+
+    def fit(self, number: int) -> bool:
+        """Take so many, if they fit."""
+        fit = number <= self._left
+        self._left -= number if fit else 0
+        return fit
+
+    def refusal(self, number: int) -> Declined:
+        """Return why a request with so many is not computed."""
+        if number <= self._most:
+            reason = "other requests of the moment bring many new texts too: try again"
+            return Declined(503, "busy_with_texts", reason, retry_after_s=1)
+        reason = f"{number:,} texts are new to the model, more than {self._most:,}: send them in parts"
+        return Declined(413, "too_many_new_texts", reason)
+
+
+class Engine:
+    """Computes jobs, one pass at a time; one pass encodes at most `most_new_texts`."""
+
+    def __init__(self, versions: Versions, states: States, metrics: Metrics, most_new_texts: int) -> None:
         self._versions, self._states, self._metrics = versions, states, metrics
+        self._most_new_texts = most_new_texts
 
     def run(self, jobs: Sequence[ScoringJob]) -> None:
         """Compute jobs; each has its answer or its error then."""
@@ -65,9 +95,10 @@ class Engine:
         compute_or_refuse(jobs, lambda some: self._pass(version, some), self._metrics)
 
     def _pass(self, version: Version, jobs: Sequence[ScoringJob]) -> None:
+        texts = _NewTexts(self._most_new_texts)
         with self._metrics.timed("encode"):
-            supports = self._encoded(version, jobs, "support")
-            candidates = self._encoded(version, [job for job in jobs if job.error is None], "candidates")
+            supports = self._encoded(version, jobs, "support", texts)
+            candidates = self._encoded(version, [job for job in jobs if job.error is None], "candidates", texts)
         with self._metrics.timed("adapt"):
             states = self._adapt(version, supports, [job for job in jobs if job.error is None])
         with self._metrics.timed("score"):
@@ -80,7 +111,7 @@ class Engine:
             job.version = version.id
 
     def _encoded(
-        self, version: Version, jobs: Sequence[ScoringJob], role: Literal["support", "candidates"]
+        self, version: Version, jobs: Sequence[ScoringJob], role: Literal["support", "candidates"], texts: _NewTexts
     ) -> list[_Part]:
         """Encode the rows of jobs, those that look alike together; a job whose rows cannot be used gets its error."""
         alike: dict[object, list[tuple[ScoringJob, TableLike]]] = {}
@@ -91,7 +122,7 @@ class Engine:
         parts = []
         for pairs in alike.values():
             found = encode_together(version.rec, [table for _, table in pairs], role) if len(pairs) > 1 else None
-            if found is not None:
+            if found is not None and texts.fit(num_new_texts(version.rec, found[0])):
                 sizes = [len(table[self._versions.task]) for _, table in pairs]
                 parts.append(_Part(found[0], [job for job, _ in pairs], _runs(found[1]), _runs(sizes)))
                 continue
@@ -101,10 +132,14 @@ class Engine:
                 except ValueError as error:
                     job.error = Declined(422, "bad_value", str(error))
                     continue
-                if encoded is not None:
+                if encoded is None:
+                    continue
+                if texts.fit(number := num_new_texts(version.rec, encoded)):
                     parts.append(
                         _Part(encoded, [job], [slice(0, len(encoded.keys))], [slice(0, len(encoded.query_row))])
                     )
+                else:
+                    job.error = texts.refusal(number)
         return parts
 
     def _adapt(

@@ -50,7 +50,7 @@ class Service:
         self.access = Access(tokens)
         self.limits = RequestLimits(config.max_body_mb * 2**20, config.max_rows, config.max_tasks, config.max_list)
         self.states = States(worker=worker, secret=secret, most_bytes=config.state_mb * 2**20, ttl_s=config.state_ttl_s)
-        self.engine = Engine(self.versions, self.states, self.metrics)
+        self.engine = Engine(self.versions, self.states, self.metrics, config.max_new_texts)
         self.peers = Peers(worker, config.workers, Path(sockets), self.states, self.metrics)
         self.recommending = Recommending(self.versions, self.metrics)
         self.batcher: Batcher[ScoringJob | RecommendJob] | None = None

@@ -271,5 +271,8 @@ def texts_to_read(inputs: InputSpec, target: str, histories: Sequence[str]) -> t
             hint = nearest(name, read) if read else f"the model reads none; {how}"
             raise ValueError(f"model.args.histories names {name!r}, no unpooled sequence of texts of {table!r}: {hint}")
     if not read:
-        raise ValueError(f"the model reads no unpooled sequence of texts of table {table!r}: {how} and `pooling: none`")
+        raise ValueError(
+            f"the model reads no history: a sequence with `text: true`, `pooling: none` and `table: {table}`, whose "
+            "texts are those of the target; prepare with one, and name it in model.features where these are named"
+        )
     return target, tuple(histories or read)

@@ -11,6 +11,8 @@ is tried out on a few tokens when a folder is opened.
 from __future__ import annotations
 
 import copy
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.core.errors import require
-from gmeta.text.folder import TextTokenizer, digest_of, require_encoder
+from gmeta.text.folder import TextTokenizer, digest_of, require_encoder, require_sound_weights
 
 TextPooling = Literal["mean", "last", "cls"]
 POOLINGS: tuple[TextPooling, ...] = ("mean", "last", "cls")
@@ -31,6 +33,7 @@ _PROBE_LENGTHS = (16, 11)
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """What the parts may differ from the whole, of the largest state: both add up the same numbers, in another order."""
 _LAYERS = ("layers", "encoder.layer", "transformer.layer", "h")
+_OF_LAYER = re.compile(r"\b(layers?|h)\.\d+\.")
 _NORMS = ("norm", "final_norm", "final_layer_norm", "ln_f")
 
 
@@ -214,8 +217,10 @@ def open_encoder(
     would run code, where weights are missing or the tokenizer is another's, and for `layers` or `max_tokens` out of
     range.
     """
+    require(bool(str(folder)), "encoder", folder, "name the folder of a text encoder")
     path = Path(folder)
     require_encoder(path)
+    require(type(layers) is int, "layers", layers, "must be a whole number")
     require(dtype in _TOLERANCE, "dtype", dtype, "must be float32, bfloat16 or float64")
     model = _load(path, dtype)
     config = model.config
@@ -308,6 +313,8 @@ def _try_out(encoder: TextEncoder, model: nn.Module, folder: Path, vocabulary: i
         found = encoder(ids, mask)
     except Exception as error:  # a signature that the layers lack, a part that has other arguments: all say the same
         raise ValueError(_unknown(folder, model, f"does not run in parts ({type(error).__name__}: {error})")) from None
+    if not bool(expected[mask].isfinite().all()):
+        raise ValueError(f"encoder {folder} gives numbers that are not finite: its weights are broken; restore them")
     scale = expected[mask].abs().max().clamp(min=1e-6)
     gap = float((found - expected)[mask].abs().max() / scale)
     if not gap <= _TOLERANCE[dtype]:
@@ -332,7 +339,8 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
                 output_loading_info=True,
             )
         except Exception as error:  # transformers raises of all classes for what a folder lacks
-            reason = " ".join(str(error).split())[:300]
+            require_sound_weights(folder)
+            reason = textwrap.shorten(str(error), 300, placeholder=" …")
             raise ValueError(f"encoder {folder} cannot be opened by transformers ({reason}): name another") from error
     missing = sorted(key for key in told["missing_keys"] if not key.startswith("pooler."))
     if missing or told["mismatched_keys"]:
@@ -340,6 +348,11 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         raise ValueError(
             f"encoder {folder} lacks weights, or has them in another shape ({which[0]}, {len(which)} in all): "
             "its config is not that of its weights; restore both"
+        )
+    if more := sorted(key for key in told["unexpected_keys"] if _OF_LAYER.search(key)):
+        raise ValueError(
+            f"encoder {folder} has weights of layers that its config does not name ({more[0]}, {len(more)} in all): "
+            "restore config.json"
         )
     return model.eval()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
+from safetensors import SafetensorError, safe_open
 
 from gmeta.core.files import read_mapping
 
@@ -28,7 +29,10 @@ def require_encoder(folder: Path) -> dict[str, Any]:
     where the folder brings code of its own.
     """
     if not folder.is_dir():
-        raise ValueError(f"encoder {folder} is no folder: name one with config.json, *.safetensors and tokenizer.json")
+        raise ValueError(
+            f"encoder {folder} is no folder: name one with config.json, *.safetensors and tokenizer.json. "
+            "A run reads the folder that it was trained with, wherever that was; a bundle brings it along"
+        )
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file() and "auto_map" in (values := read_mapping(path, "restore the file")):
@@ -46,6 +50,16 @@ def require_encoder(folder: Path) -> dict[str, Any]:
             f"AutoTokenizer.from_pretrained(…).save_pretrained({str(folder)!r})"
         )
     return read_mapping(folder / "config.json", "restore the file")
+
+
+def require_sound_weights(folder: Path) -> None:
+    """Raise ValueError that names a file of weights which cannot be read, such as a download that was cut off."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): restore the file") from None
 
 
 def copy_encoder(folder: Path, to: Path) -> None:

@@ -189,6 +189,8 @@ def text_source(
     encoder: TextEncoder, spec: StoreSpec, encode: Encode, texts: Sequence[str], store: str, refresh: int
 ) -> TextSource:
     """Return the source of a model's arguments. ValueError for those that do not go together."""
+    kept = encode == "behaviours" or not store
+    require(kept, "model.args.store", store, f"nothing is read of it with model.args.encode {encode}: leave it out")
     if not refresh:
         return TextSource(encoder, spec, encode, texts, store)
     for key, value, unset in (("encode", encode, "behaviours"), ("store", store, "")):

@@ -93,13 +93,16 @@ class VectorShard:
         return len(self.high)
 
 
-def write_shard(folder: Path, keys: Keys, records: NDArray[np.uint8]) -> Path:
-    """Write a shard of texts whose keys are distinct, in any order; return its path.
+def write_shard(folder: Path, keys: Keys, records: NDArray[np.uint8], spec: str) -> Path:
+    """Write a shard of texts whose keys are distinct, in any order, with the hash of what its vectors are; return its
+    path.
 
-    Raises ValueError where the disk refuses; nothing is left then.
+    Raises ValueError for keys that are not distinct, and where the disk refuses; nothing is left then.
     """
     order = key_order(keys)
     high, low = keys[0][order], keys[1][order]
+    if not _firsts(high, low).all():
+        raise ValueError("a shard's texts must differ, and some are the same: give each once")
     records = np.ascontiguousarray(records[order])
     path = folder / f"{xxhash.xxh3_64_hexdigest(high.tobytes() + low.tobytes())}.safetensors"
     tensors: dict[str, Array] = {
@@ -108,20 +111,24 @@ def write_shard(folder: Path, keys: Keys, records: NDArray[np.uint8]) -> Path:
         "records": records,
     }
     with replacing(path) as partial:
-        save_file(tensors, partial, {"xxh3": _checksum(high, low, records)})
+        save_file(tensors, partial, {"xxh3": _checksum(high, low, records), "spec": spec})
     sync(folder)
     return path
 
 
-def map_shard(path: Path, num_bytes: int) -> VectorShard:
-    """Map a shard whose records have `num_bytes`. Raises ValueError where it is damaged or of another size."""
+def map_shard(path: Path, num_bytes: int, spec: str) -> VectorShard:
+    """Map a shard whose records have `num_bytes`. Raises ValueError where it is damaged, of another size, or written
+    with another `spec`.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             high, low = (file.get_tensor(f"keys.{word}").numpy().view(np.uint64) for word in ("high", "low"))
             records = file.get_tensor("records").numpy()
-            checksum = (file.metadata() or {})["xxh3"]
+            checksum, written = ((file.metadata() or {})[name] for name in ("xxh3", "spec"))
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(_damaged(path, str(error))) from None
+    if written != spec:
+        raise ValueError(f"{path} is a shard of another store, whose vectors are others: move it away")
     if not len(high) == len(low) == len(records) or records.shape[1:] != (num_bytes,) or records.dtype != np.uint8:
         raise ValueError(_damaged(path, f"records are {records.shape}, expected ({len(high)}, {num_bytes})"))
     return VectorShard(path, high, low, records, checksum)
@@ -160,11 +167,14 @@ def remove_partial_shards(folder: Path) -> int:
     return len(left)
 
 
-def merge_shards(folder: Path, shards: Sequence[VectorShard], known: KeyIndex) -> None:
+def merge_shards(folder: Path, shards: Sequence[VectorShard], known: KeyIndex, spec: str) -> None:
     """Write the texts of `shards` that `known` lacks into shards of `SHARD_TEXTS`, then remove `shards`.
 
-    A kill in between leaves some texts twice, with the same vectors: harmless, and mended by the next merge.
+    A kill in between leaves some texts twice, with the same vectors: harmless, and mended by the next merge. Raises
+    ValueError for a damaged shard, and merges none then: the new checksums would call its bytes sound.
     """
+    for shard in shards:
+        verify_shard(shard)
     high, low, shard_of, row_of = _joined(shards)
     order = key_order((high, low))
     order = order[_firsts(high[order], low[order])]
@@ -176,7 +186,7 @@ def merge_shards(folder: Path, shards: Sequence[VectorShard], known: KeyIndex) -
         for number, shard in enumerate(shards):
             here = shard_of[part] == number
             records[here] = shard.records[row_of[part[here]]]
-        written.add(write_shard(folder, (high[part], low[part]), records))
+        written.add(write_shard(folder, (high[part], low[part]), records, spec))
     for shard in shards:
         if shard.path not in written:
             shard.path.unlink(missing_ok=True)

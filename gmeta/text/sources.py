@@ -165,7 +165,8 @@ class TextSource:
 def _read_stored(store: str, spec: StoreSpec, texts: Sequence[str], out: Tensor) -> NDArray[np.int64]:
     """Read into `out` what a store has of texts, and return the positions of the others."""
     behaviours = open_behaviours(store)
-    behaviours.require(replace(spec, dtype=behaviours.spec.dtype))  # however it keeps them
+    own = behaviours.spec
+    behaviours.require(replace(spec, dtype=own.dtype, precision=own.precision))  # however it computed and keeps them
     rows = behaviours.find(texts)
     missing = np.flatnonzero(rows[1:] < 0) + 1  # id 0 is no text
     if len(missing) > QUIETLY:
@@ -177,6 +178,10 @@ def _read_stored(store: str, spec: StoreSpec, texts: Sequence[str], out: Tensor)
         )
     there = np.flatnonzero(rows >= 0)
     out[there] = behaviours.read(rows[there], torch.float16)
+    if not bool(torch.isfinite(out).all()):
+        raise ValueError(
+            f"{store} gives numbers that are not finite: `gmeta embed verify --store {store}` names the damaged shard"
+        )
     return missing
 
 

@@ -46,7 +46,7 @@ from gmeta.text.shards import (
 )
 
 FORMAT = "gmeta-behaviour-store"
-VERSION = 1
+VERSION = 2
 PLACEHOLDER = "{text}"
 _MANIFEST = "manifest.json"
 _SHARDS = "shards"
@@ -203,12 +203,11 @@ class BehaviourStore:
         if found := self.spec.differences(asked):
             raise ValueError(
                 f"{self.folder} is a store of other vectors ({'; '.join(found)}): name another store, or the settings "
-                "of this one"
+                "of this one" + (", or restore the encoder's folder" if self.spec.encoder != asked.encoder else "")
             )
 
     def verify(self) -> None:
         """Read every byte. Raises ValueError that names what is damaged."""
-        verify_index(self.folder, self.shards, self.index)
         for shard in self.shards:
             verify_shard(shard)
             for start in range(0, len(shard), SHARD_TEXTS // 16):
@@ -216,6 +215,7 @@ class BehaviourStore:
                 values = unpack_records(part, self.spec.dtype, self.spec.vectors, self.spec.dim, torch.float32)
                 if not bool(torch.isfinite(values).all()):
                     raise ValueError(f"{shard.path} holds numbers that are not finite: remove it and embed again")
+        verify_index(self.folder, self.shards, self.index)  # what it is compared with is sound now
 
 
 def text_keys(spec: StoreSpec, texts: Sequence[str]) -> Keys:
@@ -238,7 +238,7 @@ def open_behaviours(folder: str | Path) -> BehaviourStore:
     while True:
         paths = shard_paths(path / _SHARDS)
         try:
-            return BehaviourStore(path, spec, [map_shard(found, num_bytes) for found in paths])
+            return BehaviourStore(path, spec, [map_shard(found, num_bytes, spec.prefix().hex()) for found in paths])
         except ValueError:
             if shard_paths(path / _SHARDS) == paths:
                 raise
@@ -268,8 +268,8 @@ def _read_manifest(folder: Path) -> StoreSpec:
 def writing_store(folder: str | Path, spec: StoreSpec | None) -> Iterator[StoreWriter]:
     """Give the one writer of a store, which is made where it is missing; None takes the spec of one that exists.
 
-    What killed writers left is removed. Raises ValueError where another process writes the store, where the store has
-    another spec, and where the folder holds something else.
+    What killed writers left is removed, and an empty store becomes one of `spec`. Raises ValueError where another
+    process writes the store, where the store has another spec, and where the folder holds something else.
     """
     path = Path(folder)
     if spec is None:
@@ -280,11 +280,16 @@ def writing_store(folder: str | Path, spec: StoreSpec | None) -> Iterator[StoreW
     others = [entry for entry in path.iterdir() if entry.name not in _OURS and not entry.name.startswith(".partial-")]
     if others and not manifest.exists():
         raise ValueError(f"store {folder} holds other files and no {_MANIFEST}: name an empty folder, or a store")
+    if not manifest.exists() and shard_paths(path / _SHARDS):
+        raise ValueError(
+            f"store {folder} has lost its {_MANIFEST}, which says what the vectors in {_SHARDS} are: restore the file, "
+            "or embed into another folder"
+        )
     with only_writer(path / _LOCK, f"the store {folder}"):
-        if manifest.exists():
-            open_behaviours(path).require(spec)
+        if manifest.exists() and len(store := open_behaviours(path)):
+            store.require(spec)
         remove_partial_shards(make_folder("store", str(path / _SHARDS)))
-        if not manifest.exists():
+        if not manifest.exists() or _read_manifest(path) != spec:
             values: dict[str, Any] = {"format": FORMAT, "version": VERSION, **asdict(spec)}
             values["xxh3"] = manifest_checksum(values)
             write_text(manifest, json.dumps(values, indent=1, sort_keys=True) + "\n")
@@ -311,7 +316,7 @@ class StoreWriter:
         small = [shard for shard in store.shards if len(shard) < SHARD_TEXTS]
         if len(small) > most:
             large = [shard for shard in store.shards if len(shard) >= SHARD_TEXTS]
-            merge_shards(self.folder / _SHARDS, small, open_index(self.folder, large))
+            merge_shards(self.folder / _SHARDS, small, open_index(self.folder, large), self.spec.prefix().hex())
             store = open_behaviours(self.folder)
         write_index(self.folder, store.shards)
 
@@ -320,4 +325,5 @@ def append_shard(folder: Path, spec: StoreSpec, texts: Sequence[str], vectors: T
     """Add a shard to a store that `writing_store` holds, maybe in another process; `StoreWriter.append` explains."""
     expected = (len(texts), spec.vectors, spec.dim)
     require(tuple(vectors.shape) == expected, "vectors", tuple(vectors.shape), f"the store wants {expected}")
-    write_shard(folder / _SHARDS, text_keys(spec, texts), pack_records(vectors.float().cpu(), spec.dtype))
+    records = pack_records(vectors.float().cpu(), spec.dtype)
+    write_shard(folder / _SHARDS, text_keys(spec, texts), records, spec.prefix().hex())

@@ -412,6 +412,16 @@ def test_a_store_must_be_that_of_the_model(
         writer.append(texts, encode_texts(encoder, writer.spec, texts))
     small = make(folders["bert"], inputs, store=str(tmp_path / "int8"))  # vectors may be kept in fewer bytes
     assert torch.allclose(small(dense, embedded), made(dense, embedded), atol=5e-2)
+    half = open_encoder(folders["bert"], 2, dtype=torch.bfloat16)
+    with writing_store(tmp_path / "bf16", spec_of(half, max_tokens=16)) as writer:
+        writer.append(texts, encode_texts(half, writer.spec, texts))
+    rough = make(folders["bert"], inputs, store=str(tmp_path / "bf16"))  # and computed in them
+    assert torch.allclose(rough(dense, embedded), made(dense, embedded), atol=5e-2)
+    (shard,) = (tmp_path / "bf16/shards").iterdir()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-64] + b"\xff" * 64)
+    with pytest.raises(ValueError, match="gives numbers that are not finite: `gmeta embed verify --store"):
+        make(folders["bert"], inputs, store=str(tmp_path / "bf16"))
     monkeypatch.setattr("gmeta.text.sources.QUIETLY", 2)
     with pytest.warns(UserWarning, match=r"lacks 3 of 6 texts.*gmeta embed"):
         make(folders["bert"], store=store)
@@ -425,7 +435,7 @@ def test_a_store_must_be_that_of_the_model(
         with pytest.raises(ValueError, match=f"a store of other vectors.*{named}"):
             make(folders["bert"], inputs, store=store, **change)
     other = tiny(tmp_path / "other", "bert", layers=5)
-    with pytest.raises(ValueError, match="encoder"):
+    with pytest.raises(ValueError, match=r"of other vectors .encoder.*or restore the encoder's folder"):
         make(other, inputs, store=store)
 
 
@@ -444,6 +454,7 @@ def test_a_store_must_be_that_of_the_model(
         ({"histories": ["seen", "seen"]}, "must differ from each other"),
         ({"histories": ["title"]}, "model.args.histories names 'title'.*seen|bought"),
         ({"vectors": 5}, "vectors"),
+        ({"encode": "states", "store": "nowhere"}, "model.args.store is 'nowhere': nothing is read of it with"),
         ({"encoder": "nowhere"}, "nowhere is no folder"),
     ],
 )
@@ -455,7 +466,7 @@ def test_wrong_arguments_are_named(args: dict[str, Any], message: str, folders: 
 def test_what_holds_no_texts_is_named(folders: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match=r"reads no feature of texts.*`text: true`.*model.features"):
         make(folders["bert"], replace(INPUTS, texts={}))
-    with pytest.raises(ValueError, match=r"no unpooled sequence of texts of table 'text'"):
+    with pytest.raises(ValueError, match=r"reads no history: a sequence with .*`table: text`"):
         make(folders["bert"], replace(INPUTS, texts={"title": 7}))
     both = replace(INPUTS, features={"title": 6, "query": 6}, texts={**INPUTS.texts, "query": 7})
     with pytest.raises(ValueError, match="target is not set: name one of title, query"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -225,7 +226,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     for change, words in (
         ({"layers": 4}, "was changed since it was written"),
         ({"format": "x"}, "has the format 'x'"),
-        ({"version": 2}, "has version 2, this release reads 1"),
+        ({"version": 3}, "has version 3, this release reads 2"),
     ):
         (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
         refused(folder, words)
@@ -243,6 +244,57 @@ def test_a_damaged_index_is_found(tmp_path: Path) -> None:
     refused(tmp_path / "store", "index.safetensors is damaged: remove it")
     index.write_bytes(whole[:-9])  # what cannot be opened is not needed
     open_behaviours(tmp_path / "store").verify()
+
+
+@pytest.mark.parametrize("column", ["keys.high", "records"])
+def test_a_damaged_shard_is_merged_with_no_other(tmp_path: Path, column: str) -> None:
+    """New checksums and a new index would call it sound."""
+    folder = tmp_path / "store"
+    made(folder, 20, 5)
+    with writing_store(folder, SPEC) as writer:
+        writer.merge(most=5)  # an index is written
+    damaged = max((folder / "shards").iterdir(), key=lambda path: path.stat().st_size)
+    whole = bytearray(damaged.read_bytes())
+    start, end = json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])[column]["data_offsets"]
+    whole[8 + int.from_bytes(whole[:8], "little") + (start + end) // 2] ^= 64
+    damaged.write_bytes(whole)
+    refused(folder, f"{damaged.name} is damaged")
+    files_before = sorted((folder / "shards").iterdir())
+    with writing_store(folder, SPEC) as writer, pytest.raises(ValueError, match=f"{damaged.name} is damaged"):
+        writer.merge()
+    assert sorted((folder / "shards").iterdir()) == files_before
+
+
+def test_a_lost_manifest_is_not_made_anew(tmp_path: Path) -> None:
+    """Another one would call the vectors what they are not."""
+    made(tmp_path / "store", 5)
+    (tmp_path / "store/manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"has lost its manifest\.json, .*restore the file, or embed into another"):
+        begin(tmp_path / "store", replace(SPEC, layers=SPEC.layers + 1))
+
+
+def test_an_empty_store_becomes_another(tmp_path: Path) -> None:
+    other = replace(SPEC, layers=SPEC.layers + 1)
+    begin(tmp_path / "store", SPEC)
+    begin(tmp_path / "store", other)
+    assert open_behaviours(tmp_path / "store").spec == other
+    made(tmp_path / "full", 5)
+    with pytest.raises(ValueError, match="is a store of other vectors"):
+        begin(tmp_path / "full", other)
+
+
+def test_a_shard_of_another_store_is_refused(tmp_path: Path) -> None:
+    made(tmp_path / "store", 5)
+    with writing_store(tmp_path / "other", replace(SPEC, layers=SPEC.layers + 1)) as writer:
+        writer.append(texts(0, 7), vectors(7))
+    (shard,) = (tmp_path / "other/shards").iterdir()
+    shutil.copy(shard, tmp_path / "store/shards")
+    refused(tmp_path / "store", "is a shard of another store, whose vectors are others: move it away")
+
+
+def test_a_text_is_appended_once(tmp_path: Path) -> None:
+    with writing_store(tmp_path / "store", SPEC) as writer, pytest.raises(ValueError, match="give each once"):
+        writer.append(["a", "a"], vectors(2))
 
 
 def test_one_process_writes_a_store_at_a_time(tmp_path: Path) -> None:
@@ -284,12 +336,12 @@ def test_a_reader_beside_a_merging_writer_sees_all(tmp_path: Path, monkeypatch: 
     values = made(tmp_path / "store", 9, 9)
     real, merged = files.map_shard, []
 
-    def late(path: Path, num_bytes: int) -> files.VectorShard:
+    def late(path: Path, num_bytes: int, spec: str) -> files.VectorShard:
         if not merged:  # between the listing and the opening
             merged.append(True)
             with writing_store(tmp_path / "store", SPEC) as writer:
                 writer.merge()
-        return real(path, num_bytes)
+        return real(path, num_bytes, spec)
 
     monkeypatch.setattr("gmeta.text.store.map_shard", late)
     store: BehaviourStore = open_behaviours(tmp_path / "store")
@@ -300,8 +352,8 @@ def test_a_reader_beside_a_merging_writer_sees_all(tmp_path: Path, monkeypatch: 
 def test_a_shard_has_one_name_and_one_content(tmp_path: Path) -> None:
     keys = text_keys(SPEC, texts(0, 9))
     records = pack_records(vectors(9), "fp16")
-    first = write_shard(tmp_path, keys, records)
+    first = write_shard(tmp_path, keys, records, "spec")
     whole = first.read_bytes()
     order = np.random.default_rng(0).permutation(9)
-    assert write_shard(tmp_path, (keys[0][order], keys[1][order]), records[order]) == first
+    assert write_shard(tmp_path, (keys[0][order], keys[1][order]), records[order], "spec") == first
     assert first.read_bytes() == whole

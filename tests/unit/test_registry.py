@@ -114,7 +114,8 @@ def test_arguments_get_their_defaults_and_are_plain() -> None:
     ("args", "message"),
     [
         ({"hiden": 3}, "model.args.hiden: t has no argument 'hiden', did you mean 'hidden'"),
-        ({"hidden": "wide"}, "model.args.hidden is 'wide': t takes a int"),
+        ({"hidden": "wide"}, "model.args.hidden is 'wide': t takes an int"),
+        ({"hidden": None}, "model.args.hidden is None: t takes an int"),
         ({"widths": 3}, "model.args.widths is 3: t takes a"),
         ({"mode": [1]}, "model.args.mode is [1]: t takes a str"),
     ],
@@ -123,6 +124,14 @@ def test_wrong_arguments_are_named(args: dict, message: str) -> None:
     with pytest.raises(ValueError, match=r"model\.args") as caught:
         resolved_args(Towers, args, "t")
     assert message in str(caught.value)
+
+
+def test_a_flag_is_true_or_false_and_no_word() -> None:
+    def flagged(inputs: InputSpec, *, on: bool = False, off: int | None = 3) -> None: ...
+
+    assert resolved_args(flagged, {"on": True, "off": None}, "t") == {"on": True, "off": None}
+    with pytest.raises(ValueError, match=r"model\.args\.on is 'yes': t takes a bool"):
+        resolved_args(flagged, {"on": "yes"}, "t")
 
 
 def test_factories_that_cannot_be_called() -> None:

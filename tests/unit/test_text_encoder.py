@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from encoders import WHY, change_json, minilm, tiny, write_tokenizer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason=WHY)
@@ -285,8 +286,18 @@ def test_what_is_no_encoder_is_refused(folders: dict[str, Path], tmp_path: Path)
     refused(folder, "64 token embeddings, its tokenizer.json 500 tokens: it is the tokenizer of another")
     change_json((folder := copied("lacking")) / "config.json", num_hidden_layers=5)
     refused(folder, "lacks weights")
+    change_json((folder := copied("cut-off")) / "config.json", num_hidden_layers=3)
+    refused(folder, "has weights of layers that its config does not name .*restore config.json")
     (folder := copied("cut")).joinpath("model.safetensors").write_bytes(b"x" * 100)
-    refused(folder, "cannot be opened by transformers")
+    refused(folder, r"cut/model\.safetensors cannot be read .*restore the file")
+    weights = load_file((folder := copied("nan")) / "model.safetensors")
+    weights["encoder.layer.0.output.dense.weight"][0, 0] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "gives numbers that are not finite: its weights are broken")
+    for layers in ("2", True, None, 2.0):
+        refused(folders["bert"], "must be a whole number", layers=layers)
+    with pytest.raises(ValueError, match="name the folder of a text encoder"):
+        open_encoder("", 2)
     for layers in (4, -1):
         refused(folders["bert"], rf"layers is {layers}: .* has 4: must be in \[0, 3\]", layers=layers)
     refused(folders["bert"], r"max_tokens is 65: must be in \[1, 64\]", max_tokens=65)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,28 @@ def test_texts_that_nobody_knew_are_read(folder: Path, tmp_path: Path) -> None:
                 assert task["scores"] == pytest.approx(by_key[task["key"]].tolist(), abs=1e-6)
 
     with_client(folder / "bundle", work, trust_model=True)
+
+
+def test_new_texts_of_a_pass_are_bounded(folder: Path) -> None:
+    """Encoding them holds up everyone else. Texts that were encoded before do not count."""
+    tasks = tasks_of(*moved(*held_out(folder)[:2]))[:4]  # of each one candidate is new
+
+    async def work(client: Client) -> None:
+        refused = await client.score(*tasks)
+        assert refused.status_code == 413
+        assert refused.json()["error"] == {
+            "code": "too_many_new_texts",
+            "message": "4 texts are new to the model, more than 3: send them in parts",
+        }
+        together = await asyncio.gather(client.score(*tasks[:2]), client.score(*tasks[2:]))
+        assert sorted(answer.status_code for answer in together) == [200, 503]
+        (busy,) = [answer for answer in together if answer.status_code == 503]
+        assert busy.json()["error"]["code"] == "busy_with_texts"
+        assert busy.headers["retry-after"] == "1"
+        for some in (tasks[:2], tasks[2:], tasks):
+            assert (await client.score(*some)).status_code == 200
+
+    with_client(folder / "bare-bundle", work, trust_model=True, max_new_texts=3, batch_wait_ms=50)
 
 
 def test_requests_of_all_kinds_are_joined(folder: Path) -> None:
