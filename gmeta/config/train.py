@@ -36,7 +36,7 @@ class ModelConfig:
     encode, target, histories, pooling, vectors, template, max_tokens, tune, rank, user, positions, direction, ids,
     taste, hidden, dropout and history_dropout; sasrec takes blocks, heads, positions, dropout, similarity and
     temperature; llmrec takes those and encoder, layers, reader, window, tune, rank, store, refresh, text, pooling,
-    template, max_tokens, hidden and ids. Your own class takes its own."""
+    template, max_tokens, hidden, ids, fusion and id_dropout. Your own class takes its own."""
     features: list[str] = field(default_factory=list)
     """Features and sequences to use. Empty means all in the pack but the task's own key (the user's id, say), which is
     unknown of new tasks; name it to use it."""

@@ -2,7 +2,8 @@
 
 A task is a user: its support is the history, its query what came next. A model that learns this has two functions,
 `states(events, sequences) -> [N, d]` and `items(owned) -> [n, d]` (`gmeta.models.sasrec` shows them), and an item's
-score is the product of the two.
+score is the product of the two. A model of several views has their widths in `views`, and d is the sum of these: each
+view learns by a loss of its own, and a score is the sum of theirs.
 """
 
 from __future__ import annotations
@@ -261,18 +262,12 @@ class NextItemLearner(nn.Module):
         """Return the sum of the losses of each task's targets, and their number, [T] each. `target` int64 [P] says
         which events are targets; the state of the event before has to find them. `left_out` is bool [P, C].
         """
-        shared = read.shared
-        assert shared is not None
         assert read.own is not None
         assert read.candidates is not None
-        before, own = states[target - 1], read.own[target]
-        found = _exactly((before * own).sum(-1, keepdim=True))
-        scores = _exactly(before @ read.candidates.mT)
-        if read.log_chance is not None:
-            found = found - read.log_chance[target].unsqueeze(-1)
-            scores = scores - shared.given[LOG_CHANCE].view(1, -1)
-        scores = scores.masked_fill(left_out, -torch.inf)
-        losses = torch.logsumexp(torch.cat([found, scores], 1), 1) - found.squeeze(1)
+        widths = list(getattr(self.model, "views", (states.shape[1],)))
+        whole = (states[target - 1], read.own[target], read.candidates)
+        views = zip(*(torch.split(part, widths, -1) for part in whole), strict=True)
+        losses = torch.stack([_softmax_loss(read, target, left_out, *view) for view in views]).sum(0)
         task, num_tasks = read.sequences.task[target], len(read.sequences.lengths)
         sums = losses.new_zeros(num_tasks).index_add(0, task, losses)
         return sums, torch.bincount(task, minlength=num_tasks)
@@ -295,6 +290,20 @@ class NextItemLearner(nn.Module):
             if all(key in side.given for side in sides):
                 found[key] = _column([side.given[key] for side in sides], cells)
         return found
+
+
+def _softmax_loss(
+    read: _Read, target: Tensor, left_out: Tensor, before: Tensor, own: Tensor, candidates: Tensor
+) -> Tensor:
+    """Return the losses [P] of targets: of states before them and their own vectors, [P, d], and candidates [C, d]."""
+    found = _exactly((before * own).sum(-1, keepdim=True))
+    scores = _exactly(before @ candidates.mT)
+    if read.log_chance is not None:
+        assert read.shared is not None
+        found = found - read.log_chance[target].unsqueeze(-1)
+        scores = scores - read.shared.given[LOG_CHANCE].view(1, -1)
+    scores = scores.masked_fill(left_out, -torch.inf)
+    return torch.logsumexp(torch.cat([found, scores], 1), 1) - found.squeeze(1)
 
 
 def _looking_at(read: _Read, events: Tensor) -> _Read:

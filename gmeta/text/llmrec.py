@@ -29,6 +29,7 @@ from gmeta.text.store import PLACEHOLDER, spec_of
 from gmeta.text.tuning import Tune, tuned
 
 Reader = Literal["blocks", "high", "tokens"]
+Fusion = Literal["views", "gate"]
 
 _OF_EVENTS = "vectors of events"
 """Under which name a pass keeps the vectors of its events' texts: they are compared, and read."""
@@ -37,7 +38,12 @@ _OF_EVENTS = "vectors of events"
 class LLMRec(TextModel):
     """An item's vector is made of its text, and of its id where `ids` says so; a causal reader scores what comes next.
 
-        t = tower(norm(kept vector)),    item = t,   or with ids   item = t + sigmoid(gate(t)) * id's row
+        t = tower(norm(kept vector)),    item = t,    and with ids, as `fusion` says:
+
+        views   item = [t, id's row]: two models beside each other. The states of texts and those of ids, which the
+                reader of `sasrec` makes with the dropout `id_dropout`, lie one behind the other. Each view learns by a
+                loss of its own, and a score is the sum of both
+        gate    item = t + sigmoid(gate(t)) * id's row: one model
 
     The kept vector is that of the item's text, by the first `layers` of the encoder in `encoder`; it is made once, or
     comes from the behaviour store `store`. `text` names the feature with the item's text; without it, the only one.
@@ -76,6 +82,8 @@ class LLMRec(TextModel):
         template: str = PLACEHOLDER,
         max_tokens: int = 40,
         ids: bool = True,
+        fusion: Fusion = "views",
+        id_dropout: float = 0.5,
         hidden: Sequence[int] = (256,),
         blocks: int = 2,
         heads: int = 2,
@@ -86,7 +94,8 @@ class LLMRec(TextModel):
     ) -> None:
         super().__init__()
         check_widths("hidden", hidden)
-        for key, word, words in (("reader", reader, get_args(Reader)), ("tune", tune, get_args(Tune))):
+        known = {"reader": (reader, Reader), "tune": (tune, Tune), "fusion": (fusion, Fusion)}
+        for key, (word, words) in ((key, (word, get_args(of))) for key, (word, of) in known.items()):
             require(word in words, f"model.args.{key}", word, f"must be one of {', '.join(words)}")
         self.text = text_of_items(inputs, text)
         self.texts: tuple[str, ...] = (self.text,)
@@ -113,7 +122,12 @@ class LLMRec(TextModel):
         self.keep_texts(inputs, self.text, source, encoder)
         self.text_norm = nn.LayerNorm(opened.dim)
         self.tower = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([opened.dim, *hidden, dim]))
-        self.gate = nn.Linear(dim, 1) if ids else None
+        self.gate = nn.Linear(dim, 1) if ids and fusion == "gate" else None
+        self.id_reader = None
+        if ids and fusion == "views":
+            self.views = (dim, dim)
+            of_ids: dict[str, Any] = {"blocks": 1, "heads": 1, "similarity": "dot", "temperature": temperature}
+            self.id_reader = HistoryReader(dim, positions=positions, dropout=id_dropout, **of_ids)
         made = {"positions": positions, "dropout": dropout, **compare}
         if reader == "high":
             self.reader = VectorReader(tuned(opened.high, tune, rank, "causal"), opened.dim, dim, **made)
@@ -126,13 +140,16 @@ class LLMRec(TextModel):
             of_titles: Tensor = self.reader(self._ids(events), sequences)
             return of_titles
         kept, place = self._kept(events, fresh=True)
-        x = self._items(events, kept, place)
-        if self.beside:
-            x = x + sum_of(events, self.beside)
-        x = with_prompt(x, events)
+        x = self._of_event(self._items(events, kept, place), events)
         read = (kept[place],) if isinstance(self.reader, VectorReader) else ()
         found: Tensor = self.reader(*read, x, sequences)
-        return found
+        if self.id_reader is None or self.item is None:
+            return found
+        return torch.cat([found, self.id_reader(self._of_event(events[self.item], events), sequences)], -1)
+
+    def _of_event(self, x: Tensor, events: dict[str, Tensor]) -> Tensor:
+        """Return vectors of items [N, d] with all else that is known of their events."""
+        return with_prompt(x + sum_of(events, self.beside) if self.beside else x, events)
 
     def items(self, items: dict[str, Tensor]) -> Tensor:
         """Return the vectors of items of events, [n, d]."""
@@ -145,7 +162,10 @@ class LLMRec(TextModel):
     def _compared(self, items: dict[str, Tensor], *, fresh: bool) -> Tensor:
         if isinstance(self.reader, TokenReader):
             return self.reader.compared(self._ids(items))
-        return self.reader.compared(self._items(items, *self._kept(items, fresh=fresh)))
+        found = self.reader.compared(self._items(items, *self._kept(items, fresh=fresh)))
+        if self.id_reader is None or self.item is None:
+            return found
+        return torch.cat([found, self.id_reader.compared(items[self.item])], -1)
 
     def train(self, mode: bool = True) -> LLMRec:
         """Turn dropout on or off. The encoder's layers have none: it would not be seeded by example."""

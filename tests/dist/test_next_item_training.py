@@ -80,7 +80,8 @@ def test_events_of_the_batch_are_the_same_candidates_on_any_ranks(pack: Path, np
 @pytest.mark.parametrize(
     "args",
     [
-        pytest.param({"ids": True}, id="blocks"),
+        pytest.param({"ids": True}, id="views"),
+        pytest.param({"ids": True, "fusion": "gate"}, id="gate", marks=pytest.mark.slow),
         pytest.param({"ids": False}, id="texts", marks=pytest.mark.slow),
         pytest.param({"ids": False, "refresh": 2}, id="refreshed"),
         pytest.param({"ids": True, "reader": "high", "tune": "lora", "rank": 2}, id="high"),

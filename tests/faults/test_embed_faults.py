@@ -278,7 +278,7 @@ def test_settings_out_of_range_are_told(
     write_lines(tmp_path, ["w4"])
     for more, told in (
         (["--layers", 4], "layers is 4: "),
-        (["--layers", 0], "layers is 0: say how many layers are below the split"),
+        (["--layers", -1], "layers is -1: say how many layers are below the split"),
         (["--vectors", 5], "vectors is 5: must be in [1, 4]"),
         (["--template", "Title"], "template is 'Title': must hold {text} once"),
         (["--nproc", 0], "nproc is 0"),

@@ -50,7 +50,15 @@ def make(folder: Path, texts: tuple[str, ...] = TEXTS, **args: Any) -> LLMRec:
         texts={"title": len(texts)},
         text_tables={"text": texts},
     )
-    usual = {"layers": 2, "hidden": [6], "heads": 2, "max_tokens": CUT, "dropout": 0.0, "window": WINDOW}
+    usual = {
+        "layers": 2,
+        "hidden": [6],
+        "heads": 2,
+        "max_tokens": CUT,
+        "dropout": 0.0,
+        "window": WINDOW,
+        "id_dropout": 0.0,
+    }
     model = build_model(find_model("llmrec"), inputs, {"encoder": str(folder), **usual, **args}, name="llmrec", seed=0)
     assert isinstance(model, LLMRec)
     return model.double()
@@ -108,22 +116,42 @@ def stirred(model: LLMRec) -> LLMRec:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
-@pytest.mark.parametrize("args", [{}, {"ids": False, "tune": "lora", "rank": 2}], ids=["ids", "lora"])
+@pytest.mark.parametrize(
+    "args", [{}, {"fusion": "gate"}, {"ids": False, "tune": "lora", "rank": 2}], ids=["views", "gate", "lora"]
+)
 def test_upper_layers_read_tasks_together_as_events_alone(
     kind: str, args: dict[str, Any], folders: dict[str, Path]
 ) -> None:
     model = stirred(make(folders[kind], reader="high", **args))
     together, alone = model.states(*events_of(HISTORIES)), one_by_one(model, HISTORIES)
-    assert together.shape == (12, DIM)
+    assert together.shape == (12, DIM if "fusion" in args or "ids" in args else 2 * DIM)
     assert_alike([together], [alone])
     assert_alike(gradients_of(model, together), gradients_of(model, alone), EXACT[kind])
-    lengths = together.norm(dim=-1) * 0.07
+    lengths = together[:, :DIM].norm(dim=-1) * 0.07
     assert (lengths - 1).abs().max() < 1e-6  # cosines, at the temperature that it starts with
 
     single = model.float()
     events, sequences = events_of(HISTORIES)
     events = {name: v.float() if v.is_floating_point() else v for name, v in events.items()}
     assert_alike([single.states(events, sequences)], [together.float()], 1e-5)
+
+
+def test_views_are_two_models_beside_each_other(folders: dict[str, Path]) -> None:
+    """One of texts, and one of ids that is sasrec; they read the same prompt, and nothing of each other."""
+    prompt = torch.randn(12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    events, sequences = events_of(HISTORIES, **{PROMPT: prompt})
+    both, texts = make(folders["bert"]), make(folders["bert"], ids=False)
+    texts.load_state_dict({name: v for name, v in both.state_dict().items() if not name.startswith("id_reader.")})
+    ids = InputSpec({"item": DIM, "domain": DIM}, (), 0.0, item="item", owned=("item",))
+    sasrec = build_model(find_model("sasrec"), ids, {}, name="sasrec", seed=0).double()
+    assert both.id_reader is not None
+    sasrec.eval().reader.load_state_dict(both.id_reader.state_dict())
+    both.eval()
+    found, items = both.states(events, sequences), both.items(events)
+    assert_alike([found[:, :DIM]], [texts.eval().states(events, sequences)])
+    assert_alike([found[:, DIM:]], [sasrec.states(events, sequences)])
+    assert_alike([items[:, :DIM], items[:, DIM:]], [texts.items(events), sasrec.items(events)])
+    assert both.views == (DIM, DIM)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

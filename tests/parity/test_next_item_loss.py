@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -73,11 +74,14 @@ def slow_losses(
     known: Sequence[int] = (),
     chosen: Callable[[int, list[int]], list[int]] = lambda place, positions: positions,
 ) -> list[Tensor]:
-    """Return the loss of each event but the first, from a model that reads the events before it alone.
+    """Return the loss of each event but the first, the sum over views, from a model that reads the events before it
+    alone.
 
     Candidates that are `known` are left out, and `chosen(place, positions)` says which of the others are compared.
     """
     domain = torch.tensor(DOMAIN)
+    bounds = [0, *accumulate(getattr(learner.model, "views", (DIM,)))]
+    state_parts = [slice(*part) for part in pairwise(bounds)]
 
     def vectors(items: list[int]) -> dict[str, Tensor]:
         ids = torch.tensor(items)
@@ -91,26 +95,35 @@ def slow_losses(
             events[PROMPT] = prompt.expand(t, -1)
         state = learner.model.states(events, sequences)[-1]
         target = history[t]
-        own = learner.model.items(vectors([target]))[0] @ state - chance[target]
         left = [
             position
             for position, c in enumerate(candidates)
             if c != target and DOMAIN[c] == DOMAIN[target] and c not in known
         ]
         compared = [candidates[position] for position in chosen(t, left)]
-        others = [learner.model.items(vectors([c]))[0] @ state - chance[c] for c in compared]
-        total = own.exp() + sum((score.exp() for score in others), torch.zeros((), dtype=torch.float64))
-        losses.append(total.log() - own)
+        losses.append(torch.zeros((), dtype=torch.float64))
+        for view in state_parts:
+
+            def score(item: int, view: slice = view, state: Tensor = state) -> Tensor:
+                vector = learner.model.items(vectors([item]))[0]
+                return vector[view] @ state[view] - chance[item]
+
+            total = sum((score(c).exp() for c in compared), score(target).exp())
+            losses[-1] = losses[-1] + total.log() - score(target)
     return losses
 
 
+@pytest.mark.parametrize("views", [(DIM,), (3, 5)])
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("every_event", [True, False])
 @pytest.mark.parametrize("chances", [False, True])
-def test_loss_and_gradients_are_those_of_the_slow_reference(similarity: str, every_event: bool, chances: bool) -> None:
+def test_loss_and_gradients_are_those_of_the_slow_reference(
+    views: tuple[int, ...], similarity: str, every_event: bool, chances: bool
+) -> None:
     candidates = [1, 2, 3, 8, 8, 12, 13, 14]
     learner, batch, rows = make(HISTORIES, candidates, dropout=0.0, similarity=similarity, temperature=0.5)
     learner.every_event = every_event
+    learner.model.views = views
     chance = [math.log(1 + i) / 10 for i in range(ITEMS)] if chances else [0.0] * ITEMS
     if chances:
         told = torch.tensor(chance, dtype=torch.float64)
