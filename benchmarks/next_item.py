@@ -62,14 +62,16 @@ class Cell:
 
 IDS = {"dropout": 0.5, "blocks": 1, "heads": 1, "similarity": "dot"}
 TEXT = {"layers": 5, "hidden": [256], "dropout": 0.2, "ids": False}
-BOTH = {**TEXT, "dropout": 0.3, "ids": True}
+BOTH = {**TEXT, "ids": True}
+GATE = {**BOTH, "dropout": 0.3, "fusion": "gate"}
 SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "ids": ("sasrec", IDS, ("--schedule.epochs", "50")),
     "text": ("llmrec", TEXT, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
-    "ids+text": ("llmrec", BOTH, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
+    "ids+text": ("llmrec", BOTH, ("--schedule.epochs", "40")),
+    "ids+text, gate": ("llmrec", GATE, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
 }
 """Variant -> model, its arguments, and words of `gmeta train`."""
-OF_MIXED = {"ids": "20", "text": "8", "ids+text": "8"}
+OF_MIXED = {"ids": "20", "text": "8", "ids+text": "16", "ids+text, gate": "8"}
 """Variant -> passes over all three domains, which have 3.2 times the users: fewer, so that cells end."""
 HIGH = {"layers": 4, "reader": "high", "ids": False, "dropout": 0.2, "similarity": "cosine"}
 TUNED = ("--schedule.epochs", "5", "--dense.lr", "0.0003")
@@ -97,17 +99,21 @@ def cells(quick: bool) -> list[Cell]:
         return [Cell("Beauty", name, 0, *SETTINGS[name][:2], short) for name in ("ids", "text")]
     found = []
     for seed in range(3):
-        for case in (*DOMAINS, MIXED):
-            for name, (model, args, words) in SETTINGS.items():
-                more = ("--schedule.epochs", OF_MIXED[name]) if case == MIXED else ()
-                more = (*more, "--schedule.eval_every", "875")
-                found.append(Cell(case, name, seed, model, args, (*words, *more)))
-        for name, (model, args, words) in SETTINGS.items():
+        for name in ("ids", "text", "ids+text"):
+            found += [_cell(case, name, seed) for case in (*DOMAINS, MIXED)]
+            model, args, words = SETTINGS[name]
             found.append(Cell("Beauty", name, seed, model, args, words, last=True))
             found.append(Cell(OFFICE, name, seed, model, args, (*words, "--schedule.eval_every", "56")))
+    found += [_cell(case, "ids+text, gate", 0) for case in ("Beauty", MIXED)]
     for name, (args, words) in READERS.items():
         found.append(Cell("Beauty", name, 0, "llmrec", args, words))
     return found
+
+
+def _cell(case: str, variant: str, seed: int) -> Cell:
+    model, args, words = SETTINGS[variant]
+    more = ("--schedule.epochs", OF_MIXED[variant]) if case == MIXED else ()
+    return Cell(case, variant, seed, model, args, (*words, *more, "--schedule.eval_every", "875"))
 
 
 def main() -> int:
