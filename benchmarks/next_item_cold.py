@@ -9,7 +9,9 @@ events is a target, with what they did before as its history. Variants share one
     plain        reads the history as it is
     fine-tuned   takes gradient steps on a prompt, a vector beside all of the user's events, that starts at zero; the
                  number of steps and the rate are the best ones of the choosing users
-    adapted      the same steps after meta training through them (second order), which goes on from the plain model
+    adapted      the same steps after meta training through them (second order), which goes on from the plain model; its
+                 embedding rows stay as they are: with them trained, on targets of the query alone, ndcg@10 before
+                 adaptation fell from .069 to .043 within 350 steps
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ DOMAIN = "Beauty"
 SLICES = ("all", "history_1-4", "history_5-9", "history_10-19", "history_20+")
 METRICS = ("recall@10", "ndcg@10")
 VARIANTS = ("plain", "fine-tuned", "adapted")
-TRIALS = ((1, 0.3), (1, 3.0), (1, 30.0), (3, 3.0))
+TRIALS = ((1, 0.003), (1, 0.03), (3, 0.03), (1, 0.3))
 """Inner steps and rates that are tried."""
 LATER = 1_000_000
 """Times of held-out users begin here, twice as late for those that are measured."""
@@ -116,7 +118,8 @@ def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     cpu["fine-tuned"] = sum(cpu.pop(str(n)) for n in range(len(cell.trials)))
     inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate, "--meta.learn_inner_lr", "true"]
     longer = ["--schedule.max_steps", cell.steps or 1400, "--schedule.eval_every", 350]
-    cpu["adapted"] = cpu_of("train", *go_on, *inner, *longer, "--dense.lr", 3e-4, "--run_dir", place / "adapted")
+    gently = ["--dense.lr", 1e-4, "--embedding.lr", 0]
+    cpu["adapted"] = cpu_of("train", *go_on, *inner, *longer, *gently, "--run_dir", place / "adapted")
     runs = {"plain": place / "plain", "fine-tuned": place / f"tuned-{number}", "adapted": place / "adapted"}
     for run in runs.values():
         gmeta("evaluate", "--run_dir", run, "--resamples", 10, "--baselines", str(run.name == "plain").lower())

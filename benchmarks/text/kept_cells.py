@@ -89,9 +89,9 @@ def _cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def in_words(value: float, low: float, high: float) -> str:
-    """Return a difference with its interval."""
-    return f"{value:+.4f} ({low:+.4f} - {high:+.4f})"
+def in_words(value: float, low: float | None, high: float | None) -> str:
+    """Return a difference with its interval, where it has one."""
+    return f"{value:+.4f}" if low is None else f"{value:+.4f} ({low:+.4f} - {high:+.4f})"
 
 
 def over_seeds(values: Sequence[float]) -> str:
