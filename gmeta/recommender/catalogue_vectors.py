@@ -39,7 +39,10 @@ def item_vectors(system: System, catalogue: Catalogue, schema: PackSchema) -> Te
 
 @torch.no_grad()
 def vectors_of_items(system: System, catalogue: Catalogue, schema: PackSchema, items: NDArray[np.int64]) -> Tensor:
-    """Return the vectors of some items, [n, d]; collective."""
+    """Return the vectors of some items, [n, d]; collective.
+
+    A model that knows items by their rows in part has `without_row(vectors)`, for those that no training row has.
+    """
     learner = next_item_learner(system)
     parts = []
     for start in range(0, len(items), _ITEMS_AT_ONCE):
@@ -49,7 +52,11 @@ def vectors_of_items(system: System, catalogue: Catalogue, schema: PackSchema, i
         rows = system.exchange.fetch(system.exchange.exchange_ids(request))
         with system.precision():
             parts.append(learner.items(rows, to_device(examples, system.mesh.device, system.dtype)).float())
-    return torch.cat(parts)
+    found = torch.cat(parts)
+    new = torch.from_numpy(catalogue.count[items] == 0).to(found.device)
+    if hasattr(learner.model, "without_row") and bool(new.any()):
+        found[new] = learner.model.without_row(found[new])
+    return found
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ class LLMRec(TextModel):
 
         views   item = [t, id's row]: two models beside each other. The states of texts and those of ids, which the
                 reader of `sasrec` makes with the dropout `id_dropout`, lie one behind the other. Each view learns by a
-                loss of its own, and a score is the sum of both
+                loss of its own, and a score is the sum of both, or twice that of the text where no training row has
+                the item
         gate    item = t + sigmoid(gate(t)) * id's row: one model
 
     The kept vector is that of the item's text, by the first `layers` of the encoder in `encoder`; it is made once, or
@@ -102,6 +103,7 @@ class LLMRec(TextModel):
         self.features: tuple[str, ...] = ()
         self.item: str | None = None
         self.reader: HistoryReader | VectorReader | TokenReader
+        self.id_reader: HistoryReader | None = None
         opened = open_encoder(encoder, layers)
         compare: dict[str, Any] = {"similarity": similarity, "temperature": temperature}
         if reader == "tokens":
@@ -123,7 +125,6 @@ class LLMRec(TextModel):
         self.text_norm = nn.LayerNorm(opened.dim)
         self.tower = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([opened.dim, *hidden, dim]))
         self.gate = nn.Linear(dim, 1) if ids and fusion == "gate" else None
-        self.id_reader = None
         if ids and fusion == "views":
             self.views = (dim, dim)
             of_ids: dict[str, Any] = {"blocks": 1, "heads": 1, "similarity": "dot", "temperature": temperature}
@@ -158,6 +159,15 @@ class LLMRec(TextModel):
     def shared_items(self, items: dict[str, Tensor]) -> Tensor:
         """Return the vectors of candidates or of a catalogue, [n, d]: of kept vectors, whatever is trained."""
         return self._compared(items, fresh=False)
+
+    def without_row(self, vectors: Tensor) -> Tensor:
+        """Return the vectors [n, d] of items that no training row has. Of two views their ids are taken to say what
+        their texts say: without a score to add they would come behind all others.
+        """
+        if self.id_reader is None:
+            return vectors
+        of_text, of_id = torch.split(vectors, list(self.views), -1)
+        return torch.cat([2 * of_text, torch.zeros_like(of_id)], -1)
 
     def _compared(self, items: dict[str, Tensor], *, fresh: bool) -> Tensor:
         if isinstance(self.reader, TokenReader):

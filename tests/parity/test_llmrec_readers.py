@@ -152,6 +152,10 @@ def test_views_are_two_models_beside_each_other(folders: dict[str, Path]) -> Non
     assert_alike([found[:, DIM:]], [sasrec.states(events, sequences)])
     assert_alike([items[:, :DIM], items[:, DIM:]], [texts.items(events), sasrec.items(events)])
     assert both.views == (DIM, DIM)
+    new = both.without_row(items)  # of items that no training row has the texts count twice
+    assert_alike([(new * found).sum(-1)], [2 * (items * found)[:, :DIM].sum(-1)])
+    alone = texts.items(events)
+    assert texts.without_row(alone) is alone
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from encoders import WHY, tiny
@@ -14,7 +16,9 @@ pytest.importorskip("transformers", reason=WHY)
 
 import gmeta
 from gmeta.config.delivery import BundleConfig
+from gmeta.data.pack import open_pack
 from gmeta.delivery.bundle import make_bundle
+from gmeta.recommender.catalogue_vectors import item_vectors
 from gmeta.recommender.next_items import NextItems
 
 MOST = 6
@@ -56,6 +60,16 @@ def test_targets_are_recommended_where_evaluation_ranks_them(
     bundle = make_bundle(BundleConfig(run_dir=str(run), out=str(folder / f"{args['reader']}-bundle"))).path
     events = {"user": ["a", "a"], "item": ["b1", "t3"], "domain": ["books", "toys"], "time": [1, 2]}
     assert NextItems.open(bundle, device="cpu").recommend(events).equals(rec.recommend(events))
+
+
+def test_an_item_without_training_rows_is_told_by_its_text(pack: Path, folder: Path) -> None:
+    run = next_item_run(pack, folder / "new", most=MOST, **model(folder, HIGH))
+    rec, catalogue = NextItems.open(run, device="cpu"), open_pack(pack).catalogue()
+    trained = replace(catalogue, count=np.ones_like(catalogue.count))
+    of_text, of_id = item_vectors(rec.system, trained, rec.schema).chunk(2, -1)
+    assert of_id[1:].any(-1).all()
+    new = item_vectors(rec.system, replace(catalogue, count=np.zeros_like(catalogue.count)), rec.schema)
+    torch.testing.assert_close(new, torch.cat([2 * of_text, torch.zeros_like(of_id)], -1))
 
 
 @pytest.mark.parametrize(
