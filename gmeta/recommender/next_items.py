@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import duckdb
 import numpy as np
@@ -148,7 +148,9 @@ class NextItems:
         Each user gets k items of every domain, of one `domain`, or with `candidates` all k items over all domains.
         Users without a known event are left out. ValueError for what `histories` refuses, and an unknown domain.
         """
-        require(k >= 1, "k", k, "must be at least 1")
+        whole = isinstance(k, int | np.integer) and not isinstance(k, bool)
+        require(whole and k >= 1, "k", k, "must be a whole number of at least 1")
+        require(candidates in get_args(CandidateSet), "candidates", candidates, "must be domain or all")
         found = self.histories(events)
         known = found.where(found.length > 0)
         return self.table_of(self.best(known, k, self.shelves(domain, candidates), exclude_history), known.users)

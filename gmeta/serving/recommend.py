@@ -146,7 +146,7 @@ class _Recommending:
             yield f"users without a known event, {what}: {self._num_without:,} ({named})"
         most = max((len(shelf.ids) for shelf in shelves.values()), default=0)
         if shelves and config.k > most:
-            yield f"k is {config.k:,}, more than the {most:,} items that there are: users get all of them"
+            yield f"k is {config.k:,}, more than the {most:,} items of the largest list: users get all of each"
         if self._wanted:
             share = self._found / self._wanted
             yield f"index {config.index} found {share:.4f} of the exact lists of {self._compared:,} users"

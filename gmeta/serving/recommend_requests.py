@@ -47,7 +47,8 @@ def job_of_json(document: Mapping[str, Any], model: NextItems, limits: RequestLi
     refuse_unknown(document, ("users", "version"), "the body")
     users, version = document.get("users"), document.get("version")
     if not isinstance(users, list) or not users:
-        raise Declined(422, "invalid_users", f"users is {kind_of(users)}: give a list of one user or more")
+        told = "empty" if users == [] else kind_of(users)
+        raise Declined(422, "invalid_users", f"users is {told}: give a list of one user or more")
     if len(users) > limits.tasks:
         raise Declined(413, "too_many_users", f"{len(users)} users are more than {limits.tasks}: send them in parts")
     if version is not None and not isinstance(version, str):
@@ -106,7 +107,9 @@ class _EventsOfUsers:
         time = event.get("time")
         if self._has_time:
             if isinstance(time, bool) or not isinstance(time, int | float) or not _fits(time):
-                reason = f"{where}.time is {kind_of(time)}: give a number, by which a user's events are ordered"
+                number = isinstance(time, int | float) and not isinstance(time, bool)
+                told = f"{time!r}, which 64 bits do not hold" if number else kind_of(time)
+                reason = f"{where}.time is {told}: give a number, by which a user's events are ordered"
                 raise Declined(422, "invalid_time", reason)
             self._time.append(time)
         elif time is not None:
@@ -163,7 +166,13 @@ def _pass(version: Version, jobs: Sequence[RecommendJob]) -> None:
         for user, known, total in zip(wanted, histories.length.tolist(), given.tolist(), strict=True)
     ]
     for domain in dict.fromkeys(user.domain for user in wanted):
-        shelves = model.shelves(domain, "domain")
+        try:
+            shelves = model.shelves(domain, "domain")
+        except ValueError as error:
+            first = next(place for place, user in enumerate(wanted) if user.domain == domain)
+            raise ValueError(
+                f"users[{first}].{error}"
+            ) from None  # the place is that of a request which is computed alone
         mine = np.array([user.domain == domain for user in wanted]) & (histories.length > 0)
         places = np.flatnonzero(mine).tolist()
         if not places:

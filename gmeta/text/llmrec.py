@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gmeta.core.batch import text_ids_of
 from gmeta.core.errors import nearest, require
 from gmeta.core.sequences import Sequences
-from gmeta.models.inputs import InputSpec, check_widths
+from gmeta.models.inputs import InputSpec, check_dropout, check_widths
 from gmeta.models.sasrec import HistoryReader, Similarity, sum_of, with_prompt
 from gmeta.text.encoder import TextEncoder, TextPooling, open_encoder
 from gmeta.text.model import TextModel
@@ -100,6 +100,12 @@ class LLMRec(TextModel):
             require(word in words, f"model.args.{key}", word, f"must be one of {', '.join(words)}")
         self.text = text_of_items(inputs, text)
         self.texts: tuple[str, ...] = (self.text,)
+        check_dropout(id_dropout, "id_dropout")
+        if not ids and not any(inputs.texts_by_id(self.text)[1:]):
+            raise ValueError(
+                f"no item has a text in {self.text!r}, and model.args.ids is false: there is nothing to learn from; "
+                "prepare with the items' texts, or set ids to true"
+            )
         self.features: tuple[str, ...] = ()
         self.item: str | None = None
         self.reader: HistoryReader | VectorReader | TokenReader

@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from gmeta.config.train import TrainConfig
+from gmeta.config.train import NEXT_ITEM_METRICS, ScheduleConfig, TrainConfig
 from gmeta.core.batch import TaskBatch
+from gmeta.core.errors import require
 from gmeta.data.id_dropout import build_id_dropout
 from gmeta.data.loader import MAX_CELLS, TaskLoader
 from gmeta.data.pack import TaskPack, open_pack
@@ -76,6 +77,13 @@ def _preparing(
     return lambda batch: system.prepare(reduce(lambda given, change: change(given), made, batch))
 
 
+def _require_metric(schedule: ScheduleConfig) -> None:
+    """Raise ValueError for a metric that next items do not have; without patience the default says nothing."""
+    fits = schedule.metric in NEXT_ITEM_METRICS or (schedule.metric == "loss" and not schedule.patience)
+    known = ", ".join(NEXT_ITEM_METRICS)
+    require(fits, "schedule.metric", schedule.metric, f"of next items must be one of {known}")
+
+
 def _loss_scale(config: TrainConfig) -> float:
     """Return what makes the loss of labels in units of `model.args.label_scale` of the loss of labels as they are.
 
@@ -120,6 +128,8 @@ def build_run(
     pack, older = open_pack(config.pack), open_pack(config.replay.pack) if config.replay.pack else None
     if older is not None:
         require_older(pack, older)
+    if pack.schema.next_item:
+        _require_metric(config.schedule)
     texts = pack.text_tables() if older is None else replayed_texts(pack, older)
     system = build_system(config, pack.schema, mesh, factory=factory, exchange=parts.exchange, text_tables=texts)
     loader = _open_loader(config, pack, older, system, parts.loader_arguments)

@@ -34,8 +34,9 @@ def validate(run: Run) -> bool:
     if math.isinf(value):
         run.log.say("the scores of the valid split are not finite: this validation counts as one that is not better")
     if math.isnan(value):
-        cure = "take one of next items" if run.pack.schema.next_item else "(one class?): set schedule.metric to loss"
-        run.log.say(f"{schedule.metric} is not defined on the valid split {cure}")
+        usual = f": set it to {', '.join(NEXT_ITEM_METRICS)}"
+        cure = usual if run.pack.schema.next_item else " (one class?): set it to loss"
+        run.log.say(f"schedule.metric {schedule.metric} is not defined on the valid split{cure}")
         return False
     sign = -1 if schedule.metric in HIGHER_IS_BETTER else 1
     if math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best):

@@ -29,6 +29,8 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--next_item.in_batch", "5", "--loader.tasks_per_batch", "1"), "a batch of one user has no event of another"),
         (("--next_item.each", "-1"), "next_item.each is -1: must be 0 (all candidates) or a number of them"),
         (("--next_item.each", "600"), "next_item.candidates draws 512 items of a domain; raise that, or lower this"),
+        (("--schedule.metric", "auc"), "of next items must be one of recall@10, ndcg@10, mrr@10"),
+        (("--schedule.metric", "loss", "--schedule.patience", "1"), "schedule.metric is 'loss': of next items must"),
         (("--recipe", "cold_users"), "is a pack of next items: leave it out"),
     ],
 )

@@ -136,6 +136,14 @@ def test_upper_layers_read_tasks_together_as_events_alone(
     assert_alike([single.states(events, sequences)], [together.float()], 1e-5)
 
 
+def test_without_texts_and_ids_there_is_nothing_to_learn_from(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"no item has a text in 'title', and model\.args\.ids is false"):
+        make(folders["bert"], ("", "", ""), ids=False)
+    assert make(folders["bert"], ("", "", ""), ids=True).views == (DIM, DIM)
+    with pytest.raises(ValueError, match=r"model\.args\.id_dropout is -1"):
+        make(folders["bert"], id_dropout=-1)
+
+
 def test_views_are_two_models_beside_each_other(folders: dict[str, Path]) -> None:
     """One of texts, and one of ids that is sasrec; they read the same prompt, and nothing of each other."""
     prompt = torch.randn(12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

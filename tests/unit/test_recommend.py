@@ -147,7 +147,7 @@ def test_users_domain_history_and_k(rec: NextItems, run: Path, events: Path, tmp
 
     told = capsys.readouterr().out
     assert "users without a known event, left out: 1 ('nobody')" in told
-    assert "k is 99, more than the 12 items" in told
+    assert "k is 99, more than the 12 items of the largest list" in told
     found = pq.read_table(out)
     assert found["user"].to_pylist() == ["u1"] * ITEMS + ["u3"] * ITEMS
     assert found["rank"].to_pylist() == [*range(1, ITEMS + 1)] * 2
@@ -298,6 +298,20 @@ def test_what_cannot_be_used_is_refused(run: Path, rec: NextItems, events: Path,
     fails([*words[:-1], tmp_path / "given.parquet", "--events", tmp_path / "given.parquet"], capsys, "would overwrite")
     fails(["recommend", "--run_dir", run, "--events", events], capsys, "nothing is to be written")
     assert not (tmp_path / "recs.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"k": 2.5}, "k is 2.5: must be a whole number"),
+        ({"k": True}, "k is True"),
+        ({"k": None}, "k is None"),
+        ({"candidates": "domains"}, "candidates is 'domains': must be domain or all"),
+    ],
+)
+def test_wrong_values_are_named(rec: NextItems, events: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rec.recommend(pq.read_table(events), **given)
 
 
 def test_a_run_of_the_other_kind_names_what_to_use(run: Path, tmp_path: Path, capsys: Any) -> None:

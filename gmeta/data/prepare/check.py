@@ -103,7 +103,8 @@ def check(
     """
     for name in [*schema.columns(roles), *([] if known_items else schema.item_vectors())]:
         if name not in part.columns:
-            raise ValueError(f"{part.file} has no column {name!r}: {nearest(name, part.columns)}")
+            own = [column for column in part.columns if not column.startswith("__")]
+            raise ValueError(f"{part.file} has no column {name!r}: {nearest(name, own)}")
     columns = checked_columns(schema, types)
     found, checks = _Columns(con, part, schema, types, encoding, sides or {}).all(roles)
     selected = [f"CAST({found[name]} AS {kind}) AS {name}" for name, kind in columns.items()]
