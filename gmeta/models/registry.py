@@ -182,8 +182,11 @@ def _can_be_saved(value: Any) -> bool:
 def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str, Any]:
     """Return the arguments in the types that the factory's annotations name."""
     hints, found = _hints(factory), {}
+    parameters = inspect.signature(factory).parameters
     for key, value in args.items():
-        if hints.get(key, Any) is Any:  # to the parser a text of any type is YAML
+        default = parameters[key].default
+        saved = type(value) is type(default) and value == default  # by a run, whatever the annotation says of it
+        if saved or hints.get(key, Any) is Any:  # to the parser a text of any type is YAML
             found[key] = _plain(value)
             continue
         parser = ArgumentParser(exit_on_error=False)
