@@ -104,9 +104,7 @@ class BAHE(TextModel):
         self.others = tuple(name for name in self.features if name not in self.histories)
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=vectors, template=template, max_tokens=max_tokens)
-        if refresh:
-            tuned(opened.low.stack.requires_grad_(True), tune, rank)
-        source = text_source(opened, spec, encode, inputs.texts_by_id(self.target), store, refresh)
+        source = text_source(opened, spec, encode, inputs.texts_by_id(self.target), store, refresh, tune, rank)
         self.keep_texts(inputs, self.target, source, encoder)
         self.high = tuned(opened.high, tune, rank, direction)
         self.dim = dim = opened.dim

@@ -66,6 +66,9 @@ class LLMRec(TextModel):
     read vectors that are made anew every so many steps (`gmeta.text.refreshed`).
     """
 
+    features: tuple[str, ...] = ()
+    item: str | None = None
+
     def __init__(
         self,
         inputs: InputSpec,
@@ -94,47 +97,33 @@ class LLMRec(TextModel):
         temperature: float = 0.07,
     ) -> None:
         super().__init__()
-        check_widths("hidden", hidden)
-        known = {"reader": (reader, Reader), "tune": (tune, Tune), "fusion": (fusion, Fusion)}
-        for key, (word, words) in ((key, (word, get_args(of))) for key, (word, of) in known.items()):
-            require(word in words, f"model.args.{key}", word, f"must be one of {', '.join(words)}")
+        _check(hidden, id_dropout, reader=reader, tune=tune, fusion=fusion)
         self.text = text_of_items(inputs, text)
         self.texts: tuple[str, ...] = (self.text,)
-        check_dropout(id_dropout, "id_dropout")
-        if not ids and not any(inputs.texts_by_id(self.text)[1:]):
-            raise ValueError(
-                f"no item has a text in {self.text!r}, and model.args.ids is false: there is nothing to learn from; "
-                "prepare with the items' texts, or set ids to true"
-            )
-        self.features: tuple[str, ...] = ()
-        self.item: str | None = None
+        _require_texts(inputs, self.text, ids=ids)
         self.reader: HistoryReader | VectorReader | TokenReader
         self.id_reader: HistoryReader | None = None
         opened = open_encoder(encoder, layers)
         compare: dict[str, Any] = {"similarity": similarity, "temperature": temperature}
         if reader == "tokens":
             _check_tokens(tune, ids=ids, store=store, refresh=refresh)
-            source = _titles(opened, inputs.texts_by_id(self.text), template, max_tokens)
-            self.keep_texts(inputs, self.text, source, encoder)
-            read: dict[str, Any] = {"window": window, "max_tokens": max_tokens, "pooling": pooling, **compare}
-            self.reader = TokenReader(tuned(opened.high, tune, rank), source, **read)
+            titles = _titles(opened, inputs, self.text, template, max_tokens)
+            self.keep_texts(inputs, self.text, titles, encoder)
+            compare |= {"window": window, "max_tokens": max_tokens, "pooling": pooling}
+            self.reader = TokenReader(tuned(opened.high, tune, rank), titles, **compare)
             return
         self.item = inputs.item if ids else None
         self.features = tuple(n for n in inputs.features if n != self.text and (ids or n != inputs.item))
         self.beside = tuple(n for n in self.features if n != self.item)
         self.width = dim = inputs.embedding_dim
         spec = spec_of(opened, pooling=pooling or "mean", vectors=1, template=template, max_tokens=max_tokens)
-        if refresh:
-            tuned(opened.low.stack.requires_grad_(True), tune, rank)
-        source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh)
+        source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.text), store, refresh, tune, rank)
         self.keep_texts(inputs, self.text, source, encoder)
         self.text_norm = nn.LayerNorm(opened.dim)
         self.tower = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise([opened.dim, *hidden, dim]))
         self.gate = nn.Linear(dim, 1) if ids and fusion == "gate" else None
         if ids and fusion == "views":
-            self.views = (dim, dim)
-            of_ids: dict[str, Any] = {"blocks": 1, "heads": 1, "similarity": "dot", "temperature": temperature}
-            self.id_reader = HistoryReader(dim, positions=positions, dropout=id_dropout, **of_ids)
+            self.views, self.id_reader = (dim, dim), _reader_of_ids(dim, positions, id_dropout)
         made = {"positions": positions, "dropout": dropout, **compare}
         if reader == "high":
             self.reader = VectorReader(tuned(opened.high, tune, rank, "causal"), opened.dim, dim, **made)
@@ -218,11 +207,38 @@ class LLMRec(TextModel):
         return x + torch.sigmoid(self.gate(x)) * embedded[self.item]
 
 
-def _titles(encoder: TextEncoder, texts: Sequence[str], template: str, max_tokens: int) -> TextSource:
+def _titles(encoder: TextEncoder, inputs: InputSpec, name: str, template: str, max_tokens: int) -> TextSource:
     """Return the tokens of texts, up to `max_tokens` each besides those that the tokenizer puts around a text."""
     around = sum(map(len, encoder.tokenizer.around()))
     spec = spec_of(encoder, template=template, max_tokens=max_tokens + around)
-    return TextSource(encoder, spec, "tokens", texts)
+    return TextSource(encoder, spec, "tokens", inputs.texts_by_id(name))
+
+
+_WORDS = {"reader": get_args(Reader), "tune": get_args(Tune), "fusion": get_args(Fusion)}
+
+
+def _check(hidden: Sequence[int], id_dropout: float, **given: str) -> None:
+    """Raise ValueError for numbers out of range, and for an argument that is none of the words it may be."""
+    check_widths("hidden", hidden)
+    check_dropout(id_dropout, "id_dropout")
+    for key, word in given.items():
+        require(word in _WORDS[key], f"model.args.{key}", word, f"must be one of {', '.join(_WORDS[key])}")
+
+
+def _require_texts(inputs: InputSpec, name: str, *, ids: bool) -> None:
+    """Raise ValueError where no item has a text, for a model without ids, which reads nothing else of them."""
+    if not ids and not any(inputs.texts_by_id(name)[1:]):
+        raise ValueError(
+            f"no item has a text in {name!r}, and model.args.ids is false: there is nothing to learn from; prepare "
+            "with the items' texts, or set ids to true"
+        )
+
+
+def _reader_of_ids(dim: int, positions: int, dropout: float) -> HistoryReader:
+    """Return the reader that `sasrec` has unless it is told otherwise."""
+    return HistoryReader(
+        dim, blocks=1, heads=1, positions=positions, dropout=dropout, similarity="dot", temperature=1.0
+    )
 
 
 def _check_tokens(tune: Tune, *, ids: bool, store: str, refresh: int) -> None:

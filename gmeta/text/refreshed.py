@@ -26,6 +26,7 @@ from gmeta.text.encoder import LowLayers, TextEncoder
 from gmeta.text.readers import TOKENS_HELD
 from gmeta.text.sources import Encode, TextSource, TextStates, halved
 from gmeta.text.store import StoreSpec
+from gmeta.text.tuning import Tune, tuned
 
 _MAKING = Lock()
 """Held while a table is made or grows: requests of several threads come at once. It is no part of a model's copies."""
@@ -186,9 +187,18 @@ class RefreshedTexts(TextSource):
 
 
 def text_source(
-    encoder: TextEncoder, spec: StoreSpec, encode: Encode, texts: Sequence[str], store: str, refresh: int
+    encoder: TextEncoder,
+    spec: StoreSpec,
+    encode: Encode,
+    texts: Sequence[str],
+    store: str,
+    refresh: int,
+    tune: Tune,
+    rank: int,
 ) -> TextSource:
-    """Return the source of a model's arguments. ValueError for those that do not go together."""
+    """Return the source of a model's arguments; with `refresh` over layers of which `tune` says what is trained.
+    ValueError for arguments that do not go together.
+    """
     kept = encode == "behaviours" or not store
     require(kept, "model.args.store", store, f"nothing is read of it with model.args.encode {encode}: leave it out")
     if not refresh:
@@ -196,4 +206,5 @@ def text_source(
     for key, value, unset in (("encode", encode, "behaviours"), ("store", store, "")):
         told = "the lower layers are trained, and their vectors are kept in memory; leave it out, or set refresh to 0"
         require(value == unset, f"model.args.{key}", value, f"model.args.refresh is {refresh}: {told}")
+    tuned(encoder.low.stack.requires_grad_(True), tune, rank)
     return RefreshedTexts(encoder, spec, texts, refresh)
