@@ -135,8 +135,13 @@ def _day(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> No
 # ------------------------------------------------------------------------------------------------- quality
 
 
-TWINS = {"bahe": "behaviours", "states": "states", "tokens": "tokens"}
-"""Variant -> what its upper layers read."""
+TWINS: dict[str, dict[str, Any]] = {
+    "bahe": {"encode": "behaviours"},
+    "states": {"encode": "states"},
+    "tokens": {"encode": "tokens"},
+    "refresh": {"refresh": 50},
+}
+"""Variant -> what its upper layers read, and whether those below are trained too."""
 TEXT = {"layers": 5, "dropout": 0.2}
 OPTIONS: dict[str, dict[str, Any]] = {
     "k=4": {"layers": 4},
@@ -159,29 +164,11 @@ WITH_IDS = (*TEXTS, "iid")
 def cells(quick: bool) -> list[Cell]:
     """Return all trainings. Twins read titles alone, see the same 6,000 rows in the same order, and choose nothing."""
     if quick:
-        return [
-            Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, "encode": TWINS[name]}) for name in ("bahe", "states")
-        ]
-    found = []
-    once = ("--schedule.eval_every", "10000")  # that is, at the end
-    for seed in range(3):
-        for name, encode in TWINS.items():
-            args = {**TEXT, "encode": encode}
-            found.append(Cell(name, seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
-        args = {**TEXT, "refresh": 50}
-        found.append(Cell("refresh", seed, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
-    for name in ("bahe", "tokens"):
-        args = {**TEXT, "encode": TWINS[name]}
-        found.append(Cell(name, 0, titles=20, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
-    args = {**TEXT, "refresh": 50}
-    found.append(Cell("refresh", 0, titles=20, train_rows=6000, epochs=3, lr=1e-4, args=args, words=once))
-    for name, learning in LEARNING.items():
-        of = {"epochs": 3, "lr": 1e-4, **learning}
-        found.append(Cell(name, 0, train_rows=6000, args={**TEXT, "encode": "behaviours"}, words=once, **of))
-    for name, more in OPTIONS.items():
-        features = WITH_IDS if "ids" in more else TEXTS
-        args = {**TEXT, **more}
-        found.append(Cell(name, 0, train_rows=6000, epochs=3, lr=1e-4, args=args, features=features, words=once))
+        return [Cell(name, 0, train_rows=600, epochs=1, args={**TEXT, **TWINS[name]}) for name in ("bahe", "states")]
+    found = [_short(name, seed, TWINS[name]) for seed in range(3) for name in TWINS]
+    found += [_short(name, 0, TWINS[name], titles=20) for name in ("bahe", "tokens", "refresh")]
+    found += [_short(name, 0, TWINS["bahe"], **learning) for name, learning in LEARNING.items()]
+    found += [_short(n, 0, more, features=WITH_IDS if "ids" in more else TEXTS) for n, more in OPTIONS.items()]
     for seed in range(3):
         of = {"epochs": 5, "lr": 3e-4, "words": ("--dense.decay", "cosine"), "bundled": True}
         found.append(Cell("text", seed, args=LONG, **of))
@@ -193,6 +180,12 @@ def cells(quick: bool) -> list[Cell]:
         found.append(Cell("text, rates, ids, adapted", seed, **of, **adapted))
         found.append(Cell("ids, adapted", seed, by_user=True, model="", features=("iid",)))
     return found
+
+
+def _short(variant: str, seed: int, args: dict[str, Any], **more: Any) -> Cell:
+    """Return a training on 6,000 rows, which is measured at its end alone."""
+    of = {"train_rows": 6000, "epochs": 3, "lr": 1e-4, "words": ("--schedule.eval_every", "10000"), **more}
+    return Cell(variant, seed, args={**TEXT, **args}, **of)
 
 
 def _quality(rows: Rows, folder: Path, encoder: str, args: argparse.Namespace) -> None:

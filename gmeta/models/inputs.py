@@ -236,6 +236,12 @@ def check_widths(key: str, widths: Sequence[int]) -> None:
     require(all(width > 0 for width in widths), f"model.args.{key}", list(widths), "widths must be at least 1")
 
 
+def check_words(known: Mapping[str, Sequence[str]], **given: str) -> None:
+    """Raise ValueError for an argument of a model that is none of the `known` words it may be."""
+    for key, word in given.items():
+        require(word in known[key], f"model.args.{key}", word, f"must be one of {', '.join(known[key])}")
+
+
 def check_dropout(rate: float, name: str = "dropout") -> None:
     """Raise ValueError unless a dropout rate, the model's argument `name`, is in [0, 1)."""
     require(0 <= rate < 1, f"model.args.{name}", rate, "must be in [0, 1)")

@@ -22,6 +22,7 @@ from gmeta.models.inputs import (
     as_vectors,
     check_dropout,
     check_widths,
+    check_words,
     logits_of,
     output_layer,
     require_one_label,
@@ -93,7 +94,7 @@ class BAHE(TextModel):
         history_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_words(encode=encode, pooling=pooling, tune=tune, user=user, direction=direction)
+        check_words(_WORDS, encode=encode, pooling=pooling, tune=tune, user=user, direction=direction)
         _check_numbers(positions, taste, dropout, history_dropout)
         check_widths("hidden", hidden)
         if taste:
@@ -202,12 +203,6 @@ _WORDS = {
     "user": get_args(UserVector),
     "direction": get_args(Direction),
 }
-
-
-def _check_words(**given: str) -> None:
-    """Raise ValueError for an argument that is none of the words it may be."""
-    for key, word in given.items():
-        require(word in _WORDS[key], f"model.args.{key}", word, f"must be one of {', '.join(_WORDS[key])}")
 
 
 def _check_numbers(positions: int, taste: int, dropout: float, history_dropout: float) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gmeta.core.batch import text_ids_of
 from gmeta.core.errors import nearest, require
 from gmeta.core.sequences import Sequences
-from gmeta.models.inputs import InputSpec, check_dropout, check_widths
+from gmeta.models.inputs import InputSpec, check_dropout, check_widths, check_words
 from gmeta.models.sasrec import HistoryReader, Similarity, sum_of, with_prompt
 from gmeta.text.encoder import TextEncoder, TextPooling, open_encoder
 from gmeta.text.model import TextModel
@@ -68,6 +68,7 @@ class LLMRec(TextModel):
 
     features: tuple[str, ...] = ()
     item: str | None = None
+    reader: HistoryReader | VectorReader | TokenReader
 
     def __init__(
         self,
@@ -101,7 +102,6 @@ class LLMRec(TextModel):
         self.text = text_of_items(inputs, text)
         self.texts: tuple[str, ...] = (self.text,)
         _require_texts(inputs, self.text, ids=ids)
-        self.reader: HistoryReader | VectorReader | TokenReader
         self.id_reader: HistoryReader | None = None
         opened = open_encoder(encoder, layers)
         compare: dict[str, Any] = {"similarity": similarity, "temperature": temperature}
@@ -217,12 +217,11 @@ def _titles(encoder: TextEncoder, inputs: InputSpec, name: str, template: str, m
 _WORDS = {"reader": get_args(Reader), "tune": get_args(Tune), "fusion": get_args(Fusion)}
 
 
-def _check(hidden: Sequence[int], id_dropout: float, **given: str) -> None:
-    """Raise ValueError for numbers out of range, and for an argument that is none of the words it may be."""
+def _check(hidden: Sequence[int], id_dropout: float, **words: str) -> None:
+    """Raise ValueError for arguments out of range."""
     check_widths("hidden", hidden)
     check_dropout(id_dropout, "id_dropout")
-    for key, word in given.items():
-        require(word in _WORDS[key], f"model.args.{key}", word, f"must be one of {', '.join(_WORDS[key])}")
+    check_words(_WORDS, **words)
 
 
 def _require_texts(inputs: InputSpec, name: str, *, ids: bool) -> None:
