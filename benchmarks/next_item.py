@@ -112,8 +112,11 @@ def cells(quick: bool) -> list[Cell]:
 
 def _cell(case: str, variant: str, seed: int) -> Cell:
     model, args, words = SETTINGS[variant]
-    more = ("--schedule.epochs", OF_MIXED[variant]) if case == MIXED else ()
-    return Cell(case, variant, seed, model, args, (*words, *more, "--schedule.eval_every", "875"))
+    if case == MIXED:
+        more = ("--schedule.epochs", OF_MIXED[variant], "--schedule.eval_every", "1815")
+    else:
+        more = ("--schedule.eval_every", "875")
+    return Cell(case, variant, seed, model, args, (*words, *more))
 
 
 def main() -> int:
