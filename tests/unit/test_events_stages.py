@@ -278,3 +278,12 @@ def test_nor_is_one_with_times(con: Connection) -> None:
     """Ids of news ascend in time: there the order is known."""
     lines = "\n".join(f"u{u} - " + " ".join(f"n{k}@{k}" for k in range(5)) for u in range(12))
     assert "sorted_by_item" not in audited(con, lines, has_time=True)[0]
+
+
+def test_but_one_whose_times_tell_nothing_is(con: Connection) -> None:
+    """A log that says the day of its export for every event."""
+    rows = of_users(ascending=True).splitlines()
+    at_once = "\n".join(" ".join([*row.split()[:2], *(f"{item}@7" for item in row.split()[2:])]) for row in rows)
+    found, told = audited(con, at_once, has_time=True)
+    assert found["sorted_at_one_time"] == {"Toys": [12, 12]}
+    assert told.startswith("WARNING: 12 sequences of Toys have one time for all of their events (4 or more), and 12")

@@ -52,8 +52,9 @@ def audit_events(con: Connection, *, has_time: bool, has_text: bool) -> dict[str
                 (SELECT "user" FROM placed WHERE partition = 'train' UNION ALL FROM known_users) {per_split}""",
         ),
     }
-    if not has_time:
-        found["sorted_by_item"] = _sorted_by_item(con)
+    sorted_by_item = _sorted_by_item(con, one_time=has_time)
+    if sorted_by_item or not has_time:
+        found["sorted_at_one_time" if has_time else "sorted_by_item"] = sorted_by_item
     if has_text:
         found["events_without_text"] = scalar(
             con, "SELECT count(*) FROM placed p JOIN catalogue c USING (item) WHERE c.title IS NULL"
@@ -80,8 +81,11 @@ def _by_domain(con: Connection, condition: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def _sorted_by_item(con: Connection) -> dict[str, list[int]]:
-    """Return domain -> the sequences that ascend by item id, as text or as number, and all, of those that are long."""
+def _sorted_by_item(con: Connection, *, one_time: bool) -> dict[str, list[int]]:
+    """Return domain -> the sequences that ascend by item id, as text or as number, and all, of those that are long;
+    with `one_time` of those alone whose events all have the same time, so that nothing tells their order.
+    """
+    tied = "AND count(DISTINCT time) = 1" if one_time else ""
     before = 'OVER (PARTITION BY "user", domain ORDER BY position)'
     found = con.execute(f"""
         SELECT domain, count(*) FILTER (by_text OR by_number), count(*) FROM (
@@ -89,6 +93,6 @@ def _sorted_by_item(con: Connection) -> dict[str, list[int]]:
                    bool_and(number IS NOT NULL AND coalesce(number >= number_before, true)) AS by_number
             FROM (SELECT *, lag(item) {before} AS text_before, lag(number) {before} AS number_before
                   FROM (SELECT *, TRY_CAST(item AS HUGEINT) AS number FROM placed))
-            GROUP BY "user", domain HAVING count(*) >= {LONG})
+            GROUP BY "user", domain HAVING count(*) >= {LONG} {tied})
         GROUP BY domain ORDER BY domain""")
     return {domain: [ascending, sequences] for domain, ascending, sequences in found.fetchall()}

@@ -71,6 +71,13 @@ def audit_warnings(counts: Mapping[str, Any]) -> Iterator[str]:
                 f"{ascending:,} of {sequences:,} sequences of {LONG} events or more ascend. No number that is "
                 "measured on them means anything; take files in order of time, or name the column of the time"
             )
+    for domain, (ascending, sequences) in found.get("sorted_at_one_time", {}).items():
+        if sequences >= _ENOUGH and ascending >= _NEARLY_ALL * sequences:
+            yield (
+                f"{sequences:,} sequences{f' of {domain}' if domain else ''} have one time for all of their events "
+                f"({LONG} or more), and {ascending:,} of them are sorted by item id: they have no order that means "
+                "anything; take a time that tells a user's events apart, or files in order of time"
+            )
     leaks, events = found["targets_in_user_id"], found["events"]
     num_targets = {split: sum(domains.values()) for split, domains in found["targets"].items()}
     usual = leaks.get("train", 0) / max(1, events - sum(num_targets.values()))
