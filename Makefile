@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 BENCHMARKS := engine memory load_memory io prepare throughput scaling network parity wire
 # Processes that share the tests: they wait for ranks, time-outs and disks more often than they compute.
-WORKERS ?= 2
+WORKERS ?= 3
 WHEEL_PYTHON := $(CURDIR)/build/wheel-venv/bin/python
 # Tests and benchmarks of real data skip, saying so, where this folder is absent.
 export GMETA_DATA ?= $(abspath ../shared/data)
