@@ -117,6 +117,8 @@ def rank_next_items(
     variants = {MODEL: config.steps}
     if next_item_learner(system).inner_loop is not None:
         variants[BEFORE] = 0
+    elif config.steps is not None:
+        raise ValueError(f"steps is {config.steps}: the run's users adapt nothing (meta.adapt is empty); leave it out")
     ranks = {}
     for name, steps in variants.items():
         found = rank_split(

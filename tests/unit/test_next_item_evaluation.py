@@ -151,6 +151,7 @@ def test_options_of_the_other_objective_are_refused(runs: Path, tmp_path: Path, 
     words = ["evaluate", "--run_dir", runs / "a"]
     for option, value in (("inner_lr", 2), ("support_sizes", "1,2"), ("relevant_label", 4), ("truth", "folder")):
         fails([*words, f"--{option}", value], capsys, f"{option} is", "score rows", "leave it out")
+    fails([*words, "--steps", 3], capsys, "steps is 3", "adapt nothing")
     make_pack(tmp_path / "rows")
     gmeta(*train_words(tmp_path / "rows", tmp_path / "run", epochs=1))
     words = ["evaluate", "--run_dir", tmp_path / "run"]
