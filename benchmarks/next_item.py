@@ -182,7 +182,7 @@ def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     shutil.rmtree(place, ignore_errors=True)
     run = place / "run"
     args = {"encoder": encoder, **cell.args} if cell.model == "llmrec" else dict(cell.args)
-    words: list[object] = ["--pack", _pack(folder, cell), "--run_dir", run, "--seed", cell.seed]
+    words: list[object] = ["--pack", pack_of(folder, cell.case, last=cell.last), "--run_dir", run, "--seed", cell.seed]
     words += ["--model.name", cell.model, "--model.args", json.dumps(args), *cell.words]
     cpu = cpu_of("train", *words)
     gmeta("evaluate", "--run_dir", run, "--resamples", 10)
@@ -194,13 +194,14 @@ def _train(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     return found
 
 
-def _pack(folder: Path, cell: Cell) -> Path:
-    out = folder / "packs" / cell.told.lower()
+def pack_of(folder: Path, case: str, *, last: bool = False) -> Path:
+    """Return the pack of a domain, of all three or of Office; it is made where it is not there."""
+    out = folder / "packs" / Cell(case, "", last=last).told.lower()
     if not (out / "manifest.json").exists():
         out.parent.mkdir(parents=True, exist_ok=True)
-        data = "amazon-office" if cell.case == OFFICE else FOLDER
-        words = ["--domains", json.dumps([cell.case])] if cell.case in DOMAINS else []
-        words += ["--holdout", "leave_last_out"] if cell.last else []
+        data = "amazon-office" if case == OFFICE else FOLDER
+        words = ["--domains", json.dumps([case])] if case in DOMAINS else []
+        words += ["--holdout", "leave_last_out"] if last else []
         here("prepare", "--dataset", data, "--root", DATA / data, "--out", out, *words)
     return out
 

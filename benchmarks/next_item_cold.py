@@ -30,7 +30,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from common import DATA, Record, gmeta, here, parse, publish, table
 from next_item import FOLDER, SETTINGS
-from text.kept_cells import asked_for, cell_parser, cpu_of, encoder_beside, in_words, keep_cell, over_seeds, place_of
+from text.kept_cells import (
+    asked_for,
+    best_validation,
+    cell_parser,
+    cpu_of,
+    encoder_beside,
+    in_words,
+    keep_cell,
+    over_seeds,
+    place_of,
+)
 
 DOMAIN = "Beauty"
 SLICES = ("all", "history_1-4", "history_5-9", "history_10-19", "history_20+")
@@ -113,7 +123,7 @@ def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
         run = place / f"tuned-{number}"
         inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate]
         cpu[str(number)] = cpu_of("train", *go_on, *inner, *still, "--run_dir", run)
-        trials[_best(run)] = (number, steps, rate)
+        trials[best_validation(run)["ndcg@10_after"]] = (number, steps, rate)
     number, steps, rate = trials[max(trials)]
     cpu["fine-tuned"] = sum(cpu.pop(str(n)) for n in range(len(cell.trials)))
     inner = ["--meta.inner_steps", steps, "--meta.inner_lr", rate, "--meta.learn_inner_lr", "true"]
@@ -126,12 +136,6 @@ def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     gmeta("compare", *runs.values(), "--out", place / "compared", "--resamples", 400)
     rule = {"plain": "-", "fine-tuned": f"{steps}, {rate:g}", "adapted": f"{steps}, {rate:g} at first"}
     return keep_cell(cell, folder, {"cpu_s": cpu, "rule": rule, **_compared(place / "compared", list(runs))})
-
-
-def _best(run: Path) -> float:
-    """Return the best ndcg@10 of the choosing users."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return float(max(line["ndcg@10_after"] for line in lines if line["kind"] == "valid"))
 
 
 def _compared(folder: Path, names: list[str]) -> dict[str, Any]:

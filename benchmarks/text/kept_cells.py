@@ -89,6 +89,12 @@ def _cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def best_validation(run: Path) -> dict[str, float]:
+    """Return the validation of a run of next items with the best ndcg@10."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max((line for line in lines if line["kind"] == "valid"), key=lambda line: float(line["ndcg@10_after"]))
+
+
 def in_words(value: float, low: float | None, high: float | None) -> str:
     """Return a difference with its interval, where it has one."""
     return f"{value:+.4f}" if low is None else f"{value:+.4f} ({low:+.4f} - {high:+.4f})"
