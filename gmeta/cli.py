@@ -64,7 +64,11 @@ def _prepare(config: PrepareConfig) -> int:
 
 
 def _synth(config: SynthConfig) -> int:
-    if config.days is None:
+    if config.kind == "antm2c":
+        from gmeta.data.clone.write import print_clone, write_clone
+
+        print_clone(write_clone(config))
+    elif config.days is None:
         from gmeta.data.synthetic import print_synthesis, synthesize
 
         print_synthesis(synthesize(config))

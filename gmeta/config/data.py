@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from gmeta.core.errors import require, require_numbers, require_seed, require_size
@@ -160,10 +160,17 @@ STREAM_RATES = {"active": 0.1, "user_turnover": 0.05, "item_turnover": 0.02, "dr
 class SynthConfig:
     """Generate a click log whose truth is known, with a schema for `gmeta prepare` and reference AUCs.
 
-    With `days` it is a stream: a folder of rows a day."""
+    With `days` it is a stream: a folder of rows a day. With `--kind antm2c` it is a clone of AntM2C's files: five
+    scenes, texts and images."""
 
     out: str
     """Directory to create: the log's Parquet files, schema.yaml, summary.json and _truth/."""
+    kind: Literal["clicks", "antm2c"] = "clicks"
+    """clicks: a log with the settings below. antm2c: CSV files and images as AntM2C's, of about `rows` rows; out, rows
+    and seed are its only settings."""
+    rows: int | None = None
+    """With antm2c: about how many rows; 1,000,000 when unset. There are as many users and items a row as in the real
+    files."""
     users: int = 20_000
     """Users, each of them a task. With days: those who are there on any one day."""
     items: int = 500
@@ -204,6 +211,11 @@ class SynthConfig:
     seed: int = 0
     """Seed. The same seed and sizes give the same files."""
 
+    @property
+    def clone_rows(self) -> int:
+        """Return about how many rows a clone of AntM2C has."""
+        return 1_000_000 if self.rows is None else self.rows
+
     def rate(self, name: str) -> float:
         """Return a setting of `STREAM_RATES`, or its default where it is unset."""
         given: float | None = getattr(self, name)
@@ -211,6 +223,15 @@ class SynthConfig:
 
     def __post_init__(self) -> None:
         require_numbers(self)
+        require(
+            self.rows is None or self.kind == "antm2c", "rows", self.rows, "is for --kind antm2c; set users instead"
+        )
+        require(self.rows is None or self.rows >= 1000, "rows", self.rows, "must be at least 1000")
+        if self.kind == "antm2c":
+            for setting in fields(self):
+                value = getattr(self, setting.name)
+                own = setting.name in ("out", "kind", "rows", "seed") or value == setting.default
+                require(own, setting.name, value, "is not for --kind antm2c, whose settings are out, rows and seed")
         require(self.users >= 1, "users", self.users, "must be at least 1")
         require(self.items >= 1, "items", self.items, "must be at least 1")
         require(self.rows_per_user >= 2, "rows_per_user", self.rows_per_user, "must be at least 2")
