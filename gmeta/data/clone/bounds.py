@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gmeta.data.clone.published import SCENES
-from gmeta.data.clone.rows import Rows
+from gmeta.data.clone.rows import CloneRows
 from gmeta.data.clone.world import (
     DIM,
     IMAGE_SHARE,
@@ -24,10 +24,10 @@ from gmeta.data.clone.world import (
     TEXT_SHARE,
     USER_STD,
     USER_TEXT_SHARE,
+    CloneUsers,
+    CloneWorld,
     Floats,
     Ints,
-    Users,
-    World,
 )
 from gmeta.data.synthetic import exact_auc, sigmoid
 
@@ -59,7 +59,9 @@ MEANING = {
 }
 
 
-def scores_of_block(world: World, shift: Floats, users: Users, rows: Rows) -> tuple[Ints, dict[str, Floats]]:
+def scores_of_block(
+    world: CloneWorld, shift: Floats, users: CloneUsers, rows: CloneRows
+) -> tuple[Ints, dict[str, Floats]]:
     """Return which rows of a block are of valid and test, [Q], and their click probability by each of `REFERENCES`."""
     judged = np.flatnonzero(rows.split > 0)
     base = world.scene[world.items.scene[rows.item]] + shift[rows.split]
@@ -72,7 +74,7 @@ def scores_of_block(world: World, shift: Floats, users: Users, rows: Rows) -> tu
     return judged, found
 
 
-def _posterior(world: World, knows: Knowledge, base: Floats, users: Users, rows: Rows) -> Floats:
+def _posterior(world: CloneWorld, knows: Knowledge, base: Floats, users: CloneUsers, rows: CloneRows) -> Floats:
     """Return the click probability of rows of valid and test [R]; zeros for those of train."""
     items, out = world.items, np.zeros(len(rows.user))
     known, unknown_share = _known_vectors(world, knows)
@@ -102,7 +104,7 @@ def _posterior(world: World, knows: Knowledge, base: Floats, users: Users, rows:
     return out
 
 
-def _known_vectors(world: World, knows: Knowledge) -> tuple[Floats, Floats]:
+def _known_vectors(world: CloneWorld, knows: Knowledge) -> tuple[Floats, Floats]:
     """Return what is known of each item's vector [I, K], and what share of its variance is not [I]."""
     items = world.items
     image = (knows.image & items.has_image)[:, None]

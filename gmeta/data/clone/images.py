@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gmeta.data.clone.world import LOOKS, Items
+from gmeta.data.clone.world import LOOKS, CloneItems
 
 SIDE = 32
 """Width and height of an image, in pixels."""
@@ -18,7 +18,7 @@ _GRID = 4
 """A pattern has so many colours along a side."""
 
 
-def write_images(path: Path, items: Items, seed: int) -> int:
+def write_images(path: Path, items: CloneItems, seed: int) -> int:
     """Write a tar.gz archive of the images of all items that have one, as images/<item_id>.png; return how many."""
     rng = np.random.default_rng([seed, 3])
     patterns = rng.integers(30, 226, (LOOKS, _GRID, _GRID, 3))

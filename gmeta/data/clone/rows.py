@@ -19,7 +19,7 @@ from gmeta.data.clone.published import (
     USERS,
     VALID_ENDS,
 )
-from gmeta.data.clone.world import Floats, Ints, Users, World, draw_users, logits
+from gmeta.data.clone.world import CloneUsers, CloneWorld, Floats, Ints, draw_users, logits
 from gmeta.data.synthetic import sigmoid
 
 BLOCK_USERS = 512
@@ -31,7 +31,7 @@ _CALIBRATION = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class CloneRows:
     """Rows of a block, in the order of users and time."""
 
     user: Ints  # [R], position in the block
@@ -55,8 +55,8 @@ def num_users(rows: int) -> int:
 
 
 def draw_block(
-    world: World, seed: int, block: int, users: int = BLOCK_USERS, shift: Floats | None = None
-) -> tuple[Users, Rows]:
+    world: CloneWorld, seed: int, block: int, users: int = BLOCK_USERS, shift: Floats | None = None
+) -> tuple[CloneUsers, CloneRows]:
     """Return the first `users` users of block `block`, and their rows. `shift` [3] is added to the logits of splits."""
     rng = np.random.default_rng([seed, 1, block])
     drawn = draw_users(world, BLOCK_USERS, rng)
@@ -70,10 +70,10 @@ def draw_block(
     label = (rng.random(len(user)) < sigmoid(logit)).astype(np.int8)
     order = np.lexsort((second, user))
     order = order[user[order] < users]
-    return drawn, Rows(user[order], item[order], split[order], second[order], logit[order], label[order])
+    return drawn, CloneRows(user[order], item[order], split[order], second[order], logit[order], label[order])
 
 
-def shifts(world: World, seed: int) -> Floats:
+def shifts(world: CloneWorld, seed: int) -> Floats:
     """Return what is added to the logits of each split, [3], so that it has the click rate of the released files."""
     _, rows = draw_block(world, seed, _CALIBRATION)
     found = []
@@ -87,7 +87,7 @@ def shifts(world: World, seed: int) -> Floats:
     return np.array(found)
 
 
-def _split_and_scene(users: Users, user: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
+def _split_and_scene(users: CloneUsers, user: Ints, rng: np.random.Generator) -> tuple[Ints, Ints]:
     """Return the split and the scene of rows, by the mix of the released files and each user's own weights."""
     mix = np.asarray(SCENE_THOUSANDS, float) * users.weight[:, None, :]  # [U, splits, S]
     chance = np.cumsum(mix.reshape(len(mix), -1), 1)
@@ -95,7 +95,7 @@ def _split_and_scene(users: Users, user: Ints, rng: np.random.Generator) -> tupl
     return cell // SCENES, cell % SCENES
 
 
-def _items(world: World, split: Ints, scene: Ints, rng: np.random.Generator) -> Ints:
+def _items(world: CloneWorld, split: Ints, scene: Ints, rng: np.random.Generator) -> Ints:
     items = world.items
     found = np.empty(len(split), np.int64)
     for number in range(SCENES):

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gmeta.data.clone.published import COLUMNS, DEEP_FEATURES, SEQUENCES, SEVERAL_NAMES
-from gmeta.data.clone.rows import Rows
+from gmeta.data.clone.rows import CloneRows
 from gmeta.data.clone.words import PLAIN, TOPICS
-from gmeta.data.clone.world import Ints, Items, Users
+from gmeta.data.clone.world import CloneItems, CloneUsers, Ints
 
 SEPARATOR = ","
 """Between the entries of a list. What the released files have there is not published."""
@@ -27,7 +27,7 @@ _DAY = 86_400
 class ItemTexts:
     """The title of each item, and the versions of its names."""
 
-    def __init__(self, items: Items, seed: int) -> None:
+    def __init__(self, items: CloneItems, seed: int) -> None:
         rng = np.random.default_rng([seed, 2])
         num = len(items)
         words, plain = rng.random((num, len(TOPICS[0]))).argsort(1)[:, :3], rng.integers(len(PLAIN), size=(num, 2))
@@ -57,7 +57,7 @@ class ItemTexts:
 
 
 def table_of_rows(
-    users: Users, rows: Rows, items: Items, texts: ItemTexts, first_user: int, rng: np.random.Generator
+    users: CloneUsers, rows: CloneRows, items: CloneItems, texts: ItemTexts, first_user: int, rng: np.random.Generator
 ) -> pa.Table:
     """Return rows with all columns of the log, in its order."""
     days, day_of_row = np.unique(rows.user * 1000 + (rows.second - rows.second.min()) // _DAY, return_inverse=True)
@@ -90,7 +90,7 @@ def _entities(favourites: Ints, rng: np.random.Generator) -> list[str]:
     ]
 
 
-def _deep_features(rows: Rows, items: Items, rng: np.random.Generator) -> Mapping[str, Any]:
+def _deep_features(rows: CloneRows, items: CloneItems, rng: np.random.Generator) -> Mapping[str, Any]:
     """Return columns whose meaning is not told, of all kinds: numbers, codes, nearly nothing. They tell nothing of the
     click that ids and times do not tell.
     """

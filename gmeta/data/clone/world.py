@@ -45,7 +45,7 @@ ALWAYS = TEST_ITEMS / ITEMS - LATER
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
+class CloneItems:
     """Every item of the clone."""
 
     scene: Ints  # [I]
@@ -65,16 +65,16 @@ class Items:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class CloneWorld:
     """What all rows have in common."""
 
-    items: Items
+    items: CloneItems
     topics: Floats  # [topics, K], the direction of each topic
     scene: Floats  # [S], b_scene
 
 
 @dataclass(frozen=True, slots=True)
-class Users:
+class CloneUsers:
     """A block of users."""
 
     favourites: Ints  # [U, F], topics
@@ -93,7 +93,7 @@ def num_items(rows: int) -> int:
     return max(20 * SCENES, round(rows * ITEMS / sum(ROWS)))
 
 
-def draw_world(rows: int, seed: int) -> World:
+def draw_world(rows: int, seed: int) -> CloneWorld:
     """Return the world of a clone of so many rows."""
     rng = np.random.default_rng([seed, 0])
     num = num_items(rows)
@@ -112,7 +112,7 @@ def draw_world(rows: int, seed: int) -> World:
         rank[at] = rng.permutation(len(at)) + 1
     of_text, of_image = TEXT_SHARE**0.5 * topics[topic], looks[look]
     rest = random_vectors(rng, num, DIM, (1 - TEXT_SHARE - IMAGE_SHARE) ** 0.5)
-    items = Items(
+    items = CloneItems(
         scene,
         topic,
         look,
@@ -126,10 +126,10 @@ def draw_world(rows: int, seed: int) -> World:
         of_text + of_image + rest,
     )
     bias = rng.standard_normal(SCENES)
-    return World(items, topics, SCENE_STD * (bias - bias.mean()) / bias.std())
+    return CloneWorld(items, topics, SCENE_STD * (bias - bias.mean()) / bias.std())
 
 
-def draw_users(world: World, num: int, rng: np.random.Generator) -> Users:
+def draw_users(world: CloneWorld, num: int, rng: np.random.Generator) -> CloneUsers:
     """Return a block of users."""
     favourites = rng.random((num, len(world.topics))).argpartition(FAVOURITES, 1)[:, :FAVOURITES]
     told = world.topics[favourites].sum(1) / FAVOURITES**0.5  # a mean square norm of 1, since topics are independent
@@ -137,7 +137,7 @@ def draw_users(world: World, num: int, rng: np.random.Generator) -> Users:
     scale = TASTE_STD * DIM**0.5
     mean = USER_TEXT_SHARE**0.5 * scale * told
     rest = (1 - USER_TEXT_SHARE) ** 0.5 * TASTE_STD * rng.standard_normal((num, DIM))
-    return Users(
+    return CloneUsers(
         favourites,
         mean,
         mean + rest,
@@ -147,7 +147,7 @@ def draw_users(world: World, num: int, rng: np.random.Generator) -> Users:
     )
 
 
-def logits(world: World, users: Users, user: Ints, item: Ints) -> Floats:
+def logits(world: CloneWorld, users: CloneUsers, user: Ints, item: Ints) -> Floats:
     """Return the logits of rows [R] before the shift of their split."""
     items = world.items
     scene = items.scene[item]

@@ -20,9 +20,9 @@ from gmeta.config.data import SynthConfig
 from gmeta.data.clone import published
 from gmeta.data.clone.bounds import MEANING, REFERENCES, aucs_by_scene, scores_of_block
 from gmeta.data.clone.images import write_images
-from gmeta.data.clone.rows import BLOCK_USERS, Rows, draw_block, num_users, shifts
+from gmeta.data.clone.rows import BLOCK_USERS, CloneRows, draw_block, num_users, shifts
 from gmeta.data.clone.texts import ItemTexts, table_of_rows
-from gmeta.data.clone.world import Items, draw_world
+from gmeta.data.clone.world import CloneItems, draw_world
 from gmeta.data.synthetic import whole_folder
 
 LABEL = "synthetic, AntM2C schema"
@@ -75,7 +75,7 @@ def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
         "users": users,
         "images": images,
         **counts.told(),
-        "reference": reference_aucs(root),
+        "reference": aucs_of_references(root),
     }
     (root / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
@@ -84,13 +84,13 @@ def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
 class _Counts:
     """What is counted of rows, block by block."""
 
-    def __init__(self, items: Items) -> None:
+    def __init__(self, items: CloneItems) -> None:
         self.items = items
         self.rows = np.zeros((len(published.SPLITS), published.SCENES), np.int64)
         self.positives = np.zeros(len(published.SPLITS), np.int64)
         self.seen = np.zeros((len(published.SPLITS), len(items)), bool)
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: CloneRows) -> None:
         """Count the rows of a block."""
         np.add.at(self.rows, (rows.split, self.items.scene[rows.item]), 1)
         self.positives += np.bincount(rows.split, rows.label, len(self.positives)).astype(np.int64)
@@ -106,14 +106,14 @@ class _Counts:
         }
 
 
-def _item_table(items: Items) -> pa.Table:
+def _item_table(items: CloneItems) -> pa.Table:
     columns: dict[str, Any] = {"item_id": np.arange(len(items))}
     columns |= {name: getattr(items, name) for name in ("scene", "topic", "look", "has_image", "in_train", "effect")}
     columns |= {f"latent_{k}": items.latent[:, k] for k in range(items.latent.shape[1])}
     return pa.table(columns)
 
 
-def reference_aucs(root: Path) -> dict[str, dict[str, Any]]:
+def aucs_of_references(root: Path) -> dict[str, dict[str, Any]]:
     """Return {reference: {"auc": of each scene, "auc_macro": their mean}} on the rows of test of a clone at `root`."""
     columns = ["log_time", "label", "scene", *REFERENCES]
     table = pa.concat_tables(pq.read_table(f, columns=columns) for f in sorted(root.glob("_truth/scores-*.parquet")))
