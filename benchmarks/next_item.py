@@ -33,7 +33,7 @@ MIXED = "mixed"
 OFFICE = "Office"
 METRICS = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "sampled_recall@10")
 PAIRED = ("recall@10", "ndcg@10")
-BASELINES = ("popularity", "item-knn")
+BASELINES = ("popularity", "item-knn", "last-item-knn")
 RESAMPLES = 400
 
 

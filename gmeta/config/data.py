@@ -45,10 +45,12 @@ class PrepareConfig:
     """For events with times: true adds a feature of each event, the time since the user's previous one in powers of two
     of seconds. Times that are no dates of our days are a counter, whose steps are taken for seconds."""
     dataset: str | None = None
-    """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu; of events amazon-3domain or
-    amazon-office."""
+    """Named data set, instead of `input` and `schema`: ml-100k, ml-1m or ml-1m-melu; antm2c, or antm2c-legacy, which
+    fills times that cannot be parsed; of events amazon-3domain or amazon-office."""
     root: str | None = None
     """Directory that holds the named data set's files."""
+    separator: str | None = None
+    """For antm2c: what separates the entries of its lists. Unset: what most lists have, which is told."""
     label_threshold: float | None = None
     """Labels of at least this become 1, others 0; unset: the schema's, or labels as they are."""
     split_query: Literal["last", "random", "column"] | None = None

@@ -18,7 +18,7 @@ from commands import fails, gmeta
 from PIL import Image
 
 from gmeta.config.data import SynthConfig
-from gmeta.data.clone import published
+from gmeta.data.antm2c import published
 from gmeta.data.clone.bounds import REFERENCES, laplace, scores_of_block
 from gmeta.data.clone.rows import bounds_of_splits, draw_block, shifts
 from gmeta.data.clone.words import TOPICS
@@ -43,7 +43,8 @@ def log(clone: Path) -> pa.Table:
 
 def test_files_have_the_published_columns(clone: Path) -> None:
     names = {path.name for path in clone.iterdir()}
-    assert names == {"antm2c_10m_part0.csv", "AntM2C_image.tar.gz", "_truth", "summary.json"}
+    parts = {f"antm2c_10m_part{number}.csv" for number in range(3)}
+    assert names == {*parts, "AntM2C_image.tar.gz", "_truth", "summary.json"}
     header = (clone / "antm2c_10m_part0.csv").read_text().splitlines()[0]
     assert header.replace('"', "").split(",") == list(published.COLUMNS)
 

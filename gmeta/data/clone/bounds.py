@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gmeta.data.clone.published import SCENES
+from gmeta.data.antm2c.published import SCENES
 from gmeta.data.clone.rows import CloneRows
 from gmeta.data.clone.world import (
     DIM,

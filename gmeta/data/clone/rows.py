@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from gmeta.data.clone.published import (
+from gmeta.data.antm2c.published import (
     POSITIVES,
     ROWS,
     SCENE_THOUSANDS,

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gmeta.data.clone.published import COLUMNS, DEEP_FEATURES, SEQUENCES, SEVERAL_NAMES
+from gmeta.data.antm2c.published import COLUMNS, DEEP_FEATURES, SEQUENCES, SEVERAL_NAMES
 from gmeta.data.clone.rows import CloneRows
 from gmeta.data.clone.words import PLAIN, TOPICS
 from gmeta.data.clone.world import CloneItems, CloneUsers, Ints

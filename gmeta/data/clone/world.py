@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gmeta.data.clone.published import ITEMS, ROWS, SCENE_THOUSANDS, SCENES, TEST_ITEMS, TRAIN_ITEMS
+from gmeta.data.antm2c.published import ITEMS, ROWS, SCENE_THOUSANDS, SCENES, TEST_ITEMS, TRAIN_ITEMS
 from gmeta.data.clone.words import TOPICS
 from gmeta.data.synthetic import random_vectors
 

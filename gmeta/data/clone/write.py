@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gmeta.config.data import SynthConfig
-from gmeta.data.clone import published
+from gmeta.data.antm2c import published
 from gmeta.data.clone.bounds import MEANING, REFERENCES, aucs_by_scene, scores_of_block
 from gmeta.data.clone.images import write_images
 from gmeta.data.clone.rows import BLOCK_USERS, CloneRows, draw_block, num_users, shifts
@@ -52,18 +53,22 @@ def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
     console = Console(stderr=True)
     blocks = range(-(-users // BLOCK_USERS))
     with ExitStack() as stack:
-        writers: dict[int, pv.CSVWriter] = {}
+        writers: list[pv.CSVWriter] = []
         for block in track(blocks, "synth", console=console, disable=not console.is_terminal):
             first = block * BLOCK_USERS
             drawn, rows = draw_block(world, config.seed, block, min(BLOCK_USERS, users - first), shift)
             judged, scores = scores_of_block(world, shift, drawn, rows)
             rng = np.random.default_rng([config.seed, 4, block])
             table = table_of_rows(drawn, rows, world.items, texts, first, rng)
-            part = block * published.PARTS // len(blocks)
-            if part not in writers:
-                path = root / f"antm2c_10m_part{part}.csv"
-                writers[part] = stack.enter_context(pv.CSVWriter(path, table.schema))
-            writers[part].write_table(table)
+            if not writers:
+                files = [root / f"antm2c_10m_part{part}.csv" for part in range(published.PARTS)]
+                writers += [stack.enter_context(pv.CSVWriter(file, table.schema)) for file in files]
+            # users are dealt to the parts in order, so that a user's rows lie in one
+            ends = np.searchsorted(
+                first + rows.user, [users * part // published.PARTS for part in range(published.PARTS + 1)]
+            )
+            for writer, (start, stop) in zip(writers, pairwise(ends), strict=True):
+                writer.write_table(table.slice(start, stop - start))
             truth = table.select(["user_id", "item_id", "log_time", "label", "scene"]).take(pa.array(judged))
             for name, score in scores.items():
                 truth = truth.append_column(name, pa.array(score))

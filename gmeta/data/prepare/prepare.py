@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from gmeta.config.data import HISTORY_ROWS, PrepareConfig
+from gmeta.data.antm2c.rows import log_schema, make_log_rows
 from gmeta.data.events.catalogue import write_items
-from gmeta.data.events.columns import schema_of_rows
+from gmeta.data.events.columns import EventColumns, schema_of_rows
 from gmeta.data.events.days import EVENTS
 from gmeta.data.events.findings import mend_cold_tasks
-from gmeta.data.events.rows import make_event_rows
+from gmeta.data.events.rows import EventRows, make_event_rows
 from gmeta.data.events.settings import event_columns, settings_of_events
 from gmeta.data.pack import PackWriter
 from gmeta.data.prepare.base import FIRST_INPUTS, input_checksums, open_base
@@ -43,7 +44,8 @@ from gmeta.data.prepare.texts import learn_texts, write_further_texts
 from gmeta.data.prepare.vectors import find_item_vectors, write_item_vectors
 from gmeta.data.prepare.vocabulary import learn
 from gmeta.data.prepare.write import write_shards, write_vocabularies
-from gmeta.data.sources import find_files, scalar
+from gmeta.data.schema import DataSchema, PackSchema
+from gmeta.data.sources import Connection, find_files, scalar
 
 __all__ = ["prepare", "print_summary"]
 
@@ -59,15 +61,18 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         return (prepare_event_day if base.pack_schema.next_item else prepare_day)(config, base, report)
     out = Path(config.out)
     columns = event_columns(config)
-    of_rows = None if columns is None else schema_of_rows(columns, gaps=bool(config.gaps))
+    of_log = log_schema(config)
+    of_rows = of_log if columns is None else schema_of_rows(columns, gaps=bool(config.gaps))
     schema, settings = resolve_settings(config, of_rows)
     inputs = None if config.dataset is not None else sorted(input_checksums(find_files(config.inputs)))
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
         events = None if columns is None else make_event_rows(config, settings, columns, scratch, tell)
-        made = None if events is None else [events.part(con)]
+        log = None if of_log is None else make_log_rows(config, settings, scratch, tell)
+        schema = schema if log is None else log.schema
+        made = events or log
         known = {} if events is None else events.values()
-        counts = check_all(con, config, schema, settings, scratch, tell, made)
+        counts = check_all(con, config, schema, settings, scratch, tell, [made.part(con)] if made else None)
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts)
         if settings.split_query == "column" and (both := rows_on_both_sides(con, schema, settings)):
@@ -82,26 +87,22 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         every = [*shards, *waiting]
         pack_schema = learn(con, schema, scratch, shards, tell, known)
         pack_schema = learn_texts(con, schema, pack_schema, scratch, every, known=known)
+        counts |= {} if made is None else made.counts
         if events is not None:
-            counts |= events.counts
             pack_schema = replace(pack_schema, next_item=True, catalogue=events.owned)
         counts["vocab"] = {f.table: f.num_ids for f in pack_schema.features}
         if pack_schema.binary_label and pack_schema.label_mean in (0, 1) and events is None:
             counts["only_label"] = pack_schema.label_mean
         made_with = {**settings.to_json(), "input": config.inputs, "dataset": config.dataset}
-        made_with |= {} if inputs is None else {FIRST_INPUTS: inputs}
-        made_with |= {} if events is None else settings_of_events(config)
+        made_with |= {FIRST_INPUTS: inputs} if inputs is not None else {}
+        made_with |= settings_of_events(config) if events is not None else {}
         with PackWriter(out, pack_schema, settings=made_with, data_schema=schema.to_json()) as writer:
             write_vocabularies(con, writer, schema)
             write_further_texts(con, schema, writer.directory / "vocab")
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
-            if events is not None and columns is not None:
-                vocab = writer.directory / "vocab"
-                write_items(con, schema, pack_schema, columns, events.catalogue, vocab, events.gap_unit)
             write_pending(con, schema, writer.directory / INCREMENT)
-            if events is not None and events.last is not None:
-                (writer.directory / INCREMENT).mkdir(exist_ok=True)
-                shutil.copyfile(events.last, writer.directory / INCREMENT / EVENTS)
+            if events is not None and columns is not None:
+                _write_events(con, (schema, pack_schema), columns, events, writer.directory)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
             write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)
             if events is not None:
@@ -110,3 +111,13 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
                 shutil.copyfile(scratch / "rejects.parquet", writer.directory / "rejects.parquet")
             writer.finish(counts=counts)
     return {"out": str(out), **counts}
+
+
+def _write_events(
+    con: Connection, schemas: tuple[DataSchema, PackSchema], columns: EventColumns, events: EventRows, folder: Path
+) -> None:
+    """Write the catalogue and, where events have times, the last events of every user for later days."""
+    write_items(con, *schemas, columns, events.catalogue, folder / "vocab", events.gap_unit)
+    if events.last is not None:
+        (folder / INCREMENT).mkdir(exist_ok=True)
+        shutil.copyfile(events.last, folder / INCREMENT / EVENTS)

@@ -8,6 +8,7 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import nearest, require
+from gmeta.data.antm2c.published import LOGS
 from gmeta.data.datasets import DATA_SETS
 from gmeta.data.events.data_sets import EVENT_SETS
 from gmeta.data.pack import SPLITS
@@ -74,16 +75,18 @@ def settings_from_json(stored: Mapping[str, Any]) -> Settings:
     return Settings(**found)
 
 
-def resolve_settings(config: PrepareConfig, of_events: DataSchema | None = None) -> tuple[DataSchema, Settings]:
+def resolve_settings(config: PrepareConfig, of_rows: DataSchema | None = None) -> tuple[DataSchema, Settings]:
     """Return the data schema and the settings; what is unset is taken from the named data set or the defaults. Rows
-    that are made `of_events` have their own schema.
+    that are made of events, or of a log, have the schema `of_rows`.
     """
     usual: dict[str, Any] = {}
-    if of_events is not None:
-        schema = of_events
+    if of_rows is not None:
+        schema = of_rows
     elif config.dataset is not None:
         if config.dataset not in DATA_SETS:
-            raise ValueError(f"dataset is {config.dataset!r}: {nearest(config.dataset, [*DATA_SETS, *EVENT_SETS])}")
+            raise ValueError(
+                f"dataset is {config.dataset!r}: {nearest(config.dataset, [*DATA_SETS, *LOGS, *EVENT_SETS])}"
+            )
         if config.input or config.schema is not None:
             raise ValueError(f"dataset {config.dataset} comes with its files and schema: leave input and schema out")
         schema, usual = DATA_SETS[config.dataset].schema, dict(DATA_SETS[config.dataset].settings)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from gmeta.data.antm2c.told import log_lines
 from gmeta.data.events.findings import audit_lines
 from gmeta.data.order import bucket_by_size
 from gmeta.data.pack import SPLITS
@@ -112,6 +113,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"items in no training row: {summary['cold_items']:,}")
     console.print("ids: " + ", ".join(f"{name} {size:,}" for name, size in summary["vocab"].items()))
     for line in audit_lines(summary) if "audit" in summary else ():
+        console.print(line)
+    for line in log_lines(summary["antm2c"]) if "antm2c" in summary else ():
         console.print(line)
     for line in _day_lines(summary):
         console.print(line)

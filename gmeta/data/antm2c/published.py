@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from datetime import datetime
 
+LOGS = {"antm2c": False, "antm2c-legacy": True}
+"""Name of a data set -> whether times that cannot be parsed are filled, as public code does, or refused."""
 PARTS = 3
 """The log comes in files antm2c_10m_part0 to antm2c_10m_part2, each with a header."""
 IMAGES = "AntM2C_image.tar.gz"

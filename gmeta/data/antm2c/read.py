@@ -1,0 +1,173 @@
+"""Stage 1 of AntM2C: its part files to table `log`, every value in its one form, and what its columns are.
+
+`log` (event, part, user_id, item_id, time, label, split, scene, title, the four lists as text, d0 … d26 as text) has a
+row an event. `event` numbers them by (part file, row), so that repeats stay events of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gmeta.config.data import PrepareConfig
+from gmeta.data.antm2c.published import (
+    COLUMNS,
+    DEEP_FEATURES,
+    PARTS,
+    SCENES,
+    SEQUENCES,
+    TIME_FORMAT,
+    TRAIN_ENDS,
+    VALID_ENDS,
+)
+from gmeta.data.prepare.read import check_all
+from gmeta.data.prepare.settings import Settings
+from gmeta.data.prepare.summary import Report
+from gmeta.data.schema import parse_data_schema
+from gmeta.data.sources import Connection, RawPart, literal, open_file, scalar
+
+LISTS = (*SEQUENCES, "item_entity_names")
+"""Columns that hold a list of entities each, as one text."""
+FILLED_TIME = "2023-08-01 12:00:00"
+"""What public code takes for a time that it cannot parse; such rows are of train."""
+_MONTHS = ("2023-07-01", "2023-10-01")
+"""Times outside are taken for damage: the log is of August 2023."""
+SEPARATORS = (",", ";", "|", "\x01", "\x02", "\t", "#", "^", "/", "_", " ")
+"""What may stand between the entries of a list, the likeliest first."""
+_LOOKED_AT = 50_000
+"""Events that are looked at, about, to find what separates the entries of lists."""
+FEW_VALUES = 64
+"""A `deep_features` column of whole numbers with at most so many distinct ones is taken for codes."""
+
+
+@dataclass(frozen=True)
+class DeepColumns:
+    """What the columns without a meaning hold, told by rows of train alone."""
+
+    numeric: tuple[str, ...]
+    categorical: tuple[str, ...]
+    left_out: tuple[str, ...]  # one value, or none
+
+
+def part_files(root: Path) -> list[Path]:
+    """Return the part files of a directory. ValueError names those that are missing."""
+    found, missing = [], []
+    for number in range(PARTS):
+        name = f"antm2c_10m_part{number}"
+        there = [root / f"{name}{ending}" for ending in (".csv", ".csv.gz", "") if (root / f"{name}{ending}").is_file()]
+        found += there[:1]
+        missing += [] if there else [name]
+    if missing:
+        raise ValueError(
+            f"{root} lacks {', '.join(missing)} (as .csv, .csv.gz, or without an ending). AntM2C is given out on "
+            "request, see arXiv 2308.16437; `gmeta synth --kind antm2c` makes a clone of its files"
+        )
+    return found
+
+
+def read_parts(
+    con: Connection, config: PrepareConfig, settings: Settings, scratch: Path, tell: Report, *, fills_times: bool
+) -> dict[str, Any]:
+    """Make table `log` of the part files in `config.root`; returns the counts of the rows that were read.
+
+    With `fills_times` a time that cannot be parsed is `FILLED_TIME`. ValueError names files, rows and values that
+    cannot be used.
+    """
+    parts = [_opened(con, path) for path in part_files(Path(config.root or ""))]
+    schema = parse_data_schema(
+        {
+            "task": "user_id",
+            "label": "label",
+            "item": "item_id",
+            "categorical": [{"name": name, "nulls": "oov"} for name in COLUMNS if name not in ("user_id", "label")],
+        }
+    )
+    plain = replace(settings, task_split="user", split_query="random", roles=None)
+    counts = check_all(con, config, schema, plain, scratch, tell, parts)
+    names = {feature.name: f"f{number}" for number, feature in enumerate(schema.features)}
+    time = f"try_strptime(CAST({names['log_time']} AS VARCHAR), {literal(TIME_FORMAT)})"
+    if fills_times:
+        time = f"coalesce({time}, TIMESTAMP {literal(FILLED_TIME)})"
+    else:
+        _refuse(con, counts["files"], f"{time} IS NULL", names["log_time"], "log_time", "is no time such as 2023-08-01")
+        outside = f"{time} < TIMESTAMP {literal(_MONTHS[0])} OR {time} >= TIMESTAMP {literal(_MONTHS[1])}"
+        _refuse(con, counts["files"], outside, names["log_time"], "log_time", "is not of August 2023, nor near it")
+    scenes = ", ".join(literal(str(scene)) for scene in range(SCENES))
+    unknown = f"CAST({names['scene']} AS VARCHAR) IS NULL OR CAST({names['scene']} AS VARCHAR) NOT IN ({scenes})"
+    _refuse(con, counts["files"], unknown, names["scene"], "scene", f"is no scene: these are {scenes}")
+    _refuse(con, counts["files"], "label NOT IN (0, 1)", "label", "label", "is neither 0 nor 1")
+    texts = [f"CAST({names[name]} AS VARCHAR) AS {name}" for name in ("item_id", "scene", "item_title", *LISTS)]
+    texts += [f"CAST({names[name]} AS VARCHAR) AS d{number}" for number, name in enumerate(DEEP_FEATURES)]
+    first, second = (f"TIMESTAMP {literal(ends.strftime(TIME_FORMAT))}" for ends in (TRAIN_ENDS, VALID_ENDS))
+    con.execute(f"""
+        CREATE TABLE log AS
+        SELECT row_number() OVER (ORDER BY file, row) AS event, file AS part, user_id, time, label,
+               CASE WHEN time <= {first} THEN 'train' WHEN time <= {second} THEN 'valid' ELSE 'test' END AS split,
+               * EXCLUDE (file, row, user_id, time, label)
+        FROM (SELECT file, row, CAST(task AS VARCHAR) AS user_id, {time} AS time, label, {", ".join(texts)}
+              FROM raw_rows)""")
+    if fills_times:
+        bad = f"try_strptime(CAST({names['log_time']} AS VARCHAR), {literal(TIME_FORMAT)}) IS NULL"
+        counts["filled_times"] = scalar(con, f"SELECT count(*) FROM raw_rows WHERE {bad}")
+    return counts
+
+
+def _opened(con: Connection, path: Path) -> RawPart:
+    part = open_file(con, path)
+    missing = [name for name in COLUMNS if name not in part.columns]
+    if missing:
+        raise ValueError(f"{path} has no column {', '.join(missing)}: it is no part of AntM2C, or its header is lost")
+    return part
+
+
+def _refuse(con: Connection, files: Sequence[str], condition: str, value: str, column: str, why: str) -> None:
+    """Raise ValueError with the first rows that fulfil a condition, and how many do."""
+    rows = scalar(con, f"SELECT count(*) FROM raw_rows WHERE {condition}")
+    if not rows:
+        return
+    first = con.execute(f"""SELECT file, row, CAST({value} AS VARCHAR) FROM raw_rows WHERE {condition}
+                            ORDER BY file, row LIMIT 3""").fetchall()
+    told = "\n".join(f"  {files[file]}, row {row}: {column} is {found!r}" for file, row, found in first)
+    raise ValueError(f"{rows:,} rows cannot be used, {column} {why}. The first:\n{told}\nMend them or remove them")
+
+
+def separator_of(con: Connection, given: str | None) -> tuple[str, float]:
+    """Return what separates the entries of lists, and in what share of lists with text it is found.
+
+    Unless it is given, it is the one that most lists have; where none is in a hundredth of them, each is one entry,
+    and the separator ''.
+    """
+    step = max(1, scalar(con, "SELECT count(*) FROM log") // _LOOKED_AT)
+    union = " UNION ALL ".join(f"SELECT {name} AS text FROM log WHERE event % {step} = 0" for name in LISTS)
+    con.execute(f"CREATE TABLE lists AS SELECT text FROM ({union}) WHERE text IS NOT NULL")
+    asked = SEPARATORS if given is None else (given,)
+    shares = con.execute(
+        f"SELECT {', '.join(f'avg(CAST(contains(text, {literal(mark)}) AS INTEGER))' for mark in asked)} FROM lists"
+    ).fetchall()[0]
+    con.execute("DROP TABLE lists")
+    found = {mark: share or 0.0 for mark, share in zip(asked, shares, strict=True)}
+    best = max(found, key=lambda mark: found[mark])
+    if given is not None:
+        return given, found[given]
+    return (best, found[best]) if found[best] >= 0.01 else ("", 0.0)
+
+
+def deep_columns(con: Connection) -> DeepColumns:
+    """Return what the `deep_features` hold in rows of train."""
+    number = "TRY_CAST(d{i} AS DOUBLE)"
+    facts = ", ".join(
+        f"""count(DISTINCT d{i}), count(*) FILTER (d{i} IS NOT NULL AND NOT isfinite({number.format(i=i)}))
+              + count(*) FILTER (d{i} IS NOT NULL AND {number.format(i=i)} IS NULL),
+            count(*) FILTER ({number.format(i=i)} <> floor({number.format(i=i)}))"""
+        for i in range(len(DEEP_FEATURES))
+    )
+    row = con.execute(f"SELECT {facts} FROM log WHERE split = 'train'").fetchall()[0]
+    kinds: dict[str, list[str]] = {"numeric": [], "categorical": [], "left_out": []}
+    for place, name in enumerate(DEEP_FEATURES):
+        distinct, no_number, fractions = row[3 * place : 3 * place + 3]
+        few = not fractions and distinct <= FEW_VALUES
+        kind = "left_out" if distinct < 2 else "categorical" if no_number or few else "numeric"
+        kinds[kind].append(name)
+    return DeepColumns(**{kind: tuple(names) for kind, names in kinds.items()})

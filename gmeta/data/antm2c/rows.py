@@ -1,0 +1,190 @@
+"""Stage 2 of AntM2C: events to the rows of tasks, a Parquet file, with the schema that its columns have.
+
+A task is a user in a split. Its query is what happened in the split; its support are the last events before. In train
+the last `QUERY` events of a user are the query, those before them the support, so that plain training, which reads
+both, learns from every row of train. An event knows the last `HISTORY` positive events of its user that were
+earlier, by (time, part file, row): its own label and later ones are not among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gmeta.config.data import PrepareConfig
+from gmeta.core.errors import require
+from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SEQUENCES, SPLITS
+from gmeta.data.antm2c.read import LISTS, DeepColumns, deep_columns, read_parts, separator_of
+from gmeta.data.prepare.scratch import connect
+from gmeta.data.prepare.settings import Settings
+from gmeta.data.prepare.summary import Report
+from gmeta.data.schema import DataSchema, parse_data_schema
+from gmeta.data.sources import Connection, RawPart, in_order, literal, open_file
+
+HISTORY, SUPPORT, QUERY, ENTITIES = 10, 50, 10, 10
+"""Positive events in a history; rows of a support in valid and test; of a query in train; entries kept of a list, the
+last ones.
+"""
+
+
+_HAS_ALREADY = (
+    *("schema", "events", "items", "core", "holdout", "domains", "gaps", "label_threshold", "split_query", "roles"),
+    *("support_size", "query_size", "query_ratio", "task_split", "partitions", "valid_fraction", "test_fraction"),
+)
+"""Settings that say what a log has already: its split, and the support and query of its tasks."""
+
+
+@dataclass(frozen=True)
+class MadeLog:
+    """The rows that a log became, in a Parquet file."""
+
+    rows: Path
+    schema: DataSchema
+    counts: dict[str, Any]  # of reading, and `antm2c`
+
+    def part(self, con: Connection) -> RawPart:
+        """Open the rows."""
+        return open_file(con, self.rows)
+
+
+def log_schema(config: PrepareConfig) -> DataSchema | None:
+    """Return the schema of the rows, but for `deep_features`, which files tell; None where the config names no log.
+
+    Raises ValueError for a setting that has no effect, by name.
+    """
+    if config.dataset not in LOGS:
+        require(config.separator is None, "separator", config.separator, "is for --dataset antm2c; leave it out")
+        return None
+    require(config.separator != "", "separator", config.separator, "must have a character")
+    for key in ("input", *_HAS_ALREADY):
+        value = getattr(config, key)
+        if value not in (None, [], {}):
+            raise ValueError(f"{key} has no effect on dataset {config.dataset}, which comes with it: leave it out")
+    if config.root is None:
+        raise ValueError(f"dataset {config.dataset} needs root, the directory with its files")
+    return schema_of(DeepColumns((), (), ()))
+
+
+def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell: Report) -> MadeLog:
+    """Make the rows of the log in `config.root`, in `scratch`. ValueError for all that is the user's to mend."""
+    folder = scratch / "log"
+    folder.mkdir()
+    with connect(folder, config) as con:
+        fills = LOGS[str(config.dataset)]
+        counts = read_parts(con, config, settings, scratch, tell, fills_times=fills)
+        del counts["files"]
+        tell("looking at columns", 0, 1)
+        separator, share = separator_of(con, config.separator)
+        deep = deep_columns(con)
+        counts["antm2c"] = {**_counts(con), "separator": separator, "separated": round(share, 4)}
+        counts["antm2c"] |= {"filled_times": counts.pop("filled_times")} if fills else {}
+        counts["antm2c"] |= {"numeric": deep.numeric, "codes": deep.categorical, "left_out": deep.left_out}
+        tell("making histories", 0, 1)
+        _make_histories(con)
+        made = MadeLog(scratch / "log.parquet", schema_of(deep), counts)
+        _write(con, made.rows, separator, deep)
+    (folder / "rows.duckdb").unlink()
+    return made
+
+
+def schema_of(deep: DeepColumns) -> DataSchema:
+    """Return the schema of the rows."""
+    entities = [
+        {"name": name, "table": SEQUENCES[0], "text": True, "pooling": "none", "max_length": ENTITIES} for name in LISTS
+    ]
+    return parse_data_schema(
+        {
+            "task": "user",
+            "label": "label",
+            "time": "time",
+            "item": "item_id",
+            "scenario": "scene",
+            "partition": "partition",
+            "role": "role",
+            "categorical": [
+                "user_id",
+                "item_id",
+                "scene",
+                {"name": "item_title", "text": True, "nulls": "oov"},
+                *({"name": name, "nulls": "oov"} for name in deep.categorical),
+            ],
+            "sequence": [{"name": "history", "table": "item_id", "pooling": "none", "max_length": HISTORY}, *entities],
+            "numeric": [{"name": name, "nulls": "mean"} for name in deep.numeric],
+        }
+    )
+
+
+def _counts(con: Connection) -> dict[str, Any]:
+    """Return what is published of the real files too: rows, positives, users and items of each split, and scenes."""
+    found: dict[str, Any] = {"users": _scalar(con, "count(DISTINCT user_id)"), "items": _scalar(con, ITEMS)}
+    for split in SPLITS:
+        where = f"FROM log WHERE split = {literal(split)}"
+        values = con.execute(
+            f"SELECT count(*), coalesce(sum(label), 0)::BIGINT, count(DISTINCT user_id), {ITEMS} {where}"
+        ).fetchall()
+        names = ("rows", "positives", "users", "items")
+        scenes = con.execute(f"SELECT scene, count(*) {where} GROUP BY scene ORDER BY scene").fetchall()
+        found[split] = {**dict(zip(names, values[0], strict=True)), "scenes": dict(scenes)}
+    titles = "(SELECT item_id FROM log GROUP BY item_id HAVING count(DISTINCT coalesce(item_title, '')) > 1)"
+    found["items_of_several_titles"] = con.execute(f"SELECT count(*) FROM {titles}").fetchall()[0][0]
+    found["rows_without_title"] = _scalar(con, "count(*) FILTER (item_title IS NULL)")
+    return found
+
+
+ITEMS = "count(DISTINCT item_id)"
+
+
+def _scalar(con: Connection, what: str) -> int:
+    return int(con.execute(f"SELECT {what} FROM log").fetchall()[0][0])
+
+
+def _make_histories(con: Connection) -> None:
+    """Make table `placed`: the events with how many positive ones the user had before, and table `positives` with the
+    last positive items of a user after its n-th positive event.
+    """
+    before = ", ".join(f"lag(item_id, {back}) OVER w" for back in range(HISTORY - 1, 0, -1))
+    con.execute(f"""
+        CREATE TABLE placed AS
+        SELECT *, coalesce(sum(label) OVER (w ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::BIGINT AS earlier,
+               row_number() OVER w AS place
+        FROM log WINDOW w AS (PARTITION BY user_id ORDER BY time, event);
+        DROP TABLE log;
+        CREATE TABLE positives AS
+        SELECT user_id, earlier + 1 AS earlier, list_filter([{before}, item_id], lambda x: x IS NOT NULL) AS history
+        FROM placed WHERE label = 1 WINDOW w AS (PARTITION BY user_id ORDER BY place)""")
+
+
+def _write(con: Connection, path: Path, separator: str, deep: DeepColumns) -> None:
+    """Write the rows, of each user in order; those of supports in valid and test a second time."""
+    lists = ", ".join(f"{_entries(name, separator)} AS {name}" for name in LISTS)
+    number = {name: f"d{place}" for place, name in enumerate(DEEP_FEATURES)}
+    columns = [f"TRY_CAST({number[name]} AS DOUBLE) AS {name}" for name in deep.numeric]
+    columns += [f"{number[name]} AS {name}" for name in deep.categorical]
+    features = ", ".join(
+        ["user_id", "item_id", "scene", "item_title", "coalesce(history, []) AS history", lists, *columns]
+    )
+    with in_order(con):
+        con.execute(f"""
+            CREATE TABLE starts AS SELECT user_id, split, min(place) AS start, max(place) AS stop
+                                   FROM placed GROUP BY user_id, split;
+            COPY (
+                SELECT user_id AS "user", label, time, partition, role, {features}
+                FROM (
+                    SELECT p.* EXCLUDE (split), p.split AS partition,
+                           if(p.split <> 'train' OR p.place > s.stop - {QUERY}, 'query', 'support') AS role
+                    FROM placed p JOIN starts s USING (user_id, split)
+                    UNION ALL
+                    SELECT p.* EXCLUDE (split), s.split, 'support' FROM placed p JOIN starts s USING (user_id)
+                    WHERE s.split <> 'train' AND p.place < s.start AND p.place >= s.start - {SUPPORT}
+                ) LEFT JOIN positives USING (user_id, earlier)
+                ORDER BY user_id, partition, place)
+            TO {literal(str(path))} (FORMAT parquet)""")
+
+
+def _entries(name: str, separator: str) -> str:
+    """Return SQL of a list's entries, without empty ones; an empty list where there is no text."""
+    if not separator:
+        return f"if({name} IS NULL, [], [{name}])"
+    parts = f"string_split({name}, {literal(separator)})"
+    return f"coalesce(list_filter(list_transform({parts}, lambda x: trim(x)), lambda x: x <> ''), [])"

@@ -1,0 +1,261 @@
+"""AntM2C's files become a pack: ten rows in the original layout, a clone, and files that are wrong."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from commands import fails, gmeta
+from event_packs import quiet
+
+from gmeta.config.data import PrepareConfig
+from gmeta.data.antm2c.published import COLUMNS, DEEP_FEATURES
+from gmeta.data.antm2c.read import LISTS
+from gmeta.data.antm2c.rows import HISTORY, QUERY, MadeLog, log_schema, make_log_rows
+from gmeta.data.antm2c.told import log_lines
+from gmeta.data.pack import open_pack
+from gmeta.data.prepare.settings import resolve_settings
+
+Row = dict[str, Any]
+
+
+def row(user: str, item: str, time: str, label: int, scene: int = 1, **more: Any) -> Row:
+    """A row as the released files have it; times are of August 2023."""
+    found: Row = dict.fromkeys(COLUMNS, "")
+    found |= {"user_id": user, "item_id": item, "log_time": f"2023-08-{time}", "label": label, "scene": scene}
+    found |= {"bill_entity_seq": "tea;milk", "service_entity_seq": "taxi", "item_entity_names": "cup;pot"}
+    found |= {"query_entity_seq": "", "item_title": f"about {item}"}
+    kinds = [7, "c1", 0.5]
+    found |= {name: kinds[place % 3] for place, name in enumerate(DEEP_FEATURES)}
+    return found | more
+
+
+TEN = [
+    row("u1", "a", "01 10:00:00", 1, deep_features_0=1),
+    row("u1", "b", "01 11:00:00", 0, deep_features_1="c2"),
+    row("u1", "a", "02 00:00:00", 1, deep_features_2=0.25),
+    row("u1", "c", "03 00:00:00", 1, 2),  # the last second of train
+    row("u1", "b", "03 00:00:01", 1),  # the first of valid
+    row("u1", "d", "05 00:00:00", 0, 4),
+    row("u1", "d", "05 00:00:01", 1, 4, deep_features_1="c9"),  # the first of test
+    row("u2", "a", "01 09:00:00", 1, item_entity_names="jug"),
+    row("u2", "b", "02 09:00:00", 0),
+    row("u2", "c", "06 09:00:00", 1, 2),
+]
+
+
+def write(folder: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> Path:
+    """Deal rows to three part files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part in range(3):
+        with (folder / f"antm2c_10m_part{part}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows[part::3])
+    return folder
+
+
+def made(folder: Path, rows: list[Row] = TEN, **settings: Any) -> MadeLog:
+    """What rows of a log become, before they are a pack."""
+    named = {"dataset": "antm2c", "root": str(write(folder / "files", rows)), "out": str(folder / "pack"), **settings}
+    config = PrepareConfig(**named)
+    _, resolved = resolve_settings(config, log_schema(config))
+    return make_log_rows(config, resolved, folder, quiet)
+
+
+def tasks(log: MadeLog) -> dict[str, list[str]]:
+    """Task -> side, item and history of its rows, in order."""
+    found: dict[str, list[str]] = {}
+    for line in pq.read_table(log.rows).to_pylist():
+        words = f"{line['role'][0]} {line['item_id']} {''.join(line['history'])}".strip()
+        found.setdefault(f"{line['user']} {line['partition']}", []).append(words)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> MadeLog:
+    return made(tmp_path_factory.mktemp("ten"))
+
+
+def test_ten_rows_are_split_at_the_published_seconds(ten: MadeLog) -> None:
+    found = ten.counts["antm2c"]
+    assert {split: found[split]["rows"] for split in ("train", "valid", "test")} == {"train": 6, "valid": 2, "test": 2}
+    assert [found[split]["positives"] for split in ("train", "valid", "test")] == [4, 1, 2]
+    assert (found["users"], found["items"], found["train"]["users"], found["test"]["items"]) == (2, 4, 2, 2)
+    assert found["train"]["scenes"] == {"1": 5, "2": 1}
+
+
+def test_histories_hold_earlier_positive_events_alone(ten: MadeLog) -> None:
+    """A repeated item stays two events, a row never knows its own label, and supports are copies of earlier rows."""
+    before = ["s a", "s b a", "s a a", "s c aa"]
+    assert tasks(ten) == {
+        "u1 train": ["q a", "q b a", "q a a", "q c aa"],
+        "u1 valid": [*before, "q b aac", "q d aacb"],
+        "u1 test": [*before, "s b aac", "s d aacb", "q d aacb"],
+        "u2 train": ["q a", "q b a"],
+        "u2 test": ["s a", "s b a", "q c a"],
+    }
+
+
+def test_events_of_one_second_go_by_their_file_and_row(tmp_path: Path) -> None:
+    rows = [row("u", item, "01 10:00:00", 1) for item in "abcd"]  # a and d are in the first file
+    assert tasks(made(tmp_path, rows)) == {"u train": ["q a", "q d a", "q b ad", "q c adb"]}
+
+
+def test_a_train_task_has_its_last_rows_as_query(tmp_path: Path) -> None:
+    rows = [row("u", f"i{hour}", f"01 {hour:02}:00:00", 0) for hour in range(24)]
+    sides = [words[0] for words in tasks(made(tmp_path, rows))["u train"]]
+    assert sides == ["s"] * (24 - QUERY) + ["q"] * QUERY
+
+
+def test_a_history_has_the_last_positive_events(tmp_path: Path) -> None:
+    rows = [row("u", chr(97 + hour), f"01 {hour:02}:00:00", 1) for hour in range(HISTORY + 3)]
+    *_, last = tasks(made(tmp_path, rows))["u train"]
+    assert last.split()[2] == "cdefghijkl"[-HISTORY:]
+
+
+def test_columns_without_a_meaning_are_told_by_rows_of_train(ten: MadeLog, tmp_path: Path) -> None:
+    found = ten.counts["antm2c"]
+    # whole numbers of few values and texts are codes; one value in train is none, whatever test has
+    assert found["codes"] == ("deep_features_0", "deep_features_1")
+    assert found["numeric"] == ("deep_features_2",)
+    assert len(found["left_out"]) == 24
+    assert found["separator"] == ";"
+    rows = [row("u", "a", "01 10:00:00", 1, deep_features_2=place / 7) for place in range(3)]
+    late = row("u", "a", "06 10:00:00", 1, deep_features_2="broken")
+    table = pq.read_table(made(tmp_path, [*rows, late]).rows).to_pylist()
+    assert [line["deep_features_2"] for line in table] == [0, 1 / 7, 2 / 7, None, 0, 1 / 7, 2 / 7]
+
+
+def test_entities_are_lists_and_names_stay_with_their_row(ten: MadeLog) -> None:
+    table = pq.read_table(ten.rows).to_pylist()
+    assert table[0]["bill_entity_seq"] == ["tea", "milk"]
+    assert table[0]["query_entity_seq"] == []
+    names = {(line["user"], tuple(line["item_entity_names"])) for line in table if line["item_id"] == "a"}
+    assert names == {("u1", ("cup", "pot")), ("u2", ("jug",))}
+
+
+@pytest.mark.parametrize(("mark", "expected"), [("|", ["x y", "z"]), ("\x01", ["x y", "z"]), (",", ["x y", "z"])])
+def test_what_separates_entities_is_found(tmp_path: Path, mark: str, expected: list[str]) -> None:
+    lists = dict.fromkeys(LISTS, f"x y{mark} z{mark}")
+    log = made(tmp_path, [row("u", "a", "01 10:00:00", 1, **lists)])
+    assert log.counts["antm2c"]["separator"] == mark
+    assert pq.read_table(log.rows)["bill_entity_seq"].to_pylist() == [expected]
+
+
+def test_a_separator_may_be_given(tmp_path: Path) -> None:
+    log = made(tmp_path, separator="&")
+    assert log.counts["antm2c"]["separated"] == 0
+    assert pq.read_table(log.rows)["bill_entity_seq"].to_pylist()[0] == ["tea;milk"]
+    assert "'&', which 0% of the lists have" in " ".join(log_lines(log.counts["antm2c"]))
+
+
+def test_without_a_separator_a_list_is_one_entry(tmp_path: Path) -> None:
+    lists = dict.fromkeys(LISTS, "word")
+    log = made(tmp_path, [row("u", "a", "01 10:00:00", 1, **lists)])
+    told = list(log_lines(log.counts["antm2c"]))
+    assert "name it with --separator" in " ".join(told)
+    assert told[1:3] == ["valid: no rows", "test: no rows"]
+    assert pq.read_table(log.rows)["bill_entity_seq"].to_pylist() == [["word"]]
+
+
+def test_times_that_cannot_be_parsed_are_refused_or_filled(tmp_path: Path) -> None:
+    rows = [*TEN, row("u3", "a", "x", 1)]
+    with pytest.raises(
+        ValueError, match=r"(?s)1 rows cannot be used, log_time is no time.*part1.csv, row 4: log_time is"
+    ):
+        made(tmp_path / "strict", rows)
+    log = made(tmp_path / "legacy", rows, dataset="antm2c-legacy")
+    assert log.counts["antm2c"]["train"]["rows"] == 7
+    assert "rows whose time cannot be parsed, which public code takes for train: 1" in log_lines(log.counts["antm2c"])
+    assert tasks(log)["u3 train"] == ["q a"]
+
+
+def test_the_columns_may_have_another_order(tmp_path: Path, ten: MadeLog) -> None:
+    made_of = tmp_path / "made"
+    write(made_of / "files", TEN, tuple(reversed(COLUMNS)))
+    config = PrepareConfig(dataset="antm2c", root=str(made_of / "files"), out=str(tmp_path / "pack"))
+    _, settings = resolve_settings(config, log_schema(config))
+    assert tasks(make_log_rows(config, settings, made_of, quiet)) == tasks(ten)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"scene": 7}, "scene is no scene: these are '0', '1', '2', '3', '4'"),
+        ({"label": 2}, "label is neither 0 nor 1"),
+        ({"log_time": "2031-08-01 10:00:00"}, "log_time is not of August 2023"),
+        ({"label": "yes"}, "column 'label': 'yes' is no number"),
+        ({"user_id": ""}, "column 'user_id': is missing"),
+        ({"item_id": ""}, "column 'item_id': is missing"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_named(tmp_path: Path, change: Row, expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(expected)) as refused:
+        made(tmp_path, [*TEN, row("u", "a", "01 10:00:00", 1) | change])
+    assert "antm2c_10m_part1.csv, row 4" in str(refused.value)
+
+
+def test_files_that_are_wrong_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write(tmp_path / "files", TEN)
+    words = ["prepare", "--dataset", "antm2c", "--root", root, "--out", tmp_path / "pack"]
+    second = root / "antm2c_10m_part1.csv"
+    text = second.read_text()
+    second.write_text(text.replace("item_title", "title", 1))
+    fails(words, capsys, "part1.csv has no column item_title")
+    second.write_text(text + "u9,a,2023")
+    fails(words, capsys, "part1.csv", "is no valid CSV line")
+    second.unlink()
+    fails(words, capsys, "lacks antm2c_10m_part1", "given out on request", "gmeta synth --kind antm2c")
+    with gzip.open(root / "antm2c_10m_part1.csv.gz", "wt") as file:
+        file.write(text)
+    gmeta(*words)
+    fails([*words, "--query_size", 3], capsys, "query_size has no effect on dataset antm2c")
+    fails(["prepare", "--dataset", "antm2c", "--out", tmp_path / "no"], capsys, "needs root")
+    others = ["prepare", "--dataset", "ml-100k", "--root", root, "--out", tmp_path / "no"]
+    fails([*others, "--separator", ";"], capsys, "separator is ';'", "for --dataset antm2c")
+
+
+def test_what_the_released_files_have_is_told_beside(ten: MadeLog) -> None:
+    told = list(log_lines(ten.counts["antm2c"]))
+    assert told[0].startswith("train: 6 rows (published 8,536,558), 4 positives (published 2,765,092), 2 users")
+    assert "scenes 1 / 2: 83 / 17 %" in told[0]
+    assert "2 users (published 67,624) and 4 items (published 84,900) in all" in told
+
+
+def test_items_of_several_titles_are_counted(tmp_path: Path) -> None:
+    log = made(tmp_path, [*TEN, row("u", "a", "01 10:00:00", 1, item_title="7.0"), row("u", "b", "01 11:00:00", 1)])
+    assert log.counts["antm2c"]["items_of_several_titles"] == 1
+    titles = {line["item_title"] for line in pq.read_table(log.rows).to_pylist() if line["item_id"] == "a"}
+    assert titles == {"about a", "7"}  # a text that is a number has the one form of ids
+
+
+def test_a_clone_is_trained_on(tmp_path: Path) -> None:
+    """From CSV to a report: every room reads such a pack."""
+    gmeta("synth", "--kind", "antm2c", "--rows", 3000, "--out", tmp_path / "clone")
+    for name in ("pack", "again"):
+        words = ["--dataset", "antm2c", "--root", tmp_path / "clone", "--out", tmp_path / name]
+        gmeta("prepare", *words, "--threads", 1 if name == "pack" else 2)
+    pack = open_pack(tmp_path / "pack")
+    summary = json.loads((tmp_path / "clone" / "summary.json").read_text())
+    found = pack.manifest["counts"]["antm2c"]
+    for split in pack.splits:
+        assert found[split]["rows"] == sum(summary["rows"][split])
+        assert found[split]["positives"] == summary["positives"][split]
+        assert found[split]["items"] == summary["items"][split]
+    assert found["separator"] == ","
+    assert pack.schema.scenario == "scene"
+    for file in sorted((tmp_path / "pack").rglob("*.safetensors")):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(tmp_path / "pack")).read_bytes()
+    run = tmp_path / "run"
+    words = ["--pack", tmp_path / "pack", "--run_dir", run, "--model.name", "dlrm", "--meta.adapt", "[]"]
+    gmeta("train", *words, "--schedule.max_steps", 3, "--loader.tasks_per_batch", 4)
+    gmeta("evaluate", "--run_dir", run, "--resamples", 10, "--baselines", "false")
+    cases = {record["case"] for record in json.loads((run / "evaluation.json").read_text())["records"]}
+    assert "scene=2" in cases or any(case.startswith("scenario=") for case in cases)
