@@ -30,6 +30,11 @@ def text_ids_of(name: str) -> str:
     return f"{name}.text"
 
 
+def id_of(name: str) -> str:
+    """Return under which name a model finds the id of a feature that it routes examples by."""
+    return f"{name}.id"
+
+
 @dataclass(frozen=True, slots=True)
 class Bag:
     """The values of a many-valued feature. An empty bag pools to the zero vector. Sequences keep their order, and those

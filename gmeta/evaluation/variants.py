@@ -100,9 +100,8 @@ def finetuning_learner(plain: System, trained: TrainConfig, meta: MetaConfig) ->
     """
     meta = replace(meta, learn_inner_lr=False, order="first", recompute=False, modulation="none")
     own = plain.learner
-    learner = build_learner(
-        own.model, trained, meta, own.features, plain.num_numeric, own.sequences, own.vectors, own.labels, own.texts
-    )
+    read = (own.features, plain.num_numeric, own.sequences, own.vectors, own.labels, own.texts, own.routes)
+    learner = build_learner(own.model, trained, meta, *read)
     return learner.to(plain.mesh.device, plain.dtype)
 
 

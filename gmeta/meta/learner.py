@@ -44,7 +44,7 @@ class MetaLearner(nn.Module):
     `features` has the embedding dimension of each feature that the model reads, `num_numeric` is the number of numeric
     columns that it is given. Of the features in `sequences` it reads all values, [..., L, d]; those that are not among
     `features`, and `vectors`, are what examples carry for it (`Examples.given`), by their width, and so are the
-    ids of `texts`. `loss` is the query's
+    ids of `texts`, and of `routes`, by the number of these. `loss` is the query's
     and, unless the inner loop has its own, the support's. With several `labels` the model returns a logit for each,
     [..., K], a task's loss is the sum of its mean losses of each label, in both loops, and `loss` is the first one's.
     A `modulator` (`gmeta.meta.modulation.build_modulator`) decides from the support where a task's linear layers start.
@@ -68,6 +68,7 @@ class MetaLearner(nn.Module):
         sequences: Mapping[str, int] | None = None,
         vectors: Mapping[str, int] | None = None,
         texts: Mapping[str, TextInput] | None = None,
+        routes: Mapping[str, int] | None = None,
         loss: str = "bce",
         labels: Sequence[LabelColumn] = (),
         modulator: Modulator | None = None,
@@ -78,6 +79,7 @@ class MetaLearner(nn.Module):
         self.model = model
         self.features = dict(features)
         self.sequences, self.vectors, self.texts = dict(sequences or {}), dict(vectors or {}), dict(texts or {})
+        self.routes = dict(routes or {})
         self.inner_loop = inner_loop
         self.adapted = resolve_adapted(inner_loop.adapt, model, tuple(features))
         self.loss_name = loss
@@ -97,7 +99,8 @@ class MetaLearner(nn.Module):
         self.modulator = modulator
         self.seed = seed
         stepping = replace(self.adapted, last_layer="")
-        examples = try_examples(model, self.features, num_numeric, self.sequences, self.vectors, self.texts)
+        carried = (self.sequences, self.vectors, self.texts, self.routes)
+        examples = try_examples(model, self.features, num_numeric, *carried)
         examples = replace(examples, labels=tuple(label.name for label in labels))
         sizes = {} if modulator is None else modulator.sizes
         self.engine, self.engine_reason = choose_engine(model, stepping, examples, sizes, engine)

@@ -95,7 +95,7 @@ class NextItemLearner(nn.Module):
         self.features = dict(features)
         self.sequences: dict[str, int] = {}
         self.vectors: dict[str, int] = {}
-        self.texts = dict(texts or {})
+        self.texts, self.routes = dict(texts or {}), dict[str, int]()
         self.item, self.domain = item, domain
         self.every_event, self.own_items, self.each = every_event, own_items, each
         self.inner_loop = inner_loop

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gmeta.core.batch import mask_of, text_ids_of
+from gmeta.core.batch import id_of, mask_of, text_ids_of
 from gmeta.core.errors import UserCodeError
 from gmeta.meta.closed_form import finished, recording
 from gmeta.meta.dropout import SeededDropout, example_keys
@@ -249,6 +249,7 @@ def try_examples(
     sequences: Mapping[str, int] | None = None,
     vectors: Mapping[str, int] | None = None,
     texts: Mapping[str, TextInput] | None = None,
+    routes: Mapping[str, int] | None = None,
 ) -> _Examples:
     """Make six examples [6, ...] of random numbers, with features of one width side by side, as tables hold them.
 
@@ -272,6 +273,8 @@ def try_examples(
     for name, text in (texts or {}).items():
         ids = torch.arange(number * 3, device=like.device).view(number, 3) * 5 % text.num_texts * mask
         given[text_ids_of(name)] = ids if text.is_sequence else ids[:, :1]
+    for name, num_ids in (routes or {}).items():
+        given[id_of(name)] = torch.arange(number, device=like.device).unsqueeze(-1) % num_ids
     keys = example_keys((0, 0, 0), torch.arange(_TASKS), 0, torch.arange(_ROWS)).flatten().to(like.device)
     made = _Examples(_noise(like.new_empty(number, num_numeric), 0), values, keys, plan, given, (number,))
     return replace(made, values={table: value * made.present(table) for table, value in values.items()})

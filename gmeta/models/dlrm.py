@@ -6,13 +6,13 @@ arXiv 1906.00091.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, logits_of, output_layer
+from gmeta.models.layers import network
 
 
 class DLRM(nn.Module):
@@ -50,10 +50,10 @@ class DLRM(nn.Module):
             raise ValueError(
                 f"dlrm has {num_vectors} vectors to multiply: it needs two features, or one and numeric columns"
             )
-        self.bottom = _network([num_numeric, *bottom, embedding_dim], layer_norm, dropout) if num_numeric else None
+        self.bottom = network([num_numeric, *bottom, embedding_dim], layer_norm, dropout) if num_numeric else None
         num_products = num_vectors * (num_vectors - 1) // 2
         widths = [num_products + (embedding_dim if num_numeric else 0), *hidden]
-        self.top = _network(widths, layer_norm, dropout)
+        self.top = network(widths, layer_norm, dropout)
         self.output = output_layer(widths[-1], inputs)
         self.num_labels = inputs.num_labels
         self.pairs: Tensor
@@ -73,15 +73,3 @@ class DLRM(nn.Module):
         products = (stacked @ stacked.mT).flatten(-2)  # [..., n * n]
         x = torch.cat([*parts, products[..., self.pairs]], -1)
         return logits_of(self.output(self.top(x)), self.num_labels)
-
-
-def _network(widths: Sequence[int], layer_norm: bool, dropout: float) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for num_in, num_out in itertools.pairwise(widths):
-        layers.append(nn.Linear(num_in, num_out))
-        if layer_norm:
-            layers.append(nn.LayerNorm(num_out))
-        layers.append(nn.ReLU())
-        if dropout:
-            layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers)

@@ -33,6 +33,9 @@ class InputSpec:
     A model that reads texts names the features and sequences in its attribute `texts`. For each it gets
     `embedded[name + ".text"]` int64 [..., L], with L = 1 of a feature: positions in `text_tables[tables[name]]`, and 0
     where there is no text.
+
+    A model that routes examples by their scenario names it in its attribute `routes`, and gets
+    `embedded[scenario + ".id"]` int64 [..., 1]: below `num_scenarios`, and 0 for one that no training row has.
     """
 
     features: Mapping[str, int]  # name -> d, in the order of the pack
@@ -47,6 +50,7 @@ class InputSpec:
     texts: Mapping[str, int] = field(default_factory=dict)  # feature or sequence of texts -> number of its texts
     text_tables: Mapping[str, Sequence[str]] = field(default_factory=dict)  # vocabulary -> its texts, by id; 0 is none
     owned: tuple[str, ...] = ()  # in a pack of next items: the item's id, and what an item always has, such as a domain
+    num_scenarios: int = 0  # ids of `scenario`, the unknown one among them; 0 where the model reads none
 
     @property
     def num_labels(self) -> int:
@@ -88,6 +92,19 @@ class InputSpec:
                 known = nearest(str(name), self.texts) if self.texts else "the model's inputs have none"
                 raise ValueError(f"{type(model).__name__}.texts names {name!r}, no feature of texts: {known}")
         return {name: TextInput(self.texts[name], name in self.sequences) for name in names}
+
+    def routes_of(self, model: object) -> dict[str, int]:
+        """Return feature -> number of its ids, of the scenario where the model's attribute `routes` names it.
+        ValueError for another feature.
+        """
+        names = tuple(getattr(model, "routes", ()))
+        for name in names:
+            if name != self.scenario:
+                known = "the model reads none" if self.scenario is None else f"that is {self.scenario!r}"
+                raise ValueError(
+                    f"{type(model).__name__}.routes names {name!r}, which is not the scenario of the schema: {known}"
+                )
+        return dict.fromkeys(names, self.num_scenarios)
 
     def texts_by_id(self, name: str) -> Sequence[str]:
         """Return the texts of the vocabulary of a feature or a sequence, by id."""
@@ -181,6 +198,7 @@ def input_spec(
         {name: len(texts.get(schema.feature(name).table, range(num))) for name, num in num_texts.items()},
         texts,
         tuple(name for name in tables if name == schema.item or name in schema.catalogue) if schema.next_item else (),
+        0 if scenario is None else schema.feature(scenario).num_ids,
     )
 
 

@@ -19,12 +19,20 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from gmeta.core.errors import UserCodeError, nearest
+from gmeta.models.dcn import DCN
+from gmeta.models.deepfm import DeepFM
 from gmeta.models.din import DIN
 from gmeta.models.dlrm import DLRM
+from gmeta.models.hamur import HAMUR
 from gmeta.models.inputs import InputSpec
 from gmeta.models.melu import MeLU
+from gmeta.models.mmoe import MMoE
 from gmeta.models.neural_linear import NeuralLinear
+from gmeta.models.pepnet import PEPNet
+from gmeta.models.ple import PLE
 from gmeta.models.sasrec import SASRec
+from gmeta.models.shared_bottom import SharedBottom
+from gmeta.models.star import STAR
 from gmeta.models.taste import Taste
 from gmeta.models.transformer import Transformer
 
@@ -38,6 +46,14 @@ MODELS: dict[str, ModelFactory | str] = {
     "neural_linear": NeuralLinear,
     "din": DIN,
     "transformer": Transformer,
+    "deepfm": DeepFM,
+    "dcn": DCN,
+    "shared_bottom": SharedBottom,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "star": STAR,
+    "pepnet": PEPNet,
+    "hamur": HAMUR,
     "sasrec": SASRec,
     "bahe": "gmeta.text.bahe:BAHE",
     "llmrec": "gmeta.text.llmrec:LLMRec",

@@ -186,8 +186,9 @@ def new_objective(
         objective = _next_item(model, config, schema, features, texts)
     else:
         labels = schema.labels
+        routes = inputs.routes_of(model)
         objective = build_learner(
-            model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels, texts
+            model, config, config.meta, features, num_numeric, read.sequences, read.vectors, labels, texts, routes
         )
     return objective.to(mesh.device, dtype)
 
@@ -295,17 +296,23 @@ def build_learner(
     vectors: Mapping[str, int],
     labels: Sequence[LabelColumn] = (),
     texts: Mapping[str, TextInput] | None = None,
+    routes: Mapping[str, int] | None = None,
 ) -> MetaLearner:
     """Return the learner of a model, with the run's losses and the inner loop of `meta`.
 
-    `features`, `num_numeric`, `sequences`, `vectors` and `texts` say what the model reads, as in `MetaLearner`;
-    `labels` are several.
+    `features`, `num_numeric`, `sequences`, `vectors`, `texts` and `routes` say what the model reads, as in
+    `MetaLearner`; `labels` are several.
     """
     modulator = None
     if meta.modulation != "none" and texts:
         raise ValueError(
             f"meta.modulation is {meta.modulation!r}, and the model reads the texts of {min(texts)!r}: a modulator "
             "sees embedding rows and numbers alone, not the texts of a support; leave it out"
+        )
+    if meta.modulation != "none" and routes:
+        raise ValueError(
+            f"meta.modulation is {meta.modulation!r}, and the model routes examples by {min(routes)!r}: a modulator "
+            "reads no ids; leave it out"
         )
     if meta.modulation != "none":
         modulator = build_modulator(
@@ -325,6 +332,7 @@ def build_learner(
         sequences=sequences,
         vectors=vectors,
         texts=texts,
+        routes=routes,
         loss=config.loss,
         labels=labels,
         modulator=modulator,

@@ -157,6 +157,9 @@ class Recommender:
         if system.learner.texts:
             note(f"passes are not recorded of a model that reads texts ({', '.join(system.learner.texts)})")
             return
+        if system.learner.routes:
+            note(f"passes are not recorded of a model that routes by {min(system.learner.routes)!r}")
+            return
         if not isinstance(system.exchange, MappedRows) or system.mesh.device.type != "cpu" or system.autocast:
             note("passes are recorded of mapped bundles only, on a CPU, in one precision")
             return

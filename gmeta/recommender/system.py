@@ -13,6 +13,7 @@ from gmeta.core.batch import (
     Examples,
     Lookup,
     TaskBatch,
+    id_of,
     lookups_of_parts,
     mask_of,
     text_ids_of,
@@ -105,6 +106,7 @@ class System:
             unknown = torch.stack([(side.ids[name] == OOV) & side.mask for name in self.generated], -1)
             dense = torch.cat([dense, unknown.to(dense.dtype)], -1)
         given = {name: value for name, value in side.given.items() if name in self._given}
+        given |= {id_of(name): side.ids[name].unsqueeze(-1) for name in self.objective.routes}
         return replace(side, dense=dense, given=given)
 
     @property

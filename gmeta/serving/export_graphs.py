@@ -252,6 +252,11 @@ def require_exportable_model(rec: Recommender) -> None:
             f"the model reads the texts of {min(learner.texts)!r}, which exported graphs have no input for yet; serve "
             "the run with gmeta.load or gmeta serve"
         )
+    if learner.routes:
+        raise ValueError(
+            f"the model routes examples by {min(learner.routes)!r}, whose id exported graphs have no input for yet; "
+            "serve the run with gmeta.load or gmeta serve"
+        )
     if rec.system.learner.modulator is not None:
         kind = rec.config.meta.modulation
         raise ValueError(
