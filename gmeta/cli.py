@@ -32,7 +32,7 @@ from gmeta.config.parse import given_values, modern_words, name_bare_words, pars
 from gmeta.config.recommend import RecommendConfig
 from gmeta.config.registry import DeltaConfig, PublishConfig, RegistryConfig
 from gmeta.config.serving import ServeConfig
-from gmeta.config.text import EmbedConfig
+from gmeta.config.text import EmbedConfig, EmbedImagesConfig
 from gmeta.config.train import TrainConfig
 from gmeta.config.tune import TuneConfig
 from gmeta.core.errors import UserCodeError, closest
@@ -161,6 +161,12 @@ def _embed(config: EmbedConfig) -> int:
     from gmeta.text.embed import embed
 
     return embed(config)
+
+
+def _embed_images(config: EmbedImagesConfig) -> int:
+    from gmeta.text.images import embed_images
+
+    return embed_images(config)
 
 
 def _export(config: ExportConfig) -> int:
@@ -314,6 +320,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command(ExportConfig, _export),
     "export-states": Command(ExportStatesConfig, _export_states, distributed=True),
     "embed": Command(EmbedConfig, _embed, bare="do", bare_usage="[verify|stats|compact]"),
+    "embed-images": Command(EmbedImagesConfig, _embed_images),
     "synth": Command(SynthConfig, _synth),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),

@@ -49,6 +49,8 @@ class PrepareConfig:
     fills times that cannot be parsed; of events amazon-3domain or amazon-office."""
     root: str | None = None
     """Directory that holds the named data set's files."""
+    images: str | None = None
+    """For antm2c: folder of vectors that `gmeta embed-images` made of the images; unset: no images are read."""
     separator: str | None = None
     """For antm2c: what separates the entries of its lists. Unset: what most lists have, which is told."""
     label_threshold: float | None = None

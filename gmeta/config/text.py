@@ -81,3 +81,28 @@ class EmbedConfig:
         ok = self.template.count("{text}") == 1
         require(ok, "template", self.template, "must hold {text} once, such as 'Title: {text}'")
         require(1 <= self.nproc <= 256, "nproc", self.nproc, "must be in [1, 256]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedImagesConfig:
+    """Turn the images of items into vectors, by a vision encoder in a local folder. A stopped run goes on where it was.
+
+    An image belongs to the item that its file is called by: images/42.png to item 42.
+    """
+
+    images: str
+    """Folder of images, or a tar archive of them (.tar, .tar.gz): png, jpg, webp, bmp or gif."""
+    encoder: str
+    """Folder of a transformers encoder of images: config.json, preprocessor_config.json, *.safetensors. No code of it
+    is run."""
+    out: str
+    """Folder to create, or to go on with: Parquet files with the columns item and vector, and images.json. `gmeta
+    prepare` takes it as --images."""
+    batch: int = 32
+    """Images that are encoded at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        require(self.batch >= 1, "batch", self.batch, "must be at least 1")

@@ -222,7 +222,7 @@ def open_encoder(
     require_encoder(path)
     require(type(layers) is int, "layers", layers, "must be a whole number")
     require(dtype in _TOLERANCE, "dtype", dtype, "must be float32, bfloat16 or float64")
-    model = _load(path, dtype)
+    model, _ = load_model(path, dtype)
     config = model.config
     parts = _Parts(model, path)
     total = len(parts.layers)
@@ -321,12 +321,14 @@ def _try_out(encoder: TextEncoder, model: nn.Module, folder: Path, vocabulary: i
         raise ValueError(_unknown(folder, model, f"computes something else than its parts (by {gap:.1g})"))
 
 
-def _load(folder: Path, dtype: torch.dtype) -> Any:
-    """Load the base model of a folder, without its heads. Raises ValueError where it cannot, or weights are missing."""
+def load_model(folder: Path, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """Load the base model of a folder, without its heads; return it with the weights of its pooler that are missing.
+    Raises ValueError where it cannot be loaded, or other weights are missing.
+    """
     try:
         from transformers import AutoModel
     except ModuleNotFoundError:
-        raise ValueError("text encoders need the package transformers: pip install 'gmeta[text]'") from None
+        raise ValueError("encoders need the package transformers: pip install 'gmeta[text]'") from None
     with _silence():
         try:
             model, told = AutoModel.from_pretrained(
@@ -354,7 +356,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             f"encoder {folder} has weights of layers that its config does not name ({more[0]}, {len(more)} in all): "
             "restore config.json"
         )
-    return model.eval()
+    return model.eval(), sorted(told["missing_keys"])
 
 
 @contextmanager

@@ -33,23 +33,31 @@ def require_encoder(folder: Path) -> dict[str, Any]:
             f"encoder {folder} is no folder: name one with config.json, *.safetensors and tokenizer.json. "
             "A run reads the folder that it was trained with, wherever that was; a bundle brings it along"
         )
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file() and "auto_map" in (values := read_mapping(path, "restore the file")):
-            code = values["auto_map"]
-            raise ValueError(f"encoder {folder} wants to run code of its own ({name} has auto_map {code!r}): refused")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"encoder {folder} has no config.json: name a folder that save_pretrained wrote")
-    if not _weight_files(folder):
-        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
-        found = f"its weights are pickled ({pickled[0]}), which can run code" if pickled else "it has no weights"
-        raise ValueError(f"encoder {folder} has no *.safetensors: {found}; save it with save_pretrained")
+    require_weights(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
             f"encoder {folder} has no tokenizer.json: write one where you have the tokenizer, with "
             f"AutoTokenizer.from_pretrained(…).save_pretrained({str(folder)!r})"
         )
     return read_mapping(folder / "config.json", "restore the file")
+
+
+def require_weights(folder: Path) -> None:
+    """Raise ValueError for a folder without a config or weights, with pickled weights, or with code of its own."""
+    if not folder.is_dir():
+        raise ValueError(f"encoder {folder} is no folder: name one that save_pretrained wrote")
+    for path in sorted(folder.glob("*config.json")):
+        if "auto_map" in (values := read_mapping(path, "restore the file")):
+            code = values["auto_map"]
+            raise ValueError(
+                f"encoder {folder} wants to run code of its own ({path.name} has auto_map {code!r}): refused"
+            )
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"encoder {folder} has no config.json: name a folder that save_pretrained wrote")
+    if not _weight_files(folder):
+        pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+        found = f"its weights are pickled ({pickled[0]}), which can run code" if pickled else "it has no weights"
+        raise ValueError(f"encoder {folder} has no *.safetensors: {found}; save it with save_pretrained")
 
 
 def require_sound_weights(folder: Path) -> None:
@@ -69,10 +77,12 @@ def copy_encoder(folder: Path, to: Path) -> None:
         shutil.copyfile(path, to / path.name)
 
 
-def digest_of(folder: Path) -> str:
-    """Return 32 hex digits for the content of an encoder's folder: its config, weights and tokenizer, no other file."""
+def digest_of(folder: Path, names: Sequence[str] = ("config.json", "tokenizer.json")) -> str:
+    """Return 32 hex digits for the content of an encoder's folder: its config, weights and tokenizer, or other files of
+    these names beside its weights.
+    """
     digest = xxhash.xxh3_128()
-    for path in (folder / "config.json", folder / "tokenizer.json", *_weight_files(folder)):
+    for path in (*(folder / name for name in names), *_weight_files(folder)):
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):

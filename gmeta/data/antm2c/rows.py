@@ -8,6 +8,7 @@ earlier, by (time, part file, row): its own label and later ones are not among t
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import require
 from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SEQUENCES, SPLITS
 from gmeta.data.antm2c.read import LISTS, DeepColumns, deep_columns, read_parts, separator_of
+from gmeta.data.image_vectors import PARTS, image_dim
 from gmeta.data.prepare.scratch import connect
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report
 from gmeta.data.schema import DataSchema, parse_data_schema
 from gmeta.data.sources import Connection, RawPart, in_order, literal, open_file
 
+IMAGE, HAS_IMAGE = "image", "has_image"
+"""The vector of an item's image, and the feature that says whether it has one."""
 HISTORY, SUPPORT, QUERY, ENTITIES = 10, 50, 10, 10
 """Positive events in a history; rows of a support in valid and test; of a query in train; entries kept of a list, the
 last ones.
@@ -42,10 +46,16 @@ class MadeLog:
     rows: Path
     schema: DataSchema
     counts: dict[str, Any]  # of reading, and `antm2c`
+    images: str = ""  # SQL of the Parquet files (item, vector) of images; empty where none are read
 
     def part(self, con: Connection) -> RawPart:
         """Open the rows."""
         return open_file(con, self.rows)
+
+    def vectors(self) -> dict[str, str]:
+        """Return SQL of value and vector of each vector that items own."""
+        query = f"SELECT item AS value, CAST(vector AS FLOAT[]) AS vector FROM {self.images}"
+        return {IMAGE: query} if self.images else {}
 
 
 def log_schema(config: PrepareConfig) -> DataSchema | None:
@@ -54,7 +64,8 @@ def log_schema(config: PrepareConfig) -> DataSchema | None:
     Raises ValueError for a setting that has no effect, by name.
     """
     if config.dataset not in LOGS:
-        require(config.separator is None, "separator", config.separator, "is for --dataset antm2c; leave it out")
+        for key in ("separator", "images"):
+            require(getattr(config, key) is None, key, getattr(config, key), "is for --dataset antm2c; leave it out")
         return None
     require(config.separator != "", "separator", config.separator, "must have a character")
     for key in ("input", *_HAS_ALREADY):
@@ -63,7 +74,7 @@ def log_schema(config: PrepareConfig) -> DataSchema | None:
             raise ValueError(f"{key} has no effect on dataset {config.dataset}, which comes with it: leave it out")
     if config.root is None:
         raise ValueError(f"dataset {config.dataset} needs root, the directory with its files")
-    return schema_of(DeepColumns((), (), ()))
+    return schema_of(DeepColumns((), (), ()), _images_of(config.images)[0])
 
 
 def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell: Report) -> MadeLog:
@@ -82,14 +93,42 @@ def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell
         counts["antm2c"] |= {"numeric": deep.numeric, "codes": deep.categorical, "left_out": deep.left_out}
         tell("making histories", 0, 1)
         _make_histories(con)
-        made = MadeLog(scratch / "log.parquet", schema_of(deep), counts)
-        _write(con, made.rows, separator, deep)
+        dim, images = _images_of(config.images)
+        if images:
+            counts["antm2c"]["items_with_image"] = _with_image(con, images)
+        made = MadeLog(scratch / "log.parquet", schema_of(deep, dim), counts, images)
+        _write(con, made, separator, deep)
     (folder / "rows.duckdb").unlink()
     return made
 
 
-def schema_of(deep: DeepColumns) -> DataSchema:
-    """Return the schema of the rows."""
+def _images_of(folder: str | None) -> tuple[int, str]:
+    """Return the width of the vectors in a folder, and SQL that reads them; 0 and '' where there is none."""
+    if folder is None:
+        return 0, ""
+    return image_dim(Path(folder)), f"read_parquet({literal(f'{glob.escape(folder)}/{PARTS}')})"
+
+
+def _with_image(con: Connection, images: str) -> int:
+    """Return how many items of the log have an image. ValueError where none has."""
+    query = f"SELECT count(*) FROM (SELECT DISTINCT item_id FROM placed) WHERE item_id IN (SELECT item FROM {images})"
+    found = int(con.execute(query).fetchall()[0][0])
+    if not found:
+        first = con.execute(f"SELECT item FROM {images} LIMIT 1").fetchall()[0][0]
+        raise ValueError(
+            f"no item of the log has an image, which are called {first!r} and so on: they are of another log, or their "
+            "files are not called by items"
+        )
+    return found
+
+
+def schema_of(deep: DeepColumns, image_width: int = 0) -> DataSchema:
+    """Return the schema of the rows; with the width of images these are among it.
+
+    Then items of valid and test have ids too, since vectors of items lie by id.
+    """
+    known = "all" if image_width else "train"
+    image = [{"name": IMAGE, "dim": image_width, "owner": "item", "dtype": "fp16"}] if image_width else []
     entities = [
         {"name": name, "table": SEQUENCES[0], "text": True, "pooling": "none", "max_length": ENTITIES} for name in LISTS
     ]
@@ -104,13 +143,18 @@ def schema_of(deep: DeepColumns) -> DataSchema:
             "role": "role",
             "categorical": [
                 "user_id",
-                "item_id",
+                {"name": "item_id", "vocabulary": known},
                 "scene",
+                *([HAS_IMAGE] if image else []),
                 {"name": "item_title", "text": True, "nulls": "oov"},
                 *({"name": name, "nulls": "oov"} for name in deep.categorical),
             ],
-            "sequence": [{"name": "history", "table": "item_id", "pooling": "none", "max_length": HISTORY}, *entities],
+            "sequence": [
+                {"name": "history", "table": "item_id", "pooling": "none", "max_length": HISTORY, "vocabulary": known},
+                *entities,
+            ],
             "numeric": [{"name": name, "nulls": "mean"} for name in deep.numeric],
+            "vector": image,
         }
     )
 
@@ -155,12 +199,14 @@ def _make_histories(con: Connection) -> None:
         FROM placed WHERE label = 1 WINDOW w AS (PARTITION BY user_id ORDER BY place)""")
 
 
-def _write(con: Connection, path: Path, separator: str, deep: DeepColumns) -> None:
+def _write(con: Connection, made: MadeLog, separator: str, deep: DeepColumns) -> None:
     """Write the rows, of each user in order; those of supports in valid and test a second time."""
     lists = ", ".join(f"{_entries(name, separator)} AS {name}" for name in LISTS)
     number = {name: f"d{place}" for place, name in enumerate(DEEP_FEATURES)}
     columns = [f"TRY_CAST({number[name]} AS DOUBLE) AS {name}" for name in deep.numeric]
     columns += [f"{number[name]} AS {name}" for name in deep.categorical]
+    if made.images:
+        columns.append(f"if(item_id IN (SELECT item FROM {made.images}), 'yes', 'no') AS {HAS_IMAGE}")
     features = ", ".join(
         ["user_id", "item_id", "scene", "item_title", "coalesce(history, []) AS history", lists, *columns]
     )
@@ -179,7 +225,7 @@ def _write(con: Connection, path: Path, separator: str, deep: DeepColumns) -> No
                     WHERE s.split <> 'train' AND p.place < s.start AND p.place >= s.start - {SUPPORT}
                 ) LEFT JOIN positives USING (user_id, earlier)
                 ORDER BY user_id, partition, place)
-            TO {literal(str(path))} (FORMAT parquet)""")
+            TO {literal(str(made.rows))} (FORMAT parquet)""")
 
 
 def _entries(name: str, separator: str) -> str:

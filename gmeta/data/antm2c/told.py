@@ -33,6 +33,8 @@ def log_lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield "lists have no separator that is known, and count as one entry each: name it with --separator"
     kinds = [f"{len(found[name])} {word}" for name, word in (("numeric", "numbers"), ("codes", "codes"))]
     yield f"deep_features, by rows of train: {', '.join(kinds)}; left out: {', '.join(found['left_out']) or 'none'}"
+    if "items_with_image" in found:
+        yield f"items with an image: {found['items_with_image']:,} of {found['items']:,}"
     if found["items_of_several_titles"]:
         yield f"items of several titles, each of which counts where it stands: {found['items_of_several_titles']:,}"
     if found["rows_without_title"]:

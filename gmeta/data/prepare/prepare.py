@@ -69,10 +69,11 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
         events = None if columns is None else make_event_rows(config, settings, columns, scratch, tell)
         log = None if of_log is None else make_log_rows(config, settings, scratch, tell)
-        schema = schema if log is None else log.schema
-        made = events or log
-        known = {} if events is None else events.values()
-        counts = check_all(con, config, schema, settings, scratch, tell, [made.part(con)] if made else None)
+        made, schema = events or log, schema if log is None else log.schema
+        known, vectors = {} if events is None else events.values(), {} if log is None else log.vectors()
+        counts = check_all(
+            con, config, schema, settings, scratch, tell, [made.part(con)] if made else None, known_items=bool(vectors)
+        )
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts)
         if settings.split_query == "column" and (both := rows_on_both_sides(con, schema, settings)):
@@ -81,7 +82,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         waiting = [] if settings.task_split == "column" else place_left_out(con, schema, settings, HISTORY_ROWS)
         rows = scalar(con, "SELECT coalesce(sum(num_rows), 0)::BIGINT FROM tasks")
         require_space(out, needed=int(2 * rows * row_bytes(con, schema)))
-        find_item_vectors(con, schema, counts.pop("files"))
+        find_item_vectors(con, schema, counts.pop("files"), vectors)
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
         every = [*shards, *waiting]

@@ -25,9 +25,11 @@ def check_all(
     scratch: Path,
     tell: Report,
     made: list[RawPart] | None = None,
+    *,
+    known_items: bool = False,
 ) -> dict[str, Any]:
     """Check all files, or rows that were `made` of them, and make view `raw_rows` of the rows that can be used; returns
-    the counts so far.
+    the counts so far. With `known_items` rows need no vectors of their items.
     """
     roles: list[Role] = ["task", "label", "weight", "time", "item"]
     if settings.task_split == "column":
@@ -41,7 +43,8 @@ def check_all(
     for index, part in enumerate(parts):
         tell("reading files", index, len(parts))
         with reading(part.file):
-            relations.append(check(con, part, index, schema, roles, types, sides=settings.roles))
+            sides = settings.roles
+            relations.append(check(con, part, index, schema, roles, types, sides=sides, known_items=known_items))
     time = common_time(con, parts, schema.time)
     tell("reading files", len(parts), len(parts))
     files = [part.file for part in parts]

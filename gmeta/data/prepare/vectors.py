@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,19 @@ from gmeta.data.sources import Connection
 _ROWS = 1 << 14
 
 
-def find_item_vectors(con: Connection, schema: DataSchema, files: Sequence[str]) -> None:
+def find_item_vectors(
+    con: Connection, schema: DataSchema, files: Sequence[str], known: Mapping[str, str] | None = None
+) -> None:
     """Make table `item_vectors_<index>` (value, vector) of each vector that is kept by item, from all rows that can be
-    used, whatever their split: a vector says nothing of labels.
+    used, whatever their split: a vector says nothing of labels. `known` has SQL of those that are told by item.
 
     Of an item with several vectors the last by time counts. ValueError where there is no time to tell, with two rows.
     """
     for index, vector in enumerate(schema.vector):
         if vector.owner != "item":
+            continue
+        if known and vector.name in known:
+            con.execute(f"CREATE TABLE item_vectors_{index} AS {known[vector.name]}")
             continue
         value = f"f{item_feature(schema)}"
         if schema.time is None:
