@@ -22,9 +22,9 @@ class RecommendConfig:
     """Parquet file to write: user, rank, item, domain, score."""
     k: int = 10
     """Items for each user, of each domain."""
-    users: list[str] | str | None = None
-    """Users to recommend to: their ids, or a Parquet or CSV file with the column of users. All in the events when
-    unset."""
+    users: list[str | int | float] | str | int | None = None
+    """Users to recommend to: their ids, separated by commas or as a list, or a Parquet or CSV file with the column of
+    users. All in the events when unset."""
     exclude_history: bool = True
     """Leave out the items that a user had already."""
     domain: str | None = None

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gmeta.data.schema import PackSchema
 
 _CURE = "copy it again from the pack, or prepare the pack again"
-_COLUMNS, _UNIT = b"event_columns", b"gap_unit"
+_COLUMNS, _UNIT, _LONGEST = b"event_columns", b"gap_unit", b"max_history"
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,20 @@ def write_catalogue(
     count: NDArray[np.int64],
     event_columns: Mapping[str, str] | None = None,
     gap_unit: str | None = None,
+    max_history: int | None = None,
 ) -> None:
     """Write the catalogue to a directory of vocabularies: item `values[i]` has id i + 1, owns `owned[feature][i]`, and
     was in `count[i]` training rows. `event_columns` are the columns that events had, by what they meant, and `gap_unit`
-    is the unit of the times whose gaps rows have.
+    is the unit of the times whose gaps rows have, `max_history` how many events a history has at most.
     """
     columns = {"id": pa.array(np.arange(1, len(values) + 1, dtype=np.int32)), "item": values}
     columns |= {name: pa.array(np.asarray(ids, np.int32)) for name, ids in owned.items()}
     columns["count"] = pa.array(np.asarray(count, np.int64))
     table = pa.table(columns)
     if event_columns is not None:
-        told = {_COLUMNS: json.dumps(dict(event_columns)), **({} if gap_unit is None else {_UNIT: gap_unit})}
+        told: dict[bytes, str] = {_COLUMNS: json.dumps(dict(event_columns))}
+        told |= {} if gap_unit is None else {_UNIT: gap_unit}
+        told |= {} if max_history is None else {_LONGEST: str(max_history)}
         table = table.replace_schema_metadata(told)
     pq.write_table(table, catalogue_file(directory))
 
@@ -87,9 +90,21 @@ def read_event_columns(vocab_folder: Path) -> dict[str, str]:
 
 def read_gap_unit(vocab_folder: Path) -> str | None:
     """Return the unit of the times whose gaps a pack's rows have; None where it is not told. ValueError as above."""
+    return _told(vocab_folder, _UNIT)
+
+
+def read_max_history(vocab_folder: Path) -> int:
+    """Return how many events a history of a pack has at most; 0 where nothing bounds it. ValueError as above."""
+    found = _told(vocab_folder, _LONGEST)
+    if found is not None and not found.isdecimal():
+        raise ValueError(f"{catalogue_file(vocab_folder)} says that a history has {found!r} events: {_CURE}")
+    return int(found or 0)
+
+
+def _told(vocab_folder: Path, key: bytes) -> str | None:
     file = catalogue_file(vocab_folder)
     try:
-        found = (pq.read_schema(file).metadata or {}).get(_UNIT)
+        found = (pq.read_schema(file).metadata or {}).get(key)
         return None if found is None else str(found, "utf-8")
     except (OSError, pa.ArrowException, ValueError) as error:
         raise ValueError(f"{file} is missing or damaged ({error}): {_CURE}") from None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gmeta.core.errors import nearest, require
-from gmeta.data.catalogue import read_catalogue
+from gmeta.data.catalogue import read_catalogue, read_max_history
 from gmeta.data.cells import ranges
 from gmeta.data.events.columns import GAP, event_columns_of
 from gmeta.data.events.gaps import Gaps
@@ -106,6 +106,7 @@ class NextItems:
         self._draw = candidate_draw(self.config, self._catalogue, self.schema)
         self.version = version_of(source, step)
         self._gaps = Gaps.of_run(vocab, self.schema)
+        self._max_history = read_max_history(vocab)  # beyond it packs have none, so that nothing was learned of more
         self._names = ItemNames(vocab, self.schema, self._catalogue, domain_of(self.schema))
         self._listed = np.arange(self._catalogue.num_ids) > 0  # items that may be recommended
         self._text_ids: dict[str, int] = {}  # of texts that were added
@@ -243,7 +244,10 @@ class NextItems:
             raise ValueError(f"items have the domain {name!r}, which the run does not know: {self._domain_hint(name)}")
         ids = self._names.find(raw.item, raw.domain)
         places = np.flatnonzero(ids == OOV)
-        return self._add([(raw.item[p], int(domains[p]), raw.text[p] or "") for p in places.tolist()], listed=True)
+        added = self._list({int(ids[p]): raw.text[p] or "" for p in np.flatnonzero(~self._listed[ids] & (ids != OOV))})
+        return added + self._add(
+            [(raw.item[p], int(domains[p]), raw.text[p] or "") for p in places.tolist()], listed=True
+        )
 
     def shelves(self, domain: str | None, candidates: CandidateSet, index: IndexKind = "exact") -> dict[int, Shelf]:
         """Return what is recommended of: the items of each domain by its id, or all under 0. ValueError for an unknown
@@ -276,8 +280,9 @@ class NextItems:
         """Return the vector of each user, [U, d]. ValueError for one that is not finite."""
         if not histories.users:
             return vectors_of_items(self.system, self._catalogue, self.schema, np.array([1]))[:0]
-        most, ends = self.config.loader.max_support_rows, np.cumsum(histories.length)
-        length = np.minimum(histories.length, most) if most else histories.length
+        ends, length = np.cumsum(histories.length), histories.length
+        for most in (self.config.loader.max_support_rows, self._max_history):
+            length = np.minimum(length, most) if most else length
         read = histories.at(ranges(ends - length, length))
         found = user_vectors(self.system, self._catalogue, self.schema, read.items, length, self._draw, read.beside)
         if not (finite := found.isfinite().all(1)).all():
@@ -364,6 +369,30 @@ class NextItems:
         found = zip(places.tolist(), domains.tolist(), strict=True)
         self._add([(raw.item[p], d, raw.text[p] or "") for p, d in found if raw.text[p] and d >= 0], listed=False)
 
+    def _list(self, texts: Mapping[int, str]) -> int:
+        """Have items recommended that were known from histories alone, by these texts; return how many."""
+        if texts:
+            ids = np.array(list(texts), np.int64)
+            text = str(self._text)
+            owned = dict(self._catalogue.owned)
+            owned[text] = owned[text].copy()
+            owned[text][ids] = self._ids_of_texts(list(texts.values()))
+            self._catalogue = replace(self._catalogue, owned=owned)
+            self._listed[ids] = True
+            self._vectors = None
+            self._shelves.clear()
+        return len(texts)
+
+    def _ids_of_texts(self, texts: Sequence[str]) -> Ints:
+        """Return the ids of texts; the model gets those that it did not know."""
+        assert self._text is not None
+        model: Any = self.system.objective.model
+        first = next_item_learner(self.system).texts[self._text].num_texts
+        if new := [text for text in dict.fromkeys(texts) if text not in self._text_ids]:
+            model.add_texts(self.schema.feature(self._text).table, new)
+            self._text_ids |= zip(new, range(first + len(self._text_ids), 2**63), strict=False)
+        return np.array([self._text_ids[text] for text in texts], np.int64)
+
     def _add(self, items: Sequence[tuple[str, int, str]], *, listed: bool) -> int:
         """Add items (name, domain, text), each once; return how many."""
         distinct: dict[tuple[str, int], str] = {}
@@ -372,16 +401,10 @@ class NextItems:
         if not distinct:
             return 0
         assert self._text is not None
-        feature = self.schema.feature(self._text)
-        model: Any = self.system.objective.model
-        first = next_item_learner(self.system).texts[self._text].num_texts
-        if new := [text for text in dict.fromkeys(distinct.values()) if text not in self._text_ids]:
-            model.add_texts(feature.table, new)
-            self._text_ids |= zip(new, range(first + len(self._text_ids), 2**63), strict=False)
         domains = np.array([domain for _, domain in distinct], np.int64)
         self._names.add([name for name, _ in distinct], domains)
         owned = {name: np.zeros(len(domains), np.int64) for name in self._catalogue.owned}
-        owned[self._text] = np.array([self._text_ids[text] for text in distinct.values()], np.int64)
+        owned[self._text] = self._ids_of_texts(list(distinct.values()))
         if (domain_feature := domain_of(self.schema)) is not None:
             owned[domain_feature] = domains
         self._catalogue = self._catalogue.followed_by(owned)

@@ -52,6 +52,7 @@ FIXED_ON_RESUME = (
     "loader.max_support_rows",
     "loader.episode_rows",
     "replay.fraction",
+    "next_item.",
 )
 """Settings that a checkpoint's tensors and position depend on; all others may change on resume."""
 

@@ -237,7 +237,8 @@ def _users(config: RecommendConfig, con: Connection, file: Path | None, run: Nex
         return read_raw_users(con, file, run.columns)
     if config.users is None:
         return None
-    names = config.users.split(",") if isinstance(config.users, str) else [str(name) for name in config.users]
+    given = config.users.split(",") if isinstance(config.users, str) else config.users
+    names = map(str, given if isinstance(given, list) else [given])
     found = [text_of(name.strip()) for name in names]
     users = [name for name in found if isinstance(name, str)]
     if len(users) < len(found) or not users:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,8 +76,10 @@ class _EventsOfUsers:
         refuse_unknown(given, _KNOWN, where)
         _text(given.get("user"), f"{where}.user")
         k, events, most = given.get("k", 10), given.get("events"), self._limits.values
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= most:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise Declined(422, "invalid_k", f"{where}.k is {k!r}: it must be a whole number in [1, {most}]")
+        if k > most:
+            raise Declined(413, "list_too_long", f"{where}.k is {k}: {most} are the most")
         domain = None if given.get("domain") is None else _text(given["domain"], f"{where}.domain")
         if not isinstance(events, list):
             raise Declined(422, "invalid_events", f"{where}.events is {kind_of(events)}: give a list of events")
@@ -93,7 +95,8 @@ class _EventsOfUsers:
         """Return all events."""
         users = [str(number) for number in range(self._num_users)]  # no two users are taken for one
         nothing: list[str | None] = [None] * len(self._item)
-        time: NDArray[Any] | None = np.array(self._time) if self._has_time else None
+        # as they are: beside a fraction whole numbers beyond 2**53 would be rounded
+        time: NDArray[Any] | None = np.array(self._time, object) if self._has_time else None
         return RawEvents(users, np.array(self._user, np.int64), self._item, self._domain, nothing, time)
 
     def _event(self, event: Any, where: str) -> None:
@@ -155,10 +158,48 @@ class Recommending:
 
 
 def _pass(version: Version, jobs: Sequence[RecommendJob]) -> None:
-    """Find the items of the users of all jobs, those of one domain together."""
-    model = version.next_items
+    """Find the items of the users of all jobs, those of one kind of times together."""
     events = _joined([job.events for job in jobs])
     wanted = [user for job in jobs for user in job.users]
+    answers: list[dict[str, Any]] = [{}] * len(wanted)
+    for users, some in _by_kind_of_time(events):
+        found = _found(version.next_items, some, [wanted[user] for user in users], users)
+        for user, answer in zip(users, found, strict=True):
+            answers[user] = answer
+    start = 0
+    for job in jobs:
+        job.found = answers[start : start + len(job.users)]
+        job.version = version.id
+        start += len(job.users)
+
+
+def _by_kind_of_time(events: RawEvents) -> Iterator[tuple[list[int], RawEvents]]:
+    """Yield positions of users and their events: of those whose times are all whole numbers, then of the others."""
+    if events.time is None:
+        yield list(range(len(events.users))), events
+        return
+    fractions = np.array([not _is_whole(time) for time in events.time.tolist()], bool)
+    fractional = np.bincount(events.user, fractions, len(events.users)) > 0
+    for kind, dtype in ((False, np.int64), (True, np.float64)):
+        users = np.flatnonzero(fractional == kind)
+        at = np.flatnonzero(fractional[events.user] == kind)
+        if len(users):
+            item, domain, text = (
+                [column[place] for place in at.tolist()] for column in (events.item, events.domain, events.text)
+            )
+            mine, names = np.searchsorted(users, events.user[at]), [events.users[user] for user in users.tolist()]
+            time: NDArray[Any] = events.time[at].astype(dtype)
+            yield users.tolist(), RawEvents(names, mine, [str(name) for name in item], domain, text, time)
+
+
+def _is_whole(time: float) -> bool:
+    return isinstance(time, int) or (time.is_integer() and abs(time) < 2**63)
+
+
+def _found(
+    model: NextItems, events: RawEvents, wanted: Sequence[WantedItems], places_of: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Find the items of users, those of one domain together. `places_of` are the users' places in the pass."""
     histories = model.encode(events)
     given = np.bincount(events.user, minlength=len(wanted))
     answers: list[dict[str, Any]] = [
@@ -171,7 +212,7 @@ def _pass(version: Version, jobs: Sequence[RecommendJob]) -> None:
         except ValueError as error:
             first = next(place for place, user in enumerate(wanted) if user.domain == domain)
             raise ValueError(
-                f"users[{first}].{error}"
+                f"users[{places_of[first]}].{error}"
             ) from None  # the place is that of a request which is computed alone
         mine = np.array([user.domain == domain for user in wanted]) & (histories.length > 0)
         places = np.flatnonzero(mine).tolist()
@@ -184,11 +225,7 @@ def _pass(version: Version, jobs: Sequence[RecommendJob]) -> None:
         for row, (place, rank) in enumerate(zip(map(int, found["user"]), found["rank"], strict=True)):
             if rank <= wanted[place].k:
                 answers[place]["items"].append({name: found[name][row] for name in columns})
-    start = 0
-    for job in jobs:
-        job.found = answers[start : start + len(job.users)]
-        job.version = version.id
-        start += len(job.users)
+    return answers
 
 
 def _joined(parts: Sequence[RawEvents]) -> RawEvents:

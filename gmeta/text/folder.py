@@ -46,12 +46,11 @@ def require_weights(folder: Path) -> None:
     """Raise ValueError for a folder without a config or weights, with pickled weights, or with code of its own."""
     if not folder.is_dir():
         raise ValueError(f"encoder {folder} is no folder: name one that save_pretrained wrote")
-    for path in sorted(folder.glob("*config.json")):
-        if "auto_map" in (values := read_mapping(path, "restore the file")):
+    for name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        path = folder / name
+        if path.is_file() and "auto_map" in (values := read_mapping(path, "restore the file")):
             code = values["auto_map"]
-            raise ValueError(
-                f"encoder {folder} wants to run code of its own ({path.name} has auto_map {code!r}): refused"
-            )
+            raise ValueError(f"encoder {folder} wants to run code of its own ({name} has auto_map {code!r}): refused")
     if not (folder / "config.json").is_file():
         raise ValueError(f"encoder {folder} has no config.json: name a folder that save_pretrained wrote")
     if not _weight_files(folder):

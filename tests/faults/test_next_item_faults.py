@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import fails
-from next_items import next_item_pack
+from commands import fails, gmeta
+from next_items import event_rows, next_item_pack
+
+from gmeta.data.pack import open_pack
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +40,22 @@ def test_training_refuses(
     pack: Path, tmp_path: Path, words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[Any]
 ) -> None:
     fails(["train", "--pack", pack, "--run_dir", tmp_path / "run", *words], capsys, message)
+
+
+def test_a_run_goes_on_with_its_own_objective(pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[Any]) -> None:
+    """The loss of a batch depends on what its targets are compared with."""
+    words = ["train", "--pack", pack, "--run_dir", tmp_path / "run", "--model.embedding_dim", 8]
+    gmeta(*words, "--schedule.max_steps", 1)
+    words += ["--schedule.max_steps", 2, "--resume", "true"]
+    fails([*words, "--next_item.candidates", 7], capsys, "next_item.candidates is 7", "start a new run_dir")
+    fails([*words, "--next_item.targets", "last"], capsys, "next_item.targets is 'last'", "has 'every'")
+    gmeta(*words)
+
+
+def test_an_event_twice_is_no_leak_of_labels(tmp_path: Path) -> None:
+    rows = event_rows()
+    for column in rows.values():
+        column.append(column[-1])
+    counts = open_pack(next_item_pack(tmp_path, rows)).manifest["counts"]
+    assert "rows_on_both_sides" not in counts
+    assert counts["audit"]["targets_in_history"]["test"] > 0

@@ -85,10 +85,25 @@ def test_a_run_that_reads_gaps_recommends_what_evaluation_ranks(folder: Path) ->
     in_ms = events.set_column(3, "time", pa.array(1000 * events["time"].to_numpy()))
     with pytest.raises(ValueError, match="in milliseconds, and the run reads gaps between times in seconds"):
         rec.recommend(in_ms)
+    others = in_ms.set_column(0, "user", pa.array([f"other {user}" for user in in_ms["user"].to_pylist()]))
+    for beside in ([events, others], [others, events]):  # whoever is asked about beside
+        with pytest.raises(ValueError, match="in milliseconds, and the run reads gaps"):
+            rec.recommend(pa.concat_tables(beside))
     bundle = make_bundle(BundleConfig(run_dir=str(run), out=str(folder / "gaps" / "bundle"))).path
     from_bundle = NextItems.open(bundle, device="cpu")
     assert check_smoke(from_bundle)
     assert from_bundle.recommend(events, k=5).equals(rec.recommend(events, k=5))
+
+
+def test_histories_are_no_longer_than_those_of_the_pack(folder: Path) -> None:
+    bounds = {"holdout": "1200", "max_task_rows": 4, "max_task_rows_keep": "last"}
+    pack = next_item_pack(folder / "short", timed(event_rows()), **bounds)
+    rec = NextItems.open(next_item_run(pack, folder / "short" / "run", most=0), device="cpu")
+    rows = pq.read_table(folder / "short" / "events.parquet").sort_by([("user", "ascending"), ("time", "ascending")])
+    place = pa.array(rows.to_pandas().groupby("user").cumcount(ascending=False))
+    last = rows.filter(pa.compute.less(place, 3))
+    assert rec.user_vectors(rows).equals(rec.user_vectors(last))
+    assert not rec.user_vectors(rows).equals(rec.user_vectors(rows.filter(pa.compute.less(place, 2))))
 
 
 def test_a_bundle_recommends_what_its_run_does(rec: NextItems, bundle: Path, events: Path) -> None:
@@ -155,6 +170,11 @@ def test_users_domain_history_and_k(rec: NextItems, run: Path, events: Path, tmp
     scores = found["score"].to_numpy().reshape(2, ITEMS)
     assert (np.diff(scores, axis=1) <= 0).all()
 
+    for written in ("[u3, u1]", '["u3", "u1"]', "u3, u1"):
+        command(*words, "--users", written, "--k", 1)
+        assert sorted(set(pq.read_table(out)["user"].to_pylist())) == ["u1", "u3"]
+    command(*words, "--users", "[1, 2]")
+    assert "left out: 2 ('1', '2')" in capsys.readouterr().out
     pq.write_table(pa.table({"user": ["u1", "nobody"]}), tmp_path / "who.parquet")
     command(*words, "--users", tmp_path / "who.parquet", "--popular_for_unknown", "true", "--k", 2)
     found = pq.read_table(out)

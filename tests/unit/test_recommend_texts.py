@@ -80,6 +80,16 @@ def test_an_unknown_event_is_read_by_its_text_and_not_recommended(rec: NextItems
     assert rec.num_items == 24
 
 
+def test_an_item_of_a_history_may_be_added_later(rec: NextItems) -> None:
+    """By the text that it is added with, whatever an event said of it before."""
+    rec.recommend({**HISTORY, "item": ["b90", "b2", "t3"], "title": ["w20 w21", "", None]})
+    assert rec.add_items(NEW) == 2
+    assert rec.add_items(NEW) == 0
+    vectors = {row["item"]: row["vector"] for row in rec.item_vectors().to_pylist()}
+    np.testing.assert_allclose(vectors["b90"], vectors["b5"], atol=1e-6)
+    assert {"b90", "t91"} <= set(rec.recommend(HISTORY, k=99)["item"].to_pylist())
+
+
 def test_a_name_of_another_domain_is_another_item(rec: NextItems) -> None:
     assert rec.add_items({"item": ["b1"], "domain": ["toys"], "title": ["w30"]}) == 1
     found = rec.recommend({**HISTORY, "domain": ["toys", "books", "toys"]}, k=99)["item"].to_pylist()

@@ -37,9 +37,11 @@ def write_items(
     items: Path,
     vocab: Path,
     gap_unit: str | None,
+    max_history: int | None,
 ) -> None:
     """Write the catalogue of a pack of events with these columns: the `items`, which `rows` wrote, by the ids that
-    `learn` gave. `gap_unit` is the unit of times, where rows have gaps.
+    `learn` gave. `gap_unit` is the unit of times, where rows have gaps, `max_history` how many events a history has at
+    most.
     """
     tables = list(schema.tables())
     features = {feature.name: feature for feature in schema.features}
@@ -53,4 +55,5 @@ def write_items(
         FROM vocab_{tables.index("item")} v JOIN read_parquet({only_file(items)}) c ON c.item = v.value{joins}
         ORDER BY v.id""").to_arrow_table()
     owned = {name: found[name].to_numpy().astype(np.int64) for name in pack_schema.catalogue}
-    write_catalogue(vocab, found["item"], owned, found["count"].to_numpy(), columns.by_meaning(), gap_unit)
+    told = (columns.by_meaning(), gap_unit, max_history)
+    write_catalogue(vocab, found["item"], owned, found["count"].to_numpy(), *told)

@@ -72,12 +72,14 @@ class Gaps:
         return cls(read_gap_unit(vocab_folder) or COUNTER, ids)
 
     def of_events(self, user: Ints, time: NDArray[Any]) -> Ints:
-        """Return the id of each event's gap, in the order of `gap_buckets`. ValueError for another unit of time."""
-        last = int(time.max()) if len(time) else 0
-        unit = time_unit(last)
-        if self.unit != COUNTER and unit not in (None, self.unit):
-            raise ValueError(
-                f"the last time of the events is {last}, in {unit}, and the run reads gaps between times in "
-                f"{self.unit}, which its own events had: write times in {self.unit}"
-            )
+        """Return the id of each event's gap, in the order of `gap_buckets`. ValueError for another unit of time: each
+        user's own last time tells it, so that nobody's answer depends on who is asked about beside.
+        """
+        lasts = time[np.flatnonzero(np.append(user[1:] != user[:-1], True))] if len(time) else time
+        for last in np.unique(lasts).tolist() if self.unit != COUNTER else ():
+            if (unit := time_unit(int(last))) not in (None, self.unit):
+                raise ValueError(
+                    f"the last time of a user's events is {int(last)}, in {unit}, and the run reads gaps between times "
+                    f"in {self.unit}, which its own events had: write times in {self.unit}"
+                )
         return self.ids[gap_buckets(user, time, self.unit)]

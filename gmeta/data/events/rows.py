@@ -43,6 +43,7 @@ class EventRows:
     last: Path | None  # the last events of every user, for later days; None where events have no times
     times: tuple[int, int]  # of the first event and the last one
     gap_unit: str | None = None  # of the times whose gaps rows have; None: they have none
+    max_history: int | None = None  # events of a history, at most; None: nothing bounds it
 
     def part(self, con: Connection) -> RawPart:
         """Open the rows."""
@@ -100,7 +101,8 @@ def make_event_rows(
         times = con.execute("SELECT min(time), max(time) FROM placed").fetchall()[0]
         files = scratch / "events.parquet", scratch / "catalogue.parquet"
         unit = _gap_unit(con, config, earlier)
-        made = EventRows(*files, owned_features(columns), counts, last, times, unit)
+        most = None if settings.max_task_rows is None else settings.max_task_rows - 1
+        made = EventRows(*files, owned_features(columns), counts, last, times, unit, most)
         _write(con, made)
         if last is not None:
             rows = HISTORY_ROWS if earlier is None else earlier.rows

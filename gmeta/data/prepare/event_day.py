@@ -68,7 +68,7 @@ def prepare_event_day(config: PrepareConfig, base: Base, report: Report | None =
             folder.mkdir()
             write_vocabularies(con, writer, schema, totals="totals_after")
             write_further_texts(con, schema, vocab)
-            write_items(con, schema, pack_schema, columns, events.catalogue, vocab, events.gap_unit)
+            write_items(con, schema, pack_schema, columns, events.catalogue, vocab, events.gap_unit, events.max_history)
             of_shards = OfShards(None, UnknownCounts(base.pack_schema))
             write_shards(con, writer, schema, pack_schema, settings, scratch, shards, counts, tell, of_shards)
             counts["drift"]["unknown"] = of_shards.unknown.shares()
