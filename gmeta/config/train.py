@@ -26,14 +26,15 @@ class ModelConfig:
 
     name: str = ""
     """Model to train: neural_linear, taste, melu, dlrm, deepfm, dcn, din, transformer, bahe; of several scenarios
-    shared_bottom, mmoe, ple, star, pepnet or hamur; of next items sasrec or llmrec; or your own as
+    shared_bottom, mmoe, ple, star, pepnet or hamur; with_texts, any of these beside texts; of next items sasrec or llmrec; or your own as
     package.module:Class. Left out: a recipe chooses it, and all else that you leave out, by what is in the
     pack."""
     args: dict[str, Argument] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; deepfm hidden and dropout;
     dcn also cross; shared_bottom takes hidden, tower and dropout; mmoe also experts; ple those of shared_bottom, own
     and shared; star hidden, auxiliary and dropout; pepnet hidden, gate, personal and dropout; hamur hidden, rank and
-    dropout; taste takes hidden, bottom,
+    dropout; with_texts takes model, args, encoder, layers, store, target, lists, pooling, template, max_tokens and
+    width; taste takes hidden, bottom,
     dropout and task_features; neural_linear takes hidden, dropout, task_features, bias_std, noise, drift_std,
     label_range and label_scale; din takes target, history, attention, hidden and dropout; transformer takes target,
     history, blocks, heads, positions, causal, hidden and dropout; bahe takes encoder, layers, store, refresh,

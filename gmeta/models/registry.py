@@ -57,6 +57,7 @@ MODELS: dict[str, ModelFactory | str] = {
     "sasrec": SASRec,
     "bahe": "gmeta.text.bahe:BAHE",
     "llmrec": "gmeta.text.llmrec:LLMRec",
+    "with_texts": "gmeta.text.beside:WithTexts",
 }
 """Add a model: one file beside this one, and its line here. One of a floor above is named, and found when asked for."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import require
-from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SEQUENCES, SPLITS
+from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SPLITS
 from gmeta.data.antm2c.read import LISTS, DeepColumns, deep_columns, read_parts, separator_of
 from gmeta.data.image_vectors import PARTS, image_dim
 from gmeta.data.prepare.scratch import connect
@@ -130,7 +130,7 @@ def schema_of(deep: DeepColumns, image_width: int = 0) -> DataSchema:
     known = "all" if image_width else "train"
     image = [{"name": IMAGE, "dim": image_width, "owner": "item", "dtype": "fp16"}] if image_width else []
     entities = [
-        {"name": name, "table": SEQUENCES[0], "text": True, "pooling": "none", "max_length": ENTITIES} for name in LISTS
+        {"name": name, "table": "item_title", "text": True, "pooling": "none", "max_length": ENTITIES} for name in LISTS
     ]
     return parse_data_schema(
         {

@@ -1,0 +1,100 @@
+"""Texts beside what any model reads: vectors of titles and of lists of short texts, made of a store's, for a model that
+knows vectors alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gmeta.core.batch import text_ids_of
+from gmeta.core.errors import require
+from gmeta.models.inputs import InputSpec
+from gmeta.models.registry import find_model, resolved_args
+from gmeta.text.bahe import texts_to_read
+from gmeta.text.encoder import TextPooling, open_encoder
+from gmeta.text.model import TextModel
+from gmeta.text.refreshed import text_source
+from gmeta.text.store import PLACEHOLDER, spec_of
+
+
+class WithTexts(TextModel):
+    """The model `model`, which also reads t and u_1, u_1 * t, u_2, u_2 * t, … as vectors of the data:
+
+        t   = tower(norm(vector of the target's text))
+        u_n = the mean of tower_n(norm(vector)) over the texts of list n
+
+    The vectors are those of the first `layers` of the encoder in `encoder`, one of each text, kept as BAHE keeps them
+    (arXiv 2403.19347); nothing of the encoder is trained. A tower is one layer, to `width` numbers. `target` names the
+    feature with the item's text, `lists` the unpooled sequences of texts of the same vocabulary: all of them where none
+    is named. The products are ours: a user's taste is told by both together. `args` are those of the model. A missing
+    text, and a list without any, are zeros. The ids of texts are read beside them, as of every feature; name
+    model.features without them to leave them out, which leaves the texts out too.
+    """
+
+    def __init__(
+        self,
+        inputs: InputSpec,
+        *,
+        model: str,
+        encoder: str,
+        layers: int,
+        args: Mapping[str, Any] | None = None,
+        store: str = "",
+        target: str = "",
+        lists: Sequence[str] = (),
+        pooling: TextPooling = "mean",
+        template: str = PLACEHOLDER,
+        max_tokens: int = 64,
+        width: int = 16,
+    ) -> None:
+        super().__init__()
+        require(width >= 1, "model.args.width", width, "must be at least 1")
+        require(model != "with_texts", "model.args.model", model, "reads texts itself: name the model that is to")
+        self.target, self.lists = texts_to_read(inputs, target, lists)
+        self.texts = (self.target, *self.lists)
+        made = dict.fromkeys([*self.texts, *(f"{name}*" for name in self.lists)], width)
+        self.made = {name: f"text of {name}" for name in made}
+        for name in self.made.values():
+            if name in inputs.widths:
+                raise ValueError(f"the pack has a feature {name!r}, a name that with_texts uses: rename it")
+        self.features = tuple(inputs.widths)
+        opened = open_encoder(encoder, layers)
+        spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
+        source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.target), store, 0, "none", 1)
+        self.keep_texts(inputs, self.target, source, encoder)
+        self.norm = nn.LayerNorm(opened.dim, elementwise_affine=False)
+        self.towers = nn.ModuleDict({str(place): nn.Linear(opened.dim, width) for place in range(len(self.texts))})
+        factory = find_model(model)
+        given = resolved_args(factory, args or {}, model)
+        vectors = {**inputs.vectors, **{self.made[name]: width for name in made}}
+        self.base = factory(replace(inputs, vectors=vectors), **given)
+        self.routes = tuple(getattr(self.base, "routes", ()))
+        layers_of = tuple(getattr(self.base, "decision_layers", ()))
+        if layers_of:
+            self.decision_layers = ("towers", *(f"base.{name}" for name in layers_of))
+        if hasattr(self.base, "head"):
+            self.head = f"base.{self.base.head}"
+
+    def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
+        """Return what the model makes of its inputs and of the texts' vectors."""
+        vectors = [self._vectors(embedded, place) for place in range(len(self.texts))]
+        made = {self.made[name]: vector for name, vector in zip(self.texts, vectors, strict=True)}
+        made |= {self.made[f"{name}*"]: made[self.made[name]] * vectors[0] for name in self.lists}
+        found: Tensor = self.base(dense, {**embedded, **made})
+        return found
+
+    def _vectors(self, embedded: dict[str, Tensor], place: int) -> Tensor:
+        """Return the vector [..., width] of a feature or a list; each distinct text goes through the tower once."""
+        ids = embedded[text_ids_of(self.texts[place])]
+        tower = self.towers[str(place)]
+        distinct, where = torch.unique(ids, return_inverse=True)
+        kept = self.source.states(distinct.unsqueeze(-1), tower.weight.dtype)  # type: ignore[arg-type]
+        vectors = tower(self.norm(kept.values[:, 0])) * kept.mask[:, :1]
+        count = kept.mask[:, 0][where].sum(-1, keepdim=True).clamp(min=1)
+        found: Tensor = vectors[where].sum(-2) / count.to(vectors.dtype)
+        return found

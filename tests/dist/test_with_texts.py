@@ -1,0 +1,140 @@
+"""Texts beside what any model reads: what their vectors are, and that ranks and engines learn the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+from commands import fails, gmeta
+from encoders import WHY, tiny
+from harness import run_ranks
+from test_division import changing, run_divided
+from test_train import assert_same, config, run_steps
+from text_models import TEXTS, in_words, text_pack, text_rows
+
+import gmeta as package
+from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
+from gmeta.core.batch import text_ids_of
+from gmeta.models.inputs import InputSpec
+from gmeta.models.melu import MeLU
+from gmeta.parallel.mesh import Mesh
+
+pytest.importorskip("transformers", reason=WHY)
+pytestmark = pytest.mark.dist
+
+SCENES = {**TEXTS, "scenario": "place"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("texts")
+
+
+@pytest.fixture(scope="module")
+def pack(folder: Path) -> Path:
+    return text_pack(folder, SCENES, **in_words(text_rows()))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("encoder") / "bert", "bert")
+
+
+def args_of(encoder: Path, model: str, **args: Any) -> dict[str, Any]:
+    found = {"model": model, "encoder": str(encoder), "layers": 2, "max_tokens": 8, "width": 3}
+    return {**found, "args": {"hidden": [6]}, **args}
+
+
+def settings_of(pack: Path, encoder: Path, model: str, **changes: Any) -> TrainConfig:
+    return config(pack, model=ModelConfig(name="with_texts", embedding_dim=4, args=args_of(encoder, model)), **changes)
+
+
+def test_vectors_are_those_of_the_equations(encoder: Path) -> None:
+    """Each example by itself: the target's text, the mean over a list, their product; zeros for what is not there."""
+    from gmeta.text.beside import WithTexts
+
+    texts = ("", "w4 w5", "w6", "w7 w8 w9")
+    inputs = InputSpec(
+        {"user": 4, "title": 4},
+        ("x",),
+        0.3,
+        sequences={"seen": 4},
+        tables={"user": "user", "title": "text", "seen": "text"},
+        texts={"title": 4, "seen": 4},
+        text_tables={"text": texts},
+    )
+    torch.manual_seed(0)
+    model = WithTexts(inputs, **args_of(encoder, "melu")).double().eval()
+    assert isinstance(model.base, MeLU)
+    title, seen = torch.tensor([[1], [3], [0]]), torch.tensor([[1, 2, 3], [2, 0, 0], [0, 0, 0]])
+    embedded = {name: torch.randn(3, 4).double() for name in ("user", "title")}
+    embedded |= {"seen": torch.randn(3, 3, 4).double(), "seen.mask": seen > 0}
+    embedded |= {text_ids_of("title"): title, text_ids_of("seen"): seen}
+    dense = torch.randn(3, 1).double()
+
+    def vector(place: int, text: int) -> torch.Tensor:
+        kept = model.source.kept[text, 0].double()
+        normed = (kept - kept.mean()) / (kept.var(unbiased=False) + 1e-5).sqrt()
+        return model.towers[str(place)](normed) if text else torch.zeros(3).double()
+
+    for row in range(3):
+        target = vector(0, int(title[row, 0]))
+        there = [text for text in seen[row].tolist() if text]
+        listed = sum((vector(1, text) for text in there), torch.zeros(3).double()) / max(1, len(there))
+        made = {"text of title": target, "text of seen": listed, "text of seen*": listed * target}
+        one = {name: value[row] for name, value in embedded.items()}
+        expected = model.base(dense[row], {**one, **made})
+        torch.testing.assert_close(model(dense, embedded)[row], expected)
+
+
+@pytest.mark.parametrize("model", ["mmoe", "dlrm"])
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_learn_the_same(pack: Path, encoder: Path, model: str, nproc: int) -> None:
+    settings = settings_of(pack, encoder, model, meta=MetaConfig(adapt=[] if model == "dlrm" else ["decision"]))
+    expected = run_steps(Mesh(), settings, 2)
+    assert_same(run_ranks(nproc, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
+
+
+@pytest.mark.parametrize("model", ["mmoe", "melu"])
+def test_engines_learn_the_same(pack: Path, encoder: Path, model: str) -> None:
+    both = [
+        settings_of(pack, encoder, model, meta=MetaConfig(adapt=["decision"], inner_steps=2, engine=engine))
+        for engine in ("auto", "reference")
+    ]
+    assert_same(*(run_steps(Mesh(), one, 2) for one in both), 1e-8)
+
+
+def test_it_is_evaluated_bundled_and_loaded(pack: Path, encoder: Path, folder: Path, tmp_path: Path) -> None:
+    """The bundle brings encoder and vectors along; new texts are read."""
+    settings: dict[str, Any] = {"pack": str(pack), "run_dir": str(tmp_path / "run"), "schedule": {"max_steps": 3}}
+    settings["model"] = {"name": "with_texts", "embedding_dim": 4, "args": args_of(encoder, "mmoe")}
+    run = package.train(settings).path
+    gmeta("evaluate", "--run_dir", run, "--resamples", 10, "--baselines", "false")
+    gmeta("bundle", "--run_dir", run, "--out", tmp_path / "bundle")
+    rows = pa.table(in_words(text_rows()))
+    user = rows["user"][0].as_py()
+    mine = rows.filter(pc.equal(rows["user"], user))
+    support, query = mine.slice(0, 4), mine.slice(4)
+    away = encoder.rename(encoder.with_name("away"))
+    try:
+        expected = np.asarray(package.load(tmp_path / "bundle").adapt(support).predict(query))
+    finally:
+        away.rename(encoder)
+    np.testing.assert_allclose(package.load(run).adapt(support).predict(query), expected, atol=1e-5)
+    new = query.set_column(query.column_names.index("item"), "item", pa.array(["w50 w51"] * len(query)))
+    assert not np.allclose(package.load(run).adapt(support).predict(new), expected)
+
+
+def test_what_cannot_be_is_named(pack: Path, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "--pack", pack, "--run_dir", tmp_path / "run", "--model.name", "with_texts"]
+    words += ["--model.args.encoder", encoder, "--model.args.layers", 2, "--model.args.model"]
+    fails([*words, "mmo"], capsys, "did you mean 'mmoe'")
+    fails([*words, "with_texts"], capsys, "reads texts itself")
+    fails([*words, "mmoe", "--model.args.args", "{expert: 2}"], capsys, "mmoe has no argument 'expert'")
+    fails([*words, "mmoe", "--model.args.width", 0], capsys, "model.args.width is 0")
+    fails([*words, "mmoe", "--model.args.target", "last"], capsys, "model.args.target names 'last'")
