@@ -26,9 +26,9 @@ class ModelConfig:
 
     name: str = ""
     """Model to train: neural_linear, taste, melu, dlrm, deepfm, dcn, din, transformer, bahe; of several scenarios
-    shared_bottom, mmoe, ple, star, pepnet or hamur; with_texts, any of these beside texts; of next items sasrec or llmrec; or your own as
-    package.module:Class. Left out: a recipe chooses it, and all else that you leave out, by what is in the
-    pack."""
+    shared_bottom, mmoe, ple, star, pepnet or hamur; with_texts, any of these beside texts; of next items sasrec or
+    llmrec; or your own as package.module:Class. Left out: a recipe chooses it, and all else that you leave out, by what
+    is in the pack."""
     args: dict[str, Argument] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; deepfm hidden and dropout;
     dcn also cross; shared_bottom takes hidden, tower and dropout; mmoe also experts; ple those of shared_bottom, own
