@@ -76,7 +76,7 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         )
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts)
-        if settings.split_query == "column" and events is None and (both := rows_on_both_sides(con, schema, settings)):
+        if settings.split_query == "column" and made is None and (both := rows_on_both_sides(con, schema, settings)):
             counts["rows_on_both_sides"] = both
         # With a partition column tasks bring no older rows to later days.
         waiting = [] if settings.task_split == "column" else place_left_out(con, schema, settings, HISTORY_ROWS)
