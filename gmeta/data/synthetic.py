@@ -271,6 +271,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def click_settings(config: SynthConfig) -> dict[str, Any]:
+    """Return the settings that a log of clicks has, as its summary tells them."""
+    return {key: value for key, value in asdict(config).items() if key not in ("out", "kind", "rows")}
+
+
 def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
     truth = root / "_truth"
     (truth / "users").mkdir(parents=True)
@@ -289,7 +294,7 @@ def _write(config: SynthConfig, root: Path) -> dict[str, Any]:
     measured = range(min(config.users, SUMMARY_USERS))
     support, query = last_rows(root, measured, config.num_query)
     summary = {
-        "settings": {key: value for key, value in asdict(config).items() if key != "out" and value is not None},
+        "settings": {key: value for key, value in click_settings(config).items() if value is not None},
         "rows": rows,
         "click_rate": clicks / rows,
         "measured_users": len(measured),

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,6 +41,7 @@ from gmeta.data.synthetic import (
     Floats,
     Ints,
     UserTables,
+    click_settings,
     draw_user_tables,
     last_rows,
     log_table,
@@ -271,7 +272,7 @@ def synthesize_days(config: SynthConfig) -> dict[str, Any]:
         told = {"taste_std": config.taste_std, "latent_dim": config.latent_dim, "days": config.days}
         (truth / "truth.json").write_text(json.dumps(told), encoding="utf-8")
         rates = {name: config.rate(name) for name in STREAM_RATES}
-        settings = {key: value for key, value in {**asdict(config), **rates}.items() if key != "out"}
+        settings = {**click_settings(config), **rates}
         summary = {"settings": settings, "days": _write_days(config, config.days, work)}
         (work / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return summary
