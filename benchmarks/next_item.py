@@ -71,7 +71,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "ids+text, gate": ("llmrec", GATE, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
 }
 """Variant -> model, its arguments, and words of `gmeta train`."""
-OF_MIXED = {"ids": "20", "text": "8", "ids+text": "16", "ids+text, gate": "8"}
+OF_MIXED = {"ids": "20", "text": "20", "ids+text": "16", "ids+text, gate": "8"}
 """Variant -> passes over all three domains, which have 3.2 times the users: fewer, so that cells end."""
 HIGH = {"layers": 4, "reader": "high", "ids": False, "dropout": 0.2, "similarity": "cosine"}
 TUNED = ("--schedule.epochs", "5", "--dense.lr", "0.0003")
@@ -218,18 +218,27 @@ def _differences(found: Mapping[tuple[str, str], list[dict[str, Any]]], folder: 
         if not all(case in ids for case in cases):
             continue
         base = pd.concat([_values(folder, case, "ids", ids[case]) for case in cases])
-        for (case, variant), every in found.items():
-            if case in (domain, MIXED) and (case, variant) != (domain, "ids"):
-                other = _values(folder, case, variant, len(every))
-                both = base.merge(other, on=["scenario", "user", "item"], suffixes=("", ".other"))
-                if len(both) != len(base):
-                    raise ValueError(
-                        f"{case} {variant} and ids have other targets: remove their folders, and run again"
-                    )
-                for name, mask in _slices(both, domain):
-                    some = both[mask]
-                    lines.append([name, str(len(some)), _told(variant, case), "ids", *_paired(some)])
+        for told, other in _others(found, folder, domain):
+            both = base.merge(other, on=["scenario", "user", "item"], suffixes=("", ".other"))
+            if len(both) != len(base):
+                raise ValueError(f"{told} and ids have other targets: remove their folders, and run again")
+            for name, mask in _slices(both, domain):
+                if len(some := both[mask]):
+                    lines.append([name, str(len(some)), told, "ids", *_paired(some)])
     return lines
+
+
+def _others(
+    found: Mapping[tuple[str, str], list[dict[str, Any]]], folder: Path, domain: str
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield what is compared with ids of a domain, and its targets; of all three also those that each has by itself."""
+    for (case, variant), every in found.items():
+        if case in (domain, MIXED) and (case, variant) != (domain, "ids"):
+            yield _told(variant, case), _values(folder, case, variant, len(every))
+    for variant in sorted({variant for _, variant in found} - {"ids"}) if domain == MIXED else ():
+        if all((case, variant) in found for case in DOMAINS):
+            parts = [_values(folder, case, variant, len(found[case, variant])) for case in DOMAINS]
+            yield variant, pd.concat(parts)
 
 
 def _slices(both: pd.DataFrame, domain: str) -> Iterator[tuple[str, pd.Series]]:
@@ -247,6 +256,7 @@ def _values(folder: Path, case: str, variant: str, seeds: int) -> pd.DataFrame:
     for seed in range(seeds):
         file = place_of(Cell(case, variant, seed), folder) / "run" / "predictions.parquet"
         read = pd.read_parquet(file, columns=[*what, "model.rank"])
+        read["item"] = read["item"].str.rpartition("|")[2]  # one id is in two domains, and is told apart where both are
         rank = read["model.rank"].to_numpy()
         tables.append(read[what].assign(**{"recall@10": rank <= 10, "ndcg@10": (rank <= 10) / np.log2(rank + 1)}))
     return pd.concat(tables).groupby(what, as_index=False)[list(PAIRED)].mean()
