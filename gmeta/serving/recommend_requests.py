@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,14 +182,22 @@ def _by_kind_of_time(events: RawEvents) -> Iterator[tuple[list[int], RawEvents]]
     fractional = np.bincount(events.user, fractions, len(events.users)) > 0
     for kind, dtype in ((False, np.int64), (True, np.float64)):
         users = np.flatnonzero(fractional == kind)
-        at = np.flatnonzero(fractional[events.user] == kind)
-        if len(users):
-            item, domain, text = (
-                [column[place] for place in at.tolist()] for column in (events.item, events.domain, events.text)
-            )
-            mine, names = np.searchsorted(users, events.user[at]), [events.users[user] for user in users.tolist()]
+        if len(users) == len(events.users):  # nearly always all are of one kind, and nothing is parted
+            yield users.tolist(), replace(events, time=events.time.astype(dtype))
+        elif len(users):
+            at = np.flatnonzero(fractional[events.user] == kind)
+            places = at.tolist()
             time: NDArray[Any] = events.time[at].astype(dtype)
-            yield users.tolist(), RawEvents(names, mine, [str(name) for name in item], domain, text, time)
+            part = replace(
+                events,
+                users=[events.users[user] for user in users.tolist()],
+                user=np.searchsorted(users, events.user[at]),
+                item=[events.item[place] for place in places],
+                domain=[events.domain[place] for place in places],
+                text=[events.text[place] for place in places],
+                time=time,
+            )
+            yield users.tolist(), part
 
 
 def _is_whole(time: float) -> bool:

@@ -18,7 +18,7 @@ from gmeta.models.registry import find_model, resolved_args
 from gmeta.text.bahe import texts_to_read
 from gmeta.text.encoder import TextPooling, open_encoder
 from gmeta.text.model import TextModel
-from gmeta.text.refreshed import text_source
+from gmeta.text.sources import TextSource
 from gmeta.text.store import PLACEHOLDER, spec_of
 
 
@@ -65,7 +65,7 @@ class WithTexts(TextModel):
         self.features = tuple(inputs.widths)
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
-        source = text_source(opened, spec, "behaviours", inputs.texts_by_id(self.target), store, 0, "none", 1)
+        source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.target), store)
         self.keep_texts(inputs, self.target, source, encoder)
         self.norm = nn.LayerNorm(opened.dim, elementwise_affine=False)
         self.towers = nn.ModuleDict({str(place): nn.Linear(opened.dim, width) for place in range(len(self.texts))})

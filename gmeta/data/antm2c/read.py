@@ -1,7 +1,7 @@
 """Stage 1 of AntM2C: its part files to table `log`, every value in its one form, and what its columns are.
 
-`log` (event, part, user_id, item_id, time, label, split, scene, title, the four lists as text, d0 … d26 as text) has a
-row an event. `event` numbers them by (part file, row), so that repeats stay events of their own.
+`log` (event, part, user_id, item_id, time, label, split, scene, item_title, the four lists as text, d0 … d26 as text)
+has a row an event. `event` numbers them by (part file, row), so that repeats stay events of their own.
 """
 
 from __future__ import annotations

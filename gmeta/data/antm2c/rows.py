@@ -24,6 +24,7 @@ from gmeta.data.prepare.summary import Report
 from gmeta.data.schema import DataSchema, parse_data_schema
 from gmeta.data.sources import Connection, RawPart, in_order, literal, open_file
 
+_ITEMS = "count(DISTINCT item_id)"
 IMAGE, HAS_IMAGE = "image", "has_image"
 """The vector of an item's image, and the feature that says whether it has one."""
 HISTORY, SUPPORT, QUERY, ENTITIES = 10, 50, 10, 10
@@ -161,11 +162,11 @@ def schema_of(deep: DeepColumns, image_width: int = 0) -> DataSchema:
 
 def _counts(con: Connection) -> dict[str, Any]:
     """Return what is published of the real files too: rows, positives, users and items of each split, and scenes."""
-    found: dict[str, Any] = {"users": _scalar(con, "count(DISTINCT user_id)"), "items": _scalar(con, ITEMS)}
+    found: dict[str, Any] = {"users": _scalar(con, "count(DISTINCT user_id)"), "items": _scalar(con, _ITEMS)}
     for split in SPLITS:
         where = f"FROM log WHERE split = {literal(split)}"
         values = con.execute(
-            f"SELECT count(*), coalesce(sum(label), 0)::BIGINT, count(DISTINCT user_id), {ITEMS} {where}"
+            f"SELECT count(*), coalesce(sum(label), 0)::BIGINT, count(DISTINCT user_id), {_ITEMS} {where}"
         ).fetchall()
         names = ("rows", "positives", "users", "items")
         scenes = con.execute(f"SELECT scene, count(*) {where} GROUP BY scene ORDER BY scene").fetchall()
@@ -174,9 +175,6 @@ def _counts(con: Connection) -> dict[str, Any]:
     found["items_of_several_titles"] = con.execute(f"SELECT count(*) FROM {titles}").fetchall()[0][0]
     found["rows_without_title"] = _scalar(con, "count(*) FILTER (item_title IS NULL)")
     return found
-
-
-ITEMS = "count(DISTINCT item_id)"
 
 
 def _scalar(con: Connection, what: str) -> int:
