@@ -53,6 +53,17 @@ class PrepareConfig:
     """For antm2c: folder of vectors that `gmeta embed-images` made of the images; unset: no images are read."""
     separator: str | None = None
     """For antm2c: what separates the entries of its lists. Unset: what most lists have, which is told."""
+    tasks: Literal["user", "user_scene", "scene_item"] | None = None
+    """For antm2c: what a task is, in each split: a user, a user in a scene, or an item of a scene. user when unset."""
+    new_scene: int | None = None
+    """For antm2c: a scene that is left out. Tasks of train and valid are of the other scenes, those of test of this
+    one: they know the last new_scene_rows of its rows of train, and are judged on its rows of test."""
+    new_scene_rows: list[int] | int = field(default_factory=list)
+    """For new_scene: the number of known rows, or several, each of which has test tasks of its own, called task@rows.
+    [0, 100, 1000, 10000] when unset."""
+    new_users: float | None = None
+    """For antm2c: fraction of the users held out, drawn by the seed: no task of train is of theirs, all of valid and
+    test are."""
     label_threshold: float | None = None
     """Labels of at least this become 1, others 0; unset: the schema's, or labels as they are."""
     split_query: Literal["last", "random", "column"] | None = None

@@ -452,13 +452,19 @@ class TaskPack:
     @property
     def roles_are_given(self) -> bool:
         """Whether a column of the user's says which rows are support and which are query (`split_query: column`)."""
-        return bool(self.manifest.get("settings", {}).get("split_query") == "column")
+        by_column = self.manifest.get("settings", {}).get("split_query") == "column"
+        return bool(by_column and not self._is_of_log)
 
     @property
     def query_is_last(self) -> bool:
         """Whether the query of a task are its last rows by time."""
         by_time = self.manifest.get("settings", {}).get("split_query", "last") == "last"
-        return by_time and self.schema.time is not None
+        return (by_time or self._is_of_log) and self.schema.time is not None
+
+    @property
+    def _is_of_log(self) -> bool:
+        """Whether the roles are those that a log's reader gave: by time, the query last."""
+        return "antm2c" in self.manifest["counts"]
 
     def identity(self) -> DataIdentity:
         """Return what the pack's ids and numbers mean. It is computed from the files where the manifest does not record

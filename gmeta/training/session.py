@@ -85,8 +85,13 @@ def _begin(run: Run) -> None:
 
 
 def _require_given_roles(config: TrainConfig) -> None:
-    """Raise ValueError where training would cut episodes out of rows whose roles the user has given."""
-    if config.loader.episode_rows and open_pack(config.pack).roles_are_given:
+    """Raise ValueError where training would cut episodes out of rows whose roles the user has given. Plain training
+    reads support and query alike.
+    """
+    if not config.loader.episode_rows:
+        return
+    pack = open_pack(config.pack)
+    if pack.roles_are_given and (config.meta.adapt or pack.schema.next_item):
         raise ValueError(
             f"loader.episode_rows is {config.loader.episode_rows}, and a column gives each row of the pack its role "
             "(split_query column): an episode would make support and query of rows of either; leave episode_rows out "

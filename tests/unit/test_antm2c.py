@@ -17,7 +17,8 @@ from event_packs import quiet
 from gmeta.config.data import PrepareConfig
 from gmeta.data.antm2c.published import COLUMNS, DEEP_FEATURES
 from gmeta.data.antm2c.read import LISTS
-from gmeta.data.antm2c.rows import HISTORY, QUERY, MadeLog, log_schema, make_log_rows
+from gmeta.data.antm2c.rows import HISTORY, MadeLog, log_schema, make_log_rows
+from gmeta.data.antm2c.tasks import QUERY
 from gmeta.data.antm2c.told import log_lines
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.settings import resolve_settings
@@ -118,6 +119,59 @@ def test_a_history_has_the_last_positive_events(tmp_path: Path) -> None:
     rows = [row("u", chr(97 + hour), f"01 {hour:02}:00:00", 1) for hour in range(HISTORY + 3)]
     *_, last = tasks(made(tmp_path, rows))["u train"]
     assert last.split()[2] == "cdefghijkl"[-HISTORY:]
+
+
+def test_a_task_may_be_a_user_in_a_scene_or_an_item_of_one(tmp_path: Path) -> None:
+    assert tasks(made(tmp_path / "users", tasks="user_scene")) == {
+        "u1/1 train": ["q a", "q b a", "q a a"],
+        "u1/1 valid": ["s a", "s b a", "s a a", "q b aac"],
+        "u1/2 train": ["q c aa"],
+        "u1/4 valid": ["q d aacb"],
+        "u1/4 test": ["s d aacb", "q d aacb"],
+        "u2/1 train": ["q a", "q b a"],
+        "u2/2 test": ["q c a"],
+    }
+    assert tasks(made(tmp_path / "items", tasks="scene_item"))["1/b train"] == ["q b a", "q b a"]
+
+
+def test_a_scene_that_is_left_out_knows_its_last_rows_of_train(tmp_path: Path) -> None:
+    rows = [*TEN, row("u2", "a", "07 09:00:00", 0)]
+    found = tasks(made(tmp_path, rows, tasks="scene_item", new_scene=1, new_scene_rows=[0, 2, 5]))
+    assert found == {
+        "2/c train": ["q c aa"],
+        "4/d valid": ["q d aacb"],
+        "1/a@0 test": ["q a ac"],
+        "1/a@2 test": ["s a a", "q a ac"],  # the other of the last two is of b, which test has not
+        "1/a@5 test": ["s a", "s a", "s a a", "q a ac"],
+    }
+
+
+def test_new_users_are_in_no_training_task(tmp_path: Path) -> None:
+    rows = [row(f"u{user}", "a", f"0{day} 10:00:00", 0) for user in range(40) for day in (1, 4, 6)]
+    found = tasks(made(tmp_path, rows, new_users=0.25))
+    trained, new = ({name.split()[0] for name in found if name.endswith(end)} for end in ("train", "test"))
+    assert not trained & new
+    assert len(trained) + len(new) == 40
+    assert 4 <= len(new) <= 16
+    assert new == {name.split()[0] for name in found if name.endswith("valid")}
+    assert all(found[f"{user} test"] == ["s a", "s a", "q a"] for user in new)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"tasks": "users"}, "user"),
+        ({"new_scene": 5}, "scenes are 0 to 4"),
+        ({"new_scene_rows": [1]}, "has no effect without new_scene"),
+        ({"new_scene": 1, "new_scene_rows": [-1]}, "must be numbers of rows"),
+        ({"new_scene": 1, "new_scene_rows": 6}, "names 6 rows, and scene 1 has 5 of train"),
+        ({"new_users": 1.0}, "must be at least 0 and below 1"),
+        ({"new_scene": 1, "new_users": 0.1}, "leave one out"),
+    ],
+)
+def test_tasks_that_cannot_be_are_named(tmp_path: Path, settings: Row, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        made(tmp_path, **settings)
 
 
 def test_columns_without_a_meaning_are_told_by_rows_of_train(ten: MadeLog, tmp_path: Path) -> None:

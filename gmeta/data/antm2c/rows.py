@@ -1,9 +1,7 @@
-"""Stage 2 of AntM2C: events to the rows of tasks, a Parquet file, with the schema that its columns have.
+"""Stage 3 of AntM2C: events to the rows of tasks, a Parquet file, with the schema that its columns have.
 
-A task is a user in a split. Its query is what happened in the split; its support are the last events before. In train
-the last `QUERY` events of a user are the query, those before them the support, so that plain training, which reads
-both, learns from every row of train. An event knows the last `HISTORY` positive events of its user that were
-earlier, by (time, part file, row): its own label and later ones are not among them.
+An event knows the last `HISTORY` positive events of its user that were earlier, by (time, part file, row): its own
+label and later ones are not among them.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import require
 from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SPLITS
 from gmeta.data.antm2c.read import LISTS, DeepColumns, deep_columns, read_parts, separator_of
+from gmeta.data.antm2c.tasks import TaskPlan, deal_tasks, plan_of
 from gmeta.data.image_vectors import PARTS, image_dim
 from gmeta.data.prepare.scratch import connect
 from gmeta.data.prepare.settings import Settings
@@ -27,11 +26,10 @@ from gmeta.data.sources import Connection, RawPart, in_order, literal, open_file
 _ITEMS = "count(DISTINCT item_id)"
 IMAGE, HAS_IMAGE = "image", "has_image"
 """The vector of an item's image, and the feature that says whether it has one."""
-HISTORY, SUPPORT, QUERY, ENTITIES = 10, 50, 10, 10
-"""Positive events in a history; rows of a support in valid and test; of a query in train; entries kept of a list, the
-last ones.
-"""
-
+HISTORY, ENTITIES = 10, 10
+"""Positive events in a history; entries kept of a list, the last ones."""
+OF_LOGS = ("separator", "images", "tasks", "new_scene", "new_scene_rows", "new_users")
+"""Settings that logs alone take."""
 
 _HAS_ALREADY = (
     *("schema", "events", "items", "core", "holdout", "domains", "gaps", "label_threshold", "split_query", "roles"),
@@ -65,9 +63,11 @@ def log_schema(config: PrepareConfig) -> DataSchema | None:
     Raises ValueError for a setting that has no effect, by name.
     """
     if config.dataset not in LOGS:
-        for key in ("separator", "images"):
-            require(getattr(config, key) is None, key, getattr(config, key), "is for --dataset antm2c; leave it out")
+        for key in OF_LOGS:
+            value = getattr(config, key)
+            require(value in (None, []), key, value, "is for --dataset antm2c; leave it out")
         return None
+    plan_of(config, 0)
     require(config.separator != "", "separator", config.separator, "must have a character")
     for key in ("input", *_HAS_ALREADY):
         value = getattr(config, key)
@@ -94,6 +94,9 @@ def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell
         counts["antm2c"] |= {"numeric": deep.numeric, "codes": deep.categorical, "left_out": deep.left_out}
         tell("making histories", 0, 1)
         _make_histories(con)
+        plan = plan_of(config, settings.seed)
+        deal_tasks(con, plan)
+        counts["antm2c"] |= _told(plan)
         dim, images = _images_of(config.images)
         if images:
             counts["antm2c"]["items_with_image"] = _with_image(con, images)
@@ -188,17 +191,16 @@ def _make_histories(con: Connection) -> None:
     before = ", ".join(f"lag(item_id, {back}) OVER w" for back in range(HISTORY - 1, 0, -1))
     con.execute(f"""
         CREATE TABLE placed AS
-        SELECT *, coalesce(sum(label) OVER (w ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::BIGINT AS earlier,
-               row_number() OVER w AS place
+        SELECT *, coalesce(sum(label) OVER (w ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::BIGINT AS earlier
         FROM log WINDOW w AS (PARTITION BY user_id ORDER BY time, event);
         DROP TABLE log;
         CREATE TABLE positives AS
         SELECT user_id, earlier + 1 AS earlier, list_filter([{before}, item_id], lambda x: x IS NOT NULL) AS history
-        FROM placed WHERE label = 1 WINDOW w AS (PARTITION BY user_id ORDER BY place)""")
+        FROM placed WHERE label = 1 WINDOW w AS (PARTITION BY user_id ORDER BY time, event)""")
 
 
 def _write(con: Connection, made: MadeLog, separator: str, deep: DeepColumns) -> None:
-    """Write the rows, of each user in order; those of supports in valid and test a second time."""
+    """Write the rows, of each task in order; those of supports in valid and test a second time."""
     lists = ", ".join(f"{_entries(name, separator)} AS {name}" for name in LISTS)
     number = {name: f"d{place}" for place, name in enumerate(DEEP_FEATURES)}
     columns = [f"TRY_CAST({number[name]} AS DOUBLE) AS {name}" for name in deep.numeric]
@@ -210,20 +212,19 @@ def _write(con: Connection, made: MadeLog, separator: str, deep: DeepColumns) ->
     )
     with in_order(con):
         con.execute(f"""
-            CREATE TABLE starts AS SELECT user_id, split, min(place) AS start, max(place) AS stop
-                                   FROM placed GROUP BY user_id, split;
             COPY (
-                SELECT user_id AS "user", label, time, partition, role, {features}
-                FROM (
-                    SELECT p.* EXCLUDE (split), p.split AS partition,
-                           if(p.split <> 'train' OR p.place > s.stop - {QUERY}, 'query', 'support') AS role
-                    FROM placed p JOIN starts s USING (user_id, split)
-                    UNION ALL
-                    SELECT p.* EXCLUDE (split), s.split, 'support' FROM placed p JOIN starts s USING (user_id)
-                    WHERE s.split <> 'train' AND p.place < s.start AND p.place >= s.start - {SUPPORT}
-                ) LEFT JOIN positives USING (user_id, earlier)
-                ORDER BY user_id, partition, place)
+                SELECT task AS "user", label, time, partition, role, {features}
+                FROM dealt JOIN placed USING (event) LEFT JOIN positives USING (user_id, earlier)
+                ORDER BY task, partition, place)
             TO {literal(str(made.rows))} (FORMAT parquet)""")
+
+
+def _told(plan: TaskPlan) -> dict[str, Any]:
+    """Return what the manifest says of the tasks."""
+    told: dict[str, Any] = {"tasks": plan.tasks}
+    if plan.new_scene is not None:
+        told |= {"new_scene": plan.new_scene, "new_scene_rows": list(plan.new_scene_rows)}
+    return told | ({"new_users": plan.new_users} if plan.new_users else {})
 
 
 def _entries(name: str, separator: str) -> str:
