@@ -111,9 +111,10 @@ def _run(cell: Cell, folder: Path, encoder: str) -> dict[str, Any]:
     place.mkdir(parents=True)
     model, args, words = SETTINGS[cell.variant]
     args = {"encoder": encoder, **args} if model == "llmrec" else args
-    common = ["--pack", _pack(folder), "--seed", cell.seed, "--model.name", model, "--model.args", json.dumps(args)]
+    common: list[object] = ["--pack", _pack(folder), "--seed", cell.seed, "--model.name", model]
+    common += ["--model.args", json.dumps(args), *words]  # widths among them, which parts of the plain model need
     plain = ["--schedule.epochs", 25, "--schedule.eval_every", 700, "--schedule.max_steps", cell.steps]
-    cpu = {"plain": cpu_of("train", *common, *words, *plain, "--run_dir", place / "plain")}
+    cpu = {"plain": cpu_of("train", *common, *plain, "--run_dir", place / "plain")}
     bundle = place / "bundle"
     gmeta("bundle", "--run_dir", place / "plain", "--out", bundle, "--training", "false")
     go_on: list[object] = [*common, "--init_from", bundle, "--meta.adapt", "[prompt]"]

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from gmeta.config.benchmark import BenchmarkConfig
 from gmeta.config.cluster import CoordinateConfig, DoctorConfig, LabConfig, PlanConfig, SimulateConfig
 from gmeta.config.data import PrepareConfig, SynthConfig
 from gmeta.config.deliver import DeliverConfig
@@ -188,6 +189,12 @@ def _report(config: ReportConfig) -> int:
     return 0
 
 
+def _benchmark(config: BenchmarkConfig) -> int:
+    from gmeta.benchmark.antm2c import benchmark
+
+    return benchmark(config)
+
+
 def _doctor(config: DoctorConfig) -> int:
     from gmeta.doctor import diagnose, print_checks, write_network
 
@@ -322,6 +329,7 @@ COMMANDS: dict[str, Command] = {
     "embed": Command(EmbedConfig, _embed, bare="do", bare_usage="[verify|stats|compact]"),
     "embed-images": Command(EmbedImagesConfig, _embed_images),
     "synth": Command(SynthConfig, _synth),
+    "benchmark": Command(BenchmarkConfig, _benchmark, bare="do", bare_usage="antm2c"),
     "coordinate": Command(CoordinateConfig, _coordinate),
     "plan": Command(PlanConfig, _plan),
     "simulate": Command(SimulateConfig, _simulate, epilog=scenario.__doc__),

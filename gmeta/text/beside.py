@@ -77,8 +77,9 @@ class WithTexts(TextModel):
         layers_of = tuple(getattr(self.base, "decision_layers", ()))
         if layers_of:
             self.decision_layers = ("towers", *(f"base.{name}" for name in layers_of))
-        if hasattr(self.base, "head"):
-            self.head = f"base.{self.base.head}"
+        for layer in ("head", "last_layer"):
+            if hasattr(self.base, layer):
+                setattr(self, layer, f"base.{getattr(self.base, layer)}")
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
         """Return what the model makes of its inputs and of the texts' vectors."""

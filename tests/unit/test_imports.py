@@ -20,7 +20,7 @@ LAYERS = (
     {"evaluation"},
     {"training"},
     {"delivery", "serving", "tuning"},
-    {"lab"},
+    {"lab", "benchmark"},
     {"cli", "doctor", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -50,7 +50,7 @@ def plan_of(config: PrepareConfig, seed: int) -> TaskPlan:
         fits = isinstance(number, int) and number >= 0
         require(fits, "new_scene_rows", given, "must be numbers of rows, such as [0, 100, 1000]")
     require(scene is not None or given in (None, []), "new_scene_rows", given, "has no effect without new_scene")
-    return TaskPlan(tasks, scene, tuple(sorted(set(map(int, rows)))), share, seed)  # type: ignore[arg-type]
+    return TaskPlan(tasks, scene, tuple(sorted(set(map(int, rows)))), share, seed)
 
 
 def deal_tasks(con: Connection, plan: TaskPlan) -> None:

@@ -1,0 +1,97 @@
+"""What cells predicted, in one order, so that they can be paired row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from gmeta.evaluation.predictions import RANKING_SUFFIX
+
+AFTER = "after"
+_LEAST = 1e-7
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rows [N] with what one model says of them, by unit, scene, and then time."""
+
+    unit: NDArray[Any]  # [N], what is resampled: the user, or the item
+    scene: NDArray[np.int64]  # [N]
+    row: NDArray[np.int64]  # [N], place in the split of the pack
+    known: NDArray[np.int64]  # [N], known rows of a new scene; -1 where tasks are not called by it
+    label: NDArray[np.float64]  # [N]
+    logit: NDArray[np.float64]  # [N]
+
+    @property
+    def score(self) -> NDArray[np.float64]:
+        """Return click probabilities, [N]."""
+        found: NDArray[np.float64] = 1 / (1 + np.exp(-self.logit))
+        return found
+
+    def where(self, mask: NDArray[np.bool_]) -> Scored:
+        """Return some rows."""
+        return Scored(**{name: value[mask] for name, value in vars(self).items()})
+
+    def shifted(self, shifts: dict[int, float]) -> Scored:
+        """Return the rows with a number added to the logits of each scene."""
+        return replace(self, logit=self.logit + np.array([shifts.get(int(s), 0.0) for s in self.scene]))
+
+
+def read_scored(file: Path, variant: str = AFTER, *, in_scenes: bool = False) -> Scored:
+    """Read what a variant of a run predicted; of a run that adapts nothing its only one. With `in_scenes` tasks are
+    users in a scene, and the unit is the user.
+    """
+    table = pq.read_table(file)
+    variants = json.loads((table.schema.metadata or {})[b"variants"])
+    name = variant if variant in variants else variants[0]
+    score = table[name].to_numpy().astype(np.float64).clip(_LEAST, 1 - _LEAST)
+    ranking = f"{name}{RANKING_SUFFIX}"
+    logit = (
+        table[ranking].to_numpy().astype(np.float64) if ranking in table.column_names else np.log(score / (1 - score))
+    )
+    words = [_words(str(task), in_scenes) for task in table["task"].to_pylist()]
+    found = Scored(
+        np.array([unit for unit, _ in words]),
+        np.array([_scene(s, unit) for s, (unit, _) in zip(table["scenario"].to_pylist(), words, strict=True)]),
+        table["row"].to_numpy().astype(np.int64),
+        np.array([known for _, known in words], np.int64),
+        table["label"].to_numpy().astype(np.float64),
+        logit,
+    )
+    return _in_order(found)
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    """Return the rows of several, in the one order."""
+    return _in_order(Scored(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])}))
+
+
+def require_same(first: Scored, other: Scored, what: str) -> None:
+    """Raise ValueError where two do not have the same rows."""
+    same = np.array_equal(first.unit, other.unit) and np.array_equal(first.scene, other.scene)
+    if not same or not np.array_equal(first.label, other.label):
+        raise ValueError(f"{what} has other rows than the others: remove its folder under cells, and run it again")
+
+
+def _words(task: str, in_scenes: bool) -> tuple[str, int]:
+    """Return the unit of a task's key, and the rows that it knows: key@rows, where it is called by them."""
+    key, mark, known = task.rpartition("@")
+    if mark and known.isdecimal():
+        return key, int(known)
+    return (task.rpartition("/")[0] if in_scenes else task), -1
+
+
+def _scene(scenario: str | None, unit: str) -> int:
+    """Return the number of a row's scene. One that train lacks has no name in predictions: the key scene/item has."""
+    return int(unit.partition("/")[0] if scenario is None else scenario)
+
+
+def _in_order(found: Scored) -> Scored:
+    return found.where(np.lexsort((np.arange(len(found.unit)), found.scene, found.unit)))  # type: ignore[arg-type]

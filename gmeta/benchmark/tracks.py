@@ -1,0 +1,128 @@
+"""The tracks of the benchmark: which models are trained on which pack, with which settings.
+
+Rates and passes were chosen on the valid rows of a clone (docs/antm2c.md); real files deserve their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gmeta.benchmark.cells import Cell
+from gmeta.config.benchmark import BenchmarkConfig
+from gmeta.data.antm2c.published import SCENES
+
+SCENARIOS, INPUTS, NEW_USERS, NEW_SCENE = "scenarios", "inputs", "new_users", "new_scene"
+POOLED = ("dnn", "deepfm", "dcn", "dlrm")
+"""Models that know a scene as a feature, of all scenes' rows together; `dnn` is gmeta's melu, which adapts nothing."""
+SEPARATE = ("dnn", "deepfm", "dcn")
+"""Those that are trained for every scene by itself too."""
+MANY = ("shared_bottom", "mmoe", "ple", "star", "pepnet", "hamur")
+"""Models with parts for scenes."""
+ADAPTED = "adapted"
+"""Every task solves a Bayesian last layer over learned vectors of its rows (`neural_linear`)."""
+KNOWN = (100, 1000, 10_000)
+"""Rows that are known of a new scene, besides none."""
+BASE = "dlrm"
+"""The model of tracks that vary something else."""
+
+IDS = ("user_id", "item_id", "scene")
+TEXTS = ("item_title", "bill_entity_seq", "service_entity_seq", "query_entity_seq")
+IMAGES = ("image", "has_image")
+_PLAIN = (
+    *("--meta.adapt", "[]", "--loader.episode_rows", "8", "--loader.tasks_per_batch", "256"),
+    *("--embedding.lr", "0.1", "--dense.lr", "0.003", "--schedule.metric", "auc"),
+)
+_SOLVED = (
+    *("--meta.adapt", "[last_layer]", "--loader.episode_rows", "16", "--loader.tasks_per_batch", "128"),
+    *("--embedding.lr", "0.2", "--dense.lr", "0.005", "--schedule.metric", "auc", "--model.embedding_dim", "17"),
+)
+_FEW = (
+    *("--schedule.epochs", "3", "--loader.tasks_per_batch", "32", "--embedding.lr", "0.05", "--dense.lr", "0.001"),
+    *("--schedule.metric", "loss"),
+)
+"""Of a training on few rows, which has no valid rows to choose by."""
+EPOCHS = 4
+
+
+class Tracks:
+    """What the cells of one benchmark are."""
+
+    def __init__(self, config: BenchmarkConfig, known: dict[int, int]) -> None:
+        self.config = config
+        self.scenes = [scene for scene in range(SCENES) if known.get(scene)]
+        self.known = known
+        self.images = IMAGES if config.images else ()
+        self.end = ("--schedule.max_steps", "20") if config.quick else ("--schedule.epochs", str(EPOCHS))
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield all cells, those of the first seed first; a cell comes after those that it needs."""
+        for seed in range(1 if self.config.quick else self.config.seeds):
+            yield from self._scenarios(seed)
+            yield from self._inputs(seed)
+            yield from self._new_users(seed)
+            for scene in self.scenes[:1] if self.config.quick else self.scenes:
+                yield from self._new_scene(seed, scene)
+
+    def rows_of(self, scene: int) -> tuple[int, ...]:
+        """Return the numbers of known rows of a new scene: of `KNOWN` those that it has."""
+        return tuple(number for number in KNOWN if number <= self.known[scene])
+
+    def _scenarios(self, seed: int) -> Iterator[Cell]:
+        for model in (*POOLED, *MANY):
+            yield Cell(SCENARIOS, model, seed, "all", self._plain(model))
+        solved = self._solved(("user_id", "scene", "bill_entity_seq", "service_entity_seq", "query_entity_seq"))
+        yield Cell(SCENARIOS, ADAPTED, seed, "in_scenes", solved)
+        for model in SEPARATE:
+            for scene in self.scenes:
+                yield Cell(SCENARIOS, f"{model}, scene {scene}", seed, f"scene_{scene}", self._plain(model))
+
+    def _inputs(self, seed: int) -> Iterator[Cell]:
+        yield Cell(INPUTS, "ids", seed, "all", self._plain(BASE, texts=False, images=False))
+        if self.images:
+            yield Cell(INPUTS, "ids, texts", seed, "all", self._plain(BASE, images=False))
+            yield Cell(INPUTS, "ids, images", seed, "all", self._plain(BASE, texts=False))
+
+    def _new_users(self, seed: int) -> Iterator[Cell]:
+        yield Cell(NEW_USERS, BASE, seed, "new_users", self._plain(BASE, user=False))
+        yield Cell(NEW_USERS, "pepnet", seed, "new_users", self._plain("pepnet", user=False))
+        solved = self._solved(("scene", "bill_entity_seq", "service_entity_seq", "query_entity_seq"), user=False)
+        yield Cell(NEW_USERS, ADAPTED, seed, "new_users", solved)
+
+    def _new_scene(self, seed: int, scene: int) -> Iterator[Cell]:
+        track, pack = f"{NEW_SCENE}_{scene}", f"new_{scene}"
+        plain = Cell(track, BASE, seed, pack, self._plain(BASE))
+        yield plain
+        yield Cell(track, "pepnet", seed, pack, self._plain("pepnet"))
+        about = ("scene", "item_title", *self.images)
+        yield Cell(track, ADAPTED, seed, pack, self._solved(about, item=False))
+        for number in self.rows_of(scene):
+            few = (*self._plain(BASE), *_FEW)
+            for variant, begins in (("fine-tuned", plain.name), ("from scratch", "")):
+                name, rows = f"{variant}, {number}", f"known_{scene}_{number}"
+                yield Cell(track, name, seed, rows, few, begins=begins, valid=False)
+
+    def _plain(self, model: str, *, user: bool = True, texts: bool = True, images: bool = True) -> tuple[str, ...]:
+        """Return the words of a training that adapts nothing."""
+        name = "melu" if model == "dnn" else model
+        features = [*(IDS if user else IDS[1:]), *(TEXTS if texts else ()), *(self.images if images else ())]
+        words = (*_PLAIN, *self.end, "--model.features", _listed(features))
+        return (*words, *self._named(name, {})) if texts else (*words, "--model.name", name)
+
+    def _solved(self, about: Sequence[str], *, user: bool = True, item: bool = True) -> tuple[str, ...]:
+        """Return the words of a training whose tasks solve their last layer; `about` says what a task is."""
+        left_out = [name for name, read in (("user_id", user), ("item_id", item)) if not read]
+        features = [name for name in (*IDS, *TEXTS, *self.images) if name not in left_out]
+        lists = [name for name in about if name in TEXTS]
+        told = [name for name in about if name not in TEXTS] + [f"text of {name}" for name in lists]
+        args = {"task_features": told, "hidden": [64], "dropout": 0.1}
+        return (*_SOLVED, *self.end, "--model.features", _listed(features), *self._named("neural_linear", args))
+
+    def _named(self, model: str, args: dict[str, Any]) -> tuple[str, ...]:
+        texts = {"encoder": self.config.encoder, "layers": self.config.layers, "target": TEXTS[0], "lists": TEXTS[1:]}
+        return ("--model.name", "with_texts", "--model.args", json.dumps({"model": model, "args": args, **texts}))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"[{','.join(names)}]"
