@@ -68,10 +68,11 @@ def boards_of(
 def _by_variant(
     folder: CellFolder, kept: Kept, track: str, split: str, variant: str = AFTER
 ) -> dict[str, list[Scored]]:
-    """Return variant -> rows of each seed; models of one scene each are joined, where all scenes are there."""
+    """Return variant -> rows of each seed; models of one scene each are joined where all scenes are there, which a
+    model of all scenes tells.
+    """
     found: dict[str, list[Scored]] = {}
     parts: dict[tuple[str, int], list[Scored]] = {}
-    scenes = {cell.variant.partition(", ")[2] for cell in kept if cell.track == track and ", scene " in cell.variant}
     for cell in kept:
         if cell.track != track or (split == "valid" and not cell.valid):
             continue
@@ -80,14 +81,15 @@ def _by_variant(
             parts.setdefault((cell.variant.partition(", ")[0], cell.seed), []).append(scored)
         else:
             found.setdefault(cell.variant, []).append(scored)
+    if not found:
+        return {}
+    first = next(iter(found.values()))[0]
     for (name, _), of in parts.items():
-        if len(of) == len(scenes):
+        if sum(len(part.unit) for part in of) == len(first.unit):
             found.setdefault(f"{name}, separate", []).append(joined(of))
-    first = next(iter(found.values()), [None])[0]
     for name, seeds in found.items():
         for scored in seeds:
-            if first is not None:
-                require_same(first, scored, f"{track}, {name}")
+            require_same(first, scored, f"{track}, {name}")
     return found
 
 
@@ -219,7 +221,7 @@ def _new_scene(folder: CellFolder, kept: Kept, tracks: Sequence[str], resamples:
             board.records.append(_record(f"leave-one-out/{scene}/{rows}", variant, "auc", float(value)))
     for name in everywhere:
         variant, rows = name.split(", ")
-        for other in ("fine-tuned", "from scratch", BASE, "pepnet"):
+        for other in ("fine-tuned", "fine-tuned gently", "from scratch", BASE, "pepnet"):
             against = f"{other}, {rows}" if f"{other}, {rows}" in macro else f"{other}, 0"
             if variant == ADAPTED and against in macro and (rows != "0" or against.endswith(", 0")):
                 gain = difference(macro[name], macro[against])

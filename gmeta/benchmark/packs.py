@@ -10,7 +10,7 @@ import duckdb
 
 from gmeta.benchmark.cells import CellFolder
 from gmeta.config.benchmark import BenchmarkConfig
-from gmeta.data.antm2c.published import TIME_FORMAT, TRAIN_ENDS, VALID_ENDS
+from gmeta.data.antm2c.published import DEEP_FEATURES, TIME_FORMAT, TRAIN_ENDS, VALID_ENDS
 from gmeta.data.antm2c.read import part_files
 from gmeta.data.sources import literal
 
@@ -20,11 +20,15 @@ _TRAIN = f"strptime(log_time, {literal(TIME_FORMAT)}) <= TIMESTAMP {literal(TRAI
 _TEST = f"strptime(log_time, {literal(TIME_FORMAT)}) > TIMESTAMP {literal(VALID_ENDS.strftime(TIME_FORMAT))}"
 
 
+_WITHOUT_DEEP = f"* REPLACE ({', '.join(f'NULL AS {name}' for name in DEEP_FEATURES)})"
+
+
 def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tuple[int, ...]) -> None:
     """Make a pack of the benchmark where it is not there.
 
     all, in_scenes (a task is a user in a scene), scene_S (rows of one scene), new_users, new_S (all but a scene, whose
-    test tasks know so many `rows`), known_S_N (the last N rows of a scene's train alone).
+    test tasks know so many `rows`), known_S_N (the last N rows of a scene's train alone). The last two are without
+    deep_features: rows of one scene would make other columns of them, and what is trained on one goes on on the other.
     """
     if (folder.pack(name) / "manifest.json").exists():
         return
@@ -36,19 +40,30 @@ def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tupl
     elif name == "new_users":
         more = ["--new_users", NEW_USERS]
     elif kind == "scene":
-        root = _filtered(root, made, f"SELECT * FROM log WHERE scene = {literal(of)}")
+        root = rows_of_scene(root, made, int(of))
     elif kind == "new":
+        root = _filtered(root, made, f"SELECT {_WITHOUT_DEEP} FROM log")
         more = ["--tasks", "scene_item", "--new_scene", of, "--new_scene_rows", f"[{','.join(map(str, rows))}]"]
     elif kind == "known":
-        scene, number = of.split("_")
-        mine = f"SELECT * FROM log WHERE scene = {literal(scene)}"
-        known = f"SELECT * FROM ({mine} AND {_TRAIN} ORDER BY log_time DESC, part DESC, row DESC LIMIT {number})"
-        root = _filtered(root, made, f"{known} UNION ALL {mine} AND {_TEST}")
+        scene, number = map(int, of.split("_"))
+        root = known_rows(root, made, scene, number)
         more = ["--tasks", "scene_item"]
     if config.images:
         more += ["--images", config.images]
     folder.gmeta("packs", "prepare", "--dataset", "antm2c", "--root", root, *more, "--out", folder.pack(name))
     shutil.rmtree(made, ignore_errors=True)
+
+
+def rows_of_scene(root: Path, out: Path, scene: int) -> Path:
+    """Write files of the log's form with the rows of one scene."""
+    return _filtered(root, out, f"SELECT * FROM log WHERE scene = {literal(str(scene))}")
+
+
+def known_rows(root: Path, out: Path, scene: int, number: int) -> Path:
+    """Write files of the log's form with the last `number` rows of train of a scene, and its rows of test."""
+    mine = f"SELECT * FROM log WHERE scene = {literal(str(scene))}"
+    known = f"SELECT * FROM ({mine} AND {_TRAIN} ORDER BY log_time DESC, part DESC, row DESC LIMIT {number})"
+    return _filtered(root, out, f"SELECT {_WITHOUT_DEEP} FROM ({known} UNION ALL {mine} AND {_TEST})")
 
 
 def scene_rows(root: Path) -> dict[int, int]:

@@ -32,17 +32,19 @@ TEXTS = ("item_title", "bill_entity_seq", "service_entity_seq", "query_entity_se
 IMAGES = ("image", "has_image")
 _PLAIN = (
     *("--meta.adapt", "[]", "--loader.episode_rows", "8", "--loader.tasks_per_batch", "256"),
-    *("--embedding.lr", "0.1", "--dense.lr", "0.003", "--schedule.metric", "auc"),
+    *("--embedding.lr", "0.1", "--dense.lr", "0.003"),
 )
 _SOLVED = (
     *("--meta.adapt", "[last_layer]", "--loader.episode_rows", "16", "--loader.tasks_per_batch", "128"),
-    *("--embedding.lr", "0.2", "--dense.lr", "0.005", "--schedule.metric", "auc", "--model.embedding_dim", "17"),
+    *("--embedding.lr", "0.2", "--dense.lr", "0.005", "--model.embedding_dim", "17"),
 )
-_FEW = (
-    *("--schedule.epochs", "3", "--loader.tasks_per_batch", "32", "--embedding.lr", "0.05", "--dense.lr", "0.001"),
-    *("--schedule.metric", "loss"),
-)
-"""Of a training on few rows, which has no valid rows to choose by."""
+_FEW = ("--schedule.epochs", "3", "--loader.episode_rows", "8", "--loader.tasks_per_batch", "32")
+_RATES = {
+    "": ("--embedding.lr", "0.05", "--dense.lr", "0.001"),
+    " gently": ("--embedding.lr", "0.01", "--dense.lr", "0.0001"),
+}
+"""Of trainings on few rows, which have no valid rows to choose by: two pairs of rates."""
+_BY_VALID = ("--schedule.metric", "auc")
 EPOCHS = 4
 
 
@@ -98,16 +100,18 @@ class Tracks:
         about = ("scene", "item_title", *self.images)
         yield Cell(track, ADAPTED, seed, pack, self._solved(about, item=False))
         for number in self.rows_of(scene):
-            few = (*self._plain(BASE), *_FEW)
-            for variant, begins in (("fine-tuned", plain.name), ("from scratch", "")):
-                name, rows = f"{variant}, {number}", f"known_{scene}_{number}"
-                yield Cell(track, name, seed, rows, few, begins=begins, valid=False)
+            rows = f"known_{scene}_{number}"
+            for how, rates in _RATES.items():
+                name = f"fine-tuned{how}, {number}"
+                yield Cell(track, name, seed, rows, (*_FEW, *rates), begins=plain.name, valid=False)
+            words = (*self._plain(BASE), *_FEW, *_RATES[""])
+            yield Cell(track, f"from scratch, {number}", seed, rows, words, valid=False)
 
     def _plain(self, model: str, *, user: bool = True, texts: bool = True, images: bool = True) -> tuple[str, ...]:
         """Return the words of a training that adapts nothing."""
         name = "melu" if model == "dnn" else model
         features = [*(IDS if user else IDS[1:]), *(TEXTS if texts else ()), *(self.images if images else ())]
-        words = (*_PLAIN, *self.end, "--model.features", _listed(features))
+        words = (*_PLAIN, *self.end, *_BY_VALID, "--model.features", _listed(features))
         return (*words, *self._named(name, {})) if texts else (*words, "--model.name", name)
 
     def _solved(self, about: Sequence[str], *, user: bool = True, item: bool = True) -> tuple[str, ...]:
@@ -117,7 +121,14 @@ class Tracks:
         lists = [name for name in about if name in TEXTS]
         told = [name for name in about if name not in TEXTS] + [f"text of {name}" for name in lists]
         args = {"task_features": told, "hidden": [64], "dropout": 0.1}
-        return (*_SOLVED, *self.end, "--model.features", _listed(features), *self._named("neural_linear", args))
+        return (
+            *_SOLVED,
+            *self.end,
+            *_BY_VALID,
+            "--model.features",
+            _listed(features),
+            *self._named("neural_linear", args),
+        )
 
     def _named(self, model: str, args: dict[str, Any]) -> tuple[str, ...]:
         texts = {"encoder": self.config.encoder, "layers": self.config.layers, "target": TEXTS[0], "lists": TEXTS[1:]}

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+_ARGUMENTS = "model.args."
+
 
 def flat(values: Mapping[str, Any], prefix: str = "", *, whole: Collection[str] = ()) -> dict[str, Any]:
-    """Return nested settings by dotted key; empty sections vanish. Mappings under the keys `whole` are values: their
-    own keys are the user's, and may have dots.
+    """Return nested settings by dotted key; empty sections vanish, but not an argument of the model that is an empty
+    mapping. Mappings under the keys `whole` are values: their own keys are the user's, and may have dots.
     """
     found: dict[str, Any] = {}
     for name, value in values.items():
         key = f"{prefix}{name}"
-        inside = isinstance(value, Mapping) and key not in whole
+        is_value = key in whole or (key.startswith(_ARGUMENTS) and not value)
+        inside = isinstance(value, Mapping) and not is_value
         found |= flat(value, f"{key}.", whole=whole) if inside else {key: value}
     return found
 

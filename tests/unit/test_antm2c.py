@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import re
@@ -11,31 +10,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from antm2c_rows import Row, row, write_log
 from commands import fails, gmeta
 from event_packs import quiet
 
 from gmeta.config.data import PrepareConfig
-from gmeta.data.antm2c.published import COLUMNS, DEEP_FEATURES
+from gmeta.data.antm2c.published import COLUMNS
 from gmeta.data.antm2c.read import LISTS
 from gmeta.data.antm2c.rows import HISTORY, MadeLog, log_schema, make_log_rows
 from gmeta.data.antm2c.tasks import QUERY
 from gmeta.data.antm2c.told import log_lines
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.settings import resolve_settings
-
-Row = dict[str, Any]
-
-
-def row(user: str, item: str, time: str, label: int, scene: int = 1, **more: Any) -> Row:
-    """A row as the released files have it; times are of August 2023."""
-    found: Row = dict.fromkeys(COLUMNS, "")
-    found |= {"user_id": user, "item_id": item, "log_time": f"2023-08-{time}", "label": label, "scene": scene}
-    found |= {"bill_entity_seq": "tea;milk", "service_entity_seq": "taxi", "item_entity_names": "cup;pot"}
-    found |= {"query_entity_seq": "", "item_title": f"about {item}"}
-    kinds = [7, "c1", 0.5]
-    found |= {name: kinds[place % 3] for place, name in enumerate(DEEP_FEATURES)}
-    return found | more
-
 
 TEN = [
     row("u1", "a", "01 10:00:00", 1, deep_features_0=1),
@@ -51,20 +37,14 @@ TEN = [
 ]
 
 
-def write(folder: Path, rows: list[Row], columns: tuple[str, ...] = COLUMNS) -> Path:
-    """Deal rows to three part files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for part in range(3):
-        with (folder / f"antm2c_10m_part{part}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows[part::3])
-    return folder
-
-
 def made(folder: Path, rows: list[Row] = TEN, **settings: Any) -> MadeLog:
     """What rows of a log become, before they are a pack."""
-    named = {"dataset": "antm2c", "root": str(write(folder / "files", rows)), "out": str(folder / "pack"), **settings}
+    named = {
+        "dataset": "antm2c",
+        "root": str(write_log(folder / "files", rows)),
+        "out": str(folder / "pack"),
+        **settings,
+    }
     config = PrepareConfig(**named)
     _, resolved = resolve_settings(config, log_schema(config))
     return make_log_rows(config, resolved, folder, quiet)
@@ -233,7 +213,7 @@ def test_times_that_cannot_be_parsed_are_refused_or_filled(tmp_path: Path) -> No
 
 def test_the_columns_may_have_another_order(tmp_path: Path, ten: MadeLog) -> None:
     made_of = tmp_path / "made"
-    write(made_of / "files", TEN, tuple(reversed(COLUMNS)))
+    write_log(made_of / "files", TEN, tuple(reversed(COLUMNS)))
     config = PrepareConfig(dataset="antm2c", root=str(made_of / "files"), out=str(tmp_path / "pack"))
     _, settings = resolve_settings(config, log_schema(config))
     assert tasks(make_log_rows(config, settings, made_of, quiet)) == tasks(ten)
@@ -257,7 +237,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path, change: Row, expecte
 
 
 def test_files_that_are_wrong_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = write(tmp_path / "files", TEN)
+    root = write_log(tmp_path / "files", TEN)
     words = ["prepare", "--dataset", "antm2c", "--root", root, "--out", tmp_path / "pack"]
     second = root / "antm2c_10m_part1.csv"
     text = second.read_text()
