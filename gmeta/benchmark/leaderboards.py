@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from gmeta.benchmark.cells import Cell, CellFolder
-from gmeta.benchmark.measure import Measured, difference, measure, told
-from gmeta.benchmark.scored import AFTER, Scored, joined, read_scored, require_same
+from gmeta.benchmark.measure import OfScenes, gain_of, measure_scenes, told
+from gmeta.benchmark.scored import AFTER, Scored, read_scored, require_same, rows_of_all
 from gmeta.benchmark.tracks import ADAPTED, BASE, INPUTS, MANY, NEW_SCENE, NEW_USERS, POOLED, SCENARIOS, SEPARATE
 from gmeta.data.pack import open_pack
 
-Kept = Mapping[Cell, dict[str, Any]]
+KeptCells = Mapping[Cell, dict[str, Any]]
 _METRICS = ("gauc", "logloss", "logloss_corrected", "calibration", "calibration_corrected")
 _HEAD = ("GAUC", "log-loss", "corrected", "predicted / observed", "corrected")
 NONE = "-"
@@ -40,7 +40,7 @@ class Board:
 
 
 def boards_of(
-    folder: CellFolder, kept: Kept, reference: Mapping[str, Mapping[str, Any]], resamples: int
+    folder: CellFolder, kept: KeptCells, reference: Mapping[str, Mapping[str, Any]], resamples: int
 ) -> list[Board]:
     """Return a board for each track that has cells. `reference` has AUCs of a clone's references, by name."""
     boards: list[Board] = []
@@ -66,7 +66,7 @@ def boards_of(
 
 
 def _by_variant(
-    folder: CellFolder, kept: Kept, track: str, split: str, variant: str = AFTER
+    folder: CellFolder, kept: KeptCells, track: str, split: str, variant: str = AFTER
 ) -> dict[str, list[Scored]]:
     """Return variant -> rows of each seed; models of one scene each are joined where all scenes are there, which a
     model of all scenes tells.
@@ -86,7 +86,7 @@ def _by_variant(
     first = next(iter(found.values()))[0]
     for (name, _), of in parts.items():
         if sum(len(part.unit) for part in of) == len(first.unit):
-            found.setdefault(f"{name}, separate", []).append(joined(of))
+            found.setdefault(f"{name}, separate", []).append(rows_of_all(of))
     for name, seeds in found.items():
         for scored in seeds:
             require_same(first, scored, f"{track}, {name}")
@@ -95,13 +95,13 @@ def _by_variant(
 
 def _scenarios(
     folder: CellFolder,
-    kept: Kept,
+    kept: KeptCells,
     scored: dict[str, list[Scored]],
     valid: dict[str, list[Scored]],
     reference: Mapping[str, Mapping[str, Any]],
     resamples: int,
 ) -> list[Board]:
-    measured = measure(scored, valid, resamples)
+    measured = measure_scenes(scored, valid, resamples)
     about = "All rows of test. A scene's base rate is corrected by its valid rows; intervals are over users."
     board = _board("scenarios", "Scenarios", about, kept, SCENARIOS, measured, "dnn")
     for name, of in reference.items():
@@ -115,11 +115,13 @@ def _scenarios(
     if cold.any():
         rows = {name: [one.where(cold) for one in of] for name, of in scored.items()}
         about = "Rows of test whose item no row of train has."
-        boards.append(_board("new_items", "New items", about, kept, SCENARIOS, measure(rows, {}, resamples), "dnn"))
+        boards.append(
+            _board("new_items", "New items", about, kept, SCENARIOS, measure_scenes(rows, {}, resamples), "dnn")
+        )
     return boards
 
 
-def _of_sharing(measured: Mapping[str, Measured]) -> Iterator[str]:
+def _of_sharing(measured: Mapping[str, OfScenes]) -> Iterator[str]:
     """Say what pooling scenes and parts of scenes gain, and in which scenes pooling loses."""
     best = {
         kind: max((n for n in names if n in measured), key=lambda n: measured[n].auc_macro[0], default=None)
@@ -128,22 +130,22 @@ def _of_sharing(measured: Mapping[str, Measured]) -> Iterator[str]:
     for kind in ("pooled", "separate"):
         one, other = best["many"], best[kind]
         if one is not None and other is not None:
-            gain = told(difference(measured[one].auc_macro, measured[other].auc_macro))
+            gain = told(gain_of(measured[one].auc_macro, measured[other].auc_macro))
             yield f"{one}, the best with parts for scenes, against {other}, the best {kind} one: macro AUC {gain}."
     for name in SEPARATE:
         alone = measured.get(f"{name}, separate")
         if name in measured and alone is not None:
-            gains = {s: difference(measured[name].auc[s], alone.auc[s]) for s in alone.auc}
+            gains = {s: gain_of(measured[name].auc[s], alone.auc[s]) for s in alone.auc}
             loses = [f"{s} ({told(gain)})" for s, gain in gains.items() if gain["high"] < 0]
-            macro = told(difference(measured[name].auc_macro, alone.auc_macro))
+            macro = told(gain_of(measured[name].auc_macro, alone.auc_macro))
             where = f"loses in scene {', '.join(loses)}" if loses else "loses in no scene outside the interval"
             yield f"Negative transfer: {name} of all scenes against {name} of each alone {where}; macro AUC {macro}."
 
 
 def _inputs(
-    kept: Kept, scored: dict[str, list[Scored]], reference: Mapping[str, Mapping[str, Any]], resamples: int
+    kept: KeptCells, scored: dict[str, list[Scored]], reference: Mapping[str, Mapping[str, Any]], resamples: int
 ) -> Board:
-    measured = measure(scored, {}, resamples)
+    measured = measure_scenes(scored, {}, resamples)
     board = _board("inputs", f"Inputs of {BASE}", "All rows of test.", kept, INPUTS, measured, "ids")
     bound = reference.get("posterior")
     if bound and "ids" in measured and "all of these" in measured:
@@ -154,14 +156,16 @@ def _inputs(
     return board
 
 
-def _new_users(kept: Kept, scored: dict[str, list[Scored]], valid: dict[str, list[Scored]], resamples: int) -> Board:
+def _new_users(
+    kept: KeptCells, scored: dict[str, list[Scored]], valid: dict[str, list[Scored]], resamples: int
+) -> Board:
     about = "Users that no row of train has; a task knows the last 50 rows of its user before the split."
-    measured = measure(scored, valid if all(name in valid for name in scored) else {}, resamples)
+    measured = measure_scenes(scored, valid if all(name in valid for name in scored) else {}, resamples)
     return _board("new_users", "New users", about, kept, NEW_USERS, measured, BASE)
 
 
 def _board(
-    case: str, title: str, about: str, kept: Kept, track: str, measured: Mapping[str, Measured], against: str
+    case: str, title: str, about: str, kept: KeptCells, track: str, measured: Mapping[str, OfScenes], against: str
 ) -> Board:
     """Return the leaderboard of variants that are measured on the same rows."""
     scenes = sorted(next(iter(measured.values())).scenes)
@@ -169,14 +173,14 @@ def _board(
     head = ["variant", "seeds", "macro AUC", f"- {against}", *(f"scene {s}" for s in scenes), *_HEAD, "CPU s", "MB"]
     board = Board(title, about, head)
     for name, of in sorted(measured.items(), key=lambda item: -item[1].auc_macro[0]):
-        macro, gain = of.auc_macro, difference(of.auc_macro, measured[against].auc_macro)
+        macro, gain = of.auc_macro, gain_of(of.auc_macro, measured[against].auc_macro)
         spread = "" if of.spread is None else f" ± {of.spread:.4f}"
         aucs = [f"{of.scenes[scene]['auc']:.4f}" for scene in scenes]
         others = [f"{of.macro[m]:.4f}" if m in of.macro else NONE for m in _METRICS]
         cpu, peak = _spent(kept, track, name)
         difference_told = NONE if name == against else told(gain)
         board.rows.append([name, str(of.seeds), f"{macro[0]:.4f}{spread}", difference_told, *aucs, *others, cpu, peak])
-        interval = difference(macro, np.zeros_like(macro))
+        interval = gain_of(macro, np.zeros_like(macro))
         board.points.append((name, interval["value"], interval["low"], interval["high"]))
         board.records.append(_record(case, name, "auc_macro", interval))
         board.records.append(_record(case, f"{name} - {against}", "auc_macro", gain))
@@ -187,7 +191,7 @@ def _board(
     return board
 
 
-def _spent(kept: Kept, track: str, variant: str) -> tuple[str, str]:
+def _spent(kept: KeptCells, track: str, variant: str) -> tuple[str, str]:
     """Return CPU seconds of a seed's training, the mean over seeds, and the largest memory."""
     name, _, separate = variant.partition(", ")
     prefix = f"{name}, scene " if separate == "separate" else f"{variant}\n"
@@ -198,7 +202,7 @@ def _spent(kept: Kept, track: str, variant: str) -> tuple[str, str]:
     return f"{sum(v['cpu_s'] for v in mine.values()) / seeds:.0f}", f"{max(v['peak_mb'] for v in mine.values()):.0f}"
 
 
-def _new_scene(folder: CellFolder, kept: Kept, tracks: Sequence[str], resamples: int) -> Board:
+def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resamples: int) -> Board:
     """Return the board of scenes that are left out, by known rows; of each scene its items are resampled."""
     about = (
         "A scene is left out of train, its last so many rows of train are then known, and its rows of test are judged. "
@@ -213,7 +217,7 @@ def _new_scene(folder: CellFolder, kept: Kept, tracks: Sequence[str], resamples:
         variant, rows = name.split(", ")
         aucs = [f"{measured[s][name].auc_macro[0]:.4f}" for s in scenes]
         board.rows.append([variant, rows, f"{macro[name][0]:.4f}", *aucs])
-        interval = difference(macro[name], np.zeros_like(macro[name]))
+        interval = gain_of(macro[name], np.zeros_like(macro[name]))
         board.points.append((name, interval["value"], interval["low"], interval["high"]))
         board.records.append(_record(f"leave-one-out/all/{rows}", variant, "auc_macro", interval))
         for scene in scenes:
@@ -224,13 +228,13 @@ def _new_scene(folder: CellFolder, kept: Kept, tracks: Sequence[str], resamples:
         for other in ("fine-tuned", "fine-tuned gently", "from scratch", BASE, "pepnet"):
             against = f"{other}, {rows}" if f"{other}, {rows}" in macro else f"{other}, 0"
             if variant == ADAPTED and against in macro and (rows != "0" or against.endswith(", 0")):
-                gain = difference(macro[name], macro[against])
+                gain = gain_of(macro[name], macro[against])
                 board.notes.append(f"{ADAPTED}, {rows} known rows, against {against}: macro AUC {told(gain)}.")
                 board.records.append(_record(f"leave-one-out/all/{rows}", f"{ADAPTED} - {other}", "auc_macro", gain))
     return board
 
 
-def _of_new_scene(folder: CellFolder, kept: Kept, track: str, resamples: int) -> dict[str, Measured]:
+def _of_new_scene(folder: CellFolder, kept: KeptCells, track: str, resamples: int) -> dict[str, OfScenes]:
     """Return "variant, known rows" -> what it measures of one scene."""
     found: dict[str, list[Scored]] = {}
     for cell in kept:
@@ -246,7 +250,7 @@ def _of_new_scene(folder: CellFolder, kept: Kept, track: str, resamples: int) ->
     for name, seeds in found.items():
         for scored in seeds:
             require_same(first, scored, f"{track}, {name}")
-    return measure(found, {}, resamples)
+    return measure_scenes(found, {}, resamples)
 
 
 def _record(case: str, variant: str, metric: str, value: float | Mapping[str, float]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass
-class Measured:
+class OfScenes:
     """What a variant measures: of each scene, their mean, and the resampled AUCs that intervals are made of."""
 
     seeds: int
@@ -38,15 +38,15 @@ class Measured:
         return {name: float(np.mean([of[name] for of in self.scenes.values()])) for name in names}
 
 
-def measure(
+def measure_scenes(
     variants: Mapping[str, Sequence[Scored]], valid: Mapping[str, Sequence[Scored]], resamples: int
-) -> dict[str, Measured]:
+) -> dict[str, OfScenes]:
     """Measure variants, each of several seeds, on the same rows. `valid` has the variants' valid rows, where they have
     some: of these the base rate of a scene is known.
     """
     first = next(iter(variants.values()))[0]
     units, code = np.unique(first.unit, return_inverse=True)
-    found = {name: Measured(len(seeds)) for name, seeds in variants.items()}
+    found = {name: OfScenes(len(seeds)) for name, seeds in variants.items()}
     by_seed: dict[str, list[Floats]] = {name: [] for name in variants}
     for scene in np.unique(first.scene).tolist():
         at = first.scene == scene
@@ -97,7 +97,7 @@ def base_rate_shift(logit: Floats, rate: float) -> float:
     return (low + high) / 2
 
 
-def difference(ours: Floats, theirs: Floats) -> dict[str, float]:
+def gain_of(ours: Floats, theirs: Floats) -> dict[str, float]:
     """Return a difference with its interval, from resampled values [1 + resamples] that are paired."""
     values = ours - theirs
     resampled = values[1:][np.isfinite(values[1:])]

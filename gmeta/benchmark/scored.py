@@ -68,7 +68,7 @@ def read_scored(file: Path, variant: str = AFTER, *, in_scenes: bool = False) ->
     return _in_order(found)
 
 
-def joined(parts: Sequence[Scored]) -> Scored:
+def rows_of_all(parts: Sequence[Scored]) -> Scored:
     """Return the rows of several, in the one order."""
     return _in_order(Scored(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])}))
 

@@ -43,7 +43,7 @@ _RATES = {
     "": ("--embedding.lr", "0.05", "--dense.lr", "0.001"),
     " gently": ("--embedding.lr", "0.01", "--dense.lr", "0.0001"),
 }
-"""Of trainings on few rows, which have no valid rows to choose by: two pairs of rates."""
+"""Few rows have no valid rows to choose rates by, so that there are two pairs."""
 _BY_VALID = ("--schedule.metric", "auc")
 EPOCHS = 4
 

@@ -18,9 +18,9 @@ from commands import fails
 
 from gmeta.benchmark.cells import Cell, CellFolder
 from gmeta.benchmark.leaderboards import boards_of
-from gmeta.benchmark.measure import base_rate_shift, difference, measure
+from gmeta.benchmark.measure import base_rate_shift, gain_of, measure_scenes
 from gmeta.benchmark.packs import known_rows, rows_of_scene, scene_rows
-from gmeta.benchmark.scored import Scored, joined, read_scored, require_same
+from gmeta.benchmark.scored import Scored, read_scored, require_same, rows_of_all
 from gmeta.benchmark.tracks import Tracks
 from gmeta.config.benchmark import BenchmarkConfig
 from gmeta.evaluation.metrics import auc
@@ -33,7 +33,7 @@ def scored(seed: int, skill: float = 1.0, rows: int = 600, scenes: int = 2) -> S
     label = (rng.random(rows) < 0.4).astype(float)
     logit = skill * label + np.random.default_rng(seed).standard_normal(rows)
     none = np.full(rows, -1)
-    return joined([Scored(np.array([f"u{u}" for u in user]), scene, np.arange(rows), none, label, logit)])
+    return rows_of_all([Scored(np.array([f"u{u}" for u in user]), scene, np.arange(rows), none, label, logit)])
 
 
 def keep(folder: CellFolder, cell: Cell, of: Scored, tasks: list[str] | None = None) -> None:
@@ -69,22 +69,22 @@ def value(board: Any, case: str, variant: str, metric: str) -> float:
 
 def test_aucs_of_scenes_are_those_of_their_rows_and_the_macro_is_their_mean() -> None:
     seeds = [scored(1), scored(2)]
-    found = measure({"model": seeds, "worse": [scored(3, 0.3)]}, {}, 200)
+    found = measure_scenes({"model": seeds, "worse": [scored(3, 0.3)]}, {}, 200)
     for scene in (0, 1):
         each = [auc(s.logit[s.scene == scene], s.label[s.scene == scene]) for s in seeds]
         assert found["model"].scenes[scene]["auc"] == pytest.approx(np.mean(each))
     assert found["model"].macro["auc"] == pytest.approx(found["model"].auc_macro[0])
     assert found["model"].spread
-    gain = difference(found["model"].auc_macro, found["worse"].auc_macro)
+    gain = gain_of(found["model"].auc_macro, found["worse"].auc_macro)
     assert 0 < gain["low"] < gain["value"] < gain["high"]
-    assert difference(found["model"].auc_macro, found["model"].auc_macro) == {"value": 0, "low": 0, "high": 0}
+    assert gain_of(found["model"].auc_macro, found["model"].auc_macro) == {"value": 0, "low": 0, "high": 0}
 
 
 def test_a_resample_draws_the_same_users_in_each_scene() -> None:
     one = scored(1, scenes=1)
     twice = {name: np.concatenate([values, values]) for name, values in vars(one).items()}
     both = Scored(**{**twice, "scene": np.repeat([0, 1], len(one.unit))})
-    found = measure({"model": [joined([both])]}, {}, 100)["model"]
+    found = measure_scenes({"model": [rows_of_all([both])]}, {}, 100)["model"]
     first, second = found.auc.values()
     np.testing.assert_allclose(first, second)
 
@@ -92,11 +92,11 @@ def test_a_resample_draws_the_same_users_in_each_scene() -> None:
 def test_the_base_rate_of_valid_rows_corrects_a_scene() -> None:
     of = scored(1)
     off = of.shifted({0: 2.0})
-    found = measure({"off": [off]}, {"off": [off]}, 20)["off"]
+    found = measure_scenes({"off": [off]}, {"off": [off]}, 20)["off"]
     assert found.scenes[0]["calibration"] > 1.3
     assert found.scenes[0]["calibration_corrected"] == pytest.approx(1, abs=1e-6)
     assert found.scenes[0]["logloss_corrected"] < found.scenes[0]["logloss"]
-    assert found.scenes[0]["auc"] == pytest.approx(measure({"of": [of]}, {}, 20)["of"].scenes[0]["auc"])
+    assert found.scenes[0]["auc"] == pytest.approx(measure_scenes({"of": [of]}, {}, 20)["of"].scenes[0]["auc"])
     logit = np.array([-1.0, 0.0, 3.0])
     assert (1 / (1 + np.exp(-(logit + base_rate_shift(logit, 0.25))))).mean() == pytest.approx(0.25)
 

@@ -15,7 +15,7 @@ from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import require
 from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SPLITS
 from gmeta.data.antm2c.read import LISTS, DeepColumns, deep_columns, read_parts, separator_of
-from gmeta.data.antm2c.tasks import TaskPlan, deal_tasks, plan_of
+from gmeta.data.antm2c.tasks import TaskPlan, deal_events, plan_of
 from gmeta.data.image_vectors import PARTS, image_dim
 from gmeta.data.prepare.scratch import connect
 from gmeta.data.prepare.settings import Settings
@@ -95,7 +95,7 @@ def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell
         tell("making histories", 0, 1)
         _make_histories(con)
         plan = plan_of(config, settings.seed)
-        deal_tasks(con, plan)
+        deal_events(con, plan)
         counts["antm2c"] |= _told(plan)
         dim, images = _images_of(config.images)
         if images:

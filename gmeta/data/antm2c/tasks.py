@@ -15,9 +15,9 @@ from gmeta.data.antm2c.published import SCENES
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
 SUPPORT, QUERY = 50, 10
-"""Rows of a support in valid and test; of a query in train."""
+"""How many rows a support of valid and test has, and a query of train."""
 NEW_SCENE_ROWS = (0, 100, 1000, 10_000)
-"""Of a scene that is left out, the last rows of train that its tasks know, where no others are named."""
+"""How many rows of train the tasks of a scene that is left out know, where no others are named."""
 KEYS = {
     "user": "user_id",
     "user_scene": "concat_ws('/', user_id, scene)",
@@ -53,7 +53,7 @@ def plan_of(config: PrepareConfig, seed: int) -> TaskPlan:
     return TaskPlan(tasks, scene, tuple(sorted(set(map(int, rows)))), share, seed)
 
 
-def deal_tasks(con: Connection, plan: TaskPlan) -> None:
+def deal_events(con: Connection, plan: TaskPlan) -> None:
     """Make table `dealt` (event, task, partition, role, place) of table `placed` (event, user_id, item_id, scene, time,
     split and more); `place` is an event's place in its task. An event that a support repeats is in it several times.
 
