@@ -109,10 +109,13 @@ class Tracks:
 
     def _plain(self, model: str, *, user: bool = True, texts: bool = True, images: bool = True) -> tuple[str, ...]:
         """Return the words of a training that adapts nothing."""
-        name = "melu" if model == "dnn" else model
-        features = [*(IDS if user else IDS[1:]), *(TEXTS if texts else ()), *(self.images if images else ())]
+        ids = IDS if user else IDS[1:]
+        features = [*ids, *(TEXTS if texts else ()), *(self.images if images else ())]
         words = (*_PLAIN, *self.end, *_BY_VALID, "--model.features", _listed(features))
-        return (*words, *self._named(name, {})) if texts else (*words, "--model.name", name)
+        # the paper's gates of layers are made of who and what
+        args = {"personal": [name for name in ids if name != "scene"]} if model == "pepnet" else {}
+        name = "melu" if model == "dnn" else model
+        return (*words, *self._named(name, args)) if texts else (*words, "--model.name", name)
 
     def _solved(self, about: Sequence[str], *, user: bool = True, item: bool = True) -> tuple[str, ...]:
         """Return the words of a training whose tasks solve their last layer; `about` says what a task is."""
