@@ -6,7 +6,7 @@ Rates and passes were chosen on the valid rows of a clone (docs/antm2c.md); real
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gmeta.benchmark.cells import Cell
@@ -111,11 +111,7 @@ class Tracks:
         """Return the words of a training that adapts nothing."""
         ids = IDS if user else IDS[1:]
         features = [*ids, *(TEXTS if texts else ()), *(self.images if images else ())]
-        words = (*_PLAIN, *self.end, *_BY_VALID, "--model.features", _listed(features))
-        # the paper's gates of layers are made of who and what
-        args = {"personal": [name for name in ids if name != "scene"]} if model == "pepnet" else {}
-        name = "melu" if model == "dnn" else model
-        return (*words, *self._named(name, args)) if texts else (*words, "--model.name", name)
+        return plain_words(model, features, "scene", self._texts if texts else None, self.end)
 
     def _solved(self, about: Sequence[str], *, user: bool = True, item: bool = True) -> tuple[str, ...]:
         """Return the words of a training whose tasks solve their last layer; `about` says what a task is."""
@@ -130,12 +126,33 @@ class Tracks:
             *_BY_VALID,
             "--model.features",
             _listed(features),
-            *self._named("neural_linear", args),
+            *_beside("neural_linear", args, self._texts),
         )
 
-    def _named(self, model: str, args: dict[str, Any]) -> tuple[str, ...]:
-        texts = {"encoder": self.config.encoder, "layers": self.config.layers, "target": TEXTS[0], "lists": TEXTS[1:]}
-        return ("--model.name", "with_texts", "--model.args", json.dumps({"model": model, "args": args, **texts}))
+    @property
+    def _texts(self) -> dict[str, Any]:
+        """Return how `with_texts` reads texts."""
+        return {"encoder": self.config.encoder, "layers": self.config.layers, "target": TEXTS[0], "lists": TEXTS[1:]}
+
+
+def plain_words(
+    model: str, features: Sequence[str], scenario: str, texts: Mapping[str, Any] | None, end: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the words of a training that adapts nothing: a model of `features`, beside `texts` where there are some,
+    which ends as `end` says. The first features are ids; gates of pepnet are made of those but the scenario.
+    """
+    words = (*_PLAIN, *end, *_BY_VALID, "--model.features", _listed(features))
+    # the paper's gates of layers are made of who and what
+    ids = list(features[: features.index(scenario)])
+    args = {"personal": ids} if model == "pepnet" else {}
+    name = "melu" if model == "dnn" else model
+    if texts is None:
+        return (*words, "--model.name", name, *(("--model.args", json.dumps(args)) if args else ()))
+    return (*words, *_beside(name, args, texts))
+
+
+def _beside(model: str, args: Mapping[str, Any], texts: Mapping[str, Any]) -> tuple[str, ...]:
+    return ("--model.name", "with_texts", "--model.args", json.dumps({"model": model, "args": args, **texts}))
 
 
 def _listed(names: Sequence[str]) -> str:
