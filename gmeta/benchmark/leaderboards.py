@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gmeta.benchmark.cells import Cell, CellFolder
 from gmeta.benchmark.measure import OfScenes, gain_of, measure_scenes, told
-from gmeta.benchmark.scored import AFTER, Scored, read_scored, require_same, rows_of_all
+from gmeta.benchmark.scored import AFTER, Scored, aligned, read_scored, rows_of_all
 from gmeta.benchmark.tracks import ADAPTED, BASE, INPUTS, MANY, NEW_SCENE, NEW_USERS, POOLED, SCENARIOS, SEPARATE
 from gmeta.data.pack import open_pack
 
@@ -73,23 +74,20 @@ def _by_variant(
     """
     found: dict[str, list[Scored]] = {}
     parts: dict[tuple[str, int], list[Scored]] = {}
+    first: Scored | None = None
     for cell in kept:
         if cell.track != track or (split == "valid" and not cell.valid):
             continue
         scored = read_scored(folder.predictions(cell.name, split), variant, in_scenes=cell.pack == "in_scenes")
         if ", scene " in cell.variant:
             parts.setdefault((cell.variant.partition(", ")[0], cell.seed), []).append(scored)
-        else:
-            found.setdefault(cell.variant, []).append(scored)
-    if not found:
-        return {}
-    first = next(iter(found.values()))[0]
+            continue
+        first = scored if first is None else first
+        found.setdefault(cell.variant, []).append(aligned(first, scored, cell.name))
     for (name, _), of in parts.items():
-        if sum(len(part.unit) for part in of) == len(first.unit):
-            found.setdefault(f"{name}, separate", []).append(rows_of_all(of))
-    for name, seeds in found.items():
-        for scored in seeds:
-            require_same(first, scored, f"{track}, {name}")
+        if first is not None and sum(len(part.unit) for part in of) == len(first.unit):
+            every = aligned(first, rows_of_all(of), f"{track}, {name} of each scene")
+            found.setdefault(f"{name}, separate", []).append(every)
     return found
 
 
@@ -110,15 +108,21 @@ def _scenarios(
         board.records.append(_record("scenarios", f"reference, {name}", "auc_macro", of["auc_macro"]))
     board.notes += _of_sharing(measured)
     boards = [board]
-    first = next(name for name, _ in scored.items() if ", " not in name and name != ADAPTED)
-    cold = open_pack(folder.pack("all")).split("test").columns(()).item_cold[scored[first][0].row]
-    if cold.any():
+    of_all = [cell for cell in kept if cell.track == SCENARIOS and cell.pack == "all"]
+    cold = _new_items(folder, of_all[0]) if of_all else None
+    if cold is not None and cold.any():
         rows = {name: [one.where(cold) for one in of] for name, of in scored.items()}
         about = "Rows of test whose item no row of train has."
         boards.append(
             _board("new_items", "New items", about, kept, SCENARIOS, measure_scenes(rows, {}, resamples), "dnn")
         )
     return boards
+
+
+def _new_items(folder: CellFolder, cell: Cell) -> NDArray[np.bool_]:
+    """Return which rows of test, in the order of `Scored`, have an item that train lacks."""
+    rows = read_scored(folder.predictions(cell.name, "test")).row
+    return open_pack(folder.pack(cell.pack)).split("test").columns(()).item_cold[rows]
 
 
 def _of_sharing(measured: Mapping[str, OfScenes]) -> Iterator[str]:
@@ -247,10 +251,8 @@ def _of_new_scene(folder: CellFolder, kept: KeptCells, track: str, resamples: in
         for rows in np.unique(scored.known).tolist() if cell.variant == ADAPTED else [0]:
             found.setdefault(f"{cell.variant}, {rows}", []).append(scored.where(scored.known == rows))
     first = next(iter(found.values()))[0]
-    for name, seeds in found.items():
-        for scored in seeds:
-            require_same(first, scored, f"{track}, {name}")
-    return measure_scenes(found, {}, resamples)
+    shared = {name: [aligned(first, of, f"{track}, {name}") for of in seeds] for name, seeds in found.items()}
+    return measure_scenes(shared, {}, resamples)
 
 
 def _record(case: str, variant: str, metric: str, value: float | Mapping[str, float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _TRAIN = f"strptime(log_time, {literal(TIME_FORMAT)}) <= TIMESTAMP {literal(TRAI
 _TEST = f"strptime(log_time, {literal(TIME_FORMAT)}) > TIMESTAMP {literal(VALID_ENDS.strftime(TIME_FORMAT))}"
 
 
+_MEMORY = "2GB"
 _WITHOUT_DEEP = f"* REPLACE ({', '.join(f'NULL AS {name}' for name in DEEP_FEATURES)})"
 
 
@@ -51,7 +52,8 @@ def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tupl
     if config.images:
         more += ["--images", config.images]
     folder.gmeta("packs", "prepare", "--dataset", "antm2c", "--root", root, *more, "--out", folder.pack(name))
-    shutil.rmtree(made, ignore_errors=True)
+    for scratch in (made, Path(f"{made}.spill")):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def rows_of_scene(root: Path, out: Path, scene: int) -> Path:
@@ -77,12 +79,11 @@ def _filtered(root: Path, out: Path, query: str) -> Path:
     """Write files of the log's form with the rows that a query over `log` finds, in their order."""
     out.mkdir(parents=True, exist_ok=True)
     parts = part_files(root)
-    with duckdb.connect() as con:
+    with duckdb.connect(config={"memory_limit": _MEMORY, "temp_directory": f"{out}.spill"}) as con:
         con.execute(f"CREATE VIEW log AS SELECT * FROM {_log(parts)}")
-        con.execute(f"CREATE TABLE kept AS {query}")
         for number, _ in enumerate(parts):
             path = literal(str(out / f"antm2c_10m_part{number}.csv"))
-            con.execute(f"""COPY (SELECT * EXCLUDE (part, row) FROM kept WHERE part = {number} ORDER BY row)
+            con.execute(f"""COPY (SELECT * EXCLUDE (part, row) FROM ({query}) WHERE part = {number} ORDER BY row)
                             TO {path} (FORMAT csv, HEADER, NULL '')""")
     return out
 

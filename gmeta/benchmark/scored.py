@@ -73,11 +73,14 @@ def rows_of_all(parts: Sequence[Scored]) -> Scored:
     return _in_order(Scored(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])}))
 
 
-def require_same(first: Scored, other: Scored, what: str) -> None:
-    """Raise ValueError where two do not have the same rows."""
+def aligned(first: Scored, other: Scored, what: str) -> Scored:
+    """Return the logits of `other` on the rows of `first`, whose columns both then share. ValueError where they do not
+    have the same rows.
+    """
     same = np.array_equal(first.unit, other.unit) and np.array_equal(first.scene, other.scene)
     if not same or not np.array_equal(first.label, other.label):
         raise ValueError(f"{what} has other rows than the others: remove its folder under cells, and run it again")
+    return replace(first, logit=other.logit)
 
 
 def _words(task: str, in_scenes: bool) -> tuple[str, int]:

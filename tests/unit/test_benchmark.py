@@ -20,7 +20,7 @@ from gmeta.benchmark.cells import Cell, CellFolder
 from gmeta.benchmark.leaderboards import boards_of
 from gmeta.benchmark.measure import base_rate_shift, gain_of, measure_scenes
 from gmeta.benchmark.packs import known_rows, rows_of_scene, scene_rows
-from gmeta.benchmark.scored import Scored, read_scored, require_same, rows_of_all
+from gmeta.benchmark.scored import Scored, aligned, read_scored, rows_of_all
 from gmeta.benchmark.tracks import Tracks
 from gmeta.config.benchmark import BenchmarkConfig
 from gmeta.evaluation.metrics import auc
@@ -110,15 +110,14 @@ def test_predictions_are_read_in_one_order(tmp_path: Path) -> None:
     keep(folder, scenes, shuffled, [f"{u}/{s}" for u, s in zip(shuffled.unit, shuffled.scene, strict=True)])
     first = read_scored(folder.predictions(users.name, "test"))
     second = read_scored(folder.predictions(scenes.name, "test"), in_scenes=True)
-    require_same(first, second, "b")
-    np.testing.assert_allclose(first.logit, second.logit)
+    np.testing.assert_allclose(first.logit, aligned(first, second, "b").logit)
     items = Cell("t", "c", 0, "new_1", ())
     keep(folder, items, of, [f"1/{u}@{'100' if s else '0'}" for u, s in zip(of.unit, of.scene, strict=True)])
     third = read_scored(folder.predictions(items.name, "test"))
     assert set(third.known.tolist()) == {0, 100}
     assert third.unit[0].startswith("1/u")
     with pytest.raises(ValueError, match="c has other rows"):
-        require_same(first, third, "c")
+        aligned(first, third, "c")
 
 
 def test_boards_join_models_of_single_scenes_and_name_negative_transfer(tmp_path: Path) -> None:
@@ -136,6 +135,7 @@ def test_boards_join_models_of_single_scenes_and_name_negative_transfer(tmp_path
     assert value(board, "scenarios/1", "star", "auc") > value(board, "scenarios/1", "dnn", "auc")
     assert value(board, "scenarios", "reference, posterior", "auc_macro") == 0.9
     assert "Scenarios" in board.markdown()
+    assert boards(folder, cells[2:]) == {}  # models of single scenes alone tell nothing yet
     cells = [cell for cell in cells if cell.variant != "dnn, scene 1"]
     assert [line[0] for line in boards(folder, cells)["Scenarios"].rows] == ["star", "dnn"]  # a scene is missing
 
