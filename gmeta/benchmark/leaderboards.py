@@ -209,7 +209,7 @@ def _spent(kept: KeptCells, track: str, variant: str) -> tuple[str, str]:
 def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resamples: int) -> Board:
     """Return the board of scenes that are left out, by known rows; of each scene its items are resampled."""
     about = (
-        "A scene is left out of train, its last so many rows of train are then known, and its rows of test are judged. "
+        "A scene is left out of train, its last so many rows before test are known, and its rows of test are judged. "
         "adapted: each item solves its last layer; fine-tuned: dlrm goes on with the known rows. Intervals: over items."
     )
     scenes = [int(track.rpartition("_")[2]) for track in tracks]

@@ -16,7 +16,7 @@ from gmeta.data.sources import literal
 
 NEW_USERS = 0.1
 """The share of users that no training task has, in track new_users."""
-_TRAIN = f"strptime(log_time, {literal(TIME_FORMAT)}) <= TIMESTAMP {literal(TRAIN_ENDS.strftime(TIME_FORMAT))}"
+_TRAIN_ENDS = f"TIMESTAMP {literal(TRAIN_ENDS.strftime(TIME_FORMAT))}"
 _TEST = f"strptime(log_time, {literal(TIME_FORMAT)}) > TIMESTAMP {literal(VALID_ENDS.strftime(TIME_FORMAT))}"
 
 
@@ -28,7 +28,7 @@ def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tupl
     """Make a pack of the benchmark where it is not there.
 
     all, in_scenes (a task is a user in a scene), scene_S (rows of one scene), new_users, new_S (all but a scene, whose
-    test tasks know so many `rows`), known_S_N (the last N rows of a scene's train alone). The last two are without
+    test tasks know so many `rows`), known_S_N (the last N rows of a scene before test, alone). The last two are without
     deep_features: rows of one scene would make other columns of them, and what is trained on one goes on on the other.
     """
     if (folder.pack(name) / "manifest.json").exists():
@@ -62,16 +62,21 @@ def rows_of_scene(root: Path, out: Path, scene: int) -> Path:
 
 
 def known_rows(root: Path, out: Path, scene: int, number: int) -> Path:
-    """Write files of the log's form with the last `number` rows of train of a scene, and its rows of test."""
+    """Write files of the log's form with the last `number` rows of a scene before test, and its rows of test.
+
+    Those before test are trained on, whatever their split: they get times of train, in their order.
+    """
     mine = f"SELECT * FROM log WHERE scene = {literal(str(scene))}"
-    known = f"SELECT * FROM ({mine} AND {_TRAIN} ORDER BY log_time DESC, part DESC, row DESC LIMIT {number})"
+    last = "row_number() OVER (ORDER BY log_time DESC, part DESC, row DESC)"
+    moved = f"strftime({_TRAIN_ENDS} - to_seconds({last}), {literal(TIME_FORMAT)}) AS log_time"
+    known = f"SELECT * REPLACE ({moved}) FROM ({mine} AND NOT {_TEST}) QUALIFY {last} <= {number}"
     return _filtered(root, out, f"SELECT {_WITHOUT_DEEP} FROM ({known} UNION ALL {mine} AND {_TEST})")
 
 
 def scene_rows(root: Path) -> dict[int, int]:
-    """Return how many rows of train each scene has."""
+    """Return how many rows each scene has before test. ValueError where a part file is missing."""
     with duckdb.connect() as con:
-        rows = f"FROM {_log(part_files(root))} WHERE {_TRAIN}"
+        rows = f"FROM {_log(part_files(root))} WHERE NOT {_TEST}"
         return dict(con.execute(f"SELECT CAST(scene AS INTEGER), count(*) {rows} GROUP BY 1 ORDER BY 1").fetchall())
 
 

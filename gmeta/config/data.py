@@ -57,7 +57,7 @@ class PrepareConfig:
     """For antm2c: what a task is, in each split: a user, a user in a scene, or an item of a scene. user when unset."""
     new_scene: int | None = None
     """For antm2c: a scene that is left out. Tasks of train and valid are of the other scenes, those of test of this
-    one: they know the last new_scene_rows of its rows of train, and are judged on its rows of test."""
+    one: they know the last new_scene_rows of its rows before test, and are judged on its rows of test."""
     new_scene_rows: list[int] | int = field(default_factory=list)
     """For new_scene: the number of known rows, or several, each of which has test tasks of its own, called task@rows.
     [0, 100, 1000, 10000] when unset."""

@@ -114,15 +114,15 @@ def test_a_task_may_be_a_user_in_a_scene_or_an_item_of_one(tmp_path: Path) -> No
     assert tasks(made(tmp_path / "items", tasks="scene_item"))["1/b train"] == ["q b a", "q b a"]
 
 
-def test_a_scene_that_is_left_out_knows_its_last_rows_of_train(tmp_path: Path) -> None:
+def test_a_scene_that_is_left_out_knows_its_last_rows_before_test(tmp_path: Path) -> None:
     rows = [*TEN, row("u2", "a", "07 09:00:00", 0)]
-    found = tasks(made(tmp_path, rows, tasks="scene_item", new_scene=1, new_scene_rows=[0, 2, 5]))
+    found = tasks(made(tmp_path, rows, tasks="scene_item", new_scene=1, new_scene_rows=[0, 3, 6]))
     assert found == {
         "2/c train": ["q c aa"],
         "4/d valid": ["q d aacb"],
         "1/a@0 test": ["q a ac"],
-        "1/a@2 test": ["s a a", "q a ac"],  # the other of the last two is of b, which test has not
-        "1/a@5 test": ["s a", "s a", "s a a", "q a ac"],
+        "1/a@3 test": ["s a a", "q a ac"],  # the others of the last three are of b, which test has not
+        "1/a@6 test": ["s a", "s a", "s a a", "q a ac"],
     }
 
 
@@ -144,7 +144,7 @@ def test_new_users_are_in_no_training_task(tmp_path: Path) -> None:
         ({"new_scene": 5}, "scenes are 0 to 4"),
         ({"new_scene_rows": [1]}, "has no effect without new_scene"),
         ({"new_scene": 1, "new_scene_rows": [-1]}, "must be numbers of rows"),
-        ({"new_scene": 1, "new_scene_rows": 6}, "names 6 rows, and scene 1 has 5 of train"),
+        ({"new_scene": 1, "new_scene_rows": 7}, "names 7 rows, and scene 1 has 6 before test"),
         ({"new_users": 1.0}, "must be at least 0 and below 1"),
         ({"new_scene": 1, "new_users": 0.1}, "leave one out"),
     ],

@@ -186,9 +186,14 @@ def test_a_new_scene_is_told_by_known_rows(tmp_path: Path) -> None:
 def test_rows_of_a_scene_are_filtered_in_their_order(tmp_path: Path) -> None:
     hours = [row("u", f"i{hour}", f"01 {hour:02}:00:00", hour % 2, hour % 2) for hour in range(9)]
     root = write_log(tmp_path / "log", [*hours, row("u", "t", "07 10:00:00", 1, 1), row("u", "v", "04 10:00:00", 1, 1)])
-    assert scene_rows(root) == {0: 5, 1: 4}
+    assert scene_rows(root) == {0: 5, 1: 5}
     assert sorted(items(rows_of_scene(root, tmp_path / "one", 1))) == ["i1", "i3", "i5", "i7", "t", "v"]
-    assert sorted(items(known_rows(root, tmp_path / "known", 1, 2))) == ["i5", "i7", "t"]
+    known = known_rows(root, tmp_path / "known", 1, 3)
+    assert sorted(items(known)) == ["i5", "i7", "t", "v"]
+    times = f"SELECT log_time, item_id FROM read_csv('{known}/*.csv', all_varchar = true) WHERE item_id <> 't'"
+    trained = sorted(duckdb.execute(times).fetchall())
+    assert [item for _, item in trained] == ["i5", "i7", "v"]
+    assert all(time <= "2023-08-03 00:00:00" for time, _ in trained)
     with (tmp_path / "one" / "antm2c_10m_part1.csv").open() as of_one, (root / "antm2c_10m_part1.csv").open() as whole:
         ours, theirs = list(csv.DictReader(of_one)), list(csv.DictReader(whole))
     assert ours == [line for line in theirs if line["scene"] == "1"]

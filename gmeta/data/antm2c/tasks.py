@@ -17,7 +17,7 @@ from gmeta.data.sources import Connection, literal, md5_64, scalar
 SUPPORT, QUERY = 50, 10
 """How many rows a support of valid and test has, and a query of train."""
 NEW_SCENE_ROWS = (0, 100, 1000, 10_000)
-"""How many rows of train the tasks of a scene that is left out know, where no others are named."""
+"""How many rows before test the tasks of a scene that is left out know, where no others are named."""
 KEYS = {
     "user": "user_id",
     "user_scene": "concat_ws('/', user_id, scene)",
@@ -58,7 +58,7 @@ def deal_events(con: Connection, plan: TaskPlan) -> None:
     split and more); `place` is an event's place in its task. An event that a support repeats is in it several times.
 
     Raises:
-        ValueError: the scene that is left out has fewer rows of train than its tasks are to know.
+        ValueError: the scene that is left out has fewer rows before test than its tasks are to know.
     """
     con.execute(f"""
         CREATE TABLE keyed AS
@@ -100,11 +100,11 @@ def _of_new_scene(con: Connection, scene: int, rows: Sequence[int]) -> list[str]
     """Return SQL of the test tasks of the scene that is left out, each once for every number of known rows."""
     con.execute("""CREATE TABLE known AS SELECT event, row_number() OVER (ORDER BY event_time DESC, event DESC) AS back
                    FROM (SELECT k.event, p.time AS event_time FROM keyed k JOIN placed p USING (event)
-                         WHERE k.new AND k.split = 'train')""")
+                         WHERE k.new AND k.split <> 'test')""")
     there = scalar(con, "SELECT count(*) FROM known")
     if there < max(rows):
         raise ValueError(
-            f"new_scene_rows names {max(rows):,} rows, and scene {scene} has {there:,} of train: name no more than that"
+            f"new_scene_rows names {max(rows):,} rows, and scene {scene} has {there:,} before test: name no more"
         )
     found = []
     for number in rows:
