@@ -92,10 +92,10 @@ def test_vectors_are_those_of_the_equations(encoder: Path) -> None:
         torch.testing.assert_close(model(dense, embedded)[row], expected)
 
 
-@pytest.mark.parametrize("model", ["mmoe", "dlrm"])
+@pytest.mark.parametrize(("model", "adapt"), [("mmoe", ["decision"]), ("dlrm", []), ("neural_linear", ["last_layer"])])
 @pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_learn_the_same(pack: Path, encoder: Path, model: str, nproc: int) -> None:
-    settings = settings_of(pack, encoder, model, meta=MetaConfig(adapt=[] if model == "dlrm" else ["decision"]))
+def test_ranks_learn_the_same(pack: Path, encoder: Path, model: str, adapt: list[str], nproc: int) -> None:
+    settings = settings_of(pack, encoder, model, meta=MetaConfig(adapt=adapt))
     expected = run_steps(Mesh(), settings, 2)
     assert_same(run_ranks(nproc, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
 
