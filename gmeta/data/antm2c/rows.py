@@ -75,7 +75,7 @@ def log_schema(config: PrepareConfig) -> DataSchema | None:
             raise ValueError(f"{key} has no effect on dataset {config.dataset}, which comes with it: leave it out")
     if config.root is None:
         raise ValueError(f"dataset {config.dataset} needs root, the directory with its files")
-    return schema_of(DeepColumns((), (), ()), _images_of(config.images)[0])
+    return schema_of(DeepColumns((), (), ()), _images_of(config.images)[0], every_user=_of_items(config))
 
 
 def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell: Report) -> MadeLog:
@@ -100,10 +100,15 @@ def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell
         dim, images = _images_of(config.images)
         if images:
             counts["antm2c"]["items_with_image"] = _with_image(con, images)
-        made = MadeLog(scratch / "log.parquet", schema_of(deep, dim), counts, images)
+        schema = schema_of(deep, dim, every_user=_of_items(config))
+        made = MadeLog(scratch / "log.parquet", schema, counts, images)
         _write(con, made, separator, deep)
     (folder / "rows.duckdb").unlink()
     return made
+
+
+def _of_items(config: PrepareConfig) -> bool:
+    return config.tasks == "scene_item"
 
 
 def _images_of(folder: str | None) -> tuple[int, str]:
@@ -126,10 +131,11 @@ def _with_image(con: Connection, images: str) -> int:
     return found
 
 
-def schema_of(deep: DeepColumns, image_width: int = 0) -> DataSchema:
+def schema_of(deep: DeepColumns, image_width: int = 0, *, every_user: bool = False) -> DataSchema:
     """Return the schema of the rows; with the width of images these are among it.
 
-    Then items of valid and test have ids too, since vectors of items lie by id.
+    Then items of valid and test have ids too, since vectors of items lie by id. With `every_user` users of these have,
+    so that a model goes on, on few rows, with the rows of all users that it knows.
     """
     known = "all" if image_width else "train"
     image = [{"name": IMAGE, "dim": image_width, "owner": "item", "dtype": "fp16"}] if image_width else []
@@ -146,7 +152,7 @@ def schema_of(deep: DeepColumns, image_width: int = 0) -> DataSchema:
             "partition": "partition",
             "role": "role",
             "categorical": [
-                "user_id",
+                {"name": "user_id", "vocabulary": "all" if every_user else "train"},
                 {"name": "item_id", "vocabulary": known},
                 "scene",
                 *([HAS_IMAGE] if image else []),
