@@ -210,7 +210,8 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
     """Return the board of scenes that are left out, by known rows; of each scene its items are resampled."""
     about = (
         "A scene is left out of train, its last so many rows before test are known, and its rows of test are judged. "
-        "adapted: each item solves its last layer; fine-tuned: dlrm goes on with the known rows. Intervals: over items."
+        "adapted: each item solves its last layer; fine-tuned: dlrm goes on with the known rows; pepnet rows: pepnet "
+        "does, with its embeddings alone. Intervals are over items."
     )
     scenes = [int(track.rpartition("_")[2]) for track in tracks]
     measured = {s: _of_new_scene(folder, kept, track, resamples) for s, track in zip(scenes, tracks, strict=True)}
@@ -229,7 +230,7 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
             board.records.append(_record(f"leave-one-out/{scene}/{rows}", variant, "auc", float(value)))
     for name in everywhere:
         variant, rows = name.split(", ")
-        for other in ("fine-tuned", "fine-tuned gently", "from scratch", BASE, "pepnet"):
+        for other in ("fine-tuned", "fine-tuned gently", "from scratch", "pepnet rows", BASE, "pepnet"):
             against = f"{other}, {rows}" if f"{other}, {rows}" in macro else f"{other}, 0"
             if variant == ADAPTED and against in macro and (rows != "0" or against.endswith(", 0")):
                 gain = gain_of(macro[name], macro[against])

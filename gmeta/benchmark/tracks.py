@@ -36,7 +36,7 @@ _PLAIN = (
 )
 _SOLVED = (
     *("--meta.adapt", "[last_layer]", "--loader.episode_rows", "16", "--loader.tasks_per_batch", "128"),
-    *("--embedding.lr", "0.2", "--dense.lr", "0.005", "--model.embedding_dim", "17"),
+    *("--embedding.lr", "0.1", "--embedding.init_std", "0.1", "--dense.lr", "0.005", "--model.embedding_dim", "17"),
 )
 _FEW = ("--schedule.epochs", "3", "--loader.episode_rows", "8", "--loader.tasks_per_batch", "32")
 _RATES = {
@@ -96,7 +96,8 @@ class Tracks:
         track, pack = f"{NEW_SCENE}_{scene}", f"new_{scene}"
         plain = Cell(track, BASE, seed, pack, self._plain(BASE))
         yield plain
-        yield Cell(track, "pepnet", seed, pack, self._plain("pepnet"))
+        gates = Cell(track, "pepnet", seed, pack, self._plain("pepnet"))
+        yield gates
         about = ("scene", "item_title", *self.images)
         yield Cell(track, ADAPTED, seed, pack, self._solved(about, item=False))
         for number in self.rows_of(scene):
@@ -104,6 +105,9 @@ class Tracks:
             for how, rates in _RATES.items():
                 name = f"fine-tuned{how}, {number}"
                 yield Cell(track, name, seed, rows, (*_FEW, *rates), begins=plain.name, valid=False)
+            # a scenario's embedding is new, and so is all that has an id; the gates stay as they are
+            still = (*_FEW, "--embedding.lr", "0.05", "--dense.lr", "0")
+            yield Cell(track, f"pepnet rows, {number}", seed, rows, still, begins=gates.name, valid=False)
             words = (*self._plain(BASE), *_FEW, *_RATES[""])
             yield Cell(track, f"from scratch, {number}", seed, rows, words, valid=False)
 
@@ -119,7 +123,9 @@ class Tracks:
         features = [name for name in (*IDS, *TEXTS, *self.images) if name not in left_out]
         lists = [name for name in about if name in TEXTS]
         told = [name for name in about if name not in TEXTS] + [f"text of {name}" for name in lists]
-        args = {"task_features": told, "hidden": [64], "dropout": 0.1}
+        args: dict[str, Any] = {"task_features": told, "hidden": [64], "dropout": 0.1}
+        if not item:
+            args["item"] = "user_id"  # rows of users are the bases of an item
         return (
             *_SOLVED,
             *self.end,

@@ -31,6 +31,8 @@ class NeuralLinear(nn.Module):
     starts; `drift_std` 0 is no drift, which rows without order cannot have. With `label_range`, such as [1, 5], the
     logit goes through an `OutputMap` over that range, for labels that have few values. `label_scale` is the unit of all
     this, 1 for clicks and stars: the deviation of labels that are amounts, times which v and p count in the logit.
+    `item` names the feature whose rows are bases where that is not the schema's item, such as the user's id where tasks
+    are items.
     """
 
     last_layer = "last"
@@ -40,6 +42,7 @@ class NeuralLinear(nn.Module):
         inputs: InputSpec,
         *,
         task_features: Sequence[str] = (),
+        item: str = "",
         hidden: Sequence[int] = (32,),
         dropout: float = 0.3,
         bias_std: float = 0.1,
@@ -52,17 +55,18 @@ class NeuralLinear(nn.Module):
         require_one_label(inputs, "neural_linear")
         check_widths("hidden", hidden)
         check_dropout(dropout)
-        for name in task_features:
+        for key, name in (*(("task_features", name) for name in task_features), *((("item", item),) if item else ())):
             if name not in inputs.widths:
                 raise ValueError(
-                    f"model.args.task_features names {name!r}, which is not a feature of the model: "
+                    f"model.args.{key} names {name!r}, which is not a feature of the model: "
                     f"{nearest(name, inputs.widths)}"
                 )
         dim, numeric = inputs.embedding_dim, inputs.num_numeric
         if dim < 2:
             raise ValueError(f"model.embedding_dim is {dim}: neural_linear needs 2 or more, a mean and some bases")
         self.features = tuple(inputs.widths)
-        self.item = None if inputs.item in task_features else inputs.item
+        named = item or inputs.item
+        self.item = None if named in task_features else named
         self.task_features = tuple(name for name in self.features if name in task_features)
         self.tower_features = tuple(n for n in self.features if n != self.item and n not in task_features)
         self.base_rate, self.num_numeric = inputs.base_rate, numeric
