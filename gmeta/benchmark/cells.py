@@ -70,7 +70,13 @@ class CellFolder:
         if not file.exists():
             return None
         found: dict[str, Any] = json.loads(file.read_text())
-        return found if found["asked"] == json.loads(json.dumps(asdict(cell))) else None
+        same = found["asked"] == json.loads(json.dumps(asdict(cell)))
+        return found if same and found.get("began") == self._asked(cell.begins) else None
+
+    def _asked(self, name: str) -> Any:
+        """Return what a cell asked for that another goes on from; None where there is none."""
+        file = self.out / "cells" / name / _KEPT
+        return json.loads(file.read_text())["asked"] if name and file.exists() else None
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Train a cell, score test rows, and keep what it took. ValueError where a command fails."""
@@ -86,12 +92,12 @@ class CellFolder:
             if cell.plain:
                 told += ["--plain_run", self.run_dir(cell.plain)]
             self.gmeta(cell.name, "evaluate", *told)
-        found = {"asked": asdict(cell), **asdict(spent)}
+        found = {"asked": asdict(cell), "began": self._asked(cell.begins), **asdict(spent)}
         write_text(place / _KEPT, json.dumps(found, indent=1) + "\n")
         return found
 
     def bundle(self, cell: str) -> Path:
-        """Return the bundle of a cell's best checkpoint; it is made where it is not there."""
+        """Return the bundle of a cell's best checkpoint; it is made where it is not there, and goes with the cell."""
         path = self.out / "cells" / cell / "bundle"
         if not path.exists():
             self.gmeta(cell, "bundle", "--run_dir", self.run_dir(cell), "--out", path)

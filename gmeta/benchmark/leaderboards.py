@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,12 @@ def boards_of(
         boards.append(_inputs(kept, inputs, reference, resamples))
     users = _by_variant(folder, kept, NEW_USERS, "test")
     if users:
-        before = _by_variant(folder, kept, NEW_USERS, "test", "before").get(ADAPTED)
-        if before:
-            users[f"{ADAPTED}, before"] = before
-        boards.append(_new_users(kept, users, _by_variant(folder, kept, NEW_USERS, "valid"), resamples))
+        of_valid = _by_variant(folder, kept, NEW_USERS, "valid")
+        for found, split in ((users, "test"), (of_valid, "valid")):
+            before = _by_variant(folder, kept, NEW_USERS, split, "before").get(ADAPTED)
+            if before:
+                found[f"{ADAPTED}, before"] = before
+        boards.append(_new_users(kept, users, of_valid, resamples))
     scenes = sorted({cell.track for cell in kept if cell.track.startswith(NEW_SCENE)})
     if scenes:
         boards.append(_new_scene(folder, kept, scenes, resamples))
@@ -78,7 +80,7 @@ def _by_variant(
     for cell in kept:
         if cell.track != track or (split == "valid" and not cell.valid):
             continue
-        scored = read_scored(folder.predictions(cell.name, split), variant, in_scenes=cell.pack == "in_scenes")
+        scored = read_scored(folder.predictions(cell.name, split), cell.pack, variant)
         if ", scene " in cell.variant:
             parts.setdefault((cell.variant.partition(", ")[0], cell.seed), []).append(scored)
             continue
@@ -100,7 +102,10 @@ def _scenarios(
     resamples: int,
 ) -> list[Board]:
     measured = measure_scenes(scored, valid, resamples)
-    about = "All rows of test. A scene's base rate is corrected by its valid rows; intervals are over users."
+    about = (
+        "All rows of test. A scene's base rate is corrected by its valid rows; intervals are over users. adapted knows "
+        "a user's last 50 rows in the scene before test, those of valid among them, which others have not learned."
+    )
     board = _board("scenarios", "Scenarios", about, kept, SCENARIOS, measured, "dnn")
     for name, of in reference.items():
         aucs = [f"{value:.4f}" for value in of["auc"]]
@@ -111,7 +116,8 @@ def _scenarios(
     of_all = [cell for cell in kept if cell.track == SCENARIOS and cell.pack == "all"]
     cold = _new_items(folder, of_all[0]) if of_all else None
     if cold is not None and cold.any():
-        rows = {name: [one.where(cold) for one in of] for name, of in scored.items()}
+        first = next(iter(scored.values()))[0].where(cold)
+        rows = {name: [replace(first, logit=one.logit[cold]) for one in of] for name, of in scored.items()}
         about = "Rows of test whose item no row of train has."
         boards.append(
             _board("new_items", "New items", about, kept, SCENARIOS, measure_scenes(rows, {}, resamples), "dnn")
@@ -121,7 +127,7 @@ def _scenarios(
 
 def _new_items(folder: CellFolder, cell: Cell) -> NDArray[np.bool_]:
     """Return which rows of test, in the order of `Scored`, have an item that train lacks."""
-    rows = read_scored(folder.predictions(cell.name, "test")).row
+    rows = read_scored(folder.predictions(cell.name, "test"), cell.pack).row
     return open_pack(folder.pack(cell.pack)).split("test").columns(()).item_cold[rows]
 
 
@@ -155,7 +161,8 @@ def _inputs(
     if bound and "ids" in measured and "all of these" in measured:
         ids, every = measured["ids"].auc_macro[0], measured["all of these"].auc_macro[0]
         share = (every - ids) / (bound["auc_macro"] - ids)
-        board.notes.append(f"Texts and images close {share:.0%} of the gap between ids and all that can be learned.")
+        what = "Texts and images close" if "ids, images" in measured else "Texts close"
+        board.notes.append(f"{what} {share:.0%} of the gap between ids and all that can be learned.")
         board.records.append(_record("inputs", "all of these", "gap_closed", share))
     return board
 
@@ -164,7 +171,7 @@ def _new_users(
     kept: KeptCells, scored: dict[str, list[Scored]], valid: dict[str, list[Scored]], resamples: int
 ) -> Board:
     about = "Users that no row of train has; a task knows the last 50 rows of its user before the split."
-    measured = measure_scenes(scored, valid if all(name in valid for name in scored) else {}, resamples)
+    measured = measure_scenes(scored, valid, resamples)
     return _board("new_users", "New users", about, kept, NEW_USERS, measured, BASE)
 
 
@@ -215,19 +222,21 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
     )
     scenes = [int(track.rpartition("_")[2]) for track in tracks]
     measured = {s: _of_new_scene(folder, kept, track, resamples) for s, track in zip(scenes, tracks, strict=True)}
-    everywhere = [name for name in measured[scenes[0]] if all(name in of for of in measured.values())]
+    names = list(dict.fromkeys(name for of in measured.values() for name in of))
+    everywhere = [name for name in names if all(name in of for of in measured.values())]
     board = Board("A new scene", about, ["variant", "known rows", "macro AUC", *(f"scene {s}" for s in scenes)])
     macro = {name: np.mean([measured[s][name].auc_macro for s in scenes], 0) for name in everywhere}
-    for name in sorted(everywhere, key=lambda n: (int(n.split(", ")[1]), -macro[n][0])):
+    for name in sorted(names, key=lambda n: (int(n.split(", ")[1]), -macro[n][0] if n in macro else 0.0)):
         variant, rows = name.split(", ")
-        aucs = [f"{measured[s][name].auc_macro[0]:.4f}" for s in scenes]
-        board.rows.append([variant, rows, f"{macro[name][0]:.4f}", *aucs])
-        interval = gain_of(macro[name], np.zeros_like(macro[name]))
-        board.points.append((name, interval["value"], interval["low"], interval["high"]))
-        board.records.append(_record(f"leave-one-out/all/{rows}", variant, "auc_macro", interval))
-        for scene in scenes:
-            value = measured[scene][name].auc_macro[0]
-            board.records.append(_record(f"leave-one-out/{scene}/{rows}", variant, "auc", float(value)))
+        aucs = {s: float(measured[s][name].auc_macro[0]) for s in scenes if name in measured[s]}
+        told_macro = f"{macro[name][0]:.4f}" if name in macro else NONE
+        board.rows.append([variant, rows, told_macro, *(f"{aucs[s]:.4f}" if s in aucs else NONE for s in scenes)])
+        if name in macro:
+            interval = gain_of(macro[name], np.zeros_like(macro[name]))
+            board.points.append((name, interval["value"], interval["low"], interval["high"]))
+            board.records.append(_record(f"leave-one-out/all/{rows}", variant, "auc_macro", interval))
+        for scene, value in aucs.items():
+            board.records.append(_record(f"leave-one-out/{scene}/{rows}", variant, "auc", value))
     for name in everywhere:
         variant, rows = name.split(", ")
         for other in ("fine-tuned", "fine-tuned gently", "from scratch", "pepnet rows", BASE, "pepnet"):
@@ -245,7 +254,7 @@ def _of_new_scene(folder: CellFolder, kept: KeptCells, track: str, resamples: in
     for cell in kept:
         if cell.track != track:
             continue
-        scored = read_scored(folder.predictions(cell.name, "test"))
+        scored = read_scored(folder.predictions(cell.name, "test"), cell.pack)
         if ", " in cell.variant:
             found.setdefault(cell.variant, []).append(scored)
             continue

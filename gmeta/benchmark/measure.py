@@ -34,8 +34,9 @@ class OfScenes:
     @property
     def macro(self) -> dict[str, float]:
         """Return the mean of each metric over scenes."""
-        names = next(iter(self.scenes.values()))
-        return {name: float(np.mean([of[name] for of in self.scenes.values()])) for name in names}
+        every = list(self.scenes.values())
+        names = [name for name in every[0] if all(name in of for of in every)]
+        return {name: float(np.mean([of[name] for of in every])) for name in names}
 
 
 def measure_scenes(

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 
 from gmeta.benchmark.cells import CellFolder
 from gmeta.config.benchmark import BenchmarkConfig
-from gmeta.data.antm2c.published import DEEP_FEATURES, TIME_FORMAT, TRAIN_ENDS, VALID_ENDS
-from gmeta.data.antm2c.read import part_files
-from gmeta.data.sources import literal
+from gmeta.data.antm2c.published import DEEP_FEATURES, PARTS, TIME_FORMAT, TRAIN_ENDS, VALID_ENDS
+from gmeta.data.antm2c.read import open_part, part_files
+from gmeta.data.sources import Connection, literal, reading, scalar
+
+_T = TypeVar("_T")
 
 NEW_USERS = 0.1
 """The share of users that no training task has, in track new_users."""
-_TRAIN_ENDS = f"TIMESTAMP {literal(TRAIN_ENDS.strftime(TIME_FORMAT))}"
-_TEST = f"strptime(log_time, {literal(TIME_FORMAT)}) > TIMESTAMP {literal(VALID_ENDS.strftime(TIME_FORMAT))}"
 
 
 _MEMORY = "2GB"
@@ -41,13 +46,13 @@ def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tupl
     elif name == "new_users":
         more = ["--new_users", NEW_USERS]
     elif kind == "scene":
-        root = rows_of_scene(root, made, int(of))
+        root = apart(rows_of_scene, root, made, int(of))
     elif kind == "new":
-        root = _filtered(root, made, f"SELECT {_WITHOUT_DEEP} FROM log")
+        root = apart(without_deep, root, made)
         more = ["--tasks", "scene_item", "--new_scene", of, "--new_scene_rows", f"[{','.join(map(str, rows))}]"]
     elif kind == "known":
         scene, number = map(int, of.split("_"))
-        root = known_rows(root, made, scene, number)
+        root = apart(known_rows, root, made, scene, number)
         more = ["--tasks", "scene_item"]
     if config.images:
         more += ["--images", config.images]
@@ -68,36 +73,79 @@ def known_rows(root: Path, out: Path, scene: int, number: int) -> Path:
     """
     mine = f"SELECT * FROM log WHERE scene = {literal(str(scene))}"
     last = "row_number() OVER (ORDER BY log_time DESC, part DESC, row DESC)"
-    moved = f"strftime({_TRAIN_ENDS} - to_seconds({last}), {literal(TIME_FORMAT)}) AS log_time"
-    known = f"SELECT * REPLACE ({moved}) FROM ({mine} AND NOT {_TEST}) QUALIFY {last} <= {number}"
-    return _filtered(root, out, f"SELECT {_WITHOUT_DEEP} FROM ({known} UNION ALL {mine} AND {_TEST})")
+    moved = f"strftime({_at(TRAIN_ENDS)} - to_seconds({last}), {literal(TIME_FORMAT)}) AS log_time"
+    known = f"SELECT * REPLACE ({moved}) FROM ({mine} AND NOT {_test()}) QUALIFY {last} <= {number}"
+    return _filtered(root, out, f"SELECT {_WITHOUT_DEEP} FROM ({known} UNION ALL {mine} AND {_test()})")
+
+
+def without_deep(root: Path, out: Path) -> Path:
+    """Write files of the log's form with all rows, without what `deep_features` hold."""
+    return _filtered(root, out, f"SELECT {_WITHOUT_DEEP} FROM log")
 
 
 def scene_rows(root: Path) -> dict[int, int]:
-    """Return how many rows each scene has before test. ValueError where a part file is missing."""
-    with duckdb.connect() as con:
-        rows = f"FROM {_log(part_files(root))} WHERE NOT {_TEST}"
-        return dict(con.execute(f"SELECT CAST(scene AS INTEGER), count(*) {rows} GROUP BY 1 ORDER BY 1").fetchall())
+    """Return how many rows each scene has before test, of scenes with rows in every split.
+
+    Raises:
+        ValueError: a part file is missing or damaged, or has lines, scenes or times that cannot be used.
+    """
+    time = f"try_strptime(log_time, {literal(TIME_FORMAT)})"
+    before, trained = f"{time} <= {_at(VALID_ENDS)}", f"{time} <= {_at(TRAIN_ENDS)}"
+    with _log_of(root) as con:
+        bad = f"{time} IS NULL OR TRY_CAST(scene AS INTEGER) IS NULL"
+        wrong = scalar(con, f"SELECT count(*) FROM log WHERE {bad}")
+        if wrong:
+            raise ValueError(
+                f"{wrong:,} rows of {root} have no time or no scene that can be used: gmeta prepare --dataset antm2c "
+                "names them; mend them first"
+            )
+        found = con.execute(f"""
+            SELECT CAST(scene AS INTEGER), count(*) FILTER ({before}) FROM log GROUP BY 1
+            HAVING count(*) FILTER ({trained}) > 0 AND count(*) FILTER ({before} AND NOT {trained}) > 0
+               AND count(*) FILTER (NOT {before}) > 0 ORDER BY 1""").fetchall()
+        return dict(found)
+
+
+def apart(function: Callable[..., _T], *args: object) -> _T:
+    """Run a function in a process of its own: a command's memory is told as at least that of who starts it."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _filtered(root: Path, out: Path, query: str) -> Path:
     """Write files of the log's form with the rows that a query over `log` finds, in their order."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = part_files(root)
-    with duckdb.connect(config={"memory_limit": _MEMORY, "temp_directory": f"{out}.spill"}) as con:
-        con.execute(f"CREATE VIEW log AS SELECT * FROM {_log(parts)}")
-        for number, _ in enumerate(parts):
+    with _log_of(root, spill=f"{out}.spill") as con:
+        for number in range(PARTS):
             path = literal(str(out / f"antm2c_10m_part{number}.csv"))
             con.execute(f"""COPY (SELECT * EXCLUDE (part, row) FROM ({query}) WHERE part = {number} ORDER BY row)
                             TO {path} (FORMAT csv, HEADER, NULL '')""")
     return out
 
 
-def _log(parts: Iterable[Path]) -> str:
-    """Return SQL of all rows as text, with the number of their part and their place in it."""
-    read = [
-        f"""SELECT {number} AS part, row_number() OVER () AS row, * FROM
-            read_csv({literal(str(path))}, all_varchar = true, header = true, parallel = false)"""
-        for number, path in enumerate(parts)
-    ]
-    return f"({' UNION ALL BY NAME '.join(read)})"
+@contextmanager
+def _log_of(root: Path, spill: str = "") -> Iterator[Connection]:
+    """Yield a connection with a view `log`: all rows as text, with the number of their part and their place in it."""
+    config = {"memory_limit": _MEMORY, **({"temp_directory": spill} if spill else {})}
+    with duckdb.connect(config=config) as con, reading(str(root)):
+        parts = [open_part(con, path) for path in part_files(root)]
+        read = [
+            f"SELECT {number} AS part, __row AS row, * EXCLUDE (__row) FROM ({part.query})"
+            for number, part in enumerate(parts)
+        ]
+        con.execute(f"CREATE VIEW log AS {' UNION ALL BY NAME '.join(read)}")
+        yield con
+        torn = scalar(con, "SELECT count(*) FROM reject_errors")
+        if torn:
+            raise ValueError(
+                f"{torn:,} lines of the files in {root} cannot be read: gmeta prepare --dataset antm2c names them"
+            )
+
+
+def _test() -> str:
+    """Return SQL of whether a row is of test."""
+    return f"try_strptime(log_time, {literal(TIME_FORMAT)}) > {_at(VALID_ENDS)}"
+
+
+def _at(time: datetime) -> str:
+    return f"TIMESTAMP {literal(time.strftime(TIME_FORMAT))}"

@@ -31,6 +31,8 @@ def _board(board: Board) -> str:
 
 
 def _picture(board: Board) -> str:
+    if not board.points:
+        return ""
     names = [name for name, *_ in board.points]
     _, value, low, high = zip(*board.points, strict=True)
     points = Points("after", range(len(names)), value, low, high)

@@ -44,9 +44,11 @@ class Scored:
         return replace(self, logit=self.logit + np.array([shifts.get(int(s), 0.0) for s in self.scene]))
 
 
-def read_scored(file: Path, variant: str = AFTER, *, in_scenes: bool = False) -> Scored:
-    """Read what a variant of a run predicted; of a run that adapts nothing its only one. With `in_scenes` tasks are
-    users in a scene, and the unit is the user.
+def read_scored(file: Path, pack: str, variant: str = AFTER) -> Scored:
+    """Read what a variant of a run predicted; of a run that adapts nothing its only one. `pack` is the pack's name,
+    which says what keys of tasks are.
+
+    Rows of scenes that train lacks are left out, but where a scene is new.
     """
     table = pq.read_table(file)
     variants = json.loads((table.schema.metadata or {})[b"variants"])
@@ -56,16 +58,29 @@ def read_scored(file: Path, variant: str = AFTER, *, in_scenes: bool = False) ->
     logit = (
         table[ranking].to_numpy().astype(np.float64) if ranking in table.column_names else np.log(score / (1 - score))
     )
-    words = [_words(str(task), in_scenes) for task in table["task"].to_pylist()]
+    tasks, scenes = map(str, table["task"].to_pylist()), table["scenario"].to_pylist()
+    known = [-1] * len(scenes)
+    if is_new_scene(pack):
+        keys, _, rows = zip(*(task.rpartition("@") for task in tasks), strict=True)
+        units, known = list(keys), list(map(int, rows))
+        scenes = [unit.partition("/")[0] for unit in units]  # predictions name no scene that train lacks
+    else:
+        units = [task.rpartition("/")[0] for task in tasks] if pack == "in_scenes" else list(tasks)
     found = Scored(
-        np.array([unit for unit, _ in words]),
-        np.array([_scene(s, unit) for s, (unit, _) in zip(table["scenario"].to_pylist(), words, strict=True)]),
+        np.array(units),
+        np.array([-1 if scene is None else int(scene) for scene in scenes]),
         table["row"].to_numpy().astype(np.int64),
-        np.array([known for _, known in words], np.int64),
+        np.array(known, np.int64),
         table["label"].to_numpy().astype(np.float64),
         logit,
     )
-    return _in_order(found)
+    return _in_order(found.where(found.scene >= 0))
+
+
+def is_new_scene(pack: str) -> bool:
+    """Whether a pack's test tasks are items of a scene that train lacks, called by the rows that they know."""
+    kind, _, scene = pack.partition("_")
+    return kind == "new" and scene.isdecimal()
 
 
 def rows_of_all(parts: Sequence[Scored]) -> Scored:
@@ -81,19 +96,6 @@ def aligned(first: Scored, other: Scored, what: str) -> Scored:
     if not same or not np.array_equal(first.label, other.label):
         raise ValueError(f"{what} has other rows than the others: remove its folder under cells, and run it again")
     return replace(first, logit=other.logit)
-
-
-def _words(task: str, in_scenes: bool) -> tuple[str, int]:
-    """Return the unit of a task's key, and the rows that it knows: key@rows, where it is called by them."""
-    key, mark, known = task.rpartition("@")
-    if mark and known.isdecimal():
-        return key, int(known)
-    return (task.rpartition("/")[0] if in_scenes else task), -1
-
-
-def _scene(scenario: str | None, unit: str) -> int:
-    """Return the number of a row's scene. One that train lacks has no name in predictions: the key scene/item has."""
-    return int(unit.partition("/")[0] if scenario is None else scenario)
 
 
 def _in_order(found: Scored) -> Scored:

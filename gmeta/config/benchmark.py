@@ -33,7 +33,8 @@ class BenchmarkConfig:
     resamples: int = 400
     """Bootstrap resamples (over users; in new_scene over items) of the confidence intervals."""
     quick: bool = False
-    """One seed, 20 steps a training, and one scene that is new: whether all of it runs, no more."""
+    """One seed, 20 steps a training (three passes where it goes on from another), and one scene that is new: whether
+    all of it runs, no more."""
 
     def __post_init__(self) -> None:
         require_numbers(self)

@@ -126,6 +126,22 @@ def test_a_scene_that_is_left_out_knows_its_last_rows_before_test(tmp_path: Path
     }
 
 
+def test_rows_that_are_held_out_are_in_no_other_task(tmp_path: Path) -> None:
+    """Users meet a new scene among others, and items new users: neither is trained on, nor a support of valid."""
+    found = tasks(made(tmp_path / "users", tasks="user", new_scene=1, new_scene_rows=[2]))
+    assert found == {
+        "u1 train": ["q c aa"],
+        "u1 valid": ["s c aa", "q d aacb"],
+    }
+    rows = [row(f"u{user}", "a", f"0{day} 10:00:00", 0) for user in range(40) for day in (1, 4, 6)]
+    log = made(tmp_path / "items", rows, tasks="scene_item", new_users=0.25)
+    lines = pq.read_table(log.rows).to_pylist()
+    of = {split: {line["user_id"] for line in lines if line["partition"] == split} for split in ("train", "test")}
+    asked = {line["user_id"] for line in lines if line["partition"] == "test" and line["role"] == "query"}
+    assert not of["train"] & asked
+    assert len(of["train"]) + len(asked) == 40
+
+
 def test_new_users_are_in_no_training_task(tmp_path: Path) -> None:
     rows = [row(f"u{user}", "a", f"0{day} 10:00:00", 0) for user in range(40) for day in (1, 4, 6)]
     found = tasks(made(tmp_path, rows, new_users=0.25))

@@ -52,7 +52,7 @@ def keep(folder: CellFolder, cell: Cell, of: Scored, tasks: list[str] | None = N
         file = folder.predictions(cell.name, split)
         file.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table.replace_schema_metadata({"variants": json.dumps(["before"])}), file)
-    kept = {"asked": asdict(cell), "cpu_s": 7.0, "peak_mb": 100.0}
+    kept = {"asked": asdict(cell), "began": None, "cpu_s": 7.0, "peak_mb": 100.0}
     (folder.out / "cells" / cell.name / "cell.json").write_text(json.dumps(kept))
 
 
@@ -108,16 +108,40 @@ def test_predictions_are_read_in_one_order(tmp_path: Path) -> None:
     shuffled = of.where(np.lexsort((np.arange(len(of.unit)), of.unit, of.scene)))  # type: ignore[arg-type]
     keep(folder, users, of)
     keep(folder, scenes, shuffled, [f"{u}/{s}" for u, s in zip(shuffled.unit, shuffled.scene, strict=True)])
-    first = read_scored(folder.predictions(users.name, "test"))
-    second = read_scored(folder.predictions(scenes.name, "test"), in_scenes=True)
+    first = read_scored(folder.predictions(users.name, "test"), users.pack)
+    second = read_scored(folder.predictions(scenes.name, "test"), scenes.pack)
     np.testing.assert_allclose(first.logit, aligned(first, second, "b").logit)
     items = Cell("t", "c", 0, "new_1", ())
     keep(folder, items, of, [f"1/{u}@{'100' if s else '0'}" for u, s in zip(of.unit, of.scene, strict=True)])
-    third = read_scored(folder.predictions(items.name, "test"))
+    third = read_scored(folder.predictions(items.name, "test"), items.pack)
     assert set(third.known.tolist()) == {0, 100}
     assert third.unit[0].startswith("1/u")
     with pytest.raises(ValueError, match="c has other rows"):
         aligned(first, third, "c")
+    mailed = Cell("t", "d", 0, "all", ())
+    keep(folder, mailed, of, [f"{user}@2" for user in of.unit])
+    assert read_scored(folder.predictions(mailed.name, "test"), "all").unit[0] == "u0@2"  # it is of the user's name
+
+
+def test_a_cell_counts_as_run_while_that_it_goes_on_from_is_the_same(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path)
+    base, other = Cell("t", "base", 0, "all", ("--a", "1")), Cell("t", "base", 0, "all", ("--a", "2"))
+    tuned = Cell("t", "tuned", 0, "all", (), begins=base.name)
+    keep(folder, base, scored(1))
+    keep(folder, tuned, scored(1))
+    assert folder.kept(tuned) is None  # it does not say from what
+    file = tmp_path / "cells" / tuned.name / "cell.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "began": json.loads(json.dumps(asdict(base)))}))
+    assert folder.kept(tuned)
+    keep(folder, other, scored(1))
+    assert folder.kept(tuned) is None
+
+
+def test_a_scene_without_valid_rows_has_no_correction() -> None:
+    of = scored(1)
+    found = measure_scenes({"of": [of]}, {"of": [of.where(of.scene == 0)]}, 20)["of"]
+    assert "calibration_corrected" in found.scenes[0]
+    assert "calibration_corrected" not in found.macro
 
 
 def test_boards_join_models_of_single_scenes_and_name_negative_transfer(tmp_path: Path) -> None:
@@ -186,7 +210,7 @@ def test_a_new_scene_is_told_by_known_rows(tmp_path: Path) -> None:
 def test_rows_of_a_scene_are_filtered_in_their_order(tmp_path: Path) -> None:
     hours = [row("u", f"i{hour}", f"01 {hour:02}:00:00", hour % 2, hour % 2) for hour in range(9)]
     root = write_log(tmp_path / "log", [*hours, row("u", "t", "07 10:00:00", 1, 1), row("u", "v", "04 10:00:00", 1, 1)])
-    assert scene_rows(root) == {0: 5, 1: 5}
+    assert scene_rows(root) == {1: 5}  # the other has no rows of valid and test
     assert sorted(items(rows_of_scene(root, tmp_path / "one", 1))) == ["i1", "i3", "i5", "i7", "t", "v"]
     known = known_rows(root, tmp_path / "known", 1, 3)
     assert sorted(items(known)) == ["i5", "i7", "t", "v"]
@@ -228,4 +252,8 @@ def test_what_cannot_be_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "encoder").mkdir()
     fails([*words, "--cells", "scenario-"], capsys, "no cell begins so: they are scenarios, inputs")
     fails([*words, "--images", tmp_path], capsys, "no images.json")
+    more = write_log(tmp_path / "more", [row("u", "a", "01 10:00:00", 1), row("u", "a", "02 10:00:00", 1)])
+    fails([*words[:3], more, *words[4:]], capsys, "which is of other files")
+    torn = write_log(tmp_path / "torn", [row("u", "a", "never", 1)])
+    fails([*words[:3], torn, "--out", tmp_path / "o", *words[6:]], capsys, "1 rows of", "no time or no scene")
     fails(["benchmark", *words[2:]], capsys, "say what is measured")

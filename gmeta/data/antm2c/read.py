@@ -75,7 +75,7 @@ def read_parts(
     With `fills_times` a time that cannot be parsed is `FILLED_TIME`. ValueError names files, rows and values that
     cannot be used.
     """
-    parts = [_opened(con, path) for path in part_files(Path(config.root or ""))]
+    parts = [open_part(con, path) for path in part_files(Path(config.root or ""))]
     schema = parse_data_schema(
         {
             "task": "user_id",
@@ -114,7 +114,8 @@ def read_parts(
     return counts
 
 
-def _opened(con: Connection, path: Path) -> RawPart:
+def open_part(con: Connection, path: Path) -> RawPart:
+    """Open a part file. ValueError where it is none of AntM2C."""
     part = open_file(con, path)
     missing = [name for name in COLUMNS if name not in part.columns]
     if missing:

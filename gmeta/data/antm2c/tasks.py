@@ -66,26 +66,29 @@ def deal_events(con: Connection, plan: TaskPlan) -> None:
                {KEYS[plan.tasks]} AS task,
                row_number() OVER (PARTITION BY {KEYS[plan.tasks]} ORDER BY time, event) AS place
         FROM placed""")
+    asked, known = "true", "true"
     if plan.new_scene is not None:
-        asked = "if(split = 'test', new, NOT new)"
+        asked, known = "if(split = 'test', new, NOT new)", "NOT new"
     elif plan.new_users:
         asked = "if(split = 'train', NOT held, held)"
-    else:
-        asked = "true"
     con.execute(f"""
-        CREATE TABLE starts AS SELECT task, split, min(place) AS start, max(place) AS stop
-                               FROM keyed WHERE {asked} GROUP BY task, split""")
-    query = f"if(k.split <> 'train' OR k.place > s.stop - {QUERY}, 'query', 'support') AS role"
-    parts = [
-        f"""SELECT k.event, k.task, k.split AS partition, {query}, k.place
-            FROM keyed k JOIN starts s USING (task, split)""",
-        f"""SELECT k.event, k.task, s.split, 'support', k.place FROM keyed k JOIN starts s USING (task)
-            WHERE s.split <> 'train' AND k.place < s.start AND k.place >= s.start - {SUPPORT}""",
-    ]
+        CREATE TABLE asked AS
+        SELECT event, task, split, place, row_number() OVER (PARTITION BY task, split ORDER BY place DESC) AS back
+        FROM keyed WHERE {asked};
+        CREATE TABLE starts AS SELECT task, split, min(place) AS start FROM asked WHERE split <> 'train'
+                               GROUP BY task, split""")
+    query = f"if(split <> 'train' OR back <= {QUERY}, 'query', 'support') AS role"
+    parts = [f"SELECT event, task, split AS partition, {query}, place FROM asked"]
+    parts.append(f"""SELECT event, task, s.split, 'support', place
+                     FROM (SELECT * EXCLUDE (split) FROM keyed WHERE {known}) JOIN starts s USING (task)
+                     WHERE place < s.start
+                     QUALIFY row_number() OVER (PARTITION BY task, s.split ORDER BY place DESC) <= {SUPPORT}""")
     if plan.new_scene is not None:
-        parts = [f"{part} {word} s.split <> 'test'" for part, word in zip(parts, ("WHERE", "AND"), strict=True)]
+        parts[0] += " WHERE split <> 'test'"
+        parts[1] = parts[1].replace("WHERE place < s.start", "WHERE s.split <> 'test' AND place < s.start")
         parts += _of_new_scene(con, plan.new_scene, plan.new_scene_rows)
-    con.execute(f"CREATE TABLE dealt AS {' UNION ALL '.join(parts)}; DROP TABLE keyed; DROP TABLE starts")
+    con.execute(f"CREATE TABLE dealt AS {' UNION ALL '.join(f'({part})' for part in parts)}")
+    con.execute("DROP TABLE keyed; DROP TABLE asked; DROP TABLE starts")
 
 
 def _held(plan: TaskPlan) -> str:
