@@ -42,7 +42,7 @@ item: item
 scenario: domain
 partition: part
 role: role
-categorical: [user, item, domain, {name: text, text: true}]
+categorical: [user, item, domain, {name: text, text: true, nulls: oov}]
 sequence: [{name: history, table: item, pooling: mean, max_length: 10}]
 """
 
