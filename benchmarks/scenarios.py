@@ -130,7 +130,9 @@ def _rows(number: int) -> pa.Table:
                         columns[key].append(value)
     table = pa.table(columns)
     table = table.append_column("domain", pa.array([str(number)] * len(table)))
-    table = table.append_column("role", pa.array(["query"] * len(table)))
+    # plain training reads both sides alike; a pack needs some support
+    first = pc.and_(pc.equal(table["part"], "train"), pc.equal(table["place"], 0))
+    table = table.append_column("role", pc.if_else(first, "support", "query"))
     return table.append_column("text", pa.array([texts.get(item, "") for item in columns["item"]]))
 
 
