@@ -5,8 +5,8 @@
 
 An event is a click; beside it stands an item of the domain that its user has not had, drawn as often as train has them,
 so that popularity alone tells nothing. Of each user and domain the last event is of test, the one before of valid.
-Models read the user, the item, the domain, the last ten items of the user in the domain, and the item's text. They are
-those of `gmeta benchmark antm2c`, with its settings, and so is the measuring.
+Models read the user, the item, the domain, the last ten items of the user in the domain, and texts: the item's and
+those of the last five. They are those of `gmeta benchmark antm2c`, with its settings, and so is the measuring.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from gmeta.benchmark.tracks import MANY, POOLED, SCENARIOS, SEPARATE, plain_word
 
 FOLDER = "amazon-3domain"
 DOMAINS = ("Beauty", "Sports", "Toys")
-FEATURES = ("user", "item", "domain", "text", "history")
-HISTORY = 10
+FEATURES = ("user", "item", "domain", "text", "history", "read")
+HISTORY, READ = 10, 5
+"""Items of a history, and those of them whose texts are read."""
 PARTS = ("train", "valid", "test")
 SCHEMA = """
 task: user
@@ -43,7 +44,9 @@ scenario: domain
 partition: part
 role: role
 categorical: [user, item, domain, {name: text, text: true, nulls: oov}]
-sequence: [{name: history, table: item, pooling: mean, max_length: 10}]
+sequence:
+  - {name: history, table: item, pooling: mean, max_length: 10}
+  - {name: read, table: text, text: true, pooling: none, max_length: 5}
 """
 
 
@@ -60,7 +63,7 @@ def main() -> int:
 
 def _cells(encoder: str, quick: bool) -> Iterator[Cell]:
     end = ("--schedule.max_steps", "20") if quick else ("--schedule.epochs", "4")
-    texts = {"encoder": encoder, "layers": 5, "target": "text", "lists": []}
+    texts = {"encoder": encoder, "layers": 5, "target": "text", "lists": ["read"]}
 
     def words(model: str) -> tuple[str, ...]:
         return plain_words(model, FEATURES, "domain", texts, end)
@@ -133,6 +136,8 @@ def _rows(number: int) -> pa.Table:
     # plain training reads both sides alike; a pack needs some support
     first = pc.and_(pc.equal(table["part"], "train"), pc.equal(table["place"], 0))
     table = table.append_column("role", pc.if_else(first, "support", "query"))
+    read = [[texts[item] for item in items[-READ:] if texts.get(item)] for items in columns["history"]]
+    table = table.append_column("read", pa.array(read))
     return table.append_column("text", pa.array([texts.get(item, "") for item in columns["item"]]))
 
 
