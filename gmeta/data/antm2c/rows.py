@@ -15,7 +15,7 @@ from gmeta.config.data import PrepareConfig
 from gmeta.core.errors import require
 from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SPLITS
 from gmeta.data.antm2c.read import LISTS, DeepColumns, deep_columns, read_parts, separator_of
-from gmeta.data.antm2c.tasks import TaskPlan, deal_events, plan_of
+from gmeta.data.antm2c.tasks import OF_LOGS, TaskPlan, deal_events, plan_of
 from gmeta.data.image_vectors import PARTS, image_dim
 from gmeta.data.prepare.scratch import connect
 from gmeta.data.prepare.settings import Settings
@@ -28,8 +28,6 @@ IMAGE, HAS_IMAGE = "image", "has_image"
 """The vector of an item's image, and the feature that says whether it has one."""
 HISTORY, ENTITIES = 10, 10
 """Positive events in a history; entries kept of a list, the last ones."""
-OF_LOGS = ("separator", "images", "tasks", "new_scene", "new_scene_rows", "new_users")
-"""Settings that logs alone take."""
 
 _HAS_ALREADY = (
     *("schema", "events", "items", "core", "holdout", "domains", "gaps", "label_threshold", "split_query", "roles"),

@@ -14,6 +14,8 @@ from gmeta.core.errors import nearest, require
 from gmeta.data.antm2c.published import SCENES
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
+OF_LOGS = ("separator", "images", "tasks", "new_scene", "new_scene_rows", "new_users")
+"""Settings of `gmeta prepare` that logs alone take."""
 SUPPORT, QUERY = 50, 10
 """How many rows a support of valid and test has, and a query of train."""
 NEW_SCENE_ROWS = (0, 100, 1000, 10_000)

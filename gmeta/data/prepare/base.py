@@ -14,6 +14,7 @@ from typing import Any
 
 from gmeta.config.data import PrepareConfig
 from gmeta.core.files import read_mapping
+from gmeta.data.antm2c.tasks import OF_LOGS
 from gmeta.data.events.days import EVENTS
 from gmeta.data.events.settings import OF_EVENTS
 from gmeta.data.pack import TaskPack, manifest_checksum, open_pack
@@ -183,6 +184,9 @@ def _refuse_other_settings(config: PrepareConfig, base: Base) -> None:
     for key in ("dataset", "root"):
         if getattr(config, key) is not None:
             raise ValueError(f"{key} has no effect with base: name the day's files with --input")
+    for key in OF_LOGS:
+        if getattr(config, key) not in (None, []):
+            raise ValueError(f"{key} has no effect with base: it is for --dataset antm2c; leave it out")
     next_item = base.pack_schema.next_item
     for key in OF_EVENTS:
         if getattr(config, key) not in (None, []) and not (next_item and key == "items"):
@@ -203,7 +207,7 @@ def _refuse_other_settings(config: PrepareConfig, base: Base) -> None:
                 "to continue the base with its own, or prepare all days anew"
             )
     theirs = {"label_threshold": base.schema.label_threshold, **asdict(base.settings)}
-    elsewhere = _FREE | {"schema", "dataset", "root", *OF_EVENTS}
+    elsewhere = _FREE | {"schema", "dataset", "root", *OF_EVENTS, *OF_LOGS}
     for key in (f.name for f in fields(PrepareConfig) if f.name not in elsewhere):
         given = getattr(config, key)
         if key in ("partitions", "roles"):
