@@ -5,7 +5,7 @@
 The files are a clone of a million rows with images. The scan reads all columns as text to a table in memory; pandas
 reads them in chunks of 100,000 rows with types of its own. Prepare also checks every row, makes histories and copies of
 supports, types the columns without a meaning, builds vocabularies, encodes, writes, syncs and checksums. One thread
-each; CPU seconds, start included, in turn. What vectors of images take, kept once an item, stands beside what they
+each; CPU seconds, start included, once each. What vectors of images take, kept once an item, stands beside what they
 would take once a row.
 """
 
@@ -40,7 +40,7 @@ for file in sorted(glob.glob(sys.argv[1] + "/antm2c_*.csv")):
 def main() -> int:
     """Time all in turn, and publish."""
     args = arguments(__doc__ or "")
-    rows, repetitions = (QUICK, 1) if args.quick else (ROWS, 3)
+    rows, repetitions = (QUICK, 1) if args.quick else (ROWS, 1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         here("synth", "--kind", "antm2c", "--rows", rows, "--out", folder / "log")
