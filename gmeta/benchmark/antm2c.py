@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import sys
 from collections.abc import Iterable, Sequence
@@ -93,7 +94,8 @@ def tell(config: BenchmarkConfig, folder: CellFolder, cells: Sequence[Cell]) -> 
     label = _SYNTHETIC if clone.get("label") == _SYNTHETIC else f"files in {config.root}"
     boards = boards_of(folder, kept, clone.get("reference", {}), config.resamples)
     missing = [cell.name for cell in cells if cell not in kept]
-    records = [record for board in boards for record in board.records]
+    # a scene whose rows are all clicked, or none, has no AUC
+    records = [record for board in boards for record in board.records if math.isfinite(record["value"])]
     facts = {"label": label, "cells": len(kept), "missing": missing, "settings": clone.get("settings", {})}
     write_text(folder.out / "results.json", json.dumps({**facts, "records": records}, indent=1) + "\n")
     text = "\n\n".join([f"# AntM2C: {label}", *_missing(missing), *(board.markdown() for board in boards)])

@@ -115,14 +115,21 @@ def _scenarios(
     boards = [board]
     of_all = [cell for cell in kept if cell.track == SCENARIOS and cell.pack == "all"]
     cold = _new_items(folder, of_all[0]) if of_all else None
-    if cold is not None and cold.any():
-        first = next(iter(scored.values()))[0].where(cold)
+    first = next(iter(scored.values()))[0]
+    first = first if cold is None else first.where(cold)
+    if cold is not None and _has_both(first):
         rows = {name: [replace(first, logit=one.logit[cold]) for one in of] for name, of in scored.items()}
         about = "Rows of test whose item no row of train has."
         boards.append(
             _board("new_items", "New items", about, kept, SCENARIOS, measure_scenes(rows, {}, resamples), "dnn")
         )
     return boards
+
+
+def _has_both(scored: Scored) -> bool:
+    """Whether every scene that rows have has labels of both kinds: else there is no AUC."""
+    labels = [np.unique(scored.label[scored.scene == scene]) for scene in np.unique(scored.scene)]
+    return bool(labels) and all(len(of) == 2 for of in labels)
 
 
 def _new_items(folder: CellFolder, cell: Cell) -> NDArray[np.bool_]:
