@@ -27,7 +27,6 @@ class Cell:
     seed: int
     pack: str  # its name
     words: tuple[str, ...]  # of `gmeta train`
-    plain: str = ""  # name of the cell whose model is fine-tuned beside this one's, per task
     begins: str = ""  # name of the cell whose bundle it goes on from
     valid: bool = True  # whether valid rows are scored too, which say each scene's base rate
 
@@ -88,10 +87,7 @@ class CellFolder:
         spent = self.gmeta(cell.name, "train", *words)
         for split in ("valid", "test") if cell.valid else ("test",):
             told: list[object] = ["--run_dir", run, "--split", split, "--out", place / split, "--resamples", 1]
-            told += ["--baselines", "false"]
-            if cell.plain:
-                told += ["--plain_run", self.run_dir(cell.plain)]
-            self.gmeta(cell.name, "evaluate", *told)
+            self.gmeta(cell.name, "evaluate", *told, "--baselines", "false")
         found = {"asked": asdict(cell), "began": self._asked(cell.begins), **asdict(spent)}
         write_text(place / _KEPT, json.dumps(found, indent=1) + "\n")
         return found
