@@ -71,7 +71,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
     "ids+text, gate": ("llmrec", GATE, ("--schedule.epochs", "20", "--model.embedding_dim", "128")),
 }
 """Variant -> model, its arguments, and words of `gmeta train`."""
-OF_MIXED = {"ids": "20", "text": "14", "ids+text": "16", "ids+text, gate": "8"}
+OF_MIXED = {"ids": "20", "text": "14", "ids+text": "32", "ids+text, gate": "8"}
 """Variant -> passes over all three domains, which have 3.2 times the users: fewer, so that cells end."""
 HIGH = {"layers": 4, "reader": "high", "ids": False, "dropout": 0.2, "similarity": "cosine"}
 TUNED = ("--schedule.epochs", "5", "--dense.lr", "0.0003")
