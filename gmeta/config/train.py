@@ -32,15 +32,16 @@ class ModelConfig:
     args: dict[str, Argument] = field(default_factory=dict)
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; deepfm hidden and dropout;
     dcn also cross; shared_bottom takes hidden, tower and dropout; mmoe also experts; ple those of shared_bottom, own
-    and shared; star hidden, auxiliary and dropout; pepnet hidden, gate, personal and dropout; hamur hidden, rank and
-    dropout; with_texts takes model, args, encoder, layers, store, target, lists, pooling, template, max_tokens and
-    width; taste takes hidden, bottom, dropout and task_features; neural_linear takes item, hidden, dropout,
-    task_features, bias_std, noise, drift_std, label_range and label_scale; din takes target, history, attention, hidden
-    and dropout; transformer takes target, history, blocks, heads, positions, causal, hidden and dropout; bahe takes
-    encoder, layers, store, refresh, encode, target, histories, pooling, vectors, template, max_tokens, tune, rank,
-    user, positions, direction, ids, taste, hidden, dropout and history_dropout; sasrec takes blocks, heads, positions,
-    dropout, similarity and temperature; llmrec takes those and encoder, layers, reader, window, tune, rank, store,
-    refresh, text, pooling, template, max_tokens, hidden, ids, fusion and id_dropout. Your own class takes its own."""
+    and shared; star hidden, auxiliary and dropout; pepnet hidden, gate, personal, bottom and dropout; hamur hidden,
+    rank and dropout; with_texts takes model, args, encoder, layers, store, target, lists, pooling, template,
+    max_tokens and width; taste takes hidden, bottom, dropout and task_features; neural_linear takes item, hidden,
+    dropout, task_features, bias_std, noise, drift_std, label_range and label_scale; din takes target, history,
+    attention, hidden and dropout; transformer takes target, history, blocks, heads, positions, causal, hidden and
+    dropout; bahe takes encoder, layers, store, refresh, encode, target, histories, pooling, vectors, template,
+    max_tokens, tune, rank, user, positions, direction, ids, taste, hidden, dropout and history_dropout; sasrec takes
+    blocks, heads, positions, dropout, similarity and temperature; llmrec takes those and encoder, layers, reader,
+    window, tune, rank, store, refresh, text, pooling, template, max_tokens, hidden, ids, fusion and id_dropout. Your
+    own class takes its own."""
     features: list[str] = field(default_factory=list)
     """Features and sequences to use. Empty means all in the pack but the task's own key (the user's id, say), which is
     unknown of new tasks; name it to use it."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, logits_of, output_layer
-from gmeta.models.layers import network
+from gmeta.models.layers import network, pair_products
 
 
 class DLRM(nn.Module):
@@ -56,9 +56,6 @@ class DLRM(nn.Module):
         self.top = network(widths, layer_norm, dropout)
         self.output = output_layer(widths[-1], inputs)
         self.num_labels = inputs.num_labels
-        self.pairs: Tensor
-        left, right = torch.triu_indices(num_vectors, num_vectors, 1)
-        self.register_buffer("pairs", left * num_vectors + right, persistent=False)
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
         """Return logits [...], or [..., K] of several labels, from dense [..., F] and one [..., d] for each feature, of
@@ -69,7 +66,5 @@ class DLRM(nn.Module):
         if self.bottom is not None:
             numbers = [dense] if self.num_numeric else []
             parts.append(self.bottom(torch.cat([*numbers, *as_vectors(embedded, self.numbers)], -1)))
-        stacked = torch.stack(parts + vectors, -2)  # [..., n, d]
-        products = (stacked @ stacked.mT).flatten(-2)  # [..., n * n]
-        x = torch.cat([*parts, products[..., self.pairs]], -1)
+        x = torch.cat([*parts, pair_products(parts + vectors)], -1)
         return logits_of(self.output(self.top(x)), self.num_labels)

@@ -31,6 +31,15 @@ def all_inputs(dense: Tensor, embedded: dict[str, Tensor], features: Sequence[st
     return torch.cat([*parts, dense] if num_numeric else parts, -1)
 
 
+def pair_products(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the dot products of every two of n vectors [..., d], the first with all behind it first:
+    [..., n (n - 1) / 2].
+    """
+    stacked = torch.stack(list(vectors), -2)  # [..., n, d]
+    left, right = torch.triu_indices(len(vectors), len(vectors), 1, device=stacked.device)
+    return (stacked @ stacked.mT).flatten(-2)[..., left * len(vectors) + right]
+
+
 def scenario_of(inputs: InputSpec, model: str) -> str:
     """Return the feature that is the scenario. ValueError where the model reads none."""
     if inputs.scenario is None:

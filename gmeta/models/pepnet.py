@@ -5,6 +5,7 @@ parameter and embedding personalized network", KDD 2023, arXiv 2302.01115).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from gmeta.core.errors import nearest
 from gmeta.models.inputs import InputSpec, as_vectors, check_dropout, check_widths, logits_of, output_layer
-from gmeta.models.layers import scenario_of
+from gmeta.models.layers import network, pair_products, scenario_of
 
 
 class PEPNet(nn.Module):
@@ -23,7 +24,9 @@ class PEPNet(nn.Module):
 
     `hidden` are the widths of the layers, `gate` that of a gate's hidden layer. `personal` are the features that the
     gates of layers are made of; the item's id unless others are named. No gradient goes through what is only looked
-    at (`stop`). There are no parts of scenarios, so that one that is new has the gates of its embedding alone.
+    at (`stop`). There are no parts of scenarios, so that one that is new has the gates of its embedding alone. With
+    widths `bottom` the layers read what the top of `dlrm` reads, made of scaled inputs: a bottom network's output over
+    all that is no embedding, and the dot products of every two of it, the scenario's and the other embeddings (ours).
     """
 
     def __init__(
@@ -33,11 +36,13 @@ class PEPNet(nn.Module):
         hidden: Sequence[int] = (128, 64),
         gate: int = 32,
         personal: Sequence[str] = (),
+        bottom: Sequence[int] = (),
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_widths("hidden", hidden)
         check_widths("gate", [gate])
+        check_widths("bottom", bottom)
         check_dropout(dropout)
         self.scenario = scenario_of(inputs, "pepnet")
         self.features, self.num_numeric = tuple(inputs.widths), inputs.num_numeric
@@ -50,8 +55,15 @@ class PEPNet(nn.Module):
         width = inputs.width - inputs.widths[self.scenario]
         of_scenario = inputs.widths[self.scenario]
         of_personal = sum(inputs.widths[name] for name in self.personal)
-        widths = [width, *hidden]
         self.embedding_gate = _gate(of_scenario + width, gate, width)
+        self.multiplied = tuple(name for name in self.others if name in inputs.tables) if bottom else ()
+        self.sizes = [*(inputs.widths[name] for name in self.others), inputs.num_numeric]
+        self.bottom: nn.Sequential | None = None
+        if bottom:
+            dim = inputs.embedding_dim
+            self.bottom = network([width - dim * len(self.multiplied), *bottom, dim], dropout=dropout)
+            width = dim + math.comb(2 + len(self.multiplied), 2)
+        widths = [width, *hidden]
         self.gates = nn.ModuleList(_gate(of_personal + width, gate, size) for size in widths)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.output = output_layer(widths[-1], inputs)
@@ -65,10 +77,17 @@ class PEPNet(nn.Module):
         (of_scenario,) = as_vectors(embedded, (self.scenario,))
         x = 2 * torch.sigmoid(self.embedding_gate(torch.cat([of_scenario, x.detach()], -1))) * x
         about = torch.cat([*as_vectors(embedded, self.personal), x.detach()], -1)
-        h = x
+        h = x if self.bottom is None else self._products(self.bottom, x, of_scenario)
         for gate, layer in zip(self.gates, self.layers, strict=False):
             h = self.dropout(torch.relu(layer(2 * torch.sigmoid(gate(about)) * h)))
         return logits_of(self.output(2 * torch.sigmoid(self.gates[-1](about)) * h), self.num_labels)
+
+    def _products(self, bottom: nn.Sequential, x: Tensor, of_scenario: Tensor) -> Tensor:
+        """Return what layers read of scaled inputs [..., width]: the bottom network's output, and products."""
+        scaled = dict(zip([*self.others, None], torch.split(x, self.sizes, -1), strict=True))
+        embeddings = [scaled.pop(name) for name in self.multiplied]
+        numbers = bottom(torch.cat(list(scaled.values()), -1))
+        return torch.cat([numbers, pair_products([numbers, of_scenario, *embeddings])], -1)
 
 
 def _gate(num_in: int, hidden: int, num_out: int) -> nn.Sequential:

@@ -1,5 +1,5 @@
 """Texts beside what any model reads: vectors of titles and of lists of short texts, made of a store's, for a model that
-knows vectors alone.
+knows vectors alone. Vectors that the data have, of images say, go the same way.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.core.batch import text_ids_of
@@ -29,11 +30,12 @@ class WithTexts(TextModel):
         u_n = the mean of tower_n(norm(vector)) over the texts of list n
 
     The vectors are those of the first `layers` of the encoder in `encoder`, one of each text, kept as BAHE keeps them
-    (arXiv 2403.19347); nothing of the encoder is trained. A tower is one layer, to `width` numbers. `target` names the
+    (arXiv 2403.19347); nothing of the encoder is trained. A tower is one layer, to `width` numbers. Every vector of the
+    data goes through norm and a tower too, since encoders differ in what their numbers vary by. `target` names the
     feature with the item's text, `lists` the unpooled sequences of texts of the same vocabulary: all of them where none
     is named. The products are ours: a user's taste is told by both together. `args` are those of the model. A missing
-    text, and a list without any, are zeros. The ids of texts are read beside them, as of every feature; name
-    model.features without them to leave them out, which leaves the texts out too.
+    text or vector, and a list without any text, are zeros. The ids of texts are read beside them, as of every feature;
+    name model.features without them to leave them out, which leaves the texts out too.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class WithTexts(TextModel):
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
         source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.target), store)
         self.keep_texts(inputs, self.target, source, encoder)
-        self.norm = nn.LayerNorm(opened.dim, elementwise_affine=False)
-        self.towers = nn.ModuleDict({str(place): nn.Linear(opened.dim, width) for place in range(len(self.texts))})
+        self.vectors = tuple(inputs.vectors)
+        read = [opened.dim] * len(self.texts) + list(inputs.vectors.values())
+        self.towers = nn.ModuleDict({str(place): nn.Linear(dim, width) for place, dim in enumerate(read)})
         factory = find_model(model)
         given = resolved_args(factory, args or {}, model)
-        vectors = {**inputs.vectors, **{self.made[name]: width for name in made}}
+        vectors = dict.fromkeys([*self.vectors, *self.made.values()], width)
         self.base = factory(replace(inputs, vectors=vectors), **given)
         self.routes = tuple(getattr(self.base, "routes", ()))
         layers_of = tuple(getattr(self.base, "decision_layers", ()))
@@ -83,19 +86,25 @@ class WithTexts(TextModel):
 
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
         """Return what the model makes of its inputs and of the texts' vectors."""
-        vectors = [self._vectors(embedded, place) for place in range(len(self.texts))]
+        vectors = [self._of_texts(embedded, place) for place in range(len(self.texts))]
         made = {self.made[name]: vector for name, vector in zip(self.texts, vectors, strict=True)}
         made |= {self.made[f"{name}*"]: made[self.made[name]] * vectors[0] for name in self.lists}
+        for place, name in enumerate(self.vectors, len(self.texts)):
+            made[name] = self._read(place, embedded[name])
         found: Tensor = self.base(dense, {**embedded, **made})
         return found
 
-    def _vectors(self, embedded: dict[str, Tensor], place: int) -> Tensor:
+    def _of_texts(self, embedded: dict[str, Tensor], place: int) -> Tensor:
         """Return the vector [..., width] of a feature or a list; each distinct text goes through the tower once."""
         ids = embedded[text_ids_of(self.texts[place])]
-        tower = self.towers[str(place)]
         distinct, where = torch.unique(ids, return_inverse=True)
-        kept = self.source.states(distinct.unsqueeze(-1), tower.weight.dtype)  # type: ignore[arg-type]
-        vectors = tower(self.norm(kept.values[:, 0])) * kept.mask[:, :1]
+        kept = self.source.states(distinct.unsqueeze(-1), self.towers["0"].weight.dtype)  # type: ignore[arg-type]
+        vectors = self._read(place, kept.values[:, 0] * kept.mask[:, :1])
         count = kept.mask[:, 0][where].sum(-1, keepdim=True).clamp(min=1)
         found: Tensor = vectors[where].sum(-2) / count.to(vectors.dtype)
         return found
+
+    def _read(self, place: int, vectors: Tensor) -> Tensor:
+        """Return what a tower makes of vectors [..., n]: [..., width], zeros for zeros."""
+        found: Tensor = self.towers[str(place)](F.layer_norm(vectors, vectors.shape[-1:]))
+        return found * vectors.any(-1, keepdim=True)

@@ -55,7 +55,9 @@ def settings_of(pack: Path, encoder: Path, model: str, **changes: Any) -> TrainC
 
 
 def test_vectors_are_those_of_the_equations(encoder: Path) -> None:
-    """Each example by itself: the target's text, the mean over a list, their product; zeros for what is not there."""
+    """Each example by itself: the target's text, the mean over a list, their product, and a vector of the data; zeros
+    for what is not there.
+    """
     from gmeta.text.beside import WithTexts
 
     texts = ("", "w4 w5", "w6", "w7 w8 w9")
@@ -67,6 +69,7 @@ def test_vectors_are_those_of_the_equations(encoder: Path) -> None:
         tables={"user": "user", "title": "text", "seen": "text"},
         texts={"title": 4, "seen": 4},
         text_tables={"text": texts},
+        vectors={"image": 5},
     )
     torch.manual_seed(0)
     model = WithTexts(inputs, **args_of(encoder, "melu")).double().eval()
@@ -75,18 +78,22 @@ def test_vectors_are_those_of_the_equations(encoder: Path) -> None:
     embedded = {name: torch.randn(3, 4).double() for name in ("user", "title")}
     embedded |= {"seen": torch.randn(3, 3, 4).double(), "seen.mask": seen > 0}
     embedded |= {text_ids_of("title"): title, text_ids_of("seen"): seen}
+    embedded["image"] = torch.randn(3, 5).double() * torch.tensor([[1], [0], [1]])
     dense = torch.randn(3, 1).double()
 
-    def vector(place: int, text: int) -> torch.Tensor:
-        kept = model.source.kept[text, 0].double()
+    def read(place: int, kept: torch.Tensor) -> torch.Tensor:
         normed = (kept - kept.mean()) / (kept.var(unbiased=False) + 1e-5).sqrt()
-        return model.towers[str(place)](normed) if text else torch.zeros(3).double()
+        return model.towers[str(place)](normed) if kept.any() else torch.zeros(3).double()
+
+    def vector(place: int, text: int) -> torch.Tensor:
+        return read(place, model.source.kept[text, 0].double() * (text > 0))
 
     for row in range(3):
         target = vector(0, int(title[row, 0]))
         there = [text for text in seen[row].tolist() if text]
         listed = sum((vector(1, text) for text in there), torch.zeros(3).double()) / max(1, len(there))
         made = {"text of title": target, "text of seen": listed, "text of seen*": listed * target}
+        made["image"] = read(2, embedded["image"][row])
         one = {name: value[row] for name, value in embedded.items()}
         expected = model.base(dense[row], {**one, **made})
         torch.testing.assert_close(model(dense, embedded)[row], expected)

@@ -38,7 +38,8 @@ Plain = Callable[[Any, dict[str, Tensor], Tensor, int], Tensor]
 
 def model_of(name: str, **args: Any) -> Any:
     """A model in double precision whose parameters are all drawn: zeros and ones would hide mistakes."""
-    found = make_model(ModelConfig(name=name, embedding_dim=D, args=args), PACK).double()
+    model = name.partition(",")[0]
+    found: Any = make_model(ModelConfig(name=model, embedding_dim=D, args=args), PACK).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in found.parameters():
@@ -133,6 +134,10 @@ def pepnet(model: Any, one: dict[str, Tensor], dense: Tensor, scene: int) -> Ten
     x = torch.cat([one["item"], one["user"], dense])
     x = gated(model.embedding_gate, one["scene"], x) * x
     h = x
+    if model.bottom is not None:
+        item, user, numbers = x.split([D, D, 2])
+        vectors = [relu_network(model.bottom, numbers), one["scene"], item, user]
+        h = torch.cat([vectors[0], torch.stack([a @ b for a, b in combinations(vectors, 2)])])
     for gate, layer in zip(model.gates, model.layers, strict=False):
         h = (layer.weight @ (gated(gate, one["item"], x) * h) + layer.bias).clamp(min=0)
     return model.output(gated(model.gates[-1], one["item"], x) * h)
@@ -166,6 +171,7 @@ MODELS: dict[str, tuple[Plain, dict[str, Any]]] = {
     "ple": (ple, {"own": 2, "shared": 3, "hidden": [6, 5, 7], "tower": [4]}),
     "star": (star, {"hidden": [6, 5], "auxiliary": [4]}),
     "pepnet": (pepnet, {"hidden": [6, 5], "gate": 3}),
+    "pepnet, products": (pepnet, {"hidden": [6, 5], "gate": 3, "bottom": [7]}),
     "hamur": (hamur, {"hidden": [6, 5], "rank": 2}),
     "dcn": (dcn, {"cross": 2, "hidden": [6]}),
     "deepfm": (deepfm, {"hidden": [6]}),
