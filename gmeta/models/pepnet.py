@@ -59,11 +59,11 @@ class PEPNet(nn.Module):
         self.multiplied = tuple(name for name in self.others if name in inputs.tables) if bottom else ()
         self.sizes = [*(inputs.widths[name] for name in self.others), inputs.num_numeric]
         self.bottom: nn.Sequential | None = None
+        widths = [width, *hidden]
         if bottom:
             dim = inputs.embedding_dim
             self.bottom = network([width - dim * len(self.multiplied), *bottom, dim], dropout=dropout)
-            width = dim + math.comb(2 + len(self.multiplied), 2)
-        widths = [width, *hidden]
+            widths[0] = dim + math.comb(2 + len(self.multiplied), 2)
         self.gates = nn.ModuleList(_gate(of_personal + width, gate, size) for size in widths)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.output = output_layer(widths[-1], inputs)

@@ -17,15 +17,15 @@ from gmeta.models.inputs import InputSpec
 from gmeta.models.layers import shares_of
 from gmeta.recommender.build import make_model
 
-SCENES, D = 3, 4
-"""Scenarios, and the width of embeddings."""
+SCENES, D, NUMBERS = 3, 4, 5
+"""Scenarios, the width of embeddings, and numeric columns."""
 NAMES = ("item", "scene", "user")
 FEATURES = tuple(
     Feature(name=name, kind="categorical", num_ids=SCENES + 1 if name == "scene" else 9, table=name) for name in NAMES
 )
 PACK = PackSchema(
     features=FEATURES,
-    numeric=tuple(NumericColumn(name=f"x{i}") for i in range(2)),
+    numeric=tuple(NumericColumn(name=f"x{i}") for i in range(NUMBERS)),
     label="y",
     binary_label=True,
     task="user",
@@ -51,7 +51,7 @@ def inputs(*leading: int) -> tuple[Tensor, dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(2)
     embedded = {name: torch.randn(*leading, D, generator=generator, dtype=torch.float64) for name in NAMES}
     embedded["scene.id"] = torch.randint(SCENES + 1, (*leading, 1), generator=generator)
-    return torch.randn(*leading, 2, generator=generator, dtype=torch.float64), embedded
+    return torch.randn(*leading, NUMBERS, generator=generator, dtype=torch.float64), embedded
 
 
 def relu_network(layers: nn.Module, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def pepnet(model: Any, one: dict[str, Tensor], dense: Tensor, scene: int) -> Ten
     x = gated(model.embedding_gate, one["scene"], x) * x
     h = x
     if model.bottom is not None:
-        item, user, numbers = x.split([D, D, 2])
+        item, user, numbers = x.split([D, D, NUMBERS])
         vectors = [relu_network(model.bottom, numbers), one["scene"], item, user]
         h = torch.cat([vectors[0], torch.stack([a @ b for a, b in combinations(vectors, 2)])])
     for gate, layer in zip(model.gates, model.layers, strict=False):
