@@ -12,7 +12,19 @@ from numpy.typing import NDArray
 from gmeta.benchmark.cells import Cell, CellFolder
 from gmeta.benchmark.measure import OfScenes, gain_of, measure_scenes, told
 from gmeta.benchmark.scored import AFTER, Scored, aligned, read_scored, rows_of_all
-from gmeta.benchmark.tracks import ADAPTED, BASE, INPUTS, MANY, NEW_SCENE, NEW_USERS, POOLED, SCENARIOS, SEPARATE
+from gmeta.benchmark.tracks import (
+    ADAPTED,
+    BASE,
+    FINE_TUNED,
+    GATES,
+    INPUTS,
+    MANY,
+    NEW_SCENE,
+    NEW_USERS,
+    POOLED,
+    SCENARIOS,
+    SEPARATE,
+)
 from gmeta.data.pack import open_pack
 
 KeptCells = Mapping[Cell, dict[str, Any]]
@@ -224,8 +236,8 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
     """Return the board of scenes that are left out, by known rows; of each scene its items are resampled."""
     about = (
         "A scene is left out of train, its last so many rows before test are known, and its rows of test are judged. "
-        "adapted: each item solves its last layer; fine-tuned: dlrm goes on with the known rows; pepnet rows: pepnet "
-        "does, with its embeddings alone. Intervals are over items."
+        "adapted: each item solves its last layer; fine-tuned: a model goes on with the known rows; rows: with its "
+        "embeddings alone; from scratch: dlrm. Intervals are over items."
     )
     scenes = [int(track.rpartition("_")[2]) for track in tracks]
     measured = {s: _of_new_scene(folder, kept, track, resamples) for s, track in zip(scenes, tracks, strict=True)}
@@ -244,14 +256,16 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
             board.records.append(_record(f"leave-one-out/all/{rows}", variant, "auc_macro", interval))
         for scene, value in aucs.items():
             board.records.append(_record(f"leave-one-out/{scene}/{rows}", variant, "auc", value))
+    tuned = [f"{model} {how}" for model in (BASE, GATES) for how in FINE_TUNED]
     for name in everywhere:
         variant, rows = name.split(", ")
-        for other in ("fine-tuned", "fine-tuned gently", "from scratch", "pepnet rows", BASE, "pepnet"):
+        for other in (*tuned, f"{GATES} rows", "from scratch", BASE, GATES):
             against = f"{other}, {rows}" if f"{other}, {rows}" in macro else f"{other}, 0"
-            if variant == ADAPTED and against in macro and (rows != "0" or against.endswith(", 0")):
+            learns = variant in (ADAPTED, f"{GATES} rows") and variant != other
+            if learns and against in macro and (rows != "0" or against.endswith(", 0")):
                 gain = gain_of(macro[name], macro[against])
-                board.notes.append(f"{ADAPTED}, {rows} known rows, against {against}: macro AUC {told(gain)}.")
-                board.records.append(_record(f"leave-one-out/all/{rows}", f"{ADAPTED} - {other}", "auc_macro", gain))
+                board.notes.append(f"{variant}, {rows} known rows, against {against}: macro AUC {told(gain)}.")
+                board.records.append(_record(f"leave-one-out/all/{rows}", f"{variant} - {other}", "auc_macro", gain))
     return board
 
 

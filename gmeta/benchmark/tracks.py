@@ -18,7 +18,9 @@ POOLED = ("dnn", "deepfm", "dcn", "dlrm")
 """Models that know a scene as a feature, of all scenes' rows together; `dnn` is gmeta's melu, which adapts nothing."""
 SEPARATE = ("dnn", "deepfm", "dcn")
 """Those that are trained for every scene by itself too."""
-MANY = ("shared_bottom", "mmoe", "ple", "star", "pepnet", "hamur")
+GATES = "pepnet over dlrm"
+"""`pepnet` whose layers read what the top of `dlrm` reads, made of scaled inputs."""
+MANY = ("shared_bottom", "mmoe", "ple", "star", "pepnet", "hamur", GATES)
 """Models with parts for scenes."""
 ADAPTED = "adapted"
 """Every task solves a Bayesian last layer over learned vectors of its rows (`neural_linear`)."""
@@ -39,9 +41,9 @@ _SOLVED = (
     *("--embedding.lr", "0.1", "--embedding.init_std", "0.1", "--dense.lr", "0.005", "--model.embedding_dim", "17"),
 )
 _FEW = ("--schedule.epochs", "3", "--loader.episode_rows", "8", "--loader.tasks_per_batch", "32")
-_RATES = {
-    "": ("--embedding.lr", "0.05", "--dense.lr", "0.001"),
-    " gently": ("--embedding.lr", "0.01", "--dense.lr", "0.0001"),
+FINE_TUNED = {
+    "fine-tuned": ("--embedding.lr", "0.05", "--dense.lr", "0.001"),
+    "fine-tuned gently": ("--embedding.lr", "0.01", "--dense.lr", "0.0001"),
 }
 """Few rows have no valid rows to choose rates by, so that there are two pairs."""
 _BY_VALID = ("--schedule.metric", "auc")
@@ -88,7 +90,7 @@ class Tracks:
 
     def _new_users(self, seed: int) -> Iterator[Cell]:
         yield Cell(NEW_USERS, BASE, seed, "new_users", self._plain(BASE, user=False))
-        yield Cell(NEW_USERS, "pepnet", seed, "new_users", self._plain("pepnet", user=False))
+        yield Cell(NEW_USERS, GATES, seed, "new_users", self._plain(GATES, user=False))
         solved = self._solved(("scene", "bill_entity_seq", "service_entity_seq", "query_entity_seq"), user=False)
         yield Cell(NEW_USERS, ADAPTED, seed, "new_users", solved)
 
@@ -96,19 +98,20 @@ class Tracks:
         track, pack = f"{NEW_SCENE}_{scene}", f"new_{scene}"
         plain = Cell(track, BASE, seed, pack, self._plain(BASE))
         yield plain
-        gates = Cell(track, "pepnet", seed, pack, self._plain("pepnet"))
+        gates = Cell(track, GATES, seed, pack, self._plain(GATES))
         yield gates
         about = ("scene", "item_title", *self.images)
         yield Cell(track, ADAPTED, seed, pack, self._solved(about, item=False))
         for number in self.rows_of(scene):
             rows = f"known_{scene}_{number}"
-            for how, rates in _RATES.items():
-                name = f"fine-tuned{how}, {number}"
-                yield Cell(track, name, seed, rows, (*_FEW, *rates), begins=plain.name, valid=False)
+            for begun in (plain, gates):
+                for how, rates in FINE_TUNED.items():
+                    name = f"{begun.variant} {how}, {number}"
+                    yield Cell(track, name, seed, rows, (*_FEW, *rates), begins=begun.name, valid=False)
             # a scenario's embedding is new, and so is all that has an id; the gates stay as they are
             still = (*_FEW, "--embedding.lr", "0.05", "--dense.lr", "0")
-            yield Cell(track, f"pepnet rows, {number}", seed, rows, still, begins=gates.name, valid=False)
-            words = (*self._plain(BASE), *_FEW, *_RATES[""])
+            yield Cell(track, f"{GATES} rows, {number}", seed, rows, still, begins=gates.name, valid=False)
+            words = (*self._plain(BASE), *_FEW, *FINE_TUNED["fine-tuned"])
             yield Cell(track, f"from scratch, {number}", seed, rows, words, valid=False)
 
     def _plain(self, model: str, *, user: bool = True, texts: bool = True, images: bool = True) -> tuple[str, ...]:
@@ -145,13 +148,15 @@ def plain_words(
     model: str, features: Sequence[str], scenario: str, texts: Mapping[str, Any] | None, end: Sequence[str]
 ) -> tuple[str, ...]:
     """Return the words of a training that adapts nothing: a model of `features`, beside `texts` where there are some,
-    which ends as `end` says. The first features are ids; gates of pepnet are made of those but the scenario.
+    which ends as `end` says. The first features are ids; gates of layers are made of those but the scenario.
     """
     words = (*_PLAIN, *end, *_BY_VALID, "--model.features", _listed(features))
     # the paper's gates of layers are made of who and what
     ids = list(features[: features.index(scenario)])
-    args = {"personal": ids} if model == "pepnet" else {}
-    name = "melu" if model == "dnn" else model
+    args: dict[str, Any] = {"personal": ids} if model in ("pepnet", GATES) else {}
+    if model == GATES:
+        args["bottom"] = [64]
+    name = {"dnn": "melu", GATES: "pepnet"}.get(model, model)
     if texts is None:
         return (*words, "--model.name", name, *(("--model.args", json.dumps(args)) if args else ()))
     return (*words, *_beside(name, args, texts))

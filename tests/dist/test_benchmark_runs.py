@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason=WHY)
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1800)]
 CELLS = (
     *("scenarios-dnn-0", "scenarios-adapted", "new_users-adapted"),
-    *("new_scene_0-dlrm", "new_scene_0-adapted", "new_scene_0-fine-tuned-100"),
+    *("new_scene_0-dlrm", "new_scene_0-adapted", "new_scene_0-dlrm-fine-tuned-100"),
 )
 
 
@@ -23,7 +23,7 @@ def test_cells_are_run_once_and_all_that_are_kept_are_told(tmp_path: Path, capsy
     out = tmp_path / "out"
     words = ["benchmark", "antm2c", "--root", tmp_path / "log", "--out", out, "--encoder", encoder, "--layers", 2]
     words += ["--quick", "true", "--resamples", 20]
-    fails([*words, "--cells", "new_scene_0-fine-tuned-100"], capsys, "goes on from new_scene_0-dlrm-0")
+    fails([*words, "--cells", "new_scene_0-dlrm-fine-tuned-100"], capsys, "goes on from new_scene_0-dlrm-0")
     gmeta(*words, "--cells", "scenarios-dlrm")
     kept = out / "cells" / "scenarios-dlrm-0" / "cell.json"
     before = kept.stat().st_mtime_ns
@@ -38,7 +38,7 @@ def test_cells_are_run_once_and_all_that_are_kept_are_told(tmp_path: Path, capsy
     for variant in ("dnn", "dlrm", "adapted", "reference, posterior"):
         assert 0.3 < values["scenarios", variant, "auc_macro"] < 0.95
     assert 0.3 < values["leave-one-out/0/100", "adapted", "auc"] < 0.9
-    assert ("leave-one-out/all/100", "adapted - fine-tuned", "auc_macro") in values
+    assert ("leave-one-out/all/100", "adapted - dlrm fine-tuned", "auc_macro") in values
     assert abs(values["scenarios", "dlrm", "calibration_corrected"] - 1) < 0.2
     page = (out / "report.html").read_text()
     for words_ in ("Scenarios", "New items", "New users", "A new scene", "synthetic, AntM2C schema", "<svg"):

@@ -218,7 +218,7 @@ def test_without_a_separator_a_list_is_one_entry(tmp_path: Path) -> None:
 def test_times_that_cannot_be_parsed_are_refused_or_filled(tmp_path: Path) -> None:
     rows = [*TEN, row("u3", "a", "x", 1)]
     with pytest.raises(
-        ValueError, match=r"(?s)1 rows cannot be used, log_time is no time.*part1.csv, row 4: log_time is"
+        ValueError, match=r"(?s)1 × log_time is no time such.*part1.csv, row 4, column 'log_time': '2023-08-x' is"
     ):
         made(tmp_path / "strict", rows)
     log = made(tmp_path / "legacy", rows, dataset="antm2c-legacy")
@@ -238,9 +238,9 @@ def test_the_columns_may_have_another_order(tmp_path: Path, ten: MadeLog) -> Non
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"scene": 7}, "scene is no scene: these are '0', '1', '2', '3', '4'"),
-        ({"label": 2}, "label is neither 0 nor 1"),
-        ({"log_time": "2031-08-01 10:00:00"}, "log_time is not of August 2023"),
+        ({"scene": 7}, "column 'scene': '7' is no scene: these are '0', '1', '2', '3', '4'"),
+        ({"label": 2}, "column 'label': '2.0' is neither 0 nor 1"),
+        ({"log_time": "2031-08-01 10:00:00"}, "is not of August 2023"),
         ({"label": "yes"}, "column 'label': 'yes' is no number"),
         ({"user_id": ""}, "column 'user_id': is missing"),
         ({"item_id": ""}, "column 'item_id': is missing"),
@@ -250,6 +250,21 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path, change: Row, expecte
     with pytest.raises(ValueError, match=re.escape(expected)) as refused:
         made(tmp_path, [*TEN, row("u", "a", "01 10:00:00", 1) | change])
     assert "antm2c_10m_part1.csv, row 4" in str(refused.value)
+
+
+def test_rows_that_cannot_be_used_are_set_aside_where_that_is_asked_for(tmp_path: Path, ten: MadeLog) -> None:
+    bad: list[Row] = [{"scene": 7, "label": 2}, {"log_time": "x"}, {"label": 2}, {"user_id": ""}]
+    rows = [*TEN, *(row("u", "a", "01 10:00:00", 1) | change for change in bad)]
+    log = made(tmp_path, rows, on_bad_rows="quarantine")
+    assert tasks(log) == tasks(ten)
+    rejects = pq.read_table(tmp_path / "rejects.parquet").to_pylist()
+    assert sorted((one["column"], one["value"], one["reason"].partition(":")[0]) for one in rejects) == [
+        ("label", "2.0", "is neither 0 nor 1"),
+        ("log_time", "x", "is no time such as 2023-08-01"),
+        ("scene", "7", "is no scene"),
+        ("user_id", None, "is missing"),
+    ]
+    assert sum(log.counts["bad_rows"].values()) == len(bad)
 
 
 def test_files_that_are_wrong_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

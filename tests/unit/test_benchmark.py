@@ -191,7 +191,7 @@ def pack_without_new_items(path: Path) -> None:
 def test_a_new_scene_is_told_by_known_rows(tmp_path: Path) -> None:
     folder, of = CellFolder(tmp_path), scored(1, scenes=1)
     plain, adapted = Cell("new_scene_0", "dlrm", 0, "new_0", ()), Cell("new_scene_0", "adapted", 0, "new_0", ())
-    tuned = Cell("new_scene_0", "fine-tuned, 100", 0, "known_0_100", ())
+    tuned = Cell("new_scene_0", "dlrm fine-tuned, 100", 0, "known_0_100", ())
     both = Scored(**{name: np.concatenate([v, v]) for name, v in vars(of).items()})
     better = Scored(**{**vars(both), "logit": both.logit + both.label * np.repeat([0, 1], len(of.unit))})
     tasks = [f"0/{u}@{n}" for n in (0, 100) for u in of.unit]
@@ -200,11 +200,11 @@ def test_a_new_scene_is_told_by_known_rows(tmp_path: Path) -> None:
     keep(folder, tuned, of, [f"0/{u}" for u in of.unit])
     board = boards(folder, [plain, adapted, tuned])["A new scene"]
     assert [line[:2] for line in board.rows] == [
-        *(["dlrm", "0"], ["adapted", "0"], ["adapted", "100"], ["fine-tuned", "100"])
+        *(["dlrm", "0"], ["adapted", "0"], ["adapted", "100"], ["dlrm fine-tuned", "100"])
     ]
     assert value(board, "leave-one-out/0/100", "adapted", "auc") > value(board, "leave-one-out/0/0", "adapted", "auc")
-    assert value(board, "leave-one-out/all/100", "adapted - fine-tuned", "auc_macro") > 0.1
-    assert any(note.startswith("adapted, 100 known rows, against fine-tuned, 100") for note in board.notes)
+    assert value(board, "leave-one-out/all/100", "adapted - dlrm fine-tuned", "auc_macro") > 0.1
+    assert any(note.startswith("adapted, 100 known rows, against dlrm fine-tuned, 100") for note in board.notes)
 
 
 def test_rows_of_a_scene_are_filtered_in_their_order(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_cells_have_names_of_their_own_and_come_after_those_they_need() -> None:
     assert len(set(names)) == len(names)
     for place, cell in enumerate(cells):
         assert not cell.begins or cell.begins in names[:place]
-    assert "new_scene_1-fine-tuned-100-0" in names  # a scene of 500 rows has no 1,000 to know
+    assert "new_scene_1-dlrm-fine-tuned-100-0" in names  # a scene of 500 rows has no 1,000 to know
     assert not any("new_scene_1" in name and "1000" in name for name in names)
     assert not any("scene-2" in name for name in names)
     without = [" ".join(cell.words) for cell in Tracks(config(), {0: 20_000}).cells()]

@@ -6,7 +6,7 @@ has a row an event. `event` numbers them by (part file, row), so that repeats st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gmeta.data.antm2c.published import (
     TRAIN_ENDS,
     VALID_ENDS,
 )
-from gmeta.data.prepare.read import check_all
+from gmeta.data.prepare.read import Refusal, check_all
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report
 from gmeta.data.schema import parse_data_schema
@@ -85,19 +85,11 @@ def read_parts(
         }
     )
     plain = replace(settings, task_split="user", split_query="random", roles=None)
-    counts = check_all(con, config, schema, plain, scratch, tell, parts)
     names = {feature.name: f"f{number}" for number, feature in enumerate(schema.features)}
-    time = f"try_strptime(CAST({names['log_time']} AS VARCHAR), {literal(TIME_FORMAT)})"
-    if fills_times:
-        time = f"coalesce({time}, TIMESTAMP {literal(FILLED_TIME)})"
-    else:
-        _refuse(con, counts["files"], f"{time} IS NULL", names["log_time"], "log_time", "is no time such as 2023-08-01")
-        outside = f"{time} < TIMESTAMP {literal(_MONTHS[0])} OR {time} >= TIMESTAMP {literal(_MONTHS[1])}"
-        _refuse(con, counts["files"], outside, names["log_time"], "log_time", "is not of August 2023, nor near it")
-    scenes = ", ".join(literal(str(scene)) for scene in range(SCENES))
-    unknown = f"CAST({names['scene']} AS VARCHAR) IS NULL OR CAST({names['scene']} AS VARCHAR) NOT IN ({scenes})"
-    _refuse(con, counts["files"], unknown, names["scene"], "scene", f"is no scene: these are {scenes}")
-    _refuse(con, counts["files"], "label NOT IN (0, 1)", "label", "label", "is neither 0 nor 1")
+    parsed = f"try_strptime(CAST({names['log_time']} AS VARCHAR), {literal(TIME_FORMAT)})"
+    time = f"coalesce({parsed}, TIMESTAMP {literal(FILLED_TIME)})" if fills_times else parsed
+    refused = _refusals(names, None if fills_times else parsed)
+    counts = check_all(con, config, schema, plain, scratch, tell, parts, refused=refused)
     texts = [f"CAST({names[name]} AS VARCHAR) AS {name}" for name in ("item_id", "scene", "item_title", *LISTS)]
     texts += [f"CAST({names[name]} AS VARCHAR) AS d{number}" for number, name in enumerate(DEEP_FEATURES)]
     first, second = (f"TIMESTAMP {literal(ends.strftime(TIME_FORMAT))}" for ends in (TRAIN_ENDS, VALID_ENDS))
@@ -109,8 +101,7 @@ def read_parts(
         FROM (SELECT file, row, CAST(task AS VARCHAR) AS user_id, {time} AS time, label, {", ".join(texts)}
               FROM raw_rows)""")
     if fills_times:
-        bad = f"try_strptime(CAST({names['log_time']} AS VARCHAR), {literal(TIME_FORMAT)}) IS NULL"
-        counts["filled_times"] = scalar(con, f"SELECT count(*) FROM raw_rows WHERE {bad}")
+        counts["filled_times"] = scalar(con, f"SELECT count(*) FROM raw_rows WHERE {parsed} IS NULL")
     return counts
 
 
@@ -123,15 +114,18 @@ def open_part(con: Connection, path: Path) -> RawPart:
     return part
 
 
-def _refuse(con: Connection, files: Sequence[str], condition: str, value: str, column: str, why: str) -> None:
-    """Raise ValueError with the first rows that fulfil a condition, and how many do."""
-    rows = scalar(con, f"SELECT count(*) FROM raw_rows WHERE {condition}")
-    if not rows:
-        return
-    first = con.execute(f"""SELECT file, row, CAST({value} AS VARCHAR) FROM raw_rows WHERE {condition}
-                            ORDER BY file, row LIMIT 3""").fetchall()
-    told = "\n".join(f"  {files[file]}, row {row}: {column} is {found!r}" for file, row, found in first)
-    raise ValueError(f"{rows:,} rows cannot be used, {column} {why}. The first:\n{told}\nMend them or remove them")
+def _refusals(names: Mapping[str, str], time: str | None) -> list[Refusal]:
+    """Return which rows cannot be used: `names` has SQL of columns, `time` SQL of the time, None where any goes."""
+    scenes = ", ".join(literal(str(scene)) for scene in range(SCENES))
+    scene, text = f"CAST({names['scene']} AS VARCHAR)", names["log_time"]
+    found = []
+    if time is not None:
+        found.append(Refusal(f"{time} IS NULL", "log_time", text, "is no time such as 2023-08-01"))
+        outside = f"{time} < TIMESTAMP {literal(_MONTHS[0])} OR {time} >= TIMESTAMP {literal(_MONTHS[1])}"
+        found.append(Refusal(outside, "log_time", text, "is not of August 2023, nor near it"))
+    unknown = f"{scene} IS NULL OR {scene} NOT IN ({scenes})"
+    found.append(Refusal(unknown, "scene", scene, f"is no scene: these are {scenes}"))
+    return [*found, Refusal("label NOT IN (0, 1)", "label", "label", "is neither 0 nor 1")]
 
 
 def separator_of(con: Connection, given: str | None) -> tuple[str, float]:

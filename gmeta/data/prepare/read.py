@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from gmeta.data.schema import DataSchema, Role
 from gmeta.data.sources import Connection, RawPart, find_files, in_order, literal, open_files, reading, scalar
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Rows that cannot be used for what a data set says of one of its columns."""
+
+    condition: str  # SQL over `raw_rows`; NULL is no
+    column: str  # as its files call it
+    value: str  # SQL of what stands there
+    reason: str
+
+
 def check_all(
     con: Connection,
     config: PrepareConfig,
@@ -27,9 +39,10 @@ def check_all(
     made: list[RawPart] | None = None,
     *,
     known_items: bool = False,
+    refused: Sequence[Refusal] = (),
 ) -> dict[str, Any]:
-    """Check all files, or rows that were `made` of them, and make view `raw_rows` of the rows that can be used; returns
-    the counts so far. With `known_items` rows need no vectors of their items.
+    """Check all files, or rows that were `made` of them, and make view `raw_rows` of the rows that can be used, and are
+    not `refused`; returns the counts so far. With `known_items` rows need no vectors of their items.
     """
     roles: list[Role] = ["task", "label", "weight", "time", "item"]
     if settings.task_split == "column":
@@ -48,6 +61,9 @@ def check_all(
     time = common_time(con, parts, schema.time)
     tell("reading files", len(parts), len(parts))
     files = [part.file for part in parts]
+    union = " UNION ALL ".join(dict.fromkeys(relations))
+    every = f"SELECT * EXCLUDE (time_fraction) REPLACE ({time} AS time) FROM ({union})"
+    con.execute(f"CREATE VIEW raw_rows AS {every} WHERE NOT ({_set_aside(con, every, refused)})")
     bad = reject_counts(con)
     if bad and config.on_bad_rows == "fail":
         reasons = "; ".join(f"{count} × {reason}" for reason, count in bad.items())
@@ -58,13 +74,23 @@ def check_all(
         )
     if bad:
         _write_rejects(con, files, scratch)
-    union = " UNION ALL ".join(dict.fromkeys(relations))
-    con.execute(f"CREATE VIEW raw_rows AS SELECT * EXCLUDE (time_fraction) REPLACE ({time} AS time) FROM ({union})")
     rows = scalar(con, "SELECT count(*) FROM raw_rows")
     if rows == 0:
         raise ValueError(f"{', '.join(files)}: no row that can be used ({sum(bad.values())} rows were set aside)")
     skipped = {"empty_files": len(empty)} if empty else {}
     return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, **skipped, "files": files}
+
+
+def _set_aside(con: Connection, every: str, refused: Sequence[Refusal]) -> str:
+    """Put refused rows of a query into table `rejects`, each for its first reason; return SQL of whether one is."""
+    any_of = "false"
+    for refusal in refused:
+        con.execute(f"""
+            INSERT INTO rejects (file, row, reason, bad_column, bad_value)
+            SELECT file, row, {literal(refusal.reason)}, {literal(refusal.column)}, CAST({refusal.value} AS VARCHAR)
+            FROM ({every}) WHERE ({refusal.condition}) AND NOT ({any_of})""")
+        any_of = f"{any_of} OR coalesce({refusal.condition}, false)"
+    return any_of
 
 
 def _parts(con: Connection, config: PrepareConfig) -> tuple[list[RawPart], list[Path]]:
