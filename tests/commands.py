@@ -10,6 +10,11 @@ import pytest
 
 from gmeta.cli import run
 
+TELL_PEAK = """
+with open("/proc/self/status") as status:
+    print(next(int(line.split()[1]) // 1024 for line in status if line.startswith("VmHWM")))
+"""
+"""Code that prints the most memory that its process held, in MB. What `getrusage` tells counts that of its parent."""
 _TIMED = ("tasks_per_s", "samples_per_s", "time_s", "input_share", "exchange_share", "compute_share")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from commands import fails, gmeta, train_words
+from commands import TELL_PEAK, fails, gmeta, train_words
 from harness import run_ranks
 from packs import make_pack
 from packs import user_rows as rows
@@ -138,13 +138,13 @@ def test_a_memory_limit_that_is_too_low_is_told(
     assert not list(tmp_path.iterdir())
 
 
-PEAK = """
-import resource, sys
+PEAK = f"""
+import sys
 from gmeta.cli import run
 from gmeta.data.prepare import parts
 parts.PART_ROWS = 1 << 15
 code = run(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+{TELL_PEAK}
 sys.exit(code)
 """
 

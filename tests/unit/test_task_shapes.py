@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from commands import gmeta, train_words
+from commands import TELL_PEAK, gmeta, train_words
 from pyarrow import csv
 from safetensors.numpy import load_file
 
@@ -250,10 +250,10 @@ def test_a_very_long_task_pads_no_other_in_any_command(tmp_path: Path) -> None:
         assert int(done.stdout.split()[-1]) < 1500, words[0]
 
 
-PEAK = """
-import resource, sys
+PEAK = f"""
+import sys
 from gmeta.cli import run
 code = run(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+{TELL_PEAK}
 sys.exit(code)
 """
