@@ -63,8 +63,8 @@ def boards_of(
         boards += _scenarios(folder, kept, scored, valid, reference, resamples)
     inputs = _by_variant(folder, kept, INPUTS, "test")
     if inputs:
-        if BASE in scored:
-            inputs["all of these"] = scored[BASE]
+        if GATES in scored:
+            inputs["all of these"] = scored[GATES]
         boards.append(_inputs(kept, inputs, reference, resamples))
     users = _by_variant(folder, kept, NEW_USERS, "test")
     if users:
@@ -175,7 +175,7 @@ def _inputs(
     kept: KeptCells, scored: dict[str, list[Scored]], reference: Mapping[str, Mapping[str, Any]], resamples: int
 ) -> Board:
     measured = measure_scenes(scored, {}, resamples)
-    board = _board("inputs", f"Inputs of {BASE}", "All rows of test.", kept, INPUTS, measured, "ids")
+    board = _board("inputs", f"Inputs of {GATES}", "All rows of test.", kept, INPUTS, measured, "ids")
     bound = reference.get("posterior")
     if bound and "ids" in measured and "all of these" in measured:
         ids, every = measured["ids"].auc_macro[0], measured["all of these"].auc_macro[0]

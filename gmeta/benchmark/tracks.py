@@ -19,7 +19,7 @@ POOLED = ("dnn", "deepfm", "dcn", "dlrm")
 SEPARATE = ("dnn", "deepfm", "dcn")
 """Those that are trained for every scene by itself too."""
 GATES = "pepnet over dlrm"
-"""`pepnet` whose layers read what the top of `dlrm` reads, made of scaled inputs."""
+"""`pepnet` whose layers read what the top of `dlrm` reads, made of scaled inputs; the model whose inputs vary."""
 MANY = ("shared_bottom", "mmoe", "ple", "star", "pepnet", "hamur", GATES)
 """Models with parts for scenes."""
 ADAPTED = "adapted"
@@ -27,7 +27,7 @@ ADAPTED = "adapted"
 KNOWN = (100, 1000, 10_000)
 """Rows that are known of a new scene, besides none."""
 BASE = "dlrm"
-"""The model of tracks that vary something else."""
+"""What others are held against where users or a scene are new."""
 
 IDS = ("user_id", "item_id", "scene")
 TEXTS = ("item_title", "bill_entity_seq", "service_entity_seq", "query_entity_seq")
@@ -88,10 +88,10 @@ class Tracks:
                 yield Cell(SCENARIOS, f"{model}, scene {scene}", seed, f"scene_{scene}", self._plain(model))
 
     def _inputs(self, seed: int) -> Iterator[Cell]:
-        yield Cell(INPUTS, "ids", seed, "all", self._plain(BASE, texts=False, images=False))
+        yield Cell(INPUTS, "ids", seed, "all", self._plain(GATES, texts=False, images=False))
         if self.images:
-            yield Cell(INPUTS, "ids, texts", seed, "all", self._plain(BASE, images=False))
-            yield Cell(INPUTS, "ids, images", seed, "all", self._plain(BASE, texts=False))
+            yield Cell(INPUTS, "ids, texts", seed, "all", self._plain(GATES, images=False))
+            yield Cell(INPUTS, "ids, images", seed, "all", self._plain(GATES, texts=False))
 
     def _new_users(self, seed: int) -> Iterator[Cell]:
         yield Cell(NEW_USERS, BASE, seed, "new_users", self._plain(BASE, user=False))
