@@ -277,8 +277,9 @@ output has all columns of the query file.
 
 _RECOMMEND_HELP = """The events have the columns that the events had which the run's pack was made of. A user's events
 count in the order of their time; without times those of each domain keep the order of the file, and domains are
-interleaved evenly, as at prepare. Of a run with loader.max_support_rows the last ones are read. Recommendations are
-ranked as gmeta evaluate ranks; of equal scores the item with the lower id comes first.
+interleaved evenly, but for those of the domain that is asked for, which are read last. Of a run with
+loader.max_support_rows the last ones are read. Recommendations are ranked as gmeta evaluate ranks; of equal scores the
+item with the lower id comes first.
 """
 
 _TUNE_HELP = """The space is a YAML file, dotted keys of `gmeta train` with what they vary over:

@@ -187,7 +187,10 @@ class NextItems:
             return self.add(read_raw_items(con, part, columns))
 
     def user_vectors(self, events: TableLike) -> pa.Table:
-        """Return user and vector (a list of float32) for each user of a table of events with a known event."""
+        """Return user and vector (a list of float32) for each user of a table of events with a known event.
+
+        Of events without times they read all domains alike; `recommend` reads those of the domain asked for last.
+        """
         found = self.histories(events)
         return self.user_table(found.where(found.length > 0))
 
@@ -273,8 +276,28 @@ class NextItems:
         """Return the k best items of each shelf for users who have a known event each."""
         users = self.vectors(histories)
         seen = histories.seen(users.device)
-        nothing = seen[0][:0], seen[1][:0]
-        return [shelf.top(users, k, seen if exclude_history else nothing) for shelf in shelves.values()]
+        out = seen if exclude_history else (seen[0][:0], seen[1][:0])
+        return [shelf.top(self._asked(users, histories, of), k, out) for of, shelf in shelves.items()]
+
+    def _asked(self, users: Tensor, histories: Histories, domain: int) -> Tensor:
+        """Return the vectors [U, d] of users who are asked for items of a domain, 0: of any.
+
+        Without times nothing says which of a user's domains came last: events of the domain are read behind those of
+        others, as in the histories that a pack's targets have.
+        """
+        if self.columns.time is not None or not domain:
+            return users
+        own = self._names.domain[histories.items] == domain
+        user = np.repeat(np.arange(len(histories.users)), histories.length)
+        count = np.bincount(user, own, minlength=len(histories.users))
+        several = (count > 0) & (count < histories.length)
+        if not several.any():
+            return users
+        events = np.flatnonzero(several[user])
+        some = histories.where(several).at(np.lexsort((own[events], user[events])))
+        found = users.clone()
+        found[torch.from_numpy(several).to(users.device)] = self.vectors(some)
+        return found
 
     def vectors(self, histories: Histories) -> Tensor:
         """Return the vector of each user, [U, d]. ValueError for one that is not finite."""

@@ -95,6 +95,24 @@ def test_a_run_that_reads_gaps_recommends_what_evaluation_ranks(folder: Path) ->
     assert from_bundle.recommend(events, k=5).equals(rec.recommend(events, k=5))
 
 
+def test_without_times_events_of_the_domain_asked_for_are_read_last(folder: Path) -> None:
+    run = next_item_run(next_item_pack(folder / "untimed"), folder / "untimed" / "run", most=MOST)
+    rec = NextItems.open(run, device="cpu")
+    require_equal_places(run, rec, "test", MOST)
+
+    one, other = rec.domains[:2]
+    items = {
+        name: [row["item"] for row in rec.item_vectors().to_pylist() if row["domain"] == name] for name in (one, other)
+    }
+    history = {"user": ["u"] * 3, "item": [*items[one][:2], items[other][0]], "domain": [one, one, other]}
+    read = rec.histories(history)  # by shares: one, other, one
+    shelves = rec.shelves(other, "domain")
+    (best,), (shelf,) = rec.best(read, 5, shelves), shelves.values()
+    of_other_last = rec.vectors(read.at(np.array([0, 2, 1])))
+    assert torch.equal(best.score, shelf.top(of_other_last, 5, read.seen(best.score.device)).score)
+    assert not torch.equal(of_other_last, rec.vectors(read))
+
+
 def test_histories_are_no_longer_than_those_of_the_pack(folder: Path) -> None:
     bounds = {"holdout": "1200", "max_task_rows": 4, "max_task_rows_keep": "last"}
     pack = next_item_pack(folder / "short", timed(event_rows()), **bounds)

@@ -92,7 +92,7 @@ def hold_out_of_day(con: Connection, settings: Settings) -> None:
         SELECT *, "user" AS key FROM (SELECT *, is_new AND position > {last} AS is_query FROM sequence
                                       WHERE partition = 'train')
         QUALIFY bool_or(is_query) OVER (PARTITION BY "user")"""
-    make_task_rows(con, train, "sequence", numbered=True)
+    make_task_rows(con, train, "sequence", numbered=True, has_time=True)
 
 
 def write_last_events(con: Connection, path: Path, rows: int, *, later: bool) -> None:

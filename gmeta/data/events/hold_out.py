@@ -4,7 +4,8 @@ They leave tables `placed` (the columns of `events`, partition and position) and
 item, position, time, is_query): the rows of every task. A user's training events are a task of split train. Each target
 is one of split valid or test, whose support are the events that may be known before it: training events of the user,
 and later ones of the target's own domain; where a time parts the splits, all events. With times only those before the
-target are known. Positions are places in the user's interleaved sequence, from 0.
+target are known. Positions are places in the user's interleaved sequence, from 0. Without times nothing says which of a
+user's domains came last, so that a target follows the events of its own domain, and these those of others.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def hold_out(con: Connection, holdout: str, *, has_time: bool) -> None:
         _part_by_time(con, holdout, has_time=has_time)
     train = """SELECT *, "user" AS key, position = max(position) OVER (PARTITION BY "user") AS is_query
                FROM placed WHERE partition = 'train'"""
-    make_task_rows(con, train, "placed", numbered=holdout not in BY_PLACE)
+    make_task_rows(con, train, "placed", numbered=holdout not in BY_PLACE, has_time=has_time)
 
 
-def make_task_rows(con: Connection, train: str, sequence: str, *, numbered: bool) -> None:
+def make_task_rows(con: Connection, train: str, sequence: str, *, numbered: bool, has_time: bool) -> None:
     """Make table `task_rows`: the rows that `train` selects, and a task for each target among the `placed` events.
 
     Targets that are `numbered` have all earlier events of a `sequence` as their history; without, training events and
-    those of their own domain.
+    those of their own domain. Without times events of the target's domain come behind those of others.
     """
     known, number = "(e.partition = 'train' OR e.domain = t.domain)", "''"
     if numbered:
@@ -48,11 +49,13 @@ def make_task_rows(con: Connection, train: str, sequence: str, *, numbered: bool
         CREATE TABLE targets AS SELECT *, concat({key}, {number}) AS key FROM placed WHERE partition <> 'train'""")
     _require_own_keys(con)
     columns = '"user", key, partition, item, position, time, is_query'
+    behind = 0 if has_time or not several else scalar(con, "SELECT max(position) + 1 FROM placed")
+    own = f"if(e.domain = t.domain, {behind}, 0)"
     con.execute(f"""
         CREATE TABLE task_rows AS
         SELECT {columns} FROM ({train})
-        UNION ALL SELECT {columns} FROM (SELECT *, true AS is_query FROM targets)
-        UNION ALL SELECT t."user", t.key, t.partition, e.item, e.position, e.time, false
+        UNION ALL SELECT "user", key, partition, item, position + {behind}, time + {behind}, true FROM targets
+        UNION ALL SELECT t."user", t.key, t.partition, e.item, e.position + {own}, e.time + {own}, false
                   FROM targets t JOIN {sequence} e ON e."user" = t."user" AND e.position < t.position AND {known}""")
 
 
