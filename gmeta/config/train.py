@@ -278,6 +278,8 @@ class NextItemConfig:
         require(self.in_batch >= 0, "next_item.in_batch", self.in_batch, "must be 0 (none) or a number of events")
         rule = "next_item.candidates is 0, so that all items are candidates already; leave in_batch out"
         require(not self.in_batch or self.candidates > 0, "next_item.in_batch", self.in_batch, rule)
+        drawn = self.candidates > 0 or self.draw == "uniform"
+        require(drawn, "next_item.draw", self.draw, "next_item.candidates is 0, so that none is drawn; leave it out")
         require(self.each >= 0, "next_item.each", self.each, "must be 0 (all candidates) or a number of them")
         rule = f"next_item.candidates draws {self.candidates} items of a domain; raise that, or lower this"
         require(self.each <= self.candidates or not self.candidates, "next_item.each", self.each, rule)

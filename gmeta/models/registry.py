@@ -5,6 +5,7 @@ A model is a callable `(inputs: InputSpec, **args) -> nn.Module`.
 
 from __future__ import annotations
 
+import collections.abc
 import functools
 import importlib
 import inspect
@@ -62,8 +63,8 @@ MODELS: dict[str, ModelFactory | str] = {
 """Add a model: one file beside this one, and its line here. One of a floor above is named, and found when asked for."""
 
 
-def find_model(name: str) -> ModelFactory:
-    """Return the model that `model.name` names. Raises ValueError where there is none, with the nearest.
+def find_model(name: str, key: str = "model.name") -> ModelFactory:
+    """Return the model that the setting `key` names. Raises ValueError where there is none, with the nearest.
 
     A module is looked for as Python does it, and in the current directory.
     """
@@ -72,18 +73,16 @@ def find_model(name: str) -> ModelFactory:
         return known
     module_name, colon, attribute = known.partition(":")
     if not colon:
-        raise ValueError(
-            f"model.name is {name!r}: {nearest(name, MODELS)} (your own model is named package.module:Class)"
-        )
+        raise ValueError(f"{key} is {name!r}: {nearest(name, MODELS)} (your own model is named package.module:Class)")
     module = _import(module_name, name)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
             public = [word for word in vars(found) if not word.startswith("_")]
-            raise ValueError(f"model.name is {name!r}: {module_name} has no {part!r}, {nearest(part, public)}")
+            raise ValueError(f"{key} is {name!r}: {module_name} has no {part!r}, {nearest(part, public)}")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"model.name is {name!r}: {attribute} is a {type(found).__name__}, not a class or function")
+        raise ValueError(f"{key} is {name!r}: {attribute} is a {type(found).__name__}, not a class or function")
     return found  # type: ignore[no-any-return]
 
 
@@ -144,8 +143,10 @@ def source_hash(name: str) -> str:
     return xxhash.xxh3_64(Path(file).read_bytes()).hexdigest()
 
 
-def resolved_args(factory: ModelFactory, args: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return `args` with the factory's own defaults filled in, checked against its annotations.
+def resolved_args(
+    factory: ModelFactory, args: Mapping[str, Any], name: str, setting: str = "model.args"
+) -> dict[str, Any]:
+    """Return `args`, which stand under a `setting`, with the factory's own defaults, checked by its annotations.
 
     Raises ValueError for an argument that is unknown (with the nearest), missing, or of the wrong type.
     """
@@ -165,17 +166,17 @@ def resolved_args(factory: ModelFactory, args: Mapping[str, Any], name: str) -> 
     for key in args:
         if key not in named and not anything:
             hint = nearest(key, named) if named else "it takes none"
-            raise ValueError(f"model.args.{key}: {name} has no argument {key!r}, {hint}")
+            raise ValueError(f"{setting}.{key}: {name} has no argument {key!r}, {hint}")
     for key, parameter in named.items():
         if key not in args and parameter.default is parameter.empty:
-            raise ValueError(f"model.args.{key} is missing: {name} needs it")
-    checked = _checked(factory, {key: args[key] for key in args if key in named}, name)
+            raise ValueError(f"{setting}.{key} is missing: {name} needs it")
+    checked = _checked(factory, {key: args[key] for key in args if key in named}, name, setting)
     defaults = {key: _plain(p.default) for key, p in named.items() if p.default is not p.empty}
     found = {**defaults, **args, **checked}
     for key, value in found.items():
         if not _can_be_saved(value):
             raise ValueError(
-                f"model.args.{key} of {name} is {value!r}, which a run cannot save: use a number, a text, a list or a "
+                f"{setting}.{key} of {name} is {value!r}, which a run cannot save: use a number, a text, a list or a "
                 "mapping, and let the model make of it what it needs"
             )
     return found
@@ -196,7 +197,7 @@ def _can_be_saved(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str, Any]:
+def _checked(factory: ModelFactory, args: dict[str, Any], name: str, setting: str) -> dict[str, Any]:
     """Return the arguments in the types that the factory's annotations name."""
     hints, found = _hints(factory), {}
     parameters = inspect.signature(factory).parameters
@@ -218,10 +219,12 @@ def _checked(factory: ModelFactory, args: dict[str, Any], name: str) -> dict[str
         except ArgumentError:
             if get_origin(hints[key]) is Literal:
                 raise ValueError(
-                    f"model.args.{key} is {value!r}: must be one of {', '.join(map(str, get_args(hints[key])))}"
+                    f"{setting}.{key} is {value!r}: must be one of {', '.join(map(str, get_args(hints[key])))}"
                 ) from None
             kind = f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
-            raise ValueError(f"model.args.{key} is {value!r}: {name} takes {kind}") from None
+            if get_origin(hints[key]) is collections.abc.Sequence:
+                kind = "a list, such as [64]" if get_args(hints[key]) == (int,) else "a list, such as [a, b]"
+            raise ValueError(f"{setting}.{key} is {value!r}: {name} takes {kind}") from None
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -79,8 +80,26 @@ def make_model(
     """Return the configured model for a pack; errors as `find_model`, `resolved_args` and `build_model`."""
     name = config.name if factory is None else name_of(factory)
     factory = factory or find_model(name)
+    _require_kind(factory, schema, name)
     args = _fetched(factory, resolved_args(factory, config.args, name))
     return build_model(factory, inputs_of(config, schema, text_tables), args, name=name, seed=seed)
+
+
+def _require_kind(factory: ModelFactory, schema: PackSchema, name: str) -> None:
+    """Raise ValueError where a class finds next items, and the pack has rows with labels, or the other way round."""
+    if not inspect.isclass(factory):
+        return
+    finds, scores = hasattr(factory, "states"), getattr(factory, "forward", None) is not nn.Module.forward
+    if schema.next_item and scores and not finds:
+        raise ValueError(
+            f"{name} scores rows, and the pack is one of next items: name a model that finds them by states and items, "
+            "such as --model.name sasrec or llmrec, or prepare rows with a label (--schema)"
+        )
+    if not schema.next_item and finds and not scores:
+        raise ValueError(
+            f"{name} finds next items, and the pack has rows with labels: name a model that scores them, such as "
+            "--model.name dlrm, or prepare events (--events)"
+        )
 
 
 def _fetched(factory: ModelFactory, args: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from gmeta.recommender.next_items import Histories, NextItems
 from gmeta.recommender.top_items import Shelf, TopItems
 
 _SHOWN = 5
+_NO_TABLES = (".txt", ".tsv", ".json", ".jsonl", ".xlsx")
 _COMPARED = 1000
 """The lists of so many users by an approximate index are compared with the exact ones."""
 
@@ -59,7 +60,9 @@ def recommend(config: RecommendConfig) -> int:
         if items is not None:
             raw = read_raw_items(con, items, run.columns)
             added = run.add(raw)
-            print(f"new items: {added:,}; rows of known ones: {len(raw.item) - added:,}")
+            print(
+                f"new items: {added:,}; rows of items that are known or came before, unread: {len(raw.item) - added:,}"
+            )
         tell("reading events", 0, 1)
         reader = EventReader(con, opened, run.columns, _users(config, con, of_users, run))
         found = _Recommending(config, run, tell).all(reader)
@@ -76,6 +79,7 @@ class _Recommending:
         self._num_users = self._num_events = self._unknown = self._rows = 0
         self._without: list[str] = []
         self._num_without = 0
+        self._domains: set[str] = set()  # that the run does not know
         self._exact: dict[int, Shelf] = {}
         self._compared = self._found = self._wanted = 0  # users, and items of their exact lists
 
@@ -92,6 +96,7 @@ class _Recommending:
             for raw in reader.chunks():
                 self._tell("recommending", done, reader.num_users)
                 histories = run.encode(raw)
+                self._domains |= {name for name in raw.domain if run.domains and name} - {*run.domains}
                 known = histories.where(histories.length > 0)
                 self._count(histories)
                 if config.out is not None:
@@ -140,6 +145,9 @@ class _Recommending:
             f"users: {self._num_users:,}, with {self._num_events:,} known events; events of unknown items, left out: "
             f"{self._unknown:,}"
         )
+        if self._domains:
+            some = ", ".join(map(repr, sorted(self._domains)[:_SHOWN]))
+            yield f"unknown domains, whose events are left out: {some}; the run knows {', '.join(run.domains)}"
         if self._num_without:
             named = ", ".join(map(repr, self._without)) + (" …" if self._num_without > len(self._without) else "")
             what = "given the most popular items" if config.popular_for_unknown else "left out"
@@ -227,6 +235,10 @@ def _only(path: str, key: str) -> Path:
 def _users_file(config: RecommendConfig) -> Path | None:
     """Return the file that `users` names; None where it names users."""
     given = config.users if isinstance(config.users, str) else None
+    if given is not None and given.lower().endswith(_NO_TABLES):
+        raise ValueError(
+            f"users is {given!r}: a file of users is Parquet or CSV, and one user is given as a list, [u1]"
+        )
     named = given is not None and given.lower().endswith(PARQUET + CSV)
     return _only(given, "users") if named and given is not None else None
 

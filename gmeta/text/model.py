@@ -49,6 +49,12 @@ class TextModel(nn.Module):
         """Return the texts that the model knows."""
         return self._source[0]
 
+    def told(self) -> list[str]:
+        """Return lines for people, before training."""
+        source = self.source
+        most = source.spec.max_tokens
+        return [f"texts cut at {most} tokens: {source.num_cut:,} of {source.num_given - 1:,}"] if source.num_cut else []
+
     def check_loaded(self) -> None:
         """Raise ValueError where the loaded weights were trained with another encoder."""
         trained, found = bytes(self.get_buffer("encoder_digest").tolist()).hex(), self.source.spec.encoder

@@ -57,6 +57,7 @@ class TextSource:
         self.encoder = encoder
         self.layers: nn.Module | None = None  # what of the lower layers is trained
         self.num_given = len(texts)  # texts that it began with; what follows was added
+        self.num_cut = 0  # texts that were longer than the spec's max_tokens
         self.kept, self.counts = self._make(texts, store)  # [texts, K, ...], and how many tokens each text has
 
     def __len__(self) -> int:
@@ -145,7 +146,8 @@ class TextSource:
     @torch.no_grad()
     def _make(self, texts: Sequence[str], store: str = "") -> tuple[Tensor, Tensor]:
         spec = self.spec
-        tokens, _ = self.encoder.tokenizer([render(spec.template, text) for text in texts], spec.max_tokens)
+        tokens, cut = self.encoder.tokenizer([render(spec.template, text) for text in texts], spec.max_tokens)
+        self.num_cut += sum(cut)
         counts = torch.tensor([len(found) for found in tokens], dtype=torch.int64)
         if self.encode == "behaviours":
             vectors = torch.zeros(len(texts), spec.vectors, spec.dim, dtype=torch.float16)

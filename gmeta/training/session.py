@@ -144,6 +144,7 @@ def _banner(run: Run) -> str:
         f"{state.dense.num_parameters:,} dense parameters; engine: {engine}",
         state.system.tables.memory_report(),
     ]
+    lines += getattr(state.system.objective.model, "told", list)()
     if replay is not None:
         what = "episodes" if run.config.loader.episode_rows else "tasks"
         lines.append(

@@ -18,7 +18,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model.name", "melu"), "MeLU has no function 'states': the pack is one of next items"),
+        (("--model.name", "melu"), "melu scores rows, and the pack is one of next items"),
         (("--meta.adapt", "[head]"), "where a task adapts a prompt or nothing"),
         (("--loader.resample", "true"), "histories are in the order of what came next: leave it out"),
         (("--loader.episode_rows", "10"), "an episode would make support and query of rows of either"),
@@ -31,6 +31,7 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--next_item.in_batch", "5", "--loader.tasks_per_batch", "1"), "a batch of one user has no event of another"),
         (("--next_item.each", "-1"), "next_item.each is -1: must be 0 (all candidates) or a number of them"),
         (("--next_item.each", "600"), "next_item.candidates draws 512 items of a domain; raise that, or lower this"),
+        (("--next_item.draw", "popularity", "--next_item.candidates", "0"), "so that none is drawn; leave it out"),
         (("--schedule.metric", "auc"), "of next items must be one of recall@10, ndcg@10, mrr@10"),
         (("--schedule.metric", "loss", "--schedule.patience", "1"), "schedule.metric is 'loss': of next items must"),
         (("--recipe", "cold_users"), "is a pack of next items: leave it out"),

@@ -203,7 +203,17 @@ def test_a_separator_may_be_given(tmp_path: Path) -> None:
     log = made(tmp_path, separator="&")
     assert log.counts["antm2c"]["separated"] == 0
     assert pq.read_table(log.rows)["bill_entity_seq"].to_pylist()[0] == ["tea;milk"]
-    assert "'&', which 0% of the lists have" in " ".join(log_lines(log.counts["antm2c"]))
+    told = " ".join(log_lines(log.counts["antm2c"]))
+    assert "'&', which 0% of the lists have" in told
+    assert "CAREFUL: more lists have ';'" in told
+
+
+def test_a_file_with_another_separator_is_named(tmp_path: Path) -> None:
+    others = dict.fromkeys(LISTS, "tea|milk")
+    rows = [row("u", "a", f"01 10:00:{n:02}", 1, **(others if n % 3 == 2 else {})) for n in range(9)]
+    log = made(tmp_path, rows)
+    (said,) = [line for line in log_lines(log.counts["antm2c"]) if "CAREFUL" in line]
+    assert "antm2c_10m_part2.csv seldom have ';'" in said
 
 
 def test_without_a_separator_a_list_is_one_entry(tmp_path: Path) -> None:

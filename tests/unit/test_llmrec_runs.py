@@ -72,6 +72,15 @@ def test_an_item_without_training_rows_is_told_by_its_text(pack: Path, folder: P
     torch.testing.assert_close(new, torch.cat([2 * of_text, torch.zeros_like(of_id)], -1))
 
 
+def test_titles_that_are_cut_are_counted(pack: Path, folder: Path) -> None:
+    rec = NextItems.open(next_item_run(pack, folder / "cut", most=MOST, **model(folder, HIGH)), device="cpu")
+    text: Any = rec.system.objective.model
+    assert text.told() == []
+    text.add_texts(rec.schema.feature("title").table, ["w1 " * 10_000])
+    (line,) = text.told()
+    assert line.startswith("texts cut at 8 tokens: 1 of ")
+
+
 @pytest.mark.parametrize(
     "args",
     [

@@ -218,6 +218,17 @@ def test_users_of_whom_nothing_is_known_alone(run: Path, tmp_path: Path, index: 
     assert pq.read_table(out[0]).num_rows == pq.read_table(out[1]).num_rows == 0
 
 
+def test_unknown_domains_and_files_of_users_that_are_none_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = {"user": ["a", "a"], "item": ["x", "y"], "domain": ["galaxy", "galaxy"], "time": [1, 2]}
+    pq.write_table(pa.table(events), tmp_path / "events.parquet")
+    words = ["recommend", "--run_dir", run, "--events", tmp_path / "events.parquet", "--out", tmp_path / "out.parquet"]
+    command(*words)
+    assert "unknown domains, whose events are left out: 'galaxy'; the run knows" in capsys.readouterr().out
+    fails([*words, "--users", "nobody.txt"], capsys, "users is 'nobody.txt'", "Parquet or CSV")
+
+
 def test_a_lost_catalogue_is_told_of(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -364,3 +375,5 @@ def test_a_run_of_the_other_kind_names_what_to_use(run: Path, tmp_path: Path, ca
     scoring = gmeta.train({**config, "model": {"name": "melu"}}).path
     with pytest.raises(ValueError, match=r"scores examples and finds no next items: use gmeta predict"):
         NextItems.open(scoring)
+    with pytest.raises(ValueError, match=r"sasrec finds next items, and the pack has rows with labels: .*dlrm"):
+        gmeta.train({**config, "run_dir": str(tmp_path / "other"), "model": {"name": "sasrec"}})

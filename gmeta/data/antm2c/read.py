@@ -6,7 +6,7 @@ has a row an event. `event` numbers them by (part file, row), so that repeats st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gmeta.data.antm2c.published import (
     TRAIN_ENDS,
     VALID_ENDS,
 )
-from gmeta.data.prepare.read import Refusal, check_all
+from gmeta.data.prepare.read import UnfitRows, check_all
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report
 from gmeta.data.schema import parse_data_schema
@@ -114,39 +114,51 @@ def open_part(con: Connection, path: Path) -> RawPart:
     return part
 
 
-def _refusals(names: Mapping[str, str], time: str | None) -> list[Refusal]:
+def _refusals(names: Mapping[str, str], time: str | None) -> list[UnfitRows]:
     """Return which rows cannot be used: `names` has SQL of columns, `time` SQL of the time, None where any goes."""
     scenes = ", ".join(literal(str(scene)) for scene in range(SCENES))
     scene, text = f"CAST({names['scene']} AS VARCHAR)", names["log_time"]
     found = []
     if time is not None:
-        found.append(Refusal(f"{time} IS NULL", "log_time", text, "is no time such as 2023-08-01"))
+        found.append(UnfitRows(f"{time} IS NULL", "log_time", text, "is no time such as 2023-08-01"))
         outside = f"{time} < TIMESTAMP {literal(_MONTHS[0])} OR {time} >= TIMESTAMP {literal(_MONTHS[1])}"
-        found.append(Refusal(outside, "log_time", text, "is not of August 2023, nor near it"))
+        found.append(UnfitRows(outside, "log_time", text, "is not of August 2023, nor near it"))
     unknown = f"{scene} IS NULL OR {scene} NOT IN ({scenes})"
-    found.append(Refusal(unknown, "scene", scene, f"is no scene: these are {scenes}"))
-    return [*found, Refusal("label NOT IN (0, 1)", "label", "label", "is neither 0 nor 1")]
+    found.append(UnfitRows(unknown, "scene", scene, f"is no scene: these are {scenes}"))
+    return [*found, UnfitRows("label NOT IN (0, 1)", "label", "label", "is neither 0 nor 1")]
 
 
-def separator_of(con: Connection, given: str | None) -> tuple[str, float]:
-    """Return what separates the entries of lists, and in what share of lists with text it is found.
+@dataclass(frozen=True)
+class Separator:
+    """What separates the entries of lists, as far as some of them tell."""
 
-    Unless it is given, it is the one that most lists have; where none is in a hundredth of them, each is one entry,
-    and the separator ''.
-    """
+    mark: str  # '' where none is in a hundredth of the lists, which then have one entry each
+    share: float  # of lists with text that have it
+    likeliest: str  # the mark that most lists have
+    by_part: dict[int, float]  # part -> share of its lists
+
+    def unlike(self, files: Sequence[str]) -> list[str]:
+        """Return the part files whose lists have it less than half as often as those of another."""
+        most = max(self.by_part.values(), default=0.0)
+        return [files[part] for part, share in self.by_part.items() if share < most / 2]
+
+
+def separator_of(con: Connection, given: str | None) -> Separator:
+    """Return what separates the entries of lists: unless it is given, what most lists have."""
     step = max(1, scalar(con, "SELECT count(*) FROM log") // _LOOKED_AT)
-    union = " UNION ALL ".join(f"SELECT {name} AS text FROM log WHERE event % {step} = 0" for name in LISTS)
-    con.execute(f"CREATE TABLE lists AS SELECT text FROM ({union}) WHERE text IS NOT NULL")
-    asked = SEPARATORS if given is None else (given,)
+    union = " UNION ALL ".join(f"SELECT {name} AS text, part FROM log WHERE event % {step} = 0" for name in LISTS)
+    con.execute(f"CREATE TABLE lists AS SELECT * FROM ({union}) WHERE text IS NOT NULL")
+    asked = SEPARATORS if given is None else (*SEPARATORS, given)
     shares = con.execute(
         f"SELECT {', '.join(f'avg(CAST(contains(text, {literal(mark)}) AS INTEGER))' for mark in asked)} FROM lists"
     ).fetchall()[0]
-    con.execute("DROP TABLE lists")
     found = {mark: share or 0.0 for mark, share in zip(asked, shares, strict=True)}
     best = max(found, key=lambda mark: found[mark])
-    if given is not None:
-        return given, found[given]
-    return (best, found[best]) if found[best] >= 0.01 else ("", 0.0)
+    mark = given if given is not None else best if found[best] >= 0.01 else ""
+    has = f"avg(CAST(contains(text, {literal(mark)}) AS INTEGER))"
+    by_part = dict(con.execute(f"SELECT part, {has} FROM lists GROUP BY part ORDER BY part").fetchall())
+    con.execute("DROP TABLE lists")
+    return Separator(mark, found[mark] if mark else 0.0, best, by_part)
 
 
 def deep_columns(con: Connection) -> DeepColumns:

@@ -83,11 +83,12 @@ def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell
     with connect(folder, config) as con:
         fills = LOGS[str(config.dataset)]
         counts = read_parts(con, config, settings, scratch, tell, fills_times=fills)
-        del counts["files"]
+        files = counts.pop("files")
         tell("looking at columns", 0, 1)
-        separator, share = separator_of(con, config.separator)
+        separator = separator_of(con, config.separator)
         deep = deep_columns(con)
-        counts["antm2c"] = {**_counts(con), "separator": separator, "separated": round(share, 4)}
+        counts["antm2c"] = {**_counts(con), "separator": separator.mark, "separated": round(separator.share, 4)}
+        counts["antm2c"] |= {"likeliest_separator": separator.likeliest, "separated_otherwise": separator.unlike(files)}
         counts["antm2c"] |= {"filled_times": counts.pop("filled_times")} if fills else {}
         counts["antm2c"] |= {"numeric": deep.numeric, "codes": deep.categorical, "left_out": deep.left_out}
         tell("making histories", 0, 1)
@@ -100,7 +101,7 @@ def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell
             counts["antm2c"]["items_with_image"] = _with_image(con, images)
         schema = schema_of(deep, dim, every_user=_of_items(config))
         made = MadeLog(scratch / "log.parquet", schema, counts, images)
-        _write(con, made, separator, deep)
+        _write(con, made, separator.mark, deep)
     (folder / "rows.duckdb").unlink()
     return made
 

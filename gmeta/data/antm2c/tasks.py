@@ -109,7 +109,9 @@ def _of_new_scene(con: Connection, scene: int, rows: Sequence[int]) -> list[str]
     there = scalar(con, "SELECT count(*) FROM known")
     if there < max(rows):
         raise ValueError(
-            f"new_scene_rows names {max(rows):,} rows, and scene {scene} has {there:,} before test: name no more"
+            f"new_scene_rows names {max(rows):,} rows{'' if rows != NEW_SCENE_ROWS else ', which is its default'}, and "
+            f"scene {scene} has {there:,} before test: name no more, such as --new_scene_rows "
+            f"'{[number for number in rows if number <= there]}'"
         )
     found = []
     for number in rows:

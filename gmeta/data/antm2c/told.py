@@ -29,6 +29,10 @@ def log_lines(found: Mapping[str, Any]) -> Iterator[str]:
     mark = found["separator"]
     if mark:
         yield f"entries of lists are separated by {mark!r}, which {found['separated']:.0%} of the lists have"
+        if found["likeliest_separator"] != mark:
+            yield f"CAREFUL: more lists have {found['likeliest_separator']!r}: leave --separator out, or look at them"
+        for file in found["separated_otherwise"]:
+            yield f"CAREFUL: lists of {file} seldom have {mark!r}: is something else between their entries?"
     else:
         yield "lists have no separator that is known, and count as one entry each: name it with --separator"
     kinds = [f"{len(found[name])} {word}" for name, word in (("numeric", "numbers"), ("codes", "codes"))]

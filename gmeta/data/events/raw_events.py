@@ -149,7 +149,7 @@ def _checked(con: Connection, parts: Sequence[RawPart], schema: dict[str, Any]) 
             relations.append(check(con, part, number, parsed, roles, {}))
     if counts := reject_counts(con):
         told = describe_rejects(con, [part.file for part in parts])
-        raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{told}")
+        raise ValueError(f"{sum(counts.values())} rows cannot be used:\n{told}\nMend them, or leave them out")
     time = common_time(con, parts, parsed.time)
     union = " UNION ALL ".join(dict.fromkeys(relations))
     return f"SELECT * EXCLUDE (time_fraction) REPLACE ({time} AS time) FROM ({union})"

@@ -20,7 +20,7 @@ from gmeta.data.sources import Connection, RawPart, find_files, in_order, litera
 
 
 @dataclass(frozen=True)
-class Refusal:
+class UnfitRows:
     """Rows that cannot be used for what a data set says of one of its columns."""
 
     condition: str  # SQL over `raw_rows`; NULL is no
@@ -39,7 +39,7 @@ def check_all(
     made: list[RawPart] | None = None,
     *,
     known_items: bool = False,
-    refused: Sequence[Refusal] = (),
+    refused: Sequence[UnfitRows] = (),
 ) -> dict[str, Any]:
     """Check all files, or rows that were `made` of them, and make view `raw_rows` of the rows that can be used, and are
     not `refused`; returns the counts so far. With `known_items` rows need no vectors of their items.
@@ -81,7 +81,7 @@ def check_all(
     return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, **skipped, "files": files}
 
 
-def _set_aside(con: Connection, every: str, refused: Sequence[Refusal]) -> str:
+def _set_aside(con: Connection, every: str, refused: Sequence[UnfitRows]) -> str:
     """Put refused rows of a query into table `rejects`, each for its first reason; return SQL of whether one is."""
     any_of = "false"
     for refusal in refused:
