@@ -50,8 +50,8 @@ def test_tasks(pack: TaskPack) -> None:
     assert told_tasks(pack, "train") == {"u1": "a x -> b", "u2": "-> b", "u3": "y -> x"}
     assert told_tasks(pack, "valid") == {"u1|Films": "x a b -> c", "u1|Books": "a b x -> y", "u2|Films": "b -> a"}
     assert told_tasks(pack, "test") == {
-        "u1|Films": "a x b c -> d",
-        "u1|Books": "a x b y -> z",
+        "u1|Films": "x a b c -> d",
+        "u1|Books": "a b x y -> z",
         "u2|Films": "b a -> c",
     }
 

@@ -106,7 +106,7 @@ def test_the_command_takes_new_items(run: Path, folder: Path, tmp_path: Path, ca
 
     command(*words, "--items", tmp_path / "new.parquet", "--k", 99)
 
-    assert "new items: 2; rows of known ones: 1" in capsys.readouterr().out
+    assert "new items: 2; rows of items that are known or came before, unread: 1" in capsys.readouterr().out
     rec = NextItems.open(run, device="cpu")
     rec.add_items(NEW)
     expected = rec.recommend(HISTORY, k=99)
