@@ -180,7 +180,7 @@ def _inputs(
     if bound and "ids" in measured and "all of these" in measured:
         ids, every = measured["ids"].auc_macro[0], measured["all of these"].auc_macro[0]
         share = (every - ids) / (bound["auc_macro"] - ids)
-        what = "Texts and images close" if "ids, images" in measured else "Texts close"
+        what = "Texts and images close" if {"ids, texts", "ids, images"} & {*measured} else "Texts close"
         board.notes.append(f"{what} {share:.0%} of the gap between ids and all that can be learned.")
         board.records.append(_record("inputs", "all of these", "gap_closed", share))
     return board
