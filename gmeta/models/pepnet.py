@@ -26,7 +26,8 @@ class PEPNet(nn.Module):
     gates of layers are made of; the item's id unless others are named. No gradient goes through what is only looked
     at (`stop`). There are no parts of scenarios, so that one that is new has the gates of its embedding alone. With
     widths `bottom` the layers read what the top of `dlrm` reads, made of scaled inputs: a bottom network's output over
-    all that is no embedding, and the dot products of every two of it, the scenario's and the other embeddings (ours).
+    all that is no embedding, where there is such, and the dot products of every two of it, the scenario's and the other
+    embeddings (ours).
     """
 
     def __init__(
@@ -59,11 +60,14 @@ class PEPNet(nn.Module):
         self.multiplied = tuple(name for name in self.others if name in inputs.tables) if bottom else ()
         self.sizes = [*(inputs.widths[name] for name in self.others), inputs.num_numeric]
         self.bottom: nn.Sequential | None = None
+        self.has_products = bool(bottom)
         widths = [width, *hidden]
         if bottom:
-            dim = inputs.embedding_dim
-            self.bottom = network([width - dim * len(self.multiplied), *bottom, dim], dropout=dropout)
-            widths[0] = dim + math.comb(2 + len(self.multiplied), 2)
+            dim, vectors = inputs.embedding_dim, 1 + len(self.multiplied)
+            widths[0] = math.comb(vectors, 2)
+            if numbers := width - dim * len(self.multiplied):
+                self.bottom = network([numbers, *bottom, dim], dropout=dropout)
+                widths[0] = dim + math.comb(vectors + 1, 2)
         self.gates = nn.ModuleList(_gate(of_personal + width, gate, size) for size in widths)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.output = output_layer(widths[-1], inputs)
@@ -77,17 +81,17 @@ class PEPNet(nn.Module):
         (of_scenario,) = as_vectors(embedded, (self.scenario,))
         x = 2 * torch.sigmoid(self.embedding_gate(torch.cat([of_scenario, x.detach()], -1))) * x
         about = torch.cat([*as_vectors(embedded, self.personal), x.detach()], -1)
-        h = x if self.bottom is None else self._products(self.bottom, x, of_scenario)
+        h = self._products(x, of_scenario) if self.has_products else x
         for gate, layer in zip(self.gates, self.layers, strict=False):
             h = self.dropout(torch.relu(layer(2 * torch.sigmoid(gate(about)) * h)))
         return logits_of(self.output(2 * torch.sigmoid(self.gates[-1](about)) * h), self.num_labels)
 
-    def _products(self, bottom: nn.Sequential, x: Tensor, of_scenario: Tensor) -> Tensor:
+    def _products(self, x: Tensor, of_scenario: Tensor) -> Tensor:
         """Return what layers read of scaled inputs [..., width]: the bottom network's output, and products."""
         scaled = dict(zip([*self.others, None], torch.split(x, self.sizes, -1), strict=True))
         embeddings = [scaled.pop(name) for name in self.multiplied]
-        numbers = bottom(torch.cat(list(scaled.values()), -1))
-        return torch.cat([numbers, pair_products([numbers, of_scenario, *embeddings])], -1)
+        parts = [] if self.bottom is None else [self.bottom(torch.cat(list(scaled.values()), -1))]
+        return torch.cat([*parts, pair_products([*parts, of_scenario, *embeddings])], -1)
 
 
 def _gate(num_in: int, hidden: int, num_out: int) -> nn.Sequential:

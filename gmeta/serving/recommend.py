@@ -92,11 +92,12 @@ class _Recommending:
         with ExitStack() as stack:
             out = stack.enter_context(_table_file(config.out))
             vectors = stack.enter_context(_table_file(config.user_vectors))
-            done = 0
+            done, domains = 0, {*run.domains}
             for raw in reader.chunks():
                 self._tell("recommending", done, reader.num_users)
                 histories = run.encode(raw)
-                self._domains |= {name for name in raw.domain if run.domains and name} - {*run.domains}
+                if domains:
+                    self._domains |= {name for name in raw.domain if name} - domains
                 known = histories.where(histories.length > 0)
                 self._count(histories)
                 if config.out is not None:

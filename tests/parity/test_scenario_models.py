@@ -228,6 +228,23 @@ def test_a_model_of_scenarios_needs_one(name: str) -> None:
         make_model(ModelConfig(name=name), without)
 
 
+def test_pepnet_without_numbers_has_no_bottom_network() -> None:
+    found: Any = make_model(
+        ModelConfig(name="pepnet", embedding_dim=D, args={"hidden": [6], "bottom": [7]}), replace(PACK, numeric=())
+    ).double()
+    assert found.bottom is None
+    dense, embedded = inputs(4)
+    item, scene, user = (embedded[name] for name in NAMES)
+    x = torch.cat([item, user], -1)
+    gate = 2 * torch.sigmoid(found.embedding_gate(torch.cat([scene, x], -1)))
+    item, user = (gate * x).split(D, -1)
+    pairs = [(a * b).sum(-1) for a, b in combinations([scene, item, user], 2)]
+    about = torch.cat([embedded["item"], item, user], -1)
+    h = 2 * torch.sigmoid(found.gates[0](about)) * torch.stack(pairs, -1)
+    h = 2 * torch.sigmoid(found.gates[1](about)) * torch.relu(found.layers[0](h))
+    torch.testing.assert_close(found(dense[..., :0], embedded), found.output(h).squeeze(-1))
+
+
 def test_routes_are_of_the_scenario_alone() -> None:
     class Model(nn.Module):
         routes = ("item",)

@@ -148,7 +148,7 @@ def separator_of(con: Connection, given: str | None) -> Separator:
     step = max(1, scalar(con, "SELECT count(*) FROM log") // _LOOKED_AT)
     union = " UNION ALL ".join(f"SELECT {name} AS text, part FROM log WHERE event % {step} = 0" for name in LISTS)
     con.execute(f"CREATE TABLE lists AS SELECT * FROM ({union}) WHERE text IS NOT NULL")
-    asked = SEPARATORS if given is None else (*SEPARATORS, given)
+    asked = SEPARATORS if given is None else (given, *SEPARATORS)
     shares = con.execute(
         f"SELECT {', '.join(f'avg(CAST(contains(text, {literal(mark)}) AS INTEGER))' for mark in asked)} FROM lists"
     ).fetchall()[0]
