@@ -33,8 +33,8 @@ class ModelConfig:
     """Arguments of the model: melu takes hidden, layer_norm and dropout; dlrm also bottom; deepfm hidden and dropout;
     dcn also cross; shared_bottom takes hidden, tower and dropout; mmoe also experts; ple those of shared_bottom, own
     and shared; star hidden, auxiliary and dropout; pepnet hidden, gate, personal, bottom and dropout; hamur hidden,
-    rank and dropout; with_texts takes model, args, encoder, layers, store, target, lists, pooling, template,
-    max_tokens and width; taste takes hidden, bottom, dropout and task_features; neural_linear takes item, hidden,
+    rank and dropout; with_texts takes model, args, encoder, layers, store, target, lists, pooling, template
+    and max_tokens; taste takes hidden, bottom, dropout and task_features; neural_linear takes item, hidden,
     dropout, task_features, bias_std, noise, drift_std, label_range and label_scale; din takes target, history,
     attention, hidden and dropout; transformer takes target, history, blocks, heads, positions, causal, hidden and
     dropout; bahe takes encoder, layers, store, refresh, encode, target, histories, pooling, vectors, template,

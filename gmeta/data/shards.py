@@ -373,6 +373,12 @@ class PackSplit:
             arrays[f"{name}.offsets"] = np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
         return arrays
 
+    def vectors(self, name: str, most: int) -> Array:
+        """Return a vector of rows, [n, dim], at most so many, which are spread evenly."""
+        step = max(1, -(-self.num_rows // most))
+        parts = [self._vectors_of(shard, name, np.arange(0, shard.num_rows, step)) for shard in self._shards]
+        return joined_arrays(parts)
+
     def verify(self) -> None:
         """Verify every shard's checksum. Raises ValueError with the name of a damaged one."""
         for shard in self._shards:

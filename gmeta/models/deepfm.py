@@ -26,7 +26,7 @@ class DeepFM(nn.Module):
         check_dropout(dropout)
         self.features, self.num_numeric = tuple(inputs.widths), inputs.num_numeric
         self.num_labels = inputs.num_labels
-        self.pairs = tuple(name for name in self.features if name in inputs.tables)
+        self.pairs = inputs.fields
         _ = inputs.embedding_dim  # pairs need one width
         self.first_order = nn.Linear(inputs.width, inputs.num_labels, bias=False)
         self.deep = network([inputs.width, *hidden], dropout=dropout)

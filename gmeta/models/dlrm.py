@@ -41,7 +41,7 @@ class DLRM(nn.Module):
         check_dropout(dropout)
         self.features = tuple(inputs.widths)
         embedding_dim = inputs.embedding_dim
-        self.vectors = tuple(name for name in self.features if name in inputs.tables or name in inputs.features)
+        self.vectors = inputs.fields
         self.numbers = tuple(name for name in self.features if name not in self.vectors)
         self.num_numeric = inputs.num_numeric
         num_numeric = inputs.num_numeric + sum(inputs.widths[name] for name in self.numbers)

@@ -75,6 +75,13 @@ class InputSpec:
         """Return name -> width of all that `as_vectors` makes one vector of: features, sequences, vectors."""
         return {**self.features, **self.sequences, **self.vectors}
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the names, in the order of `widths`, of what models multiply with each other: embeddings of ids, and
+        what was made of texts and vectors in their place.
+        """
+        return tuple(name for name in self.widths if name in self.tables or name in self.features)
+
     def reading(self, names: Sequence[str]) -> InputSpec:
         """Return the same inputs with these features, sequences and vectors alone, in this order."""
         return replace(

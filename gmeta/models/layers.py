@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from gmeta.core.batch import id_of
 from gmeta.models.inputs import InputSpec, as_vectors
 
+_STILL = 1e-3
+"""A number whose deviation is below this share of the mean one of its vector does not vary, but for rounding."""
+
 
 def network(widths: Sequence[int], layer_norm: bool = False, dropout: float = 0.0) -> nn.Sequential:
     """Return linear layers between these widths, each followed by layer norm where asked for, ReLU and dropout."""
@@ -23,6 +26,36 @@ def network(widths: Sequence[int], layer_norm: bool = False, dropout: float = 0.
         if dropout:
             layers.append(nn.Dropout(dropout))
     return nn.Sequential(*layers)
+
+
+class Standardised(nn.Module):
+    """Vectors [..., n] less their mean, in units of their deviation, number by number, as they are over a sample.
+
+    Without one they stay as they are. A number that does not vary in the sample is 0, and so is a vector of zeros,
+    which stands for none. The statistics are buffers: a checkpoint has them, and later data do not change them.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    @torch.no_grad()
+    def see(self, sample: Tensor) -> None:
+        """Take the statistics of a sample [rows, n], without its zeros; fewer than two tell nothing."""
+        found = sample[sample.any(-1)].double()
+        if len(found) < 2:
+            return
+        std, mean = torch.std_mean(found, 0, correction=0)
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(std > _STILL * std.mean(), 1 / std, 0))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """Return the standardised vectors."""
+        return (vectors - self.mean) * self.scale * vectors.any(-1, keepdim=True)
 
 
 def all_inputs(dense: Tensor, embedded: dict[str, Tensor], features: Sequence[str], num_numeric: int) -> Tensor:

@@ -57,7 +57,7 @@ class PEPNet(nn.Module):
         of_scenario = inputs.widths[self.scenario]
         of_personal = sum(inputs.widths[name] for name in self.personal)
         self.embedding_gate = _gate(of_scenario + width, gate, width)
-        self.multiplied = tuple(name for name in self.others if name in inputs.tables) if bottom else ()
+        self.multiplied = tuple(name for name in inputs.fields if name != self.scenario) if bottom else ()
         self.sizes = [*(inputs.widths[name] for name in self.others), inputs.num_numeric]
         self.bottom: nn.Sequential | None = None
         self.has_products = bool(bottom)

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmeta.core.batch import text_ids_of
 from gmeta.core.errors import require
 from gmeta.models.inputs import InputSpec
+from gmeta.models.layers import Standardised
 from gmeta.models.registry import find_model, resolved_args
 from gmeta.text.bahe import texts_to_read
 from gmeta.text.encoder import TextPooling, open_encoder
@@ -24,18 +24,19 @@ from gmeta.text.store import PLACEHOLDER, spec_of
 
 
 class WithTexts(TextModel):
-    """The model `model`, which also reads t and u_1, u_1 * t, u_2, u_2 * t, … as vectors of the data:
+    """The model `model`, which also reads t, u_1, u_2, … as embeddings, and u_1 * t, u_2 * t, … as vectors:
 
-        t   = tower(norm(vector of the target's text))
-        u_n = the mean of tower_n(norm(vector)) over the texts of list n
+        t   = tower(s(vector of the target's text))
+        u_n = the mean of tower_n(s(vector)) over the texts of list n
 
     The vectors are those of the first `layers` of the encoder in `encoder`, one of each text, kept as BAHE keeps them
-    (arXiv 2403.19347); nothing of the encoder is trained. A tower is one layer, to `width` numbers. Every vector of the
-    data goes through norm and a tower too, since encoders differ in what their numbers vary by. `target` names the
-    feature with the item's text, `lists` the unpooled sequences of texts of the same vocabulary: all of them where none
-    is named. The products are ours: a user's taste is told by both together. `args` are those of the model. A missing
-    text or vector, and a list without any text, are zeros. The ids of texts are read beside them, as of every feature;
-    name model.features without them to leave them out, which leaves the texts out too.
+    (arXiv 2403.19347); nothing of the encoder is trained. Their numbers share a large mean, so that s standardises
+    them, by the texts that the model is made with. A tower is one layer, to as many numbers as an embedding has: t and
+    u_n are embeddings, which models of products multiply with those of ids. Vectors of the data go the same way,
+    standardised by rows of train. `target` names the feature with the item's text, `lists` the unpooled sequences of
+    texts of the same vocabulary: all of them where none is named. The products u_n * t are ours: a user's taste is told
+    by both together. `args` are those of the model. A missing text or vector, and a list without any text, are zeros.
+    The model reads ids of lists beside their texts, but none of the target's text, which is an item's in another form.
     """
 
     def __init__(
@@ -52,15 +53,12 @@ class WithTexts(TextModel):
         pooling: TextPooling = "mean",
         template: str = PLACEHOLDER,
         max_tokens: int = 64,
-        width: int = 16,
     ) -> None:
         super().__init__()
-        require(width >= 1, "model.args.width", width, "must be at least 1")
         require(model != "with_texts", "model.args.model", model, "reads texts itself: name the model that is to")
         self.target, self.lists = texts_to_read(inputs, target, lists)
         self.texts = (self.target, *self.lists)
-        made = dict.fromkeys([*self.texts, *(f"{name}*" for name in self.lists)], width)
-        self.made = {name: f"text of {name}" for name in made}
+        self.made = {name: f"text of {name}" for name in (*self.texts, *(f"{name}*" for name in self.lists))}
         for name in self.made.values():
             if name in inputs.widths:
                 raise ValueError(f"the pack has a feature {name!r}, a name that with_texts uses: rename it")
@@ -69,13 +67,21 @@ class WithTexts(TextModel):
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
         source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.target), store)
         self.keep_texts(inputs, self.target, source, encoder)
-        self.vectors = tuple(inputs.vectors)
+        self.vectors, dim = tuple(inputs.vectors), inputs.embedding_dim
+        self.of_texts = Standardised(opened.dim)
+        self.of_texts.see(source.kept[[i for i, text in enumerate(inputs.texts_by_id(self.target)) if text], 0])
+        self.of_vectors = nn.ModuleDict(
+            {str(i): Standardised(width) for i, width in enumerate(inputs.vectors.values())}
+        )
         read = [opened.dim] * len(self.texts) + list(inputs.vectors.values())
-        self.towers = nn.ModuleDict({str(place): nn.Linear(dim, width) for place, dim in enumerate(read)})
+        self.towers = nn.ModuleDict({str(place): nn.Linear(width, dim) for place, width in enumerate(read)})
         factory = find_model(model, "model.args.model")
         given = resolved_args(factory, args or {}, model, "model.args.args")
-        vectors = dict.fromkeys([*self.vectors, *self.made.values()], width)
-        self.base = factory(replace(inputs, vectors=vectors), **given)
+        embeddings = dict.fromkeys([*(self.made[name] for name in self.texts), *self.vectors], dim)
+        products = dict.fromkeys([self.made[f"{name}*"] for name in self.lists], dim)
+        left_out = {self.target} - {inputs.item}
+        own = {name: width for name, width in inputs.features.items() if name not in left_out}
+        self.base = factory(replace(inputs, features={**own, **embeddings}, vectors=products), **given)
         self.routes = tuple(getattr(self.base, "routes", ()))
         layers_of = tuple(getattr(self.base, "decision_layers", ()))
         if layers_of:
@@ -84,13 +90,18 @@ class WithTexts(TextModel):
             if hasattr(self.base, layer):
                 setattr(self, layer, f"base.{getattr(self.base, layer)}")
 
+    def see_vectors(self, samples: Mapping[str, Tensor]) -> None:
+        """Take the statistics of vectors of the data, from samples [rows, n] by name."""
+        for place, name in enumerate(self.vectors):
+            self.of_vectors[str(place)].see(samples[name])  # type: ignore[operator]
+
     def forward(self, dense: Tensor, embedded: dict[str, Tensor]) -> Tensor:
         """Return what the model makes of its inputs and of the texts' vectors."""
         vectors = [self._of_texts(embedded, place) for place in range(len(self.texts))]
         made = {self.made[name]: vector for name, vector in zip(self.texts, vectors, strict=True)}
         made |= {self.made[f"{name}*"]: made[self.made[name]] * vectors[0] for name in self.lists}
-        for place, name in enumerate(self.vectors, len(self.texts)):
-            made[name] = self._read(place, embedded[name])
+        for place, name in enumerate(self.vectors):
+            made[name] = self._read(len(self.texts) + place, self.of_vectors[str(place)](embedded[name]))
         found: Tensor = self.base(dense, {**embedded, **made})
         return found
 
@@ -99,12 +110,12 @@ class WithTexts(TextModel):
         ids = embedded[text_ids_of(self.texts[place])]
         distinct, where = torch.unique(ids, return_inverse=True)
         kept = self.source.states(distinct.unsqueeze(-1), self.towers["0"].weight.dtype)  # type: ignore[arg-type]
-        vectors = self._read(place, kept.values[:, 0] * kept.mask[:, :1])
+        vectors = self._read(place, self.of_texts(kept.values[:, 0] * kept.mask[:, :1]))
         count = kept.mask[:, 0][where].sum(-1, keepdim=True).clamp(min=1)
         found: Tensor = vectors[where].sum(-2) / count.to(vectors.dtype)
         return found
 
     def _read(self, place: int, vectors: Tensor) -> Tensor:
-        """Return what a tower makes of vectors [..., n]: [..., width], zeros for zeros."""
-        found: Tensor = self.towers[str(place)](F.layer_norm(vectors, vectors.shape[-1:]))
+        """Return what a tower makes of standardised vectors [..., n]: [..., d], zeros for zeros."""
+        found: Tensor = self.towers[str(place)](vectors)
         return found * vectors.any(-1, keepdim=True)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from gmeta.config.train import TrainConfig
@@ -20,7 +22,7 @@ from gmeta.data.loader import long_task_warning
 from gmeta.data.pack import open_pack
 from gmeta.models.inputs import usual_features
 from gmeta.models.registry import ModelFactory, is_foreign
-from gmeta.parallel.collectives import broadcast_from_rank_0, on_rank_0
+from gmeta.parallel.collectives import broadcast_from_rank_0, fill_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_STOPPED
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
 from gmeta.recommender.build import inputs_of
@@ -34,6 +36,9 @@ from gmeta.training.pretrained import set_pretrained_rows
 from gmeta.training.run import Run
 from gmeta.training.saving import load_checkpoint
 from gmeta.training.warm_start import start_from_bundle
+
+_ROWS_SEEN = 20_000
+"""Training rows whose vectors tell a model how they vary."""
 
 
 @contextmanager
@@ -75,6 +80,7 @@ def open_run(config: TrainConfig, factory: ModelFactory | None, parts: Parts | N
 def _begin(run: Run) -> None:
     """Give a run that does not go on the weights that it begins with; collective."""
     config, new = run.config, dict[str, Tensor]()
+    _show_vectors(run)
     if config.warm_start:
         new = start_from_bundle(run, Path(config.warm_start))
     elif config.init_from:
@@ -82,6 +88,16 @@ def _begin(run: Run) -> None:
     elif config.embedding.start == "factors":
         start_from_factors(run)
     set_pretrained_rows(run, new)
+
+
+def _show_vectors(run: Run) -> None:
+    """Show vectors of training rows to a model that has a function `see_vectors`; collective."""
+    model, split = run.state.system.objective.model, run.pack.split("train")
+    see = getattr(model, "see_vectors", None)
+    if see is not None:
+        names = [vector.name for vector in run.pack.schema.vector]
+        see({name: torch.from_numpy(split.vectors(name, _ROWS_SEEN).astype(np.float32)) for name in names})
+        fill_from_rank_0(model.buffers(), run.state.mesh)
 
 
 def _require_given_roles(config: TrainConfig) -> None:

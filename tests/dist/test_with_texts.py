@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from text_models import TEXTS, in_words, text_pack, text_rows
 import gmeta as package
 from gmeta.config.train import MetaConfig, ModelConfig, TrainConfig
 from gmeta.core.batch import text_ids_of
+from gmeta.data.pack import open_pack
 from gmeta.models.inputs import InputSpec
+from gmeta.models.layers import Standardised
 from gmeta.models.melu import MeLU
 from gmeta.parallel.mesh import Mesh
 
@@ -46,7 +49,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def args_of(encoder: Path, model: str, **args: Any) -> dict[str, Any]:
-    found = {"model": model, "encoder": str(encoder), "layers": 2, "max_tokens": 8, "width": 3}
+    found = {"model": model, "encoder": str(encoder), "layers": 2, "max_tokens": 8}
     return {**found, "args": {"hidden": [6]}, **args}
 
 
@@ -81,22 +84,81 @@ def test_vectors_are_those_of_the_equations(encoder: Path) -> None:
     embedded["image"] = torch.randn(3, 5).double() * torch.tensor([[1], [0], [1]])
     dense = torch.randn(3, 1).double()
 
-    def read(place: int, kept: torch.Tensor) -> torch.Tensor:
-        normed = (kept - kept.mean()) / (kept.var(unbiased=False) + 1e-5).sqrt()
-        return model.towers[str(place)](normed) if kept.any() else torch.zeros(3).double()
+    pictures = torch.randn(9, 5)
+    model.see_vectors({"image": pictures})
+    texts_kept = model.source.kept[1:, 0]
+
+    def read(place: int, vector: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        std, mean = torch.std_mean(sample.double(), 0, correction=0)
+        return model.towers[str(place)]((vector - mean) / std) if vector.any() else torch.zeros(4).double()
 
     def vector(place: int, text: int) -> torch.Tensor:
-        return read(place, model.source.kept[text, 0].double() * (text > 0))
+        return read(place, model.source.kept[text, 0].double() * (text > 0), texts_kept)
 
     for row in range(3):
         target = vector(0, int(title[row, 0]))
         there = [text for text in seen[row].tolist() if text]
-        listed = sum((vector(1, text) for text in there), torch.zeros(3).double()) / max(1, len(there))
+        listed = sum((vector(1, text) for text in there), torch.zeros(4).double()) / max(1, len(there))
         made = {"text of title": target, "text of seen": listed, "text of seen*": listed * target}
-        made["image"] = read(2, embedded["image"][row])
+        made["image"] = read(2, embedded["image"][row], pictures)
         one = {name: value[row] for name, value in embedded.items()}
         expected = model.base(dense[row], {**one, **made})
-        torch.testing.assert_close(model(dense, embedded)[row], expected)
+        torch.testing.assert_close(model(dense, embedded)[row], expected, rtol=1e-5, atol=1e-6)  # statistics are fp32
+
+
+def test_products_have_texts_and_vectors_among_them(encoder: Path) -> None:
+    """Models of products multiply them with the embeddings of ids, but for the id of the target's text."""
+    from gmeta.text.beside import WithTexts
+
+    texts = ("", "w4 w5", "w6")
+    tables = {"user": "user", "place": "place", "title": "text", "seen": "text"}
+    inputs = InputSpec(
+        {"user": 4, "place": 4, "title": 4},
+        (),
+        0.3,
+        scenario="place",
+        sequences={"seen": 4},
+        tables=tables,
+        texts={"title": 3, "seen": 3},
+        text_tables={"text": texts},
+        vectors={"image": 5},
+    )
+    read = {"user", "place", "seen", "text of title", "text of seen", "image"}
+    assert set(WithTexts(inputs, **args_of(encoder, "dlrm")).base.vectors) == read
+    assert set(WithTexts(inputs, **args_of(encoder, "deepfm")).base.pairs) == read
+    gates = WithTexts(inputs, **args_of(encoder, "pepnet", args={"personal": ["user"], "bottom": [4]})).base
+    assert set(gates.multiplied) == read - {"place"}
+
+
+def test_standardised_vectors() -> None:
+    """What does not vary is 0, none is none, and one vector alone tells nothing."""
+    part = Standardised(3)
+    sample = torch.tensor([[1.0, 5.0, 2.0], [3.0, 5.0, 6.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(part(sample), sample)
+    part.see(sample[:1])
+    torch.testing.assert_close(part(sample), sample)
+    part.see(sample)
+    torch.testing.assert_close(part(sample), torch.tensor([[-1.0, 0, -1], [1, 0, 1], [0, 0, 0]]))
+
+
+@pytest.mark.parametrize("nproc", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_sees_vectors_of_train_on_any_number_of_ranks(encoder: Path, tmp_path: Path, nproc: int) -> None:
+    """Its bundle has their statistics."""
+    rows = text_rows()
+    pictures = np.random.default_rng(0).normal(3, 1, (len(rows["user"]), 3)).astype(np.float32)
+    schema = {**SCENES, "vector": [{"name": "picture", "dim": 3}]}
+    pack = text_pack(tmp_path, schema, **{**in_words(rows), "picture": pictures.tolist()})
+    split = open_pack(pack).split("train")
+    seen = split.vectors("picture", split.num_rows)
+    assert len(seen) == split.num_rows and 5 <= len(split.vectors("picture", 5)) < 12
+    words = ["--pack", pack, "--model.name", "with_texts", "--model.embedding_dim", 4, "--schedule.max_steps", 2]
+    words += ["--loader.tasks_per_batch", 4, "--model.args", json.dumps(args_of(encoder, "dlrm"))]
+    gmeta("train", "--run_dir", tmp_path / "run", "--nproc", nproc, *words)
+    gmeta("bundle", "--run_dir", tmp_path / "run", "--out", tmp_path / "bundle")
+    model = package.load(tmp_path / "bundle").system.objective.model
+    of = model.of_vectors["0"]
+    torch.testing.assert_close(of.mean, torch.from_numpy(seen.mean(0)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(1 / of.scale, torch.from_numpy(seen.std(0)), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("model", "adapt"), [("mmoe", ["decision"]), ("dlrm", []), ("neural_linear", ["last_layer"])])
@@ -143,5 +205,4 @@ def test_what_cannot_be_is_named(pack: Path, encoder: Path, tmp_path: Path, caps
     fails([*words, "mmo"], capsys, "did you mean 'mmoe'")
     fails([*words, "with_texts"], capsys, "reads texts itself")
     fails([*words, "mmoe", "--model.args.args", "{expert: 2}"], capsys, "mmoe has no argument 'expert'")
-    fails([*words, "mmoe", "--model.args.width", 0], capsys, "model.args.width is 0")
     fails([*words, "mmoe", "--model.args.target", "last"], capsys, "model.args.target names 'last'")

@@ -26,6 +26,8 @@ from gmeta.data.sources import Connection, RawPart, in_order, literal, open_file
 _ITEMS = "count(DISTINCT item_id)"
 IMAGE, HAS_IMAGE = "image", "has_image"
 """The vector of an item's image, and the feature that says whether it has one."""
+USER_SCENE = "user_scene"
+"""The id of a user in a scene: what a user likes there, beside what the user likes anywhere."""
 HISTORY, ENTITIES = 10, 10
 """Positive events in a history; entries kept of a list, the last ones."""
 
@@ -152,6 +154,7 @@ def schema_of(deep: DeepColumns, image_width: int = 0, *, every_user: bool = Fal
             "role": "role",
             "categorical": [
                 {"name": "user_id", "vocabulary": "all" if every_user else "train"},
+                USER_SCENE,
                 {"name": "item_id", "vocabulary": known},
                 "scene",
                 *([HAS_IMAGE] if image else []),
@@ -213,7 +216,16 @@ def _write(con: Connection, made: MadeLog, separator: str, deep: DeepColumns) ->
     if made.images:
         columns.append(f"if(item_id IN (SELECT item FROM {made.images}), 'yes', 'no') AS {HAS_IMAGE}")
     features = ", ".join(
-        ["user_id", "item_id", "scene", "item_title", "coalesce(history, []) AS history", lists, *columns]
+        [
+            "user_id",
+            f"concat_ws('/', user_id, scene) AS {USER_SCENE}",
+            "item_id",
+            "scene",
+            "item_title",
+            "coalesce(history, []) AS history",
+            lists,
+            *columns,
+        ]
     )
     with in_order(con):
         con.execute(f"""
