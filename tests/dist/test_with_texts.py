@@ -150,7 +150,8 @@ def test_a_run_sees_vectors_of_train_on_any_number_of_ranks(encoder: Path, tmp_p
     pack = text_pack(tmp_path, schema, **{**in_words(rows), "picture": pictures.tolist()})
     split = open_pack(pack).split("train")
     seen = split.vectors("picture", split.num_rows)
-    assert len(seen) == split.num_rows and 5 <= len(split.vectors("picture", 5)) < 12
+    assert len(seen) == split.num_rows
+    assert 5 <= len(split.vectors("picture", 5)) < 12
     words = ["--pack", pack, "--model.name", "with_texts", "--model.embedding_dim", 4, "--schedule.max_steps", 2]
     words += ["--loader.tasks_per_batch", 4, "--model.args", json.dumps(args_of(encoder, "dlrm"))]
     gmeta("train", "--run_dir", tmp_path / "run", "--nproc", nproc, *words)
