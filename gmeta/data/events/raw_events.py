@@ -141,7 +141,7 @@ def _checked(con: Connection, parts: Sequence[RawPart], schema: dict[str, Any]) 
     entries = {key: value for key, value in schema.items() if value is not None}
     parsed = parse_data_schema({**entries, "label": "__one"})  # events have no label, and schemas must have one
     con.execute("DROP TABLE IF EXISTS checked; DROP TABLE IF EXISTS rejects")
-    create_checked(con, parsed, {}, temporary=True)
+    create_checked(con, parsed, {})
     roles: list[Role] = ["task", "time"] if parsed.time is not None else ["task"]
     relations = []
     for number, part in enumerate(parts):

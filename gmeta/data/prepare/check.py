@@ -47,18 +47,16 @@ def _common_type(parts: Sequence[RawPart], columns: Sequence[str]) -> str:
     return "INTEGER" if kinds <= set(SMALL_INTEGERS) else "BIGINT"
 
 
-def create_checked(
-    con: Connection, schema: DataSchema, types: Mapping[TypeKey, str], *, temporary: bool = False
-) -> None:
-    """Create the empty tables `rejects` (file, row, reason, bad_column, bad_value) and `checked`.
+def create_checked(con: Connection, schema: DataSchema, types: Mapping[TypeKey, str]) -> None:
+    """Create the empty temporary tables `rejects` (file, row, reason, bad_column, bad_value) and `checked`.
 
-    `checked` has the columns of `rejects`, then those of `checked_columns`. `types` is what `id_types` gives. Where
-    they are temporary, other cursors of the connection do not see them.
+    `checked` has the columns of `rejects`, then those of `checked_columns`. `types` is what `id_types` gives. Other
+    cursors of the connection do not see them.
     """
+    # Temporary tables are not compressed, which takes as long as to read and check the rows; they spill to disk alike.
     columns = [f"{name} {kind}" for name, kind in checked_columns(schema, types).items()]
-    create = "CREATE TEMP TABLE" if temporary else "CREATE TABLE"
-    con.execute(f"{create} checked ({', '.join([_PLACES, *columns])})")
-    con.execute(f"{create} rejects ({_PLACES})")
+    con.execute(f"CREATE TEMP TABLE checked ({', '.join([_PLACES, *columns])})")
+    con.execute(f"CREATE TEMP TABLE rejects ({_PLACES})")
     con.execute("SET TimeZone='UTC'")  # values do not depend on it; what a rejected time looks like does
     # A Parquet file's minimum and maximum pass over NaN; DuckDB 2.0 concludes that there is none and drops isnan().
     con.execute("SET preserve_insertion_order=false")  # elsewhere than `in_order`

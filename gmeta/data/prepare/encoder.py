@@ -175,7 +175,7 @@ def check_rows(
         of_support.append("time")  # a level that drifts, and the last rows of a support, need their order
     if support is not None and schema.weight in support.columns:
         of_support.append("weight")  # rows without one count 1
-    create_checked(con, schema, types={}, temporary=True)
+    create_checked(con, schema, types={})
     for index, (part, needed) in enumerate(((support, of_support), (query, roles))):
         if part is not None:
             with reading(part.file):

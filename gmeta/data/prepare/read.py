@@ -63,7 +63,7 @@ def check_all(
     files = [part.file for part in parts]
     union = " UNION ALL ".join(dict.fromkeys(relations))
     every = f"SELECT * EXCLUDE (time_fraction) REPLACE ({time} AS time) FROM ({union})"
-    con.execute(f"CREATE VIEW raw_rows AS {every} WHERE NOT ({_set_aside(con, every, refused)})")
+    con.execute(f"CREATE TEMP VIEW raw_rows AS {every} WHERE NOT ({_set_aside(con, every, refused)})")
     bad = reject_counts(con)
     if bad and config.on_bad_rows == "fail":
         reasons = "; ".join(f"{count} × {reason}" for reason, count in bad.items())

@@ -70,9 +70,10 @@ def _text_id(text: str) -> Value:
     # Spark writes doubles from 10^7 on as 1.2345678E7. Without a decimal point it could be a hexadecimal id.
     double = f"TRY_CAST({text} AS DOUBLE)"
     number = f"""CASE
-        WHEN regexp_full_match({text}, '-?(0|[1-9][0-9]*)[.]0+')
+        WHEN ends_with({text}, '0') AND regexp_full_match({text}, '-?(0|[1-9][0-9]*)[.]0+')
             THEN CASE WHEN regexp_full_match({text}, '-0[.]0+') THEN '0' ELSE split_part({text}, '.', 1) END
-        WHEN regexp_full_match({text}, '-?[1-9][.][0-9]+E[0-9]+') AND {double} = floor({double})
+        WHEN contains({text}, 'E') AND regexp_full_match({text}, '-?[1-9][.][0-9]+E[0-9]+')
+             AND {double} = floor({double})
              AND abs({double}) <= {_EXACT["DOUBLE"]} THEN CAST(TRY_CAST({double} AS BIGINT) AS VARCHAR)
         ELSE {text} END"""
     value = f"""CASE WHEN {text} IN {MISSING_TEXT} THEN NULL WHEN contains({text}, '.') THEN {number}
