@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from event_packs import quiet
 from gmeta.config.data import PrepareConfig
 from gmeta.data.antm2c.published import COLUMNS
 from gmeta.data.antm2c.read import LISTS
-from gmeta.data.antm2c.rows import HISTORY, MadeLog, log_schema, make_log_rows
+from gmeta.data.antm2c.rows import HISTORY, log_schema, make_log_rows
 from gmeta.data.antm2c.tasks import QUERY
 from gmeta.data.antm2c.told import log_lines
 from gmeta.data.pack import open_pack
+from gmeta.data.prepare.read import take_rows
+from gmeta.data.prepare.scratch import connect
 from gmeta.data.prepare.settings import resolve_settings
 
 TEN = [
@@ -37,34 +40,51 @@ TEN = [
 ]
 
 
-def made(folder: Path, rows: list[Row] = TEN, **settings: Any) -> MadeLog:
-    """What rows of a log become, before they are a pack."""
-    named = {
-        "dataset": "antm2c",
-        "root": str(write_log(folder / "files", rows)),
-        "out": str(folder / "pack"),
-        **settings,
-    }
-    config = PrepareConfig(**named)
+@dataclass(frozen=True)
+class Made:
+    """What the rows of a log become, before they are a pack."""
+
+    counts: dict[str, Any]
+    rows: list[Row]  # with the features by their names, of each task in order
+
+
+def made(folder: Path, rows: list[Row] = TEN, **settings: Any) -> Made:
+    root = str(write_log(folder / "files", rows))
+    return made_of(
+        PrepareConfig(**{"dataset": "antm2c", "root": root, "out": str(folder / "pack"), **settings}), folder
+    )
+
+
+def made_of(config: PrepareConfig, folder: Path) -> Made:
     _, resolved = resolve_settings(config, log_schema(config))
-    return make_log_rows(config, resolved, folder, quiet)
+    with connect(folder, config) as con:
+        log = make_log_rows(con, config, resolved, folder, quiet)
+        take_rows(con, config, log.rows, ["the log"], folder, log.refused)
+        columns = ["task AS user", "partition", "is_query"]
+        columns += [f"n{i} AS {column.name}" for i, column in enumerate(log.schema.numeric)]
+        for i, feature in enumerate(log.schema.features):
+            values = f"""(SELECT coalesce(list(value ORDER BY place), []) FROM values_{i}
+                          WHERE place BETWEEN f{i}.start AND f{i}.start + f{i}.length - 1)"""
+            columns.append(f"{f'f{i}' if feature.kind == 'categorical' else values} AS {feature.name}")
+        found = con.sql(f"SELECT {', '.join(columns)} FROM raw_rows ORDER BY row").to_arrow_table().to_pylist()
+    return Made(log.counts, found)
 
 
-def tasks(log: MadeLog) -> dict[str, list[str]]:
+def tasks(log: Made) -> dict[str, list[str]]:
     """Task -> side, item and history of its rows, in order."""
     found: dict[str, list[str]] = {}
-    for line in pq.read_table(log.rows).to_pylist():
-        words = f"{line['role'][0]} {line['item_id']} {''.join(line['history'])}".strip()
+    for line in log.rows:
+        words = f"{'sq'[line['is_query']]} {line['item_id']} {''.join(line['history'])}".strip()
         found.setdefault(f"{line['user']} {line['partition']}", []).append(words)
     return found
 
 
 @pytest.fixture(scope="module")
-def ten(tmp_path_factory: pytest.TempPathFactory) -> MadeLog:
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return made(tmp_path_factory.mktemp("ten"))
 
 
-def test_ten_rows_are_split_at_the_published_seconds(ten: MadeLog) -> None:
+def test_ten_rows_are_split_at_the_published_seconds(ten: Made) -> None:
     found = ten.counts["antm2c"]
     assert {split: found[split]["rows"] for split in ("train", "valid", "test")} == {"train": 6, "valid": 2, "test": 2}
     assert [found[split]["positives"] for split in ("train", "valid", "test")] == [4, 1, 2]
@@ -72,7 +92,7 @@ def test_ten_rows_are_split_at_the_published_seconds(ten: MadeLog) -> None:
     assert found["train"]["scenes"] == {"1": 5, "2": 1}
 
 
-def test_histories_hold_earlier_positive_events_alone(ten: MadeLog) -> None:
+def test_histories_hold_earlier_positive_events_alone(ten: Made) -> None:
     """A repeated item stays two events, a row never knows its own label, and supports are copies of earlier rows."""
     before = ["s a", "s b a", "s a a", "s c aa"]
     assert tasks(ten) == {
@@ -135,9 +155,9 @@ def test_rows_that_are_held_out_are_in_no_other_task(tmp_path: Path) -> None:
     }
     rows = [row(f"u{user}", "a", f"0{day} 10:00:00", 0) for user in range(40) for day in (1, 4, 6)]
     log = made(tmp_path / "items", rows, tasks="scene_item", new_users=0.25)
-    lines = pq.read_table(log.rows).to_pylist()
+    lines = log.rows
     of = {split: {line["user_id"] for line in lines if line["partition"] == split} for split in ("train", "test")}
-    asked = {line["user_id"] for line in lines if line["partition"] == "test" and line["role"] == "query"}
+    asked = {line["user_id"] for line in lines if line["partition"] == "test" and line["is_query"]}
     assert not of["train"] & asked
     assert len(of["train"]) + len(asked) == 40
 
@@ -170,7 +190,7 @@ def test_tasks_that_cannot_be_are_named(tmp_path: Path, settings: Row, expected:
         made(tmp_path, **settings)
 
 
-def test_columns_without_a_meaning_are_told_by_rows_of_train(ten: MadeLog, tmp_path: Path) -> None:
+def test_columns_without_a_meaning_are_told_by_rows_of_train(ten: Made, tmp_path: Path) -> None:
     found = ten.counts["antm2c"]
     # whole numbers of few values and texts are codes; one value in train is none, whatever test has
     assert found["codes"] == ("deep_features_0", "deep_features_1")
@@ -179,12 +199,12 @@ def test_columns_without_a_meaning_are_told_by_rows_of_train(ten: MadeLog, tmp_p
     assert found["separator"] == ";"
     rows = [row("u", "a", "01 10:00:00", 1, deep_features_2=place / 7) for place in range(3)]
     late = row("u", "a", "06 10:00:00", 1, deep_features_2="broken")
-    table = pq.read_table(made(tmp_path, [*rows, late]).rows).to_pylist()
+    table = made(tmp_path, [*rows, late]).rows
     assert [line["deep_features_2"] for line in table] == [0, 1 / 7, 2 / 7, None, 0, 1 / 7, 2 / 7]
 
 
-def test_entities_are_lists_and_names_stay_with_their_row(ten: MadeLog) -> None:
-    table = pq.read_table(ten.rows).to_pylist()
+def test_entities_are_lists_and_names_stay_with_their_row(ten: Made) -> None:
+    table = ten.rows
     assert table[0]["bill_entity_seq"] == ["tea", "milk"]
     assert table[0]["query_entity_seq"] == []
     names = {(line["user"], tuple(line["item_entity_names"])) for line in table if line["item_id"] == "a"}
@@ -196,13 +216,13 @@ def test_what_separates_entities_is_found(tmp_path: Path, mark: str, expected: l
     lists = dict.fromkeys(LISTS, f"x y{mark} z{mark}")
     log = made(tmp_path, [row("u", "a", "01 10:00:00", 1, **lists)])
     assert log.counts["antm2c"]["separator"] == mark
-    assert pq.read_table(log.rows)["bill_entity_seq"].to_pylist() == [expected]
+    assert [line["bill_entity_seq"] for line in log.rows] == [expected]
 
 
 def test_a_separator_may_be_given(tmp_path: Path) -> None:
     log = made(tmp_path, separator="&")
     assert log.counts["antm2c"]["separated"] == 0
-    assert pq.read_table(log.rows)["bill_entity_seq"].to_pylist()[0] == ["tea;milk"]
+    assert log.rows[0]["bill_entity_seq"] == ["tea;milk"]
     told = " ".join(log_lines(log.counts["antm2c"]))
     assert "'&', which 0% of the lists have" in told
     assert "CAREFUL: more lists have ';'" in told
@@ -222,7 +242,7 @@ def test_without_a_separator_a_list_is_one_entry(tmp_path: Path) -> None:
     told = list(log_lines(log.counts["antm2c"]))
     assert "name it with --separator" in " ".join(told)
     assert told[1:3] == ["valid: no rows", "test: no rows"]
-    assert pq.read_table(log.rows)["bill_entity_seq"].to_pylist() == [["word"]]
+    assert [line["bill_entity_seq"] for line in log.rows] == [["word"]]
 
 
 def test_times_that_cannot_be_parsed_are_refused_or_filled(tmp_path: Path) -> None:
@@ -237,12 +257,10 @@ def test_times_that_cannot_be_parsed_are_refused_or_filled(tmp_path: Path) -> No
     assert tasks(log)["u3 train"] == ["q a"]
 
 
-def test_the_columns_may_have_another_order(tmp_path: Path, ten: MadeLog) -> None:
-    made_of = tmp_path / "made"
-    write_log(made_of / "files", TEN, tuple(reversed(COLUMNS)))
-    config = PrepareConfig(dataset="antm2c", root=str(made_of / "files"), out=str(tmp_path / "pack"))
-    _, settings = resolve_settings(config, log_schema(config))
-    assert tasks(make_log_rows(config, settings, made_of, quiet)) == tasks(ten)
+def test_the_columns_may_have_another_order(tmp_path: Path, ten: Made) -> None:
+    root = write_log(tmp_path / "files", TEN, tuple(reversed(COLUMNS)))
+    config = PrepareConfig(dataset="antm2c", root=str(root), out=str(tmp_path / "pack"))
+    assert tasks(made_of(config, tmp_path)) == tasks(ten)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +280,32 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path, change: Row, expecte
     assert "antm2c_10m_part1.csv, row 4" in str(refused.value)
 
 
-def test_rows_that_cannot_be_used_are_set_aside_where_that_is_asked_for(tmp_path: Path, ten: MadeLog) -> None:
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"bill_entity_seq": "tea;nan"}, "column 'bill_entity_seq': '[tea, nan]' has a missing element"),
+        (
+            {"item_entity_names": "1;99999999999999999999"},
+            "'item_entity_names': '[1, 99999999999999999999]' is a whole number beyond int64",
+        ),
+        ({"deep_features_2": "1e39"}, "column 'deep_features_2': '1e+39' is infinite or beyond float32"),
+    ],
+)
+def test_values_that_are_told_by_all_rows_are_named_too(tmp_path: Path, change: Row, expected: str) -> None:
+    late = row("u", "a", "06 10:00:00", 0)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        made(tmp_path / "refused", [*TEN, late | change])
+    log = made(tmp_path / "without", [*TEN, late, late | change], on_bad_rows="quarantine")
+    assert tasks(log) == tasks(made(tmp_path / "never", [*TEN, late]))
+
+
+def test_entries_have_the_one_form_of_ids(tmp_path: Path) -> None:
+    names = ";".join(f"e{number}" for number in range(20)) + ";7.0;True"
+    (line,) = made(tmp_path, [row("u", "a", "01 10:00:00", 1, item_entity_names=names)], separator=";").rows
+    assert line["item_entity_names"] == [*(f"e{number}" for number in range(12, 20)), "7", "true"]
+
+
+def test_rows_that_cannot_be_used_are_set_aside_where_that_is_asked_for(tmp_path: Path, ten: Made) -> None:
     bad: list[Row] = [{"scene": 7, "label": 2}, {"log_time": "x"}, {"label": 2}, {"user_id": ""}]
     rows = [*TEN, *(row("u", "a", "01 10:00:00", 1) | change for change in bad)]
     log = made(tmp_path, rows, on_bad_rows="quarantine")
@@ -297,7 +340,7 @@ def test_files_that_are_wrong_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     fails([*others, "--separator", ";"], capsys, "separator is ';'", "for --dataset antm2c")
 
 
-def test_what_the_released_files_have_is_told_beside(ten: MadeLog) -> None:
+def test_what_the_released_files_have_is_told_beside(ten: Made) -> None:
     told = list(log_lines(ten.counts["antm2c"]))
     assert told[0].startswith("train: 6 rows (published 8,536,558), 4 positives (published 2,765,092), 2 users")
     assert "scenes 1 / 2: 83 / 17 %" in told[0]
@@ -307,7 +350,7 @@ def test_what_the_released_files_have_is_told_beside(ten: MadeLog) -> None:
 def test_items_of_several_titles_are_counted(tmp_path: Path) -> None:
     log = made(tmp_path, [*TEN, row("u", "a", "01 10:00:00", 1, item_title="7.0"), row("u", "b", "01 11:00:00", 1)])
     assert log.counts["antm2c"]["items_of_several_titles"] == 1
-    titles = {line["item_title"] for line in pq.read_table(log.rows).to_pylist() if line["item_id"] == "a"}
+    titles = {line["item_title"] for line in log.rows if line["item_id"] == "a"}
     assert titles == {"about a", "7"}  # a text that is a number has the one form of ids
 
 

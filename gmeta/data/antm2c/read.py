@@ -1,7 +1,8 @@
 """Stage 1 of AntM2C: its part files to table `log`, every value in its one form, and what its columns are.
 
-`log` (event, part, user_id, item_id, time, label, split, scene, item_title, the four lists as text, d0 … d26 as text)
-has a row an event. `event` numbers them by (part file, row), so that repeats stay events of their own.
+`log` (event, part, user_id, item_id, time, label, split, scene) has a row an event. `event` rises by (part file, row),
+so that repeats stay events of their own. What is wide stays where it was checked: view `wide` (event, item_title, the
+four lists as text, d0 … d26 as text) has these events, and rows that were set aside.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from gmeta.data.antm2c.published import (
 from gmeta.data.prepare.read import UnfitRows, check_all
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report
-from gmeta.data.schema import parse_data_schema
+from gmeta.data.schema import FLOAT32_MAX, parse_data_schema
 from gmeta.data.sources import Connection, RawPart, literal, open_file, scalar
 
 LISTS = (*SEQUENCES, "item_entity_names")
 """Columns that hold a list of entities each, as one text."""
+_EVENT = "(CAST(file AS BIGINT) << 40) + row"
 FILLED_TIME = "2023-08-01 12:00:00"
 """What public code takes for a time that it cannot parse; such rows are of train."""
 _MONTHS = ("2023-07-01", "2023-10-01")
@@ -49,6 +51,7 @@ class DeepColumns:
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
     left_out: tuple[str, ...]  # one value, or none
+    beyond: tuple[str, ...] = ()  # numeric ones that a row, of train or not, has beyond float32
 
 
 def part_files(root: Path) -> list[Path]:
@@ -90,18 +93,22 @@ def read_parts(
     time = f"coalesce({parsed}, TIMESTAMP {literal(FILLED_TIME)})" if fills_times else parsed
     refused = _refusals(names, None if fills_times else parsed)
     counts = check_all(con, config, schema, plain, scratch, tell, parts, refused=refused)
-    texts = [f"CAST({names[name]} AS VARCHAR) AS {name}" for name in ("item_id", "scene", "item_title", *LISTS)]
-    texts += [f"CAST({names[name]} AS VARCHAR) AS d{number}" for number, name in enumerate(DEEP_FEATURES)]
+    wide = {name: names[name] for name in ("item_title", *LISTS)}
+    wide |= {f"d{number}": names[name] for number, name in enumerate(DEEP_FEATURES)}
     first, second = (f"TIMESTAMP {literal(ends.strftime(TIME_FORMAT))}" for ends in (TRAIN_ENDS, VALID_ENDS))
     con.execute(f"""
-        CREATE TABLE log AS
-        SELECT row_number() OVER (ORDER BY file, row) AS event, file AS part, user_id, time, label,
-               CASE WHEN time <= {first} THEN 'train' WHEN time <= {second} THEN 'valid' ELSE 'test' END AS split,
-               * EXCLUDE (file, row, user_id, time, label)
-        FROM (SELECT file, row, CAST(task AS VARCHAR) AS user_id, {time} AS time, label, {", ".join(texts)}
-              FROM raw_rows)""")
+        CREATE TEMP TABLE log AS
+        SELECT {_EVENT} AS event, file AS part, user_id, item_id, scene, time, label,
+               CASE WHEN time <= {first} THEN 'train' WHEN time <= {second} THEN 'valid' ELSE 'test' END AS split
+        FROM (SELECT file, row, task AS user_id, item AS item_id, {names["scene"]} AS scene, {time} AS time, label
+              FROM raw_rows);
+        CREATE TEMP VIEW wide AS
+        SELECT {_EVENT} AS event, {", ".join(f"{column} AS {name}" for name, column in wide.items())} FROM checked""")
     if fills_times:
         counts["filled_times"] = scalar(con, f"SELECT count(*) FROM raw_rows WHERE {parsed} IS NULL")
+    con.execute("DROP VIEW raw_rows; DELETE FROM rejects")  # which are written
+    # Rows are joined by event, wide ones on the left: DuckDB would copy them to a hash table, as the fewer ones.
+    con.execute("SET disabled_optimizers='statistics_propagation,join_order,build_side_probe_side'")
     return counts
 
 
@@ -146,8 +153,10 @@ class Separator:
 def separator_of(con: Connection, given: str | None) -> Separator:
     """Return what separates the entries of lists: unless it is given, what most lists have."""
     step = max(1, scalar(con, "SELECT count(*) FROM log") // _LOOKED_AT)
-    union = " UNION ALL ".join(f"SELECT {name} AS text, part FROM log WHERE event % {step} = 0" for name in LISTS)
-    con.execute(f"CREATE TABLE lists AS SELECT * FROM ({union}) WHERE text IS NOT NULL")
+    some = f"wide JOIN (SELECT event, part FROM log WHERE event % {step} = 0) USING (event)"
+    union = " UNION ALL ".join(f"SELECT {name} AS text, part FROM sampled" for name in LISTS)
+    con.execute(f"""CREATE TEMP TABLE sampled AS SELECT part, {", ".join(LISTS)} FROM {some};
+                    CREATE TEMP TABLE lists AS SELECT * FROM ({union}) WHERE text IS NOT NULL""")
     asked = SEPARATORS if given is None else (given, *SEPARATORS)
     shares = con.execute(
         f"SELECT {', '.join(f'avg(CAST(contains(text, {literal(mark)}) AS INTEGER))' for mark in asked)} FROM lists"
@@ -157,24 +166,28 @@ def separator_of(con: Connection, given: str | None) -> Separator:
     mark = given if given is not None else best if found[best] >= 0.01 else ""
     has = f"avg(CAST(contains(text, {literal(mark)}) AS INTEGER))"
     by_part = dict(con.execute(f"SELECT part, {has} FROM lists GROUP BY part ORDER BY part").fetchall())
-    con.execute("DROP TABLE lists")
+    con.execute("DROP TABLE lists; DROP TABLE sampled")
     return Separator(mark, found[mark] if mark else 0.0, best, by_part)
 
 
 def deep_columns(con: Connection) -> DeepColumns:
     """Return what the `deep_features` hold in rows of train."""
-    number = "TRY_CAST(d{i} AS DOUBLE)"
+    columns = [f"d{place}, TRY_CAST(d{place} AS DOUBLE) AS n{place}" for place in range(len(DEEP_FEATURES))]
+    rows = f"(SELECT split = 'train' AS train, {', '.join(columns)} FROM wide JOIN log USING (event))"
     facts = ", ".join(
-        f"""count(DISTINCT d{i}), count(*) FILTER (d{i} IS NOT NULL AND NOT isfinite({number.format(i=i)}))
-              + count(*) FILTER (d{i} IS NOT NULL AND {number.format(i=i)} IS NULL),
-            count(*) FILTER ({number.format(i=i)} <> floor({number.format(i=i)}))"""
+        f"""coalesce(min(d{i}) FILTER (train) = max(d{i}) FILTER (train), true),
+            count(*) FILTER (train AND d{i} IS NOT NULL AND (n{i} IS NULL OR NOT isfinite(n{i}))),
+            count(*) FILTER (train AND n{i} <> floor(n{i})), max(abs(n{i})) FILTER (NOT isnan(n{i}))"""
         for i in range(len(DEEP_FEATURES))
     )
-    row = con.execute(f"SELECT {facts} FROM log WHERE split = 'train'").fetchall()[0]
+    row = con.execute(f"SELECT {facts} FROM {rows}").fetchall()[0]
     kinds: dict[str, list[str]] = {"numeric": [], "categorical": [], "left_out": []}
-    for place, name in enumerate(DEEP_FEATURES):
-        distinct, no_number, fractions = row[3 * place : 3 * place + 3]
-        few = not fractions and distinct <= FEW_VALUES
-        kind = "left_out" if distinct < 2 else "categorical" if no_number or few else "numeric"
+    beyond = []
+    for i, name in enumerate(DEEP_FEATURES):
+        same, no_number, fractions, largest = row[4 * i : 4 * i + 4]
+        few = f"count(DISTINCT d{i}) <= {FEW_VALUES}"
+        is_code = no_number or (not same and not fractions and scalar(con, f"SELECT {few} FROM {rows} WHERE train"))
+        kind = "left_out" if same else "categorical" if is_code else "numeric"
         kinds[kind].append(name)
-    return DeepColumns(**{kind: tuple(names) for kind, names in kinds.items()})
+        beyond += [name] if kind == "numeric" and (largest or 0) > FLOAT32_MAX else []
+    return DeepColumns(**{kind: tuple(names) for kind, names in kinds.items()}, beyond=tuple(beyond))

@@ -1,4 +1,7 @@
-"""Stage 3 of AntM2C: events to the rows of tasks, a Parquet file, with the schema that its columns have.
+"""Stage 3 of AntM2C: events to the rows of tasks, as `check` leaves those of other files, and their schema.
+
+A row is where it was read and a few numbers: the wide columns of an event are joined when rows are dealt to shards, and
+its lists are slices (`slices`), of the entries of each text and of the positive events of all users.
 
 An event knows the last `HISTORY` positive events of its user that were earlier, by (time, part file, row): its own
 label and later ones are not among them.
@@ -17,11 +20,12 @@ from gmeta.data.antm2c.published import DEEP_FEATURES, LOGS, SPLITS
 from gmeta.data.antm2c.read import LISTS, DeepColumns, deep_columns, read_parts, separator_of
 from gmeta.data.antm2c.tasks import OF_LOGS, TaskPlan, deal_events, plan_of
 from gmeta.data.image_vectors import PARTS, image_dim
-from gmeta.data.prepare.scratch import connect
+from gmeta.data.prepare.read import UnfitRows
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.summary import Report
-from gmeta.data.schema import DataSchema, parse_data_schema
-from gmeta.data.sources import Connection, RawPart, in_order, literal, open_file
+from gmeta.data.prepare.values import BEYOND_FLOAT32, id_value
+from gmeta.data.schema import FLOAT32_MAX, DataSchema, parse_data_schema
+from gmeta.data.sources import Connection, literal
 
 _ITEMS = "count(DISTINCT item_id)"
 IMAGE, HAS_IMAGE = "image", "has_image"
@@ -40,16 +44,13 @@ _HAS_ALREADY = (
 
 @dataclass(frozen=True)
 class MadeLog:
-    """The rows that a log became, in a Parquet file."""
+    """The rows that a log became."""
 
-    rows: Path
+    rows: str  # SQL of rows as `check` gives them
+    refused: list[UnfitRows]
     schema: DataSchema
     counts: dict[str, Any]  # of reading, and `antm2c`
     images: str = ""  # SQL of the Parquet files (item, vector) of images; empty where none are read
-
-    def part(self, con: Connection) -> RawPart:
-        """Open the rows."""
-        return open_file(con, self.rows)
 
     def vectors(self) -> dict[str, str]:
         """Return SQL of value and vector of each vector that items own."""
@@ -78,34 +79,31 @@ def log_schema(config: PrepareConfig) -> DataSchema | None:
     return schema_of(DeepColumns((), (), ()), _images_of(config.images)[0], every_user=_of_items(config))
 
 
-def make_log_rows(config: PrepareConfig, settings: Settings, scratch: Path, tell: Report) -> MadeLog:
-    """Make the rows of the log in `config.root`, in `scratch`. ValueError for all that is the user's to mend."""
-    folder = scratch / "log"
-    folder.mkdir()
-    with connect(folder, config) as con:
-        fills = LOGS[str(config.dataset)]
-        counts = read_parts(con, config, settings, scratch, tell, fills_times=fills)
-        files = counts.pop("files")
-        tell("looking at columns", 0, 1)
-        separator = separator_of(con, config.separator)
-        deep = deep_columns(con)
-        counts["antm2c"] = {**_counts(con), "separator": separator.mark, "separated": round(separator.share, 4)}
-        counts["antm2c"] |= {"likeliest_separator": separator.likeliest, "separated_otherwise": separator.unlike(files)}
-        counts["antm2c"] |= {"filled_times": counts.pop("filled_times")} if fills else {}
-        counts["antm2c"] |= {"numeric": deep.numeric, "codes": deep.categorical, "left_out": deep.left_out}
-        tell("making histories", 0, 1)
-        _make_histories(con)
-        plan = plan_of(config, settings.seed)
-        deal_events(con, plan)
-        counts["antm2c"] |= _told(plan)
-        dim, images = _images_of(config.images)
-        if images:
-            counts["antm2c"]["items_with_image"] = _with_image(con, images)
-        schema = schema_of(deep, dim, every_user=_of_items(config))
-        made = MadeLog(scratch / "log.parquet", schema, counts, images)
-        _write(con, made, separator.mark, deep)
-    (folder / "rows.duckdb").unlink()
-    return made
+def make_log_rows(con: Connection, config: PrepareConfig, settings: Settings, scratch: Path, tell: Report) -> MadeLog:
+    """Make the rows of the log in `config.root`. ValueError for all that is the user's to mend."""
+    fills = LOGS[str(config.dataset)]
+    counts = read_parts(con, config, settings, scratch, tell, fills_times=fills)
+    files = counts.pop("files")
+    tell("looking at columns", 0, 1)
+    separator = separator_of(con, config.separator)
+    deep = deep_columns(con)
+    counts["antm2c"] = {**_counts(con), "separator": separator.mark, "separated": round(separator.share, 4)}
+    counts["antm2c"] |= {"likeliest_separator": separator.likeliest, "separated_otherwise": separator.unlike(files)}
+    counts["antm2c"] |= {"filled_times": counts.pop("filled_times")} if fills else {}
+    counts["antm2c"] |= {"numeric": deep.numeric, "codes": deep.categorical, "left_out": deep.left_out}
+    tell("making histories", 0, 1)
+    _make_histories(con)
+    plan = plan_of(config, settings.seed)
+    deal_events(con, plan)
+    counts["antm2c"] |= _told(plan)
+    dim, images = _images_of(config.images)
+    if images:
+        counts["antm2c"]["items_with_image"] = _with_image(con, images)
+    schema = schema_of(deep, dim, every_user=_of_items(config))
+    _keep_lists(con, separator.mark)
+    _make_rows(con)
+    _name_values(con, schema)
+    return MadeLog(_checked_rows(schema, images), _refused(con, schema, deep), schema, counts, images)
 
 
 def _of_items(config: PrepareConfig) -> bool:
@@ -182,9 +180,11 @@ def _counts(con: Connection) -> dict[str, Any]:
         names = ("rows", "positives", "users", "items")
         scenes = con.execute(f"SELECT scene, count(*) {where} GROUP BY scene ORDER BY scene").fetchall()
         found[split] = {**dict(zip(names, values[0], strict=True)), "scenes": dict(scenes)}
-    titles = "(SELECT item_id FROM log GROUP BY item_id HAVING count(DISTINCT coalesce(item_title, '')) > 1)"
-    found["items_of_several_titles"] = con.execute(f"SELECT count(*) FROM {titles}").fetchall()[0][0]
-    found["rows_without_title"] = _scalar(con, "count(*) FILTER (item_title IS NULL)")
+    titles = """SELECT count(DISTINCT coalesce(item_title, '')) AS titles,
+                       count(*) FILTER (item_title IS NULL) AS lacking
+                FROM wide JOIN log USING (event) GROUP BY item_id"""
+    query = f"SELECT count(*) FILTER (titles > 1), coalesce(sum(lacking), 0)::BIGINT FROM ({titles})"
+    found["items_of_several_titles"], found["rows_without_title"] = con.execute(query).fetchall()[0]
     return found
 
 
@@ -193,47 +193,97 @@ def _scalar(con: Connection, what: str) -> int:
 
 
 def _make_histories(con: Connection) -> None:
-    """Make table `placed`: the events with how many positive ones the user had before, and table `positives` with the
-    last positive items of a user after its n-th positive event.
+    """Make table `positives` (place, value), the items of the positive events of all users, of each in order, and table
+    `placed`: the events, each with the slice of it that is its history.
     """
-    before = ", ".join(f"lag(item_id, {back}) OVER w" for back in range(HISTORY - 1, 0, -1))
+    known = f"least({HISTORY}, before - first(before) OVER (PARTITION BY user_id ORDER BY time, event))"
     con.execute(f"""
-        CREATE TABLE placed AS
-        SELECT *, coalesce(sum(label) OVER (w ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::BIGINT AS earlier
-        FROM log WINDOW w AS (PARTITION BY user_id ORDER BY time, event);
+        CREATE TEMP TABLE placed AS
+        SELECT * EXCLUDE (before, known), before AS place,
+               {{'start': before - known, 'length': CAST(known AS INTEGER)}} AS history
+        FROM (SELECT *, {known} AS known FROM (
+            SELECT *, CAST(sum(label) OVER (ORDER BY user_id, time, event ROWS UNBOUNDED PRECEDING) - label AS BIGINT)
+                      AS before FROM log));
         DROP TABLE log;
-        CREATE TABLE positives AS
-        SELECT user_id, earlier + 1 AS earlier, list_filter([{before}, item_id], lambda x: x IS NOT NULL) AS history
-        FROM placed WHERE label = 1 WINDOW w AS (PARTITION BY user_id ORDER BY time, event)""")
+        CREATE TEMP TABLE positives AS SELECT place, item_id AS value FROM placed WHERE label = 1""")
 
 
-def _write(con: Connection, made: MadeLog, separator: str, deep: DeepColumns) -> None:
-    """Write the rows, of each task in order; those of supports in valid and test a second time."""
-    lists = ", ".join(f"{_entries(name, separator)} AS {name}" for name in LISTS)
-    number = {name: f"d{place}" for place, name in enumerate(DEEP_FEATURES)}
-    columns = [f"TRY_CAST({number[name]} AS DOUBLE) AS {name}" for name in deep.numeric]
-    columns += [f"{number[name]} AS {name}" for name in deep.categorical]
-    if made.images:
-        columns.append(f"if(item_id IN (SELECT item FROM {made.images}), 'yes', 'no') AS {HAS_IMAGE}")
-    features = ", ".join(
-        [
-            "user_id",
-            f"concat_ws('/', user_id, scene) AS {USER_SCENE}",
-            "item_id",
-            "scene",
-            "item_title",
-            "coalesce(history, []) AS history",
-            lists,
-            *columns,
-        ]
+def _keep_lists(con: Connection, separator: str) -> None:
+    """Make table `entries` (place, value), the entries of each text once, and table `listed` (text, slice, entries,
+    bad), the texts, with the reason why one cannot be used.
+    """
+    value, checks = id_value("x", "VARCHAR", "VARCHAR") or ("x", [])
+    checks = [*checks, (f"({value}) IS NULL", "has a missing element")]
+    bad = " ".join(
+        f"WHEN len(list_filter(entries, lambda x: {where})) > 0 THEN {literal(why)}" for where, why in checks
     )
-    with in_order(con):
-        con.execute(f"""
-            COPY (
-                SELECT task AS "user", label, time, partition, role, {features}
-                FROM dealt JOIN placed USING (event) LEFT JOIN positives USING (user_id, earlier)
-                ORDER BY task, partition, place)
-            TO {literal(str(made.rows))} (FORMAT parquet)""")
+    texts = " UNION ".join(f"SELECT {name} AS text FROM wide" for name in LISTS)
+    con.execute(f"""
+        CREATE TEMP TABLE listed AS
+        SELECT text, {{'start': CAST(sum(length) OVER (ROWS UNBOUNDED PRECEDING) - length AS BIGINT), 'length': length}}
+                     AS slice, entries, CASE {bad} END AS bad
+        FROM (SELECT text, entries, CAST(least({ENTITIES}, len(entries)) AS INTEGER) AS length
+              FROM (SELECT text, {_entries("text", separator)} AS entries FROM ({texts})));
+        CREATE TEMP TABLE entries AS
+        SELECT slice.start + unnest(range(slice.length)) AS place,
+               unnest(list_transform(entries[-{ENTITIES}:], lambda x: {value})) AS value
+        FROM listed""")
+
+
+def _make_rows(con: Connection) -> None:
+    """Make table `rows`: what is narrow of each row, with the slices of its lists."""
+    joins = " ".join(f"JOIN listed l{i} ON l{i}.text IS NOT DISTINCT FROM wide.{name}" for i, name in enumerate(LISTS))
+    slices = ", ".join(f"l{i}.slice AS {name}" for i, name in enumerate(LISTS))
+    con.execute(f"""
+        CREATE TEMP TABLE rows AS
+        SELECT row, event, task, partition, role = 'query' AS is_query, label, epoch_us(time) AS time, user_id, item_id,
+               scene, history, {", ".join(LISTS)}
+        FROM dealt JOIN placed USING (event) JOIN (SELECT event, {slices} FROM wide {joins}) USING (event);
+        DROP TABLE dealt""")
+
+
+def _name_values(con: Connection, schema: DataSchema) -> None:
+    """Make the views that rows have slices of."""
+    for i, feature in enumerate(schema.features):
+        if feature.kind != "categorical":
+            source = "positives" if feature.name == "history" else "entries"
+            con.execute(f"CREATE TEMP VIEW values_{i} AS SELECT place, value FROM {source}")
+
+
+def _checked_rows(schema: DataSchema, images: str) -> str:
+    """Return SQL of the rows as `check` gives them."""
+    number = {name: f"d{place}" for place, name in enumerate(DEEP_FEATURES)}
+    wide = ["event", "item_title"]
+    made = {USER_SCENE: "concat_ws('/', user_id, scene)"}
+    made[HAS_IMAGE] = f"if(item_id IN (SELECT item FROM {images}), 'yes', 'no')"
+    found = {name: name for name in ("task", "label", "time", "partition", "is_query")} | {"item": "item_id"}
+    for i, feature in enumerate(schema.features):
+        deep = number.get(feature.name)
+        wide += [deep] if deep else []
+        found[f"f{i}"] = made.get(feature.name) or deep or feature.name
+    for i, numeric in enumerate(schema.numeric):
+        value = f"TRY_CAST({number[numeric.name]} AS DOUBLE)"
+        wide.append(f"CASE WHEN NOT isnan({value}) THEN {value} END AS n{i}")
+        found[f"n{i}"] = f"n{i}"
+    columns = ", ".join(f"{value} AS {name}" for name, value in found.items())
+    return f"SELECT 0 AS file, row, {columns} FROM (SELECT {', '.join(wide)} FROM wide) JOIN rows USING (event)"
+
+
+def _refused(con: Connection, schema: DataSchema, deep: DeepColumns) -> list[UnfitRows]:
+    """Return which rows cannot be used for an entry of a list, or a number that is too large."""
+    found = []
+    reasons = con.execute("SELECT DISTINCT bad FROM listed WHERE bad IS NOT NULL ORDER BY bad").fetchall()
+    for name in LISTS if reasons else ():
+        bad = f"""(SELECT row AS bad_row, CAST(entries AS VARCHAR) AS entries, bad
+                   FROM rows JOIN wide USING (event) JOIN listed ON text = wide.{name} WHERE bad IS NOT NULL)"""
+        for (reason,) in reasons:
+            where = f"row IN (SELECT bad_row FROM {bad} WHERE bad = {literal(reason)})"
+            found.append(UnfitRows(where, name, f"(SELECT entries FROM {bad} WHERE bad_row = row)", reason))
+    numeric = {column.name: f"n{i}" for i, column in enumerate(schema.numeric)}
+    return found + [
+        UnfitRows(f"abs({numeric[name]}) > {FLOAT32_MAX!r}", name, numeric[name], BEYOND_FLOAT32)
+        for name in deep.beyond
+    ]
 
 
 def _told(plan: TaskPlan) -> dict[str, Any]:

@@ -56,14 +56,15 @@ def plan_of(config: PrepareConfig, seed: int) -> TaskPlan:
 
 
 def deal_events(con: Connection, plan: TaskPlan) -> None:
-    """Make table `dealt` (event, task, partition, role, place) of table `placed` (event, user_id, item_id, scene, time,
-    split and more); `place` is an event's place in its task. An event that a support repeats is in it several times.
+    """Make table `dealt` (event, task, partition, role, row) of table `placed` (event, user_id, item_id, scene, time,
+    split and more); `row` numbers the rows, of each task in order. An event that a support repeats is in it several
+    times.
 
     Raises:
         ValueError: the scene that is left out has fewer rows before test than its tasks are to know.
     """
     con.execute(f"""
-        CREATE TABLE keyed AS
+        CREATE TEMP TABLE keyed AS
         SELECT event, split, scene = {literal(str(plan.new_scene))} AS new, {_held(plan)} AS held,
                {KEYS[plan.tasks]} AS task,
                row_number() OVER (PARTITION BY {KEYS[plan.tasks]} ORDER BY time, event) AS place
@@ -74,10 +75,10 @@ def deal_events(con: Connection, plan: TaskPlan) -> None:
     elif plan.new_users:
         asked = "if(split = 'train', NOT held, held)"
     con.execute(f"""
-        CREATE TABLE asked AS
+        CREATE TEMP TABLE asked AS
         SELECT event, task, split, place, row_number() OVER (PARTITION BY task, split ORDER BY place DESC) AS back
         FROM keyed WHERE {asked};
-        CREATE TABLE starts AS SELECT task, split, min(place) AS start FROM asked WHERE split <> 'train'
+        CREATE TEMP TABLE starts AS SELECT task, split, min(place) AS start FROM asked WHERE split <> 'train'
                                GROUP BY task, split""")
     query = f"if(split <> 'train' OR back <= {QUERY}, 'query', 'support') AS role"
     parts = [f"SELECT event, task, split AS partition, {query}, place FROM asked"]
@@ -89,7 +90,8 @@ def deal_events(con: Connection, plan: TaskPlan) -> None:
         parts[0] += " WHERE split <> 'test'"
         parts[1] = parts[1].replace("WHERE place < s.start", "WHERE s.split <> 'test' AND place < s.start")
         parts += _of_new_scene(con, plan.new_scene, plan.new_scene_rows)
-    con.execute(f"CREATE TABLE dealt AS {' UNION ALL '.join(f'({part})' for part in parts)}")
+    rows = "event, task, partition, role, row_number() OVER (ORDER BY task, partition, place) AS row"
+    con.execute(f"CREATE TEMP TABLE dealt AS SELECT {rows} FROM ({' UNION ALL '.join(parts)})")
     con.execute("DROP TABLE keyed; DROP TABLE asked; DROP TABLE starts")
 
 
@@ -103,7 +105,8 @@ def _held(plan: TaskPlan) -> str:
 
 def _of_new_scene(con: Connection, scene: int, rows: Sequence[int]) -> list[str]:
     """Return SQL of the test tasks of the scene that is left out, each once for every number of known rows."""
-    con.execute("""CREATE TABLE known AS SELECT event, row_number() OVER (ORDER BY event_time DESC, event DESC) AS back
+    con.execute("""CREATE TEMP TABLE known AS
+                   SELECT event, row_number() OVER (ORDER BY event_time DESC, event DESC) AS back
                    FROM (SELECT k.event, p.time AS event_time FROM keyed k JOIN placed p USING (event)
                          WHERE k.new AND k.split <> 'test')""")
     there = scalar(con, "SELECT count(*) FROM known")

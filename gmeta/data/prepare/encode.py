@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from gmeta.data.item_vectors import DTYPE, ItemVectors, array_name
 from gmeta.data.prepare.columns import COLUMNS_A_QUERY, batched, label_columns
+from gmeta.data.prepare.slices import ids_of_slices, sliced_features
 from gmeta.data.prepare.vocabulary import HashedVocabulary, numeric_values, statistics_join
 from gmeta.data.raw_columns import RawFeature
 from gmeta.data.schema import OOV, DataSchema, NumericColumn, NumericSequence, PackSchema, Vector
@@ -70,10 +71,11 @@ def encode(
     Values are looked up in the relations of `looked_up_in` or, but for texts, in `hashed` by table where it is given.
 
     `relation` has the columns of `checked`, and `fold` (NULL outside training tasks) where the schema asks for item
-    statistics. Numbers become those that `stored` says. Returns `ids` int32 [rows, one-valued features], `dense`
-    float32 [rows, F], `<name>.values` and `<name>.offsets` int64 [rows + 1] of every many-valued feature (int32) and
-    numeric sequence (float32), every vector [rows, dim] that is kept by row, and the columns of `relation` named in
-    `more`. With `item_vectors` those that are kept by item come too, by id where a row has none.
+    statistics; of some lists it may have slices. Numbers become those that `stored` says. Returns `ids` int32
+    [rows, one-valued features], `dense` float32 [rows, F], `<name>.values` and `<name>.offsets` int64 [rows + 1] of
+    every many-valued feature (int32) and numeric sequence (float32), every vector [rows, dim] that is kept by row, and
+    the columns of `relation` named in `more`. With `item_vectors` those that are kept by item come too, by id where a
+    row has none.
     """
     tables, labels = list(schema.tables()), label_columns(schema)
     # name, value, join; a number that a row lacks is NaN
@@ -85,9 +87,11 @@ def encode(
     found: dict[str, Array] = {}
     if hashed is None and _in_memory(con, relation, looked_up):
         found |= _look_up(con, relation, schema, looked_up, order)
+    sliced = sliced_features(con) if hashed is None else frozenset()
+    columns_sql += [(f"start{i}", f"b.f{i}.start", "") for i in sorted(sliced)]
     for i, feature in enumerate(schema.features):
         if feature.kind != "categorical":
-            columns_sql.append((f"f{i}", f"len(b.f{i})", ""))
+            columns_sql.append((f"f{i}", f"b.f{i}.length" if i in sliced else f"len(b.f{i})", ""))
         elif f"f{i}" not in found:
             vocab = (looked_up_in(tables, feature), f"v{i}")
             columns_sql.append((f"f{i}", *_id(schema, feature, f"b.f{i}", vocab, hashed)))
@@ -107,17 +111,38 @@ def encode(
     ids = [found[f"f{i}"] for i, f in enumerate(schema.features) if f.kind == "categorical"]
     dense = [found[f"n{j}"] for j in range(len(values))]
     arrays |= {name: np.stack(stack, 1) for name, stack in (("ids", ids), ("dense", dense)) if stack}
-    for i, feature in enumerate(schema.features):
-        if feature.kind != "categorical":
-            arrays[f"{feature.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"f{i}"])]).astype(np.int64)
-            arrays[f"{feature.name}.values"] = _list_ids(
-                con, relation, schema, i, looked_up_in(tables, feature), order, hashed
-            )
+    arrays |= _lists(con, relation, schema, order, hashed, found)
     for i, sequence in enumerate(stored.numeric_sequence):
-        arrays[f"{sequence.name}.offsets"] = np.concatenate([[0], np.cumsum(found[f"s{i}"])]).astype(np.int64)
+        arrays[f"{sequence.name}.offsets"] = _offsets(found[f"s{i}"])
         arrays[f"{sequence.name}.values"] = _list_numbers(con, relation, i, sequence, order)
     arrays |= _vectors(con, relation, stored, order, arrays["ids"], item_vectors)
     return arrays | {name: np.asarray(found[name]) for name in more}
+
+
+def _lists(
+    con: Connection,
+    relation: str,
+    schema: DataSchema,
+    order: str,
+    hashed: Mapping[str, HashedVocabulary] | None,
+    found: Mapping[str, Array],
+) -> dict[str, Array]:
+    """Return values and offsets of the many-valued features, whose lengths, and starts of slices, were `found`."""
+    arrays, tables = {}, list(schema.tables())
+    for i, feature in enumerate(schema.features):
+        if feature.kind != "categorical":
+            length, vocab = found[f"f{i}"], looked_up_in(tables, feature)
+            arrays[f"{feature.name}.offsets"] = _offsets(length)
+            arrays[f"{feature.name}.values"] = (
+                ids_of_slices(con, i, vocab, found[f"start{i}"], length)
+                if f"start{i}" in found
+                else _list_ids(con, relation, schema, i, vocab, order, hashed)
+            )
+    return arrays
+
+
+def _offsets(length: Array) -> Array:
+    return np.concatenate([[0], np.cumsum(length)]).astype(np.int64)
 
 
 def take_labels(schema: DataSchema, arrays: dict[str, Array]) -> Array:

@@ -70,7 +70,7 @@ def grow(
     before, vocabularies, pending = base
     train_shards = [s for s in shards if s.split == "train"]
     train = dealt(schema, scratch, train_shards)
-    further = {} if known is None else further_values(schema, None, known)
+    further = {} if known is None else further_values(con, schema, None, known)
     of_base = partial(_grow_vocabulary, vocabularies=vocabularies, pending=pending)
     grown = partial(of_base, day=day, eviction=eviction, further=further)
     counted = train if known is None else f"(SELECT * FROM {train} WHERE is_query)"

@@ -35,7 +35,7 @@ from gmeta.data.prepare.event_day import prepare_event_day
 from gmeta.data.prepare.growth import write_pending
 from gmeta.data.prepare.history import INCREMENT, keep_left_out
 from gmeta.data.prepare.increment import prepare_day
-from gmeta.data.prepare.read import check_all
+from gmeta.data.prepare.read import check_all, take_rows
 from gmeta.data.prepare.scratch import connect, disk_errors, require_space, scratch_directory
 from gmeta.data.prepare.settings import resolve_settings
 from gmeta.data.prepare.summary import Report, console_report, print_summary
@@ -68,12 +68,13 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
     reporting = console_report() if report is None else nullcontext(report)
     with reporting as tell, scratch_directory(out) as scratch, disk_errors(scratch), connect(scratch, config) as con:
         events = None if columns is None else make_event_rows(config, settings, columns, scratch, tell)
-        log = None if of_log is None else make_log_rows(config, settings, scratch, tell)
-        made, schema = events or log, schema if log is None else log.schema
-        known, vectors = {} if events is None else events.values(), {} if log is None else log.vectors()
-        counts = check_all(
-            con, config, schema, settings, scratch, tell, [made.part(con)] if made else None, known_items=bool(vectors)
-        )
+        log = None if of_log is None else make_log_rows(con, config, settings, scratch, tell)
+        made, schema = events or log, log.schema if log else schema
+        known, vectors = events.values() if events else {}, log.vectors() if log else {}
+        if log is not None:
+            counts = take_rows(con, config, log.rows, ["the log"], scratch, log.refused)
+        else:
+            counts = check_all(con, config, schema, settings, scratch, tell, [events.part(con)] if events else None)
         tell("making tasks", 0, 1)
         shards = make_tasks(con, schema, settings, counts)
         if settings.split_query == "column" and made is None and (both := rows_on_both_sides(con, schema, settings)):
@@ -85,9 +86,8 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
         find_item_vectors(con, schema, counts.pop("files"), vectors)
         tell("dealing rows to shards", 0, 1)
         deal(con, schema, settings, scratch)
-        every = [*shards, *waiting]
-        pack_schema = learn(con, schema, scratch, shards, tell, known)
-        pack_schema = learn_texts(con, schema, pack_schema, scratch, every, known=known)
+        learned = learn(con, schema, scratch, shards, tell, known)
+        pack_schema = learn_texts(con, schema, learned, scratch, [*shards, *waiting], known=known)
         counts |= {} if made is None else made.counts
         if events is not None:
             pack_schema = replace(pack_schema, next_item=True, catalogue=events.owned)
@@ -102,10 +102,10 @@ def prepare(config: PrepareConfig, report: Report | None = None) -> dict[str, An
             write_further_texts(con, schema, writer.directory / "vocab")
             write_item_vectors(con, schema, pack_schema, writer.directory / "vocab")
             write_pending(con, schema, writer.directory / INCREMENT)
-            if events is not None and columns is not None:
+            if events and columns:
                 _write_events(con, (schema, pack_schema), columns, events, writer.directory)
             kept = keep_left_out(con, pack_schema, writer.directory / INCREMENT, scratch) if waiting else None
-            write_shards(con, writer, schema, pack_schema, settings, scratch, every, counts, tell, kept)
+            write_shards(con, writer, schema, pack_schema, settings, scratch, [*shards, *waiting], counts, tell, kept)
             if events is not None:
                 mend_cold_tasks(counts)
             if counts["bad_rows"]:

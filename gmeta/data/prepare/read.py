@@ -38,11 +38,10 @@ def check_all(
     tell: Report,
     made: list[RawPart] | None = None,
     *,
-    known_items: bool = False,
     refused: Sequence[UnfitRows] = (),
 ) -> dict[str, Any]:
     """Check all files, or rows that were `made` of them, and make view `raw_rows` of the rows that can be used, and are
-    not `refused`; returns the counts so far. With `known_items` rows need no vectors of their items.
+    not `refused`; returns the counts so far.
     """
     roles: list[Role] = ["task", "label", "weight", "time", "item"]
     if settings.task_split == "column":
@@ -57,12 +56,26 @@ def check_all(
         tell("reading files", index, len(parts))
         with reading(part.file):
             sides = settings.roles
-            relations.append(check(con, part, index, schema, roles, types, sides=sides, known_items=known_items))
+            relations.append(check(con, part, index, schema, roles, types, sides=sides))
     time = common_time(con, parts, schema.time)
     tell("reading files", len(parts), len(parts))
-    files = [part.file for part in parts]
     union = " UNION ALL ".join(dict.fromkeys(relations))
     every = f"SELECT * EXCLUDE (time_fraction) REPLACE ({time} AS time) FROM ({union})"
+    skipped = {"empty_files": len(empty)} if empty else {}
+    return {**take_rows(con, config, every, [part.file for part in parts], scratch, refused), **skipped}
+
+
+def take_rows(
+    con: Connection,
+    config: PrepareConfig,
+    every: str,
+    files: list[str],
+    scratch: Path,
+    refused: Sequence[UnfitRows] = (),
+) -> dict[str, Any]:
+    """Make view `raw_rows` of the checked rows of a query that are not `refused`, whose `file` is a place among
+    `files`; returns the counts so far. ValueError where none is left, or rows are set aside that may not be.
+    """
     con.execute(f"CREATE TEMP VIEW raw_rows AS {every} WHERE NOT ({_set_aside(con, every, refused)})")
     bad = reject_counts(con)
     if bad and config.on_bad_rows == "fail":
@@ -77,8 +90,7 @@ def check_all(
     rows = scalar(con, "SELECT count(*) FROM raw_rows")
     if rows == 0:
         raise ValueError(f"{', '.join(files)}: no row that can be used ({sum(bad.values())} rows were set aside)")
-    skipped = {"empty_files": len(empty)} if empty else {}
-    return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, **skipped, "files": files}
+    return {"rows_read": rows + sum(bad.values()), "bad_rows": bad, "files": files}
 
 
 def _set_aside(con: Connection, every: str, refused: Sequence[UnfitRows]) -> str:

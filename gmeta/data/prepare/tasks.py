@@ -11,6 +11,7 @@ from typing import Any
 from gmeta.data.pack import SPLITS
 from gmeta.data.prepare.cut import size_tasks
 from gmeta.data.prepare.settings import Settings
+from gmeta.data.prepare.slices import sliced_features
 from gmeta.data.schema import DataSchema
 from gmeta.data.sources import Connection, literal, md5_64, scalar
 
@@ -191,10 +192,12 @@ def row_bytes(con: Connection, schema: DataSchema) -> float:
     fixed = 4 * one_valued + 4 * len(schema.numeric_names()) + 4 + 1 + 8 * (schema.time is not None) + 8 * len(many)
     fixed += 4 * (schema.weight is not None) + 4 * max(0, len(schema.labels) - 1) + 8 * len(schema.numeric_sequence)
     fixed += sum(v.dim * (2 if v.dtype == "fp16" else 4) for v in schema.vector if v.owner == "row")
-    lists = [*(f"f{i}" for i in many), *(f"s{i}" for i in range(len(schema.numeric_sequence)))]
+    sliced = sliced_features(con)
+    lists = [f"f{i}.length" if i in sliced else f"len(f{i})" for i in many]
+    lists += [f"len(s{i})" for i in range(len(schema.numeric_sequence))]
     if not lists:
         return float(fixed)
-    lengths = " + ".join(f"sum(len({name}))" for name in lists)
+    lengths = " + ".join(f"sum({length})" for length in lists)
     query = f"SELECT ({lengths}) / greatest(count(*), 1) FROM raw_rows"
     values = scalar(con, query)
     return fixed + 4 * float(values or 0)

@@ -90,7 +90,7 @@ def learn_texts(
             continue
         num_ids = pack_schema.feature(features[0].name).num_ids
         vocabulary = f"(SELECT value, id FROM vocab_{index} WHERE value IS NOT NULL)"
-        values = f"SELECT value FROM ({counted_values(schema, features, dealt(schema, scratch, shards))})"
+        values = f"SELECT value FROM ({counted_values(con, schema, features, dealt(schema, scratch, shards))})"
         values += f" UNION SELECT value FROM older_texts_{index}" if goes_on else ""
         values += "".join(f" UNION {query}" for f in features if (query := (known or {}).get(f.name)))
         con.execute(f"""
@@ -114,7 +114,7 @@ def place_texts(
     for index, (table, features) in enumerate(schema.tables().items()):
         if not features[0].text:
             continue
-        values = f"({counted_values(schema, features, relation)})"
+        values = f"({counted_values(con, schema, features, relation)})"
         query = f"SELECT value, {known[table].hash_of('value')} AS hash FROM {values} ORDER BY value"
         found = con.sql(query).to_arrow_table()
         ids = known[table].ids_of(found["hash"].to_numpy())

@@ -26,6 +26,7 @@ from gmeta.data.schema import FLOAT32_MAX
 
 _EXACT = {"FLOAT": 2**24, "DOUBLE": 2**53}
 """Up to these numbers every whole number has a float of its own."""
+BEYOND_FLOAT32 = "is infinite or beyond float32"
 _EXACT_DIGITS = 15
 """A DECIMAL of so many digits divides two exact doubles, so that its DOUBLE is the one that its text gives."""
 
@@ -101,7 +102,7 @@ def number_value(value: str, kind: str) -> Value | None:
     empty = f"{value} <> '' AND " if kind == "VARCHAR" else ""
     return number, [
         (f"{empty}{value} IS NOT NULL AND {number} IS NULL", "is no number"),
-        (f"NOT isnan({number}) AND abs({number}) > {FLOAT32_MAX!r}", "is infinite or beyond float32"),
+        (f"NOT isnan({number}) AND abs({number}) > {FLOAT32_MAX!r}", BEYOND_FLOAT32),
     ]
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from gmeta.data.identity import vocabulary_file
 from gmeta.data.prepare.columns import batched, label_columns
 from gmeta.data.prepare.deal import dealt, item_vocabulary
+from gmeta.data.prepare.slices import counted_slices, sliced_features
 from gmeta.data.prepare.summary import Report
 from gmeta.data.prepare.tasks import FOLDS, ShardJob
 from gmeta.data.raw_columns import RawFeature
@@ -58,7 +59,7 @@ def learn(
     train_shards = [s for s in shards if s.split == "train"]
     train = dealt(schema, scratch, train_shards)
     rest = [s for s in shards if s.split != "train"]
-    further = further_values(schema, dealt(schema, scratch, rest) if rest else None, known or {})
+    further = further_values(con, schema, dealt(schema, scratch, rest) if rest else None, known or {})
     num_ids = make_vocabularies(con, schema, train, tell, partial(_make_vocabulary, further=further))
     with_item = dealt(schema, scratch, train_shards, item=True)
     if (vocabulary := item_vocabulary(schema)) is not None:
@@ -111,30 +112,34 @@ def make_vocabularies(
         for index, (table, features) in some:
             tell("building vocabularies", index, len(tables))
             first = features[0]
-            raw = RawTable(index, table, first.min_count, counted_values(schema, features, source))
+            raw = RawTable(index, table, first.min_count, counted_values(con, schema, features, source))
             num_ids[table] = 1 + (first.hash_buckets or make(con, raw))
     con.execute("DROP TABLE IF EXISTS some_columns; COMMIT")
     tell("building vocabularies", len(tables), len(tables))
     return num_ids
 
 
-def counted_values(schema: DataSchema, features: Sequence[RawFeature], source: str) -> str:
+def counted_values(con: Connection, schema: DataSchema, features: Sequence[RawFeature], source: str) -> str:
     """Return SQL of value and count: how often `source` holds each value that `features` have."""
-    members = [(schema.features.index(f), f.kind) for f in features]
-    values = " UNION ALL ".join(
-        f"SELECT {f'f{i}' if kind == 'categorical' else f'unnest(f{i})'} AS value FROM {source}" for i, kind in members
-    )
-    return f"SELECT value, count(*) AS count FROM ({values}) WHERE value IS NOT NULL GROUP BY value"
+    sliced, parts = sliced_features(con), []
+    for feature in features:
+        i = schema.features.index(feature)
+        value = f"f{i}" if feature.kind == "categorical" else f"unnest(f{i})"
+        parts.append(counted_slices(i, source) if i in sliced else f"SELECT {value} AS value, 1 AS n FROM {source}")
+    return f"""SELECT value, CAST(sum(n) AS BIGINT) AS count FROM ({" UNION ALL ".join(parts)})
+               WHERE value IS NOT NULL GROUP BY value"""
 
 
-def further_values(schema: DataSchema, rest: str | None, known: Mapping[str, str]) -> dict[str, list[str]]:
+def further_values(
+    con: Connection, schema: DataSchema, rest: str | None, known: Mapping[str, str]
+) -> dict[str, list[str]]:
     """Return table -> SQL of the values that get ids besides those of training rows: what `rest`, a relation of other
     rows, holds of a table whose vocabulary is of all values, and what is `known` of its features.
     """
     out: dict[str, list[str]] = {}
     for table, features in schema.tables().items():
         if features[0].vocabulary == "all":
-            rows = [] if rest is None else [f"SELECT value FROM ({counted_values(schema, features, rest)})"]
+            rows = [] if rest is None else [f"SELECT value FROM ({counted_values(con, schema, features, rest)})"]
             out[table] = rows + [known[f.name] for f in features if f.name in known]
     return out
 
