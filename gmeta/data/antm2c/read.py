@@ -172,22 +172,23 @@ def separator_of(con: Connection, given: str | None) -> Separator:
 
 def deep_columns(con: Connection) -> DeepColumns:
     """Return what the `deep_features` hold in rows of train."""
-    columns = [f"d{place}, TRY_CAST(d{place} AS DOUBLE) AS n{place}" for place in range(len(DEEP_FEATURES))]
-    rows = f"(SELECT split = 'train' AS train, {', '.join(columns)} FROM wide JOIN log USING (event))"
+    columns = [f"d{i}, TRY_CAST(d{i} AS DOUBLE) AS n{i}" for i in range(len(DEEP_FEATURES))]
+    rows = f"(SELECT split, {', '.join(columns)} FROM wide JOIN log USING (event))"
+    train = f"{rows} WHERE split = 'train'"
     facts = ", ".join(
-        f"""coalesce(min(d{i}) FILTER (train) = max(d{i}) FILTER (train), true),
-            count(*) FILTER (train AND d{i} IS NOT NULL AND (n{i} IS NULL OR NOT isfinite(n{i}))),
-            count(*) FILTER (train AND n{i} <> floor(n{i})), max(abs(n{i})) FILTER (NOT isnan(n{i}))"""
+        f"min(d{i}) = max(d{i}), count(d{i}) = count(n{i}) AND isfinite(max(abs(n{i}))), bool_or(n{i} <> floor(n{i}))"
         for i in range(len(DEEP_FEATURES))
     )
-    row = con.execute(f"SELECT {facts} FROM {rows}").fetchall()[0]
+    row = con.execute(f"SELECT {facts} FROM {train}").fetchall()[0]
     kinds: dict[str, list[str]] = {"numeric": [], "categorical": [], "left_out": []}
-    beyond = []
     for i, name in enumerate(DEEP_FEATURES):
-        same, no_number, fractions, largest = row[4 * i : 4 * i + 4]
-        few = f"count(DISTINCT d{i}) <= {FEW_VALUES}"
-        is_code = no_number or (not same and not fractions and scalar(con, f"SELECT {few} FROM {rows} WHERE train"))
-        kind = "left_out" if same else "categorical" if is_code else "numeric"
-        kinds[kind].append(name)
-        beyond += [name] if kind == "numeric" and (largest or 0) > FLOAT32_MAX else []
+        one, numbers, fractions = row[3 * i : 3 * i + 3]
+        few = f"SELECT count(DISTINCT d{i}) <= {FEW_VALUES} FROM {train}"
+        left_out = one is not False  # NULL where there is no value
+        is_code = not left_out and (not numbers or (not fractions and scalar(con, few)))
+        kinds["left_out" if left_out else "categorical" if is_code else "numeric"].append(name)
+    places = [DEEP_FEATURES.index(name) for name in kinds["numeric"]]
+    largest = ", ".join(f"max(abs(n{i})) FILTER (NOT isnan(n{i})) > {FLOAT32_MAX!r}" for i in places)
+    found = con.execute(f"SELECT {largest} FROM {rows}").fetchall()[0] if places else ()
+    beyond = [name for name, is_beyond in zip(kinds["numeric"], found, strict=True) if is_beyond]
     return DeepColumns(**{kind: tuple(names) for kind, names in kinds.items()}, beyond=tuple(beyond))
