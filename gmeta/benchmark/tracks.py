@@ -31,7 +31,7 @@ BASE = "dlrm"
 
 IDS = ("user_id", "user_scene", "item_id", "scene")
 OF_USERS = ("user_id", "user_scene")
-"""A user, and a user in a scene, whose row is the user's taste of it."""
+"""A user, and a user in a scene, whose row is the user's taste of it. A task that solves a last layer is that row."""
 TEXTS = ("item_title", "bill_entity_seq", "service_entity_seq", "query_entity_seq")
 IMAGES = ("image", "has_image")
 _PLAIN = (
@@ -99,7 +99,7 @@ class Tracks:
     def _new_users(self, seed: int) -> Iterator[Cell]:
         yield Cell(NEW_USERS, BASE, seed, "new_users", self._plain(BASE, without=OF_USERS))
         yield Cell(NEW_USERS, GATES, seed, "new_users", self._plain(GATES, without=OF_USERS))
-        solved = self._solved(("scene", "bill_entity_seq", "service_entity_seq", "query_entity_seq"), user=False)
+        solved = self._solved(("scene", "bill_entity_seq", "service_entity_seq", "query_entity_seq"), without=OF_USERS)
         yield Cell(NEW_USERS, ADAPTED, seed, "new_users", solved)
 
     def _new_scene(self, seed: int, scene: int) -> Iterator[Cell]:
@@ -109,7 +109,7 @@ class Tracks:
         gates = Cell(track, GATES, seed, pack, self._plain(GATES))
         yield gates
         about = ("scene", "item_title", *self.images)
-        yield Cell(track, ADAPTED, seed, pack, self._solved(about, item=False))
+        yield Cell(track, ADAPTED, seed, pack, self._solved(about, without=("user_scene", "item_id")))
         for number in self.rows_of(scene):
             rows = f"known_{scene}_{number}"
             for begun in (plain, gates):
@@ -130,14 +130,13 @@ class Tracks:
         features = [*ids, *(TEXTS if texts else ()), *(self.images if images else ())]
         return plain_words(model, features, "scene", self._texts if texts else None, self.end)
 
-    def _solved(self, about: Sequence[str], *, user: bool = True, item: bool = True) -> tuple[str, ...]:
+    def _solved(self, about: Sequence[str], *, without: Sequence[str] = ("user_scene",)) -> tuple[str, ...]:
         """Return the words of a training whose tasks solve their last layer; `about` says what a task is."""
-        left_out = ["user_scene", *(() if user else ("user_id",)), *(() if item else ("item_id",))]
-        features = [name for name in (*IDS, *TEXTS, *self.images) if name not in left_out]
+        features = [name for name in (*IDS, *TEXTS, *self.images) if name not in without]
         lists = [name for name in about if name in TEXTS]
         told = [name for name in about if name not in TEXTS] + [f"text of {name}" for name in lists]
         args: dict[str, Any] = {"task_features": told, "hidden": [64], "dropout": 0.1}
-        if not item:
+        if "item_id" in without:
             args["item"] = "user_id"  # rows of users are the bases of an item
         return (
             *_SOLVED,

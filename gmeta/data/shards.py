@@ -374,7 +374,7 @@ class PackSplit:
         return arrays
 
     def vectors(self, name: str, most: int) -> Array:
-        """Return a vector of rows, [n, dim], at most so many, which are spread evenly."""
+        """Return a vector of rows, [n, dim]: at most so many of a split of one shard, spread evenly."""
         step = max(1, -(-self.num_rows // most))
         parts = [self._vectors_of(shard, name, np.arange(0, shard.num_rows, step)) for shard in self._shards]
         return joined_arrays(parts)

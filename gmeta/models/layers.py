@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from gmeta.core.batch import id_of
 from gmeta.models.inputs import InputSpec, as_vectors
 
+SAMPLE = 20_000
+"""So many vectors tell how their numbers vary."""
 _STILL = 1e-3
 """A number whose deviation is below this share of the mean one of its vector does not vary, but for rounding."""
 

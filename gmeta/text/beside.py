@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gmeta.core.batch import text_ids_of
 from gmeta.core.errors import require
 from gmeta.models.inputs import InputSpec
-from gmeta.models.layers import Standardised
+from gmeta.models.layers import SAMPLE, Standardised
 from gmeta.models.registry import find_model, resolved_args
 from gmeta.text.bahe import texts_to_read
 from gmeta.text.encoder import TextPooling, open_encoder
@@ -62,26 +62,26 @@ class WithTexts(TextModel):
         for name in self.made.values():
             if name in inputs.widths:
                 raise ValueError(f"the pack has a feature {name!r}, a name that with_texts uses: rename it")
-        self.features = tuple(inputs.widths)
+        self.features = tuple(name for name in inputs.widths if name != self.target or name == inputs.item)
         opened = open_encoder(encoder, layers)
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
         source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.target), store)
         self.keep_texts(inputs, self.target, source, encoder)
         self.vectors, dim = tuple(inputs.vectors), inputs.embedding_dim
         self.of_texts = Standardised(opened.dim)
-        self.of_texts.see(source.kept[[i for i, text in enumerate(inputs.texts_by_id(self.target)) if text], 0])
+        given = [i for i, text in enumerate(inputs.texts_by_id(self.target)) if text]
+        self.of_texts.see(source.kept[given[:: -(-len(given) // SAMPLE) or 1], 0])
         self.of_vectors = nn.ModuleDict(
             {str(i): Standardised(width) for i, width in enumerate(inputs.vectors.values())}
         )
         read = [opened.dim] * len(self.texts) + list(inputs.vectors.values())
         self.towers = nn.ModuleDict({str(place): nn.Linear(width, dim) for place, width in enumerate(read)})
         factory = find_model(model, "model.args.model")
-        given = resolved_args(factory, args or {}, model, "model.args.args")
         embeddings = dict.fromkeys([*(self.made[name] for name in self.texts), *self.vectors], dim)
         products = dict.fromkeys([self.made[f"{name}*"] for name in self.lists], dim)
-        left_out = {self.target} - {inputs.item}
-        own = {name: width for name, width in inputs.features.items() if name not in left_out}
-        self.base = factory(replace(inputs, features={**own, **embeddings}, vectors=products), **given)
+        own = {name: width for name, width in inputs.features.items() if name in self.features}
+        read_by_it = replace(inputs, features={**own, **embeddings}, vectors=products)
+        self.base = factory(read_by_it, **resolved_args(factory, args or {}, model, "model.args.args"))
         self.routes = tuple(getattr(self.base, "routes", ()))
         layers_of = tuple(getattr(self.base, "decision_layers", ()))
         if layers_of:

@@ -21,6 +21,7 @@ from gmeta.data.id_dropout import DEFAULT_SHARE, default_share
 from gmeta.data.loader import long_task_warning
 from gmeta.data.pack import open_pack
 from gmeta.models.inputs import usual_features
+from gmeta.models.layers import SAMPLE
 from gmeta.models.registry import ModelFactory, is_foreign
 from gmeta.parallel.collectives import broadcast_from_rank_0, fill_from_rank_0, on_rank_0
 from gmeta.parallel.launch import EXIT_STOPPED
@@ -36,9 +37,6 @@ from gmeta.training.pretrained import set_pretrained_rows
 from gmeta.training.run import Run
 from gmeta.training.saving import load_checkpoint
 from gmeta.training.warm_start import start_from_bundle
-
-_ROWS_SEEN = 20_000
-"""Training rows whose vectors tell a model how they vary."""
 
 
 @contextmanager
@@ -91,13 +89,13 @@ def _begin(run: Run) -> None:
 
 
 def _show_vectors(run: Run) -> None:
-    """Show vectors of training rows to a model that has a function `see_vectors`; collective."""
-    model, split = run.state.system.objective.model, run.pack.split("train")
-    see = getattr(model, "see_vectors", None)
+    """Show a model that has a function `see_vectors` those that it reads, of training rows; collective."""
+    objective = run.state.system.objective
+    see = getattr(objective.model, "see_vectors", None)
     if see is not None:
-        names = [vector.name for vector in run.pack.schema.vector]
-        see({name: torch.from_numpy(split.vectors(name, _ROWS_SEEN).astype(np.float32)) for name in names})
-        fill_from_rank_0(model.buffers(), run.state.mesh)
+        some = run.pack.split("train").first_shard()  # a shard is verified, and so read, when it is first used
+        see({name: torch.from_numpy(some.vectors(name, SAMPLE).astype(np.float32)) for name in objective.vectors})
+        fill_from_rank_0(objective.model.buffers(), run.state.mesh)
 
 
 def _require_given_roles(config: TrainConfig) -> None:

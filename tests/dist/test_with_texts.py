@@ -124,7 +124,9 @@ def test_products_have_texts_and_vectors_among_them(encoder: Path) -> None:
         vectors={"image": 5},
     )
     read = {"user", "place", "seen", "text of title", "text of seen", "image"}
-    assert set(WithTexts(inputs, **args_of(encoder, "dlrm")).base.vectors) == read
+    model = WithTexts(inputs, **args_of(encoder, "dlrm"))
+    assert set(model.base.vectors) == read
+    assert "title" not in model.features, "rows of it are not asked for"
     assert set(WithTexts(inputs, **args_of(encoder, "deepfm")).base.pairs) == read
     gates = WithTexts(inputs, **args_of(encoder, "pepnet", args={"personal": ["user"], "bottom": [4]})).base
     assert set(gates.multiplied) == read - {"place"}
@@ -160,6 +162,24 @@ def test_a_run_sees_vectors_of_train_on_any_number_of_ranks(encoder: Path, tmp_p
     of = model.of_vectors["0"]
     torch.testing.assert_close(of.mean, torch.from_numpy(seen.mean(0)), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(1 / of.scale, torch.from_numpy(seen.std(0)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_warm_start_keeps_the_statistics(encoder: Path, tmp_path: Path) -> None:
+    rows = text_rows()
+    pictures = np.random.default_rng(0).normal(3, 1, (len(rows["user"]), 3)).astype(np.float32)
+    schema, start = {**SCENES, "vector": [{"name": "picture", "dim": 3}]}, list[Path]()
+    means = []
+    for name, shift in (("first", 0), ("second", 5)):
+        (tmp_path / name).mkdir()
+        pack = text_pack(tmp_path / name, schema, **{**in_words(rows), "picture": (pictures + shift).tolist()})
+        run, bundle = tmp_path / name / "run", tmp_path / name / "bundle"
+        words = ["--pack", pack, "--run_dir", run, "--model.name", "with_texts", "--model.embedding_dim", 4]
+        words += ["--schedule.max_steps", 1, "--model.args", json.dumps(args_of(encoder, "dlrm"))]
+        gmeta("train", *words, *(word for path in start for word in ("--warm_start", path)))
+        gmeta("bundle", "--run_dir", run, "--out", bundle)
+        start = [bundle]
+        means.append(package.load(bundle).system.objective.model.of_vectors["0"].mean)
+    assert torch.equal(*means)
 
 
 @pytest.mark.parametrize(("model", "adapt"), [("mmoe", ["decision"]), ("dlrm", []), ("neural_linear", ["last_layer"])])
