@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from gmeta.core.batch import Examples, TaskBatch
 from gmeta.data.loader import TaskLoader
 from gmeta.data.order import permutation
-from gmeta.data.pack import PackSplit, PackWriter, open_pack
+from gmeta.data.pack import PackWriter, open_pack
 from gmeta.data.schema import Feature, PackSchema
-from gmeta.data.shards import split_in_memory
+from gmeta.data.shards import PackSplit, split_in_memory
 
 FEATURES = 20
 NUM_IDS = 20_000  # of each feature

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 
 import gmeta
 from gmeta.config.data import PrepareConfig
+from gmeta.data.layout import one_valued
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare
 from gmeta.data.schema import PackSchema
-from gmeta.data.shards import PackSplit, one_valued, split_in_memory
+from gmeta.data.shards import PackSplit, split_in_memory
 from gmeta.evaluation.rank_split import candidates_of, rank_split
 from gmeta.recommender.build import candidate_draw, domain_of
 from gmeta.recommender.next_items import NextItems

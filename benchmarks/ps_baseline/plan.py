@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmeta.data.shards import one_valued
+from gmeta.data.layout import one_valued
 from gmeta.embedding.table import FusedTable, ShardedTables
 from gmeta.meta.learner import MetaLearner
 from ps_baseline.taskfiles import StoredTask, TaskFiles

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from gmeta.core.batch import Examples
+from gmeta.data.layout import many_valued, one_valued
 from gmeta.data.order import keyed_hash
 from gmeta.data.pack import open_pack
 from gmeta.data.schema import PackSchema
-from gmeta.data.shards import many_valued, one_valued
 
 Array = NDArray[Any]
 _PER_FOLDER = 1000

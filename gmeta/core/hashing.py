@@ -8,9 +8,13 @@ rows and to dropout masks that may not change, and numpy and torch may change th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 """The step between two states of a splitmix64 stream: 2**64 divided by the golden ratio, made odd."""

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from gmeta.data.shards import Array, PackSplit, TaskRows
+from gmeta.data.layout import Array
+from gmeta.data.shards import PackSplit, TaskRows
 
 
 class Episodes:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,26 +29,27 @@ from gmeta.data.catalogue import Catalogue, catalogue_file, read_catalogue
 from gmeta.data.events.findings import audit_warnings
 from gmeta.data.identity import DataIdentity, content_checksum, identity_of, table_identities, vocabulary_file
 from gmeta.data.item_vectors import array_name, open_item_vectors
-from gmeta.data.schema import Feature, PackSchema, data_schema_from_json, pack_schema_from_json
-from gmeta.data.shards import (
+from gmeta.data.layout import (
     CHUNK_BYTES,
     CURE,
     SAFETENSORS_DTYPE,
     Array,
-    PackSplit,
     check_entry,
     check_size,
     checksum_file,
     many_valued,
     one_valued,
-    open_shard,
     ragged,
     shard_layout,
     verified_file,
 )
+from gmeta.data.schema import Feature, PackSchema, data_schema_from_json, pack_schema_from_json
 from gmeta.data.text_tables import TextTable, open_text_tables
 
-__all__ = ["PackSplit", "PackWriter", "TaskPack", "open_pack", "verify_pack"]
+if TYPE_CHECKING:
+    from gmeta.data.shards import PackSplit
+
+__all__ = ["PackWriter", "TaskPack", "open_pack", "verify_pack"]
 
 FORMAT = "gmeta-task-pack"
 VERSION = 2
@@ -369,6 +370,8 @@ def open_pack(path: str | Path) -> TaskPack:
     is missing, of another size, or has a header that the manifest does not describe. Damage inside a file is found
     by its checksum, which is verified when the file is first used (`verify_pack` verifies all).
     """
+    from gmeta.data.shards import PackSplit, open_shard  # which import torch
+
     root = Path(path)
     manifest = _read_manifest(root)
     schema = pack_schema_from_json(manifest["schema"])

@@ -15,11 +15,11 @@ from gmeta.config.data import HISTORY_ROWS
 from gmeta.config.delivery import BundleConfig
 from gmeta.config.train import TrainConfig
 from gmeta.core.modules import persistent_buffers
+from gmeta.data.layout import verified_file
 from gmeta.data.pack import TaskPack, open_pack
 from gmeta.data.prepare.base import IN_BUNDLE
 from gmeta.data.prepare.history import INCREMENT, LEFT_OUT_PARTS, TASKS, history_of_pack
 from gmeta.data.schema import PackSchema
-from gmeta.data.shards import verified_file
 from gmeta.data.text_tables import open_text_tables
 from gmeta.delivery.smoke import add_smoke
 from gmeta.embedding.table import FusedTable, ShardedTables

@@ -30,9 +30,9 @@ from gmeta.config.evaluation import EvaluateConfig
 from gmeta.config.parse import parse_mapping, train_config
 from gmeta.config.train import TrainConfig
 from gmeta.core.files import make_folder, read_mapping, write_text
+from gmeta.data.layout import checksum_file
 from gmeta.data.pack import open_pack
 from gmeta.data.prepare.prepare import prepare, print_summary
-from gmeta.data.shards import checksum_file
 from gmeta.data.sources import find_files
 from gmeta.delivery.bundle import make_bundle
 from gmeta.delivery.gate import HELD_OUT, judge

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gmeta.core.hashing import splitmix64
+from gmeta.data.layout import one_valued
 from gmeta.data.pack import TaskPack
 from gmeta.data.schema import PackSchema
-from gmeta.data.shards import PackSplit, one_valued
+from gmeta.data.shards import PackSplit
 
 SAMPLE_TASKS = 1000
 """Tasks whose rows are looked at to see which features vary within a task."""

@@ -30,8 +30,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gmeta.core.files import read_mapping, sync, sync_folders
+from gmeta.data.layout import check_entry, check_size, verified_file
 from gmeta.data.pack import file_entry, lock_directory, manifest_checksum
-from gmeta.data.shards import check_entry, check_size, verified_file
 from gmeta.embedding.table import FusedTable, ShardedTables
 from gmeta.runs.folders import folder_errors, put_in_place, refuse_existing
 from gmeta.runs.small_rows import RowFormat, packed, unpacked

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from gmeta.core.files import read_mapping, sync
-from gmeta.data.shards import checksum_file
+from gmeta.data.layout import checksum_file
 from gmeta.parallel.collectives import naming_lost_peers, raise_together
 from gmeta.parallel.mesh import Mesh, barrier
 from gmeta.sharding.checkpoint import PartitionWriter, StreamReader, metadata_differences

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from gmeta.core.files import read_mapping
 from gmeta.data.identity import ids_of_values, vocabulary_file
+from gmeta.data.layout import check_entry, checksum_file, verified_file
 from gmeta.data.pack import file_entry, manifest_checksum
 from gmeta.data.schema import OOV
-from gmeta.data.shards import check_entry, checksum_file, verified_file
 from gmeta.runs.bundle import (
     MANIFEST,
     ROWS,

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gmeta.core.files import is_url, make_folder
-from gmeta.data.shards import verified_file
+from gmeta.data.layout import verified_file
 from gmeta.runs.bundle import MANIFEST, check_manifest, manifest_text, read_manifest, without_training
 from gmeta.runs.delta import DELTA, apply_delta, check_delta, checksum_of, delta_bytes, is_of_training
 from gmeta.runs.folders import making_folder, waiting_lock

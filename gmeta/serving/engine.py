@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from gmeta.data.layout import one_valued
 from gmeta.data.prepare.encoder import EncodedTables
 from gmeta.data.schema import OOV, PackSchema
-from gmeta.data.shards import one_valued
 from gmeta.data.tables import TableLike
 from gmeta.recommender.tasks import (
     TaskState,

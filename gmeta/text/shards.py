@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gmeta.core.files import replacing, sync
+from gmeta.data.layout import Array
 from gmeta.data.pack import save_file
-from gmeta.data.shards import Array
 
 VectorDtype = Literal["fp16", "int8"]
 Words: TypeAlias = NDArray[np.uint64]

@@ -18,9 +18,9 @@ from packs import DATA_SCHEMA, SCHEMA, make_pack, values_of
 
 from gmeta.cli import run
 from gmeta.data.identity import content_checksum
+from gmeta.data.layout import checksum_file
 from gmeta.data.pack import manifest_checksum, open_pack
 from gmeta.data.schema import DataSchema, NumericColumn, PackSchema
-from gmeta.data.shards import checksum_file
 from gmeta.evaluation import predictions
 from gmeta.evaluation.predictions import values_of_ids
 from gmeta.runs.data import is_own_pack, require_fitting_pack, require_same_training_data

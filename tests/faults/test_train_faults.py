@@ -19,7 +19,7 @@ from packs import make_pack, raw_rows, small_model
 from safetensors.torch import load_file
 
 from gmeta.cli import run
-from gmeta.data.shards import checksum_file
+from gmeta.data.layout import checksum_file
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.build import build_system
 from gmeta.runs import checkpoint

@@ -15,7 +15,8 @@ from gmeta.config.train import TrainConfig
 from gmeta.core.batch import TaskBatch
 from gmeta.data.episodes import Episodes
 from gmeta.data.loader import SplitSpec, TaskLoader
-from gmeta.data.pack import PackSplit, open_pack
+from gmeta.data.pack import open_pack
+from gmeta.data.shards import PackSplit
 from gmeta.training.membership import job_of
 
 MOST = 5

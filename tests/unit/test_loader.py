@@ -16,7 +16,8 @@ from random_packs import random_tasks, schema, write_pack
 from gmeta.core.batch import TaskBatch, map_tensors
 from gmeta.data.loader import TaskLoader, long_task_warning
 from gmeta.data.order import window_of_batches
-from gmeta.data.pack import PackSplit, open_pack
+from gmeta.data.pack import open_pack
+from gmeta.data.shards import PackSplit
 
 NUM_TASKS = 43
 

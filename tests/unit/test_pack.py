@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from random_packs import Row, Task, arrays_of, random_tasks, schema, write_pack
 
 from gmeta.core.batch import Examples
+from gmeta.data.layout import checksum_file
 from gmeta.data.pack import PackWriter, open_pack, save_file, verify_pack
 from gmeta.data.schema import PackSchema
-from gmeta.data.shards import checksum_file
 
 
 def assert_side(side: Examples, of: PackSchema, expected: list[list[tuple[int, Row]]]) -> None:

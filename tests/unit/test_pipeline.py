@@ -270,6 +270,11 @@ def test_help_does_not_import_torch() -> None:
     assert result.stdout.count("usage: gmeta") == len(asked)
 
 
+def test_prepare_does_not_import_torch() -> None:
+    code = "import sys, gmeta.data.prepare.prepare; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("words", [["train", "--help"], ["--help"], ["--version"]])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_leaves_ends_a_command_without_a_word(words: list[str], unbuffered: str) -> None:

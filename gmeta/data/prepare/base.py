@@ -17,6 +17,7 @@ from gmeta.core.files import read_mapping
 from gmeta.data.antm2c.tasks import OF_LOGS
 from gmeta.data.events.days import EVENTS
 from gmeta.data.events.settings import OF_EVENTS
+from gmeta.data.layout import CURE, check_entry, checksum_file, verified_file
 from gmeta.data.pack import TaskPack, manifest_checksum, open_pack
 from gmeta.data.prepare.history import INCREMENT, TASKS, history_of_pack
 from gmeta.data.prepare.settings import Settings, as_ids, settings_from_json
@@ -28,7 +29,6 @@ from gmeta.data.schema import (
     load_data_schema,
     pack_schema_from_json,
 )
-from gmeta.data.shards import CURE, check_entry, checksum_file, verified_file
 
 CHAIN = "chain.json"
 FIRST_INPUTS = "input_xxh3"

@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 
 from gmeta.config.data import HISTORY_ROWS
 from gmeta.data.item_vectors import DTYPE, array_name
+from gmeta.data.layout import one_valued, ragged, verified_file
 from gmeta.data.pack import TaskPack
 from gmeta.data.prepare.settings import Settings
 from gmeta.data.prepare.tasks import LEFT_OUT, ShardJob, drawn_split
 from gmeta.data.schema import PackSchema, Vector
-from gmeta.data.shards import one_valued, ragged, verified_file
 from gmeta.data.sources import Connection, in_order, literal, only_file, scalar
 
 Array = npt.NDArray[Any]
