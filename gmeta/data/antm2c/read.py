@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -174,21 +175,24 @@ def deep_columns(con: Connection) -> DeepColumns:
     """Return what the `deep_features` hold in rows of train."""
     columns = [f"d{i}, TRY_CAST(d{i} AS DOUBLE) AS n{i}" for i in range(len(DEEP_FEATURES))]
     rows = f"(SELECT split, {', '.join(columns)} FROM wide JOIN log USING (event))"
-    train = f"{rows} WHERE split = 'train'"
-    facts = ", ".join(
-        f"min(d{i}) = max(d{i}), count(d{i}) = count(n{i}) AND isfinite(max(abs(n{i}))), bool_or(n{i} <> floor(n{i}))"
-        for i in range(len(DEEP_FEATURES))
-    )
-    row = con.execute(f"SELECT {facts} FROM {train}").fetchall()[0]
-    kinds: dict[str, list[str]] = {"numeric": [], "categorical": [], "left_out": []}
-    for i, name in enumerate(DEEP_FEATURES):
-        one, numbers, fractions = row[3 * i : 3 * i + 3]
-        few = f"SELECT count(DISTINCT d{i}) <= {FEW_VALUES} FROM {train}"
-        left_out = one is not False  # NULL where there is no value
-        is_code = not left_out and (not numbers or (not fractions and scalar(con, few)))
-        kinds["left_out" if left_out else "categorical" if is_code else "numeric"].append(name)
-    places = [DEEP_FEATURES.index(name) for name in kinds["numeric"]]
-    largest = ", ".join(f"max(abs(n{i})) FILTER (NOT isnan(n{i})) > {FLOAT32_MAX!r}" for i in places)
-    found = con.execute(f"SELECT {largest} FROM {rows}").fetchall()[0] if places else ()
-    beyond = [name for name, is_beyond in zip(kinds["numeric"], found, strict=True) if is_beyond]
-    return DeepColumns(**{kind: tuple(names) for kind, names in kinds.items()}, beyond=tuple(beyond))
+    train, rest = f"{rows} WHERE split = 'train'", f"{rows} WHERE split <> 'train'"
+    facts = "min(d{i}) <> max(d{i}), count(d{i}) = count(n{i}), bool_or(n{i} <> floor(n{i})), max(abs(n{i}))"
+    every = ", ".join(facts.format(i=i) for i in range(len(DEEP_FEATURES)))
+    found = con.execute(f"SELECT {every} FROM {train}").fetchall()[0]
+    several, numbers, fractions, largest = (found[fact::4] for fact in range(4))
+    kept = [i for i, differ in enumerate(several) if differ]
+    numeric = [i for i in kept if numbers[i] and isfinite(largest[i])]
+    few = _true_of(con, f"count(DISTINCT d{{i}}) <= {FEW_VALUES}", train, [i for i in numeric if not fractions[i]])
+    numeric = [i for i in numeric if i not in few]
+    beyond = _true_of(con, f"max(abs(n{{i}})) FILTER (NOT isnan(n{{i}})) > {FLOAT32_MAX!r}", rest, numeric)
+    beyond |= {i for i in numeric if largest[i] > FLOAT32_MAX}
+    places = (numeric, [i for i in kept if i not in numeric], [i for i in range(len(found) // 4) if i not in kept])
+    return DeepColumns(*(tuple(DEEP_FEATURES[i] for i in some) for some in (*places, sorted(beyond))))
+
+
+def _true_of(con: Connection, fact: str, rows: str, columns: Sequence[int]) -> set[int]:
+    """Return the columns of which a fact about `rows` is true: SQL that has {i} for the column's number."""
+    if not columns:
+        return set()
+    found = con.execute(f"SELECT {', '.join(fact.format(i=i) for i in columns)} FROM {rows}").fetchall()[0]
+    return {i for i, is_true in zip(columns, found, strict=True) if is_true}

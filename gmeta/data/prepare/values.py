@@ -77,9 +77,12 @@ def _text_id(text: str) -> Value:
              AND {double} = floor({double})
              AND abs({double}) <= {_EXACT["DOUBLE"]} THEN CAST(TRY_CAST({double} AS BIGINT) AS VARCHAR)
         ELSE {text} END"""
-    value = f"""CASE WHEN {text} IN {MISSING_TEXT} THEN NULL WHEN contains({text}, '.') THEN {number}
+    # Digits come before letters, so that two comparisons tell most values from all that have another form.
+    plain = f"({text} > 'nan' OR ({text} < 'FALSE' AND {text} <> '')) AND NOT contains({text}, '.')"
+    value = f"""CASE WHEN {plain} THEN {text} WHEN {text} IN {MISSING_TEXT} THEN NULL
+        WHEN contains({text}, '.') THEN {number}
         WHEN {text} IN ('True', 'TRUE', 'False', 'FALSE') THEN lower({text}) ELSE {text} END"""
-    digits = f"length({text}) >= 19 AND regexp_full_match({text}, '[+-]?[0-9]+([.]0+)?')"
+    digits = f"strlen({text}) >= 19 AND regexp_full_match({text}, '[+-]?[0-9]+([.]0+)?')"
     return value, [(f"{digits} AND TRY_CAST(split_part({text}, '.', 1) AS BIGINT) IS NULL", TOO_LARGE)]
 
 
