@@ -163,8 +163,8 @@ def plain_words(
     # the paper's gates of layers are made of who and what
     ids = list(features[: features.index(scenario)])
     args: dict[str, Any] = {"personal": ids} if model in ("pepnet", GATES) else {}
-    if model == GATES:
-        args["bottom"] = [64]
+    if model in ("dlrm", GATES):
+        args |= {"bottom": [64], "hidden": []}  # which weigh products: layers over these learn less (decision 284)
     name = {"dnn": "melu", GATES: "pepnet"}.get(model, model)
     if texts is None:
         return (*words, "--model.name", name, *(("--model.args", json.dumps(args)) if args else ()))

@@ -172,6 +172,7 @@ MODELS: dict[str, tuple[Plain, dict[str, Any]]] = {
     "star": (star, {"hidden": [6, 5], "auxiliary": [4]}),
     "pepnet": (pepnet, {"hidden": [6, 5], "gate": 3}),
     "pepnet, products": (pepnet, {"hidden": [6, 5], "gate": 3, "bottom": [7]}),
+    "pepnet, weighed products": (pepnet, {"hidden": [], "gate": 3, "bottom": [7]}),
     "hamur": (hamur, {"hidden": [6, 5], "rank": 2}),
     "dcn": (dcn, {"cross": 2, "hidden": [6]}),
     "deepfm": (deepfm, {"hidden": [6]}),
