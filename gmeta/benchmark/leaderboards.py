@@ -15,6 +15,7 @@ from gmeta.benchmark.scored import AFTER, Scored, aligned, read_scored, rows_of_
 from gmeta.benchmark.tracks import (
     ADAPTED,
     BASE,
+    BEGUN,
     FINE_TUNED,
     GATES,
     INPUTS,
@@ -237,7 +238,8 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
     about = (
         "A scene is left out of train, its last so many rows before test are known, and its rows of test are judged. "
         "adapted: each item solves its last layer; fine-tuned: a model goes on with the known rows; rows: with its "
-        "embeddings alone; from scratch: dlrm. Intervals are over items."
+        "embeddings alone; from scratch: dlrm; negotiated: batches go scene by scene, half of each round's way is kept "
+        "(MAMDR). Intervals are over items."
     )
     scenes = [int(track.rpartition("_")[2]) for track in tracks]
     measured = {s: _of_new_scene(folder, kept, track, resamples) for s, track in zip(scenes, tracks, strict=True)}
@@ -256,10 +258,10 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
             board.records.append(_record(f"leave-one-out/all/{rows}", variant, "auc_macro", interval))
         for scene, value in aucs.items():
             board.records.append(_record(f"leave-one-out/{scene}/{rows}", variant, "auc", value))
-    tuned = [f"{model} {how}" for model in (BASE, GATES) for how in FINE_TUNED]
+    tuned = [f"{model} {how}" for model in BEGUN for how in FINE_TUNED]
     for name in everywhere:
         variant, rows = name.split(", ")
-        for other in (*tuned, f"{GATES} rows", "from scratch", BASE, GATES):
+        for other in (*tuned, f"{GATES} rows", "from scratch", *BEGUN):
             against = f"{other}, {rows}" if f"{other}, {rows}" in macro else f"{other}, 0"
             learns = variant in (ADAPTED, f"{GATES} rows") and variant != other
             if learns and against in macro and (rows != "0" or against.endswith(", 0")):

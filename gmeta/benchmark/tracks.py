@@ -24,10 +24,14 @@ MANY = ("shared_bottom", "mmoe", "ple", "star", "pepnet", "hamur", GATES)
 """Models with parts for scenes."""
 ADAPTED = "adapted"
 """Every task solves a Bayesian last layer over learned vectors of its rows (`neural_linear`)."""
+NEGOTIATED = "dlrm negotiated"
+"""`dlrm` whose batches go scene by scene, with half of the way of each round kept (MAMDR's domain negotiation)."""
 KNOWN = (100, 1000, 10_000)
 """Rows that are known of a new scene, besides none."""
 BASE = "dlrm"
 """What others are held against where users or a scene are new."""
+BEGUN = (BASE, GATES, NEGOTIATED)
+"""What is fine-tuned to a new scene."""
 
 IDS = ("user_id", "user_scene", "item_id", "scene")
 OF_USERS = ("user_id", "user_scene")
@@ -43,6 +47,7 @@ _SOLVED = (
     *("--embedding.lr", "0.1", "--embedding.init_std", "0.1", "--dense.lr", "0.005", "--model.embedding_dim", "9"),
     *("--dense.decay", "linear"),
 )
+_NEGOTIATION = ("--meta.negotiation", "0.5")
 _FEW = ("--schedule.epochs", "3", "--loader.episode_rows", "8", "--loader.tasks_per_batch", "32")
 FINE_TUNED = {
     "fine-tuned": ("--embedding.lr", "0.05", "--dense.lr", "0.001"),
@@ -85,6 +90,7 @@ class Tracks:
             yield Cell(SCENARIOS, model, seed, "all", self._plain(model))
         solved = self._solved(("user_id", "scene", "bill_entity_seq", "service_entity_seq", "query_entity_seq"))
         yield Cell(SCENARIOS, ADAPTED, seed, "in_scenes", solved)
+        yield Cell(SCENARIOS, NEGOTIATED, seed, "in_scenes", (*self._plain(BASE), *_NEGOTIATION))
         for model in SEPARATE:
             for scene in self.scenes:
                 alone = self._plain(model, without=("user_scene",))  # of one scene, that is the user again
@@ -108,14 +114,17 @@ class Tracks:
         yield plain
         gates = Cell(track, GATES, seed, pack, self._plain(GATES))
         yield gates
+        negotiated = Cell(track, NEGOTIATED, seed, pack, (*self._plain(BASE), *_NEGOTIATION))
+        yield negotiated
         about = ("scene", "item_title", *self.images)
         yield Cell(track, ADAPTED, seed, pack, self._solved(about, without=("user_scene", "item_id")))
         for number in self.rows_of(scene):
             rows = f"known_{scene}_{number}"
-            for begun in (plain, gates):
+            for begun in (plain, gates, negotiated):
+                more = ("--meta.negotiation", "0") if begun is negotiated else ()  # of one scene
                 for how, rates in FINE_TUNED.items():
                     name = f"{begun.variant} {how}, {number}"
-                    yield Cell(track, name, seed, rows, (*_FEW, *rates), begins=begun.name, valid=False)
+                    yield Cell(track, name, seed, rows, (*_FEW, *rates, *more), begins=begun.name, valid=False)
             # a scenario's embedding is new, and so is all that has an id; the gates stay as they are
             still = (*_FEW, "--embedding.lr", "0.05", "--dense.lr", "0")
             yield Cell(track, f"{GATES} rows, {number}", seed, rows, still, begins=gates.name, valid=False)

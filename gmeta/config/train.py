@@ -87,6 +87,10 @@ class MetaConfig:
     """Width of the vector that modulation makes of a support set."""
     clusters: int = 8
     """Learned clusters of tasks, for modulation cluster."""
+    negotiation: float = 0.0
+    """Domain negotiation (MAMDR): batches go scenario by scenario, and after each window of loader.window_batches
+    weights and rows go this share of the way from where they were before it, for which a second copy of all is held; 1
+    keeps the order of batches alone, 0 is off. Tasks must be of one scenario each."""
     engine: Literal["auto", "factored", "reference"] = "auto"
     """auto takes the factored engine where it can and says so where it cannot."""
 
@@ -101,6 +105,7 @@ class MetaConfig:
             self.recompute,
             "only the factored engine's second order keeps graphs of inner steps; leave it out",
         )
+        require(0 <= self.negotiation <= 1, "meta.negotiation", self.negotiation, "must be in [0, 1]; 0 is off")
         require(self.modulation_dim >= 1, "meta.modulation_dim", self.modulation_dim, "must be at least 1")
         require(self.clusters >= 1, "meta.clusters", self.clusters, "must be at least 1")
         require(

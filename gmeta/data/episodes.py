@@ -33,9 +33,13 @@ class Episodes:
         """Return how many episodes the first so many tasks have, at least one."""
         return int(self._ends[num_tasks - 1])
 
+    def task_of(self, episodes: Array) -> Array:
+        """Return the positions of the tasks of episodes, int64 [T]."""
+        return np.searchsorted(self._ends, episodes, side="right")
+
     def locate(self, episodes: Array) -> TaskRows:
         """Look up where episodes lie, int64 [T] numbers of them; as `PackSplit.locate` does for tasks."""
-        task = np.searchsorted(self._ends, episodes, side="right")
+        task = self.task_of(episodes)
         at = self._split.locate(task)
         rows, count = at.num_rows, -(-at.num_rows // self._most_rows)
         place = episodes - (self._ends[task] - count)

@@ -20,6 +20,7 @@ from gmeta.data.episodes import Episodes
 from gmeta.data.order import Tasks, batches_of_pass, ends_within, num_batches, tasks_per_rank, window_of_batches
 from gmeta.data.pack import TaskPack
 from gmeta.data.replay import Replay
+from gmeta.data.scenarios import scenario_of_tasks
 from gmeta.data.shards import PackSplit, TaskRows
 
 _T = TypeVar("_T")
@@ -67,6 +68,9 @@ class TaskLoader(Generic[_T]):
 
     `replay` has tasks of an older pack, and which share of each epoch they are (see `Replay`); needs `shuffle`.
 
+    `by_scenario` cuts windows into batches scenario by scenario (see `window_of_batches`). ValueError where the pack
+    has no scenarios, or a task rows of several.
+
     `max_cells` bounds what a rank computes at once: tasks times the longest support and query among them, and times
     what the longest row counts where sequences are not pooled (`PackSplit.cells_per_row`). Without
     `shuffle` the pass is then in an order that pads little, and batches may have fewer tasks: `batches_of_pass`. With
@@ -101,6 +105,7 @@ class TaskLoader(Generic[_T]):
         max_support_rows: int = 0,
         episode_rows: int = 0,
         replay: tuple[PackSplit, float] | None = None,
+        by_scenario: bool = False,
         max_cells: int | None = None,
         transform: Callable[[TaskBatch], _T] | None = None,
     ) -> None:
@@ -122,6 +127,7 @@ class TaskLoader(Generic[_T]):
         self._resample = resample
         self._max_support_rows = max_support_rows
         self._episodes = Episodes(self._split, episode_rows) if episode_rows else None
+        self._scenario_of = scenario_of_tasks(self._split) if by_scenario else None
         self.num_tasks = self._count(split)
         self.replay: Replay | None = None
         if replay is not None:
@@ -321,9 +327,17 @@ class TaskLoader(Generic[_T]):
         """Count the tasks of the first so many of the loader's split, or their episodes."""
         return split.num_tasks if self._episodes is None else self._episodes.of_first(split.num_tasks)
 
+    def _positions(self, tasks: Tasks, epoch: int) -> Tasks:
+        """Return the positions in the split of tasks, or of episodes, of an epoch."""
+        return tasks if self.replay is None else self.replay.positions(tasks, epoch)
+
+    def _scenarios(self, tasks: Tasks, epoch: int) -> Tasks:
+        assert self._scenario_of is not None
+        tasks = self._positions(tasks, epoch)
+        return self._scenario_of[tasks if self._episodes is None else self._episodes.task_of(tasks)]
+
     def _locate(self, tasks: Tasks, epoch: int) -> TaskRows:
-        if self.replay is not None:
-            tasks = self.replay.positions(tasks, epoch)
+        tasks = self._positions(tasks, epoch)
         at = self._split.locate(tasks) if self._episodes is None else self._episodes.locate(tasks)
         return at.last_support(self._max_support_rows)
 
@@ -361,6 +375,7 @@ class TaskLoader(Generic[_T]):
                 window=window,
                 sequential=self._sequential,
                 size_buckets=self._size_buckets,
+                scenarios=None if self._scenario_of is None else partial(self._scenarios, epoch=epoch),
             )
             tasks = np.concatenate(batches)
             self._window = (epoch, window, tasks, self._locate(tasks, epoch))

@@ -116,6 +116,7 @@ def window_of_batches(
     window: int,
     sequential: bool = True,
     size_buckets: bool = True,
+    scenarios: Callable[[Tasks], Tasks] | None = None,
 ) -> list[Tasks]:
     """Return the batches of one window of an epoch: batch k of the epoch is number k % window_batches of window
     k // window_batches.
@@ -124,6 +125,8 @@ def window_of_batches(
     random draw of all, because a task of a short batch weighs more.
 
     Not `sequential`, blocks have one task. Without `size_buckets`, batches are cut from the window as it is shuffled.
+    With `scenarios`, which gives that of each task, they are cut from its tasks scenario by scenario, in an order of
+    scenarios that is the window's own: no buckets then, and a batch in which one ends has the first tasks of the next.
     """
     length = tasks_per_batch * window_batches
     block = BLOCK_TASKS if sequential else 1
@@ -132,6 +135,10 @@ def window_of_batches(
     stream = _stream(num_full, seed, epoch, block, window * length, min((window + 1) * length, num_full))
     stream += np.searchsorted(np.sort(short) - np.arange(len(short)), stream, side="right")  # step over the short batch
     full = stream[permutation(len(stream), seed, epoch, window)]
+    if scenarios is not None:
+        turn = keyed_hash(scenarios(full), seed, epoch, window, 3)
+        shuffled = list(full[np.argsort(turn, kind="stable")].reshape(-1, tasks_per_batch))
+        return [*shuffled, short] if len(short) and window == num_full // length else shuffled
     if size_buckets:
         batches = [full[members] for members in bucket_by_size(*sizes(full), tasks_per_batch)]
     else:

@@ -255,10 +255,11 @@ class ShardedTables:
         out: dict[str, Tensor] = {}
         for name, table in self.fused.items():
             for key, local in (("weight", table.weight), *table.state.items()):
-                out[f"{name}.{key}"] = self._as_global(local, table.num_rows)
+                out[f"{name}.{key}"] = self.as_global(local, table.num_rows)
         return out
 
-    def _as_global(self, local: Tensor, num_rows: int) -> Tensor:
+    def as_global(self, local: Tensor, num_rows: int) -> Tensor:
+        """Return this worker's part of `num_rows` rows as a DTensor with Shard(0), or as it is in a single process."""
         if self.mesh.row_mesh is None:
             return local
         shape = torch.Size((num_rows, *local.shape[1:]))

@@ -30,6 +30,7 @@ from gmeta.recommender.build import WIRE, MakeExchange, build_system, candidate_
 from gmeta.recommender.system import PreparedBatch, System
 from gmeta.runs.log import RunLog
 from gmeta.sharding.auto import AUTO
+from gmeta.training.negotiation import Negotiation
 from gmeta.training.run import Run
 from gmeta.training.state import LearningRates, TrainState
 from gmeta.training.statistics import Stopwatch
@@ -108,11 +109,22 @@ def _open_loader(
         "resample": config.loader.resample,
         "max_support_rows": config.loader.max_support_rows,
         "episode_rows": config.loader.episode_rows,
+        "by_scenario": config.meta.negotiation > 0,
         "replay": None if older is None else (older.split("train"), config.replay.share),
         "max_cells": MAX_CELLS,
         "transform": _preparing(config, pack, system, replays=older is not None),
     }
     return TaskLoader(pack.split("train"), **{**arguments, **others})
+
+
+def _negotiation(config: TrainConfig, system: System, batches_per_epoch: int) -> Negotiation | None:
+    """Return the rounds over scenarios of a run that negotiates. ValueError where layers are sharded."""
+    share = config.meta.negotiation
+    if not share:
+        return None
+    rule = "meta.negotiation keeps a copy of every layer on every rank; leave it out, or use NNN"
+    require(config.dense.sharding == "NNN", "dense.sharding", config.dense.sharding, rule)
+    return Negotiation(system, share, config.loader.window_batches, batches_per_epoch)
 
 
 def build_run(
@@ -164,6 +176,7 @@ def build_run(
         stop=stop,
         ok=torch.ones((), dtype=torch.bool, device=mesh.device),
         read_late=mesh.device.type == "cuda",
+        negotiation=_negotiation(config, system, loader.batches_per_epoch),
     )
     log = RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total, console=parts.console)
     return Run(config, state, loader, pack, older, log, Stopwatch(mesh.device))

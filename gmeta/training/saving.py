@@ -19,7 +19,8 @@ def checkpoint_tensors(state: TrainState) -> dict[str, Tensor]:
     """Return weights, buffers, tables and the dense optimizer's moments, by name. Sharded tensors are this rank's
     partitions.
     """
-    return {**state.system.table_tensors(), **state.system.buffer_tensors(), **state.dense.tensors()}
+    before = {} if state.negotiation is None else state.negotiation.tensors()
+    return {**before, **state.system.table_tensors(), **state.system.buffer_tensors(), **state.dense.tensors()}
 
 
 def save_checkpoint(run: Run) -> None:

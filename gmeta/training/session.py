@@ -86,6 +86,8 @@ def _begin(run: Run) -> None:
     elif config.embedding.start == "factors":
         start_from_factors(run)
     set_pretrained_rows(run, new)
+    if run.state.negotiation is not None:
+        run.state.negotiation.begin()
 
 
 def _show_vectors(run: Run) -> None:
@@ -167,6 +169,11 @@ def _banner(run: Run) -> str:
     only = run.pack.manifest["counts"].get("only_label")
     if only is not None and not run.pack.schema.next_item:
         lines.append(f"every training label is {only:g}: there is nothing to rank by; the log needs rows of both kinds")
+    if share := run.config.meta.negotiation:
+        lines.append(
+            f"negotiation: of each {run.config.loader.window_batches} batches, which go scenario by scenario, weights "
+            f"keep {share:g} of the way; a second copy of them is held"
+        )
     key = run.pack.schema.task
     if key in (f.name for f in run.pack.schema.features) and key not in state.system.objective.features:
         lines.append(f"the model does not read {key!r}, the task's own key: name it in model.features if it should")

@@ -12,6 +12,7 @@ from gmeta.optim.dense import Dense, lr_scale
 from gmeta.optim.sparse import SparseOptimizer
 from gmeta.parallel.mesh import Mesh
 from gmeta.recommender.system import System
+from gmeta.training.negotiation import Negotiation
 
 
 @dataclass
@@ -58,6 +59,7 @@ class TrainState:
     stop: threading.Event  # set when this rank was asked to stop
     ok: Tensor  # bool []: every step so far was finite; once False no step changes anything
     read_late: bool  # a step's statistics are read after the next one has started
+    negotiation: Negotiation | None = None  # rounds over scenarios
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -132,6 +132,8 @@ def end_step(state: TrainState, step: OpenStep) -> InFlightStep:
     if not state.read_late:
         _checked_stats(state, started)
     _update(state, row_gradients, norm, lr, scale)
+    if state.negotiation is not None and state.negotiation.ends(batch.index):
+        state.negotiation.end_round(state.ok)
     state.progress.step += 1
     watch.lap("compute")
     return started

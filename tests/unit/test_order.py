@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def epoch_batches(
     seed: int = 0,
     epoch: int = 0,
     num_rows: Tasks | None = None,
-    **switches: bool,
+    **switches: Any,
 ) -> list[Tasks]:
     support, query = random_sizes(num_tasks) if num_rows is None else (num_rows // 2, num_rows - num_rows // 2)
     batches: list[Tasks] = []
@@ -60,7 +61,13 @@ def epoch_batches(
     window_batches=st.integers(1, 9),
     seed=st.integers(0, 2**63),
     epoch=st.integers(0, 1000),
-    switches=st.fixed_dictionaries({"sequential": st.booleans(), "size_buckets": st.booleans()}),
+    switches=st.fixed_dictionaries(
+        {
+            "sequential": st.booleans(),
+            "size_buckets": st.booleans(),
+            "scenarios": st.sampled_from([None, lambda tasks: tasks % 3]),
+        }
+    ),
 )
 def test_every_task_once_an_epoch_and_short_only_at_its_end(
     num_tasks, size, window_batches, seed, epoch, switches
