@@ -259,14 +259,17 @@ def _new_scene(folder: CellFolder, kept: KeptCells, tracks: Sequence[str], resam
         for scene, value in aucs.items():
             board.records.append(_record(f"leave-one-out/{scene}/{rows}", variant, "auc", value))
     tuned = [f"{model} {how}" for model in BEGUN for how in FINE_TUNED]
+    learn = (ADAPTED, f"{BASE} rows", f"{GATES} rows")
     for name in everywhere:
         variant, rows = name.split(", ")
-        for other in (*tuned, f"{GATES} rows", "from scratch", *BEGUN):
+        run = {macro[f"{other}, {rows}"][0]: other for other in tuned if f"{other}, {rows}" in macro}
+        best = run[max(run)] if run else ""
+        for other in (*tuned, *learn[1:], "from scratch", *BEGUN):
             against = f"{other}, {rows}" if f"{other}, {rows}" in macro else f"{other}, 0"
-            learns = variant in (ADAPTED, f"{GATES} rows") and variant != other
-            if learns and against in macro and (rows != "0" or against.endswith(", 0")):
+            if variant in learn and variant != other and against in macro and (rows != "0" or against.endswith(", 0")):
                 gain = gain_of(macro[name], macro[against])
-                board.notes.append(f"{variant}, {rows} known rows, against {against}: macro AUC {told(gain)}.")
+                if other in (best, "from scratch"):
+                    board.notes.append(f"{variant}, {rows} known rows, against {against}: macro AUC {told(gain)}.")
                 board.records.append(_record(f"leave-one-out/all/{rows}", f"{variant} - {other}", "auc_macro", gain))
     return board
 

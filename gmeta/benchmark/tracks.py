@@ -26,6 +26,8 @@ ADAPTED = "adapted"
 """Every task solves a Bayesian last layer over learned vectors of its rows (`neural_linear`)."""
 NEGOTIATED = "dlrm negotiated"
 """`dlrm` whose batches go scene by scene, with half of the way of each round kept (MAMDR's domain negotiation)."""
+SHARED = "dlrm without user_scene"
+"""`dlrm` in which a user has one row for all scenes."""
 KNOWN = (100, 1000, 10_000)
 """Rows that are known of a new scene, besides none."""
 BASE = "dlrm"
@@ -90,6 +92,7 @@ class Tracks:
             yield Cell(SCENARIOS, model, seed, "all", self._plain(model))
         solved = self._solved(("user_id", "scene", "bill_entity_seq", "service_entity_seq", "query_entity_seq"))
         yield Cell(SCENARIOS, ADAPTED, seed, "in_scenes", solved)
+        yield Cell(SCENARIOS, SHARED, seed, "all", self._plain(BASE, without=("user_scene",)))
         yield Cell(SCENARIOS, NEGOTIATED, seed, "in_scenes", (*self._plain(BASE), *_NEGOTIATION))
         for model in SEPARATE:
             for scene in self.scenes:
@@ -125,9 +128,10 @@ class Tracks:
                 for how, rates in FINE_TUNED.items():
                     name = f"{begun.variant} {how}, {number}"
                     yield Cell(track, name, seed, rows, (*_FEW, *rates, *more), begins=begun.name, valid=False)
-            # a scenario's embedding is new, and so is all that has an id; the gates stay as they are
+            # a scenario's embedding is new, and so is all that has an id; layers and gates stay as they are
             still = (*_FEW, "--embedding.lr", "0.05", "--dense.lr", "0")
-            yield Cell(track, f"{GATES} rows, {number}", seed, rows, still, begins=gates.name, valid=False)
+            for begun in (plain, gates):
+                yield Cell(track, f"{begun.variant} rows, {number}", seed, rows, still, begins=begun.name, valid=False)
             words = (*self._plain(BASE), *_FEW, *FINE_TUNED["fine-tuned"])
             yield Cell(track, f"from scratch, {number}", seed, rows, words, valid=False)
 
