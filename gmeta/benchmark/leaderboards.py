@@ -20,11 +20,13 @@ from gmeta.benchmark.tracks import (
     GATES,
     INPUTS,
     MANY,
+    NEGOTIATED,
     NEW_SCENE,
     NEW_USERS,
     POOLED,
     SCENARIOS,
     SEPARATE,
+    SHARED,
 )
 from gmeta.data.pack import open_pack
 
@@ -162,6 +164,10 @@ def _of_sharing(measured: Mapping[str, OfScenes]) -> Iterator[str]:
         if one is not None and other is not None:
             gain = told(gain_of(measured[one].auc_macro, measured[other].auc_macro))
             yield f"{one}, the best with parts for scenes, against {other}, the best {kind} one: macro AUC {gain}."
+    for one, other in ((BASE, SHARED), (NEGOTIATED, BASE)):
+        if one in measured and other in measured:
+            gain = told(gain_of(measured[one].auc_macro, measured[other].auc_macro))
+            yield f"{one} against {other}: macro AUC {gain}."
     for name in SEPARATE:
         alone = measured.get(f"{name}, separate")
         if name in measured and alone is not None:
