@@ -88,9 +88,9 @@ class MetaConfig:
     clusters: int = 8
     """Learned clusters of tasks, for modulation cluster."""
     negotiation: float = 0.0
-    """Domain negotiation (MAMDR): batches go scenario by scenario, and after each window of loader.window_batches
-    weights and rows go this share of the way from where they were before it, for which a second copy of all is held; 1
-    keeps the order of batches alone, 0 is off. Tasks must be of one scenario each."""
+    """Domain negotiation (MAMDR): batches go scenario by scenario, and after each round of loader.window_batches, which
+    an epoch's end ends too, weights and rows go this share of the way from where they were before it, for which a
+    second copy of all is held; 1 keeps the order of batches alone, 0 is off. Tasks must be of one scenario each."""
     engine: Literal["auto", "factored", "reference"] = "auto"
     """auto takes the factored engine where it can and says so where it cannot."""
 

@@ -127,7 +127,7 @@ class TaskLoader(Generic[_T]):
         self._resample = resample
         self._max_support_rows = max_support_rows
         self._episodes = Episodes(self._split, episode_rows) if episode_rows else None
-        self._scenario_of = scenario_of_tasks(self._split) if by_scenario else None
+        self._scenario_of = scenario_of_tasks(split, None if replay is None else replay[0]) if by_scenario else None
         self.num_tasks = self._count(split)
         self.replay: Replay | None = None
         if replay is not None:

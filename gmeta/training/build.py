@@ -117,14 +117,22 @@ def _open_loader(
     return TaskLoader(pack.split("train"), **{**arguments, **others})
 
 
-def _negotiation(config: TrainConfig, system: System, batches_per_epoch: int) -> Negotiation | None:
-    """Return the rounds over scenarios of a run that negotiates. ValueError where layers are sharded."""
+def _negotiation(config: TrainConfig, system: System, rates: LearningRates) -> Negotiation | None:
+    """Return the rounds over scenarios of a run that negotiates. ValueError for settings that do not go with them."""
     share = config.meta.negotiation
     if not share:
         return None
-    rule = "meta.negotiation keeps a copy of every layer on every rank; leave it out, or use NNN"
+    rule = "meta.negotiation keeps a copy of every layer on every rank; set it to 0, or use NNN"
     require(config.dense.sharding == "NNN", "dense.sharding", config.dense.sharding, rule)
-    return Negotiation(system, share, config.loader.window_batches, batches_per_epoch)
+    rule = "within a round of meta.negotiation weights are on their way; leave it out: an epoch ends with a round"
+    require(not config.schedule.eval_every, "schedule.eval_every", config.schedule.eval_every, rule)
+    return Negotiation(
+        system,
+        share,
+        window_batches=config.loader.window_batches,
+        batches_per_epoch=rates.batches_per_epoch,
+        total_steps=rates.total_steps,
+    )
 
 
 def build_run(
@@ -161,22 +169,23 @@ def build_run(
         alltoall_bytes=row_bytes,
         outer_reduce=parts.outer_reduce,
     )
+    rates = LearningRates(
+        config.dense.lr, config.dense.warmup_steps, config.dense.decay, total, loader.batches_per_epoch
+    )
     state = TrainState(
         system=system,
         dense=dense,
         sparse=SparseOptimizer(
             config.embedding.optimizer, lr=config.embedding.lr, weight_decay=config.embedding.weight_decay
         ),
-        rates=LearningRates(
-            config.dense.lr, config.dense.warmup_steps, config.dense.decay, total, loader.batches_per_epoch
-        ),
+        rates=rates,
         loss_scale=_loss_scale(config),
         clip_norm=config.dense.clip_norm,
         run_dir=Path(config.run_dir),
         stop=stop,
         ok=torch.ones((), dtype=torch.bool, device=mesh.device),
         read_late=mesh.device.type == "cuda",
-        negotiation=_negotiation(config, system, loader.batches_per_epoch),
+        negotiation=_negotiation(config, system, rates),
     )
     log = RunLog(Path(config.run_dir), rank=mesh.rank, total_steps=total, console=parts.console)
     return Run(config, state, loader, pack, older, log, Stopwatch(mesh.device))

@@ -21,15 +21,19 @@ _ROWS = "rows"
 class Negotiation:
     """The rounds of a training, and this worker's weights as they were when the present one began."""
 
-    def __init__(self, system: System, share: float, window_batches: int, batches_per_epoch: int) -> None:
+    def __init__(
+        self, system: System, share: float, *, window_batches: int, batches_per_epoch: int, total_steps: int
+    ) -> None:
         self._system = system
         self._share = share
         self._window_batches = window_batches
         self._batches_per_epoch = batches_per_epoch
+        self._total_steps = total_steps
 
-    def ends(self, index: int) -> bool:
-        """Say whether a round ends with batch `index` of an epoch."""
-        return index + 1 == self._batches_per_epoch or (index + 1) % self._window_batches == 0
+    def ends(self, step: int, index: int) -> bool:
+        """Say whether a round ends with `step`, batch `index` of an epoch: a window, the epoch or the training ends."""
+        last = index + 1 == self._batches_per_epoch or step + 1 == self._total_steps
+        return last or (index + 1) % self._window_batches == 0
 
     def begin(self) -> None:
         """Begin the first round, with the weights as they are."""

@@ -169,11 +169,7 @@ def _banner(run: Run) -> str:
     only = run.pack.manifest["counts"].get("only_label")
     if only is not None and not run.pack.schema.next_item:
         lines.append(f"every training label is {only:g}: there is nothing to rank by; the log needs rows of both kinds")
-    if share := run.config.meta.negotiation:
-        lines.append(
-            f"negotiation: of each {run.config.loader.window_batches} batches, which go scenario by scenario, weights "
-            f"keep {share:g} of the way; a second copy of them is held"
-        )
+    lines += _negotiated(run)
     key = run.pack.schema.task
     if key in (f.name for f in run.pack.schema.features) and key not in state.system.objective.features:
         lines.append(f"the model does not read {key!r}, the task's own key: name it in model.features if it should")
@@ -201,6 +197,15 @@ def _banner(run: Run) -> str:
         if warning:
             lines.append(warning)
     return "\n".join(lines)
+
+
+def _negotiated(run: Run) -> list[str]:
+    """Return what rounds over scenarios are, where there are some."""
+    share, window = run.config.meta.negotiation, min(run.config.loader.window_batches, run.loader.batches_per_epoch)
+    told = (
+        f"negotiation: rounds of {window:,} batches, scenario by scenario, of which weights keep {share:g} of the way"
+    )
+    return [f"{told}; a second copy of them is held"] if share else []
 
 
 def farewell(run: Run) -> str:

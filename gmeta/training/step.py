@@ -132,7 +132,7 @@ def end_step(state: TrainState, step: OpenStep) -> InFlightStep:
     if not state.read_late:
         _checked_stats(state, started)
     _update(state, row_gradients, norm, lr, scale)
-    if state.negotiation is not None and state.negotiation.ends(batch.index):
+    if state.negotiation is not None and state.negotiation.ends(state.progress.step, batch.index):
         state.negotiation.end_round(state.ok)
     state.progress.step += 1
     watch.lap("compute")

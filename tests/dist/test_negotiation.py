@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.dist
 
 WINDOW = 3
 STEPS = 13  # 9 batches an epoch: four rounds, and one that is not over
+ENDS = (3, 6, 9, 12)
 SHARE = 0.4
 
 
@@ -58,8 +60,8 @@ def negotiated(mesh: Mesh, settings: TrainConfig) -> dict[str, Any]:
     return learned(run, trace)
 
 
-def by_hand(settings: TrainConfig) -> dict[str, Any]:
-    """Rounds that keep the whole way, after each of which the weights are put where they belong."""
+def by_hand(settings: TrainConfig, ends: Sequence[int]) -> dict[str, Any]:
+    """Rounds that keep the whole way; after those steps that end one the weights are put where they belong."""
     run, trace = begun(Mesh(), settings), []
     system = run.state.system
     weights = [p.data for p in system.objective.parameters()] + [t.weight for t in system.tables.fused.values()]
@@ -67,7 +69,7 @@ def by_hand(settings: TrainConfig) -> dict[str, Any]:
     with run.loader:
         for step in range(1, STEPS + 1):
             trace.append([one_step(run)["loss"]])
-            if step % WINDOW == 0:
+            if step in ends:
                 for old, new in zip(before, weights, strict=True):
                     new.copy_(old + SHARE * (new - old))
                 before = [w.clone() for w in weights]
@@ -79,9 +81,17 @@ def test_a_round_keeps_its_share_of_the_way(pack: Path, adapt: list[str]) -> Non
     ours, whole = (
         settings_of(pack, 0, meta=MetaConfig(adapt=adapt, inner_lr=0.3, negotiation=share)) for share in (SHARE, 1.0)
     )
-    expected = by_hand(whole)
+    expected = by_hand(whole, ENDS)
     assert_same(negotiated(Mesh(), ours), expected, 1e-12)
     assert not np.allclose(negotiated(Mesh(), whole)["trace"], expected["trace"], rtol=1e-4)
+
+
+def test_an_epoch_and_the_last_step_end_a_round(pack: Path) -> None:
+    base = settings_of(pack, SHARE)
+    longer = replace(base, loader=replace(base.loader, window_batches=5))
+    ours = replace(longer, schedule=replace(base.schedule, max_steps=STEPS))
+    whole = replace(ours, meta=replace(ours.meta, negotiation=1.0))
+    assert_same(negotiated(Mesh(), ours), by_hand(whole, (5, 9, 13)), 1e-12)
 
 
 @pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -156,6 +166,7 @@ def test_what_does_not_fit_is_said(pack: Path, tmp_path: Path, capsys: pytest.Ca
     words = [*train_words(pack, tmp_path / "run"), "--meta.negotiation"]
     fails([*words, "1.5"], capsys, "meta.negotiation is 1.5: must be in [0, 1]; 0 is off")
     fails([*words, "0.5", "--dense.sharding", "GGG"], capsys, "keeps a copy of every layer on every rank")
+    fails([*words, "0.5", "--schedule.eval_every", "2"], capsys, "weights are on their way; leave it out")
     without = make_pack(tmp_path / "without")
     fails([*train_words(without, tmp_path / "run"), *words[-1:], "0.5"], capsys, "`scenario: COLUMN`")
 
@@ -164,5 +175,5 @@ def test_what_does_not_fit_is_said(pack: Path, tmp_path: Path, capsys: pytest.Ca
 
     mixed = make_pack(tmp_path / "mixed", schema=replace(SCHEMA, scenario="group"), change=mix)
     many = open_pack(mixed).split("train").num_tasks
-    told = f"{many} of {many} tasks of split train have rows of several ('group')"
+    told = f"{many} of {many} tasks of split train of the pack have rows of several ('group')"
     fails([*train_words(mixed, tmp_path / "run"), *words[-1:], "0.5"], capsys, told, "--tasks user_scene")
