@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gmeta.core.batch import text_ids_of
 from gmeta.core.errors import require
-from gmeta.models.inputs import InputSpec
+from gmeta.models.inputs import InputSpec, check_words
 from gmeta.models.layers import SAMPLE, Standardised
 from gmeta.models.registry import find_model, resolved_args
 from gmeta.text.bahe import texts_to_read
@@ -21,6 +21,7 @@ from gmeta.text.encoder import TextPooling, open_encoder
 from gmeta.text.model import TextModel
 from gmeta.text.sources import TextSource
 from gmeta.text.store import PLACEHOLDER, spec_of
+from gmeta.text.tuning import Tune, tuned
 
 
 class WithTexts(TextModel):
@@ -30,13 +31,17 @@ class WithTexts(TextModel):
         u_n = the mean of tower_n(s(vector)) over the texts of list n
 
     The vectors are those of the first `layers` of the encoder in `encoder`, one of each text, kept as BAHE keeps them
-    (arXiv 2403.19347); nothing of the encoder is trained. Their numbers share a large mean, so that s standardises
-    them, by the texts that the model is made with. A tower is one layer, to as many numbers as an embedding has: t and
-    u_n are embeddings, which models of products multiply with those of ids. Vectors of the data go the same way,
-    standardised by rows of train. `target` names the feature with the item's text, `lists` the unpooled sequences of
-    texts of the same vocabulary: all of them where none is named. The products u_n * t are ours: a user's taste is told
-    by both together. `args` are those of the model. A missing text or vector, and a list without any text, are zeros.
-    The model reads ids of lists beside their texts, but none of the target's text, which is an item's in another form.
+    (arXiv 2403.19347). Their numbers share a large mean, so that s standardises them, by the texts that the model is
+    made with. A tower is one layer, to as many numbers as an embedding has: t and u_n are embeddings, which models of
+    products multiply with those of ids. Vectors of the data go the same way, standardised by rows of train. `target`
+    names the feature with the item's text, `lists` the unpooled sequences of texts of the same vocabulary: all of them
+    where none is named. The products u_n * t are ours: a user's taste is told by both together. `args` are those of the
+    model. A missing text or vector, and a list without any text, are zeros. The model reads ids of lists beside their
+    texts, but none of the target's text, which is an item's in another form.
+
+    With `tune` none nothing of the encoder is trained, and its upper layers are left out. Else they are trained as in
+    BAHE (full, lora with adapters of `rank`, or norms) and read the vectors first: the target's by itself, those of a
+    list as a sequence, of whose states u_n is made.
     """
 
     def __init__(
@@ -53,8 +58,11 @@ class WithTexts(TextModel):
         pooling: TextPooling = "mean",
         template: str = PLACEHOLDER,
         max_tokens: int = 64,
+        tune: Tune = "none",
+        rank: int = 8,
     ) -> None:
         super().__init__()
+        check_words({"tune": get_args(Tune)}, tune=tune)
         require(model != "with_texts", "model.args.model", model, "reads texts itself: name the model that is to")
         self.target, self.lists = texts_to_read(inputs, target, lists)
         self.texts = (self.target, *self.lists)
@@ -67,15 +75,15 @@ class WithTexts(TextModel):
         spec = spec_of(opened, pooling=pooling, vectors=1, template=template, max_tokens=max_tokens)
         source = TextSource(opened, spec, "behaviours", inputs.texts_by_id(self.target), store)
         self.keep_texts(inputs, self.target, source, encoder)
+        self.high = None if tune == "none" else tuned(opened.high, tune, rank)
         self.vectors, dim = tuple(inputs.vectors), inputs.embedding_dim
         self.of_texts = Standardised(opened.dim)
-        given = [i for i, text in enumerate(inputs.texts_by_id(self.target)) if text]
-        self.of_texts.see(source.kept[given[:: -(-len(given) // SAMPLE) or 1], 0])
         self.of_vectors = nn.ModuleDict(
             {str(i): Standardised(width) for i, width in enumerate(inputs.vectors.values())}
         )
         read = [opened.dim] * len(self.texts) + list(inputs.vectors.values())
         self.towers = nn.ModuleDict({str(place): nn.Linear(width, dim) for place, width in enumerate(read)})
+        self._see_texts(inputs.texts_by_id(self.target))
         factory = find_model(model, "model.args.model")
         embeddings = dict.fromkeys([*(self.made[name] for name in self.texts), *self.vectors], dim)
         products = dict.fromkeys([self.made[f"{name}*"] for name in self.lists], dim)
@@ -105,15 +113,40 @@ class WithTexts(TextModel):
         found: Tensor = self.base(dense, {**embedded, **made})
         return found
 
+    def train(self, mode: bool = True) -> WithTexts:
+        """Turn the model's dropout on or off. The upper layers have none: it would not be seeded by example."""
+        super().train(mode)
+        if self.high is not None:
+            self.high.eval()
+        return self
+
     def _of_texts(self, embedded: dict[str, Tensor], place: int) -> Tensor:
-        """Return the vector [..., width] of a feature or a list; each distinct text goes through the tower once."""
+        """Return the vector [..., width] of a feature or a list; what is equal is read once."""
         ids = embedded[text_ids_of(self.texts[place])]
+        if self.high is not None:
+            lists, where = torch.unique(ids.flatten(0, -2), dim=0, return_inverse=True)
+            states, mask = self._states(lists)
+            mean = states.sum(-2) / mask.sum(-1, keepdim=True).clamp(min=1).to(states.dtype)
+            read = self._read(place, self.of_texts(mean))
+            return read[where].view(*ids.shape[:-1], read.shape[-1])
         distinct, where = torch.unique(ids, return_inverse=True)
-        kept = self.source.states(distinct.unsqueeze(-1), self.towers["0"].weight.dtype)  # type: ignore[arg-type]
-        vectors = self._read(place, self.of_texts(kept.values[:, 0] * kept.mask[:, :1]))
-        count = kept.mask[:, 0][where].sum(-1, keepdim=True).clamp(min=1)
-        found: Tensor = vectors[where].sum(-2) / count.to(vectors.dtype)
-        return found
+        vectors, there = self._states(distinct.unsqueeze(-1))
+        found = self._read(place, self.of_texts(vectors[:, 0]))[where].sum(-2)
+        return found / there[:, 0][where].sum(-1, keepdim=True).clamp(min=1).to(found.dtype)
+
+    def _states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what towers read of texts [n, L]: [n, L, width], zeros where the mask, bool [n, L], is False."""
+        kept = self.source.states(ids, self.towers["0"].weight.dtype)  # type: ignore[arg-type]
+        if self.high is None:
+            return kept.values * kept.mask.unsqueeze(-1), kept.mask
+        return self.high(kept.values, kept.mask), kept.mask
+
+    @torch.no_grad()
+    def _see_texts(self, texts: Sequence[str]) -> None:
+        """Take the statistics of texts by id."""
+        given = [i for i, text in enumerate(texts) if text]
+        states, _ = self._states(torch.tensor(given[:: -(-len(given) // SAMPLE) or 1]).view(-1, 1))
+        self.of_texts.see(states[:, 0])
 
     def _read(self, place: int, vectors: Tensor) -> Tensor:
         """Return what a tower makes of standardised vectors [..., n]: [..., d], zeros for zeros."""

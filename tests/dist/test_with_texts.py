@@ -106,6 +106,57 @@ def test_vectors_are_those_of_the_equations(encoder: Path) -> None:
         torch.testing.assert_close(model(dense, embedded)[row], expected, rtol=1e-5, atol=1e-6)  # statistics are fp32
 
 
+@pytest.mark.parametrize("tune", ["full", "lora", "norms"])
+def test_upper_layers_read_lists_as_sequences(encoder: Path, tune: str) -> None:
+    """Each example by itself: the states of the target's text alone, and the mean of those of a list, standardised by
+    what the upper layers make of each text when the model is made; they are trained as `tune` says.
+    """
+    from gmeta.text.beside import WithTexts
+
+    texts = ("", "w4 w5", "w6", "w7 w8 w9")
+    inputs = InputSpec(
+        {"user": 4, "title": 4},
+        (),
+        0.3,
+        sequences={"seen": 4},
+        tables={"user": "user", "title": "text", "seen": "text"},
+        texts={"title": 4, "seen": 4},
+        text_tables={"text": texts},
+    )
+    torch.manual_seed(0)
+    model = WithTexts(inputs, **args_of(encoder, "melu", layers=1, tune=tune, rank=2)).double().train()
+    assert model.high is not None
+    high, kept = model.high, model.source.kept[:, 0].double()
+    alone = torch.cat([high(kept[None, i : i + 1], torch.ones(1, 1, dtype=torch.bool))[0] for i in (1, 2, 3)])
+    std, mean = torch.std_mean(alone.detach(), 0, correction=0)
+    of = model.of_texts
+    torch.testing.assert_close((of.mean, 1 / of.scale), (mean, std), rtol=1e-4, atol=1e-5)  # statistics are fp32
+    title, seen = torch.tensor([[1], [3], [0]]), torch.tensor([[1, 2, 3], [3, 1, 0], [0, 0, 0]])
+    embedded = {name: torch.randn(3, 4).double() for name in ("user", "title")}
+    embedded |= {"seen": torch.randn(3, 3, 4).double(), "seen.mask": seen > 0}
+    embedded |= {text_ids_of("title"): title, text_ids_of("seen"): seen}
+    dense = torch.zeros(3, 0).double()
+
+    def read(place: int, ids: list[int]) -> torch.Tensor:
+        if not ids:
+            return torch.zeros(4).double()
+        states = high(kept[None, ids], torch.ones(1, len(ids), dtype=torch.bool))[0]
+        return model.towers[str(place)]((states.mean(0) - of.mean) * of.scale)
+
+    found = model(dense, embedded)
+    for row in range(3):
+        target, listed = (read(n, [i for i in ids[row].tolist() if i]) for n, ids in enumerate((title, seen)))
+        one = {name: value[row] for name, value in embedded.items()}
+        made = {"text of title": target, "text of seen": listed, "text of seen*": listed * target}
+        expected = model.base(dense[row], {**one, **made})
+        torch.testing.assert_close(found[row], expected)
+    found.sum().backward()
+    trained = {name for name, p in high.named_parameters() if p.grad is not None and p.grad.any()}
+    part = {"full": "", "lora": ".up.", "norms": "norm"}[tune]  # what leads down has no gradient while up is 0
+    assert trained
+    assert all(part in name.lower() for name in trained)
+
+
 def test_products_have_texts_and_vectors_among_them(encoder: Path) -> None:
     """Models of products multiply them with the embeddings of ids, but for the id of the target's text."""
     from gmeta.text.beside import WithTexts
@@ -190,6 +241,16 @@ def test_ranks_learn_the_same(pack: Path, encoder: Path, model: str, adapt: list
     assert_same(run_ranks(nproc, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
 
 
+@pytest.mark.parametrize("nproc", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_train_the_same_upper_layers(pack: Path, encoder: Path, nproc: int) -> None:
+    args = args_of(encoder, "dlrm", layers=1, tune="full")
+    model = ModelConfig(name="with_texts", embedding_dim=4, args=args)
+    settings = config(pack, model=model, meta=MetaConfig(adapt=[]))
+    expected = run_steps(Mesh(), settings, 2)
+    assert any(".high." in name for name in expected)
+    assert_same(run_ranks(nproc, run_divided, settings, 2, changing)[0]["learned"], expected, 1e-8)
+
+
 @pytest.mark.parametrize("model", ["mmoe", "melu"])
 def test_engines_learn_the_same(pack: Path, encoder: Path, model: str) -> None:
     both = [
@@ -227,3 +288,4 @@ def test_what_cannot_be_is_named(pack: Path, encoder: Path, tmp_path: Path, caps
     fails([*words, "with_texts"], capsys, "reads texts itself")
     fails([*words, "mmoe", "--model.args.args", "{expert: 2}"], capsys, "mmoe has no argument 'expert'")
     fails([*words, "mmoe", "--model.args.target", "last"], capsys, "model.args.target names 'last'")
+    fails([*words, "mmoe", "--model.args.tune", "all"], capsys, "must be one of full, lora, norms, none")
