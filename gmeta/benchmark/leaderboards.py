@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gmeta.benchmark.cells import Cell, CellFolder
 from gmeta.benchmark.measure import OfScenes, gain_of, measure_scenes, told
+from gmeta.benchmark.packs import SOME_ROWS
 from gmeta.benchmark.scored import AFTER, Scored, aligned, read_scored, rows_of_all
 from gmeta.benchmark.tracks import (
     ADAPTED,
@@ -19,6 +20,7 @@ from gmeta.benchmark.tracks import (
     FINE_TUNED,
     GATES,
     INPUTS,
+    KEPT,
     MANY,
     NEGOTIATED,
     NEW_SCENE,
@@ -27,6 +29,7 @@ from gmeta.benchmark.tracks import (
     SCENARIOS,
     SEPARATE,
     SHARED,
+    TOWERS,
 )
 from gmeta.data.pack import open_pack
 
@@ -34,6 +37,10 @@ KeptCells = Mapping[Cell, dict[str, Any]]
 _METRICS = ("gauc", "logloss", "logloss_corrected", "calibration", "calibration_corrected")
 _HEAD = ("GAUC", "log-loss", "corrected", "predicted / observed", "corrected")
 NONE = "-"
+_OF_TOWERS = (
+    f"{BASE} of users who have about {SOME_ROWS:,} rows before test, and their rows of test: does it pay to train the "
+    "encoder's layers above those that kept vectors are made by?"
+)
 
 
 @dataclass
@@ -69,6 +76,10 @@ def boards_of(
         if GATES in scored:
             inputs["all of these"] = scored[GATES]
         boards.append(_inputs(kept, inputs, reference, resamples))
+    towers = _by_variant(folder, kept, TOWERS, "test")
+    if towers:
+        measured = measure_scenes(towers, _by_variant(folder, kept, TOWERS, "valid"), resamples)
+        boards.append(_board("towers", "Trained towers", _OF_TOWERS, kept, TOWERS, measured, KEPT))
     users = _by_variant(folder, kept, NEW_USERS, "test")
     if users:
         of_valid = _by_variant(folder, kept, NEW_USERS, "valid")

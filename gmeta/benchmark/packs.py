@@ -17,13 +17,14 @@ from gmeta.benchmark.cells import CellFolder
 from gmeta.config.benchmark import BenchmarkConfig
 from gmeta.data.antm2c.published import DEEP_FEATURES, PARTS, TIME_FORMAT, TRAIN_ENDS, VALID_ENDS
 from gmeta.data.antm2c.read import open_part, part_files
-from gmeta.data.sources import Connection, literal, reading, scalar
+from gmeta.data.sources import Connection, literal, md5_64, reading, scalar
 
 _T = TypeVar("_T")
 
 NEW_USERS = 0.1
 """The share of users that no training task has, in track new_users."""
-
+SOME_ROWS = 50_000
+"""Rows before test, about, of the users of track towers."""
 
 _MEMORY = "2GB"
 _WITHOUT_DEEP = f"* REPLACE ({', '.join(f'NULL AS {name}' for name in DEEP_FEATURES)})"
@@ -32,9 +33,10 @@ _WITHOUT_DEEP = f"* REPLACE ({', '.join(f'NULL AS {name}' for name in DEEP_FEATU
 def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tuple[int, ...]) -> None:
     """Make a pack of the benchmark where it is not there.
 
-    all, in_scenes (a task is a user in a scene), scene_S (rows of one scene), new_users, new_S (all but a scene, whose
-    test tasks know so many `rows`), known_S_N (the last N rows of a scene before test, alone). The last two are without
-    deep_features: rows of one scene would make other columns of them, and what is trained on one goes on on the other.
+    all, in_scenes (a task is a user in a scene), some_users (all rows of these), scene_S (rows of one scene),
+    new_users, new_S (all but a scene, whose test tasks know so many `rows`), known_S_N (the last N rows of a scene
+    before test, alone). The last two are without deep_features: rows of one scene would make other columns of them, and
+    what is trained on one goes on on the other.
     """
     if (folder.pack(name) / "manifest.json").exists():
         return
@@ -45,6 +47,8 @@ def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tupl
         more = ["--tasks", "user_scene"]
     elif name == "new_users":
         more = ["--new_users", NEW_USERS]
+    elif name == "some_users":
+        root = apart(rows_of_some_users, root, made, SOME_ROWS)
     elif kind == "scene":
         root = apart(rows_of_scene, root, made, int(of))
     elif kind == "new":
@@ -64,6 +68,13 @@ def make_pack(folder: CellFolder, config: BenchmarkConfig, name: str, rows: tupl
 def rows_of_scene(root: Path, out: Path, scene: int) -> Path:
     """Write files of the log's form with the rows of one scene."""
     return _filtered(root, out, f"SELECT * FROM log WHERE scene = {literal(str(scene))}")
+
+
+def rows_of_some_users(root: Path, out: Path, number: int) -> Path:
+    """Write files of the log's form with all rows of so many users that about `number` are before test."""
+    share = f"{number} / (SELECT count(*) FROM log WHERE NOT {_test()})"
+    drawn = f"{md5_64(literal('some_users'), 'user_id')} % 1000000"
+    return _filtered(root, out, f"SELECT * FROM log WHERE {drawn} < 1e6 * {share}")
 
 
 def known_rows(root: Path, out: Path, scene: int, number: int) -> Path:

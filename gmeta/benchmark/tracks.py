@@ -13,7 +13,7 @@ from gmeta.benchmark.cells import Cell
 from gmeta.config.benchmark import BenchmarkConfig
 from gmeta.data.antm2c.published import SCENES
 
-SCENARIOS, INPUTS, NEW_USERS, NEW_SCENE = "scenarios", "inputs", "new_users", "new_scene"
+SCENARIOS, INPUTS, TOWERS, NEW_USERS, NEW_SCENE = "scenarios", "inputs", "towers", "new_users", "new_scene"
 POOLED = ("dnn", "deepfm", "dcn", "dlrm")
 """Models that know a scene as a feature, of all scenes' rows together; `dnn` is gmeta's melu, which adapts nothing."""
 SEPARATE = ("dnn", "deepfm", "dcn")
@@ -34,6 +34,15 @@ BASE = "dlrm"
 """What others are held against where users or a scene are new."""
 BEGUN = (BASE, GATES, NEGOTIATED)
 """What is fine-tuned to a new scene."""
+
+KEPT = "kept vectors"
+TRAINED = {
+    KEPT: ("none", "0.003"),
+    "kept vectors at a low rate": ("none", "0.0003"),
+    "upper layers by lora": ("lora", "0.003"),
+    "upper layers": ("full", "0.0003"),
+}
+"""What of the encoder is trained in track towers, and the rate of all layers."""
 
 IDS = ("user_id", "user_scene", "item_id", "scene")
 OF_USERS = ("user_id", "user_scene")
@@ -76,6 +85,7 @@ class Tracks:
         for seed in range(1 if self.config.quick else self.config.seeds):
             yield from self._scenarios(seed)
             yield from self._inputs(seed)
+            yield from self._towers(seed)
             yield from self._new_users(seed)
             for scene in self.scenes[:1] if self.config.quick else self.scenes:
                 yield from self._new_scene(seed, scene)
@@ -100,10 +110,16 @@ class Tracks:
                 yield Cell(SCENARIOS, f"{model}, scene {scene}", seed, f"scene_{scene}", alone)
 
     def _inputs(self, seed: int) -> Iterator[Cell]:
-        yield Cell(INPUTS, "ids", seed, "all", self._plain(GATES, texts=False, images=False))
+        yield Cell(INPUTS, "ids", seed, "all", self._plain(GATES, texts={}, images=False))
         if self.images:
             yield Cell(INPUTS, "ids, texts", seed, "all", self._plain(GATES, images=False))
-            yield Cell(INPUTS, "ids, images", seed, "all", self._plain(GATES, texts=False))
+            yield Cell(INPUTS, "ids, images", seed, "all", self._plain(GATES, texts={}))
+
+    def _towers(self, seed: int) -> Iterator[Cell]:
+        for name, (tune, rate) in TRAINED.items():
+            small = ("--loader.tasks_per_batch", "32", "--dense.lr", rate)  # of a twentieth of the rows
+            words = (*self._plain(BASE, texts={**self._texts, "tune": tune}), *small)
+            yield Cell(TOWERS, name, seed, "some_users", words)
 
     def _new_users(self, seed: int) -> Iterator[Cell]:
         yield Cell(NEW_USERS, BASE, seed, "new_users", self._plain(BASE, without=OF_USERS))
@@ -136,12 +152,18 @@ class Tracks:
             yield Cell(track, f"from scratch, {number}", seed, rows, words, valid=False)
 
     def _plain(
-        self, model: str, *, without: Sequence[str] = (), texts: bool = True, images: bool = True
+        self,
+        model: str,
+        *,
+        without: Sequence[str] = (),
+        texts: Mapping[str, Any] | None = None,
+        images: bool = True,
     ) -> tuple[str, ...]:
-        """Return the words of a training that adapts nothing."""
+        """Return the words of a training that adapts nothing; `texts` is how these are read, {} not at all."""
+        texts = self._texts if texts is None else texts
         ids = [name for name in IDS if name not in without]
         features = [*ids, *(TEXTS if texts else ()), *(self.images if images else ())]
-        return plain_words(model, features, "scene", self._texts if texts else None, self.end)
+        return plain_words(model, features, "scene", texts or None, self.end)
 
     def _solved(self, about: Sequence[str], *, without: Sequence[str] = ("user_scene",)) -> tuple[str, ...]:
         """Return the words of a training whose tasks solve their last layer; `about` says what a task is."""

@@ -12,7 +12,7 @@ from encoders import WHY, tiny
 pytest.importorskip("transformers", reason=WHY)
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1800)]
 CELLS = (
-    *("scenarios-dnn-0", "scenarios-adapted", "new_users-adapted"),
+    *("scenarios-dnn-0", "scenarios-adapted", "new_users-adapted", "towers-upper-layers-by-lora"),
     *("new_scene_0-dlrm", "new_scene_0-adapted", "new_scene_0-dlrm-fine-tuned-100"),
 )
 
@@ -41,5 +41,13 @@ def test_cells_are_run_once_and_all_that_are_kept_are_told(tmp_path: Path, capsy
     assert ("leave-one-out/all/100", "adapted - dlrm fine-tuned", "auc_macro") in values
     assert abs(values["scenarios", "dlrm", "calibration_corrected"] - 1) < 0.2
     page = (out / "report.html").read_text()
-    for words_ in ("Scenarios", "New items", "New users", "A new scene", "synthetic, AntM2C schema", "<svg"):
+    for words_ in (
+        "Scenarios",
+        "New items",
+        "Trained towers",
+        "New users",
+        "A new scene",
+        "synthetic, AntM2C schema",
+        "<svg",
+    ):
         assert words_ in page

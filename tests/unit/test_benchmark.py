@@ -19,7 +19,7 @@ from commands import fails
 from gmeta.benchmark.cells import Cell, CellFolder
 from gmeta.benchmark.leaderboards import boards_of
 from gmeta.benchmark.measure import base_rate_shift, gain_of, measure_scenes
-from gmeta.benchmark.packs import known_rows, rows_of_scene, scene_rows
+from gmeta.benchmark.packs import known_rows, rows_of_scene, rows_of_some_users, scene_rows
 from gmeta.benchmark.scored import Scored, aligned, read_scored, rows_of_all
 from gmeta.benchmark.tracks import Tracks
 from gmeta.config.benchmark import BenchmarkConfig
@@ -188,6 +188,16 @@ def pack_without_new_items(path: Path) -> None:
     prepare(PrepareConfig(**words, valid_fraction=0.0), quiet)  # type: ignore[arg-type]
 
 
+def test_trained_towers_are_held_against_kept_vectors(tmp_path: Path) -> None:
+    folder = CellFolder(tmp_path)
+    cells = [Cell("towers", "kept vectors", 0, "some_users", ()), Cell("towers", "upper layers", 0, "some_users", ())]
+    for cell, skill in zip(cells, (0.3, 2.0), strict=True):
+        keep(folder, cell, scored(1, skill))
+    board = boards(folder, cells)["Trained towers"]
+    assert [line[0] for line in board.rows] == ["upper layers", "kept vectors"]
+    assert value(board, "towers", "upper layers - kept vectors", "auc_macro") > 0.1
+
+
 def test_a_new_scene_is_told_by_known_rows(tmp_path: Path) -> None:
     folder, of = CellFolder(tmp_path), scored(1, scenes=1)
     plain, adapted = Cell("new_scene_0", "dlrm", 0, "new_0", ()), Cell("new_scene_0", "adapted", 0, "new_0", ())
@@ -221,6 +231,17 @@ def test_rows_of_a_scene_are_filtered_in_their_order(tmp_path: Path) -> None:
     with (tmp_path / "one" / "antm2c_10m_part1.csv").open() as of_one, (root / "antm2c_10m_part1.csv").open() as whole:
         ours, theirs = list(csv.DictReader(of_one)), list(csv.DictReader(whole))
     assert ours == [line for line in theirs if line["scene"] == "1"]
+
+
+def test_some_users_have_all_of_their_rows(tmp_path: Path) -> None:
+    rows = [row(f"u{user}", f"i{n}", f"0{1 + n} 10:00:00", n % 2) for user in range(200) for n in range(6)]
+    root = write_log(tmp_path / "log", rows)
+    some = rows_of_some_users(root, tmp_path / "some", 240)
+    count = "SELECT user_id, count(*), count(DISTINCT item_id) FROM read_csv('{}/*.csv', all_varchar = true) GROUP BY 1"
+    found, whole = (duckdb.execute(count.format(of)).fetchall() for of in (some, root))
+    assert set(found) <= set(whole)
+    assert 0.1 < len(found) / len(whole) < 0.3  # by 240 of 1,000 or more rows before test
+    assert len(items(rows_of_some_users(root, tmp_path / "all", 10_000))) == len(rows)
 
 
 def items(root: Path) -> list[str]:
