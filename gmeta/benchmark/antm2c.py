@@ -32,13 +32,18 @@ def benchmark(config: BenchmarkConfig) -> int:
     _check(config)
     out = make_folder("out", config.out)
     # a stop from outside ends the command that runs too
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         with only_writer(out / "benchmark.lock", "benchmark"):
             _run(config, CellFolder(out))
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(*_: object) -> None:
+    print("gmeta benchmark: stopped; the same command goes on with the cell that was being run", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _run(config: BenchmarkConfig, folder: CellFolder) -> None:
@@ -72,17 +77,17 @@ def _check(config: BenchmarkConfig) -> None:
 
 
 def _bind(config: BenchmarkConfig, out: Path) -> None:
-    """Write what the packs of a folder are of. ValueError where they are of something else."""
+    """Write what the packs and cells of a folder are of. ValueError where they are of something else."""
     parts = {str(path.resolve()): path.stat().st_size for path in part_files(Path(config.root))}
     images = None if config.images is None else str(Path(config.images).resolve())
-    asked = {"parts": parts, "images": images}
+    asked = {"parts": parts, "images": images, "quick": config.quick}
     file = out / "benchmark.json"
     found = read_mapping(file, "name another folder") if file.exists() else asked
     if found != asked:
         told = [
-            f"{key} were {found.get(key)} and are {value}" for key, value in asked.items() if found.get(key) != value
+            f"{key}: {found.get(key)} before, {value} now" for key, value in asked.items() if found.get(key) != value
         ]
-        raise ValueError(f"out is {out}, which is of other files ({'; '.join(told)}): name another folder")
+        raise ValueError(f"out is {out}, which is of something else ({'; '.join(told)}): name another folder")
     write_text(file, json.dumps(asked, indent=1) + "\n")
 
 

@@ -37,6 +37,10 @@ KeptCells = Mapping[Cell, dict[str, Any]]
 _METRICS = ("gauc", "logloss", "logloss_corrected", "calibration", "calibration_corrected")
 _HEAD = ("GAUC", "log-loss", "corrected", "predicted / observed", "corrected")
 NONE = "-"
+_OF_REFERENCES = (
+    "In italics: what the truth of the clone tells. prior is each scene's click rate; ids, ids+image, ids+text are all "
+    "that can be learned of these, posterior of all inputs; oracle knows the tastes themselves."
+)
 _OF_TOWERS = (
     f"{BASE} of users who have about {SOME_ROWS:,} rows before test, and their rows of test: does it pay to train the "
     "encoder's layers above those that kept vectors are made by?"
@@ -137,6 +141,7 @@ def _scenarios(
         aucs = [f"{value:.4f}" for value in of["auc"]]
         board.rows.append([f"*{name}*", NONE, f"{of['auc_macro']:.4f}", NONE, *aucs, *[NONE] * (len(_HEAD) + 2)])
         board.records.append(_record("scenarios", f"reference, {name}", "auc_macro", of["auc_macro"]))
+    board.notes += [_OF_REFERENCES] * bool(reference)
     board.notes += _of_sharing(measured)
     boards = [board]
     of_all = [cell for cell in kept if cell.track == SCENARIOS and cell.pack == "all"]

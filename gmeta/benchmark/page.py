@@ -22,12 +22,18 @@ def write_page(path: Path, label: str, boards: Sequence[Board], missing: Sequenc
 
 def _board(board: Board) -> str:
     head = "".join(f"<th>{escape(word)}</th>" for word in board.head)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in board.rows)
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in board.rows)
     notes = "".join(f"<p>{escape(note)}</p>" for note in board.notes)
     table = f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
     return (
         f"<section><h2>{escape(board.title)}</h2><p>{escape(board.about)}</p>{_picture(board)}{table}{notes}</section>"
     )
+
+
+def _cell(word: str) -> str:
+    """Return a cell; *word* is in italics, as in Markdown."""
+    leaning = word.startswith("*") and word.endswith("*")
+    return f"<td><em>{escape(word[1:-1])}</em></td>" if leaning else f"<td>{escape(word)}</td>"
 
 
 def _picture(board: Board) -> str:

@@ -60,5 +60,5 @@ def unknown_warning(fractions: Mapping[str, float], where: str) -> str | None:
     shown = ", ".join(f"{name!r} ({fraction:.0%})" for name, fraction in fractions.items())
     return (
         f"warning: the run does not know the values of {where} in column {shown}: they all read the row of unknown "
-        "values. They are new, or written in another way than in training (7 and 7.0, true and True)"
+        "values. They are new, missing, or written in another way than in training (7 and 7.0, true and True)"
     )
