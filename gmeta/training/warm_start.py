@@ -126,7 +126,7 @@ def _others(config: TrainConfig, base: TrainConfig, moments: bool) -> Iterator[t
 
     How a task adapts is free: steps, rates, loss and order of the inner loop, and what adapts.
     """
-    keys = ["loss", "model.name", "model.args", "model.embedding_dim", "model.features", "embedding.generator"]
+    keys = ["loss", "model.name", "model.embedding_dim", "model.features", "embedding.generator"]
     keys += ["meta.modulation"]
     if base.meta.modulation != "none":
         keys.append("meta.modulation_dim")
@@ -136,10 +136,14 @@ def _others(config: TrainConfig, base: TrainConfig, moments: bool) -> Iterator[t
         keys.append("meta.inner_lr")  # only where learned rates begin
     if moments:
         keys.append("embedding.optimizer")
-    ours, theirs = (flat(asdict(c), whole=(*USERS_KEYS, "model.args")) for c in (config, base))
+    ours, theirs = (flat(asdict(c), whole=USERS_KEYS) for c in (config, base))
     for key in keys:
         if ours[key] != theirs[key]:
             yield key, ours[key], theirs[key]
+    mine, other = config.model.args, base.model.args
+    for name in dict.fromkeys([*mine, *other] if config.model.name == base.model.name else []):
+        if mine.get(name) != other.get(name):
+            yield f"model.args.{name}", mine.get(name), other.get(name)
 
 
 def _check_position(path: Path, run: Run, config: TrainConfig, base: TrainConfig, moments: bool) -> None:

@@ -126,7 +126,7 @@ def test_a_version_without_moments(prepared: Prepare, base: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--model.args.hidden", "[4]"], "model.args is"),
+        (["--model.args.hidden", "[4]"], "model.args.hidden is [4], the bundle has"),
         (["--loss", "mse"], "loss is 'mse', the bundle has 'bce'"),
         (["--model.embedding_dim", "4"], "model.embedding_dim is 4"),
         (["--embedding.optimizer", "sgd"], "embedding.optimizer is 'sgd', the bundle has 'adam'"),
