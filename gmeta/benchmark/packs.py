@@ -11,13 +11,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-import duckdb
-
 from gmeta.benchmark.cells import CellFolder
 from gmeta.config.benchmark import BenchmarkConfig
 from gmeta.data.antm2c.published import DEEP_FEATURES, PARTS, TIME_FORMAT, TRAIN_ENDS, VALID_ENDS
 from gmeta.data.antm2c.read import open_part, part_files
-from gmeta.data.sources import Connection, literal, md5_64, reading, scalar
+from gmeta.data.sources import Connection, database, literal, md5_64, reading, scalar
 
 _T = TypeVar("_T")
 
@@ -138,7 +136,7 @@ def _filtered(root: Path, out: Path, query: str) -> Path:
 def _log_of(root: Path, spill: str = "") -> Iterator[Connection]:
     """Yield a connection with a view `log`: all rows as text, with the number of their part and their place in it."""
     config = {"memory_limit": _MEMORY, **({"temp_directory": spill} if spill else {})}
-    with duckdb.connect(config=config) as con, reading(str(root)):
+    with database(**config) as con, reading(str(root)):
         parts = [open_part(con, path) for path in part_files(root)]
         read = [
             f"SELECT {number} AS part, __row AS row, * EXCLUDE (__row) FROM ({part.query})"

@@ -44,6 +44,15 @@ class RawPart:
     ordered: bool  # rows are numbered as they are read, so they must be read in order
 
 
+def database(file: str | Path = ":memory:", **settings: Any) -> Connection:
+    """Open a database. DuckDB would draw bars on stderr where it takes a process for an interactive one, as it does
+    every spawned one.
+    """
+    con = duckdb.connect(file, config=settings)
+    con.execute("SET enable_progress_bar = false")
+    return con
+
+
 def identifier(name: str) -> str:
     """Quote `name` as a SQL identifier."""
     return '"' + name.replace('"', '""') + '"'

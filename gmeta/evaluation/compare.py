@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from gmeta.config.evaluation import CompareConfig
 from gmeta.core.files import make_folder, write_text
-from gmeta.data.sources import only_file, reading
+from gmeta.data.sources import Connection, database, only_file, reading
 from gmeta.evaluation import charts
 from gmeta.evaluation.charts import Points
 from gmeta.evaluation.compare_next_item import RANK_COLUMNS, compare_places, read_places, read_ranked_rows
@@ -151,7 +150,7 @@ def _require_same_rows(first: _Run, other: _Run) -> None:
             raise ValueError(
                 f"the predictions of {having.name} {what}, those of {lacking.name} do not: evaluate both on one pack"
             )
-    with duckdb.connect() as con, reading(str(other.file)):
+    with database() as con, reading(str(other.file)):
         only = [_rows_only_in(con, *pair) for pair in ((first, other), (other, first))]
     told = [
         f"{count:,} rows only in {run.name} (first: {'; '.join(rows)})"
@@ -165,7 +164,7 @@ def _require_same_rows(first: _Run, other: _Run) -> None:
         )
 
 
-def _rows_only_in(con: duckdb.DuckDBPyConnection, run: _Run, other: _Run) -> tuple[int, list[str]]:
+def _rows_only_in(con: Connection, run: _Run, other: _Run) -> tuple[int, list[str]]:
     """Count the rows that `other` lacks, and return the first of them as text."""
     labels = [f"label{LABEL_MARK}{name}" for name in run.labels] or ["label"]
     kinds = {

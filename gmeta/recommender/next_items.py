@@ -27,7 +27,7 @@ from gmeta.data.events.gaps import Gaps
 from gmeta.data.events.interleave import interleaved
 from gmeta.data.events.raw_events import EventReader, RawEvents, RawItems, read_raw_items
 from gmeta.data.schema import OOV
-from gmeta.data.sources import Connection, RawPart, described
+from gmeta.data.sources import Connection, RawPart, database, described
 from gmeta.data.tables import TableLike, as_arrow
 from gmeta.models.registry import ModelFactory
 from gmeta.parallel.mesh import Mesh, local_mesh
@@ -442,7 +442,7 @@ def _table_part(table: pa.Table, name: str) -> Iterator[tuple[Connection, RawPar
     """Open an Arrow table as raw rows of a database."""
     if not table.num_rows:
         raise ValueError(f"{name} has no rows: give some")
-    with duckdb.connect() as con:
+    with database() as con:
         con.register("given", table.append_column("__row", pa.array(np.arange(1, table.num_rows + 1))))
         try:
             part = described(con, name, "SELECT * FROM given", ordered=False)

@@ -26,7 +26,7 @@ from gmeta.data.prepare.encoder import Encoder
 from gmeta.data.prepare.parts import DealtParts, deal_tasks, joined_with_results, open_parts
 from gmeta.data.schema import PackSchema
 from gmeta.data.shards import split_in_memory
-from gmeta.data.sources import Connection, find_files, literal, open_file, reading, require_free
+from gmeta.data.sources import Connection, database, find_files, literal, open_file, reading, require_free
 from gmeta.evaluation.score import score_split, to_predictions
 from gmeta.parallel.collectives import on_rank_0
 from gmeta.parallel.mesh import Mesh, close_mesh, open_mesh
@@ -75,7 +75,7 @@ def _check_files(config: PredictConfig) -> None:
     taken: tuple[str, ...] = SCORES
     with suppress(ValueError):  # a run that cannot be read is told of when it is opened
         taken = score_columns(read_schema(Path(config.run_dir))[0])
-    with duckdb.connect() as con:
+    with database() as con:
         for file in find_files([config.query]):
             require_free(open_file(con, file).columns, taken, file)
 

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,7 +25,7 @@ from gmeta.data.pack import lock_directory
 from gmeta.data.prepare.direct import text_of
 from gmeta.data.prepare.parts import limit_errors
 from gmeta.data.prepare.summary import Report, console_report
-from gmeta.data.sources import CSV, PARQUET, Connection, confine, find_files, open_file, open_files
+from gmeta.data.sources import CSV, PARQUET, Connection, confine, database, find_files, open_file, open_files
 from gmeta.recommender.approximate import recall
 from gmeta.recommender.next_items import Histories, NextItems
 from gmeta.recommender.top_items import Shelf, TopItems
@@ -211,7 +210,7 @@ def _database(out: Path, memory_limit: str) -> Iterator[tuple[Connection, Path]]
         raise ValueError(f"cannot write {out}: {error.strerror or error}; name another file") from error
     settings = {"memory_limit": memory_limit, "temp_directory": str(folder / "spill")}
     try:
-        with limit_errors(folder), duckdb.connect(config=settings) as con:
+        with limit_errors(folder), database(**settings) as con:
             yield con, folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

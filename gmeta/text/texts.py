@@ -6,10 +6,8 @@ import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import duckdb
-
 from gmeta.core.errors import nearest
-from gmeta.data.sources import Connection, RawPart, find_files, identifier, open_files, reading, scalar
+from gmeta.data.sources import Connection, RawPart, database, find_files, identifier, open_files, reading, scalar
 
 _BLOCK = 8192
 _TEXT_TYPES = ("VARCHAR", "ENUM")
@@ -22,7 +20,7 @@ class TextFiles:
         """Find the files and their column. Raises ValueError where one is missing, or is not text."""
         self._lines = sorted(path for text in inputs for path in _line_files(text))
         tables = [text for text in inputs if not _line_files(text)]
-        with duckdb.connect() as con:
+        with database() as con:
             found = open_files(con, find_files(tables))[0] if tables else []
         self._parts = [(part, _column_of(part, column)) for part in found]
         if column is not None and not found:
@@ -36,7 +34,7 @@ class TextFiles:
             yield from _lines(path)
         for part, column in self._parts:
             query = f"SELECT CAST({identifier(column)} AS VARCHAR) FROM ({part.query})"
-            with duckdb.connect() as con, reading(part.file):
+            with database() as con, reading(part.file):
                 cursor = con.execute(query)
                 while rows := cursor.fetchmany(_BLOCK):
                     yield [text for (text,) in rows]

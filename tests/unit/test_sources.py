@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -316,3 +318,13 @@ def test_an_input_of_empty_files_alone_is_an_error(tmp_path: Path) -> None:
         open_files(CON, paths[:1])
     with pytest.raises(ValueError, match=r"b\.parquet is empty: it has neither rows nor names"):
         open_file(CON, paths[1])
+
+
+def test_a_database_draws_no_bars() -> None:
+    """DuckDB does where a process has no main file, as spawned ones."""
+    setting = "execute(\"SELECT current_setting('enable_progress_bar')\").fetchall()"
+    code = (
+        f"import duckdb; from gmeta.data.sources import database as d; print(duckdb.connect().{setting}, d().{setting})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["[(True,)]", "[(False,)]"]

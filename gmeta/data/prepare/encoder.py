@@ -21,7 +21,17 @@ from gmeta.data.prepare.encode import Array, encode, take_labels
 from gmeta.data.prepare.texts import place_texts
 from gmeta.data.prepare.vocabulary import HashedVocabulary, load_vocabularies, vocabulary_files
 from gmeta.data.schema import ENCODING, DataSchema, PackSchema, Role, data_schema_from_json
-from gmeta.data.sources import Connection, RawPart, confine, described, find_files, only_file, open_file, reading
+from gmeta.data.sources import (
+    Connection,
+    RawPart,
+    confine,
+    database,
+    described,
+    find_files,
+    only_file,
+    open_file,
+    reading,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Encoder:
             vocab_dir,
         )
         self._vectors = open_item_vectors(vocab_dir, pack_schema)
-        self._con, self._lock = duckdb.connect(), Lock()
+        self._con, self._lock = database(), Lock()
         confine(self._con, [*files, *vocabulary_files(self._schema, vocab_dir)])
         self._direct: DirectEncoder | None = None
         if files or pack_schema.encoding != ENCODING:
@@ -198,7 +208,7 @@ def encode_tables(
     """
     paths = (support_path, query_path)
     files = [only_table(path) for path in paths]
-    with duckdb.connect() as con:
+    with database() as con:
         support, query = (opened_table(con, path, file) for path, file in zip(paths, files, strict=True))
     return Encoder(data_schema_json, vocab_dir, pack_schema, files).parts(support, query)
 

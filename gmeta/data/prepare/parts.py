@@ -16,7 +16,7 @@ import duckdb
 
 from gmeta.data.prepare.encoder import check_rows, only_table, opened_table
 from gmeta.data.schema import PackSchema, data_schema_from_json
-from gmeta.data.sources import Connection, confine, is_full_disk, literal, reading, scalar
+from gmeta.data.sources import Connection, confine, database, is_full_disk, literal, reading, scalar
 
 PART_ROWS = 1 << 18
 """Rows of a part, about. A task is divided only where its query has more, and its support never."""
@@ -56,7 +56,7 @@ def deal_tasks(
     """
     schema, paths = data_schema_from_json(data_schema_json), [support, *([] if query is None else [query])]
     files = [only_table(path) for path in paths]
-    with limit_errors(folder), duckdb.connect(config=_limits(folder, memory_limit)) as con:
+    with limit_errors(folder), database(**_limits(folder, memory_limit)) as con:
         opened = [opened_table(con, path, file) for path, file in zip(paths, files, strict=True)]
         confine(con, files, [folder])
         check_rows(con, schema, pack_schema, opened[0], opened[1] if query is not None else None)
@@ -108,7 +108,7 @@ def open_parts(folder: Path) -> DealtParts:
 @contextmanager
 def joined_with_results(folder: Path, results: Path, *, memory_limit: str) -> Iterator[Connection]:
     """Give a connection with view `results` of all Parquet files in a folder."""
-    with limit_errors(folder), duckdb.connect(config=_limits(folder, memory_limit)) as con:
+    with limit_errors(folder), database(**_limits(folder, memory_limit)) as con:
         con.execute(f"CREATE VIEW results AS SELECT * FROM read_parquet({literal(str(results / '*.parquet'))})")
         yield con
 

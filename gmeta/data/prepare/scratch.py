@@ -15,7 +15,7 @@ import duckdb
 
 from gmeta.config.data import PrepareConfig
 from gmeta.data.pack import lock_directory
-from gmeta.data.sources import Connection, is_damage, is_full_disk
+from gmeta.data.sources import Connection, database, is_damage, is_full_disk
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def connect(scratch: Path, config: PrepareConfig) -> Iterator[Connection]:
     settings: dict[str, Any] = {"memory_limit": config.memory_limit, "temp_directory": str(scratch / "spill")}
     if config.threads:
         settings["threads"] = config.threads
-    con = duckdb.connect(scratch / "rows.duckdb", config=settings)
+    con = database(scratch / "rows.duckdb", **settings)
     try:
         yield con
     finally:
