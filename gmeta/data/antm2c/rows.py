@@ -196,14 +196,16 @@ def _make_histories(con: Connection) -> None:
     """Make table `positives` (place, value), the items of the positive events of all users, of each in order, and table
     `placed`: the events, each with the slice of it that is its history.
     """
-    known = f"least({HISTORY}, before - first(before) OVER (PARTITION BY user_id ORDER BY time, event))"
+    # a window over all rows at once would have to fit into memory: users are placed first, and rows within theirs
+    known = f"least({HISTORY}, before)"
     con.execute(f"""
         CREATE TEMP TABLE placed AS
-        SELECT * EXCLUDE (before, known), before AS place,
-               {{'start': before - known, 'length': CAST(known AS INTEGER)}} AS history
-        FROM (SELECT *, {known} AS known FROM (
-            SELECT *, CAST(sum(label) OVER (ORDER BY user_id, time, event ROWS UNBOUNDED PRECEDING) - label AS BIGINT)
-                      AS before FROM log));
+        SELECT * EXCLUDE (first, before), first + before AS place,
+               {{'start': first + before - {known}, 'length': CAST({known} AS INTEGER)}} AS history
+        FROM (SELECT *, CAST(sum(label) OVER (PARTITION BY user_id ORDER BY time, event ROWS UNBOUNDED PRECEDING)
+                             - label AS BIGINT) AS before FROM log)
+        JOIN (SELECT user_id, CAST(sum(sum(label)) OVER (ORDER BY user_id) - sum(label) AS BIGINT) AS first
+              FROM log GROUP BY user_id) USING (user_id);
         DROP TABLE log;
         CREATE TEMP TABLE positives AS SELECT place, item_id AS value FROM placed WHERE label = 1""")
 
@@ -234,12 +236,17 @@ def _make_rows(con: Connection) -> None:
     """Make table `rows`: what is narrow of each row, with the slices of its lists."""
     joins = " ".join(f"JOIN listed l{i} ON l{i}.text IS NOT DISTINCT FROM wide.{name}" for i, name in enumerate(LISTS))
     slices = ", ".join(f"l{i}.slice AS {name}" for i, name in enumerate(LISTS))
+    # one join after the other: each holds a table, and only one at a time makes room by going to disk
     con.execute(f"""
+        CREATE TEMP TABLE sliced AS SELECT event, {slices} FROM wide {joins};
+        CREATE TEMP TABLE events AS
+        SELECT event, label, epoch_us(time) AS time, user_id, item_id, scene, history, {", ".join(LISTS)}
+        FROM placed JOIN sliced USING (event);
+        DROP TABLE sliced;
         CREATE TEMP TABLE rows AS
-        SELECT row, event, task, partition, role = 'query' AS is_query, label, epoch_us(time) AS time, user_id, item_id,
-               scene, history, {", ".join(LISTS)}
-        FROM dealt JOIN placed USING (event) JOIN (SELECT event, {slices} FROM wide {joins}) USING (event);
-        DROP TABLE dealt""")
+        SELECT row, event, task, partition, role = 'query' AS is_query, label, time, user_id, item_id, scene, history,
+               {", ".join(LISTS)} FROM dealt JOIN events USING (event);
+        DROP TABLE events; DROP TABLE dealt""")
 
 
 def _name_values(con: Connection, schema: DataSchema) -> None:

@@ -90,9 +90,17 @@ def deal_events(con: Connection, plan: TaskPlan) -> None:
         parts[0] += " WHERE split <> 'test'"
         parts[1] = parts[1].replace("WHERE place < s.start", "WHERE s.split <> 'test' AND place < s.start")
         parts += _of_new_scene(con, plan.new_scene, plan.new_scene_rows)
-    rows = "event, task, partition, role, row_number() OVER (ORDER BY task, partition, place) AS row"
-    con.execute(f"CREATE TEMP TABLE dealt AS SELECT {rows} FROM ({' UNION ALL '.join(parts)})")
-    con.execute("DROP TABLE keyed; DROP TABLE asked; DROP TABLE starts")
+    # a window over all rows at once would have to fit into memory: tasks are numbered first, and rows within theirs
+    con.execute(f"""
+        CREATE TEMP TABLE unnumbered AS {" UNION ALL ".join(parts)};
+        DROP TABLE keyed; DROP TABLE asked; DROP TABLE starts;
+        CREATE TEMP TABLE dealt AS
+        SELECT event, task, partition, role,
+               before + row_number() OVER (PARTITION BY task, partition ORDER BY place) AS row
+        FROM unnumbered JOIN (
+            SELECT task, partition, CAST(sum(count(*)) OVER (ORDER BY task, partition) - count(*) AS BIGINT) AS before
+            FROM unnumbered GROUP BY task, partition) USING (task, partition);
+        DROP TABLE unnumbered""")
 
 
 def _held(plan: TaskPlan) -> str:
